@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON beside the arrays, as an Orbax item whose digest is computed during the save."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import future
+
+
+class MetaHandler(ocp.JsonCheckpointHandler):
+    """Writes JSON like Orbax's own handler, but asks for the digest in the background thread."""
+
+    async def async_save(
+        self, directory: epath.Path, item: Any = None, args: MetaSave | None = None
+    ) -> list[future.Future]:
+        """Returns the future of the write; the training thread does not wait for the digest."""
+        if args is None:
+            raise ValueError('MetaHandler saves MetaSave arguments only')
+
+        async def write() -> None:
+            text = json.dumps({**args.meta, 'digest': args.digest()})
+            if jax.process_index() == 0:
+                (directory / 'metadata').write_text(text)
+
+        return [future.CommitFutureAwaitingContractedSignals(write(), name='meta_save')]
+
+
+
+
+@ocp.args.register_with_handler(MetaHandler, for_save=True)
+@dataclasses.dataclass
+class MetaSave(ocp.args.CheckpointArgs):
+    """Arguments of a save.
+
+    Attributes:
+        meta: JSON values.
+        digest: returns the state's digest; called once, in the background.
+    """
+
+    meta: Mapping[str, Any]
+    digest: Callable[[], str]

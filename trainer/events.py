@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When things happen in a run, and what a hook is told of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from trainer.config.durations import Periodic
+
+if TYPE_CHECKING:
+    from trainer.experiment import Experiment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """What a hook is called with: `hook(event)`.
+
+    Attributes:
+        kind: 'start', 'log', 'eval', 'save' or 'end'.
+        step: number of completed updates.
+        state: the state at this step. It is donated to the next step: copy what you keep.
+        metrics: flat name to value: the newest of every metric of the run so far.
+        workdir: the run's directory, or None.
+    """
+
+    kind: str
+    step: int
+    state: Any
+    metrics: Mapping[str, float]
+    workdir: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Events:
+    """The periodic events of a run; all that are due after one step run log, eval, save."""
+
+    log: Periodic
+    evals: Mapping[str, Periodic]
+    save: Periodic
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Events:
+        """Returns the events of an experiment."""
+        clock = experiment.clock
+        return cls(
+            log=clock.period(experiment.log.every, path='config.log.every'),
+            evals={
+                name: clock.period(spec.every, path=f'config.evals.{name}.every')
+                for name, spec in experiment.evals.items()
+            },
+            save=clock.period(experiment.checkpoint.every, path='config.checkpoint.every'),
+        )
+
+    def next_due(self, step: int) -> int | None:
+        """Returns the first step after `step` with an event, or None if there is none."""
+        due = [p.next_due(step) for p in (self.log, self.save, *self.evals.values())]
+        return min((d for d in due if d is not None), default=None)
+
+    def calls(self, step: int, last: int, most: int) -> Iterator[int]:
+        """Yields how many updates each call makes: `most`, or 1 where an event is nearer."""
+        due = self.next_due(step)
+        while step < last:
+            room = min(last, due or last) - step
+            count = most if room >= most else 1
+            yield count
+            step += count
+            if step == due:
+                due = self.next_due(step)

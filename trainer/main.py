@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `python -m trainer.main --config=configs/mnist.py [--config.key=value ...]`.
+
+Flags, modes and exit codes; what a run does is in `trainer.trainer`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from trainer.config import identity, loading, overrides, show
+from trainer.config.errors import UserError
+from trainer.parallel import signals
+
+MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'config')
+
+_FLAGS = flags.FlagValues()
+flags.DEFINE_string(
+    'workdir', None, 'Directory of the run; default: runs/ and a name made of config and overrides.',
+    flag_values=_FLAGS,
+)
+flags.DEFINE_enum('mode', 'train', MODES, 'What to do with the config.', flag_values=_FLAGS)
+flags.DEFINE_string(
+    'step', 'latest', "Checkpoint for eval and predict: a step, 'latest' or 'best'.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_bool(
+    'allow_config_change', False, 'Go on with a run although its config has changed.',
+    flag_values=_FLAGS,
+)
+flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_values=_FLAGS)
+flags.DEFINE_bool('help', False, 'Show this and the keys of the config.', flag_values=_FLAGS)
+
+
+def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
+    """Runs the command line and returns the exit code.
+
+    Args:
+        argv: program name and arguments.
+        stop: set by a signal handler when the run shall end.
+    """
+    try:
+        return _run(argv, stop)
+    except UserError as error:
+        print(f'Error: {error}', file=sys.stderr)
+        return error.exit_code
+
+
+def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
+    spec, assignments, rest = overrides.parse_argv(list(argv[1:]))
+    _parse_flags([argv[0], *rest])
+    if spec is None and _FLAGS.help:
+        print(_usage())
+        return 0
+    if spec is None:
+        raise UserError('--config is missing: name a config file, as in --config=configs/mnist.py')
+    loaded = loading.load(spec)
+    applied = overrides.apply(loaded.config, assignments)
+    for override in applied:
+        for note in override.notes:
+            print(note, file=sys.stderr)
+    if _FLAGS.help or _FLAGS.helpconfig:
+        print(_usage() if _FLAGS.help else '', show.helpconfig(loaded.config), sep='\n')
+        return 0
+    if _FLAGS.mode == 'config':
+        print(show.resolved(loaded.config, applied))
+        return 0
+    # From here on JAX is needed; a wrong command line never gets so far.
+    from trainer import modes
+
+    workdir = _FLAGS.workdir or identity.default_workdir(loaded, applied)
+    command = modes.Command(
+        mode=_FLAGS.mode,
+        workdir=workdir,
+        step=_FLAGS.step,
+        allow_config_change=_FLAGS.allow_config_change,
+        overrides=dict(assignments),
+    )
+    return modes.run(loaded, command, stop)
+
+
+def _parse_flags(argv: Sequence[str]) -> None:
+    try:
+        words = _FLAGS(list(argv))[1:]
+    except flags.Error as error:
+        raise UserError(f'{error}. See --help.') from error
+    if words:
+        raise UserError(
+            f'{words[0]!r} is not a flag; overrides are written --config.key=value. See --help.'
+        )
+
+
+def _usage() -> str:
+    return f'{__doc__}\n{_FLAGS.get_help()}'
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv, signals.install()))

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One functional interface over module systems: what the step needs to know of a model."""
+
+from __future__ import annotations
+
+from trainer.modules.linen import Linen
+
+
+def functional(module: object) -> Linen:
+    """Wraps a user's module for the step functions.
+
+    Raises:
+        TypeError: if `module` is of no module system that is supported.
+    """
+    from flax import linen as nn
+
+    if isinstance(module, nn.Module):
+        return Linen(module)
+    raise TypeError(
+        f'config.model: expected an instance of flax.linen.Module, got {type(module).__name__}'
+    )

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linen modules as functions of (variables, rngs, mode), and the bound view that a task calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import errors as flax_errors
+from flax import traverse_util
+from flax.core import meta
+
+from trainer.step.rng import Keys
+
+Variables = Mapping[str, Any]
+
+# How modules spell "am I training?", and the value that each spelling takes in training.
+TRAIN_FLAGS = {'train': True, 'training': True, 'is_training': True, 'deterministic': False}
+
+# Dropout that is active at evaluation is always a mistake: without a key Flax says so.
+_TRAIN_ONLY_STREAMS = frozenset({'dropout'})
+
+_MISSING_STREAM = re.compile(r'needs PRNG for "([^"]+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Linen:
+    """A Linen module for the step functions."""
+
+    module: nn.Module
+
+    def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
+        """Returns fresh, unboxed variables of everything that `task` calls on this batch.
+
+        Args:
+            task: called as `task(model, batch)`, in evaluation mode: initialisation needs no
+                dropout and does not move batch statistics.
+            batch: arrays with the training batch's shapes; the values do not matter.
+            keys: the keys of mode 'init'.
+        """
+        bound = _InitModel(self.module, keys)
+        task(bound, batch)
+        return meta.unbox(bound.variables)
+
+    def bind(
+        self, variables: Variables, keys: Keys, *, ema: Any = None
+    ) -> BoundModel:
+        """Returns the callable that a task gets; `keys.mode` says whether it trains."""
+        return BoundModel(self.module, variables, keys, ema=ema)
+
+
+class BoundModel:
+    """A module bound to parameters, collections, random keys and a mode: what a task calls.
+
+    `model(x)` runs `__call__`; `model.encode(x)` or `model.encoder(x)` runs a method or a
+    sub-module made in `setup`. It may be called several times: collections that a call changes
+    (batch statistics) are seen by the next call, and each call draws its own random numbers.
+
+    Attributes:
+        params: the parameters of this view.
+        training: whether this is a training step.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        variables: Variables,
+        keys: Keys,
+        *,
+        ema: Any = None,
+    ):
+        self._keys = keys
+        self.training = keys.mode == 'train'
+        self._module = _with_flags(module, self.training)
+        self._variables = dict(variables)
+        self._ema = ema
+        self._calls = 0
+        self._streams = {'dropout'} if self.training else set()
+
+    @property
+    def params(self) -> Any:
+        """The nested dict of parameters, with `stop_gradient` applied where it was asked for."""
+        return self._variables['params']
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Every variable collection, as the calls so far have left them."""
+        return dict(self._variables)
+
+    @property
+    def collections(self) -> dict[str, Any]:
+        """Every variable collection but the parameters, as the calls so far have left them."""
+        return {name: value for name, value in self._variables.items() if name != 'params'}
+
+    @property
+    def ema(self) -> BoundModel:
+        """The same model with the moving average of the parameters.
+
+        Raises:
+            ValueError: if the config keeps no average (`config.ema`).
+        """
+        if self._ema is None:
+            raise ValueError('model.ema: this run keeps no average; set config.ema.decay')
+        variables = {**self._variables, 'params': self._ema}
+        return BoundModel(self._module, variables, self._keys, ema=self._ema)
+
+    def rng(self, name: str) -> jax.Array:
+        """Returns the random key of the stream `name` in this step."""
+        return self._keys.stream(name)
+
+    def stop_gradient(self, pattern: str) -> BoundModel:
+        """Returns the model with no gradient into parameters whose whole path matches `pattern`."""
+        expression = re.compile(pattern)
+
+        def stop(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+            matches = expression.fullmatch(param_path(path))
+            return jax.lax.stop_gradient(value) if matches else value
+
+        params = jax.tree_util.tree_map_with_path(stop, self.params)
+        variables = {**self._variables, 'params': params}
+        return BoundModel(self._module, variables, self._keys, ema=self._ema)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's `__call__` and returns its output."""
+        return self._apply((), args, kwargs)
+
+    def __getattr__(self, name: str) -> _Method:
+        if name.startswith('_'):
+            raise AttributeError(name)
+        return _Method(self, (name,))
+
+    def _apply(self, names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+        method = _method(names, self.training)
+        mutable: Any = (self.training and sorted(self.collections)) or False
+        call, self._calls = self._calls, self._calls + 1
+        while True:
+            rngs = {name: _nth(self._keys.stream(name), call) for name in sorted(self._streams)}
+            try:
+                output = self._module.apply(
+                    self._variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+                )
+                break
+            except flax_errors.InvalidRngError as error:
+                # A stream is known by its first use; the call is pure, so it can start again.
+                self._streams.add(self._missing_stream(error))
+        if not mutable:
+            return output
+        output, updates = output
+        self._check_structure(updates)
+        self._variables.update(updates)
+        return output
+
+    def _missing_stream(self, error: flax_errors.InvalidRngError) -> str:
+        match = _MISSING_STREAM.search(str(error))
+        if match is None or match[1] in self._streams:
+            raise error
+        if not self.training and match[1] in _TRAIN_ONLY_STREAMS:
+            raise error
+        return match[1]
+
+    def _check_structure(self, updates: Variables) -> None:
+        for name, value in updates.items():
+            before = jax.tree.structure(self._variables[name])
+            after = jax.tree.structure(value)
+            if before != after:
+                raise ValueError(
+                    f'the call changed the structure of the collection {name!r} from {before} to '
+                    f'{after}; the state must keep its structure, so values that pile up (sow) '
+                    "belong in 'intermediates' or need init_fn and reduce_fn"
+                )
+
+
+class _InitModel(BoundModel):
+    """A model without variables yet: each call makes those that are still missing."""
+
+    def __init__(self, module: nn.Module, keys: Keys):
+        super().__init__(module, {'params': {}}, keys)
+
+    def stop_gradient(self, pattern: str) -> BoundModel:
+        return self
+
+    @property
+    def ema(self) -> BoundModel:
+        return self
+
+    def _apply(self, names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+        rngs = {name: self._keys.stream(name) for name in ('params', 'dropout')}
+        output, made = self._module.init_with_output(
+            rngs,
+            *args,
+            method=_method(names, training=False),
+            mutable=nn.DenyList(('intermediates', 'perturbations')),
+            **kwargs,
+        )
+        # A second call makes equal values for what it shares with the first (a parameter's key
+        # comes from its path), so it does not matter which of the two is kept.
+        flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self._variables)}
+        self._variables = {'params': {}, **traverse_util.unflatten_dict(flat)}
+        return output
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    """`model.encoder` or `model.encoder.layer`: the path of a method or sub-module to call."""
+
+    _model: BoundModel
+    _names: tuple[str, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model._apply(self._names, args, kwargs)
+
+    def __getattr__(self, name: str) -> _Method:
+        if name.startswith('_'):
+            raise AttributeError(name)
+        return _Method(self._model, (*self._names, name))
+
+
+def param_path(path: Iterable[Any]) -> str:
+    """Returns 'Dense_0/kernel' for the key path of a leaf."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator='/')
+
+
+def _nth(key: jax.Array, call: int) -> jax.Array:
+    return jax.random.fold_in(key, call) if call else key
+
+
+def _method(names: tuple[str, ...], training: bool) -> Callable[..., Any]:
+    """The function that Flax runs on the bound module: a method or sub-module, with its mode."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        target = functools.reduce(getattr, names, module)
+        signature = inspect.signature(target.__call__ if isinstance(target, nn.Module) else target)
+        return target(*args, **{**_flags_in(signature.parameters, training), **kwargs})
+
+    return call
+
+
+def _flags_in(names: Iterable[str], training: bool) -> dict[str, bool]:
+    return {name: TRAIN_FLAGS[name] == training for name in names if name in TRAIN_FLAGS}
+
+
+def _with_flags(module: nn.Module, training: bool) -> nn.Module:
+    """Sets the mode flags among the module's attributes that its maker left at their default."""
+    fields = {field.name: field.default for field in dataclasses.fields(module)}
+    in_call = _flags_in(inspect.signature(type(module).__call__).parameters, training)
+    flags = {
+        name: value
+        for name, value in _flags_in(fields, training).items()
+        if name not in in_call and getattr(module, name) in (None, fields[name])
+    }
+    return module.clone(**flags) if flags else module

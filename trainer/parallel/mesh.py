@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device mesh and where each array of the run lives on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from trainer.config.errors import UserError
+from trainer.step.state import TrainState
+
+# The axes that the rows of a batch are spread over.
+BATCH_AXES = ('data',)
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """Returns a mesh over all devices, the axes in the order given; one size may be -1 (the rest).
+
+    Raises:
+        UserError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    sizes = dict(axes)
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) == 1 and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    if len(free) > 1 or math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
+        raise UserError(
+            f'config.mesh: {dict(axes)} does not fit {devices} devices. The sizes must multiply to '
+            f'{devices}; one of them may be -1 for the rest.'
+        )
+    # Auto axes: Linen's partitioned initialisation fails under the default, Explicit ones.
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Returns the number of parts that the rows of a batch are cut into."""
+    return math.prod(mesh.shape[name] for name in BATCH_AXES if name in mesh.shape)
+
+
+def batch_sharding(mesh: Mesh, *, leading_dims: int = 0) -> NamedSharding:
+    """Returns the sharding of a batch: rows over the data axes, after `leading_dims` whole ones."""
+    axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading_dims, axes or None))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
+    """Returns a sharding for every leaf; optimizer state and average live where their parameter does.
+
+    Args:
+        abstract: the state's shapes, from `jax.eval_shape`.
+        mesh: the device mesh.
+    """
+    everywhere = replicated(mesh)
+
+    def whole(tree: Any) -> Any:
+        return jax.tree.map(lambda _: everywhere, tree)
+
+    params = whole(abstract.params)
+    return TrainState(
+        step=everywhere,
+        params=params,
+        opt_state=_like_params(abstract.opt_state, abstract.params, params, everywhere),
+        collections=whole(abstract.collections),
+        metrics=whole(abstract.metrics),
+        ema=None if abstract.ema is None else params,
+    )
+
+
+def _like_params(tree: Any, params: Any, shardings: Any, default: NamedSharding) -> Any:
+    """Gives each leaf of `tree` the sharding of the parameter that its path ends with.
+
+    An optimizer keeps a slot of parameter a/b at .../mu/a/b; `optax.tree_map_params` would say so
+    too, but fails where some parameters are masked out.
+    """
+    known = {
+        _keys(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        keys = _keys(path)
+        for start in range(len(keys)):
+            shape, sharding = known.get(keys[start:], (None, default))
+            if shape == leaf.shape:
+                return sharding
+        return default
+
+    return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

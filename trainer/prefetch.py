@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches ahead of time: a thread gathers blocks of steps and puts them on the devices."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+# One gather serves many steps, because what costs is Python's work per call, up to these bounds.
+_BLOCK_STEPS = 64
+_BLOCK_BYTES = 32 * 2**20
+
+Batch = dict[str, jax.Array]
+
+
+class Prefetcher:
+    """Iterates over (count, batch): the arrays of one step, or of `count` > 1 stacked steps.
+
+    An exception in the thread (a source, a transform) is raised from the iteration with its own
+    traceback.
+
+    Attributes:
+        wait_secs: time that the iteration spent waiting for the thread.
+    """
+
+    def __init__(
+        self,
+        block: Callable[[int, int], Any],
+        calls: Iterable[int],
+        sharding: NamedSharding,
+        *,
+        start: int = 0,
+        depth: int = 2,
+    ):
+        """Starts the thread.
+
+        Args:
+            block: `block(start, count)` returns `.arrays` of shape (count, rows, ...) and `.ids`.
+            calls: the number of steps of each item, in order; its end is the end of the iteration.
+            sharding: where the arrays of one step go.
+            start: position of the first batch.
+            depth: number of blocks that are kept ready.
+        """
+        self.wait_secs = 0.0
+        self._block = block
+        self._sharding = sharding
+        self._handed_out: list[tuple[int, np.ndarray]] = []
+        self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(
+            target=self._work, args=(start, iter(calls)), name='prefetch', daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        while True:
+            began = time.perf_counter()
+            item = self._queue.get()
+            self.wait_secs += time.perf_counter() - began
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            start, ids, batches = item
+            self._handed_out.append((start, ids))
+            yield from batches
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def take_ids(self, stop: int) -> list[tuple[int, np.ndarray]]:
+        """Returns (position, example ids) of the batches before `stop`, each batch once."""
+        taken = [(start, ids[: max(0, stop - start)]) for start, ids in self._handed_out]
+        self._handed_out = [
+            (max(start, stop), ids[max(0, stop - start) :])
+            for start, ids in self._handed_out
+            if start + len(ids) > stop
+        ]
+        return [(start, ids) for start, ids in taken if len(ids)]
+
+    def close(self) -> None:
+        """Ends the thread and waits for it."""
+        self._stopped.set()
+        while self._thread.is_alive():
+            # The thread may be blocked on a full queue.
+            try:
+                self._queue.get(timeout=0.02)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def _work(self, start: int, calls: Iterator[int]) -> None:
+        try:
+            # Small blocks first: the first step must not wait for the sixty-fourth batch.
+            limit = 1
+            while not self._stopped.is_set():
+                counts = _take(calls, limit)
+                if not counts:
+                    break
+                block = self._block(start, sum(counts))
+                self._queue.put((start, block.ids, self._place(block.arrays, counts)))
+                start += sum(counts)
+                most = max(1, _BLOCK_BYTES // _batch_bytes(block))
+                limit = min(2 * limit, _BLOCK_STEPS, most)
+            self._queue.put(None)
+        except BaseException as error:
+            self._queue.put(error)
+
+    def _place(self, arrays: dict[str, np.ndarray], counts: list[int]) -> list[tuple[int, Batch]]:
+        """Puts a block on the devices in one transfer, cut into its calls."""
+        stacked = NamedSharding(self._sharding.mesh, PartitionSpec(None, *self._sharding.spec))
+        ends = list(itertools.accumulate(counts))
+        cuts = [end - 1 if n == 1 else slice(end - n, end) for n, end in zip(counts, ends)]
+        batches = [{name: x[cut] for name, x in arrays.items()} for cut in cuts]
+        shardings = [
+            dict.fromkeys(arrays, self._sharding if n == 1 else stacked) for n in counts
+        ]
+        return list(zip(counts, jax.device_put(batches, shardings), strict=True))
+
+
+def _take(calls: Iterator[int], limit: int) -> list[int]:
+    """Returns the next calls, at least one if there is one, up to `limit` steps in all."""
+    counts: list[int] = []
+    for count in calls:
+        counts.append(count)
+        if sum(counts) >= limit:
+            break
+    return counts
+
+
+def _batch_bytes(block: Any) -> int:
+    return max(1, sum(x.nbytes // len(x) for x in block.arrays.values()))

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics that accumulate on the devices: weighted means, last values and exact counts.
+
+They are `clu.metrics.Metric`s. `clu.metrics.Average` takes its mask as 0 or 1 and counts examples
+in int32; a loss whose examples weigh 0.5 needs `WeightedMean`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class WeightedMean(clu.metrics.Metric):
+    """sum(weight x value) / sum(weight), in float32.
+
+    Attributes:
+        total: scalar, the weighted sum so far.
+        weight: scalar, the sum of the weights so far.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+    @classmethod
+    def empty(cls) -> WeightedMean:
+        """Returns the mean of nothing, whose `compute()` is NaN."""
+        return cls(total=jnp.zeros((), jnp.float32), weight=jnp.zeros((), jnp.float32))
+
+    @classmethod
+    def from_model_output(
+        cls, values: jax.Array, weights: jax.Array | None = None, **_: Any
+    ) -> WeightedMean:
+        """Returns the metric of one batch.
+
+        Args:
+            values: (batch, ...) or a scalar.
+            weights: (batch,) or the shape of `values`; None counts every value once. A value of
+                weight 0 is ignored even where it is not finite.
+        """
+        values = jnp.asarray(values, jnp.float32)
+        if weights is None:
+            return cls(total=values.sum(), weight=jnp.float32(values.size))
+        weights = broadcast_weights(weights, values.shape)
+        total = jnp.where(weights > 0, values * weights, 0.0).sum()
+        return cls(total=total, weight=weights.sum())
+
+    @classmethod
+    def from_output(cls, name: str) -> type[WeightedMean]:
+        """Returns the metric class that averages the output `name` by the output 'weights'."""
+
+        @flax.struct.dataclass
+        class FromOutput(WeightedMean):
+            """Weighted mean of one named output."""
+
+            @classmethod
+            def from_model_output(cls, **outputs: Any) -> WeightedMean:
+                mean = WeightedMean.from_model_output(outputs[name], outputs.get('weights'))
+                return cls(total=mean.total, weight=mean.weight)
+
+        return FromOutput
+
+    def merge(self, other: WeightedMean) -> WeightedMean:
+        """Returns the mean over both."""
+        return self.replace(total=self.total + other.total, weight=self.weight + other.weight)
+
+    def compute(self) -> jax.Array:
+        """Returns the scalar mean."""
+        return self.total / self.weight
+
+
+@flax.struct.dataclass
+class Last(clu.metrics.Metric):
+    """The newest value, for quantities that a mean over steps would blur (a learning rate)."""
+
+    value: jax.Array
+
+    @classmethod
+    def empty(cls) -> Last:
+        """Returns a metric that has seen no value."""
+        return cls(value=jnp.full((), jnp.nan, jnp.float32))
+
+    @classmethod
+    def from_model_output(cls, value: jax.Array, **_: Any) -> Last:
+        """Returns the metric of one scalar."""
+        return cls(value=jnp.asarray(value, jnp.float32))
+
+    def merge(self, other: Last) -> Last:
+        """Returns the newer of the two."""
+        return other
+
+    def compute(self) -> jax.Array:
+        """Returns the scalar."""
+        return self.value
+
+
+@flax.struct.dataclass
+class Count(clu.metrics.Metric):
+    """An exact int32 count, of the examples that an evaluation has seen."""
+
+    count: jax.Array
+
+    @classmethod
+    def empty(cls) -> Count:
+        """Returns zero."""
+        return cls(count=jnp.zeros((), jnp.int32))
+
+    @classmethod
+    def from_model_output(cls, mask: jax.Array, **_: Any) -> Count:
+        """Returns the number of true elements of `mask`."""
+        return cls(count=jnp.sum(mask, dtype=jnp.int32))
+
+    def merge(self, other: Count) -> Count:
+        """Returns the sum."""
+        return self.replace(count=self.count + other.count)
+
+    def compute(self) -> jax.Array:
+        """Returns the scalar count."""
+        return self.count
+
+
+def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns float32 weights of `shape`; per-example weights count for all of an example.
+
+    Raises:
+        ValueError: if the leading dimensions differ.
+    """
+    if weights.shape != shape[: weights.ndim]:
+        raise ValueError(f'weights of shape {weights.shape} do not fit values of shape {shape}')
+    weights = weights.astype(jnp.float32).reshape(weights.shape + (1,) * (len(shape) - weights.ndim))
+    return jnp.broadcast_to(weights, shape)
+
+
+@functools.cache
+def mean_collection(names: tuple[str, ...]) -> type[clu.metrics.Collection]:
+    """Returns the collection class with a weighted mean of each named output.
+
+    One class for equal names: the class is part of the type of a state.
+    """
+    return clu.metrics.Collection.create(**{n: WeightedMean.from_output(n) for n in names})
+
+
+def to_floats(computed: Mapping[str, Any]) -> dict[str, float | int]:
+    """Returns the host numbers of a computed collection, fetched in one transfer."""
+    return {name: value.item() for name, value in jax.device_get(dict(computed)).items()}

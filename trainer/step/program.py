@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled programs of a run: init, train step, fused steps. Each compiles exactly once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainer.modules.linen import param_path
+from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
+from trainer.step.state import TrainState
+from trainer.step.train_step import TrainStep
+
+_log = logging.getLogger('trainer')
+_compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
+
+
+class Program:
+    """A function compiled ahead of time for given shapes, in the background.
+
+    Attributes:
+        name: what messages call it.
+        compile_secs: time that tracing and compiling took, once `ready()`.
+        compiles: number of compilations so far.
+    """
+
+    def __init__(self, name: str, fn: Callable[..., Any], abstract: tuple[Any, ...], **jit: Any):
+        """Starts compiling `jax.jit(fn, **jit)` for the abstract arguments."""
+        self.name = name
+        self.compile_secs = 0.0
+        self.compiles = 0
+        self._jitted = jax.jit(fn, **jit)
+        self._abstract = abstract
+        self._future = _compiler.submit(self._compile)
+        self._compiled: Any = None
+
+    def ready(self) -> jax.stages.Compiled:
+        """Waits for the compiler and returns the executable; raises what the tracing raised."""
+        if self._compiled is None:
+            self._compiled = self._future.result()
+        return self._compiled
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the program. Shapes or dtypes that changed compile it again, with a warning."""
+        compiled = self._compiled or self.ready()
+        try:
+            return compiled(*args)
+        except TypeError:
+            changes = _changes(self._abstract, args)
+            if not changes:
+                raise
+        _log.warning('%s compiles again, because its arguments changed: %s', self.name, changes)
+        self._abstract = jax.tree.map(_shape_of, args)
+        self._compiled = self._compile()
+        return self._compiled(*args)
+
+    def _compile(self) -> jax.stages.Compiled:
+        began = time.perf_counter()
+        compiled = self._jitted.lower(*self._abstract).compile()
+        self.compiles += 1
+        self.compile_secs += time.perf_counter() - began
+        return compiled
+
+
+class Programs:
+    """All programs of training, from one TrainStep on one mesh.
+
+    Attributes:
+        abstract: the state's shapes, dtypes and shardings.
+        step: one update: `(state, batch) -> state`, donating the state.
+    """
+
+    def __init__(self, train_step: TrainStep, spec: Mapping[str, Any], mesh: Mesh, fused: int = 1):
+        """Starts compiling.
+
+        Args:
+            train_step: the step's functions.
+            spec: shape and dtype of each array of a global batch.
+            mesh: the device mesh.
+            fused: number of updates that `step.fused` makes in one call.
+        """
+        self._train_step = train_step
+        self._mesh = mesh
+        self._spec = spec
+        self._fused_steps = fused
+        shapes = jax.eval_shape(train_step.init, spec)
+        shardings = state_shardings(shapes, mesh)
+        self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
+        self.step = Program(
+            'the train step',
+            train_step,
+            (self.abstract, self._batch(batch_sharding(mesh))),
+            donate_argnums=0,
+            out_shardings=shardings,
+        )
+
+    @functools.cached_property
+    def fused(self) -> Program:
+        """`steps_per_call` updates in one call, on stacked batches (steps, rows, ...)."""
+
+        def many(state: TrainState, batches: Any) -> TrainState:
+            return jax.lax.scan(lambda s, b: (self._train_step(s, b), None), state, batches)[0]
+
+        sharding = batch_sharding(self._mesh)
+        stacked = NamedSharding(self._mesh, PartitionSpec(None, *sharding.spec))
+        return Program(
+            f'the program of {self._fused_steps} train steps',
+            many,
+            (self.abstract, self._batch(stacked, (self._fused_steps,))),
+            donate_argnums=0,
+            out_shardings=self._shardings,
+        )
+
+    def init(self) -> TrainState:
+        """Returns the first state, every leaf born on the devices that hold it."""
+        init = jax.jit(lambda: self._train_step.init(self._spec), out_shardings=self._shardings)
+        return init()
+
+    @functools.cached_property
+    def empty_metrics(self) -> Callable[[TrainState], Any]:
+        """`state -> metrics` that have seen nothing; compiled at its first use."""
+
+        def empty(state: TrainState) -> Any:
+            return self._train_step.empty_metrics(state, self._spec)
+
+        # A closure over abstract shapes: no array of the state is read.
+        return jax.jit(lambda: empty(self.abstract), out_shardings=replicated(self._mesh))
+
+    @property
+    def _shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    def _batch(self, sharding: NamedSharding, leading: tuple[int, ...] = ()) -> dict[str, Any]:
+        return {
+            name: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=sharding)
+            for name, s in self._spec.items()
+        }
+
+
+def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None))
+
+
+def _changes(expected: Any, given: Any) -> str:
+    """Returns 'state.step: int32[] -> int64[]; ...' for the leaves that differ, or ''."""
+    old = dict(jax.tree_util.tree_leaves_with_path(expected))
+    new = dict(jax.tree_util.tree_leaves_with_path(given))
+    changes = []
+    for path in {**old, **new}:
+        before, after = (_describe(tree.get(path)) for tree in (old, new))
+        if before != after:
+            changes.append(f'{param_path(path)}: {before} -> {after}')
+    return '; '.join(changes[:5]) + (f' and {len(changes) - 5} more' if len(changes) > 5 else '')
+
+
+def _describe(x: Any) -> str:
+    return 'absent' if x is None else f'{x.dtype}{list(x.shape)}'

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a user's task inside a step: padding masked, weights set, metrics made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+
+from trainer.step.metrics import broadcast_weights, mean_collection
+from trainer.step.tasks import TaskOutput, as_output
+
+# The loader's mark of real rows in a padded batch: bool, (batch,).
+MASK = '_mask'
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRunner:
+    """A task and its metric collection, if it declares one.
+
+    Attributes:
+        task: called as `task(model, batch)`.
+        metrics: the collection class. It is read from the task once: a property that makes a new
+            class at every access would change the type of the state.
+    """
+
+    task: Callable[..., Any]
+    metrics: type[clu.metrics.Collection] | None
+
+    @classmethod
+    def of(cls, task: Callable[..., Any]) -> TaskRunner:
+        """Returns the runner of a task object or of a plain function."""
+        return cls(task, getattr(task, 'metrics', None))
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
+        """Returns the task's output with `weights` always set, and 0 where a row is padding."""
+        output = as_output(self.task(model, without_mask(batch)))
+        weights = output.weights
+        if weights is None:
+            weights = jnp.ones(output.loss.shape[:1], jnp.float32)
+        if MASK in batch:
+            weights = weights * broadcast_weights(batch[MASK], weights.shape)
+        return output.replace(weights=jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32)))
+
+    def empty(self, output: TaskOutput) -> clu.metrics.Collection:
+        """Returns accumulators that have seen nothing, for outputs like this (abstract) one."""
+        return self._collection(output).empty()
+
+    def measure(self, output: TaskOutput) -> clu.metrics.Collection:
+        """Returns the metrics of one batch."""
+        return self._collection(output).single_from_model_output(
+            loss=output.loss, weights=output.weights, **output.metrics
+        )
+
+    def _collection(self, output: TaskOutput) -> type[clu.metrics.Collection]:
+        return self.metrics or mean_collection(('loss', *sorted(output.metrics)))
+
+
+def without_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the batch as the user's code sees it."""
+    return {name: value for name, value in batch.items() if name != MASK}
+
+
+def is_metric(node: Any) -> bool:
+    """Whether a node of a metrics tree is a metric or a collection of them."""
+    return isinstance(node, (clu.metrics.Metric, clu.metrics.Collection))
+
+
+def merge_metrics(old: Any, new: Any) -> Any:
+    """Returns the accumulation of two trees of metrics of the same structure."""
+    return jax.tree.map(lambda a, b: a.merge(b), old, new, is_leaf=is_metric)
+
+
+def compute_metrics(metrics: Any) -> Any:
+    """Returns the tree of computed scalars; collections become dicts."""
+    return jax.tree.map(lambda metric: metric.compute(), metrics, is_leaf=is_metric)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks: what a model is asked to do with a batch, as one loss value per example.
+
+A task is a callable `task(model, batch) -> TaskOutput`. The step minimises
+sum(weight x loss) / sum(weight) over the global batch, plus the penalties; a task never averages.
+A plain function may return the loss values alone, or `(values, metrics)`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainer.step.metrics import mean_collection
+
+Batch = Mapping[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TaskOutput:
+    """What a task says of a batch.
+
+    Attributes:
+        loss: (batch, ...) loss values, one per example (or per token).
+        weights: (batch,) or the shape of `loss`; None counts all alike.
+        metrics: what the task's metrics are made from; without a `metrics` attribute on the task,
+            each is averaged with the weights of the loss.
+        penalties: named scalars added to the loss once, such as an L2 term.
+    """
+
+    loss: jax.Array
+    weights: jax.Array | None = None
+    metrics: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    penalties: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+def as_output(result: Any) -> TaskOutput:
+    """Returns the TaskOutput of whatever form a task's result has.
+
+    Raises:
+        TypeError: if it is none of TaskOutput, values, or (values, metrics).
+        ValueError: if the loss is a scalar: the step averages, not the task.
+    """
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        result = TaskOutput(loss=result[0], metrics=result[1])
+    elif isinstance(result, jax.Array):
+        result = TaskOutput(loss=result)
+    if not isinstance(result, TaskOutput):
+        raise TypeError(
+            'a task returns loss values of shape (batch, ...), (values, dict of metrics) or a '
+            f'TaskOutput; this one returned {type(result).__name__}'
+        )
+    if jnp.ndim(result.loss) == 0:
+        raise ValueError(
+            'a task returns one loss value per example, this one returned a scalar: leave the mean '
+            'to the step, so that it is exact for any batch, mask and number of devices'
+        )
+    return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Softmax cross-entropy over classes.
+
+    Attributes:
+        image: batch key of the model's input.
+        label: batch key of the labels: integers (batch, ...) or one-hot / soft (batch, ..., classes).
+        weight: batch key of per-example weights, or None.
+        label_smoothing: mass moved from the label to all classes, in [0, 1).
+        top_k: also report `top{k}_accuracy` for each of these k.
+    """
+
+    image: str = 'image'
+    label: str = 'label'
+    weight: str | None = None
+    label_smoothing: float = 0.0
+    top_k: tuple[int, ...] = ()
+
+    @property
+    def metrics(self) -> type[clu.metrics.Collection]:
+        """loss, accuracy and the asked top-k accuracies, each weighted like the loss."""
+        return mean_collection(('loss', 'accuracy', *(f'top{k}_accuracy' for k in self.top_k)))
+
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
+        """Returns per-example losses and hits."""
+        logits = jnp.asarray(model(batch[self.image]), jnp.float32)
+        labels = batch[self.label]
+        is_integer = labels.ndim < logits.ndim
+        classes = labels if is_integer else labels.argmax(-1)
+        if is_integer and not self.label_smoothing:
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        else:
+            target = jax.nn.one_hot(labels, logits.shape[-1]) if is_integer else labels
+            target = optax.smooth_labels(target, self.label_smoothing)
+            loss = optax.softmax_cross_entropy(logits, target)
+        hits = {'accuracy': logits.argmax(-1) == classes}
+        if self.top_k:
+            # The rank of the label's logit, so that ties never count more than k classes.
+            best = jnp.argsort(-logits, axis=-1, stable=True)
+            for k in self.top_k:
+                hits[f'top{k}_accuracy'] = (best[..., :k] == classes[..., None]).any(-1)
+        weights = None if self.weight is None else batch[self.weight]
+        return TaskOutput(loss=loss, weights=weights, metrics=hits)
+
+    def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
+        """Returns the most probable class and its probability for each example."""
+        logits = jnp.asarray(model(batch[self.image]), jnp.float32)
+        return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Squared (or absolute, or Huber) error, averaged over the output's dimensions.
+
+    Attributes:
+        inputs: batch key of the model's input.
+        target: batch key of the targets, with the shape of the model's output.
+        weight: batch key of per-example weights, or None.
+        loss: 'squared', 'absolute' or 'huber'.
+    """
+
+    inputs: str = 'inputs'
+    target: str = 'target'
+    weight: str | None = None
+    loss: str = 'squared'
+
+    _LOSSES = {
+        'squared': optax.squared_error,
+        'absolute': lambda prediction, target: jnp.abs(prediction - target),
+        'huber': optax.huber_loss,
+    }
+
+    def __post_init__(self) -> None:
+        if self.loss not in self._LOSSES:
+            raise ValueError(f'loss: {self.loss!r} is none of {", ".join(self._LOSSES)}')
+
+    @property
+    def metrics(self) -> type[clu.metrics.Collection]:
+        """loss and mean absolute error."""
+        return mean_collection(('loss', 'mean_absolute_error'))
+
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
+        """Returns per-example errors.
+
+        Raises:
+            ValueError: if the shapes of output and target differ.
+        """
+        prediction, target = jnp.asarray(model(batch[self.inputs])), batch[self.target]
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f'the model returned shape {prediction.shape}, the target {self.target!r} has '
+                f'{target.shape}: broadcasting would average over pairs'
+            )
+
+        def per_example(values: jax.Array) -> jax.Array:
+            return values.reshape(values.shape[0], -1).mean(-1)
+
+        loss = per_example(self._LOSSES[self.loss](prediction, target))
+        error = per_example(jnp.abs(prediction - target))
+        weights = None if self.weight is None else batch[self.weight]
+        return TaskOutput(loss=loss, weights=weights, metrics={'mean_absolute_error': error})
+
+    def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
+        """Returns the model's output for each example."""
+        return {'prediction': jnp.asarray(model(batch[self.inputs]))}

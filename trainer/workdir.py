@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run's directory: its config, what started it, how it ended, and whether it may go on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from trainer.config import diff, identity
+from trainer.config.errors import UserError
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
+
+
+class Workdir:
+    """Files of one run: `config.json`, `run.json`, `metrics.jsonl`, `checkpoints/`, `result.json`.
+
+    Attributes:
+        path: the directory; made by `begin`.
+    """
+
+    def __init__(self, path: epath.PathLike):
+        """Names the directory; nothing is read or written yet."""
+        self.path = epath.Path(path)
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Where the checkpoints are."""
+        return self.path / 'checkpoints'
+
+    def begin(self, config: Any, resolved: Mapping[str, int], run: Mapping[str, Any]) -> str:
+        """Writes the files of a starting run over those of the run that it goes on with.
+
+        Args:
+            config: the resolved config, plain.
+            resolved: steps of each duration inside the optimizer, by path.
+            run: what `run.json` says of this start.
+
+        Returns:
+            What changed in the config since the last start, as text; '' if nothing did.
+        """
+        changes = self.config_changes(config, resolved)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
+        self._write('run.json', run)
+        return diff.format_diff(changes) if changes else ''
+
+    def config_changes(self, config: Any, resolved: Mapping[str, int]) -> list[diff.Change]:
+        """Returns the differences to the config that this directory holds, if it holds one."""
+        old = self._read('config.json')
+        if old is None:
+            return []
+        changes = diff.diff(diff.from_jsonable(old['config']), config)
+        # A schedule that ends with the run changes when the run gets longer, by no edit of its own.
+        changes += [
+            diff.Change(f'{path} (in steps)', before, resolved[path])
+            for path, before in old['resolved'].items()
+            if path in resolved and resolved[path] != before
+        ]
+        return changes
+
+    def check_same_run(self, config: Any, resolved: Mapping[str, int], allow: bool) -> None:
+        """Refuses to go on with a run under a config that would make it another run.
+
+        Raises:
+            UserError: naming the changes, unless `allow`.
+        """
+        changes = identity.identity_changes(self.config_changes(config, resolved))
+        if changes and not allow:
+            raise UserError(
+                f'{self.path} holds a run of another config:\n{diff.format_diff(changes)}\n'
+                'Name another --workdir, or pass --allow_config_change to go on with this one.'
+            )
+
+    def result(self) -> dict[str, Any] | None:
+        """Returns `result.json`, or None if no run has ended here."""
+        return self._read('result.json')
+
+    def write_result(self, **result: Any) -> None:
+        """Writes `result.json`: status, step, digest, data_digest, metrics."""
+        self._write('result.json', result)
+
+    def _read(self, name: str) -> Any:
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f'{path} is not valid JSON ({error}); remove or mend it') from error
+
+    def _write(self, name: str, value: Any) -> None:
+        temporary = self.path / f'.{name}.tmp'
+        temporary.write_text(json.dumps(value, indent=2) + '\n')
+        temporary.replace(self.path / name)
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    return {
+        'python': platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def describe_run(overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Returns what `run.json` says: command, overrides, versions, git commit, host."""
+    return {
+        'command': [sys.executable, *sys.argv],
+        'overrides': dict(overrides),
+        'versions': versions(),
+        'git': _git_commit(),
+        'host': platform.node(),
+        'pid': os.getpid(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, '-dirty' if it has local changes; None outside of git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        text = subprocess.run(
+            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
+            cwd=here, capture_output=True, text=True, timeout=5, check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return text.strip()
