@@ -45,12 +45,12 @@ class Events:
         """Returns the events of an experiment."""
         clock = experiment.clock
         return cls(
-            log=clock.period(experiment.log.every, path='config.log.every'),
+            log=clock.period(experiment.log_every, path='config.log.every'),
             evals={
                 name: clock.period(spec.every, path=f'config.evals.{name}.every')
                 for name, spec in experiment.evals.items()
             },
-            save=clock.period(experiment.checkpoint.every, path='config.checkpoint.every'),
+            save=clock.period(experiment.save_every, path='config.checkpoint.every'),
         )
 
     def next_due(self, step: int) -> int | None:

@@ -13,6 +13,7 @@ from absl import flags
 
 from trainer.config import identity, loading, overrides, show
 from trainer.config.errors import UserError
+from trainer.observe import logfile
 from trainer.parallel import signals
 
 MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'config')
@@ -63,12 +64,15 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         for note in override.notes:
             print(note, file=sys.stderr)
     if _FLAGS.help or _FLAGS.helpconfig:
-        print(_usage() if _FLAGS.help else '', show.helpconfig(loaded.config), sep='\n')
+        if _FLAGS.help:
+            print(_usage())
+        print(show.helpconfig(loading.plain(loaded.config)))
         return 0
     if _FLAGS.mode == 'config':
-        print(show.resolved(loaded.config, applied))
+        print(show.resolved(loading.plain(loaded.config), applied))
         return 0
-    # From here on JAX is needed; a wrong command line never gets so far.
+    # From here on JAX is needed; most wrong command lines never get so far.
+    logfile.quiet_environment()
     from trainer import modes
 
     workdir = _FLAGS.workdir or identity.default_workdir(loaded, applied)

@@ -6,12 +6,24 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 
+import jax
+import numpy as np
+
+from trainer import startup
+from trainer.checkpoint import manager as checkpoint
+from trainer.checkpoint.manager import CheckpointError
+from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
+from trainer.experiment import build
 from trainer.observe import logfile
+from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel.signals import StopRequest
+from trainer.trainer import Trainer
+from trainer.workdir import Workdir, describe_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,17 +51,125 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     Raises:
         UserError: for what the config or the work directory does not allow.
     """
-    logfile.quiet_environment()
-    from trainer import experiment as experiments
-
-    experiment = experiments.build(loaded)
     _enable_compile_cache()
-    from trainer.checkpoint.manager import CheckpointError
-    from trainer.trainer import Trainer
-
-    trainer = Trainer(experiment, command.workdir, stop=stop, command=command)
+    experiment = build(loaded)
+    trainer = Trainer(experiment, command.workdir, stop=stop)
     try:
-        return _MODES[command.mode](trainer, command)
+        return _MODES[command.mode](trainer, command, stop)
     except CheckpointError as error:
         print(f'Error: {error}', file=sys.stderr)
         return error.exit_code
+
+
+def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    workdir, experiment = _workdir(trainer), trainer.experiment
+    workdir.check_same_run(
+        experiment.config, experiment.schedule_steps, command.allow_config_change
+    )
+    if _already_done(trainer):
+        return 0
+    run = describe_run(command.overrides)
+    changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
+    if changes:
+        print(f'The config has changed since the last start:\n{diff.format_diff(changes)}')
+    logfile.route(workdir.path)
+    checkpoint.preload()
+    result = trainer.fit()
+    return 0 if result.status == 'finished' else stop.exit_code
+
+
+def _already_done(trainer: Trainer) -> bool:
+    """Whether the work directory holds the finished run, which is then said.
+
+    Raises:
+        UserError: if it holds a longer run.
+    """
+    workdir, total = _workdir(trainer), trainer.experiment.total_steps
+    latest = trainer.checkpoints.latest() if trainer.checkpoints else None
+    if latest is None or latest < total:
+        return False
+    if latest > total:
+        raise UserError(
+            f'{workdir.path} is at step {latest:,}, but config.train_for asks for {total:,} steps. '
+            'Name another --workdir, or a longer --config.train_for.'
+        )
+    result = workdir.result()
+    if result is None or result['step'] != total or result['status'] != 'finished':
+        return False
+    print(f'{workdir.path} has already finished at step {total:,}:')
+    for name, value in sorted(result['metrics'].items()):
+        print(f'  {name} {value:.6g}')
+    return True
+
+
+def _eval(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    logfile.route(None)
+    state = trainer.restore(command.step)
+    print(f'checkpoint of step {int(state.step):,} in {command.workdir}')
+    for name, metrics in trainer.evaluate(state).items():
+        values = '  '.join(f'{key} {value:.6g}' for key, value in metrics.items())
+        print(f'eval {name}: {values}')
+    return 0
+
+
+def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    logfile.route(None)
+    workdir = _workdir(trainer)
+    state = trainer.restore(command.step)
+    if not trainer.experiment.evals:
+        raise UserError('--mode=predict reads the splits of config.evals, and there are none')
+    for name in trainer.experiment.evals:
+        batches = list(trainer.predict(name, state))
+        arrays = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+        path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
+        with path.open('wb') as file:
+            np.savez(file, **arrays)
+        rows = len(next(iter(arrays.values())))
+        print(f'{path}: {rows:,} rows of {", ".join(arrays)}')
+    return 0
+
+
+def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    logfile.route(None)
+    with tempfile.TemporaryDirectory() as directory:
+        dry = type(trainer)(trainer.experiment, directory, stop=stop)
+        dry.workdir.path.mkdir(exist_ok=True)
+        result = dry.fit(max_steps=1)
+        for name, evaluator in dry.evaluators.items():
+            evaluator.run(result.state, max_batches=1)
+            print(f'eval {name}: one batch is fine')
+        dry.checkpoints.save(result.step, result.state, {'metrics': {}})
+        dry.checkpoints.close()
+        print(f'a save is fine: {human_bytes(nbytes(result.state))}')
+    print('Everything works; nothing was kept.')
+    return 0
+
+
+def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    logfile.route(None)
+    latest = trainer.checkpoints.latest() if trainer.checkpoints else None
+    print(startup.summary(trainer, latest or 0))
+    return 0
+
+
+_MODES: dict[str, Callable[[Trainer, Command, StopRequest], int]] = {
+    'train': _train,
+    'eval': _eval,
+    'predict': _predict,
+    'dry_run': _dry_run,
+    'summary': _summary,
+}
+
+
+def _workdir(trainer: Trainer) -> Workdir:
+    assert trainer.workdir is not None
+    return trainer.workdir
+
+
+def _enable_compile_cache() -> None:
+    """Keeps compiled programs on disk: the second start of a program does not wait for XLA."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+        jax.config.update('jax_compilation_cache_dir', os.path.join(home, 'jax-config-trainer'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+    jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
+import signal
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from trainer import startup
-from trainer.checkpoint import manager as checkpoint
+from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
-from trainer.evaluate.evaluator import Evaluator, EvalStep
+from trainer.evaluate.evaluator import Evaluator
 from trainer.events import Event, Events
 from trainer.experiment import Experiment
 from trainer.observe.reporter import Reporter
@@ -25,7 +25,7 @@ from trainer.prefetch import Prefetcher
 from trainer.step.program import Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import TrainStep
-from trainer.workdir import Workdir
+from trainer.workdir import Workdir, versions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Trainer:
 
     From Python or a notebook::
 
-        experiment = build(load('configs/mnist.py'))
+        experiment = load_and_build('configs/mnist.py', train_for='1 epoch')
         trainer = Trainer(experiment, '/tmp/mnist')
         trainer.fit(max_steps=100)
         trainer.evaluate()
@@ -60,12 +60,17 @@ class Trainer:
     Attributes:
         experiment: what is trained.
         workdir: the run's directory, or None: then nothing is written.
+        report: what the run has told so far.
     """
 
     def __init__(
-        self, experiment: Experiment, workdir: str | None = None, *, stop: StopRequest | None = None
+        self,
+        experiment: Experiment,
+        workdir: str | None = None,
+        *,
+        stop: StopRequest | None = None,
     ):
-        """Prepares a run; nothing is computed before a method is called.
+        """Prepares a run; nothing is compiled before a method is called.
 
         Args:
             experiment: from `trainer.experiment.build`.
@@ -74,85 +79,248 @@ class Trainer:
         """
         self.experiment = experiment
         self.workdir = None if workdir is None else Workdir(workdir)
+        self.report = Reporter(experiment.total_steps, experiment.clock.batch_size)
         self._stop = stop or StopRequest()
+        self._events = Events.of(experiment)
 
-    # ---- the run -----------------------------------------------------------------------------
+    # ---- the run -------------------------------------------------------------------------------
 
     def fit(self, *, max_steps: int | None = None) -> Result:
-        """Trains until `train_for`, from the newest checkpoint of the work directory if it has one.
+        """Trains until `train_for`, going on from the newest checkpoint of the work directory.
 
         Args:
-            max_steps: stop after this many updates in this call, without a final evaluation.
+            max_steps: return after this many updates of this call, without a final evaluation.
 
         Raises:
             UserError: for what only shows now, such as a batch that does not divide over the mesh.
         """
-        experiment, report = self.experiment, self.reporter
-        with report.spent('compile'):
-            state, step = self._start()
-        total = experiment.total_steps
+        state, step = self._begin()
+        total = self.experiment.total_steps
         last = total if max_steps is None else min(total, step + max_steps)
-        report.begin(step, self._describe(step))
-
-        events = Events.of(experiment, total)
-        due = events.next_due(step)
-        calls = events.calls(step, last, experiment.steps_per_call)
-        self._notify('start', step, state)
-        with self._batches(step, calls) as batches:
+        due = self._events.next_due(step)
+        with self._batches(step, last) as batches:
             for count, batch in batches:
                 program = self.programs.step if count == 1 else self.programs.fused
                 state = program(state, batch)
                 step += count
-                report.stepped(step, batches.wait_secs)
+                self.report.stepped(step)
                 if step == due:
-                    state = self._run_events(events, step, state, batches)
-                    due = events.next_due(step)
+                    state = self._run_events(step, state, batches)
+                    due = self._events.next_due(step)
                 if self._stop.signal is not None:
                     break
             self._count_data(batches, step)
-        return self._finish(state, step, total)
+        return self._end(step, state)
 
-    def _run_events(
-        self, events: Events, step: int, state: TrainState, batches: Prefetcher
-    ) -> TrainState:
+    def _run_events(self, step: int, state: TrainState, batches: Prefetcher) -> TrainState:
         """Runs what is due after this step, in the order log, eval, save."""
-        report = self.reporter
-        if events.log.due(step):
-            # The row is written after a later step was dispatched: see Reporter.stepped.
-            report.log(step, state.metrics)
+        if self._events.log.due(step):
+            # Its row is fetched when the next step has been dispatched: see Reporter.
+            self.report.log(step, state.metrics)
             state = state.replace(metrics=self.programs.empty_metrics())
             self._notify('log', step, state)
-        for name, periodic in events.evals.items():
+        for name, periodic in self._events.evals.items():
             if periodic.due(step):
-                self._evaluate_one(self.evaluators[name], step, state)
-        if events.save.due(step):
+                self._evaluate(name, step, state)
+        if self._events.save.due(step):
             self._count_data(batches, step)
             self._save(step, state)
         return state
 
-    def _finish(self, state: TrainState, step: int, total: int) -> Result:
-        """Final evaluation, final save, result; or only a save, if the run was cut short."""
-        if step < total:
-            status = {None: 'paused', 2: 'interrupted'}.get(self._stop.signal, 'preempted')
-            if self._stop.signal is not None:
-                self._save(step, state)
-        else:
-            status = 'finished'
-            for name, evaluator in self.evaluators.items():
-                if self.experiment.evals[name].final and not self.reporter.has_eval(name, step):
-                    self._evaluate_one(evaluator, step, state)
+    def _begin(self) -> tuple[TrainState, int]:
+        """Restores or makes the state, opens the run's files, says what will run."""
+        report = self.report
+        with report.time.spent('compile'):
+            state, step = self._restored_or_fresh()
+        if self.workdir is not None:
+            report.open(self.workdir.path, step, tensorboard=self.experiment.tensorboard)
+        report.begin(step, startup.summary(self, step))
+        self._notify('start', step, state)
+        with report.time.spent('compile'):
+            self.programs.step.ready()
+        return state, step
+
+    def _end(self, step: int, state: TrainState) -> Result:
+        """Final evaluation, final save and result; only a save if the run was cut short."""
+        status = self._status(step)
+        if status == 'finished':
+            for name, spec in self.experiment.evals.items():
+                if spec.final and not self.report.has_eval(name, step):
+                    self._evaluate(name, step, state)
+        if status != 'paused':
             self._save(step, state)
-        self.reporter.flush(step)
-        self.checkpoints.wait()
-        result = Result(status=status, step=step, metrics=self.reporter.latest, state=state)
+        self.report.flush()
+        metrics = dict(self.report.latest)
         self._notify('end', step, state)
-        if self.workdir is not None and status != 'paused':
-            self.workdir.write_result(
-                status=status,
-                step=step,
-                digest=self.checkpoints.digest(state),
-                data_digest=self._data_digest.value,
-                metrics=dict(result.metrics),
-            )
-        self.reporter.end(result.status, step)
-        return result
+        if self.checkpoints is not None:
+            with self.report.time.spent('save'):
+                self.checkpoints.wait()
+            if self.workdir is not None and status != 'paused':
+                digest = self.checkpoints.meta(step)['digest']
+                self.workdir.write_result(status, step, digest, self._data_digest.value, metrics)
+        self.report.end(status, step)
+        return Result(status=status, step=step, metrics=metrics, state=state)
+
+    def _status(self, step: int) -> str:
+        if step >= self.experiment.total_steps:
+            return 'finished'
+        if self._stop.signal is None:
+            return 'paused'
+        return 'interrupted' if self._stop.signal == signal.SIGINT else 'preempted'
+
+    # ---- other things to do with an experiment -------------------------------------------------
+
+    def init_state(self) -> TrainState:
+        """Returns a fresh state, every leaf born on the devices that hold it."""
+        return self.programs.init()
+
+    def restore(self, step: int | str = 'latest') -> TrainState:
+        """Returns the state of a checkpoint of the work directory.
+
+        Args:
+            step: a number, 'latest' or 'best'.
+
+        Raises:
+            UserError: if there is no such checkpoint.
+            CheckpointError: if its arrays are not those that were saved.
+        """
+        if self.checkpoints is None:
+            raise UserError('restore: this trainer has no work directory')
+        steps = self.checkpoints.steps()
+        named = {'latest': self.checkpoints.latest, 'best': self.checkpoints.best}
+        found = named[step]() if step in named else int(step)
+        if found is None or found not in steps:
+            have = ', '.join(map(str, steps)) or 'none'
+            raise UserError(f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}')
+        return self.checkpoints.restore(found, self.programs.abstract)
+
+    def evaluate(self, state: TrainState | None = None) -> dict[str, dict[str, float]]:
+        """Returns the metrics of each evaluation of the config.
+
+        Args:
+            state: what to evaluate; by default the newest checkpoint.
+        """
+        state = self.restore() if state is None else state
+        return {name: evaluator.run(state) for name, evaluator in self.evaluators.items()}
+
+    def predict(
+        self, evaluation: str, state: TrainState | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the task's predictions for each batch of an evaluation's split, padding removed.
+
+        Args:
+            evaluation: its name in the config.
+            state: whose predictions; by default the newest checkpoint's.
+
+        Raises:
+            UserError: if the task has no method `predict`.
+        """
+        state = self.restore() if state is None else state
+        return self.evaluators[evaluation].predict(state)
+
+    # ---- parts, made when they are first used --------------------------------------------------
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The device mesh."""
+        return make_mesh(self.experiment.mesh)
+
+    @functools.cached_property
+    def programs(self) -> Programs:
+        """The compiled programs of training; compiling starts with the first access."""
+        experiment, shards = self.experiment, batch_shards(self.mesh)
+        startup.check_batch(experiment, shards)
+        train_step = TrainStep(
+            model=experiment.model,
+            task=experiment.task,
+            optimizer=experiment.optimizer,
+            seed=experiment.seed,
+            accumulate=experiment.accumulate,
+            ema_decay=experiment.ema_decay,
+            shards=shards,
+        )
+        spec = startup.abstract_batch(experiment.data.spec)
+        return Programs(train_step, spec, self.mesh, experiment.steps_per_call)
+
+    @functools.cached_property
+    def evaluators(self) -> dict[str, Evaluator]:
+        """One evaluator for each entry of `config.evals`; each compiles at its first batch."""
+        return {
+            name: Evaluator.of(name, spec, self.experiment, self.mesh)
+            for name, spec in self.experiment.evals.items()
+        }
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints | None:
+        """The work directory's checkpoints, or None without one."""
+        if self.workdir is None:
+            return None
+        return Checkpoints(self.workdir.checkpoints, self.experiment.retention)
+
+    @functools.cached_property
+    def _data_digest(self) -> Any:
+        return self.experiment.data.new_digest()
+
+    # ---- helpers -------------------------------------------------------------------------------
+
+    def _restored_or_fresh(self) -> tuple[TrainState, int]:
+        latest = None if self.checkpoints is None else self.checkpoints.latest()
+        if self.checkpoints is None or latest is None:
+            return self.programs.init(), 0
+        state = self.checkpoints.restore(latest, self.programs.abstract)
+        meta = self.checkpoints.meta(latest)
+        self._data_digest.restore(meta['data_digest'])
+        self.report.latest.update(meta['metrics'])
+        return state, latest
+
+    def _batches(self, step: int, last: int) -> Prefetcher:
+        experiment = self.experiment
+        return Prefetcher(
+            experiment.data.block,
+            self._events.calls(step, last, experiment.steps_per_call),
+            batch_sharding(self.mesh),
+            start=step,
+            depth=experiment.prefetch,
+        )
+
+    def _evaluate(self, name: str, step: int, state: TrainState) -> None:
+        with self.report.time.spent('eval'):
+            self.report.flush()
+            metrics = self.evaluators[name].run(state)
+            self.report.evaluated(name, step, metrics)
+        self._notify('eval', step, state)
+
+    def _save(self, step: int, state: TrainState) -> None:
+        if self.checkpoints is None or step in self.checkpoints.steps():
+            return
+        with self.report.time.spent('save'):
+            # All rows up to this step are on disk before its save starts, so that a resumed run
+            # neither misses a row nor writes it twice.
+            self.report.sync()
+            meta = {
+                'step': step,
+                'metrics': dict(self.report.latest),
+                'data_digest': self._data_digest.value,
+                'versions': versions(),
+                'config': startup.jsonable_config(self.experiment),
+            }
+            self.checkpoints.save(step, state, meta)
+        self._notify('save', step, state)
+
+    def _count_data(self, batches: Prefetcher, step: int) -> None:
+        self.report.time.set('data wait', batches.wait_secs)
+        for start, ids in batches.take_ids(step):
+            self._data_digest.add(start, ids)
+
+    def _notify(self, kind: str, step: int, state: TrainState) -> None:
+        if not self.experiment.hooks:
+            return
+        event = Event(
+            kind=kind,
+            step=step,
+            state=state,
+            metrics=dict(self.report.latest),
+            workdir=None if self.workdir is None else str(self.workdir.path),
+        )
+        for hook in self.experiment.hooks.values():
+            hook(event)

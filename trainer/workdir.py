@@ -36,7 +36,9 @@ class Workdir:
         """Where the checkpoints are."""
         return self.path / 'checkpoints'
 
-    def begin(self, config: Any, resolved: Mapping[str, int], run: Mapping[str, Any]) -> str:
+    def begin(
+        self, config: Any, resolved: Mapping[str, int], run: Mapping[str, Any]
+    ) -> list[diff.Change]:
         """Writes the files of a starting run over those of the run that it goes on with.
 
         Args:
@@ -45,13 +47,13 @@ class Workdir:
             run: what `run.json` says of this start.
 
         Returns:
-            What changed in the config since the last start, as text; '' if nothing did.
+            What changed in the config since the last start.
         """
         changes = self.config_changes(config, resolved)
         self.path.mkdir(parents=True, exist_ok=True)
         self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
         self._write('run.json', run)
-        return diff.format_diff(changes) if changes else ''
+        return changes
 
     def config_changes(self, config: Any, resolved: Mapping[str, int]) -> list[diff.Change]:
         """Returns the differences to the config that this directory holds, if it holds one."""
@@ -84,9 +86,20 @@ class Workdir:
         """Returns `result.json`, or None if no run has ended here."""
         return self._read('result.json')
 
-    def write_result(self, **result: Any) -> None:
-        """Writes `result.json`: status, step, digest, data_digest, metrics."""
-        self._write('result.json', result)
+    def write_result(
+        self, status: str, step: int, digest: str, data_digest: str, metrics: Mapping[str, float]
+    ) -> None:
+        """Writes `result.json`: how the run ended, and digests of its state and of its data."""
+        self._write(
+            'result.json',
+            {
+                'status': status,
+                'step': step,
+                'digest': digest,
+                'data_digest': data_digest,
+                'metrics': metrics,
+            },
+        )
 
     def _read(self, name: str) -> Any:
         path = self.path / name

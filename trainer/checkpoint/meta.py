@@ -32,8 +32,6 @@ class MetaHandler(ocp.JsonCheckpointHandler):
         return [future.CommitFutureAwaitingContractedSignals(write(), name='meta_save')]
 
 
-
-
 @ocp.args.register_with_handler(MetaHandler, for_save=True)
 @dataclasses.dataclass
 class MetaSave(ocp.args.CheckpointArgs):
@@ -46,3 +44,9 @@ class MetaSave(ocp.args.CheckpointArgs):
 
     meta: Mapping[str, Any]
     digest: Callable[[], str]
+
+
+@ocp.args.register_with_handler(MetaHandler, for_restore=True)
+@dataclasses.dataclass
+class MetaRestore(ocp.args.CheckpointArgs):
+    """Arguments of a restore: none, but Orbax wants both kinds of a handler."""

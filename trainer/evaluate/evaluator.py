@@ -4,20 +4,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from trainer.modules.linen import Linen
-from trainer.parallel.mesh import batch_sharding, replicated
+from trainer.config.errors import UserError
+from trainer.experiment import Evaluation, Experiment
+from trainer.modules import Functional
+from trainer.parallel.mesh import batch_sharding, batch_shards, replicated
 from trainer.prefetch import Prefetcher
-from trainer.step.metrics import Count, to_floats
+from trainer.step.metrics import Count
 from trainer.step.rng import Keys
 from trainer.step.state import TrainState
-from trainer.step.task_runner import MASK, TaskRunner, compute_metrics, merge_metrics
+from trainer.step.task_runner import MASK, TaskRunner, compute_metrics, merge_metrics, without_mask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ class EvalStep:
         seed: the run's seed, for tasks that draw random numbers at evaluation.
     """
 
-    model: Linen
+    model: Functional
     task: TaskRunner
     seed: int
 
@@ -63,6 +67,13 @@ class EvalStep:
         }
         return merge_metrics(totals, new)
 
+    def predict(
+        self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
+    ) -> dict[str, jax.Array]:
+        """Returns the task's predictions for all rows of a batch, padding included."""
+        keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
+        return self.task.task.predict(self.model.bind(variables, keys), without_mask(batch))
+
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         return self.task(self.model.bind(variables, keys), batch)
@@ -73,38 +84,94 @@ class Evaluator:
 
     Attributes:
         name: the evaluation's name in the config.
-        use_ema: whether it evaluates the moving average of the parameters.
+        compiles: number of compilations so far.
     """
 
-    def __init__(self, name: str, step: EvalStep, loader: Any, mesh: Mesh, *, use_ema: bool):
+    def __init__(self, name: str, step: EvalStep, loader: Any, mesh: Mesh, *, use_ema: bool = False):
+        """Makes an evaluator; it compiles at its first batch.
+
+        Args:
+            name: the evaluation's name.
+            step: one batch.
+            loader: batches of one static shape, with a mask: see `data.loader.EvalLoader`.
+            mesh: the device mesh.
+            use_ema: evaluate the moving average of the parameters.
+        """
         self.name = name
-        self.use_ema = use_ema
+        self.compiles = 0
         self._step = step
         self._loader = loader
         self._mesh = mesh
-        everywhere = replicated(mesh)
-        self._compiled = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
-        self._empty = jax.jit(step.empty, out_shardings=everywhere)
+        self._use_ema = use_ema
 
-    def variables(self, state: TrainState) -> dict[str, Any]:
-        """Returns what this evaluator reads of the state."""
-        return {**state.variables, 'params': state.ema} if self.use_ema else state.variables
+    @classmethod
+    def of(cls, name: str, spec: Evaluation, experiment: Experiment, mesh: Mesh) -> Evaluator:
+        """Returns the evaluator of an entry of `config.evals`."""
+        step = EvalStep(model=experiment.model, task=spec.task, seed=experiment.seed)
+        shards = batch_shards(mesh)
+        loader = spec.loader(-(-spec.batch_size // shards) * shards)
+        return cls(name, step, loader, mesh, use_ema=spec.ema)
 
-    def run(self, state: TrainState) -> dict[str, float | int]:
-        """Returns the metrics over the split, `examples` (the number of them) included."""
-        variables = self.variables(state)
-        totals: Any = None
-        with Prefetcher(
-            self._loader.block, 0, self._loader.num_batches, batch_sharding(self._mesh)
-        ) as batches:
-            for index, batch in enumerate(batches):
+    def run(self, state: TrainState, *, max_batches: int | None = None) -> dict[str, float | int]:
+        """Returns the metrics over the split, `examples` (the number of them) included.
+
+        Args:
+            state: what to evaluate.
+            max_batches: stop after so many batches, for a rehearsal.
+        """
+        variables, totals = self._variables(state), None
+        with self._batches(max_batches) as batches:
+            for index, (_, batch) in enumerate(batches):
                 if totals is None:
                     totals = self._empty(variables, batch)
-                totals = self._compiled(totals, variables, state.step, np.int32(index), batch)
+                totals = self._jitted(totals, variables, state.step, np.int32(index), batch)
         return summarise(totals)
+
+    def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the task's predictions for each batch, without the padding.
+
+        Raises:
+            UserError: if the task has no method `predict`.
+        """
+        if not hasattr(self._step.task.task, 'predict'):
+            raise UserError(
+                f'evals.{self.name}: its task {self._step.task.task!r} has no method '
+                'predict(model, batch), which returns a dict of arrays'
+            )
+        variables = self._variables(state)
+        with self._batches() as batches:
+            for index, (_, batch) in enumerate(batches):
+                outputs = self._predict(variables, state.step, np.int32(index), batch)
+                mask = np.asarray(batch[MASK])
+                yield {name: x[mask] for name, x in jax.device_get(outputs).items()}
+
+    @functools.cached_property
+    def _jitted(self) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self.compiles += 1  # runs when it is traced, which is once for each compilation
+            return self._step(*args)
+
+        return jax.jit(counted, donate_argnums=0, out_shardings=replicated(self._mesh))
+
+    @functools.cached_property
+    def _empty(self) -> Callable[..., Any]:
+        return jax.jit(self._step.empty, out_shardings=replicated(self._mesh))
+
+    @functools.cached_property
+    def _predict(self) -> Callable[..., Any]:
+        return jax.jit(self._step.predict, out_shardings=replicated(self._mesh))
+
+    def _batches(self, most: int | None = None) -> Prefetcher:
+        batches = self._loader.num_batches
+        calls = itertools.repeat(1, batches if most is None else min(most, batches))
+        return Prefetcher(self._loader.block, calls, batch_sharding(self._mesh))
+
+    def _variables(self, state: TrainState) -> dict[str, Any]:
+        return {**state.variables, 'params': state.ema} if self._use_ema else state.variables
 
 
 def summarise(totals: Any) -> dict[str, float | int]:
-    """Returns flat host numbers of an evaluation's accumulators."""
-    computed = compute_metrics(totals)
-    return to_floats({**computed['task'], 'examples': computed['examples']})
+    """Returns flat host numbers of an evaluation's accumulators, fetched in one transfer."""
+    computed = compute_metrics(jax.device_get(totals))
+    values = {**computed['task'], 'examples': computed['examples']}
+    return {name: np.asarray(value).item() for name, value in values.items()}

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from trainer.modules.linen import Linen
 
+# What a Trainer takes for a model.
+Functional = Linen
+
 
 def functional(module: object) -> Linen:
     """Wraps a user's module for the step functions.

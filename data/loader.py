@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loaders: batches of a source as numpy arrays, many steps in one gather."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from . import transforms as transforms_lib
+from .digest import DataDigest
+from .order import PADDING, Order
+from .sources import Arrays, ArraySpec, Source
+
+# Marks the real rows of a batch that may be padded: bool, (batch,).
+MASK = '_mask'
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """The batches of consecutive steps.
+
+    Attributes:
+        arrays: each field as (steps, rows, ...).
+        ids: int64 (steps, rows), the example in each row; -1 is padding.
+    """
+
+    arrays: Arrays
+    ids: np.ndarray
+
+
+class TrainLoader:
+    """Training batches as a pure function of their position.
+
+    Attributes:
+        batch_size: rows of a global batch.
+        steps_per_epoch: a fraction only where batches run across epoch borders.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        batch_size: int,
+        transforms: Sequence[Callable[..., Arrays]] = (),
+        seed: int = 0,
+        shuffle: bool = True,
+        remainder: str = 'carry',
+        repeat_batch: int | None = None,
+    ):
+        """Makes a loader.
+
+        Args:
+            source: where examples come from.
+            batch_size: rows of a global batch.
+            transforms: run over every block, see `data.transforms`.
+            seed: of the order and of random transforms.
+            shuffle: a new order in each epoch, or the source's.
+            remainder: 'carry', 'pad' or 'drop': see `data.order.Order`.
+            repeat_batch: use only the first so many batches, over and over, to see a model overfit.
+
+        Raises:
+            ValueError: if there is not a single batch.
+        """
+        self.batch_size = batch_size
+        self._source = source
+        self._transforms = tuple(transforms)
+        self._seed = seed
+        self._repeat = repeat_batch
+        self._order = Order(
+            examples=len(source),
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            remainder=remainder,
+        )
+        self.steps_per_epoch: Fraction = self._order.steps_per_epoch
+
+    @property
+    def examples(self) -> int:
+        """Number of examples of the source."""
+        return len(self._source)
+
+    @property
+    def spec(self) -> dict[str, ArraySpec]:
+        """Shape (batch dimension first) and dtype of each array of a global batch."""
+        block = self.block(0, 1, rows=slice(0, 1))
+        return _spec(block, self.batch_size)
+
+    def new_digest(self) -> DataDigest:
+        """Returns a digest that has counted no batch yet."""
+        return DataDigest()
+
+    def block(self, start: int, count: int, rows: slice | np.ndarray = slice(None)) -> Block:
+        """Returns the batches of the steps [start, start + count).
+
+        Args:
+            start: position of the first batch.
+            count: number of batches.
+            rows: which rows of each global batch; all by default.
+        """
+        if self._repeat is None:
+            ids, epochs = self._order.rows(start, count)
+        else:
+            ids, epochs = self._order.rows(0, self._repeat)
+            again = np.arange(start, start + count) % self._repeat
+            ids, epochs = ids[again], epochs[again]
+        ids, epochs = ids[:, rows], epochs[:, rows]
+        arrays = _read(self._source, self._transforms, self._seed, ids, epochs)
+        if self._order.remainder == 'pad':
+            arrays[MASK] = ids != PADDING
+        return Block(arrays, ids)
+
+
+class EvalLoader:
+    """All examples of a source once, in its order, in batches of one static shape.
+
+    Attributes:
+        examples: number of examples.
+        num_batches: number of batches, the last one padded.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        batch_size: int,
+        transforms: Sequence[Callable[..., Arrays]] = (),
+        padded_to: int | None = None,
+    ):
+        """Makes a loader.
+
+        Args:
+            source: where examples come from.
+            batch_size: examples in a batch.
+            transforms: run over every block; random ones draw what they draw in epoch 0.
+            padded_to: rows of a batch, at least `batch_size`, so that they divide over devices.
+        """
+        self.examples = len(source)
+        self.num_batches = -(-self.examples // batch_size)
+        self._source = source
+        self._batch_size = batch_size
+        self._rows = max(batch_size, padded_to or 0)
+        self._transforms = tuple(transforms)
+
+    @property
+    def spec(self) -> dict[str, ArraySpec]:
+        """Shape (batch dimension first) and dtype of each array of a batch."""
+        return _spec(self.block(0, 1), self._rows)
+
+    def block(self, start: int, count: int) -> Block:
+        """Returns the batches [start, start + count), `_mask` among the arrays."""
+        first = np.arange(start, start + count)[:, None] * self._batch_size
+        row = np.arange(self._rows)[None, :]
+        ids = first + row
+        ids = np.where((row < self._batch_size) & (ids < self.examples), ids, PADDING)
+        epochs = np.zeros_like(ids)
+        arrays = _read(self._source, self._transforms, 0, ids, epochs)
+        return Block({**arrays, MASK: ids != PADDING}, ids)
+
+
+def _read(
+    source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
+) -> Arrays:
+    """One gather and one pass of transforms over the real rows; padding is zeros."""
+    real = ids != PADDING
+    batch = source.gather(ids[real])
+    batch = transforms_lib.apply(
+        transforms, batch, seed=seed, epochs=epochs[real], ids=ids[real]
+    )
+    if real.all():
+        return {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in batch.items()}
+    arrays = {}
+    for name, x in batch.items():
+        arrays[name] = np.zeros((*ids.shape, *x.shape[1:]), x.dtype)
+        arrays[name][real] = x
+    return arrays
+
+
+def _spec(block: Block, rows: int) -> dict[str, ArraySpec]:
+    return {name: ArraySpec((rows, *x.shape[2:]), x.dtype) for name, x in block.arrays.items()}

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transforms: callables on batches, `transform(batch)` or `transform(batch, rng)`.
+
+A batch is a dict of arrays (n, ...) of any number of rows: the loader runs one call over many
+steps. Randomness comes from `rng` alone, so the same example is changed in the same way wherever it
+is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .rng import ExampleRng
+from .sources import Arrays
+
+
+def apply(
+    transforms: Sequence[Callable[..., Arrays]],
+    batch: Arrays,
+    *,
+    seed: int,
+    epochs: np.ndarray,
+    ids: np.ndarray,
+) -> Arrays:
+    """Returns the batch after all transforms, in order.
+
+    An exception in a transform keeps its type and traceback and gets a note that names it.
+    """
+    for position, transform in enumerate(transforms):
+        try:
+            if wants_rng(transform):
+                rng = ExampleRng(seed, position, epochs, ids)
+                batch = transform(batch, rng)
+            else:
+                batch = transform(batch)
+        except Exception as error:
+            error.add_note(f'in transforms[{position}] = {transform!r}')
+            raise
+    return batch
+
+
+def wants_rng(transform: Callable[..., Any]) -> bool:
+    """Whether a transform has a second parameter named `rng`."""
+    return 'rng' in inspect.signature(transform).parameters
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToFloat:
+    """Scales an integer field to floating point; by default 0..255 to 0..1.
+
+    Attributes:
+        key: the field.
+        scale: factor.
+        dtype: result's dtype.
+    """
+
+    key: str = 'image'
+    scale: float = 1 / 255
+    dtype: str = 'float32'
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        """Returns the batch with the field scaled."""
+        scale = np.dtype(self.dtype).type(self.scale)
+        return {**batch, self.key: np.multiply(batch[self.key], scale, dtype=self.dtype)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Normalize:
+    """Subtracts a mean and divides by a standard deviation, broadcast over the last dimensions."""
+
+    key: str = 'image'
+    mean: float | tuple[float, ...]
+    std: float | tuple[float, ...]
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        """Returns the batch with the field normalised, float32."""
+        mean, std = np.float32(self.mean), np.float32(self.std)
+        return {**batch, self.key: (batch[self.key].astype(np.float32) - mean) / std}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneHot:
+    """Turns integer labels (n,) into float32 (n, num_classes)."""
+
+    num_classes: int
+    key: str = 'label'
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        """Returns the batch with the field encoded."""
+        eye = np.eye(self.num_classes, dtype=np.float32)
+        return {**batch, self.key: eye[batch[self.key]]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Keeps the named fields and drops the others."""
+
+    keys: tuple[str, ...]
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        """Returns the named fields."""
+        return {key: batch[key] for key in self.keys}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rename:
+    """Renames fields, `names` from old to new; the others stay."""
+
+    names: Mapping[str, str]
+
+    def __call__(self, batch: Arrays) -> Arrays:
+        """Returns the batch with fields renamed."""
+        return {self.names.get(key, key): value for key, value in batch.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomCrop:
+    """Shifts images (n, height, width, channels) by up to `padding` pixels, zeros moving in."""
+
+    padding: int
+    key: str = 'image'
+
+    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
+        """Returns the batch with the field shifted."""
+        images, pad = batch[self.key], self.padding
+        n, height, width = images.shape[:3]
+        padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+        top, left = rng.integers(0, 2 * pad + 1, (2,)).T
+        rows = top[:, None] + np.arange(height)
+        columns = left[:, None] + np.arange(width)
+        cropped = padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return {**batch, self.key: cropped}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandomFlip:
+    """Mirrors each image (n, height, width, channels) left to right with probability one half."""
+
+    key: str = 'image'
+
+    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
+        """Returns the batch with the field mirrored."""
+        images = batch[self.key]
+        flip = (rng.uniform() < 0.5)[:, None, None, None]
+        return {**batch, self.key: np.where(flip, images[:, :, ::-1], images)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerExample:
+    """Runs `fn(example)` or `fn(example, rng)` on each row and stacks what it returns.
+
+    Convenient and slow: Python runs once for each example. `rng` is a numpy generator.
+    """
+
+    fn: Callable[..., Mapping[str, Any]]
+
+    def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
+        """Returns the stacked results."""
+        rows = len(next(iter(batch.values())))
+        random = wants_rng(self.fn)
+        results = []
+        for row in range(rows):
+            example = {key: value[row] for key, value in batch.items()}
+            results.append(self.fn(example, rng.generator(row)) if random else self.fn(example))
+        return {key: np.stack([result[key] for result in results]) for key in results[0]}

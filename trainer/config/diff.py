@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differences between configs, and configs as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+ABSENT = '(absent)'
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One difference.
+
+    Attributes:
+        path: 'optimizer.learning_rate'.
+        old: the value before, or ABSENT.
+        new: the value after, or ABSENT.
+    """
+
+    path: str
+    old: Any
+    new: Any
+
+
+def diff(old: Any, new: Any) -> list[Change]:
+    """Returns the differences between two plain configs, by path."""
+    return list(_diff(old, new, ''))
+
+
+def format_diff(changes: Sequence[Change]) -> str:
+    """Returns one aligned line for each change."""
+    width = max(len(c.path) for c in changes)
+    return '\n'.join(f'  {c.path:<{width}}  {c.old!r} -> {c.new!r}' for c in changes)
+
+
+def to_json(config: Any) -> str:
+    """Returns a plain config as JSON; tuples come back as tuples from `from_json`."""
+    return json.dumps(to_jsonable(config), indent=2)
+
+
+def from_json(text: str) -> Any:
+    """Returns the plain config that `to_json` wrote."""
+    return from_jsonable(json.loads(text))
+
+
+def to_jsonable(node: Any) -> Any:
+    """Returns JSON values; a tuple is {'__tuple__': [...]}, other keys than strings become strings."""
+    if isinstance(node, Mapping):
+        return {str(key): to_jsonable(value) for key, value in node.items()}
+    if isinstance(node, tuple):
+        return {'__tuple__': [to_jsonable(value) for value in node]}
+    if isinstance(node, list):
+        return [to_jsonable(value) for value in node]
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    raise TypeError(f'a config holds dicts, sequences, numbers and strings, not {node!r}')
+
+
+def from_jsonable(node: Any) -> Any:
+    """Undoes `to_jsonable`."""
+    if isinstance(node, Mapping):
+        if set(node) == {'__tuple__'}:
+            return tuple(from_jsonable(value) for value in node['__tuple__'])
+        return {key: from_jsonable(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [from_jsonable(value) for value in node]
+    return node
+
+
+def _diff(old: Any, new: Any, path: str) -> Iterator[Change]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in dict.fromkeys([*old, *new]):
+            where = f'{path}.{key}' if path else str(key)
+            yield from _diff(old.get(key, ABSENT), new.get(key, ABSENT), where)
+    elif _same_length(old, new):
+        for index, (a, b) in enumerate(zip(old, new, strict=True)):
+            yield from _diff(a, b, f'{path}[{index}]')
+    elif old != new or type(old) is not type(new):
+        yield Change(path, old, new)
+
+
+def _same_length(old: Any, new: Any) -> bool:
+    sequences = isinstance(old, (tuple, list)) and type(old) is type(new)
+    return sequences and len(old) == len(new)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Durations: '10 epochs', '2000 steps', '60000 examples', '5%', 'never'; exact, without drift."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from trainer.config.errors import UserError
+
+_UNITS = {
+    'step': 'steps', 'steps': 'steps', 'epoch': 'epochs', 'epochs': 'epochs',
+    'example': 'examples', 'examples': 'examples', '%': 'percent',
+}  # fmt: skip
+_PATTERN = re.compile(r'\s*(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)\s*([a-z]+|%)\s*')
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of training.
+
+    Attributes:
+        value: exact number of units; 0 for 'never'.
+        unit: 'steps', 'epochs', 'examples', 'percent' (of the run) or 'never'.
+    """
+
+    value: Fraction
+    unit: str
+
+    @classmethod
+    def parse(cls, text: object, path: str = '') -> Duration:
+        """Returns the duration that `text` names.
+
+        Raises:
+            UserError: if it names none, or one that is not positive.
+        """
+        if isinstance(text, Duration):
+            return text
+        if text == 'never':
+            return cls(Fraction(0), 'never')
+        match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+        if match is None or match[2] not in _UNITS:
+            raise UserError(
+                f"{path or 'a duration'}: {text!r} is not a duration; write a number and a unit, "
+                "such as '10 epochs', '2000 steps', '60000 examples', '5%' or 'never'"
+            )
+        value = Fraction(match[1])
+        if value <= 0:
+            raise UserError(f"{path or 'a duration'}: {text!r} must be positive, or 'never'")
+        return cls(value, _UNITS[match[2]])
+
+    def __str__(self) -> str:
+        if self.unit == 'never':
+            return 'never'
+        whole = self.value.denominator == 1
+        number = str(self.value.numerator) if whole else repr(float(self.value))
+        return f'{number}%' if self.unit == 'percent' else f'{number} {self.unit}'
+
+
+def is_duration(value: object) -> bool:
+    """Whether a value is a string that is wholly a duration."""
+    if not isinstance(value, str):
+        return False
+    match = _PATTERN.fullmatch(value)
+    return value == 'never' or (match is not None and match[2] in _UNITS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Periodic:
+    """An event that fires whenever the run crosses a multiple of its period.
+
+    Attributes:
+        period_steps: exact period, perhaps a fraction of a step; None never fires.
+    """
+
+    period_steps: Fraction | None
+
+    def due(self, step: int) -> bool:
+        """Whether step number `step` (1 is the first) crosses a multiple of the period."""
+        period = self.period_steps
+        return period is not None and step // period > (step - 1) // period
+
+    def next_due(self, step: int) -> int | None:
+        """Returns the first due step after `step`, or None."""
+        period = self.period_steps
+        if period is None:
+            return None
+        return max(step + 1, math.ceil((step // period + 1) * period))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Turns durations into steps.
+
+    Attributes:
+        batch_size: rows of a global batch.
+        steps_per_epoch: exact; None for a source without length.
+        total_steps: length of the run; None while that is being worked out.
+    """
+
+    batch_size: int
+    steps_per_epoch: Fraction | None
+    total_steps: int | None = None
+
+    def exact_steps(self, duration: Duration, *, path: str) -> Fraction:
+        """Returns the exact number of steps.
+
+        Raises:
+            UserError: for epochs of a source without length, a percentage of an unknown total, or
+                'never'.
+        """
+        if duration.unit == 'steps':
+            return duration.value
+        if duration.unit == 'examples':
+            return duration.value / self.batch_size
+        if duration.unit == 'epochs':
+            if self.steps_per_epoch is None:
+                raise UserError(f'{path}: {duration}: the source has no length; count in steps')
+            return duration.value * self.steps_per_epoch
+        if duration.unit == 'percent' and self.total_steps is not None:
+            return duration.value * self.total_steps / 100
+        raise UserError(f"{path}: '{duration}' is not a length of time here; count in steps or epochs")
+
+    def steps(self, duration: Duration, *, path: str) -> int:
+        """Returns the number of steps; a fraction of a step counts as one."""
+        return math.ceil(self.exact_steps(duration, path=path))
+
+    def period(self, duration: Duration, *, path: str) -> Periodic:
+        """Returns the periodic event of that period."""
+        if duration.unit == 'never':
+            return Periodic(None)
+        return Periodic(self.exact_steps(duration, path=path))
+
+
+def resolve(node: Any, clock: Clock, path: str) -> tuple[Any, dict[str, int]]:
+    """Replaces every string that is wholly a duration by its steps, dict keys included.
+
+    Returns:
+        The new node, and the steps of each replaced string by its path.
+    """
+    found: dict[str, int] = {}
+
+    def steps(value: str, where: str) -> int:
+        found[where] = clock.steps(Duration.parse(value, where), path=where)
+        return found[where]
+
+    def walk(value: Any, where: str) -> Any:
+        if isinstance(value, Mapping):
+            return {
+                (steps(k, f'{where}.{k}') if is_duration(k) else k): walk(v, f'{where}.{k}')
+                for k, v in value.items()
+            }
+        if isinstance(value, (tuple, list)):
+            return type(value)(walk(v, f'{where}[{i}]') for i, v in enumerate(value))
+        return steps(value, where) if is_duration(value) and value != 'never' else value
+
+    return walk(node, path), found

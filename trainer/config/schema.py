@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a plain config into its sections, and answers what type a path has."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from trainer.config import suggest
+from trainer.config.durations import Duration
+from trainer.config.errors import UserError
+from trainer.config.sections import Node, Sections
+
+Keys = Sequence[str | int]
+
+
+def read(config: Mapping[str, Any]) -> Sections:
+    """Returns the sections of a plain config, defaults filled in.
+
+    Raises:
+        UserError: for a key that nothing reads, a required one that is missing, or a wrong type.
+    """
+    return _read_section(Sections, config, 'config', config)
+
+
+@functools.cache
+def fields(section: type) -> dict[str, Any]:
+    """Returns the type of each key of a section."""
+    hints = typing.get_type_hints(section)
+    return {f.name: hints[f.name] for f in dataclasses.fields(section) if not f.metadata.get('rest')}
+
+
+def takes_any_key(section: type) -> bool:
+    """Whether other keys than its own go to a target (`config.optimizer`)."""
+    return any(f.metadata.get('rest') for f in dataclasses.fields(section))
+
+
+def type_at(keys: Keys) -> Any:
+    """Returns the type of a path like ('checkpoint', 'every'), or None if it is not a fixed key."""
+    hint: Any = Sections
+    for key in keys:
+        hint = _without_none(hint)
+        if _is_section(hint):
+            hint = fields(hint).get(str(key))
+        elif typing.get_origin(hint) is dict and hint != Node:
+            hint = typing.get_args(hint)[1]
+        else:
+            return None
+        if hint is None:
+            return None
+    return hint
+
+
+def section_at(keys: Keys) -> type | None:
+    """Returns the section's class of a path, or None if it is not a section."""
+    hint = Sections if not keys else _without_none(type_at(keys))
+    return hint if _is_section(hint) else None
+
+
+def defaults(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (path, type, default) of the fixed keys that a config leaves out."""
+    yield from _defaults(Sections, config, '')
+
+
+def _defaults(section: type, config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+    for field in dataclasses.fields(section):
+        if field.metadata.get('rest') or field.name == 'vars':
+            continue
+        path, hint = f'{prefix}{field.name}', fields(section)[field.name]
+        inner = section_at(path.split('.'))
+        if field.name not in config:
+            default = field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if inner is None or default is None:
+                yield path, hint, default
+            else:
+                yield from _defaults(inner, {}, f'{path}.')
+        elif inner is not None and isinstance(config[field.name], Mapping):
+            yield from _defaults(inner, config[field.name], f'{path}.')
+        elif field.name == 'evals':
+            for name, value in config['evals'].items():
+                yield from _defaults(_EVAL, value, f'evals.{name}.')
+
+
+_EVAL = typing.get_args(typing.get_type_hints(Sections)['evals'])[1]
+
+
+def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any]) -> Any:
+    if not isinstance(config, Mapping):
+        raise UserError(f'{path}: expected a section (a dict), got {config!r}')
+    known = fields(section)
+    unknown = {key: value for key, value in config.items() if key not in known}
+    if unknown and not takes_any_key(section):
+        key = next(iter(unknown))
+        raise UserError(
+            f'{path}.{key} is read by nothing. {suggest.did_you_mean(f"{path}.{key}", whole)}'
+        )
+    missing = [
+        f.name
+        for f in dataclasses.fields(section)
+        if f.name not in config
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f'{path}.{missing[0]} is missing; it has no default')
+    values = {
+        name: check(config[name], hint, f'{path}.{name}', whole)
+        for name, hint in known.items()
+        if name in config
+    }
+    if takes_any_key(section):
+        values['node'] = unknown
+    return section(**values)
+
+
+def check(value: Any, hint: Any, path: str, whole: Mapping[str, Any]) -> Any:
+    """Returns the value as the hint wants it (a Duration parsed, an int as float).
+
+    Raises:
+        UserError: if its type is another.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _check_union(value, args, path, whole)
+    if hint is Duration:
+        return Duration.parse(value, path)
+    if hint == Node:
+        return _check_node(value, path)
+    if _is_section(hint):
+        return _read_section(hint, value, path, whole)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f'{path}: {value!r} is none of {", ".join(map(repr, args))}')
+        return value
+    if origin is dict and isinstance(value, Mapping):
+        return {k: check(v, args[1], f'{path}.{k}', whole) for k, v in value.items()}
+    if origin is tuple and isinstance(value, (tuple, list)):
+        return _check_tuple(value, args, path, whole)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    is_bool = isinstance(value, bool)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == is_bool:
+        return value
+    raise UserError(f'{path}: expected {describe(hint)}, got {value!r}')
+
+
+def describe(hint: Any) -> str:
+    """Returns a type as the user reads it: 'int', 'duration', 'object', 'carry|pad|drop'."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return ' or '.join('None' if a is types.NoneType else describe(a) for a in args)
+    if hint is Duration:
+        return 'duration'
+    if hint == Node:
+        return 'object'
+    if origin is Literal:
+        return '|'.join(args)
+    if origin in (tuple, dict):
+        inner = ', '.join('...' if a is Ellipsis else describe(a) for a in args)
+        return f'{origin.__name__}[{inner}]'
+    return getattr(hint, '__name__', str(hint))
+
+
+def _check_union(value: Any, args: Sequence[Any], path: str, whole: Mapping[str, Any]) -> Any:
+    if value is None and types.NoneType in args:
+        return None
+    options = [a for a in args if a is not types.NoneType]
+    for option in options[:-1]:
+        try:
+            return check(value, option, path, whole)
+        except UserError:
+            continue
+    return check(value, options[-1], path, whole)
+
+
+def _check_node(value: Any, path: str) -> Node:
+    if not isinstance(value, Mapping) or not ('target' in value or 'ref' in value):
+        raise UserError(
+            f"{path}: expected an object, a dict with 'target' (or 'ref') = 'package.module:Name', "
+            f'got {value!r}'
+        )
+    return dict(value)
+
+
+def _check_tuple(value: Any, args: Sequence[Any], path: str, whole: Mapping[str, Any]) -> Any:
+    hints = args[:1] * len(value) if args[-1] is Ellipsis else args
+    if len(hints) != len(value):
+        raise UserError(f'{path}: expected {len(hints)} elements, got {len(value)}: {value!r}')
+    pairs = enumerate(zip(value, hints, strict=True))
+    return tuple(check(v, h, f'{path}[{i}]', whole) for i, (v, h) in pairs)
+
+
+def _is_section(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint is not Duration
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = [a for a in typing.get_args(hint) if a is not types.NoneType]
+        return options[0] if len(options) == 1 else hint
+    return hint

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fixed keys of a config, as dataclasses: the one place that says what may be set.
+
+A field's annotation is its type on the command line, its default is what a config that leaves it out
+gets. `Node` is a dict that names an object (`target`, `ref`); it is built in `trainer.experiment`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from trainer.config.durations import Duration
+
+Node = dict[str, Any]
+Patterns = str | tuple[str, ...] | None
+
+NEVER = Duration.parse('never')
+
+
+def _loader(name: str) -> Any:
+    return dataclasses.field(default_factory=lambda: {'target': f'data.loader:{name}'})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """`config.data`: where training batches come from."""
+
+    source: Node
+    batch_size: int
+    transforms: tuple[Node, ...] = ()
+    remainder: Literal['carry', 'pad', 'drop'] = 'carry'
+    shuffle: bool = True
+    seed: int | None = None
+    repeat_batch: int | None = None
+    prefetch: int = 2
+    loader: Node = _loader('TrainLoader')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalDataSection:
+    """`config.evals.<name>.data`: the split that is evaluated."""
+
+    source: Node
+    batch_size: int | None = None
+    transforms: tuple[Node, ...] = ()
+    loader: Node = _loader('EvalLoader')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalSection:
+    """`config.evals.<name>`: an evaluation, when it runs and on which parameters."""
+
+    data: EvalDataSection
+    every: Duration = Duration.parse('1 epochs')
+    final: bool = True
+    ema: bool = False
+    task: Node | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """`config.optimizer`: our own keys; all others go to its target."""
+
+    clip_norm: float | None = None
+    decay_mask: Patterns = None
+    freeze: Patterns = None
+    lr_multipliers: tuple[tuple[str, float], ...] | None = None
+    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmaSection:
+    """`config.ema`: a moving average of the parameters."""
+
+    decay: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestSection:
+    """`config.checkpoint.best`: the checkpoint that is kept for its metric."""
+
+    metric: str
+    mode: Literal['max', 'min'] = 'max'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    """`config.checkpoint`: when the state is saved and what is kept."""
+
+    every: Duration = NEVER
+    keep_last: int = 2
+    keep_every: Duration = NEVER
+    best: BestSection | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogSection:
+    """`config.log`: when a row of metrics is written."""
+
+    every: Duration = Duration.parse('100 steps')
+    tensorboard: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sections:
+    """The top level of a config."""
+
+    train_for: Duration
+    model: Node
+    task: Node
+    data: DataSection
+    optimizer: OptimizerSection
+    seed: int = 0
+    evals: dict[str, EvalSection] = dataclasses.field(default_factory=dict)
+    accumulate: int = 1
+    ema: EmaSection | None = None
+    steps_per_call: int = 1
+    mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {'data': -1})
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+    hooks: dict[str, Node] = dataclasses.field(default_factory=dict)
+    vars: dict[str, Any] = dataclasses.field(default_factory=dict)

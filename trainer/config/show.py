@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs as text: the resolved values with their origins, and every key that may be set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trainer.config import diff, schema
+from trainer.config.durations import Duration
+from trainer.config.overrides import Override
+
+
+def resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
+    """Returns 'path = value' lines; an origin stands behind each value that is not the file's.
+
+    Args:
+        config: plain, overrides applied.
+        overrides: those that were applied.
+    """
+    lines = []
+    origins = _origins(overrides)
+    for path, value in _leaves(config, ''):
+        notes = [origins[path]] if path in origins else []
+        if path.endswith('accepts_any') and value:
+            notes.append('unchecked: the target takes any argument')
+        lines.append((f'{path} = {value!r}', ', '.join(notes)))
+    for path, _, default in schema.defaults(config):
+        lines.append((f'{path} = {_plain_default(default)!r}', 'default'))
+    return '\n'.join(f'{text}  # {note}' if note else text for text, note in lines)
+
+
+def helpconfig(config: Mapping[str, Any]) -> str:
+    """Returns every key of a config with its type and value, and the fixed keys it leaves out."""
+    rows = [
+        (f'--config.{path}', _type(path, value), repr(value)) for path, value in _leaves(config, '')
+    ]
+    for path, hint, default in schema.defaults(config):
+        rows.append((f'--config.{path}', schema.describe(hint), repr(_plain_default(default))))
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    header = 'Keys of the config (type, value):\n'
+    return header + '\n'.join(
+        f'  {path:<{widths[0]}}  {kind:<{widths[1]}}  {value}' for path, kind, value in rows
+    )
+
+
+def _type(path: str, value: Any) -> str:
+    hint = schema.type_at(path.split('.'))
+    return type(value).__name__ if hint is None else schema.describe(hint)
+
+
+def _plain_default(default: Any) -> Any:
+    return str(default) if isinstance(default, Duration) else default
+
+
+def _origins(overrides: Sequence[Override]) -> dict[str, str]:
+    """Returns the override that set each path last; a merge sets only what it changed."""
+    origins = {}
+    for override in overrides:
+        text = f'--config.{override.path}={override.text}'
+        place = override.place
+        origins[place] = text
+        for change in diff.diff(override.old, override.new):
+            inner = change.path and not change.path.startswith('[')
+            origins[f'{place}.{change.path}' if inner else f'{place}{change.path}'] = text
+    return origins
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields (path, value) of everything that is not a container of objects."""
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f'{path}.{key}' if path else str(key))
+    elif isinstance(node, (tuple, list)) and any(isinstance(x, Mapping) for x in node):
+        for index, value in enumerate(node):
+            yield from _leaves(value, f'{path}[{index}]')
+    else:
+        yield path, node

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From names to objects: `dict(target='package.module:Name', ...)` and `dict(ref=...)`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import traceback
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from trainer.config import suggest
+from trainer.config.errors import UserError
+
+# Packages that come with the trainer, and may be hidden by the user's own of the same name.
+_BUNDLED = ('models', 'data', 'configs')
+
+# Arguments that the framework or the module system gives, so a config need not.
+FRAMEWORK_SUPPLIED = frozenset(
+    {'rngs', 'train', 'training', 'is_training', 'deterministic', 'parent', 'name'}
+)
+
+# Keys of an object's dict that are not arguments.
+RESERVED = frozenset({'target', 'args', 'accepts_any'})
+
+
+def resolve(name: object, path: str) -> Any:
+    """Returns the object that 'package.module:Name' names.
+
+    Args:
+        name: module and (dotted) attribute.
+        path: the config path, for messages.
+
+    Raises:
+        UserError: if the name is malformed, missing, or its module fails to import.
+    """
+    if not isinstance(name, str) or name.count(':') != 1 or not all(name.split(':')):
+        raise UserError(f"{path}: expected 'package.module:Name', got {name!r}")
+    module_name, _, attribute = name.partition(':')
+    error: UserError | None = None
+    for candidate in _candidates(module_name):
+        try:
+            module = _import(candidate, path)
+            return functools.reduce(getattr, attribute.split('.'), module)
+        except AttributeError:
+            error = error or UserError(_no_attribute(module, attribute, name, path))
+        except _NoModuleError:
+            error = error or UserError(_no_module(module_name, name, path))
+    assert error is not None
+    raise error
+
+
+def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Returns the parameters that a target takes by name, and whether it takes any other too.
+
+    A signature that ends in **kwargs is looked through: `functools.partial` and `__wrapped__` lead
+    to what is called in the end.
+    """
+    try:
+        parameters = dict(inspect.signature(target).parameters)
+    except (TypeError, ValueError):
+        return {}, True
+    open_ended = _pop_kind(parameters, inspect.Parameter.VAR_KEYWORD)
+    _pop_kind(parameters, inspect.Parameter.VAR_POSITIONAL)
+    inner = getattr(target, '__wrapped__', None) or getattr(target, 'func', None)
+    if open_ended and inner is not None:
+        more, open_ended = arguments(inner)
+        parameters = {**more, **parameters}
+    return parameters, open_ended
+
+
+def check(node: Any, path: str) -> None:
+    """Imports every target below a node and checks its arguments, without calling anything.
+
+    Raises:
+        UserError: for a name that does not exist or an argument that does not fit.
+    """
+    if isinstance(node, Mapping):
+        if 'target' in node:
+            _check_arguments(resolve(node['target'], f'{path}.target'), node, path)
+        elif 'ref' in node:
+            _reference(node, path)
+        for key, value in node.items():
+            check(value, f'{path}.{key}')
+    elif isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            check(value, f'{path}[{index}]')
+
+
+def instantiate(node: Any, path: str) -> Any:
+    """Returns the object that a node describes; containers are walked, other values are themselves.
+
+    Raises:
+        UserError: as `check`, and when a call refuses its arguments.
+    """
+    if isinstance(node, (tuple, list)):
+        return type(node)(instantiate(v, f'{path}[{i}]') for i, v in enumerate(node))
+    if not isinstance(node, Mapping):
+        return node
+    if 'ref' in node and 'target' not in node:
+        return _reference(node, path)
+    if 'target' not in node:
+        return {key: instantiate(value, f'{path}.{key}') for key, value in node.items()}
+    target = resolve(node['target'], f'{path}.target')
+    _check_arguments(target, node, path)
+    args = instantiate(tuple(node.get('args', ())), f'{path}.args')
+    kwargs = {k: instantiate(v, f'{path}.{k}') for k, v in node.items() if k not in RESERVED}
+    try:
+        return target(*args, **kwargs)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        notes = ''.join(f'\n{note}' for note in getattr(error, '__notes__', ()))
+        raise UserError(f'{path}: {node["target"]} refused its arguments: {error}{notes}') from error
+
+
+def accepted(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:
+    """Returns those of `keys` that are arguments of the named target."""
+    parameters, open_ended = arguments(resolve(target_name, f'{path}.target'))
+    return {key for key in keys if open_ended or key in parameters or key in RESERVED}
+
+
+def _reference(node: Mapping[str, Any], path: str) -> Any:
+    extra = [key for key in node if key != 'ref']
+    if extra:
+        raise UserError(f"{path}.{extra[0]}: a 'ref' names an object and takes no other key")
+    return resolve(node['ref'], f'{path}.ref')
+
+
+def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
+    if not callable(target):
+        raise UserError(f"{path}.target: {node['target']} is not callable; to name it, use 'ref'")
+    parameters, open_ended = arguments(target)
+    keys = [key for key in node if key not in RESERVED]
+    unknown = [key for key in keys if key not in parameters]
+    if unknown and not (open_ended and node.get('accepts_any')):
+        raise UserError(_unknown_argument(node, unknown[0], parameters, open_ended, path))
+    positional = [
+        p.name for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY
+    ][: len(tuple(node.get('args', ())))]
+    twice = [key for key in keys if key in positional]
+    if twice:
+        raise UserError(f'{path}.{twice[0]} is given twice: by name and in {path}.args')
+    missing = [
+        p.name
+        for p in parameters.values()
+        if p.default is inspect.Parameter.empty
+        and p.name not in {*keys, *positional, *FRAMEWORK_SUPPLIED}
+    ]
+    if missing:
+        raise UserError(f'{path}.{missing[0]} is missing: {node["target"]} has no default for it')
+
+
+def _unknown_argument(
+    node: Mapping[str, Any],
+    key: str,
+    parameters: Mapping[str, Any],
+    open_ended: bool,
+    path: str,
+) -> str:
+    if open_ended:
+        return (
+            f'{path}.{key}: {node["target"]} takes **kwargs, so the name cannot be checked; '
+            f'add {path}.accepts_any=True if it is right'
+        )
+    near = suggest.nearest(key, parameters)
+    names = ', '.join(name for name in parameters if name not in FRAMEWORK_SUPPLIED)
+    hint = f'Did you mean {path}.{near}?' if near else f'It takes: {names}.'
+    return f'{path}.{key}: {node["target"]} takes no argument {key!r}. {hint}'
+
+
+def _pop_kind(parameters: dict[str, inspect.Parameter], kind: Any) -> bool:
+    names = [name for name, p in parameters.items() if p.kind is kind]
+    for name in names:
+        del parameters[name]
+    return bool(names)
+
+
+class _NoModuleError(Exception):
+    """A module, or a package on the way to it, does not exist."""
+
+
+def _candidates(module_name: str) -> list[str]:
+    bundled = module_name.split('.')[0] in _BUNDLED
+    return [module_name, f'trainer.bundled.{module_name}'] if bundled else [module_name]
+
+
+def _import(module_name: str, path: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f'{error.name}.')):
+            raise _NoModuleError from error
+        raise UserError(_failed_import(module_name, error, path)) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_failed_import(module_name, error, path)) from error
+
+
+def _failed_import(module_name: str, error: BaseException, path: str) -> str:
+    return f'{path}: importing {module_name} failed: {last_line(error)}'
+
+
+def last_line(error: BaseException) -> str:
+    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if 'importlib' not in f.filename
+    ]
+    text = traceback.format_exception_only(error)[-1].strip()
+    if isinstance(error, SyntaxError):
+        return f'{text} ({error.filename}, line {error.lineno})'
+    return f'{text} ({frames[-1].filename}, line {frames[-1].lineno})' if frames else text
+
+
+def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> str:
+    near = suggest.nearest(attribute, [n for n in dir(module) if not n.startswith('_')])
+    hint = f' Did you mean {name.partition(":")[0]}:{near}?' if near else ''
+    return f'{path}: {name!r}: the module has no {attribute!r}.{hint}'
+
+
+def _no_module(module_name: str, name: str, path: str) -> str:
+    package, _, last = module_name.rpartition('.')
+    siblings: list[str] = []
+    if package:
+        loaded = sys.modules.get(package) or sys.modules.get(f'trainer.bundled.{package}')
+        siblings = [m.name for m in pkgutil.iter_modules(getattr(loaded, '__path__', []))]
+        siblings = [f'{package}.{s}' for s in siblings]
+    else:
+        siblings = [m.name for m in pkgutil.iter_modules()]
+    near = suggest.nearest(module_name, siblings)
+    hint = f' Did you mean {near}:{name.partition(":")[2]}?' if near else ''
+    return f'{path}: {name!r}: there is no module {module_name!r}.{hint}'

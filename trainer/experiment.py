@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a config to real objects: the one place where names become objects.
+
+`build` returns an `Experiment`; after it no code reads a config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trainer.checkpoint.manager import Retention
+from trainer.config import durations, loading, schema, suggest, targets
+from trainer.config.durations import Clock, Duration
+from trainer.config.errors import UserError
+from trainer.config.loading import LoadedConfig
+from trainer.config.sections import EvalSection, Node, OptimizerSection, Sections
+from trainer.events import Event
+from trainer.modules import Functional, functional
+from trainer.step.optimizer import Optimizer, RegexMask
+from trainer.step.task_runner import TaskRunner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One entry of `config.evals`.
+
+    Attributes:
+        every: when it runs.
+        final: whether it also runs at the end of training.
+        ema: whether it evaluates the moving average of the parameters.
+        task: what the model is asked to do.
+        batch_size: examples in a batch.
+        loader: makes the loader, once it is known how many rows divide over the devices.
+    """
+
+    every: Duration
+    final: bool
+    ema: bool
+    task: TaskRunner
+    batch_size: int
+    loader: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a Trainer needs, and nothing that is still a name.
+
+    Attributes:
+        name: the config file's name.
+        config: the resolved config, plain: for files and messages, never read by the run.
+        schedule_steps: steps of each duration inside the optimizer, by config path.
+        seed: the run's seed.
+        model: the model's functional interface.
+        task: what the model is asked to do with a batch.
+        data: the training loader.
+        evals: evaluations by name.
+        optimizer: what turns gradients into updates.
+        accumulate: slices that a batch is cut into.
+        ema_decay: decay of the parameters' moving average, or None.
+        steps_per_call: updates made by one call of the compiled step.
+        mesh: axis name to size.
+        total_steps: number of updates of the run.
+        clock: turns durations into steps.
+        log_every: period of the metric rows.
+        tensorboard: whether event files are written too.
+        save_every: period of the checkpoints.
+        retention: which checkpoints are kept.
+        prefetch: blocks of batches kept ready.
+        hooks: called with each `Event`, by name.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    schedule_steps: Mapping[str, int]
+    seed: int
+    model: Functional
+    task: TaskRunner
+    data: Any
+    evals: Mapping[str, Evaluation]
+    optimizer: Optimizer
+    accumulate: int
+    ema_decay: float | None
+    steps_per_call: int
+    mesh: Mapping[str, int]
+    total_steps: int
+    clock: Clock
+    log_every: Duration
+    tensorboard: bool
+    save_every: Duration
+    retention: Retention
+    prefetch: int
+    hooks: Mapping[str, Callable[[Event], None]]
+
+
+def build(loaded: LoadedConfig) -> Experiment:
+    """Imports every target, checks every argument, and makes the objects. No device is touched.
+
+    Raises:
+        UserError: for a key that nothing reads, a name that does not exist, an argument that does
+            not fit.
+    """
+    config = loading.plain(loaded.config)
+    loading.check_vars(loaded.config)
+    sections = schema.read(config)
+    _check_targets(sections)
+
+    data = _train_loader(sections)
+    clock = _clock(sections, data)
+    task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'))
+    optimizer, schedule_steps = _optimizer(sections.optimizer, clock)
+    checkpoint, log = sections.checkpoint, sections.log
+    return Experiment(
+        name=loaded.name,
+        config=config,
+        schedule_steps=schedule_steps,
+        seed=sections.seed,
+        model=_model(sections.model),
+        task=task,
+        data=data,
+        evals={
+            name: _evaluation(name, section, sections, task)
+            for name, section in sections.evals.items()
+        },
+        optimizer=optimizer,
+        accumulate=_positive(sections.accumulate, 'config.accumulate'),
+        ema_decay=sections.ema.decay if sections.ema else None,
+        steps_per_call=_positive(sections.steps_per_call, 'config.steps_per_call'),
+        mesh=sections.mesh,
+        total_steps=clock.total_steps or 0,
+        clock=clock,
+        log_every=log.every,
+        tensorboard=log.tensorboard,
+        save_every=checkpoint.every,
+        retention=Retention(
+            keep_last=_positive(checkpoint.keep_last, 'config.checkpoint.keep_last'),
+            keep_every=clock.period(checkpoint.keep_every, path='config.checkpoint.keep_every'),
+            best_metric=_best_metric(sections),
+            best_mode=checkpoint.best.mode if checkpoint.best else 'max',
+        ),
+        prefetch=_positive(sections.data.prefetch, 'config.data.prefetch'),
+        hooks={
+            name: targets.instantiate(node, f'config.hooks.{name}')
+            for name, node in sections.hooks.items()
+        },
+    )
+
+
+def load_and_build(spec: str, **overrides: Any) -> Experiment:
+    """Returns the experiment of a config file, for notebooks.
+
+    Args:
+        spec: 'configs/mnist.py' or 'configs/mnist.py:arg'.
+        **overrides: values by path, with '__' for '.': `optimizer__learning_rate=0.1`.
+    """
+    from trainer.config import overrides as override_lib
+
+    loaded = loading.load(spec)
+    assignments = [
+        (path.replace('__', '.'), value if isinstance(value, str) else repr(value))
+        for path, value in overrides.items()
+    ]
+    override_lib.apply(loaded.config, assignments)
+    return build(loaded)
+
+
+def _check_targets(sections: Sections) -> None:
+    """Checks every name before any object is made, so that a typo costs no data loading."""
+    for field in dataclasses.fields(sections):
+        if field.name not in ('vars', 'optimizer'):
+            _check_below(getattr(sections, field.name), f'config.{field.name}')
+    node, path = sections.optimizer.node, 'config.optimizer'
+    if 'target' not in node:
+        raise UserError(f"{path}.target is missing; name an optimizer, such as 'optax:sgd'")
+    targets.check(node, path)
+
+
+def _check_below(value: Any, path: str) -> None:
+    if dataclasses.is_dataclass(value) and not isinstance(value, Duration):
+        for field in dataclasses.fields(value):
+            _check_below(getattr(value, field.name), f'{path}.{field.name}')
+    elif isinstance(value, dict) and 'target' not in value and 'ref' not in value:
+        for name, item in value.items():
+            _check_below(item, f'{path}.{name}')
+    elif path.endswith('.loader'):
+        targets.resolve(value['target'], f'{path}.target')
+    else:
+        targets.check(value, path)
+
+
+def _model(node: Node) -> Functional:
+    module = targets.instantiate(node, 'config.model')
+    try:
+        return functional(module)
+    except TypeError as error:
+        raise UserError(str(error)) from error
+
+
+def _train_loader(sections: Sections) -> Any:
+    data, path = sections.data, 'config.data'
+    node = {
+        **data.loader,
+        'source': data.source,
+        'transforms': data.transforms,
+        'batch_size': _positive(data.batch_size, f'{path}.batch_size'),
+        'seed': sections.seed if data.seed is None else data.seed,
+        'shuffle': data.shuffle,
+        'remainder': data.remainder,
+        'repeat_batch': data.repeat_batch,
+    }
+    return targets.instantiate(node, path)
+
+
+def _clock(sections: Sections, data: Any) -> Clock:
+    clock = Clock(batch_size=sections.data.batch_size, steps_per_epoch=data.steps_per_epoch)
+    total = clock.steps(sections.train_for, path='config.train_for')
+    return dataclasses.replace(clock, total_steps=total)
+
+
+def _evaluation(name: str, section: EvalSection, sections: Sections, task: TaskRunner) -> Evaluation:
+    path = f'config.evals.{name}'
+    if section.ema and sections.ema is None:
+        raise UserError(f'{path}.ema: this run keeps no average; set config.ema.decay')
+    if section.task is not None:
+        task = TaskRunner.of(targets.instantiate(section.task, f'{path}.task'))
+    source = targets.instantiate(section.data.source, f'{path}.data.source')
+    transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
+    batch_size = section.data.batch_size or sections.data.batch_size
+
+    def loader(padded_to: int) -> Any:
+        node = {
+            **section.data.loader,
+            'source': source,
+            'transforms': transforms,
+            'batch_size': batch_size,
+            'padded_to': padded_to,
+        }
+        return targets.instantiate(node, f'{path}.data')
+
+    return Evaluation(
+        every=section.every,
+        final=section.final,
+        ema=section.ema,
+        task=task,
+        batch_size=_positive(batch_size, f'{path}.data.batch_size'),
+        loader=loader,
+    )
+
+
+def _optimizer(section: OptimizerSection, clock: Clock) -> tuple[Optimizer, dict[str, int]]:
+    path = 'config.optimizer'
+    node, steps = durations.resolve(section.node, clock, path)
+    if section.decay_mask is not None:
+        parameters, _ = targets.arguments(targets.resolve(node['target'], f'{path}.target'))
+        if 'mask' not in parameters:
+            raise UserError(
+                f'{path}.decay_mask: {node["target"]} has no weight decay to mask (no argument '
+                "'mask'); optax:adamw has"
+            )
+        node['mask'] = RegexMask(_patterns(section.decay_mask))
+    learning_rate = _find_learning_rate(node)
+    if isinstance(learning_rate, Mapping):
+        # One schedule object for the optimizer and for the logged value.
+        learning_rate = targets.instantiate(learning_rate, f'{path}.learning_rate')
+        node['learning_rate'] = learning_rate
+    return Optimizer(
+        base=targets.instantiate(node, path),
+        learning_rate=_as_schedule(learning_rate),
+        clip_norm=section.clip_norm,
+        freeze=_patterns(section.freeze),
+        lr_multipliers=section.lr_multipliers or (),
+    ), steps
+
+
+def _find_learning_rate(node: Any) -> Any:
+    """Returns the learning rate of a node, of the first of its parts that has one, or None."""
+    if isinstance(node, Mapping):
+        if 'learning_rate' in node:
+            return node['learning_rate']
+        if str(node.get('target', '')).endswith(':scale_by_learning_rate') and node.get('args'):
+            return node['args'][0]
+        node = node.get('args', ())
+    if isinstance(node, (tuple, list)):
+        found = (_find_learning_rate(part) for part in node)
+        return next((rate for rate in found if rate is not None), None)
+    return None
+
+
+def _as_schedule(value: Any) -> Callable[[Any], Any] | None:
+    if value is None or callable(value):
+        return value
+    return lambda step: value
+
+
+def _best_metric(sections: Sections) -> str | None:
+    """Returns `checkpoint.best.metric`, which must name an evaluation of this config."""
+    best = sections.checkpoint.best
+    if best is None:
+        return None
+    parts = best.metric.split('/')
+    if len(parts) != 3 or parts[0] != 'eval' or parts[1] not in sections.evals:
+        names = [f'eval/{name}/...' for name in sections.evals]
+        near = suggest.nearest(best.metric, names, cutoff=0.0)
+        raise UserError(
+            f'config.checkpoint.best.metric: {best.metric!r} is no metric of an evaluation'
+            + (f'; expected {near}' if near else ', and this config has no evals')
+        )
+    return best.metric
+
+
+def _patterns(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _positive(value: int, path: str) -> int:
+    if value < 1:
+        raise UserError(f'{path}: expected a positive number, got {value}')
+    return value

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the libraries' chatter off the screen, in a file of the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+from etils import epath
+
+
+def quiet_environment() -> None:
+    """Silences XLA's C++ logs; must run before JAX is imported."""
+    # Level 3 and not 2: with a persistent cache XLA logs a machine-feature "error" at each load.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
+
+
+def route(directory: epath.PathLike | None) -> None:
+    """Sends all Python logging and warnings to `log.txt`; our own warnings also go to the screen.
+
+    Args:
+        directory: the run's directory, or None for no file.
+    """
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    root.setLevel(logging.INFO)
+    if directory is None:
+        root.addHandler(logging.NullHandler())
+    else:
+        to_file = logging.FileHandler(os.fspath(epath.Path(directory) / 'log.txt'))
+        to_file.setFormatter(
+            logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s')
+        )
+        root.addHandler(to_file)
+    # absl installs a handler of its own that writes to the screen.
+    logging.getLogger('absl').handlers.clear()
+    logging.getLogger('absl').propagate = True
+    logging.captureWarnings(True)
+    warnings.simplefilter('default')
+    to_screen = logging.StreamHandler(sys.stderr)
+    to_screen.setLevel(logging.WARNING)
+    to_screen.setFormatter(logging.Formatter('Warning: %(message)s'))
+    ours = logging.getLogger('trainer')
+    ours.handlers[:] = [to_screen]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The run on the user's screen: one live line on a terminal, plain lines in a pipe."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from typing import TextIO
+
+_REFRESH_SECS = 0.2
+_CLEAR = '\r\x1b[K'
+
+
+class Progress:
+    """Shows step, percent, loss, learning rate, examples per second, step time and time left."""
+
+    def __init__(self, total_steps: int, stream: TextIO):
+        """Shows on a stream; live if it is a terminal.
+
+        Args:
+            total_steps: length of the run.
+            stream: where to write; control characters only reach a terminal.
+        """
+        self._total = total_steps
+        self._stream = stream
+        self._live = stream.isatty()
+        self._row: Mapping[str, float] = {}
+        self._shown = 0.0
+        self._open = False
+
+    def tick(self, step: int) -> None:
+        """Is told of every step; refreshes the live line at most five times a second."""
+        if not self._live:
+            return
+        now = time.monotonic()
+        if now - self._shown >= _REFRESH_SECS:
+            self._shown = now
+            self._show(step)
+
+    def update(self, step: int, row: Mapping[str, float]) -> None:
+        """Takes a new row of metrics; in a pipe it becomes a line."""
+        self._row = row
+        if self._live:
+            self._show(step)
+        else:
+            self._print(self._line(step))
+
+    def message(self, text: str) -> None:
+        """Prints lines that stay."""
+        if self._open:
+            self._stream.write(_CLEAR)
+            self._open = False
+        self._print(text)
+
+    def _show(self, step: int) -> None:
+        width = shutil.get_terminal_size().columns - 1
+        self._stream.write(_CLEAR + self._line(step)[:width])
+        self._stream.flush()
+        self._open = True
+
+    def _print(self, text: str) -> None:
+        self._stream.write(text + '\n')
+        self._stream.flush()
+
+    def _line(self, step: int) -> str:
+        parts = [f'step {step:,}/{self._total:,} ({100 * step / self._total:.0f}%)']
+        row = {name.removeprefix('train/'): value for name, value in self._row.items()}
+        if 'loss' in row:
+            parts.append(f'loss {row["loss"]:.4f}')
+        if 'accuracy' in row:
+            parts.append(f'accuracy {row["accuracy"]:.4f}')
+        if 'learning_rate' in row:
+            parts.append(f'lr {row["learning_rate"]:.3g}')
+        rate = row.get('steps_per_sec', 0.0)
+        if rate > 0:
+            parts.append(f'{row["examples_per_sec"]:,.0f} examples/s')
+            parts.append(f'{1e3 / rate:.3g} ms/step')
+            parts.append(f'ETA {duration((self._total - step) / rate)}')
+        return '  '.join(parts)
+
+
+def duration(secs: float) -> str:
+    """Returns '1:02:03', '2:03' or '4.5 s'."""
+    if secs < 60:
+        return f'{secs:.1f} s'
+    minutes, seconds = divmod(round(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

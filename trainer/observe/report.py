@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time went."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import time
+from collections.abc import Iterator
+
+from trainer.observe.progress import duration
+
+
+class TimeSpent:
+    """Seconds by part of the run."""
+
+    def __init__(self) -> None:
+        """Starts the clock of the whole."""
+        self._began = time.perf_counter()
+        self._secs: dict[str, float] = collections.defaultdict(float)
+
+    @contextlib.contextmanager
+    def spent(self, part: str) -> Iterator[None]:
+        """Counts the time inside the block for a part."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._secs[part] += time.perf_counter() - began
+
+    def set(self, part: str, secs: float) -> None:
+        """Says how long a part that is measured elsewhere has taken."""
+        self._secs[part] = secs
+
+    def get(self, part: str) -> float:
+        """Returns the seconds of a part."""
+        return self._secs.get(part, 0.0)
+
+    def total(self) -> float:
+        """Returns the seconds since the start."""
+        return time.perf_counter() - self._began
+
+    def summary(self) -> str:
+        """Returns 'total 1:02: compile 2.0 s, ...'."""
+        parts = ', '.join(f'{name} {duration(secs)}' for name, secs in self._secs.items())
+        return f'total {duration(self.total())}: {parts}'

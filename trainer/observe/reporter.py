@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run tells its user: metric rows, the progress line, and where the time went.
+
+Metrics accumulate on the devices. A row is fetched only after a later step was dispatched, so that
+the devices never wait for the host to read a number.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from etils import epath
+
+from trainer.observe.progress import Progress
+from trainer.observe.report import TimeSpent
+from trainer.observe.writers import MetricsFile, TensorBoard, Writers
+from trainer.step.task_runner import compute_metrics
+
+
+class Reporter:
+    """Collects the rows of a run and shows them.
+
+    Attributes:
+        latest: the newest value of each metric, by flat name.
+        time: seconds spent in each part of the run.
+        progress: the user's screen.
+    """
+
+    def __init__(self, total_steps: int, batch_size: int, stream: TextIO | None = None):
+        """Makes a reporter that writes no files until `open`.
+
+        Args:
+            total_steps: length of the run.
+            batch_size: rows of the global batch, for examples per second.
+            stream: the user's screen; standard output by default.
+        """
+        self.latest: dict[str, float] = {}
+        self.time = TimeSpent()
+        self.progress = Progress(total_steps, stream or sys.stdout)
+        self._writer = Writers(())
+        self._batch_size = batch_size
+        self._pending: tuple[int, Any, int, float] | None = None
+        self._evaluated: set[tuple[str, int]] = set()
+        self._mark = (0, 0.0)
+        self._began = 0.0
+
+    def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
+        """Opens the run's files, cut back to the step that the run goes on from."""
+        self._writer = Writers(
+            [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
+            [TensorBoard(directory, resume_step=step)] if tensorboard else (),
+        )
+
+    def begin(self, step: int, summary: str) -> None:
+        """Shows what will run and starts the clock of the loop."""
+        self.progress.message(summary)
+        self._began = time.perf_counter()
+        self._mark = (step, self._busy())
+
+    def end(self, status: str, step: int) -> None:
+        """Shows how the run ended and where the time went, and closes its files."""
+        self.flush()
+        loop = time.perf_counter() - self._began
+        others = sum(self.time.get(part) for part in ('eval', 'save', 'data wait'))
+        self.time.set('steps', max(0.0, loop - others))
+        self._writer.close()
+        lines = [f'{status} at step {step:,}']
+        lines += [f'  {name} {_number(value)}' for name, value in sorted(self.latest.items())]
+        self.progress.message('\n'.join([*lines, self.time.summary()]))
+
+    def stepped(self, step: int) -> None:
+        """Is told of each dispatched step: writes the row that waits, refreshes the line."""
+        if self._pending is not None:
+            self.flush()
+        self.progress.tick(step)
+
+    def log(self, step: int, metrics: Any) -> None:
+        """Takes the accumulators of a log event; `flush` or the next `stepped` writes their row."""
+        self.flush()
+        began_step, began = self._mark
+        self._mark = (step, self._busy())
+        self._pending = (step, metrics, step - began_step, self._mark[1] - began)
+
+    def flush(self) -> None:
+        """Writes the row that waits, if one does; blocks until its step is done."""
+        if self._pending is None:
+            return
+        step, metrics, steps, secs = self._pending
+        self._pending = None
+        row = flat_row(metrics)
+        rate = steps / secs if secs > 0 else math.nan
+        row['train/steps_per_sec'] = rate
+        row['train/examples_per_sec'] = rate * self._batch_size
+        self._add(step, row)
+        self.progress.update(step, row)
+
+    def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the row of an evaluation."""
+        self._evaluated.add((name, step))
+        row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
+        self._add(step, row)
+        text = '  '.join(f'{key} {_number(value)}' for key, value in metrics.items())
+        self.progress.message(f'eval {name} at step {step:,}: {text}')
+
+    def has_eval(self, name: str, step: int) -> bool:
+        """Whether this evaluation has run at this step."""
+        return (name, step) in self._evaluated
+
+    def sync(self) -> None:
+        """Writes all rows and returns when they are on disk: what a save waits for."""
+        self.flush()
+        self._writer.sync()
+
+    def _add(self, step: int, row: Mapping[str, float]) -> None:
+        self.latest.update(row)
+        self._writer.write(step, row)
+
+    def _busy(self) -> float:
+        """Seconds of the loop so far, without its evaluations and saves."""
+        return time.perf_counter() - self.time.get('eval') - self.time.get('save')
+
+
+def flat_row(metrics: Any) -> dict[str, float]:
+    """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer."""
+    computed = compute_metrics(jax.device_get(metrics))
+    row = {**computed['task'], **computed['penalties']}
+    row.update({f'{name}_norm': value for name, value in computed['norms'].items()})
+    if 'learning_rate' in computed:
+        row['learning_rate'] = computed['learning_rate']
+    return {f'train/{name}': np.asarray(value).item() for name, value in row.items()}
+
+
+def _number(value: float) -> str:
+    return f'{value:,}' if isinstance(value, int) else f'{value:.5g}'

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is derived once before the loop: shapes, checks, and the summary that the user sees."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from trainer.config import diff
+from trainer.config.errors import UserError
+from trainer.experiment import Experiment
+from trainer.observe.table import human_bytes, nbytes, parameter_table
+from trainer.parallel.mesh import batch_shards
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
+
+
+def abstract_batch(spec: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns a loader's spec as JAX shapes, in the dtypes that the devices will hold."""
+    return {
+        name: jax.ShapeDtypeStruct(s.shape, jax.dtypes.canonicalize_dtype(s.dtype))
+        for name, s in spec.items()
+    }
+
+
+def check_batch(experiment: Experiment, shards: int) -> None:
+    """Checks that a batch divides over devices and accumulation slices.
+
+    Raises:
+        UserError: naming batch sizes that would.
+    """
+    rows, parts = experiment.clock.batch_size, shards * experiment.accumulate
+    if rows % parts == 0:
+        return
+    below, above = rows // parts * parts, -(-rows // parts) * parts
+    near = f'{above}' if below == 0 else f'{below} or {above}'
+    raise UserError(
+        f'config.data.batch_size: {rows} rows do not divide over {shards} devices x '
+        f'{experiment.accumulate} accumulation slices; {near} would'
+    )
+
+
+def jsonable_config(experiment: Experiment) -> Any:
+    """Returns the config as JSON values."""
+    return diff.to_jsonable(experiment.config)
+
+
+def summary(trainer: Trainer, step: int) -> str:
+    """Returns what a starting run says of itself."""
+    experiment, state = trainer.experiment, trainer.programs.abstract
+    devices = jax.devices()
+    shards = batch_shards(trainer.mesh)
+    mesh = ' x '.join(f'{name} {size}' for name, size in trainer.mesh.shape.items())
+    per_epoch = experiment.clock.steps_per_epoch
+    batch = experiment.clock.batch_size
+    workdir = 'none (nothing is written)' if trainer.workdir is None else trainer.workdir.path
+    lines = [
+        parameter_table(state.params, state.collections),
+        '',
+        f'devices   {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh {mesh}',
+        f'state     {human_bytes(nbytes(state))} on each device',
+        f'batch     {batch} rows, {batch // shards} on each device',
+        f'length    {experiment.total_steps:,} steps'
+        + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else ''),
+        f'workdir   {workdir}',
+        f'start     {"from the beginning" if step == 0 else f"resumed from step {step:,}"}',
+    ]
+    return '\n'.join(lines)
