@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Runs the tests: launch/test.sh [--all] [pytest arguments]
+# The default suite takes some minutes; --all adds lint, types, slow tests, and a short run on the
+# newest other Python of this machine.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_venv "$root/.venv"
+cd "$root"
+export PATH="$root/.venv/bin:$PATH"
+
+if [[ "${1:-}" != --all ]]; then
+    exec python -m pytest -m 'not slow and not soak' "$@"
+fi
+shift
+ruff check .
+ruff format --check .
+mypy
+bash tests/smoke.sh
+exec python -m pytest -m 'not soak' "$@"

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight virtual CPU devices, and a compile cache of the test run's own."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault(
+    'JAX_COMPILATION_CACHE_DIR',
+    str(pathlib.Path(tempfile.gettempdir()) / 'jax-config-trainer-test-cache'),
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
