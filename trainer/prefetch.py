@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-# One gather serves many steps, because what costs is Python's work per call, up to these bounds.
+# One gather serves many steps, because what costs is Python's work per call; a block that outgrows
+# the cores' caches costs more than it saves.
 _BLOCK_STEPS = 64
-_BLOCK_BYTES = 32 * 2**20
+_BLOCK_BYTES = 2**20
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]
 
 
 class Prefetcher:
@@ -53,6 +54,10 @@ class Prefetcher:
         self.wait_secs = 0.0
         self._block = block
         self._sharding = sharding
+        # The memory of a lone CPU device is the host's: the compiled call reads numpy arrays as
+        # they are, and a transfer of each would only take the interpreter's lock from the loop.
+        devices = sharding.mesh.devices
+        self._on_host = devices.size == 1 and devices.flat[0].platform == 'cpu'
         self._handed_out: list[tuple[int, np.ndarray]] = []
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
         self._stopped = threading.Event()
@@ -124,11 +129,13 @@ class Prefetcher:
             self._queue.put(error)
 
     def _place(self, arrays: dict[str, np.ndarray], counts: list[int]) -> list[tuple[int, Batch]]:
-        """Puts a block on the devices in one transfer, cut into its calls."""
+        """Cuts a block into its calls and puts them on the devices in one transfer."""
         stacked = NamedSharding(self._sharding.mesh, PartitionSpec(None, *self._sharding.spec))
         ends = list(itertools.accumulate(counts))
         cuts = [end - 1 if n == 1 else slice(end - n, end) for n, end in zip(counts, ends)]
         batches = [{name: x[cut] for name, x in arrays.items()} for cut in cuts]
+        if self._on_host:
+            return list(zip(counts, batches, strict=True))
         shardings = [
             dict.fromkeys(arrays, self._sharding if n == 1 else stacked) for n in counts
         ]
