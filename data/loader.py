@@ -168,9 +168,7 @@ def _read(
     """One gather and one pass of transforms over the real rows; padding is zeros."""
     real = ids != PADDING
     batch = source.gather(ids[real])
-    batch = transforms_lib.apply(
-        transforms, batch, seed=seed, epochs=epochs[real], ids=ids[real]
-    )
+    batch = transforms_lib.apply(transforms, batch, seed=seed, epochs=epochs[real], ids=ids[real])
     if real.all():
         return {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in batch.items()}
     arrays = {}

@@ -79,7 +79,7 @@ class Normalize:
 
     def __call__(self, batch: Arrays) -> Arrays:
         """Returns the batch with the field normalised, float32."""
-        mean, std = np.float32(self.mean), np.float32(self.std)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         return {**batch, self.key: (batch[self.key].astype(np.float32) - mean) / std}
 
 

@@ -218,7 +218,9 @@ def _clock(sections: Sections, data: Any) -> Clock:
     return dataclasses.replace(clock, total_steps=total)
 
 
-def _evaluation(name: str, section: EvalSection, sections: Sections, task: TaskRunner) -> Evaluation:
+def _evaluation(
+    name: str, section: EvalSection, sections: Sections, task: TaskRunner
+) -> Evaluation:
     path = f'config.evals.{name}'
     if section.ema and sections.ema is None:
         raise UserError(f'{path}.ema: this run keeps no average; set config.ema.decay')

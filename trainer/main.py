@@ -20,16 +20,22 @@ MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'config')
 
 _FLAGS = flags.FlagValues()
 flags.DEFINE_string(
-    'workdir', None, 'Directory of the run; default: runs/ and a name made of config and overrides.',
+    'workdir',
+    None,
+    'Directory of the run; default: runs/ and a name made of config and overrides.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_enum('mode', 'train', MODES, 'What to do with the config.', flag_values=_FLAGS)
 flags.DEFINE_string(
-    'step', 'latest', "Checkpoint for eval and predict: a step, 'latest' or 'best'.",
+    'step',
+    'latest',
+    "Checkpoint for eval and predict: a step, 'latest' or 'best'.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_bool(
-    'allow_config_change', False, 'Go on with a run although its config has changed.',
+    'allow_config_change',
+    False,
+    'Go on with a run although its config has changed.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_values=_FLAGS)

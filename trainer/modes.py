@@ -8,13 +8,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from trainer import startup
 from trainer.checkpoint import manager as checkpoint
-from trainer.checkpoint.manager import CheckpointError
+from trainer.checkpoint.manager import CheckpointError, Checkpoints
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
@@ -120,7 +121,9 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
         raise UserError('--mode=predict reads the splits of config.evals, and there are none')
     for name in trainer.experiment.evals:
         batches = list(trainer.predict(name, state))
-        arrays = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
+        arrays: dict[str, Any] = {
+            key: np.concatenate([b[key] for b in batches]) for key in batches[0]
+        }
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
         with path.open('wb') as file:
             np.savez(file, **arrays)
@@ -132,14 +135,14 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
     with tempfile.TemporaryDirectory() as directory:
-        dry = type(trainer)(trainer.experiment, directory, stop=stop)
-        dry.workdir.path.mkdir(exist_ok=True)
+        dry = Trainer(trainer.experiment, directory, stop=stop)
         result = dry.fit(max_steps=1)
         for name, evaluator in dry.evaluators.items():
             evaluator.run(result.state, max_batches=1)
             print(f'eval {name}: one batch is fine')
-        dry.checkpoints.save(result.step, result.state, {'metrics': {}})
-        dry.checkpoints.close()
+        checkpoints = Checkpoints(f'{directory}/rehearsal', trainer.experiment.retention)
+        checkpoints.save(result.step, result.state, {'metrics': {}})
+        checkpoints.close()
         print(f'a save is fine: {human_bytes(nbytes(result.state))}')
     print('Everything works; nothing was kept.')
     return 0
@@ -168,7 +171,7 @@ def _workdir(trainer: Trainer) -> Workdir:
 
 def _enable_compile_cache() -> None:
     """Keeps compiled programs on disk: the second start of a program does not wait for XLA."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
         home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
         jax.config.update('jax_compilation_cache_dir', os.path.join(home, 'jax-config-trainer'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)

@@ -132,13 +132,13 @@ class Prefetcher:
         """Cuts a block into its calls and puts them on the devices in one transfer."""
         stacked = NamedSharding(self._sharding.mesh, PartitionSpec(None, *self._sharding.spec))
         ends = list(itertools.accumulate(counts))
-        cuts = [end - 1 if n == 1 else slice(end - n, end) for n, end in zip(counts, ends)]
+        cuts = [
+            end - 1 if n == 1 else slice(end - n, end) for n, end in zip(counts, ends, strict=True)
+        ]
         batches = [{name: x[cut] for name, x in arrays.items()} for cut in cuts]
         if self._on_host:
             return list(zip(counts, batches, strict=True))
-        shardings = [
-            dict.fromkeys(arrays, self._sharding if n == 1 else stacked) for n in counts
-        ]
+        shardings = [dict.fromkeys(arrays, self._sharding if n == 1 else stacked) for n in counts]
         return list(zip(counts, jax.device_put(batches, shardings), strict=True))
 
 

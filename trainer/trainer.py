@@ -117,7 +117,7 @@ class Trainer:
         if self._events.log.due(step):
             # Its row is fetched when the next step has been dispatched: see Reporter.
             self.report.log(step, state.metrics)
-            state = state.replace(metrics=self.programs.empty_metrics())
+            state = dataclasses.replace(state, metrics=self.programs.empty_metrics())
             self._notify('log', step, state)
         for name, periodic in self._events.evals.items():
             if periodic.due(step):
@@ -191,7 +191,9 @@ class Trainer:
         found = named[step]() if step in named else int(step)
         if found is None or found not in steps:
             have = ', '.join(map(str, steps)) or 'none'
-            raise UserError(f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}')
+            raise UserError(
+                f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
+            )
         return self.checkpoints.restore(found, self.programs.abstract)
 
     def evaluate(self, state: TrainState | None = None) -> dict[str, dict[str, float]]:

@@ -142,7 +142,11 @@ def _git_commit() -> str | None:
     try:
         text = subprocess.run(
             ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-            cwd=here, capture_output=True, text=True, timeout=5, check=True,
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None

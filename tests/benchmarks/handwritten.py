@@ -3,8 +3,8 @@
 
     python tests/benchmarks/handwritten.py {mlp,cnn} --steps=3000
 
-Linen, optax, `flax.training.train_state`, one jitted and donated step, numpy batches handed straight
-to it, the loss read every 100 steps. Prints one JSON object.
+Linen, optax, `flax.training.train_state`, one jitted and donated step, numpy batches handed
+straight to it, the loss read every 100 steps. Prints one JSON object.
 """
 
 from __future__ import annotations

@@ -41,7 +41,12 @@ def batch_of(rows: int = ROWS, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def programs(
-    model: nn.Module, *, task: Any = None, mesh: Mesh | None = None, rows: int = ROWS, **options: Any
+    model: nn.Module,
+    *,
+    task: Any = None,
+    mesh: Mesh | None = None,
+    rows: int = ROWS,
+    **options: Any,
 ) -> Programs:
     mesh = mesh or make_mesh({'data': -1})
     optimizer = options.pop('optimizer', Optimizer(base=optax.sgd(0.1, momentum=0.9)))
@@ -90,7 +95,9 @@ def test_one_update_equals_the_hand_written_one() -> None:
 def test_metrics_are_means_over_all_steps() -> None:
     """A3: accumulated on the devices, weighted, equal to numpy's mean over the batches."""
     model = MLP((8, 10))
-    program = programs(model, optimizer=Optimizer(base=optax.sgd(0.0), learning_rate=lambda s: 1.0 * s))
+    program = programs(
+        model, optimizer=Optimizer(base=optax.sgd(0.0), learning_rate=lambda s: 1.0 * s)
+    )
     state = program.init()
     params = jax.device_get(state.params)
     hits, losses = [], []
@@ -131,7 +138,10 @@ def test_integer_and_one_hot_labels_agree(one_hot: bool) -> None:
 
 def test_top_k() -> None:
     task = Classification(top_k=(2,))
-    batch = {'image': np.eye(4, dtype=np.float32) + 0.1 * np.arange(4), 'label': np.array([0, 3, 2, 1])}
+    batch = {
+        'image': np.eye(4, dtype=np.float32) + 0.1 * np.arange(4),
+        'label': np.array([0, 3, 2, 1]),
+    }
     hits = task(lambda x: jnp.asarray(x), batch).metrics
     assert hits['accuracy'].tolist() == [True, False, True, False]
     assert hits['top2_accuracy'].tolist() == [True, True, True, False]
@@ -140,9 +150,11 @@ def test_top_k() -> None:
 @pytest.mark.parametrize('accumulate', [2, 4])
 @pytest.mark.parametrize('devices', [1, 2])
 def test_accumulation_is_exact_for_unequal_weights(accumulate: int, devices: int) -> None:
-    """The update of 2 or 4 slices is that of the whole batch, although the slices weigh unequally."""
+    """The update of 2 or 4 slices is that of the whole batch, though the slices weigh unequally."""
     axis_types = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((devices,), ('data',), devices=jax.devices()[:devices], axis_types=axis_types)
+    mesh = jax.make_mesh(
+        (devices,), ('data',), devices=jax.devices()[:devices], axis_types=axis_types
+    )
 
     def task(model: Any, batch: Any) -> TaskOutput:
         output = Classification()(model, batch)
@@ -167,7 +179,9 @@ def test_padded_rows_do_not_count() -> None:
     """A masked batch gives the update of its real rows alone."""
     mesh = one_device_mesh()
     short = batch_of(5)
-    padded = {k: np.concatenate([v, np.zeros((3, *v.shape[1:]), v.dtype)]) for k, v in short.items()}
+    padded = {
+        k: np.concatenate([v, np.zeros((3, *v.shape[1:]), v.dtype)]) for k, v in short.items()
+    }
     padded['_mask'] = np.arange(8) < 5
 
     def train(batch: dict[str, np.ndarray]) -> Any:
@@ -194,7 +208,9 @@ def test_same_update_on_one_and_on_eight_devices() -> None:
             state = program.step(state, place(batch_of(seed=seed), mesh))
         return jax.device_get(state.params)
 
-    assert_trees_close(train(one_device_mesh()), train(make_mesh({'data': -1})), rtol=1e-4, atol=1e-6)
+    assert_trees_close(
+        train(one_device_mesh()), train(make_mesh({'data': -1})), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_batch_norm_statistics_are_of_the_global_batch() -> None:
@@ -206,7 +222,9 @@ def test_batch_norm_statistics_are_of_the_global_batch() -> None:
     batch = batch_of()
     _, updates = model.apply(variables, batch['image'], train=True, mutable=['batch_stats'])
     state = program.step(state, place(batch))
-    assert_trees_close(state.collections['batch_stats'], updates['batch_stats'], rtol=1e-5, atol=1e-6)
+    assert_trees_close(
+        state.collections['batch_stats'], updates['batch_stats'], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_dropout_depends_on_seed_and_step_only() -> None:
@@ -259,7 +277,9 @@ def test_ema_follows_the_parameters() -> None:
     expected = jax.device_get(state.params)
     for seed in range(3):
         state = program.step(state, place(batch_of(seed=seed)))
-        expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, expected, jax.device_get(state.params))
+        expected = jax.tree.map(
+            lambda e, p: 0.9 * e + 0.1 * p, expected, jax.device_get(state.params)
+        )
     assert_trees_close(state.ema, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -278,7 +298,9 @@ def test_steps_per_call_is_bit_equal_on_the_mlp() -> None:
     for batch in batches:
         single = program.step(single, place(batch, mesh))
     stacked = {name: np.stack([b[name] for b in batches]) for name in spec}
-    fused = program.fused(program.init(), jax.device_put(stacked, batch_sharding(mesh, leading_dims=1)))
+    fused = program.fused(
+        program.init(), jax.device_put(stacked, batch_sharding(mesh, leading_dims=1))
+    )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(single), jax.device_get(fused))
 
 

@@ -48,7 +48,7 @@ def from_json(text: str) -> Any:
 
 
 def to_jsonable(node: Any) -> Any:
-    """Returns JSON values; a tuple is {'__tuple__': [...]}, other keys than strings become strings."""
+    """Returns JSON values; a tuple becomes {'__tuple__': [...]}, and every key a string."""
     if isinstance(node, Mapping):
         return {str(key): to_jsonable(value) for key, value in node.items()}
     if isinstance(node, tuple):

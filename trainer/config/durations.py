@@ -45,7 +45,7 @@ class Duration:
         match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
         if match is None or match[2] not in _UNITS:
             raise UserError(
-                f"{path or 'a duration'}: {text!r} is not a duration; write a number and a unit, "
+                f'{path or "a duration"}: {text!r} is not a duration; write a number and a unit, '
                 "such as '10 epochs', '2000 steps', '60000 examples', '5%' or 'never'"
             )
         value = Fraction(match[1])
@@ -123,7 +123,9 @@ class Clock:
             return duration.value * self.steps_per_epoch
         if duration.unit == 'percent' and self.total_steps is not None:
             return duration.value * self.total_steps / 100
-        raise UserError(f"{path}: '{duration}' is not a length of time here; count in steps or epochs")
+        raise UserError(
+            f"{path}: '{duration}' is not a length of time here; count in steps or epochs"
+        )
 
     def steps(self, duration: Duration, *, path: str) -> int:
         """Returns the number of steps; a fraction of a step counts as one."""

@@ -102,7 +102,7 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
 
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any], path: str, notes: list[str]) -> Any:
-    """Returns `old` updated by `new` at every depth; a new target keeps what its signature takes."""
+    """Returns `old` updated by `new` at every depth; a new target keeps what it accepts."""
     kept = dict(old)
     if 'target' in new and 'target' in old and new['target'] != old['target']:
         section = schema.section_at(parse_path(path.removeprefix('config.')))
@@ -136,7 +136,9 @@ def _lookup(config: Any, keys: Keys) -> Any:
     for depth, key in enumerate(keys):
         if isinstance(node, (tuple, list)) and isinstance(key, int):
             if not -len(node) <= key < len(node):
-                raise UserError(f'config.{_join(keys[: depth + 1])}: there are {len(node)} elements')
+                raise UserError(
+                    f'config.{_join(keys[: depth + 1])}: there are {len(node)} elements'
+                )
             node = node[key]
         elif isinstance(node, Mapping) and key in node:
             node = node[key]
@@ -171,16 +173,24 @@ def _unknown(config: Any, keys: Keys, depth: int) -> str:
     parent = _get(whole, keys[:depth])
     if isinstance(parent, Mapping) and 'target' in parent:
         known, _ = targets.arguments(targets.resolve(parent['target'], wrong))
-        more += [f'config.{_join(keys[:depth])}.{name}' for name in known if name not in targets.FRAMEWORK_SUPPLIED]
+        more += [
+            f'config.{_join(keys[:depth])}.{name}'
+            for name in known
+            if name not in targets.FRAMEWORK_SUPPLIED
+        ]
         close = suggest.nearest(str(keys[depth]), [*known, *parent], cutoff=0.75)
         if close:
-            return _did_you_mean(path, f'config.{_join([*keys[:depth], close, *keys[depth + 1 :]])}')
+            return _did_you_mean(
+                path, f'config.{_join([*keys[:depth], close, *keys[depth + 1 :]])}'
+            )
     elif isinstance(parent, Mapping):
         # One wrong word on the way: mend that word and keep the rest.
         known_here = [p.split('.')[depth + 1] for p in more if p.count('.') > depth]
         close = suggest.nearest(str(keys[depth]), [*parent, *known_here], cutoff=0.6)
         if close and depth < len(keys) - 1:
-            return _did_you_mean(path, f'config.{_join([*keys[:depth], close, *keys[depth + 1 :]])}')
+            return _did_you_mean(
+                path, f'config.{_join([*keys[:depth], close, *keys[depth + 1 :]])}'
+            )
     found = suggest.nearest_path(path, [*suggest.paths(whole, 'config'), *more])
     return _did_you_mean(path, found)
 

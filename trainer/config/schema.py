@@ -31,7 +31,9 @@ def read(config: Mapping[str, Any]) -> Sections:
 def fields(section: type) -> dict[str, Any]:
     """Returns the type of each key of a section."""
     hints = typing.get_type_hints(section)
-    return {f.name: hints[f.name] for f in dataclasses.fields(section) if not f.metadata.get('rest')}
+    return {
+        f.name: hints[f.name] for f in dataclasses.fields(section) if not f.metadata.get('rest')
+    }
 
 
 def takes_any_key(section: type) -> bool:
@@ -66,7 +68,9 @@ def defaults(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     yield from _defaults(Sections, config, '')
 
 
-def _defaults(section: type, config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any, Any]]:
+def _defaults(
+    section: type, config: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, Any, Any]]:
     for field in dataclasses.fields(section):
         if field.metadata.get('rest') or field.name == 'vars':
             continue
@@ -190,7 +194,9 @@ def _check_node(value: Any, path: str) -> Node:
     return dict(value)
 
 
-def _check_tuple(value: Any, args: Sequence[Any], path: str, whole: Mapping[str, Any]) -> Any:
+def _check_tuple(
+    value: Sequence[Any], args: tuple[Any, ...], path: str, whole: Mapping[str, Any]
+) -> tuple[Any, ...]:
     hints = args[:1] * len(value) if args[-1] is Ellipsis else args
     if len(hints) != len(value):
         raise UserError(f'{path}: expected {len(hints)} elements, got {len(value)}: {value!r}')

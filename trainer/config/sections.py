@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fixed keys of a config, as dataclasses: the one place that says what may be set.
 
-A field's annotation is its type on the command line, its default is what a config that leaves it out
-gets. `Node` is a dict that names an object (`target`, `ref`); it is built in `trainer.experiment`.
+A field's annotation is its type on the command line, its default is what a config that leaves it
+out gets. `Node` is a dict that names an object (`target`, `ref`); `trainer.experiment` builds it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ Node = dict[str, Any]
 Patterns = str | tuple[str, ...] | None
 
 NEVER = Duration.parse('never')
-
-
-def _loader(name: str) -> Any:
-    return dataclasses.field(default_factory=lambda: {'target': f'data.loader:{name}'})
+EACH_EPOCH = Duration.parse('1 epochs')
+EACH_100_STEPS = Duration.parse('100 steps')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class DataSection:
     seed: int | None = None
     repeat_batch: int | None = None
     prefetch: int = 2
-    loader: Node = _loader('TrainLoader')
+    loader: Node = dataclasses.field(default_factory=lambda: {'target': 'data.loader:TrainLoader'})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ class EvalDataSection:
     source: Node
     batch_size: int | None = None
     transforms: tuple[Node, ...] = ()
-    loader: Node = _loader('EvalLoader')
+    loader: Node = dataclasses.field(default_factory=lambda: {'target': 'data.loader:EvalLoader'})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class EvalSection:
     """`config.evals.<name>`: an evaluation, when it runs and on which parameters."""
 
     data: EvalDataSection
-    every: Duration = Duration.parse('1 epochs')
+    every: Duration = EACH_EPOCH
     final: bool = True
     ema: bool = False
     task: Node | None = None
@@ -98,7 +96,7 @@ class CheckpointSection:
 class LogSection:
     """`config.log`: when a row of metrics is written."""
 
-    every: Duration = Duration.parse('100 steps')
+    every: Duration = EACH_100_STEPS
     tensorboard: bool = True
 
 

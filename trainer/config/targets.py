@@ -116,7 +116,9 @@ def instantiate(node: Any, path: str) -> Any:
         raise
     except (TypeError, ValueError) as error:
         notes = ''.join(f'\n{note}' for note in getattr(error, '__notes__', ()))
-        raise UserError(f'{path}: {node["target"]} refused its arguments: {error}{notes}') from error
+        raise UserError(
+            f'{path}: {node["target"]} refused its arguments: {error}{notes}'
+        ) from error
 
 
 def accepted(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:
@@ -209,9 +211,7 @@ def _failed_import(module_name: str, error: BaseException, path: str) -> str:
 
 def last_line(error: BaseException) -> str:
     """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if 'importlib' not in f.filename
-    ]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if 'importlib' not in f.filename]
     text = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
         return f'{text} ({error.filename}, line {error.lineno})'
@@ -225,7 +225,7 @@ def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> s
 
 
 def _no_module(module_name: str, name: str, path: str) -> str:
-    package, _, last = module_name.rpartition('.')
+    package = module_name.rpartition('.')[0]
     siblings: list[str] = []
     if package:
         loaded = sys.modules.get(package) or sys.modules.get(f'trainer.bundled.{package}')

@@ -116,7 +116,9 @@ def _sequence(text: str, value: Any, old: Any, path: str) -> Any:
         )
     patterns = old if fixed else (old[0],) * len(value) if old else value
     elements = [
-        x if isinstance(p, Mapping) and isinstance(x, Mapping) else like(_show(x), x, p, f'{path}[{i}]')
+        x
+        if isinstance(p, Mapping) and isinstance(x, Mapping)
+        else like(_show(x), x, p, f'{path}[{i}]')
         for i, (x, p) in enumerate(zip(value, patterns, strict=True))
     ]
     return type(old)(elements)

@@ -72,7 +72,8 @@ class EvalStep:
     ) -> dict[str, jax.Array]:
         """Returns the task's predictions for all rows of a batch, padding included."""
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
-        return self.task.task.predict(self.model.bind(variables, keys), without_mask(batch))
+        task: Any = self.task.task
+        return task.predict(self.model.bind(variables, keys), without_mask(batch))
 
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
@@ -87,7 +88,9 @@ class Evaluator:
         compiles: number of compilations so far.
     """
 
-    def __init__(self, name: str, step: EvalStep, loader: Any, mesh: Mesh, *, use_ema: bool = False):
+    def __init__(
+        self, name: str, step: EvalStep, loader: Any, mesh: Mesh, *, use_ema: bool = False
+    ):
         """Makes an evaluator; it compiles at its first batch.
 
         Args:

@@ -31,7 +31,7 @@ def pad_shard_unpad(
     Args:
         fn: usually `jax.jit(...)`; called once for each call of the wrapper.
         mesh: the mesh to shard over; by default all devices on one `data` axis.
-        static_argnums: positions of arguments that are replicated instead: parameters, accumulators.
+        static_argnums: positions of arguments that are replicated instead (parameters, totals).
         static_argnames: the same for keyword arguments.
         static_return: return the result as it is (accumulators), on the devices.
 

@@ -48,9 +48,7 @@ class Linen:
         task(bound, batch)
         return meta.unbox(bound.variables)
 
-    def bind(
-        self, variables: Variables, keys: Keys, *, ema: Any = None
-    ) -> BoundModel:
+    def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> BoundModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
         return BoundModel(self.module, variables, keys, ema=ema)
 
@@ -166,8 +164,8 @@ class BoundModel:
 
     def _check_structure(self, updates: Variables) -> None:
         for name, value in updates.items():
-            before = jax.tree.structure(self._variables[name])
-            after = jax.tree.structure(value)
+            before: Any = jax.tree.structure(self._variables[name])
+            after: Any = jax.tree.structure(value)
             if before != after:
                 raise ValueError(
                     f'the call changed the structure of the collection {name!r} from {before} to '
@@ -249,9 +247,9 @@ def _with_flags(module: nn.Module, training: bool) -> nn.Module:
     """Sets the mode flags among the module's attributes that its maker left at their default."""
     fields = {field.name: field.default for field in dataclasses.fields(module)}
     in_call = _flags_in(inspect.signature(type(module).__call__).parameters, training)
-    flags = {
+    flags: dict[str, Any] = {
         name: value
         for name, value in _flags_in(fields, training).items()
         if name not in in_call and getattr(module, name) in (None, fields[name])
     }
-    return module.clone(**flags) if flags else module
+    return dataclasses.replace(module, **flags) if flags else module

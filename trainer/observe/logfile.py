@@ -32,9 +32,7 @@ def route(directory: epath.PathLike | None) -> None:
         root.addHandler(logging.NullHandler())
     else:
         to_file = logging.FileHandler(os.fspath(epath.Path(directory) / 'log.txt'))
-        to_file.setFormatter(
-            logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s')
-        )
+        to_file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s'))
         root.addHandler(to_file)
     # absl installs a handler of its own that writes to the screen.
     logging.getLogger('absl').handlers.clear()

@@ -35,7 +35,9 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
             f'{devices}; one of them may be -1 for the rest.'
         )
     # Auto axes: Linen's partitioned initialisation fails under the default, Explicit ones.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -54,8 +56,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
-    """Returns a sharding for every leaf; optimizer state and average live where their parameter does.
+def state_shardings(abstract: TrainState, mesh: Mesh) -> Any:
+    """Returns a sharding for every leaf; optimizer slots and average live with their parameter.
 
     Args:
         abstract: the state's shapes, from `jax.eval_shape`.
@@ -67,7 +69,8 @@ def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
         return jax.tree.map(lambda _: everywhere, tree)
 
     params = whole(abstract.params)
-    return TrainState(
+    # Not an array but a sharding in each place.
+    shardings: dict[str, Any] = dict(
         step=everywhere,
         params=params,
         opt_state=_like_params(abstract.opt_state, abstract.params, params, everywhere),
@@ -75,6 +78,7 @@ def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
         metrics=whole(abstract.metrics),
         ema=None if abstract.ema is None else params,
     )
+    return TrainState(**shardings)
 
 
 def _like_params(tree: Any, params: Any, shardings: Any, default: NamedSharding) -> Any:

@@ -61,15 +61,17 @@ class WeightedMean(clu.metrics.Metric):
             """Weighted mean of one named output."""
 
             @classmethod
-            def from_model_output(cls, **outputs: Any) -> WeightedMean:
-                mean = WeightedMean.from_model_output(outputs[name], outputs.get('weights'))
+            def from_model_output(
+                cls, values: Any = None, weights: Any = None, **outputs: Any
+            ) -> WeightedMean:
+                mean = WeightedMean.from_model_output(outputs[name], weights)
                 return cls(total=mean.total, weight=mean.weight)
 
         return FromOutput
 
     def merge(self, other: WeightedMean) -> WeightedMean:
         """Returns the mean over both."""
-        return self.replace(total=self.total + other.total, weight=self.weight + other.weight)
+        return type(self)(total=self.total + other.total, weight=self.weight + other.weight)
 
     def compute(self) -> jax.Array:
         """Returns the scalar mean."""
@@ -119,7 +121,7 @@ class Count(clu.metrics.Metric):
 
     def merge(self, other: Count) -> Count:
         """Returns the sum."""
-        return self.replace(count=self.count + other.count)
+        return type(self)(count=self.count + other.count)
 
     def compute(self) -> jax.Array:
         """Returns the scalar count."""
@@ -134,7 +136,9 @@ def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     if weights.shape != shape[: weights.ndim]:
         raise ValueError(f'weights of shape {weights.shape} do not fit values of shape {shape}')
-    weights = weights.astype(jnp.float32).reshape(weights.shape + (1,) * (len(shape) - weights.ndim))
+    weights = weights.astype(jnp.float32).reshape(
+        weights.shape + (1,) * (len(shape) - weights.ndim)
+    )
     return jnp.broadcast_to(weights, shape)
 
 

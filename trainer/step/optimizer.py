@@ -73,7 +73,9 @@ class Optimizer:
     def trained(self, tree: Any) -> list[jax.Array]:
         """Returns the leaves of a parameter-shaped tree that are not frozen."""
         frozen = jax.tree.leaves(RegexMask(self.freeze)(tree))
-        return [x for x, is_frozen in zip(jax.tree.leaves(tree), frozen, strict=True) if not is_frozen]
+        return [
+            x for x, is_frozen in zip(jax.tree.leaves(tree), frozen, strict=True) if not is_frozen
+        ]
 
 
 def _scale_each(factors: Any) -> optax.GradientTransformation:

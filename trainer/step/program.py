@@ -124,14 +124,12 @@ class Programs:
         return init()
 
     @functools.cached_property
-    def empty_metrics(self) -> Callable[[TrainState], Any]:
-        """`state -> metrics` that have seen nothing; compiled at its first use."""
-
-        def empty(state: TrainState) -> Any:
-            return self._train_step.empty_metrics(state, self._spec)
-
-        # A closure over abstract shapes: no array of the state is read.
-        return jax.jit(lambda: empty(self.abstract), out_shardings=replicated(self._mesh))
+    def empty_metrics(self) -> Callable[[], Any]:
+        """Makes accumulators that have seen nothing; compiled at its first use."""
+        return jax.jit(
+            lambda: self._train_step.empty_metrics(self.abstract, self._spec),
+            out_shardings=replicated(self._mesh),
+        )
 
     @property
     def _shardings(self) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -48,7 +49,9 @@ class TrainState:
         """
         updates, opt_state = tx.update(grads, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
-        fields = set(self.__dataclass_fields__)
+        fields = {field.name for field in dataclasses.fields(self)}
         collections = {name: changes.pop(name) for name in list(changes) if name not in fields}
         changes.setdefault('collections', {**self.collections, **collections})
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
+        return dataclasses.replace(
+            self, step=self.step + 1, params=params, opt_state=opt_state, **changes
+        )

@@ -44,7 +44,8 @@ class TaskRunner:
             weights = jnp.ones(output.loss.shape[:1], jnp.float32)
         if MASK in batch:
             weights = weights * broadcast_weights(batch[MASK], weights.shape)
-        return output.replace(weights=jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32)))
+        weights = jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
+        return dataclasses.replace(output, weights=weights)
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns accumulators that have seen nothing, for outputs like this (abstract) one."""

@@ -71,7 +71,7 @@ class Classification:
 
     Attributes:
         image: batch key of the model's input.
-        label: batch key of the labels: integers (batch, ...) or one-hot / soft (batch, ..., classes).
+        label: batch key of the labels: integers (batch, ...), or one-hot (batch, ..., classes).
         weight: batch key of per-example weights, or None.
         label_smoothing: mass moved from the label to all classes, in [0, 1).
         top_k: also report `top{k}_accuracy` for each of these k.
@@ -115,6 +115,13 @@ class Classification:
         return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
 
 
+_ERRORS: dict[str, Callable[..., jax.Array]] = {
+    'squared': optax.squared_error,
+    'absolute': lambda prediction, target: jnp.abs(prediction - target),
+    'huber': optax.huber_loss,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Regression:
     """Squared (or absolute, or Huber) error, averaged over the output's dimensions.
@@ -131,15 +138,9 @@ class Regression:
     weight: str | None = None
     loss: str = 'squared'
 
-    _LOSSES = {
-        'squared': optax.squared_error,
-        'absolute': lambda prediction, target: jnp.abs(prediction - target),
-        'huber': optax.huber_loss,
-    }
-
     def __post_init__(self) -> None:
-        if self.loss not in self._LOSSES:
-            raise ValueError(f'loss: {self.loss!r} is none of {", ".join(self._LOSSES)}')
+        if self.loss not in _ERRORS:
+            raise ValueError(f'loss: {self.loss!r} is none of {", ".join(_ERRORS)}')
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
@@ -162,7 +163,7 @@ class Regression:
         def per_example(values: jax.Array) -> jax.Array:
             return values.reshape(values.shape[0], -1).mean(-1)
 
-        loss = per_example(self._LOSSES[self.loss](prediction, target))
+        loss = per_example(_ERRORS[self.loss](prediction, target))
         error = per_example(jnp.abs(prediction - target))
         weights = None if self.weight is None else batch[self.weight]
         return TaskOutput(loss=loss, weights=weights, metrics={'mean_absolute_error': error})

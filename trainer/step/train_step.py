@@ -49,7 +49,9 @@ class TrainStep:
         """Returns the first state, from the shapes of a training batch."""
         # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
-        variables = dict(self.model.init(self.task.task, without_mask(batch), Keys(seed=self.seed, mode='init')))
+        variables = dict(
+            self.model.init(self.task.task, without_mask(batch), Keys(seed=self.seed, mode='init'))
+        )
         params = variables.pop('params')
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -60,7 +62,7 @@ class TrainStep:
             # A copy: two leaves of one donated state must not share a buffer.
             ema=None if self.ema_decay is None else jax.tree.map(jnp.copy, params),
         )
-        return state.replace(metrics=self.empty_metrics(state, batch))
+        return dataclasses.replace(state, metrics=self.empty_metrics(state, batch))
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
@@ -70,7 +72,7 @@ class TrainStep:
             return self._run_task(state.params, state, batch, keys)[0]
 
         # The metrics of the state that is being made are not known yet, and not needed.
-        output = jax.eval_shape(run, state.replace(metrics=None), batch)
+        output = jax.eval_shape(run, dataclasses.replace(state, metrics=None), batch)
         empty: dict[str, Any] = {
             'task': self.task.empty(output),
             'penalties': {name: WeightedMean.empty() for name in output.penalties},
@@ -95,7 +97,8 @@ class TrainStep:
             metrics['learning_rate'] = Last.from_model_output(
                 self.optimizer.learning_rate(state.step)
             )
-        return state.replace(
+        return dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             opt_state=opt_state,
@@ -136,7 +139,9 @@ class TrainStep:
         def body(carry: Any, item: Any) -> tuple[Any, None]:
             grads, collections, metrics, weight = carry
             index, rows = item
-            new = self._slice(state.replace(collections=collections), rows, index, normalise=False)
+            new = self._slice(
+                dataclasses.replace(state, collections=collections), rows, index, normalise=False
+            )
             grads = jax.tree.map(jnp.add, grads, new[0])
             return (grads, new[1], merge_metrics(metrics, new[2]), weight + new[3]), None
 
@@ -170,7 +175,7 @@ class TrainStep:
 
         def losses(params: Any) -> Any:
             output, collections = self._run_task(params, state, batch, keys)
-            weights = broadcast_weights(output.weights, output.loss.shape)
+            weights = broadcast_weights(jnp.asarray(output.weights), output.loss.shape)
             total = jnp.sum(output.loss.astype(jnp.float32) * weights)
             penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
             return (total, penalty), (output, collections, weights.sum())
