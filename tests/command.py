@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the command line as a user does: in a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+MLP = '--config=configs/mnist_mlp.py'
+# Small enough that a run takes a second or two.
+SMALL = ('--config.data.source.limit=4000', '--config.evals.test.data.source.limit=1000')
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+    secs: float
+
+
+def start(*args: str, cwd: pathlib.Path = ROOT, devices: int = 1) -> subprocess.Popen[str]:
+    """Starts `python -m trainer.main` on so many virtual devices."""
+    flags = f'--xla_force_host_platform_device_count={devices}'
+    return subprocess.Popen(
+        [sys.executable, '-m', 'trainer.main', *args],
+        cwd=cwd,
+        env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*args: str, cwd: pathlib.Path = ROOT, devices: int = 1) -> Finished:
+    """Runs the command to its end."""
+    began = time.monotonic()
+    process = start(*args, cwd=cwd, devices=devices)
+    out, err = process.communicate(timeout=300)
+    return Finished(process.returncode, out, err, time.monotonic() - began)
+
+
+def train(workdir: pathlib.Path, *args: str, devices: int = 1) -> Finished:
+    """Trains the small MLP in a directory; it must succeed."""
+    finished = run(MLP, *SMALL, f'--workdir={workdir}', *args, devices=devices)
+    assert finished.code == 0, finished.err
+    return finished
+
+
+def result(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns result.json."""
+    return json.loads((workdir / 'result.json').read_text())
+
+
+def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the metric rows without what depends on the clock."""
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    parsed = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if not k.endswith('_per_sec')} for row in parsed]
+
+
+def wait_for(condition: Callable[[], bool], secs: float = 60) -> None:
+    """Returns when the condition holds; fails when it does not in time."""
+    deadline = time.monotonic() + secs
+    while not condition():
+        assert time.monotonic() < deadline, 'waited in vain'
+        time.sleep(0.01)
+
+
+def rows_written(workdir: pathlib.Path, at_least: int) -> Callable[[], bool]:
+    """Returns a condition: so many rows are in metrics.jsonl."""
+
+    def enough() -> bool:
+        path = workdir / 'metrics.jsonl'
+        return path.exists() and path.read_text().count('\n') >= at_least
+
+    return enough

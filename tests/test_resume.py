@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that are cut short and started again end exactly as if nothing had happened."""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import signal
+
+import pytest
+
+from tests import command
+
+LENGTH = (
+    '--config.train_for=6000steps',
+    '--config.checkpoint.every=700steps',
+    '--config.log.every=30steps',
+    '--config.model.dropout_rate=0.1',
+    '--config.model.batch_norm=true',
+)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The work directory of an uninterrupted run."""
+    workdir = tmp_path_factory.mktemp('whole') / 'run'
+    command.train(workdir, *LENGTH)
+    return workdir
+
+
+def assert_same_run(workdir: pathlib.Path, whole: pathlib.Path) -> None:
+    mine, other = command.result(workdir), command.result(whole)
+    assert mine['step'] == 6000
+    assert mine['digest'] == other['digest']
+    assert mine['data_digest'] == other['data_digest']
+    assert command.rows(workdir) == command.rows(whole)
+
+
+def interrupted(workdir: pathlib.Path, number: signal.Signals, after_rows: int) -> int:
+    process = command.start(command.MLP, *command.SMALL, f'--workdir={workdir}', *LENGTH)
+    command.wait_for(command.rows_written(workdir, after_rows))
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    return process.returncode
+
+
+def test_kill_at_random_moments(tmp_path: pathlib.Path, whole: pathlib.Path) -> None:
+    workdir = tmp_path / 'run'
+    for _ in range(3):
+        interrupted(workdir, signal.SIGKILL, random.randint(1, 150))
+    command.train(workdir, *LENGTH)
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+def test_stopped_runs_save_first(
+    tmp_path: pathlib.Path, whole: pathlib.Path, number: signal.Signals, code: int
+) -> None:
+    workdir = tmp_path / 'run'
+    assert interrupted(workdir, number, 10) == code
+    stopped = command.result(workdir)
+    assert stopped['status'] == {42: 'preempted', 130: 'interrupted'}[code]
+    assert 0 < stopped['step'] < 6000
+    again = command.train(workdir, *LENGTH)
+    assert f'resumed from step {stopped["step"]:,}' in again.out
+    assert_same_run(workdir, whole)
+
+
+def test_a_finished_run_says_so(whole: pathlib.Path) -> None:
+    before = (whole / 'metrics.jsonl').read_bytes()
+    again = command.train(whole, *LENGTH)
+    assert 'has already finished at step 6,000' in again.out
+    assert (whole / 'metrics.jsonl').read_bytes() == before
+
+
+def test_a_longer_run_goes_on_as_if_it_had_been_asked_for(tmp_path: pathlib.Path) -> None:
+    options = ('--config.log.every=10steps', '--config.evals={}')
+    command.train(tmp_path / 'two', '--config.train_for=50steps', *options)
+    command.train(tmp_path / 'two', '--config.train_for=100steps', *options)
+    command.train(tmp_path / 'one', '--config.train_for=100steps', *options)
+    one, two = command.result(tmp_path / 'one'), command.result(tmp_path / 'two')
+    assert one['digest'] == two['digest']
+    assert one['data_digest'] == two['data_digest']
+
+
+def test_a_schedule_to_the_end_refuses_a_longer_run(tmp_path: pathlib.Path) -> None:
+    schedule = (
+        '--config.optimizer.learning_rate={"target": "optax:cosine_decay_schedule", '
+        '"init_value": 0.1, "decay_steps": "100%"}'
+    )
+    command.train(tmp_path / 'run', '--config.train_for=30steps', schedule)
+    longer = (command.MLP, *command.SMALL, f'--workdir={tmp_path / "run"}', schedule)
+    refused = command.run(*longer, '--config.train_for=60steps')
+    assert refused.code == 2
+    assert 'optimizer.learning_rate.decay_steps' in refused.err
+    assert '30 -> 60' in refused.err
+    allowed = command.run(*longer, '--config.train_for=60steps', '--allow_config_change')
+    assert allowed.code == 0, allowed.err
+
+
+def test_another_config_is_refused_and_what_changed_is_shown(tmp_path: pathlib.Path) -> None:
+    workdir = tmp_path / 'run'
+    command.train(workdir, '--config.train_for=10steps')
+    base = (command.MLP, *command.SMALL, f'--workdir={workdir}', '--config.train_for=20steps')
+    refused = command.run(*base, '--config.optimizer.learning_rate=0.5')
+    assert refused.code == 2
+    assert 'optimizer.learning_rate  0.01 -> 0.5' in refused.err
+    assert 'Traceback' not in refused.err
+    harmless = command.run(*base, '--config.log.every=7steps')
+    assert harmless.code == 0, harmless.err
+    assert 'log.every' in harmless.out
