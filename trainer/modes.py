@@ -60,18 +60,23 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     except CheckpointError as error:
         print(f'Error: {error}', file=sys.stderr)
         return error.exit_code
+    except jax.errors.JaxRuntimeError as error:
+        if not startup.is_out_of_memory(error):
+            raise
+        print(f'Error: {startup.explain_out_of_memory(trainer, error)}', file=sys.stderr)
+        return 1
 
 
 def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     workdir, experiment = _workdir(trainer), trainer.experiment
-    workdir.check_same_run(
-        experiment.config, experiment.schedule_steps, command.allow_config_change
-    )
+    goes_on = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
+    if goes_on and not command.allow_config_change:
+        workdir.check_same_run(experiment.config, experiment.schedule_steps)
     if _already_done(trainer):
         return 0
     run = describe_run(command.overrides)
     changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
-    if changes:
+    if goes_on and changes:
         print(f'The config has changed since the last start:\n{diff.format_diff(changes)}')
     logfile.route(workdir.path)
     checkpoint.preload()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,32 @@ def check_batch(experiment: Experiment, shards: int) -> None:
         f'config.data.batch_size: {rows} rows do not divide over {shards} devices x '
         f'{experiment.accumulate} accumulation slices; {near} would'
     )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the runtime failed for want of memory; the CPU backend says so in words only."""
+    return 'RESOURCE_EXHAUSTED' in str(error) or 'Out of memory' in str(error)
+
+
+def explain_out_of_memory(trainer: Trainer, error: Exception) -> str:
+    """Returns what fills a device's memory, and what would help."""
+    state, spec = trainer.programs.abstract, trainer.experiment.data.spec
+    batch = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec.values())
+    lines = [
+        'the device is out of memory.',
+        f'  state        {human_bytes(nbytes(state))} (parameters '
+        f'{human_bytes(nbytes(state.params))}, optimizer {human_bytes(nbytes(state.opt_state))})',
+        f'  batch        {human_bytes(batch / batch_shards(trainer.mesh))} on each device',
+    ]
+    temporary = trainer.programs.step.temporary_bytes()
+    if temporary is not None:
+        lines.append(f'  temporaries  {human_bytes(temporary)} in the train step')
+    lines += [
+        'A smaller config.data.batch_size or a larger config.accumulate shrinks the temporaries; '
+        'a smaller model or a leaner optimizer shrinks the state.',
+        f'The runtime said: {str(error).splitlines()[0].split(": ")[-1]}',
+    ]
+    return '\n'.join(lines)
 
 
 def jsonable_config(experiment: Experiment) -> Any:

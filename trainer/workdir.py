@@ -69,14 +69,14 @@ class Workdir:
         ]
         return changes
 
-    def check_same_run(self, config: Any, resolved: Mapping[str, int], allow: bool) -> None:
+    def check_same_run(self, config: Any, resolved: Mapping[str, int]) -> None:
         """Refuses to go on with a run under a config that would make it another run.
 
         Raises:
-            UserError: naming the changes, unless `allow`.
+            UserError: naming the changes.
         """
         changes = identity.identity_changes(self.config_changes(config, resolved))
-        if changes and not allow:
+        if changes:
             raise UserError(
                 f'{self.path} holds a run of another config:\n{diff.format_diff(changes)}\n'
                 'Name another --workdir, or pass --allow_config_change to go on with this one.'

@@ -19,6 +19,7 @@ from trainer.modules import Functional
 from trainer.parallel.mesh import batch_sharding, batch_shards, replicated
 from trainer.prefetch import Prefetcher
 from trainer.step.metrics import Count
+from trainer.step.program import Program
 from trainer.step.rng import Keys
 from trainer.step.state import TrainState
 from trainer.step.task_runner import MASK, TaskRunner, compute_metrics, merge_metrics, without_mask
@@ -85,7 +86,6 @@ class Evaluator:
 
     Attributes:
         name: the evaluation's name in the config.
-        compiles: number of compilations so far.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Evaluator:
             use_ema: evaluate the moving average of the parameters.
         """
         self.name = name
-        self.compiles = 0
+        self._program: Program | None = None
         self._step = step
         self._loader = loader
         self._mesh = mesh
@@ -127,7 +127,9 @@ class Evaluator:
             for index, (_, batch) in enumerate(batches):
                 if totals is None:
                     totals = self._empty(variables, batch)
-                totals = self._jitted(totals, variables, state.step, np.int32(index), batch)
+                args = (totals, variables, state.step, np.int32(index), batch)
+                self._program = self._program or self._compile(args)
+                totals = self._program(*args)
         return summarise(totals)
 
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
@@ -148,13 +150,15 @@ class Evaluator:
                 mask = np.asarray(batch[MASK])
                 yield {name: x[mask] for name, x in jax.device_get(outputs).items()}
 
-    @functools.cached_property
-    def _jitted(self) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
-            self.compiles += 1  # runs when it is traced, which is once for each compilation
-            return self._step(*args)
+    @property
+    def compiles(self) -> int:
+        """Number of compilations so far."""
+        return 0 if self._program is None else self._program.compiles
 
-        return jax.jit(counted, donate_argnums=0, out_shardings=replicated(self._mesh))
+    def _compile(self, args: tuple[Any, ...]) -> Program:
+        name = f'the step of evaluation {self.name!r}'
+        shardings = replicated(self._mesh)
+        return Program(name, self._step, args, donate_argnums=0, out_shardings=shardings)
 
     @functools.cached_property
     def _empty(self) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trainer.config.errors import UserError
 from trainer.modules.linen import param_path
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
 from trainer.step.state import TrainState
@@ -31,13 +32,20 @@ class Program:
         compiles: number of compilations so far.
     """
 
-    def __init__(self, name: str, fn: Callable[..., Any], abstract: tuple[Any, ...], **jit: Any):
-        """Starts compiling `jax.jit(fn, **jit)` for the abstract arguments."""
+    def __init__(self, name: str, fn: Callable[..., Any], arguments: tuple[Any, ...], **jit: Any):
+        """Starts compiling `jax.jit(fn, **jit)`.
+
+        Args:
+            name: what messages call it.
+            fn: the function.
+            arguments: arrays, or their shapes, dtypes and shardings.
+            **jit: options of `jax.jit`.
+        """
         self.name = name
         self.compile_secs = 0.0
         self.compiles = 0
         self._jitted = jax.jit(fn, **jit)
-        self._abstract = abstract
+        self._abstract = jax.tree.map(_shape_of, arguments)
         self._future = _compiler.submit(self._compile)
         self._compiled: Any = None
 
@@ -46,6 +54,14 @@ class Program:
         if self._compiled is None:
             self._compiled = self._future.result()
         return self._compiled
+
+    def temporary_bytes(self) -> int | None:
+        """Returns the compiler's count of the bytes of temporaries, None if it has none."""
+        try:
+            analysis = self.ready().memory_analysis()
+        except jax.errors.JaxRuntimeError:
+            return None
+        return None if analysis is None else int(analysis.temp_size_in_bytes)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program. Shapes or dtypes that changed compile it again, with a warning."""
@@ -90,7 +106,7 @@ class Programs:
         self._mesh = mesh
         self._spec = spec
         self._fused_steps = fused
-        shapes = jax.eval_shape(train_step.init, spec)
+        shapes = _init_shapes(train_step, spec)
         shardings = state_shardings(shapes, mesh)
         self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
         self.step = Program(
@@ -140,6 +156,18 @@ class Programs:
             name: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=sharding)
             for name, s in self._spec.items()
         }
+
+
+def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
+    """Returns the state's shapes; whatever the model objects to, the batch is shown beside it."""
+    try:
+        return jax.eval_shape(train_step.init, spec)
+    except UserError:
+        raise
+    except Exception as error:
+        batch = ', '.join(f'{name}: {_describe(x)}' for name, x in spec.items())
+        error.add_note(f'The model was called by {train_step.task.task!r} on the batch {batch}')
+        raise
 
 
 def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -11,6 +11,7 @@ import clu.metrics
 import jax
 import jax.numpy as jnp
 
+from trainer.config.errors import UserError
 from trainer.step.metrics import broadcast_weights, mean_collection
 from trainer.step.tasks import TaskOutput, as_output
 
@@ -61,9 +62,20 @@ class TaskRunner:
         return self.metrics or mean_collection(('loss', *sorted(output.metrics)))
 
 
+class _Batch(dict[str, Any]):
+    """A batch that says what it holds when it is asked for something else."""
+
+    def __missing__(self, name: str) -> Any:
+        fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in self.items())
+        raise UserError(
+            f'the task asks for batch[{name!r}], and a batch holds {fields}.\n'
+            'Name the field in config.task, or rename it with a transform (data.transforms:Rename).'
+        )
+
+
 def without_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the batch as the user's code sees it."""
-    return {name: value for name, value in batch.items() if name != MASK}
+    return _Batch((name, value) for name, value in batch.items() if name != MASK)
 
 
 def is_metric(node: Any) -> bool:
