@@ -175,7 +175,11 @@ def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Shape
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None))
+    # An array that was never put anywhere goes where the program wants it.
+    placed = getattr(x, 'committed', True)
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=getattr(x, 'sharding', None) if placed else None
+    )
 
 
 def _changes(expected: Any, given: Any) -> str:

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example of a split counts once, for any batch size and number of devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors as flax_errors
+
+from data.loader import EvalLoader
+from data.mnist import MNIST
+from data.sources import ArraySource
+from data.transforms import ToFloat
+from trainer.evaluate.evaluator import Evaluator, EvalStep
+from trainer.evaluate.pad import pad_shard_unpad
+from trainer.modules import functional
+from trainer.parallel.mesh import batch_shards
+from trainer.step.state import TrainState
+from trainer.step.task_runner import TaskRunner
+from trainer.step.tasks import Classification
+
+
+def mesh_of(devices: int) -> jax.sharding.Mesh:
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh(
+        (devices,), ('data',), devices=jax.devices()[:devices], axis_types=axis_types
+    )
+
+
+class AlwaysZero(nn.Module):
+    """Predicts class 0 for everything: any padding that counts shows at once."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        bias = self.param('bias', lambda _: 5.0 * jax.nn.one_hot(0, 10))
+        return jnp.broadcast_to(bias, (x.shape[0], 10))
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+def state_of(module: nn.Module, shape: tuple[int, ...]) -> TrainState:
+    variables = dict(module.init(jax.random.key(0), jnp.zeros((1, *shape))))
+    params = variables.pop('params')
+    return TrainState(
+        step=jnp.int32(0), params=params, opt_state=(), collections=variables, metrics=()
+    )
+
+
+def evaluator_of(module: nn.Module, source: Any, batch_size: int, devices: int) -> Evaluator:
+    mesh = mesh_of(devices)
+    shards = batch_shards(mesh)
+    loader = EvalLoader(
+        source=source,
+        batch_size=batch_size,
+        transforms=(ToFloat(),),
+        padded_to=-(-batch_size // shards) * shards,
+    )
+    step = EvalStep(model=functional(module), task=TaskRunner.of(Classification()), seed=0)
+    return Evaluator('test', step, loader, mesh)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize('batch_size', [512, 272, 1000, 3, 10_000])
+def test_always_zero_on_mnist(devices: int, batch_size: int) -> None:
+    """B1, B2: 980 of 10,000, never 9,728 or 8,192 as denominator, compiled once."""
+    source = MNIST('test') if batch_size > 3 else MNIST('test', limit=100)
+    evaluator = evaluator_of(AlwaysZero(), source, batch_size, devices)
+    metrics = evaluator.run(state_of(AlwaysZero(), (28, 28, 1)))
+    zeros = int((source.gather(np.arange(len(source)))['label'] == 0).sum())
+    assert metrics['examples'] == len(source)
+    assert metrics['accuracy'] == pytest.approx(zeros / len(source), abs=1e-7)
+    if len(source) == 10_000:
+        assert zeros == 980
+    assert evaluator.compiles == 1
+
+
+@pytest.mark.parametrize('examples', [1, 5, 8, 17])
+def test_fewer_examples_than_devices_or_a_few_left(examples: int) -> None:
+    """B6, B7: one example, fewer than devices, an uneven rest; loss and accuracy equal numpy's."""
+    module, source = Linear(), MNIST('test', limit=examples)
+    state = state_of(module, (28, 28, 1))
+    metrics = evaluator_of(module, source, 8, 8).run(state)
+    batch = source.gather(np.arange(examples))
+    logits = module.apply({'params': state.params}, batch['image'] / np.float32(255))
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    assert metrics['examples'] == examples
+    assert metrics['loss'] == pytest.approx(
+        -log_p[np.arange(examples), batch['label']].mean(), rel=1e-5
+    )
+    assert metrics['accuracy'] == pytest.approx((log_p.argmax(-1) == batch['label']).mean())
+
+
+def test_order_does_not_matter() -> None:
+    """B-rows: the same split shuffled gives the same accuracy and loss."""
+    everything = MNIST('test').gather(np.arange(1000))
+    order = np.random.default_rng(0).permutation(1000)
+    shuffled = {name: x[order] for name, x in everything.items()}
+    state = state_of(Linear(), (28, 28, 1))
+    a, b = (
+        evaluator_of(Linear(), ArraySource(arrays), 96, 8).run(state)
+        for arrays in (everything, shuffled)
+    )
+    assert a['accuracy'] == b['accuracy']
+    assert a['loss'] == pytest.approx(b['loss'], rel=1e-6)
+
+
+def test_evaluation_leaves_the_state_alone() -> None:
+    """A3: the training accumulators are not touched."""
+    state = state_of(Linear(), (28, 28, 1))
+    before = jax.device_get(state)
+    evaluator_of(Linear(), MNIST('test', limit=20), 8, 8).run(state)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(state))
+
+
+def test_a_module_left_in_train_mode_is_refused() -> None:
+    """C4: Flax's own error, instead of statistics that move during an evaluation."""
+
+    class Stuck(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.BatchNorm(use_running_average=False)(x.reshape(x.shape[0], -1))
+            return nn.Dense(10)(x)
+
+    with pytest.raises(flax_errors.ModifyScopeVariableError):
+        evaluator_of(Stuck(), MNIST('test', limit=8), 8, 1).run(state_of(Stuck(), (28, 28, 1)))
+
+
+def test_active_dropout_at_evaluation_is_refused() -> None:
+    """D6."""
+
+    class Stuck(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(10)(nn.Dropout(0.5, deterministic=False)(x.reshape(x.shape[0], -1)))
+
+    variables = Stuck().init(
+        {'params': jax.random.key(0), 'dropout': jax.random.key(1)}, jnp.zeros((1, 784))
+    )
+    state = TrainState(
+        step=jnp.int32(0), params=variables['params'], opt_state=(), collections={}, metrics=()
+    )
+    with pytest.raises(flax_errors.InvalidRngError):
+        evaluator_of(Stuck(), MNIST('test', limit=8), 8, 1).run(state)
+
+
+# ---- pad_shard_unpad ---------------------------------------------------------------------------
+
+
+def test_pads_shards_and_unpads() -> None:
+    """B4, B5: rows come back as numpy, of the number given, each on its own device meanwhile."""
+    shards: list[Any] = []
+
+    @jax.jit
+    def double(scale: jax.Array, batch: Any) -> Any:
+        return {'y': batch['x'] * scale}
+
+    def call(scale: Any, batch: Any) -> Any:
+        shards.append(batch['x'].sharding.shard_shape(batch['x'].shape))
+        return double(scale, batch)
+
+    x = np.arange(13, dtype=np.float32)
+    out = pad_shard_unpad(call)(np.float32(2), {'x': x}, min_device_batch=4)
+    assert isinstance(out['y'], np.ndarray)
+    np.testing.assert_array_equal(out['y'], 2 * x)
+    assert shards == [(4,)]
+
+
+def test_accumulators_are_static_and_stay_on_the_devices() -> None:
+    """B6: (980, 10000) over MNIST's test split in batches of 512, with one compilation."""
+    traces = []
+
+    @jax.jit
+    def count(totals: Any, batch: Any) -> Any:
+        traces.append(1)
+        hit = batch['mask'] & (batch['label'] == 0)
+        return {'hits': totals['hits'] + hit.sum(), 'all': totals['all'] + batch['mask'].sum()}
+
+    step = pad_shard_unpad(count, static_argnums=(0,), static_return=True)
+    labels = MNIST('test').gather(np.arange(10_000))['label']
+    totals = {'hits': jnp.int32(0), 'all': jnp.int32(0)}
+    for start in range(0, 10_000, 512):
+        part = labels[start : start + 512]
+        batch = {'label': part, 'mask': np.ones(part.shape, bool)}
+        totals = step(totals, batch, min_device_batch=64)
+    assert (int(totals['hits']), int(totals['all'])) == (980, 10_000)
+    assert len(traces) == 1
+
+
+def test_inconsistent_batch_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match='inconsistent batch sizes'):
+        pad_shard_unpad(lambda a, b, c: b)(1, np.zeros(3), np.zeros(4))

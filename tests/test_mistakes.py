@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every mistake of the user: exit code 2, no traceback, what was probably meant."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from tests import command
+
+CNN = '--config=configs/mnist.py'
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        ((CNN, '--config.modle.hidden=3'), 'Did you mean config.model.hidden?'),
+        (
+            (CNN, '--config.optimizer.learning_rat=1'),
+            'Did you mean config.optimizer.learning_rate?',
+        ),
+        ((CNN, '--config.model.learning_rate=1'), 'Did you mean config.optimizer.learning_rate?'),
+        ((CNN, '--config.optimizer={"learning_rat": 1}'), 'mean config.optimizer.learning_rate?'),
+        ((CNN, '--config.batch_size=1'), 'Did you mean config.data.batch_size?'),
+        ((CNN, '--config.evals.tset.every=3steps'), 'Did you mean config.evals.test.every?'),
+        ((CNN, '--config.model.target=models.cnn:CN'), 'Did you mean models.cnn:CNN?'),
+        ((CNN, '--config.model.target=models.cn:CNN'), 'Did you mean models.cnn:CNN?'),
+        ((CNN, '--config.data.batch_size=3.5'), 'expected int'),
+        ((CNN, '--config.train_for=5'), 'write a number and a unit'),
+        ((CNN, '--config.train_for=5%'), 'not a length of time'),
+        ((CNN, '--config.data.remainder=keep'), "'carry', 'pad', 'drop'"),
+        ((CNN, '--config.optimizer.freeze=Dense'), 'must match a whole path'),
+        ((CNN, '--config.optimizer.decay_mask=.*kernel'), 'no weight decay to mask'),
+        (
+            (CNN, '--config.optimizer.lr_multipliers=(("Conv.*",0.1),)'),
+            'covers every parameter but',
+        ),
+        ((CNN, '--config.accumulate=5'), '30 or 35 would'),
+        ((CNN, '--config.mesh.data=3'), 'does not fit 1 devices'),
+        ((CNN, '--config.evals.test.ema=true'), 'set config.ema.decay'),
+        ((CNN, '--config.task.label=klass'), 'image: float32[32, 28, 28, 1], label: int32[32]'),
+        ((CNN, '--config.checkpoint.best.metric=accuracy'), 'expected eval/test/...'),
+        (('--config=configs/mnst.py',), 'Did you mean configs/mnist.py?'),
+        ((CNN, 'stray'), "'stray' is not a flag"),
+        ((CNN, '--wrkdir=x'), 'workdir'),
+        ((CNN, '--mode=trian'), 'train|eval|predict'),
+        ((CNN, '--mode=eval', '--workdir=nowhere'), "no checkpoint 'latest'"),
+        ((), '--config is missing'),
+    ],
+)
+def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) -> None:
+    finished = command.run(*args, cwd=tmp_path)
+    assert finished.code == 2, finished.err
+    assert message in finished.err
+    assert 'Traceback' not in finished.err
+    assert finished.out == ''
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('import nosuch\n', "No module named 'nosuch'"),
+        ('def get_config(:\n', 'SyntaxError'),
+        ('x = 1\n', 'has no function get_config()'),
+        ('def get_config():\n    return 1 / 0\n', 'ZeroDivisionError: division by zero'),
+        ('def get_config():\n    return {}\n', 'must return an ml_collections.ConfigDict'),
+    ],
+)
+def test_broken_config_file(text: str, message: str, tmp_path: pathlib.Path) -> None:
+    (tmp_path / 'mine.py').write_text(text)
+    finished = command.run('--config=mine.py', cwd=tmp_path)
+    assert finished.code == 2
+    assert message in finished.err
+    assert 'mine.py' in finished.err
+    assert 'Traceback' not in finished.err
+
+
+def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
+    finished = command.run(CNN, '--config.model.hidden=100000000', f'--workdir={tmp_path / "run"}')
+    assert finished.code == 1
+    for word in ('out of memory', 'state        2.5 TB', 'batch        100.5 kB', 'temporaries'):
+        assert word in finished.err
+
+
+def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> None:
+    finished = command.train(tmp_path / 'run', '--config.train_for=300steps')
+    assert not set(finished.out + finished.err) & set('\r\x1b\b')
+    assert finished.err == ''
+    assert 'step 200/300 (67%)  loss' in finished.out
+    for derived in ('50,890 parameters', '32 rows, 32 on each device', '125 steps per epoch'):
+        assert derived in finished.out
+
+
+def test_tensorflow_is_never_imported() -> None:
+    code = (
+        'import sys, trainer.modes\n'
+        'from trainer.experiment import load_and_build\n'
+        'from trainer.trainer import Trainer\n'
+        "experiment = load_and_build('configs/mnist_mlp.py', train_for='3 steps')\n"
+        'result = Trainer(experiment).fit()\n'
+        "assert result.status == 'finished' and result.step == 3, result\n"
+        "assert 'tensorflow' not in sys.modules\n"
+    )
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, '-c', code], cwd=command.ROOT, check=True, timeout=120)
