@@ -16,7 +16,7 @@ from data.loader import EvalLoader
 from data.mnist import MNIST
 from data.sources import ArraySource
 from data.transforms import ToFloat
-from trainer.evaluate.evaluator import Evaluator, EvalStep
+from trainer.evaluate.evaluator import EvalStep, Evaluator
 from trainer.evaluate.pad import pad_shard_unpad
 from trainer.modules import functional
 from trainer.parallel.mesh import batch_shards

@@ -37,7 +37,8 @@ def default_workdir(loaded: LoadedConfig, overrides: Sequence[Override]) -> str:
     """
     last = {o.path: o.text for o in overrides if is_identity(o.path)}
     parts = [loaded.name, *([loaded.arg] if loaded.arg else [])]
-    full = '-'.join([*parts, *(f'{path}={text}' for path, text in sorted(last.items()))])
+    changed = ','.join(f'{path}={text}' for path, text in sorted(last.items()))
+    full = '-'.join([*parts, *([changed] if changed else [])])
     name = re.sub(r'[^\w.=,+%-]+', '_', full)
     if name != full or len(name) > _MAX_NAME:
         # What was replaced or cut must not make two runs meet.

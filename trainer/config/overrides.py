@@ -180,19 +180,19 @@ def _unknown(config: Any, keys: Keys, depth: int) -> str:
         ]
         close = suggest.nearest(str(keys[depth]), [*known, *parent], cutoff=0.75)
         if close:
-            return _did_you_mean(
-                path, f'config.{_join([*keys[:depth], close, *keys[depth + 1 :]])}'
-            )
+            return _did_you_mean(path, _replaced(keys, depth, close))
     elif isinstance(parent, Mapping):
         # One wrong word on the way: mend that word and keep the rest.
         known_here = [p.split('.')[depth + 1] for p in more if p.count('.') > depth]
         close = suggest.nearest(str(keys[depth]), [*parent, *known_here], cutoff=0.6)
-        if close and depth < len(keys) - 1:
-            return _did_you_mean(
-                path, f'config.{_join([*keys[:depth], close, *keys[depth + 1 :]])}'
-            )
+        if close and close != keys[depth] and depth < len(keys) - 1:
+            return _did_you_mean(path, _replaced(keys, depth, close))
     found = suggest.nearest_path(path, [*suggest.paths(whole, 'config'), *more])
     return _did_you_mean(path, found)
+
+
+def _replaced(keys: Keys, depth: int, word: str) -> str:
+    return f'config.{_join([*keys[:depth], word, *keys[depth + 1 :]])}'
 
 
 def _did_you_mean(path: str, found: str | None) -> str:

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overrides: types are kept, sections merge, typos are found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import ml_collections
+import pytest
+
+from tests.command import ROOT
+from trainer.config import loading, overrides, schema
+from trainer.config.errors import UserError
+
+
+def config() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        dict(
+            seed=0,
+            train_for='2 epochs',
+            model=dict(target='models.mlp:MLP', features=(64, 10), dropout_rate=0.0),
+            task=dict(target='trainer.step.tasks:Classification', weight=None),
+            optimizer=dict(target='optax:sgd', learning_rate=0.1, momentum=0.9, nesterov=False),
+            data=dict(
+                source=dict(target='data.mnist:MNIST', split='train'),
+                batch_size=32,
+                transforms=(
+                    dict(target='data.transforms:ToFloat', key='image'),
+                    dict(target='data.transforms:RandomCrop', padding=2),
+                ),
+            ),
+            vars=dict(pairs=((1, 2.0), (3, 4.0)), names=('a', 'b'), numbers=[1, 2]),
+        )
+    )
+
+
+def applied(*assignments: str) -> dict[str, Any]:
+    changed = config()
+    overrides.apply(changed, [tuple(a.split('=', 1)) for a in assignments])  # type: ignore[misc]
+    return loading.plain(changed)
+
+
+def test_types_are_those_of_the_default() -> None:
+    new = applied(
+        'seed=3', 'optimizer.learning_rate=1', 'optimizer.nesterov=true', 'train_for=500steps',
+        'model.features=(32, 5)', 'vars.pairs=((5, 6), (7, 8))', 'data.transforms[1].padding=3',
+        'vars.numbers=[1, 2, 3]', "vars.names=('x', 'y', 'z')", 'data.source.split=test',
+    )  # fmt: skip
+    assert new['seed'] == 3
+    assert new['optimizer']['learning_rate'] == 1.0
+    assert isinstance(new['optimizer']['learning_rate'], float)
+    assert new['optimizer']['nesterov'] is True
+    assert new['train_for'] == '500 steps'
+    assert new['model']['features'] == (32, 5)
+    assert new['vars'] == {
+        'pairs': ((5, 6.0), (7, 8.0)), 'names': ('x', 'y', 'z'), 'numbers': [1, 2, 3]
+    }  # fmt: skip
+    assert new['data']['transforms'][1] == {'target': 'data.transforms:RandomCrop', 'padding': 3}
+    assert new['data']['transforms'][0] == {'target': 'data.transforms:ToFloat', 'key': 'image'}
+
+
+@pytest.mark.parametrize(
+    'assignment',
+    [
+        'seed=3.0', 'seed=true', 'optimizer.learning_rate=fast', 'optimizer.nesterov=2',
+        'train_for=5', 'model.features=(1, 2, 3)', 'model.features=(1, 2.5)', 'model.features=3',
+        'vars.pairs=((1, 2), 3)', 'data.transforms[2].padding=1', 'data.batch_size="a"',
+        'optimizer=sgd', 'data.remainder=none',
+    ],
+)  # fmt: skip
+def test_wrong_types_and_arities_are_errors(assignment: str) -> None:
+    with pytest.raises(UserError, match=r'config\.' + assignment.split('=')[0].split('[')[0]):
+        applied(assignment)
+
+
+def test_dicts_merge() -> None:
+    new = applied('optimizer={"learning_rate": 0.5}', 'data={"batch_size": 8}')
+    assert new['optimizer'] == {**config().optimizer.to_dict(), 'learning_rate': 0.5}
+    assert new['data']['batch_size'] == 8
+    assert new['data']['source']['split'] == 'train'
+
+
+@pytest.mark.parametrize(
+    'form', ['optimizer.target=optax:adam', 'optimizer={"target": "optax:adam"}']
+)
+def test_a_new_target_keeps_what_it_takes_and_says_what_it_drops(form: str) -> None:
+    changed = config()
+    path, _, text = form.partition('=')
+    (override,) = overrides.apply(changed, [(path, text)])
+    new = loading.plain(changed)['optimizer']
+    assert new == {'target': 'optax:adam', 'learning_rate': 0.1, 'nesterov': False}
+    assert override.notes == ('config.optimizer.momentum dropped: optax:adam does not take it',)
+
+
+def test_a_number_becomes_a_schedule_and_back() -> None:
+    schedule = '{"target": "optax:linear_schedule", "init_value": 0.1, "end_value": 0}'
+    assert applied(f'optimizer.learning_rate={schedule}')['optimizer']['learning_rate'] == {
+        'target': 'optax:linear_schedule', 'init_value': 0.1, 'end_value': 0,
+    }  # fmt: skip
+    back = applied(f'optimizer.learning_rate={schedule}', 'optimizer.learning_rate=0.3')
+    assert back['optimizer']['learning_rate'] == 0.3
+
+
+def test_what_the_file_leaves_out() -> None:
+    new = applied(
+        'task.weight=confidence', 'optimizer.accumulator_dtype=None', 'ema.decay=0.9',
+        'data.repeat_batch=1', 'checkpoint.best.metric=eval/test/loss', 'mesh={"data": 2, "x": 4}',
+        'model.batch_norm=true', 'optimizer.clip_norm=1',
+    )  # fmt: skip
+    assert new['task']['weight'] == 'confidence'
+    assert new['ema'] == {'decay': 0.9}
+    assert new['data']['repeat_batch'] == 1
+    assert new['checkpoint'] == {'best': {'metric': 'eval/test/loss'}}
+    assert new['mesh'] == {'data': 2, 'x': 4}
+    assert new['model']['batch_norm'] is True
+    assert schema.read({k: v for k, v in new.items() if k != 'vars'}).optimizer.clip_norm == 1.0
+
+
+@pytest.mark.parametrize(
+    ('path', 'meant'),
+    [
+        ('modle.features', 'config.model.features'),
+        ('model.feature', 'config.model.features'),
+        ('model.learning_rate', 'config.optimizer.learning_rate'),
+        ('optimizer.momentun', 'config.optimizer.momentum'),
+        ('data.transforms[1].paddin', 'config.data.transforms[1].padding'),
+        ('checkpoint.evry', 'config.checkpoint.every'),
+        ('batch_size', 'config.data.batch_size'),
+    ],
+)
+def test_suggestions(path: str, meant: str) -> None:
+    with pytest.raises(UserError) as error:
+        applied(f'{path}=1')
+    assert f'Did you mean {meant}?' in str(error.value)
+
+
+def test_references_follow_their_variable() -> None:
+    changed = config()
+    changed.vars.width = 10
+    changed.model.width = changed.vars.get_ref('width') * 2
+    overrides.apply(changed, [('vars.width', '7')])
+    assert changed.model.width == 14
+
+
+def test_a_variable_that_nothing_references_is_an_error() -> None:
+    changed = config()
+    changed.vars = ml_collections.ConfigDict(dict(width=3))
+    changed.model.hidden = changed.vars.get_ref('width') + 1
+    loading.check_vars(changed)
+    changed.vars.depth = 2
+    with pytest.raises(UserError, match=r'config\.vars\.depth is read by nothing'):
+        loading.check_vars(changed)
+
+
+def test_command_lines() -> None:
+    spec, assignments, rest = overrides.parse_argv(
+        ['--config=a.py:b', '--config.x=1', '--config.y', '2', '--mode=train', 'stray']
+    )
+    assert (spec, assignments, rest) == (
+        'a.py:b', [('x', '1'), ('y', '2')], ['--mode=train', 'stray'],
+    )  # fmt: skip
+    with pytest.raises(UserError, match='needs a value'):
+        overrides.parse_argv(['--config.y', '--config.z=1'])
+
+
+def test_no_jax_until_targets_are_imported() -> None:
+    code = (
+        'import sys\n'
+        'from trainer.config import loading, overrides, schema, show\n'
+        "loaded = loading.load('configs/mnist.py')\n"
+        "overrides.apply(loaded.config, [('optimizer.learning_rate', '0.1')])\n"
+        'schema.read(loading.plain(loaded.config))\n'
+        "assert not {'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=60)
