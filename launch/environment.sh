@@ -3,12 +3,27 @@
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
+# Makes DIR, unless it is already what the lock says. Two starts at once: the second one waits.
+make_venv() {
+    local venv="$1" python="${2:-}"
+    if is_ready "$venv"; then
+        return
+    fi
+    python="${python:-$(find_python)}" || return 2
+    (
+        # Where flock is missing (macOS) only the first start has to be alone.
+        if command -v flock > /dev/null 2>&1; then
+            flock 9
+        fi
+        is_ready "$venv" || install "$venv" "$python"
+    ) 9> "$venv.lock"
+}
+
 # Prints the first Python of 3.11 or newer; the user's choice comes first.
 find_python() {
     local candidate
     for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python; do
-        if command -v "$candidate" > /dev/null 2>&1 &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
             command -v "$candidate"
             return
         fi
@@ -18,39 +33,43 @@ find_python() {
     return 2
 }
 
-# A stamp with the lock's checksum is written last: an interrupted or outdated install starts again.
-make_venv() {
-    local venv="$1" python="${2:-}" stamp
-    stamp="$(cksum < "$root/requirements.lock")"
-    if [[ "$(cat "$venv/.lock-stamp" 2> /dev/null)" == "$stamp" ]]; then
-        return
-    fi
-    python="${python:-$(find_python)}" || return 2
-    if command -v flock > /dev/null 2>&1; then
-        exec 9> "$venv.lock"
-        flock 9
-        # Another start may have made it while this one waited.
-        if [[ "$(cat "$venv/.lock-stamp" 2> /dev/null)" == "$stamp" ]]; then
-            exec 9>&-
-            return
-        fi
-    fi
+# What an environment was made for: this checkout, and this lock.
+stamp() {
+    echo "$root"
+    cat "$root/requirements.lock"
+}
+
+is_ready() {
+    [[ -x "$1/bin/python" ]] && stamp | cmp -s - "$1/stamp"
+}
+
+install() {
+    local venv="$1" python="$2" site
     echo "Making $venv with $("$python" --version) (once, about a minute) ..." >&2
-    if command -v uv > /dev/null 2>&1; then
-        uv venv --quiet --clear --python "$python" "$venv" &&
-            VIRTUAL_ENV="$venv" uv pip install --quiet --require-hashes -r "$root/requirements.lock"
-    else
-        "$python" -m venv --clear "$venv" &&
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-                --require-hashes -r "$root/requirements.lock"
-    fi || {
+    install_with_uv "$venv" "$python" || install_with_pip "$venv" "$python" || {
         echo "Error: installing requirements.lock into $venv failed; see above." >&2
         return 1
     }
     # The project itself, importable from every directory.
-    local site
     site="$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
     echo "$root" > "$site/jax_config_trainer.pth"
-    echo "$stamp" > "$venv/.lock-stamp"
-    exec 9>&-
+    # Written last: an interrupted install starts again.
+    stamp > "$venv/stamp"
+}
+
+install_with_uv() {
+    # A version manager may have put a `uv` on the PATH that does not run.
+    uv --version > /dev/null 2>&1 || return 1
+    uv venv --quiet --clear --python "$2" "$1" &&
+        uv pip install --quiet --python "$1/bin/python" \
+            --require-hashes -r "$root/requirements.lock" && return
+    echo "uv failed; trying pip ..." >&2
+    return 1
+}
+
+# Isolated (-I), so that no file in the user's directory is taken for a module of pip.
+install_with_pip() {
+    "$2" -I -m venv --clear "$1" &&
+        "$1/bin/python" -I -m pip install --quiet --disable-pip-version-check \
+            --require-hashes -r "$root/requirements.lock"
 }

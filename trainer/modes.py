@@ -16,7 +16,6 @@ import numpy as np
 from trainer import startup
 from trainer.checkpoint import manager as checkpoint
 from trainer.checkpoint.manager import CheckpointError, Checkpoints
-from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.experiment import build
@@ -24,7 +23,7 @@ from trainer.observe import logfile
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel.signals import StopRequest
 from trainer.trainer import Trainer
-from trainer.workdir import Workdir, describe_run
+from trainer.workdir import Workdir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +53,13 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     """
     _enable_compile_cache()
     experiment = build(loaded)
-    trainer = Trainer(experiment, command.workdir, stop=stop)
+    trainer = Trainer(
+        experiment,
+        command.workdir,
+        stop=stop,
+        allow_config_change=command.allow_config_change,
+        overrides=command.overrides,
+    )
     try:
         return _MODES[command.mode](trainer, command, stop)
     except CheckpointError as error:
@@ -68,18 +73,11 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
 
 
 def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    workdir, experiment = _workdir(trainer), trainer.experiment
-    goes_on = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
-    if goes_on and not command.allow_config_change:
-        workdir.check_same_run(experiment.config, experiment.schedule_steps)
+    trainer.check_workdir()
     if _already_done(trainer):
         return 0
-    run = describe_run(command.overrides)
-    changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
-    if goes_on and changes:
-        print(f'The config has changed since the last start:\n{diff.format_diff(changes)}')
-    logfile.route(workdir.path)
     checkpoint.preload()
+    logfile.route(_workdir(trainer).path)
     result = trainer.fit()
     return 0 if result.status == 'finished' else stop.exit_code
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from trainer import startup
 from trainer.checkpoint.manager import Checkpoints
+from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
 from trainer.events import Event, Events
@@ -25,7 +26,7 @@ from trainer.prefetch import Prefetcher
 from trainer.step.program import Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import TrainStep
-from trainer.workdir import Workdir, versions
+from trainer.workdir import Workdir, describe_run, versions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class Trainer:
         workdir: str | None = None,
         *,
         stop: StopRequest | None = None,
+        allow_config_change: bool = False,
+        overrides: Mapping[str, str] | None = None,
     ):
         """Prepares a run; nothing is compiled before a method is called.
 
@@ -76,11 +79,15 @@ class Trainer:
             experiment: from `trainer.experiment.build`.
             workdir: where checkpoints, metrics and results go; None for a run that leaves no trace.
             stop: when its `signal` is set, `fit` saves and returns after the current step.
+            allow_config_change: go on with a run although the config makes it another one.
+            overrides: the command line's, for `run.json`.
         """
         self.experiment = experiment
         self.workdir = None if workdir is None else Workdir(workdir)
         self.report = Reporter(experiment.total_steps, experiment.clock.batch_size)
         self._stop = stop or StopRequest()
+        self._allow_config_change = allow_config_change
+        self._overrides = dict(overrides or {})
         self._events = Events.of(experiment)
 
     # ---- the run -------------------------------------------------------------------------------
@@ -130,6 +137,15 @@ class Trainer:
     def _begin(self) -> tuple[TrainState, int]:
         """Restores or makes the state, opens the run's files, says what will run."""
         report = self.report
+        self.check_workdir()
+        if self.workdir is not None:
+            changes = self.workdir.begin(
+                self.experiment.config,
+                self.experiment.schedule_steps,
+                describe_run(self._overrides),
+            )
+            if changes and self.checkpoints is not None and self.checkpoints.latest() is not None:
+                report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
         with report.time.spent('compile'):
             state, step = self._restored_or_fresh()
         if self.workdir is not None:
@@ -167,6 +183,16 @@ class Trainer:
         if self._stop.signal is None:
             return 'paused'
         return 'interrupted' if self._stop.signal == signal.SIGINT else 'preempted'
+
+    def check_workdir(self) -> None:
+        """Refuses a work directory whose checkpoints are of another run.
+
+        Raises:
+            UserError: naming what differs, unless `allow_config_change`.
+        """
+        has_run = self.checkpoints is not None and self.checkpoints.latest() is not None
+        if self.workdir is not None and has_run and not self._allow_config_change:
+            self.workdir.check_same_run(self.experiment.config, self.experiment.schedule_steps)
 
     # ---- other things to do with an experiment -------------------------------------------------
 
@@ -294,7 +320,7 @@ class Trainer:
         self._notify('eval', step, state)
 
     def _save(self, step: int, state: TrainState) -> None:
-        if self.checkpoints is None or step in self.checkpoints.steps():
+        if self.checkpoints is None or self.checkpoints.has(step):
             return
         with self.report.time.spent('save'):
             # All rows up to this step are on disk before its save starts, so that a resumed run

@@ -66,6 +66,7 @@ class Checkpoints:
         self.directory = epath.Path(directory).absolute()
         self._retention = retention
         self._lazy_manager: ocp.CheckpointManager | None = None
+        self._newest_save: int | None = None
         # One program each: a copy that the next step cannot donate, and the digest's sums.
         self._copy = jax.jit(lambda state: jax.tree.map(lambda x: x.copy(), state))
         self._sums = jax.jit(digest.leaf_sums)
@@ -81,6 +82,10 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Returns the newest committed step, or None."""
         return max(self.steps(), default=None)
+
+    def has(self, step: int) -> bool:
+        """Whether a step is committed, or its save is in flight."""
+        return step == self._newest_save or step in self.steps()
 
     def best(self) -> int | None:
         """Returns the step with the best metric, or None if no checkpoint has one."""
@@ -103,6 +108,7 @@ class Checkpoints:
 
         from trainer.checkpoint.meta import MetaSave
 
+        self._newest_save = step
         snapshot = self._copy(state)
         sums = self._sums(snapshot)
         self._manager.save(

@@ -103,6 +103,9 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any], path: str, notes: list[str]) -> Any:
     """Returns `old` updated by `new` at every depth; a new target keeps what it accepts."""
+    if 'ref' in new or 'ref' in old:
+        # A reference has no other keys: it replaces an object, and is replaced by one.
+        return dict(new)
     kept = dict(old)
     if 'target' in new and 'target' in old and new['target'] != old['target']:
         section = schema.section_at(parse_path(path.removeprefix('config.')))

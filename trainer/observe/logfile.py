@@ -31,7 +31,9 @@ def route(directory: epath.PathLike | None) -> None:
     if directory is None:
         root.addHandler(logging.NullHandler())
     else:
-        to_file = logging.FileHandler(os.fspath(epath.Path(directory) / 'log.txt'))
+        path = epath.Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(os.fspath(path / 'log.txt'))
         to_file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s'))
         root.addHandler(to_file)
     # absl installs a handler of its own that writes to the screen.

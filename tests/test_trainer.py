@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Trainer from Python: events, hooks, evaluations, checkpoints, errors of the input."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.command import ROOT
+from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
+from trainer.config.errors import UserError
+from trainer.events import Event
+from trainer.experiment import Experiment, load_and_build
+from trainer.step import digest
+from trainer.trainer import Trainer
+
+SEEN: list[tuple[str, int]] = []
+
+
+def note(event: Event) -> None:
+    SEEN.append((event.kind, event.step))
+
+
+def losses_only(model: Any, batch: Any) -> jax.Array:
+    """A plain function as a task: squared distance of the logits to the one-hot label."""
+    return ((model(batch['image']) - jax.nn.one_hot(batch['label'], 10)) ** 2).sum(-1)
+
+
+class Torn:
+    """A source whose gather fails at a given example."""
+
+    def __init__(self, bad: int):
+        self.bad = bad
+        self.spec = {}
+
+    def __len__(self) -> int:
+        return 640
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        if (indices == self.bad).any():
+            raise OSError(f'record {self.bad} is torn')
+        return {
+            'image': np.zeros((len(indices), 28, 28, 1), np.uint8),
+            'label': np.zeros(len(indices), np.int32),
+        }
+
+
+def build(**overrides: Any) -> Experiment:
+    options = {
+        'train_for': '50 steps',
+        'data__source__limit': 640,
+        'evals__test__data__source__limit': 100,
+        'evals__test__data__batch_size': 64,
+        'evals__test__every': '20 steps',
+        'checkpoint__every': '25 steps',
+        'log__every': '10 steps',
+    }
+    return load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
+
+
+def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def trainer_in(workdir: pathlib.Path | None, **overrides: Any) -> Trainer:
+    return Trainer(build(**overrides), None if workdir is None else str(workdir))
+
+
+def test_events_and_their_order(tmp_path: pathlib.Path) -> None:
+    """N steps are N updates, then a final evaluation and a final save; one compile of each."""
+    SEEN.clear()
+    hook = {'note': {'ref': f'{__name__}:note'}}
+    trainer = trainer_in(tmp_path, hooks=hook, log__every='25 steps', evals__test__every='25 steps')
+    result = trainer.fit()
+    assert (result.status, result.step, int(result.state.step)) == ('finished', 50, 50)
+    assert [
+        ('start', 0),
+        *[(kind, 25) for kind in ('log', 'eval', 'save')],
+        *[(kind, 50) for kind in ('log', 'eval', 'save')],
+        ('end', 50),
+    ] == SEEN
+    assert trainer.programs.step.compiles == 1
+    assert trainer.evaluators['test'].compiles == 1
+    assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['25', '50']
+    assert [row['step'] for row in rows(tmp_path)] == [25, 25, 50, 50]
+
+
+def test_rows_hold_what_was_promised(tmp_path: pathlib.Path) -> None:
+    """E2: the learning rate in a row is the schedule's at the update just made."""
+    schedule = {
+        'target': 'optax:linear_schedule', 'init_value': 1.0, 'end_value': 0.0,
+        'transition_steps': '100%',
+    }  # fmt: skip
+    trainer_in(tmp_path, optimizer__learning_rate=schedule).fit()
+    train = [row for row in rows(tmp_path) if 'train/loss' in row]
+    assert [row['step'] for row in train] == [10, 20, 30, 40, 50]
+    assert [row['train/learning_rate'] for row in train] == pytest.approx(
+        [1 - (step - 1) / 50 for step in (10, 20, 30, 40, 50)], abs=1e-6
+    )
+    assert set(train[0]) == {
+        'step', 'train/loss', 'train/accuracy', 'train/learning_rate', 'train/grad_norm',
+        'train/param_norm', 'train/update_norm', 'train/steps_per_sec', 'train/examples_per_sec',
+    }  # fmt: skip
+    evaluated = [row for row in rows(tmp_path) if 'eval/test/accuracy' in row]
+    assert [(row['step'], row['eval/test/examples']) for row in evaluated] == [
+        (20, 100), (40, 100), (50, 100),
+    ]  # fmt: skip
+
+
+def test_in_a_notebook(tmp_path: pathlib.Path) -> None:
+    """Stops and goes on, evaluates and predicts; without a work directory it leaves no trace."""
+    trainer = trainer_in(tmp_path / 'run')
+    assert trainer.fit(max_steps=30).status == 'paused'
+    first = trainer.evaluate()['test']
+    assert first['examples'] == 100
+    predicted = np.concatenate([batch['class'] for batch in trainer.predict('test')])
+    assert predicted.shape == (100,)
+    labels = trainer.evaluators['test']._loader.block(0, 2)
+    real = labels.arrays['label'][labels.arrays['_mask']]
+    assert (predicted == real).mean() == pytest.approx(first['accuracy'])
+    traceless = trainer_in(None).fit()
+    assert traceless.step == 50
+    with pytest.raises(UserError, match='no work directory'):
+        trainer_in(None).restore()
+
+
+def test_a_plain_function_is_a_task() -> None:
+    result = trainer_in(None, task={'ref': f'{__name__}:losses_only'}).fit()
+    assert result.metrics['train/loss'] < 1.0
+    assert result.metrics['eval/test/examples'] == 100
+
+
+def test_ema_evaluation_reads_the_average() -> None:
+    common = {'ema__decay': 0.9999, 'train_for': '20 steps'}
+    averaged = trainer_in(None, **common, evals__test__ema=True).fit().metrics
+    plain = trainer_in(None, **common).fit().metrics
+    # Twenty steps hardly move an average of that decay from the first parameters.
+    assert averaged['eval/test/loss'] > 2.2
+    assert plain['eval/test/loss'] < 1.9
+
+
+@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+def test_fused_steps_end_where_single_ones_do(tmp_path: pathlib.Path, remainder: str) -> None:
+    """Events stay exact although no multiple of 7 meets them, and the state is bit-equal."""
+    ends = []
+    for calls in (1, 7):
+        workdir = tmp_path / str(calls)
+        options = {'data__remainder': remainder, 'data__source__limit': 100, 'mesh': {'data': -1}}
+        trainer = trainer_in(workdir, steps_per_call=calls, **options)
+        result = trainer.fit()
+        ends.append((json.loads((workdir / 'result.json').read_text()), rows(workdir)))
+        assert result.step == 50
+    (one, one_rows), (seven, seven_rows) = ends
+    assert one['data_digest'] == seven['data_digest']
+    assert [row['step'] for row in one_rows] == [row['step'] for row in seven_rows]
+    for a, b in zip(one_rows, seven_rows, strict=True):
+        for name in a:
+            if not name.endswith('_per_sec'):
+                assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_overfits_one_batch() -> None:
+    metrics = trainer_in(
+        None, data__repeat_batch=1, train_for='300 steps', optimizer__learning_rate=0.1
+    ).fit().metrics  # fmt: skip
+    assert metrics['train/accuracy'] == 1.0
+    assert metrics['train/loss'] < 0.01
+
+
+def test_an_error_of_the_source_arrives_with_its_own_traceback() -> None:
+    trainer = trainer_in(None, data__source={'target': f'{__name__}:Torn', 'bad': 333})
+    with pytest.raises(OSError, match='record 333 is torn') as error:
+        trainer.fit()
+    assert any(frame.name == 'gather' for frame in error.traceback)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+
+
+def test_retention_keeps_last_best_and_every_nth(tmp_path: pathlib.Path) -> None:
+    """The newest stay although an older one is best, and a NaN is never best."""
+    trainer = trainer_in(tmp_path, checkpoint__keep_every='40 steps')
+    retention = Retention(
+        keep_last=2,
+        keep_every=trainer.experiment.retention.keep_every,
+        best_metric='eval/test/accuracy',
+    )
+    checkpoints = Checkpoints(tmp_path / 'c', retention)
+    state = {'x': jax.numpy.arange(3.0)}
+    scores = {10: 0.5, 20: 0.9, 30: float('nan'), 40: 0.8, 50: 0.7, 60: 0.6, 70: float('nan')}
+    for step, score in scores.items():
+        checkpoints.save(step, state, {'metrics': {'eval/test/accuracy': score}})
+    checkpoints.close()
+    assert checkpoints.steps() == [20, 40, 60, 70]
+    assert checkpoints.best() == 20
+    assert checkpoints.latest() == 70
+
+
+def test_round_trip_on_another_mesh_and_every_kind_of_leaf(tmp_path: pathlib.Path) -> None:
+    """A5, H14: typed keys, half precision, integers, scalars; 8 devices to 1, digest equal."""
+    eight = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    rows_of = jax.sharding.NamedSharding(eight, jax.sharding.PartitionSpec('data'))
+    state = {
+        'f32': jax.device_put(np.random.default_rng(0).normal(size=(16, 3)).astype('f4'), rows_of),
+        'bf16': jax.numpy.arange(5, dtype='bfloat16'),
+        'int': jax.numpy.int32(-7),
+        'bool': jax.numpy.array([True, False]),
+        'u8': jax.numpy.arange(9, dtype='uint8'),
+    }
+    checkpoints = Checkpoints(tmp_path, Retention())
+    checkpoints.save(3, state, {})
+    checkpoints.wait()
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
+    restored = checkpoints.restore(3, abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert restored['f32'].sharding == one
+    assert (
+        checkpoints.digest(restored) == checkpoints.digest(state) == checkpoints.meta(3)['digest']
+    )
+
+
+def test_the_digest_sees_every_change() -> None:
+    state = {'a': jax.numpy.arange(6.0).reshape(2, 3), 'b': jax.numpy.zeros(4)}
+
+    def of(tree: Any) -> str:
+        return digest.combine(tree, np.asarray(digest.leaf_sums(tree)))
+
+    base = of(state)
+    assert of({'a': state['a'].at[1, 1].add(1e-6), 'b': state['b']}) != base
+    assert of({'a': state['a'][::-1], 'b': state['b']}) != base
+    assert of({'a': state['a'].T.reshape(2, 3), 'b': state['b']}) != base
+    assert of({'a': state['a'], 'c': state['b']}) != base
+    assert of({'a': state['a'], 'b': state['b'].astype('bfloat16')}) != base
+    assert of({'a': state['a'], 'b': -state['b']}) != base
+
+
+def test_a_flipped_bit_is_found(tmp_path: pathlib.Path) -> None:
+    """Orbax alone reads it without a word."""
+    checkpoints = Checkpoints(tmp_path, Retention())
+    state = {'x': jax.numpy.array(np.random.default_rng(0).integers(0, 2**31, 5000, np.int32))}
+    checkpoints.save(1, state, {})
+    checkpoints.close()
+    files = [p for p in (tmp_path / '1').rglob('*') if p.is_file() and p.stat().st_size > 10_000]
+    assert files
+    for path in files:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 4
+        path.write_bytes(bytes(content))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    with pytest.raises(CheckpointError, match='is damaged'):
+        Checkpoints(tmp_path, Retention()).restore(1, abstract)
+
+
+def test_a_checkpoint_without_its_commit_file_is_no_checkpoint(tmp_path: pathlib.Path) -> None:
+    checkpoints = Checkpoints(tmp_path, Retention())
+    for step in (1, 2):
+        checkpoints.save(step, {'x': jax.numpy.zeros(3)}, {})
+    checkpoints.close()
+    (tmp_path / '2' / 'commit_success.txt').unlink()
+    (tmp_path / '3').mkdir()
+    (tmp_path / 'notes.txt').write_text('')
+    assert Checkpoints(tmp_path, Retention()).steps() == [1]
+
+
+# ---- the screen --------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_line_on_a_terminal() -> None:
+    from trainer.observe.progress import Progress
+
+    terminal = Terminal()
+    progress = Progress(100, terminal)
+    progress.tick(1)
+    row = {'train/loss': 0.5, 'train/learning_rate': 0.01, 'train/steps_per_sec': 10.0}
+    progress.update(50, {**row, 'train/examples_per_sec': 320.0})
+    progress.message('saved')
+    text = terminal.getvalue()
+    assert text.startswith('\r\x1b[Kstep 1/100 (1%)')
+    assert 'step 50/100 (50%)  loss 0.5000  lr 0.01  320 examples/s  100 ms/step  ETA 5.0 s' in text
+    assert text.endswith('\r\x1b[Ksaved\n')
