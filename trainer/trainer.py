@@ -89,6 +89,8 @@ class Trainer:
         self._allow_config_change = allow_config_change
         self._overrides = dict(overrides or {})
         self._events = Events.of(experiment)
+        # Without a work directory the next call of `fit` goes on from here.
+        self._paused: tuple[TrainState, int] | None = None
 
     # ---- the run -------------------------------------------------------------------------------
 
@@ -96,7 +98,8 @@ class Trainer:
         """Trains until `train_for`, going on from the newest checkpoint of the work directory.
 
         Args:
-            max_steps: return after this many updates of this call, without a final evaluation.
+            max_steps: return after this many updates of this call, without a final evaluation; the
+                next call goes on from there, and takes the state of this one's result with it.
 
         Raises:
             UserError: for what only shows now, such as a batch that does not divide over the mesh.
@@ -163,9 +166,10 @@ class Trainer:
             for name, spec in self.experiment.evals.items():
                 if spec.final and not self.report.has_eval(name, step):
                     self._evaluate(name, step, state)
-        if status != 'paused':
-            self._save(step, state)
+        self._save(step, state)
         self.report.flush()
+        if self.checkpoints is None:
+            self._paused = (state, step)
         metrics = dict(self.report.latest)
         self._notify('end', step, state)
         if self.checkpoints is not None:
@@ -293,6 +297,8 @@ class Trainer:
     # ---- helpers -------------------------------------------------------------------------------
 
     def _restored_or_fresh(self) -> tuple[TrainState, int]:
+        if self._paused is not None:
+            return self._paused
         latest = None if self.checkpoints is None else self.checkpoints.latest()
         if self.checkpoints is None or latest is None:
             return self.programs.init(), 0

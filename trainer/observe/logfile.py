@@ -10,6 +10,8 @@ import warnings
 
 from etils import epath
 
+from trainer.observe.progress import CLEAR
+
 
 def quiet_environment() -> None:
     """Silences XLA's C++ logs; must run before JAX is imported."""
@@ -27,6 +29,7 @@ def route(directory: epath.PathLike | None) -> None:
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
+        handler.close()
     root.setLevel(logging.INFO)
     if directory is None:
         root.addHandler(logging.NullHandler())
@@ -43,6 +46,8 @@ def route(directory: epath.PathLike | None) -> None:
     warnings.simplefilter('default')
     to_screen = logging.StreamHandler(sys.stderr)
     to_screen.setLevel(logging.WARNING)
-    to_screen.setFormatter(logging.Formatter('Warning: %(message)s'))
+    # On a terminal the live line may stand where the warning is to go.
+    clear = CLEAR if sys.stderr.isatty() else ''
+    to_screen.setFormatter(logging.Formatter(f'{clear}Warning: %(message)s'))
     ours = logging.getLogger('trainer')
     ours.handlers[:] = [to_screen]

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import time
 from collections.abc import Mapping
 from typing import TextIO
 
 _REFRESH_SECS = 0.2
-_CLEAR = '\r\x1b[K'
+_DEFAULT_COLUMNS = 80
+# Back to the first column, and clear to the end of the line.
+CLEAR = '\r\x1b[K'
 
 
 class Progress:
@@ -20,11 +22,11 @@ class Progress:
 
         Args:
             total_steps: length of the run.
-            stream: where to write; control characters only reach a terminal.
+            stream: where to write; control characters reach only a terminal that knows them.
         """
         self._total = total_steps
         self._stream = stream
-        self._live = stream.isatty()
+        self._live = stream.isatty() and os.environ.get('TERM') != 'dumb'
         self._row: Mapping[str, float] = {}
         self._shown = 0.0
         self._open = False
@@ -39,23 +41,21 @@ class Progress:
             self._show(step)
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
-        """Takes a new row of metrics; in a pipe it becomes a line."""
+        """Takes a new row of metrics: part of the next live line, or a line of its own in a pipe."""
         self._row = row
-        if self._live:
-            self._show(step)
-        else:
+        if not self._live:
             self._print(self._line(step))
 
     def message(self, text: str) -> None:
         """Prints lines that stay."""
         if self._open:
-            self._stream.write(_CLEAR)
+            self._stream.write(CLEAR)
             self._open = False
         self._print(text)
 
     def _show(self, step: int) -> None:
-        width = shutil.get_terminal_size().columns - 1
-        self._stream.write(_CLEAR + self._line(step)[:width])
+        # One less than the width: some terminals wrap when their last column is written.
+        self._stream.write(CLEAR + self._line(step)[: self._columns() - 1])
         self._stream.flush()
         self._open = True
 
@@ -63,8 +63,15 @@ class Progress:
         self._stream.write(text + '\n')
         self._stream.flush()
 
+    def _columns(self) -> int:
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except OSError:
+            columns = 0
+        return columns or _DEFAULT_COLUMNS
+
     def _line(self, step: int) -> str:
-        parts = [f'step {step:,}/{self._total:,} ({100 * step / self._total:.0f}%)']
+        parts = [f'step {step:,}/{self._total:,} ({100 * step // self._total}%)']
         row = {name.removeprefix('train/'): value for name, value in self._row.items()}
         if 'loss' in row:
             parts.append(f'loss {row["loss"]:.4f}')
@@ -82,7 +89,7 @@ class Progress:
 
 def duration(secs: float) -> str:
     """Returns '1:02:03', '2:03' or '4.5 s'."""
-    if secs < 60:
+    if secs < 59.95:
         return f'{secs:.1f} s'
     minutes, seconds = divmod(round(secs), 60)
     hours, minutes = divmod(minutes, 60)

@@ -54,7 +54,7 @@ class Reporter:
         """Opens the run's files, cut back to the step that the run goes on from."""
         self._writer = Writers(
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
-            [TensorBoard(directory, resume_step=step)] if tensorboard else (),
+            [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
         )
 
     def begin(self, step: int, summary: str) -> None:

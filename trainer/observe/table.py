@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from trainer.modules.linen import param_path
 
@@ -15,15 +16,20 @@ from trainer.modules.linen import param_path
 def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
     """Returns path, shape, dtype, size and bytes of each parameter, and the totals.
 
+    Where parameters are split over devices, a last column names the mesh axes of each dim.
+
     Args:
-        params: arrays or their shapes.
+        params: arrays or their shapes, with shardings or without.
         collections: the other variables, of which only the totals are shown.
     """
-    rows = [('parameter', 'shape', 'dtype', 'size', 'bytes')]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    split = any(_axes(leaf) for _, leaf in leaves)
+    rows = [('parameter', 'shape', 'dtype', 'size', 'bytes', *(('axes',) if split else ()))]
+    for path, leaf in leaves:
         shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
         size = f'{math.prod(leaf.shape):,}'
-        rows.append((param_path(path), shape, str(leaf.dtype), size, f'{nbytes(leaf):,}'))
+        row = (param_path(path), shape, str(leaf.dtype), size, f'{nbytes(leaf):,}')
+        rows.append((*row, *((_axes(leaf),) if split else ())))
     lines = _align(rows)
     lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}')
     for name, tree in collections.items():
@@ -44,10 +50,20 @@ def nbytes(tree: Any) -> int:
 def human_bytes(size: float) -> str:
     """Returns '3.3 MB' (decimal units)."""
     for unit in ('B', 'kB', 'MB', 'GB'):
-        if size < 1000:
+        # What would be rounded to 1000 belongs to the next unit.
+        if size < 999.95:
             return f'{size:.0f} {unit}' if unit == 'B' else f'{size:.1f} {unit}'
         size /= 1000
     return f'{size:.1f} TB'
+
+
+def _axes(leaf: Any) -> str:
+    """Returns '- x model' for a matrix whose columns lie along `model`, '' for a whole array."""
+    sharding = getattr(leaf, 'sharding', None)
+    if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
+        return ''
+    spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
+    return ' x '.join('+'.join(a) if isinstance(a, tuple) else a or '-' for a in spec)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,17 +3,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any, Protocol
 
 from etils import epath
 
 _log = logging.getLogger('trainer')
+_FLUSH_SECS = 30.0
 
 
 class Writer(Protocol):
@@ -41,10 +43,14 @@ class MetricsFile:
         """
         self._path = epath.Path(path)
         cut_after(self._path, resume_step)
+        self._resume_step = resume_step
+        self._resumed_names = _names_at(self._path, resume_step)
         self._file = self._path.open('a')
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Appends one line."""
+        """Appends one line, unless the run that goes on had written it before it was cut short."""
+        if step == self._resume_step and not self._resumed_names.isdisjoint(row):
+            return
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._file.write(json.dumps({'step': step, **values}) + '\n')
         self._file.flush()
@@ -52,8 +58,7 @@ class MetricsFile:
     def sync(self) -> None:
         """Returns when all rows are on disk."""
         self._file.flush()
-        if hasattr(self._file, 'fileno'):
-            os.fsync(self._file.fileno())
+        _fsync(self._file)
 
     def close(self) -> None:
         """Closes the file."""
@@ -61,73 +66,87 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Event files for TensorBoard, one event for each row."""
+    """Event files for TensorBoard, one event for each row.
+
+    Written in the caller's thread: when the thread of tensorboardX's `EventFileWriter` dies of a
+    full disk, the queue in front of it fills up and the next row would wait forever.
+    """
 
     def __init__(self, directory: epath.PathLike, *, resume_step: int = 0):
-        """Opens a new event file; on resume TensorBoard hides what lay beyond `resume_step`."""
+        """Opens a new event file; TensorBoard hides what older ones hold beyond `resume_step`."""
         # Imported here because it takes time that a run without it need not spend.
-        from tensorboardX.event_file_writer import EventFileWriter
+        from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event = event_pb2.Event
         self._summary = summary_pb2.Summary
-        self._writer = EventFileWriter(os.fspath(directory))
-        if resume_step:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(resume_step + 1, session_log=start)
+        # The name has whole seconds; a restart within one must not overwrite the file before it.
+        suffix = f'.{os.getpid()}.{time.monotonic_ns()}'
+        self._writer = EventsWriter(os.path.join(os.fspath(directory), 'events'), suffix)
+        self._flushed = time.monotonic()
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(resume_step + 1, session_log=start)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds one event with all values."""
         # SummaryWriter.add_scalar makes an event for each value, ten times the work.
         values = [self._summary.Value(tag=name, simple_value=v) for name, v in row.items()]
         self._add(step, summary=self._summary(value=values))
+        if time.monotonic() - self._flushed > _FLUSH_SECS:
+            self.sync()
 
     def sync(self) -> None:
-        """Hands the events to the operating system."""
+        """Returns when all events are on disk."""
         self._writer.flush()
+        self._flushed = time.monotonic()
 
     def close(self) -> None:
         """Closes the file."""
         self._writer.close()
 
     def _add(self, step: int, **content: Any) -> None:
-        self._writer.add_event(self._event(wall_time=time.time(), step=step, **content))
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
 
 
 class Writers:
-    """Several writers; one of the optional ones that fails is left out, with one warning."""
+    """Several writers; an optional one that fails is left out, with one warning."""
 
-    def __init__(self, required: Sequence[Writer], optional: Sequence[Writer] = ()):
+    def __init__(self, required: Sequence[Writer], optional: Sequence[Callable[[], Writer]] = ()):
         """Bundles the writers.
 
         Args:
             required: an error of theirs is the run's.
-            optional: an error of theirs costs only their rows.
+            optional: make the writers whose errors cost only their own rows.
         """
         self._required = list(required)
-        self._optional = list(optional)
+        self._optional: list[Writer] = []
+        for make in optional:
+            try:
+                self._optional.append(make())
+            except Exception as error:
+                _warn_stopped(error)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the values of a step everywhere."""
-        self._each('write', step, row)
+        self._each(lambda writer: writer.write(step, row))
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""
-        self._each('sync')
+        self._each(lambda writer: writer.sync())
 
     def close(self) -> None:
         """Closes all."""
-        self._each('close')
+        self._each(lambda writer: writer.close())
 
-    def _each(self, method: str, *args: Any) -> None:
+    def _each(self, act: Callable[[Writer], None]) -> None:
         for writer in self._required:
-            getattr(writer, method)(*args)
+            act(writer)
         for writer in list(self._optional):
             try:
-                getattr(writer, method)(*args)
+                act(writer)
             except Exception as error:
                 self._optional.remove(writer)
-                _log.warning('%s stopped: %s', type(writer).__name__, error)
+                _warn_stopped(error)
 
 
 def cut_after(path: epath.Path, step: int) -> None:
@@ -138,7 +157,10 @@ def cut_after(path: epath.Path, step: int) -> None:
     kept = ''.join(line for line in text.splitlines(keepends=True) if _is_row_up_to(line, step))
     if kept != text:
         temporary = path.parent / f'.{path.name}.tmp'
-        temporary.write_text(kept)
+        with temporary.open('w') as file:
+            file.write(kept)
+            file.flush()
+            _fsync(file)
         temporary.replace(path)
 
 
@@ -147,3 +169,28 @@ def _is_row_up_to(line: str, step: int) -> bool:
         return line.endswith('\n') and json.loads(line)['step'] <= step
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def _names_at(path: epath.Path, step: int) -> set[str]:
+    """Returns the names of the values that the last rows, those of this step, hold."""
+    names: set[str] = set()
+    lines = path.read_text().splitlines() if path.exists() else []
+    for row in map(json.loads, reversed(lines)):
+        if row['step'] != step:
+            break
+        names.update(row)
+    return names - {'step'}
+
+
+def _fsync(file: IO[str]) -> None:
+    try:
+        os.fsync(file.fileno())
+    except io.UnsupportedOperation:
+        pass  # An object store has no descriptor: the rows are there when the file is closed.
+
+
+def _warn_stopped(error: Exception) -> None:
+    _log.warning(
+        'TensorBoard events are no longer written (%s); metrics.jsonl goes on, and so does the run',
+        error,
+    )
