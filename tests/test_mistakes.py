@@ -87,7 +87,7 @@ def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> N
     finished = command.train(tmp_path / 'run', '--config.train_for=300steps')
     assert not set(finished.out + finished.err) & set('\r\x1b\b')
     assert finished.err == ''
-    assert 'step 200/300 (67%)  loss' in finished.out
+    assert 'step 200/300 (66%)  loss' in finished.out
     for derived in ('50,890 parameters', '32 rows, 32 on each device', '125 steps per epoch'):
         assert derived in finished.out
 

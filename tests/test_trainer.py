@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -241,6 +242,21 @@ def test_the_digest_sees_every_change() -> None:
     assert of({'a': state['a'], 'b': -state['b']}) != base
 
 
+def test_the_digest_is_the_same_by_numpy_and_on_the_devices() -> None:
+    rng = np.random.default_rng(0)
+    state = {
+        'f32': rng.normal(size=(300, 301)).astype('f4'),
+        'c64': rng.normal(size=(5, 3)).astype('c8'),
+        'bool': rng.integers(0, 2, 7).astype(bool),
+        'i8': rng.integers(-9, 9, (2, 3, 4)).astype('i1'),
+        'bf16': jax.numpy.asarray(rng.normal(size=9), 'bfloat16'),
+        'none': np.zeros((0, 3), 'f4'),
+        'scalar': np.float32(3),
+    }
+    on_devices = np.asarray(jax.jit(digest.leaf_sums)(state))
+    np.testing.assert_array_equal(digest.host_sums(state), on_devices)
+
+
 def test_a_flipped_bit_is_found(tmp_path: pathlib.Path) -> None:
     """Orbax alone reads it without a word."""
     checkpoints = Checkpoints(tmp_path, Retention())
@@ -285,6 +301,8 @@ def test_the_live_line_on_a_terminal() -> None:
     progress.tick(1)
     row = {'train/loss': 0.5, 'train/learning_rate': 0.01, 'train/steps_per_sec': 10.0}
     progress.update(50, {**row, 'train/examples_per_sec': 320.0})
+    time.sleep(0.25)
+    progress.tick(50)
     progress.message('saved')
     text = terminal.getvalue()
     assert text.startswith('\r\x1b[Kstep 1/100 (1%)')

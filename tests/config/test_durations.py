@@ -81,3 +81,61 @@ def test_durations_inside_an_optimizer_become_steps() -> None:
     assert resolved == {'decay_steps': 1000, 'boundaries': {118: 0.1}, 'parts': (50, 'adam', 3)}
     assert steps['config.optimizer.decay_steps'] == 1000
     assert steps['config.optimizer.parts[0]'] == 50
+
+
+@pytest.mark.parametrize('period', ['1 epochs', '60000 examples', '10%'])
+def test_ten_periods_fire_ten_times(period: str) -> None:
+    """However the tenth part of ten epochs, 1171.875 steps at batch 512, is written."""
+    clock = Clock(batch_size=512, steps_per_epoch=Fraction(60_000, 512), total_steps=1172)
+    periodic = clock.period(Duration.parse(period), path='x')
+    assert sum(periodic.due(step) for step in range(1, 1173)) == 10
+    assert periodic.due(1172)
+
+
+def test_periods_do_not_drift_over_a_long_run() -> None:
+    periodic = CLOCK.period(Duration.parse('0.1 epochs'), path='x')
+    steps = 117_188  # 1000 epochs, 117187.5 steps
+    assert sum(periodic.due(step) for step in range(1, steps + 1)) == 10_000
+    assert periodic.due(steps)
+
+
+def test_next_due_from_any_step() -> None:
+    periodic = Periodic(Fraction(7, 2))
+    due = [step for step in range(1, 100) if periodic.due(step)]
+    for step in range(90):
+        assert periodic.next_due(step) == next(d for d in due if d > step)
+
+
+def test_a_period_shorter_than_a_step_is_always_due() -> None:
+    periodic = CLOCK.period(Duration.parse('1 examples'), path='x')
+    assert all(periodic.due(step) for step in range(1, 20))
+    assert periodic.next_due(7) == 8
+
+
+def test_a_percentage_of_an_unknown_total_is_an_error_and_examples_are_not() -> None:
+    clock = Clock(batch_size=10, steps_per_epoch=None)
+    with pytest.raises(UserError, match=r"config\.checkpoint\.every: '5%'"):
+        clock.period(Duration.parse('5%'), path='config.checkpoint.every')
+    assert clock.steps(Duration.parse('25 examples'), path='x') == 3
+
+
+@pytest.mark.parametrize(
+    ('text', 'unit'),
+    [('never', 'never'), ('1 step', 'steps'), ('2 example', 'examples'), (' 3epochs ', 'epochs')],
+)
+def test_is_duration_is_what_parse_takes(text: str, unit: str) -> None:
+    assert is_duration(text)
+    assert Duration.parse(text).unit == unit
+
+
+@pytest.mark.parametrize('value', ['10 epochs or so', 'epochs', '5.5.5 steps', '5 Steps', 10, None])
+def test_is_duration_refuses_what_parse_refuses(value: object) -> None:
+    assert not is_duration(value)
+    with pytest.raises(UserError, match='a duration'):
+        Duration.parse(value)
+
+
+def test_never_is_left_alone_where_durations_are_resolved() -> None:
+    assert resolve({'mode': 'never', 'n': '2 steps'}, CLOCK, 'x') == (
+        {'mode': 'never', 'n': 2}, {'x.n': 2},
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -175,3 +176,177 @@ def test_no_jax_until_targets_are_imported() -> None:
         "assert not {'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [('true', True), ('True', True), ('1', True), ('no', False), ('0', False), ('FALSE', False)],
+)
+def test_words_for_bools(text: str, value: bool) -> None:
+    for new in (
+        applied(f'optimizer.nesterov={text}')['optimizer']['nesterov'],
+        applied(f'data.shuffle={text}')['data']['shuffle'],
+    ):
+        assert new is value
+
+
+def test_numbers_and_texts() -> None:
+    new = applied('optimizer.momentum=1e-3', 'data.source.split=7', 'train_for="3 epochs"')
+    assert new['optimizer']['momentum'] == 0.001
+    assert new['data']['source']['split'] == '7'
+    assert new['train_for'] == '3 epochs'
+
+
+def test_elements_of_nested_tuples() -> None:
+    new = applied('vars.pairs[1][0]=9', 'model.features[-1]=7', 'vars.names=()')
+    assert new['vars']['pairs'] == ((1, 2.0), (9, 4.0))
+    assert new['model']['features'] == (64, 7)
+    assert new['vars']['names'] == ()
+    for wrong in ('vars.pairs=((1.5, 2), (3, 4))', 'vars.pairs=((1,), (3, 4))', 'vars.pairs=5'):
+        with pytest.raises(UserError, match=r'config\.vars\.pairs'):
+            applied(wrong)
+
+
+def test_an_argument_of_a_list_element_that_the_file_leaves_out() -> None:
+    new = applied('data.transforms[0].scale=0.5')
+    assert new['data']['transforms'] == (
+        {'target': 'data.transforms:ToFloat', 'key': 'image', 'scale': 0.5},
+        {'target': 'data.transforms:RandomCrop', 'padding': 2},
+    )
+
+
+def test_an_index_from_the_end_is_the_same_place() -> None:
+    changed = config()
+    (override,) = overrides.apply(changed, [('data.transforms[-1].padding', '5')])
+    assert override.place == 'data.transforms[1].padding'
+    assert loading.plain(changed)['data']['transforms'][1]['padding'] == 5
+
+
+def test_a_merge_loses_nothing_at_any_depth() -> None:
+    before = loading.plain(config())
+    new = applied('data={"source": {"limit": 10}}')
+    assert new['data']['source'] == {**before['data']['source'], 'limit': 10}
+    assert {**new, 'data': {**new['data'], 'source': before['data']['source']}} == before
+
+
+def test_a_merge_that_changes_the_target_within() -> None:
+    changed = config()
+    (override,) = overrides.apply(
+        changed, [('data', '{"source": {"target": "data.transforms:Keep", "keys": ("a",)}}')]
+    )
+    assert loading.plain(changed)['data']['source'] == {
+        'target': 'data.transforms:Keep', 'keys': ('a',),
+    }  # fmt: skip
+    assert override.notes == (
+        'config.data.source.split dropped: data.transforms:Keep does not take it',
+    )
+
+
+def test_the_keys_of_a_schedule_that_was_a_number() -> None:
+    schedule = '{"target": "optax:linear_schedule", "init_value": 0.1, "end_value": 0.0}'
+    new = applied(
+        f'optimizer.learning_rate={schedule}',
+        'optimizer.learning_rate.init_value=1',
+        'optimizer.learning_rate.transition_steps=10',
+    )
+    assert new['optimizer']['learning_rate'] == {
+        'target': 'optax:linear_schedule', 'init_value': 1.0, 'end_value': 0.0,
+        'transition_steps': 10,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('path', 'meant'),
+    [
+        ('optimizer.learning_rat', 'config.optimizer.learning_rate'),
+        ('data.batch_siz', 'config.data.batch_size'),
+        ('evals.tset.every', 'config.evals.test.every'),
+        ('evals.tset.data.source.split', 'config.evals.test.data.source.split'),
+        ('modle.featurs', 'config.model.features'),
+    ],
+)
+def test_more_suggestions(path: str, meant: str) -> None:
+    changed = config()
+    changed.evals = dict(test=dict(data=dict(source=dict(target='data.mnist:MNIST', split='a'))))
+    with pytest.raises(UserError) as error:
+        overrides.apply(changed, [(path, '1')])
+    assert str(error.value).startswith(f'config.{path}: there is no such key.')
+    assert f'Did you mean {meant}?' in str(error.value)
+
+
+def test_no_suggestion_names_a_key_that_does_not_exist() -> None:
+    changed = config()
+    del changed['vars']
+    with pytest.raises(UserError) as error:
+        overrides.apply(changed, [('vars.width', '1')])
+    assert 'config.evals.width' not in str(error.value)
+
+
+@pytest.mark.parametrize('path', ['', 'a..b', 'a[x]', 'a.', 'a[1'])
+def test_what_is_no_path(path: str) -> None:
+    with pytest.raises(UserError, match='not a path such as'):
+        overrides.parse_path(path)
+
+
+@pytest.mark.parametrize('argv', [['--config'], ['--config.x'], ['--config.x', '--mode=eval']])
+def test_missing_values(argv: list[str]) -> None:
+    with pytest.raises(UserError, match=f'{argv[0]} needs a value'):
+        overrides.parse_argv(argv)
+
+
+def test_values_that_look_like_flags_and_words_that_are_none() -> None:
+    assert overrides.parse_argv(
+        ['one', '--config.x', '-1', '--configs=2', '--config.y=a=b', '-config.z=', 'two']
+    ) == (None, [('x', '-1'), ('y', 'a=b'), ('z', '')], ['one', '--configs=2', 'two'])
+
+
+def referencing() -> ml_collections.ConfigDict:
+    changed = config()
+    changed.vars = ml_collections.ConfigDict(dict(width=3))
+    changed.model.hidden = changed.vars.get_ref('width')
+    changed.model.layers = (
+        changed.vars.get_ref('width') * 2,
+        dict(a=changed.vars.get_ref('width')),
+    )
+    return changed
+
+
+@pytest.mark.parametrize(
+    'assignments',
+    [
+        [('vars.width', '7')],
+        [('vars', '{"width": 7}')],
+        [('model', '{"dropout_rate": 0.5}'), ('vars.width', '7')],
+        [('model.features[0]', '5'), ('vars.width', '7')],
+    ],
+)
+def test_references_survive_other_changes(assignments: list[tuple[str, str]]) -> None:
+    changed = referencing()
+    overrides.apply(changed, assignments)
+    model = loading.plain(changed)['model']
+    assert (model['hidden'], model['layers']) == (7, (14, {'a': 7}))
+    loading.check_vars(changed)
+
+
+def test_a_misspelt_variable() -> None:
+    with pytest.raises(UserError, match=r'Did you mean config\.vars\.width\?'):
+        overrides.apply(referencing(), [('vars.widht', '7')])
+
+
+def test_a_dict_used_in_two_places_changes_in_one(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / 'shared.py'
+    path.write_text(
+        'import ml_collections\n'
+        'def get_config():\n'
+        "    part = dict(target='data.mnist:MNIST', split='test')\n"
+        '    config = ml_collections.ConfigDict(dict(a=dict(part=part), b=dict(part=part)))\n'
+        '    config.vars = dict(width=3)\n'
+        "    config.a.width = config.vars.get_ref('width')\n"
+        '    return config\n'
+    )
+    changed = loading.load(str(path)).config
+    overrides.apply(changed, [('a.part.split', 'train'), ('vars.width', '4')])
+    plain = loading.plain(changed)
+    assert plain['a']['part']['split'] == 'train'
+    assert plain['b']['part']['split'] == 'test'
+    assert plain['a']['width'] == 4

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
 import threading
@@ -67,6 +68,8 @@ class Checkpoints:
         self._retention = retention
         self._lazy_manager: ocp.CheckpointManager | None = None
         self._newest_save: int | None = None
+        self._in_flight: concurrent.futures.Future[None] | None = None
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         # One program each: a copy that the next step cannot donate, and the digest's sums.
         self._copy = jax.jit(lambda state: jax.tree.map(lambda x: x.copy(), state))
         self._sums = jax.jit(digest.leaf_sums)
@@ -94,7 +97,9 @@ class Checkpoints:
         return max(finite)[1] if finite else None
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-        """Starts an asynchronous save and returns when the state may be donated.
+        """Starts a save in the background and returns as soon as the state may be donated.
+
+        It waits for the save before, if that is still being written.
 
         Args:
             step: number of completed updates, the directory's name.
@@ -104,24 +109,14 @@ class Checkpoints:
         Raises:
             OSError, ValueError: if an earlier save has failed in the background.
         """
-        import orbax.checkpoint as ocp
-
-        from trainer.checkpoint.meta import MetaSave
-
+        self.wait()
         self._newest_save = step
+        # The copy is all that the training waits for: the step that follows donates the state.
         snapshot = self._copy(state)
-        sums = self._sums(snapshot)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(snapshot),
-                meta=MetaSave(
-                    meta=dict(meta), digest=lambda: digest.combine(snapshot, jax.device_get(sums))
-                ),
-            ),
-            metrics={'score': self._retention.score(meta.get('metrics', {}))},
-            force=True,
-        )
+        if _on_host(snapshot):
+            self._in_flight = self._writer.submit(self._write, step, snapshot, dict(meta))
+        else:
+            self._write(step, snapshot, dict(meta))
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns what was stored beside the arrays of a step, `digest` included."""
@@ -156,23 +151,62 @@ class Checkpoints:
 
     def digest(self, state: Any) -> str:
         """Returns the state's digest."""
+        if _on_host(state):
+            return digest.combine(state, digest.host_sums(state))
         return digest.combine(state, jax.device_get(self._sums(state)))
 
     def wait(self) -> None:
         """Returns when every save is committed; raises if one has failed."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            in_flight.result()
         if self._lazy_manager is not None:
             self._lazy_manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the save in flight and releases Orbax's threads."""
+        """Waits for the save in flight and releases all threads."""
+        self.wait()
+        self._writer.shutdown()
         if self._lazy_manager is not None:
             self._lazy_manager.close()
+
+    def _write(self, step: int, snapshot: Any, meta: dict[str, Any]) -> None:
+        import orbax.checkpoint as ocp
+
+        from trainer.checkpoint.meta import MetaSave
+
+        sums = None if _on_host(snapshot) else self._sums(snapshot)
+
+        def find_digest() -> str:
+            found = digest.host_sums(snapshot) if sums is None else jax.device_get(sums)
+            return digest.combine(snapshot, found)
+
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(snapshot),
+                meta=MetaSave(meta=meta, digest=find_digest),
+            ),
+            metrics={'score': self._retention.score(meta.get('metrics', {}))},
+            force=True,
+        )
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
         if self._lazy_manager is None:
             self._lazy_manager = _open(self.directory, self._retention)
         return self._lazy_manager
+
+
+def _on_host(state: Any) -> bool:
+    """Whether a state lies in the memory of this one process.
+
+    Then Orbax may run in a thread of ours; several processes must call it from their main threads.
+    """
+    arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
+    on_cpu = all(device.platform == 'cpu' for leaf in arrays for device in leaf.devices())
+    keys = any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in arrays)
+    return on_cpu and not keys and jax.process_count() == 1
 
 
 def _open(directory: epath.Path, retention: Retention) -> ocp.CheckpointManager:

@@ -73,8 +73,10 @@ def from_jsonable(node: Any) -> Any:
 
 def _diff(old: Any, new: Any, path: str) -> Iterator[Change]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
+        # JSON has made every key a string, so {1000: 0.1} is what was saved as {'1000': 0.1}.
+        old, new = ({str(k): v for k, v in node.items()} for node in (old, new))
         for key in dict.fromkeys([*old, *new]):
-            where = f'{path}.{key}' if path else str(key)
+            where = f'{path}.{key}' if path else key
             yield from _diff(old.get(key, ABSENT), new.get(key, ABSENT), where)
     elif _same_length(old, new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trainer.config.diff import Change
 from trainer.config.loading import LoadedConfig
@@ -17,6 +18,9 @@ _FREE = (
     'train_for', 'log', 'checkpoint', 'evals', 'hooks', 'mesh', 'steps_per_call', 'data.prefetch',
 )  # fmt: skip
 _MAX_NAME = 100
+# What a name cannot hold, its separators among them: '-' between words, ',' and '=' of overrides.
+_UNFIT = re.compile(r'[^\w.+%]+')
+_UNFIT_VALUE = re.compile(r'[^\w.+%-]+')
 
 
 def is_identity(path: str) -> bool:
@@ -32,16 +36,30 @@ def identity_changes(changes: Sequence[Change]) -> list[Change]:
 def default_workdir(loaded: LoadedConfig, overrides: Sequence[Override]) -> str:
     """Returns 'runs/mnist-optimizer.learning_rate=0.1': the same command, the same directory.
 
-    Overrides that leave the run's identity alone do not show; the order of the others does not
-    matter, and a long name ends in a hash.
+    Overrides that leave the run's identity alone do not show. The order of the others does not
+    matter, unless one changes what another has set. A name that does not say all ends in a hash.
     """
-    last = {o.path: o.text for o in overrides if is_identity(o.path)}
-    parts = [loaded.name, *([loaded.arg] if loaded.arg else [])]
-    changed = ','.join(f'{path}={text}' for path, text in sorted(last.items()))
-    full = '-'.join([*parts, *([changed] if changed else [])])
-    name = re.sub(r'[^\w.=,+%-]+', '_', full)
-    if name != full or len(name) > _MAX_NAME:
+    mine = [o for o in overrides if is_identity(o.path)]
+    last = sorted({o.path: o.text for o in mine}.items())
+    given = [(o.path, o.text) for o in mine] if _order_matters(mine) else last
+    words = [word for word in (loaded.name, loaded.arg) if word]
+    fit_words = [_UNFIT.sub('_', word) for word in words]
+    fit = [(_UNFIT.sub('_', path), _UNFIT_VALUE.sub('_', text)) for path, text in last]
+    name = '-'.join(fit_words)
+    if fit:
+        name += '-' + ','.join(f'{path}={text}' for path, text in fit)
+    if fit_words != words or fit != given or len(name) > _MAX_NAME:
         # What was replaced or cut must not make two runs meet.
-        digest = hashlib.sha256(full.encode()).hexdigest()[:8]
+        digest = hashlib.sha256(repr((loaded.name, loaded.arg, given)).encode()).hexdigest()[:8]
         name = f'{name[: _MAX_NAME - 9]}-{digest}'
     return f'runs/{name}'
+
+
+def _order_matters(overrides: Sequence[Override]) -> bool:
+    """Whether one changes, or merges into, what another has set."""
+    return any(_inside(a, b) or _inside(b, a) for a, b in itertools.combinations(overrides, 2))
+
+
+def _inside(inner: Override, outer: Override) -> bool:
+    merges = inner.place == outer.place and isinstance(inner.new, Mapping)
+    return merges or inner.place.startswith((f'{outer.place}.', f'{outer.place}['))

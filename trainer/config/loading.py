@@ -59,7 +59,7 @@ def load(spec: str) -> LoadedConfig:
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
             f'{type(config).__name__}'
         )
-    return LoadedConfig(config=config, name=path.stem, arg=arg, path=path)
+    return LoadedConfig(config=_unshared(config), name=path.stem, arg=arg, path=path)
 
 
 def plain(node: Any) -> Any:
@@ -98,6 +98,17 @@ def _get_config(path: pathlib.Path) -> Any:
     if not callable(get_config):
         raise UserError(f'{path} has no function get_config()')
     return get_config
+
+
+def _unshared(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a copy where a dict that the file uses in two places is two: an override changes one.
+
+    References stay references.
+    """
+    copy = ml_collections.ConfigDict(allow_dotted_keys=True)
+    for key, value in config.items(preserve_field_references=True):
+        copy[key] = _unshared(value) if isinstance(value, ml_collections.ConfigDict) else value
+    return copy
 
 
 def check_vars(config: ml_collections.ConfigDict) -> None:

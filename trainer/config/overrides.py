@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from trainer.config import schema, suggest, targets, values
+from trainer.config import diff, schema, suggest, targets, values
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
 
@@ -132,6 +132,8 @@ def _text(value: Any) -> str:
 def _lookup(config: Any, keys: Keys) -> Any:
     """Returns the value at a path, None if it may be set but is not.
 
+    Indices from the end become those from the start, in place.
+
     Raises:
         UserError: if nothing reads that path.
     """
@@ -142,11 +144,10 @@ def _lookup(config: Any, keys: Keys) -> Any:
                 raise UserError(
                     f'config.{_join(keys[: depth + 1])}: there are {len(node)} elements'
                 )
+            keys[depth] = key % len(node)
             node = node[key]
         elif isinstance(node, Mapping) and key in node:
             node = node[key]
-        elif depth and keys[0] == 'vars':
-            break
         elif _may_be_set(node, keys, depth):
             return None
         else:
@@ -158,7 +159,7 @@ def _may_be_set(node: Any, keys: Keys, depth: int) -> bool:
     """Whether a key that the file leaves out exists: a fixed key, or an argument of a target."""
     if schema.type_at(keys) is not None:
         # A new evaluation begins with its data; any other key of an unknown one is a typo.
-        return depth != 1 or keys[0] != 'evals' or keys[2:3] == ['data']
+        return depth > 1 or len(keys) == 1 or keys[0] != 'evals' or keys[2:3] == ['data']
     is_object = isinstance(node, Mapping) and 'target' in node
     if not is_object or depth != len(keys) - 1 or not isinstance(keys[depth], str):
         return False
@@ -188,10 +189,20 @@ def _unknown(config: Any, keys: Keys, depth: int) -> str:
         # One wrong word on the way: mend that word and keep the rest.
         known_here = [p.split('.')[depth + 1] for p in more if p.count('.') > depth]
         close = suggest.nearest(str(keys[depth]), [*parent, *known_here], cutoff=0.6)
-        if close and close != keys[depth] and depth < len(keys) - 1:
+        if close and depth < len(keys) - 1 and _exists(config, keys, depth, close):
             return _did_you_mean(path, _replaced(keys, depth, close))
     found = suggest.nearest_path(path, [*suggest.paths(whole, 'config'), *more])
     return _did_you_mean(path, found)
+
+
+def _exists(config: Any, keys: Keys, depth: int, word: str) -> bool:
+    if word == keys[depth]:
+        return False
+    try:
+        _lookup(config, [*keys[:depth], word, *keys[depth + 1 :]])
+    except UserError:
+        return False
+    return True
 
 
 def _replaced(keys: Keys, depth: int, word: str) -> str:
@@ -213,16 +224,25 @@ def _store(config: ml_collections.ConfigDict, keys: Keys, value: Any) -> None:
     """Sets a value; tuples and plain dicts on the way are replaced by changed copies."""
     key, rest = keys[0], keys[1:]
     if not rest:
-        # Replaced whole: updating a ConfigDict in place would keep dropped keys.
         if isinstance(value, Mapping) and isinstance(config.get(key), ml_collections.ConfigDict):
-            del config[key]
-        config[key] = value
+            _update(config[key], value)
+        else:
+            config[key] = value
     elif isinstance(config.get(key), ml_collections.ConfigDict):
         _store(config[key], rest, value)
     elif key in config and config[key] is not None:
         config[key] = _changed(config[key], rest, value)
     else:
         config[key] = _changed({}, rest, value)
+
+
+def _update(config: ml_collections.ConfigDict, value: Mapping[str, Any]) -> None:
+    """Makes a config equal to `value`; what does not change keeps its references."""
+    for key in [key for key in config if key not in value]:
+        del config[key]
+    for key, new in value.items():
+        if key not in config or diff.diff(plain(config[key]), new):
+            _store(config, [key], new)
 
 
 def _changed(node: Any, keys: Keys, value: Any) -> Any:

@@ -62,7 +62,8 @@ def _origins(overrides: Sequence[Override]) -> dict[str, str]:
         origins[place] = text
         for change in diff.diff(override.old, override.new):
             inner = change.path and not change.path.startswith('[')
-            origins[f'{place}.{change.path}' if inner else f'{place}{change.path}'] = text
+            where = f'{place}.{change.path}' if inner else f'{place}{change.path}'
+            origins.update((leaf, text) for leaf, _ in _leaves(change.new, where))
     return origins
 
 

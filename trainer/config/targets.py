@@ -138,6 +138,8 @@ def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
     if not callable(target):
         raise UserError(f"{path}.target: {node['target']} is not callable; to name it, use 'ref'")
     parameters, open_ended = arguments(target)
+    if not isinstance(node.get('args', ()), (tuple, list)):
+        raise UserError(f'{path}.args: expected a tuple, got {node["args"]!r}')
     keys = [key for key in node if key not in RESERVED]
     unknown = [key for key in keys if key not in parameters]
     if unknown and not (open_ended and node.get('accepts_any')):

@@ -10,6 +10,10 @@ from typing import TextIO
 
 _REFRESH_SECS = 0.2
 _DEFAULT_COLUMNS = 80
+_SPACE = '  '
+# What a narrow terminal can do without, least important first.
+_FIRST_TO_GO = ('accuracy', 'step_time', 'learning_rate', 'examples')
+
 # Back to the first column, and clear to the end of the line.
 CLEAR = '\r\x1b[K'
 
@@ -41,10 +45,10 @@ class Progress:
             self._show(step)
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
-        """Takes a new row of metrics: part of the next live line, or a line of its own in a pipe."""
+        """Takes a new row: part of the next live line, or in a pipe a line of its own."""
         self._row = row
         if not self._live:
-            self._print(self._line(step))
+            self._print(_SPACE.join(self._parts(step).values()))
 
     def message(self, text: str) -> None:
         """Prints lines that stay."""
@@ -55,7 +59,12 @@ class Progress:
 
     def _show(self, step: int) -> None:
         # One less than the width: some terminals wrap when their last column is written.
-        self._stream.write(CLEAR + self._line(step)[: self._columns() - 1])
+        width = self._columns() - 1
+        parts = self._parts(step)
+        for name in _FIRST_TO_GO:
+            if len(_SPACE.join(parts.values())) > width:
+                parts.pop(name, None)
+        self._stream.write(CLEAR + _SPACE.join(parts.values())[:width])
         self._stream.flush()
         self._open = True
 
@@ -70,21 +79,21 @@ class Progress:
             columns = 0
         return columns or _DEFAULT_COLUMNS
 
-    def _line(self, step: int) -> str:
-        parts = [f'step {step:,}/{self._total:,} ({100 * step // self._total}%)']
+    def _parts(self, step: int) -> dict[str, str]:
+        parts = {'step': f'step {step:,}/{self._total:,} ({100 * step // self._total}%)'}
         row = {name.removeprefix('train/'): value for name, value in self._row.items()}
         if 'loss' in row:
-            parts.append(f'loss {row["loss"]:.4f}')
+            parts['loss'] = f'loss {row["loss"]:.4f}'
         if 'accuracy' in row:
-            parts.append(f'accuracy {row["accuracy"]:.4f}')
+            parts['accuracy'] = f'accuracy {row["accuracy"]:.4f}'
         if 'learning_rate' in row:
-            parts.append(f'lr {row["learning_rate"]:.3g}')
+            parts['learning_rate'] = f'lr {row["learning_rate"]:.3g}'
         rate = row.get('steps_per_sec', 0.0)
         if rate > 0:
-            parts.append(f'{row["examples_per_sec"]:,.0f} examples/s')
-            parts.append(f'{1e3 / rate:.3g} ms/step')
-            parts.append(f'ETA {duration((self._total - step) / rate)}')
-        return '  '.join(parts)
+            parts['examples'] = f'{row["examples_per_sec"]:,.0f} examples/s'
+            parts['step_time'] = f'{1e3 / rate:.3g} ms/step'
+            parts['eta'] = f'ETA {duration((self._total - step) / rate)}'
+        return parts
 
 
 def duration(secs: float) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -183,10 +184,9 @@ def _names_at(path: epath.Path, step: int) -> set[str]:
 
 
 def _fsync(file: IO[str]) -> None:
-    try:
+    # An object store has no descriptor: there the rows are safe when the file is closed.
+    with contextlib.suppress(io.UnsupportedOperation):
         os.fsync(file.fileno())
-    except io.UnsupportedOperation:
-        pass  # An object store has no descriptor: the rows are there when the file is closed.
 
 
 def _warn_stopped(error: Exception) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 
 from trainer.modules.linen import param_path
 
+# Words that numpy mixes at once: small enough to stay in a core's cache.
+_PIECE = 2**16
+
 
 def leaf_sums(state: Any) -> jax.Array:
     """Returns one uint32 for each leaf, (leaves,), computed where the leaf lives.
@@ -19,6 +22,14 @@ def leaf_sums(state: Any) -> jax.Array:
     The sum wraps around, so it is the same in any order of addition: on one device or on many.
     """
     return jnp.stack([_leaf_sum(leaf) for leaf in jax.tree.leaves(state)])
+
+
+def host_sums(state: Any) -> np.ndarray:
+    """Returns what `leaf_sums` does, computed by numpy a piece at a time.
+
+    For states in host memory: a program over a whole state would hold up the training step.
+    """
+    return np.array([_host_sum(np.asarray(leaf)) for leaf in jax.tree.leaves(state)], np.uint32)
 
 
 def combine(state: Any, sums: np.ndarray) -> str:
@@ -44,6 +55,22 @@ def _leaf_sum(leaf: jax.Array) -> jax.Array:
     mixed = (words ^ (index * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
+
+
+def _host_sum(leaf: np.ndarray) -> int:
+    flat = np.ascontiguousarray(leaf).reshape(-1)
+    words = flat.view({1: np.uint8, 2: np.uint16}.get(leaf.dtype.itemsize, np.uint32))
+    total = 0
+    for start in range(0, len(words), _PIECE):
+        mixed = words[start : start + _PIECE].astype(np.uint32)
+        index = np.arange(start, start + len(mixed), dtype=np.uint64).astype(np.uint32)
+        mixed ^= index * np.uint32(0x9E3779B1)
+        mixed *= np.uint32(0x85EBCA6B)
+        mixed ^= mixed >> np.uint32(15)
+        mixed *= np.uint32(0xC2B2AE35)
+        mixed ^= mixed >> np.uint32(13)
+        total += int(mixed.sum(dtype=np.uint64))
+    return total % 2**32
 
 
 def _words(leaf: jax.Array) -> jax.Array:

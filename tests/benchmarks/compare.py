@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer beside the hand-written loop, in turn, with the ratio of each pair.
+
+    python tests/benchmarks/compare.py speed mlp [--pairs=5] [--steps=6000] [-- --config.key=value]
+    python tests/benchmarks/compare.py speed cnn --steps=600
+    python tests/benchmarks/compare.py start mlp        # process start to first step, cold and warm
+    python tests/benchmarks/compare.py checkpoint       # the stall of a save, over a copy in memory
+    python tests/benchmarks/compare.py input            # examples per second of the input pipeline
+
+Machines are noisy: read the ratios, not the absolute figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+CONFIGS = {'mlp': 'configs/mnist_mlp.py', 'cnn': 'configs/mnist.py'}
+
+
+def main() -> None:
+    """Runs the comparison that the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('what', choices=['speed', 'start', 'checkpoint', 'input'])
+    parser.add_argument('model', nargs='?', default='mlp', choices=list(CONFIGS))
+    parser.add_argument('--pairs', type=int, default=5)
+    parser.add_argument('--steps', type=int, default=6000)
+    parser.add_argument('options', nargs='*')
+    args = parser.parse_args()
+    {'speed': speed, 'start': start, 'checkpoint': checkpoint, 'input': input_}[args.what](args)
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Steps per second and peak memory, interleaved."""
+    ratios, memory = [], []
+    for _ in range(args.pairs):
+        by_hand = handwritten(args.model, args.steps)
+        ours = trained(args.model, args.steps, *args.options)
+        ratios.append(ours['steps_per_sec'] / by_hand['steps_per_sec'])
+        memory.append(ours['peak_mb'] / by_hand['peak_mb'])
+        print(
+            f'{args.model}: by hand {by_hand["steps_per_sec"]:.0f} steps/s '
+            f'{by_hand["peak_mb"]:.0f} MB, trainer {ours["steps_per_sec"]:.0f} steps/s '
+            f'{ours["peak_mb"]:.0f} MB, ratio {ratios[-1]:.2f}',
+            flush=True,
+        )
+    print(f'median ratio: speed {statistics.median(ratios):.2f}, ', end='')
+    print(f'peak memory {statistics.median(memory):.2f}')
+
+
+def start(args: argparse.Namespace) -> None:
+    """Process start to first finished step, with an empty compile cache and with a warm one."""
+    for kind in ('cold', 'warm'):
+        ratios = []
+        with tempfile.TemporaryDirectory() as warm:
+            if kind == 'warm':
+                handwritten(args.model, 1, cache=f'{warm}/hand')
+                trained(args.model, 1, '--config.log.every=1steps', cache=f'{warm}/ours')
+            for i in range(args.pairs):
+                names = [f'{warm}/{side}{i if kind == "cold" else ""}' for side in ('hand', 'ours')]
+                by_hand = handwritten(args.model, 1, cache=names[0])
+                ours = trained(args.model, 1, '--config.log.every=1steps', cache=names[1])
+                ratios.append(ours['first_step_secs'] / by_hand['first_step_secs'])
+                print(
+                    f'{args.model} {kind}: by hand {by_hand["first_step_secs"]:.2f} s, '
+                    f'trainer {ours["first_step_secs"]:.2f} s, ratio {ratios[-1]:.2f}',
+                    flush=True,
+                )
+        print(f'median ratio, {kind} cache: {statistics.median(ratios):.2f}')
+
+
+def checkpoint(args: argparse.Namespace) -> None:
+    """The stall of `save()` and of the slowest of the next steps, over a copy of the state."""
+    import jax
+    import jax.numpy as jnp
+
+    from trainer.checkpoint.manager import Checkpoints, Retention
+
+    step = jax.jit(lambda state: jax.tree.map(lambda x: x * 0.999, state), donate_argnums=0)
+    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+    for megabytes in (50, 1000):
+        leaves = 10
+        size = megabytes * 10**6 // 4 // leaves
+        state = {str(i): jnp.full((size,), float(i)) for i in range(leaves)}
+        with tempfile.TemporaryDirectory() as directory:
+            checkpoints = Checkpoints(directory, Retention(keep_last=1))
+            for trial in range(4):
+                jax.block_until_ready(copy(state))
+                began = time.perf_counter()
+                jax.block_until_ready(copy(state))
+                copied = time.perf_counter() - began
+                idle = []
+                for _ in range(5):
+                    began = time.perf_counter()
+                    state = jax.block_until_ready(step(state))
+                    idle.append(time.perf_counter() - began)
+                began = time.perf_counter()
+                checkpoints.save(trial, state, {})
+                saved = time.perf_counter() - began
+                after = []
+                for _ in range(5):
+                    began = time.perf_counter()
+                    state = jax.block_until_ready(step(state))
+                    after.append(time.perf_counter() - began)
+                checkpoints.wait()
+                stall = saved + max(after) - statistics.median(idle)
+                if trial:  # The first save also imports Orbax and compiles.
+                    print(
+                        f'{megabytes} MB: copy {copied:.3f} s, save() {saved:.3f} s, idle step '
+                        f'{statistics.median(idle):.3f} s, slowest step after {max(after):.3f} s, '
+                        f'stall / copy {stall / copied:.2f}',
+                        flush=True,
+                    )
+            checkpoints.close()
+
+
+def input_(args: argparse.Namespace) -> None:
+    """Examples per second of the loader over those of a bare numpy gather."""
+    import numpy as np
+
+    from data.loader import TrainLoader
+    from data.mnist import MNIST
+
+    source = MNIST('train')
+    loader = TrainLoader(source=source, batch_size=256)
+    images = source.gather(np.arange(len(source)))['image']
+    labels = source.gather(np.arange(len(source)))['label']
+    order = np.random.default_rng(0).permutation(len(images))
+    for _ in range(args.pairs):
+        began = time.perf_counter()
+        for step in range(200):
+            rows = order[step * 256 % 59_000 :][:256]
+            (images[rows], labels[rows])
+        bare = 200 * 256 / (time.perf_counter() - began)
+        began = time.perf_counter()
+        for step in range(0, 200, 5):
+            loader.block(step, 5)
+        ours = 200 * 256 / (time.perf_counter() - began)
+        print(f'numpy gather {bare:,.0f}/s, loader {ours:,.0f}/s, ratio {ours / bare:.2f}')
+
+
+def handwritten(model: str, steps: int, cache: str | None = None) -> dict[str, Any]:
+    """Returns the figures of the hand-written loop."""
+    options = [] if cache is None else [f'--cache={cache}']
+    script = str(ROOT / 'tests/benchmarks/handwritten.py')
+    return json.loads(_run([script, model, f'--steps={steps}', *options]).splitlines()[-1])
+
+
+def trained(model: str, steps: int, *options: str, cache: str | None = None) -> dict[str, Any]:
+    """Returns the figures of the trainer, with logs, checkpoints and event files on."""
+    with tempfile.TemporaryDirectory() as workdir:
+        out = _run(
+            [
+                '-m',
+                'trainer.main',
+                f'--config={CONFIGS[model]}',
+                f'--workdir={workdir}',
+                f'--config.train_for={steps}steps',
+                '--config.evals.test.final=false',
+                '--config.hooks={"m": {"ref": "tests.benchmarks.first_step:measure"}}',
+                *options,
+            ],
+            cache,
+        )
+        figures = json.loads(out.split('FIGURES ')[1].splitlines()[0])
+        lines = (pathlib.Path(workdir) / 'metrics.jsonl').read_text().splitlines()
+        rates = [json.loads(line).get('train/steps_per_sec') for line in lines][1:]
+        figures['steps_per_sec'] = statistics.median([r for r in rates if r] or [0.0])
+        return figures
+
+
+def _run(arguments: list[str], cache: str | None = None) -> str:
+    environment = {**os.environ, 'BENCHMARK_BEGAN': repr(time.time()), 'PYTHONPATH': str(ROOT)}
+    if cache is not None:
+        environment['JAX_COMPILATION_CACHE_DIR'] = cache
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+
+
+if __name__ == '__main__':
+    main()
