@@ -167,6 +167,10 @@ def _read(
 ) -> Arrays:
     """One gather and one pass of transforms over the real rows; padding is zeros."""
     real = ids != PADDING
+    if not real.any():  # any example tells the shapes and dtypes
+        one = np.zeros((1, 1), np.int64)
+        like = _read(source, transforms, seed, one, one)
+        return {name: np.zeros((*ids.shape, *x.shape[2:]), x.dtype) for name, x in like.items()}
     batch = source.gather(ids[real])
     batch = transforms_lib.apply(transforms, batch, seed=seed, epochs=epochs[real], ids=ids[real])
     if real.all():

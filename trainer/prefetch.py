@@ -18,7 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 # One gather serves many steps, because what costs is Python's work per call; a block that outgrows
 # the cores' caches costs more than it saves.
 _BLOCK_STEPS = 64
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**21
+# A batch that is gathered faster than this is gathered in the loop itself, if it needs no transfer:
+# handing the interpreter's lock between two threads costs more.
+_CHEAP_SECS = 50e-6
+_COLD_BLOCKS = 4
 
 Batch = dict[str, Any]
 
@@ -59,18 +63,20 @@ class Prefetcher:
         devices = sharding.mesh.devices
         self._on_host = devices.size == 1 and devices.flat[0].platform == 'cpu'
         self._handed_out: list[tuple[int, np.ndarray]] = []
+        self._items = self._prepare(start, iter(calls))
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
         self._stopped = threading.Event()
-        self._thread = threading.Thread(
-            target=self._work, args=(start, iter(calls)), name='prefetch', daemon=True
-        )
-        self._thread.start()
+        self._thread = threading.Thread(target=self._work, name='prefetch', daemon=True)
+        if not self._on_host:
+            self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
+        measured = _Average(skip=_COLD_BLOCKS)
         while True:
             began = time.perf_counter()
-            item = self._queue.get()
-            self.wait_secs += time.perf_counter() - began
+            item = self._next_item()
+            waited = time.perf_counter() - began
+            self.wait_secs += waited
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -78,6 +84,8 @@ class Prefetcher:
             start, ids, batches = item
             self._handed_out.append((start, ids))
             yield from batches
+            if not self._thread.ident and measured.add(waited, len(ids)) > _CHEAP_SECS:
+                self._thread.start()
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -101,7 +109,7 @@ class Prefetcher:
         return [(start, ids) for start, ids in taken if len(ids)]
 
     def close(self) -> None:
-        """Ends the thread and waits for it."""
+        """Ends the thread, if there is one, and waits for it."""
         self._stopped.set()
         while self._thread.is_alive():
             # The thread may be blocked on a full queue.
@@ -109,24 +117,29 @@ class Prefetcher:
                 self._queue.get(timeout=0.02)
             except queue.Empty:
                 continue
-        self._thread.join()
 
-    def _work(self, start: int, calls: Iterator[int]) -> None:
+    def _next_item(self) -> Any:
+        return self._queue.get() if self._thread.ident else next(self._items, None)
+
+    def _work(self) -> None:
         try:
-            # Small blocks first: the first step must not wait for the sixty-fourth batch.
-            limit = 1
-            while not self._stopped.is_set():
-                counts = _take(calls, limit)
-                if not counts:
-                    break
-                block = self._block(start, sum(counts))
-                self._queue.put((start, block.ids, self._place(block.arrays, counts)))
-                start += sum(counts)
-                most = max(1, _BLOCK_BYTES // _batch_bytes(block))
-                limit = min(2 * limit, _BLOCK_STEPS, most)
+            for item in self._items:
+                self._queue.put(item)
+                if self._stopped.is_set():
+                    return
             self._queue.put(None)
         except BaseException as error:
             self._queue.put(error)
+
+    def _prepare(self, start: int, calls: Iterator[int]) -> Iterator[tuple[int, np.ndarray, Any]]:
+        """Yields (position, ids, batches of the calls) of one block after the other."""
+        # Small blocks first: the first step must not wait for the sixty-fourth batch.
+        limit = 1
+        while counts := _take(calls, limit):
+            block = self._block(start, sum(counts))
+            yield start, block.ids, self._place(block.arrays, counts)
+            start += sum(counts)
+            limit = min(2 * limit, _BLOCK_STEPS, max(1, _BLOCK_BYTES // _batch_bytes(block)))
 
     def _place(self, arrays: dict[str, np.ndarray], counts: list[int]) -> list[tuple[int, Batch]]:
         """Cuts a block into its calls and puts them on the devices in one transfer."""
@@ -140,6 +153,25 @@ class Prefetcher:
             return list(zip(counts, batches, strict=True))
         shardings = [dict.fromkeys(arrays, self._sharding if n == 1 else stacked) for n in counts]
         return list(zip(counts, jax.device_put(batches, shardings), strict=True))
+
+
+class _Average:
+    """Seconds per batch, once enough blocks have been seen to trust it; 0 until then."""
+
+    def __init__(self, skip: int):
+        # Of the first blocks the time says nothing: they are small and their source is cold.
+        self._skip = skip
+        self._blocks = 0
+        self._secs = 0.0
+        self._batches = 0
+
+    def add(self, secs: float, batches: int) -> float:
+        """Counts a block and returns the average."""
+        self._blocks += 1
+        if self._blocks > self._skip:
+            self._secs += secs
+            self._batches += batches
+        return self._secs / self._batches if self._blocks > 2 * self._skip else 0.0
 
 
 def _take(calls: Iterator[int], limit: int) -> list[int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import pathlib
+import zlib
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class MNIST(ArraySource):
 def _read(path: pathlib.Path, header: int) -> np.ndarray:
     try:
         content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f'{path} cannot be read: {error}') from error
     found = hashlib.sha256(content).hexdigest()
     expected = _SHA256[path.name.removesuffix('.gz')]

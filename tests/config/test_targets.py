@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -106,3 +107,158 @@ def test_the_users_own_models_package_does_not_hide_ours(tmp_path: pathlib.Path)
         "assert targets.resolve('models.mlp:MLP', 'x').__name__ == 'MLP'\n"
     )
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=60)
+
+
+@functools.wraps(plain)
+def partly_wrapped(*args: Any, extra: int = 0, **kwargs: Any) -> Any:
+    return (*plain(*args, **kwargs), extra)
+
+
+nested_partial = functools.partial(partial, b=6)
+partial_of_open = functools.partial(anything, c=1)
+
+
+@pytest.mark.parametrize(
+    ('name', 'fix'),
+    [
+        ('optax:sdg', 'optax:sgd'),
+        ('optx:sgd', 'optax:sgd'),
+        ('data.transfroms:ToFloat', 'data.transforms:ToFloat'),
+        ('trainer.step.task:Classification', 'trainer.step.tasks:Classification'),
+    ],
+)
+def test_misspelt_names(name: str, fix: str) -> None:
+    targets.resolve(fix, 'config.x.target')
+    with pytest.raises(UserError) as error:
+        targets.resolve(name, 'config.x.target')
+    assert str(error.value).startswith(f'config.x.target: {name!r}: ')
+    assert str(error.value).endswith(f'Did you mean {fix}?')
+
+
+@pytest.mark.parametrize('name', ['', ':', 'optax:', ':sgd', 'optax:a:b', 3, None])
+def test_malformed_names(name: object) -> None:
+    with pytest.raises(UserError, match=r"config\.x: expected 'package\.module:Name'"):
+        targets.resolve(name, 'config.x')
+
+
+def test_dotted_attributes() -> None:
+    assert targets.resolve('collections:OrderedDict.fromkeys', 'x')(('a',)) == {'a': None}
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('x = 1\nimport no_such_dependency\n', 'ModuleNotFoundError: .*broken.py, line 2'),
+        ('x = (\n', 'SyntaxError: .*broken.py, line 1'),
+        ('def f():\n    return 1 / 0\n\nf()\n', 'ZeroDivisionError: .*broken.py, line 2'),
+    ],
+)
+def test_how_imports_fail(tmp_path: pathlib.Path, text: str, message: str) -> None:
+    """The line that failed is told; a missing dependency is not taken for a missing target."""
+    (tmp_path / 'broken.py').write_text(text)
+    code = (
+        f'import sys; sys.path.append({str(ROOT)!r})\n'
+        'from trainer.config import errors, targets\n'
+        'try:\n'
+        "    targets.resolve('broken:Thing', 'config.model.target')\n"
+        'except errors.UserError as error:\n'
+        '    print(error)\n'
+    )
+    finished = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert re.match('config.model.target: importing broken failed: ' + message, finished.stdout)
+    assert 'Traceback' not in finished.stdout
+    assert len(finished.stdout.splitlines()) == 1
+
+
+@pytest.mark.parametrize('name', ['partial', 'wrapped', 'partly_wrapped', 'nested_partial'])
+def test_signatures_are_looked_through(name: str) -> None:
+    parameters, open_ended = targets.arguments(globals()[name])
+    assert {'a', 'b'} <= set(parameters)
+    assert not open_ended
+    with pytest.raises(UserError, match=r"takes no argument 'bb'\. Did you mean config\.x\.b\?"):
+        make(name, a=1, bb=2)
+
+
+def test_wrappers_are_called_with_their_own_arguments_too() -> None:
+    assert make('partly_wrapped', a=1, extra=3) == (1, 2, 3)
+    assert make('nested_partial', a=1) == (1, 6)
+    assert make('partial', a=1, b=9) == (1, 9)
+
+
+def test_open_signatures() -> None:
+    for name in ('anything', 'partial_of_open'):
+        with pytest.raises(UserError, match=r'config\.x\.d: .* add config\.x\.accepts_any=True'):
+            make(name, d=2)
+        assert make(name, d=2, accepts_any=True)['d'] == 2
+    assert make('anything') == {}
+
+
+def test_accepts_any_excuses_no_closed_signature() -> None:
+    with pytest.raises(UserError, match="takes no argument 'c'"):
+        make('plain', a=1, c=2, accepts_any=True)
+
+
+def test_check_calls_nothing() -> None:
+    node = {'target': f'{HERE}:Picky', 'value': -1}
+    targets.check(node, 'config.x')
+    with pytest.raises(UserError, match=r'config\.x\.inner\[1\]: .*Picky refused'):
+        targets.instantiate({'inner': [1, node]}, 'config.x')
+
+
+def test_check_reaches_every_depth() -> None:
+    node = {'target': f'{HERE}:plain', 'a': ({'k': [{'ref': 'math:pie'}]},)}
+    with pytest.raises(UserError, match=r'config\.x\.a\[0\]\.k\[0\]\.ref: .*math:pi\?'):
+        targets.check(node, 'config.x')
+
+
+@pytest.mark.parametrize('args', [5, 'ab', None])
+def test_args_that_are_no_tuple(args: object) -> None:
+    with pytest.raises(UserError, match=r'config\.x\.args: expected a tuple'):
+        make('plain', args=args)
+
+
+def test_too_many_args() -> None:
+    with pytest.raises(UserError, match=r'config\.x: .*plain refused its arguments'):
+        make('plain', args=(1, 2, 3))
+
+
+def test_arguments_of_the_framework_may_be_missing() -> None:
+    targets.check({'target': f'{HERE}:takes_rngs', 'size': 1}, 'config.x')
+    with pytest.raises(UserError, match=r'config\.x\.size is missing'):
+        targets.check({'target': f'{HERE}:takes_rngs'}, 'config.x')
+
+
+def takes_rngs(size: int, *, rngs: Any, train: bool) -> None:
+    del size, rngs, train
+
+
+def test_a_user_error_of_a_constructor_stays_as_it_is() -> None:
+    with pytest.raises(UserError, match=r'^told well$'):
+        make('tells')
+
+
+def tells() -> None:
+    raise UserError('told well')
+
+
+def test_notes_of_an_exception_are_kept() -> None:
+    with pytest.raises(UserError, match='bad\nin the second layer'):
+        make('noted')
+
+
+def noted() -> None:
+    error = ValueError('bad')
+    error.add_note('in the second layer')
+    raise error
+
+
+def test_other_exceptions_of_a_constructor_keep_their_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        make('divides')
+
+
+def divides() -> float:
+    return 1 / 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import pathlib
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from data.digest import DataDigest
 from data.loader import EvalLoader, TrainLoader
 from data.mnist import MNIST
 from data.order import PADDING
-from data.sources import ArraySource, RandomAccessSource
-from data.transforms import PerExample, RandomCrop, RandomFlip, ToFloat
+from data.sources import ArraySource, ArraySpec, RandomAccessSource
+from data.transforms import OneHot, PerExample, RandomCrop, RandomFlip, Rename, ToFloat
 
 
 def images(n: int = 10) -> ArraySource:
@@ -161,3 +162,181 @@ def test_a_damaged_mnist_file_is_named(tmp_path: pathlib.Path) -> None:
     labels.write_bytes(labels.read_bytes()[:50])
     with pytest.raises(ValueError, match=r't10k-labels-idx1-ubyte.* cannot be read'):
         MNIST('test', directory=str(tmp_path))
+
+
+def test_five_three_is_the_tail_of_the_first_eight() -> None:
+    loader = TrainLoader(source=images(), batch_size=4, transforms=RANDOM, seed=2)
+    first, tail = loader.block(0, 8), loader.block(5, 3)
+    assert set(first.arrays) == set(tail.arrays) == {'image', 'label'}
+    for name, x in tail.arrays.items():
+        np.testing.assert_array_equal(x, first.arrays[name][5:])
+    np.testing.assert_array_equal(tail.ids, first.ids[5:])
+
+
+def noisy(example: dict, rng: np.random.Generator) -> dict:
+    return {**example, 'noise': rng.normal(size=2)}
+
+
+@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+@pytest.mark.parametrize('repeat_batch', [None, 2])
+@pytest.mark.parametrize('size', [1, 2, 5, 11])
+def test_any_division_into_blocks_gives_the_same(
+    remainder: str, repeat_batch: int | None, size: int
+) -> None:
+    loader = TrainLoader(
+        source=images(),
+        batch_size=4,
+        transforms=(*RANDOM, PerExample(fn=noisy)),
+        remainder=remainder,
+        repeat_batch=repeat_batch,
+    )
+    whole = loader.block(0, 11)
+    assert len(np.unique(whole.arrays['image'])) > 2
+    for start in range(0, 11, size):
+        part = loader.block(start, min(size, 11 - start))
+        for name, x in part.arrays.items():
+            np.testing.assert_array_equal(x, whole.arrays[name][start : start + size])
+        np.testing.assert_array_equal(part.ids, whole.ids[start : start + size])
+
+
+@pytest.mark.parametrize('rows', [slice(1, 3), slice(0, 4, 2), np.array([3, 0])])
+@pytest.mark.parametrize('remainder', ['carry', 'pad'])
+def test_rows_selects_rows_of_the_global_batch(rows: slice | np.ndarray, remainder: str) -> None:
+    loader = TrainLoader(source=images(), batch_size=4, transforms=RANDOM, remainder=remainder)
+    whole, some = loader.block(1, 4), loader.block(1, 4, rows=rows)
+    assert set(whole.arrays) == set(some.arrays)
+    for name, x in some.arrays.items():
+        np.testing.assert_array_equal(x, whole.arrays[name][:, rows])
+    np.testing.assert_array_equal(some.ids, whole.ids[:, rows])
+
+
+def items(n: int) -> RandomAccessSource:
+    return RandomAccessSource([{'x': np.full(3, i + 1, np.int16)} for i in range(n)])
+
+
+@pytest.mark.parametrize('transforms', [(), (PerExample(fn=noisy),)])
+def test_rows_that_are_all_padding(transforms: tuple[PerExample, ...]) -> None:
+    """What a process sees whose rows all lie behind the end of the epoch."""
+    loader = TrainLoader(source=items(10), batch_size=4, remainder='pad', transforms=transforms)
+    block = loader.block(2, 1, rows=slice(2, 4))
+    expected = loader.block(2, 1).arrays
+    assert set(block.arrays) == set(expected)
+    for name, x in block.arrays.items():
+        assert (x.shape, x.dtype) == ((1, 2, *expected[name].shape[2:]), expected[name].dtype)
+        assert not x.any()
+    assert block.ids.tolist() == [[PADDING, PADDING]]
+
+
+@pytest.mark.parametrize('dtype', ['uint8', 'int32', 'float32', 'float64', 'bool'])
+def test_padding_keeps_the_dtype(dtype: str) -> None:
+    source = ArraySource({'x': np.ones((10, 2), dtype)})
+    x = TrainLoader(source=source, batch_size=4, remainder='pad').block(0, 3).arrays['x']
+    assert x.dtype == np.dtype(dtype)
+    assert x[..., 0].tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    x = EvalLoader(source=source, batch_size=4).block(0, 3).arrays['x']
+    assert x.dtype == np.dtype(dtype)
+    assert x[..., 0].tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+
+
+def test_padding_is_zeros_after_the_transforms() -> None:
+    def plus_one(batch: dict) -> dict:
+        return {'x': batch['label'] + 1}
+
+    loader = EvalLoader(source=images(5), batch_size=4, transforms=(plus_one,))
+    assert loader.block(0, 2).arrays['x'].tolist() == [[1, 2, 3, 4], [5, 0, 0, 0]]
+
+
+def test_a_mask_where_there_may_be_padding() -> None:
+    for remainder, masked in [('carry', False), ('drop', False), ('pad', True)]:
+        loader = TrainLoader(source=images(8), batch_size=4, remainder=remainder)
+        assert ('_mask' in loader.block(0, 1).arrays) == masked
+        assert ('_mask' in loader.spec) == masked
+    assert loader.block(0, 2).arrays['_mask'].tolist() == [[True] * 4] * 2
+    assert loader.spec['_mask'] == ArraySpec((4,), np.dtype(bool))
+
+
+def test_repeated_batches_are_the_first_ones() -> None:
+    def loader(repeat_batch: int | None) -> TrainLoader:
+        return TrainLoader(
+            source=images(), batch_size=4, transforms=RANDOM, repeat_batch=repeat_batch
+        )
+
+    plain = loader(None).block(0, 3).arrays['image']
+    repeated = loader(3).block(7, 4).arrays['image']
+    np.testing.assert_array_equal(repeated, plain[[1, 2, 0, 1]])
+    assert (loader(None).block(3, 3).arrays['image'] != plain).any()
+
+
+def test_steps_per_epoch() -> None:
+    for remainder, expected in [('carry', Fraction(5, 2)), ('pad', 3), ('drop', 2)]:
+        loader = TrainLoader(source=images(), batch_size=4, remainder=remainder)
+        assert loader.steps_per_epoch == expected
+        assert (loader.examples, loader.batch_size) == (10, 4)
+
+
+def test_the_spec_after_transforms() -> None:
+    transforms = (ToFloat(), Rename(names={'image': 'x'}), OneHot(num_classes=10))
+    expected = {
+        'x': ArraySpec((4, 6, 5, 1), np.dtype('float32')),
+        'label': ArraySpec((4, 10), np.dtype('float32')),
+    }
+    assert TrainLoader(source=images(), batch_size=4, transforms=transforms).spec == expected
+    expected = {k: ArraySpec((8, *s.shape[1:]), s.dtype) for k, s in expected.items()}
+    expected['_mask'] = ArraySpec((8,), np.dtype(bool))
+    loader = EvalLoader(source=images(), batch_size=4, transforms=transforms, padded_to=8)
+    assert loader.spec == expected
+
+
+def test_seed_and_shuffle() -> None:
+    def ids(**options: object) -> list[int]:
+        loader = TrainLoader(source=images(), batch_size=5, **options)
+        return loader.block(0, 2).ids.ravel().tolist()
+
+    assert ids(shuffle=False) == list(range(10))
+    assert ids(seed=0) == ids() != ids(seed=1)
+
+
+@pytest.mark.parametrize('padded_to', [None, 520])
+def test_evaluation_of_ten_thousand_in_batches_of_512(padded_to: int | None) -> None:
+    source = ArraySource({'x': np.arange(10_000)})
+    loader = EvalLoader(source=source, batch_size=512, padded_to=padded_to)
+    assert (loader.num_batches, loader.examples) == (20, 10_000)
+    seen = []
+    for batch in range(20):
+        arrays = loader.block(batch, 1).arrays
+        x, mask = arrays['x'][0], arrays['_mask'][0]
+        assert x.shape == mask.shape == (padded_to or 512,)
+        assert mask.sum() == (512 if batch < 19 else 10_000 - 19 * 512)
+        assert not x[~mask].any()
+        seen += x[mask].tolist()
+    assert seen == list(range(10_000))
+
+
+def test_evaluation_of_one_example() -> None:
+    loader = EvalLoader(source=items(1), batch_size=4, padded_to=6)
+    block = loader.block(0, loader.num_batches)
+    assert loader.num_batches == 1
+    assert block.arrays['x'].tolist() == [[[1] * 3] + [[0] * 3] * 5]
+    assert block.arrays['_mask'].tolist() == [[True] + [False] * 5]
+
+
+def test_padded_to_never_shrinks_a_batch() -> None:
+    assert EvalLoader(source=images(), batch_size=4, padded_to=2).spec['label'].shape == (4,)
+
+
+def test_array_source() -> None:
+    source = ArraySource({'x': np.arange(10), 'y': np.zeros((10, 2), np.int8)}, limit=3)
+    assert len(source) == 3
+    assert source.spec['y'] == ArraySpec((2,), np.dtype('int8'))
+    assert source.gather(np.array([2, 0, 2]))['x'].tolist() == [2, 0, 2]
+    with pytest.raises(IndexError):
+        source.gather(np.array([3]))
+
+
+def test_sources_of_nothing() -> None:
+    with pytest.raises(ValueError, match=r"one positive length; got \{'x': 2, 'y': 3\}"):
+        ArraySource({'x': np.zeros(2), 'y': np.zeros(3)})
+    with pytest.raises(ValueError, match='one positive length'):
+        ArraySource({'x': np.zeros(0)})
+    with pytest.raises(ValueError, match='empty'):
+        RandomAccessSource([])

@@ -60,3 +60,61 @@ def test_starting_in_the_middle(remainder: str) -> None:
 def test_no_shuffle() -> None:
     ids, _ = Order(examples=3, batch_size=2, shuffle=False).rows(0, 3)
     assert ids.tolist() == [[0, 1], [2, 0], [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ('remainder', 'steps', 'expected'),
+    [
+        ('carry', '5/2', [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1], [2, 3, 4, 5], [6, 7, 8, 9]]),
+        ('pad', '3', [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, -1, -1], [0, 1, 2, 3], [4, 5, 6, 7]]),
+        ('drop', '2', [[0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 3]]),
+    ],
+)
+def test_ten_examples_in_batches_of_four(
+    remainder: str, steps: str, expected: list[list[int]]
+) -> None:
+    order = Order(examples=10, batch_size=4, shuffle=False, remainder=remainder)
+    assert order.rows(0, 5)[0].tolist() == expected
+    assert order.steps_per_epoch == Fraction(steps)
+
+
+@pytest.mark.parametrize(('remainder', 'expected'), [('pad', [0, 0, 0, 1]), ('drop', [0, 0, 1, 1])])
+def test_epochs_of_whole_batches(remainder: str, expected: list[int]) -> None:
+    _, epochs = Order(examples=10, batch_size=4, remainder=remainder).rows(0, 4)
+    assert epochs.tolist() == [[epoch] * 4 for epoch in expected]
+
+
+@pytest.mark.parametrize(('examples', 'batch_size'), [(1, 1), (7, 7), (1000, 32), (5, 12)])
+@pytest.mark.parametrize('remainder', ['carry', 'pad'])
+def test_each_epoch_has_every_example_once(examples: int, batch_size: int, remainder: str) -> None:
+    order = Order(examples=examples, batch_size=batch_size, seed=7, remainder=remainder)
+    ids, epochs = order.rows(0, 3 * (-(-examples // batch_size)) + 1)
+    for epoch in range(3):
+        seen = ids[(epochs == epoch) & (ids >= 0)]
+        assert sorted(seen.tolist()) == list(range(examples))
+
+
+def test_dropped_examples_come_in_other_epochs() -> None:
+    ids, epochs = Order(examples=10, batch_size=4, remainder='drop').rows(0, 40)
+    for epoch in range(20):
+        assert len(set(ids[epochs == epoch].tolist())) == 8
+    assert set(ids.ravel().tolist()) == set(range(10))
+
+
+def test_seeds_and_epochs_differ() -> None:
+    orders = [epoch_order(100, seed, epoch) for seed in range(10) for epoch in range(10)]
+    assert len({order.tobytes() for order in orders}) == 100
+
+
+def test_the_kept_order_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match='read-only'):
+        epoch_order(10, 0, 0)[0] = 3
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ValueError, match=r"'wrap' is none of 'carry', 'pad', 'drop'"):
+        Order(examples=10, batch_size=4, remainder='wrap')
+    for examples, batch_size in [(0, 4), (10, 0), (10, -1)]:
+        with pytest.raises(ValueError, match='both must be positive'):
+            Order(examples=examples, batch_size=batch_size)
+    assert Order(examples=4, batch_size=4, remainder='drop').steps_per_epoch == 1

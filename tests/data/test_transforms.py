@@ -3,11 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from data.rng import ExampleRng
-from data.transforms import Keep, Normalize, OneHot, RandomCrop, RandomFlip, Rename, ToFloat
+from data.transforms import (
+    Keep,
+    Normalize,
+    OneHot,
+    PerExample,
+    RandomCrop,
+    RandomFlip,
+    Rename,
+    ToFloat,
+    apply,
+)
 
 
 def rng(n: int, stream: int = 0) -> ExampleRng:
@@ -53,3 +65,184 @@ def test_draws_are_uniform_and_independent() -> None:
     assert normal.shape == (100_000, 2)
     assert normal.std() == pytest.approx(1, abs=0.01)
     assert set(random.integers(2, 5).tolist()) == {2, 3, 4}
+
+
+def test_to_float_of_another_field() -> None:
+    batch = {'audio': np.array([2, -4], np.int16), 'image': np.array([255], np.uint8)}
+    scaled = ToFloat(key='audio', scale=0.5, dtype='float16')(batch)
+    assert scaled['audio'].dtype == np.float16
+    assert scaled['audio'].tolist() == [1, -2]
+    assert scaled['image'] is batch['image']
+
+
+def test_to_float_of_every_byte() -> None:
+    scaled = ToFloat()({'image': np.arange(256, dtype=np.uint8)})['image']
+    np.testing.assert_allclose(scaled, np.arange(256) / 255, rtol=1e-6)
+
+
+def test_normalize_each_channel() -> None:
+    images = np.array([[[[10, 20, 30]]]], np.uint8)
+    result = Normalize(mean=(0, 10, 50), std=(1, 2, 4))({'image': images})['image']
+    assert result.dtype == np.float32
+    assert result.tolist() == [[[[10, 5, -5]]]]
+
+
+def test_one_hot_dtype_and_range() -> None:
+    encoded = OneHot(num_classes=3, key='y')({'y': np.array([1], np.int32)})['y']
+    assert encoded.dtype == np.float32
+    with pytest.raises(IndexError):
+        OneHot(num_classes=3)({'label': np.array([3])})
+
+
+def test_fields_that_are_not_there() -> None:
+    with pytest.raises(KeyError, match='mask'):
+        Keep(keys=('mask',))({'image': np.zeros(2)})
+    with pytest.raises(KeyError, match='image'):
+        ToFloat()({'label': np.zeros(2)})
+
+
+def test_transforms_leave_their_input_alone() -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4, 1)
+    batch = {'image': pixels.copy(), 'label': np.array([0, 1])}
+    ToFloat()(batch)
+    Normalize(mean=1.0, std=2.0)(batch)
+    OneHot(num_classes=2)(batch)
+    Rename(names={'image': 'x'})(batch)
+    RandomCrop(padding=1)(batch, rng(2))
+    RandomFlip()(batch, rng(2))
+    assert list(batch) == ['image', 'label']
+    np.testing.assert_array_equal(batch['image'], pixels)
+    assert batch['label'].tolist() == [0, 1]
+
+
+def test_crop_without_padding_changes_nothing() -> None:
+    images = np.arange(24, dtype=np.uint8).reshape(2, 3, 4, 1)
+    np.testing.assert_array_equal(RandomCrop(padding=0)({'image': images}, rng(2))['image'], images)
+
+
+def test_flip_is_fair_and_keeps_the_dtype() -> None:
+    images = np.tile(np.array([1, 2], np.uint8).reshape(1, 1, 2, 1), (10_000, 1, 1, 1))
+    flipped = RandomFlip()({'image': images}, rng(10_000))['image']
+    assert flipped.dtype == np.uint8
+    assert (flipped[:, 0, 0, 0] == 2).mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_per_example_without_rng() -> None:
+    def summed(example: dict) -> dict:
+        assert example['x'].shape == (2,)
+        return {'sum': example['x'].sum(), 'x': example['x'][::-1]}
+
+    batch = PerExample(fn=summed)({'x': np.array([[1, 2], [3, 4], [5, 6]])}, rng(3))
+    assert batch['sum'].tolist() == [3, 7, 11]
+    assert batch['x'].tolist() == [[2, 1], [4, 3], [6, 5]]
+
+
+def test_per_example_with_rng() -> None:
+    def drawn(example: dict, rng: np.random.Generator) -> dict:
+        return {'x': example['x'], 'noise': rng.random(2)}
+
+    run = PerExample(fn=drawn)
+    noise = run({'x': np.arange(5)}, rng(5))['noise']
+    assert len(np.unique(noise)) == 10
+    np.testing.assert_array_equal(run({'x': np.arange(5)}, rng(5))['noise'], noise)
+    # The generator belongs to the example and not to its row.
+    mixed = ExampleRng(0, 0, np.zeros(2, np.int64), np.array([4, 1]))
+    np.testing.assert_array_equal(run({'x': np.arange(2)}, mixed)['noise'], noise[[4, 1]])
+    assert (run({'x': np.arange(5)}, rng(5, stream=1))['noise'] != noise).all()
+
+
+def run_all(*transforms: Callable[..., dict], ids: list[int], epoch: int = 0, seed: int = 0) -> dict:
+    pixels = np.random.default_rng(0).integers(1, 256, (50, 8, 8, 1)).astype(np.uint8)
+    rows = np.asarray(ids)
+    batch = {'image': pixels[rows]}
+    epochs = np.full(len(rows), epoch)
+    return apply(transforms, batch, seed=seed, epochs=epochs, ids=rows)
+
+
+def test_the_same_example_is_cropped_alike_in_any_batch() -> None:
+    transforms = (RandomCrop(padding=3), RandomFlip())
+    everything = run_all(*transforms, ids=list(range(50)))['image']
+    for ids in ([7], [49, 7, 0], list(range(49, -1, -1)), [7, 7]):
+        np.testing.assert_array_equal(run_all(*transforms, ids=ids)['image'], everything[ids])
+
+
+def test_epoch_and_seed_change_what_is_drawn() -> None:
+    ids = list(range(50))
+    first = run_all(RandomCrop(padding=3), ids=ids)['image']
+    for other in ({'epoch': 1}, {'seed': 1}):
+        changed = run_all(RandomCrop(padding=3), ids=ids, **other)['image']
+        # One of 49 shifts is drawn again by chance now and then.
+        assert (changed != first).any(axis=(1, 2, 3)).sum() > 40
+
+
+def test_two_transforms_in_a_row_draw_different_numbers() -> None:
+    def first(batch: dict, rng: ExampleRng) -> dict:
+        return {**batch, 'first': rng.uniform()}
+
+    def second(batch: dict, rng: ExampleRng) -> dict:
+        return {**batch, 'second': rng.uniform(), 'third': rng.uniform()}
+
+    batch = run_all(first, second, ids=list(range(50)))
+    draws = np.stack([batch['first'], batch['second'], batch['third']])
+    assert len(np.unique(draws)) == 150
+
+
+def test_transforms_run_in_order() -> None:
+    batch = run_all(ToFloat(scale=1.0), Normalize(mean=0.0, std=2.0), ids=[3])
+    raw = run_all(ids=[3])['image']
+    np.testing.assert_array_equal(batch['image'], raw / np.float32(2))
+
+
+@pytest.mark.parametrize('random', [False, True])
+def test_an_exception_names_the_transform(random: bool) -> None:
+    def plain(batch: dict) -> dict:
+        raise OverflowError('too much')
+
+    def drawing(batch: dict, rng: ExampleRng) -> dict:
+        raise OverflowError('too much')
+
+    with pytest.raises(OverflowError, match='too much') as error:
+        run_all(ToFloat(), drawing if random else plain, ids=[0])
+    (note,) = error.value.__notes__
+    assert note.startswith('in transforms[1] = ')
+    assert ('drawing' if random else 'plain') in note
+
+
+def test_an_exception_of_a_bundled_transform_shows_its_arguments() -> None:
+    with pytest.raises(KeyError) as error:
+        run_all(Normalize(key='sound', mean=0.0, std=1.0), ids=[0])
+    assert error.value.__notes__ == [
+        "in transforms[0] = Normalize(key='sound', mean=0.0, std=1.0)"
+    ]
+
+
+def test_integers_cover_their_range_evenly() -> None:
+    for low, high in [(0, 1), (-3, 4), (5, 15)]:
+        drawn = rng(100_000).integers(low, high)
+        assert drawn.dtype == np.int64
+        values, counts = np.unique(drawn, return_counts=True)
+        assert values.tolist() == list(range(low, high))
+        np.testing.assert_allclose(counts * (high - low) / 100_000, 1, atol=0.05)
+
+
+def test_draws_within_a_row_are_uniform_too() -> None:
+    drawn = rng(1000).uniform((10, 10))
+    assert drawn.shape == (1000, 10, 10)
+    assert drawn.min() >= 0
+    assert drawn.max() < 1
+    assert drawn.mean() == pytest.approx(0.5, abs=0.005)
+    assert drawn.var() == pytest.approx(1 / 12, abs=0.002)
+    assert len(np.unique(drawn)) == 100_000
+
+
+def test_normal_draws() -> None:
+    drawn = rng(100_000).normal()
+    assert np.isfinite(drawn).all()
+    assert drawn.mean() == pytest.approx(0, abs=0.015)
+    assert drawn.var() == pytest.approx(1, abs=0.025)
+    assert (np.abs(drawn) > 1.96).mean() == pytest.approx(0.05, abs=0.004)
+
+
+def test_golden_draws() -> None:
+    """What a seed draws must never change: resumed runs rest on it."""
+    assert rng(3).integers(0, 1000).tolist() == [699, 982, 352]

@@ -65,3 +65,15 @@ def test_the_screen_shows_our_own_warnings_and_nothing_else(tmp_path: pathlib.Pa
     ):
         assert said in text
     assert 'before there is a file' not in text
+
+
+def test_on_a_terminal_a_warning_first_clears_the_live_line() -> None:
+    script = (
+        'import logging; from trainer.observe import logfile; logfile.route(None); '
+        'logging.getLogger("trainer").warning("mind this")'
+    )
+    leader, follower = os.openpty()
+    subprocess.run([sys.executable, '-c', script], cwd=command.ROOT, stderr=follower, check=True)
+    os.close(follower)
+    assert os.read(leader, 1000).decode() == '\r\x1b[KWarning: mind this\r\n'
+    os.close(leader)

@@ -92,14 +92,13 @@ def test_a_message_first_clears_the_live_line(terminal: Terminal) -> None:
 
 
 def test_at_most_five_refreshes_a_second(terminal: Terminal) -> None:
-    progress = Progress(10**9, terminal.stream)
-    began, step = time.monotonic(), 0
-    while time.monotonic() - began < 0.7:
-        step += 1
+    progress = Progress(1000, terminal.stream)
+    began = time.monotonic()
+    for step in range(35):
+        time.sleep(0.02)
+        progress.update(step, {})
         progress.tick(step)
-        progress.update(step, ROW)
     secs = time.monotonic() - began
-    assert step > 100
     assert 2 <= terminal.read().count('\r') <= 5 * secs + 1
 
 

@@ -61,8 +61,10 @@ def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
     A signature that ends in **kwargs is looked through: `functools.partial` and `__wrapped__` lead
     to what is called in the end.
     """
+    # A function that wraps another has parameters of its own; those of the other come below.
+    follow = not inspect.isfunction(target)
     try:
-        parameters = dict(inspect.signature(target).parameters)
+        parameters = dict(inspect.signature(target, follow_wrapped=follow).parameters)
     except (TypeError, ValueError):
         return {}, True
     open_ended = _pop_kind(parameters, inspect.Parameter.VAR_KEYWORD)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Origins of values that overrides put in whole or in part; JSON and differences of sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.command import ROOT
+from trainer.config import diff, loading, overrides, show
+
+SCHEDULE = '{"target": "optax:linear_schedule", "init_value": 1}'
+
+
+def resolved(*assignments: tuple[str, str]) -> list[str]:
+    loaded = loading.load(str(ROOT / 'configs' / 'mnist.py'))
+    applied = overrides.apply(loaded.config, assignments)
+    return show.resolved(loading.plain(loaded.config), applied).splitlines()
+
+
+def overridden(*assignments: tuple[str, str]) -> list[str]:
+    return sorted(line for line in resolved(*assignments) if '  # --config.' in line)
+
+
+def test_the_last_override_of_a_key_is_its_origin() -> None:
+    assert overridden(('seed', '1'), ('seed', '2')) == ['seed = 2  # --config.seed=2']
+
+
+def test_an_override_to_the_same_value_is_told() -> None:
+    assert overridden(('seed', '0')) == ['seed = 0  # --config.seed=0']
+
+
+def test_an_override_moves_a_default_to_the_config() -> None:
+    lines = resolved(('data.shuffle', 'false'))
+    assert [line for line in lines if line.startswith('data.shuffle ')] == [
+        'data.shuffle = False  # --config.data.shuffle=false'
+    ]
+
+
+def test_a_merge_is_the_origin_of_what_it_changes_only() -> None:
+    text = '{"source": {"split": "test"}, "batch_size": 32}'
+    assert overridden(('data', text)) == [f"data.source.split = 'test'  # --config.data={text}"]
+
+
+def test_every_key_of_a_dict_that_replaces_a_number_has_its_origin() -> None:
+    path = 'optimizer.learning_rate'
+    assert overridden((path, SCHEDULE), (f'{path}.init_value', '2')) == [
+        f'{path}.init_value = 2  # --config.{path}.init_value=2',
+        f"{path}.target = 'optax:linear_schedule'  # --config.{path}={SCHEDULE}",
+    ]
+    assert overridden((path, SCHEDULE), (path, '2')) == [f'{path} = 2  # --config.{path}=2']
+
+
+def test_every_key_of_new_objects_has_its_origin() -> None:
+    text = '({"target": "data.transforms:OneHot", "num_classes": 3}, {"target": "a:b"})'
+    assert overridden(('data.transforms', text)) == [
+        f'data.transforms[0].num_classes = 3  # --config.data.transforms={text}',
+        f"data.transforms[0].target = 'data.transforms:OneHot'  # --config.data.transforms={text}",
+        f"data.transforms[1].target = 'a:b'  # --config.data.transforms={text}",
+    ]
+
+
+def test_an_index_from_the_end_has_its_origin() -> None:
+    assert overridden(('data.transforms[-1].key', 'x')) == [
+        "data.transforms[0].key = 'x'  # --config.data.transforms[-1].key=x"
+    ]
+
+
+def test_what_cannot_be_checked_is_marked() -> None:
+    lines = show.resolved({'x': {'target': 'a:b', 'accepts_any': True}}, ()).splitlines()
+    assert 'x.accepts_any = True  # unchecked: the target takes any argument' in lines
+    assert "x.target = 'a:b'" in lines
+
+
+def test_help_has_each_key_once_with_type_and_value() -> None:
+    config = loading.plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
+    rows = [line.split() for line in show.helpconfig(config).splitlines()[1:]]
+    keys = [row[0] for row in rows]
+    assert len(keys) == len(set(keys))
+    assert ['--config.train_for', 'duration', "'10", "epochs'"] in rows
+    assert ['--config.data.batch_size', 'int', '32'] in rows
+    assert ['--config.data.remainder', 'carry|pad|drop', "'carry'"] in rows
+    assert ['--config.checkpoint.keep_every', 'duration', "'never'"] in rows
+    assert ['--config.model.num_classes', 'int', '10'] in rows
+
+
+@pytest.mark.parametrize(
+    'config',
+    [
+        {'a': ()},
+        {'a': ((), [()], {})},
+        {'pairs': (('a', 1), ('b', 2.0)), 'deep': [{'x': ({'y': (None, True)},)}]},
+        {'text': '(1, 2)', 'number': 1e-300, 'large': 10**20},
+    ],
+)
+def test_json_keeps_tuples_tuples_and_lists_lists(config: Any) -> None:
+    back = diff.from_json(diff.to_json(config))
+    assert back == config
+    assert diff.diff(config, back) == []
+    assert repr(back) == repr(config)
+
+
+def test_a_config_with_int_keys_is_what_was_saved_of_it() -> None:
+    config = {'boundaries_and_scales': {1000: 0.1, 2000: 0.5}}
+    saved = diff.from_json(diff.to_json(config))
+    assert diff.diff(saved, config) == []
+    assert diff.diff(saved, {'boundaries_and_scales': {1000: 0.2, 2000: 0.5}}) == [
+        diff.Change('boundaries_and_scales.1000', 0.1, 0.2)
+    ]
+
+
+def test_differences_inside_nested_tuples() -> None:
+    old = {'a': (1, (2, (3, 4))), 'b': [{'c': (5,)}]}
+    new = {'a': (1, (2, (3, 9))), 'b': [{'c': (6,)}]}
+    assert diff.diff(old, new) == [
+        diff.Change('a[1][1][1]', 4, 9),
+        diff.Change('b[0].c[0]', 5, 6),
+    ]
+
+
+@pytest.mark.parametrize(
+    ('old', 'new'), [((1, 2), (1, 2, 3)), ((1, 2), [1, 2]), (1, True), (1, 1.0), ({}, None)]
+)
+def test_differences_that_are_told_whole(old: Any, new: Any) -> None:
+    assert diff.diff({'a': {'b': old}}, {'a': {'b': new}}) == [diff.Change('a.b', old, new)]
+
+
+def test_differences_are_aligned() -> None:
+    changes = diff.diff({'a': 1, 'long': {'name': 'x'}}, {'a': 2, 'long': {}})
+    assert diff.format_diff(changes).splitlines() == [
+        '  a          1 -> 2',
+        "  long.name  'x' -> '(absent)'",
+    ]

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real dataset prepared by tensorflow-datasets, read in a process that has no TensorFlow."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data.loader import EvalLoader, TrainLoader
+from data.sources import ArraySpec
+from data.tfds import TFDS
+from data.transforms import ToFloat
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EXAMPLES = 7
+
+# In a process of its own, so that the class is registered nowhere else: the reader knows the
+# files alone.
+PREPARE = """
+import io
+import struct
+import sys
+import zlib
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({
+            'image': tfds.features.Tensor(shape=(4, 5, 1), dtype=np.uint8),
+            'label': tfds.features.ClassLabel(num_classes=7),
+            'position': tfds.features.Tensor(shape=(3,), dtype=np.float32),
+        })
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, manager):
+        return {'train': self._generate_examples(0, 7), 'test': self._generate_examples(5, 2)}
+
+    def _generate_examples(self, first, count):
+        for i in range(first, first + count):
+            yield i, {
+                'image': np.arange(20, dtype=np.uint8).reshape(4, 5, 1) + 10 * i,
+                'label': i,
+                'position': np.array([i, i + 0.5, -i], np.float32),
+            }
+
+
+def png(pixels):
+    def chunk(kind, content):
+        checked = kind + content
+        return struct.pack('>I', len(content)) + checked + struct.pack('>I', zlib.crc32(checked))
+
+    height, width, _ = pixels.shape
+    header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+    lines = b''.join(b'\\0' + line.tobytes() for line in pixels)
+    body = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(lines)) + chunk(b'IEND', b'')
+    return io.BytesIO(b'\\x89PNG\\r\\n\\x1a\\n' + body)
+
+
+class Pictures(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version('1.0.0')
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({
+            'image': tfds.features.Image(shape=(4, 5, 1), encoding_format='png'),
+        })
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, manager):
+        return {'train': self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(3):
+            pixels = np.arange(20, dtype=np.uint8).reshape(4, 5, 1) + 10 * i
+            yield i, {'image': png(pixels)}
+
+
+for builder in (Tiny, Pictures):
+    builder(data_dir=sys.argv[1], file_format='array_record').download_and_prepare()
+assert 'tensorflow' not in sys.modules
+"""
+
+READ = """
+import sys
+
+import numpy as np
+
+from data.tfds import TFDS
+
+source = TFDS('tiny', split='train', data_dir=sys.argv[1])
+batch = source.gather(np.array([6, 0]))
+assert batch['label'].tolist() == [6, 0]
+assert batch['image'][:, 3, 4, 0].tolist() == [79, 19]
+print(sorted(name for name in sys.modules if name.split('.')[0] == 'tensorflow'))
+"""
+
+
+def image(i: int) -> np.ndarray:
+    return np.arange(20, dtype=np.uint8).reshape(4, 5, 1) + 10 * i
+
+
+def run(code: str, directory: pathlib.Path) -> str:
+    finished = subprocess.run(
+        [sys.executable, '-c', code, str(directory)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp('tfds')
+    run(PREPARE, directory)
+    assert list(directory.glob('tiny/1.0.0/tiny-train.array_record-*'))
+    return str(directory)
+
+
+def test_values(prepared: str) -> None:
+    source = TFDS('tiny', split='train', data_dir=prepared)
+    assert len(source) == EXAMPLES
+    batch = source.gather(np.array([6, 0, 3, 3]))
+    np.testing.assert_array_equal(batch['image'], np.stack([image(i) for i in (6, 0, 3, 3)]))
+    assert batch['label'].tolist() == [6, 0, 3, 3]
+    assert batch['position'].tolist() == [[6, 6.5, -6], [0, 0.5, 0], [3, 3.5, -3], [3, 3.5, -3]]
+
+
+def test_spec(prepared: str) -> None:
+    assert TFDS('tiny', split='train', data_dir=prepared).spec == {
+        'image': ArraySpec((4, 5, 1), np.dtype('uint8')),
+        'label': ArraySpec((), np.dtype('int64')),
+        'position': ArraySpec((3,), np.dtype('float32')),
+    }
+
+
+def test_splits_and_versions(prepared: str) -> None:
+    test = TFDS('tiny:1.0.0', split='test', data_dir=prepared)
+    assert test.gather(np.arange(len(test)))['label'].tolist() == [5, 6]
+    some = TFDS('tiny', split='train[2:5]', data_dir=prepared)
+    assert some.gather(np.arange(len(some)))['label'].tolist() == [2, 3, 4]
+
+
+def test_keys(prepared: str) -> None:
+    source = TFDS('tiny', split='train', data_dir=prepared, keys=('label', 'position'))
+    assert set(source.spec) == {'label', 'position'}
+    batch = source.gather(np.array([4]))
+    assert set(batch) == {'label', 'position'}
+    assert batch['label'].tolist() == [4]
+
+
+def test_loaders_read_it(prepared: str) -> None:
+    source = TFDS('tiny', split='train', data_dir=prepared)
+    loader = TrainLoader(source=source, batch_size=3, transforms=(ToFloat(scale=1.0),))
+    block = loader.block(0, 7)
+    np.testing.assert_array_equal(block.arrays['label'], block.ids)
+    for pixels, i in zip(block.arrays['image'].reshape(21, 4, 5, 1), block.ids.ravel(), strict=True):
+        np.testing.assert_array_equal(pixels, image(int(i)).astype(np.float32))
+    arrays = EvalLoader(source=source, batch_size=4).block(0, 2).arrays
+    assert arrays['label'][arrays['_mask']].tolist() == list(range(EXAMPLES))
+
+
+def test_nothing_is_prepared_or_downloaded(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(Exception, match='tiny'):
+        TFDS('tiny', split='train', data_dir=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorflow_is_not_imported(prepared: str) -> None:
+    assert run(READ, pathlib.Path(prepared)).strip() == '[]'
