@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .sources import RandomAccessSource
 
 
@@ -27,9 +29,30 @@ class TFDS(RandomAccessSource):
         """
         import tensorflow_datasets as tfds
 
-        decoders = None if keys is None else tfds.decode.PartialDecoding(dict.fromkeys(keys, True))
-        super().__init__(
-            tfds.data_source(
-                name, split=split, data_dir=data_dir, download=False, decoders=decoders
-            )
+        methods = tfds.decode.DeserializeMethod
+        method = methods.DESERIALIZE_AND_DECODE if keys is None else methods.RAW_BYTES
+        items = tfds.data_source(
+            name, split=split, data_dir=data_dir, download=False, deserialize_method=method
         )
+        super().__init__(items if keys is None else _Fields(items, keys))
+
+
+class _Fields:
+    """Some fields of raw records; the others are never decoded."""
+
+    def __init__(self, records: Any, keys: tuple[str, ...]):
+        import tensorflow_datasets as tfds
+
+        features = records.dataset_info.features
+        unknown = set(keys) - set(features)
+        if unknown:
+            raise ValueError(f'keys: {sorted(unknown)} are none of {", ".join(features)}')
+        # tfds.decode.PartialDecoding, made for this, imports TensorFlow.
+        self._features = tfds.features.FeaturesDict({key: features[key] for key in keys})
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._features.deserialize_example_np(self._records[index])

@@ -20,7 +20,7 @@ EXAMPLES = 7
 
 # In a process of its own, so that the class is registered nowhere else: the reader knows the
 # files alone.
-PREPARE = """
+PREPARE = r"""
 import io
 import struct
 import sys
@@ -60,9 +60,9 @@ def png(pixels):
 
     height, width, _ = pixels.shape
     header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
-    lines = b''.join(b'\\0' + line.tobytes() for line in pixels)
+    lines = b''.join(b'\0' + line.tobytes() for line in pixels)
     body = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(lines)) + chunk(b'IEND', b'')
-    return io.BytesIO(b'\\x89PNG\\r\\n\\x1a\\n' + body)
+    return io.BytesIO(b'\x89PNG\r\n\x1a\n' + body)
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):
@@ -71,6 +71,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
     def _info(self):
         features = tfds.features.FeaturesDict({
             'image': tfds.features.Image(shape=(4, 5, 1), encoding_format='png'),
+            'label': tfds.features.ClassLabel(num_classes=3),
         })
         return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
@@ -80,7 +81,7 @@ class Pictures(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self):
         for i in range(3):
             pixels = np.arange(20, dtype=np.uint8).reshape(4, 5, 1) + 10 * i
-            yield i, {'image': png(pixels)}
+            yield i, {'image': png(pixels), 'label': i}
 
 
 for builder in (Tiny, Pictures):
@@ -99,6 +100,7 @@ source = TFDS('tiny', split='train', data_dir=sys.argv[1])
 batch = source.gather(np.array([6, 0]))
 assert batch['label'].tolist() == [6, 0]
 assert batch['image'][:, 3, 4, 0].tolist() == [79, 19]
+TFDS('tiny', split='train', data_dir=sys.argv[1], keys=('label',)).gather(np.array([1]))
 print(sorted(name for name in sys.modules if name.split('.')[0] == 'tensorflow'))
 """
 
@@ -157,6 +159,23 @@ def test_keys(prepared: str) -> None:
     batch = source.gather(np.array([4]))
     assert set(batch) == {'label', 'position'}
     assert batch['label'].tolist() == [4]
+    assert batch['position'].tolist() == [[4, 4.5, -4]]
+    with pytest.raises(ValueError, match=r"'lable'.* none of image, label, position"):
+        TFDS('tiny', split='train', data_dir=prepared, keys=('lable',))
+
+
+def test_fields_left_out_are_not_decoded(prepared: str) -> None:
+    """Whether or not a library for images is installed."""
+    source = TFDS('pictures', split='train', data_dir=prepared, keys=('label',))
+    assert source.gather(np.array([2, 0]))['label'].tolist() == [2, 0]
+
+
+def test_pictures(prepared: str) -> None:
+    pytest.importorskip('PIL', reason='TFDS decodes images with OpenCV or Pillow')
+    source = TFDS('pictures', split='train', data_dir=prepared)
+    assert source.spec['image'] == ArraySpec((4, 5, 1), np.dtype('uint8'))
+    images = source.gather(np.array([2, 0]))['image']
+    np.testing.assert_array_equal(images, np.stack([image(2), image(0)]))
 
 
 def test_loaders_read_it(prepared: str) -> None:
@@ -164,7 +183,9 @@ def test_loaders_read_it(prepared: str) -> None:
     loader = TrainLoader(source=source, batch_size=3, transforms=(ToFloat(scale=1.0),))
     block = loader.block(0, 7)
     np.testing.assert_array_equal(block.arrays['label'], block.ids)
-    for pixels, i in zip(block.arrays['image'].reshape(21, 4, 5, 1), block.ids.ravel(), strict=True):
+    for pixels, i in zip(
+        block.arrays['image'].reshape(21, 4, 5, 1), block.ids.ravel(), strict=True
+    ):
         np.testing.assert_array_equal(pixels, image(int(i)).astype(np.float32))
     arrays = EvalLoader(source=source, batch_size=4).block(0, 2).arrays
     assert arrays['label'][arrays['_mask']].tolist() == list(range(EXAMPLES))

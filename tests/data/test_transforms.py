@@ -151,7 +151,9 @@ def test_per_example_with_rng() -> None:
     assert (run({'x': np.arange(5)}, rng(5, stream=1))['noise'] != noise).all()
 
 
-def run_all(*transforms: Callable[..., dict], ids: list[int], epoch: int = 0, seed: int = 0) -> dict:
+def run_all(
+    *transforms: Callable[..., dict], ids: list[int], epoch: int = 0, seed: int = 0
+) -> dict:
     pixels = np.random.default_rng(0).integers(1, 256, (50, 8, 8, 1)).astype(np.uint8)
     rows = np.asarray(ids)
     batch = {'image': pixels[rows]}
@@ -211,9 +213,7 @@ def test_an_exception_names_the_transform(random: bool) -> None:
 def test_an_exception_of_a_bundled_transform_shows_its_arguments() -> None:
     with pytest.raises(KeyError) as error:
         run_all(Normalize(key='sound', mean=0.0, std=1.0), ids=[0])
-    assert error.value.__notes__ == [
-        "in transforms[0] = Normalize(key='sound', mean=0.0, std=1.0)"
-    ]
+    assert error.value.__notes__ == ["in transforms[0] = Normalize(key='sound', mean=0.0, std=1.0)"]
 
 
 def test_integers_cover_their_range_evenly() -> None:

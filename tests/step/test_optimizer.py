@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds the optimizer: clipping, masks, freezing, multipliers, learning rates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.step.optimizer import Optimizer, RegexMask
+from trainer.step.train_step import global_norm
+
+PARAMS = {
+    'backbone': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)},
+    'head': {'kernel': jnp.ones((3, 1)), 'bias': jnp.ones(1)},
+}
+GRADS = jax.tree.map(lambda x: 3.0 * x, PARAMS)
+
+
+def updates(optimizer: Optimizer, steps: int = 1) -> tuple[Any, Any]:
+    tx = optimizer.transformation(PARAMS)
+    state, new = tx.init(PARAMS), PARAMS
+    for _ in range(steps):
+        out, state = tx.update(GRADS, state, new)
+        new = optax.apply_updates(new, out)
+    return new, state
+
+
+def test_clipping_is_by_the_global_norm() -> None:
+    """F3."""
+    norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(GRADS)))
+    assert float(global_norm(GRADS)) == pytest.approx(norm)
+    new, _ = updates(Optimizer(base=optax.sgd(1.0), clip_norm=0.5))
+    jax.tree.map(
+        lambda p, g, n: np.testing.assert_allclose(n, p - g * 0.5 / norm, rtol=1e-6),
+        PARAMS, GRADS, new,
+    )  # fmt: skip
+    loose, _ = updates(Optimizer(base=optax.sgd(1.0), clip_norm=1e6))
+    jax.tree.map(lambda p, g, n: np.testing.assert_array_equal(n, p - g), PARAMS, GRADS, loose)
+
+
+def test_frozen_parameters_stay_and_hold_no_state() -> None:
+    """G4, G5: bit-identical after training, no slots, and clipping sees the trained ones only."""
+    optimizer = Optimizer(base=optax.adam(0.1), freeze=('backbone/.*',), clip_norm=1.0)
+    new, state = updates(optimizer, steps=5)
+    jax.tree.map(np.testing.assert_array_equal, new['backbone'], PARAMS['backbone'])
+    assert (new['head']['kernel'] != PARAMS['head']['kernel']).all()
+    sizes = [x.size for x in jax.tree.leaves(state)]
+    assert sum(sizes) == 2 * (3 + 1) + 1  # Adam's two moments of the head, and its count
+    assert len(optimizer.trained(GRADS)) == 2
+
+
+def test_multipliers_scale_the_learning_rate() -> None:
+    """F4: equal to two optimizers of different rates."""
+    pairs = (('.*/bias', 0.1), ('head/.*', 2.0), ('.*', 1.0))
+    new, _ = updates(Optimizer(base=optax.sgd(0.5, momentum=0.9), lr_multipliers=pairs), steps=3)
+    for rate, place in ((0.05, 'bias'), (0.5, 'kernel')):
+        expected, _ = updates(Optimizer(base=optax.sgd(rate, momentum=0.9)), steps=3)
+        np.testing.assert_allclose(new['backbone'][place], expected['backbone'][place], rtol=1e-6)
+    doubled, _ = updates(Optimizer(base=optax.sgd(1.0, momentum=0.9)), steps=3)
+    np.testing.assert_allclose(new['head']['kernel'], doubled['head']['kernel'], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'freeze': ('nothing/.*',)}, "pattern 'nothing/.*' matches no parameter"),
+        ({'lr_multipliers': (('head/.*', 2.0),)}, 'covers every parameter but backbone/bias'),
+        ({'lr_multipliers': (('.*', 1.0), ('neck', 1.0))}, "'neck' matches no parameter"),
+    ],
+)
+def test_patterns_are_checked(options: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace('*', r'\*')):
+        Optimizer(base=optax.sgd(0.1), **options).transformation(PARAMS)
+
+
+def test_decay_mask() -> None:
+    """F2: no decay on biases, as optax's own mask does it."""
+    mask = RegexMask(('.*/kernel',))
+    assert mask(PARAMS)['head'] == {'kernel': True, 'bias': False}
+    experiment = load_and_build(
+        str(ROOT / 'configs' / 'mnist_mlp.py'),
+        optimizer__target='optax:adamw',
+        optimizer__weight_decay=0.5,
+        optimizer__decay_mask='.*/kernel',
+    )  # fmt: skip
+    tx = experiment.optimizer.transformation(PARAMS)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    out, _ = tx.update(zeros, tx.init(PARAMS), PARAMS)
+    np.testing.assert_array_equal(out['head']['bias'], 0.0)
+    np.testing.assert_allclose(out['head']['kernel'], -0.01 * 0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('node', 'rates'),
+    [
+        ('0.25', [0.25, 0.25]),
+        (
+            '{"target": "optax:warmup_cosine_decay_schedule", "init_value": 0.0, '
+            '"peak_value": 1.0, "warmup_steps": "1 epoch", "decay_steps": "100%"}',
+            [0.0, 0.2],
+        ),
+    ],
+)
+def test_learning_rates_with_durations(node: str, rates: list[float]) -> None:
+    """E1, E2: 10 epochs of 5 steps."""
+    experiment = load_and_build(
+        str(ROOT / 'configs' / 'mnist_mlp.py'),
+        data__source__limit=160, optimizer__learning_rate=node,
+    )  # fmt: skip
+    schedule = experiment.optimizer.learning_rate
+    assert schedule is not None
+    assert [float(schedule(step)) for step in (0, 1)] == pytest.approx(rates)
+    if experiment.schedule_steps:
+        assert experiment.schedule_steps == {
+            'config.optimizer.learning_rate.warmup_steps': 5,
+            'config.optimizer.learning_rate.decay_steps': 50,
+        }
+        assert float(schedule(50)) == pytest.approx(0.0, abs=1e-7)
+
+
+def test_the_learning_rate_of_a_chain_is_found() -> None:
+    """F1: a chain of building blocks equals its alias."""
+    chain = {
+        'target': 'optax:chain',
+        'args': (
+            {'target': 'optax:trace', 'decay': 0.9},
+            {'target': 'optax:scale_by_learning_rate', 'learning_rate': 0.3},
+        ),
+    }
+    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(chain))
+    assert experiment.optimizer.learning_rate is not None
+    assert experiment.optimizer.learning_rate(7) == 0.3
+    new, _ = updates(experiment.optimizer, steps=10)
+    alias, _ = updates(Optimizer(base=optax.sgd(0.3, momentum=0.9)), steps=10)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new, alias)
