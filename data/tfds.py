@@ -26,6 +26,9 @@ class TFDS(RandomAccessSource):
             split: 'train', 'test[:10%]', ...
             data_dir: where the datasets are; by default TFDS's own directory.
             keys: fields to read; by default all.
+
+        Raises:
+            ValueError: if the dataset has no such field.
         """
         import tensorflow_datasets as tfds
 
@@ -46,7 +49,7 @@ class _Fields:
         features = records.dataset_info.features
         unknown = set(keys) - set(features)
         if unknown:
-            raise ValueError(f'keys: {sorted(unknown)} are none of {", ".join(features)}')
+            raise ValueError(f'keys: {sorted(unknown)} are none of {", ".join(sorted(features))}')
         # tfds.decode.PartialDecoding, made for this, imports TensorFlow.
         self._features = tfds.features.FeaturesDict({key: features[key] for key in keys})
         self._records = records

@@ -102,7 +102,6 @@ def build(loaded: LoadedConfig) -> Experiment:
             not fit.
     """
     config = loading.plain(loaded.config)
-    loading.check_vars(loaded.config)
     sections = schema.read(config)
     _check_targets(sections)
 

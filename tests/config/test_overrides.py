@@ -108,7 +108,7 @@ def test_what_the_file_leaves_out() -> None:
     new = applied(
         'task.weight=confidence', 'optimizer.accumulator_dtype=None', 'ema.decay=0.9',
         'data.repeat_batch=1', 'checkpoint.best.metric=eval/test/loss', 'mesh={"data": 2, "x": 4}',
-        'model.batch_norm=true', 'optimizer.clip_norm=1',
+        'model.batch_norm=true', 'optimizer.clip_norm=1', 'optimizer.nesterov=yes',
     )  # fmt: skip
     assert new['task']['weight'] == 'confidence'
     assert new['ema'] == {'decay': 0.9}

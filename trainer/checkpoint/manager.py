@@ -56,7 +56,8 @@ def preload() -> None:
     def work() -> None:
         import orbax.checkpoint  # noqa: F401
 
-    threading.Thread(target=work, name='import-orbax', daemon=True).start()
+    # Not a daemon: a process that ends in the middle of this import is aborted.
+    threading.Thread(target=work, name='import-orbax').start()
 
 
 class Checkpoints:

@@ -59,6 +59,7 @@ def load(spec: str) -> LoadedConfig:
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
             f'{type(config).__name__}'
         )
+    check_vars(config)
     return LoadedConfig(config=_unshared(config), name=path.stem, arg=arg, path=path)
 
 

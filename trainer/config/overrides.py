@@ -91,7 +91,8 @@ def parse_path(path: str) -> Keys:
 def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override:
     keys = parse_path(path)
     old = _lookup(config, keys)
-    new = values.parse(text, old, schema.type_at(keys), f'config.{path}')
+    like = _default_flag(config, keys) if old is None else old
+    new = values.parse(text, like, schema.type_at(keys), f'config.{path}')
     notes: list[str] = []
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
         keys, new, old = keys[:-1], {'target': new}, plain(_get(config, keys[:-1]))
@@ -166,6 +167,16 @@ def _may_be_set(node: Any, keys: Keys, depth: int) -> bool:
     where = f'config.{_join(keys[:depth])}'
     key = str(keys[depth])
     return key == 'args' or key in targets.accepted(node['target'], {key: None}, where)
+
+
+def _default_flag(config: Any, keys: Keys) -> bool | None:
+    """Returns the signature's default of an argument that the file leaves out, if it is a bool."""
+    parent = _get(config, keys[:-1]) if schema.type_at(keys) is None else None
+    if not isinstance(parent, Mapping | ml_collections.ConfigDict) or 'target' not in parent:
+        return None
+    known, _ = targets.arguments(targets.resolve(parent['target'], f'config.{_join(keys)}'))
+    default = known[str(keys[-1])].default if keys[-1] in known else None
+    return default if isinstance(default, bool) else None
 
 
 def _unknown(config: Any, keys: Keys, depth: int) -> str:
