@@ -9,7 +9,7 @@ from .sources import RandomAccessSource
 
 
 class TFDS(RandomAccessSource):
-    """A split of a prepared dataset in a random-access format (ArrayRecord or Riegeli)."""
+    """A split of a prepared dataset in a random-access format (ArrayRecord or Parquet)."""
 
     def __init__(
         self,

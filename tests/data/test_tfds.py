@@ -191,9 +191,11 @@ def test_loaders_read_it(prepared: str) -> None:
     assert arrays['label'][arrays['_mask']].tolist() == list(range(EXAMPLES))
 
 
-def test_nothing_is_prepared_or_downloaded(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(Exception, match='tiny'):
-        TFDS('tiny', split='train', data_dir=str(tmp_path))
+@pytest.mark.parametrize('name', ['tiny', 'mnist'])
+def test_nothing_is_prepared_or_downloaded(tmp_path: pathlib.Path, name: str) -> None:
+    """Nor of a dataset that TFDS could download."""
+    with pytest.raises(Exception, match=name):
+        TFDS(name, split='train', data_dir=str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
