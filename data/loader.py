@@ -63,8 +63,10 @@ class TrainLoader:
             repeat_batch: use only the first so many batches, over and over, to see a model overfit.
 
         Raises:
-            ValueError: if there is not a single batch.
+            ValueError: if there is not a single batch, or an argument is out of its range.
         """
+        if repeat_batch is not None and repeat_batch < 1:
+            raise ValueError(f'repeat_batch: {repeat_batch} batches; expected at least 1, or None')
         self.batch_size = batch_size
         self._source = source
         self._transforms = tuple(transforms)
@@ -111,7 +113,7 @@ class TrainLoader:
         ids, epochs = ids[:, rows], epochs[:, rows]
         arrays = _read(self._source, self._transforms, self._seed, ids, epochs)
         if self._order.remainder == 'pad':
-            arrays[MASK] = ids != PADDING
+            arrays = _masked(arrays, ids)
         return Block(arrays, ids)
 
 
@@ -138,7 +140,12 @@ class EvalLoader:
             batch_size: examples in a batch.
             transforms: run over every block; random ones draw what they draw in epoch 0.
             padded_to: rows of a batch, at least `batch_size`, so that they divide over devices.
+
+        Raises:
+            ValueError: if the batch size is not positive.
         """
+        if batch_size < 1:
+            raise ValueError(f'batch_size: {batch_size} examples; expected a positive number')
         self.examples = len(source)
         self.num_batches = -(-self.examples // batch_size)
         self._source = source
@@ -159,7 +166,7 @@ class EvalLoader:
         ids = np.where((row < self._batch_size) & (ids < self.examples), ids, PADDING)
         epochs = np.zeros_like(ids)
         arrays = _read(self._source, self._transforms, 0, ids, epochs)
-        return Block({**arrays, MASK: ids != PADDING}, ids)
+        return Block(_masked(arrays, ids), ids)
 
 
 def _read(
@@ -167,19 +174,32 @@ def _read(
 ) -> Arrays:
     """One gather and one pass of transforms over the real rows; padding is zeros."""
     real = ids != PADDING
-    if not real.any():  # any example tells the shapes and dtypes
-        one = np.zeros((1, 1), np.int64)
-        like = _read(source, transforms, seed, one, one)
-        return {name: np.zeros((*ids.shape, *x.shape[2:]), x.dtype) for name, x in like.items()}
-    batch = source.gather(ids[real])
-    batch = transforms_lib.apply(transforms, batch, seed=seed, epochs=epochs[real], ids=ids[real])
     if real.all():
+        batch = _transformed(source, transforms, seed, ids.ravel(), epochs.ravel())
         return {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in batch.items()}
+    if not real.any():  # any example tells the shapes and dtypes
+        like = _transformed(source, transforms, seed, np.zeros(1, np.int64), np.zeros(1, np.int64))
+        return {name: np.zeros((*ids.shape, *x.shape[1:]), x.dtype) for name, x in like.items()}
     arrays = {}
-    for name, x in batch.items():
+    for name, x in _transformed(source, transforms, seed, ids[real], epochs[real]).items():
         arrays[name] = np.zeros((*ids.shape, *x.shape[1:]), x.dtype)
         arrays[name][real] = x
     return arrays
+
+
+def _transformed(
+    source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
+) -> Arrays:
+    return transforms_lib.apply(transforms, source.gather(ids), seed=seed, epochs=epochs, ids=ids)
+
+
+def _masked(arrays: Arrays, ids: np.ndarray) -> Arrays:
+    if MASK in arrays:
+        raise ValueError(
+            f'a field of the batch is named {MASK!r}, as is the mask of padded rows; rename it '
+            'with data.transforms:Rename'
+        )
+    return {**arrays, MASK: ids != PADDING}
 
 
 def _spec(block: Block, rows: int) -> dict[str, ArraySpec]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -30,16 +31,13 @@ def combine(*parts: np.ndarray | int) -> np.ndarray:
     return key
 
 
-@functools.lru_cache(maxsize=2)
 def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns a permutation of range(examples), int64; read-only, the last two are kept.
+    """Returns a permutation of range(examples), int64.
 
     Sorted hashes and not numpy's shuffle: numpy may change its streams between versions, and a
     changed order would break resumed runs in silence.
     """
-    order = np.argsort(combine(seed, epoch, np.arange(examples)), kind='stable')
-    order.flags.writeable = False
-    return order
+    return np.argsort(combine(seed, epoch, np.arange(examples)), kind='stable')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,34 +75,44 @@ class Order:
     @property
     def steps_per_epoch(self) -> Fraction:
         """Batches in an epoch; a fraction only where batches run across epoch borders."""
-        exact = Fraction(self.examples, self.batch_size)
-        if self.remainder == 'carry':
-            return exact
-        whole = exact.numerator // exact.denominator
-        return Fraction(whole + (self.remainder == 'pad' and exact != whole))
+        return Fraction(self._rows_per_epoch, self.batch_size)
 
     def rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns (ids, epochs), both int64 (count, batch_size), of the steps [start, start+count).
 
         An id of -1 is padding.
         """
-        steps = np.arange(start, start + count)[:, None]
-        row = np.arange(self.batch_size)[None, :]
-        if self.remainder == 'carry':
-            place = steps * self.batch_size + row
-            epochs, offsets = place // self.examples, place % self.examples
-        else:
-            per_epoch = int(self.steps_per_epoch)
-            epochs = np.broadcast_to(steps // per_epoch, (count, self.batch_size))
-            offsets = steps % per_epoch * self.batch_size + row
-        ids = np.full(offsets.shape, PADDING, np.int64)
-        real = offsets < self.examples
-        for epoch in np.unique(epochs):
-            chosen = real & (epochs == epoch)
-            ids[chosen] = self._permute(offsets[chosen], int(epoch))
-        return ids, epochs
+        first, last = start * self.batch_size, (start + count) * self.batch_size
+        period = self._rows_per_epoch
+        pieces = [
+            self._epoch(epoch)[max(first - epoch * period, 0) : last - epoch * period]
+            for epoch in range(first // period, -(-last // period))
+        ]
+        shape = (count, self.batch_size)
+        epochs = np.arange(first, last) // period
+        return np.concatenate(pieces).reshape(shape), epochs.reshape(shape)
 
-    def _permute(self, offsets: np.ndarray, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return offsets
-        return epoch_order(self.examples, self.seed, epoch)[offsets]
+    @property
+    def _rows_per_epoch(self) -> int:
+        if self.remainder == 'carry':
+            return self.examples
+        whole = self.examples // self.batch_size * self.batch_size
+        return whole + self.batch_size * (self.remainder == 'pad' and whole < self.examples)
+
+    @functools.cached_property
+    def _epoch(self) -> Callable[[int], np.ndarray]:
+        """Ids of all rows of an epoch; kept for two, since a repeated batch may cross their border.
+
+        Kept here and not beside `epoch_order`: two loaders read in turn must not evict each other.
+        """
+
+        def ids(epoch: int) -> np.ndarray:
+            if self.shuffle:
+                order = epoch_order(self.examples, self.seed, epoch)
+            else:
+                order = np.arange(self.examples)
+            missing = max(self._rows_per_epoch - self.examples, 0)
+            order = np.concatenate([order, np.full(missing, PADDING)])
+            return order[: self._rows_per_epoch]
+
+        return functools.lru_cache(maxsize=2)(ids)

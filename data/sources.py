@@ -49,8 +49,12 @@ class ArraySource:
             limit: use only this many examples from the start.
 
         Raises:
-            ValueError: if the lengths differ, or there is nothing.
+            ValueError: if the lengths differ, there is nothing, or the limit is not positive.
         """
+        if limit is not None and limit < 1:
+            raise ValueError(
+                f'limit: {limit} examples; expected a positive number, or None for all'
+            )
         self._arrays = {name: np.asarray(x)[:limit] for name, x in arrays.items()}
         lengths = {name: len(x) for name, x in self._arrays.items()}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
@@ -70,7 +74,11 @@ class ArraySource:
 
 
 class RandomAccessSource:
-    """Any object with a length and items that are dicts of arrays, read one by one."""
+    """Any object with a length and items that are dicts of arrays of the same shapes.
+
+    Where the object has `__getitems__` (as the data sources of TFDS, and PyTorch's datasets), it is
+    asked for many items at once; its readers are then far quicker.
+    """
 
     def __init__(self, items: Any):
         """Holds the object; reads its first item to learn the spec.
@@ -88,6 +96,25 @@ class RandomAccessSource:
         return len(self._items)
 
     def gather(self, indices: np.ndarray) -> Arrays:
-        """Returns the examples at `indices` (n,), stacked."""
-        items = [self._items[int(i)] for i in indices]
-        return {name: np.stack([item[name] for item in items]) for name in self.spec}
+        """Returns the examples at `indices` (n,), stacked.
+
+        Raises:
+            ValueError: if an example has another shape or number type than the first one.
+        """
+        wanted = indices.tolist()
+        read_many = getattr(self._items, '__getitems__', None)
+        items = read_many(wanted) if read_many else [self._items[i] for i in wanted]
+        return {name: self._stack(name, items, wanted) for name in self.spec}
+
+    def _stack(self, name: str, items: list[Mapping[str, Any]], indices: list[int]) -> np.ndarray:
+        first = self.spec[name]
+        arrays = [np.asarray(item[name]) for item in items]
+        for index, x in zip(indices, arrays, strict=True):
+            text = first.dtype.kind in 'SU' and x.dtype.kind == first.dtype.kind  # of any length
+            if x.shape != first.shape or not (text or x.dtype == first.dtype):
+                raise ValueError(
+                    f'{name!r} of example {index} is {x.dtype} {x.shape}, of example 0 it is '
+                    f'{first.dtype} {first.shape}; a batch needs one shape and type: resize, crop '
+                    'or pad in the items themselves, or leave the field out'
+                )
+        return np.stack(arrays)

@@ -28,15 +28,25 @@ class TFDS(RandomAccessSource):
             keys: fields to read; by default all.
 
         Raises:
-            ValueError: if the dataset has no such field.
+            ValueError: if the dataset is not prepared there in such a format, or has no such split
+                or field.
         """
         import tensorflow_datasets as tfds
 
         methods = tfds.decode.DeserializeMethod
         method = methods.DESERIALIZE_AND_DECODE if keys is None else methods.RAW_BYTES
-        items = tfds.data_source(
-            name, split=split, data_dir=data_dir, download=False, deserialize_method=method
-        )
+        try:
+            items = tfds.data_source(
+                name, split=split, data_dir=data_dir, download=False, deserialize_method=method
+            )
+        except (ValueError, LookupError, OSError, AssertionError, NotImplementedError) as error:
+            where = '' if data_dir is None else f', data_dir={data_dir!r}'
+            raise ValueError(
+                f'TFDS cannot open split {split!r} of {name!r}{where}: {_first_line(error)}\n'
+                'It reads datasets that are prepared for random access. To prepare this one:\n'
+                f"  builder = tfds.builder({name!r}{where}, file_format='array_record')\n"
+                '  builder.download_and_prepare()'
+            ) from error
         super().__init__(items if keys is None else _Fields(items, keys))
 
 
@@ -59,3 +69,12 @@ class _Fields:
 
     def __getitem__(self, index: int) -> Any:
         return self._features.deserialize_example_np(self._records[index])
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        records = self._records.__getitems__(indices)
+        return [self._features.deserialize_example_np(record) for record in records]
+
+
+def _first_line(error: Exception) -> str:
+    """TFDS's own messages go on with hundreds of names of datasets."""
+    return f'{type(error).__name__}: {error}'.splitlines()[0]

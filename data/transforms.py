@@ -30,6 +30,10 @@ def apply(
     """Returns the batch after all transforms, in order.
 
     An exception in a transform keeps its type and traceback and gets a note that names it.
+
+    Raises:
+        TypeError: if a transform returns anything but a dict of arrays.
+        ValueError: if a transform changes the number of rows.
     """
     for position, transform in enumerate(transforms):
         try:
@@ -38,10 +42,24 @@ def apply(
                 batch = transform(batch, rng)
             else:
                 batch = transform(batch)
+            _check(batch, len(ids))
         except Exception as error:
             error.add_note(f'in transforms[{position}] = {transform!r}')
             raise
     return batch
+
+
+def _check(batch: Arrays, rows: int) -> None:
+    if not isinstance(batch, dict):
+        raise TypeError(f'a transform returns a dict of arrays; this one returned a {type(batch)}')
+    for name, x in batch.items():
+        if not isinstance(x, np.ndarray):
+            raise TypeError(f'{name!r} must be a numpy array (rows, ...); it is a {type(x)}')
+        if x.shape[:1] != (rows,):
+            raise ValueError(
+                f'{name!r} has shape {x.shape} after a transform of {rows} rows; a transform '
+                'keeps the number of rows: to leave examples out, do so in the source'
+            )
 
 
 def wants_rng(transform: Callable[..., Any]) -> bool:
@@ -65,8 +83,9 @@ class ToFloat:
 
     def __call__(self, batch: Arrays) -> Arrays:
         """Returns the batch with the field scaled."""
-        scale = np.dtype(self.dtype).type(self.scale)
-        return {**batch, self.key: np.multiply(batch[self.key], scale, dtype=self.dtype)}
+        scaled = batch[self.key].astype(self.dtype)
+        scaled *= np.dtype(self.dtype).type(self.scale)
+        return {**batch, self.key: scaled}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,8 +98,10 @@ class Normalize:
 
     def __call__(self, batch: Arrays) -> Arrays:
         """Returns the batch with the field normalised, float32."""
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        return {**batch, self.key: (batch[self.key].astype(np.float32) - mean) / std}
+        normalised = batch[self.key].astype(np.float32)
+        normalised -= np.asarray(self.mean, np.float32)
+        normalised /= np.asarray(self.std, np.float32)
+        return {**batch, self.key: normalised}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 import time
@@ -22,7 +23,7 @@ _BLOCK_BYTES = 2**21
 # A batch that is gathered faster than this is gathered in the loop itself, if it needs no transfer:
 # handing the interpreter's lock between two threads costs more.
 _CHEAP_SECS = 50e-6
-_COLD_BLOCKS = 4
+_WINDOW_SECS = 2.0
 
 Batch = dict[str, Any]
 
@@ -71,7 +72,7 @@ class Prefetcher:
             self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        measured = _Average(skip=_COLD_BLOCKS)
+        measured = _Fastest(_WINDOW_SECS)
         while True:
             began = time.perf_counter()
             item = self._next_item()
@@ -155,23 +156,26 @@ class Prefetcher:
         return list(zip(counts, jax.device_put(batches, shardings), strict=True))
 
 
-class _Average:
-    """Seconds per batch, once enough blocks have been seen to trust it; 0 until then."""
+class _Fastest:
+    """Seconds per batch of the fastest block of some seconds; 0 until they are over.
 
-    def __init__(self, skip: int):
-        # Of the first blocks the time says nothing: they are small and their source is cold.
-        self._skip = skip
-        self._blocks = 0
-        self._secs = 0.0
-        self._batches = 0
+    Neither the mean nor the first blocks: an import in another thread, or a busy machine, slows
+    blocks down for a while, and says nothing of what a block costs.
+    """
+
+    def __init__(self, window_secs: float):
+        self._window_secs = window_secs
+        self._began = time.perf_counter()
+        self._best = math.inf
 
     def add(self, secs: float, batches: int) -> float:
-        """Counts a block and returns the average."""
-        self._blocks += 1
-        if self._blocks > self._skip:
-            self._secs += secs
-            self._batches += batches
-        return self._secs / self._batches if self._blocks > 2 * self._skip else 0.0
+        """Counts a block and returns the figure, at the end of each window."""
+        self._best = min(self._best, secs / batches)
+        if time.perf_counter() - self._began < self._window_secs:
+            return 0.0
+        best = self._best
+        self._began, self._best = time.perf_counter(), math.inf
+        return best
 
 
 def _take(calls: Iterator[int], limit: int) -> list[int]:

@@ -67,6 +67,18 @@ def test_an_index_from_the_end_has_its_origin() -> None:
     ]
 
 
+def test_defaults_beside_what_was_set_are_told_as_such() -> None:
+    lines = [line for line in resolved(('mesh.model', '2')) if line.startswith('mesh')]
+    assert lines == ['mesh.data = -1  # default', 'mesh.model = 2  # --config.mesh.model=2']
+
+
+def test_help_lists_the_keys_of_optional_sections() -> None:
+    config = loading.plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
+    rows = [line.split() for line in show.helpconfig(config).splitlines()[1:]]
+    assert ['--config.ema.decay', 'float', '(required)'] in rows
+    assert ['--config.checkpoint.best.mode', 'max|min', "'max'"] in rows
+
+
 def test_what_cannot_be_checked_is_marked() -> None:
     lines = show.resolved({'x': {'target': 'a:b', 'accepts_any': True}}, ()).splitlines()
     assert 'x.accepts_any = True  # unchecked: the target takes any argument' in lines
@@ -132,3 +144,8 @@ def test_differences_are_aligned() -> None:
         '  a          1 -> 2',
         "  long.name  'x' -> '(absent)'",
     ]
+
+
+def test_not_a_number_is_no_difference_from_itself() -> None:
+    assert diff.diff({'a': float('nan')}, {'a': float('nan')}) == []
+    assert len(diff.diff({'a': float('nan')}, {'a': 1.0})) == 1

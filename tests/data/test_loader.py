@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import gzip
-import pathlib
-import shutil
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 
-from data.digest import DataDigest
-from data.loader import EvalLoader, TrainLoader
-from data.mnist import MNIST
+from data.loader import Block, EvalLoader, TrainLoader
 from data.order import PADDING
 from data.sources import ArraySource, ArraySpec, RandomAccessSource
 from data.transforms import OneHot, PerExample, RandomCrop, RandomFlip, Rename, ToFloat
@@ -79,7 +75,7 @@ def test_randomness_belongs_to_the_example() -> None:
     small = TrainLoader(source=images(), batch_size=2, transforms=RANDOM, seed=1).block(0, 10)
     large = TrainLoader(source=images(), batch_size=5, transforms=RANDOM, seed=1).block(0, 4)
 
-    def by_epoch(block: object, epoch: int) -> np.ndarray:
+    def by_epoch(block: Block, epoch: int) -> np.ndarray:
         ids = block.ids.ravel()[10 * epoch : 10 * epoch + 10]
         pixels = block.arrays['image'].reshape(20, -1)[10 * epoch : 10 * epoch + 10]
         return pixels[np.argsort(ids)]
@@ -107,61 +103,6 @@ def test_a_failing_transform_is_named() -> None:
         TrainLoader(source=images(), batch_size=2, transforms=(ToFloat(), broken)).block(0, 1)
     assert 'in transforms[1]' in error.value.__notes__[0]
     assert any(frame.name == 'broken' for frame in error.traceback)
-
-
-def test_digest_is_of_order_and_content_not_of_blocks() -> None:
-    loader = TrainLoader(source=images(), batch_size=4)
-    ids = loader.block(0, 8).ids
-
-    def digest(*parts: tuple[int, np.ndarray]) -> str:
-        total = DataDigest()
-        for start, some in parts:
-            total.add(start, some)
-        return total.value
-
-    whole = digest((0, ids))
-    assert digest((3, ids[3:]), (0, ids[:3])) == whole
-    assert digest((0, ids[::-1])) != whole
-    assert digest((0, ids[:, ::-1])) != whole
-    assert digest((0, ids[:7])) != whole
-    again = DataDigest()
-    again.restore(digest((0, ids[:5])))
-    again.add(5, ids[5:])
-    assert again.value == whole
-
-
-def test_random_access_source() -> None:
-    items = [{'x': np.float32(i), 'y': [i, i]} for i in range(5)]
-    source = RandomAccessSource(items)
-    batch = source.gather(np.array([3, 1]))
-    assert batch['x'].tolist() == [3, 1]
-    assert batch['y'].tolist() == [[3, 3], [1, 1]]
-    assert source.spec['y'].shape == (2,)
-
-
-def test_mnist() -> None:
-    train, test = MNIST('train'), MNIST('test')
-    assert (len(train), len(test)) == (60_000, 10_000)
-    labels = test.gather(np.arange(10_000))['label']
-    assert (labels == 0).sum() == 980
-    assert labels[:3].tolist() == [7, 2, 1]
-    assert train.gather(np.array([0]))['label'].tolist() == [5]
-
-
-def test_a_damaged_mnist_file_is_named(tmp_path: pathlib.Path) -> None:
-    import data.mnist
-
-    for path in pathlib.Path(data.mnist.__file__).parent.glob('t10k*.gz'):
-        shutil.copy(path, tmp_path)
-    labels = tmp_path / 't10k-labels-idx1-ubyte.gz'
-    content = bytearray(gzip.decompress(labels.read_bytes()))
-    content[100] ^= 1
-    labels.write_bytes(gzip.compress(bytes(content)))
-    with pytest.raises(ValueError, match=r't10k-labels-idx1-ubyte.* is damaged'):
-        MNIST('test', directory=str(tmp_path))
-    labels.write_bytes(labels.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r't10k-labels-idx1-ubyte.* cannot be read'):
-        MNIST('test', directory=str(tmp_path))
 
 
 def test_five_three_is_the_tail_of_the_first_eight() -> None:
@@ -288,7 +229,7 @@ def test_the_spec_after_transforms() -> None:
 
 
 def test_seed_and_shuffle() -> None:
-    def ids(**options: object) -> list[int]:
+    def ids(**options: Any) -> list[int]:
         loader = TrainLoader(source=images(), batch_size=5, **options)
         return loader.block(0, 2).ids.ravel().tolist()
 
@@ -324,19 +265,16 @@ def test_padded_to_never_shrinks_a_batch() -> None:
     assert EvalLoader(source=images(), batch_size=4, padded_to=2).spec['label'].shape == (4,)
 
 
-def test_array_source() -> None:
-    source = ArraySource({'x': np.arange(10), 'y': np.zeros((10, 2), np.int8)}, limit=3)
-    assert len(source) == 3
-    assert source.spec['y'] == ArraySpec((2,), np.dtype('int8'))
-    assert source.gather(np.array([2, 0, 2]))['x'].tolist() == [2, 0, 2]
-    with pytest.raises(IndexError):
-        source.gather(np.array([3]))
+def test_arguments_out_of_range() -> None:
+    with pytest.raises(ValueError, match='repeat_batch: 0 batches; expected at least 1, or None'):
+        TrainLoader(source=images(), batch_size=4, repeat_batch=0)
+    with pytest.raises(ValueError, match='batch_size: 0 examples; expected a positive number'):
+        EvalLoader(source=images(), batch_size=0)
 
 
-def test_sources_of_nothing() -> None:
-    with pytest.raises(ValueError, match=r"one positive length; got \{'x': 2, 'y': 3\}"):
-        ArraySource({'x': np.zeros(2), 'y': np.zeros(3)})
-    with pytest.raises(ValueError, match='one positive length'):
-        ArraySource({'x': np.zeros(0)})
-    with pytest.raises(ValueError, match='empty'):
-        RandomAccessSource([])
+def test_the_name_of_the_mask_is_taken() -> None:
+    source = ArraySource({'_mask': np.ones(5, bool)})
+    with pytest.raises(ValueError, match="a field of the batch is named '_mask'"):
+        EvalLoader(source=source, batch_size=2).block(0, 1)
+    with pytest.raises(ValueError, match="a field of the batch is named '_mask'"):
+        TrainLoader(source=source, batch_size=2, remainder='pad').block(0, 1)

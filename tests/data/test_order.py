@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+import data.order
 from data.order import Order, epoch_order
 
 GOLDEN = [
@@ -107,8 +108,34 @@ def test_seeds_and_epochs_differ() -> None:
 
 
 def test_the_kept_order_cannot_be_changed() -> None:
-    with pytest.raises(ValueError, match='read-only'):
-        epoch_order(10, 0, 0)[0] = 3
+    for shuffle in (True, False):
+        order = Order(examples=10, batch_size=5, shuffle=shuffle)
+        before = order.rows(0, 2)[0]
+        order.rows(0, 2)[0][:] = 3
+        np.testing.assert_array_equal(order.rows(0, 2)[0], before)
+
+
+def test_an_epoch_is_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a batch across its border is read again, and orders are read in turn."""
+    sorted_epochs = []
+
+    def counted(examples: int, seed: int, epoch: int) -> np.ndarray:
+        sorted_epochs.append((seed, epoch))
+        return epoch_order(examples, seed, epoch)
+
+    monkeypatch.setattr(data.order, 'epoch_order', counted)
+    orders = [Order(examples=10, batch_size=4, seed=seed) for seed in range(3)]
+    for step in (0, 1, 2, 2, 2, 3, 4):
+        for order in orders:
+            order.rows(step, 1)
+    assert sorted(sorted_epochs) == [(seed, epoch) for seed in range(3) for epoch in range(2)]
+
+
+@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+def test_dtypes_and_shapes(remainder: str) -> None:
+    for count in (1, 3, 30):
+        for x in Order(examples=10, batch_size=4, remainder=remainder).rows(7, count):
+            assert (x.dtype, x.shape) == (np.int64, (count, 4))
 
 
 def test_mistakes() -> None:

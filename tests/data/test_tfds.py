@@ -164,6 +164,11 @@ def test_keys(prepared: str) -> None:
         TFDS('tiny', split='train', data_dir=prepared, keys=('lable',))
 
 
+def test_unknown_split(prepared: str) -> None:
+    with pytest.raises(ValueError, match=r"Unknown split 'trian'.*'train', 'test'"):
+        TFDS('tiny', split='trian', data_dir=prepared)
+
+
 def test_fields_left_out_are_not_decoded(prepared: str) -> None:
     """Whether or not a library for images is installed."""
     source = TFDS('pictures', split='train', data_dir=prepared, keys=('label',))
@@ -194,8 +199,11 @@ def test_loaders_read_it(prepared: str) -> None:
 @pytest.mark.parametrize('name', ['tiny', 'mnist'])
 def test_nothing_is_prepared_or_downloaded(tmp_path: pathlib.Path, name: str) -> None:
     """Nor of a dataset that TFDS could download."""
-    with pytest.raises(Exception, match=name):
+    with pytest.raises(ValueError, match=f"cannot open split 'train' of '{name}'") as error:
         TFDS(name, split='train', data_dir=str(tmp_path))
+    call = f"tfds.builder('{name}', data_dir='{tmp_path}', file_format='array_record')"
+    assert call in str(error.value)
+    assert len(str(error.value).splitlines()) == 4
     assert not list(tmp_path.iterdir())
 
 

@@ -81,8 +81,12 @@ def _diff(old: Any, new: Any, path: str) -> Iterator[Change]:
     elif _same_length(old, new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
             yield from _diff(a, b, f'{path}[{index}]')
-    elif old != new or type(old) is not type(new):
+    elif type(old) is not type(new) or (old != new and not _both_nan(old, new)):
         yield Change(path, old, new)
+
+
+def _both_nan(old: Any, new: Any) -> bool:
+    return old != old and new != new
 
 
 def _same_length(old: Any, new: Any) -> bool:

@@ -7,13 +7,17 @@ import dataclasses
 import importlib.util
 import inspect
 import pathlib
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import ml_collections
+from ml_collections import config_dict
 
 from trainer import bundled
 from trainer.config import suggest, targets
 from trainer.config.errors import UserError
+from trainer.config.schema import REQUIRED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +49,9 @@ def load(spec: str) -> LoadedConfig:
     text, colon, arg = spec.partition(':')
     path = _find(text)
     get_config = _get_config(path)
-    takes_arg = bool(inspect.signature(get_config).parameters)
-    if arg and not takes_arg:
-        raise UserError(f'{path}: get_config() takes no argument, got {arg!r}')
+    args = _arguments(get_config, path, arg if colon else None)
     try:
-        config = get_config(arg) if colon and takes_arg else get_config()
+        config = get_config(*args)
     except UserError:
         raise
     except Exception as error:
@@ -60,14 +62,23 @@ def load(spec: str) -> LoadedConfig:
             f'{type(config).__name__}'
         )
     check_vars(config)
+    _check_values(plain(config), 'config')
     return LoadedConfig(config=_unshared(config), name=path.stem, arg=arg, path=path)
 
 
 def plain(node: Any) -> Any:
-    """Returns a config as plain dicts, lists and tuples, its references resolved."""
+    """Returns a config as plain dicts, lists and tuples, its references resolved.
+
+    A required placeholder that has no value yet becomes `REQUIRED`.
+    """
     if isinstance(node, ml_collections.FieldReference):
-        return plain(node.get())
-    if isinstance(node, (ml_collections.ConfigDict, dict)):
+        try:
+            return plain(node.get())
+        except config_dict.RequiredValueError:
+            return REQUIRED
+    if isinstance(node, ml_collections.ConfigDict):
+        return {k: plain(v) for k, v in node.items(preserve_field_references=True)}
+    if isinstance(node, dict):
         return {key: plain(value) for key, value in node.items()}
     if isinstance(node, (tuple, list)):
         return type(node)(plain(value) for value in node)
@@ -86,11 +97,14 @@ def _find(text: str) -> pathlib.Path:
     raise UserError(f'--config: there is no file {text!r}.{hint}')
 
 
-def _get_config(path: pathlib.Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
+def _get_config(path: pathlib.Path) -> Callable[..., Any]:
+    name = f'_config_{path.stem}'
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f'--config: {path} is not a Python file')
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their own module up by its name.
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -99,6 +113,41 @@ def _get_config(path: pathlib.Path) -> Any:
     if not callable(get_config):
         raise UserError(f'{path} has no function get_config()')
     return get_config
+
+
+def _arguments(
+    get_config: Callable[..., Any], path: pathlib.Path, arg: str | None
+) -> tuple[str, ...]:
+    """Returns what `get_config` is called with: the text behind the colon, if it takes any."""
+    signature = inspect.signature(get_config)
+    if arg and not signature.parameters:
+        raise UserError(f'{path}: get_config() takes no argument, got {arg!r}')
+    args = (arg,) if arg is not None and signature.parameters else ()
+    try:
+        signature.bind(*args)
+    except TypeError as error:
+        raise UserError(
+            f'{path}: get_config takes one argument at most, the text behind the colon of '
+            f"--config={path}:TEXT; write get_config(arg='') ({error})"
+        ) from error
+    return args
+
+
+def _check_values(node: Any, path: str) -> None:
+    """Checks that a plain config can be written as JSON, so that a run can be compared with it."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _check_values(value, f'{path}.{key}')
+    elif isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            _check_values(value, f'{path}[{index}]')
+    elif not (node is None or node is REQUIRED or isinstance(node, (bool, int, float, str))):
+        name = f'{getattr(node, "__module__", "package.module")}:'
+        name += getattr(node, '__qualname__', 'Name')
+        raise UserError(
+            f'{path}: a config holds numbers, strings, None, dicts, tuples and lists, got '
+            f'{node!r}; write a plain number, or name an object, as in dict(ref={name!r})'
+        )
 
 
 def _unshared(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -18,12 +18,22 @@ from trainer.config.sections import Node, Sections
 Keys = Sequence[str | int]
 
 
+class _Required:
+    def __repr__(self) -> str:
+        return '(required)'
+
+
+# Stands where a value must still be given.
+REQUIRED = _Required()
+
+
 def read(config: Mapping[str, Any]) -> Sections:
     """Returns the sections of a plain config, defaults filled in.
 
     Raises:
         UserError: for a key that nothing reads, a required one that is missing, or a wrong type.
     """
+    _check_given(config, 'config')
     return _read_section(Sections, config, 'config', config)
 
 
@@ -63,6 +73,27 @@ def section_at(keys: Keys) -> type | None:
     return hint if _is_section(hint) else None
 
 
+def default_object(keys: Keys) -> dict[str, Any]:
+    """Returns the dict that a path left out stands for ({'data': -1} for ['mesh']), or {}."""
+    parent = section_at(keys[:-1])
+    for field in dataclasses.fields(parent) if parent is not None else ():
+        if field.name == keys[-1] and field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+            return default if isinstance(default, dict) else {}
+    return {}
+
+
+def optional(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields (path, type, default) of what is inside the optional sections that are left out."""
+    for path, _, default in defaults(config):
+        section = section_at(path.split('.'))
+        if section is not None and default is None:
+            for field in dataclasses.fields(section):
+                missing = field.default is dataclasses.MISSING
+                inner = REQUIRED if missing else field.default
+                yield f'{path}.{field.name}', fields(section)[field.name], inner
+
+
 def defaults(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yields (path, type, default) of the fixed keys that a config leaves out."""
     yield from _defaults(Sections, config, '')
@@ -91,6 +122,17 @@ def _defaults(
                 yield from _defaults(_EVAL, value, f'evals.{name}.')
 
 
+def _check_given(node: Any, path: str) -> None:
+    if node is REQUIRED:
+        raise UserError(f'{path} is required and has no value; give it one: --{path}=VALUE')
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            _check_given(value, f'{path}.{key}')
+    elif isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            _check_given(value, f'{path}[{index}]')
+
+
 _EVAL = typing.get_args(typing.get_type_hints(Sections)['evals'])[1]
 
 
@@ -101,9 +143,9 @@ def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any
     unknown = {key: value for key, value in config.items() if key not in known}
     if unknown and not takes_any_key(section):
         key = next(iter(unknown))
-        raise UserError(
-            f'{path}.{key} is read by nothing. {suggest.did_you_mean(f"{path}.{key}", whole)}'
-        )
+        more = [f'{path}.{name}' for name in known]
+        hint = suggest.did_you_mean(f'{path}.{key}', whole, more)
+        raise UserError(f'{path}.{key} is read by nothing. {hint}')
     missing = [
         f.name
         for f in dataclasses.fields(section)
@@ -163,6 +205,8 @@ def describe(hint: Any) -> str:
         return ' or '.join('None' if a is types.NoneType else describe(a) for a in args)
     if hint is Duration:
         return 'duration'
+    if _is_section(hint):
+        return 'section'
     if hint == Node:
         return 'object'
     if origin is Literal:

@@ -35,7 +35,7 @@ def helpconfig(config: Mapping[str, Any]) -> str:
     rows = [
         (f'--config.{path}', _type(path, value), repr(value)) for path, value in _leaves(config, '')
     ]
-    for path, hint, default in schema.defaults(config):
+    for path, hint, default in [*schema.defaults(config), *schema.optional(config)]:
         rows.append((f'--config.{path}', schema.describe(hint), repr(_plain_default(default))))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     header = 'Keys of the config (type, value):\n'
@@ -55,8 +55,9 @@ def _plain_default(default: Any) -> Any:
 
 def _origins(overrides: Sequence[Override]) -> dict[str, str]:
     """Returns the override that set each path last; a merge sets only what it changed."""
-    origins = {}
+    origins: dict[str, str] = {}
     for override in overrides:
+        origins.update((leaf, 'default') for leaf in override.filled)
         text = f'--config.{override.path}={override.text}'
         place = override.place
         origins[place] = text

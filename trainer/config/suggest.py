@@ -27,14 +27,25 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
 
 
 def nearest_path(path: str, candidates: Iterable[str]) -> str | None:
-    """Returns the path most like `path`; one that ends in the same key is preferred."""
-    candidates = list(dict.fromkeys(candidates))
+    """Returns the path most like `path` of those that end in the same key, else in one like it.
+
+    Failing that, the longest that `path` only goes too far beyond.
+    """
+    by_last: dict[str, list[str]] = {}
+    for candidate in dict.fromkeys(candidates):
+        by_last.setdefault(candidate.rpartition('.')[2], []).append(candidate)
     last = path.rpartition('.')[2]
-    same_key = [c for c in candidates if c.rpartition('.')[2] == last]
-    return nearest(path, same_key, cutoff=0.0) or nearest(path, candidates)
+    alike = by_last.get(last) or [
+        candidate
+        for word in difflib.get_close_matches(last, by_last)
+        for candidate in by_last[word]
+    ]
+    beginnings = [c for group in by_last.values() for c in group if path.startswith(f'{c}.')]
+    return nearest(path, alike, cutoff=0.0) or max(beginnings, key=len, default=None)
 
 
 def did_you_mean(path: str, config: Mapping[str, Any], more: Iterable[str] = ()) -> str:
-    """Returns 'Did you mean config.x.y?', or where to look."""
-    found = nearest_path(path, [*paths(config, 'config'), *more])
+    """Returns 'Did you mean config.x.y?', or where to look; the config may hold the wrong path."""
+    known = [p for p in (*paths(config, 'config'), *more) if p != path]
+    found = nearest_path(path, known)
     return f'Did you mean {found}?' if found else 'See --helpconfig for all keys.'

@@ -7,8 +7,10 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
+import sysconfig
 import traceback
 from collections.abc import Mapping
 from types import ModuleType
@@ -27,6 +29,12 @@ FRAMEWORK_SUPPLIED = frozenset(
 
 # Keys of an object's dict that are not arguments.
 RESERVED = frozenset({'target', 'args', 'accepts_any'})
+
+# Where the code lies that is not the user's, for the line of an error.
+_LIBRARIES = (
+    *(sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
+    os.path.dirname(__file__),
+)
 
 
 def resolve(name: object, path: str) -> Any:
@@ -215,11 +223,18 @@ def _failed_import(module_name: str, error: BaseException, path: str) -> str:
 
 def last_line(error: BaseException) -> str:
     """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if 'importlib' not in f.filename]
+    raised = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in raised if not _is_library(frame.filename)] or raised
     text = traceback.format_exception_only(error)[-1].strip()
     if isinstance(error, SyntaxError):
         return f'{text} ({error.filename}, line {error.lineno})'
     return f'{text} ({frames[-1].filename}, line {frames[-1].lineno})' if frames else text
+
+
+def _is_library(filename: str) -> bool:
+    """Whether a file is Python's, an installed package's or this package's, not the user's."""
+    folders = tuple(os.path.join(folder, '') for folder in _LIBRARIES)
+    return filename.startswith(('<frozen', *folders))
 
 
 def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> str:

@@ -40,7 +40,7 @@ def parse(text: str, old: Any, hint: Any, path: str) -> Any:
     value = literal(text)
     if hint is not None and not isinstance(value, Mapping):
         return _for_hint(text, value, hint, path)
-    if old is None or isinstance(value, Mapping):
+    if old is None or old is schema.REQUIRED or isinstance(value, Mapping):
         return value
     return like(text, value, old, path)
 
@@ -87,7 +87,8 @@ def _bool(text: str, path: str) -> bool:
 
 
 def _text(text: str, value: Any, old: str, path: str) -> Any:
-    if is_duration(old):
+    # Of free strings, 'never' is a word like any other.
+    if is_duration(old) and old != 'never':
         if isinstance(value, int) and path.startswith('config.optimizer.'):
             return value
         return str(Duration.parse(text, path))

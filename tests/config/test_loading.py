@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config files: how they are called, what they may hold, and how their mistakes are told."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from trainer.config import loading, overrides, schema, show
+from trainer.config.errors import UserError
+
+HEAD = 'import ml_collections\n'
+PLACEHOLDERS = HEAD + (
+    'def get_config():\n'
+    '    config = ml_collections.ConfigDict(dict(model=dict(target="models.cnn:CNN")))\n'
+    '    config.model.hidden = ml_collections.config_dict.required_placeholder(int)\n'
+    '    config.model.dropout_rate = ml_collections.config_dict.placeholder(float)\n'
+    '    config.model.num_classes = 3\n'
+    '    return config\n'
+)
+
+
+def load(folder: pathlib.Path, text: str, arg: str = '') -> loading.LoadedConfig:
+    (folder / 'mine.py').write_text(text)
+    return loading.load(f'{folder / "mine.py"}{arg}')
+
+
+def returning(value: str) -> str:
+    return f'{HEAD}def get_config():\n    return ml_collections.ConfigDict(dict(a={value}))\n'
+
+
+def test_the_argument_stands_behind_the_colon(tmp_path: pathlib.Path) -> None:
+    text = f'{HEAD}def get_config(arg="x"):\n    return ml_collections.ConfigDict(dict(a=arg))\n'
+    for given, arg, value in ((':big', 'big', 'big'), (':', '', ''), ('', '', 'x')):
+        loaded = load(tmp_path, text, given)
+        assert (loaded.name, loaded.arg, loaded.config.a) == ('mine', arg, value)
+
+
+@pytest.mark.parametrize(
+    ('signature', 'arg', 'message'),
+    [
+        ('', ':big', r"get_config\(\) takes no argument, got 'big'"),
+        ('arg', '', r"one argument at most.*missing a required argument: 'arg'"),
+        ('a, b', ':big', r"one argument at most.*missing a required argument: 'b'"),
+    ],
+)
+def test_signatures_that_cannot_be_called(
+    tmp_path: pathlib.Path, signature: str, arg: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=rf'mine\.py: .*{message}'):
+        load(tmp_path, f'def get_config({signature}):\n    return 1\n', arg)
+
+
+def test_a_bundled_config_is_found_from_anywhere(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert loading.load('configs/mnist.py').name == 'mnist'
+
+
+def test_a_config_file_may_define_dataclasses(tmp_path: pathlib.Path) -> None:
+    text = (
+        'from __future__ import annotations\n'
+        'import dataclasses\n'
+        '@dataclasses.dataclass\n'
+        'class Size:\n'
+        '    width: int = 3\n'
+    )
+    assert load(tmp_path, text + returning('Size().width')).config.a == 3
+
+
+def test_the_line_of_an_error_is_the_users(tmp_path: pathlib.Path) -> None:
+    """It is raised inside of ml_collections, which is not where it can be mended."""
+    text = (
+        f'{HEAD}def get_config():\n    config = ml_collections.ConfigDict()\n    config.a.b = 1\n'
+    )
+    with pytest.raises(UserError, match=r'AttributeError: .*mine\.py, line 4\)') as error:
+        load(tmp_path, text)
+    assert 'site-packages' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('value', 'message'),
+    [
+        ('{1, 2}', r'config\.a: a config holds .*, got \{1, 2\}'),
+        ('(1, dict(b=object()))', r'config\.a\[1\]\.b: a config holds'),
+        ('__import__("fractions").Fraction', r"config\.a: .*dict\(ref='fractions:Fraction'\)"),
+        ('__import__("numpy").int64(3)', r'config\.a: .*write a plain number'),
+    ],
+)
+def test_what_a_config_cannot_hold(tmp_path: pathlib.Path, value: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, returning(value))
+
+
+def test_a_required_placeholder_must_be_given(tmp_path: pathlib.Path) -> None:
+    config = load(tmp_path, PLACEHOLDERS).config
+    assert '(required)' in show.helpconfig(loading.plain(config))
+    with pytest.raises(UserError, match=r'config\.model\.hidden is required .*: --config\.model'):
+        schema.read(loading.plain(config))
+
+
+def test_a_placeholder_has_the_type_that_it_declares(tmp_path: pathlib.Path) -> None:
+    config = load(tmp_path, PLACEHOLDERS).config
+    overrides.apply(config, [('model.hidden', '5'), ('model.dropout_rate', '1')])
+    assert (config.model.hidden, config.model.dropout_rate) == (5, 1.0)
+    for path, text in (('model.hidden', '5.5'), ('model.dropout_rate', 'high')):
+        with pytest.raises(UserError, match=rf'config\.{path}: expected'):
+            overrides.apply(load(tmp_path, PLACEHOLDERS).config, [(path, text)])
+
+
+def test_a_merge_gives_a_required_placeholder_its_value(tmp_path: pathlib.Path) -> None:
+    config = load(tmp_path, PLACEHOLDERS).config
+    overrides.apply(config, [('model', '{"hidden": 7}')])
+    assert loading.plain(config)['model'] == {
+        'target': 'models.cnn:CNN', 'hidden': 7, 'dropout_rate': None, 'num_classes': 3,
+    }  # fmt: skip

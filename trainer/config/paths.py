@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths into a config: 'data.transforms[1].size' as keys, and what is read and stored there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from trainer.config import diff
+from trainer.config.errors import UserError
+from trainer.config.loading import plain
+
+_KEY = re.compile(r'([^.\[\]]+)|\[(-?\d+)\]')
+Keys = list[str | int]
+
+
+def parse(path: str) -> Keys:
+    """Returns ['data', 'transforms', 1, 'size'] for 'data.transforms[1].size'.
+
+    Raises:
+        UserError: if the text is no path.
+    """
+    keys: Keys = [int(m[2]) if m[2] else m[1] for m in _KEY.finditer(path)]
+    if not keys or join(keys) != path:
+        raise UserError(f'--config.{path}: not a path such as a.b or a.b[1].c')
+    return keys
+
+
+def join(keys: Sequence[str | int]) -> str:
+    """Returns the text of a path; undoes `parse`."""
+    text = ''.join(f'[{key}]' if isinstance(key, int) else f'.{key}' for key in keys)
+    return text.removeprefix('.')
+
+
+def get(config: Any, keys: Sequence[str | int]) -> Any:
+    """Returns the value at a path that exists."""
+    for key in keys:
+        config = config[key]
+    return config
+
+
+def holds(config: Any, keys: Sequence[str | int]) -> bool:
+    """Whether a path of names exists in a config."""
+    for key in keys:
+        if not isinstance(config, Mapping | ml_collections.ConfigDict) or key not in config:
+            return False
+        config = _value(config, key)
+    return True
+
+
+def store(config: ml_collections.ConfigDict, keys: Keys, value: Any) -> None:
+    """Sets a value; tuples and plain dicts on the way are replaced by changed copies."""
+    key, rest = keys[0], keys[1:]
+    inner = _value(config, key)
+    if isinstance(inner, ml_collections.ConfigDict) and rest:
+        store(inner, rest, value)
+    elif isinstance(inner, ml_collections.ConfigDict) and isinstance(value, Mapping):
+        _update(inner, value)
+    elif rest:
+        config[key] = _changed({} if inner is None else inner, rest, value)
+    else:
+        config[key] = value
+
+
+def _value(config: Any, key: str | int) -> Any:
+    try:
+        return config.get(key)
+    except config_dict.RequiredValueError:
+        return None
+
+
+def _update(config: ml_collections.ConfigDict, value: Mapping[str, Any]) -> None:
+    """Makes a config equal to `value`; what does not change keeps its references."""
+    for key in [key for key in config if key not in value]:
+        del config[key]
+    before = plain(config)
+    for key, new in value.items():
+        if key not in before or diff.diff(before[key], new):
+            store(config, [key], new)
+
+
+def _changed(node: Any, keys: Keys, value: Any) -> Any:
+    """Returns a copy of plain containers with one place changed."""
+    if not keys:
+        return value
+    key, rest = keys[0], keys[1:]
+    if isinstance(node, (tuple, list)):
+        items = list(node)
+        items[int(key)] = _changed(items[int(key)], rest, value)
+        return type(node)(items)
+    return {**node, key: _changed(node.get(key, {}), rest, value)}
