@@ -270,6 +270,7 @@ class Trainer:
             accumulate=experiment.accumulate,
             ema_decay=experiment.ema_decay,
             shards=shards,
+            log=self._events.log,
         )
         spec = startup.abstract_batch(experiment.data.spec)
         return Programs(train_step, spec, self.mesh, experiment.steps_per_call)

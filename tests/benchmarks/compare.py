@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer beside the hand-written loop, in turn, with the ratio of each pair.
 
-    python tests/benchmarks/compare.py speed mlp [--pairs=5] [--steps=6000] [-- --config.key=value]
+    python tests/benchmarks/compare.py speed mlp [--pairs=5] [--steps=6000] [--config.key=value]
     python tests/benchmarks/compare.py speed cnn --steps=600
     python tests/benchmarks/compare.py start mlp        # process start to first step, cold and warm
     python tests/benchmarks/compare.py checkpoint       # the stall of a save, over a copy in memory
@@ -35,8 +35,7 @@ def main() -> None:
     parser.add_argument('model', nargs='?', default='mlp', choices=list(CONFIGS))
     parser.add_argument('--pairs', type=int, default=5)
     parser.add_argument('--steps', type=int, default=6000)
-    parser.add_argument('options', nargs='*')
-    args = parser.parse_args()
+    args, args.options = parser.parse_known_args()
     {'speed': speed, 'start': start, 'checkpoint': checkpoint, 'input': input_}[args.what](args)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import jax
 import pytest
 
 from trainer.config.durations import Clock, Duration, Periodic, is_duration, resolve
 from trainer.config.errors import UserError
+from trainer.step.train_step import is_due
 
 CLOCK = Clock(batch_size=512, steps_per_epoch=Fraction(60_000, 512), total_steps=1000)
 
@@ -56,13 +58,15 @@ def test_events_do_not_drift() -> None:
 @pytest.mark.parametrize(
     'period', [Fraction(1, 3), Fraction(1), Fraction(7, 2), Fraction(1875, 16)]
 )
-def test_next_due_agrees_with_due(period: Fraction) -> None:
+def test_next_due_and_the_traced_form_agree_with_due(period: Fraction) -> None:
     periodic = Periodic(period)
     due = [step for step in range(1, 400) if periodic.due(step)]
     walked, step = [], 0
     while (step := periodic.next_due(step) or 0) < 400:
         walked.append(step)
     assert walked == due
+    traced = jax.jit(lambda step: is_due(periodic, step))
+    assert [step for step in range(1, 400) if traced(step)] == due
 
 
 def test_never() -> None:
