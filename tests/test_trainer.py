@@ -196,7 +196,8 @@ def test_retention_keeps_last_best_and_every_nth(tmp_path: pathlib.Path) -> None
     state = {'x': jax.numpy.arange(3.0)}
     scores = {10: 0.5, 20: 0.9, 30: float('nan'), 40: 0.8, 50: 0.7, 60: 0.6, 70: float('nan')}
     for step, score in scores.items():
-        checkpoints.save(step, state, {'metrics': {'eval/test/accuracy': score}})
+        meta = {'metrics': {'eval/test/accuracy': score}, 'evaluated': ['test']}
+        checkpoints.save(step, state, meta)
     checkpoints.close()
     assert checkpoints.steps() == [20, 40, 60, 70]
     assert checkpoints.best() == 20
@@ -283,6 +284,38 @@ def test_a_checkpoint_without_its_commit_file_is_no_checkpoint(tmp_path: pathlib
     (tmp_path / '3').mkdir()
     (tmp_path / 'notes.txt').write_text('')
     assert Checkpoints(tmp_path, Retention()).steps() == [1]
+
+
+def raise_after_save(event: Event) -> None:
+    if event.kind == 'save' and event.step == 25:
+        raise RuntimeError('the hook failed')
+
+
+def test_a_save_on_its_way_survives_an_error_of_the_run(tmp_path: pathlib.Path) -> None:
+    trainer = trainer_in(tmp_path, hooks={'bad': {'ref': f'{__name__}:raise_after_save'}})
+    with pytest.raises(RuntimeError, match='the hook failed'):
+        trainer.fit()
+    assert Checkpoints(tmp_path / 'checkpoints', Retention()).steps() == [25]
+    again = trainer_in(tmp_path)
+    assert again.fit().status == 'finished'
+
+
+def test_only_a_step_that_was_evaluated_can_be_best(tmp_path: pathlib.Path) -> None:
+    """Saves every 10 steps, evaluations every 20: step 30 must not inherit the score of 20."""
+    trainer = trainer_in(
+        tmp_path, checkpoint__every='10 steps', checkpoint__keep_last=1,
+        checkpoint__best={'metric': 'eval/test/loss', 'mode': 'max'},
+    )  # fmt: skip
+    trainer.fit()
+    assert trainer.checkpoints is not None
+    assert trainer.checkpoints.best() == 20
+    assert trainer.checkpoints.steps() == [20, 50]
+
+
+def test_a_run_shorter_than_its_log_interval_has_a_row(tmp_path: pathlib.Path) -> None:
+    trainer_in(tmp_path, log__every='1000 steps', evals__test__every='never').fit()
+    train = [row for row in rows(tmp_path) if 'train/loss' in row]
+    assert [row['step'] for row in train] == [50]
 
 
 # ---- the screen --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -53,6 +54,10 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     """
     _enable_compile_cache()
     experiment = build(loaded)
+    if command.mode not in ('train', 'dry_run'):
+        # There is nothing to save: a signal ends the process as it ends any other.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     trainer = Trainer(
         experiment,
         command.workdir,

@@ -104,6 +104,18 @@ class Trainer:
         Raises:
             UserError: for what only shows now, such as a batch that does not divide over the mesh.
         """
+        try:
+            return self._fit(max_steps)
+        except BaseException as error:
+            # Whatever went wrong, a save that is on its way gets there; the process may end next.
+            if self.checkpoints is not None:
+                try:
+                    self.checkpoints.wait()
+                except Exception as late:
+                    error.add_note(f'A save in the background had failed too: {late!r}')
+            raise
+
+    def _fit(self, max_steps: int | None) -> Result:
         state, step = self._begin()
         total = self.experiment.total_steps
         last = total if max_steps is None else min(total, step + max_steps)
@@ -124,6 +136,7 @@ class Trainer:
 
     def _run_events(self, step: int, state: TrainState, batches: Prefetcher) -> TrainState:
         """Runs what is due after this step, in the order log, eval, save."""
+        self._count_data(batches, step)
         if self._events.log.due(step):
             # Its row is fetched when the next step has been dispatched: see Reporter.
             self.report.log(step, state.metrics)
@@ -133,7 +146,6 @@ class Trainer:
             if periodic.due(step):
                 self._evaluate(name, step, state)
         if self._events.save.due(step):
-            self._count_data(batches, step)
             self._save(step, state)
         return state
 
@@ -150,19 +162,27 @@ class Trainer:
             if changes and self.checkpoints is not None and self.checkpoints.latest() is not None:
                 report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
         with report.time.spent('compile'):
+            started = self.programs.fused if self.experiment.steps_per_call > 1 else None
+            compiling = self.programs.step
             state, step = self._restored_or_fresh()
         if self.workdir is not None:
             report.open(self.workdir.path, step, tensorboard=self.experiment.tensorboard)
-        report.begin(step, startup.summary(self, step))
+        report.progress.message(startup.summary(self, step))
         self._notify('start', step, state)
         with report.time.spent('compile'):
-            self.programs.step.ready()
+            compiling.ready()
+            if started is not None:
+                started.ready()
+        report.begin(step)
         return state, step
 
     def _end(self, step: int, state: TrainState) -> Result:
         """Final evaluation, final save and result; only a save if the run was cut short."""
         status = self._status(step)
         if status == 'finished':
+            if not self._events.log.due(step):
+                # The steps since the last row; a longer run goes on counting where they left off.
+                self.report.log(step, state.metrics)
             for name, spec in self.experiment.evals.items():
                 if spec.final and not self.report.has_eval(name, step):
                     self._evaluate(name, step, state)
@@ -218,7 +238,8 @@ class Trainer:
             raise UserError('restore: this trainer has no work directory')
         steps = self.checkpoints.steps()
         named = {'latest': self.checkpoints.latest, 'best': self.checkpoints.best}
-        found = named[step]() if step in named else int(step)
+        number = int(step) if str(step).isdigit() else None
+        found = named[str(step)]() if step in named else number
         if found is None or found not in steps:
             have = ', '.join(map(str, steps)) or 'none'
             raise UserError(
@@ -298,7 +319,9 @@ class Trainer:
 
     def _restored_or_fresh(self) -> tuple[TrainState, int]:
         if self._paused is not None:
-            return self._paused
+            # Its buffers are donated to the next step: whatever happens, it is used once.
+            paused, self._paused = self._paused, None
+            return paused
         latest = None if self.checkpoints is None else self.checkpoints.latest()
         if self.checkpoints is None or latest is None:
             return self.programs.init(), 0
@@ -319,8 +342,10 @@ class Trainer:
         )
 
     def _evaluate(self, name: str, step: int, state: TrainState) -> None:
+        # What is still queued is the steps' time, not the evaluation's.
+        self.report.flush()
+        jax.block_until_ready(state.step)
         with self.report.time.spent('eval'):
-            self.report.flush()
             metrics = self.evaluators[name].run(state)
             self.report.evaluated(name, step, metrics)
         self._notify('eval', step, state)
@@ -334,6 +359,7 @@ class Trainer:
             self.report.sync()
             meta = {
                 'step': step,
+                'evaluated': [n for n in self.experiment.evals if self.report.has_eval(n, step)],
                 'metrics': dict(self.report.latest),
                 'data_digest': self._data_digest.value,
                 'versions': versions(),

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import clu.metrics
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import errors as flax_errors
 
@@ -22,7 +24,7 @@ from trainer.modules import functional
 from trainer.parallel.mesh import batch_shards
 from trainer.step.state import TrainState
 from trainer.step.task_runner import TaskRunner
-from trainer.step.tasks import Classification
+from trainer.step.tasks import Classification, TaskOutput
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:
@@ -97,6 +99,31 @@ def test_fewer_examples_than_devices_or_a_few_left(examples: int) -> None:
         -log_p[np.arange(examples), batch['label']].mean(), rel=1e-5
     )
     assert metrics['accuracy'] == pytest.approx((log_p.argmax(-1) == batch['label']).mean())
+
+
+class CluTask:
+    """A task whose metrics are clu's own, which take a mask instead of weights."""
+
+    metrics = clu.metrics.Collection.create(
+        accuracy=clu.metrics.Accuracy, loss=clu.metrics.Average.from_output('per_example')
+    )
+
+    def __call__(self, model: Any, batch: Any) -> TaskOutput:
+        logits = model(batch['image'])
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+        extra = {'logits': logits, 'labels': batch['label'], 'per_example': loss}
+        return TaskOutput(loss=loss, metrics=extra)
+
+
+def test_metrics_of_clu_do_not_count_the_padding() -> None:
+    state, source = state_of(Linear(), (28, 28, 1)), MNIST('test', limit=1000)
+    ours = evaluator_of(Linear(), source, 96, 8).run(state)
+    mesh = mesh_of(8)
+    loader = EvalLoader(source=source, batch_size=96, transforms=(ToFloat(),))
+    step = EvalStep(model=functional(Linear()), task=TaskRunner.of(CluTask()), seed=0)
+    theirs = Evaluator('test', step, loader, mesh).run(state)
+    assert theirs['accuracy'] == pytest.approx(ours['accuracy'], abs=1e-6)
+    assert theirs['loss'] == pytest.approx(ours['loss'], rel=1e-5)
 
 
 def test_order_does_not_matter() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import math
 import threading
 from collections.abc import Mapping
@@ -18,6 +19,8 @@ from trainer.step import digest
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
+
+_log = logging.getLogger('trainer')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +39,15 @@ class Retention:
     best_metric: str | None = None
     best_mode: str = 'max'
 
-    def score(self, metrics: Mapping[str, float]) -> float:
-        """Returns a number that is higher for better; a missing or NaN metric is never the best."""
-        value = metrics.get(self.best_metric or '', math.nan)
+    def score(self, meta: Mapping[str, Any]) -> float:
+        """Returns a number that is higher for better.
+
+        A NaN is never the best, nor is a metric of an evaluation that did not run at this very
+        step: those weights were never measured.
+        """
+        metric = self.best_metric or ''
+        measured = metric.split('/')[1:2] and metric.split('/')[1] in meta.get('evaluated', ())
+        value = meta.get('metrics', {}).get(metric, math.nan) if measured else math.nan
         if value is None or math.isnan(value):
             return -math.inf
         return value if self.best_mode == 'max' else -value
@@ -93,7 +102,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Returns the step with the best metric, or None if no checkpoint has one."""
-        scored = [(self._retention.score(self.meta(s)['metrics']), s) for s in self.steps()]
+        scored = [(self._retention.score(self.meta(s)), s) for s in self.steps()]
         finite = [(score, step) for score, step in scored if score > -math.inf]
         return max(finite)[1] if finite else None
 
@@ -110,7 +119,11 @@ class Checkpoints:
         Raises:
             OSError, ValueError: if an earlier save has failed in the background.
         """
-        self.wait()
+        try:
+            self.wait()
+        except Exception as error:
+            # This save may be the last chance; one that failed must not take it away.
+            _log.warning('an earlier save failed (%s); saving step %s now', error, step)
         self._newest_save = step
         # The copy is all that the training waits for: the step that follows donates the state.
         snapshot = self._copy(state)
@@ -159,10 +172,15 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when every save is committed; raises if one has failed."""
         in_flight, self._in_flight = self._in_flight, None
-        if in_flight is not None:
-            in_flight.result()
-        if self._lazy_manager is not None:
-            self._lazy_manager.wait_until_finished()
+        try:
+            if in_flight is not None:
+                in_flight.result()
+            if self._lazy_manager is not None:
+                self._lazy_manager.wait_until_finished()
+        except BaseException:
+            # After a failure Orbax's own list of steps is wrong: the next save opens it anew.
+            self._newest_save, self._lazy_manager = None, None
+            raise
 
     def close(self) -> None:
         """Waits for the save in flight and releases all threads."""
@@ -188,7 +206,7 @@ class Checkpoints:
                 state=ocp.args.PyTreeSave(snapshot),
                 meta=MetaSave(meta=meta, digest=find_digest),
             ),
-            metrics={'score': self._retention.score(meta.get('metrics', {}))},
+            metrics={'score': self._retention.score(meta)},
             force=True,
         )
 

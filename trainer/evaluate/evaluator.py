@@ -24,6 +24,9 @@ from trainer.step.rng import Keys
 from trainer.step.state import TrainState
 from trainer.step.task_runner import MASK, TaskRunner, compute_metrics, merge_metrics, without_mask
 
+# Where a task's `model.ema` travels among the variables.
+_EMA = '_ema'
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalStep:
@@ -74,11 +77,16 @@ class EvalStep:
         """Returns the task's predictions for all rows of a batch, padding included."""
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
-        return task.predict(self.model.bind(variables, keys), without_mask(batch))
+        return task.predict(_bind(self.model, variables, keys), without_mask(batch))
 
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
-        return self.task(self.model.bind(variables, keys), batch)
+        return self.task(_bind(self.model, variables, keys), batch)
+
+
+def _bind(model: Functional, variables: Mapping[str, Any], keys: Keys) -> Any:
+    rest = {name: value for name, value in variables.items() if name != _EMA}
+    return model.bind(rest, keys, ema=variables.get(_EMA))
 
 
 class Evaluator:
@@ -174,7 +182,8 @@ class Evaluator:
         return Prefetcher(self._loader.block, calls, batch_sharding(self._mesh))
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
-        return {**state.variables, 'params': state.ema} if self._use_ema else state.variables
+        params = state.ema if self._use_ema else state.params
+        return {**state.variables, 'params': params, _EMA: state.ema}
 
 
 def summarise(totals: Any) -> dict[str, float | int]:

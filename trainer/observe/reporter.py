@@ -45,7 +45,7 @@ class Reporter:
         self.progress = Progress(total_steps, stream or sys.stdout)
         self._writer = Writers(())
         self._batch_size = batch_size
-        self._pending: tuple[int, Any, int, float] | None = None
+        self._pending: tuple[int, Any] | None = None
         self._evaluated: set[tuple[str, int]] = set()
         self._mark = (0, 0.0)
         self._began = 0.0
@@ -57,9 +57,11 @@ class Reporter:
             [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
         )
 
-    def begin(self, step: int, summary: str) -> None:
-        """Shows what will run and starts the clock of the loop."""
-        self.progress.message(summary)
+    def begin(self, step: int) -> None:
+        """Starts the clock of the loop."""
+        self._pending = None
+        # Rows beyond this step were cut from the file: they are written again.
+        self._evaluated = {(name, s) for name, s in self._evaluated if s <= step}
         self._began = time.perf_counter()
         self._mark = (step, self._busy())
 
@@ -83,17 +85,18 @@ class Reporter:
     def log(self, step: int, metrics: Any) -> None:
         """Takes the accumulators of a log event; `flush` or the next `stepped` writes their row."""
         self.flush()
-        began_step, began = self._mark
-        self._mark = (step, self._busy())
-        self._pending = (step, metrics, step - began_step, self._mark[1] - began)
+        self._pending = (step, metrics)
 
     def flush(self) -> None:
         """Writes the row that waits, if one does; blocks until its step is done."""
         if self._pending is None:
             return
-        step, metrics, steps, secs = self._pending
+        step, metrics = self._pending
         self._pending = None
         row = flat_row(metrics)
+        # Read now, when the step is known to be done, and not when it was dispatched.
+        (began_step, began), self._mark = self._mark, (step, self._busy())
+        steps, secs = step - began_step, self._mark[1] - began
         rate = steps / secs if secs > 0 else math.nan
         row['train/steps_per_sec'] = rate
         row['train/examples_per_sec'] = rate * self._batch_size

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -31,15 +32,20 @@ class StopRequest:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Asks for a stop; a second Ctrl-C leaves at once, the last committed save intact."""
         if self.signal is not None and number == signal.SIGINT:
-            os.write(sys.stderr.fileno(), b'\nStopped at once, without saving.\n')
+            _say('\nStopped at once, without saving.\n')
             os._exit(EXIT_INTERRUPTED)
         if self.signal is None:
             self.signal = number
             name = signal.Signals(number).name
             hint = '; Ctrl-C again to stop at once' if number == signal.SIGINT else ''
-            text = f'\n{name}: saving after this step{hint}.\n'
-            # os.write and not print: a handler may run in the middle of another print.
-            os.write(sys.stderr.fileno(), text.encode())
+            _say(f'\n{name}: saving after this step{hint}.\n')
+
+
+def _say(text: str) -> None:
+    # os.write and not print: a handler may run in the middle of another print. And whoever reads
+    # our messages may be gone, which must not keep us from saving.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.write(sys.stderr.fileno(), text.encode())
 
 
 def install() -> StopRequest:

@@ -90,11 +90,10 @@ class Programs:
 
     Attributes:
         abstract: the state's shapes, dtypes and shardings.
-        step: one update: `(state, batch) -> state`, donating the state.
     """
 
     def __init__(self, train_step: TrainStep, spec: Mapping[str, Any], mesh: Mesh, fused: int = 1):
-        """Starts compiling.
+        """Works out the shapes; nothing is compiled before it is used.
 
         Args:
             train_step: the step's functions.
@@ -109,12 +108,16 @@ class Programs:
         shapes = _init_shapes(train_step, spec)
         shardings = state_shardings(shapes, mesh)
         self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
-        self.step = Program(
+
+    @functools.cached_property
+    def step(self) -> Program:
+        """One update: `(state, batch) -> state`, donating the state; compiles in the background."""
+        return Program(
             'the train step',
-            train_step,
-            (self.abstract, self._batch(batch_sharding(mesh))),
+            self._train_step,
+            (self.abstract, self._batch(batch_sharding(self._mesh))),
             donate_argnums=0,
-            out_shardings=shardings,
+            out_shardings=self._shardings,
         )
 
     @functools.cached_property

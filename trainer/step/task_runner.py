@@ -54,8 +54,10 @@ class TaskRunner:
 
     def measure(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns the metrics of one batch."""
+        # `weights` for our own metrics, `mask` for those of clu, which know 0 and 1 only.
+        outputs = {'mask': jnp.asarray(output.weights) > 0, 'weights': output.weights}
         return self._collection(output).single_from_model_output(
-            loss=output.loss, weights=output.weights, **output.metrics
+            **{**outputs, 'loss': output.loss, **output.metrics}
         )
 
     def _collection(self, output: TaskOutput) -> type[clu.metrics.Collection]:
