@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.observe.table import human_bytes, nbytes, parameter_table
@@ -68,11 +67,6 @@ def explain_out_of_memory(trainer: Trainer, error: Exception) -> str:
         f'The runtime said: {str(error).splitlines()[0].split(": ")[-1]}',
     ]
     return '\n'.join(lines)
-
-
-def jsonable_config(experiment: Experiment) -> Any:
-    """Returns the config as JSON values."""
-    return diff.to_jsonable(experiment.config)
 
 
 def summary(trainer: Trainer, step: int) -> str:

@@ -363,7 +363,7 @@ class Trainer:
                 'metrics': dict(self.report.latest),
                 'data_digest': self._data_digest.value,
                 'versions': versions(),
-                'config': startup.jsonable_config(self.experiment),
+                'config': diff.to_jsonable(self.experiment.config),
             }
             self.checkpoints.save(step, state, meta)
         self._notify('save', step, state)

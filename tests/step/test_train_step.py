@@ -16,7 +16,6 @@ from models.cnn import CNN
 from models.mlp import MLP
 from trainer.modules import functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
-from trainer.step.metrics import to_floats
 from trainer.step.optimizer import Optimizer
 from trainer.step.program import Programs
 from trainer.step.task_runner import TaskRunner, compute_metrics
@@ -246,7 +245,7 @@ def test_dropout_depends_on_seed_and_step_only() -> None:
         state = program.init()
         for _ in range(2):
             state = program.step(state, place(batch_of()))
-            seen.append(to_floats(compute_metrics(jax.device_get(state.metrics))['task'])['first'])
+            seen.append(float(compute_metrics(jax.device_get(state.metrics))['task']['first']))
             state = state.replace(metrics=program.empty_metrics())
     assert seen[:2] == seen[2:]
     assert seen[0] != seen[1]

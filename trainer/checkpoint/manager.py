@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import json
 import logging
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -114,10 +115,8 @@ class Checkpoints:
         Args:
             step: number of completed updates, the directory's name.
             state: the state; it is copied on the devices.
-            meta: what is stored beside the arrays; 'metrics' in it decides on the best step.
-
-        Raises:
-            OSError, ValueError: if an earlier save has failed in the background.
+            meta: what is stored beside the arrays; its 'metrics' and 'evaluated' decide on the best
+                step. An earlier save that has failed is a warning here, an error in `wait`.
         """
         try:
             self.wait()
@@ -134,8 +133,6 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """Returns what was stored beside the arrays of a step, `digest` included."""
-        import json
-
         return json.loads((self.directory / str(step) / 'meta' / 'metadata').read_text())
 
     def restore(self, step: int, abstract: Any) -> Any:
@@ -165,9 +162,14 @@ class Checkpoints:
 
     def digest(self, state: Any) -> str:
         """Returns the state's digest."""
+        return self._start_digest(state)()
+
+    def _start_digest(self, state: Any) -> Callable[[], str]:
+        """Returns what ends the digest; on devices its sums are under way at once."""
         if _on_host(state):
-            return digest.combine(state, digest.host_sums(state))
-        return digest.combine(state, jax.device_get(self._sums(state)))
+            return lambda: digest.combine(state, digest.host_sums(state))
+        sums = self._sums(state)
+        return lambda: digest.combine(state, jax.device_get(sums))
 
     def wait(self) -> None:
         """Returns when every save is committed; raises if one has failed."""
@@ -194,17 +196,11 @@ class Checkpoints:
 
         from trainer.checkpoint.meta import MetaSave
 
-        sums = None if _on_host(snapshot) else self._sums(snapshot)
-
-        def find_digest() -> str:
-            found = digest.host_sums(snapshot) if sums is None else jax.device_get(sums)
-            return digest.combine(snapshot, found)
-
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(snapshot),
-                meta=MetaSave(meta=meta, digest=find_digest),
+                meta=MetaSave(meta=meta, digest=self._start_digest(snapshot)),
             ),
             metrics={'score': self._retention.score(meta)},
             force=True,

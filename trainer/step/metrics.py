@@ -8,7 +8,6 @@ in int32; a loss whose examples weigh 0.5 needs `WeightedMean`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import clu.metrics
@@ -149,8 +148,3 @@ def mean_collection(names: tuple[str, ...]) -> type[clu.metrics.Collection]:
     One class for equal names: the class is part of the type of a state.
     """
     return clu.metrics.Collection.create(**{n: WeightedMean.from_output(n) for n in names})
-
-
-def to_floats(computed: Mapping[str, Any]) -> dict[str, float | int]:
-    """Returns the host numbers of a computed collection, fetched in one transfer."""
-    return {name: value.item() for name, value in jax.device_get(dict(computed)).items()}
