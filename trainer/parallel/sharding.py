@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules that say over which mesh axes each parameter is cut.
+
+`config.sharding` is a list of rules. For each parameter the first rule that has an answer decides;
+a parameter without an answer is replicated: every device holds all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from trainer.config.errors import UserError
+
+# What a dimension is cut over: nothing, one mesh axis, or several.
+Axes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """What a rule is asked about.
+
+    Attributes:
+        path: 'Dense_0/kernel'.
+        shape: its dimensions.
+        itemsize: bytes of an element.
+        names: the logical name of each dimension, or None if the model gives none.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    itemsize: int
+    names: tuple[str | None, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole array in bytes."""
+        return math.prod(self.shape) * self.itemsize
+
+
+class Rule(Protocol):
+    """One entry of `config.sharding`."""
+
+    def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
+        """Returns the parameter's spec, or None to leave it to the next rule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Replicated:
+    """Every device holds every parameter whole."""
+
+    def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec:
+        """Returns the empty spec."""
+        del parameter, mesh
+        return PartitionSpec()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FSDP:
+    """Fully sharded data parallelism: cuts the largest dimension that the axis divides.
+
+    A parameter that is small, or that has no such dimension, is left to the next rule; without one
+    it is replicated.
+
+    Attributes:
+        axis: mesh axis, or several taken together.
+        min_bytes: smaller parameters are not cut: gathering them costs more than they take.
+    """
+
+    axis: str | tuple[str, ...] = 'fsdp'
+    min_bytes: int = 2**16
+
+    def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
+        """Returns a spec with one dimension cut, or None."""
+        parts = _parts(self.axis, mesh, 'FSDP')
+        fits = [size % parts == 0 and size > 0 for size in parameter.shape]
+        if parameter.nbytes < self.min_bytes or not any(fits):
+            return None
+        sizes = [size if fit else 0 for size, fit in zip(parameter.shape, fits, strict=True)]
+        # The last of equals: rows stay contiguous on a device.
+        largest = max(range(len(sizes)), key=lambda i: (sizes[i], i))
+        return PartitionSpec(*(self.axis if i == largest else None for i in range(largest + 1)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByPath:
+    """Specs by regular expressions over parameter paths, for tensor parallelism by hand.
+
+    Attributes:
+        rules: (pattern, axes) pairs; the first pattern that matches the whole path decides. `axes`
+            has an entry for each dimension: a mesh axis, a tuple of them, or None.
+    """
+
+    rules: Sequence[tuple[str, Sequence[Axes]]]
+
+    def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
+        """Returns the spec of the first pattern that matches, or None."""
+        for pattern, axes in self.rules:
+            if re.fullmatch(pattern, parameter.path):
+                spec = PartitionSpec(*_as_axes(axes))
+                _check(parameter, spec, mesh, f'the pattern {pattern!r}')
+                return spec
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByName:
+    """Specs by the names that the model gives to dimensions ('embed', 'mlp').
+
+    Linen modules name them with `nn.with_logical_partitioning`. A mesh axis is given out once in an
+    array, to the first rule that asks; a name without a rule is not cut. Activations that the model
+    names with `nn.with_logical_constraint` follow the same rules.
+
+    Attributes:
+        rules: (name, axes) pairs in order of precedence; a name may come more than once.
+    """
+
+    rules: Sequence[tuple[str, Axes]]
+
+    def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
+        """Returns the spec of a parameter whose dimensions have names, None for any other."""
+        if parameter.names is None:
+            return None
+        spec = nn.logical_to_mesh_axes(parameter.names, self.logical_rules)
+        assert spec is not None
+        _check(parameter, spec, mesh, f'the names {parameter.names}')
+        return spec
+
+    @property
+    def logical_rules(self) -> tuple[tuple[str, Axes], ...]:
+        """The rules as Flax takes them."""
+        return tuple((name, _as_axes([axes])[0]) for name, axes in self.rules)
+
+
+BUILT_IN: dict[str, Rule] = {'replicated': Replicated(), 'fsdp': FSDP()}
+
+
+def spec_of(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> PartitionSpec:
+    """Returns the answer of the first rule that has one; without any the parameter is replicated.
+
+    Raises:
+        UserError: if a rule names an axis that the mesh has not, or cuts a dimension unevenly.
+    """
+    for rule in rules:
+        spec = rule(parameter, mesh)
+        if spec is not None:
+            _check(parameter, spec, mesh, type(rule).__name__)
+            return spec
+    return PartitionSpec()
+
+
+def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
+    """Returns the spec of each parameter.
+
+    Args:
+        params: tree of shapes and dtypes.
+        names: the same tree of `PartitionSpec`s of logical names, empty where there are none.
+        rules: in order of precedence.
+        mesh: the device mesh.
+    """
+
+    def find(path: tuple[Any, ...], leaf: Any, named: PartitionSpec) -> PartitionSpec:
+        parameter = Parameter(
+            path=jax.tree_util.keystr(path, simple=True, separator='/'),
+            shape=tuple(leaf.shape),
+            itemsize=leaf.dtype.itemsize,
+            names=tuple(named) or None,
+        )
+        return spec_of(parameter, rules, mesh)
+
+    return jax.tree_util.tree_map_with_path(find, params, names)
+
+
+def logical_rules(rules: Iterable[Rule]) -> tuple[tuple[str, Axes], ...]:
+    """Returns the name rules of all `ByName` entries, in order: what activations follow."""
+    return tuple(pair for rule in rules if isinstance(rule, ByName) for pair in rule.logical_rules)
+
+
+def _as_axes(axes: Sequence[Any]) -> tuple[Axes, ...]:
+    return tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in axes)
+
+
+def _parts(axes: Axes, mesh: Mesh, who: str) -> int:
+    """Returns the number of parts that `axes` cut a dimension into."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    for name in names:
+        if name not in mesh.shape:
+            raise UserError(
+                f'config.sharding: {who} asks for the mesh axis {name!r}, and the axes of '
+                f'config.mesh are {", ".join(mesh.shape)}'
+            )
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def _check(parameter: Parameter, spec: PartitionSpec, mesh: Mesh, who: str) -> None:
+    shape = parameter.shape
+    if len(spec) > len(shape):
+        raise UserError(
+            f'config.sharding: {who} gives {len(spec)} dimensions to {parameter.path}, which has '
+            f'shape {shape}'
+        )
+    used = [a for axes in spec if axes for a in ((axes,) if isinstance(axes, str) else axes)]
+    if len(set(used)) < len(used):
+        raise UserError(
+            f'config.sharding: {who} uses a mesh axis twice in {parameter.path}: {tuple(spec)}'
+        )
+    for dimension, axes in enumerate(spec):
+        parts = _parts(axes, mesh, who)
+        if shape[dimension] % parts:
+            raise UserError(
+                f'config.sharding: {who} cuts dimension {dimension} of {parameter.path} {shape} '
+                f'over {axes!r}, and {shape[dimension]} does not divide by {parts}'
+            )
