@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes that meet, agree, or say what is wrong."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from trainer.parallel import processes
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PROGRAM = """
+import sys
+from trainer.config.errors import UserError
+from trainer.parallel import processes
+
+coordinator, count, number, timeout, item = sys.argv[1:]
+try:
+    processes.join(processes.Cluster(
+        coordinator=coordinator, num_processes=int(count), process_id=int(number),
+        timeout_secs=int(timeout)))
+    processes.check_agreement({'config': 'same', 'data': item})
+    print('sum', processes.sum_over_processes(2**63 + 2**32 + int(number)))
+except (UserError, processes.PeerError) as error:
+    print(type(error).__name__, error)
+    sys.exit(error.exit_code)
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(port, count, number, *, timeout=60, item='a'):
+    arguments = (f'127.0.0.1:{port}', count, number, timeout, item)
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+    return subprocess.Popen(
+        [sys.executable, '-c', PROGRAM, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(*running):
+    outputs = [process.communicate(timeout=120)[0] for process in running]
+    return [process.returncode for process in running], outputs
+
+
+def test_three_processes_meet_agree_and_add_up():
+    port = free_port()
+    codes, outputs = finish(*(start(port, 3, i) for i in (2, 1, 0)))
+    assert codes == [0, 0, 0], outputs
+    total = (3 * (2**63 + 2**32) + 3) % 2**64
+    assert all(f'sum {total}' in output for output in outputs)
+
+
+def test_a_disagreement_names_the_process_and_the_item():
+    port = free_port()
+    codes, outputs = finish(start(port, 3, 0), start(port, 3, 1), start(port, 3, 2, item='b'))
+    assert codes == [2, 2, 2], outputs
+    assert all('process 2: data\n' in output for output in outputs)
+    assert 'data: b' in outputs[2]
+
+
+def test_a_missing_peer_is_named_by_those_who_came():
+    port = free_port()
+    codes, outputs = finish(start(port, 3, 0, timeout=6), start(port, 3, 2, timeout=12))
+    assert codes == [75, 75], outputs
+    assert 'process 1 of 3 did not come within 6 s' in outputs[0]
+    assert 'did not reach process 0' in outputs[1]
+
+
+def test_processes_of_different_counts_or_equal_numbers_are_refused():
+    port = free_port()
+    codes, outputs = finish(start(port, 2, 0), start(port, 3, 1))
+    assert codes == [75, 75]
+    assert all('--num_processes=3, process 0 with 2' in output for output in outputs), outputs
+    port = free_port()
+    codes, outputs = finish(start(port, 3, 0), start(port, 3, 1), start(port, 3, 1))
+    assert codes == [75, 75, 75]
+    assert all('two processes were started with --process_id=1' in o for o in outputs), outputs
+
+
+def test_a_busy_port_is_named():
+    with socket.create_server(('', 0)) as server:
+        port = server.getsockname()[1]
+        codes, outputs = finish(start(port, 2, 0))
+    assert codes == [2]
+    assert f'process 0 cannot listen on port {port}' in outputs[0]
+
+
+@pytest.mark.parametrize(
+    ('environment', 'expected'),
+    [
+        ({}, False),
+        ({'SLURM_JOB_ID': '1', 'SLURM_NTASKS': '4', 'SLURM_PROCID': '0'}, False),
+        ({'SLURM_STEP_NODELIST': 'n[1-2]', 'SLURM_STEP_NUM_TASKS': '4'}, True),
+        ({'SLURM_STEP_NODELIST': 'n1', 'SLURM_STEP_NUM_TASKS': '1', 'SLURM_NTASKS': '4'}, False),
+        ({'OMPI_COMM_WORLD_SIZE': '2'}, True),
+        ({'OMPI_COMM_WORLD_SIZE': '1'}, False),
+        ({'TPU_WORKER_HOSTNAMES': 'a,b'}, True),
+        ({'TPU_WORKER_HOSTNAMES': 'localhost'}, False),
+        ({'MEGASCALE_NUM_SLICES': '2'}, True),
+        ({'JAX_COORDINATOR_ADDRESS': 'a:1'}, True),
+    ],
+)
+def test_clusters_are_detected_by_their_variables(environment, expected):
+    assert processes.detected(environment) is expected
+
+
+@pytest.mark.parametrize(
+    ('given', 'expected'),
+    [
+        (dict(coordinator='a:1'), '--num_processes, --process_id is missing'),
+        (dict(coordinator='a:1', num_processes=2, process_id=2), 'expected 0 to 1'),
+        (dict(coordinator='a', num_processes=2, process_id=1), "expected 'host:port'"),
+    ],
+)
+def test_an_incomplete_declaration_is_refused(given, expected, monkeypatch):
+    monkeypatch.setattr(processes, 'detected', lambda: False)
+    with pytest.raises(processes.UserError, match=expected):
+        processes.join(processes.Cluster(**given))
