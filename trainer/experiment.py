@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.checkpoint.manager import Retention
-from trainer.config import durations, loading, schema, suggest, targets
+from trainer.config import loading, schema, suggest, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import EvalSection, Node, OptimizerSection, Sections
+from trainer.config.sections import EvalSection, Node, Sections
 from trainer.events import Event
 from trainer.modules import Functional, functional
-from trainer.step.optimizer import Optimizer, RegexMask
+from trainer.step import building
+from trainer.step.context import StepFunction
+from trainer.step.optimizer import Optimizer
 from trainer.step.task_runner import TaskRunner
 
 
@@ -57,6 +59,7 @@ class Experiment:
         data: the training loader.
         evals: evaluations by name.
         optimizer: what turns gradients into updates.
+        step: what happens in a step.
         accumulate: slices that a batch is cut into.
         ema_decay: decay of the parameters' moving average, or None.
         steps_per_call: updates made by one call of the compiled step.
@@ -80,6 +83,7 @@ class Experiment:
     data: Any
     evals: Mapping[str, Evaluation]
     optimizer: Optimizer
+    step: StepFunction
     accumulate: int
     ema_decay: float | None
     steps_per_call: int
@@ -108,7 +112,7 @@ def build(loaded: LoadedConfig) -> Experiment:
     data = _train_loader(sections)
     clock = _clock(sections, data)
     task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'))
-    optimizer, schedule_steps = _optimizer(sections.optimizer, clock)
+    optimizer, schedule_steps = building.optimizer(sections.optimizer, clock)
     checkpoint, log = sections.checkpoint, sections.log
     return Experiment(
         name=loaded.name,
@@ -123,6 +127,7 @@ def build(loaded: LoadedConfig) -> Experiment:
             for name, section in sections.evals.items()
         },
         optimizer=optimizer,
+        step=building.step_function(sections.step),
         accumulate=_positive(sections.accumulate, 'config.accumulate'),
         ema_decay=sections.ema.decay if sections.ema else None,
         steps_per_call=_positive(sections.steps_per_call, 'config.steps_per_call'),
@@ -167,12 +172,10 @@ def load_and_build(spec: str, **overrides: Any) -> Experiment:
 def _check_targets(sections: Sections) -> None:
     """Checks every name before any object is made, so that a typo costs no data loading."""
     for field in dataclasses.fields(sections):
-        if field.name not in ('vars', 'optimizer'):
+        if field.name not in ('vars', 'optimizer', 'step'):
             _check_below(getattr(sections, field.name), f'config.{field.name}')
-    node, path = sections.optimizer.node, 'config.optimizer'
-    if 'target' not in node:
-        raise UserError(f"{path}.target is missing; name an optimizer, such as 'optax:sgd'")
-    targets.check(node, path)
+    building.check_optimizer(sections.optimizer)
+    building.check_step(sections.step)
 
 
 def _check_below(value: Any, path: str) -> None:
@@ -249,51 +252,6 @@ def _evaluation(
     )
 
 
-def _optimizer(section: OptimizerSection, clock: Clock) -> tuple[Optimizer, dict[str, int]]:
-    path = 'config.optimizer'
-    node, steps = durations.resolve(section.node, clock, path)
-    if section.decay_mask is not None:
-        parameters, _ = targets.arguments(targets.resolve(node['target'], f'{path}.target'))
-        if 'mask' not in parameters:
-            raise UserError(
-                f'{path}.decay_mask: {node["target"]} has no weight decay to mask (no argument '
-                "'mask'); optax:adamw has"
-            )
-        node['mask'] = RegexMask(_patterns(section.decay_mask))
-    learning_rate = _find_learning_rate(node)
-    if isinstance(learning_rate, Mapping):
-        # One schedule object for the optimizer and for the logged value.
-        learning_rate = targets.instantiate(learning_rate, f'{path}.learning_rate')
-        node['learning_rate'] = learning_rate
-    return Optimizer(
-        base=targets.instantiate(node, path),
-        learning_rate=_as_schedule(learning_rate),
-        clip_norm=section.clip_norm,
-        freeze=_patterns(section.freeze),
-        lr_multipliers=section.lr_multipliers or (),
-    ), steps
-
-
-def _find_learning_rate(node: Any) -> Any:
-    """Returns the learning rate of a node, of the first of its parts that has one, or None."""
-    if isinstance(node, Mapping):
-        if 'learning_rate' in node:
-            return node['learning_rate']
-        if str(node.get('target', '')).endswith(':scale_by_learning_rate') and node.get('args'):
-            return node['args'][0]
-        node = node.get('args', ())
-    if isinstance(node, (tuple, list)):
-        found = (_find_learning_rate(part) for part in node)
-        return next((rate for rate in found if rate is not None), None)
-    return None
-
-
-def _as_schedule(value: Any) -> Callable[[Any], Any] | None:
-    if value is None or callable(value):
-        return value
-    return lambda step: value
-
-
 def _best_metric(sections: Sections) -> str | None:
     """Returns `checkpoint.best.metric`, which must name an evaluation of this config."""
     best = sections.checkpoint.best
@@ -308,12 +266,6 @@ def _best_metric(sections: Sections) -> str | None:
             + (f'; expected {near}' if near else ', and this config has no evals')
         )
     return best.metric
-
-
-def _patterns(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _positive(value: int, path: str) -> int:

@@ -110,7 +110,7 @@ class Trainer:
             # Whatever went wrong, a save that is on its way gets there; the process may end next.
             if self.checkpoints is not None:
                 try:
-                    self.checkpoints.wait()
+                    self.checkpoints.close()
                 except Exception as late:
                     error.add_note(f'A save in the background had failed too: {late!r}')
             raise
@@ -140,6 +140,8 @@ class Trainer:
         if self._events.log.due(step):
             # Its row is fetched when the next step has been dispatched: see Reporter.
             self.report.log(step, state.metrics)
+            if self.checkpoints is not None:
+                self.checkpoints.check()
             state = dataclasses.replace(state, metrics=self.programs.empty_metrics())
             self._notify('log', step, state)
         for name, periodic in self._events.evals.items():
@@ -194,7 +196,7 @@ class Trainer:
         self._notify('end', step, state)
         if self.checkpoints is not None:
             with self.report.time.spent('save'):
-                self.checkpoints.wait()
+                self.checkpoints.close()
             if self.workdir is not None and status != 'paused':
                 digest = self.checkpoints.meta(step)['digest']
                 self.workdir.write_result(status, step, digest, self._data_digest.value, metrics)
@@ -288,6 +290,7 @@ class Trainer:
             task=experiment.task,
             optimizer=experiment.optimizer,
             seed=experiment.seed,
+            function=experiment.step,
             accumulate=experiment.accumulate,
             ema_decay=experiment.ema_decay,
             shards=shards,

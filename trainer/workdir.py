@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -83,13 +84,21 @@ class Workdir:
             )
 
     def result(self) -> dict[str, Any] | None:
-        """Returns `result.json`, or None if no run has ended here."""
-        return self._read('result.json')
+        """Returns `result.json`, or None if no run has ended here; a null metric is a NaN."""
+        found = self._read('result.json')
+        if found is not None:
+            values = found['metrics'].items()
+            found['metrics'] = {name: math.nan if v is None else v for name, v in values}
+        return found
 
     def write_result(
         self, status: str, step: int, digest: str, data_digest: str, metrics: Mapping[str, float]
     ) -> None:
-        """Writes `result.json`: how the run ended, and digests of its state and of its data."""
+        """Writes `result.json`: how the run ended, and digests of its state and of its data.
+
+        A metric that is not finite becomes null: JSON has no word for it.
+        """
+        finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
         self._write(
             'result.json',
             {
@@ -97,7 +106,7 @@ class Workdir:
                 'step': step,
                 'digest': digest,
                 'data_digest': data_digest,
-                'metrics': metrics,
+                'metrics': finite,
             },
         )
 

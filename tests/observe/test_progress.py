@@ -55,6 +55,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     made.close()
 
 
+def test_several_losses_are_shown_by_name() -> None:
+    pipe = io.StringIO()
+    Progress(1000, pipe).update(500, {'train/gen_loss': 0.5, 'train/disc_loss': 1.25})
+    assert pipe.getvalue() == 'step 500/1,000 (50%)  gen_loss 0.5000  disc_loss 1.2500\n'
+
+
 def test_a_pipe_gets_one_plain_line_for_each_row() -> None:
     pipe = io.StringIO()
     progress = Progress(1000, pipe)

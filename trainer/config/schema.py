@@ -117,9 +117,9 @@ def _defaults(
                 yield from _defaults(inner, {}, f'{path}.')
         elif inner is not None and isinstance(config[field.name], Mapping):
             yield from _defaults(inner, config[field.name], f'{path}.')
-        elif field.name == 'evals':
-            for name, value in config['evals'].items():
-                yield from _defaults(_EVAL, value, f'evals.{name}.')
+        elif typing.get_origin(hint) is dict and _is_section(typing.get_args(hint)[1]):
+            for name, value in config[field.name].items():
+                yield from _defaults(typing.get_args(hint)[1], value, f'{path}.{name}.')
 
 
 def _check_given(node: Any, path: str) -> None:
@@ -131,9 +131,6 @@ def _check_given(node: Any, path: str) -> None:
     elif isinstance(node, (tuple, list)):
         for index, value in enumerate(node):
             _check_given(value, f'{path}[{index}]')
-
-
-_EVAL = typing.get_args(typing.get_type_hints(Sections)['evals'])[1]
 
 
 def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any]) -> Any:

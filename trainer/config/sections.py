@@ -57,12 +57,25 @@ class EvalSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupSection:
+    """`config.optimizer.groups.<name>`: the optimizer of some parameters, and their loss."""
+
+    params: str | tuple[str, ...]
+    loss: str | None = None
+    clip_norm: float | None = None
+    decay_mask: Patterns = None
+    lr_multipliers: tuple[tuple[str, float], ...] | None = None
+    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
     """`config.optimizer`: our own keys; all others go to its target."""
 
     clip_norm: float | None = None
     decay_mask: Patterns = None
     freeze: Patterns = None
+    groups: dict[str, GroupSection] = dataclasses.field(default_factory=dict)
     lr_multipliers: tuple[tuple[str, float], ...] | None = None
     node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
 
@@ -118,4 +131,5 @@ class Sections:
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     hooks: dict[str, Node] = dataclasses.field(default_factory=dict)
+    step: Node | None = None
     vars: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -19,7 +19,7 @@ CLEAR = '\r\x1b[K'
 
 
 class Progress:
-    """Shows step, percent, loss, learning rate, examples per second, step time and time left."""
+    """Shows step, percent, losses, learning rate, examples per second, step time and time left."""
 
     def __init__(self, total_steps: int, stream: TextIO):
         """Shows on a stream; live if it is a terminal.
@@ -84,6 +84,9 @@ class Progress:
         row = {name.removeprefix('train/'): value for name, value in self._row.items()}
         if 'loss' in row:
             parts['loss'] = f'loss {row["loss"]:.4f}'
+        else:
+            named = {name: value for name, value in row.items() if name.endswith('_loss')}
+            parts.update({name: f'{name} {value:.4f}' for name, value in named.items()})
         if 'accuracy' in row:
             parts['accuracy'] = f'accuracy {row["accuracy"]:.4f}'
         if 'learning_rate' in row:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from etils import epath
+from flax import traverse_util
 
 from trainer.observe.progress import Progress
 from trainer.observe.report import TimeSpent
@@ -132,10 +133,10 @@ class Reporter:
 def flat_row(metrics: Any) -> dict[str, float]:
     """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer."""
     computed = compute_metrics(jax.device_get(metrics))
-    row = {**computed['task'], **computed['penalties']}
-    row.update({f'{name}_norm': value for name, value in computed['norms'].items()})
-    if 'learning_rate' in computed:
-        row['learning_rate'] = computed['learning_rate']
+    row = {**computed.pop('task', {}), **computed.pop('penalties', {})}
+    row.update({f'{name}_norm': value for name, value in computed.pop('norms', {}).items()})
+    # Learning rates, perhaps one for each group, and what a step of the user's own returns.
+    row.update(traverse_util.flatten_dict(computed, sep='/'))
     return {f'train/{name}': np.asarray(value).item() for name, value in row.items()}
 
 

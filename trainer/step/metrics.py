@@ -52,8 +52,8 @@ class WeightedMean(clu.metrics.Metric):
         return cls(total=total, weight=weights.sum())
 
     @classmethod
-    def from_output(cls, name: str) -> type[WeightedMean]:
-        """Returns the metric class that averages the output `name` by the output 'weights'."""
+    def from_output(cls, name: str, weighted_by: str = 'weights') -> type[WeightedMean]:
+        """Returns the metric class that averages the output `name` by the output `weighted_by`."""
 
         @flax.struct.dataclass
         class FromOutput(WeightedMean):
@@ -63,7 +63,8 @@ class WeightedMean(clu.metrics.Metric):
             def from_model_output(
                 cls, values: Any = None, weights: Any = None, **outputs: Any
             ) -> WeightedMean:
-                mean = WeightedMean.from_model_output(outputs[name], weights)
+                outputs['weights'] = weights
+                mean = WeightedMean.from_model_output(outputs[name], outputs[weighted_by])
                 return cls(total=mean.total, weight=mean.weight)
 
         return FromOutput
@@ -142,9 +143,18 @@ def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 @functools.cache
-def mean_collection(names: tuple[str, ...]) -> type[clu.metrics.Collection]:
+def mean_collection(
+    names: tuple[str, ...], losses: tuple[str, ...] = ()
+) -> type[clu.metrics.Collection]:
     """Returns the collection class with a weighted mean of each named output.
 
     One class for equal names: the class is part of the type of a state.
+
+    Args:
+        names: outputs that are averaged by the output 'weights'.
+        losses: names of losses: `<name>_loss` is averaged by `<name>_weights`.
     """
-    return clu.metrics.Collection.create(**{n: WeightedMean.from_output(n) for n in names})
+    means = {name: WeightedMean.from_output(name) for name in names}
+    for name in losses:
+        means[f'{name}_loss'] = WeightedMean.from_output(f'{name}_loss', f'{name}_weights')
+    return clu.metrics.Collection.create(**means)

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from trainer.config.errors import UserError
 from trainer.modules.linen import param_path
+from trainer.step.tasks import ONLY_LOSS
 
 Schedule = Callable[[Any], Any]
 
@@ -25,12 +27,24 @@ class RegexMask:
 
     def __call__(self, params: Any) -> Any:
         """Returns the tree of booleans."""
-        expressions = [re.compile(pattern) for pattern in self.patterns]
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: _matches(self.patterns, param_path(path)), params
+        )
 
-        def matches(path: tuple[Any, ...], _: Any) -> bool:
-            return any(e.fullmatch(param_path(path)) for e in expressions)
 
-        return jax.tree_util.tree_map_with_path(matches, params)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Some of the parameters, what updates them and which loss drives them.
+
+    Attributes:
+        params: patterns of whole parameter paths.
+        optimizer: what turns their gradients into updates; it has no groups of its own.
+        loss: name of the loss whose gradient they follow; None where the task names none.
+    """
+
+    params: tuple[str, ...]
+    optimizer: Optimizer
+    loss: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,33 +52,54 @@ class Optimizer:
     """An optax transformation and what the trainer adds around it.
 
     Attributes:
-        base: the transformation that the config's target made.
-        learning_rate: its schedule, as a function of the number of updates; None if unknown.
+        base: the transformation that the config's target made; None with groups.
+        groups: instead of one transformation, one for each group of parameters, by name.
+        learning_rate: the schedule of `base`, as a function of the number of updates; None if
+            unknown.
         clip_norm: global norm over the trained parameters that gradients are scaled down to.
         freeze: patterns of whole parameter paths that keep their values and hold no state.
         lr_multipliers: (pattern, factor) pairs; the first match counts, all must be covered.
+        path: where it stands in the config, for messages.
     """
 
-    base: optax.GradientTransformation
+    base: optax.GradientTransformation | None = None
+    groups: Mapping[str, Group] = dataclasses.field(default_factory=dict, hash=False)
     learning_rate: Schedule | None = None
     clip_norm: float | None = None
     freeze: tuple[str, ...] = ()
     lr_multipliers: tuple[tuple[str, float], ...] = ()
+    path: str = 'config.optimizer'
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of the losses that drive some parameters, sorted."""
+        return tuple(sorted({group.loss or ONLY_LOSS for group in self.groups.values()})) or (
+            ONLY_LOSS,
+        )
+
+    @property
+    def learning_rates(self) -> Schedule | dict[str, Schedule] | None:
+        """The known schedule, or those of the groups by name; None if there is none."""
+        schedules = {name: group.optimizer.learning_rate for name, group in self.groups.items()}
+        known = {name: schedule for name, schedule in schedules.items() if schedule is not None}
+        return known or self.learning_rate
 
     def transformation(self, params: Any) -> optax.GradientTransformation:
         """Returns the complete transformation for these parameters (abstract ones will do).
 
         Raises:
-            UserError: if a pattern matches no parameter, or a multiplier is missing for one.
+            UserError: if a pattern matches no parameter, a multiplier is missing for one, or one
+                does not belong to exactly one group.
         """
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
-        parts.append(self.base)
+        parts.append(self._grouped(params) if self.base is None else self.base)
         if self.lr_multipliers:
-            parts.append(_scale_each(_multipliers(params, self.lr_multipliers)))
+            where = f'{self.path}.lr_multipliers'
+            parts.append(_scale_each(_multipliers(params, self.lr_multipliers, where)))
         tx = parts[0] if len(parts) == 1 else optax.chain(*parts)
         if not self.freeze:
             return tx
-        _check_used(params, self.freeze, 'config.optimizer.freeze')
+        _check_used(params, self.freeze, f'{self.path}.freeze')
         labels = jax.tree.map(
             lambda frozen: 'frozen' if frozen else 'trained', RegexMask(self.freeze)(params)
         )
@@ -76,6 +111,95 @@ class Optimizer:
         return [
             x for x, is_frozen in zip(jax.tree.leaves(tree), frozen, strict=True) if not is_frozen
         ]
+
+    def owners(self, params: Any) -> dict[str, str]:
+        """Returns the name of the group that each trained parameter belongs to, by path.
+
+        Raises:
+            UserError: if one belongs to none or to several, or a pattern matches none.
+        """
+        for name, group in self.groups.items():
+            _check_used(params, group.params, f'{self.path}.groups.{name}.params')
+        found = {
+            path: [name for name, group in self.groups.items() if _matches(group.params, path)]
+            for path in _paths(params)
+            if not _matches(self.freeze, path)
+        }
+        missing = [path for path, names in found.items() if not names]
+        shared = [f'{path} ({", ".join(names)})' for path, names in found.items() if len(names) > 1]
+        if missing or shared:
+            raise UserError(
+                f'{self.path}.groups: every parameter belongs to exactly one group.'
+                + (f'\nIn none: {_some(missing)}.' if missing else '')
+                + (f'\nIn several: {_some(shared)}.' if shared else '')
+                + '\nMend the patterns `params` of the groups'
+                + (f', or name what shall stay as it is in {self.path}.freeze.' if missing else '.')
+            )
+        return {path: names[0] for path, names in found.items()}
+
+    def select(self, by_loss: Mapping[str, Any]) -> Any:
+        """Returns one parameter-shaped tree, each leaf from the tree of the loss that drives it.
+
+        Args:
+            by_loss: a parameter-shaped tree for each of `losses`. A frozen leaf gets zeros, unless
+                there is only one loss.
+        """
+        if len(by_loss) == 1:
+            return next(iter(by_loss.values()))
+        trees = list(by_loss.values())
+        owners, index = self.owners(trees[0]), {name: i for i, name in enumerate(by_loss)}
+
+        def pick(path: tuple[Any, ...], *leaves: Any) -> Any:
+            owner = owners.get(param_path(path))
+            if owner is None:
+                return jnp.zeros_like(leaves[0])
+            return leaves[index[self.groups[owner].loss or ONLY_LOSS]]
+
+        return jax.tree_util.tree_map_with_path(pick, *trees)
+
+    def check_losses(self, loss: Any) -> None:
+        """Checks that the groups name the losses of the task's output, and all of them.
+
+        Raises:
+            UserError: otherwise.
+        """
+        names = tuple(loss) if isinstance(loss, Mapping) else ()
+        if names and not self.groups:
+            raise UserError(
+                f'the task returns the losses {", ".join(names)}, and {self.path}.groups does not '
+                "say what each one trains: groups={'NAME': dict(target=..., params='REGEX', "
+                f'loss={names[0]!r}), ...}}'
+            )
+        for name, group in self.groups.items():
+            if group.loss not in (names or (None,)):
+                raise UserError(
+                    f'{self.path}.groups.{name}.loss: {group.loss!r} is no loss of the task; it '
+                    + (f'returns {", ".join(names)}' if names else 'returns one without a name')
+                )
+        unused = [name for name in names if name not in self.losses]
+        if unused:
+            raise UserError(
+                f'the task returns the loss {unused[0]!r}, which trains nothing: no entry of '
+                f'{self.path}.groups names it. Return it among the metrics, or name it in a group'
+            )
+
+    def _grouped(self, params: Any) -> optax.GradientTransformation:
+        owners = self.owners(params)
+
+        def labels(tree: Any) -> Any:
+            # Not of `params`, once and for all: frozen ones are masked out of the tree that comes.
+            return jax.tree_util.tree_map_with_path(lambda path, _: owners[param_path(path)], tree)
+
+        def members(name: str) -> Any:
+            return jax.tree_util.tree_map_with_path(
+                lambda path, x: x if owners.get(param_path(path)) == name else optax.MaskedNode(),
+                params,
+            )
+
+        return optax.multi_transform(
+            {name: g.optimizer.transformation(members(name)) for name, g in self.groups.items()},
+            labels,
+        )
 
 
 def _scale_each(factors: Any) -> optax.GradientTransformation:
@@ -90,8 +214,8 @@ def _scale_each(factors: Any) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _multipliers(params: Any, pairs: Sequence[tuple[str, float]]) -> dict[str, float]:
-    _check_used(params, [pattern for pattern, _ in pairs], 'config.optimizer.lr_multipliers')
+def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) -> dict[str, float]:
+    _check_used(params, [pattern for pattern, _ in pairs], where)
     expressions = [(re.compile(pattern), float(factor)) for pattern, factor in pairs]
     factors: dict[str, float] = {}
     for path in _paths(params):
@@ -102,8 +226,8 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]]) -> dict[str, f
     missing = [path for path in _paths(params) if path not in factors]
     if missing:
         raise UserError(
-            'config.optimizer.lr_multipliers covers every parameter but '
-            f'{_some(missing)}.\nAdd a last pair such as (".*", 1.0).'
+            f'{where} covers every parameter but {_some(missing)}.\n'
+            'Add a last pair such as (".*", 1.0).'
         )
     return factors
 
@@ -111,12 +235,19 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]]) -> dict[str, f
 def _check_used(params: Any, patterns: Sequence[str], where: str) -> None:
     paths = _paths(params)
     for pattern in patterns:
-        expression = re.compile(pattern)
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise UserError(f'{where}: {pattern!r} is no regular expression: {error}') from error
         if not any(expression.fullmatch(path) for path in paths):
             raise UserError(
                 f'{where}: the pattern {pattern!r} matches no parameter. A pattern must match a '
                 f'whole path, such as {_some(paths)}.'
             )
+
+
+def _matches(patterns: Sequence[str], path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def _paths(params: Any) -> list[str]:

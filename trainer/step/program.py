@@ -14,9 +14,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
-from trainer.modules.linen import param_path
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
-from trainer.step.state import TrainState
+from trainer.step.state import TrainState, changes, describe
 from trainer.step.train_step import TrainStep
 
 _log = logging.getLogger('trainer')
@@ -69,10 +68,10 @@ class Program:
         try:
             return compiled(*args)
         except TypeError:
-            changes = _changes(self._abstract, args)
-            if not changes:
+            found = changes(self._abstract, args)
+            if not found:
                 raise
-        _log.warning('%s compiles again, because its arguments changed: %s', self.name, changes)
+        _log.warning('%s compiles again, because its arguments changed: %s', self.name, found)
         self._abstract = jax.tree.map(_shape_of, args)
         self._compiled = self._compile()
         return self._compiled(*args)
@@ -168,7 +167,7 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
     except UserError:
         raise
     except Exception as error:
-        batch = ', '.join(f'{name}: {_describe(x)}' for name, x in spec.items())
+        batch = ', '.join(f'{name}: {describe(x)}' for name, x in spec.items())
         error.add_note(f'The model was called by {train_step.task.task!r} on the batch {batch}')
         raise
 
@@ -183,19 +182,3 @@ def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=getattr(x, 'sharding', None) if placed else None
     )
-
-
-def _changes(expected: Any, given: Any) -> str:
-    """Returns 'state.step: int32[] -> int64[]; ...' for the leaves that differ, or ''."""
-    old = dict(jax.tree_util.tree_leaves_with_path(expected))
-    new = dict(jax.tree_util.tree_leaves_with_path(given))
-    changes = []
-    for path in {**old, **new}:
-        before, after = (_describe(tree.get(path)) for tree in (old, new))
-        if before != after:
-            changes.append(f'{param_path(path)}: {before} -> {after}')
-    return '; '.join(changes[:5]) + (f' and {len(changes) - 5} more' if len(changes) > 5 else '')
-
-
-def _describe(x: Any) -> str:
-    return 'absent' if x is None else f'{x.dtype}{list(x.shape)}'

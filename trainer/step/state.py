@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import optax
 
+from trainer.modules.linen import param_path
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -47,11 +49,37 @@ class TrainState:
             tx: the optimizer that made `opt_state`.
             **changes: other fields to replace; the name of a collection replaces that collection.
         """
-        updates, opt_state = tx.update(grads, self.opt_state, self.params)
-        params = optax.apply_updates(self.params, updates)
         fields = {field.name for field in dataclasses.fields(self)}
         collections = {name: changes.pop(name) for name in list(changes) if name not in fields}
         changes.setdefault('collections', {**self.collections, **collections})
+        updates, opt_state = tx.update(grads, self.opt_state, self.params)
+        return self.apply_updates(updates, opt_state, **changes)
+
+    def apply_updates(self, updates: Any, opt_state: Any, **changes: Any) -> TrainState:
+        """Returns the state after what the optimizer returned; `changes` replace other fields."""
         return dataclasses.replace(
-            self, step=self.step + 1, params=params, opt_state=opt_state, **changes
+            self,
+            step=self.step + 1,
+            params=optax.apply_updates(self.params, updates),
+            opt_state=opt_state,
+            **changes,
         )
+
+
+def changes(expected: Any, given: Any) -> str:
+    """Returns 'step: int32[] -> int64[]; ...' for the leaves that differ, or ''."""
+    old = dict(jax.tree_util.tree_leaves_with_path(expected))
+    new = dict(jax.tree_util.tree_leaves_with_path(given))
+    found = []
+    for path in {**old, **new}:
+        before, after = (describe(tree.get(path)) for tree in (old, new))
+        if before != after:
+            found.append(f'{param_path(path)}: {before} -> {after}')
+    return '; '.join(found[:5]) + (f' and {len(found) - 5} more' if len(found) > 5 else '')
+
+
+def describe(x: Any) -> str:
+    """Returns 'float32[3, 4]' for an array or its shape, 'absent' for None."""
+    if x is None:
+        return 'absent'
+    return f'{x.dtype}{list(x.shape)}' if hasattr(x, 'dtype') else type(x).__name__

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from trainer.config.errors import UserError
 from trainer.step.metrics import broadcast_weights, mean_collection
-from trainer.step.tasks import TaskOutput, as_output
+from trainer.step.tasks import METRIC_WEIGHTS, ONLY_LOSS, TaskOutput, as_output
 
 # The loader's mark of real rows in a padded batch: bool, (batch,).
 MASK = '_mask'
@@ -38,14 +38,18 @@ class TaskRunner:
         return cls(task, getattr(task, 'metrics', None))
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
-        """Returns the task's output with `weights` always set, and 0 where a row is padding."""
+        """Returns the task's output with `weights` always set, and 0 where a row is padding.
+
+        Named losses have weights by name, an entry for the metrics among them.
+        """
         output = as_output(self.task(model, without_mask(batch)))
-        weights = output.weights
-        if weights is None:
-            weights = jnp.ones(output.loss.shape[:1], jnp.float32)
-        if MASK in batch:
-            weights = weights * broadcast_weights(batch[MASK], weights.shape)
-        weights = jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
+        loss, given, mask = output.loss, output.weights, batch.get(MASK)
+        if not isinstance(loss, Mapping):
+            return dataclasses.replace(output, weights=_set_weights(given, loss, mask))
+        # The metrics count the rows of any of the losses: all have the same.
+        values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
+        by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
+        weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
         return dataclasses.replace(output, weights=weights)
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
@@ -54,14 +58,48 @@ class TaskRunner:
 
     def measure(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns the metrics of one batch."""
+        loss, weights = output.loss, output.weights
+        outputs: dict[str, Any] = {'loss': loss}
+        if isinstance(loss, Mapping) and isinstance(weights, Mapping):
+            outputs = {f'{name}_loss': value for name, value in loss.items()}
+            outputs.update({f'{name}_weights': weights[name] for name in loss})
+            weights = weights[METRIC_WEIGHTS]
         # `weights` for our own metrics, `mask` for those of clu, which know 0 and 1 only.
-        outputs = {'mask': jnp.asarray(output.weights) > 0, 'weights': output.weights}
-        return self._collection(output).single_from_model_output(
-            **{**outputs, 'loss': output.loss, **output.metrics}
-        )
+        outputs = {'mask': jnp.asarray(weights) > 0, 'weights': weights, **outputs}
+        return self._collection(output).single_from_model_output(**{**outputs, **output.metrics})
 
     def _collection(self, output: TaskOutput) -> type[clu.metrics.Collection]:
-        return self.metrics or mean_collection(('loss', *sorted(output.metrics)))
+        if self.metrics is not None:
+            return self.metrics
+        if isinstance(output.loss, Mapping):
+            return mean_collection(tuple(sorted(output.metrics)), tuple(sorted(output.loss)))
+        return mean_collection(('loss', *sorted(output.metrics)))
+
+
+def _set_weights(given: Any, loss: jax.Array, mask: jax.Array | None) -> jax.Array:
+    weights = jnp.ones(loss.shape[:1], jnp.float32) if given is None else given
+    if mask is not None:
+        weights = weights * broadcast_weights(mask, weights.shape)
+    return jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
+
+
+def inverse(weight: jax.Array) -> jax.Array:
+    """Returns 1 / weight, and 0 for a batch without any weight (all padding), never NaN."""
+    return jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+
+
+def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns sum(weight x value) and sum(weight) of each loss, in float32."""
+    losses, weights = output.loss, output.weights
+    if not isinstance(losses, Mapping):
+        losses = {ONLY_LOSS: losses}
+    totals, sums = {}, {}
+    for name, loss in losses.items():
+        mine = weights[name] if isinstance(weights, Mapping) else weights
+        full = broadcast_weights(jnp.asarray(mine), loss.shape)
+        totals[name] = jnp.sum(loss.astype(jnp.float32) * full)
+        sums[name] = full.sum()
+    return totals, sums
 
 
 class _Batch(dict[str, Any]):

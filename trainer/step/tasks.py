@@ -4,6 +4,9 @@
 A task is a callable `task(model, batch) -> TaskOutput`. The step minimises
 sum(weight x loss) / sum(weight) over the global batch, plus the penalties; a task never averages.
 A plain function may return the loss values alone, or `(values, metrics)`.
+
+A task of several losses (a GAN) returns a dict of values, one entry for each loss, and
+`config.optimizer.groups` says which parameters each one trains. All come from one forward pass.
 """
 
 from __future__ import annotations
@@ -18,9 +21,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.config.errors import UserError
 from trainer.step.metrics import mean_collection
 
 Batch = Mapping[str, jax.Array]
+
+# What the loss of a task is called that does not name it.
+ONLY_LOSS = 'loss'
+
+# Among the weights of named losses, those of the metrics.
+METRIC_WEIGHTS = 'metrics'
 
 
 @flax.struct.dataclass
@@ -28,15 +38,18 @@ class TaskOutput:
     """What a task says of a batch.
 
     Attributes:
-        loss: (batch, ...) loss values, one per example (or per token).
-        weights: (batch,) or the shape of `loss`; None counts all alike.
+        loss: (batch, ...) loss values, one per example (or per token); or several such by name,
+            each a Python identifier. They are reported as `<name>_loss`.
+        weights: (batch,) or the shape of `loss`; None counts all alike. With named losses either
+            shared, or by name; what is left out counts all alike, and the entry 'metrics' holds the
+            weights of the metrics.
         metrics: what the task's metrics are made from; without a `metrics` attribute on the task,
             each is averaged with the weights of the loss.
-        penalties: named scalars added to the loss once, such as an L2 term.
+        penalties: named scalars added to the loss once, such as an L2 term; to each of several.
     """
 
-    loss: jax.Array
-    weights: jax.Array | None = None
+    loss: jax.Array | Mapping[str, jax.Array]
+    weights: jax.Array | Mapping[str, jax.Array] | None = None
     metrics: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
     penalties: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
 
@@ -46,23 +59,45 @@ def as_output(result: Any) -> TaskOutput:
 
     Raises:
         TypeError: if it is none of TaskOutput, values, or (values, metrics).
-        ValueError: if the loss is a scalar: the step averages, not the task.
+        ValueError: if a loss is a scalar: the step averages, not the task.
+        UserError: if names of losses or weights do not fit.
     """
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         result = TaskOutput(loss=result[0], metrics=result[1])
-    elif isinstance(result, jax.Array):
+    elif isinstance(result, (jax.Array, Mapping)):
         result = TaskOutput(loss=result)
     if not isinstance(result, TaskOutput):
         raise TypeError(
             'a task returns loss values of shape (batch, ...), (values, dict of metrics) or a '
             f'TaskOutput; this one returned {type(result).__name__}'
         )
-    if jnp.ndim(result.loss) == 0:
+    values = result.loss.values() if isinstance(result.loss, Mapping) else [result.loss]
+    if any(jnp.ndim(value) == 0 for value in values):
         raise ValueError(
             'a task returns one loss value per example, this one returned a scalar: leave the mean '
             'to the step, so that it is exact for any batch, mask and number of devices'
         )
+    _check_names(result)
     return result
+
+
+def _check_names(output: TaskOutput) -> None:
+    loss, weights = output.loss, output.weights
+    names = tuple(loss) if isinstance(loss, Mapping) else ()
+    if isinstance(loss, Mapping) and not names:
+        raise UserError('the task returns an empty dict of losses')
+    for name in names:
+        if not str(name).isidentifier() or name == METRIC_WEIGHTS:
+            raise UserError(
+                f'the task names a loss {name!r}. A name is a Python identifier, for the loss is '
+                f"reported as '<name>_loss', and not {METRIC_WEIGHTS!r}"
+            )
+    for name in weights if isinstance(weights, Mapping) else ():
+        if not names or name not in (*names, METRIC_WEIGHTS):
+            raise UserError(
+                f'the task returns weights for {name!r}; it names '
+                + (f'the losses {", ".join(names)}' if names else 'no losses')
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

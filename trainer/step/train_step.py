@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,11 +13,18 @@ import optax
 
 from trainer.config.durations import Periodic
 from trainer.modules.linen import Linen
-from trainer.step.metrics import Last, WeightedMean, broadcast_weights
-from trainer.step.optimizer import Optimizer
+from trainer.step.context import (
+    StepContext,
+    StepFunction,
+    checked,
+    default_step,
+    empty_like,
+)
+from trainer.step.metrics import Last, WeightedMean
+from trainer.step.optimizer import Optimizer, Schedule
 from trainer.step.rng import Keys
 from trainer.step.state import TrainState
-from trainer.step.task_runner import TaskRunner, merge_metrics, without_mask
+from trainer.step.task_runner import TaskRunner, inverse, loss_sums, merge_metrics, without_mask
 from trainer.step.tasks import TaskOutput
 
 
@@ -30,6 +37,7 @@ class TrainStep:
         task: what the model is asked to do with a batch.
         optimizer: what turns gradients into updates.
         seed: the run's seed.
+        function: what happens in a step: `config.step`, or the default.
         accumulate: slices that a batch is cut into, to save memory; the update is the same.
         ema_decay: decay of the moving average of the parameters, or None for no average.
         shards: number of devices that a batch's rows are spread over.
@@ -40,6 +48,7 @@ class TrainStep:
     task: TaskRunner
     optimizer: Optimizer
     seed: int
+    function: StepFunction = default_step
     accumulate: int = 1
     ema_decay: float | None = None
     shards: int = 1
@@ -66,46 +75,59 @@ class TrainStep:
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
+        # The metrics of the state that is being made are not known yet, and not needed.
+        state = dataclasses.replace(state, metrics=None)
+        if self.function is not default_step:
+            return empty_like(jax.eval_shape(self._step, state, batch)[1])
+        empty = self._empty_losses(state, batch)
+        empty['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
+        empty.update(self._learning_rates(lambda schedule: Last.empty()))
+        return empty
+
+    def _empty_losses(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns empty accumulators of what comes with the gradients."""
         keys = Keys(seed=self.seed, mode='train')
 
         def run(state: TrainState, batch: Mapping[str, Any]) -> TaskOutput:
             return self._run_task(state.params, state, batch, keys)[0]
 
-        # The metrics of the state that is being made are not known yet, and not needed.
         output = jax.eval_shape(run, dataclasses.replace(state, metrics=None), batch)
-        empty: dict[str, Any] = {
+        return {
             'task': self.task.empty(output),
             'penalties': {name: WeightedMean.empty() for name in output.penalties},
-            'norms': {name: Last.empty() for name in ('grad', 'param', 'update')},
         }
-        if self.optimizer.learning_rate is not None:
-            empty['learning_rate'] = Last.empty()
-        return empty
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
-        """Returns the state after one update on this batch."""
-        grads, collections, metrics = self._gradients(state, batch)
+        """Returns the state after one step on this batch."""
+        new, metrics = self._step(dataclasses.replace(state, metrics=None), batch)
+        return dataclasses.replace(new, metrics=merge_metrics(state.metrics, metrics))
+
+    def _step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
+        result = self.function(state, batch, StepContext(self, state))
+        return result if self.function is default_step else checked(state, result)
+
+    def update(self, state: TrainState, grads: Any, collections: Any) -> tuple[TrainState, Any]:
+        """Returns the state after the optimizer's update, and its norms and learning rates."""
         tx = self.optimizer.transformation(state.params)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
+        new = state.apply_updates(updates, opt_state=opt_state, collections=collections)
         if self.ema_decay is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - self.ema_decay)
-        metrics['norms'] = self._norms(state.step, grads, params, updates)
-        if self.optimizer.learning_rate is not None:
-            # Of the update just made: the schedule counts the updates before it.
-            metrics['learning_rate'] = Last.from_model_output(
-                self.optimizer.learning_rate(state.step)
-            )
-        return dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            collections=collections,
-            metrics=merge_metrics(state.metrics, metrics),
-            ema=ema,
+            ema = optax.incremental_update(new.params, state.ema, 1.0 - self.ema_decay)
+            new = dataclasses.replace(new, ema=ema)
+        metrics = {'norms': self._norms(state.step, grads, new.params, updates)}
+        # Of the update just made: the schedule counts the updates before it.
+        metrics.update(
+            self._learning_rates(lambda schedule: Last.from_model_output(schedule(state.step)))
         )
+        return new, metrics
+
+    def _learning_rates(self, measure: Callable[[Schedule], Last]) -> dict[str, Any]:
+        schedules = self.optimizer.learning_rates
+        if schedules is None:
+            return {}
+        if not isinstance(schedules, Mapping):
+            return {'learning_rate': measure(schedules)}
+        return {'learning_rate': {name: measure(each) for name, each in schedules.items()}}
 
     def _norms(self, step: jax.Array, grads: Any, params: Any, updates: Any) -> dict[str, Last]:
         """Returns the norms of this update; each row holds those of its own step."""
@@ -129,8 +151,11 @@ class TrainStep:
             trees,
         )
 
-    def _gradients(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
-        """Returns the gradient of the global loss, the new collections and this batch's metrics."""
+    def gradients(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
+        """Returns the gradient of the global loss, the new collections and this batch's metrics.
+
+        Of several losses, each parameter gets the gradient of the one that drives it.
+        """
         if self.accumulate == 1:
             grads, collections, metrics, _ = self._slice(state, batch, 0, normalise=True)
             return grads, collections, metrics
@@ -143,54 +168,62 @@ class TrainStep:
                 dataclasses.replace(state, collections=collections), rows, index, normalise=False
             )
             grads = jax.tree.map(jnp.add, grads, new[0])
-            return (grads, new[1], merge_metrics(metrics, new[2]), weight + new[3]), None
+            weight = jax.tree.map(jnp.add, weight, new[3])
+            return (grads, new[1], merge_metrics(metrics, new[2]), weight), None
 
         first = jax.tree.map(lambda x: x[0], slices)
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         grads = {'loss': zeros, 'penalties': zeros}
-        metrics = {
-            name: value
-            for name, value in self.empty_metrics(state, first).items()
-            if name in ('task', 'penalties')
-        }
-        carry = (grads, state.collections, metrics, jnp.zeros((), jnp.float32))
+        weight = {name: jnp.zeros((), jnp.float32) for name in self.optimizer.losses}
+        carry = (grads, state.collections, self._empty_losses(state, first), weight)
         # Unrolled where the compiler's loops are slow: XLA's CPU convolutions crawl inside a scan.
         unroll = self.accumulate if jax.default_backend() == 'cpu' else 1
         indices = jnp.arange(self.accumulate)
         carry, _ = jax.lax.scan(body, carry, (indices, slices), unroll=unroll)
         grads, collections, metrics, weight = carry
-        scale = _inverse(weight)
+        scales = {
+            name: jax.tree.map(lambda _, scale=scale: scale, zeros)
+            for name, scale in jax.tree.map(inverse, weight).items()
+        }
         grads = jax.tree.map(
-            lambda loss, penalty: loss * scale + penalty / self.accumulate,
+            lambda loss, scale, penalty: loss * scale + penalty / self.accumulate,
             grads['loss'],
+            self.optimizer.select(scales),
             grads['penalties'],
         )
         return grads, collections, metrics
 
     def _slice(
         self, state: TrainState, batch: Mapping[str, jax.Array], index: Any, *, normalise: bool
-    ) -> tuple[Any, Any, Any, jax.Array]:
-        """Differentiates one slice: gradients, collections, metrics and the slice's weight."""
+    ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+        """Differentiates one slice: gradients, collections, metrics and each loss's weight."""
         keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
 
         def losses(params: Any) -> Any:
             output, collections = self._run_task(params, state, batch, keys)
-            weights = broadcast_weights(jnp.asarray(output.weights), output.loss.shape)
-            total = jnp.sum(output.loss.astype(jnp.float32) * weights)
+            totals, weight = loss_sums(output)
             penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
-            return (total, penalty), (output, collections, weights.sum())
+            return (totals, penalty), (output, collections, weight)
 
-        (total, penalty), pullback, (output, collections, weight) = jax.vjp(
+        (totals, _), pullback, (output, collections, weight) = jax.vjp(
             losses, state.params, has_aux=True
         )
-        zero, one = jnp.zeros_like(total), jnp.ones_like(penalty)
+        zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
+        zeros = dict.fromkeys(totals, zero)
+
+        def pull(factors: dict[str, jax.Array], penalty: jax.Array) -> Any:
+            """One backward pass for each loss; the compiler drops what `select` leaves over."""
+            return self.optimizer.select(
+                {name: pullback(({**zeros, name: factors[name]}, penalty))[0] for name in totals}
+            )
+
         if normalise:
-            grads = pullback((_inverse(weight), one))[0]
+            grads = pull({name: inverse(w) for name, w in weight.items()}, one)
         else:
             # The global weight is known only after the last slice; penalties do not wait for it.
-            grads = {'loss': pullback((one, zero))[0]}
+            grads = {'loss': pull(dict.fromkeys(totals, one), zero)}
             grads['penalties'] = (
-                pullback((zero, one))[0]
+                pullback((zeros, one))[0]
                 if output.penalties
                 else jax.tree.map(jnp.zeros_like, state.params)
             )
@@ -208,6 +241,7 @@ class TrainStep:
     ) -> tuple[TaskOutput, dict[str, Any]]:
         bound = self.model.bind({'params': params, **state.collections}, keys, ema=state.ema)
         output = self.task(bound, batch)
+        self.optimizer.check_losses(output.loss)
         return output, bound.collections
 
 
@@ -246,8 +280,3 @@ def global_norm(tree: Any) -> jax.Array:
         )
 
     return jnp.sqrt(sum((squares(x) for x in jax.tree.leaves(tree)), jnp.float32(0)))
-
-
-def _inverse(weight: jax.Array) -> jax.Array:
-    # A batch without any weight (all padding) must give a zero gradient, not NaN.
-    return jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States to save, and saves that stay half done for as long as they are told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def state(seed: int = 0) -> dict[str, Any]:
+    """Large enough that each matrix has a file of its own."""
+    rng = np.random.default_rng(seed)
+    return {
+        'params': {'kernel': jnp.asarray(rng.normal(size=(60, 70)).astype('f4'))},
+        'count': jnp.int32(seed),
+    }
+
+
+def abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+class Held(dict[str, Any]):
+    """JSON values whose writing waits for `release`: until then the save is not committed."""
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self.reached = threading.Event()
+        self.release = threading.Event()
+
+    def items(self) -> Iterable[tuple[str, Any]]:  # type: ignore[override]
+        self.reached.set()
+        assert self.release.wait(60)
+        return super().items()
+
+
+class Unwritable(dict[str, Any]):
+    """JSON values whose writing fails."""
+
+    def __init__(self, error: Exception):
+        super().__init__(x=1)
+        self._error = error
+
+    def items(self) -> Iterable[tuple[str, Any]]:  # type: ignore[override]
+        raise self._error

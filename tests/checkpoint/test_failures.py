@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saves that fail: told soon, with the cause; what lasts ends the run, what passes does not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+from tests import command
+from tests.checkpoint.examples import Held, Unwritable, abstract, state
+from trainer.checkpoint.errors import SaveError, first_line, may_pass
+from trainer.checkpoint.manager import Checkpoints, Retention
+
+
+def failing(directory: pathlib.Path, error: Exception) -> Checkpoints:
+    """Checkpoints with one good save, and a second one that has failed in the background."""
+    checkpoints = Checkpoints(directory, Retention())
+    checkpoints.save(1, state(1), {})
+    checkpoints.save(2, state(2), {'bad': Unwritable(error)})
+    assert checkpoints._in_flight is not None
+    assert checkpoints._in_flight[1].exception() is not None
+    return checkpoints
+
+
+def eio() -> OSError:
+    return OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def no_space() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize('notice', ['check', 'wait', 'close', 'save'])
+def test_what_lasts_is_an_error_with_the_cause(tmp_path: pathlib.Path, notice: str) -> None:
+    checkpoints = failing(tmp_path, no_space())
+    with pytest.raises(SaveError) as error:
+        if notice == 'save':
+            checkpoints.save(3, state(3), {})
+        else:
+            getattr(checkpoints, notice)()
+    assert str(error.value) == (
+        f'the save of step 2 in {tmp_path} failed (OSError: [Errno 28] No space left on device).\n'
+        'Once the cause is mended, the same command goes on from step 1.'
+    )
+    assert error.value.exit_code == 1
+    # It was told once, and nothing more was tried.
+    checkpoints.close()
+    assert checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize('notice', ['check', 'save'])
+def test_what_may_pass_is_a_warning_and_the_next_save_tries_again(
+    tmp_path: pathlib.Path, notice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = failing(tmp_path, eio())
+    with caplog.at_level(logging.WARNING, 'trainer'):
+        if notice == 'check':
+            checkpoints.check()
+            assert not checkpoints.has(2)
+        checkpoints.save(3, state(3), {})
+    (record,) = (r for r in caplog.records if r.name == 'trainer')
+    assert 'the save of step 2' in record.message and 'Input/output error' in record.message
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 3]
+    assert int(checkpoints.restore(3, abstract(state()))['count']) == 3
+
+
+def test_at_the_end_every_failure_is_an_error(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(SaveError, match='Input/output error'):
+        failing(tmp_path, eio()).close()
+
+
+def test_a_failed_step_can_be_saved_again(tmp_path: pathlib.Path) -> None:
+    before = set(threading.enumerate())
+    checkpoints = failing(tmp_path, TypeError('not JSON'))
+    with pytest.raises(SaveError, match='TypeError: not JSON'):
+        checkpoints.check()
+    # Orbax's threads for the other parts of that step still write them.
+    command.wait_for(lambda: set(threading.enumerate()) <= before)
+    checkpoints.save(2, state(20), {})
+    checkpoints.close()
+    assert int(checkpoints.restore(2, abstract(state()))['count']) == 20
+
+
+def test_a_look_at_a_save_that_is_being_written_does_not_wait(tmp_path: pathlib.Path) -> None:
+    checkpoints, held = Checkpoints(tmp_path, Retention()), Held(x=1)
+    checkpoints.check()
+    checkpoints.save(1, state(), {'held': held})
+    assert held.reached.wait(60)
+    checkpoints.check()
+    assert checkpoints.has(1) and checkpoints.steps() == []
+    held.release.set()
+    checkpoints.wait()
+    checkpoints.check()
+    assert checkpoints.steps() == [1]
+
+
+def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path: pathlib.Path) -> None:
+    """Orbax alone waits ten minutes for the directory that it could not make."""
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention())
+    checkpoints.save(1, state(), {})
+    checkpoints.wait()
+    (tmp_path / 'checkpoints').rename(tmp_path / 'moved')
+    (tmp_path / 'checkpoints').write_text('a file')
+    checkpoints.save(2, state(), {})
+    with pytest.raises(SaveError, match='goes on from the beginning: no checkpoint is there'):
+        checkpoints.wait()
+
+
+@pytest.mark.parametrize(
+    ('error', 'expected'),
+    [
+        (eio(), True),
+        (TimeoutError(errno.ETIMEDOUT, 'timed out'), True),
+        (ValueError("UNKNOWN: failed [os_error_code='116']"), True),
+        (no_space(), False),
+        (PermissionError(errno.EACCES, 'denied'), False),
+        (ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']"), False),
+        (TypeError('a bug'), False),
+    ],
+)
+def test_what_may_pass(error: Exception, expected: bool) -> None:
+    assert may_pass(error) == expected
+
+
+def test_pages_of_details_become_a_line_with_the_cause() -> None:
+    text = first_line(ValueError('start ' + 'x' * 900 + ' the cause\nand pages of details'))
+    assert text.startswith('ValueError: start x') and text.endswith('x the cause')
+    assert len(text) < 330
+    assert first_line(KeyError()) == 'KeyError: '
+
+
+def test_a_full_disk_ends_the_run(tmp_path: pathlib.Path) -> None:
+    """No file may grow beyond 100 kB, and the state is 400."""
+    workdir = tmp_path / 'run'
+    args = [
+        command.MLP, *command.SMALL, f'--workdir={workdir}', '--config.train_for=50000steps',
+        '--config.checkpoint.every=2000steps', '--config.log.every=100steps',
+        '--config.evals={}', '--config.log.tensorboard=False',
+    ]  # fmt: skip
+    python = ['bash', '-c', 'ulimit -f 100; exec "$@"', '-', sys.executable]
+    done = subprocess.run(
+        [*python, '-m', 'trainer.main', *args],
+        cwd=command.ROOT,
+        env={**os.environ, 'XLA_FLAGS': ''},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(f'Error: the save of step 2000 in {workdir}/checkpoints failed (')
+    assert 'File too large' in done.stderr
+    assert 'Traceback' not in done.stderr
+    assert done.stderr.count('failed') == 1
+    assert command.rows(workdir)[-1]['step'] < 50_000
+    assert not (workdir / 'result.json').exists()
+
+
+EVENTS: list[tuple[str, int]] = []
+
+
+def spoil(event: Any) -> None:
+    """Puts a file in the place of the checkpoints, and waits until the save has met it."""
+    EVENTS.append((event.kind, event.step))
+    if event.kind == 'start':
+        (pathlib.Path(event.workdir) / 'checkpoints').write_text('a file')
+    if event.kind == 'save':
+        command.wait_for(
+            lambda: not any(t.name.startswith('checkpoint') for t in threading.enumerate())
+        )
+
+
+def test_the_next_log_event_ends_the_run(tmp_path: pathlib.Path) -> None:
+    from trainer.experiment import load_and_build
+    from trainer.trainer import Trainer
+
+    EVENTS.clear()
+    experiment = load_and_build(
+        str(command.ROOT / 'configs' / 'mnist_mlp.py'),
+        train_for='500 steps', checkpoint__every='25 steps', log__every='10 steps',
+        evals__test__every='never', data__source__limit=640,
+        hooks={'spoil': {'ref': f'{__name__}:spoil'}},
+    )  # fmt: skip
+    with pytest.raises(SaveError, match='the save of step 25'):
+        Trainer(experiment, str(tmp_path)).fit()
+    assert EVENTS == [('start', 0), ('log', 10), ('log', 20), ('save', 25)]
+    assert json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])['step'] <= 30

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints as a user meets them: by the command line, and in a notebook that fits often."""
+
+from __future__ import annotations
+
+import gc
+import pathlib
+import re
+import threading
+
+import pytest
+
+from tests import command
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+# The highest loss is that of the first evaluation: the best step is not the newest.
+WORST_IS_BEST = (
+    '--config.train_for=60steps',
+    '--config.checkpoint.every=20steps',
+    '--config.checkpoint.keep_last=1',
+    '--config.checkpoint.best={"metric": "eval/test/loss", "mode": "max"}',
+    '--config.evals.test.every=20steps',
+    '--config.log.every=20steps',
+)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp('trained') / 'run'
+    command.train(workdir, *WORST_IS_BEST)
+    return workdir
+
+
+def run_mode(workdir: pathlib.Path, *args: str) -> command.Finished:
+    return command.run(command.MLP, *command.SMALL, *WORST_IS_BEST, f'--workdir={workdir}', *args)
+
+
+def contents(directory: pathlib.Path) -> dict[str, bytes]:
+    files = (p for p in directory.rglob('*') if p.is_file())
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files}
+
+
+@pytest.mark.parametrize(('name', 'step'), [('best', 20), ('20', 20), ('60', 60), ('latest', 60)])
+def test_eval_of_a_step(trained: pathlib.Path, name: str, step: int) -> None:
+    """It finds the numbers that the run found at that step, and leaves the directory as it was."""
+    before = contents(trained)
+    done = run_mode(trained, '--mode=eval', f'--step={name}')
+    assert done.code == 0, done.err
+    assert f'checkpoint of step {step} in {trained}' in done.out
+    (then,) = (
+        row for row in command.rows(trained) if row['step'] == step and 'eval/test/loss' in row
+    )
+    for metric in ('loss', 'accuracy'):
+        found = re.search(rf'{metric} (\S+)', done.out)
+        assert found is not None
+        assert float(found[1]) == pytest.approx(then[f'eval/test/{metric}'], rel=1e-5)
+    assert contents(trained) == before
+
+
+def test_eval_of_a_step_that_is_not_there(trained: pathlib.Path) -> None:
+    done = run_mode(trained, '--mode=eval', '--step=40')
+    assert done.code == 2
+    assert "no checkpoint '40'" in done.err and 'there: 20, 60' in done.err
+
+
+def test_another_model_is_told_leaf_by_leaf(trained: pathlib.Path) -> None:
+    done = run_mode(trained, '--mode=eval', '--config.model.features=(32, 10)')
+    assert done.code == 2
+    assert (
+        'params/Dense_0/kernel: float32[784, 64] in the checkpoint, float32[784, 32] in' in done.err
+    )
+    assert 'Traceback' not in done.err
+
+
+def test_a_damaged_checkpoint_is_told_with_its_exit_code(trained: pathlib.Path) -> None:
+    (path,) = (trained / 'checkpoints' / '20' / 'state').glob('_METADATA')
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    done = run_mode(trained, '--mode=eval', '--step=20')
+    path.write_bytes(whole)
+    assert done.code == 65
+    assert done.err.startswith(f'Error: {trained}/checkpoints/20 is damaged: ')
+    assert 'Traceback' not in done.err
+
+
+def test_many_fits_leave_no_more_threads_than_one(tmp_path: pathlib.Path) -> None:
+    trainers = []
+
+    def fit(name: str) -> set[threading.Thread]:
+        experiment = load_and_build(
+            str(command.ROOT / 'configs' / 'mnist_mlp.py'), train_for='6 steps',
+            data__source__limit=640, evals__test__data__source__limit=100,
+            checkpoint__every='2 steps',
+        )  # fmt: skip
+        trainers.append(Trainer(experiment, str(tmp_path / name)))
+        trainers[-1].fit(max_steps=4)
+        trainers[-1].fit()
+        trainers[-1].restore('latest')
+        return set(threading.enumerate())
+
+    gc.collect()
+    after_one = fit('one')
+    fit('two')
+    after_three = fit('three')
+    assert len(after_three) <= len(after_one), after_three - after_one

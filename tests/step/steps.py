@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a user's own, for the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def same(state: Any, batch: Any, ctx: Any) -> Any:
+    """The default step, put together from its two halves."""
+    grads, collections, metrics = ctx.gradients(state, batch)
+    state, more = ctx.update(state, grads, collections)
+    return state, {**metrics, **more}
+
+
+def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
+    """The default step, written out."""
+
+    def loss_fn(params: Any) -> Any:
+        model = ctx.bind(params, state.collections)
+        output = ctx.task(model, batch)
+        return ctx.loss(output), (model.collections, ctx.task.measure(output))
+
+    grads, (collections, measured) = jax.grad(loss_fn, has_aux=True)(state.params)
+    updates, opt_state = ctx.tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    state = state.replace(params=params, opt_state=opt_state, collections=collections)
+    return state, measured
+
+
+def make_by_hand() -> Any:
+    """A target that makes a step."""
+    return by_hand
+
+
+def sam(state: Any, batch: Any, ctx: Any, *, rho: float, kind: str = 'l2') -> Any:
+    """Two gradients a step, an argument of its own, and metrics of every kind."""
+    del kind
+    ascent, _, _ = ctx.gradients(state, batch)
+    norm = optax.tree.norm(ascent)
+    worst = jax.tree.map(lambda p, g: p + rho / norm * g, state.params, ascent)
+    grads, collections, metrics = ctx.gradients(state.replace(params=worst), batch)
+    state, _ = ctx.update(state.replace(params=state.params), grads, collections)
+    noise = jax.random.uniform(ctx.rng('noise'))
+    return state, {
+        **metrics,
+        'ascent/norm': norm,
+        'inner': {'noise': noise, 'two': 2},
+        'mean': clu.metrics.Average.from_model_output(jnp.arange(3.0)),
+    }
+
+
+def twice(state: Any, batch: Any, ctx: Any) -> Any:
+    """Two updates on one batch."""
+    for _ in range(2):
+        grads, collections, _ = ctx.gradients(state, batch)
+        state, _ = ctx.update(state, grads, collections)
+    return state, {}
+
+
+def changes_dtype(state: Any, batch: Any, ctx: Any) -> Any:
+    """A mistake."""
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.params)
+    return state.replace(params=half), {}
+
+
+def drops_state(state: Any, batch: Any, ctx: Any) -> Any:
+    """A mistake."""
+    return state.params, {}
+
+
+def metric_is_vector(state: Any, batch: Any, ctx: Any) -> Any:
+    """A mistake."""
+    return state, {'a': {'b': jnp.ones(3)}}
+
+
+def metrics_is_scalar(state: Any, batch: Any, ctx: Any) -> Any:
+    """A mistake."""
+    return state, jnp.ones(())
+
+
+def takes_two(state: Any, batch: Any) -> Any:
+    """A mistake."""
+    return state, {}

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`config.step`: a step of the user's own in the place of ours."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.parallel.mesh import batch_sharding
+from trainer.step.context import StepContext
+from trainer.step.tasks import TaskOutput
+from trainer.trainer import Trainer
+
+MNIST = str(ROOT / 'configs' / 'mnist_mlp.py')
+
+
+def trainer(workdir: pathlib.Path | None = None, **overrides: Any) -> Trainer:
+    options: dict[str, Any] = {
+        'train_for': '30 steps',
+        'data__source__limit': 640,
+        'evals__test__data__source__limit': 64,
+        'model__features': (8, 10),
+        'model__dropout_rate': 0.3,
+        'model__batch_norm': True,
+        'checkpoint__every': '10 steps',
+        'log__every': '5 steps',
+    }
+    experiment = load_and_build(MNIST, **{**options, **overrides})
+    return Trainer(experiment, None if workdir is None else str(workdir))
+
+
+def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith('_per_sec')} for row in lines]
+
+
+def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    return [row for row in rows(workdir) if any(name.startswith('train/') for name in row)]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize('options', [{}, {'accumulate': 2, 'ema__decay': 0.9}])
+def test_the_same_step_gives_the_same_run(tmp_path: pathlib.Path, options: Any) -> None:
+    """State and rows, bit for bit."""
+    ours = trainer(tmp_path / 'ours', **options).fit()
+    step = {'ref': 'tests.step.steps:same'}
+    theirs = trainer(tmp_path / 'theirs', step=step, **options).fit()
+    assert_same(ours.state, theirs.state)
+    assert rows(tmp_path / 'ours') == rows(tmp_path / 'theirs')
+
+
+@pytest.mark.parametrize(
+    'step', [{'ref': 'tests.step.steps:by_hand'}, {'target': 'tests.step.steps:make_by_hand'}]
+)
+def test_a_step_written_by_hand_gives_the_same_parameters(
+    tmp_path: pathlib.Path, step: dict[str, str]
+) -> None:
+    """Dropout, batch statistics and the optimizer are those of the default step."""
+    ours, theirs = trainer().fit().state, trainer(tmp_path, step=step).fit().state
+    for name in ('step', 'params', 'opt_state', 'collections'):
+        assert_same(getattr(ours, name), getattr(theirs, name))
+    assert {'train/loss', 'train/accuracy'} <= set(logged(tmp_path)[-1])
+    assert 'train/grad_norm' not in logged(tmp_path)[-1]
+
+
+SAM = {'target': 'tests.step.steps:sam', 'rho': 0.05}
+
+
+def test_arguments_metrics_and_resume(tmp_path: pathlib.Path) -> None:
+    """A target that is the step itself takes the other arguments; fused steps and resume work."""
+    whole = trainer(tmp_path / 'whole', step=SAM).fit()
+    trainer(tmp_path / 'cut', step=SAM).fit(max_steps=17)
+    cut = trainer(tmp_path / 'cut', step=SAM).fit()
+    assert_same(whole.state, cut.state)
+    assert rows(tmp_path / 'whole') == rows(tmp_path / 'cut')
+    fused = trainer(tmp_path / 'fused', step=SAM, steps_per_call=5).fit()
+    assert_same(whole.state, fused.state)
+    last = logged(tmp_path / 'cut')[-1]
+    assert last['train/inner/two'] == 2.0
+    assert last['train/mean'] == 1.0
+    assert 0.0 < last['train/inner/noise'] < 1.0
+    assert last['train/ascent/norm'] > 0.0
+    other = trainer(step={**SAM, 'rho': 0.5}).fit()
+    assert not np.array_equal(
+        other.state.params['Dense_0']['kernel'], whole.state.params['Dense_0']['kernel']
+    )
+
+
+def test_scalars_are_means_over_the_steps_since_the_last_row(tmp_path: pathlib.Path) -> None:
+    each = trainer(tmp_path / 'each', step=SAM, log__every='1 step', train_for='10 steps')
+    each.fit()
+    norms = [row['train/ascent/norm'] for row in logged(tmp_path / 'each')]
+    trainer(tmp_path / 'five', step=SAM, train_for='10 steps').fit()
+    means = [row['train/ascent/norm'] for row in logged(tmp_path / 'five')]
+    np.testing.assert_allclose(means, np.reshape(norms, (2, 5)).mean(1), rtol=1e-5)
+
+
+def test_step_counts_batches_however_many_updates_are_made() -> None:
+    state = trainer(step={'ref': 'tests.step.steps:twice'}, optimizer__target='optax:adam').fit()
+    assert int(state.state.step) == 30
+    assert int(state.state.opt_state[0].count) == 60
+
+
+def test_a_step_runs_sharded_and_donates_its_state() -> None:
+    """On eight devices, where the batch is spread over them."""
+    run = trainer(step=SAM)
+    state = run.init_state()
+    batch = {name: x[0] for name, x in run.experiment.data.block(0, 1).arrays.items()}
+    new = run.programs.step(state, jax.device_put(batch, batch_sharding(run.mesh)))
+    assert state.params['Dense_0']['kernel'].is_deleted()
+    assert len(new.params['Dense_0']['kernel'].sharding.device_set) == 8
+
+
+@pytest.mark.parametrize(
+    ('step', 'message'),
+    [
+        (
+            {'ref': 'tests.step.steps:changes_dtype'},
+            r'shapes of the state: params/\S+: float32',
+        ),
+        ({'ref': 'tests.step.steps:drops_state'}, r'returns \(state, metrics\), the state made'),
+        ({'ref': 'tests.step.steps:metric_is_vector'}, r"metric 'a/b' must be a .*float32\[3\]"),
+        ({'ref': 'tests.step.steps:metrics_is_scalar'}, r'in a dict by name; got float32\[\]'),
+        ({'ref': 'tests.step.steps:takes_two'}, r'expected a function \(state, batch, ctx\)'),
+        ({'target': 'tests.step.steps:takes_two'}, 'config.step.state is missing'),
+        ({'target': 'tests.step.steps:sam'}, 'config.step.rho is missing'),
+        ({**SAM, 'rhoo': 1.0}, 'Did you mean config.step.rho?'),
+        ({'ref': 'tests.step.steps:sma'}, 'Did you mean tests.step.steps:sam?'),
+    ],
+)
+def test_mistakes_are_told(step: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(step=step).init_state()
+
+
+def test_loss_is_that_of_the_default_step() -> None:
+    """A batch of padding alone gives 0, not NaN; penalties come on top."""
+    # It needs nothing of the run.
+    nothing: Any = None
+    ctx = StepContext(nothing, nothing)
+    loss, weights = jnp.array([1.0, 3.0]), jnp.array([3.0, 1.0])
+    output = TaskOutput(loss=loss, weights=weights, penalties={'l2': jnp.float32(0.5)})
+    assert ctx.loss(output) == 2.0
+    assert ctx.loss(output.replace(weights=jnp.zeros(2), penalties={})) == 0.0
+    two = output.replace(loss={'a': loss, 'b': 2 * loss}, weights={'a': weights, 'b': weights})
+    assert ctx.loss(two) == {'a': 2.0, 'b': 3.5}

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong with a checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+# A file system that was away for a while; a full disk or a missing right stays as it is.
+_PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN}
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be trusted: unreadable, or other arrays than those saved."""
+
+    exit_code = 65
+
+
+class SaveError(CheckpointError):
+    """A save that failed; the checkpoints before it are as they were.
+
+    Attributes:
+        may_pass: whether a later save may succeed although nobody mends anything.
+    """
+
+    exit_code = 1
+
+    def __init__(self, text: str, *, may_pass: bool):
+        """Takes the complete text to print."""
+        super().__init__(text)
+        self.may_pass = may_pass
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether an error of a save is one that goes away by itself."""
+    code = getattr(error, 'errno', None)
+    # TensorStore tells the number in its message only.
+    in_text = re.search(r"os_error_code='(\d+)'", str(error))
+    return (int(in_text[1]) if in_text else code) in _PASSING
+
+
+def first_line(error: BaseException) -> str:
+    """Returns 'ValueError: text', without the pages that TensorStore adds, its end kept."""
+    line = (str(error).splitlines() or [''])[0]
+    short = line if len(line) <= 300 else f'{line[:100]} ... {line[-200:]}'
+    return f'{type(error).__name__}: {short}'

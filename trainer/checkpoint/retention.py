@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoints are kept, and which of them is the best."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from trainer.config.durations import Periodic
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention:
+    """Which checkpoints are kept; the newest always are.
+
+    Attributes:
+        keep_last: how many of the newest.
+        keep_every: all at these steps too, or None.
+        best_metric: flat name of the metric ('eval/test/accuracy') whose best step is kept too.
+        best_mode: 'max' or 'min'.
+    """
+
+    keep_last: int = 2
+    keep_every: Periodic | None = None
+    best_metric: str | None = None
+    best_mode: str = 'max'
+
+    def score(self, meta: Mapping[str, Any]) -> float:
+        """Returns a number that is higher for better.
+
+        A NaN is never the best, nor is a metric of an evaluation that did not run at this very
+        step: those weights were never measured.
+        """
+        metric = self.best_metric or ''
+        measured = metric.split('/')[1:2] and metric.split('/')[1] in meta.get('evaluated', ())
+        value = meta.get('metrics', {}).get(metric, math.nan) if measured else math.nan
+        if value is None or math.isnan(value):
+            return -math.inf
+        return value if self.best_mode == 'max' else -value
+
+    def best(self, steps: Iterable[int], score: Callable[[int], float]) -> int | None:
+        """Returns the step of the highest score, the newest of equals; None if none has one."""
+        scored = [(score(step), step) for step in steps]
+        return max((pair for pair in scored if pair[0] > -math.inf), default=(0, None))[1]
+
+    def kept(self, steps: Iterable[int], score: Callable[[int], float]) -> set[int]:
+        """Returns the steps that stay.
+
+        Args:
+            steps: all that there are.
+            score: of a step, as `score` returns it for the step's `meta`.
+        """
+        ordered = sorted(steps)
+        kept = set(ordered[-max(1, self.keep_last) :])
+        if self.keep_every is not None:
+            kept.update(step for step in ordered if self.keep_every.due(step))
+        best = None if self.best_metric is None else self.best(ordered, score)
+        return kept if best is None else kept | {best}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Retention as a preservation policy of Orbax."""
+
+    retention: Retention
+    score: Callable[[int], float]
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """Returns one boolean for each checkpoint."""
+        kept = self.retention.kept((info.step for info in checkpoints), self.score)
+        return [info.step in kept for info in checkpoints]

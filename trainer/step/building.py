@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From `config.optimizer` and `config.step` to the objects that a train step is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trainer.config import durations, targets
+from trainer.config.durations import Clock
+from trainer.config.errors import UserError
+from trainer.config.sections import GroupSection, Node, OptimizerSection
+from trainer.step.context import StepFunction, default_step
+from trainer.step.optimizer import Group, Optimizer, RegexMask
+
+_OPTIMIZER, _STEP = 'config.optimizer', 'config.step'
+
+# What a step is called with. A target that takes these is the step itself, and not its maker.
+_STEP_ARGUMENTS = ('state', 'batch', 'ctx')
+
+
+def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIMIZER) -> None:
+    """Checks every name and argument, without calling anything.
+
+    Raises:
+        UserError: for one that does not exist or does not fit.
+    """
+    groups = section.groups if isinstance(section, OptimizerSection) else {}
+    for name, group in groups.items():
+        check_optimizer(group, f'{path}.groups.{name}')
+    if not groups:
+        if 'target' not in section.node:
+            raise UserError(f"{path}.target is missing; name an optimizer, such as 'optax:sgd'")
+        targets.check(section.node, path)
+        return
+    given = [*section.node, *(['decay_mask'] if section.decay_mask is not None else [])]
+    if given:
+        raise UserError(
+            f'{path}.{given[0]}: with {path}.groups each group has an optimizer of its own, and '
+            f'this key stands there, as in {path}.groups.{next(iter(groups))}.{given[0]}'
+        )
+
+
+def optimizer(section: OptimizerSection, clock: Clock) -> tuple[Optimizer, dict[str, int]]:
+    """Returns the optimizer, and the steps of each duration inside it by config path.
+
+    Raises:
+        UserError: for an argument that does not fit.
+    """
+    if not section.groups:
+        made, steps = _one_optimizer(section, clock, _OPTIMIZER)
+        return dataclasses.replace(made, freeze=_patterns(section.freeze)), steps
+    groups: dict[str, Group] = {}
+    steps = {}
+    for name, group in section.groups.items():
+        made, more = _one_optimizer(group, clock, f'{_OPTIMIZER}.groups.{name}')
+        groups[name] = Group(params=_patterns(group.params), optimizer=made, loss=group.loss)
+        steps.update(more)
+    whole = Optimizer(
+        groups=groups,
+        clip_norm=section.clip_norm,
+        freeze=_patterns(section.freeze),
+        lr_multipliers=section.lr_multipliers or (),
+    )
+    return whole, steps
+
+
+def _one_optimizer(
+    section: OptimizerSection | GroupSection, clock: Clock, path: str
+) -> tuple[Optimizer, dict[str, int]]:
+    node, steps = durations.resolve(section.node, clock, path)
+    if section.decay_mask is not None:
+        parameters, _ = targets.arguments(targets.resolve(node['target'], f'{path}.target'))
+        if 'mask' not in parameters:
+            raise UserError(
+                f'{path}.decay_mask: {node["target"]} has no weight decay to mask (no argument '
+                "'mask'); optax:adamw has"
+            )
+        node['mask'] = RegexMask(_patterns(section.decay_mask))
+    learning_rate = _find_learning_rate(node)
+    if isinstance(learning_rate, Mapping):
+        # One schedule object for the optimizer and for the logged value.
+        learning_rate = targets.instantiate(learning_rate, f'{path}.learning_rate')
+        node['learning_rate'] = learning_rate
+    return Optimizer(
+        base=targets.instantiate(node, path),
+        learning_rate=_as_schedule(learning_rate),
+        clip_norm=section.clip_norm,
+        lr_multipliers=section.lr_multipliers or (),
+        path=path,
+    ), steps
+
+
+def _find_learning_rate(node: Any) -> Any:
+    """Returns the learning rate of a node, of the first of its parts that has one, or None."""
+    if isinstance(node, Mapping):
+        if 'learning_rate' in node:
+            return node['learning_rate']
+        if str(node.get('target', '')).endswith(':scale_by_learning_rate') and node.get('args'):
+            return node['args'][0]
+        node = node.get('args', ())
+    if isinstance(node, (tuple, list)):
+        found = (_find_learning_rate(part) for part in node)
+        return next((rate for rate in found if rate is not None), None)
+    return None
+
+
+def _as_schedule(value: Any) -> Callable[[Any], Any] | None:
+    if value is None or callable(value):
+        return value
+    return lambda step: value
+
+
+def _patterns(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def check_step(node: Node | None) -> None:
+    """Checks the name and the arguments of `config.step`, without calling anything.
+
+    Raises:
+        UserError: for one that does not exist or does not fit.
+    """
+    if node is not None:
+        own = dict.fromkeys(_STEP_ARGUMENTS) if _is_step(node) else {}
+        targets.check({**node, **own}, _STEP)
+
+
+def step_function(node: Node | None) -> StepFunction:
+    """Returns the function of a step: what `ref` names, or `target` makes, or `target` itself.
+
+    A target that takes `state`, `batch` and `ctx` is the step, and its other arguments are those of
+    the config; any other target is called, and makes it.
+
+    Raises:
+        UserError: if it is no function of these three.
+    """
+    if node is None:
+        return default_step
+    if _is_step(node):
+        rest = {name: value for name, value in node.items() if name not in targets.RESERVED}
+        target = targets.resolve(node['target'], f'{_STEP}.target')
+        return functools.partial(target, **targets.instantiate(rest, _STEP))
+    function = targets.instantiate(node, _STEP)
+    try:
+        inspect.signature(function).bind(*_STEP_ARGUMENTS)
+    except TypeError as error:
+        raise UserError(
+            f'{_STEP}: expected a function (state, batch, ctx) -> (state, metrics), or what makes '
+            f'one; got {function!r} ({error})'
+        ) from error
+    return function
+
+
+def _is_step(node: Node) -> bool:
+    if 'target' not in node:
+        return False
+    known, _ = targets.arguments(targets.resolve(node['target'], f'{_STEP}.target'))
+    return all(name in known for name in _STEP_ARGUMENTS)

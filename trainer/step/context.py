@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a step of your own is made of: `config.step` names a function `(state, batch, ctx)`.
+
+It returns the new state and metrics, and is compiled, sharded, fused, saved and logged like the
+default one, which is such a function too::
+
+    def default_step(state, batch, ctx):
+        grads, collections, metrics = ctx.gradients(state, batch)
+        state, more = ctx.update(state, grads, collections)
+        return state, {**metrics, **more}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from trainer.config.errors import UserError
+from trainer.modules.linen import BoundModel
+from trainer.step.metrics import WeightedMean
+from trainer.step.optimizer import Optimizer
+from trainer.step.rng import Keys
+from trainer.step.state import TrainState, changes, describe
+from trainer.step.task_runner import TaskRunner, inverse, is_metric, loss_sums
+from trainer.step.tasks import ONLY_LOSS, TaskOutput
+
+if TYPE_CHECKING:
+    from trainer.step.train_step import TrainStep
+
+Batch = Mapping[str, jax.Array]
+StepFunction = Callable[[TrainState, Batch, 'StepContext'], tuple[TrainState, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+    """The parts of a step. A function uses those that it wants, and writes the others itself.
+
+    Attributes:
+        train_step: the run's own step, with its model, seed, `accumulate` and `ema_decay`.
+        state: the state at the beginning of this step.
+    """
+
+    train_step: TrainStep
+    state: TrainState
+
+    @property
+    def task(self) -> TaskRunner:
+        """The task, as `task(model, batch) -> TaskOutput`: weights set, 0 for rows of padding."""
+        return self.train_step.task
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What the config says of the optimizer."""
+        return self.train_step.optimizer
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The complete transformation: clipping, groups, multipliers and frozen parameters."""
+        return self.optimizer.transformation(self.state.params)
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.train_step.seed
+
+    def keys(self, index: int | jax.Array = 0) -> Keys:
+        """Returns the random keys of this step; another index, other keys."""
+        return Keys(seed=self.seed, mode='train', step=self.state.step, index=index)
+
+    def rng(self, name: str, index: int | jax.Array = 0) -> jax.Array:
+        """Returns the random key of the stream `name` in this step."""
+        return self.keys(index).stream(name)
+
+    def bind(
+        self,
+        params: Any = None,
+        collections: Mapping[str, Any] | None = None,
+        *,
+        index: int | jax.Array = 0,
+    ) -> BoundModel:
+        """Returns the model that a task calls, in training mode.
+
+        Args:
+            params: parameters; by default those at the beginning of this step.
+            collections: the other variables, likewise. What the calls make of them is in the
+                model's `collections` afterwards.
+            index: of its random keys. Models of the same index draw the same dropout mask.
+        """
+        params = self.state.params if params is None else params
+        collections = self.state.collections if collections is None else collections
+        variables = {'params': params, **collections}
+        return self.train_step.model.bind(variables, self.keys(index), ema=self.state.ema)
+
+    def loss(self, output: TaskOutput) -> Any:
+        """Returns the scalar that the default step minimises; of named losses a dict of scalars."""
+        totals, weights = loss_sums(output)
+        penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
+        losses = {name: totals[name] * inverse(weights[name]) + penalty for name in totals}
+        return losses if isinstance(output.loss, Mapping) else losses[ONLY_LOSS]
+
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Any], Any]:
+        """Returns the gradients of the default step, accumulated in slices if the config says so.
+
+        Returns:
+            Gradients like `state.params`, the collections that the forward pass made, and the
+            task's metrics.
+        """
+        return self.train_step.gradients(state, batch)
+
+    def update(
+        self, state: TrainState, grads: Any, collections: Mapping[str, Any] | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the state after the optimizer's update and the moving average's, and metrics.
+
+        Args:
+            state: the state before.
+            grads: pytree like its parameters.
+            collections: all other variables, if they change.
+        """
+        collections = state.collections if collections is None else collections
+        return self.train_step.update(state, grads, collections)
+
+
+def default_step(
+    state: TrainState, batch: Batch, ctx: StepContext
+) -> tuple[TrainState, dict[str, Any]]:
+    """The step of a config without `step`: one gradient, one update."""
+    grads, collections, metrics = ctx.gradients(state, batch)
+    state, more = ctx.update(state, grads, collections)
+    return state, {**metrics, **more}
+
+
+def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any]]:
+    """Returns what a function of the user's returned, fit to go into the next step.
+
+    However many updates the function makes, `step` goes up by one: it counts batches.
+
+    Raises:
+        UserError: if it is not `(state, metrics)`, or the state's shapes have changed.
+    """
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], TrainState):
+        raise UserError(
+            'config.step: the function returns (state, metrics), the state made from the given '
+            f'one as in state.replace(params=...); got {_kind(result)}'
+        )
+    after = dataclasses.replace(result[0], step=before.step + 1, metrics=before.metrics)
+    found = changes(before, after)
+    if found:
+        raise UserError(f'config.step: the function changed the shapes of the state: {found}')
+    return after, _as_metrics(result[1])
+
+
+def empty_like(metrics: Any) -> Any:
+    """Returns accumulators that have seen nothing, for (abstract) metrics."""
+    return jax.tree.map(lambda metric: type(metric).empty(), metrics, is_leaf=is_metric)
+
+
+def _as_metrics(metrics: Any) -> dict[str, Any]:
+    if isinstance(metrics, clu.metrics.Collection):
+        return {'task': metrics}
+    if not isinstance(metrics, Mapping):
+        raise UserError(
+            'config.step: the function returns (state, metrics), the metrics in a dict by name; '
+            f'got {_kind(metrics)}'
+        )
+    return {name: _as_metric(name, value) for name, value in metrics.items()}
+
+
+def _as_metric(name: str, value: Any) -> Any:
+    if is_metric(value):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _as_metric(f'{name}/{key}', each) for key, each in value.items()}
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, float, int)) and not jnp.ndim(value):
+        return WeightedMean.from_model_output(jnp.asarray(value))
+    raise UserError(
+        f'config.step: the metric {name!r} must be a scalar (the mean over the steps is logged) or '
+        f'a clu metric; got {_kind(value)}'
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f'({", ".join(map(_kind, value))})'
+    return describe(value) if hasattr(value, 'shape') else type(value).__name__
