@@ -23,7 +23,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
     to_float = dict(target='data.transforms:ToFloat', key='image')
     config.data = dict(
         source=dict(target='data.mnist:MNIST', split='train'),
-        transforms=(to_float,),
+        device_transforms=(to_float,),
         batch_size=32,
     )
     config.evals = dict(
@@ -31,7 +31,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
             every='1 epochs',
             data=dict(
                 source=dict(target='data.mnist:MNIST', split='test'),
-                transforms=(to_float,),
+                device_transforms=(to_float,),
                 batch_size=512,
             ),
         ),

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from trainer.config import loading, schema, suggest, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import EvalSection, Node, Sections
+from trainer.config.sections import DataSection, EvalDataSection, EvalSection, Node, Sections
 from trainer.events import Event
 from trainer.modules import Functional, functional
 from trainer.step import building
@@ -111,7 +112,8 @@ def build(loaded: LoadedConfig) -> Experiment:
 
     data = _train_loader(sections)
     clock = _clock(sections, data)
-    task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'))
+    transforms = _device_transforms(sections.data, 'config.data')
+    task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
     optimizer, schedule_steps = building.optimizer(sections.optimizer, clock)
     checkpoint, log = sections.checkpoint, sections.log
     return Experiment(
@@ -123,7 +125,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         task=task,
         data=data,
         evals={
-            name: _evaluation(name, section, sections, task)
+            name: _evaluation(name, section, sections, task.task)
             for name, section in sections.evals.items()
         },
         optimizer=optimizer,
@@ -214,6 +216,17 @@ def _train_loader(sections: Sections) -> Any:
     return targets.instantiate(node, path)
 
 
+def _device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:
+    transforms = targets.instantiate(data.device_transforms, f'{path}.device_transforms')
+    for index, transform in enumerate(transforms):
+        if 'rng' in inspect.signature(transform).parameters:
+            raise UserError(
+                f'{path}.device_transforms[{index}]: {transform!r} draws random numbers from '
+                f"numpy's generator; it belongs in {path}.transforms"
+            )
+    return tuple(transforms)
+
+
 def _clock(sections: Sections, data: Any) -> Clock:
     clock = Clock(batch_size=sections.data.batch_size, steps_per_epoch=data.steps_per_epoch)
     total = clock.steps(sections.train_for, path='config.train_for')
@@ -221,13 +234,13 @@ def _clock(sections: Sections, data: Any) -> Clock:
 
 
 def _evaluation(
-    name: str, section: EvalSection, sections: Sections, task: TaskRunner
+    name: str, section: EvalSection, sections: Sections, task: Callable[..., Any]
 ) -> Evaluation:
     path = f'config.evals.{name}'
     if section.ema and sections.ema is None:
         raise UserError(f'{path}.ema: this run keeps no average; set config.ema.decay')
     if section.task is not None:
-        task = TaskRunner.of(targets.instantiate(section.task, f'{path}.task'))
+        task = targets.instantiate(section.task, f'{path}.task')
     source = targets.instantiate(section.data.source, f'{path}.data.source')
     transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
     batch_size = section.data.batch_size or sections.data.batch_size
@@ -246,7 +259,7 @@ def _evaluation(
         every=section.every,
         final=section.final,
         ema=section.ema,
-        task=task,
+        task=TaskRunner.of(task, _device_transforms(section.data, f'{path}.data')),
         batch_size=_positive(batch_size, f'{path}.data.batch_size'),
         loader=loader,
     )

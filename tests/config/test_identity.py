@@ -44,7 +44,7 @@ def test_order_does_not_matter(order: tuple[tuple[str, str], ...]) -> None:
         ('train_for', '5 steps'), ('log.every', '1 steps'), ('log', '{"tensorboard": False}'),
         ('checkpoint.best.metric', 'eval/test/loss'), ('evals.test.every', 'never'),
         ('hooks', '{"a": {"target": "x:y"}}'), ('mesh.data', '2'), ('steps_per_call', '4'),
-        ('data.prefetch', '0'), ('evals.test.data.transforms[0].key', 'x'),
+        ('data.prefetch', '0'), ('evals.test.data.device_transforms[0].key', 'x'),
     ],
 )  # fmt: skip
 def test_what_leaves_the_run_the_same_does_not_show(free: tuple[str, str]) -> None:
@@ -123,8 +123,8 @@ def test_no_two_commands_meet() -> None:
         workdir(MERGE_A, ('optimizer.momentum', '0.7')),
         workdir(('optimizer.momentum', '0.7'), MERGE_A),
         workdir(('optimizer.momentum', '0.7')),
-        workdir(('data.transforms[0].key', 'x'), ('data.transforms', '()')),
-        workdir(('data.transforms', '()')),
+        workdir(('data.device_transforms[0].key', 'x'), ('data.device_transforms', '()')),
+        workdir(('data.device_transforms', '()')),
         workdir(('optimizer.target', 'optax:adam'), ('optimizer.target', 'optax:sgd')),
         workdir(('optimizer.target', 'optax:sgd')),
     ]

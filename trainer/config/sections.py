@@ -27,6 +27,7 @@ class DataSection:
     source: Node
     batch_size: int
     transforms: tuple[Node, ...] = ()
+    device_transforms: tuple[Node, ...] = ()
     remainder: Literal['carry', 'pad', 'drop'] = 'carry'
     shuffle: bool = True
     seed: int | None = None
@@ -42,6 +43,7 @@ class EvalDataSection:
     source: Node
     batch_size: int | None = None
     transforms: tuple[Node, ...] = ()
+    device_transforms: tuple[Node, ...] = ()
     loader: Node = dataclasses.field(default_factory=lambda: {'target': 'data.loader:EvalLoader'})
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
@@ -18,6 +18,8 @@ from trainer.step.tasks import METRIC_WEIGHTS, ONLY_LOSS, TaskOutput, as_output
 # The loader's mark of real rows in a padded batch: bool, (batch,).
 MASK = '_mask'
 
+Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskRunner:
@@ -27,22 +29,31 @@ class TaskRunner:
         task: called as `task(model, batch)`.
         metrics: the collection class. It is read from the task once: a property that makes a new
             class at every access would change the type of the state.
+        transforms: run over a batch on the devices, before the task sees it.
     """
 
     task: Callable[..., Any]
     metrics: type[clu.metrics.Collection] | None
+    transforms: tuple[Transform, ...] = ()
 
     @classmethod
-    def of(cls, task: Callable[..., Any]) -> TaskRunner:
+    def of(cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()) -> TaskRunner:
         """Returns the runner of a task object or of a plain function."""
-        return cls(task, getattr(task, 'metrics', None))
+        return cls(task, getattr(task, 'metrics', None), tuple(transforms))
+
+    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the batch as the task sees it: without the mask, and transformed."""
+        seen: Mapping[str, Any] = {name: x for name, x in batch.items() if name != MASK}
+        for transform in self.transforms:
+            seen = transform(seen)
+        return _Batch(seen)
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
         """Returns the task's output with `weights` always set, and 0 where a row is padding.
 
         Named losses have weights by name, an entry for the metrics among them.
         """
-        output = as_output(self.task(model, without_mask(batch)))
+        output = as_output(self.task(model, self.prepared(batch)))
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
         if not isinstance(loss, Mapping):
             return dataclasses.replace(output, weights=_set_weights(given, loss, mask))
@@ -111,11 +122,6 @@ class _Batch(dict[str, Any]):
             f'the task asks for batch[{name!r}], and a batch holds {fields}.\n'
             'Name the field in config.task, or rename it with a transform (data.transforms:Rename).'
         )
-
-
-def without_mask(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the batch as the user's code sees it."""
-    return _Batch((name, value) for name, value in batch.items() if name != MASK)
 
 
 def is_metric(node: Any) -> bool:

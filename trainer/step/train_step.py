@@ -24,7 +24,7 @@ from trainer.step.metrics import Last, WeightedMean
 from trainer.step.optimizer import Optimizer, Schedule
 from trainer.step.rng import Keys
 from trainer.step.state import TrainState
-from trainer.step.task_runner import TaskRunner, inverse, loss_sums, merge_metrics, without_mask
+from trainer.step.task_runner import TaskRunner, inverse, loss_sums, merge_metrics
 from trainer.step.tasks import TaskOutput
 
 
@@ -59,7 +59,9 @@ class TrainStep:
         # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
         variables = dict(
-            self.model.init(self.task.task, without_mask(batch), Keys(seed=self.seed, mode='init'))
+            self.model.init(
+                self.task.task, self.task.prepared(batch), Keys(seed=self.seed, mode='init')
+            )
         )
         params = variables.pop('params')
         state = TrainState(
