@@ -29,6 +29,39 @@ def _layer_norm(name: str, **dtypes: Any) -> nn.LayerNorm:
     return nn.LayerNorm(scale_init=scale, bias_init=bias, name=name, **dtypes)
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention whose heads may be spread over devices.
+
+    Flax's own (`nn.MultiHeadDotProductAttention`) has kernels of three dimensions that it makes
+    from two; their names cannot be kept while a mesh is set.
+
+    Attributes:
+        heads: they divide the width.
+        dtype: of the computation; None follows inputs and parameters.
+        param_dtype: of the parameters.
+    """
+
+    heads: int
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns (batch, length, width) for inputs of the same shape; for `mask` see `Block`."""
+        batch, length, width = x.shape
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+        init = nn.initializers.lecun_normal()
+
+        def project(name: str) -> jax.Array:
+            y = nn.Dense(width, kernel_init=_named(init, 'embed', 'heads'), name=name, **dtypes)(x)
+            y = y.reshape(batch, length, self.heads, width // self.heads)
+            return nn.with_logical_constraint(y, ('batch', 'length', 'heads', 'head_dim'))
+
+        query, key, value = (project(name) for name in ('query', 'key', 'value'))
+        y = nn.dot_product_attention(query, key, value, mask=mask).reshape(x.shape)
+        return nn.Dense(width, kernel_init=_named(init, 'heads', 'embed'), name='out', **dtypes)(y)
+
+
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual connection.
 
@@ -61,14 +94,7 @@ class Block(nn.Module):
         dropout = nn.Dropout(self.dropout_rate, deterministic=not self.train)
 
         y = _layer_norm('attention_norm', **dtypes)(x)
-        y = nn.MultiHeadDotProductAttention(
-            num_heads=self.heads,
-            kernel_init=_named(init, 'embed', 'heads', 'head_dim'),
-            out_kernel_init=_named(init, 'heads', 'head_dim', 'embed'),
-            deterministic=True,
-            name='attention',
-            **dtypes,
-        )(y, mask=mask)
+        y = Attention(heads=self.heads, name='attention', **dtypes)(y, mask)
         x = nn.with_logical_constraint(x + dropout(y), _ACTIVATIONS)
 
         y = _layer_norm('mlp_norm', **dtypes)(x)

@@ -3,6 +3,7 @@
 
     python tests/benchmarks/compare.py speed mlp [--pairs=5] [--steps=6000] [--config.key=value]
     python tests/benchmarks/compare.py speed cnn --steps=600
+    python tests/benchmarks/compare.py speed lm --steps=250
     python tests/benchmarks/compare.py start mlp        # process start to first step, cold and warm
     python tests/benchmarks/compare.py checkpoint       # the stall of a save, over a copy in memory
     python tests/benchmarks/compare.py input            # examples per second of the input pipeline
@@ -25,7 +26,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-CONFIGS = {'mlp': 'configs/mnist_mlp.py', 'cnn': 'configs/mnist.py'}
+CONFIGS = {'mlp': 'configs/mnist_mlp.py', 'cnn': 'configs/mnist.py', 'lm': 'configs/lm.py'}
 
 
 def main() -> None:

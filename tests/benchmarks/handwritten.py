@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop that a JAX user writes by hand: the other side of every speed comparison.
 
-    python tests/benchmarks/handwritten.py {mlp,cnn} --steps=3000
+    python tests/benchmarks/handwritten.py {mlp,cnn,lm} --steps=3000
 
 Linen, optax, `flax.training.train_state`, one jitted and donated step, numpy batches handed
-straight to it, the loss read every 100 steps. Prints one JSON object.
+straight to it, the loss read every 100 steps (50 for `lm`). Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import pathlib
 import resource
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -25,9 +26,10 @@ import numpy as np
 import optax
 from flax.training.train_state import TrainState
 
-_DATA = pathlib.Path(__file__).resolve().parents[2] / 'data' / 'mnist'
-_BATCH = 32
-_LOG_EVERY = 100
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_DATA = _ROOT / 'data' / 'mnist'
+_BATCH = {'mlp': 32, 'cnn': 32, 'lm': 8}
+_LOG_EVERY = {'mlp': 100, 'cnn': 100, 'lm': 50}
 
 
 class MLP(nn.Module):
@@ -52,12 +54,42 @@ class CNN(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(256)(x)))
 
 
+class Transformer(nn.Module):
+    """A decoder of 4 layers, width 256, for bytes."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Returns logits (batch, length, 256)."""
+        x = nn.Embed(256, 256)(tokens)
+        x = x + self.param('positions', nn.initializers.normal(0.02), (tokens.shape[1], 256))
+        mask = nn.make_causal_mask(tokens, dtype=bool)
+        for _ in range(4):
+            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=mask)
+            x = x + nn.Dense(256)(nn.gelu(nn.Dense(1024)(nn.LayerNorm()(x))))
+        return nn.Dense(256)(nn.LayerNorm()(x))
+
+
+def load_text() -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens (n, 128) and the tokens after them."""
+    sys.path.insert(0, str(_ROOT))
+    from data.text import python_source
+
+    arrays = python_source(128).gather(np.arange(20_000))
+    return arrays['inputs'], arrays['targets']
+
+
 def load(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns float images (n, 28, 28, 1) and labels (n,)."""
     images = gzip.decompress((_DATA / f'{split}-images-idx3-ubyte.gz').read_bytes())
     labels = gzip.decompress((_DATA / f'{split}-labels-idx1-ubyte.gz').read_bytes())
     x = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1).astype(np.float32) / 255
     return x, np.frombuffer(labels, np.uint8, offset=8).astype(np.int32)
+
+
+def optimizer() -> optax.GradientTransformation:
+    """Returns what trains the transformer."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, 2000)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.1))
 
 
 def train_step(state: TrainState, images: Any, labels: Any) -> tuple[TrainState, Any, Any]:
@@ -75,35 +107,36 @@ def train_step(state: TrainState, images: Any, labels: Any) -> tuple[TrainState,
 def main() -> None:
     """Trains and prints the figures."""
     parser = argparse.ArgumentParser()
-    parser.add_argument('model', choices=['mlp', 'cnn'])
+    parser.add_argument('model', choices=list(_BATCH))
     parser.add_argument('--steps', type=int, default=3000)
     parser.add_argument('--cache', default=None)
     args = parser.parse_args()
     if args.cache:
         jax.config.update('jax_compilation_cache_dir', args.cache)
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    images, labels = load('train')
-    model = {'mlp': MLP, 'cnn': CNN}[args.model]()
+    images, labels = load_text() if args.model == 'lm' else load('train')
+    model = {'mlp': MLP, 'cnn': CNN, 'lm': Transformer}[args.model]()
+    batch, log_every = _BATCH[args.model], _LOG_EVERY[args.model]
     params = model.init(jax.random.key(0), images[:1])['params']
-    tx = optax.sgd(0.01, momentum=0.9)
+    tx = optimizer() if args.model == 'lm' else optax.sgd(0.01, momentum=0.9)
     state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
     step_fn = jax.jit(train_step, donate_argnums=0)
     rng, order, position = np.random.default_rng(0), np.zeros(0, np.int64), 0
     rates, began, first = [], 0.0, 0.0
     for step in range(1, args.steps + 1):
-        if position + _BATCH > len(order):
+        if position + batch > len(order):
             order, position = rng.permutation(len(images)), 0
-        rows = order[position : position + _BATCH]
-        position += _BATCH
+        rows = order[position : position + batch]
+        position += batch
         state, loss, _ = step_fn(state, images[rows], labels[rows])
         if step == 1:
             jax.block_until_ready(loss)
             first = time.time() - float(os.environ.get('BENCHMARK_BEGAN', 'nan'))
-        if step % _LOG_EVERY == 0:
+        if step % log_every == 0:
             float(loss)
             now = time.perf_counter()
             if began:
-                rates.append(_LOG_EVERY / (now - began))
+                rates.append(log_every / (now - began))
             began = now
     figures = {
         'steps_per_sec': statistics.median(rates) if rates else None,

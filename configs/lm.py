@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small transformer that learns to write Python: the bytes of the standard library's source.
+
+    python -m trainer.main --config=configs/lm.py
+    python -m trainer.main --config=configs/lm.py --config.mesh='{"data": 2, "fsdp": 2, "model": 2}'
+
+The rules of `config.sharding` fit any mesh: an axis of size 1 cuts nothing. 'model' cuts heads and
+hidden units, 'fsdp' the rest of each parameter.
+"""
+
+import ml_collections
+
+
+def get_config(arg: str = '') -> ml_collections.ConfigDict:
+    """Returns the config; it takes no argument."""
+    del arg
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.train_for = '2000 steps'
+
+    config.model = dict(
+        target='models.transformer:Transformer', layers=4, width=256, heads=4, max_length=128
+    )
+    config.task = dict(target='trainer.step.tasks:Classification', image='inputs', label='targets')
+    config.optimizer = dict(
+        target='optax:adamw',
+        learning_rate=dict(
+            target='optax:warmup_cosine_decay_schedule',
+            init_value=0.0,
+            peak_value=1e-3,
+            warmup_steps='5%',
+            decay_steps='100%',
+        ),
+        weight_decay=0.1,
+        decay_mask='.*/kernel',
+        clip_norm=1.0,
+    )
+
+    source = dict(target='data.text:python_source', seq_len=128)
+    config.data = dict(source=dict(source, split='train'), batch_size=8)
+    config.evals = dict(
+        test=dict(
+            every='1000 steps',
+            data=dict(source=dict(source, split='test', limit=512), batch_size=32),
+        ),
+    )
+
+    config.mesh = dict(data=-1, fsdp=1, model=1)
+    config.sharding = (
+        dict(
+            target='trainer.parallel.sharding:ByName',
+            rules=(
+                ('batch', ('data', 'fsdp')),
+                ('vocab', ('fsdp', 'model')),
+                ('heads', 'model'),
+                ('mlp', 'model'),
+                ('embed', 'fsdp'),
+            ),
+        ),
+    )
+    config.checkpoint = dict(every='500 steps', keep_last=2)
+    config.log = dict(every='50 steps')
+    return config
