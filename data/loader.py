@@ -13,7 +13,7 @@ import numpy as np
 from . import transforms as transforms_lib
 from .digest import DataDigest
 from .order import PADDING, Order
-from .sources import Arrays, ArraySpec, Source
+from .sources import Arrays, ArraySpec, Source, check_rows, check_source
 
 # Marks the real rows of a batch that may be padded: bool, (batch,).
 MASK = '_mask'
@@ -34,6 +34,9 @@ class Block:
 
 class TrainLoader:
     """Training batches as a pure function of their position.
+
+    A row of padding (`remainder='pad'`) holds the example of its batch's first row, and `_mask` is
+    false there. Not zeros: whoever divides by a row's norm would get NaN, and 0 x NaN is no 0.
 
     Attributes:
         batch_size: rows of a global batch.
@@ -63,10 +66,17 @@ class TrainLoader:
             repeat_batch: use only the first so many batches, over and over, to see a model overfit.
 
         Raises:
-            ValueError: if there is not a single batch, or an argument is out of its range.
+            ValueError: if there is not a single batch, the source does not keep to what a `Source`
+                is, or an argument is out of its range.
         """
         if repeat_batch is not None and repeat_batch < 1:
             raise ValueError(f'repeat_batch: {repeat_batch} batches; expected at least 1, or None')
+        check_source(source)
+        if not len(source):
+            raise ValueError(
+                f'the source {type(source).__name__} is empty; name a split or files that have '
+                'examples'
+            )
         self.batch_size = batch_size
         self._source = source
         self._transforms = tuple(transforms)
@@ -110,8 +120,8 @@ class TrainLoader:
             ids, epochs = self._order.rows(0, self._repeat)
             again = np.arange(start, start + count) % self._repeat
             ids, epochs = ids[again], epochs[again]
-        ids, epochs = ids[:, rows], epochs[:, rows]
-        arrays = _read(self._source, self._transforms, self._seed, ids, epochs)
+        first, ids, epochs = ids[:, 0], ids[:, rows], epochs[:, rows]
+        arrays = _read(self._source, self._transforms, self._seed, ids, epochs, first)
         if self._order.remainder == 'pad':
             arrays = _masked(arrays, ids)
         return Block(arrays, ids)
@@ -119,6 +129,9 @@ class TrainLoader:
 
 class EvalLoader:
     """All examples of a source once, in its order, in batches of one static shape.
+
+    A row of padding holds the example of its batch's first row, as in training, and `_mask` is
+    false there.
 
     Attributes:
         examples: number of examples.
@@ -142,10 +155,12 @@ class EvalLoader:
             padded_to: rows of a batch, at least `batch_size`, so that they divide over devices.
 
         Raises:
-            ValueError: if the batch size is not positive.
+            ValueError: if the batch size is not positive, or the source does not keep to what a
+                `Source` is.
         """
         if batch_size < 1:
             raise ValueError(f'batch_size: {batch_size} examples; expected a positive number')
+        check_source(source)
         self.examples = len(source)
         self.num_batches = -(-self.examples // batch_size)
         self._source = source
@@ -165,32 +180,54 @@ class EvalLoader:
         ids = first + row
         ids = np.where((row < self._batch_size) & (ids < self.examples), ids, PADDING)
         epochs = np.zeros_like(ids)
-        arrays = _read(self._source, self._transforms, 0, ids, epochs)
+        # Behind the last batch there is no first row; any example does.
+        filler = np.maximum(ids[:, 0], 0)
+        arrays = _read(self._source, self._transforms, 0, ids, epochs, filler)
         return Block(_masked(arrays, ids), ids)
 
 
 def _read(
-    source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
+    source: Source,
+    transforms: Any,
+    seed: int,
+    ids: np.ndarray,
+    epochs: np.ndarray,
+    filler: np.ndarray,
 ) -> Arrays:
-    """One gather and one pass of transforms over the real rows; padding is zeros."""
+    """One gather and one pass of transforms over the real rows.
+
+    Args:
+        source: where examples come from.
+        transforms: run over the rows.
+        seed: of random transforms.
+        ids: int64 (steps, rows).
+        epochs: int64 (steps, rows).
+        filler: int64 (steps,), the example that stands in the rows of padding.
+    """
     real = ids != PADDING
     if real.all():
         batch = _transformed(source, transforms, seed, ids.ravel(), epochs.ravel())
         return {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in batch.items()}
-    if not real.any():  # any example tells the shapes and dtypes
-        like = _transformed(source, transforms, seed, np.zeros(1, np.int64), np.zeros(1, np.int64))
-        return {name: np.zeros((*ids.shape, *x.shape[1:]), x.dtype) for name, x in like.items()}
+    padded = np.flatnonzero(~real.all(axis=1))
+    wanted = np.concatenate([ids[real], filler[padded]])
+    when = np.concatenate([epochs[real], epochs[padded, 0]])
+    # Read once for each padded step, and repeated to the number of its rows of padding.
+    repeats = (~real).sum(axis=1)[padded]
     arrays = {}
-    for name, x in _transformed(source, transforms, seed, ids[real], epochs[real]).items():
-        arrays[name] = np.zeros((*ids.shape, *x.shape[1:]), x.dtype)
-        arrays[name][real] = x
+    for name, x in _transformed(source, transforms, seed, wanted, when).items():
+        rows, fill = x[: -len(padded)], x[-len(padded) :]
+        arrays[name] = np.empty((*ids.shape, *x.shape[1:]), x.dtype)
+        arrays[name][real] = rows
+        arrays[name][~real] = np.repeat(fill, repeats, axis=0)
     return arrays
 
 
 def _transformed(
     source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
 ) -> Arrays:
-    return transforms_lib.apply(transforms, source.gather(ids), seed=seed, epochs=epochs, ids=ids)
+    arrays = source.gather(ids)
+    check_rows(source, arrays, len(ids))
+    return transforms_lib.apply(transforms, arrays, seed=seed, epochs=epochs, ids=ids)
 
 
 def _masked(arrays: Arrays, ids: np.ndarray) -> Arrays:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -38,6 +39,21 @@ def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
     changed order would break resumed runs in silence.
     """
     return np.argsort(combine(seed, epoch, np.arange(examples)), kind='stable')
+
+
+def even_split(examples: int, parts: int) -> list[range]:
+    """Returns consecutive examples for each of so many readers, the first ones with one more.
+
+    Every example stands in exactly one part; the sizes differ by at most one.
+
+    Raises:
+        ValueError: if there is no part.
+    """
+    if parts < 1:
+        raise ValueError(f'parts: {parts}; expected a positive number')
+    each, more = divmod(examples, parts)
+    starts = [part * each + min(part, more) for part in range(parts + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

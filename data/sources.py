@@ -35,7 +35,70 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, indices: np.ndarray) -> Arrays:
-        """Returns the examples at int64 `indices` (n,), each field as (n, ...)."""
+        """Returns the examples at int64 `indices` (n,), each field as (n, ...).
+
+        In arrays of their own, that no later call changes: the devices may still read them.
+        """
+
+
+def check_source(source: Source) -> None:
+    """Reads the first and the last example, to see that a source is one.
+
+    An exception in its `gather` is left to the first batch, where it keeps its traceback.
+
+    Raises:
+        TypeError: if it has no length or `gather`, or that returns no dict of arrays.
+        ValueError: if `gather` returns another number of rows.
+    """
+    missing = [name for name in ('__len__', 'gather') if not hasattr(source, name)]
+    if missing:
+        raise TypeError(
+            f'the source {_name(source)} has no {missing[0]}; a source has __len__, spec and '
+            'gather(indices). Wrap an object with __len__ and __getitem__ in '
+            'data.sources:RandomAccessSource'
+        )
+    if not len(source):
+        return
+    indices = np.array([len(source) - 1, 0, 0])
+    try:
+        arrays = source.gather(indices)
+    except Exception:
+        return
+    check_rows(source, arrays, len(indices))
+
+
+def check_rows(source: Source, arrays: Any, rows: int) -> None:
+    """Checks what `source.gather` returned for so many indices.
+
+    Raises:
+        TypeError: if it is no dict of arrays.
+        ValueError: if a field has another number of rows.
+    """
+    if not isinstance(arrays, dict):
+        raise TypeError(
+            f'gather of the source {_name(source)} returned {_name(arrays)}; expected a dict of '
+            'numpy arrays (rows, ...)'
+        )
+    for name, x in arrays.items():
+        if not isinstance(x, np.ndarray):
+            raise TypeError(
+                f'gather of the source {_name(source)} returned {_name(x)} as {name!r}; expected a '
+                'numpy array (rows, ...)'
+            )
+        if x.shape[:1] != (rows,):
+            raise ValueError(
+                f'gather of the source {_name(source)} returned {name!r} in the shape {x.shape} '
+                f'for {rows} indices; expected one row for each index, in their order'
+            )
+
+
+def _name(value: Any) -> str:
+    return type(value).__name__
+
+
+def _native(x: np.ndarray) -> np.ndarray:
+    """Returns the array in this machine's byte order, the only one that devices take."""
+    return x.astype(x.dtype.newbyteorder('='), copy=False)
 
 
 class ArraySource:
@@ -55,10 +118,14 @@ class ArraySource:
             raise ValueError(
                 f'limit: {limit} examples; expected a positive number, or None for all'
             )
-        self._arrays = {name: np.asarray(x)[:limit] for name, x in arrays.items()}
-        lengths = {name: len(x) for name, x in self._arrays.items()}
-        if len(set(lengths.values())) != 1 or 0 in lengths.values():
-            raise ValueError(f'the fields of a source must have one positive length; got {lengths}')
+        held = {name: _native(np.asarray(x)) for name, x in arrays.items()}
+        lengths = {name: len(x) if x.ndim else None for name, x in held.items()}
+        if len(set(lengths.values())) != 1 or {0, None} & set(lengths.values()):
+            raise ValueError(
+                'the fields of a source must have one positive length, the number of examples; got '
+                f'{lengths}'
+            )
+        self._arrays = {name: x[:limit] for name, x in held.items()}
 
     @property
     def spec(self) -> dict[str, ArraySpec]:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -16,14 +17,19 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-# One gather serves many steps, because what costs is Python's work per call; a block that outgrows
-# the cores' caches costs more than it saves.
+# One gather serves many steps, because what costs is Python's work per call. A block that outgrows
+# the cores' caches costs more than it saves; for one that takes long the loop waits, and `close`.
 _BLOCK_STEPS = 64
 _BLOCK_BYTES = 2**21
+_BLOCK_SECS = 0.1
 # A batch that is gathered faster than this is gathered in the loop itself, if it needs no transfer:
 # handing the interpreter's lock between two threads costs more.
 _CHEAP_SECS = 50e-6
 _WINDOW_SECS = 2.0
+# Slower than these in a single block is expensive beyond doubt. Time spent waiting proves less than
+# time spent computing: the thread may have waited for the interpreter's lock, or for a core.
+_EXPENSIVE_CPU_SECS = 5e-3
+_EXPENSIVE_SECS = 0.1
 
 Batch = dict[str, Any]
 
@@ -31,11 +37,12 @@ Batch = dict[str, Any]
 class Prefetcher:
     """Iterates over (count, batch): the arrays of one step, or of `count` > 1 stacked steps.
 
-    An exception in the thread (a source, a transform) is raised from the iteration with its own
-    traceback.
+    There is one iteration: a second loop goes on where the first one stopped, and finds nothing
+    after the end, an exception or `close`. An exception in the thread (a source, a transform) is
+    raised from the iteration with its own traceback, after the blocks before it.
 
     Attributes:
-        wait_secs: time that the iteration spent waiting for the thread.
+        wait_secs: time that the iteration spent waiting for batches.
     """
 
     def __init__(
@@ -47,7 +54,7 @@ class Prefetcher:
         start: int = 0,
         depth: int = 2,
     ):
-        """Starts the thread.
+        """Starts the thread, or leaves that to the iteration where batches need no transfer.
 
         Args:
             block: `block(start, count)` returns `.arrays` of shape (count, rows, ...) and `.ids`.
@@ -65,6 +72,7 @@ class Prefetcher:
         self._on_host = devices.size == 1 and devices.flat[0].platform == 'cpu'
         self._handed_out: list[tuple[int, np.ndarray]] = []
         self._items = self._prepare(start, iter(calls))
+        self._batches = self._iterate()
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name='prefetch', daemon=True)
@@ -72,21 +80,7 @@ class Prefetcher:
             self._thread.start()
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
-        measured = _Fastest(_WINDOW_SECS)
-        while True:
-            began = time.perf_counter()
-            item = self._next_item()
-            waited = time.perf_counter() - began
-            self.wait_secs += waited
-            if item is None:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            start, ids, batches = item
-            self._handed_out.append((start, ids))
-            yield from batches
-            if not self._thread.ident and measured.add(waited, len(ids)) > _CHEAP_SECS:
-                self._thread.start()
+        return self._batches
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -110,14 +104,33 @@ class Prefetcher:
         return [(start, ids) for start, ids in taken if len(ids)]
 
     def close(self) -> None:
-        """Ends the thread, if there is one, and waits for it."""
+        """Ends the iteration, and the thread as soon as it is done with its block; waits for it."""
         self._stopped.set()
+        self._batches.close()
         while self._thread.is_alive():
-            # The thread may be blocked on a full queue.
-            try:
-                self._queue.get(timeout=0.02)
-            except queue.Empty:
-                continue
+            # It may be blocked on a full queue.
+            with contextlib.suppress(queue.Empty):
+                self._queue.get_nowait()
+            self._thread.join(0.02)
+
+    def _iterate(self) -> Generator[tuple[int, Batch], None, None]:
+        cost = _Cost()
+        while True:
+            began, worked = time.perf_counter(), time.thread_time()
+            item = self._next_item()
+            waited = time.perf_counter() - began
+            self.wait_secs += waited
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            start, ids, batches = item
+            self._handed_out.append((start, ids))
+            if not self._thread.ident:
+                cost.add(waited, time.thread_time() - worked, len(ids))
+                if cost.is_high:
+                    self._thread.start()
+            yield from batches
 
     def _next_item(self) -> Any:
         return self._queue.get() if self._thread.ident else next(self._items, None)
@@ -137,10 +150,13 @@ class Prefetcher:
         # Small blocks first: the first step must not wait for the sixty-fourth batch.
         limit = 1
         while counts := _take(calls, limit):
-            block = self._block(start, sum(counts))
+            steps, began = sum(counts), time.perf_counter()
+            block = self._block(start, steps)
+            in_time = _BLOCK_SECS * steps / max(time.perf_counter() - began, 1e-9)
             yield start, block.ids, self._place(block.arrays, counts)
-            start += sum(counts)
-            limit = min(2 * limit, _BLOCK_STEPS, max(1, _BLOCK_BYTES // _batch_bytes(block)))
+            start += steps
+            fitting = min(_BLOCK_BYTES // _batch_bytes(block), int(in_time))
+            limit = min(2 * limit, _BLOCK_STEPS, max(1, fitting))
 
     def _place(self, arrays: dict[str, np.ndarray], counts: list[int]) -> list[tuple[int, Batch]]:
         """Cuts a block into its calls and puts them on the devices in one transfer."""
@@ -156,26 +172,34 @@ class Prefetcher:
         return list(zip(counts, jax.device_put(batches, shardings), strict=True))
 
 
-class _Fastest:
-    """Seconds per batch of the fastest block of some seconds; 0 until they are over.
+class _Cost:
+    """Judges from each block's time whether batches are too expensive to be gathered in the loop.
 
-    Neither the mean nor the first blocks: an import in another thread, or a busy machine, slows
-    blocks down for a while, and says nothing of what a block costs.
+    A single block does so only if it leaves no doubt, and else the fastest of a window: neither the
+    mean nor the first ones, for an import in another thread, or a busy machine, slows blocks down
+    for a while, and says nothing of what they cost.
+
+    Attributes:
+        is_high: the judgement so far.
     """
 
-    def __init__(self, window_secs: float):
-        self._window_secs = window_secs
+    def __init__(self) -> None:
+        self.is_high = False
+        self._is_first = True
         self._began = time.perf_counter()
-        self._best = math.inf
+        self._fastest = math.inf
 
-    def add(self, secs: float, batches: int) -> float:
-        """Counts a block and returns the figure, at the end of each window."""
-        self._best = min(self._best, secs / batches)
-        if time.perf_counter() - self._began < self._window_secs:
-            return 0.0
-        best = self._best
-        self._began, self._best = time.perf_counter(), math.inf
-        return best
+    def add(self, secs: float, cpu_secs: float, batches: int) -> None:
+        """Counts a block of so many batches: its time, and the part of it spent computing."""
+        self._fastest = min(self._fastest, secs / batches)
+        # The first block opens files, imports modules and shuffles the epoch.
+        if not self._is_first:
+            self.is_high |= cpu_secs / batches > _EXPENSIVE_CPU_SECS
+            self.is_high |= secs / batches > _EXPENSIVE_SECS
+        self._is_first = False
+        if time.perf_counter() - self._began >= _WINDOW_SECS:
+            self.is_high |= self._fastest > _CHEAP_SECS
+            self._began, self._fastest = time.perf_counter(), math.inf
 
 
 def _take(calls: Iterator[int], limit: int) -> list[int]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests import command
 from tests.checkpoint.examples import Held, abstract, state
 from trainer.checkpoint.manager import Checkpoints, Retention
 from trainer.config.errors import UserError
@@ -156,5 +157,6 @@ def test_no_thread_outlives_a_save_and_a_closed_one_saves_again(tmp_path: pathli
     for step in (1, 2):
         checkpoints.save(step, state(step), {})
         checkpoints.close()
-        assert set(threading.enumerate()) <= before
+        # Those of asyncio are told to end, but not waited for.
+        command.wait_for(lambda: set(threading.enumerate()) <= before)
     assert checkpoints.steps() == [1, 2]

@@ -39,11 +39,16 @@ def test_labels_travel_with_their_images() -> None:
     np.testing.assert_array_equal(block.arrays['label'], block.ids)
 
 
-def test_padding_is_zeros_of_the_same_dtype_and_masked() -> None:
-    block = TrainLoader(source=images(), batch_size=4, remainder='pad').block(2, 1)
-    assert block.arrays['_mask'].tolist() == [[True, True, False, False]]
-    assert block.arrays['image'].dtype == np.uint8
-    assert not block.arrays['image'][0, 2:].any()
+def test_padding_is_the_first_row_of_its_batch_and_masked() -> None:
+    block = TrainLoader(source=images(), batch_size=4, remainder='pad').block(0, 6)
+    assert block.arrays['_mask'][2].tolist() == [True, True, False, False]
+    for step in (2, 5):
+        first, *_, third, fourth = block.arrays['image'][step]
+        assert first.any()
+        np.testing.assert_array_equal(third, first)
+        np.testing.assert_array_equal(fourth, first)
+        assert block.ids[step, 2:].tolist() == [PADDING, PADDING]
+    assert (block.arrays['image'][2, 2] != block.arrays['image'][5, 2]).any()
 
 
 def test_repeat_batch() -> None:
@@ -157,34 +162,46 @@ def items(n: int) -> RandomAccessSource:
 
 @pytest.mark.parametrize('transforms', [(), (PerExample(fn=noisy),)])
 def test_rows_that_are_all_padding(transforms: tuple[PerExample, ...]) -> None:
-    """What a process sees whose rows all lie behind the end of the epoch."""
+    """What a process sees whose rows all lie behind the end of the epoch: still real examples."""
     loader = TrainLoader(source=items(10), batch_size=4, remainder='pad', transforms=transforms)
     block = loader.block(2, 1, rows=slice(2, 4))
     expected = loader.block(2, 1).arrays
     assert set(block.arrays) == set(expected)
     for name, x in block.arrays.items():
-        assert (x.shape, x.dtype) == ((1, 2, *expected[name].shape[2:]), expected[name].dtype)
-        assert not x.any()
+        assert x.dtype == expected[name].dtype
+        np.testing.assert_array_equal(x, expected[name][:, 2:])
+        if name != '_mask':
+            np.testing.assert_array_equal(x[0, 1], expected[name][0, 0])
     assert block.ids.tolist() == [[PADDING, PADDING]]
 
 
 @pytest.mark.parametrize('dtype', ['uint8', 'int32', 'float32', 'float64', 'bool'])
 def test_padding_keeps_the_dtype(dtype: str) -> None:
-    source = ArraySource({'x': np.ones((10, 2), dtype)})
-    x = TrainLoader(source=source, batch_size=4, remainder='pad').block(0, 3).arrays['x']
-    assert x.dtype == np.dtype(dtype)
-    assert x[..., 0].tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
-    x = EvalLoader(source=source, batch_size=4).block(0, 3).arrays['x']
-    assert x.dtype == np.dtype(dtype)
-    assert x[..., 0].tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    source = ArraySource({'x': (np.arange(20) % 3).reshape(10, 2).astype(dtype)})
+    for loader in (
+        TrainLoader(source=source, batch_size=4, remainder='pad', shuffle=False),
+        EvalLoader(source=source, batch_size=4),
+    ):
+        x = loader.block(0, 3).arrays['x']
+        assert x.dtype == np.dtype(dtype)
+        ids = np.array([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 8, 8]])
+        np.testing.assert_array_equal(x, source.gather(ids.ravel())['x'].reshape(3, 4, 2))
 
 
-def test_padding_is_zeros_after_the_transforms() -> None:
+def test_padding_is_transformed_once_for_each_padded_batch() -> None:
+    sizes = []
+
     def plus_one(batch: dict) -> dict:
+        sizes.append(len(batch['label']))
         return {'x': batch['label'] + 1}
 
     loader = EvalLoader(source=images(5), batch_size=4, transforms=(plus_one,))
-    assert loader.block(0, 2).arrays['x'].tolist() == [[1, 2, 3, 4], [5, 0, 0, 0]]
+    assert loader.block(0, 2).arrays['x'].tolist() == [[1, 2, 3, 4], [5, 5, 5, 5]]
+    # Behind the end too: a process may have to go on while others still have examples.
+    behind = loader.block(2, 2)
+    assert behind.arrays['x'].tolist() == [[1] * 4] * 2
+    assert not behind.arrays['_mask'].any()
+    assert sizes == [6, 2]
 
 
 def test_a_mask_where_there_may_be_padding() -> None:
@@ -248,7 +265,7 @@ def test_evaluation_of_ten_thousand_in_batches_of_512(padded_to: int | None) -> 
         x, mask = arrays['x'][0], arrays['_mask'][0]
         assert x.shape == mask.shape == (padded_to or 512,)
         assert mask.sum() == (512 if batch < 19 else 10_000 - 19 * 512)
-        assert not x[~mask].any()
+        assert set(x[~mask]) <= {x[0]}
         seen += x[mask].tolist()
     assert seen == list(range(10_000))
 
@@ -257,7 +274,7 @@ def test_evaluation_of_one_example() -> None:
     loader = EvalLoader(source=items(1), batch_size=4, padded_to=6)
     block = loader.block(0, loader.num_batches)
     assert loader.num_batches == 1
-    assert block.arrays['x'].tolist() == [[[1] * 3] + [[0] * 3] * 5]
+    assert block.arrays['x'].tolist() == [[[1] * 3] * 6]
     assert block.arrays['_mask'].tolist() == [[True] + [False] * 5]
 
 
@@ -270,6 +287,26 @@ def test_arguments_out_of_range() -> None:
         TrainLoader(source=images(), batch_size=4, repeat_batch=0)
     with pytest.raises(ValueError, match='batch_size: 0 examples; expected a positive number'):
         EvalLoader(source=images(), batch_size=0)
+
+
+@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+def test_a_batch_larger_than_the_source(remainder: str) -> None:
+    def loader() -> TrainLoader:
+        return TrainLoader(source=images(3), batch_size=8, remainder=remainder, seed=4)
+
+    if remainder == 'drop':
+        with pytest.raises(ValueError, match=r"nothing of 3 examples .* use 'carry' or 'pad'"):
+            loader()
+        return
+    block = loader().block(0, 3)
+    if remainder == 'carry':
+        ids = block.ids.ravel()
+        assert all(sorted(ids[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
+        np.testing.assert_array_equal(block.arrays['label'], block.ids)
+    else:
+        assert [sorted(ids) for ids in block.ids.tolist()] == [[PADDING] * 5 + [0, 1, 2]] * 3
+        assert block.arrays['label'][:, 3:].tolist() == [[first] * 5 for first in block.ids[:, 0]]
+    assert loader().steps_per_epoch == (Fraction(3, 8) if remainder == 'carry' else 1)
 
 
 def test_the_name_of_the_mask_is_taken() -> None:

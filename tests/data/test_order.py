@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import data.order
-from data.order import Order, epoch_order
+from data.order import Order, epoch_order, even_split
 
 GOLDEN = [
     [4, 5, 7, 0, 9, 2, 6, 1, 8, 3],
@@ -136,6 +136,19 @@ def test_dtypes_and_shapes(remainder: str) -> None:
     for count in (1, 3, 30):
         for x in Order(examples=10, batch_size=4, remainder=remainder).rows(7, count):
             assert (x.dtype, x.shape) == (np.int64, (count, 4))
+
+
+def test_even_split() -> None:
+    """B3: the sizes that `tfds.split_for_jax_process` gives 6 processes, without overlap."""
+    parts = even_split(10_000, 6)
+    assert [len(part) for part in parts] == [1667, 1667, 1667, 1667, 1666, 1666]
+    for examples, count in [(10_000, 6), (3, 5), (0, 2), (7, 1), (8, 8)]:
+        parts = even_split(examples, count)
+        assert len(parts) == count
+        assert [example for part in parts for example in part] == list(range(examples))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    with pytest.raises(ValueError, match='parts: 0; expected a positive number'):
+        even_split(10, 0)
 
 
 def test_mistakes() -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pathlib
+
 import numpy as np
 import pytest
 
@@ -17,6 +19,45 @@ def test_array_source() -> None:
     assert source.gather(np.array([2, 0, 2]))['x'].tolist() == [2, 0, 2]
     with pytest.raises(IndexError):
         source.gather(np.array([3]))
+
+
+def read_only(x: np.ndarray) -> np.ndarray:
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize(
+    'held',
+    [
+        read_only(np.arange(20.0).reshape(10, 2)),
+        np.frombuffer(np.arange(20.0).tobytes()).reshape(10, 2),
+        np.asfortranarray(np.arange(20.0).reshape(10, 2)),
+        np.arange(20.0).reshape(2, 10).T,
+        np.arange(40.0).reshape(20, 2)[::-2],
+        np.broadcast_to(np.arange(2.0), (10, 2)),
+        np.arange(20.0).reshape(10, 2).astype('>f8'),
+    ],
+    ids=['read-only', 'frombuffer', 'fortran', 'transposed', 'strided', 'broadcast', 'big-endian'],
+)
+def test_any_kind_of_array(held: np.ndarray) -> None:
+    """Batches are arrays of their own, plain and writeable, and never the source's memory."""
+    source = ArraySource({'x': held})
+    batch = source.gather(np.array([9, 0, 9]))['x']
+    np.testing.assert_array_equal(batch, held[[9, 0, 9]])
+    assert batch.flags.c_contiguous and batch.flags.writeable and batch.dtype.isnative
+    assert source.spec['x'] == ArraySpec((2,), batch.dtype)
+    assert not np.shares_memory(batch, held)
+    loader = TrainLoader(source=source, batch_size=4, remainder='pad')
+    np.testing.assert_array_equal(
+        loader.block(0, 2).arrays['x'][0], held[loader.block(0, 1).ids[0]]
+    )
+
+
+def test_a_memory_map(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / 'x.npy'
+    np.save(path, np.arange(20).reshape(10, 2))
+    source = ArraySource({'x': np.load(path, mmap_mode='r')})
+    assert source.gather(np.array([3]))['x'].tolist() == [[6, 7]]
 
 
 def test_random_access_source() -> None:
@@ -60,16 +101,20 @@ def test_items_are_read_many_at_once_where_they_can_be() -> None:
             return [self[i] for i in indices]
 
     items = Items()
-    block = TrainLoader(source=RandomAccessSource(items), batch_size=4).block(0, 3)
+    loader = TrainLoader(source=RandomAccessSource(items), batch_size=4)
+    items.reads.clear()
+    block = loader.block(0, 3)
     np.testing.assert_array_equal(block.arrays['x'], block.ids)
     assert items.reads == [block.ids.ravel().tolist()]
 
 
 def test_sources_of_nothing() -> None:
-    with pytest.raises(ValueError, match=r"one positive length; got \{'x': 2, 'y': 3\}"):
+    with pytest.raises(ValueError, match=r"one positive length.*got \{'x': 2, 'y': 3\}"):
         ArraySource({'x': np.zeros(2), 'y': np.zeros(3)})
     with pytest.raises(ValueError, match='one positive length'):
         ArraySource({'x': np.zeros(0)})
+    with pytest.raises(ValueError, match=r"one positive length.*got \{'x': None\}"):
+        ArraySource({'x': np.array(3)})
     with pytest.raises(ValueError, match='empty'):
         RandomAccessSource([])
     for limit in (0, -3):

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from etils import epath
@@ -37,6 +37,14 @@ def preload() -> None:
     threading.Thread(target=work, name='import-orbax').start()
 
 
+class _Save(NamedTuple):
+    """A save that is being written by a thread of its own."""
+
+    step: int
+    future: concurrent.futures.Future[None]
+    writer: concurrent.futures.ThreadPoolExecutor
+
+
 class Checkpoints:
     """The checkpoints below one directory, named by the number of completed updates.
 
@@ -49,7 +57,7 @@ class Checkpoints:
         self.directory = epath.Path(directory).absolute()
         self._retention = retention
         self._lazy_manager: ocp.CheckpointManager | None = None
-        self._in_flight: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._in_flight: _Save | None = None
         self._scores: dict[int, float] = {}
         # One program each: a copy that the next step cannot donate, and the digest's sums.
         self._copy = jax.jit(lambda state: jax.tree.map(lambda x: x.copy(), state))
@@ -68,7 +76,7 @@ class Checkpoints:
 
     def has(self, step: int) -> bool:
         """Whether a step is committed, or its save is in flight."""
-        in_flight = self._in_flight is not None and self._in_flight[0] == step
+        in_flight = self._in_flight is not None and self._in_flight.step == step
         return in_flight or step in self.steps()
 
     def best(self) -> int | None:
@@ -82,7 +90,7 @@ class Checkpoints:
             CheckpointError: if it cannot be read.
         """
         try:
-            return json.loads((self.directory / str(step) / 'meta' / 'metadata').read_text())
+            return json.loads(self._meta_file(step).read_text())
         except (OSError, ValueError) as error:
             raise self._damaged(step, first_line(error)) from error
 
@@ -151,7 +159,14 @@ class Checkpoints:
                 raise self._failed(step, error) from error
             future = writer.submit(self._manager.wait_until_finished)
         writer.shutdown(wait=False)
-        self._in_flight = step, future
+        self._in_flight = _Save(step, future, writer)
+
+    def amend(self, step: int, values: Mapping[str, Any]) -> None:
+        """Changes values of the `meta` of a committed step; its arrays and digest stay."""
+        meta = {**self.meta(step), **values}
+        self._scores[step] = self._retention.score(meta)
+        if jax.process_index() == 0:
+            writing.replace_text(self._meta_file(step), json.dumps(meta))
 
     def check(self) -> None:
         """Notices, without waiting, that the save in flight has failed.
@@ -160,7 +175,7 @@ class Checkpoints:
             SaveError: if it failed of something that lasts, such as a full disk. What may pass by
                 itself is a warning: the next save tries again.
         """
-        if self._in_flight is not None and self._in_flight[1].done():
+        if self._in_flight is not None and self._in_flight.future.done():
             self._notice()
 
     def wait(self) -> None:
@@ -171,13 +186,13 @@ class Checkpoints:
         """
         if self._in_flight is None:
             return
-        step, future = self._in_flight
-        # An interrupt leaves it in flight.
-        concurrent.futures.wait([future])
+        save = self._in_flight
+        # An interrupt here leaves it in flight.
+        save.writer.shutdown()
         self._in_flight = None
-        error = future.exception()
+        error = save.future.exception()
         if error is not None:
-            raise self._failed(step, error) from error
+            raise self._failed(save.step, error) from error
 
     def close(self) -> None:
         """Waits for the save in flight and ends all threads; a later save opens them anew.
@@ -240,6 +255,9 @@ class Checkpoints:
             except CheckpointError:
                 return -math.inf
         return self._scores[step]
+
+    def _meta_file(self, step: int) -> epath.Path:
+        return self.directory / str(step) / 'meta' / 'metadata'
 
     def _damaged(self, step: int, cause: str) -> CheckpointError:
         path = self.directory / str(step)

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches ahead of time: all of them, in order, once; and a thread that always ends."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from data.loader import Block
+from trainer.prefetch import Prefetcher
+
+ROWS = 8
+
+
+class Gather:
+    """Blocks whose rows hold their position; what happens at each is for the test to say."""
+
+    def __init__(self, during: Callable[[int, int], None] = lambda start, count: None):
+        self.during = during
+        self.counts: list[int] = []
+        self.threads: list[str] = []
+
+    def __call__(self, start: int, count: int) -> Block:
+        self.counts.append(count)
+        self.threads.append(threading.current_thread().name)
+        self.during(start, count)
+        ids = np.arange(start, start + count)[:, None] * ROWS + np.arange(ROWS)
+        return Block({'x': ids.astype(np.float32)}, ids)
+
+
+def prefetcher(
+    gather: Callable[[int, int], Any], calls: Iterable[int], *, devices: int = 8, **options: Any
+) -> Prefetcher:
+    """On 8 devices the thread works from the start, on one the loop gathers itself."""
+    mesh = jax.make_mesh(
+        (devices,),
+        ('data',),
+        devices=jax.devices()[:devices],
+        axis_types=(jax.sharding.AxisType.Auto,),
+    )
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    return Prefetcher(gather, calls, sharding, **options)
+
+
+def steps(items: Iterable[tuple[int, Any]]) -> list[int]:
+    """Returns the positions in what came out, checking each item's shape."""
+    found = []
+    for count, batch in items:
+        x = np.asarray(batch['x'])
+        assert x.shape == ((ROWS,) if count == 1 else (count, ROWS))
+        x = x.reshape(count, ROWS)
+        assert (x == x[:, :1] + np.arange(ROWS)).all()
+        found += [int(first) // ROWS for first in x[:, 0]]
+    return found
+
+
+def thread_of(batches: Prefetcher) -> threading.Thread:
+    return batches._thread
+
+
+ON = pytest.mark.parametrize('devices', [1, 8])
+
+
+@ON
+@pytest.mark.parametrize(
+    'calls', [[1] * 200, [3, 1, 1, 3, 5] * 20, [100, 1, 100], [1], [7], []], ids=str
+)
+@pytest.mark.parametrize('start', [0, 12345])
+def test_every_batch_once_and_in_order(calls: list[int], start: int, devices: int) -> None:
+    gather = Gather()
+    with prefetcher(gather, calls, devices=devices, start=start, depth=3) as batches:
+        items = list(batches)
+    assert [count for count, _ in items] == calls
+    assert steps(items) == list(range(start, start + sum(calls)))
+    assert sum(gather.counts) == sum(calls)
+
+
+@ON
+def test_blocks_begin_small_and_grow(devices: int) -> None:
+    gather = Gather()
+    with prefetcher(gather, itertools.repeat(1, 200), devices=devices) as batches:
+        list(batches)
+    assert gather.counts[0] == 1
+    assert all(b <= 2 * a for a, b in itertools.pairwise(gather.counts))
+    assert 4 < max(gather.counts) <= 64
+
+
+@ON
+def test_after_the_end_there_is_nothing(devices: int) -> None:
+    with prefetcher(Gather(), [1, 1], devices=devices) as batches:
+        assert steps(batches) == [0, 1]
+        assert steps(batches) == []
+    assert steps(batches) == []
+
+
+@ON
+def test_a_second_loop_goes_on_where_the_first_stopped(devices: int) -> None:
+    with prefetcher(Gather(), itertools.repeat(1, 40), devices=devices) as batches:
+        first = steps(itertools.islice(batches, 11))
+        assert first + steps(batches) == list(range(40))
+
+
+@ON
+def test_the_ids_of_what_was_consumed(devices: int) -> None:
+    """Each batch exactly once, wherever the events cut the blocks."""
+    calls = [1, 4, 1, 1, 4] * 40
+    taken: list[tuple[int, int]] = []
+    done = 100
+    with prefetcher(Gather(), calls, devices=devices, start=done) as batches:
+        for number, (count, _) in enumerate(batches):
+            done += count
+            if number % 7 == 3 or number % 11 == 5:
+                for start, ids in batches.take_ids(done):
+                    taken += [(start + i, row[0] // ROWS) for i, row in enumerate(ids)]
+                assert len(taken) == done - 100
+                assert batches.take_ids(done) == []
+            if number == 150:
+                break
+        for start, ids in batches.take_ids(done):
+            taken += [(start + i, row[0] // ROWS) for i, row in enumerate(ids)]
+    assert taken == [(step, step) for step in range(100, done)]
+
+
+class Torn(Exception):
+    pass
+
+
+@ON
+def test_an_error_comes_after_what_was_before_it_and_says_where(devices: int) -> None:
+    def tear(start: int, count: int) -> None:
+        if start + count > 20:
+            raise Torn('record 20')
+
+    seen: list[int] = []
+    gather = Gather(tear)
+    with (
+        pytest.raises(Torn, match='record 20') as error,
+        prefetcher(gather, itertools.repeat(1), devices=devices) as batches,
+    ):
+        for item in batches:
+            seen += steps([item])
+    assert seen == list(range(sum(gather.counts[:-1]))) != []
+    assert any(frame.name == 'tear' for frame in error.traceback)
+    assert steps(batches) == []
+    assert not thread_of(batches).is_alive()
+
+
+@ON
+def test_an_error_of_the_calls(devices: int) -> None:
+    def calls() -> Iterator[int]:
+        yield 1
+        raise Torn
+
+    with pytest.raises(Torn), prefetcher(Gather(), calls(), devices=devices) as batches:
+        list(batches)
+
+
+@ON
+def test_an_error_that_would_end_an_iteration_is_no_end(devices: int) -> None:
+    def stop(start: int, count: int) -> None:
+        if start:
+            next(iter(()))
+
+    with (
+        pytest.raises(RuntimeError, match='StopIteration'),
+        prefetcher(Gather(stop), itertools.repeat(1), devices=devices) as batches,
+    ):
+        list(batches)
+
+
+# ---- the thread ends ---------------------------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, 'waited in vain'
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize('depth', [1, 2, 5])
+def test_close_while_the_queue_is_full(depth: int) -> None:
+    gather = Gather()
+    batches = prefetcher(gather, itertools.repeat(1), depth=depth)
+    # One block more than there is room for: the thread waits with it.
+    wait_for(lambda: len(gather.counts) == depth + 1)
+    batches.close()
+    assert not thread_of(batches).is_alive()
+    assert len(gather.counts) == depth + 1
+    assert steps(batches) == []
+    batches.close()
+
+
+def test_close_waits_for_the_block_that_is_being_gathered() -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def slow(start: int, count: int) -> None:
+        began.set()
+        assert go_on.wait(60)
+
+    gather = Gather(slow)
+    batches = prefetcher(gather, itertools.repeat(1))
+    assert began.wait(60)
+    closing = threading.Thread(target=batches.close)
+    closing.start()
+    wait_for(batches._stopped.is_set)
+    assert closing.is_alive()
+    go_on.set()
+    closing.join(60)
+    assert not closing.is_alive() and not thread_of(batches).is_alive()
+    assert gather.counts == [1]
+
+
+def test_close_of_what_was_never_read() -> None:
+    gather = Gather()
+    with prefetcher(gather, itertools.repeat(1), devices=1) as batches:
+        pass
+    assert gather.counts == []
+    assert steps(batches) == []
+
+
+@ON
+def test_left_in_the_middle(devices: int) -> None:
+    with prefetcher(Gather(), itertools.repeat(1), devices=devices) as batches:
+        for item in batches:
+            if steps([item]) == [33]:
+                break
+    assert not thread_of(batches).is_alive()
+    assert steps(batches) == []
+    taken = batches.take_ids(34)
+    assert [start + i for start, ids in taken for i in range(len(ids))] == list(range(34))
+
+
+@ON
+def test_ctrl_c_in_the_loop(devices: int) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        prefetcher(Gather(), itertools.repeat(1), devices=devices) as batches,
+    ):
+        for item in batches:
+            if steps([item]) == [20]:
+                signal.raise_signal(signal.SIGINT)
+    assert not thread_of(batches).is_alive()
+
+
+def test_ctrl_c_while_the_loop_waits_for_a_batch() -> None:
+    go_on = threading.Event()
+
+    def stall(start: int, count: int) -> None:
+        if start > 20:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert go_on.wait(60)
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        prefetcher(Gather(stall), itertools.repeat(1)) as batches,
+    ):
+        try:
+            for _ in batches:
+                pass
+        finally:
+            go_on.set()
+    assert not thread_of(batches).is_alive()
+
+
+# ---- where batches are gathered ----------------------------------------------------------------
+
+
+def compute(secs: float) -> None:
+    """Keeps this thread busy for so much time of its own."""
+    end = time.thread_time() + secs
+    while time.thread_time() < end:
+        pass
+
+
+def test_cheap_batches_are_gathered_in_the_loop() -> None:
+    gather = Gather()
+    with prefetcher(gather, itertools.repeat(1, 500), devices=1) as batches:
+        assert steps(batches) == list(range(500))
+        assert not thread_of(batches).ident
+    assert set(gather.threads) == {'MainThread'}
+
+
+@pytest.mark.parametrize(
+    'work',
+    [lambda count: compute(0.01 * count), lambda count: time.sleep(0.15 * count)],
+    ids=['computing', 'waiting'],
+)
+def test_expensive_batches_are_gathered_in_a_thread_at_once(work: Callable[[int], None]) -> None:
+    gather = Gather(lambda start, count: work(count))
+    with prefetcher(gather, itertools.repeat(1, 12), devices=1) as batches:
+        assert steps(batches) == list(range(12))
+    # The first block says nothing: it opens files, imports modules, shuffles.
+    assert gather.threads[:2] == ['MainThread'] * 2
+    assert set(gather.threads[2:]) == {'prefetch'}
+
+
+def test_a_slow_first_block_proves_nothing() -> None:
+    gather = Gather(lambda start, count: None if start else compute(0.2))
+    with prefetcher(gather, itertools.repeat(1, 50), devices=1) as batches:
+        assert steps(batches) == list(range(50))
+    assert set(gather.threads) == {'MainThread'}
+
+
+@ON
+def test_blocks_of_slow_batches_are_short(devices: int) -> None:
+    """Or else the loop would wait for 64 of them, and so would the save after a SIGTERM."""
+    gather = Gather(lambda start, count: time.sleep(0.03 * count))
+    with prefetcher(gather, itertools.repeat(1, 20), devices=devices) as batches:
+        assert steps(batches) == list(range(20))
+    assert max(gather.counts) <= 3
