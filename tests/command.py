@@ -15,6 +15,8 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 MLP = '--config=configs/mnist_mlp.py'
+# How the names of values end that depend on the clock.
+CLOCK = ('_per_sec', '_wait_secs')
 # Small enough that a run takes a second or two.
 SMALL = ('--config.data.source.limit=4000', '--config.evals.test.data.source.limit=1000')
 
@@ -66,7 +68,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the metric rows without what depends on the clock."""
     lines = (workdir / 'metrics.jsonl').read_text().splitlines()
     parsed = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if not k.endswith('_per_sec')} for row in parsed]
+    return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in parsed]
 
 
 def wait_for(condition: Callable[[], bool], secs: float = 60) -> None:

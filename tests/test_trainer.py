@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.command import ROOT
+from tests.command import CLOCK, ROOT
 from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
 from trainer.config.errors import UserError
 from trainer.events import Event
@@ -107,7 +107,9 @@ def test_rows_hold_what_was_promised(tmp_path: pathlib.Path) -> None:
     assert set(train[0]) == {
         'step', 'train/loss', 'train/accuracy', 'train/learning_rate', 'train/grad_norm',
         'train/param_norm', 'train/update_norm', 'train/steps_per_sec', 'train/examples_per_sec',
+        'train/data_wait_secs',
     }  # fmt: skip
+    assert 0 < train[0]['train/data_wait_secs'] < 1 / train[0]['train/steps_per_sec']
     evaluated = [row for row in rows(tmp_path) if 'eval/test/accuracy' in row]
     assert [(row['step'], row['eval/test/examples']) for row in evaluated] == [
         (20, 100), (40, 100), (50, 100),
@@ -162,7 +164,7 @@ def test_fused_steps_end_where_single_ones_do(tmp_path: pathlib.Path, remainder:
     assert [row['step'] for row in one_rows] == [row['step'] for row in seven_rows]
     for a, b in zip(one_rows, seven_rows, strict=True):
         for name in a:
-            if not name.endswith('_per_sec'):
+            if not name.endswith(CLOCK):
                 assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 

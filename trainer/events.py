@@ -34,11 +34,21 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Events:
-    """The periodic events of a run; all that are due after one step run log, eval, save."""
+    """The events of a run; all that are due after one step run log, eval, save.
+
+    Attributes:
+        log: when rows are written; the steps that are left at the end have one too.
+        evals: when each evaluation runs, by name.
+        save: when the state is saved; that at the end always is.
+        final: names of the evaluations that run at the end too.
+        total_steps: length of the run.
+    """
 
     log: Periodic
     evals: Mapping[str, Periodic]
     save: Periodic
+    final: frozenset[str]
+    total_steps: int
 
     @classmethod
     def of(cls, experiment: Experiment) -> Events:
@@ -51,11 +61,24 @@ class Events:
                 for name, spec in experiment.evals.items()
             },
             save=clock.period(experiment.save_every, path='config.checkpoint.every'),
+            final=frozenset(name for name, spec in experiment.evals.items() if spec.final),
+            total_steps=experiment.total_steps,
         )
 
+    def evals_due(self, step: int) -> list[str]:
+        """Returns the evaluations that are due at a step, in the config's order."""
+        if step == 0:
+            return []
+        ending = self.final if step == self.total_steps else frozenset()
+        return [name for name, each in self.evals.items() if each.due(step) or name in ending]
+
     def next_due(self, step: int) -> int | None:
-        """Returns the first step after `step` with an event, or None if there is none."""
+        """Returns the first step after `step` with an event, or None if there is none.
+
+        The end of the run is one.
+        """
         due = [p.next_due(step) for p in (self.log, self.save, *self.evals.values())]
+        due += [self.total_steps] if step < self.total_steps else []
         return min((d for d in due if d is not None), default=None)
 
     def calls(self, step: int, last: int, most: int) -> Iterator[int]:

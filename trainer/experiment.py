@@ -19,6 +19,7 @@ from trainer.config.loading import LoadedConfig
 from trainer.config.sections import DataSection, EvalDataSection, EvalSection, Node, Sections
 from trainer.events import Event
 from trainer.modules import Functional, functional
+from trainer.parallel.sharding import BUILT_IN, Rule
 from trainer.step import building
 from trainer.step.context import StepFunction
 from trainer.step.optimizer import Optimizer
@@ -65,6 +66,7 @@ class Experiment:
         ema_decay: decay of the parameters' moving average, or None.
         steps_per_call: updates made by one call of the compiled step.
         mesh: axis name to size.
+        sharding: rules that cut parameters over the mesh, in order of precedence.
         total_steps: number of updates of the run.
         clock: turns durations into steps.
         log_every: period of the metric rows.
@@ -89,6 +91,7 @@ class Experiment:
     ema_decay: float | None
     steps_per_call: int
     mesh: Mapping[str, int]
+    sharding: tuple[Rule, ...]
     total_steps: int
     clock: Clock
     log_every: Duration
@@ -134,6 +137,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         ema_decay=sections.ema.decay if sections.ema else None,
         steps_per_call=_positive(sections.steps_per_call, 'config.steps_per_call'),
         mesh=sections.mesh,
+        sharding=_sharding(sections),
         total_steps=clock.total_steps or 0,
         clock=clock,
         log_every=log.every,
@@ -199,6 +203,17 @@ def _model(node: Node) -> Functional:
         return functional(module)
     except TypeError as error:
         raise UserError(str(error)) from error
+
+
+def _sharding(sections: Sections) -> tuple[Rule, ...]:
+    given, path = sections.sharding, 'config.sharding'
+    if not isinstance(given, tuple):
+        return (_rule(given, path),)
+    return tuple(_rule(rule, f'{path}[{index}]') for index, rule in enumerate(given))
+
+
+def _rule(given: Any, path: str) -> Rule:
+    return BUILT_IN[given] if isinstance(given, str) else targets.instantiate(given, path)
 
 
 def _train_loader(sections: Sections) -> Any:

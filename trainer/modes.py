@@ -21,8 +21,10 @@ from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.experiment import build
 from trainer.observe import logfile
+from trainer.observe.progress import duration
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel.signals import StopRequest
+from trainer.parts import Parts
 from trainer.trainer import Trainer
 from trainer.workdir import Workdir
 
@@ -54,7 +56,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     """
     _enable_compile_cache()
     experiment = build(loaded)
-    if command.mode not in ('train', 'dry_run'):
+    if command.mode != 'train':
         # There is nothing to save: a signal ends the process as it ends any other.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -88,21 +90,10 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 
 
 def _already_done(trainer: Trainer) -> bool:
-    """Whether the work directory holds the finished run, which is then said.
-
-    Raises:
-        UserError: if it holds a longer run.
-    """
+    """Whether the work directory holds the finished run, which is then said."""
     workdir, total = _workdir(trainer), trainer.experiment.total_steps
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
-    if latest is None or latest < total:
-        return False
-    if latest > total:
-        raise UserError(
-            f'{workdir.path} is at step {latest:,}, but config.train_for asks for {total:,} steps. '
-            'Name another --workdir, or a longer --config.train_for.'
-        )
-    result = workdir.result()
+    result = workdir.result() if latest == total else None
     if result is None or result['step'] != total or result['status'] != 'finished':
         return False
     print(f'{workdir.path} has already finished at step {total:,}:')
@@ -141,17 +132,27 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 
 
 def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Does one of everything that a run does; reads and writes nothing in its directory."""
     logfile.route(None)
+    dry = Parts(trainer.experiment)
+    programs = dry.compile()
+    print(startup.summary(dry, 0))
+    for program in programs:
+        program.ready()
+        print(f'{program.name}: compiled in {duration(program.compile_secs)}')
+    with dry.batches(0, [1]) as batches:
+        (_, batch), *_ = batches
+        state = dry.programs.step(dry.init_state(), batch)
+    jax.block_until_ready(state)
+    print('train: one step is fine')
+    for name, evaluator in dry.evaluators.items():
+        evaluator.run(state, max_batches=1)
+        print(f'eval {name}: one batch is fine')
     with tempfile.TemporaryDirectory() as directory:
-        dry = Trainer(trainer.experiment, directory, stop=stop)
-        result = dry.fit(max_steps=1)
-        for name, evaluator in dry.evaluators.items():
-            evaluator.run(result.state, max_batches=1)
-            print(f'eval {name}: one batch is fine')
-        checkpoints = Checkpoints(f'{directory}/rehearsal', trainer.experiment.retention)
-        checkpoints.save(result.step, result.state, {'metrics': {}})
+        checkpoints = Checkpoints(directory, trainer.experiment.retention)
+        checkpoints.save(1, state, {})
         checkpoints.close()
-        print(f'a save is fine: {human_bytes(nbytes(result.state))}')
+    print(f'a save is fine: {human_bytes(nbytes(state))}')
     print('Everything works; nothing was kept.')
     return 0
 

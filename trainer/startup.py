@@ -15,7 +15,7 @@ from trainer.observe.table import human_bytes, nbytes, parameter_table
 from trainer.parallel.mesh import batch_shards
 
 if TYPE_CHECKING:
-    from trainer.trainer import Trainer
+    from trainer.parts import Parts
 
 
 def abstract_batch(spec: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -48,17 +48,17 @@ def is_out_of_memory(error: Exception) -> bool:
     return 'RESOURCE_EXHAUSTED' in str(error) or 'Out of memory' in str(error)
 
 
-def explain_out_of_memory(trainer: Trainer, error: Exception) -> str:
+def explain_out_of_memory(parts: Parts, error: Exception) -> str:
     """Returns what fills a device's memory, and what would help."""
-    state, spec = trainer.programs.abstract, trainer.experiment.data.spec
+    state, spec = parts.programs.abstract, parts.experiment.data.spec
     batch = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec.values())
     lines = [
         'the device is out of memory.',
         f'  state        {human_bytes(nbytes(state))} (parameters '
         f'{human_bytes(nbytes(state.params))}, optimizer {human_bytes(nbytes(state.opt_state))})',
-        f'  batch        {human_bytes(batch / batch_shards(trainer.mesh))} on each device',
+        f'  batch        {human_bytes(batch / batch_shards(parts.mesh))} on each device',
     ]
-    temporary = trainer.programs.step.temporary_bytes()
+    temporary = parts.programs.step.temporary_bytes()
     if temporary is not None:
         lines.append(f'  temporaries  {human_bytes(temporary)} in the train step')
     lines += [
@@ -69,15 +69,15 @@ def explain_out_of_memory(trainer: Trainer, error: Exception) -> str:
     return '\n'.join(lines)
 
 
-def summary(trainer: Trainer, step: int) -> str:
-    """Returns what a starting run says of itself."""
-    experiment, state = trainer.experiment, trainer.programs.abstract
+def summary(parts: Parts, step: int) -> str:
+    """Returns what a run that starts at `step` says of itself."""
+    experiment, state = parts.experiment, parts.programs.abstract
     devices = jax.devices()
-    shards = batch_shards(trainer.mesh)
-    mesh = ' x '.join(f'{name} {size}' for name, size in trainer.mesh.shape.items())
+    shards = batch_shards(parts.mesh)
+    mesh = ' x '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
     per_epoch = experiment.clock.steps_per_epoch
     batch = experiment.clock.batch_size
-    workdir = 'none (nothing is written)' if trainer.workdir is None else trainer.workdir.path
+    workdir = 'none (nothing is written)' if parts.workdir is None else parts.workdir.path
     lines = [
         parameter_table(state.params, state.collections),
         '',

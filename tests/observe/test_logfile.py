@@ -29,6 +29,10 @@ with ocp.CheckpointManager(directory / 'checkpoints') as manager:
     manager.wait_until_finished()
 logging.getLogger('orbax').error('an error of a library')
 warnings.warn('a warning of a library')
+class Dying:
+    def __del__(self):
+        raise OSError('in a destructor')
+Dying()
 logging.getLogger('trainer').info('too small to be shown')
 logging.getLogger('trainer').warning('one of %s', 'ours')
 """
@@ -60,6 +64,7 @@ def test_the_screen_shows_our_own_warnings_and_nothing_else(tmp_path: pathlib.Pa
         'Saving checkpoint at step 1',
         'an error of a library',
         'a warning of a library',
+        'OSError: in a destructor',
         'too small to be shown',
         'WARNING trainer: one of ours',
     ):

@@ -170,6 +170,30 @@ def test_a_real_run_on_a_terminal(tmp_path: pathlib.Path) -> None:
     assert 'finished at step 60' in seen
 
 
+def test_a_closed_pipe_costs_the_output_and_not_the_run(tmp_path: pathlib.Path) -> None:
+    """As under `| head -1`, with the messages of both kinds in the pipe or one of them."""
+    for name, stderr in (('both', subprocess.STDOUT), ('one', subprocess.PIPE)):
+        workdir = tmp_path / name
+        arguments = [command.MLP, *command.SMALL, f'--workdir={workdir}']
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'trainer.main', *arguments, '--config.train_for=300steps'],
+            cwd=command.ROOT,
+            env={**os.environ, 'XLA_FLAGS': ''},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith('parameter')
+        process.stdout.close()
+        err = process.stderr.read() if process.stderr else ''
+        assert process.wait(timeout=120) == 0, err
+        if process.stderr:
+            process.stderr.close()
+            assert re.fullmatch(r'Warning: the output goes nowhere any more \(.*\); .*\n', err)
+        assert command.result(workdir)['status'] == 'finished'
+
+
 @pytest.mark.parametrize(
     ('secs', 'text'),
     [

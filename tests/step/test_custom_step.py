@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.command import ROOT
+from tests.command import CLOCK, ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
@@ -40,7 +40,7 @@ def trainer(workdir: pathlib.Path | None = None, **overrides: Any) -> Trainer:
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith('_per_sec')} for row in lines]
+    return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in lines]
 
 
 def logged(workdir: pathlib.Path) -> list[dict[str, Any]]:

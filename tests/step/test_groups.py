@@ -59,7 +59,7 @@ def programs(
     )
     batch = points() if batch is None else batch
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    return Programs(step, spec, mesh, fused)
+    return Programs(step, spec, mesh, fused=fused)
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from tests.command import ROOT
+from tests.command import CLOCK, ROOT
 from tests.step import gan
 from tests.step.test_groups import GEN, group, programs, two_players
 from trainer.config import loading, show
@@ -30,7 +30,7 @@ MNIST = str(ROOT / 'configs' / 'mnist_mlp.py')
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.endswith('_per_sec')} for row in lines]
+    return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in lines]
 
 
 def test_a_run_with_groups_resumes_bit_equal(tmp_path: pathlib.Path) -> None:

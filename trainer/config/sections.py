@@ -14,6 +14,7 @@ from trainer.config.durations import Duration
 
 Node = dict[str, Any]
 Patterns = str | tuple[str, ...] | None
+Sharding = Literal['replicated', 'fsdp'] | Node
 
 NEVER = Duration.parse('never')
 EACH_EPOCH = Duration.parse('1 epochs')
@@ -130,6 +131,7 @@ class Sections:
     ema: EmaSection | None = None
     steps_per_call: int = 1
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {'data': -1})
+    sharding: Sharding | tuple[Sharding, ...] = ()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     hooks: dict[str, Node] = dataclasses.field(default_factory=dict)

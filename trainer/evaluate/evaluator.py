@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,15 +17,22 @@ from trainer.config.errors import UserError
 from trainer.experiment import Evaluation, Experiment
 from trainer.modules import Functional
 from trainer.parallel.mesh import batch_sharding, batch_shards, replicated
+from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
+from trainer.startup import abstract_batch
 from trainer.step.metrics import Count
 from trainer.step.program import Program
 from trainer.step.rng import Keys
-from trainer.step.state import TrainState
-from trainer.step.task_runner import MASK, TaskRunner, compute_metrics, merge_metrics, without_mask
+from trainer.step.state import TrainState, describe
+from trainer.step.task_runner import MASK, TaskRunner, compute_metrics, merge_metrics
+from trainer.step.tasks import TaskOutput
 
 # Where a task's `model.ema` travels among the variables.
 _EMA = '_ema'
+
+
+class Stopped(Exception):
+    """An evaluation was asked to end before it had seen the whole split."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,9 +49,12 @@ class EvalStep:
     task: TaskRunner
     seed: int
 
-    def empty(self, variables: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns accumulators that have seen nothing."""
-        output = jax.eval_shape(self._output, variables, batch, 0, 0)
+    def output_shapes(self, variables: Any, batch: Any) -> TaskOutput:
+        """Returns the shapes of the task's output, from arrays or their shapes."""
+        return jax.eval_shape(self._output, variables, batch, 0, 0)
+
+    def empty(self, output: TaskOutput) -> dict[str, Any]:
+        """Returns accumulators that have seen nothing, for outputs of these shapes."""
         return {'task': self.task.empty(output), 'examples': Count.empty()}
 
     def __call__(
@@ -77,7 +87,7 @@ class EvalStep:
         """Returns the task's predictions for all rows of a batch, padding included."""
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
-        return task.predict(_bind(self.model, variables, keys), without_mask(batch))
+        return task.predict(_bind(self.model, variables, keys), self.task.prepared(batch))
 
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
@@ -97,7 +107,14 @@ class Evaluator:
     """
 
     def __init__(
-        self, name: str, step: EvalStep, loader: Any, mesh: Mesh, *, use_ema: bool = False
+        self,
+        name: str,
+        step: EvalStep,
+        loader: Any,
+        mesh: Mesh,
+        *,
+        sharding: Sequence[Rule] = (),
+        use_ema: bool = False,
     ):
         """Makes an evaluator; it compiles at its first batch.
 
@@ -106,13 +123,24 @@ class Evaluator:
             step: one batch.
             loader: batches of one static shape, with a mask: see `data.loader.EvalLoader`.
             mesh: the device mesh.
+            sharding: the rules that names of activations follow.
             use_ema: evaluate the moving average of the parameters.
+
+        Raises:
+            UserError: if the split is empty.
         """
+        if loader.num_batches == 0:
+            raise UserError(
+                f'config.evals.{name}.data: its split is empty; name one that has examples, or '
+                'leave this evaluation out'
+            )
         self.name = name
         self._program: Program | None = None
+        self._empty: Callable[[], Any] | None = None
         self._step = step
         self._loader = loader
         self._mesh = mesh
+        self._tracing = functools.partial(named_axes, sharding, mesh)
         self._use_ema = use_ema
 
     @classmethod
@@ -121,20 +149,62 @@ class Evaluator:
         step = EvalStep(model=experiment.model, task=spec.task, seed=experiment.seed)
         shards = batch_shards(mesh)
         loader = spec.loader(-(-spec.batch_size // shards) * shards)
-        return cls(name, step, loader, mesh, use_ema=spec.ema)
+        sharding = experiment.sharding
+        return cls(name, step, loader, mesh, sharding=sharding, use_ema=spec.ema)
 
-    def run(self, state: TrainState, *, max_batches: int | None = None) -> dict[str, float | int]:
+    def prepare(self, state: TrainState) -> None:
+        """Makes ready what `run` needs, so that a mistake shows before the training begins.
+
+        Reads and transforms one batch and works out the task's shapes; nothing is compiled.
+
+        Args:
+            state: the state that will be evaluated, or its shapes.
+
+        Raises:
+            UserError: if the task asks for a field that the batch does not have.
+        """
+        shapes = None
+        try:
+            shapes = abstract_batch(self._loader.spec)
+            with self._tracing():
+                output = self._step.output_shapes(self._variables(state), shapes)
+        except UserError as error:
+            raise UserError(f'config.evals.{self.name}: {error}') from error
+        except Exception as error:
+            error.add_note(f'This happened at the first batch of config.evals.{self.name}')
+            if shapes is not None:
+                batch = ', '.join(f'{name}: {describe(x)}' for name, x in shapes.items())
+                error.add_note(f'Its task {self._step.task.task!r} was called on the batch {batch}')
+            raise
+        self._empty = jax.jit(
+            functools.partial(self._step.empty, output), out_shardings=replicated(self._mesh)
+        )
+
+    def run(
+        self,
+        state: TrainState,
+        *,
+        max_batches: int | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float | int]:
         """Returns the metrics over the split, `examples` (the number of them) included.
 
         Args:
             state: what to evaluate.
             max_batches: stop after so many batches, for a rehearsal.
+            should_stop: asked before each batch.
+
+        Raises:
+            Stopped: if `should_stop` said so.
         """
-        variables, totals = self._variables(state), None
+        if self._empty is None:
+            self.prepare(state)
+        assert self._empty is not None
+        variables, totals = self._variables(state), self._empty()
         with self._batches(max_batches) as batches:
             for index, (_, batch) in enumerate(batches):
-                if totals is None:
-                    totals = self._empty(variables, batch)
+                if should_stop():
+                    raise Stopped
                 args = (totals, variables, state.step, np.int32(index), batch)
                 self._program = self._program or self._compile(args)
                 totals = self._program(*args)
@@ -154,7 +224,8 @@ class Evaluator:
         variables = self._variables(state)
         with self._batches() as batches:
             for index, (_, batch) in enumerate(batches):
-                outputs = self._predict(variables, state.step, np.int32(index), batch)
+                with self._tracing():
+                    outputs = self._predict(variables, state.step, np.int32(index), batch)
                 mask = np.asarray(batch[MASK])
                 yield {name: x[mask] for name, x in jax.device_get(outputs).items()}
 
@@ -165,12 +236,14 @@ class Evaluator:
 
     def _compile(self, args: tuple[Any, ...]) -> Program:
         name = f'the step of evaluation {self.name!r}'
-        shardings = replicated(self._mesh)
-        return Program(name, self._step, args, donate_argnums=0, out_shardings=shardings)
-
-    @functools.cached_property
-    def _empty(self) -> Callable[..., Any]:
-        return jax.jit(self._step.empty, out_shardings=replicated(self._mesh))
+        return Program(
+            name,
+            self._step,
+            args,
+            tracing=self._tracing,
+            donate_argnums=0,
+            out_shardings=replicated(self._mesh),
+        )
 
     @functools.cached_property
     def _predict(self) -> Callable[..., Any]:

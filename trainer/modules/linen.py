@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 from flax import errors as flax_errors
 from flax import traverse_util
-from flax.core import meta
 
 from trainer.step.rng import Keys
 
@@ -36,7 +35,9 @@ class Linen:
     module: nn.Module
 
     def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
-        """Returns fresh, unboxed variables of everything that `task` calls on this batch.
+        """Returns fresh variables of everything that `task` calls on this batch.
+
+        Those whose dimensions the module names are still in their boxes (`flax.core.meta`).
 
         Args:
             task: called as `task(model, batch)`, in evaluation mode: initialisation needs no
@@ -46,7 +47,7 @@ class Linen:
         """
         bound = _InitModel(self.module, keys)
         task(bound, batch)
-        return meta.unbox(bound.variables)
+        return bound.variables
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> BoundModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""

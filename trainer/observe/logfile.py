@@ -43,6 +43,7 @@ def route(directory: epath.PathLike | None) -> None:
     logging.getLogger('absl').handlers.clear()
     logging.getLogger('absl').propagate = True
     logging.captureWarnings(True)
+    sys.unraisablehook = _log_unraisable
     warnings.simplefilter('default')
     to_screen = logging.StreamHandler(sys.stderr)
     to_screen.setLevel(logging.WARNING)
@@ -51,3 +52,9 @@ def route(directory: epath.PathLike | None) -> None:
     to_screen.setFormatter(logging.Formatter(f'{clear}Warning: %(message)s'))
     ours = logging.getLogger('trainer')
     ours.handlers[:] = [to_screen]
+
+
+def _log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    # TensorStore calls back into a closed event loop after a file could not be read or written.
+    error = unraisable.exc_value or unraisable.exc_type()
+    logging.getLogger().error('ignored in %r', unraisable.object, exc_info=error)

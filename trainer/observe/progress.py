@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
 from typing import TextIO
 
+_log = logging.getLogger('trainer')
 _REFRESH_SECS = 0.2
 _DEFAULT_COLUMNS = 80
 _SPACE = '  '
@@ -52,10 +54,9 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Prints lines that stay."""
-        if self._open:
-            self._stream.write(CLEAR)
-            self._open = False
-        self._print(text)
+        clear = CLEAR if self._open else ''
+        self._open = False
+        self._print(clear + text)
 
     def _show(self, step: int) -> None:
         # One less than the width: some terminals wrap when their last column is written.
@@ -64,13 +65,21 @@ class Progress:
         for name in _FIRST_TO_GO:
             if len(_SPACE.join(parts.values())) > width:
                 parts.pop(name, None)
-        self._stream.write(CLEAR + _SPACE.join(parts.values())[:width])
-        self._stream.flush()
         self._open = True
+        self._write(CLEAR + _SPACE.join(parts.values())[:width])
 
     def _print(self, text: str) -> None:
-        self._stream.write(text + '\n')
-        self._stream.flush()
+        self._write(text + '\n')
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            # As under `| head`. A run is worth more than its lines, and its rows are in a file.
+            self._live = self._open = False
+            _discard(self._stream)
+            _log.warning('the output goes nowhere any more (%s); the run goes on', error)
 
     def _columns(self) -> int:
         try:
@@ -106,3 +115,11 @@ def duration(secs: float) -> str:
     minutes, seconds = divmod(round(secs), 60)
     hours, minutes = divmod(minutes, 60)
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
+
+
+def _discard(stream: TextIO) -> None:
+    """Sends to nowhere what is still written to a stream that nobody reads."""
+    # Also what the stream holds back: Python would fail to write it when the process ends.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 import jax
@@ -26,6 +26,10 @@ from trainer.step.task_runner import compute_metrics
 
 class Reporter:
     """Collects the rows of a run and shows them.
+
+    A row of training holds means over all steps since the row before it; `train/data_wait_secs` is
+    the mean time that a step waited for its batch. Only learning rates and norms are those of the
+    row's own step.
 
     Attributes:
         latest: the newest value of each metric, by flat name.
@@ -46,10 +50,26 @@ class Reporter:
         self.progress = Progress(total_steps, stream or sys.stdout)
         self._writer = Writers(())
         self._batch_size = batch_size
-        self._pending: tuple[int, Any] | None = None
+        self._pending: tuple[int, Any, float] | None = None
         self._evaluated: set[tuple[str, int]] = set()
         self._mark = (0, 0.0)
+        self._waited = (0, 0.0)
         self._began = 0.0
+
+    def start(self) -> None:
+        """Starts the clock of the whole: `time` is that of one call of `fit`."""
+        self.time = TimeSpent()
+
+    def restore(self, step: int, metrics: Mapping[str, float], evaluated: Iterable[str]) -> None:
+        """Takes what is known of the run so far in the place of all that was.
+
+        Args:
+            step: number of completed updates.
+            metrics: the newest value of each metric, by flat name.
+            evaluated: names of the evaluations that have run at this step.
+        """
+        self.latest = dict(metrics)
+        self._evaluated = {(name, step) for name in evaluated}
 
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
         """Opens the run's files, cut back to the step that the run goes on from."""
@@ -61,21 +81,24 @@ class Reporter:
     def begin(self, step: int) -> None:
         """Starts the clock of the loop."""
         self._pending = None
-        # Rows beyond this step were cut from the file: they are written again.
-        self._evaluated = {(name, s) for name, s in self._evaluated if s <= step}
-        self._began = time.perf_counter()
-        self._mark = (step, self._busy())
+        self._began = self._busy()
+        self._mark = (step, self._began)
+        self._waited = (step, 0.0)
 
     def end(self, status: str, step: int) -> None:
         """Shows how the run ended and where the time went, and closes its files."""
         self.flush()
-        loop = time.perf_counter() - self._began
-        others = sum(self.time.get(part) for part in ('eval', 'save', 'data wait'))
-        self.time.set('steps', max(0.0, loop - others))
-        self._writer.close()
+        steps = self._busy() - self._began - self.time.get('data wait')
+        self.time.set('steps', max(0.0, steps))
+        self.close()
         lines = [f'{status} at step {step:,}']
         lines += [f'  {name} {_number(value)}' for name, value in sorted(self.latest.items())]
         self.progress.message('\n'.join([*lines, self.time.summary()]))
+
+    def close(self) -> None:
+        """Closes the run's files; what comes after is only shown."""
+        writer, self._writer = self._writer, Writers(())
+        writer.close()
 
     def stepped(self, step: int) -> None:
         """Is told of each dispatched step: writes the row that waits, refreshes the line."""
@@ -86,13 +109,15 @@ class Reporter:
     def log(self, step: int, metrics: Any) -> None:
         """Takes the accumulators of a log event; `flush` or the next `stepped` writes their row."""
         self.flush()
-        self._pending = (step, metrics)
+        (before, waited), secs = self._waited, self.time.get('data wait')
+        self._waited = (step, secs)
+        self._pending = (step, metrics, (secs - waited) / (step - before))
 
     def flush(self) -> None:
         """Writes the row that waits, if one does; blocks until its step is done."""
         if self._pending is None:
             return
-        step, metrics = self._pending
+        step, metrics, data_wait_secs = self._pending
         self._pending = None
         row = flat_row(metrics)
         # Read now, when the step is known to be done, and not when it was dispatched.
@@ -101,6 +126,7 @@ class Reporter:
         rate = steps / secs if secs > 0 else math.nan
         row['train/steps_per_sec'] = rate
         row['train/examples_per_sec'] = rate * self._batch_size
+        row['train/data_wait_secs'] = data_wait_secs
         self._add(step, row)
         self.progress.update(step, row)
 

@@ -13,8 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from trainer.config.errors import UserError
 from trainer.step.state import TrainState
 
-# The axes that the rows of a batch are spread over.
-BATCH_AXES = ('data',)
+# The mesh axes that the rows of a batch are spread over, those of them that a mesh has.
+BATCH_AXES = ('data', 'fsdp')
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
@@ -56,11 +56,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(abstract: TrainState, mesh: Mesh) -> Any:
+def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
     """Returns a sharding for every leaf; optimizer slots and average live with their parameter.
 
     Args:
         abstract: the state's shapes, from `jax.eval_shape`.
+        param_specs: the spec of each parameter.
         mesh: the device mesh.
     """
     everywhere = replicated(mesh)
@@ -68,7 +69,7 @@ def state_shardings(abstract: TrainState, mesh: Mesh) -> Any:
     def whole(tree: Any) -> Any:
         return jax.tree.map(lambda _: everywhere, tree)
 
-    params = whole(abstract.params)
+    params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs)
     # Not an array but a sharding in each place.
     shardings: dict[str, Any] = dict(
         step=everywhere,

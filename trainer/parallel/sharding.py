@@ -7,10 +7,11 @@ a parameter without an answer is replicated: every device holds all of it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -181,6 +182,17 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
 def logical_rules(rules: Iterable[Rule]) -> tuple[tuple[str, Axes], ...]:
     """Returns the name rules of all `ByName` entries, in order: what activations follow."""
     return tuple(pair for rule in rules if isinstance(rule, ByName) for pair in rule.logical_rules)
+
+
+@contextlib.contextmanager
+def named_axes(rules: Iterable[Rule], mesh: Mesh) -> Iterator[None]:
+    """Lets what is traced inside find the mesh axes of the names that it gives to activations."""
+    logical = logical_rules(rules)
+    if not logical:
+        yield
+        return
+    with jax.set_mesh(mesh), nn.logical_axis_rules(logical):
+        yield
 
 
 def _as_axes(axes: Sequence[Any]) -> tuple[Axes, ...]:

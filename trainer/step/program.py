@@ -4,21 +4,29 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
+from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
+from trainer.parallel.sharding import Rule, named_axes, param_specs
 from trainer.step.state import TrainState, changes, describe
 from trainer.step.train_step import TrainStep
 
 _log = logging.getLogger('trainer')
+# Several CPU devices share the threads of one pool: too many programs at once that wait for each
+# other's collectives leave none to arrive, and the process is aborted.
+_MOST_IN_FLIGHT = 16
+
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
 
 
@@ -31,20 +39,32 @@ class Program:
         compiles: number of compilations so far.
     """
 
-    def __init__(self, name: str, fn: Callable[..., Any], arguments: tuple[Any, ...], **jit: Any):
+    def __init__(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        *,
+        tracing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        **jit: Any,
+    ):
         """Starts compiling `jax.jit(fn, **jit)`.
 
         Args:
             name: what messages call it.
             fn: the function.
             arguments: arrays, or their shapes, dtypes and shardings.
+            tracing: makes the context that `fn` is traced in.
             **jit: options of `jax.jit`.
         """
         self.name = name
         self.compile_secs = 0.0
         self.compiles = 0
+        self._tracing = tracing
         self._jitted = jax.jit(fn, **jit)
         self._abstract = jax.tree.map(_shape_of, arguments)
+        self._virtual = _on_virtual_devices(self._abstract)
+        self._calls = 0
         self._future = _compiler.submit(self._compile)
         self._compiled: Any = None
 
@@ -66,7 +86,7 @@ class Program:
         """Runs the program. Shapes or dtypes that changed compile it again, with a warning."""
         compiled = self._compiled or self.ready()
         try:
-            return compiled(*args)
+            return self._limited(compiled(*args))
         except TypeError:
             found = changes(self._abstract, args)
             if not found:
@@ -76,9 +96,19 @@ class Program:
         self._compiled = self._compile()
         return self._compiled(*args)
 
+    def _limited(self, result: Any) -> Any:
+        """Waits now and then where calls may not pile up."""
+        if self._virtual:
+            self._calls += 1
+            if self._calls % _MOST_IN_FLIGHT == 0:
+                jax.block_until_ready(result)
+        return result
+
     def _compile(self) -> jax.stages.Compiled:
         began = time.perf_counter()
-        compiled = self._jitted.lower(*self._abstract).compile()
+        with self._tracing():
+            lowered = self._jitted.lower(*self._abstract)
+        compiled = lowered.compile()
         self.compiles += 1
         self.compile_secs += time.perf_counter() - began
         return compiled
@@ -91,21 +121,33 @@ class Programs:
         abstract: the state's shapes, dtypes and shardings.
     """
 
-    def __init__(self, train_step: TrainStep, spec: Mapping[str, Any], mesh: Mesh, fused: int = 1):
+    def __init__(
+        self,
+        train_step: TrainStep,
+        spec: Mapping[str, Any],
+        mesh: Mesh,
+        *,
+        sharding: Sequence[Rule] = (),
+        fused: int = 1,
+    ):
         """Works out the shapes; nothing is compiled before it is used.
 
         Args:
             train_step: the step's functions.
             spec: shape and dtype of each array of a global batch.
             mesh: the device mesh.
+            sharding: rules that cut parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
         """
         self._train_step = train_step
         self._mesh = mesh
         self._spec = spec
         self._fused_steps = fused
-        shapes = _init_shapes(train_step, spec)
-        shardings = state_shardings(shapes, mesh)
+        self._tracing = functools.partial(named_axes, sharding, mesh)
+        named = _init_shapes(train_step, spec)
+        shapes = meta.unbox(named)
+        specs = param_specs(shapes.params, nn.get_partition_spec(named.params), sharding, mesh)
+        shardings = state_shardings(shapes, specs, mesh)
         self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
 
     @functools.cached_property
@@ -115,6 +157,7 @@ class Programs:
             'the train step',
             self._train_step,
             (self.abstract, self._batch(batch_sharding(self._mesh))),
+            tracing=self._tracing,
             donate_argnums=0,
             out_shardings=self._shardings,
         )
@@ -132,6 +175,7 @@ class Programs:
             f'the program of {self._fused_steps} train steps',
             many,
             (self.abstract, self._batch(stacked, (self._fused_steps,))),
+            tracing=self._tracing,
             donate_argnums=0,
             out_shardings=self._shardings,
         )
@@ -161,9 +205,9 @@ class Programs:
 
 
 def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
-    """Returns the state's shapes; whatever the model objects to, the batch is shown beside it."""
+    """Returns the shapes of `named_init`; whatever the model objects to, the batch is shown too."""
     try:
-        return jax.eval_shape(train_step.init, spec)
+        return jax.eval_shape(train_step.named_init, spec)
     except UserError:
         raise
     except Exception as error:
@@ -174,6 +218,13 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
 
 def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _on_virtual_devices(abstract: Any) -> bool:
+    shardings = [x.sharding for x in jax.tree.leaves(abstract) if x.sharding is not None]
+    return any(
+        len(s.device_set) > 1 and next(iter(s.device_set)).platform == 'cpu' for s in shardings
+    )
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:

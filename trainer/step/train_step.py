@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import meta
 
 from trainer.config.durations import Periodic
 from trainer.modules.linen import Linen
@@ -42,6 +43,7 @@ class TrainStep:
         ema_decay: decay of the moving average of the parameters, or None for no average.
         shards: number of devices that a batch's rows are spread over.
         log: when rows are logged; where that is known, norms are computed for those steps only.
+        last_step: of the run; its row is logged too.
     """
 
     model: Linen
@@ -53,9 +55,14 @@ class TrainStep:
     ema_decay: float | None = None
     shards: int = 1
     log: Periodic | None = None
+    last_step: int = 0
 
     def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
         """Returns the first state, from the shapes of a training batch."""
+        return meta.unbox(self.named_init(spec))
+
+    def named_init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
+        """Returns the first state, variables still in the boxes that name their dimensions."""
         # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
         variables = dict(
@@ -63,7 +70,8 @@ class TrainStep:
                 self.task.task, self.task.prepared(batch), Keys(seed=self.seed, mode='init')
             )
         )
-        params = variables.pop('params')
+        named = variables.pop('params')
+        params = meta.unbox(named)
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
@@ -73,7 +81,8 @@ class TrainStep:
             # A copy: two leaves of one donated state must not share a buffer.
             ema=None if self.ema_decay is None else jax.tree.map(jnp.copy, params),
         )
-        return dataclasses.replace(state, metrics=self.empty_metrics(state, batch))
+        metrics = self.empty_metrics(meta.unbox(state), batch)
+        return dataclasses.replace(state, params=named, metrics=metrics)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
@@ -147,7 +156,7 @@ class TrainStep:
         # On a CPU reading every parameter three times costs a tenth of a small model's step; on an
         # accelerator a branch would cost more than the norms.
         return jax.lax.cond(
-            is_due(self.log, step + 1),
+            is_due(self.log, step + 1) | (step + 1 == self.last_step),
             measure,
             lambda trees: {name: Last.empty() for name in trees},
             trees,

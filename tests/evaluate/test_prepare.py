@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An evaluation that cannot work says so before the training begins."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.sources import ArraySpec
+from tests.command import ROOT
+from tests.evaluate.watched import Watched
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+
+def broken(batch: dict[str, Any]) -> dict[str, Any]:
+    return {**batch, 'image': batch['picture']}
+
+
+def flat(batch: dict[str, Any]) -> dict[str, Any]:
+    return {**batch, 'image': batch['image'].reshape(len(batch['image']), -1)[:, :99]}
+
+
+class Nothing:
+    """A source without an example."""
+
+    def __init__(self) -> None:
+        self.spec = {
+            'image': ArraySpec((28, 28, 1), np.dtype('u1')),
+            'label': ArraySpec((), np.dtype('i4')),
+        }
+
+    def __len__(self) -> int:
+        return 0
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {
+            name: np.zeros((len(indices), *spec.shape), spec.dtype)
+            for name, spec in self.spec.items()
+        }
+
+
+def trainer_with(workdir: pathlib.Path | None, **test: Any) -> Trainer:
+    changes = {f'evals__test__{name}': value for name, value in test.items()}
+    options = {'train_for': '5 steps', 'data__source__limit': 640}
+    config = str(ROOT / 'configs' / 'mnist_mlp.py')
+    experiment = load_and_build(config, **{**options, **changes})
+    return Trainer(experiment, None if workdir is None else str(workdir))
+
+
+def test_a_transform_that_fails(tmp_path: pathlib.Path) -> None:
+    trainer = trainer_with(tmp_path / 'run', data__transforms=({'ref': f'{__name__}:broken'},))
+    with pytest.raises(KeyError, match='picture') as error:
+        trainer.fit()
+    assert 'This happened at the first batch of config.evals.test' in error.value.__notes__
+    assert trainer.report.latest == {}
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_batch_that_the_model_cannot_take() -> None:
+    trainer = trainer_with(None, data__transforms=({'ref': f'{__name__}:flat'},))
+    with pytest.raises(Exception, match='99') as error:
+        trainer.fit()
+    notes = '\n'.join(error.value.__notes__)
+    assert 'at the first batch of config.evals.test' in notes
+    assert 'label: int32[512]' in notes
+    assert trainer.report.latest == {}
+
+
+def test_a_field_that_the_batch_does_not_have() -> None:
+    task = {'target': 'trainer.step.tasks:Classification', 'label': 'klass'}
+    trainer = trainer_with(None, task=task)
+    with pytest.raises(UserError, match=r"config\.evals\.test: the task asks for batch\['klass'\]"):
+        trainer.fit()
+    assert trainer.report.latest == {}
+
+
+@pytest.mark.parametrize('act', [Trainer.fit, Trainer.evaluate, lambda t: t.predict('test')])
+def test_an_empty_split(act: Any, tmp_path: pathlib.Path) -> None:
+    trainer_with(tmp_path).fit()
+    trainer = trainer_with(tmp_path, data__source={'target': f'{__name__}:Nothing'})
+    with pytest.raises(UserError, match=r'config\.evals\.test\.data: its split is empty'):
+        act(trainer)
+    assert trainer.report.latest == {}
+
+
+def test_nothing_is_compiled_and_one_batch_is_read(tmp_path: pathlib.Path) -> None:
+    watched = {'target': f'{Watched.__module__}:Watched', 'directory': str(tmp_path)}
+    trainer = trainer_with(None, data__batch_size=96, data__transforms=(watched,))
+    evaluator = trainer.evaluators['test']
+    evaluator.prepare(trainer.programs.abstract)
+    assert evaluator.compiles == 0
+    assert (tmp_path / 'seen').read_text() == '96\n'

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The row of the last step, which is logged whether or not it is due."""
+
+import math
+
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+
+def test_the_last_row_has_norms_although_no_row_was_due():
+    experiment = load_and_build(
+        'configs/mnist_mlp.py',
+        data__source__limit=100,
+        train_for='3 steps',
+        log__every='100 steps',
+        evals__test__final=False,
+    )
+    metrics = Trainer(experiment).fit().metrics
+    norms = {name: metrics[f'train/{name}_norm'] for name in ('grad', 'param', 'update')}
+    assert all(math.isfinite(value) and value > 0 for value in norms.values()), norms

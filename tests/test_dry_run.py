@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dry run does one of everything, and leaves nothing."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from tests import command
+from tests.evaluate.watched import override
+
+
+@pytest.mark.parametrize('extra', [(), ('--config.steps_per_call=7', '--config.ema.decay=0.9')])
+def test_one_of_everything(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> None:
+    workdir = tmp_path / 'run'
+    finished = command.run(
+        command.MLP, *command.SMALL, f'--workdir={workdir}', '--mode=dry_run',
+        '--config.train_for=1step', '--config.evals.test.data.batch_size=100', override(tmp_path),
+        *extra,
+    )  # fmt: skip
+    assert finished.code == 0, finished.err
+    assert finished.err == ''
+    for line in (
+        'parameters', 'train step: compiled in', 'train: one step is fine',
+        'eval test: one batch is fine', 'a save is fine: ', 'nothing was kept',
+    ):  # fmt: skip
+        assert line in finished.out
+    assert ('7 train steps: compiled in' in finished.out) == bool(extra)
+    # One batch to learn its shapes from, and one to evaluate.
+    assert (tmp_path / 'seen').read_text() == '100\n100\n'
+    assert not workdir.exists()

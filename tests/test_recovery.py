@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run keeps for the next start, and a start that fails."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import pytest
+
+from tests.command import ROOT
+from trainer.checkpoint.manager import CheckpointError
+from trainer.config.errors import UserError
+from trainer.events import Event
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+FAIL_AT: list[int] = []
+KNOWN_AT_START: list[dict[str, float]] = []
+
+
+def fail(event: Event) -> None:
+    if event.kind == 'start':
+        KNOWN_AT_START.append(dict(event.metrics))
+    if event.kind == 'log' and event.step in FAIL_AT:
+        FAIL_AT.remove(event.step)
+        raise RuntimeError('the hook failed')
+
+
+def trainer_in(workdir: pathlib.Path | None, **overrides: Any) -> Trainer:
+    options = {
+        'train_for': '50 steps',
+        'data__source__limit': 640,
+        'evals__test__data__source__limit': 100,
+        'evals__test__every': '20 steps',
+        'checkpoint__every': 'never',
+        'log__every': '10 steps',
+        'hooks': {'fail': {'ref': f'{__name__}:fail'}},
+    }
+    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
+    return Trainer(experiment, None if workdir is None else str(workdir))
+
+
+def files(workdir: pathlib.Path) -> dict[str, bytes]:
+    """Returns the files of a run, without its checkpoints."""
+    return {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
+
+
+def test_a_fit_after_one_that_failed_counts_from_the_beginning(tmp_path: pathlib.Path) -> None:
+    trainer = trainer_in(tmp_path / 'twice')
+    FAIL_AT.append(30)
+    with pytest.raises(RuntimeError, match='the hook failed'):
+        trainer.fit()
+    again = trainer.fit()
+    # Nothing of the run that is gone is told of the one that starts.
+    assert KNOWN_AT_START[-1] == {}
+    whole = trainer_in(tmp_path / 'once').fit()
+    assert again.step == whole.step == 50
+    one, two = (
+        json.loads((tmp_path / name / 'result.json').read_text()) for name in ('once', 'twice')
+    )
+    assert one['digest'] == two['digest']
+    assert one['data_digest'] == two['data_digest']
+    steps = [
+        [json.loads(line)['step'] for line in (tmp_path / name / 'metrics.jsonl').open()]
+        for name in ('once', 'twice')
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_calls_in_turn_count_on(tmp_path: pathlib.Path) -> None:
+    results = {}
+    for name, calls in (('one', [None]), ('three', [13, 20, None])):
+        trainer = trainer_in(tmp_path / name)
+        for max_steps in calls:
+            trainer.fit(max_steps=max_steps)
+        results[name] = json.loads((tmp_path / name / 'result.json').read_text())
+    assert results['one']['data_digest'] == results['three']['data_digest']
+    assert results['one']['digest'] == results['three']['digest']
+
+
+def test_the_time_told_is_that_of_the_last_call() -> None:
+    trainer = trainer_in(None)
+    trainer.fit(max_steps=25)
+    assert trainer.report.time.get('eval') > 0
+    trainer.fit(max_steps=10)
+    assert trainer.report.time.get('eval') == 0
+    assert trainer.report.time.get('steps') > 0
+
+
+def test_a_restore_that_fails_leaves_the_directory_as_it_was(tmp_path: pathlib.Path) -> None:
+    trainer_in(tmp_path, train_for='20 steps').fit()
+    for path in (tmp_path / 'checkpoints' / '20' / 'state').rglob('*'):
+        if path.is_file() and path.stat().st_size > 10_000:
+            path.write_bytes(path.read_bytes()[:5000])
+    before = files(tmp_path)
+    with pytest.raises(CheckpointError, match='damaged'):
+        trainer_in(tmp_path, log__every='5 steps').fit()
+    assert files(tmp_path) == before
+
+
+def test_a_longer_run_is_refused(tmp_path: pathlib.Path) -> None:
+    trainer_in(tmp_path).fit()
+    before = files(tmp_path)
+    with pytest.raises(UserError, match=r'is at step 50, but config\.train_for asks for 30 steps'):
+        trainer_in(tmp_path, train_for='30 steps').fit()
+    with pytest.raises(UserError, match='is at step 50'):
+        trainer_in(tmp_path, train_for='30 steps').check_workdir()
+    assert files(tmp_path) == before
+
+
+def test_a_finished_run_does_not_evaluate_again(tmp_path: pathlib.Path) -> None:
+    first = trainer_in(tmp_path).fit()
+    again = trainer_in(tmp_path).fit()
+    assert again.status == 'finished'
+    assert again.metrics == first.metrics
+    assert again.state.step == 50
+
+
+def test_the_final_evaluation_belongs_to_the_last_checkpoint(tmp_path: pathlib.Path) -> None:
+    """Also where a periodic save is due at the last step."""
+    trainer = trainer_in(tmp_path, evals__test__every='never', checkpoint__every='25 steps')
+    trainer.fit()
+    assert trainer.checkpoints is not None
+    assert trainer.checkpoints.meta(25)['evaluated'] == []
+    last = trainer.checkpoints.meta(50)
+    assert last['evaluated'] == ['test']
+    assert 'eval/test/loss' in last['metrics']

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an experiment runs with, and what can be done with it besides training."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+
+from trainer import startup
+from trainer.checkpoint.manager import Checkpoints
+from trainer.config.errors import UserError
+from trainer.evaluate.evaluator import Evaluator
+from trainer.events import Events
+from trainer.experiment import Experiment
+from trainer.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from trainer.prefetch import Prefetcher
+from trainer.step.program import Program, Programs
+from trainer.step.state import TrainState
+from trainer.step.train_step import TrainStep
+from trainer.workdir import Workdir
+
+
+class Parts:
+    """Mesh, programs, evaluators and checkpoints of an experiment, each made at its first use.
+
+    Attributes:
+        experiment: what is trained.
+        workdir: the run's directory, or None: then nothing is written.
+    """
+
+    def __init__(self, experiment: Experiment, workdir: str | None = None):
+        """Names the parts; nothing is made or compiled yet.
+
+        Args:
+            experiment: from `trainer.experiment.build`.
+            workdir: where checkpoints, metrics and results go; None leaves no trace.
+        """
+        self.experiment = experiment
+        self.workdir = None if workdir is None else Workdir(workdir)
+        self._events = Events.of(experiment)
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        """The device mesh."""
+        return make_mesh(self.experiment.mesh)
+
+    @functools.cached_property
+    def programs(self) -> Programs:
+        """The compiled programs of training; each compiles when it is first asked for."""
+        experiment, shards = self.experiment, batch_shards(self.mesh)
+        startup.check_batch(experiment, shards)
+        train_step = TrainStep(
+            model=experiment.model,
+            task=experiment.task,
+            optimizer=experiment.optimizer,
+            seed=experiment.seed,
+            function=experiment.step,
+            accumulate=experiment.accumulate,
+            ema_decay=experiment.ema_decay,
+            shards=shards,
+            log=self._events.log,
+            last_step=experiment.total_steps,
+        )
+        spec = startup.abstract_batch(experiment.data.spec)
+        return Programs(
+            train_step,
+            spec,
+            self.mesh,
+            sharding=experiment.sharding,
+            fused=experiment.steps_per_call,
+        )
+
+    @functools.cached_property
+    def evaluators(self) -> dict[str, Evaluator]:
+        """One evaluator for each entry of `config.evals`; each compiles at its first batch."""
+        return {
+            name: Evaluator.of(name, spec, self.experiment, self.mesh)
+            for name, spec in self.experiment.evals.items()
+        }
+
+    @functools.cached_property
+    def checkpoints(self) -> Checkpoints | None:
+        """The work directory's checkpoints, or None without one."""
+        if self.workdir is None:
+            return None
+        return Checkpoints(self.workdir.checkpoints, self.experiment.retention)
+
+    def compile(self) -> list[Program]:
+        """Starts compiling what training calls; checks the evaluations while that goes on.
+
+        Returns:
+            The programs; their `ready()` waits for the compiler.
+
+        Raises:
+            UserError: for what only shows now, such as a batch that does not divide over the mesh
+                or an evaluation of an empty split.
+        """
+        programs = [self.programs.fused] if self.experiment.steps_per_call > 1 else []
+        programs.append(self.programs.step)
+        for evaluator in self.evaluators.values():
+            evaluator.prepare(self.programs.abstract)
+        return programs
+
+    def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
+        """Returns training batches from a position on, each of so many steps as `calls` says."""
+        return Prefetcher(
+            self.experiment.data.block,
+            calls,
+            batch_sharding(self.mesh),
+            start=start,
+            depth=self.experiment.prefetch,
+        )
+
+    def init_state(self) -> TrainState:
+        """Returns a fresh state, every leaf born on the devices that hold it."""
+        return self.programs.init()
+
+    def restore(self, step: int | str = 'latest') -> TrainState:
+        """Returns the state of a checkpoint of the work directory.
+
+        Args:
+            step: a number, 'latest' or 'best'.
+
+        Raises:
+            UserError: if there is no such checkpoint.
+            CheckpointError: if its arrays are not those that were saved.
+        """
+        if self.checkpoints is None:
+            raise UserError('restore: this trainer has no work directory')
+        steps = self.checkpoints.steps()
+        named = {'latest': self.checkpoints.latest, 'best': self.checkpoints.best}
+        number = int(step) if str(step).isdigit() else None
+        found = named[str(step)]() if step in named else number
+        if found is None or found not in steps:
+            have = ', '.join(map(str, steps)) or 'none'
+            raise UserError(
+                f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
+            )
+        return self.checkpoints.restore(found, self.programs.abstract)
+
+    def evaluate(self, state: TrainState | None = None) -> dict[str, dict[str, float]]:
+        """Returns the metrics of each evaluation of the config.
+
+        Args:
+            state: what to evaluate; by default the newest checkpoint.
+        """
+        state = self.restore() if state is None else state
+        return {name: evaluator.run(state) for name, evaluator in self.evaluators.items()}
+
+    def predict(
+        self, evaluation: str, state: TrainState | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the task's predictions for each batch of an evaluation's split, padding removed.
+
+        Args:
+            evaluation: its name in the config.
+            state: whose predictions; by default the newest checkpoint's.
+
+        Raises:
+            UserError: if the task has no method `predict`.
+        """
+        state = self.restore() if state is None else state
+        return self.evaluators[evaluation].predict(state)
