@@ -136,6 +136,7 @@ class EvalLoader:
     Attributes:
         examples: number of examples.
         num_batches: number of batches, the last one padded.
+        rows: number of rows of a batch, padding included.
     """
 
     def __init__(
@@ -165,23 +166,29 @@ class EvalLoader:
         self.num_batches = -(-self.examples // batch_size)
         self._source = source
         self._batch_size = batch_size
-        self._rows = max(batch_size, padded_to or 0)
+        self.rows = max(batch_size, padded_to or 0)
         self._transforms = tuple(transforms)
 
     @property
     def spec(self) -> dict[str, ArraySpec]:
         """Shape (batch dimension first) and dtype of each array of a batch."""
-        return _spec(self.block(0, 1), self._rows)
+        return _spec(self.block(0, 1), self.rows)
 
-    def block(self, start: int, count: int) -> Block:
-        """Returns the batches [start, start + count), `_mask` among the arrays."""
+    def block(self, start: int, count: int, rows: slice | np.ndarray = slice(None)) -> Block:
+        """Returns the batches [start, start + count), `_mask` among the arrays.
+
+        Args:
+            start: number of the first batch.
+            count: number of batches.
+            rows: which rows of each global batch; all by default.
+        """
         first = np.arange(start, start + count)[:, None] * self._batch_size
-        row = np.arange(self._rows)[None, :]
+        row = np.arange(self.rows)[None, :]
         ids = first + row
         ids = np.where((row < self._batch_size) & (ids < self.examples), ids, PADDING)
-        epochs = np.zeros_like(ids)
         # Behind the last batch there is no first row; any example does.
-        filler = np.maximum(ids[:, 0], 0)
+        filler, ids = np.maximum(ids[:, 0], 0), ids[:, rows]
+        epochs = np.zeros_like(ids)
         arrays = _read(self._source, self._transforms, 0, ids, epochs, filler)
         return Block(_masked(arrays, ids), ids)
 

@@ -79,7 +79,7 @@ def test_broken_config_file(text: str, message: str, tmp_path: pathlib.Path) -> 
 def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
     finished = command.run(CNN, '--config.model.hidden=100000000', f'--workdir={tmp_path / "run"}')
     assert finished.code == 1
-    for word in ('out of memory', 'state        2.5 TB', 'batch        100.5 kB', 'temporaries'):
+    for word in ('out of memory', 'state        2.5 TB', 'batch        25.2 kB', 'temporaries'):
         assert word in finished.err
 
 

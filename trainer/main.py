@@ -38,6 +38,23 @@ flags.DEFINE_bool(
     'Go on with a run although its config has changed.',
     flag_values=_FLAGS,
 )
+flags.DEFINE_string(
+    'coordinator',
+    None,
+    "Of several processes: 'host:port' of the first. SLURM, Open MPI and TPUs need no such flag.",
+    flag_values=_FLAGS,
+)
+flags.DEFINE_integer('num_processes', None, 'How many processes there are.', flag_values=_FLAGS)
+flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', flag_values=_FLAGS)
+flags.DEFINE_integer(
+    'init_timeout', 300, 'Seconds to wait for the other processes.', flag_values=_FLAGS
+)
+flags.DEFINE_integer(
+    'heartbeat_timeout',
+    100,
+    'A process that is silent for so many seconds counts as dead.',
+    flag_values=_FLAGS,
+)
 flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_values=_FLAGS)
 flags.DEFINE_bool('help', False, 'Show this and the keys of the config.', flag_values=_FLAGS)
 
@@ -80,6 +97,7 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     # From here on JAX is needed; most wrong command lines never get so far.
     logfile.quiet_environment()
     from trainer import modes
+    from trainer.parallel.processes import Cluster
 
     workdir = _FLAGS.workdir or identity.default_workdir(loaded, applied)
     command = modes.Command(
@@ -88,6 +106,13 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         step=_FLAGS.step,
         allow_config_change=_FLAGS.allow_config_change,
         overrides=dict(assignments),
+        cluster=Cluster(
+            coordinator=_FLAGS.coordinator,
+            num_processes=_FLAGS.num_processes,
+            process_id=_FLAGS.process_id,
+            timeout_secs=_FLAGS.init_timeout,
+            heartbeat_secs=_FLAGS.heartbeat_timeout,
+        ),
     )
     return modes.run(loaded, command, stop)
 

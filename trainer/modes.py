@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -21,8 +22,10 @@ from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.experiment import build
 from trainer.observe import logfile
-from trainer.observe.progress import duration
+from trainer.observe.progress import Nowhere, duration
 from trainer.observe.table import human_bytes, nbytes
+from trainer.parallel import processes
+from trainer.parallel.processes import Cluster
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
 from trainer.trainer import Trainer
@@ -39,6 +42,7 @@ class Command:
         step: 'latest', 'best' or a number: the checkpoint that eval and predict read.
         allow_config_change: go on with a run whose identity the config has changed.
         overrides: config path to text, as given.
+        cluster: where the processes of the run meet.
     """
 
     mode: str
@@ -46,15 +50,32 @@ class Command:
     step: str
     allow_config_change: bool
     overrides: Mapping[str, str]
+    cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
 
 def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
-    """Builds the experiment, runs the mode, and returns the exit code.
+    """Joins the other processes if there are any, runs the mode, and returns the exit code.
 
     Raises:
         UserError: for what the config or the work directory does not allow.
     """
     _enable_compile_cache()
+    try:
+        processes.join(command.cluster)
+    except processes.PeerError as error:
+        print(f'Error: {error}', file=sys.stderr)
+        return error.exit_code
+    if not jax.distributed.is_initialized():
+        return _run(loaded, command, stop)
+    stop.shared = True
+    with processes.ending_together():
+        if processes.is_primary():
+            return _run(loaded, command, stop)
+        with contextlib.redirect_stdout(Nowhere()):
+            return _run(loaded, command, stop)
+
+
+def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     experiment = build(loaded)
     if command.mode != 'train':
         # There is nothing to save: a signal ends the process as it ends any other.
@@ -84,7 +105,8 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     if _already_done(trainer):
         return 0
     checkpoint.preload()
-    logfile.route(_workdir(trainer).path)
+    name = 'log.txt' if processes.is_primary() else f'log.{jax.process_index()}.txt'
+    logfile.route(_workdir(trainer).path, name)
     result = trainer.fit()
     return 0 if result.status == 'finished' else stop.exit_code
 
@@ -124,8 +146,9 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
             key: np.concatenate([b[key] for b in batches]) for key in batches[0]
         }
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
-        with path.open('wb') as file:
-            np.savez(file, **arrays)
+        if processes.is_primary():
+            with path.open('wb') as file:
+                np.savez(file, **arrays)
         rows = len(next(iter(arrays.values())))
         print(f'{path}: {rows:,} rows of {", ".join(arrays)}')
     return 0

@@ -15,7 +15,7 @@ from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
 from trainer.events import Events
 from trainer.experiment import Experiment
-from trainer.parallel.mesh import batch_sharding, batch_shards, make_mesh
+from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.prefetch import Prefetcher
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
@@ -106,10 +106,11 @@ class Parts:
 
     def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
         """Returns training batches from a position on, each of so many steps as `calls` says."""
-        return Prefetcher(
+        return Prefetcher.on_mesh(
             self.experiment.data.block,
             calls,
-            batch_sharding(self.mesh),
+            self.mesh,
+            self.experiment.clock.batch_size,
             start=start,
             depth=self.experiment.prefetch,
         )

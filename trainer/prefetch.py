@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import queue
@@ -15,7 +16,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainer.parallel.mesh import ProcessRows, batch_sharding
 
 # One gather serves many steps, because what costs is Python's work per call. A block that outgrows
 # the cores' caches costs more than it saves; for one that takes long the loop waits, and `close`.
@@ -43,6 +46,7 @@ class Prefetcher:
 
     Attributes:
         wait_secs: time that the iteration spent waiting for batches.
+        rows: which rows of a global batch this process reads, None for all.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Prefetcher:
         calls: Iterable[int],
         sharding: NamedSharding,
         *,
+        rows: ProcessRows | None = None,
         start: int = 0,
         depth: int = 2,
     ):
@@ -60,12 +65,14 @@ class Prefetcher:
             block: `block(start, count)` returns `.arrays` of shape (count, rows, ...) and `.ids`.
             calls: the number of steps of each item, in order; its end is the end of the iteration.
             sharding: where the arrays of one step go.
+            rows: which rows of a global batch a block holds, if not all.
             start: position of the first batch.
             depth: number of blocks that are kept ready.
         """
         self.wait_secs = 0.0
         self._block = block
         self._sharding = sharding
+        self.rows = rows
         # The memory of a lone CPU device is the host's: the compiled call reads numpy arrays as
         # they are, and a transfer of each would only take the interpreter's lock from the loop.
         devices = sharding.mesh.devices
@@ -78,6 +85,33 @@ class Prefetcher:
         self._thread = threading.Thread(target=self._work, name='prefetch', daemon=True)
         if not self._on_host:
             self._thread.start()
+
+    @classmethod
+    def on_mesh(
+        cls,
+        block: Callable[..., Any],
+        calls: Iterable[int],
+        mesh: Mesh,
+        batch_rows: int,
+        *,
+        start: int = 0,
+        depth: int = 2,
+    ) -> Prefetcher:
+        """Returns the batches of a loader, of which each process reads what its devices hold.
+
+        Args:
+            block: of a loader: `block(start, count, rows=...)`.
+            calls: as in the constructor, like `start` and `depth`.
+            mesh: the device mesh.
+            batch_rows: rows of a global batch.
+            start: position of the first batch.
+            depth: number of blocks that are kept ready.
+        """
+        sharding, rows = batch_sharding(mesh), None
+        if jax.process_count() > 1:
+            rows = ProcessRows.of(mesh, batch_rows)
+            block = functools.partial(block, rows=rows.held)
+        return cls(block, calls, sharding, rows=rows, start=start, depth=depth)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         return self._batches
@@ -168,6 +202,15 @@ class Prefetcher:
         batches = [{name: x[cut] for name, x in arrays.items()} for cut in cuts]
         if self._on_host:
             return list(zip(counts, batches, strict=True))
+        if self.rows is not None:
+            assembled = [
+                {
+                    name: self.rows.assemble(x, self._sharding if n == 1 else stacked)
+                    for name, x in batch.items()
+                }
+                for n, batch in zip(counts, batches, strict=True)
+            ]
+            return list(zip(counts, assembled, strict=True))
         shardings = [dict.fromkeys(arrays, self._sharding if n == 1 else stacked) for n in counts]
         return list(zip(counts, jax.device_put(batches, shardings), strict=True))
 

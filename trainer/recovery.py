@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.observe.reporter import Reporter
+from trainer.parallel import processes
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
 from trainer.step.state import TrainState
@@ -52,10 +56,20 @@ class Recovery:
 
         Raises:
             UserError: naming what differs, unless that is allowed; or the step that is already
-                behind the end of this run.
+                behind the end of this run; or what the processes of the run do not agree on.
         """
         workdir, experiment = self._parts.workdir, self._parts.experiment
         latest = self._latest()
+        if jax.process_count() > 1:
+            processes.check_agreement(
+                {
+                    'config': experiment.config,
+                    'versions': versions(),
+                    'data': _fingerprint(experiment.data),
+                    'workdir': None if workdir is None else str(workdir.path),
+                    'newest checkpoint': latest,
+                }
+            )
         if workdir is None or latest is None:
             return
         if not self._allow_config_change:
@@ -81,14 +95,15 @@ class Recovery:
             return self._parts.init_state(), 0
         state = self._parts.restore(latest)
         meta = checkpoints.meta(latest)
-        self._data_digest.restore(meta['data_digest'])
+        if processes.is_primary():  # The others count only what they read from here on.
+            self._data_digest.restore(meta['data_digest'])
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
         return state, latest
 
     def open(self, step: int) -> None:
         """Opens the run's files over those of the run that goes on from `step`."""
         workdir, experiment = self._parts.workdir, self._parts.experiment
-        if workdir is None:
+        if workdir is None or not processes.is_primary():
             return
         run = describe_run(self._overrides)
         changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
@@ -99,8 +114,12 @@ class Recovery:
     def count(self, batches: Prefetcher, step: int) -> None:
         """Counts the batches that the run has consumed up to a step."""
         self._report.time.set('data wait', batches.wait_secs)
+        rows = batches.rows
         for start, ids in batches.take_ids(step):
-            self._data_digest.add(start, ids)
+            if rows is None:
+                self._data_digest.add(start, ids)
+            else:
+                self._data_digest.add(start, ids[:, rows.owned], rows.held[rows.owned])
 
     def check_saves(self) -> None:
         """Raises what a save in the background has failed of; does not wait for one."""
@@ -119,7 +138,7 @@ class Recovery:
             meta = {
                 'step': step,
                 **self._measured(step),
-                'data_digest': self._data_digest.value,
+                'data_digest': self._digest_value(),
                 'versions': versions(),
                 'config': diff.to_jsonable(self._parts.experiment.config),
             }
@@ -142,7 +161,9 @@ class Recovery:
             checkpoints.close()
         if status != 'paused':
             digest, metrics = checkpoints.meta(step)['digest'], dict(self._report.latest)
-            workdir.write_result(status, step, digest, self._data_digest.value, metrics)
+            data_digest = self._digest_value()
+            if processes.is_primary():
+                workdir.write_result(status, step, digest, data_digest, metrics)
 
     def abandon(self, error: BaseException) -> None:
         """Closes what is open when the run fails; a save on its way gets there before."""
@@ -154,9 +175,20 @@ class Recovery:
         with contextlib.suppress(OSError):
             self._report.close()
 
+    def _digest_value(self) -> str:
+        return f'{processes.sum_over_processes(int(self._data_digest.value, 16)):016x}'
+
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()
 
     def _measured(self, step: int) -> dict[str, Any]:
         names = [n for n in self._parts.experiment.evals if self._report.has_eval(n, step)]
         return {'evaluated': names, 'metrics': dict(self._report.latest)}
+
+
+def _fingerprint(loader: Any) -> dict[str, Any]:
+    """Returns what tells two sets of data apart: size, shapes, and the first example."""
+    block = loader.block(0, 1, rows=slice(0, 1))
+    first = {name: zlib.crc32(x.tobytes()) for name, x in sorted(block.arrays.items())}
+    spec = {name: str(s) for name, s in loader.spec.items()}
+    return {'examples': loader.examples, 'spec': spec, 'first example': first}

@@ -13,7 +13,9 @@ from trainer import startup
 from trainer.evaluate.evaluator import Stopped
 from trainer.events import Event
 from trainer.experiment import Experiment
+from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
+from trainer.parallel import processes
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
@@ -77,7 +79,8 @@ class Trainer(Parts):
             overrides: the command line's, for `run.json`.
         """
         super().__init__(experiment, workdir)
-        self.report = Reporter(experiment.total_steps, experiment.clock.batch_size)
+        screen = None if processes.is_primary() else Nowhere()
+        self.report = Reporter(experiment.total_steps, experiment.clock.batch_size, screen)
         self._stop = stop or StopRequest()
         self._recovery = Recovery(
             self, self.report, allow_config_change=allow_config_change, overrides=overrides
@@ -188,7 +191,7 @@ class Trainer(Parts):
         return 'interrupted' if self._stop.signal == signal.SIGINT else 'preempted'
 
     def _stopping(self) -> bool:
-        return self._stop.signal is not None
+        return self._stop.poll()
 
     def _evaluate_due(self, step: int, state: TrainState) -> bool:
         """Runs what is due and has not run at this step; returns whether there was anything."""

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from trainer.config.errors import UserError
 from trainer.experiment import Evaluation, Experiment
 from trainer.modules import Functional
-from trainer.parallel.mesh import batch_sharding, batch_shards, replicated
+from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
 from trainer.startup import abstract_batch
@@ -84,10 +84,11 @@ class EvalStep:
     def predict(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> dict[str, jax.Array]:
-        """Returns the task's predictions for all rows of a batch, padding included."""
+        """Returns the task's predictions for all rows of a batch, and their mask."""
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
-        return task.predict(_bind(self.model, variables, keys), self.task.prepared(batch))
+        outputs = task.predict(_bind(self.model, variables, keys), self.task.prepared(batch))
+        return {**outputs, MASK: batch[MASK]}
 
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
@@ -226,8 +227,9 @@ class Evaluator:
             for index, (_, batch) in enumerate(batches):
                 with self._tracing():
                     outputs = self._predict(variables, state.step, np.int32(index), batch)
-                mask = np.asarray(batch[MASK])
-                yield {name: x[mask] for name, x in jax.device_get(outputs).items()}
+                outputs = jax.device_get(outputs)
+                mask = outputs.pop(MASK)
+                yield {name: x[mask] for name, x in outputs.items()}
 
     @property
     def compiles(self) -> int:
@@ -252,7 +254,7 @@ class Evaluator:
     def _batches(self, most: int | None = None) -> Prefetcher:
         batches = self._loader.num_batches
         calls = itertools.repeat(1, batches if most is None else min(most, batches))
-        return Prefetcher(self._loader.block, calls, batch_sharding(self._mesh))
+        return Prefetcher.on_mesh(self._loader.block, calls, self._mesh, self._loader.rows)
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
         params = state.ema if self._use_ema else state.params

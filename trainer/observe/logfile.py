@@ -20,11 +20,12 @@ def quiet_environment() -> None:
     os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
 
 
-def route(directory: epath.PathLike | None) -> None:
-    """Sends all Python logging and warnings to `log.txt`; our own warnings also go to the screen.
+def route(directory: epath.PathLike | None, name: str = 'log.txt') -> None:
+    """Sends all Python logging and warnings to a file; our own warnings also go to the screen.
 
     Args:
         directory: the run's directory, or None for no file.
+        name: of the file in it.
     """
     root = logging.getLogger()
     for handler in list(root.handlers):
@@ -36,7 +37,7 @@ def route(directory: epath.PathLike | None) -> None:
     else:
         path = epath.Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(os.fspath(path / 'log.txt'))
+        to_file = logging.FileHandler(os.fspath(path / name))
         to_file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s'))
         root.addHandler(to_file)
     # absl installs a handler of its own that writes to the screen.

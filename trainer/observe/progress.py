@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
 from collections.abc import Mapping
 from typing import TextIO
+
+Screen = TextIO | io.TextIOBase
 
 _log = logging.getLogger('trainer')
 _REFRESH_SECS = 0.2
@@ -20,10 +23,18 @@ _FIRST_TO_GO = ('accuracy', 'step_time', 'learning_rate', 'examples')
 CLEAR = '\r\x1b[K'
 
 
+class Nowhere(io.TextIOBase):
+    """The screen of a process that shows nothing."""
+
+    def write(self, text: str) -> int:
+        """Drops the text."""
+        return len(text)
+
+
 class Progress:
     """Shows step, percent, losses, learning rate, examples per second, step time and time left."""
 
-    def __init__(self, total_steps: int, stream: TextIO):
+    def __init__(self, total_steps: int, stream: Screen):
         """Shows on a stream; live if it is a terminal.
 
         Args:
@@ -117,7 +128,7 @@ def duration(secs: float) -> str:
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-def _discard(stream: TextIO) -> None:
+def _discard(stream: Screen) -> None:
     """Sends to nowhere what is still written to a stream that nobody reads."""
     # Also what the stream holds back: Python would fail to write it when the process ends.
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -11,14 +11,14 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
 
-from trainer.observe.progress import Progress
+from trainer.observe.progress import Progress, Screen
 from trainer.observe.report import TimeSpent
 from trainer.observe.writers import MetricsFile, TensorBoard, Writers
 from trainer.step.task_runner import compute_metrics
@@ -37,7 +37,7 @@ class Reporter:
         progress: the user's screen.
     """
 
-    def __init__(self, total_steps: int, batch_size: int, stream: TextIO | None = None):
+    def __init__(self, total_steps: int, batch_size: int, stream: Screen | None = None):
         """Makes a reporter that writes no files until `open`.
 
         Args:

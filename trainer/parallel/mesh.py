@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
@@ -49,6 +51,43 @@ def batch_sharding(mesh: Mesh, *, leading_dims: int = 0) -> NamedSharding:
     """Returns the sharding of a batch: rows over the data axes, after `leading_dims` whole ones."""
     axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading_dims, axes or None))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProcessRows:
+    """Which rows of a global batch one process has to do with.
+
+    Attributes:
+        held: int64, the rows that its devices hold, ascending.
+        owned: bool, which of these it answers for: where two processes hold a row, one of them.
+        total: rows of the global batch.
+    """
+
+    held: np.ndarray
+    owned: np.ndarray
+    total: int
+
+    @classmethod
+    def of(cls, mesh: Mesh, rows: int) -> ProcessRows:
+        """Returns those of this process, of batches of so many rows."""
+        slices: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((rows,))
+        owner = np.full(rows, jax.process_count())
+        held = np.zeros(rows, bool)
+        for device, (part,) in slices.items():
+            owner[part] = np.minimum(owner[part], device.process_index)
+            held[part] |= device.process_index == jax.process_index()
+        return cls(np.flatnonzero(held), (owner == jax.process_index())[held], rows)
+
+    def assemble(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """Returns the global array whose held rows are those of `x`.
+
+        Args:
+            x: (held, ...), or (steps, held, ...) for a sharding with a dimension before the rows.
+            sharding: of the global array.
+        """
+        before = len(sharding.spec) - 1
+        shape = (*x.shape[:before], self.total, *x.shape[before + 1 :])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

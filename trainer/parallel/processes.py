@@ -13,7 +13,9 @@ import dataclasses
 import json
 import os
 import socket
+import sys
 import time
+import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -106,6 +108,11 @@ def join(cluster: Cluster) -> None:
     )
 
 
+def is_primary() -> bool:
+    """Whether this process writes what is written once: files, and the user's screen."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def check_agreement(items: Mapping[str, Any]) -> None:
     """Makes sure that all processes have equal items; all of them must call it.
 
@@ -146,6 +153,27 @@ def sum_over_processes(value: int) -> int:
     halves = np.array([value >> 32, value & 0xFFFFFFFF], np.uint32)
     gathered = np.asarray(multihost_utils.process_allgather(halves)).astype(object)
     return int(sum((int(high) << 32) + int(low) for high, low in gathered)) % 2**64
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Ends this process at once when what runs inside fails.
+
+    An ordinary exit would wait for the others, who wait in a collective for this process. They
+    learn of its end from its heartbeats; what started them may end them sooner.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UserError):
+            print(f'Error: {error}', file=sys.stderr)
+            code = error.exit_code
+        else:
+            traceback.print_exc()
+            code = 1
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def _meet(cluster: Cluster) -> None:

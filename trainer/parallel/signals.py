@@ -20,9 +20,30 @@ class StopRequest:
 
     Attributes:
         signal: the number of the first signal that arrived, or None.
+        shared: whether several processes must stop at the same poll.
     """
 
     signal: int | None = None
+    shared: bool = False
+    _polls: int = dataclasses.field(default=0, repr=False)
+    _agreed: bool = dataclasses.field(default=False, repr=False)
+
+    def poll(self) -> bool:
+        """Returns whether to stop now; several processes must all poll equally often.
+
+        There JAX's own handler takes SIGTERM, in whichever process it arrives, and its sync manager
+        finds a poll that none of them has passed yet.
+        """
+        if not self.shared:
+            return self.signal is not None
+        if not self._agreed:
+            from jax.experimental import multihost_utils
+
+            self._polls += 1
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._polls)
+            if self._agreed and self.signal is None:
+                self.signal = signal.SIGTERM
+        return self._agreed
 
     @property
     def exit_code(self) -> int:
@@ -39,6 +60,8 @@ class StopRequest:
             name = signal.Signals(number).name
             hint = '; Ctrl-C again to stop at once' if number == signal.SIGINT else ''
             _say(f'\n{name}: saving after this step{hint}.\n')
+            if self.shared and number == signal.SIGINT:
+                os.kill(os.getpid(), signal.SIGTERM)  # Tells the others.
 
 
 def _say(text: str) -> None:
