@@ -109,3 +109,11 @@ def test_another_config_is_refused_and_what_changed_is_shown(tmp_path: pathlib.P
     harmless = command.run(*base, '--config.log.every=7steps')
     assert harmless.code == 0, harmless.err
     assert 'log.every' in harmless.out
+
+
+def test_an_evaluation_says_where_its_config_is_another(whole: pathlib.Path) -> None:
+    args = ('--mode=eval', f'--workdir={whole}', *LENGTH, '--config.optimizer.momentum=0.5')
+    finished = command.run(command.MLP, *command.SMALL, *args)
+    assert finished.code == 0
+    assert 'not that of the run:\n  optimizer.momentum  0.9 -> 0.5\n' in finished.err
+    assert 'eval test: loss' in finished.out

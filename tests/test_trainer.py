@@ -52,6 +52,13 @@ class Torn:
         }
 
 
+class Captioned(Torn):
+    """A source with a field of text."""
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        return {**super().gather(indices), 'caption': np.full(len(indices), 'a digit')}
+
+
 def build(**overrides: Any) -> Experiment:
     options = {
         'train_for': '50 steps',
@@ -181,6 +188,15 @@ def test_an_error_of_the_source_arrives_with_its_own_traceback() -> None:
     with pytest.raises(OSError, match='record 333 is torn') as error:
         trainer.fit()
     assert any(frame.name == 'gather' for frame in error.traceback)
+
+
+def test_a_field_of_text_is_named() -> None:
+    captioned = {'target': f'{__name__}:Captioned', 'bad': -1}
+    with pytest.raises(UserError, match=r"the batch has in 'caption' of <U7.*'image', 'label'"):
+        trainer_in(None, data__source=captioned).fit()
+    split = {'evals__test__data__source': captioned}
+    with pytest.raises(UserError, match=r"config.evals.test: .* 'caption' of <U7"):
+        trainer_in(None, **split).fit()
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ import json
 import math
 import pathlib
 
+import pytest
+
+from trainer.config.errors import UserError
 from trainer.workdir import Workdir
 
 
@@ -27,3 +30,13 @@ def test_values_that_are_not_finite_are_null_in_the_result(tmp_path: pathlib.Pat
     assert (result['status'], result['step']) == ('finished', 7)
     assert all(math.isnan(result['metrics'].pop(name)) for name in ('nan', 'inf', 'minus'))
     assert result['metrics'] == finite
+
+
+def test_where_nothing_can_be_written(tmp_path: pathlib.Path) -> None:
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=r'nothing can be written to .*: Not a directory'):
+        Workdir(tmp_path / 'file' / 'run').make()
+    with pytest.raises(UserError, match=r'nothing can be written to .*: File exists'):
+        Workdir(tmp_path / 'file').make()
+    Workdir(tmp_path / 'a' / 'b').make()
+    assert list((tmp_path / 'a' / 'b').iterdir()) == []

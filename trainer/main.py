@@ -133,4 +133,5 @@ def _usage() -> str:
 
 
 if __name__ == '__main__':
+    logfile.open_closed_streams()
     sys.exit(main(sys.argv, signals.install()))

@@ -18,6 +18,7 @@ import numpy as np
 from trainer import startup
 from trainer.checkpoint import manager as checkpoint
 from trainer.checkpoint.manager import CheckpointError, Checkpoints
+from trainer.config import diff, identity
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.experiment import build
@@ -28,6 +29,7 @@ from trainer.parallel import processes
 from trainer.parallel.processes import Cluster
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
+from trainer.step.state import TrainState
 from trainer.trainer import Trainer
 from trainer.workdir import Workdir
 
@@ -106,7 +108,9 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
         return 0
     checkpoint.preload()
     name = 'log.txt' if processes.is_primary() else f'log.{jax.process_index()}.txt'
-    logfile.route(_workdir(trainer).path, name)
+    workdir = _workdir(trainer)
+    workdir.make()
+    logfile.route(workdir.path, name)
     result = trainer.fit()
     return 0 if result.status == 'finished' else stop.exit_code
 
@@ -126,7 +130,7 @@ def _already_done(trainer: Trainer) -> bool:
 
 def _eval(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
-    state = trainer.restore(command.step)
+    state = _restore(trainer, command)
     print(f'checkpoint of step {int(state.step):,} in {command.workdir}')
     for name, metrics in trainer.evaluate(state).items():
         values = '  '.join(f'{key} {value:.6g}' for key, value in metrics.items())
@@ -137,7 +141,7 @@ def _eval(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
     workdir = _workdir(trainer)
-    state = trainer.restore(command.step)
+    state = _restore(trainer, command)
     if not trainer.experiment.evals:
         raise UserError('--mode=predict reads the splits of config.evals, and there are none')
     for name in trainer.experiment.evals:
@@ -194,6 +198,15 @@ _MODES: dict[str, Callable[[Trainer, Command, StopRequest], int]] = {
     'dry_run': _dry_run,
     'summary': _summary,
 }
+
+
+def _restore(trainer: Trainer, command: Command) -> TrainState:
+    """Returns the state of the checkpoint; says where the config is not that of its run."""
+    experiment = trainer.experiment
+    changes = _workdir(trainer).config_changes(experiment.config, experiment.schedule_steps)
+    if changes := identity.identity_changes(changes):
+        print(f'The config is not that of the run:\n{diff.format_diff(changes)}', file=sys.stderr)
+    return trainer.restore(command.step)
 
 
 def _workdir(trainer: Trainer) -> Workdir:

@@ -17,9 +17,24 @@ from trainer.parallel.mesh import batch_shards
 if TYPE_CHECKING:
     from trainer.parts import Parts
 
+# Kinds of numpy dtypes: objects, bytes, text, dates and durations.
+_NOT_NUMBERS = 'OSUMm'
+
 
 def abstract_batch(spec: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns a loader's spec as JAX shapes, in the dtypes that the devices will hold."""
+    """Returns a loader's spec as JAX shapes, in the dtypes that the devices will hold.
+
+    Raises:
+        UserError: naming fields that no device can hold, such as text.
+    """
+    foreign = [f'{n!r} of {s.dtype}' for n, s in spec.items() if s.dtype.kind in _NOT_NUMBERS]
+    if foreign:
+        kept = [n for n, s in spec.items() if s.dtype.kind not in _NOT_NUMBERS]
+        raise UserError(
+            f'no device can hold what the batch has in {" and ".join(foreign)}. Make numbers of it '
+            "in the data's `transforms`, or leave it out with "
+            f"{{'target': 'data.transforms:Keep', 'keys': {tuple(kept)}}}"
+        )
     return {
         name: jax.ShapeDtypeStruct(s.shape, jax.dtypes.canonicalize_dtype(s.dtype))
         for name, s in spec.items()

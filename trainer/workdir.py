@@ -37,6 +37,24 @@ class Workdir:
         """Where the checkpoints are."""
         return self.path / 'checkpoints'
 
+    def make(self) -> None:
+        """Makes the directory.
+
+        Raises:
+            UserError: if nothing can be written there.
+        """
+        probe = self.path / '.writable'
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.write_text('')
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(
+                f'nothing can be written to the work directory {self.path}: {reason}. Name another '
+                'with --workdir.'
+            ) from error
+
     def begin(
         self, config: Any, resolved: Mapping[str, int], run: Mapping[str, Any]
     ) -> list[diff.Change]:
@@ -51,7 +69,7 @@ class Workdir:
             What changed in the config since the last start.
         """
         changes = self.config_changes(config, resolved)
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.make()
         self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
         self._write('run.json', run)
         return changes

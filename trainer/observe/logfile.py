@@ -20,6 +20,20 @@ def quiet_environment() -> None:
     os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
 
 
+def open_closed_streams() -> None:
+    """Gives a process that was started with `>&-` an output that leads nowhere.
+
+    Else the next file that it opens would take the number of standard output, and whatever a C++
+    library prints.
+    """
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # Takes the lowest number that is free: this one.
+            setattr(sys, name, open(number, 'w' if number else 'r'))  # noqa: SIM115
+
+
 def route(directory: epath.PathLike | None, name: str = 'log.txt') -> None:
     """Sends all Python logging and warnings to a file; our own warnings also go to the screen.
 
