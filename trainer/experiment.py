@@ -16,13 +16,20 @@ from trainer.config import loading, schema, suggest, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import DataSection, EvalDataSection, EvalSection, Node, Sections
+from trainer.config.sections import (
+    DataSection,
+    EvalDataSection,
+    EvalSection,
+    PrecisionSection,
+    Sections,
+)
 from trainer.events import Event
 from trainer.modules import Functional, functional
 from trainer.parallel.sharding import BUILT_IN, Rule
 from trainer.step import building
 from trainer.step.context import StepFunction
 from trainer.step.optimizer import Optimizer
+from trainer.step.precision import AS_IS, Precision
 from trainer.step.task_runner import TaskRunner
 
 
@@ -64,6 +71,7 @@ class Experiment:
         step: what happens in a step.
         accumulate: slices that a batch is cut into.
         ema_decay: decay of the parameters' moving average, or None.
+        loss_scale: first value of the dynamic loss scale, or None.
         steps_per_call: updates made by one call of the compiled step.
         mesh: axis name to size.
         sharding: rules that cut parameters over the mesh, in order of precedence.
@@ -89,6 +97,7 @@ class Experiment:
     step: StepFunction
     accumulate: int
     ema_decay: float | None
+    loss_scale: float | None
     steps_per_call: int
     mesh: Mapping[str, int]
     sharding: tuple[Rule, ...]
@@ -124,7 +133,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         config=config,
         schedule_steps=schedule_steps,
         seed=sections.seed,
-        model=_model(sections.model),
+        model=_model(sections),
         task=task,
         data=data,
         evals={
@@ -135,6 +144,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         step=building.step_function(sections.step),
         accumulate=_positive(sections.accumulate, 'config.accumulate'),
         ema_decay=sections.ema.decay if sections.ema else None,
+        loss_scale=_loss_scale(sections.precision),
         steps_per_call=_positive(sections.steps_per_call, 'config.steps_per_call'),
         mesh=sections.mesh,
         sharding=_sharding(sections),
@@ -197,12 +207,24 @@ def _check_below(value: Any, path: str) -> None:
         targets.check(value, path)
 
 
-def _model(node: Node) -> Functional:
-    module = targets.instantiate(node, 'config.model')
+def _model(sections: Sections) -> Functional:
+    module = targets.instantiate(sections.model, 'config.model')
+    wanted = sections.precision
+    precision = AS_IS
+    if wanted is not None:
+        precision = Precision(params=wanted.params, compute=wanted.compute, output=wanted.output)
     try:
-        return functional(module)
+        return functional(module, precision)
     except TypeError as error:
         raise UserError(str(error)) from error
+
+
+def _loss_scale(precision: PrecisionSection | None) -> float | None:
+    if precision is None:
+        return None
+    if precision.loss_scale is None:
+        return 2.0**16 if 'float16' in (precision.params, precision.compute) else None
+    return precision.loss_scale or None
 
 
 def _sharding(sections: Sections) -> tuple[Rule, ...]:

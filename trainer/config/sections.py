@@ -14,6 +14,7 @@ from trainer.config.durations import Duration
 
 Node = dict[str, Any]
 Patterns = str | tuple[str, ...] | None
+Dtype = Literal['float32', 'bfloat16', 'float16']
 Sharding = Literal['replicated', 'fsdp'] | Node
 
 NEVER = Duration.parse('never')
@@ -91,6 +92,21 @@ class EmaSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionSection:
+    """`config.precision`: the dtypes of parameters, computation and output.
+
+    Without `compute` the model computes in what its modules say. The output is float32 unless
+    something else is asked for. `loss_scale` is the first value of a dynamic loss scale; float16
+    has one of 65,536 by itself, and 0 is none.
+    """
+
+    params: Dtype = 'float32'
+    compute: Dtype | None = None
+    output: Dtype = 'float32'
+    loss_scale: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BestSection:
     """`config.checkpoint.best`: the checkpoint that is kept for its metric."""
 
@@ -131,6 +147,7 @@ class Sections:
     ema: EmaSection | None = None
     steps_per_call: int = 1
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {'data': -1})
+    precision: PrecisionSection | None = None
     sharding: Sharding | tuple[Sharding, ...] = ()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()

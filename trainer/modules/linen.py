@@ -15,6 +15,7 @@ import jax
 from flax import errors as flax_errors
 from flax import traverse_util
 
+from trainer.step.precision import AS_IS, Precision
 from trainer.step.rng import Keys
 
 Variables = Mapping[str, Any]
@@ -30,9 +31,15 @@ _MISSING_STREAM = re.compile(r'needs PRNG for "([^"]+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Linen:
-    """A Linen module for the step functions."""
+    """A Linen module for the step functions.
+
+    Attributes:
+        module: the module.
+        precision: the dtypes of its parameters, its computation and its output.
+    """
 
     module: nn.Module
+    precision: Precision = AS_IS
 
     def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
         """Returns fresh variables of everything that `task` calls on this batch.
@@ -45,13 +52,13 @@ class Linen:
             batch: arrays with the training batch's shapes; the values do not matter.
             keys: the keys of mode 'init'.
         """
-        bound = _InitModel(self.module, keys)
+        bound = _InitModel(self.module, keys, self.precision)
         task(bound, batch)
-        return bound.variables
+        return {**bound.variables, 'params': self.precision.for_params(bound.params)}
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> BoundModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
-        return BoundModel(self.module, variables, keys, ema=ema)
+        return BoundModel(self.module, variables, keys, ema=ema, precision=self.precision)
 
 
 class BoundModel:
@@ -73,8 +80,10 @@ class BoundModel:
         keys: Keys,
         *,
         ema: Any = None,
+        precision: Precision = AS_IS,
     ):
         self._keys = keys
+        self._precision = precision
         self.training = keys.mode == 'train'
         self._module = _with_flags(module, self.training)
         self._variables = dict(variables)
@@ -107,7 +116,9 @@ class BoundModel:
         if self._ema is None:
             raise ValueError('model.ema: this run keeps no average; set config.ema.decay')
         variables = {**self._variables, 'params': self._ema}
-        return BoundModel(self._module, variables, self._keys, ema=self._ema)
+        return BoundModel(
+            self._module, variables, self._keys, ema=self._ema, precision=self._precision
+        )
 
     def rng(self, name: str) -> jax.Array:
         """Returns the random key of the stream `name` in this step."""
@@ -123,7 +134,9 @@ class BoundModel:
 
         params = jax.tree_util.tree_map_with_path(stop, self.params)
         variables = {**self._variables, 'params': params}
-        return BoundModel(self._module, variables, self._keys, ema=self._ema)
+        return BoundModel(
+            self._module, variables, self._keys, ema=self._ema, precision=self._precision
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's `__call__` and returns its output."""
@@ -137,23 +150,24 @@ class BoundModel:
     def _apply(self, names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
         method = _method(names, self.training)
         mutable: Any = (self.training and sorted(self.collections)) or False
+        args, kwargs = self._precision.for_compute((args, kwargs))
+        variables = {**self._variables, 'params': self._precision.for_compute(self.params)}
         call, self._calls = self._calls, self._calls + 1
         while True:
             rngs = {name: _nth(self._keys.stream(name), call) for name in sorted(self._streams)}
             try:
                 output = self._module.apply(
-                    self._variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+                    variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
                 )
                 break
             except flax_errors.InvalidRngError as error:
                 # A stream is known by its first use; the call is pure, so it can start again.
                 self._streams.add(self._missing_stream(error))
-        if not mutable:
-            return output
-        output, updates = output
-        self._check_structure(updates)
-        self._variables.update(updates)
-        return output
+        if mutable:
+            output, updates = output
+            self._check_structure(updates)
+            self._variables.update(self._precision.like(updates, self._variables))
+        return self._precision.for_output(output)
 
     def _missing_stream(self, error: flax_errors.InvalidRngError) -> str:
         match = _MISSING_STREAM.search(str(error))
@@ -178,8 +192,8 @@ class BoundModel:
 class _InitModel(BoundModel):
     """A model without variables yet: each call makes those that are still missing."""
 
-    def __init__(self, module: nn.Module, keys: Keys):
-        super().__init__(module, {'params': {}}, keys)
+    def __init__(self, module: nn.Module, keys: Keys, precision: Precision):
+        super().__init__(module, {'params': {}}, keys, precision=precision)
 
     def stop_gradient(self, pattern: str) -> BoundModel:
         return self
@@ -190,6 +204,7 @@ class _InitModel(BoundModel):
 
     def _apply(self, names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
         rngs = {name: self._keys.stream(name) for name in ('params', 'dropout')}
+        args, kwargs = self._precision.for_compute((args, kwargs))
         output, made = self._module.init_with_output(
             rngs,
             *args,
@@ -201,7 +216,7 @@ class _InitModel(BoundModel):
         # comes from its path), so it does not matter which of the two is kept.
         flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self._variables)}
         self._variables = {'params': {}, **traverse_util.unflatten_dict(flat)}
-        return output
+        return self._precision.for_output(output)
 
 
 @dataclasses.dataclass(frozen=True)

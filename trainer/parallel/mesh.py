@@ -117,6 +117,7 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
         collections=whole(abstract.collections),
         metrics=whole(abstract.metrics),
         ema=None if abstract.ema is None else params,
+        loss_scale=whole(abstract.loss_scale),
     )
     return TrainState(**shardings)
 

@@ -11,6 +11,7 @@ import jax
 import optax
 
 from trainer.modules.linen import param_path
+from trainer.step.precision import LossScale
 
 
 @flax.struct.dataclass
@@ -25,6 +26,7 @@ class TrainState:
         metrics: accumulators since the last log row; saved, so that a resumed run writes the rows
             that the uninterrupted one would have written.
         ema: moving average of `params`, or None.
+        loss_scale: the dynamic loss scale, or None.
     """
 
     step: jax.Array
@@ -33,6 +35,7 @@ class TrainState:
     collections: dict[str, Any]
     metrics: Any
     ema: Any = None
+    loss_scale: LossScale | None = None
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -99,13 +99,16 @@ def inverse(weight: jax.Array) -> jax.Array:
     return jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
 
 
+def by_name(loss: Any) -> Mapping[str, Any]:
+    """Returns the losses by name; a lone one gets a name."""
+    return loss if isinstance(loss, Mapping) else {ONLY_LOSS: loss}
+
+
 def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns sum(weight x value) and sum(weight) of each loss, in float32."""
-    losses, weights = output.loss, output.weights
-    if not isinstance(losses, Mapping):
-        losses = {ONLY_LOSS: losses}
+    weights = output.weights
     totals, sums = {}, {}
-    for name, loss in losses.items():
+    for name, loss in by_name(output.loss).items():
         mine = weights[name] if isinstance(weights, Mapping) else weights
         full = broadcast_weights(jnp.asarray(mine), loss.shape)
         totals[name] = jnp.sum(loss.astype(jnp.float32) * full)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,20 +14,15 @@ import optax
 from flax.core import meta
 
 from trainer.config.durations import Periodic
-from trainer.modules.linen import Linen
-from trainer.step.context import (
-    StepContext,
-    StepFunction,
-    checked,
-    default_step,
-    empty_like,
-)
-from trainer.step.metrics import Last, WeightedMean
+from trainer.modules import Functional
+from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
+from trainer.step.gradients import Gradients
+from trainer.step.metrics import Last
 from trainer.step.optimizer import Optimizer, Schedule
+from trainer.step.precision import LossScale, all_finite, choose
 from trainer.step.rng import Keys
 from trainer.step.state import TrainState
-from trainer.step.task_runner import TaskRunner, inverse, loss_sums, merge_metrics
-from trainer.step.tasks import TaskOutput
+from trainer.step.task_runner import TaskRunner, merge_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,18 +37,20 @@ class TrainStep:
         function: what happens in a step: `config.step`, or the default.
         accumulate: slices that a batch is cut into, to save memory; the update is the same.
         ema_decay: decay of the moving average of the parameters, or None for no average.
+        loss_scale: first value of the dynamic loss scale, or None for none.
         shards: number of devices that a batch's rows are spread over.
         log: when rows are logged; where that is known, norms are computed for those steps only.
         last_step: of the run; its row is logged too.
     """
 
-    model: Linen
+    model: Functional
     task: TaskRunner
     optimizer: Optimizer
     seed: int
     function: StepFunction = default_step
     accumulate: int = 1
     ema_decay: float | None = None
+    loss_scale: float | None = None
     shards: int = 1
     log: Periodic | None = None
     last_step: int = 0
@@ -80,6 +78,7 @@ class TrainStep:
             metrics=None,
             # A copy: two leaves of one donated state must not share a buffer.
             ema=None if self.ema_decay is None else jax.tree.map(jnp.copy, params),
+            loss_scale=None if self.loss_scale is None else LossScale.of(self.loss_scale),
         )
         metrics = self.empty_metrics(meta.unbox(state), batch)
         return dataclasses.replace(state, params=named, metrics=metrics)
@@ -90,23 +89,12 @@ class TrainStep:
         state = dataclasses.replace(state, metrics=None)
         if self.function is not default_step:
             return empty_like(jax.eval_shape(self._step, state, batch)[1])
-        empty = self._empty_losses(state, batch)
+        empty = self._gradients.empty_metrics(state, batch)
         empty['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
         empty.update(self._learning_rates(lambda schedule: Last.empty()))
+        if state.loss_scale is not None:
+            empty.update({name: Last.empty() for name in state.loss_scale.metrics()})
         return empty
-
-    def _empty_losses(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns empty accumulators of what comes with the gradients."""
-        keys = Keys(seed=self.seed, mode='train')
-
-        def run(state: TrainState, batch: Mapping[str, Any]) -> TaskOutput:
-            return self._run_task(state.params, state, batch, keys)[0]
-
-        output = jax.eval_shape(run, dataclasses.replace(state, metrics=None), batch)
-        return {
-            'task': self.task.empty(output),
-            'penalties': {name: WeightedMean.empty() for name in output.penalties},
-        }
 
     def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
         """Returns the state after one step on this batch."""
@@ -125,10 +113,18 @@ class TrainStep:
         if self.ema_decay is not None:
             ema = optax.incremental_update(new.params, state.ema, 1.0 - self.ema_decay)
             new = dataclasses.replace(new, ema=ema)
-        metrics = {'norms': self._norms(state.step, grads, new.params, updates)}
+        metrics: dict[str, Any] = {'norms': self._norms(state.step, grads, new.params, updates)}
         # Of the update just made: the schedule counts the updates before it.
+        count = state.step
+        if (scale := state.loss_scale) is not None:
+            count -= scale.skipped
+            finite = all_finite(grads)
+            scale = scale.after(finite)
+            new = dataclasses.replace(_new_if(finite, new, state), loss_scale=scale)
+            values = scale.metrics().items()
+            metrics.update({name: Last.from_model_output(value) for name, value in values})
         metrics.update(
-            self._learning_rates(lambda schedule: Last.from_model_output(schedule(state.step)))
+            self._learning_rates(lambda schedule: Last.from_model_output(schedule(count)))
         )
         return new, metrics
 
@@ -163,97 +159,26 @@ class TrainStep:
         )
 
     def gradients(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
-        """Returns the gradient of the global loss, the new collections and this batch's metrics.
+        """Returns the gradient of the batch's loss, the new collections and the metrics."""
+        return self._gradients(state, batch)
 
-        Of several losses, each parameter gets the gradient of the one that drives it.
-        """
-        if self.accumulate == 1:
-            grads, collections, metrics, _ = self._slice(state, batch, 0, normalise=True)
-            return grads, collections, metrics
-        slices = split_rows(batch, self.accumulate, self.shards)
-
-        def body(carry: Any, item: Any) -> tuple[Any, None]:
-            grads, collections, metrics, weight = carry
-            index, rows = item
-            new = self._slice(
-                dataclasses.replace(state, collections=collections), rows, index, normalise=False
-            )
-            grads = jax.tree.map(jnp.add, grads, new[0])
-            weight = jax.tree.map(jnp.add, weight, new[3])
-            return (grads, new[1], merge_metrics(metrics, new[2]), weight), None
-
-        first = jax.tree.map(lambda x: x[0], slices)
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads = {'loss': zeros, 'penalties': zeros}
-        weight = {name: jnp.zeros((), jnp.float32) for name in self.optimizer.losses}
-        carry = (grads, state.collections, self._empty_losses(state, first), weight)
-        # Unrolled where the compiler's loops are slow: XLA's CPU convolutions crawl inside a scan.
-        unroll = self.accumulate if jax.default_backend() == 'cpu' else 1
-        indices = jnp.arange(self.accumulate)
-        carry, _ = jax.lax.scan(body, carry, (indices, slices), unroll=unroll)
-        grads, collections, metrics, weight = carry
-        scales = {
-            name: jax.tree.map(lambda _, scale=scale: scale, zeros)
-            for name, scale in jax.tree.map(inverse, weight).items()
-        }
-        grads = jax.tree.map(
-            lambda loss, scale, penalty: loss * scale + penalty / self.accumulate,
-            grads['loss'],
-            self.optimizer.select(scales),
-            grads['penalties'],
+    @functools.cached_property
+    def _gradients(self) -> Gradients:
+        return Gradients(
+            model=self.model,
+            task=self.task,
+            optimizer=self.optimizer,
+            seed=self.seed,
+            accumulate=self.accumulate,
+            shards=self.shards,
         )
-        return grads, collections, metrics
 
-    def _slice(
-        self, state: TrainState, batch: Mapping[str, jax.Array], index: Any, *, normalise: bool
-    ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
-        """Differentiates one slice: gradients, collections, metrics and each loss's weight."""
-        keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
 
-        def losses(params: Any) -> Any:
-            output, collections = self._run_task(params, state, batch, keys)
-            totals, weight = loss_sums(output)
-            penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
-            return (totals, penalty), (output, collections, weight)
-
-        (totals, _), pullback, (output, collections, weight) = jax.vjp(
-            losses, state.params, has_aux=True
-        )
-        zero, one = jnp.zeros((), jnp.float32), jnp.ones((), jnp.float32)
-        zeros = dict.fromkeys(totals, zero)
-
-        def pull(factors: dict[str, jax.Array], penalty: jax.Array) -> Any:
-            """One backward pass for each loss; the compiler drops what `select` leaves over."""
-            return self.optimizer.select(
-                {name: pullback(({**zeros, name: factors[name]}, penalty))[0] for name in totals}
-            )
-
-        if normalise:
-            grads = pull({name: inverse(w) for name, w in weight.items()}, one)
-        else:
-            # The global weight is known only after the last slice; penalties do not wait for it.
-            grads = {'loss': pull(dict.fromkeys(totals, one), zero)}
-            grads['penalties'] = (
-                pullback((zeros, one))[0]
-                if output.penalties
-                else jax.tree.map(jnp.zeros_like, state.params)
-            )
-        metrics = {
-            'task': self.task.measure(output),
-            'penalties': {
-                name: WeightedMean.from_model_output(value)
-                for name, value in output.penalties.items()
-            },
-        }
-        return grads, collections, metrics, weight
-
-    def _run_task(
-        self, params: Any, state: TrainState, batch: Mapping[str, Any], keys: Keys
-    ) -> tuple[TaskOutput, dict[str, Any]]:
-        bound = self.model.bind({'params': params, **state.collections}, keys, ema=state.ema)
-        output = self.task(bound, batch)
-        self.optimizer.check_losses(output.loss)
-        return output, bound.collections
+def _new_if(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """Returns the new state where the condition holds; else the old one, a step further."""
+    names = ('params', 'opt_state', 'collections', 'ema')
+    kept = {name: choose(condition, getattr(new, name), getattr(old, name)) for name in names}
+    return dataclasses.replace(new, **kept)
 
 
 def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
@@ -266,17 +191,6 @@ def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
         return jnp.ones((), bool)
     # step crosses a multiple of num / den exactly if step * den mod num is less than den.
     return (step % num) * den % num < den
-
-
-def split_rows(batch: Any, slices: int, shards: int) -> Any:
-    """Cuts every array into (slices, rows / slices, ...), each device keeping its own rows."""
-
-    def split(x: jax.Array) -> jax.Array:
-        rows = x.shape[0] // (shards * slices)
-        x = x.reshape(shards, slices, rows, *x.shape[1:]).swapaxes(0, 1)
-        return x.reshape(slices, shards * rows, *x.shape[3:])
-
-    return jax.tree.map(split, batch)
 
 
 def global_norm(tree: Any) -> jax.Array:

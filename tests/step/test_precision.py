@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number types of parameters, computation and output, and the dynamic loss scale."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from models.mlp import MLP
+from tests.command import ROOT
+from trainer.experiment import load_and_build
+from trainer.modules import functional
+from trainer.parallel.mesh import batch_sharding, make_mesh
+from trainer.parallel.sharding import FSDP, Rule
+from trainer.step.optimizer import Optimizer
+from trainer.step.precision import LossScale, Precision
+from trainer.step.program import Programs
+from trainer.step.task_runner import TaskRunner, compute_metrics
+from trainer.step.tasks import Classification, TaskOutput
+from trainer.step.train_step import TrainStep
+from trainer.trainer import Trainer
+
+BF16 = Precision(compute='bfloat16', output='float32')
+F16 = Precision(compute='float16', output='float32')
+ONE, EIGHT = {'data': 1}, {'data': 2, 'fsdp': 4}
+SEEN: dict[str, Any] = {}
+
+
+class Watched(nn.Module):
+    """Notes the dtypes that it meets."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        hidden = nn.BatchNorm(use_running_average=not train)(nn.Dense(16)(x))
+        count = self.variable('state', 'mean', lambda: jnp.zeros((), jnp.float32))
+        if train:
+            count.value = hidden.mean()
+        SEEN.update(x=x.dtype, hidden=hidden.dtype)
+        return nn.Dense(4)(hidden)
+
+
+def classify(model: Any, batch: Mapping[str, jax.Array]) -> TaskOutput:
+    output = Classification(image='x')(model, batch)
+    SEEN['kernel'] = model.params['Dense_0']['kernel'].dtype
+    SEEN['logits'] = model(batch['x']).dtype
+    # A loss that overflows where the batch says so.
+    return output.replace(loss=output.loss * jnp.where(batch['bad'], jnp.inf, 1.0))
+
+
+def programs(
+    module: nn.Module,
+    precision: Precision = F16,
+    *,
+    mesh: Mapping[str, int] = ONE,
+    sharding: tuple[Rule, ...] = (),
+    rows: int = 16,
+    **options: Any,
+) -> Programs:
+    size = int(np.prod(list(mesh.values())))
+    types = (jax.sharding.AxisType.Auto,) * len(mesh)
+    devices = jax.devices()[:size]
+    made = jax.make_mesh(tuple(mesh.values()), tuple(mesh), types, devices=devices)
+    options.setdefault('optimizer', Optimizer(base=optax.sgd(0.1, momentum=0.9)))
+    step = TrainStep(
+        model=functional(module, precision),
+        task=TaskRunner.of(classify),
+        seed=0,
+        shards=size,
+        **options,
+    )
+    spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch_of(rows).items()}
+    return Programs(step, spec, made, sharding=sharding)
+
+
+def batch_of(rows: int = 16, seed: int = 0, bad: bool = False) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        'x': rng.normal(size=(rows, 8)).astype(np.float32),
+        'label': rng.integers(0, 4, rows).astype(np.int32),
+        'bad': np.full(rows, bad),
+    }
+
+
+def train(made: Programs, steps: int = 5, bad: tuple[int, ...] = ()) -> Any:
+    state = made.init()
+    for step in range(steps):
+        batch = batch_of(16, seed=step, bad=step in bad)
+        state = made.step(state, jax.device_put(batch, batch_sharding(made._mesh)))
+    return state
+
+
+def test_the_model_computes_in_the_asked_dtype() -> None:
+    state = train(programs(Watched(), BF16), 1)
+    assert {SEEN['x'], SEEN['hidden']} == {jnp.dtype('bfloat16')}
+    assert {SEEN['kernel'], SEEN['logits']} == {jnp.dtype('float32')}
+    # Neither batch statistics nor any other variable changes its dtype by it.
+    kept = (state.params, state.opt_state[0].trace, state.collections)
+    assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype('float32')}
+
+
+def test_parameters_and_what_follows_them() -> None:
+    precision = Precision(params='bfloat16', compute='bfloat16', output='float32')
+    state = train(programs(Watched(), precision, ema_decay=0.9), 2)
+    slots = (state.params, state.ema, state.opt_state[0].trace)
+    assert {x.dtype for x in jax.tree.leaves(slots)} == {jnp.dtype('bfloat16')}
+    assert {x.dtype for x in jax.tree.leaves(state.collections)} == {jnp.dtype('float32')}
+
+
+def test_nothing_is_cast_unless_asked_for() -> None:
+    train(programs(Watched(), Precision()), 1)
+    assert {SEEN[name] for name in ('x', 'hidden', 'logits')} == {jnp.dtype('float32')}
+
+
+def test_an_overflow_keeps_the_state_and_halves_the_scale() -> None:
+    """F9: parameters, optimizer, average and statistics stay, the step goes on."""
+    adam = Optimizer(base=optax.adam(0.1), learning_rate=lambda count: count)
+    made = programs(Watched(), loss_scale=2.0**10, ema_decay=0.5, optimizer=adam)
+    before, after = train(made, 2), train(made, 3, bad=(2,))
+    for name in ('params', 'opt_state', 'ema', 'collections'):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
+    assert (int(before.step), int(after.step)) == (2, 3)
+    assert (float(before.loss_scale.scale), float(after.loss_scale.scale)) == (1024, 512)
+    metrics = compute_metrics(after.metrics)
+    assert (metrics['loss_scale'], metrics['skipped_updates']) == (512, 1)
+    # The schedule counts updates, and the one that was left out is none.
+    later = train(made, 5, bad=(2,))
+    assert compute_metrics(later.metrics)['learning_rate'] == 3
+    assert later.opt_state[0].count == 4
+    assert later.loss_scale.finite_steps == 2
+
+
+def test_the_scale_doubles_after_so_many_finite_steps() -> None:
+    """F9: 2,000 of them; an overflow starts the count again; never below 1, never infinite."""
+    scale = LossScale.of(65536.0)
+    after = jax.jit(lambda s, finite: s.after(finite))
+    for _ in range(1999):
+        scale = after(scale, jnp.array(True))
+    assert (float(scale.scale), int(scale.finite_steps)) == (65536, 1999)
+    assert float(after(scale, jnp.array(True)).scale) == 131072
+    assert int(after(scale, jnp.array(True)).finite_steps) == 0
+    shrunk = after(scale, jnp.array(False))
+    assert (float(shrunk.scale), int(shrunk.finite_steps), int(shrunk.skipped)) == (32768, 0, 1)
+    assert float(after(LossScale.of(1.0), jnp.array(False)).scale) == 1
+    ready = LossScale(jnp.float32(2.0**127), jnp.int32(1999), jnp.int32(0))
+    assert float(after(ready, jnp.array(True)).scale) == 2.0**127
+
+
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_the_scale_leaves_the_update_alone(accumulate: int) -> None:
+    """In float32 a power of two scales exactly: not a bit of the parameters changes."""
+    plain = train(programs(Watched(), Precision(), accumulate=accumulate))
+    scaled = train(programs(Watched(), Precision(), accumulate=accumulate, loss_scale=2.0**12))
+    jax.tree.map(np.testing.assert_array_equal, plain.params, scaled.params)
+
+
+def test_a_scale_rescues_gradients_that_float16_loses() -> None:
+    """Gradients of 1e-7 are 0 in float16; scaled they are not."""
+
+    def faint(model: Any, batch: Any) -> jax.Array:
+        return 3e-8 * model(batch['x']).sum(-1)
+
+    sgd = Optimizer(base=optax.sgd(1e6))
+    options = dict(optimizer=sgd, task=TaskRunner.of(faint), seed=0)
+    spec = {'x': jax.ShapeDtypeStruct((16, 8), jnp.float32)}
+    batch = {'x': batch_of()['x']}
+    mesh = make_mesh({'data': -1})
+
+    def moved(scale: float | None) -> float:
+        step = TrainStep(model=functional(MLP((4,)), F16), loss_scale=scale, **options)
+        made = Programs(step, spec, mesh)
+        before = jax.device_get(made.init().params)
+        after = made.step(made.init(), jax.device_put(batch, batch_sharding(mesh))).params
+        return float(optax.tree.norm(jax.tree.map(jnp.subtract, after, before))) / 1e6
+
+    exact = 3e-8 * np.linalg.norm(np.r_[batch['x'].mean(0), 1.0]) * 2
+    assert moved(None) < 0.5 * exact
+    assert moved(2.0**20) == pytest.approx(exact, rel=0.01)
+
+
+def test_slices_overflow_no_earlier_than_the_whole() -> None:
+    """What flows back is divided by the rows before it is summed, in slices as in one piece."""
+
+    def highest(accumulate: int) -> int:
+        made = programs(Watched(), loss_scale=1.0, accumulate=accumulate)
+        batch = jax.device_put(batch_of(), batch_sharding(made._mesh))
+        for power in range(40):
+            state = made.init().replace(loss_scale=LossScale.of(2.0**power))
+            if made.step(state, batch).loss_scale.skipped:
+                return power - 1
+        raise AssertionError('no scale overflows')
+
+    assert 10 < highest(1) <= highest(4) <= highest(1) + 2
+
+
+@pytest.mark.parametrize('precision', [BF16, F16])
+def test_sharded_runs_agree(precision: Precision) -> None:
+    """Two by four devices, parameters cut in four, one overflow: the state of one device."""
+    options: Any = dict(loss_scale=2.0**10, ema_decay=0.9)
+    one = train(programs(Watched(), precision, **options), bad=(1,))
+    cut = programs(Watched(), precision, mesh=EIGHT, sharding=(FSDP(min_bytes=1),), **options)
+    many = train(cut, bad=(1,))
+    kernel = many.params['Dense_0']['kernel']
+    assert {s.data.shape for s in kernel.addressable_shards} == {(8, 4)}
+    assert float(one.loss_scale.scale) == float(many.loss_scale.scale) == 512
+    # Half precision rounds at 2^-8 and 2^-11 in each of a few operations, in another order.
+    tolerance = 0.05 if precision is BF16 else 0.01
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance), one.params, many.params
+    )
+
+
+def test_from_a_config_through_a_checkpoint(tmp_path: pathlib.Path) -> None:
+    def trainer(precision: str) -> Trainer:
+        options = {
+            'train_for': '6 steps',
+            'data__source__limit': 640,
+            'evals__test__data__source__limit': 100,
+            'log__every': '2 steps',
+            'precision': precision,
+        }
+        config = str(ROOT / 'configs' / 'mnist_mlp.py')
+        return Trainer(load_and_build(config, **options), str(tmp_path))
+
+    first = trainer("{'compute': 'float16'}").fit(max_steps=4)
+    assert first.state.loss_scale.scale == 65536
+    assert {'train/loss_scale', 'train/skipped_updates'} <= set(first.metrics)
+    again = trainer("{'compute': 'float16'}")
+    result = again.fit()
+    assert (result.status, int(result.state.loss_scale.finite_steps)) == ('finished', 6)
+    assert again.evaluate(result.state)['test']['examples'] == 100
+    for off in ("{'compute': 'float16', 'loss_scale': 0}", "{'compute': 'bfloat16'}"):
+        assert trainer(off).programs.abstract.loss_scale is None

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gradient of a batch's loss, in one piece or accumulated over slices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.modules import Functional
+from trainer.step.metrics import WeightedMean
+from trainer.step.optimizer import Optimizer
+from trainer.step.rng import Keys
+from trainer.step.state import TrainState
+from trainer.step.task_runner import TaskRunner, by_name, inverse, loss_sums, merge_metrics
+from trainer.step.tasks import TaskOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gradients:
+    """Differentiates the weighted mean of the loss over a batch, plus its penalties.
+
+    However a batch is cut, the gradient is that of the whole: the slices' sums are divided by the
+    weight of them all. Under a loss scale the backward pass is of the scaled loss; what is returned
+    is not scaled.
+
+    Attributes:
+        model: the model's functional interface.
+        task: what the model is asked to do with a batch.
+        optimizer: says which loss drives which parameter.
+        seed: the run's seed.
+        accumulate: slices that a batch is cut into.
+        shards: number of devices that a batch's rows are spread over.
+    """
+
+    model: Functional
+    task: TaskRunner
+    optimizer: Optimizer
+    seed: int
+    accumulate: int = 1
+    shards: int = 1
+
+    def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns empty accumulators of what comes with the gradients."""
+        output = self._output_shapes(state, batch)
+        return {
+            'task': self.task.empty(output),
+            'penalties': {name: WeightedMean.empty() for name in output.penalties},
+        }
+
+    def __call__(
+        self, state: TrainState, batch: Mapping[str, jax.Array]
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """Returns the gradient, the new collections and this batch's metrics.
+
+        Of several losses, each parameter gets the gradient of the one that drives it.
+        """
+        scale = jnp.ones((), jnp.float32) if state.loss_scale is None else state.loss_scale.scale
+        if self.accumulate == 1:
+            whole = self._forward(state, batch, 0)
+            factors = {name: scale * inverse(w) for name, w in whole.weights.items()}
+            grads = self.optimizer.select(
+                {name: whole.pull(name, factor, scale) for name, factor in factors.items()}
+            )
+            collections, metrics = whole.collections, self._measure(whole.output)
+        else:
+            grads, collections, metrics = self._accumulate(state, batch, scale)
+        if state.loss_scale is not None:
+            grads = jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
+        return grads, collections, metrics
+
+    def _accumulate(
+        self, state: TrainState, batch: Mapping[str, jax.Array], scale: jax.Array
+    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        slices = split_rows(batch, self.accumulate, self.shards)
+        first = jax.tree.map(lambda x: x[0], slices)
+        losses = by_name(self._output_shapes(state, first).loss)
+        # The weight of all slices is known only after the last one. Dividing by the number of
+        # values first keeps what flows back through the model as small as it is in one piece.
+        counts = {name: self.accumulate * max(1, math.prod(x.shape)) for name, x in losses.items()}
+
+        def body(carry: Any, item: Any) -> tuple[Any, None]:
+            grads, penalties, collections, metrics, weights = carry
+            index, rows = item
+            one = self._forward(dataclasses.replace(state, collections=collections), rows, index)
+            new = {name: one.pull(name, scale / count, 0.0) for name, count in counts.items()}
+            grads = jax.tree.map(jnp.add, grads, self.optimizer.select(new))
+            if one.output.penalties:
+                mine = one.pull(None, 0.0, scale / self.accumulate)
+                penalties = jax.tree.map(jnp.add, penalties, mine)
+            metrics = merge_metrics(metrics, self._measure(one.output))
+            weights = jax.tree.map(jnp.add, weights, one.weights)
+            return (grads, penalties, one.collections, metrics, weights), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        weights = {name: jnp.zeros((), jnp.float32) for name in counts}
+        carry = (zeros, zeros, state.collections, self.empty_metrics(state, first), weights)
+        # Unrolled where the compiler's loops are slow: XLA's CPU convolutions crawl inside a scan.
+        unroll = self.accumulate if jax.default_backend() == 'cpu' else 1
+        indices = jnp.arange(self.accumulate)
+        carry, _ = jax.lax.scan(body, carry, (indices, slices), unroll=unroll)
+        grads, penalties, collections, metrics, weights = carry
+        rest = {name: count * inverse(weights[name]) for name, count in counts.items()}
+        factors = {name: jax.tree.map(lambda _, x=x: x, zeros) for name, x in rest.items()}
+        grads = jax.tree.map(
+            lambda grad, factor, penalty: grad * factor + penalty,
+            grads,
+            self.optimizer.select(factors),
+            penalties,
+        )
+        return grads, collections, metrics
+
+    def _forward(self, state: TrainState, batch: Mapping[str, jax.Array], index: Any) -> _Forward:
+        keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
+
+        def losses(params: Any) -> Any:
+            output, collections = self._run_task(params, state, batch, keys)
+            totals, weights = loss_sums(output)
+            penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
+            return (totals, penalty), (output, collections, weights)
+
+        _, pullback, (output, collections, weights) = jax.vjp(losses, state.params, has_aux=True)
+        return _Forward(pullback, output, collections, weights)
+
+    def _measure(self, output: TaskOutput) -> dict[str, Any]:
+        penalties = output.penalties.items()
+        return {
+            'task': self.task.measure(output),
+            'penalties': {name: WeightedMean.from_model_output(value) for name, value in penalties},
+        }
+
+    def _output_shapes(self, state: TrainState, batch: Mapping[str, Any]) -> TaskOutput:
+        keys = Keys(seed=self.seed, mode='train')
+
+        def run(state: TrainState, batch: Mapping[str, Any]) -> TaskOutput:
+            return self._run_task(state.params, state, batch, keys)[0]
+
+        return jax.eval_shape(run, dataclasses.replace(state, metrics=None), batch)
+
+    def _run_task(
+        self, params: Any, state: TrainState, batch: Mapping[str, Any], keys: Keys
+    ) -> tuple[TaskOutput, dict[str, Any]]:
+        bound = self.model.bind({'params': params, **state.collections}, keys, ema=state.ema)
+        output = self.task(bound, batch)
+        self.optimizer.check_losses(output.loss)
+        return output, bound.collections
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """A forward pass that can be differentiated.
+
+    Attributes:
+        pullback: from cotangents of (each loss's weighted sum, the penalties' sum) to gradients.
+        output: of the task.
+        collections: as the pass has left them.
+        weights: the sum of each loss's weights.
+    """
+
+    pullback: Callable[..., tuple[Any]]
+    output: TaskOutput
+    collections: dict[str, Any]
+    weights: dict[str, jax.Array]
+
+    def pull(self, name: str | None, loss: Any, penalty: Any) -> Any:
+        """Returns the gradient of loss x (the sum of the named loss) + penalty x (penalties).
+
+        One backward pass for each call; the compiler drops what nothing reads.
+        """
+        factors = {each: jnp.float32(loss if each == name else 0.0) for each in self.weights}
+        return self.pullback((factors, jnp.float32(penalty)))[0]
+
+
+def split_rows(batch: Any, slices: int, shards: int) -> Any:
+    """Cuts every array into (slices, rows / slices, ...), each device keeping its own rows."""
+
+    def split(x: jax.Array) -> jax.Array:
+        rows = x.shape[0] // (shards * slices)
+        x = x.reshape(shards, slices, rows, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(slices, shards * rows, *x.shape[3:])
+
+    return jax.tree.map(split, batch)

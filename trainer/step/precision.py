@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Number types of a run, and the loss scale that keeps float16 gradients from vanishing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Precision:
+    """In which dtypes parameters are kept, the model computes, and the task reads its output.
+
+    The model is called with its parameters and floating-point inputs cast to `compute`; modules
+    that name no dtype of their own then compute in it. Other collections (batch statistics) are not
+    cast: they are kept in float32.
+
+    Attributes:
+        params: of the parameters, their average and the optimizer's slots.
+        compute: of the model's calls; None casts nothing.
+        output: of what the model returns; losses and metrics follow it. None casts nothing.
+    """
+
+    params: Any = None
+    compute: Any = None
+    output: Any = None
+
+    def for_params(self, tree: Any) -> Any:
+        """Returns the floating-point leaves in the dtype that parameters are kept in."""
+        return _cast(tree, self.params)
+
+    def for_compute(self, tree: Any) -> Any:
+        """Returns the floating-point leaves in the dtype that the model computes in."""
+        return _cast(tree, self.compute)
+
+    def like(self, updates: Any, before: Mapping[str, Any]) -> Any:
+        """Returns collections that a call has changed, in the dtypes that they had."""
+        if self.compute is None:
+            return updates
+        return {
+            name: jax.tree.map(lambda new, old: new.astype(old.dtype), value, before[name])
+            for name, value in updates.items()
+        }
+
+    def for_output(self, tree: Any) -> Any:
+        """Returns the floating-point leaves in the dtype that the task reads."""
+        return _cast(tree, self.output)
+
+
+AS_IS = Precision()
+
+
+@flax.struct.dataclass
+class LossScale:
+    """A factor on the loss that grows while gradients are finite and shrinks when they are not.
+
+    The constants are those of `flax.training.dynamic_scale`: the scale doubles after 2,000 finite
+    steps in a row and halves at each step that is not; it never falls below 1.
+
+    Attributes:
+        scale: float32 scalar.
+        finite_steps: int32 scalar, finite steps since the scale last changed.
+        skipped: int32 scalar, updates that were left out so far.
+    """
+
+    scale: jax.Array
+    finite_steps: jax.Array
+    skipped: jax.Array
+    growth_interval: int = flax.struct.field(pytree_node=False, default=2000)
+
+    @classmethod
+    def of(cls, scale: float) -> LossScale:
+        """Returns a scale that has seen no step."""
+        zero = jnp.zeros((), jnp.int32)
+        return cls(scale=jnp.float32(scale), finite_steps=zero, skipped=jnp.copy(zero))
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Returns what a row of metrics says of it."""
+        return {'loss_scale': self.scale, 'skipped_updates': self.skipped}
+
+    def after(self, finite: jax.Array) -> LossScale:
+        """Returns the scale for the next step.
+
+        Args:
+            finite: bool scalar, whether this step's gradients were.
+        """
+        finite_steps = jnp.where(finite, self.finite_steps + 1, 0)
+        grow = finite_steps >= self.growth_interval
+        grown = jnp.where(grow, jnp.minimum(self.scale * 2, 2.0**127), self.scale)
+        shrunk = jnp.maximum(self.scale / 2, 1.0)
+        return dataclasses.replace(
+            self,
+            scale=jnp.where(finite, grown, shrunk),
+            finite_steps=jnp.where(grow, 0, finite_steps),
+            skipped=self.skipped + ~finite,
+        )
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Returns a bool scalar: whether every element of every leaf is finite."""
+    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+    return jnp.stack(finite).all() if finite else jnp.ones((), bool)
+
+
+def choose(condition: jax.Array, new: Any, old: Any) -> Any:
+    """Returns `new` where the scalar condition holds, `old` otherwise, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    if dtype is None:
+        return tree
+
+    def cast(x: Any) -> Any:
+        # An object that is no array (a flag, a None, a key) goes through as it is.
+        kind = getattr(x, 'dtype', None)
+        return x.astype(dtype) if kind is not None and jnp.issubdtype(kind, jnp.floating) else x
+
+    return jax.tree.map(cast, tree)
