@@ -139,3 +139,12 @@ def test_never_is_left_alone_where_durations_are_resolved() -> None:
     assert resolve({'mode': 'never', 'n': '2 steps'}, CLOCK, 'x') == (
         {'mode': 'never', 'n': 2}, {'x.n': 2},
     )  # fmt: skip
+
+
+def test_two_keys_of_one_step_are_an_error() -> None:
+    """A piecewise schedule would silently lose one of them."""
+    node = {'boundaries': {'50%': 0.1, '500 steps': 0.1}}
+    with pytest.raises(UserError, match=r"boundaries: '50%' and '500 steps' are both step 500"):
+        resolve(node, CLOCK, 'config.optimizer.learning_rate')
+    with pytest.raises(UserError, match=r"500 and '50%' are both step 500"):
+        resolve({500: 1, '50%': 2}, CLOCK, 'x')

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import pathlib
 import re
 
 import pytest
@@ -20,7 +21,8 @@ DIGEST = re.compile(r'-[0-9a-f]{8}$')
 def workdir(*assignments: tuple[str, str], name: str = 'mnist', arg: str = '') -> str:
     loaded = loading.load(str(ROOT / 'configs' / 'mnist.py'))
     applied = overrides.apply(loaded.config, assignments)
-    return identity.default_workdir(dataclasses.replace(loaded, name=name, arg=arg), applied)
+    path = ROOT / 'configs' / f'{name}.py'
+    return identity.default_workdir(dataclasses.replace(loaded, path=path, arg=arg), applied)
 
 
 def unapplied(*assignments: tuple[str, str]) -> str:
@@ -93,6 +95,24 @@ def test_a_name_is_one_directory(text: str) -> None:
 def test_files_and_arguments_show() -> None:
     assert workdir(name='resnet', arg='deep') == 'runs/resnet-deep'
     assert workdir(SEED, name='resnet', arg='deep') == 'runs/resnet-deep-seed=3'
+
+
+def test_files_of_one_name_in_two_folders_do_not_meet(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(path: pathlib.Path) -> str:
+        loaded = loading.load(str(ROOT / 'configs' / 'mnist.py'))
+        return identity.default_workdir(dataclasses.replace(loaded, path=path), ())
+
+    monkeypatch.chdir(tmp_path)
+    assert named(pathlib.Path('configs/mnist.py')) == 'runs/mnist'
+    assert named(ROOT / 'configs' / 'mnist.py') == 'runs/mnist'
+    assert named(pathlib.Path('mnist.py')) == 'runs/mnist'
+    assert named(pathlib.Path('configs/a/mnist.py')) == 'runs/a.mnist'
+    assert named(pathlib.Path('a/configs/mnist.py')) == 'runs/a.configs.mnist'
+    outside = [named(tmp_path.parent / folder / 'mnist.py') for folder in 'ab']
+    assert all(re.fullmatch(r'runs/mnist\.[0-9a-f]{8}', name) for name in outside)
+    assert len(set(outside)) == 2
 
 
 def test_no_two_commands_meet() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import ml_collections
 import pytest
@@ -290,3 +291,49 @@ def test_never_is_a_word_like_any_other_outside_of_durations() -> None:
     changed.model.padding = 'never'
     overrides.apply(changed, [('model.padding', 'always')])
     assert changed.model.padding == 'always'
+
+
+def test_an_empty_dict_clears() -> None:
+    assert applied('optimizer={}')['optimizer'] == {}
+    changed = applied('evals={"a": {"data": {"source": {"target": "x:y"}}}}', 'evals={}')
+    assert changed['evals'] == {}
+    assert applied('data={"source": {}}')['data']['source'] == {}
+    assert applied('data={"source": {}}')['data']['batch_size'] == 32
+
+
+@pytest.mark.parametrize(
+    ('path', 'value'),
+    [
+        ('optimizer.momentum', None),
+        ('optimizer.clip_norm', None),
+        ('task.weight', None),
+        ('ema', None),
+        ('data.seed', None),
+    ],
+)
+def test_none_where_it_may_be(path: str, value: None) -> None:
+    node: Any = applied(f'{path}=None')
+    for key in path.split('.'):
+        node = node[key]
+    assert node is value
+
+
+@pytest.mark.parametrize('path', ['model.dropout_rate', 'optimizer.learning_rate', 'seed'])
+def test_none_where_it_may_not_be(path: str) -> None:
+    with pytest.raises(UserError, match=f'config.{path}: expected '):
+        applied(f'{path}=None')
+
+
+def test_a_wrong_group_name_is_a_typo_unless_it_begins_a_new_one() -> None:
+    sgd = {'target': 'optax:sgd', 'learning_rate': 0.1}
+
+    def changed(path: str, value: str) -> ml_collections.ConfigDict:
+        new = config()
+        new.optimizer = {'groups': {'generator': {'params': 'G.*', **sgd}}}
+        overrides.apply(new, [(f'optimizer.groups.{path}', value)])
+        return new.optimizer.groups
+
+    for key, value in (('loss', 'a'), ('learning_rate', '1'), ('clip_norm', '2.0')):
+        with pytest.raises(UserError, match=f'Did you mean .*groups.generator.{key}\\?'):
+            changed(f'genrator.{key}', value)
+    assert set(changed('other.params', 'D.*')) == {'generator', 'other'}

@@ -29,12 +29,16 @@ def test_golden_text_of_each_config(name: str) -> None:
 
 def test_origins() -> None:
     loaded, applied = load(
-        ('optimizer', '{"momentum": 0.5}'), ('data.transforms[0].scale', '2'), ('ema.decay', '0.9')
+        ('optimizer', '{"momentum": 0.5}'),
+        ('data.device_transforms[0].scale', '2'),
+        ('ema.decay', '0.9'),
     )
     text = show.resolved(loading.plain(loaded.config), applied).splitlines()
     assert 'optimizer.momentum = 0.5  # --config.optimizer={"momentum": 0.5}' in text
     assert 'optimizer.learning_rate = 0.01' in text
-    assert 'data.transforms[0].scale = 2  # --config.data.transforms[0].scale=2' in text
+    assert (
+        'data.device_transforms[0].scale = 2  # --config.data.device_transforms[0].scale=2' in text
+    )
     assert 'ema.decay = 0.9  # --config.ema.decay=0.9' in text
     assert "data.remainder = 'carry'  # default" in text
 

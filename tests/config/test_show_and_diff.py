@@ -62,8 +62,8 @@ def test_every_key_of_new_objects_has_its_origin() -> None:
 
 
 def test_an_index_from_the_end_has_its_origin() -> None:
-    assert overridden(('data.transforms[-1].key', 'x')) == [
-        "data.transforms[0].key = 'x'  # --config.data.transforms[-1].key=x"
+    assert overridden(('data.device_transforms[-1].key', 'x')) == [
+        "data.device_transforms[0].key = 'x'  # --config.data.device_transforms[-1].key=x"
     ]
 
 

@@ -152,10 +152,14 @@ def resolve(node: Any, clock: Clock, path: str) -> tuple[Any, dict[str, int]]:
 
     def walk(value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
-            return {
-                (steps(k, f'{where}.{k}') if is_duration(k) else k): walk(v, f'{where}.{k}')
-                for k, v in value.items()
-            }
+            walked: dict[Any, Any] = {}
+            for key, item in value.items():
+                step = steps(key, f'{where}.{key}') if is_duration(key) else key
+                if step in walked:
+                    same = next(k for k in value if found.get(f'{where}.{k}', k) == step)
+                    raise UserError(f'{where}: {same!r} and {key!r} are both step {step}')
+                walked[step] = walk(item, f'{where}.{key}')
+            return walked
         if isinstance(value, (tuple, list)):
             return type(value)(walk(v, f'{where}[{i}]') for i, v in enumerate(value))
         return steps(value, where) if is_duration(value) and value != 'never' else value

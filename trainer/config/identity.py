@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
+from trainer import bundled
 from trainer.config.diff import Change
 from trainer.config.loading import LoadedConfig
 from trainer.config.overrides import Override
@@ -36,13 +38,15 @@ def identity_changes(changes: Sequence[Change]) -> list[Change]:
 def default_workdir(loaded: LoadedConfig, overrides: Sequence[Override]) -> str:
     """Returns 'runs/mnist-optimizer.learning_rate=0.1': the same command, the same directory.
 
-    Overrides that leave the run's identity alone do not show. The order of the others does not
-    matter, unless one changes what another has set. A name that does not say all ends in a hash.
+    A file in another folder than `configs/` brings its folder along: 'runs/vision.mnist'. Overrides
+    that leave the run's identity alone do not show. The order of the others does not matter, unless
+    one changes what another has set. A name that does not say all ends in a hash.
     """
     mine = [o for o in overrides if is_identity(o.path)]
     last = sorted({o.path: o.text for o in mine}.items())
     given = [(o.path, o.text) for o in mine] if _order_matters(mine) else last
-    words = [word for word in (loaded.name, loaded.arg) if word]
+    config = _config_name(loaded.path)
+    words = [word for word in (config, loaded.arg) if word]
     fit_words = [_UNFIT.sub('_', word) for word in words]
     fit = [(_UNFIT.sub('_', path), _UNFIT_VALUE.sub('_', text)) for path, text in last]
     name = '-'.join(fit_words)
@@ -50,9 +54,19 @@ def default_workdir(loaded: LoadedConfig, overrides: Sequence[Override]) -> str:
         name += '-' + ','.join(f'{path}={text}' for path, text in fit)
     if fit_words != words or fit != given or len(name) > _MAX_NAME:
         # What was replaced or cut must not make two runs meet.
-        digest = hashlib.sha256(repr((loaded.name, loaded.arg, given)).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(repr((config, loaded.arg, given)).encode()).hexdigest()[:8]
         name = f'{name[: _MAX_NAME - 9]}-{digest}'
     return f'runs/{name}'
+
+
+def _config_name(path: pathlib.Path) -> str:
+    """Returns 'mnist' for configs/mnist.py, here or bundled, and 'a.b.mnist' for a/b/mnist.py."""
+    folder = path.resolve().parent
+    for root in (pathlib.Path.cwd(), *map(pathlib.Path, bundled.__path__)):
+        if folder.is_relative_to(root):
+            parts = folder.relative_to(root).parts
+            return '.'.join([*(parts[1:] if parts[:1] == ('configs',) else parts), path.stem])
+    return f'{path.stem}.{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}'
 
 
 def _order_matters(overrides: Sequence[Override]) -> bool:

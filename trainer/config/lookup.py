@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,12 @@ import ml_collections
 from trainer.config import paths, schema, suggest, targets
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
+
+# A new evaluation, or group, begins with this key; any other key of an unknown one is a typo.
+_FIRST_KEYS: dict[tuple[str | int, ...], str] = {
+    ('evals',): 'data',
+    ('optimizer', 'groups'): 'params',
+}
 
 
 def value_at(config: Any, keys: paths.Keys) -> Any:
@@ -41,12 +49,28 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
 
 def default_flag(config: Any, keys: paths.Keys) -> bool | None:
     """Returns the signature's default of an argument that the file leaves out, if it is a bool."""
+    parameter = _parameter(config, keys)
+    default = None if parameter is None else parameter.default
+    return default if isinstance(default, bool) else None
+
+
+def takes_none(config: Any, keys: paths.Keys) -> bool:
+    """Whether a path is an argument that may be None: by its default, or by its annotation."""
+    parameter = _parameter(config, keys)
+    if parameter is None:
+        return False
+    annotation = parameter.annotation
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    return parameter.default is None or bool(re.search(r'\b(None|NoneType|Optional|Any)\b', text))
+
+
+def _parameter(config: Any, keys: paths.Keys) -> inspect.Parameter | None:
+    """Returns the parameter of a target that a path sets; None for a fixed key, or no argument."""
     parent = paths.get(config, keys[:-1]) if schema.type_at(keys) is None else None
     if not isinstance(parent, Mapping | ml_collections.ConfigDict) or 'target' not in parent:
         return None
     known, _ = targets.arguments(targets.resolve(parent['target'], f'config.{paths.join(keys)}'))
-    default = known[str(keys[-1])].default if keys[-1] in known else None
-    return default if isinstance(default, bool) else None
+    return known.get(str(keys[-1]))
 
 
 def placeholder_type(config: Any, keys: paths.Keys) -> type | None:
@@ -64,8 +88,8 @@ def placeholder_type(config: Any, keys: paths.Keys) -> type | None:
 def _may_be_set(node: Any, keys: paths.Keys, depth: int) -> bool:
     """Whether a key that the file leaves out exists: a fixed key, or an argument of a target."""
     if schema.type_at(keys) is not None:
-        # A new evaluation begins with its data; any other key of an unknown one is a typo.
-        return depth > 1 or keys[0] != 'evals' or keys[2:3] in ([], ['data'])
+        first = _FIRST_KEYS.get(tuple(keys[:depth]))
+        return first is None or keys[depth + 1 : depth + 2] in ([], [first])
     is_object = isinstance(node, Mapping) and 'target' in node
     if not is_object or depth != len(keys) - 1 or not isinstance(keys[depth], str):
         return False

@@ -84,6 +84,8 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
     old = lookup.value_at(config, keys)
     like = lookup.default_flag(config, keys) if old is None else old
     hint = schema.type_at(keys) or lookup.placeholder_type(config, keys)
+    if values.literal(text) is None and like is not None and lookup.takes_none(config, keys):
+        like = None
     new = values.parse(text, like, hint, f'config.{path}')
     notes: list[str] = []
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
@@ -115,8 +117,8 @@ def _fill(config: ml_collections.ConfigDict, keys: paths.Keys) -> tuple[str, ...
 
 def _merge(old: Mapping[str, Any], new: Mapping[str, Any], path: str, notes: list[str]) -> Any:
     """Returns `old` updated by `new` at every depth; a new target keeps what it accepts."""
-    if 'ref' in new or 'ref' in old:
-        # A reference has no other keys: it replaces an object, and is replaced by one.
+    if not new or 'ref' in new or 'ref' in old:
+        # An empty dict clears. A reference has no other keys: it replaces, and is replaced.
         return dict(new)
     kept = dict(old)
     if 'target' in new and 'target' in old and new['target'] != old['target']:
