@@ -11,9 +11,8 @@ hidden units, 'fsdp' the rest of each parameter.
 import ml_collections
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    """Returns the config; it takes no argument."""
-    del arg
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.train_for = '2000 steps'

@@ -9,9 +9,8 @@ Expected after 10 epochs: about 97 % of all 10,000 test examples.
 import ml_collections
 
 
-def get_config(arg: str = '') -> ml_collections.ConfigDict:
-    """Returns the config; it takes no argument."""
-    del arg
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.train_for = '10 epochs'

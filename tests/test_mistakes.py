@@ -8,6 +8,8 @@ import pathlib
 import pytest
 
 from tests import command
+from trainer import main
+from trainer.parallel.signals import StopRequest
 
 CNN = '--config=configs/mnist.py'
 
@@ -106,3 +108,47 @@ def test_tensorflow_is_never_imported() -> None:
     import sys
 
     subprocess.run([sys.executable, '-c', code], cwd=command.ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        ((CNN, '--config.mesh={}'), 'config.mesh: {} does not fit'),
+        ((CNN, '--config.mesh={"data": 0, "model": -1}'), 'does not fit'),
+        ((CNN, '--config.train_for=1e99 steps'), 'the state counts to 2^31 - 1'),
+        ((CNN, '--config.ema.decay=2'), 'config.ema.decay: expected a number from 0 to below 1'),
+        ((CNN, '--config.task.top_k=5'), 'expected a tuple of integers such as (5,), got 5'),
+        ((CNN, '--config.task.top_k=(5, "a")'), 'expected a tuple of integers'),
+        ((CNN, '--config=configs/lm.py'), '--config is given twice'),
+        ((CNN, '--workdir', '--mode=summary'), '--workdir needs a value'),
+        ((f'{CNN}:big',), "get_config() takes no argument, got 'big'"),
+        ((CNN, '--config.data.batch_size', 'many'), "expected int, got 'many'"),
+        ((CNN, '--config.data.batch_size=1e3'), 'expected int, got 1000.0'),
+        ((CNN, '--config.data.batch_size=-4'), 'expected a positive number'),
+        ((CNN, '--config.seed.x=1'), 'Did you mean config.seed?'),
+        ((CNN, '--config.data..batch_size=1'), 'not a path'),
+        ((CNN, '--config.model={}'), "expected an object, a dict with 'target'"),
+        ((CNN, '--config.model={"hidden": '), "expected an object, a dict with 'target'"),
+        ((CNN, '--config.optimizer={}'), 'config.optimizer.target is missing'),
+        ((CNN, '--config.evals.test={}'), 'config.evals.test.data is missing'),
+        ((CNN, '--config.optimizer.target=optax'), "expected 'package.module:Name'"),
+        ((CNN, '--config.optimizer.target=optax:__version__'), 'is not callable'),
+        ((CNN, '--config.model.target=builtins:int'), 'accepts_any=True'),
+        ((CNN, '--config.optimizer.learning_rate=fast'), "expected float, got 'fast'"),
+        ((CNN, '--config.precision.compute=float8'), "'float8' is none of"),
+        ((CNN, '--config.data.device_transforms[5].key=x'), 'there are 1 elements'),
+        (('--config=configs',), "there is no file 'configs'"),
+        (('--config=pyproject.toml',), 'is not a Python file'),
+    ],
+)
+def test_mistakes_without_a_process_of_their_own(
+    args: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(command.ROOT)
+    assert main.main(['trainer', *args, '--mode=summary'], StopRequest()) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ''

@@ -143,7 +143,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         optimizer=optimizer,
         step=building.step_function(sections.step),
         accumulate=_positive(sections.accumulate, 'config.accumulate'),
-        ema_decay=sections.ema.decay if sections.ema else None,
+        ema_decay=_ema_decay(sections),
         loss_scale=_loss_scale(sections.precision),
         steps_per_call=_positive(sections.steps_per_call, 'config.steps_per_call'),
         mesh=sections.mesh,
@@ -219,6 +219,13 @@ def _model(sections: Sections) -> Functional:
         raise UserError(str(error)) from error
 
 
+def _ema_decay(sections: Sections) -> float | None:
+    decay = sections.ema.decay if sections.ema else None
+    if decay is not None and not 0 <= decay < 1:
+        raise UserError(f'config.ema.decay: expected a number from 0 to below 1, got {decay}')
+    return decay
+
+
 def _loss_scale(precision: PrecisionSection | None) -> float | None:
     if precision is None:
         return None
@@ -267,6 +274,8 @@ def _device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[
 def _clock(sections: Sections, data: Any) -> Clock:
     clock = Clock(batch_size=sections.data.batch_size, steps_per_epoch=data.steps_per_epoch)
     total = clock.steps(sections.train_for, path='config.train_for')
+    if total >= 2**31:
+        raise UserError(f'config.train_for: {total:.3g} steps; the state counts to 2^31 - 1')
     return dataclasses.replace(clock, total_steps=total)
 
 

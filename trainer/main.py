@@ -118,10 +118,14 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
 
 
 def _parse_flags(argv: Sequence[str]) -> None:
+    for name in _FLAGS:
+        _FLAGS[name].unparse()  # What an earlier call of `main` was given.
     try:
         words = _FLAGS(list(argv))[1:]
     except flags.Error as error:
         raise UserError(f'{error}. See --help.') from error
+    if (_FLAGS.workdir or '').startswith('-'):
+        raise UserError(f'--workdir needs a value, got {_FLAGS.workdir!r}')
     if words:
         raise UserError(
             f'{words[0]!r} is not a flag; overrides are written --config.key=value. See --help.'

@@ -43,7 +43,7 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
     Both `--config.a=1` and `--config.a 1` are understood.
 
     Raises:
-        UserError: if a value is missing.
+        UserError: if a value is missing, or two config files are named.
     """
     spec: str | None = None
     assignments: list[tuple[str, str]] = []
@@ -60,6 +60,8 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
             if value.startswith('--'):
                 raise UserError(f'{word} needs a value: {word}=...')
         if name == '-config':
+            if spec not in (None, value):
+                raise UserError(f'--config is given twice: {spec} and {value}')
             spec = value
         else:
             assignments.append((name.removeprefix('-config.'), value))

@@ -29,9 +29,10 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     sizes = dict(axes)
     free = [name for name, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) == 1 and devices % fixed == 0:
+    if len(free) == 1 and fixed > 0 and devices % fixed == 0:
         sizes[free[0]] = devices // fixed
-    if len(free) > 1 or math.prod(sizes.values()) != devices or min(sizes.values()) < 1:
+    positive = bool(sizes) and min(sizes.values()) > 0
+    if not positive or math.prod(sizes.values()) != devices:
         raise UserError(
             f'config.mesh: {dict(axes)} does not fit {devices} devices. The sizes must multiply to '
             f'{devices}; one of them may be -1 for the rest.'

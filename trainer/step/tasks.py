@@ -118,6 +118,10 @@ class Classification:
     label_smoothing: float = 0.0
     top_k: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.top_k, tuple) or not all(isinstance(k, int) for k in self.top_k):
+            raise ValueError(f'top_k: expected a tuple of integers such as (5,), got {self.top_k}')
+
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
         """loss, accuracy and the asked top-k accuracies, each weighted like the loss."""
