@@ -126,6 +126,7 @@ def build(loaded: LoadedConfig) -> Experiment:
     clock = _clock(sections, data)
     transforms = _device_transforms(sections.data, 'config.data')
     task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
+    accumulate = _accumulate(sections, task)
     optimizer, schedule_steps = building.optimizer(sections.optimizer, clock)
     checkpoint, log = sections.checkpoint, sections.log
     return Experiment(
@@ -142,7 +143,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         },
         optimizer=optimizer,
         step=building.step_function(sections.step),
-        accumulate=_positive(sections.accumulate, 'config.accumulate'),
+        accumulate=accumulate,
         ema_decay=_ema_decay(sections),
         loss_scale=_loss_scale(sections.precision),
         steps_per_call=_positive(sections.steps_per_call, 'config.steps_per_call'),
@@ -217,6 +218,16 @@ def _model(sections: Sections) -> Functional:
         return functional(module, precision)
     except TypeError as error:
         raise UserError(str(error)) from error
+
+
+def _accumulate(sections: Sections, task: TaskRunner) -> int:
+    slices = _positive(sections.accumulate, 'config.accumulate')
+    if slices > 1 and not getattr(task.task, 'decomposable', True):
+        raise UserError(
+            f'config.accumulate: {slices} slices of a batch are not the batch: the examples of '
+            f'{type(task.task).__name__} depend on each other (decomposable = False)'
+        )
+    return slices
 
 
 def _ema_decay(sections: Sections) -> float | None:

@@ -188,6 +188,8 @@ def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     print(startup.summary(trainer, latest or 0))
+    if trainer.experiment.accumulate == 1 and (flops := trainer.programs.step.flops()):
+        print(f'flops     {flops:.3g} in a train step')
     return 0
 
 

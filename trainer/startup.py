@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,12 @@ from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.observe.table import human_bytes, nbytes, parameter_table
 from trainer.parallel.mesh import batch_shards
+from trainer.step.state import TrainState
 
 if TYPE_CHECKING:
     from trainer.parts import Parts
+
+_log = logging.getLogger('trainer')
 
 # Kinds of numpy dtypes: objects, bytes, text, dates and durations.
 _NOT_NUMBERS = 'OSUMm'
@@ -56,6 +60,16 @@ def check_batch(experiment: Experiment, shards: int) -> None:
         f'config.data.batch_size: {rows} rows do not divide over {shards} devices x '
         f'{experiment.accumulate} accumulation slices; {near} would'
     )
+
+
+def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
+    """Says that batch statistics are those of slices, where a batch is cut into some."""
+    if experiment.accumulate > 1 and 'batch_stats' in state.collections:
+        _log.warning(
+            'the model has batch statistics and config.accumulate=%d: each slice is normalised by '
+            'its own, so the update is not quite that of the whole batch',
+            experiment.accumulate,
+        )
 
 
 def is_out_of_memory(error: Exception) -> bool:

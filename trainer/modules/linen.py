@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -66,7 +67,9 @@ class BoundModel:
 
     `model(x)` runs `__call__`; `model.encode(x)` or `model.encoder(x)` runs a method or a
     sub-module made in `setup`. It may be called several times: collections that a call changes
-    (batch statistics) are seen by the next call, and each call draws its own random numbers.
+    (batch statistics) are seen by the next call, and each call draws its own random numbers. The
+    views `ema` and `stop_gradient` are the same model with other parameters: their calls count
+    among its own.
 
     Attributes:
         params: the parameters of this view.
@@ -86,25 +89,27 @@ class BoundModel:
         self._precision = precision
         self.training = keys.mode == 'train'
         self._module = _with_flags(module, self.training)
-        self._variables = dict(variables)
+        self._params = variables['params']
         self._ema = ema
-        self._calls = 0
-        self._streams = {'dropout'} if self.training else set()
+        self._calls = _Calls(
+            collections={name: value for name, value in variables.items() if name != 'params'},
+            streams={'dropout'} if self.training else set(),
+        )
 
     @property
     def params(self) -> Any:
         """The nested dict of parameters, with `stop_gradient` applied where it was asked for."""
-        return self._variables['params']
+        return self._params
 
     @property
     def variables(self) -> dict[str, Any]:
         """Every variable collection, as the calls so far have left them."""
-        return dict(self._variables)
+        return {'params': self._params, **self._calls.collections}
 
     @property
     def collections(self) -> dict[str, Any]:
         """Every variable collection but the parameters, as the calls so far have left them."""
-        return {name: value for name, value in self._variables.items() if name != 'params'}
+        return dict(self._calls.collections)
 
     @property
     def ema(self) -> BoundModel:
@@ -115,10 +120,7 @@ class BoundModel:
         """
         if self._ema is None:
             raise ValueError('model.ema: this run keeps no average; set config.ema.decay')
-        variables = {**self._variables, 'params': self._ema}
-        return BoundModel(
-            self._module, variables, self._keys, ema=self._ema, precision=self._precision
-        )
+        return self._with(self._ema)
 
     def rng(self, name: str) -> jax.Array:
         """Returns the random key of the stream `name` in this step."""
@@ -132,11 +134,7 @@ class BoundModel:
             matches = expression.fullmatch(param_path(path))
             return jax.lax.stop_gradient(value) if matches else value
 
-        params = jax.tree_util.tree_map_with_path(stop, self.params)
-        variables = {**self._variables, 'params': params}
-        return BoundModel(
-            self._module, variables, self._keys, ema=self._ema, precision=self._precision
-        )
+        return self._with(jax.tree_util.tree_map_with_path(stop, self.params))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's `__call__` and returns its output."""
@@ -147,14 +145,20 @@ class BoundModel:
             raise AttributeError(name)
         return _Method(self, (name,))
 
+    def _with(self, params: Any) -> BoundModel:
+        view = copy.copy(self)
+        view._params = params
+        return view
+
     def _apply(self, names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+        calls = self._calls
         method = _method(names, self.training)
-        mutable: Any = (self.training and sorted(self.collections)) or False
+        mutable: Any = (self.training and sorted(calls.collections)) or False
         args, kwargs = self._precision.for_compute((args, kwargs))
-        variables = {**self._variables, 'params': self._precision.for_compute(self.params)}
-        call, self._calls = self._calls, self._calls + 1
+        variables = {**self.variables, 'params': self._precision.for_compute(self.params)}
+        call, calls.count = calls.count, calls.count + 1
         while True:
-            rngs = {name: _nth(self._keys.stream(name), call) for name in sorted(self._streams)}
+            rngs = {name: _nth(self._keys.stream(name), call) for name in sorted(calls.streams)}
             try:
                 output = self._module.apply(
                     variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
@@ -162,16 +166,16 @@ class BoundModel:
                 break
             except flax_errors.InvalidRngError as error:
                 # A stream is known by its first use; the call is pure, so it can start again.
-                self._streams.add(self._missing_stream(error))
+                calls.streams.add(self._missing_stream(error))
         if mutable:
             output, updates = output
             self._check_structure(updates)
-            self._variables.update(self._precision.like(updates, self._variables))
+            calls.collections.update(self._precision.like(updates, calls.collections))
         return self._precision.for_output(output)
 
     def _missing_stream(self, error: flax_errors.InvalidRngError) -> str:
         match = _MISSING_STREAM.search(str(error))
-        if match is None or match[1] in self._streams:
+        if match is None or match[1] in self._calls.streams:
             raise error
         if not self.training and match[1] in _TRAIN_ONLY_STREAMS:
             raise error
@@ -179,7 +183,7 @@ class BoundModel:
 
     def _check_structure(self, updates: Variables) -> None:
         for name, value in updates.items():
-            before: Any = jax.tree.structure(self._variables[name])
+            before: Any = jax.tree.structure(self._calls.collections[name])
             after: Any = jax.tree.structure(value)
             if before != after:
                 raise ValueError(
@@ -187,6 +191,21 @@ class BoundModel:
                     f'{after}; the state must keep its structure, so values that pile up (sow) '
                     "belong in 'intermediates' or need init_fn and reduce_fn"
                 )
+
+
+@dataclasses.dataclass
+class _Calls:
+    """What the calls of a model and of its views have in common.
+
+    Attributes:
+        collections: the variables that are not parameters, as the calls so far have left them.
+        streams: names of the random streams that the calls so far have asked for.
+        count: number of calls so far.
+    """
+
+    collections: dict[str, Any]
+    streams: set[str]
+    count: int = 0
 
 
 class _InitModel(BoundModel):
@@ -214,8 +233,10 @@ class _InitModel(BoundModel):
         )
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
-        flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self._variables)}
-        self._variables = {'params': {}, **traverse_util.unflatten_dict(flat)}
+        flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}
+        variables = traverse_util.unflatten_dict(flat)
+        self._params = variables.pop('params', {})
+        self._calls.collections = variables
         return self._precision.for_output(output)
 
 

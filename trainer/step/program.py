@@ -82,6 +82,15 @@ class Program:
             return None
         return None if analysis is None else int(analysis.temp_size_in_bytes)
 
+    def flops(self) -> float | None:
+        """Returns the floating-point operations of a call, None if they cannot be counted.
+
+        Counted before the compiler has optimised, with the body of a loop counted once.
+        """
+        with self._tracing():
+            analysis = self._jitted.lower(*self._abstract).cost_analysis()
+        return (analysis or {}).get('flops')
+
     def __call__(self, *args: Any) -> Any:
         """Runs the program. Shapes or dtypes that changed compile it again, with a warning."""
         compiled = self._compiled or self.ready()

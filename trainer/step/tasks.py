@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import clu.metrics
 import flax.struct
@@ -102,12 +102,15 @@ def _check_names(output: TaskOutput) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
-    """Softmax cross-entropy over classes.
+    """Cross-entropy over classes: one of them (softmax), or each for itself (sigmoid).
 
     Attributes:
         image: batch key of the model's input.
-        label: batch key of the labels: integers (batch, ...), or one-hot (batch, ..., classes).
+        label: batch key of the labels: integers (batch, ...), or one number for each class in
+            (batch, ..., classes): one-hot, probabilities, or with 'sigmoid' any number of ones.
         weight: batch key of per-example weights, or None.
+        loss: 'softmax', or 'sigmoid': then summed over the classes, each of which is a yes or no
+            whose mean is the accuracy.
         label_smoothing: mass moved from the label to all classes, in [0, 1).
         top_k: also report `top{k}_accuracy` for each of these k.
     """
@@ -115,10 +118,15 @@ class Classification:
     image: str = 'image'
     label: str = 'label'
     weight: str | None = None
+    loss: Literal['softmax', 'sigmoid'] = 'softmax'
     label_smoothing: float = 0.0
     top_k: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.loss not in ('softmax', 'sigmoid'):
+            raise ValueError(f"loss: expected 'softmax' or 'sigmoid', got {self.loss!r}")
+        if self.loss == 'sigmoid' and self.top_k:
+            raise ValueError("top_k: with loss='sigmoid' no class is the best")
         if not isinstance(self.top_k, tuple) or not all(isinstance(k, int) for k in self.top_k):
             raise ValueError(f'top_k: expected a tuple of integers such as (5,), got {self.top_k}')
 
@@ -131,13 +139,20 @@ class Classification:
         """Returns per-example losses and hits."""
         logits = jnp.asarray(model(batch[self.image]), jnp.float32)
         labels = batch[self.label]
+        measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
+        loss, hits = measure(logits, labels)
+        weights = None if self.weight is None else batch[self.weight]
+        return TaskOutput(loss=loss, weights=weights, metrics=hits)
+
+    def _softmax(
+        self, logits: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         is_integer = labels.ndim < logits.ndim
         classes = labels if is_integer else labels.argmax(-1)
         if is_integer and not self.label_smoothing:
             loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         else:
-            target = jax.nn.one_hot(labels, logits.shape[-1]) if is_integer else labels
-            target = optax.smooth_labels(target, self.label_smoothing)
+            target = optax.smooth_labels(_one_hot(labels, logits), self.label_smoothing)
             loss = optax.softmax_cross_entropy(logits, target)
         hits = {'accuracy': logits.argmax(-1) == classes}
         if self.top_k:
@@ -145,13 +160,30 @@ class Classification:
             best = jnp.argsort(-logits, axis=-1, stable=True)
             for k in self.top_k:
                 hits[f'top{k}_accuracy'] = (best[..., :k] == classes[..., None]).any(-1)
-        weights = None if self.weight is None else batch[self.weight]
-        return TaskOutput(loss=loss, weights=weights, metrics=hits)
+        return loss, hits
+
+    def _sigmoid(
+        self, logits: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        yes = _one_hot(labels, logits)
+        # Mass moves to the other of two answers.
+        target = yes * (1 - self.label_smoothing) + self.label_smoothing / 2
+        loss = optax.sigmoid_binary_cross_entropy(logits, target).sum(-1)
+        return loss, {'accuracy': ((logits > 0) == (yes > 0.5)).mean(-1)}
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
-        """Returns the most probable class and its probability for each example."""
+        """Returns the most probable class and its probability for each example.
+
+        With 'sigmoid' the answer and the probability of each class: (batch, ..., classes).
+        """
         logits = jnp.asarray(model(batch[self.image]), jnp.float32)
+        if self.loss == 'sigmoid':
+            return {'classes': logits > 0, 'probabilities': jax.nn.sigmoid(logits)}
         return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
+
+
+def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    return jax.nn.one_hot(labels, logits.shape[-1]) if labels.ndim < logits.ndim else labels
 
 
 _ERRORS: dict[str, Callable[..., jax.Array]] = {
@@ -167,13 +199,13 @@ class Regression:
 
     Attributes:
         inputs: batch key of the model's input.
-        target: batch key of the targets, with the shape of the model's output.
+        targets: batch key of the targets, with the shape of the model's output.
         weight: batch key of per-example weights, or None.
         loss: 'squared', 'absolute' or 'huber'.
     """
 
     inputs: str = 'inputs'
-    target: str = 'target'
+    targets: str = 'targets'
     weight: str | None = None
     loss: str = 'squared'
 
@@ -192,18 +224,18 @@ class Regression:
         Raises:
             ValueError: if the shapes of output and target differ.
         """
-        prediction, target = jnp.asarray(model(batch[self.inputs])), batch[self.target]
-        if prediction.shape != target.shape:
+        prediction, wanted = jnp.asarray(model(batch[self.inputs])), batch[self.targets]
+        if prediction.shape != wanted.shape:
             raise ValueError(
-                f'the model returned shape {prediction.shape}, the target {self.target!r} has '
-                f'{target.shape}: broadcasting would average over pairs'
+                f'the model returned shape {prediction.shape}, the field {self.targets!r} has '
+                f'{wanted.shape}: broadcasting would average over pairs'
             )
 
         def per_example(values: jax.Array) -> jax.Array:
             return values.reshape(values.shape[0], -1).mean(-1)
 
-        loss = per_example(_ERRORS[self.loss](prediction, target))
-        error = per_example(jnp.abs(prediction - target))
+        loss = per_example(_ERRORS[self.loss](prediction, wanted))
+        error = per_example(jnp.abs(prediction - wanted))
         weights = None if self.weight is None else batch[self.weight]
         return TaskOutput(loss=loss, weights=weights, metrics={'mean_absolute_error': error})
 

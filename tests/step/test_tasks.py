@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tasks that come with the trainer, and what a task says of itself."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.step.tasks import Classification
+from trainer.trainer import Trainer
+
+LOGITS = np.array([[2.0, -1.0, 0.5], [-3.0, 0.25, 0.125]], np.float32)
+
+
+def output(task: Any, label: Any) -> Any:
+    return task(lambda x: jnp.asarray(x), {'image': LOGITS, 'label': jnp.asarray(label)})
+
+
+def test_softmax_labels_of_both_kinds_agree() -> None:
+    """A7."""
+    integer = output(Classification(), [2, 1])
+    one_hot = output(Classification(), np.eye(3, dtype=np.float32)[[2, 1]])
+    np.testing.assert_allclose(integer.loss, one_hot.loss, rtol=1e-6)
+    expected = -np.take_along_axis(jax.nn.log_softmax(LOGITS), np.array([[2], [1]]), 1)[:, 0]
+    np.testing.assert_allclose(integer.loss, expected, rtol=1e-6)
+    assert integer.metrics['accuracy'].tolist() == [False, True]
+
+
+def test_sigmoid_answers_for_each_class() -> None:
+    """A7: binary cross-entropies summed over the classes, accuracy over all answers."""
+    labels = np.array([[1, 0, 0], [0, 1, 1]], np.float32)
+    result = output(Classification(loss='sigmoid'), labels)
+    probability = 1 / (1 + np.exp(-LOGITS))
+    expected = -np.log(np.where(labels == 1, probability, 1 - probability)).sum(1)
+    np.testing.assert_allclose(result.loss, expected, rtol=1e-6)
+    np.testing.assert_allclose(result.metrics['accuracy'], [2 / 3, 1], rtol=1e-6)
+    of_integers = output(Classification(loss='sigmoid'), [0, 1])
+    of_one_hot = output(Classification(loss='sigmoid'), np.eye(3, dtype=np.float32)[[0, 1]])
+    np.testing.assert_array_equal(of_integers.loss, of_one_hot.loss)
+    smooth = output(Classification(loss='sigmoid', label_smoothing=0.2), labels)
+    target = labels * 0.8 + 0.1
+    expected = -(target * np.log(probability) + (1 - target) * np.log(1 - probability)).sum(1)
+    np.testing.assert_allclose(smooth.loss, expected, rtol=1e-6)
+
+
+def test_sigmoid_predicts_each_class() -> None:
+    model, batch = (lambda x: jnp.asarray(x)), {'image': LOGITS}
+    predicted = Classification(loss='sigmoid').predict(model, batch)
+    assert predicted['classes'].tolist() == (LOGITS > 0).tolist()
+    np.testing.assert_allclose(predicted['probabilities'], 1 / (1 + np.exp(-LOGITS)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'loss': 'hinge'}, "expected 'softmax' or 'sigmoid', got 'hinge'"),
+        ({'loss': 'sigmoid', 'top_k': (5,)}, 'no class is the best'),
+        ({'top_k': [5]}, r'expected a tuple of integers such as \(5,\)'),
+    ],
+)
+def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Classification(**options)
+
+
+class InBatch(Classification):
+    """Says that its examples depend on each other."""
+
+    decomposable = False
+
+
+def mlp(**options: Any) -> Trainer:
+    small = {'train_for': '2 steps', 'data__source__limit': 64, 'evals': {}}
+    config = str(ROOT / 'configs' / 'mnist_mlp.py')
+    return Trainer(load_and_build(config, **{**small, **options}))
+
+
+def test_a_task_with_in_batch_negatives_cannot_be_accumulated() -> None:
+    target = {'target': f'{__name__}:InBatch'}
+    assert mlp(task=target).fit().step == 2
+    with pytest.raises(UserError, match=r'config.accumulate: 4 slices .* InBatch depend'):
+        mlp(task=target, accumulate=4)
+
+
+def test_batch_statistics_of_slices_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger('trainer').propagate = True
+    mlp(accumulate=4).fit()
+    mlp(model__batch_norm=True).fit()
+    assert caplog.messages == []
+    mlp(accumulate=4, model__batch_norm=True).fit()
+    assert [m for m in caplog.messages if 'batch statistics' in m] == caplog.messages
+    assert len(caplog.messages) == 1
+
+
+def pixels(batch: dict[str, Any]) -> dict[str, Any]:
+    """Asks for the brightness of an image."""
+    return {'x': batch['image'], 'y': batch['image'].mean((1, 2))}
+
+
+def test_regression_learns_from_a_config() -> None:
+    fields = ({'ref': f'{__name__}:pixels'},)
+    result = mlp(
+        train_for='300 steps',
+        model__features=(16, 1),
+        task={'target': 'trainer.step.tasks:Regression', 'inputs': 'x', 'targets': 'y'},
+        data__device_transforms=({'target': 'data.transforms:ToFloat'}, *fields),
+        log__every='100 steps',
+    ).fit()
+    assert result.metrics['train/loss'] < 0.002
+    assert result.metrics['train/mean_absolute_error'] < 0.04

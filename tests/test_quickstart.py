@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quickstart as the Flax documentation has it: its model, its numbers, its predictions."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+import numpy as np
+
+from tests import command
+from trainer import startup
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+CNN = '--config=configs/mnist.py'
+LAYERS = {'Conv_0': 320, 'Conv_1': 18_496, 'Dense_0': 803_072, 'Dense_1': 2_570}
+
+
+def test_the_config_has_its_numbers() -> None:
+    """A1: 824,458 parameters, SGD 0.01 with momentum 0.9, batch 32, 10 epochs of 1,875 steps."""
+    experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
+    params = Trainer(experiment).programs.abstract.params
+    sizes = {name: sum(x.size for x in jax.tree.leaves(layer)) for name, layer in params.items()}
+    assert sizes == LAYERS
+    assert sum(sizes.values()) == 824_458
+    optimizer = experiment.config['optimizer']
+    assert (optimizer['learning_rate'], optimizer['momentum']) == (0.01, 0.9)
+    assert (experiment.clock.batch_size, experiment.clock.steps_per_epoch) == (32, 1875)
+    assert experiment.total_steps == 18_750
+
+
+def test_the_summary_adds_up() -> None:
+    """A2: every parameter in order, their sum is the total; FLOPs of a step."""
+    experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
+    trainer = Trainer(experiment)
+    table = startup.summary(trainer, 0).split('\n\n')[0].splitlines()
+    rows = [line.split() for line in table[1:-1]]
+    names = [row[0] for row in rows]
+    assert names == sorted(names)
+    assert sum(int(row[-2].replace(',', '')) for row in rows) == 824_458
+    assert table[-1].startswith('824,458 parameters')
+    # Three times the multiplications of a forward pass, one of them an addition each.
+    products = 32 * (28 * 28 * 9 * 32 + 14 * 14 * 9 * 32 * 64 + 3136 * 256 + 256 * 10)
+    flops = trainer.programs.step.flops()
+    assert flops is not None
+    assert 0.8 < flops / (3 * 2 * products) < 1.2
+
+
+def test_predictions_are_written_without_padding(tmp_path: pathlib.Path) -> None:
+    """A8: a class and a probability for each of 77 examples, in batches of 32 on 2 devices."""
+    options = (CNN, '--config.evals.test.data.source.limit=77', f'--workdir={tmp_path}')
+    trained = command.run(*options, '--config.train_for=200steps')
+    assert trained.code == 0, trained.err
+    finished = command.run(*options, '--mode=predict', devices=2)
+    assert finished.code == 0, finished.err
+    assert 'predictions_test_200.npz: 77 rows of class, probability' in finished.out
+    predictions = np.load(tmp_path / 'predictions_test_200.npz')
+    assert predictions['class'].shape == predictions['probability'].shape == (77,)
+    from data.mnist import MNIST
+
+    labels = MNIST('test').gather(np.arange(77))['label']
+    accuracy = float((predictions['class'] == labels).mean())
+    metrics = command.result(tmp_path)['metrics']
+    assert abs(accuracy - metrics['eval/test/accuracy']) < 1e-6
