@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
+from .blame import blame
 from .digest import DataDigest
 from .order import PADDING, Order
 from .sources import Arrays, ArraySpec, Source, check_rows, check_source
@@ -106,6 +107,19 @@ class TrainLoader:
         """Returns a digest that has counted no batch yet."""
         return DataDigest()
 
+    def order(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the example in each row, and its epoch, both int64 (count, batch_size).
+
+        Args:
+            start: position of the first batch.
+            count: number of batches.
+        """
+        if self._repeat is None:
+            return self._order.rows(start, count)
+        ids, epochs = self._order.rows(0, self._repeat)
+        again = np.arange(start, start + count) % self._repeat
+        return ids[again], epochs[again]
+
     def block(self, start: int, count: int, rows: slice | np.ndarray = slice(None)) -> Block:
         """Returns the batches of the steps [start, start + count).
 
@@ -114,12 +128,7 @@ class TrainLoader:
             count: number of batches.
             rows: which rows of each global batch; all by default.
         """
-        if self._repeat is None:
-            ids, epochs = self._order.rows(start, count)
-        else:
-            ids, epochs = self._order.rows(0, self._repeat)
-            again = np.arange(start, start + count) % self._repeat
-            ids, epochs = ids[again], epochs[again]
+        ids, epochs = self.order(start, count)
         first, ids, epochs = ids[:, 0], ids[:, rows], epochs[:, rows]
         arrays = _read(self._source, self._transforms, self._seed, ids, epochs, first)
         if self._order.remainder == 'pad':
@@ -232,9 +241,17 @@ def _read(
 def _transformed(
     source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
 ) -> Arrays:
-    arrays = source.gather(ids)
-    check_rows(source, arrays, len(ids))
-    return transforms_lib.apply(transforms, arrays, seed=seed, epochs=epochs, ids=ids)
+    def read(rows: slice) -> Arrays:
+        some = ids[rows]
+        arrays = source.gather(some)
+        check_rows(source, arrays, len(some))
+        return transforms_lib.apply(transforms, arrays, seed=seed, epochs=epochs[rows], ids=some)
+
+    try:
+        return read(slice(None))
+    except Exception as error:
+        error.add_note(blame(source, ids, read))
+        raise
 
 
 def _masked(arrays: Arrays, ids: np.ndarray) -> Arrays:

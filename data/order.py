@@ -6,8 +6,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -131,4 +133,15 @@ class Order:
             order = np.concatenate([order, np.full(missing, PADDING)])
             return order[: self._rows_per_epoch]
 
-        return functools.lru_cache(maxsize=2)(ids)
+        cached, lock = functools.lru_cache(maxsize=2)(ids), threading.Lock()
+
+        def once(epoch: int) -> np.ndarray:
+            # Of several threads that need an epoch at once, one shuffles it and the others wait.
+            with lock:
+                return cached(epoch)
+
+        return once
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process shuffles for itself.
+        return {name: value for name, value in self.__dict__.items() if name != '_epoch'}

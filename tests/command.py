@@ -31,8 +31,10 @@ class Finished:
     secs: float
 
 
-def start(*args: str, cwd: pathlib.Path = ROOT, devices: int = 1) -> subprocess.Popen[str]:
-    """Starts `python -m trainer.main` on so many virtual devices."""
+def start(
+    *args: str, cwd: pathlib.Path = ROOT, devices: int = 1, group: bool = False
+) -> subprocess.Popen[str]:
+    """Starts `python -m trainer.main` on so many virtual devices, in a group of its own or not."""
     flags = f'--xla_force_host_platform_device_count={devices}'
     return subprocess.Popen(
         [sys.executable, '-m', 'trainer.main', *args],
@@ -41,6 +43,7 @@ def start(*args: str, cwd: pathlib.Path = ROOT, devices: int = 1) -> subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=group,
     )
 
 

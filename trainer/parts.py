@@ -60,18 +60,21 @@ class Parts:
             function=experiment.step,
             accumulate=experiment.accumulate,
             ema_decay=experiment.ema_decay,
+            loss_scale=experiment.loss_scale,
             shards=shards,
             log=self._events.log,
             last_step=experiment.total_steps,
         )
         spec = startup.abstract_batch(experiment.data.spec)
-        return Programs(
+        programs = Programs(
             train_step,
             spec,
             self.mesh,
             sharding=experiment.sharding,
             fused=experiment.steps_per_call,
         )
+        startup.warn_of_slices(experiment, programs.abstract)
+        return programs
 
     @functools.cached_property
     def evaluators(self) -> dict[str, Evaluator]:
@@ -106,13 +109,15 @@ class Parts:
 
     def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
         """Returns training batches from a position on, each of so many steps as `calls` says."""
+        data = self.experiment.data
         return Prefetcher.on_mesh(
-            self.experiment.data.block,
+            data.block,
             calls,
             self.mesh,
             self.experiment.clock.batch_size,
             start=start,
             depth=self.experiment.prefetch,
+            release=getattr(data, 'close', None),  # A loader may have threads or processes to end.
         )
 
     def init_state(self) -> TrainState:

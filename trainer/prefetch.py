@@ -58,6 +58,7 @@ class Prefetcher:
         rows: ProcessRows | None = None,
         start: int = 0,
         depth: int = 2,
+        release: Callable[[], None] | None = None,
     ):
         """Starts the thread, or leaves that to the iteration where batches need no transfer.
 
@@ -68,9 +69,11 @@ class Prefetcher:
             rows: which rows of a global batch a block holds, if not all.
             start: position of the first batch.
             depth: number of blocks that are kept ready.
+            release: called by `close` when no block is asked for any more.
         """
         self.wait_secs = 0.0
         self._block = block
+        self._release = release
         self._sharding = sharding
         self.rows = rows
         # The memory of a lone CPU device is the host's: the compiled call reads numpy arrays as
@@ -96,22 +99,24 @@ class Prefetcher:
         *,
         start: int = 0,
         depth: int = 2,
+        release: Callable[[], None] | None = None,
     ) -> Prefetcher:
         """Returns the batches of a loader, of which each process reads what its devices hold.
 
         Args:
             block: of a loader: `block(start, count, rows=...)`.
-            calls: as in the constructor, like `start` and `depth`.
+            calls: as in the constructor, like `start`, `depth` and `release`.
             mesh: the device mesh.
             batch_rows: rows of a global batch.
             start: position of the first batch.
             depth: number of blocks that are kept ready.
+            release: called by `close` when no block is asked for any more.
         """
         sharding, rows = batch_sharding(mesh), None
         if jax.process_count() > 1:
             rows = ProcessRows.of(mesh, batch_rows)
             block = functools.partial(block, rows=rows.held)
-        return cls(block, calls, sharding, rows=rows, start=start, depth=depth)
+        return cls(block, calls, sharding, rows=rows, start=start, depth=depth, release=release)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         return self._batches
@@ -146,6 +151,8 @@ class Prefetcher:
             with contextlib.suppress(queue.Empty):
                 self._queue.get_nowait()
             self._thread.join(0.02)
+        if self._release is not None:
+            self._release()
 
     def _iterate(self) -> Generator[tuple[int, Batch], None, None]:
         cost = _Cost()
