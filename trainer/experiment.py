@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to real objects: the one place where names become objects.
+"""From a config to real objects, with `trainer.inputs` and `trainer.step.building`.
 
-`build` returns an `Experiment`; after it no code reads a config.
+`build` returns an `Experiment`; after it no code reads a config, and nothing is a name any more.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,14 +15,9 @@ from trainer.config import loading, schema, suggest, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import (
-    DataSection,
-    EvalDataSection,
-    EvalSection,
-    PrecisionSection,
-    Sections,
-)
+from trainer.config.sections import PrecisionSection, Sections
 from trainer.events import Event
+from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
 from trainer.modules import Functional, functional
 from trainer.parallel.sharding import BUILT_IN, Rule
 from trainer.step import building
@@ -31,27 +25,6 @@ from trainer.step.context import StepFunction
 from trainer.step.optimizer import Optimizer
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.task_runner import TaskRunner
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One entry of `config.evals`.
-
-    Attributes:
-        every: when it runs.
-        final: whether it also runs at the end of training.
-        ema: whether it evaluates the moving average of the parameters.
-        task: what the model is asked to do.
-        batch_size: examples in a batch.
-        loader: makes the loader, once it is known how many rows divide over the devices.
-    """
-
-    every: Duration
-    final: bool
-    ema: bool
-    task: TaskRunner
-    batch_size: int
-    loader: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,9 +95,9 @@ def build(loaded: LoadedConfig) -> Experiment:
     sections = schema.read(config)
     _check_targets(sections)
 
-    data = _train_loader(sections)
+    data = train_loader(sections)
     clock = _clock(sections, data)
-    transforms = _device_transforms(sections.data, 'config.data')
+    transforms = device_transforms(sections.data, 'config.data')
     task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
     accumulate = _accumulate(sections, task)
     optimizer, schedule_steps = building.optimizer(sections.optimizer, clock)
@@ -138,7 +111,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         task=task,
         data=data,
         evals={
-            name: _evaluation(name, section, sections, task.task)
+            name: evaluation(name, section, sections, task.task)
             for name, section in sections.evals.items()
         },
         optimizer=optimizer,
@@ -146,7 +119,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         accumulate=accumulate,
         ema_decay=_ema_decay(sections),
         loss_scale=_loss_scale(sections.precision),
-        steps_per_call=_positive(sections.steps_per_call, 'config.steps_per_call'),
+        steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
         mesh=sections.mesh,
         sharding=_sharding(sections),
         total_steps=clock.total_steps or 0,
@@ -155,12 +128,12 @@ def build(loaded: LoadedConfig) -> Experiment:
         tensorboard=log.tensorboard,
         save_every=checkpoint.every,
         retention=Retention(
-            keep_last=_positive(checkpoint.keep_last, 'config.checkpoint.keep_last'),
+            keep_last=positive(checkpoint.keep_last, 'config.checkpoint.keep_last'),
             keep_every=clock.period(checkpoint.keep_every, path='config.checkpoint.keep_every'),
             best_metric=_best_metric(sections),
             best_mode=checkpoint.best.mode if checkpoint.best else 'max',
         ),
-        prefetch=_positive(sections.data.prefetch, 'config.data.prefetch'),
+        prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
         hooks={
             name: targets.instantiate(node, f'config.hooks.{name}')
             for name, node in sections.hooks.items()
@@ -221,7 +194,7 @@ def _model(sections: Sections) -> Functional:
 
 
 def _accumulate(sections: Sections, task: TaskRunner) -> int:
-    slices = _positive(sections.accumulate, 'config.accumulate')
+    slices = positive(sections.accumulate, 'config.accumulate')
     if slices > 1 and not getattr(task.task, 'decomposable', True):
         raise UserError(
             f'config.accumulate: {slices} slices of a batch are not the batch: the examples of '
@@ -256,70 +229,12 @@ def _rule(given: Any, path: str) -> Rule:
     return BUILT_IN[given] if isinstance(given, str) else targets.instantiate(given, path)
 
 
-def _train_loader(sections: Sections) -> Any:
-    data, path = sections.data, 'config.data'
-    node = {
-        **data.loader,
-        'source': data.source,
-        'transforms': data.transforms,
-        'batch_size': _positive(data.batch_size, f'{path}.batch_size'),
-        'seed': sections.seed if data.seed is None else data.seed,
-        'shuffle': data.shuffle,
-        'remainder': data.remainder,
-        'repeat_batch': data.repeat_batch,
-    }
-    return targets.instantiate(node, path)
-
-
-def _device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:
-    transforms = targets.instantiate(data.device_transforms, f'{path}.device_transforms')
-    for index, transform in enumerate(transforms):
-        if 'rng' in inspect.signature(transform).parameters:
-            raise UserError(
-                f'{path}.device_transforms[{index}]: {transform!r} draws random numbers from '
-                f"numpy's generator; it belongs in {path}.transforms"
-            )
-    return tuple(transforms)
-
-
 def _clock(sections: Sections, data: Any) -> Clock:
     clock = Clock(batch_size=sections.data.batch_size, steps_per_epoch=data.steps_per_epoch)
     total = clock.steps(sections.train_for, path='config.train_for')
     if total >= 2**31:
         raise UserError(f'config.train_for: {total:.3g} steps; the state counts to 2^31 - 1')
     return dataclasses.replace(clock, total_steps=total)
-
-
-def _evaluation(
-    name: str, section: EvalSection, sections: Sections, task: Callable[..., Any]
-) -> Evaluation:
-    path = f'config.evals.{name}'
-    if section.ema and sections.ema is None:
-        raise UserError(f'{path}.ema: this run keeps no average; set config.ema.decay')
-    if section.task is not None:
-        task = targets.instantiate(section.task, f'{path}.task')
-    source = targets.instantiate(section.data.source, f'{path}.data.source')
-    transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
-    batch_size = section.data.batch_size or sections.data.batch_size
-
-    def loader(padded_to: int) -> Any:
-        node = {
-            **section.data.loader,
-            'source': source,
-            'transforms': transforms,
-            'batch_size': batch_size,
-            'padded_to': padded_to,
-        }
-        return targets.instantiate(node, f'{path}.data')
-
-    return Evaluation(
-        every=section.every,
-        final=section.final,
-        ema=section.ema,
-        task=TaskRunner.of(task, _device_transforms(section.data, f'{path}.data')),
-        batch_size=_positive(batch_size, f'{path}.data.batch_size'),
-        loader=loader,
-    )
 
 
 def _best_metric(sections: Sections) -> str | None:
@@ -336,9 +251,3 @@ def _best_metric(sections: Sections) -> str | None:
             + (f'; expected {near}' if near else ', and this config has no evals')
         )
     return best.metric
-
-
-def _positive(value: int, path: str) -> int:
-    if value < 1:
-        raise UserError(f'{path}: expected a positive number, got {value}')
-    return value

@@ -12,7 +12,7 @@ import jax
 
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
-from trainer.observe.table import human_bytes, nbytes, parameter_table
+from trainer.observe.table import bytes_per_device, human_bytes, parameter_table
 from trainer.parallel.mesh import batch_shards
 from trainer.step.state import TrainState
 
@@ -83,8 +83,9 @@ def explain_out_of_memory(parts: Parts, error: Exception) -> str:
     batch = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec.values())
     lines = [
         'the device is out of memory.',
-        f'  state        {human_bytes(nbytes(state))} (parameters '
-        f'{human_bytes(nbytes(state.params))}, optimizer {human_bytes(nbytes(state.opt_state))})',
+        f'  state        {human_bytes(bytes_per_device(state))} on each device (parameters '
+        f'{human_bytes(bytes_per_device(state.params))}, '
+        f'optimizer {human_bytes(bytes_per_device(state.opt_state))})',
         f'  batch        {human_bytes(batch / batch_shards(parts.mesh))} on each device',
     ]
     temporary = parts.programs.step.temporary_bytes()
@@ -111,7 +112,7 @@ def summary(parts: Parts, step: int) -> str:
         parameter_table(state.params, state.collections),
         '',
         f'devices   {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh {mesh}',
-        f'state     {human_bytes(nbytes(state))} on each device',
+        f'state     {human_bytes(bytes_per_device(state))} on each device',
         f'batch     {batch} rows, {batch // shards} on each device',
         f'length    {experiment.total_steps:,} steps'
         + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else ''),

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
-from trainer.experiment import Evaluation, Experiment
+from trainer.experiment import Experiment
+from trainer.inputs import Evaluation
 from trainer.modules import Functional
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes

@@ -16,7 +16,8 @@ from trainer.modules.linen import param_path
 def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
     """Returns path, shape, dtype, size and bytes of each parameter, and the totals.
 
-    Where parameters are split over devices, a last column names the mesh axes of each dim.
+    Where parameters are split over devices, two more columns say what each device holds of one, and
+    over which mesh axes each of its dimensions is cut.
 
     Args:
         params: arrays or their shapes, with shardings or without.
@@ -24,14 +25,16 @@ def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     split = any(_axes(leaf) for _, leaf in leaves)
-    rows = [('parameter', 'shape', 'dtype', 'size', 'bytes', *(('axes',) if split else ()))]
+    more = ('on a device', 'axes') if split else ()
+    rows = [('parameter', 'shape', 'dtype', 'size', 'bytes', *more)]
     for path, leaf in leaves:
         shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
         size = f'{math.prod(leaf.shape):,}'
         row = (param_path(path), shape, str(leaf.dtype), size, f'{nbytes(leaf):,}')
-        rows.append((*row, *((_axes(leaf),) if split else ())))
+        rows.append((*row, *((f'{bytes_per_device(leaf):,}', _axes(leaf)) if split else ())))
     lines = _align(rows)
-    lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}')
+    here = f', {human_bytes(bytes_per_device(params))} on each device' if split else ''
+    lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{here}')
     for name, tree in collections.items():
         lines.append(f'{name}: {count(tree):,} values, {human_bytes(nbytes(tree))}')
     return '\n'.join(lines)
@@ -45,6 +48,17 @@ def count(tree: Any) -> int:
 def nbytes(tree: Any) -> int:
     """Returns the bytes of a tree of arrays or shapes, as if held once."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes that one device holds of a tree of arrays or shapes."""
+
+    def held(leaf: Any) -> int:
+        sharding = getattr(leaf, 'sharding', None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(held(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def human_bytes(size: float) -> str:
@@ -70,7 +84,9 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
-        left = [row[i].ljust(widths[i]) for i in range(3)]
-        right = [row[i].rjust(widths[i]) for i in range(3, len(row))]
-        lines.append('  '.join([*left, *right]).rstrip())
+        cells = [
+            cell.rjust(width) if 3 <= column < 6 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append('  '.join(cells).rstrip())
     return lines
