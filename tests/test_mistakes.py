@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import pathlib
+import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -110,6 +112,17 @@ def test_tensorflow_is_never_imported() -> None:
     subprocess.run([sys.executable, '-c', code], cwd=command.ROOT, check=True, timeout=120)
 
 
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """The command line sets the process's signal handlers: here they are the tests'."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures('own_handlers')
 @pytest.mark.parametrize(
     ('args', 'message'),
     [

@@ -70,7 +70,8 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     if not jax.distributed.is_initialized():
         return _run(loaded, command, stop)
     stop.shared = True
-    with processes.ending_together():
+    logfile.keep_stdout_for_python()
+    with processes.ending_together(command.cluster):
         if processes.is_primary():
             return _run(loaded, command, stop)
         with contextlib.redirect_stdout(Nowhere()):

@@ -51,7 +51,6 @@ class Parts:
     def programs(self) -> Programs:
         """The compiled programs of training; each compiles when it is first asked for."""
         experiment, shards = self.experiment, batch_shards(self.mesh)
-        startup.check_batch(experiment, shards)
         train_step = TrainStep(
             model=experiment.model,
             task=experiment.task,
@@ -101,6 +100,7 @@ class Parts:
             UserError: for what only shows now, such as a batch that does not divide over the mesh
                 or an evaluation of an empty split.
         """
+        startup.check_batch(self.experiment, batch_shards(self.mesh))
         programs = [self.programs.fused] if self.experiment.steps_per_call > 1 else []
         programs.append(self.programs.step)
         for evaluator in self.evaluators.values():

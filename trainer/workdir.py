@@ -38,16 +38,16 @@ class Workdir:
         return self.path / 'checkpoints'
 
     def make(self) -> None:
-        """Makes the directory.
+        """Makes the directory; several processes may do so at the same time.
 
         Raises:
             UserError: if nothing can be written there.
         """
-        probe = self.path / '.writable'
+        probe = self.path / f'.writable.{platform.node()}.{os.getpid()}'
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe.write_text('')
-            probe.unlink()
+            probe.unlink(missing_ok=True)
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(

@@ -34,6 +34,22 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(number, 'w' if number else 'r'))  # noqa: SIM115
 
 
+def keep_stdout_for_python() -> None:
+    """Moves Python's standard output off number 1, where C++ libraries print: that is dropped.
+
+    Gloo greets every peer of every group of processes there.
+    """
+    sys.stdout.flush()
+    encoding, errors = sys.stdout.encoding, sys.stdout.errors
+    line_buffering = getattr(sys.stdout, 'line_buffering', False)
+    sys.stdout = open(  # noqa: SIM115
+        os.dup(1), 'w', encoding=encoding, errors=errors, buffering=1 if line_buffering else -1
+    )
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+
+
 def route(directory: epath.PathLike | None, name: str = 'log.txt') -> None:
     """Sends all Python logging and warnings to a file; our own warnings also go to the screen.
 

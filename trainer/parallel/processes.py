@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.parallel.watch import PeerWatch
 
 EXIT_PEER_FAILED = 75
 
@@ -156,19 +157,21 @@ def sum_over_processes(value: int) -> int:
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """Ends this process at once when what runs inside fails.
+def ending_together(cluster: Cluster) -> Iterator[None]:
+    """Ends this process at once when what runs inside fails, or when another process is gone.
 
-    An ordinary exit would wait for the others, who wait in a collective for this process. They
-    learn of its end from its heartbeats; what started them may end them sooner.
+    An ordinary exit would wait for the others, who wait in a collective for this process.
     """
+    watch = PeerWatch(EXIT_PEER_FAILED, cluster.timeout_secs, cluster.heartbeat_secs)
     try:
         yield
+        watch.close()
     except BaseException as error:
         if isinstance(error, UserError):
             print(f'Error: {error}', file=sys.stderr)
             code = error.exit_code
         else:
+            watch.blame()
             traceback.print_exc()
             code = 1
         sys.stderr.flush()

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of several real processes: one data order, one state, one set of files, one end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests import command
+
+SHORT = (
+    '--config.train_for=60steps',
+    '--config.log.every=20steps',
+    '--config.checkpoint.every=30steps',
+    '--config.model.dropout_rate=0.1',
+    '--config.model.batch_norm=true',
+)
+
+
+def start(
+    count: int,
+    workdir: pathlib.Path,
+    *args: str,
+    devices: int = 1,
+    only: dict[int, str] | None = None,
+) -> list[subprocess.Popen[str]]:
+    """Starts a run of so many processes; `only` has an argument for one of them."""
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    common = (command.MLP, *command.SMALL, f'--workdir={workdir}', *args)
+    if count == 1:
+        return [command.start(*common, devices=devices)]
+    flags = (f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', '--init_timeout=60')
+    extra = {i: [text] for i, text in (only or {}).items()}
+    return [
+        command.start(*common, *flags, f'--process_id={i}', *extra.get(i, []), devices=devices)
+        for i in range(count)
+    ]
+
+
+def finish(running: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
+    """Returns the exit codes, outputs and errors, by process."""
+    ended = [process.communicate(timeout=240) for process in running]
+    return [p.returncode for p in running], [out for out, _ in ended], [err for _, err in ended]
+
+
+def train(count: int, workdir: pathlib.Path, *args: str, devices: int = 1) -> list[str]:
+    """Runs to the end, which must be a good one; returns the outputs by process."""
+    codes, outputs, errors = finish(start(count, workdir, *args, devices=devices))
+    assert codes == [0] * count, errors
+    return outputs
+
+
+@contextlib.contextmanager
+def killed_at_last(running: list[subprocess.Popen[str]]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+
+
+@pytest.fixture(scope='module')
+def two_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, list[str]]:
+    """Two processes of two devices."""
+    workdir = tmp_path_factory.mktemp('two') / 'run'
+    return workdir, train(2, workdir, *SHORT, devices=2)
+
+
+@pytest.fixture(scope='module')
+def one_by_four(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """One process of four devices."""
+    workdir = tmp_path_factory.mktemp('one') / 'run'
+    train(1, workdir, *SHORT, devices=4)
+    return workdir
+
+
+def assert_close(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Equal rows but for the last bits."""
+    mine, its = command.rows(one), command.rows(other)
+    assert [row['step'] for row in mine] == [row['step'] for row in its]
+    for a, b in zip(mine, its, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=2e-5, abs=1e-6), name
+
+
+def test_only_the_first_process_writes(two_by_two: tuple[pathlib.Path, list[str]]) -> None:
+    workdir, outputs = two_by_two
+    assert 'finished at step 60' in outputs[0]
+    assert 'Gloo' not in outputs[0]
+    assert outputs[1] == ''
+    steps = [row['step'] for row in command.rows(workdir) if 'train/loss' in row]
+    assert steps == [20, 40, 60]
+    assert len(list(workdir.glob('events.*'))) == 1
+    assert {'log.txt', 'log.1.txt'} <= {path.name for path in workdir.iterdir()}
+
+
+def test_the_data_order_is_that_of_one_process(
+    two_by_two: tuple[pathlib.Path, list[str]], one_by_four: pathlib.Path
+) -> None:
+    workdir, _ = two_by_two
+    assert command.result(workdir)['data_digest'] == command.result(one_by_four)['data_digest']
+    assert_close(workdir, one_by_four)
+
+
+@pytest.mark.slow
+def test_four_processes_equal_two_bit_for_bit(
+    two_by_two: tuple[pathlib.Path, list[str]], tmp_path: pathlib.Path
+) -> None:
+    """And a rerun equals the first run."""
+    workdir, _ = two_by_two
+    train(4, tmp_path / 'four', *SHORT)
+    train(2, tmp_path / 'again', *SHORT, devices=2)
+    expected = command.result(workdir)
+    for name in ('four', 'again'):
+        found = command.result(tmp_path / name)
+        assert found['data_digest'] == expected['data_digest']
+        assert found['digest'] == expected['digest']
+        assert command.rows(tmp_path / name) == command.rows(workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('count', 'devices'), [(1, 4), (4, 1)])
+def test_a_checkpoint_of_two_is_resumed_by_any_number(
+    two_by_two: tuple[pathlib.Path, list[str]], count: int, devices: int, tmp_path: pathlib.Path
+) -> None:
+    whole, _ = two_by_two
+    first = tmp_path / 'run'
+    train(2, first, *SHORT, '--config.train_for=30steps', devices=2)
+    assert command.result(first)['step'] == 30
+    train(count, first, *SHORT, devices=devices)
+    assert command.result(first)['data_digest'] == command.result(whole)['data_digest']
+    # The shorter run evaluated at its end, too.
+    last = command.rows(first)[-1], command.rows(whole)[-1]
+    assert last[0] == pytest.approx(last[1], rel=1e-4)
+
+
+LONG = (*SHORT[1:], '--config.train_for=1500steps')
+
+
+@pytest.fixture(scope='module')
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """An uninterrupted run of two processes."""
+    workdir = tmp_path_factory.mktemp('long') / 'run'
+    train(2, workdir, *LONG)
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [0, 1])
+def test_sigterm_to_one_stops_all_at_one_step(
+    number: int, long_run: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    running = start(2, tmp_path, *LONG)
+    with killed_at_last(running):
+        command.wait_for(command.rows_written(tmp_path, at_least=3), secs=120)
+        running[number].send_signal(signal.SIGTERM)
+        codes, _, errors = finish(running)
+    assert codes == [42, 42], errors
+    step = command.result(tmp_path)['step']
+    assert command.result(tmp_path)['status'] == 'preempted'
+    assert 60 <= step < 1500
+    assert str(step) in {path.name for path in (tmp_path / 'checkpoints').iterdir()}
+    train(2, tmp_path, *LONG)
+    for name in ('digest', 'data_digest'):
+        assert command.result(tmp_path)[name] == command.result(long_run)[name]
+    assert command.rows(tmp_path) == command.rows(long_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [0, 1])
+def test_a_killed_process_ends_the_others(
+    number: int, long_run: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    running = start(2, tmp_path, *LONG, '--heartbeat_timeout=10')
+    with killed_at_last(running):
+        command.wait_for(command.rows_written(tmp_path, at_least=3), secs=120)
+        running[number].kill()
+        began = time.monotonic()
+        codes, _, errors = finish(running)
+    assert time.monotonic() - began < 60
+    assert codes[number] == -signal.SIGKILL
+    assert codes[1 - number] == 75, errors
+    assert f'process {number} of 2 has ended before its time' in errors[1 - number]
+    assert 'Traceback' not in errors[1 - number]
+    train(2, tmp_path, *LONG)
+    for name in ('digest', 'data_digest'):
+        assert command.result(tmp_path)[name] == command.result(long_run)[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('examples', [4097, 2])
+def test_uneven_evaluations_are_exact(
+    examples: int, long_run: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """4,097 examples, and fewer than processes: a process may have none of them."""
+    found = []
+    for count in (1, 2, 3):
+        workdir = tmp_path / str(count)
+        shutil.copytree(long_run, workdir)
+        options = (f'--config.evals.test.data.source.limit={examples}', '--mode=eval')
+        batch = ('--config.evals.test.data.batch_size=510',)
+        outputs = train(count, workdir, *LONG, *options, *batch)
+        values = re.search(r'loss (\S+)  accuracy (\S+)  examples (\d+)', outputs[0])
+        assert values is not None, outputs[0]
+        assert outputs[1:] == [''] * (count - 1)
+        found.append((float(values[1]), float(values[2]), int(values[3])))
+    assert {examples} == {count for _, _, count in found}
+    assert len({accuracy for _, accuracy, _ in found}) == 1
+    assert [loss for loss, _, _ in found] == pytest.approx([found[0][0]] * 3, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_disagreement_is_refused_before_anything_is_written(tmp_path: pathlib.Path) -> None:
+    other = {1: '--config.optimizer.momentum=0.8'}
+    running = start(2, tmp_path / 'run', *SHORT, only=other)
+    codes, outputs, errors = finish(running)
+    assert codes == [2, 2], errors
+    assert all('process 1: config\n' in error for error in errors)
+    assert outputs == ['', '']
+    assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
+
+
+def test_the_state_of_each_process_is_in_one_checkpoint(
+    two_by_two: tuple[pathlib.Path, list[str]],
+) -> None:
+    """What two processes have saved is read by one, without flags."""
+    workdir, _ = two_by_two
+    finished = command.run(
+        command.MLP, *command.SMALL, *SHORT, f'--workdir={workdir}', '--mode=eval'
+    )
+    assert finished.code == 0, finished.err
+    accuracy = json.loads((workdir / 'result.json').read_text())['metrics']['eval/test/accuracy']
+    assert f'accuracy {accuracy:.6g}' in finished.out

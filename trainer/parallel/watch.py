@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ends a process when another one of its run is gone, at once and with a message.
+
+JAX notices by missing heartbeats, some minutes later, and aborts the process from C++. Here each
+process holds a connection to process 0, which the kernel closes when either of them dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+
+_KEY = 'trainer/watch'
+_BYE, _LOST = 'bye', 'lost'
+# A process that fails gives the others so long to say what they have to say themselves: they may
+# have failed of the same thing. Process 0 waits longer, for JAX's coordinator ends with it.
+_GRACE_SECS = 2.0
+
+
+class PeerWatch:
+    """A thread of each process that waits for the end of the others."""
+
+    def __init__(self, exit_code: int, timeout_secs: int, keepalive_secs: int):
+        """Connects to the other processes; `jax.distributed` must be initialised.
+
+        Args:
+            exit_code: of this process when another one is gone.
+            timeout_secs: how long to wait for the others.
+            keepalive_secs: after so long a host that does not answer counts as gone.
+        """
+        self._exit_code = exit_code
+        self._keepalive_secs = keepalive_secs
+        self._number, self._count = jax.process_index(), jax.process_count()
+        self._peers: dict[Any, int] = {}
+        self._closing, self._lost = threading.Event(), threading.Event()
+        self._connect(timeout_secs)
+        self._thread = threading.Thread(target=self._watch, name='peer-watch', daemon=True)
+        self._thread.start()
+
+    def blame(self) -> None:
+        """Called when this process fails: ends it here if that is for want of another one."""
+        if self._lost.wait(_GRACE_SECS):
+            self._thread.join()  # It ends the process.
+
+    def close(self) -> None:
+        """Tells the others that this process ends as it should."""
+        self._closing.set()
+        self._tell_all(_BYE)
+
+    def _connect(self, timeout_secs: int) -> None:
+        client = _client()
+        if self._number:
+            address = client.blocking_key_value_get(_KEY, timeout_secs * 1000)
+            host, _, port = address.rpartition(':')
+            peer = socket.create_connection((host, int(port)), timeout=timeout_secs)
+            peer.sendall(f'{self._number}\n'.encode())
+            self._add(peer, 0)
+            return
+        with socket.create_server(('', 0), backlog=self._count) as server:
+            server.settimeout(timeout_secs)
+            client.key_value_set(_KEY, f'{_host()}:{server.getsockname()[1]}')
+            while len(self._peers) < self._count - 1:
+                peer, _ = server.accept()
+                peer.settimeout(timeout_secs)
+                self._add(peer, int(peer.makefile().readline()))
+
+    def _add(self, peer: socket.socket, number: int) -> None:
+        peer.settimeout(None)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # Before JAX's own limit: it would abort without a word.
+        every = max(1, self._keepalive_secs // 6)
+        for option in ('TCP_KEEPIDLE', 'TCP_KEEPINTVL'):
+            if hasattr(socket, option):
+                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), every)
+        if hasattr(socket, 'TCP_KEEPCNT'):
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+        self._peers[peer] = number
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer in self._peers:
+                selector.register(peer, selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    said = _receive(key.fileobj)
+                    if not said or said == _BYE:
+                        selector.unregister(key.fileobj)
+                    if said != _BYE and not self._closing.is_set():
+                        self._end(said, self._peers[key.fileobj])
+
+    def _tell_all(self, text: str) -> None:
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.sendall(f'{text}\n'.encode())
+
+    def _end(self, said: str, number: int) -> None:
+        self._lost.set()
+        if said.startswith(_LOST):
+            number = int(said.split()[1])
+        if self._number == 0:
+            self._tell_all(f'{_LOST} {number}')
+            time.sleep(2 * _GRACE_SECS)
+        elif said:
+            time.sleep(_GRACE_SECS)
+        message = (
+            f'Error: process {number} of {self._count} has ended before its time, and process '
+            f'{self._number} cannot go on without it. The same command starts from the newest '
+            'checkpoint.\n'
+        )
+        # Not print: the main thread may hold the lock of the stream.
+        os.write(sys.stderr.fileno(), message.encode())
+        os._exit(self._exit_code)
+
+
+def _receive(peer: Any) -> str:
+    """Returns what a peer says; '' when it is gone."""
+    try:
+        return peer.recv(64).decode(errors='replace').strip()
+    except OSError:
+        return ''
+
+
+def _client() -> Any:
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _host() -> str:
+    """The host under which the others have reached this process already."""
+    from jax._src import distributed
+
+    address = distributed.global_state.coordinator_address or ''
+    return str(address).rpartition(':')[0] or socket.gethostname()
