@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules that say over which mesh axes each parameter is cut.
 
-`config.sharding` is a list of rules. For each parameter the first rule that has an answer decides;
-a parameter without an answer is replicated: every device holds all of it.
+`config.sharding` is a list of rules. For each parameter the first rule that has an answer decides.
+A parameter without an answer is cut as its model says with `nn.with_partitioning`, or else it is
+replicated: every device holds all of it.
 """
 
 from __future__ import annotations
@@ -144,7 +145,10 @@ BUILT_IN: dict[str, Rule] = {'replicated': Replicated(), 'fsdp': FSDP()}
 
 
 def spec_of(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> PartitionSpec:
-    """Returns the answer of the first rule that has one; without any the parameter is replicated.
+    """Returns the answer of the first rule that has one.
+
+    Without any, a parameter whose dimensions are named after mesh axes is cut over those, and all
+    others are replicated.
 
     Raises:
         UserError: if a rule names an axis that the mesh has not, or cuts a dimension unevenly.
@@ -154,7 +158,12 @@ def spec_of(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> Partitio
         if spec is not None:
             _check(parameter, spec, mesh, type(rule).__name__)
             return spec
-    return PartitionSpec()
+    names = parameter.names or ()
+    if not all(name is None or name in mesh.shape for name in names):
+        return PartitionSpec()
+    spec = PartitionSpec(*names)
+    _check(parameter, spec, mesh, 'the model')
+    return spec
 
 
 def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
@@ -186,12 +195,8 @@ def logical_rules(rules: Iterable[Rule]) -> tuple[tuple[str, Axes], ...]:
 
 @contextlib.contextmanager
 def named_axes(rules: Iterable[Rule], mesh: Mesh) -> Iterator[None]:
-    """Lets what is traced inside find the mesh axes of the names that it gives to activations."""
-    logical = logical_rules(rules)
-    if not logical:
-        yield
-        return
-    with jax.set_mesh(mesh), nn.logical_axis_rules(logical):
+    """Lets what is traced inside name the axes of its activations: of the mesh, or by the rules."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(rules)):
         yield
 
 

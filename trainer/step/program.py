@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import functools
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,9 @@ _log = logging.getLogger('trainer')
 # Several CPU devices share the threads of one pool: too many programs at once that wait for each
 # other's collectives leave none to arrive, and the process is aborted.
 _MOST_IN_FLIGHT = 16
+
+# How JAX says that an annotation names an axis that is not of the mesh.
+_UNKNOWN_AXIS = re.compile(r'Resource axis: (\w+) of .* is not found in mesh')
 
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
 
@@ -153,7 +157,8 @@ class Programs:
         self._spec = spec
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
-        named = _init_shapes(train_step, spec)
+        with self._tracing():
+            named = _init_shapes(train_step, spec)
         shapes = meta.unbox(named)
         specs = param_specs(shapes.params, nn.get_partition_spec(named.params), sharding, mesh)
         shardings = state_shardings(shapes, specs, mesh)
@@ -189,16 +194,25 @@ class Programs:
             out_shardings=self._shardings,
         )
 
-    def init(self) -> TrainState:
-        """Returns the first state, every leaf born on the devices that hold it."""
-        init = jax.jit(lambda: self._train_step.init(self._spec), out_shardings=self._shardings)
-        return init()
+    @functools.cached_property
+    def init(self) -> Program:
+        """The first state: `() -> state`, every leaf born on the devices that hold it."""
+        return Program(
+            'the program that makes the state',
+            lambda: self._train_step.init(self._spec),
+            (),
+            tracing=self._tracing,
+            out_shardings=self._shardings,
+        )
 
     @functools.cached_property
-    def empty_metrics(self) -> Callable[[], Any]:
-        """Makes accumulators that have seen nothing; compiled at its first use."""
-        return jax.jit(
+    def empty_metrics(self) -> Program:
+        """Accumulators that have seen nothing: `() -> metrics`."""
+        return Program(
+            'the program that makes empty accumulators',
             lambda: self._train_step.empty_metrics(self.abstract, self._spec),
+            (),
+            tracing=self._tracing,
             out_shardings=replicated(self._mesh),
         )
 
@@ -220,6 +234,12 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
     except UserError:
         raise
     except Exception as error:
+        if unknown := _UNKNOWN_AXIS.search(str(error)):
+            name = unknown[1]
+            raise UserError(
+                f'config.mesh: the model names the mesh axis {name!r}, and the mesh has none. Add '
+                f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
+            ) from error
         batch = ', '.join(f'{name}: {describe(x)}' for name, x in spec.items())
         error.add_note(f'The model was called by {train_step.task.task!r} on the batch {batch}')
         raise

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run over many meshes: the same losses, whatever is cut, and nothing is ever held whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.experiment import Experiment, load_and_build
+from trainer.observe.table import bytes_per_device, nbytes
+from trainer.trainer import Trainer
+
+STEPS = 30
+# The sums of a step are taken in another order on each mesh, and 30 steps of training amplify it.
+TOLERANCE = 2e-5
+
+MESHES = {
+    '8 data': {'data': 8},
+    '8 fsdp': {'fsdp': 8},
+    '2 x 4': {'data': 2, 'model': 4},
+    '2 x 2 x 2': {'data': 2, 'fsdp': 2, 'model': 2},
+}
+FSDP = {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 2048}
+CNN_BY_PATH = {
+    'target': 'trainer.parallel.sharding:ByPath',
+    'rules': (('Dense_0/kernel', ('fsdp', 'model')), ('Dense_1/kernel', ('model', None))),
+}
+NAMES = (
+    ('batch', ('data', 'fsdp')), ('vocab', ('fsdp', 'model')), ('heads', 'model'),
+    ('mlp', 'model'), ('embed', 'fsdp'),
+)  # fmt: skip
+BY_NAME = {'target': 'trainer.parallel.sharding:ByName', 'rules': NAMES}
+LM_BY_PATH = {
+    'target': 'trainer.parallel.sharding:ByPath',
+    'rules': (
+        ('.*/(query|key|value|mlp_in)/kernel', ('fsdp', 'model')),
+        ('.*/(out|mlp_out)/kernel', ('model', 'fsdp')),
+        ('tokens/embedding', (None, 'model')),
+    ),
+}
+
+
+class NamedCNN(nn.Module):
+    """A convolutional network that names the dimensions of its dense layers, and of activations."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def named(*names: str | None) -> Any:
+            return nn.with_logical_partitioning(nn.initializers.lecun_normal(), names)
+
+        for features in (8, 16):
+            x = nn.avg_pool(nn.relu(nn.Conv(features, (3, 3))(x)), (2, 2), strides=(2, 2))
+        x = x.reshape((x.shape[0], -1))
+        x = nn.relu(nn.Dense(64, kernel_init=named('embed', 'mlp'))(x))
+        x = nn.with_logical_constraint(x, ('batch', 'mlp'))
+        return nn.Dense(10, kernel_init=named('mlp', None))(x)
+
+
+def experiment(kind: str, **options: Any) -> Experiment:
+    common = {'train_for': f'{STEPS} steps', 'evals': {}, 'log__every': '1 steps'}
+    common |= {'ema__decay': 0.9, 'checkpoint__every': 'never', 'log__tensorboard': False}
+    if kind == 'lm':
+        small = {'model__layers': 2, 'model__width': 64, 'model__max_length': 32}
+        small |= {'data__source__seq_len': 32, 'data__source__limit': 512}
+        return load_and_build(str(ROOT / 'configs' / 'lm.py'), **{**common, **small, **options})
+    small = {'data__source__limit': 960}
+    if kind == 'cnn':
+        small |= {'model__features': (8, 16), 'model__hidden': 64}
+    else:
+        small['model'] = {'target': f'{__name__}:{kind}'}
+    return load_and_build(str(ROOT / 'configs' / 'mnist.py'), **{**common, **small, **options})
+
+
+def on_mesh(made: Experiment, mesh: Mapping[str, int]) -> Experiment:
+    # Axes of size 1 cut nothing: the same rules fit every mesh.
+    return dataclasses.replace(made, mesh={'data': 1, 'fsdp': 1, 'model': 1, **mesh})
+
+
+def train(trainer: Trainer) -> tuple[Any, list[float]]:
+    """Returns the state after 30 steps, and the loss of each."""
+    assert trainer.workdir is not None
+    state = trainer.fit().state
+    lines = (trainer.workdir.path / 'metrics.jsonl').read_text().splitlines()
+    return state, [json.loads(line)['train/loss'] for line in lines]
+
+
+@pytest.fixture(scope='module')
+def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The losses on one device."""
+    found = {}
+    for kind in ('cnn', 'NamedCNN', 'lm'):
+        trainer = Trainer(experiment(kind), str(tmp_path_factory.mktemp(kind)))
+        names, auto = ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3
+        mesh = jax.make_mesh((1, 1, 1), names, auto, devices=jax.devices()[:1])
+        trainer.__dict__['mesh'] = mesh  # `config.mesh` always takes all devices.
+        _, found[kind] = train(trainer)
+        assert len(found[kind]) == STEPS
+        assert found[kind][-1] < found[kind][0] - 0.1
+    return found
+
+
+CASES = [
+    ('cnn', (CNN_BY_PATH, FSDP)),
+    ('NamedCNN', (BY_NAME, FSDP)),
+    ('lm', (BY_NAME,)),
+    ('lm', (LM_BY_PATH, FSDP)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', MESHES)
+@pytest.mark.parametrize(('kind', 'rules'), CASES, ids=['path', 'name', 'lm-name', 'lm-path'])
+def test_the_loss_curve_is_that_of_one_device(
+    kind: str, rules: Any, mesh: str, losses: dict[str, list[float]], tmp_path: pathlib.Path
+) -> None:
+    """J8: switching between data, fully sharded and tensor parallelism changes rules only."""
+    made = on_mesh(experiment(kind, sharding=rules), MESHES[mesh])
+    trainer = Trainer(made, str(tmp_path))
+    state, found = train(trainer)
+    assert found == pytest.approx(losses[kind], rel=TOLERANCE, abs=TOLERANCE)
+    sizes = {'data': 1, 'fsdp': 1, 'model': 1, **MESHES[mesh]}
+    cut = sizes['fsdp'] * sizes['model'] > 1
+    shards = [x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(state.params)]
+    assert (min(shards) < 1) == cut
+    # Optimizer slots and average are cut as their parameters are.
+    shapes = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, state.params)
+    assert jax.tree.map(lambda x: x.addressable_shards[0].data.shape, state.ema) == shapes
+    slots = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))
+    slots = [slot for slot in slots if isinstance(slot, dict)]
+    assert slots
+    for slot in slots:
+        assert jax.tree.map(lambda x: x.addressable_shards[0].data.shape, slot) == shapes
+    assert trainer.programs.step.compiles == 1
+
+
+@pytest.fixture(scope='module')
+def cut() -> Trainer:
+    """A transformer over 2 x 2 x 2 devices, not trained."""
+    return Trainer(on_mesh(experiment('lm'), MESHES['2 x 2 x 2']))
+
+
+def test_the_state_is_born_in_pieces(cut: Trainer) -> None:
+    """J4: specs of the whole state; each device gets its own part, and holds no more meanwhile."""
+    specs = jax.tree.map(lambda x: x.sharding.spec, cut.programs.abstract)
+    block = specs.params['block_0']
+    assert block['mlp_in']['kernel'] == P('fsdp', 'model')
+    assert block['mlp_out']['kernel'] == P('model', 'fsdp')
+    assert specs.params['tokens']['embedding'] == P(('fsdp', 'model'), None)
+    assert specs.ema == specs.params
+    assert (specs.step, specs.metrics['norms']['grad'].value) == (P(), P())
+    state = cut.init_state()
+    for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True):
+        assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(cut.mesh, spec), leaf.ndim)
+    kernel = state.params['block_0']['mlp_in']['kernel']
+    assert kernel.shape == (64, 256)
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(32, 128)}
+
+
+def test_no_device_ever_holds_a_whole_parameter_at_init(cut: Trainer) -> None:
+    """J4: the program that makes the state needs little more than its own share of it."""
+    made = cut.programs.init.ready().memory_analysis()
+    assert made is not None
+    abstract = cut.programs.abstract
+    share = bytes_per_device(abstract)
+    assert share < 0.4 * nbytes(abstract)
+    assert made.output_size_in_bytes == pytest.approx(share, rel=0.01)
+    assert made.temp_size_in_bytes < max(nbytes(leaf) for leaf in jax.tree.leaves(abstract))
+
+
+class Stacked(nn.Module):
+    """J3: layers scanned over, the new dimension named; J2: both kernels of a layer cut."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        names = {nn.PARTITION_NAME: None}
+        layers = nn.scan(
+            Layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=4,
+            metadata_params=names,
+        )  # fmt: skip
+        x, _ = layers()(x.reshape(len(x), -1)[:, :64], None)
+        return nn.Dense(10)(x)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        init = nn.initializers.lecun_normal()
+        wide = self.param('w1', nn.with_partitioning(init, (None, 'model')), (64, 128))
+        back = self.param('w2', nn.with_partitioning(init, ('model', None)), (128, 64))
+        x = jax.lax.with_sharding_constraint(nn.relu(x @ wide), P('data', 'model'))
+        return jax.lax.with_sharding_constraint(x @ back, P('data', None)), None
+
+
+def test_names_that_are_mesh_axes_need_no_rules(tmp_path: pathlib.Path) -> None:
+    """J1 to J3, J5: `nn.with_partitioning`, scanned layers, constraints; checkpoints unboxed."""
+    options = {'train_for': '3 steps', 'mesh__data': 2, 'mesh__model': 4}
+    made = experiment('Stacked', **options, checkpoint__every='3 steps')
+    trainer = Trainer(made, str(tmp_path))
+    params = trainer.fit().state.params
+    layer = next(iter(value for name, value in params.items() if 'Layer' in name))
+    assert layer['w1'].shape == (4, 64, 128)
+    assert layer['w1'].sharding.spec == P(None, None, 'model')
+    assert layer['w2'].sharding.spec == P(None, 'model', None)
+    assert {s.data.shape for s in layer['w1'].addressable_shards} == {(4, 64, 32)}
+    again = Trainer(made, str(tmp_path)).restore()
+    jax.tree.map(lambda a, b: (a == b).all() or pytest.fail('differs'), params, again.params)
+
+
+def test_an_axis_that_the_mesh_lacks_is_named() -> None:
+    with pytest.raises(UserError, match=r"names the mesh axis 'model'.*--config.mesh.model=1"):
+        Trainer(experiment('Stacked')).compile()
+    assert Trainer(experiment('Stacked', mesh__model=1)).init_state().step == 0
