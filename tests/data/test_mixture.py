@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixtures: proportions, a defined epoch, an order like any other's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.loader import TrainLoader
+from data.mixture import Mixture
+from data.sources import ArraySource
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+
+def source(start: int, length: int, **more: Any) -> ArraySource:
+    return ArraySource({'x': np.arange(start, start + length), **more})
+
+
+def counts(mixture: Mixture) -> np.ndarray:
+    """Returns how often an epoch has each value."""
+    return np.bincount(mixture.gather(np.arange(len(mixture)))['x'])
+
+
+def test_without_weights_every_example_comes_once() -> None:
+    mixture = Mixture((source(0, 5), source(5, 3)))
+    assert len(mixture) == 8
+    assert counts(mixture).tolist() == [1] * 8
+
+
+@pytest.mark.parametrize('weights', [(1, 1), (0.5, 0.5), (3, 1), (1, 3), (1, 0.01)])
+def test_proportions(weights: tuple[float, float]) -> None:
+    """Each source's part of an epoch is its weight, to half an example; none is left out."""
+    mixture = Mixture((source(0, 60), source(60, 15)), weights)
+    found = counts(mixture)
+    parts = np.array([found[:60].sum(), found[60:].sum()])
+    assert parts.sum() == len(mixture)
+    assert abs(parts - np.array(weights) / sum(weights) * len(mixture)).max() <= 0.5
+    assert found.min() == 1
+    for part in (found[:60], found[60:]):
+        assert part.max() - part.min() <= 1  # As evenly as they can.
+
+
+def test_rows_are_in_the_order_of_the_indices() -> None:
+    mixture = Mixture((source(0, 4), source(10, 2)), (1, 1))
+    assert mixture.gather(np.array([7, 0, 4, 3, 5]))['x'].tolist() == [11, 0, 10, 3, 11]
+    assert mixture.spec == source(0, 4).spec
+    assert mixture.describe(6) == 'example 0 of the source ArraySource'
+
+
+def test_batches_are_mixed_and_a_function_of_their_position() -> None:
+    loader = TrainLoader(source=Mixture((source(0, 900), source(900, 100)), (1, 1)), batch_size=60)
+    again = TrainLoader(source=Mixture((source(0, 900), source(900, 100)), (1, 1)), batch_size=60)
+    batches = loader.block(0, 90).arrays['x']
+    assert np.array_equal(batches[70:75], again.block(70, 5).arrays['x'])
+    share = (batches >= 900).mean(1)
+    assert abs(share.mean() - 0.5) < 0.01
+    # Of 60 rows drawn at random from two halves: six standard deviations.
+    assert abs(share - 0.5).max() < 6 * 0.5 / 60**0.5
+
+
+@pytest.mark.parametrize(
+    ('sources', 'weights', 'message'),
+    [
+        ((), None, 'expected some'),
+        ((source(0, 3),), (1, 2), 'for each of 1 sources'),
+        ((source(0, 3), source(0, 3)), (1, 0), 'expected a positive number'),
+        ((source(0, 3), source(0, 3)), (1, float('nan')), 'expected a positive number'),
+        ((source(0, 3), source(0, 3, y=np.zeros(3))), None, r'source 1 has x: int64\[\], y'),
+    ],
+)
+def test_what_cannot_be_mixed(sources: Any, weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Mixture(sources, weights)
+
+
+def test_from_a_config() -> None:
+    mnist = {'target': 'data.mnist:MNIST', 'split': 'train', 'limit': 100}
+    test = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 40}
+    mixture = {'target': 'data.mixture:Mixture', 'sources': (mnist, test), 'weights': (3, 1)}
+    options = {'train_for': '1 epochs', 'evals': {}, 'data__source': mixture}
+    config = str(ROOT / 'configs' / 'mnist_mlp.py')
+    experiment = load_and_build(config, **options)
+    assert experiment.data.examples == 120 + 40
+    assert Trainer(experiment).fit().step == 5
+    with pytest.raises(UserError, match=r'config.data.source: .* refused its arguments: weights'):
+        load_and_build(config, **{**options, 'data__source__weights': (3, -1)})
