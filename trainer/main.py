@@ -6,6 +6,7 @@ Flags, modes and exit codes; what a run does is in `trainer.trainer`.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,8 +16,9 @@ from trainer.config import identity, loading, overrides, show
 from trainer.config.errors import UserError
 from trainer.observe import logfile
 from trainer.parallel import signals
+from trainer.plan.devices import KINDS as DEVICE_KINDS
 
-MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'config')
+MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'plan', 'config')
 
 _FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -53,6 +55,20 @@ flags.DEFINE_integer(
     'heartbeat_timeout',
     100,
     'A process that is silent for so many seconds counts as dead.',
+    flag_values=_FLAGS,
+)
+flags.DEFINE_integer(
+    'devices',
+    None,
+    'With --mode=plan: on how many devices; virtual ones, nothing runs.',
+    lower_bound=1,
+    flag_values=_FLAGS,
+)
+flags.DEFINE_enum(
+    'device_kind',
+    None,
+    DEVICE_KINDS,
+    'With --mode=plan: whose memory and speed the step is held against.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_values=_FLAGS)
@@ -96,6 +112,8 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         return 0
     # From here on JAX is needed; most wrong command lines never get so far.
     logfile.quiet_environment()
+    if _FLAGS.mode == 'plan':
+        _use_virtual_devices(_FLAGS.devices)
     from trainer import modes
     from trainer.parallel.processes import Cluster
 
@@ -106,6 +124,7 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         step=_FLAGS.step,
         allow_config_change=_FLAGS.allow_config_change,
         overrides=dict(assignments),
+        device_kind=_FLAGS.device_kind,
         cluster=Cluster(
             coordinator=_FLAGS.coordinator,
             num_processes=_FLAGS.num_processes,
@@ -130,6 +149,15 @@ def _parse_flags(argv: Sequence[str]) -> None:
         raise UserError(
             f'{words[0]!r} is not a flag; overrides are written --config.key=value. See --help.'
         )
+
+
+def _use_virtual_devices(count: int | None) -> None:
+    """Lets JAX, which has not started yet, have so many CPU devices."""
+    if count is None:
+        raise UserError('--mode=plan needs --devices=N: the number of devices to plan for')
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    flag = f'--xla_force_host_platform_device_count={count}'
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
 
 
 def _usage() -> str:

@@ -44,6 +44,7 @@ class Command:
         step: 'latest', 'best' or a number: the checkpoint that eval and predict read.
         allow_config_change: go on with a run whose identity the config has changed.
         overrides: config path to text, as given.
+        device_kind: what `--mode=plan` is held against.
         cluster: where the processes of the run meet.
     """
 
@@ -52,6 +53,7 @@ class Command:
     step: str
     allow_config_change: bool
     overrides: Mapping[str, str]
+    device_kind: str | None = None
     cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
 
@@ -194,12 +196,21 @@ def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     return 0
 
 
+def _plan(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    from trainer.plan import plan
+
+    logfile.route(None)
+    print(plan.describe(plan.make(trainer), command.device_kind))
+    return 0
+
+
 _MODES: dict[str, Callable[[Trainer, Command, StopRequest], int]] = {
     'train': _train,
     'eval': _eval,
     'predict': _predict,
     'dry_run': _dry_run,
     'summary': _summary,
+    'plan': _plan,
 }
 
 

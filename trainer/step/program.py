@@ -86,6 +86,11 @@ class Program:
             return None
         return None if analysis is None else int(analysis.temp_size_in_bytes)
 
+    def jaxpr(self) -> Any:
+        """Returns what JAX traces of the function, before any compiler has seen it."""
+        with self._tracing():
+            return self._jitted.trace(*self._abstract).jaxpr
+
     def flops(self) -> float | None:
         """Returns the floating-point operations of a call, None if they cannot be counted.
 

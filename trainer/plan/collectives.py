@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What devices send each other in a compiled program, read from its text."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute')
+
+_OPERATION = re.compile(rf'= (.*?) ({"|".join(KINDS)})\(')
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
+_CALLED = re.compile(
+    r'(?:calls|to_apply|body|condition|branch_computations)=\{?((?:%[\w.\-]+(?:, )?)+)'
+)
+_TRIPS = re.compile(r'known_trip_count\D*?(\d+)')
+_ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+_LISTED = re.compile(r'replica_groups=\{\{([\d,]*)\}')
+_IOTA = re.compile(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?')
+_NAMED = re.compile(
+    r'replica_groups=mesh\[([^\]]*)\]'
+    r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}'
+)
+_PAIRS = re.compile(r'source_target_pairs=\{(.*?)\}\}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """All operations of one kind over the same mesh axes.
+
+    Attributes:
+        kind: one of `KINDS`.
+        axes: mesh axes along which the devices of a group lie.
+        group: devices in a group.
+        count: operations in a step, those in loops counted as often as they run.
+        nbytes: bytes of the whole arrays that a device takes part in making, in a step.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    group: int
+    count: int
+    nbytes: int
+
+    @property
+    def sent_bytes(self) -> float:
+        """Returns the bytes that a device sends, by a ring."""
+        if self.kind == 'collective-permute':
+            return float(self.nbytes)
+        once = self.nbytes * (self.group - 1) / self.group
+        return 2 * once if self.kind == 'all-reduce' else once
+
+
+def find(text: str, mesh: Mapping[str, int]) -> tuple[list[Collective], bool]:
+    """Returns the collectives of a program, the largest first, and whether they are all counted.
+
+    They are not where the compiler does not say how often a loop runs: it counts once.
+
+    Args:
+        text: a compiled program, as `jax.stages.Compiled.as_text()` has it.
+        mesh: axis sizes, in the order of the devices.
+    """
+    bodies = dict(_computations(text))
+    entry = next(name for name, (is_entry, _) in bodies.items() if is_entry)
+    counts: collections.Counter[tuple[str, tuple[str, ...], int]] = collections.Counter()
+    sizes: collections.Counter[tuple[str, tuple[str, ...], int]] = collections.Counter()
+    complete = True
+
+    def visit(name: str, times: int) -> None:
+        nonlocal complete
+        for line in bodies[name][1]:
+            if found := _OPERATION.search(line):
+                group = devices_of_group(line, mesh)
+                key = (found[2], _axes(group, mesh), len(group))
+                counts[key] += times
+                parts = len(group) if found[2] == 'reduce-scatter' else 1
+                sizes[key] += times * parts * _nbytes(found[1])
+            inner = times
+            if ' while(' in line:
+                trips = _TRIPS.search(line)
+                complete &= trips is not None
+                inner *= int(trips[1]) if trips else 1
+            for called in _CALLED.findall(line):
+                for callee in re.findall(r'%([\w.\-]+)', called):
+                    visit(callee, inner)
+
+    visit(entry, 1)
+    made = [
+        Collective(kind=kind, axes=axes, group=group, count=count, nbytes=sizes[kind, axes, group])
+        for (kind, axes, group), count in counts.items()
+        if group > 1
+    ]
+    return sorted(made, key=lambda c: -c.nbytes), complete
+
+
+def devices_of_group(line: str, mesh: Mapping[str, int]) -> list[int]:
+    """Returns the group of the first device, as places in the mesh, from one operation's text."""
+    if listed := _LISTED.search(line):
+        return _numbers(listed[1])
+    if iota := _IOTA.search(line):
+        groups = _arranged(iota[2], iota[3]).reshape(_numbers(iota[1]))
+        return [int(i) for i in groups[0]]
+    if named := _NAMED.search(line):
+        axes = re.findall(r"'([^']+)'=(\d+)", named[1])
+        shape = [int(size) for _, size in axes]
+        devices = np.arange(math.prod(shape)) if named[2] is None else _arranged(named[2], named[3])
+        along = re.findall(r"'([^']+)'", named[4])
+        where = tuple(slice(None) if axis in along else 0 for axis, _ in axes)
+        return [int(i) for i in devices.reshape(shape)[where].ravel()]
+    if pairs := _PAIRS.search(line):
+        moves = [(int(a), int(b)) for a, b in re.findall(r'(\d+),(\d+)', pairs[1])]
+        return list(next(((a, b) for a, b in moves if a != b), ()))
+    # No groups are all devices.
+    return list(range(math.prod(mesh.values())))
+
+
+def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
+    """Yields each computation's name, whether it is the program's entry, and its lines."""
+    name, is_entry = '', False
+    lines: list[str] = []
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            name, is_entry, lines = header[2], bool(header[1]), []
+        elif line.startswith('}') and name:
+            yield name, (is_entry, lines)
+            name = ''
+        elif name:
+            lines.append(line)
+
+
+def _arranged(shape: str, order: str | None) -> np.ndarray:
+    numbers = _numbers(shape)
+    devices = np.arange(math.prod(numbers)).reshape(numbers)
+    return (devices.transpose(_numbers(order)) if order else devices).ravel()
+
+
+def _axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
+    places = np.array(np.unravel_index(group, tuple(mesh.values())))
+    return tuple(name for name, row in zip(mesh, places, strict=True) if len(set(row)) > 1)
+
+
+def _nbytes(shape: str) -> int:
+    return sum(
+        _itemsize(dtype) * math.prod(_numbers(dims)) for dtype, dims in _ARRAY.findall(shape)
+    )
+
+
+def _itemsize(dtype: str) -> int:
+    bits = re.search(r'\d+', dtype)
+    return max(1, int(bits[0]) // 8) if bits else 1
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(',') if number]

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Floating-point operations of a function, counted in what JAX has traced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def count(jaxpr: Any) -> float:
+    """Returns the operations of all matrix products and convolutions, 2 for each product.
+
+    The body of a scan counts as often as it runs, that of a `while_loop` once, and of the branches
+    of a `cond` the largest one. What is computed twice, as under `remat`, counts twice.
+
+    Args:
+        jaxpr: a jaxpr, closed or not, of whole arrays and not of a device's part.
+    """
+    total = 0.0
+    for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
+        name = equation.primitive.name
+        inner = [count(each) for each in _inside(equation.params)]
+        if name == 'dot_general':
+            total += _product(equation)
+        elif name == 'conv_general_dilated':
+            total += _convolution(equation)
+        elif name == 'scan':
+            total += equation.params['length'] * sum(inner)
+        elif name == 'cond':
+            total += max(inner, default=0.0)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _product(equation: Any) -> float:
+    (contracted, _), _ = equation.params['dimension_numbers']
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+
+
+def _convolution(equation: Any) -> float:
+    kernel = equation.invars[1].aval.shape
+    outputs = kernel[equation.params['dimension_numbers'].rhs_spec[0]]
+    # Each output value is a product with the kernel's part of one output channel.
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / max(1, outputs)
+
+
+def _inside(params: dict[str, Any]) -> Iterator[Any]:
+    """Yields the jaxprs among an equation's parameters."""
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(each, (Jaxpr, ClosedJaxpr)):
+                yield each
