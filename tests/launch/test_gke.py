@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""launch/gke.py: what the manifest says, read back by a YAML parser."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests import command
+
+yaml = pytest.importorskip('yaml')
+
+LAUNCHER = command.ROOT / 'launch' / 'gke.py'
+TPU = ('run', '--image=i', '--tpu=tpu-v5-lite-podslice', '--topology=4x4')
+GPU = ('run', '--image=i', '--gpu=nvidia-h100-80gb', '--nodes=2')
+TRAINER = ('--', '--config=configs/mnist.py', '--workdir=gs://bucket/run')
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, LAUNCHER, *arguments], capture_output=True, text=True)
+
+
+def jobset(*arguments: str) -> dict[str, Any]:
+    done = launch(*arguments)
+    assert (done.returncode, done.stderr) == (0, '')
+    return yaml.safe_load(done.stdout)
+
+
+def job(manifest: dict[str, Any]) -> dict[str, Any]:
+    return manifest['spec']['replicatedJobs'][0]['template']['spec']
+
+
+def pod(manifest: dict[str, Any]) -> dict[str, Any]:
+    return job(manifest)['template']['spec']
+
+
+def test_a_tpu_slice_gets_a_pod_for_each_host() -> None:
+    manifest = jobset(*TPU, '--slices=2', *TRAINER)
+    assert manifest['spec']['replicatedJobs'][0]['replicas'] == 2
+    assert (job(manifest)['parallelism'], job(manifest)['completions']) == (4, 4)
+    assert manifest['metadata']['annotations'] == {
+        'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'
+    }
+    assert pod(manifest)['nodeSelector'] == {
+        'cloud.google.com/gke-tpu-accelerator': 'tpu-v5-lite-podslice',
+        'cloud.google.com/gke-tpu-topology': '4x4',
+    }
+    (container,) = pod(manifest)['containers']
+    assert container['resources'] == {'limits': {'google.com/tpu': 4}}
+    assert container['command'] == ['python', '-m', 'trainer.main']
+    # The pods of TPUs are told who the others are.
+    assert container['args'] == list(TRAINER[1:])
+
+
+@pytest.mark.parametrize(
+    ('topology', 'flags', 'hosts', 'chips'),
+    [
+        ('1x1', (), 1, 1),
+        ('2x2', (), 1, 4),
+        ('2x4', ('--chips_per_host=8',), 1, 8),
+        ('4x4x4', (), 16, 4),
+    ],
+)
+def test_hosts_and_chips(topology: str, flags: tuple[str, ...], hosts: int, chips: int) -> None:
+    manifest = jobset(
+        'run', '--image=i', '--tpu=tpu-v5p-slice', f'--topology={topology}', *flags, *TRAINER
+    )
+    assert job(manifest)['parallelism'] == hosts
+    limits = pod(manifest)['containers'][0]['resources']['limits']
+    assert limits == {'google.com/tpu': chips}
+
+
+def test_gpu_pods_meet_at_the_first_one_s_name() -> None:
+    manifest = jobset(*GPU, '--gpus_per_node=4', *TRAINER)
+    assert (job(manifest)['parallelism'], job(manifest)['completionMode']) == (2, 'Indexed')
+    assert pod(manifest)['nodeSelector'] == {'cloud.google.com/gke-accelerator': 'nvidia-h100-80gb'}
+    (container,) = pod(manifest)['containers']
+    assert container['resources'] == {'limits': {'nvidia.com/gpu': 4}}
+    assert container['args'][-3:] == [
+        '--coordinator=run-workers-0-0.run:8476',
+        '--num_processes=2',
+        '--process_id=$(JOB_COMPLETION_INDEX)',
+    ]
+    assert 'annotations' not in manifest['metadata']
+
+
+def test_who_is_started_again_after_what() -> None:
+    manifest = jobset(*GPU, '--restarts=7', *TRAINER)
+    assert manifest['spec']['failurePolicy'] == {
+        'maxRestarts': 7,
+        'rules': [{'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']}],
+    }
+    assert job(manifest)['backoffLimit'] == 0
+    assert job(manifest)['podFailurePolicy']['rules'] == [
+        {'action': 'FailJob', 'onExitCodes': {'operator': 'In', 'values': [2, 65]}},
+        {'action': 'Ignore', 'onExitCodes': {'operator': 'In', 'values': [42]}},
+        {'action': 'Ignore', 'onPodConditions': [{'type': 'DisruptionTarget'}]},
+    ]
+    # Without it, Kubernetes refuses a podFailurePolicy.
+    assert pod(manifest)['restartPolicy'] == 'Never'
+
+
+def test_a_pod_has_longer_to_end_than_a_save_takes() -> None:
+    assert pod(jobset(*TPU, *TRAINER))['terminationGracePeriodSeconds'] == 150
+    slow = jobset(*TPU, '--save_secs=600', *TRAINER)
+    assert pod(slow)['terminationGracePeriodSeconds'] == 630
+
+
+def test_a_shared_volume_a_service_account_and_spot_nodes() -> None:
+    flags = ('--volume=claim:/shared', '--service_account=a', '--spot')
+    spec = pod(jobset(*GPU, *flags, '--', '--config=a.py', '--workdir=/shared/run'))
+    claim = {'name': 'shared', 'persistentVolumeClaim': {'claimName': 'claim'}}
+    assert claim in spec['volumes']
+    mounts = spec['containers'][0]['volumeMounts']
+    assert {'name': 'shared', 'mountPath': '/shared'} in mounts
+    assert {volume['name'] for volume in spec['volumes']} == {m['name'] for m in mounts}
+    assert spec['serviceAccountName'] == 'a'
+    assert spec['nodeSelector']['cloud.google.com/gke-spot'] == 'true'
+    assert spec['tolerations'][0]['key'] == 'cloud.google.com/gke-spot'
+
+
+def test_the_trainer_s_arguments_arrive_as_they_are() -> None:
+    odd = ['--config=a: b.py', '--workdir=gs://b/a', '--config.x={"y": [1, "#"]}', 'ä\n', '', 'no']
+    args = pod(jobset(*TPU, '--', *odd, '--config.z=$(HOME)'))['containers'][0]['args']
+    # Kubernetes makes one dollar of two.
+    assert args == [*odd, '--config.z=$$(HOME)']
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        {'a': {'b': [{'c': 1, 'd': [[1, 2], [{'e': 'f'}]]}, 'g']}},
+        ['yes', 'No', '1', 'null', '~', '- a', 'a: b', '#', '', '1e3', '0x1', 'é', '2001-01-01'],
+        {'on': True, 'empty': {}, 'none': None, 'list': []},
+    ],
+)
+def test_what_is_written_reads_the_same(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(LAUNCHER.parent))
+    spec = importlib.util.spec_from_file_location('launch_gke', LAUNCHER)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert yaml.safe_load(module.yaml(value)) == value
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        ([*TPU], 'come after `--`'),
+        (['run', '--image=i', *TRAINER], 'expected one of --tpu=... and --gpu=...'),
+        ([*TPU, '--gpu=a', *TRAINER], 'expected one of --tpu=... and --gpu=...'),
+        (['Run_1', *GPU[1:], *TRAINER], "'Run_1': expected a name"),
+        (['a' * 41, *GPU[1:], *TRAINER], 'at most 40'),
+        ([*TPU[:-1], *TRAINER], '--topology=None: expected the shape'),
+        ([*TPU[:-1], '--topology=3x3', *TRAINER], 'has 9 chips, which --chips_per_host=4 does not'),
+        ([*GPU, '--volume=claim', *TRAINER], '--volume=claim: expected CLAIM:/PATH'),
+        ([*GPU, '--', '--config=a'], "--workdir=: a pod's own disk goes with it"),
+        ([*GPU, '--volume=c:/a', '--', '--config=a', '--workdir=/ab'], '--workdir=/ab: a pod'),
+    ],
+)
+def test_mistakes_are_said(arguments: list[str], expected: str) -> None:
+    done = launch(*arguments)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith('Error: ') and expected in done.stderr

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands in launch/README.md and in each --help are ones that the launchers take."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests import command
+
+LAUNCH = command.ROOT / 'launch'
+SCRIPTS = ('processes.py', 'slurm.py', 'tpu_pod.py', 'gke.py')
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r'```sh\n(.*?)```', (LAUNCH / 'README.md').read_text(), flags=re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+def examples(script: str) -> list[str]:
+    text = subprocess.run(
+        [sys.executable, LAUNCH / script, '--help'], capture_output=True, text=True, check=True
+    ).stdout
+    joined = re.sub(r' *\\\n *', ' ', text)
+    lines = re.findall(rf'^  launch/{script} .*', joined, flags=re.MULTILINE)
+    # What stands in brackets may be left out; here all of it is given.
+    return [re.sub(r'\[(.*?)\]', r'\1', line.split(' #')[0]).strip() for line in lines]
+
+
+def check(line: str, cwd: pathlib.Path) -> None:
+    """Runs the command without letting it do anything, in a directory that may be shared."""
+    script, *arguments = shlex.split(line.removesuffix(' | kubectl apply -f -'))
+    dry = [] if script.endswith('gke.py') else ['--dry_run']
+    if script.endswith('slurm.py'):
+        dry.append('--chdir=/shared')
+    border = arguments.index('--') if '--' in arguments else len(arguments)
+    words = [*arguments[:border], *dry, *arguments[border:]]
+    done = subprocess.run(
+        [sys.executable, command.ROOT / script, *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+@pytest.mark.parametrize('line', [c for c in readme_commands() if not c.startswith('python')])
+def test_readme_command(line: str, tmp_path: pathlib.Path) -> None:
+    check(line, tmp_path)
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_shows_commands_that_are_right(script: str, tmp_path: pathlib.Path) -> None:
+    lines = examples(script)
+    assert len(lines) >= 2
+    for line in lines:
+        check(line, tmp_path)
+
+
+def test_all_launchers_are_in_the_readme() -> None:
+    text = (LAUNCH / 'README.md').read_text()
+    assert all(f'launch/{script}' in text for script in SCRIPTS)
+    assert all(os.access(LAUNCH / script, os.X_OK) for script in SCRIPTS)

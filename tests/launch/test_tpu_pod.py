@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""launch/tpu_pod.py with real shells for the workers and a gcloud that is not Google's."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import command
+from tests.launch.fake_gcloud import LAUNCHER, MAKE, TRAINER, Cloud
+
+
+@pytest.fixture
+def cloud(tmp_path: pathlib.Path) -> Cloud:
+    return Cloud(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        (
+            ['create', '--accelerator_type=v4-16', '--version=v2'],
+            'tpu-vm create pod --accelerator-type=v4-16 --version=v2 --zone=z',
+        ),
+        (
+            ['create', *MAKE, '--project=p'],
+            'tpu-vm create pod --accelerator-type=v4-16 --version=v2 --spot --zone=z --project=p',
+        ),
+        (
+            ['create', *MAKE, '--queued'],
+            'queued-resources create pod --accelerator-type=v4-16 --runtime-version=v2 '
+            '--node-id=pod --spot --zone=z',
+        ),
+        (['delete'], 'tpu-vm delete pod --quiet --zone=z'),
+        (['delete', '--queued'], 'queued-resources delete pod --quiet --force --zone=z'),
+        (
+            ['logs', '--worker=1', '--lines=5', '--follow'],
+            "tpu-vm ssh pod --worker=1 '--command=tail -n 5 -F ~/train/log' --zone=z",
+        ),
+        (
+            ['stop'],
+            'tpu-vm ssh pod --worker=all '
+            '\'--command=kill -TERM -- "-$(cat ~/train/pid)"\' --zone=z',
+        ),
+    ],
+)
+def test_what_is_asked_of_gcloud(arguments: list[str], expected: str, cloud: Cloud) -> None:
+    done = cloud.run(*arguments, '--dry_run')
+    assert done.stdout == f'gcloud compute tpus {expected}\n'
+    assert cloud.calls() == []
+
+
+def test_dry_run_of_all_prints_each_step_and_does_none(cloud: Cloud) -> None:
+    done = cloud.train('--dry_run')
+    assert done.returncode == 0
+    starts = ('gcloud compute tpus tpu-vm ', 'git ')
+    lines = [line for line in done.stdout.splitlines() if line.startswith(starts)]
+    steps = [line.split()[4 if line.startswith('gcloud') else 3] for line in lines]
+    assert steps == ['create', 'archive', 'scp', 'ssh', 'ssh', 'ssh', 'ssh']
+    assert cloud.calls() == []
+
+
+def test_all_workers_run_the_last_commit_as_one(cloud: Cloud) -> None:
+    (cloud.source / 'trainer' / 'main.py').write_text('not committed')
+    done = cloud.train()
+    assert done.returncode == 0, done.stderr
+    assert 'Warning: 1 uncommitted changes are not copied' in done.stderr
+    assert cloud.verbs() == ['create', 'scp', 'ssh', 'ssh', 'ssh', 'ssh']
+    for worker in (0, 1):
+        assert cloud.log(worker) == (
+            'trainer --config=a b.py --workdir=gs://bucket/run --coordinator=10.0.0.1:8476 '
+            f'--num_processes=2 --process_id={worker}\n'
+        )
+        home = cloud.root / f'home{worker}'
+        installs = (home / 'python3').read_text().splitlines()
+        assert installs[1] == f'-m uv venv --quiet --clear --python 3.12 {home}/train/venv'
+        assert installs[2].endswith(f'--require-hashes -r {home}/train/code/requirements.lock')
+        assert installs[3].endswith(f'-e {home}/train/code[tpu]')
+    assert cloud.run('logs').stdout == cloud.log(0)
+
+
+def test_the_workers_start_again_after_42_as_often_as_they_may(cloud: Cloud) -> None:
+    cloud.will_exit(42, 42, 5)
+    done = cloud.train('--restarts=2')
+    assert done.returncode == 5
+    for worker in (0, 1):
+        assert cloud.log(worker).count('trainer --config') == 3
+        assert 'preempted and saved after start 2 of 3' in cloud.log(worker)
+    assert cloud.verbs().count('create') == 1
+
+
+def test_a_run_that_ended_with_42_is_started_again(cloud: Cloud) -> None:
+    cloud.will_exit(0, 0)
+    # Unpacking, installing and starting go well; who waits is told 42 once.
+    cloud.will_fail('ssh', '-', '-', '-', '42')
+    done = cloud.train('--restarts=1')
+    assert done.returncode == 0, done.stderr
+    assert 'start 2 of 2' in done.stderr
+    assert cloud.log(0).count('trainer --config') == 2
+    cloud.will_exit(0, 0, 42)
+    assert cloud.train('--restarts=0').returncode == 42
+    assert cloud.run('wait').returncode == 42
+
+
+def test_a_preempted_tpu_is_made_anew(cloud: Cloud) -> None:
+    cloud.will_exit(0, 0)
+    assert cloud.train().returncode == 0
+    # The connection to a TPU that is there breaks once; then the TPU itself goes.
+    cloud.will_fail('ssh', '1', '255 PREEMPTED')
+    (cloud.root / 'calls').unlink()
+    done = cloud.train()
+    assert done.returncode == 0, done.stderr
+    assert 'pod is PREEMPTED: making it anew' in done.stderr
+    assert cloud.verbs() == [
+        'ssh', 'scp', 'ssh', 'delete', 'create', 'scp', 'ssh', 'ssh', 'ssh', 'ssh',
+    ]  # fmt: skip
+
+
+def test_a_broken_connection_is_made_again(cloud: Cloud) -> None:
+    done = cloud.train()
+    assert done.returncode == 0
+    cloud.will_fail('ssh', '255')
+    assert cloud.run('wait', '--poll_secs=0.01').returncode == 0
+
+
+def test_a_queued_request_is_waited_for(cloud: Cloud) -> None:
+    done = cloud.train('--queued')
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls()[1][2:4] == ['queued-resources', 'create']
+
+
+def test_a_failed_step_is_said_and_ends_it(cloud: Cloud) -> None:
+    cloud.will_fail('scp', '3')
+    done = cloud.train()
+    assert done.returncode == 3
+    assert 'Error: exit code 3 of: gcloud compute tpus tpu-vm scp ' in done.stderr
+    assert cloud.verbs() == ['create', 'scp']
+    # What was left half done is completed.
+    assert cloud.train().returncode == 0
+
+
+def test_one_run_at_a_time_which_stop_ends(cloud: Cloud) -> None:
+    cloud.will_exit(0, 'wait')
+    assert cloud.train().returncode == 0
+    assert cloud.run('run', *TRAINER).returncode == 0
+    command.wait_for(lambda: (cloud.root / 'starts1').read_text() == '2')
+    second = cloud.run('run', *TRAINER)
+    assert second.returncode == 1
+    assert 'a run is under way already' in second.stderr
+    assert cloud.run('stop').returncode == 0
+    done = cloud.run('wait')
+    assert done.returncode == 1
+    assert 'the run was stopped' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'expected'),
+    [
+        (['fly'], "invalid choice: 'fly'"),
+        (['create'], '--accelerator_type, --version'),
+        (['run'], 'come after `--`'),
+        (['run', '--', '--config=a', '--workdir=/home/a'], 'add -- --workdir=gs://bucket/'),
+        (['copy', '--', '--config=a'], 'copy starts no trainer'),
+    ],
+)
+def test_mistakes_are_said(arguments: list[str], expected: str, cloud: Cloud) -> None:
+    done = cloud.run(*arguments)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith('Error: ') and expected in done.stderr
+    assert cloud.calls() == []
+
+
+def test_without_gcloud_the_user_is_told(tmp_path: pathlib.Path) -> None:
+    done = subprocess.run(
+        [sys.executable, LAUNCHER, 'delete', 'pod', '--zone=z'],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PATH': str(tmp_path)},
+    )
+    assert done.returncode == 2
+    assert 'no gcloud on the PATH' in done.stderr
