@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainer beside the hand-written loop, in turn, with the ratio of each pair.
 
-    python tests/benchmarks/compare.py speed mlp [--pairs=5] [--steps=6000] [--config.key=value]
-    python tests/benchmarks/compare.py speed cnn --steps=600
-    python tests/benchmarks/compare.py speed lm --steps=250
+    python tests/benchmarks/compare.py speed mlp [--pairs=15] [--steps=2000] [--config.key=value]
+    python tests/benchmarks/compare.py speed cnn
+    python tests/benchmarks/compare.py speed lm
+    python tests/benchmarks/compare.py memory cnn
     python tests/benchmarks/compare.py start mlp        # process start to first step, cold and warm
     python tests/benchmarks/compare.py checkpoint       # the stall of a save, over a copy in memory
     python tests/benchmarks/compare.py input            # examples per second of the input pipeline
@@ -14,6 +15,8 @@ Machines are noisy: read the ratios, not the absolute figures.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -22,40 +25,84 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+STEPS = {'mlp': 2000, 'cnn': 400, 'lm': 150}
 CONFIGS = {'mlp': 'configs/mnist_mlp.py', 'cnn': 'configs/mnist.py', 'lm': 'configs/lm.py'}
 
 
 def main() -> None:
     """Runs the comparison that the command line names."""
     parser = argparse.ArgumentParser()
-    parser.add_argument('what', choices=['speed', 'start', 'checkpoint', 'input'])
+    parser.add_argument('what', choices=list(WHAT))
     parser.add_argument('model', nargs='?', default='mlp', choices=list(CONFIGS))
     parser.add_argument('--pairs', type=int, default=5)
-    parser.add_argument('--steps', type=int, default=6000)
+    parser.add_argument('--steps', type=int)
     args, args.options = parser.parse_known_args()
-    {'speed': speed, 'start': start, 'checkpoint': checkpoint, 'input': input_}[args.what](args)
+    WHAT[args.what](args)
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Steps per second and peak memory, interleaved."""
-    ratios, memory = [], []
+    """Steps per second, in one process: some steps of the one loop, then some of the other.
+
+    Machines that are shared change their speed from one second to the next; what is compared lies
+    close together.
+    """
+    from tests.benchmarks.handwritten import Loop
+
+    steps = args.steps or STEPS[args.model]
+    by_hand = Loop(args.model)
+    ratios = []
+    with tempfile.TemporaryDirectory() as workdir:
+        run = _trainer_loop(args, workdir)
+        for pair in range(-1, args.pairs):
+            hand, ours = statistics.median(by_hand.run(steps)), statistics.median(run(steps))
+            if pair >= 0:  # The first one also compiles.
+                ratios.append(ours / hand)
+                rates = f'by hand {hand:.4g} steps/s, trainer {ours:.4g} steps/s'
+                print(f'{args.model}: {rates}, ratio {ratios[-1]:.2f}', flush=True)
+    print(f'median ratio: {statistics.median(ratios):.3f}, quartiles ', end='')
+    print(' '.join(f'{q:.3f}' for q in statistics.quantiles(ratios)))
+
+
+def _trainer_loop(args: argparse.Namespace, workdir: str) -> Callable[[int], list[float]]:
+    """Returns a function that trains for some steps, everything on, and returns their rates."""
+    from trainer.config import loading, overrides
+    from trainer.experiment import build
+    from trainer.trainer import Trainer
+
+    loaded = loading.load(CONFIGS[args.model])
+    given = [option.removeprefix('--config.').partition('=') for option in args.options]
+    fixed = [('train_for', '100000000 steps'), ('evals', '{}')]
+    overrides.apply(loaded.config, fixed + [(path, text) for path, _, text in given])
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = Trainer(build(loaded), workdir)
+    rows = pathlib.Path(workdir) / 'metrics.jsonl'
+
+    def run(steps: int) -> list[float]:
+        seen = rows.stat().st_size if rows.exists() else 0
+        trainer.fit(max_steps=steps)
+        lines = [json.loads(line) for line in rows.read_bytes()[seen:].splitlines()]
+        # Not the first: its steps wait for the first batch.
+        return [line['train/steps_per_sec'] for line in lines][1:]
+
+    return run
+
+
+def memory(args: argparse.Namespace) -> None:
+    """Peak memory of the processes."""
+    ratios = []
+    steps = args.steps or 2 * STEPS[args.model]
     for _ in range(args.pairs):
-        by_hand = handwritten(args.model, args.steps)
-        ours = trained(args.model, args.steps, *args.options)
-        ratios.append(ours['steps_per_sec'] / by_hand['steps_per_sec'])
-        memory.append(ours['peak_mb'] / by_hand['peak_mb'])
-        print(
-            f'{args.model}: by hand {by_hand["steps_per_sec"]:.0f} steps/s '
-            f'{by_hand["peak_mb"]:.0f} MB, trainer {ours["steps_per_sec"]:.0f} steps/s '
-            f'{ours["peak_mb"]:.0f} MB, ratio {ratios[-1]:.2f}',
-            flush=True,
-        )
-    print(f'median ratio: speed {statistics.median(ratios):.2f}, ', end='')
-    print(f'peak memory {statistics.median(memory):.2f}')
+        by_hand = handwritten(args.model, steps)
+        ours = trained(args.model, steps, *args.options)
+        ratios.append(ours['peak_mb'] / by_hand['peak_mb'])
+        both = f'by hand {by_hand["peak_mb"]:.0f} MB, trainer {ours["peak_mb"]:.0f} MB'
+        print(f'{args.model}: {both}, ratio {ratios[-1]:.2f}', flush=True)
+    print(f'median ratio: {statistics.median(ratios):.2f}')
 
 
 def start(args: argparse.Namespace) -> None:
@@ -191,6 +238,15 @@ def _run(arguments: list[str], cache: str | None = None) -> str:
         text=True,
         check=True,
     ).stdout
+
+
+WHAT: dict[str, Callable[[argparse.Namespace], None]] = {
+    'speed': speed,
+    'memory': memory,
+    'start': start,
+    'checkpoint': checkpoint,
+    'input': input_,
+}
 
 
 if __name__ == '__main__':

@@ -104,6 +104,54 @@ def train_step(state: TrainState, images: Any, labels: Any) -> tuple[TrainState,
     return state.apply_gradients(grads=grads), loss, (logits.argmax(-1) == labels).mean()
 
 
+class Loop:
+    """The loop, which may be run in parts.
+
+    Attributes:
+        first_step_secs: time from BENCHMARK_BEGAN (of the environment) to the first finished step.
+    """
+
+    def __init__(self, model: str):
+        """Loads the data and makes the state.
+
+        Args:
+            model: 'mlp', 'cnn' or 'lm'.
+        """
+        self._images, self._labels = load_text() if model == 'lm' else load('train')
+        module = {'mlp': MLP, 'cnn': CNN, 'lm': Transformer}[model]()
+        self._batch, self._log_every = _BATCH[model], _LOG_EVERY[model]
+        params = module.init(jax.random.key(0), self._images[:1])['params']
+        tx = optimizer() if model == 'lm' else optax.sgd(0.01, momentum=0.9)
+        self._state = TrainState.create(apply_fn=module.apply, params=params, tx=tx)
+        self._step = jax.jit(train_step, donate_argnums=0)
+        self._rng, self._order, self._position = np.random.default_rng(0), np.zeros(0, np.int64), 0
+        self.first_step_secs: float | None = None
+
+    def run(self, steps: int) -> list[float]:
+        """Trains for some steps; returns steps per second between each two log lines."""
+        state, order, position = self._state, self._order, self._position
+        batch, log_every, step_fn = self._batch, self._log_every, self._step
+        images, labels = self._images, self._labels
+        rates, began = [], 0.0
+        for step in range(1, steps + 1):
+            if position + batch > len(order):
+                order, position = self._rng.permutation(len(images)), 0
+            rows = order[position : position + batch]
+            position += batch
+            state, loss, _ = step_fn(state, images[rows], labels[rows])
+            if self.first_step_secs is None:
+                jax.block_until_ready(loss)
+                self.first_step_secs = time.time() - float(os.environ.get('BENCHMARK_BEGAN', 'nan'))
+            if step % log_every == 0:
+                float(loss)
+                now = time.perf_counter()
+                if began:
+                    rates.append(log_every / (now - began))
+                began = now
+        self._state, self._order, self._position = state, order, position
+        return rates
+
+
 def main() -> None:
     """Trains and prints the figures."""
     parser = argparse.ArgumentParser()
@@ -114,33 +162,11 @@ def main() -> None:
     if args.cache:
         jax.config.update('jax_compilation_cache_dir', args.cache)
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    images, labels = load_text() if args.model == 'lm' else load('train')
-    model = {'mlp': MLP, 'cnn': CNN, 'lm': Transformer}[args.model]()
-    batch, log_every = _BATCH[args.model], _LOG_EVERY[args.model]
-    params = model.init(jax.random.key(0), images[:1])['params']
-    tx = optimizer() if args.model == 'lm' else optax.sgd(0.01, momentum=0.9)
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=tx)
-    step_fn = jax.jit(train_step, donate_argnums=0)
-    rng, order, position = np.random.default_rng(0), np.zeros(0, np.int64), 0
-    rates, began, first = [], 0.0, 0.0
-    for step in range(1, args.steps + 1):
-        if position + batch > len(order):
-            order, position = rng.permutation(len(images)), 0
-        rows = order[position : position + batch]
-        position += batch
-        state, loss, _ = step_fn(state, images[rows], labels[rows])
-        if step == 1:
-            jax.block_until_ready(loss)
-            first = time.time() - float(os.environ.get('BENCHMARK_BEGAN', 'nan'))
-        if step % log_every == 0:
-            float(loss)
-            now = time.perf_counter()
-            if began:
-                rates.append(log_every / (now - began))
-            began = now
+    loop = Loop(args.model)
+    rates = loop.run(args.steps)
     figures = {
         'steps_per_sec': statistics.median(rates) if rates else None,
-        'first_step_secs': first,
+        'first_step_secs': loop.first_step_secs,
         'peak_mb': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     print(json.dumps(figures))
