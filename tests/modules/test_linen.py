@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linen modules behind the functional interface: modes, keys, collections, methods and views."""
+"""Linen modules behind the functional interface: keys, collections, methods and views."""
 
 from __future__ import annotations
 
@@ -12,89 +12,10 @@ import numpy as np
 import pytest
 from flax import errors
 
+from tests.modules.examples import X, bind, init, same
+from trainer.config.errors import UserError
 from trainer.modules import functional
-from trainer.modules.linen import BoundModel
 from trainer.step.rng import Keys
-
-X = jnp.arange(12.0).reshape(3, 4)
-
-
-def init(module: nn.Module, task: Any = None) -> Any:
-    task = task or (lambda model, batch: model(batch['x']))
-    return functional(module).init(task, {'x': X}, Keys(seed=0, mode='init'))
-
-
-def bind(module: nn.Module, mode: str = 'train', *, task: Any = None, **options: Any) -> BoundModel:
-    keys = Keys(seed=0, mode=mode, step=3)
-    return functional(module).bind(init(module, task), keys, **options)
-
-
-def same(a: Any, b: Any) -> bool:
-    return bool(jnp.array_equal(a, b))
-
-
-# Modules that return whether they train, by each spelling of the flag.
-class InCall(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any, train: bool = False) -> Any:
-        return train
-
-
-class KeywordOnly(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any, *, is_training: bool) -> Any:
-        return is_training
-
-
-class Inverted(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any, deterministic: bool = True) -> Any:
-        return not deterministic
-
-
-class InConstructor(nn.Module):
-    training: bool = False
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        return self.training
-
-
-class InConstructorInverted(nn.Module):
-    deterministic: bool | None = None
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        return not self.deterministic
-
-
-class InBoth(nn.Module):
-    train: bool | None = None
-
-    @nn.compact
-    def __call__(self, x: Any, train: bool | None = None) -> Any:
-        return nn.merge_param('train', self.train, train)
-
-
-class Neither(nn.Module):
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        return x
-
-
-SPELLINGS = [InCall, KeywordOnly, Inverted, InConstructor, InConstructorInverted, InBoth]
-
-
-@pytest.mark.parametrize('module', SPELLINGS)
-def test_the_mode_is_told_in_every_spelling(module: type[nn.Module]) -> None:
-    assert bind(module(), 'train')(X) is True
-    assert bind(module(), 'eval')(X) is False
-
-
-def test_what_the_user_sets_is_left_alone() -> None:
-    assert bind(InConstructor(training=True), 'eval')(X) is True
-    assert bind(InCall(), 'train')(X, train=False) is False
-    assert same(bind(Neither(), 'train')(X), X)
 
 
 class Normed(nn.Module):
@@ -159,7 +80,7 @@ def test_collections_chain_through_every_view() -> None:
 
 def test_calls_draw_numbers_of_their_own_through_every_view() -> None:
     model = bind(Normed(), task=everything, ema=init(Normed(), everything)['params'])
-    views = (model, model, model.ema, model.stop_gradient('x'), model)
+    views = (model, model, model.ema, model.stop_gradient('norm/.*'), model)
     masks = [np.asarray(view.drop(jnp.ones((8, 16)), deterministic=False)) for view in views]
     assert len({mask.tobytes() for mask in masks}) == len(views)
     again = bind(Normed(), task=everything)
@@ -186,7 +107,9 @@ def test_stop_gradient_is_by_whole_path() -> None:
     grads = jax.grad(loss)(variables['params'], 'dense/kernel')
     assert not grads['dense']['kernel'].any()
     assert grads['dense']['bias'].all()
-    assert jax.grad(loss)(variables['params'], 'dense')['dense']['kernel'].any()
+    for part_of_a_path in ('dense', 'ense/kernel'):
+        with pytest.raises(UserError, match=r'no parameter.*whole path, such as .*dense/kernel'):
+            loss(variables['params'], part_of_a_path)
 
 
 def test_a_module_left_in_train_mode_fails_at_evaluation() -> None:
@@ -198,10 +121,97 @@ def test_a_module_left_in_train_mode_fails_at_evaluation() -> None:
 
 
 def test_keys_by_name() -> None:
-    model, other = bind(Neither()), bind(Neither(), 'eval')
+    model, other = bind(Hidden()), bind(Hidden(), 'eval')
     assert model.rng('noise') != model.rng('other')
-    assert model.rng('noise') == bind(Neither()).rng('noise')
+    assert model.rng('noise') == bind(Hidden()).rng('noise')
     assert model.rng('noise') != other.rng('noise')
+
+
+class Parts(nn.Module):
+    """Parts in a list and in a dict, and no `__call__`."""
+
+    width: int = 5
+    activation: Any = nn.relu
+
+    def setup(self) -> None:
+        self.layers = [nn.Dense(self.width), nn.Dense(2)]
+        self.heads = {'mean': nn.Dense(1), 'block': Block()}
+
+    def embed(self, x: Any) -> Any:
+        return self.layers[0](x)
+
+
+def test_parts_in_lists_and_dicts_and_plain_fields() -> None:
+    def task(model: Any, batch: Any) -> Any:
+        return model.embed(batch['x']), [
+            model.heads[name](batch['x']) for name in ('mean', 'block')
+        ]
+
+    model = bind(Parts(), task=task)
+    assert same(model.layers[0](X), model.embed(X))
+    assert model.heads['mean'](X).shape == (3, 1)
+    assert same(model.heads['block'].inner(X), model.heads['block'](X))
+    assert (model.width, bind(Parts(width=7), task=task).width) == (5, 7)
+    assert same(model.activation(-X), jnp.zeros_like(X))
+
+
+def test_what_a_compact_method_makes_has_no_name_outside() -> None:
+    with pytest.raises(AttributeError, match='Dense_0'):
+        bind(Hidden()).Dense_0(X)
+
+
+class Hidden(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(2)(x)
+
+
+class Noise(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return x + jax.random.normal(self.make_rng('noise'), x.shape), None
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+@pytest.mark.parametrize(
+    'module',
+    [
+        Noise,
+        nn.jit(Noise),
+        nn.remat(Noise),
+        nn.vmap(Noise, split_rngs={'noise': True}),
+        nn.scan(Noise, length=2, split_rngs={'noise': True}),
+    ],
+)
+def test_streams_are_found_within_lifted_modules(module: type[nn.Module], mode: str) -> None:
+    model = bind(module(), mode)
+    first, second = model(X)[0], model(X)[0]
+    assert not same(first, X)
+    assert not same(first, second)
+    assert same(first, bind(module(), mode)(X)[0])
+
+
+class Boxed(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        kernel = nn.with_partitioning(nn.initializers.ones, (None, 'model'))
+        seen = self.variable(
+            'seen', 'calls', nn.with_partitioning(lambda: jnp.zeros(2), ('model',))
+        )
+        if not self.is_initializing():
+            seen.value += 1
+        return x @ self.param('kernel', kernel, (4, 4))
+
+
+def test_partitioned_variables_are_made_boxed_and_used_unboxed() -> None:
+    boxed = init(Boxed())
+    assert isinstance(boxed['params']['kernel'], nn.Partitioned)
+    assert isinstance(boxed['seen']['calls'], nn.Partitioned)
+    variables = nn.meta.unbox(boxed)
+    model = functional(Boxed()).bind(variables, Keys(seed=0, mode='train'))
+    assert same(model(X), X @ jnp.ones((4, 4)))
+    model(X)
+    assert same(model.collections['seen']['calls'], jnp.full(2, 2.0))
 
 
 class Lifted(nn.Module):

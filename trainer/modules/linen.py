@@ -5,29 +5,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
-import inspect
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import errors as flax_errors
 from flax import traverse_util
 
+from trainer.config.errors import UserError
+from trainer.modules import mode
+from trainer.modules.streams import Streams
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.rng import Keys
 
 Variables = Mapping[str, Any]
 
-# How modules spell "am I training?", and the value that each spelling takes in training.
-TRAIN_FLAGS = {'train': True, 'training': True, 'is_training': True, 'deterministic': False}
+# What leads from a module to a part of it.
+_Steps = tuple[Callable[[Any], Any], ...]
 
 # Dropout that is active at evaluation is always a mistake: without a key Flax says so.
 _TRAIN_ONLY_STREAMS = frozenset({'dropout'})
-
-_MISSING_STREAM = re.compile(r'needs PRNG for "([^"]+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +64,14 @@ class Linen:
 class BoundModel:
     """A module bound to parameters, collections, random keys and a mode: what a task calls.
 
-    `model(x)` runs `__call__`; `model.encode(x)` or `model.encoder(x)` runs a method or a
-    sub-module made in `setup`. It may be called several times: collections that a call changes
-    (batch statistics) are seen by the next call, and each call draws its own random numbers. The
-    views `ema` and `stop_gradient` are the same model with other parameters: their calls count
-    among its own.
+    `model(x)` runs `__call__`; `model.encode(x)`, `model.encoder(x)` or `model.layers[0](x)` runs a
+    method or a sub-module made in `setup` (what a compact method makes has no name outside of it);
+    a number or string among the module's fields is read as `model.width`. Names of this class hide
+    those of the module.
+
+    It may be called several times: collections that a call changes (batch statistics) are seen by
+    the next call, and each call draws its own random numbers. The views `ema` and `stop_gradient`
+    are the same model with other parameters: their calls count among its own.
 
     Attributes:
         params: the parameters of this view.
@@ -88,12 +90,12 @@ class BoundModel:
         self._keys = keys
         self._precision = precision
         self.training = keys.mode == 'train'
-        self._module = _with_flags(module, self.training)
+        self._module = mode.set_fields(module, self.training)
         self._params = variables['params']
         self._ema = ema
         self._calls = _Calls(
             collections={name: value for name, value in variables.items() if name != 'params'},
-            streams={'dropout'} if self.training else set(),
+            streams=Streams({'dropout'}) if self.training else Streams(set(), _TRAIN_ONLY_STREAMS),
         )
 
     @property
@@ -127,8 +129,18 @@ class BoundModel:
         return self._keys.stream(name)
 
     def stop_gradient(self, pattern: str) -> BoundModel:
-        """Returns the model with no gradient into parameters whose whole path matches `pattern`."""
+        """Returns the model with no gradient into parameters whose whole path matches `pattern`.
+
+        Raises:
+            UserError: if it matches none.
+        """
         expression = re.compile(pattern)
+        paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.params)]
+        if not any(map(expression.fullmatch, paths)):
+            raise UserError(
+                f'model.stop_gradient({pattern!r}) matches no parameter. A pattern must match a '
+                f'whole path, such as {", ".join(paths[:5])}'
+            )
 
         def stop(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
             matches = expression.fullmatch(param_path(path))
@@ -140,46 +152,39 @@ class BoundModel:
         """Runs the module's `__call__` and returns its output."""
         return self._apply((), args, kwargs)
 
-    def __getattr__(self, name: str) -> _Method:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith('_'):
             raise AttributeError(name)
-        return _Method(self, (name,))
+        if name in mode.fields(self._module):
+            field = getattr(self._module, name)
+            if isinstance(field, (bool, int, float, str)):
+                return field
+        return getattr(_Method(self), name)
 
     def _with(self, params: Any) -> BoundModel:
         view = copy.copy(self)
         view._params = params
         return view
 
-    def _apply(self, names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
+    def _apply(self, steps: _Steps, args: Any, kwargs: Any) -> Any:
         calls = self._calls
-        method = _method(names, self.training)
         mutable: Any = (self.training and sorted(calls.collections)) or False
         args, kwargs = self._precision.for_compute((args, kwargs))
         variables = {**self.variables, 'params': self._precision.for_compute(self.params)}
         call, calls.count = calls.count, calls.count + 1
-        while True:
-            rngs = {name: _nth(self._keys.stream(name), call) for name in sorted(calls.streams)}
-            try:
-                output = self._module.apply(
-                    variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
-                )
-                break
-            except flax_errors.InvalidRngError as error:
-                # A stream is known by its first use; the call is pure, so it can start again.
-                calls.streams.add(self._missing_stream(error))
+
+        def run(rngs: dict[str, jax.Array]) -> Any:
+            method = mode.method(steps, self.training)
+            return self._module.apply(
+                variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+            )
+
+        output = calls.streams.run(run, lambda name: _nth(self._keys.stream(name), call))
         if mutable:
             output, updates = output
             self._check_structure(updates)
             calls.collections.update(self._precision.like(updates, calls.collections))
         return self._precision.for_output(output)
-
-    def _missing_stream(self, error: flax_errors.InvalidRngError) -> str:
-        match = _MISSING_STREAM.search(str(error))
-        if match is None or match[1] in self._calls.streams:
-            raise error
-        if not self.training and match[1] in _TRAIN_ONLY_STREAMS:
-            raise error
-        return match[1]
 
     def _check_structure(self, updates: Variables) -> None:
         for name, value in updates.items():
@@ -199,12 +204,12 @@ class _Calls:
 
     Attributes:
         collections: the variables that are not parameters, as the calls so far have left them.
-        streams: names of the random streams that the calls so far have asked for.
+        streams: the random streams that the calls so far have asked for.
         count: number of calls so far.
     """
 
     collections: dict[str, Any]
-    streams: set[str]
+    streams: Streams
     count: int = 0
 
 
@@ -213,6 +218,7 @@ class _InitModel(BoundModel):
 
     def __init__(self, module: nn.Module, keys: Keys, precision: Precision):
         super().__init__(module, {'params': {}}, keys, precision=precision)
+        self._calls.streams = Streams({'params', 'dropout'})
 
     def stop_gradient(self, pattern: str) -> BoundModel:
         return self
@@ -221,16 +227,17 @@ class _InitModel(BoundModel):
     def ema(self) -> BoundModel:
         return self
 
-    def _apply(self, names: tuple[str, ...], args: Any, kwargs: Any) -> Any:
-        rngs = {name: self._keys.stream(name) for name in ('params', 'dropout')}
+    def _apply(self, steps: _Steps, args: Any, kwargs: Any) -> Any:
         args, kwargs = self._precision.for_compute((args, kwargs))
-        output, made = self._module.init_with_output(
-            rngs,
-            *args,
-            method=_method(names, training=False),
-            mutable=nn.DenyList(('intermediates', 'perturbations')),
-            **kwargs,
-        )
+
+        def run(rngs: dict[str, jax.Array]) -> Any:
+            mutable = nn.DenyList(('intermediates', 'perturbations'))
+            method = mode.method(steps, training=False)
+            return self._module.init_with_output(
+                rngs, *args, method=method, mutable=mutable, **kwargs
+            )
+
+        output, made = self._calls.streams.run(run, self._keys.stream)
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
         flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}
@@ -242,18 +249,21 @@ class _InitModel(BoundModel):
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """`model.encoder` or `model.encoder.layer`: the path of a method or sub-module to call."""
+    """`model.encoder` or `model.layers[0].attend`: the way to a method or sub-module to call."""
 
     _model: BoundModel
-    _names: tuple[str, ...]
+    _steps: _Steps = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model._apply(self._names, args, kwargs)
+        return self._model._apply(self._steps, args, kwargs)
 
     def __getattr__(self, name: str) -> _Method:
         if name.startswith('_'):
             raise AttributeError(name)
-        return _Method(self._model, (*self._names, name))
+        return _Method(self._model, (*self._steps, operator.attrgetter(name)))
+
+    def __getitem__(self, key: int | str) -> _Method:
+        return _Method(self._model, (*self._steps, operator.itemgetter(key)))
 
 
 def param_path(path: Iterable[Any]) -> str:
@@ -263,30 +273,3 @@ def param_path(path: Iterable[Any]) -> str:
 
 def _nth(key: jax.Array, call: int) -> jax.Array:
     return jax.random.fold_in(key, call) if call else key
-
-
-def _method(names: tuple[str, ...], training: bool) -> Callable[..., Any]:
-    """The function that Flax runs on the bound module: a method or sub-module, with its mode."""
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        target = functools.reduce(getattr, names, module)
-        signature = inspect.signature(target.__call__ if isinstance(target, nn.Module) else target)
-        return target(*args, **{**_flags_in(signature.parameters, training), **kwargs})
-
-    return call
-
-
-def _flags_in(names: Iterable[str], training: bool) -> dict[str, bool]:
-    return {name: TRAIN_FLAGS[name] == training for name in names if name in TRAIN_FLAGS}
-
-
-def _with_flags(module: nn.Module, training: bool) -> nn.Module:
-    """Sets the mode flags among the module's attributes that its maker left at their default."""
-    fields = {field.name: field.default for field in dataclasses.fields(module)}
-    in_call = _flags_in(inspect.signature(type(module).__call__).parameters, training)
-    flags: dict[str, Any] = {
-        name: value
-        for name, value in _flags_in(fields, training).items()
-        if name not in in_call and getattr(module, name) in (None, fields[name])
-    }
-    return dataclasses.replace(module, **flags) if flags else module

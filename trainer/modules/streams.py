@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which streams of random numbers a Linen module asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import errors
+
+_MISSING = re.compile(r'needs PRNG for "([^"]+)"')
+
+
+class Streams:
+    """The streams of a module, learnt as it asks for them.
+
+    Attributes:
+        names: those known so far.
+    """
+
+    def __init__(self, known: set[str], never: frozenset[str] = frozenset()):
+        """Starts with `known` names; to ask for one of `never` is an error."""
+        self.names = set(known)
+        self._never = never
+
+    def run(
+        self, function: Callable[[dict[str, jax.Array]], Any], key: Callable[[str], jax.Array]
+    ) -> Any:
+        """Returns `function(keys)` with a key for each stream that it asks for.
+
+        Args:
+            function: applies a module with these keys. It is pure, so it can start again when a
+                stream turns up that is not known yet.
+            key: makes the key of a stream.
+
+        Raises:
+            flax.errors.InvalidRngError: for a stream that must not be asked for.
+        """
+        while True:
+            try:
+                return function({name: key(name) for name in sorted(self.names)})
+            except errors.InvalidRngError as error:
+                match = _MISSING.search(str(error))
+                if match is None or match[1] in self.names | self._never:
+                    raise
+                self.names.add(match[1])
