@@ -27,6 +27,7 @@ from trainer.observe.progress import Nowhere, duration
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
 from trainer.parallel.processes import Cluster
+from trainer.parallel.rendezvous import PeerError
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
 from trainer.step.state import TrainState
@@ -66,7 +67,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     _enable_compile_cache()
     try:
         processes.join(command.cluster)
-    except processes.PeerError as error:
+    except PeerError as error:
         print(f'Error: {error}', file=sys.stderr)
         return error.exit_code
     if not jax.distributed.is_initialized():

@@ -16,6 +16,7 @@ PROGRAM = """
 import sys
 from trainer.config.errors import UserError
 from trainer.parallel import processes
+from trainer.parallel.rendezvous import PeerError
 
 coordinator, count, number, timeout, item = sys.argv[1:]
 try:
@@ -24,7 +25,7 @@ try:
         timeout_secs=int(timeout)))
     processes.check_agreement({'config': 'same', 'data': item})
     print('sum', processes.sum_over_processes(2**63 + 2**32 + int(number)))
-except (UserError, processes.PeerError) as error:
+except (UserError, PeerError) as error:
     print(type(error).__name__, error)
     sys.exit(error.exit_code)
 """

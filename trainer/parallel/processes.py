@@ -12,9 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import socket
 import sys
-import time
 import traceback
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,15 +22,8 @@ import jax
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.parallel.rendezvous import EXIT_PEER_FAILED, meet
 from trainer.parallel.watch import PeerWatch
-
-EXIT_PEER_FAILED = 75
-
-
-class PeerError(Exception):
-    """Another process is missing, or not one of this run."""
-
-    exit_code = EXIT_PEER_FAILED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +55,22 @@ def detected(environment: Mapping[str, str] | None = None) -> bool:
         return int(env['OMPI_COMM_WORLD_SIZE']) > 1
     if 'JAX_COORDINATOR_ADDRESS' in env:
         return True
-    hosts = env.get('TPU_WORKER_HOSTNAMES', '')
-    return ',' in hosts or int(env.get('MEGASCALE_NUM_SLICES', 1)) > 1
+    hosts = env.get('TPU_PROCESS_ADDRESSES') or env.get('TPU_WORKER_HOSTNAMES', '')
+    if ',' in hosts or int(env.get('MEGASCALE_NUM_SLICES', 1)) > 1:
+        return True
+    return environment is None and _hosts_of_tpu_vm() > 1
+
+
+def _hosts_of_tpu_vm() -> int:
+    """Returns the number of hosts of the TPU that this machine is a part of; 1 on any other.
+
+    A Cloud TPU VM has no variable that says so; JAX asks its metadata server.
+    """
+    try:
+        from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
+    except ImportError:
+        return 1
+    return GceTpuCluster.get_process_count() if GceTpuCluster.is_env_present() else 1
 
 
 def join(cluster: Cluster) -> None:
@@ -103,7 +108,7 @@ def join(cluster: Cluster) -> None:
             f'--process_id={cluster.process_id}: expected 0 to {cluster.num_processes - 1}'
         )
     # JAX ends the process from C++, without a word on who is missing; so we meet first ourselves.
-    _meet(cluster)
+    meet(cluster.coordinator, cluster.num_processes, cluster.process_id, cluster.timeout_secs)
     jax.distributed.initialize(
         cluster.coordinator, cluster.num_processes, cluster.process_id, **timeouts
     )
@@ -177,114 +182,3 @@ def ending_together(cluster: Cluster) -> Iterator[None]:
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(code)
-
-
-def _meet(cluster: Cluster) -> None:
-    """Waits until every process has said hello to process 0 on the coordinator's port."""
-    assert cluster.coordinator is not None
-    host, _, port = cluster.coordinator.rpartition(':')
-    if not host or not port.isdigit():
-        raise UserError(f"--coordinator={cluster.coordinator!r}: expected 'host:port'")
-    deadline = time.monotonic() + cluster.timeout_secs
-    if cluster.process_id == 0:
-        _receive_all(cluster, int(port), deadline)
-    else:
-        _say_hello(cluster, (host, int(port)), deadline)
-
-
-def _receive_all(cluster: Cluster, port: int, deadline: float) -> None:
-    """Process 0: collects a hello of each other process, then lets all of them go on."""
-    expected = set(range(1, cluster.num_processes or 1))
-    peers: dict[int, socket.socket] = {}
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listen(port))
-        while missing := expected - set(peers):
-            server.settimeout(max(0.0, deadline - time.monotonic()))
-            try:
-                connection = stack.enter_context(server.accept()[0])
-                hello = _read_line(connection, deadline)
-            except (TimeoutError, BlockingIOError):
-                names = ', '.join(map(str, sorted(missing)))
-                raise PeerError(
-                    f'process {names} of {cluster.num_processes} did not come within '
-                    f'{cluster.timeout_secs} s (--init_timeout). Has it been started, and can it '
-                    f'reach {cluster.coordinator}?'
-                ) from None
-            problem = _check_hello(hello, cluster, peers)
-            if problem:
-                for peer in (connection, *peers.values()):
-                    peer.sendall(f'{problem}\n'.encode())
-                raise PeerError(problem)
-            if hello is not None:
-                peers[hello['process_id']] = connection
-        for peer in peers.values():
-            peer.sendall(b'go\n')
-
-
-def _check_hello(hello: Any, cluster: Cluster, peers: Mapping[int, Any]) -> str | None:
-    if hello is None:
-        return None  # A port scanner, or a process that died: not one of ours yet.
-    number, count = hello['process_id'], hello['num_processes']
-    if count != cluster.num_processes:
-        return (
-            f'process {number} was started with --num_processes={count}, process 0 with '
-            f'{cluster.num_processes}'
-        )
-    if number in peers or number == 0:
-        return f'two processes were started with --process_id={number}'
-    return None
-
-
-def _say_hello(cluster: Cluster, address: tuple[str, int], deadline: float) -> None:
-    hello = {'process_id': cluster.process_id, 'num_processes': cluster.num_processes}
-    while True:
-        with contextlib.suppress(OSError), socket.create_connection(address, timeout=2) as peer:
-            peer.sendall(f'{json.dumps(hello)}\n'.encode())
-            answer = _read_text(peer, deadline)
-            if answer == 'go':
-                return
-            if answer:
-                raise PeerError(answer)
-        if time.monotonic() > deadline:
-            raise PeerError(
-                f'process {cluster.process_id} did not reach process 0 at {cluster.coordinator} '
-                f'within {cluster.timeout_secs} s (--init_timeout). Is process 0 running, and is '
-                'the port open?'
-            )
-        time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _listen(port: int) -> Iterator[socket.socket]:
-    try:
-        server = socket.create_server(('', port), reuse_port=False)
-    except OSError as error:
-        raise UserError(
-            f'process 0 cannot listen on port {port} ({error.strerror}); choose a free port for '
-            '--coordinator'
-        ) from error
-    with server:
-        yield server
-
-
-def _read_line(peer: socket.socket, deadline: float) -> Any:
-    """Returns the JSON object of a hello, or None if there was no such thing."""
-    text = _read_text(peer, min(deadline, time.monotonic() + 5))
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        hello = json.loads(text)
-        return {name: int(hello[name]) for name in ('process_id', 'num_processes')}
-    return None
-
-
-def _read_text(peer: socket.socket, deadline: float) -> str:
-    data = b''
-    while not data.endswith(b'\n'):
-        peer.settimeout(max(0.01, deadline - time.monotonic()))
-        try:
-            received = peer.recv(4096)
-        except (TimeoutError, ConnectionError):
-            break
-        if not received:
-            break
-        data += received
-    return data.decode(errors='replace').strip()

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that are told of each other meet before JAX connects them, to say who is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainer.config.errors import UserError
+
+EXIT_PEER_FAILED = 75
+
+
+class PeerError(Exception):
+    """Another process is missing, or not one of this run."""
+
+    exit_code = EXIT_PEER_FAILED
+
+
+@dataclasses.dataclass(frozen=True)
+class _Meeting:
+    coordinator: str
+    num_processes: int
+    process_id: int
+    timeout_secs: int
+
+
+def meet(coordinator: str, num_processes: int, process_id: int, timeout_secs: int) -> None:
+    """Waits until every process has said hello to process 0 on the coordinator's port.
+
+    Args:
+        coordinator: 'host:port' of process 0.
+        num_processes: how many there are.
+        process_id: which one this is.
+        timeout_secs: how long to wait.
+
+    Raises:
+        UserError: if the address is none, or its port is taken.
+        PeerError: if another process does not come, or is not one of this run.
+    """
+    host, _, port = coordinator.rpartition(':')
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator={coordinator!r}: expected 'host:port'")
+    meeting = _Meeting(coordinator, num_processes, process_id, timeout_secs)
+    deadline = time.monotonic() + timeout_secs
+    if process_id == 0:
+        _receive_all(meeting, int(port), deadline)
+    else:
+        _say_hello(meeting, (host, int(port)), deadline)
+
+
+def _receive_all(meeting: _Meeting, port: int, deadline: float) -> None:
+    """Process 0: collects a hello of each other process, then lets all of them go on."""
+    expected = set(range(1, meeting.num_processes))
+    peers: dict[int, socket.socket] = {}
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(_listen(port))
+        while missing := expected - set(peers):
+            server.settimeout(max(0.0, deadline - time.monotonic()))
+            try:
+                connection = stack.enter_context(server.accept()[0])
+                hello = _read_line(connection, deadline)
+            except (TimeoutError, BlockingIOError):
+                names = ', '.join(map(str, sorted(missing)))
+                raise PeerError(
+                    f'process {names} of {meeting.num_processes} did not come within '
+                    f'{meeting.timeout_secs} s (--init_timeout). Has it been started, and can it '
+                    f'reach {meeting.coordinator}?'
+                ) from None
+            problem = _check_hello(hello, meeting, peers)
+            if problem:
+                for peer in (connection, *peers.values()):
+                    peer.sendall(f'{problem}\n'.encode())
+                raise PeerError(problem)
+            if hello is not None:
+                peers[hello['process_id']] = connection
+        for peer in peers.values():
+            peer.sendall(b'go\n')
+
+
+def _check_hello(hello: Any, meeting: _Meeting, peers: Mapping[int, Any]) -> str | None:
+    if hello is None:
+        return None  # A port scanner, or a process that died: not one of ours yet.
+    number, count = hello['process_id'], hello['num_processes']
+    if count != meeting.num_processes:
+        return (
+            f'process {number} was started with --num_processes={count}, process 0 with '
+            f'{meeting.num_processes}'
+        )
+    if number in peers or number == 0:
+        return f'two processes were started with --process_id={number}'
+    return None
+
+
+def _say_hello(meeting: _Meeting, address: tuple[str, int], deadline: float) -> None:
+    hello = {'process_id': meeting.process_id, 'num_processes': meeting.num_processes}
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=2) as peer:
+            peer.sendall(f'{json.dumps(hello)}\n'.encode())
+            answer = _read_text(peer, deadline)
+            if answer == 'go':
+                return
+            if answer:
+                raise PeerError(answer)
+        if time.monotonic() > deadline:
+            raise PeerError(
+                f'process {meeting.process_id} did not reach process 0 at {meeting.coordinator} '
+                f'within {meeting.timeout_secs} s (--init_timeout). Is process 0 running, and is '
+                'the port open?'
+            )
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def _listen(port: int) -> Iterator[socket.socket]:
+    try:
+        server = socket.create_server(('', port), reuse_port=False)
+    except OSError as error:
+        raise UserError(
+            f'process 0 cannot listen on port {port} ({error.strerror}); choose a free port for '
+            '--coordinator'
+        ) from error
+    with server:
+        yield server
+
+
+def _read_line(peer: socket.socket, deadline: float) -> Any:
+    """Returns the JSON object of a hello, or None if there was no such thing."""
+    text = _read_text(peer, min(deadline, time.monotonic() + 5))
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        hello = json.loads(text)
+        return {name: int(hello[name]) for name in ('process_id', 'num_processes')}
+    return None
+
+
+def _read_text(peer: socket.socket, deadline: float) -> str:
+    data = b''
+    while not data.endswith(b'\n'):
+        peer.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            received = peer.recv(4096)
+        except (TimeoutError, ConnectionError):
+            break
+        if not received:
+            break
+        data += received
+    return data.decode(errors='replace').strip()
