@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run tells its user: metric rows, the progress line, and where the time went.
 
-Metrics accumulate on the devices. A row is fetched only after a later step was dispatched, so that
-the devices never wait for the host to read a number.
+Metrics accumulate on the devices. A row is fetched when it is there, while later steps are queued,
+so that the devices never wait for the host to read a number and to write it down.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Reporter:
         self.progress = Progress(total_steps, stream or sys.stdout)
         self._writer = Writers(())
         self._batch_size = batch_size
-        self._pending: tuple[int, Any, float] | None = None
+        self._pending: _Pending | None = None
         self._evaluated: set[tuple[str, int]] = set()
         self._mark = (0, 0.0)
         self._waited = (0, 0.0)
@@ -101,32 +101,31 @@ class Reporter:
         writer.close()
 
     def stepped(self, step: int) -> None:
-        """Is told of each dispatched step: writes the row that waits, refreshes the line."""
-        if self._pending is not None:
+        """Is told of each dispatched step: writes the row that waits, once its step is done."""
+        if self._pending is not None and self._pending.is_ready():
             self.flush()
         self.progress.tick(step)
 
     def log(self, step: int, metrics: Any) -> None:
-        """Takes the accumulators of a log event; `flush` or the next `stepped` writes their row."""
+        """Takes the accumulators of a log event; `flush` or a later `stepped` writes their row."""
         self.flush()
         (before, waited), secs = self._waited, self.time.get('data wait')
         self._waited = (step, secs)
-        self._pending = (step, metrics, (secs - waited) / (step - before))
+        self._pending = _Pending(step, metrics, (secs - waited) / (step - before))
 
     def flush(self) -> None:
         """Writes the row that waits, if one does; blocks until its step is done."""
         if self._pending is None:
             return
-        step, metrics, data_wait_secs = self._pending
-        self._pending = None
-        row = flat_row(metrics)
+        pending, self._pending = self._pending, None
+        step, row = pending.step, flat_row(pending.metrics)
         # Read now, when the step is known to be done, and not when it was dispatched.
         (began_step, began), self._mark = self._mark, (step, self._busy())
         steps, secs = step - began_step, self._mark[1] - began
         rate = steps / secs if secs > 0 else math.nan
         row['train/steps_per_sec'] = rate
         row['train/examples_per_sec'] = rate * self._batch_size
-        row['train/data_wait_secs'] = data_wait_secs
+        row['train/data_wait_secs'] = pending.data_wait_secs
         self._add(step, row)
         self.progress.update(step, row)
 
@@ -154,6 +153,20 @@ class Reporter:
     def _busy(self) -> float:
         """Seconds of the loop so far, without its evaluations and saves."""
         return time.perf_counter() - self.time.get('eval') - self.time.get('save')
+
+
+class _Pending:
+    """A row whose step may not be done yet."""
+
+    def __init__(self, step: int, metrics: Any, data_wait_secs: float):
+        self.step = step
+        self.metrics = metrics
+        self.data_wait_secs = data_wait_secs
+        # One call of a program makes them all.
+        self._one = next((x for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array)), None)
+
+    def is_ready(self) -> bool:
+        return self._one is None or self._one.is_ready()
 
 
 def flat_row(metrics: Any) -> dict[str, float]:
