@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,16 @@ def evaluation(
         batch_size=positive(batch_size, f'{path}.data.batch_size'),
         loader=loader,
     )
+
+
+def fingerprint(loader: Any) -> dict[str, Any]:
+    """Returns what tells two sets of data apart: their size, and the first example."""
+    block = loader.block(0, 1, rows=slice(0, 1))
+    first = {
+        name: f'{x.dtype} {x.shape[2:]} {zlib.crc32(x.tobytes()):08x}'
+        for name, x in block.arrays.items()
+    }
+    return {'examples': loader.examples, 'first example': first}
 
 
 def device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:

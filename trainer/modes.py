@@ -6,14 +6,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import secrets
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from trainer import startup
 from trainer.checkpoint import manager as checkpoint
@@ -72,7 +74,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         return error.exit_code
     if not jax.distributed.is_initialized():
         return _run(loaded, command, stop)
-    stop.shared = True
+    stop.share()
     logfile.keep_stdout_for_python()
     with processes.ending_together(command.cluster):
         if processes.is_primary():
@@ -94,6 +96,9 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         allow_config_change=command.allow_config_change,
         overrides=command.overrides,
     )
+    processes.check_agreement({'mode': command.mode, 'step': command.step})
+    if command.mode != 'train':  # Which does so itself.
+        trainer.check_agreement()
     try:
         return _MODES[command.mode](trainer, command, stop)
     except CheckpointError as error:
@@ -179,13 +184,32 @@ def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     for name, evaluator in dry.evaluators.items():
         evaluator.run(state, max_batches=1)
         print(f'eval {name}: one batch is fine')
-    with tempfile.TemporaryDirectory() as directory:
+    with _rehearsal(command.workdir) as directory:
         checkpoints = Checkpoints(directory, trainer.experiment.retention)
         checkpoints.save(1, state, {})
         checkpoints.close()
     print(f'a save is fine: {human_bytes(nbytes(state))}')
     print('Everything works; nothing was kept.')
     return 0
+
+
+@contextlib.contextmanager
+def _rehearsal(workdir: str) -> Iterator[epath.Path]:
+    """Yields a directory for a save that is not kept; of several processes, one that all can see.
+
+    Each may have a `/tmp` of its own, so theirs is beside the work directory.
+    """
+    if jax.process_count() == 1:
+        with tempfile.TemporaryDirectory() as directory:
+            yield epath.Path(directory)
+        return
+    number = secrets.randbits(32) if processes.is_primary() else 0
+    directory = f'{workdir}.dry_run_{processes.sum_over_processes(number):x}'
+    try:
+        yield epath.Path(directory)
+    finally:
+        if processes.is_primary():
+            epath.Path(directory).rmtree(missing_ok=True)
 
 
 def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:

@@ -15,12 +15,14 @@ from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
 from trainer.events import Events
 from trainer.experiment import Experiment
+from trainer.inputs import fingerprint
+from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.prefetch import Prefetcher
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import TrainStep
-from trainer.workdir import Workdir
+from trainer.workdir import Workdir, versions
 
 
 class Parts:
@@ -89,6 +91,27 @@ class Parts:
         if self.workdir is None:
             return None
         return Checkpoints(self.workdir.checkpoints, self.experiment.retention)
+
+    def check_agreement(self) -> None:
+        """Makes sure that the processes of a run do the same; all of them must call it.
+
+        Raises:
+            UserError: in every process, naming what differs: config, versions, data or checkpoints.
+        """
+        if jax.process_count() == 1:
+            return
+        splits = {name: fingerprint(e.loader) for name, e in self.evaluators.items()}
+        workdir, checkpoints = self.workdir, self.checkpoints
+        processes.check_agreement(
+            {
+                'config': self.experiment.config,
+                'versions': versions(),
+                'data': fingerprint(self.experiment.data),
+                'data of evals': splits,
+                'workdir': None if workdir is None else str(workdir.path),
+                'newest checkpoint': None if checkpoints is None else checkpoints.latest(),
+            }
+        )
 
     def compile(self) -> list[Program]:
         """Starts compiling what training calls; checks the evaluations while that goes on.

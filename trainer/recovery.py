@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Mapping
 from typing import Any
-
-import jax
 
 from trainer.config import diff
 from trainer.config.errors import UserError
@@ -59,17 +56,8 @@ class Recovery:
                 behind the end of this run; or what the processes of the run do not agree on.
         """
         workdir, experiment = self._parts.workdir, self._parts.experiment
+        self._parts.check_agreement()
         latest = self._latest()
-        if jax.process_count() > 1:
-            processes.check_agreement(
-                {
-                    'config': experiment.config,
-                    'versions': versions(),
-                    'data': _fingerprint(experiment.data),
-                    'workdir': None if workdir is None else str(workdir.path),
-                    'newest checkpoint': latest,
-                }
-            )
         if workdir is None or latest is None:
             return
         if not self._allow_config_change:
@@ -184,11 +172,3 @@ class Recovery:
     def _measured(self, step: int) -> dict[str, Any]:
         names = [n for n in self._parts.experiment.evals if self._report.has_eval(n, step)]
         return {'evaluated': names, 'metrics': dict(self._report.latest)}
-
-
-def _fingerprint(loader: Any) -> dict[str, Any]:
-    """Returns what tells two sets of data apart: size, shapes, and the first example."""
-    block = loader.block(0, 1, rows=slice(0, 1))
-    first = {name: zlib.crc32(x.tobytes()) for name, x in sorted(block.arrays.items())}
-    spec = {name: str(s) for name, s in loader.spec.items()}
-    return {'examples': loader.examples, 'spec': spec, 'first example': first}

@@ -155,7 +155,7 @@ class Trainer(Parts):
         self._recovery.count(batches, step)
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.total_steps:
-            # Its row is fetched when the next step has been dispatched: see Reporter.
+            # Its row is fetched when it is there: see Reporter.
             self.report.log(step, state.metrics)
             self._recovery.check_saves()
             if log_due:  # Or else a longer run goes on counting where this one left off.

@@ -36,9 +36,8 @@ def test_origins() -> None:
     text = show.resolved(loading.plain(loaded.config), applied).splitlines()
     assert 'optimizer.momentum = 0.5  # --config.optimizer={"momentum": 0.5}' in text
     assert 'optimizer.learning_rate = 0.01' in text
-    assert (
-        'data.device_transforms[0].scale = 2  # --config.data.device_transforms[0].scale=2' in text
-    )
+    scale = 'data.device_transforms[0].scale'
+    assert f'{scale} = 2.0  # --config.{scale}=2' in text
     assert 'ema.decay = 0.9  # --config.ema.decay=0.9' in text
     assert "data.remainder = 'carry'  # default" in text
 

@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import time
-from collections.abc import Iterator
 
 import pytest
 
 from tests import command
+from tests.parallel.group import finish, killed_at_last, start, train
 
 SHORT = (
     '--config.train_for=60steps',
@@ -25,49 +22,6 @@ SHORT = (
     '--config.model.dropout_rate=0.1',
     '--config.model.batch_norm=true',
 )
-
-
-def start(
-    count: int,
-    workdir: pathlib.Path,
-    *args: str,
-    devices: int = 1,
-    only: dict[int, str] | None = None,
-) -> list[subprocess.Popen[str]]:
-    """Starts a run of so many processes; `only` has an argument for one of them."""
-    with socket.create_server(('127.0.0.1', 0)) as server:
-        port = server.getsockname()[1]
-    common = (command.MLP, *command.SMALL, f'--workdir={workdir}', *args)
-    if count == 1:
-        return [command.start(*common, devices=devices)]
-    flags = (f'--coordinator=127.0.0.1:{port}', f'--num_processes={count}', '--init_timeout=60')
-    extra = {i: [text] for i, text in (only or {}).items()}
-    return [
-        command.start(*common, *flags, f'--process_id={i}', *extra.get(i, []), devices=devices)
-        for i in range(count)
-    ]
-
-
-def finish(running: list[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
-    """Returns the exit codes, outputs and errors, by process."""
-    ended = [process.communicate(timeout=240) for process in running]
-    return [p.returncode for p in running], [out for out, _ in ended], [err for _, err in ended]
-
-
-def train(count: int, workdir: pathlib.Path, *args: str, devices: int = 1) -> list[str]:
-    """Runs to the end, which must be a good one; returns the outputs by process."""
-    codes, outputs, errors = finish(start(count, workdir, *args, devices=devices))
-    assert codes == [0] * count, errors
-    return outputs
-
-
-@contextlib.contextmanager
-def killed_at_last(running: list[subprocess.Popen[str]]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for process in running:
-            process.kill()
 
 
 @pytest.fixture(scope='module')
@@ -221,17 +175,6 @@ def test_uneven_evaluations_are_exact(
     assert [loss for loss, _, _ in found] == pytest.approx([found[0][0]] * 3, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_a_disagreement_is_refused_before_anything_is_written(tmp_path: pathlib.Path) -> None:
-    other = {1: '--config.optimizer.momentum=0.8'}
-    running = start(2, tmp_path / 'run', *SHORT, only=other)
-    codes, outputs, errors = finish(running)
-    assert codes == [2, 2], errors
-    assert all('process 1: config\n' in error for error in errors)
-    assert outputs == ['', '']
-    assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
-
-
 def test_the_state_of_each_process_is_in_one_checkpoint(
     two_by_two: tuple[pathlib.Path, list[str]],
 ) -> None:
@@ -243,3 +186,27 @@ def test_the_state_of_each_process_is_in_one_checkpoint(
     assert finished.code == 0, finished.err
     accuracy = json.loads((workdir / 'result.json').read_text())['metrics']['eval/test/accuracy']
     assert f'accuracy {accuracy:.6g}' in finished.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('mesh', 'rule'),
+    [
+        ('{"data": 1, "fsdp": 4}', '{"target": "trainer.parallel.sharding:FSDP", "min_bytes": 0}'),
+        # All processes need all rows of a batch, and each row counts once in the digest.
+        ('{"data": 1, "model": 4}', """{"target": "trainer.parallel.sharding:ByPath",
+            "rules": [["Dense_0/kernel", [null, "model"]], ["Dense_1/kernel", ["model"]]]}"""),
+    ],
+    ids=['fsdp', 'model'],
+)  # fmt: skip
+def test_a_state_that_is_cut_over_processes(mesh: str, rule: str, tmp_path: pathlib.Path) -> None:
+    """Each process saves its part; one process goes on with all of it, and the losses agree."""
+    cut = (f'--config.mesh={mesh}', f'--config.sharding=[{rule}]', '--config.steps_per_call=5')
+    whole, parts = tmp_path / 'whole', tmp_path / 'parts'
+    train(1, whole, *SHORT, *cut, devices=4)
+    outputs = train(2, parts, *SHORT, *cut, '--config.train_for=30steps', devices=2)
+    assert 'on a device' in outputs[0]
+    train(1, parts, *SHORT, *cut, devices=4)
+    assert command.result(parts)['data_digest'] == command.result(whole)['data_digest']
+    last = command.rows(parts)[-1], command.rows(whole)[-1]
+    assert last[0] == pytest.approx(last[1], rel=1e-4)

@@ -48,10 +48,12 @@ class Duration:
                 f'{path or "a duration"}: {text!r} is not a duration; write a number and a unit, '
                 "such as '10 epochs', '2000 steps', '60000 examples', '5%' or 'never'"
             )
-        value = Fraction(match[1])
-        if value <= 0:
-            raise UserError(f"{path or 'a duration'}: {text!r} must be positive, or 'never'")
-        return cls(value, _UNITS[match[2]])
+        # As a float first: the digits of '1e999999999' fill the memory.
+        if not 0 < float(match[1]) < math.inf:
+            raise UserError(
+                f"{path or 'a duration'}: {text!r} must be positive and finite, or 'never'"
+            )
+        return cls(Fraction(match[1]), _UNITS[match[2]])
 
     def __str__(self) -> str:
         if self.unit == 'never':

@@ -61,9 +61,13 @@ def load(spec: str) -> LoadedConfig:
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
             f'{type(config).__name__}'
         )
-    check_vars(config)
-    _check_values(plain(config), 'config')
-    return LoadedConfig(config=_unshared(config), name=path.stem, arg=arg, path=path)
+    try:
+        check_vars(config)
+        _check_values(plain(config), 'config')
+        config = _unshared(config)
+    except RecursionError as error:
+        raise UserError(f'{path}: a dict of the config contains itself') from error
+    return LoadedConfig(config=config, name=path.stem, arg=arg, path=path)
 
 
 def plain(node: Any) -> Any:
@@ -90,6 +94,8 @@ def _find(text: str) -> pathlib.Path:
     for candidate in (path, *(pathlib.Path(root) / path for root in bundled.__path__)):
         if candidate.is_file():
             return candidate
+        if candidate.is_dir():
+            raise UserError(f'--config: {text!r} is a directory; name a file in it')
     folders = [path.parent, *(pathlib.Path(root) / path.parent for root in bundled.__path__)]
     files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
     near = suggest.nearest(path.name, files)
@@ -169,6 +175,8 @@ def check_vars(config: ml_collections.ConfigDict) -> None:
     """
     if 'vars' not in config:
         return
+    if not isinstance(config.vars, ml_collections.ConfigDict):
+        raise UserError(f'config.vars: expected a dict, got {config.vars!r}')
     used: set[int] = set()
     for key, value in config.items(preserve_field_references=True):
         if key != 'vars':

@@ -19,6 +19,20 @@ _FIRST_KEYS: dict[tuple[str | int, ...], str] = {
     ('evals',): 'data',
     ('optimizer', 'groups'): 'params',
 }
+# Annotations that say what a text of the command line means: `int`, `float | None`,
+# `Sequence[int]`, `tuple[str, ...]`. All others leave it to the target.
+_PLAIN_TYPES: dict[str, Any] = {
+    'int': int,
+    'float': float,
+    'str': str,
+    'bool': bool,
+    'Sequence[int]': tuple[int, ...],
+    'Sequence[float]': tuple[float, ...],
+    'Sequence[str]': tuple[str, ...],
+    'tuple[int, ...]': tuple[int, ...],
+    'tuple[float, ...]': tuple[float, ...],
+    'tuple[str, ...]': tuple[str, ...],
+}
 
 
 def value_at(config: Any, keys: paths.Keys) -> Any:
@@ -33,8 +47,9 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
     for depth, key in enumerate(keys):
         if isinstance(node, (tuple, list)) and isinstance(key, int):
             if not -len(node) <= key < len(node):
+                there = 'is 1 element' if len(node) == 1 else f'are {len(node)} elements'
                 raise UserError(
-                    f'config.{paths.join(keys[: depth + 1])}: there are {len(node)} elements'
+                    f'config.{paths.join(keys[: depth + 1])}: there {there}; the first is [0]'
                 )
             keys[depth] = key % len(node)
             node = node[key]
@@ -47,30 +62,43 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
     return node
 
 
-def default_flag(config: Any, keys: paths.Keys) -> bool | None:
-    """Returns the signature's default of an argument that the file leaves out, if it is a bool."""
-    parameter = _parameter(config, keys)
-    default = None if parameter is None else parameter.default
-    return default if isinstance(default, bool) else None
+def argument_type(node: Any, key: str | int, path: str) -> Any:
+    """Returns the type that an object's signature gives an argument, None if it says none.
 
-
-def takes_none(config: Any, keys: paths.Keys) -> bool:
-    """Whether a path is an argument that may be None: by its default, or by its annotation."""
-    parameter = _parameter(config, keys)
+    Args:
+        node: the object's dict; anything else has no arguments.
+        key: the argument.
+        path: of the object, for messages.
+    """
+    parameter = _parameter(node, key, path)
     if parameter is None:
-        return False
-    annotation = parameter.annotation
-    text = annotation if isinstance(annotation, str) else str(annotation)
-    return parameter.default is None or bool(re.search(r'\b(None|NoneType|Optional|Any)\b', text))
-
-
-def _parameter(config: Any, keys: paths.Keys) -> inspect.Parameter | None:
-    """Returns the parameter of a target that a path sets; None for a fixed key, or no argument."""
-    parent = paths.get(config, keys[:-1]) if schema.type_at(keys) is None else None
-    if not isinstance(parent, Mapping | ml_collections.ConfigDict) or 'target' not in parent:
         return None
-    known, _ = targets.arguments(targets.resolve(parent['target'], f'config.{paths.join(keys)}'))
-    return known.get(str(keys[-1]))
+    text = _annotation(parameter).removesuffix(' | None').rpartition('collections.abc.')[2]
+    kind = _PLAIN_TYPES.get(text, bool if isinstance(parameter.default, bool) else None)
+    return kind | None if kind is not None and _may_be_none(parameter) else kind
+
+
+def takes_none(node: Any, key: str | int, path: str) -> bool:
+    """Whether an argument of an object may be None: by its default, or by its annotation."""
+    parameter = _parameter(node, key, path)
+    return parameter is not None and _may_be_none(parameter)
+
+
+def _may_be_none(parameter: inspect.Parameter) -> bool:
+    said = re.search(r'\b(None|NoneType|Optional|Any)\b', _annotation(parameter))
+    return parameter.default is None or said is not None
+
+
+def _annotation(parameter: inspect.Parameter) -> str:
+    given = parameter.annotation
+    return given if isinstance(given, str) else inspect.formatannotation(given)
+
+
+def _parameter(node: Any, key: str | int, path: str) -> inspect.Parameter | None:
+    if not isinstance(node, Mapping | ml_collections.ConfigDict) or 'target' not in node:
+        return None
+    known, _ = targets.arguments(targets.resolve(node['target'], f'{path}.target'))
+    return known.get(str(key))
 
 
 def placeholder_type(config: Any, keys: paths.Keys) -> type | None:

@@ -10,6 +10,7 @@ from typing import Any
 import ml_collections
 
 from trainer.config import lookup, paths, schema, targets, values
+from trainer.config.durations import is_duration
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
 
@@ -57,8 +58,9 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
             continue
         if not equals:
             value = next(words, '--')
-            if value.startswith('--'):
-                raise UserError(f'{word} needs a value: {word}=...')
+        if (not equals and value.startswith('--')) or (name == '-config' and not value):
+            flag = word.partition('=')[0]
+            raise UserError(f'{flag} needs a value: {flag}=...')
         if name == '-config':
             if spec not in (None, value):
                 raise UserError(f'--config is given twice: {spec} and {value}')
@@ -84,10 +86,14 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
     keys = paths.parse(path)
     filled = _fill(config, keys)
     old = lookup.value_at(config, keys)
-    like = lookup.default_flag(config, keys) if old is None else old
     hint = schema.type_at(keys) or lookup.placeholder_type(config, keys)
-    if values.literal(text) is None and like is not None and lookup.takes_none(config, keys):
-        like = None
+    like = old
+    if hint is None:
+        node, place = paths.get(config, keys[:-1]), f'config.{paths.join(keys[:-1])}'
+        if old is None:
+            hint = _argument_type(node, keys[-1], text, place)
+        elif values.literal(text) is None and lookup.takes_none(node, keys[-1], place):
+            like = None
     new = values.parse(text, like, hint, f'config.{path}')
     notes: list[str] = []
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
@@ -135,11 +141,16 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any], path: str, notes: lis
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             kept[key] = _merge(before, value, f'{path}.{key}', notes)
             continue
-        inner = schema.type_at(paths.parse(f'{path}.{key}'.removeprefix('config.')))
+        text = values.written(value)
         # A merged key is held to the same types as one set by its own path.
-        kept[key] = values.parse(_text(value), before, inner, f'{path}.{key}')
+        inner = schema.type_at(paths.parse(f'{path}.{key}'.removeprefix('config.')))
+        if inner is None and before is None:
+            inner = _argument_type({**kept, **new}, key, text, path)
+        kept[key] = values.convert(value, text, before, inner, f'{path}.{key}')
     return kept
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else repr(value)
+def _argument_type(node: Any, key: str | int, text: str, path: str) -> Any:
+    """Returns the type of an argument that the file leaves out, None if any value may be right."""
+    steps = path.startswith('config.optimizer') and is_duration(text)
+    return None if steps else lookup.argument_type(node, key, path)

@@ -55,7 +55,7 @@ def type_at(keys: Keys) -> Any:
     """Returns the type of a path like ('checkpoint', 'every'), or None if it is not a fixed key."""
     hint: Any = Sections
     for key in keys:
-        hint = _without_none(hint)
+        hint = without_none(hint)
         if _is_section(hint):
             hint = fields(hint).get(str(key))
         elif typing.get_origin(hint) is dict and hint != Node:
@@ -69,7 +69,7 @@ def type_at(keys: Keys) -> Any:
 
 def section_at(keys: Keys) -> type | None:
     """Returns the section's class of a path, or None if it is not a section."""
-    hint = Sections if not keys else _without_none(type_at(keys))
+    hint = Sections if not keys else without_none(type_at(keys))
     return hint if _is_section(hint) else None
 
 
@@ -190,6 +190,8 @@ def check(value: Any, hint: Any, path: str, whole: Mapping[str, Any]) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     is_bool = isinstance(value, bool)
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise UserError(f'{path}: {value} does not fit 64 bits')
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == is_bool:
         return value
     raise UserError(f'{path}: expected {describe(hint)}, got {value!r}')
@@ -218,12 +220,16 @@ def _check_union(value: Any, args: Sequence[Any], path: str, whole: Mapping[str,
     if value is None and types.NoneType in args:
         return None
     options = [a for a in args if a is not types.NoneType]
-    for option in options[:-1]:
+    for option in options:
         try:
             return check(value, option, path, whole)
         except UserError:
-            continue
-    return check(value, options[-1], path, whole)
+            inside = isinstance(value, (Mapping, tuple, list)) and option is options[-1]
+            # What is wrong within a container says more than that none of the types fits.
+            if inside or len(options) == 1:
+                raise
+    expected = ' or '.join(describe(option) for option in options)
+    raise UserError(f'{path}: expected {expected}, got {value!r}')
 
 
 def _check_node(value: Any, path: str) -> Node:
@@ -249,7 +255,8 @@ def _is_section(hint: Any) -> bool:
     return isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint is not Duration
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
+    """Returns the type without the None that it allows: float for `float | None`."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         options = [a for a in typing.get_args(hint) if a is not types.NoneType]
         return options[0] if len(options) == 1 else hint

@@ -30,10 +30,13 @@ FRAMEWORK_SUPPLIED = frozenset(
 # Keys of an object's dict that are not arguments.
 RESERVED = frozenset({'target', 'args', 'accepts_any'})
 
+# How a target says that an argument is wrong; anything else is a failure of the program.
+_REFUSALS = (TypeError, ValueError, LookupError, AssertionError, ImportError, FileNotFoundError)
+
 # Where the code lies that is not the user's, for the line of an error.
 _LIBRARIES = (
     *(sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
-    os.path.dirname(__file__),
+    os.path.dirname(os.path.dirname(__file__)),
 )
 
 
@@ -124,11 +127,19 @@ def instantiate(node: Any, path: str) -> Any:
         return target(*args, **kwargs)
     except UserError:
         raise
-    except (TypeError, ValueError) as error:
-        notes = ''.join(f'\n{note}' for note in getattr(error, '__notes__', ()))
+    except _REFUSALS as error:
         raise UserError(
-            f'{path}: {node["target"]} refused its arguments: {error}{notes}'
+            f'{path}: {node["target"]} refused its arguments: {_said(error)}'
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """What a target says of its arguments, and where, if it did not mean to."""
+    if isinstance(error, ValueError):
+        said = str(error)
+    else:
+        said = f'{error}{_place(error)}' if isinstance(error, TypeError) else last_line(error)
+    return '\n'.join([said, *getattr(error, '__notes__', ())])
 
 
 def accepted(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:
@@ -223,12 +234,17 @@ def _failed_import(module_name: str, error: BaseException, path: str) -> str:
 
 def last_line(error: BaseException) -> str:
     """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
-    raised = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in raised if not _is_library(frame.filename)] or raised
-    text = traceback.format_exception_only(error)[-1].strip()
+    text = traceback.format_exception_only(error)[-1].strip().partition('\n')[0]
     if isinstance(error, SyntaxError):
         return f'{text} ({error.filename}, line {error.lineno})'
-    return f'{text} ({frames[-1].filename}, line {frames[-1].lineno})' if frames else text
+    return f'{text}{_place(error)}'
+
+
+def _place(error: BaseException) -> str:
+    """Returns ' (file.py, line 3)', the last of the user's lines that led to an error, or ''."""
+    raised = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in raised if not _is_library(frame.filename)]
+    return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
 
 
 def _is_library(filename: str) -> bool:

@@ -12,6 +12,11 @@ from trainer.config import schema
 from trainer.config.durations import Duration, is_duration
 from trainer.config.errors import UserError
 
+# The shell takes quotes away: --config.mesh={"data": 2} arrives as {data: 2}.
+_UNREADABLE = (
+    'The text is neither JSON nor a Python literal. Are quotes missing? In a shell a dict is '
+    "written as in '{\"a\": 1}', a tuple as in '(1, 2)'."
+)
 _BOOLS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}
 
 
@@ -20,35 +25,50 @@ def literal(text: str) -> Any:
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
     return text
 
 
 def parse(text: str, old: Any, hint: Any, path: str) -> Any:
-    """Returns the value of `text` for a key.
+    """Returns the value of a text of the command line for a key.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    value = literal(text)
+    try:
+        return convert(value, text, old, hint, path)
+    except UserError as error:
+        if isinstance(value, str) and text.startswith(('{', '[', '(')):
+            raise UserError(f'{error}\n{_UNREADABLE}') from error
+        raise
+
+
+def convert(value: Any, text: str, old: Any, hint: Any, path: str) -> Any:
+    """Returns a literal as a value of the type that a key has.
 
     Args:
-        text: what stands after '='.
+        value: the literal.
+        text: how it was written.
         old: the key's value now; None if it has none.
         hint: the key's type if it is a fixed key, else None.
         path: 'config.a.b', for messages.
 
     Raises:
-        UserError: if the text is no value of that type.
+        UserError: if it is no value of that type.
     """
-    value = literal(text)
     if hint is not None and not isinstance(value, Mapping):
         return _for_hint(text, value, hint, path)
     if old is None or old is schema.REQUIRED or isinstance(value, Mapping):
         return value
-    return like(text, value, old, path)
+    return _like(text, value, old, path)
 
 
 def _for_hint(text: str, value: Any, hint: Any, path: str) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and _wants_text(hint):
         value = text
-    if hint is bool:
+    if value is not None and schema.without_none(hint) is bool:
         return _bool(text, path)
     if isinstance(value, list):
         value = tuple(value)
@@ -60,12 +80,8 @@ def _wants_text(hint: Any) -> bool:
     return hint is str or hint is Duration
 
 
-def like(text: str, value: Any, old: Any, path: str) -> Any:
-    """Returns a literal as a value of the type of `old`.
-
-    Raises:
-        UserError: if it cannot be one.
-    """
+def _like(text: str, value: Any, old: Any, path: str) -> Any:
+    """Returns a literal as a value of the type of `old`."""
     if isinstance(old, bool):
         return _bool(text, path)
     if isinstance(old, Mapping):
@@ -119,11 +135,12 @@ def _sequence(text: str, value: Any, old: Any, path: str) -> Any:
     elements = [
         x
         if isinstance(p, Mapping) and isinstance(x, Mapping)
-        else like(_show(x), x, p, f'{path}[{i}]')
+        else _like(written(x), x, p, f'{path}[{i}]')
         for i, (x, p) in enumerate(zip(value, patterns, strict=True))
     ]
     return type(old)(elements)
 
 
-def _show(value: Any) -> str:
+def written(value: Any) -> str:
+    """Returns a literal as a text of the command line."""
     return value if isinstance(value, str) else repr(value)

@@ -106,6 +106,7 @@ class Evaluator:
 
     Attributes:
         name: the evaluation's name in the config.
+        loader: the batches of its split.
     """
 
     def __init__(
@@ -137,10 +138,10 @@ class Evaluator:
                 'leave this evaluation out'
             )
         self.name = name
+        self.loader = loader
         self._program: Program | None = None
         self._empty: Callable[[], Any] | None = None
         self._step = step
-        self._loader = loader
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
         self._use_ema = use_ema
@@ -167,7 +168,7 @@ class Evaluator:
         """
         shapes = None
         try:
-            shapes = abstract_batch(self._loader.spec)
+            shapes = abstract_batch(self.loader.spec)
             with self._tracing():
                 output = self._step.output_shapes(self._variables(state), shapes)
         except UserError as error:
@@ -253,9 +254,9 @@ class Evaluator:
         return jax.jit(self._step.predict, out_shardings=replicated(self._mesh))
 
     def _batches(self, most: int | None = None) -> Prefetcher:
-        batches = self._loader.num_batches
+        batches = self.loader.num_batches
         calls = itertools.repeat(1, batches if most is None else min(most, batches))
-        return Prefetcher.on_mesh(self._loader.block, calls, self._mesh, self._loader.rows)
+        return Prefetcher.on_mesh(self.loader.block, calls, self._mesh, self.loader.rows)
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
         params = state.ema if self._use_ema else state.params

@@ -166,7 +166,7 @@ class _Pending:
         self._one = next((x for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array)), None)
 
     def is_ready(self) -> bool:
-        return self._one is None or self._one.is_ready()
+        return self._one is None or self._one.is_ready()  # type: ignore[attr-defined]
 
 
 def flat_row(metrics: Any) -> dict[str, float]:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.parallel.rendezvous import EXIT_PEER_FAILED, meet
 from trainer.parallel.watch import PeerWatch
@@ -126,39 +127,37 @@ def check_agreement(items: Mapping[str, Any]) -> None:
         items: by name; what `json.dumps` makes of a value is compared.
 
     Raises:
-        UserError: in every process, naming the processes and the items that differ from process 0.
+        UserError: in every process, saying which processes differ from process 0, and in what.
     """
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
-
-    hashes = [
-        zlib.crc32(json.dumps(v, sort_keys=True, default=str).encode()) for v in items.values()
-    ]
-    gathered = np.asarray(multihost_utils.process_allgather(np.array(hashes, np.uint32)))
-    differing = [
-        f'process {process}: {", ".join(name for name, d in zip(items, row, strict=True) if d)}'
-        for process, row in enumerate(gathered != gathered[0])
-        if row.any()
-    ]
-    if differing:
-        mine = '\n'.join(f'  {name}: {value}' for name, value in items.items())
-        raise UserError(
-            'the processes of this run do not agree. Different from process 0 are\n  '
-            + '\n  '.join(differing)
-            + f'\nHere, in process {jax.process_index()}:\n{mine}'
-        )
+    text = json.dumps(items, sort_keys=True, default=str).encode()
+    hashes = _gather(np.array([zlib.crc32(text), len(text)], np.uint32))
+    if (hashes == hashes[0]).all():
+        return
+    padded = np.frombuffer(text.ljust(hashes[:, 1].max()), np.uint8)
+    first, *others = (json.loads(row.tobytes()) for row in _gather(padded))
+    groups: dict[str, list[str]] = {}
+    for number, other in enumerate(others, 1):
+        if changes := diff.diff(first, other):
+            groups.setdefault(diff.format_diff(changes), []).append(str(number))
+    told = [f'process {", ".join(numbers)}:\n{lines}' for lines, numbers in groups.items()]
+    raise UserError('the processes of this run do not agree. From process 0 to\n' + '\n'.join(told))
 
 
 def sum_over_processes(value: int) -> int:
     """Returns the sum of every process's unsigned 64-bit `value`, modulo 2^64."""
     if jax.process_count() == 1:
         return value
+    halves = _gather(np.array([value >> 32, value & 0xFFFFFFFF], np.uint32))
+    return sum((int(high) << 32) + int(low) for high, low in halves) % 2**64
+
+
+def _gather(row: np.ndarray) -> np.ndarray:
+    """Returns the row (n,) of every process, as (processes, n)."""
     from jax.experimental import multihost_utils
 
-    halves = np.array([value >> 32, value & 0xFFFFFFFF], np.uint32)
-    gathered = np.asarray(multihost_utils.process_allgather(halves)).astype(object)
-    return int(sum((int(high) << 32) + int(low) for high, low in gathered)) % 2**64
+    return np.asarray(multihost_utils.process_allgather(row))
 
 
 @contextlib.contextmanager

@@ -45,6 +45,12 @@ class StopRequest:
                 self.signal = signal.SIGTERM
         return self._agreed
 
+    def share(self) -> None:
+        """From now on several processes stop together; `jax.distributed` must be initialised."""
+        self.shared = True
+        if self.signal is not None:  # It came before JAX was there to tell the others.
+            os.kill(os.getpid(), signal.SIGTERM)
+
     @property
     def exit_code(self) -> int:
         """The exit code of a run that ended by this request with its state saved."""

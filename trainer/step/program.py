@@ -65,7 +65,8 @@ class Program:
         self.compile_secs = 0.0
         self.compiles = 0
         self._tracing = tracing
-        self._jitted = jax.jit(fn, **jit)
+        # JAX hashes what it compiles: a partial has a hash, a module with a list has none.
+        self._jitted = jax.jit(functools.partial(fn), **jit)
         self._abstract = jax.tree.map(_shape_of, arguments)
         self._virtual = _on_virtual_devices(self._abstract)
         self._calls = 0

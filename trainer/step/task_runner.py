@@ -45,8 +45,8 @@ class TaskRunner:
         """Returns the batch as the task sees it: without the mask, and transformed."""
         seen: Mapping[str, Any] = {name: x for name, x in batch.items() if name != MASK}
         for transform in self.transforms:
-            seen = transform(seen)
-        return _Batch(seen)
+            seen = transform(_Batch(seen, f'the device transform {transform}'))
+        return _Batch(seen, 'the task')
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
         """Returns the task's output with `weights` always set, and 0 where a row is padding.
@@ -117,13 +117,18 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
 
 
 class _Batch(dict[str, Any]):
-    """A batch that says what it holds when it is asked for something else."""
+    """A batch that says what it holds when its reader asks for something else."""
+
+    def __init__(self, fields: Mapping[str, Any], reader: str):
+        super().__init__(fields)
+        self._reader = reader
 
     def __missing__(self, name: str) -> Any:
         fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in self.items())
         raise UserError(
-            f'the task asks for batch[{name!r}], and a batch holds {fields}.\n'
-            'Name the field in config.task, or rename it with a transform (data.transforms:Rename).'
+            f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
+            'Name the field in its arguments, or rename it with a transform '
+            '(data.transforms:Rename).'
         )
 
 
