@@ -27,10 +27,13 @@ class Block:
     Attributes:
         arrays: each field as (steps, rows, ...).
         ids: int64 (steps, rows), the example in each row; -1 is padding.
+        states: of a loader whose place is not its position alone, the place behind each batch, as
+            JSON values.
     """
 
     arrays: Arrays
     ids: np.ndarray
+    states: list[Any] | None = None
 
 
 class TrainLoader:

@@ -52,13 +52,10 @@ class Bytes(ArraySource):
             ValueError: if there is no such file, the split is shorter than a sequence, or an
                 argument is out of its range.
         """
-        if split not in ('train', 'test'):
-            raise ValueError(f'split: {split!r} is none of train, test')
+        _check_split(split, holdout)
         if seq_len < 1:
             raise ValueError(f'seq_len: {seq_len} tokens; expected a positive number')
-        if not 0 <= holdout < 1:
-            raise ValueError(f'holdout: {holdout}; expected a fraction of the text, in [0, 1)')
-        text = _read([path] if isinstance(path, str) else path)
+        text = _read(_listed(path))
         border = len(text) - round(holdout * len(text))
         tokens = text[:border] if split == 'train' else text[border:]
         used = (len(tokens) - 1) // seq_len * seq_len
@@ -87,6 +84,61 @@ class Bytes(ArraySource):
         return {name: x.astype(np.int32) for name, x in super().gather(indices).items()}
 
 
+class Documents:
+    """Text files as documents of different lengths, read when they are asked for.
+
+    The last of the files, in the order of their names, are the test split. Packed or cut into
+    sequences by the stages of a stream, see `data.stages`.
+
+    Field: `tokens` int32 (bytes,), 0..255.
+    """
+
+    def __init__(self, path: str | Sequence[str], *, split: str = 'train', holdout: float = 0.05):
+        """Lists the files.
+
+        Args:
+            path: a file, a pattern such as 'books/**/*.txt', or several of these.
+            split: 'train' or 'test'.
+            holdout: fraction of the files that is the test split.
+
+        Raises:
+            ValueError: if there is no such file, the split has none, or an argument is out of its
+                range.
+        """
+        _check_split(split, holdout)
+        files = [file for one in _listed(path) for file in _matching(one)]
+        border = len(files) - round(holdout * len(files))
+        self._files = files[:border] if split == 'train' else files[border:]
+        if not self._files:
+            raise ValueError(
+                f'split {split!r} has none of {len(files)} files: give more files, or another '
+                'holdout'
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Arrays:
+        return {'tokens': np.fromfile(self._files[index], np.uint8).astype(np.int32)}
+
+    def describe(self, index: int) -> str:
+        """Returns what messages call a document: its file."""
+        return self._files[index]
+
+
+def python_documents(*, split: str = 'train', holdout: float = 0.05) -> Documents:
+    """Returns the files of Python's standard library as documents.
+
+    Args:
+        split: 'train' or 'test'.
+        holdout: fraction of the files that is the test split.
+
+    Raises:
+        ValueError: as `Documents`.
+    """
+    return Documents(_python_files(), split=split, holdout=holdout)
+
+
 def python_source(
     seq_len: int, *, split: str = 'train', holdout: float = 0.05, limit: int | None = None
 ) -> Bytes:
@@ -103,8 +155,12 @@ def python_source(
     Raises:
         ValueError: as `Bytes`.
     """
+    return Bytes(_python_files(), seq_len, split=split, holdout=holdout, limit=limit)
+
+
+def _python_files() -> list[str]:
     root = sysconfig.get_path('stdlib')
-    files = []
+    files: list[str] = []
     for directory, below, names in os.walk(root):
         # No 'site-packages', and no 'config-3.11-x86_64-linux-gnu'.
         below[:] = [name for name in below if name not in _LEFT_OUT and '-' not in name]
@@ -113,7 +169,18 @@ def python_source(
         files += [os.path.join(directory, name) for name in code]
     if not files:
         raise ValueError(f"this Python has its library's source code not in {root}")
-    return Bytes(sorted(files), seq_len, split=split, holdout=holdout, limit=limit)
+    return sorted(files)
+
+
+def _check_split(split: str, holdout: float) -> None:
+    if split not in ('train', 'test'):
+        raise ValueError(f'split: {split!r} is none of train, test')
+    if not 0 <= holdout < 1:
+        raise ValueError(f'holdout: {holdout}; expected a fraction of the text, in [0, 1)')
+
+
+def _listed(path: str | Sequence[str]) -> Sequence[str]:
+    return [path] if isinstance(path, str) else path
 
 
 def _read(paths: Sequence[str]) -> np.ndarray:

@@ -139,8 +139,23 @@ class Transformer(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """Returns logits (batch, length, vocab_size) for integer tokens (batch, length)."""
+    def __call__(
+        self,
+        tokens: jax.Array,
+        train: bool = False,
+        *,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """Returns logits (batch, length, vocab_size) for integer tokens (batch, length).
+
+        Args:
+            tokens: of one sequence in each row, or of several packed ones.
+            train: whether dropout is active.
+            segments: int (batch, length), which sequence a token is of; none looks at another.
+            positions: int (batch, length), the place of a token in its sequence; by default in its
+                row.
+        """
         length = tokens.shape[1]
         if length > self.max_length:
             raise ValueError(f'{length} tokens, but max_length is {self.max_length}')
@@ -149,17 +164,22 @@ class Transformer(nn.Module):
         x = nn.Embed(
             self.vocab_size, self.width, embedding_init=embedding, name='tokens', **dtypes
         )(tokens)
-        positions = self.param(
+        table = self.param(
             'positions',
             _named(nn.initializers.normal(0.02), 'length', 'embed'),
             (self.max_length, self.width),
             self.param_dtype,
         )
-        x = x + positions[:length].astype(x.dtype)
+        table = table.astype(x.dtype)
+        x = x + (table[:length] if positions is None else table[positions])
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = nn.with_logical_constraint(x, _ACTIVATIONS)
 
-        x = self._blocks(x, nn.make_causal_mask(tokens, dtype=bool), train)
+        mask = nn.make_causal_mask(tokens, dtype=bool)
+        if segments is not None:
+            same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
+            mask = nn.combine_masks(mask, same, dtype=bool)
+        x = self._blocks(x, mask, train)
 
         x = _layer_norm('norm', **dtypes)(x)
         init = _named(nn.initializers.lecun_normal(), 'embed', 'vocab')

@@ -92,12 +92,14 @@ def evaluation(
 
 def fingerprint(loader: Any) -> dict[str, Any]:
     """Returns what tells two sets of data apart: their size, and the first example."""
-    block = loader.block(0, 1, rows=slice(0, 1))
-    first = {
-        name: f'{x.dtype} {x.shape[2:]} {zlib.crc32(x.tobytes()):08x}'
-        for name, x in block.arrays.items()
+    if hasattr(loader, 'first'):  # A stream, which has no rows that could be asked for.
+        first = loader.first
+    else:
+        first = {k: x[0] for k, x in loader.block(0, 1, rows=slice(0, 1)).arrays.items()}
+    told = {
+        name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(x.tobytes()):08x}' for name, x in first.items()
     }
-    return {'examples': loader.examples, 'first example': first}
+    return {'examples': loader.examples, 'first example': told}
 
 
 def device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:

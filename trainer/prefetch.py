@@ -10,7 +10,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -46,6 +46,8 @@ class Prefetcher:
 
     Attributes:
         wait_secs: time that the iteration spent waiting for batches.
+        state: where a stream stands behind the batches that `take_ids` has returned; None before,
+            and for a loader whose place is its position.
         rows: which rows of a global batch this process reads, None for all.
     """
 
@@ -72,6 +74,7 @@ class Prefetcher:
             release: called by `close` when no block is asked for any more.
         """
         self.wait_secs = 0.0
+        self.state: Any = None
         self._block = block
         self._release = release
         self._sharding = sharding
@@ -80,7 +83,7 @@ class Prefetcher:
         # they are, and a transfer of each would only take the interpreter's lock from the loop.
         devices = sharding.mesh.devices
         self._on_host = devices.size == 1 and devices.flat[0].platform == 'cpu'
-        self._handed_out: list[tuple[int, np.ndarray]] = []
+        self._handed_out: list[tuple[int, np.ndarray, Sequence[Any]]] = []
         self._items = self._prepare(start, iter(calls))
         self._batches = self._iterate()
         self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
@@ -134,13 +137,16 @@ class Prefetcher:
 
     def take_ids(self, stop: int) -> list[tuple[int, np.ndarray]]:
         """Returns (position, example ids) of the batches before `stop`, each batch once."""
-        taken = [(start, ids[: max(0, stop - start)]) for start, ids in self._handed_out]
-        self._handed_out = [
-            (max(start, stop), ids[max(0, stop - start) :])
-            for start, ids in self._handed_out
-            if start + len(ids) > stop
-        ]
-        return [(start, ids) for start, ids in taken if len(ids)]
+        taken, kept = [], []
+        for start, ids, states in self._handed_out:
+            cut = min(max(0, stop - start), len(ids))
+            if cut:
+                taken.append((start, ids[:cut]))
+                self.state = states[cut - 1] if states else None
+            if cut < len(ids):
+                kept.append((start + cut, ids[cut:], states[cut:]))
+        self._handed_out = kept
+        return taken
 
     def close(self) -> None:
         """Ends the iteration, and the thread as soon as it is done with its block; waits for it."""
@@ -165,8 +171,8 @@ class Prefetcher:
                 return
             if isinstance(item, BaseException):
                 raise item
-            start, ids, batches = item
-            self._handed_out.append((start, ids))
+            start, ids, states, batches = item
+            self._handed_out.append((start, ids, states))
             if not self._thread.ident:
                 cost.add(waited, time.thread_time() - worked, len(ids))
                 if cost.is_high:
@@ -186,15 +192,16 @@ class Prefetcher:
         except BaseException as error:
             self._queue.put(error)
 
-    def _prepare(self, start: int, calls: Iterator[int]) -> Iterator[tuple[int, np.ndarray, Any]]:
-        """Yields (position, ids, batches of the calls) of one block after the other."""
+    def _prepare(self, start: int, calls: Iterator[int]) -> Iterator[tuple[Any, ...]]:
+        """Yields (position, ids, states, batches of the calls) of one block after the other."""
         # Small blocks first: the first step must not wait for the sixty-fourth batch.
         limit = 1
         while counts := _take(calls, limit):
             steps, began = sum(counts), time.perf_counter()
             block = self._block(start, steps)
             in_time = _BLOCK_SECS * steps / max(time.perf_counter() - began, 1e-9)
-            yield start, block.ids, self._place(block.arrays, counts)
+            states = getattr(block, 'states', None) or ()
+            yield start, block.ids, states, self._place(block.arrays, counts)
             start += steps
             fitting = min(_BLOCK_BYTES // _batch_bytes(block), int(in_time))
             limit = min(2 * limit, _BLOCK_STEPS, max(1, fitting))

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.config import diff
 from trainer.config.errors import UserError
+from trainer.consumed import Consumed
 from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
 from trainer.parts import Parts
@@ -44,7 +45,7 @@ class Recovery:
         self._report = report
         self._allow_config_change = allow_config_change
         self._overrides = dict(overrides or {})
-        self._data_digest: Any = parts.experiment.data.new_digest()
+        self._consumed = Consumed(parts.experiment.data)
         # Without a work directory the next call goes on from here.
         self._paused: tuple[TrainState, int] | None = None
 
@@ -74,17 +75,18 @@ class Recovery:
         if self._paused is not None:
             # Its buffers are donated to the next step: whatever happens, it is used once.
             paused, self._paused = self._paused, None
+            self._consumed.go_on(paused[1])
             return paused
-        # An earlier call may have failed, and has left behind what it had counted.
-        self._data_digest = self._parts.experiment.data.new_digest()
         latest, checkpoints = self._latest(), self._parts.checkpoints
         if checkpoints is None or latest is None:
             self._report.restore(0, {}, ())
+            # An earlier call may have failed, and has left behind what it had counted.
+            self._consumed.restart()
             return self._parts.init_state(), 0
         state = self._parts.restore(latest)
         meta = checkpoints.meta(latest)
-        if processes.is_primary():  # The others count only what they read from here on.
-            self._data_digest.restore(meta['data_digest'])
+        if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
+            self._report.progress.message('The data begins anew: see --allow_config_change.')
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
         return state, latest
 
@@ -102,12 +104,7 @@ class Recovery:
     def count(self, batches: Prefetcher, step: int) -> None:
         """Counts the batches that the run has consumed up to a step."""
         self._report.time.set('data wait', batches.wait_secs)
-        rows = batches.rows
-        for start, ids in batches.take_ids(step):
-            if rows is None:
-                self._data_digest.add(start, ids)
-            else:
-                self._data_digest.add(start, ids[:, rows.owned], rows.held[rows.owned])
+        self._consumed.add(batches, step)
 
     def check_saves(self) -> None:
         """Raises what a save in the background has failed of; does not wait for one."""
@@ -126,7 +123,7 @@ class Recovery:
             meta = {
                 'step': step,
                 **self._measured(step),
-                'data_digest': self._digest_value(),
+                **self._consumed.meta(),
                 'versions': versions(),
                 'config': diff.to_jsonable(self._parts.experiment.config),
             }
@@ -149,7 +146,7 @@ class Recovery:
             checkpoints.close()
         if status != 'paused':
             digest, metrics = checkpoints.meta(step)['digest'], dict(self._report.latest)
-            data_digest = self._digest_value()
+            data_digest = self._consumed.digest()
             if processes.is_primary():
                 workdir.write_result(status, step, digest, data_digest, metrics)
 
@@ -162,9 +159,6 @@ class Recovery:
                 error.add_note(f'A save in the background had failed too: {late!r}')
         with contextlib.suppress(OSError):
             self._report.close()
-
-    def _digest_value(self) -> str:
-        return f'{processes.sum_over_processes(int(self._data_digest.value, 16)):016x}'
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()

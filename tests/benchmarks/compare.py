@@ -69,14 +69,18 @@ def speed(args: argparse.Namespace) -> None:
 
 
 def _trainer_loop(args: argparse.Namespace, workdir: str) -> Callable[[int], list[float]]:
-    """Returns a function that trains for some steps, everything on, and returns their rates."""
+    """Returns a function that trains for some steps and returns their rates.
+
+    Logs, event files, accumulated metrics, norms and prefetch are on; what the other loop has
+    nothing like is off: evaluations, and checkpoints, which have a comparison of their own.
+    """
     from trainer.config import loading, overrides
     from trainer.experiment import build
     from trainer.trainer import Trainer
 
     loaded = loading.load(CONFIGS[args.model])
     given = [option.removeprefix('--config.').partition('=') for option in args.options]
-    fixed = [('train_for', '100000000 steps'), ('evals', '{}')]
+    fixed = [('train_for', '100000000 steps'), ('evals', '{}'), ('checkpoint.every', 'never')]
     overrides.apply(loaded.config, fixed + [(path, text) for path, _, text in given])
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = Trainer(build(loaded), workdir)

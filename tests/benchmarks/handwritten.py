@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+from flax.core import meta
 from flax.training.train_state import TrainState
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -54,19 +55,12 @@ class CNN(nn.Module):
         return nn.Dense(10)(nn.relu(nn.Dense(256)(x)))
 
 
-class Transformer(nn.Module):
-    """A decoder of 4 layers, width 256, for bytes."""
+def transformer() -> nn.Module:
+    """Returns the transformer of `configs/lm.py`: the loops are compared, and not two models."""
+    sys.path.insert(0, str(_ROOT))
+    from models.transformer import Transformer
 
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Returns logits (batch, length, 256)."""
-        x = nn.Embed(256, 256)(tokens)
-        x = x + self.param('positions', nn.initializers.normal(0.02), (tokens.shape[1], 256))
-        mask = nn.make_causal_mask(tokens, dtype=bool)
-        for _ in range(4):
-            x = x + nn.MultiHeadDotProductAttention(4)(nn.LayerNorm()(x), mask=mask)
-            x = x + nn.Dense(256)(nn.gelu(nn.Dense(1024)(nn.LayerNorm()(x))))
-        return nn.Dense(256)(nn.LayerNorm()(x))
+    return Transformer(layers=4, width=256, heads=4, max_length=128)
 
 
 def load_text() -> tuple[np.ndarray, np.ndarray]:
@@ -118,9 +112,9 @@ class Loop:
             model: 'mlp', 'cnn' or 'lm'.
         """
         self._images, self._labels = load_text() if model == 'lm' else load('train')
-        module = {'mlp': MLP, 'cnn': CNN, 'lm': Transformer}[model]()
+        module = transformer() if model == 'lm' else {'mlp': MLP, 'cnn': CNN}[model]()
         self._batch, self._log_every = _BATCH[model], _LOG_EVERY[model]
-        params = module.init(jax.random.key(0), self._images[:1])['params']
+        params = meta.unbox(module.init(jax.random.key(0), self._images[:1])['params'])
         tx = optimizer() if model == 'lm' else optax.sgd(0.01, momentum=0.9)
         self._state = TrainState.create(apply_fn=module.apply, params=params, tx=tx)
         self._step = jax.jit(train_step, donate_argnums=0)

@@ -93,6 +93,12 @@ def test_what_the_file_leaves_out() -> None:
     assert schema.read({k: v for k, v in new.items() if k != 'vars'}).optimizer.clip_norm == 1.0
 
 
+def test_none_within_a_dict_is_none() -> None:
+    """As `--config.task.weight=None` is, and not the text 'None'."""
+    for none in ('task={"weight": null}', 'task.weight=None'):
+        assert applied('task.weight=confidence', none)['task']['weight'] is None
+
+
 def test_references_follow_their_variable() -> None:
     changed = config()
     changed.vars.width = 10

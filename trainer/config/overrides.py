@@ -90,10 +90,7 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
     like = old
     if hint is None:
         node, place = paths.get(config, keys[:-1]), f'config.{paths.join(keys[:-1])}'
-        if old is None:
-            hint = _argument_type(node, keys[-1], text, place)
-        elif values.literal(text) is None and lookup.takes_none(node, keys[-1], place):
-            like = None
+        like, hint = _argument(node, keys[-1], old, text, place)
     new = values.parse(text, like, hint, f'config.{path}')
     notes: list[str] = []
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
@@ -144,13 +141,25 @@ def _merge(old: Mapping[str, Any], new: Mapping[str, Any], path: str, notes: lis
         text = values.written(value)
         # A merged key is held to the same types as one set by its own path.
         inner = schema.type_at(paths.parse(f'{path}.{key}'.removeprefix('config.')))
-        if inner is None and before is None:
-            inner = _argument_type({**kept, **new}, key, text, path)
+        if inner is None:
+            before, inner = _argument({**kept, **new}, key, before, text, path)
         kept[key] = values.convert(value, text, before, inner, f'{path}.{key}')
     return kept
 
 
-def _argument_type(node: Any, key: str | int, text: str, path: str) -> Any:
-    """Returns the type of an argument that the file leaves out, None if any value may be right."""
-    steps = path.startswith('config.optimizer') and is_duration(text)
-    return None if steps else lookup.argument_type(node, key, path)
+def _argument(node: Any, key: str | int, old: Any, text: str, path: str) -> tuple[Any, Any]:
+    """Returns what a new value of an argument is held to: a value like it, and a type.
+
+    Args:
+        node: the object's dict.
+        key: the argument.
+        old: its value now.
+        text: the new value as it was written.
+        path: of the object.
+    """
+    if old is None:
+        steps = path.startswith('config.optimizer') and is_duration(text)
+        return None, None if steps else lookup.argument_type(node, key, path)
+    if values.literal(text) is None and lookup.takes_none(node, key, path):
+        return None, None
+    return old, None

@@ -17,6 +17,7 @@ from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.inputs import Evaluation
 from trainer.modules import Functional
+from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
@@ -124,7 +125,8 @@ class Evaluator:
         Args:
             name: the evaluation's name.
             step: one batch.
-            loader: batches of one static shape, with a mask: see `data.loader.EvalLoader`.
+            loader: batches of one static shape, with a mask: see `data.loader.EvalLoader`; without
+                a length, see `data.streaming.StreamEvalLoader`.
             mesh: the device mesh.
             sharding: the rules that names of activations follow.
             use_ema: evaluate the moving average of the parameters.
@@ -205,7 +207,7 @@ class Evaluator:
         assert self._empty is not None
         variables, totals = self._variables(state), self._empty()
         with self._batches(max_batches) as batches:
-            for index, (_, batch) in enumerate(batches):
+            for index, batch in self._until_the_end(batches):
                 if should_stop():
                     raise Stopped
                 args = (totals, variables, state.step, np.int32(index), batch)
@@ -226,7 +228,7 @@ class Evaluator:
             )
         variables = self._variables(state)
         with self._batches() as batches:
-            for index, (_, batch) in enumerate(batches):
+            for index, batch in self._until_the_end(batches):
                 with self._tracing():
                     outputs = self._predict(variables, state.step, np.int32(index), batch)
                 outputs = jax.device_get(outputs)
@@ -254,9 +256,24 @@ class Evaluator:
         return jax.jit(self._step.predict, out_shardings=replicated(self._mesh))
 
     def _batches(self, most: int | None = None) -> Prefetcher:
-        batches = self.loader.num_batches
-        calls = itertools.repeat(1, batches if most is None else min(most, batches))
-        return Prefetcher.on_mesh(self.loader.block, calls, self._mesh, self.loader.rows)
+        known = [n for n in (self.loader.num_batches, most) if n is not None]
+        calls = itertools.repeat(1, min(known)) if known else itertools.repeat(1)
+        release = getattr(self.loader, 'close', None)
+        return Prefetcher.on_mesh(
+            self.loader.block, calls, self._mesh, self.loader.rows, release=release
+        )
+
+    def _until_the_end(self, batches: Prefetcher) -> Iterator[tuple[int, Any]]:
+        """Yields the batches, numbered; of a loader without a length until no process has more.
+
+        A loader that is at its end goes on with padding, so all processes take part in each batch.
+        """
+        for index, (_, batch) in enumerate(batches):
+            if self.loader.num_batches is None:
+                real = sum(int((ids >= 0).sum()) for _, ids in batches.take_ids(index + 1))
+                if not processes.sum_over_processes(real):
+                    return
+            yield index, batch
 
     def _variables(self, state: TrainState) -> dict[str, Any]:
         params = state.ema if self._use_ema else state.params

@@ -131,18 +131,27 @@ def check_agreement(items: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    text = json.dumps(items, sort_keys=True, default=str).encode()
-    hashes = _gather(np.array([zlib.crc32(text), len(text)], np.uint32))
+    text = json.dumps(items, sort_keys=True, default=str)
+    hashes = _gather(np.array([zlib.crc32(text.encode())], np.uint32))
     if (hashes == hashes[0]).all():
         return
-    padded = np.frombuffer(text.ljust(hashes[:, 1].max()), np.uint8)
-    first, *others = (json.loads(row.tobytes()) for row in _gather(padded))
+    first, *others = gather(json.loads(text))
     groups: dict[str, list[str]] = {}
     for number, other in enumerate(others, 1):
         if changes := diff.diff(first, other):
             groups.setdefault(diff.format_diff(changes), []).append(str(number))
     told = [f'process {", ".join(numbers)}:\n{lines}' for lines, numbers in groups.items()]
     raise UserError('the processes of this run do not agree. From process 0 to\n' + '\n'.join(told))
+
+
+def gather(value: Any) -> list[Any]:
+    """Returns the JSON value of every process, in their order; all of them must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = json.dumps(value).encode()
+    longest = _gather(np.array([len(text)], np.uint32)).max()
+    padded = np.frombuffer(text.ljust(longest), np.uint8)
+    return [json.loads(row.tobytes()) for row in _gather(padded)]
 
 
 def sum_over_processes(value: int) -> int:

@@ -105,12 +105,9 @@ class Optimizer:
         )
         return optax.multi_transform({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
 
-    def trained(self, tree: Any) -> list[jax.Array]:
-        """Returns the leaves of a parameter-shaped tree that are not frozen."""
-        frozen = jax.tree.leaves(RegexMask(self.freeze)(tree))
-        return [
-            x for x, is_frozen in zip(jax.tree.leaves(tree), frozen, strict=True) if not is_frozen
-        ]
+    def frozen(self, params: Any) -> Any:
+        """Returns for each parameter whether it is frozen."""
+        return RegexMask(self.freeze)(params)
 
     def owners(self, params: Any) -> dict[str, str]:
         """Returns the name of the group that each trained parameter belongs to, by path.

@@ -18,6 +18,7 @@ from trainer.modules import Functional
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
 from trainer.step.metrics import Last
+from trainer.step.norms import norms
 from trainer.step.optimizer import Optimizer, Schedule
 from trainer.step.precision import LossScale, all_finite, choose
 from trainer.step.rng import Keys
@@ -113,7 +114,7 @@ class TrainStep:
         if self.ema_decay is not None:
             ema = optax.incremental_update(new.params, state.ema, 1.0 - self.ema_decay)
             new = dataclasses.replace(new, ema=ema)
-        metrics: dict[str, Any] = {'norms': self._norms(state.step, grads, new.params, updates)}
+        metrics: dict[str, Any] = {'norms': self._norms(state, grads, updates, new.params)}
         # Of the update just made: the schedule counts the updates before it.
         count = state.step
         if (scale := state.loss_scale) is not None:
@@ -136,27 +137,22 @@ class TrainStep:
             return {'learning_rate': measure(schedules)}
         return {'learning_rate': {name: measure(each) for name, each in schedules.items()}}
 
-    def _norms(self, step: jax.Array, grads: Any, params: Any, updates: Any) -> dict[str, Last]:
+    def _norms(self, state: TrainState, grads: Any, updates: Any, params: Any) -> dict[str, Last]:
         """Returns the norms of this update; each row holds those of its own step."""
-        trees = {
-            'grad': self.optimizer.trained(grads),
-            'param': jax.tree.leaves(params),
-            'update': self.optimizer.trained(updates),
-        }
-
-        def measure(trees: Any) -> dict[str, Last]:
-            return {name: Last.from_model_output(global_norm(tree)) for name, tree in trees.items()}
-
-        if self.log is None or jax.default_backend() != 'cpu':
-            return measure(trees)
-        # On a CPU reading every parameter three times costs a tenth of a small model's step; on an
-        # accelerator a branch would cost more than the norms.
-        return jax.lax.cond(
-            is_due(self.log, step + 1) | (step + 1 == self.last_step),
-            measure,
-            lambda trees: {name: Last.empty() for name in trees},
-            trees,
+        due = None
+        if self.log is not None and jax.default_backend() == 'cpu':
+            # On a CPU reading every parameter three times costs a tenth of a small model's step; on
+            # an accelerator a branch would cost more than the norms.
+            due = is_due(self.log, state.step + 1) | (state.step + 1 == self.last_step)
+        values = norms(
+            grads=grads,
+            updates=updates,
+            old=state.params,
+            new=params,
+            frozen=self.optimizer.frozen(params),
+            due=due,
         )
+        return {name: Last.from_model_output(value) for name, value in values.items()}
 
     def gradients(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
         """Returns the gradient of the batch's loss, the new collections and the metrics."""
@@ -191,17 +187,3 @@ def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
         return jnp.ones((), bool)
     # step crosses a multiple of num / den exactly if step * den mod num is less than den.
     return (step % num) * den % num < den
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Returns the float32 L2 norm over all leaves."""
-
-    def squares(x: jax.Array) -> jax.Array:
-        # A contraction and not a sum of squares: the CPU backend does not vectorise sums.
-        x = x.astype(jnp.float32)
-        dims = tuple(range(x.ndim))
-        return jax.lax.dot_general(
-            x, x, ((dims, dims), ((), ())), precision=jax.lax.Precision.HIGHEST
-        )
-
-    return jnp.sqrt(sum((squares(x) for x in jax.tree.leaves(tree)), jnp.float32(0)))

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer of `lm.py` on whole files of Python, packed into rows of one length.
+
+    python -m trainer.main --config=configs/lm_packed.py
+
+The data is a stream: the place where it stands is kept in the checkpoints, and the same number of
+processes goes on from it exactly. Of a stream nobody knows the length, so that all is counted in
+steps.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.train_for = '2000 steps'
+
+    config.model = dict(
+        target='models.transformer:Transformer', layers=4, width=256, heads=4, max_length=128
+    )
+    config.task = dict(
+        target='trainer.step.language:NextToken',
+        segments='tokens_segment_ids',
+        positions='tokens_positions',
+    )
+    config.optimizer = dict(
+        target='optax:adamw',
+        learning_rate=dict(
+            target='optax:warmup_cosine_decay_schedule',
+            init_value=0.0,
+            peak_value=1e-3,
+            warmup_steps='5%',
+            decay_steps='100%',
+        ),
+        weight_decay=0.1,
+        decay_mask='.*/kernel',
+        clip_norm=1.0,
+    )
+
+    source = dict(target='data.text:python_documents')
+    stages = (
+        # A file of a few lines says little.
+        dict(target='data.stages:Filter', keep=dict(target='data.stages:LongerThan', length=64)),
+        dict(target='data.stages:Pack', length=128),
+    )
+    config.data = dict(
+        loader=dict(target='data.streaming:StreamLoader', stages=stages),
+        source=dict(source, split='train'),
+        batch_size=8,
+    )
+    config.evals = dict(
+        test=dict(
+            every='1000 steps',
+            data=dict(
+                loader=dict(target='data.streaming:StreamEvalLoader', stages=stages),
+                source=dict(source, split='test'),
+                batch_size=32,
+            ),
+        ),
+    )
+
+    config.checkpoint = dict(every='500 steps', keep_last=2)
+    config.log = dict(every='50 steps')
+    return config

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The norms of a step: the same by every way of measuring them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from trainer.step import norms as norms_lib
+
+
+def step_of(frozen: dict[str, bool], dtype: Any = jnp.float32) -> dict[str, Any]:
+    """One parameter that stays in a cache, and one that does not."""
+    rng = np.random.default_rng(0)
+    shapes = {'small': (7,), 'large': (norms_lib._LARGE // 4, 5)}
+    old = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
+    grads = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
+    updates = jax.tree.map(lambda g: (-0.1 * g).astype(dtype), grads)
+    new = optax.apply_updates(old, updates)
+    return dict(grads=grads, updates=updates, old=old, new=new, frozen=frozen)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('frozen', [(), ('small',), ('large',), ('small', 'large')])
+def test_a_branch_says_what_is_said_without_one(frozen: tuple[str, ...], dtype: Any) -> None:
+    step = step_of({name: name in frozen for name in ('small', 'large')}, dtype)
+    always = norms_lib.norms(**step, due=None)
+
+    @jax.jit
+    def branched(arrays: Any, due: Any) -> Any:
+        return norms_lib.norms(**arrays, frozen=step['frozen'], due=due)
+
+    arrays = {name: x for name, x in step.items() if name != 'frozen'}
+    told = branched(arrays, jnp.bool_(True))
+    assert all(float(x) == 0 for x in branched(arrays, jnp.bool_(False)).values())
+    for name, value in always.items():
+        assert float(told[name]) == pytest.approx(float(value), rel=1e-5), name
+    trained = [name for name in ('small', 'large') if name not in frozen]
+    grads = [np.asarray(step['grads'][name], np.float64).ravel() for name in trained]
+    expected = np.linalg.norm(np.concatenate([*grads, [0.0]]))
+    assert float(always['grad']) == pytest.approx(expected, rel=1e-5)
