@@ -12,7 +12,7 @@ import pytest
 
 from data.loader import EvalLoader, TrainLoader
 from data.sources import ArraySpec
-from data.text import Bytes, python_source
+from data.text import Bytes, Documents, python_documents, python_source
 from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
@@ -144,3 +144,32 @@ def test_a_transformer_learns_from_it() -> None:
     result = Trainer(experiment).fit()
     assert result.metrics['eval/test/examples'] == 100
     assert result.metrics['eval/test/loss'] < 4.0
+
+
+def test_documents_are_files(tmp_path: pathlib.Path) -> None:
+    for i in range(10):
+        (tmp_path / f'{i}.txt').write_bytes(bytes([65 + i]) * (i + 1))
+    pattern = str(tmp_path / '*.txt')
+    train, test = (
+        Documents(pattern, holdout=0.2),
+        Documents(pattern, split='test', holdout=0.2),
+    )
+    assert (len(train), len(test)) == (8, 2)
+    tokens = test[1]['tokens']
+    assert tokens.tolist() == [74] * 10 and tokens.dtype == np.int32
+    assert test.describe(1) == str(tmp_path / '9.txt')
+    for options, message in (
+        ({'split': 'other'}, 'none of train, test'),
+        ({'holdout': 1.0}, 'holdout: 1.0'),
+        ({'split': 'test', 'holdout': 0.0}, "split 'test' has none of 10 files"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Documents(pattern, **options)
+    with pytest.raises(ValueError, match='matches none'):
+        Documents(str(tmp_path / '*.md'))
+
+
+def test_the_documents_of_python() -> None:
+    train, test = python_documents(), python_documents(split='test')
+    assert len(train) > 15 * len(test) > 0
+    assert bytes(train[0]['tokens'].astype(np.uint8)).decode()
