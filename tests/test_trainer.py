@@ -232,6 +232,7 @@ def test_round_trip_on_another_mesh_and_every_kind_of_leaf(tmp_path: pathlib.Pat
         'int': jax.numpy.int32(-7),
         'bool': jax.numpy.array([True, False]),
         'u8': jax.numpy.arange(9, dtype='uint8'),
+        'key': jax.random.key(7),
     }
     checkpoints = Checkpoints(tmp_path, Retention())
     checkpoints.save(3, state, {})
@@ -239,8 +240,12 @@ def test_round_trip_on_another_mesh_and_every_kind_of_leaf(tmp_path: pathlib.Pat
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), state)
     restored = checkpoints.restore(3, abstract)
+    keys = restored.pop('key'), state.pop('key')
+    assert keys[0].dtype == keys[1].dtype
+    np.testing.assert_array_equal(*map(jax.random.key_data, keys))
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert restored['f32'].sharding == one
+    restored['key'], state['key'] = keys
     assert (
         checkpoints.digest(restored) == checkpoints.digest(state) == checkpoints.meta(3)['digest']
     )

@@ -143,36 +143,42 @@ def checkpoint(args: argparse.Namespace) -> None:
         leaves = 10
         size = megabytes * 10**6 // 4 // leaves
         state = {str(i): jnp.full((size,), float(i)) for i in range(leaves)}
+        ratios = []
         with tempfile.TemporaryDirectory() as directory:
             checkpoints = Checkpoints(directory, Retention(keep_last=1))
-            for trial in range(4):
+            for trial in range(args.pairs + 1):
                 jax.block_until_ready(copy(state))
-                began = time.perf_counter()
-                jax.block_until_ready(copy(state))
-                copied = time.perf_counter() - began
+                copied, _ = _timed(copy, state)
                 idle = []
                 for _ in range(5):
-                    began = time.perf_counter()
-                    state = jax.block_until_ready(step(state))
-                    idle.append(time.perf_counter() - began)
-                began = time.perf_counter()
-                checkpoints.save(trial, state, {})
-                saved = time.perf_counter() - began
+                    secs, state = _timed(step, state)
+                    idle.append(secs)
+                saved, _ = _timed(checkpoints.save, trial, state, {})
                 after = []
                 for _ in range(5):
-                    began = time.perf_counter()
-                    state = jax.block_until_ready(step(state))
-                    after.append(time.perf_counter() - began)
+                    secs, state = _timed(step, state)
+                    after.append(secs)
                 checkpoints.wait()
+                if not trial:  # The first save also imports Orbax and compiles.
+                    continue
                 stall = saved + max(after) - statistics.median(idle)
-                if trial:  # The first save also imports Orbax and compiles.
-                    print(
-                        f'{megabytes} MB: copy {copied:.3f} s, save() {saved:.3f} s, idle step '
-                        f'{statistics.median(idle):.3f} s, slowest step after {max(after):.3f} s, '
-                        f'stall / copy {stall / copied:.2f}',
-                        flush=True,
-                    )
+                ratios.append(stall / copied)
+                print(
+                    f'{megabytes} MB: copy {copied:.3f} s, save() {saved:.3f} s, idle step '
+                    f'{statistics.median(idle):.3f} s, slowest step after {max(after):.3f} s, '
+                    f'stall / copy {ratios[-1]:.2f}',
+                    flush=True,
+                )
             checkpoints.close()
+        print(f'median stall / copy, {megabytes} MB: {statistics.median(ratios):.2f}')
+
+
+def _timed(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+    import jax
+
+    began = time.perf_counter()
+    result = jax.block_until_ready(fn(*args))
+    return time.perf_counter() - began, result
 
 
 def input_(args: argparse.Namespace) -> None:
