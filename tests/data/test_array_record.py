@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ArrayRecord files, written and read by the real library."""
+
+from __future__ import annotations
+
+import pathlib
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from data.array_record import ArrayRecord
+from data.grain_loader import GrainLoader
+from data.loader import TrainLoader
+from trainer.config import targets
+from trainer.config.errors import UserError
+
+
+def decode(record: bytes) -> dict[str, Any]:
+    """A record is a number as text, and its square."""
+    if record == b'torn':
+        raise ValueError('not a number')
+    return {'x': np.int32(int(record)), 'y': np.full(3, int(record) ** 2, np.int64)}
+
+
+def write(path: pathlib.Path, records: list[bytes]) -> None:
+    writer = ArrayRecordWriter(str(path), 'group_size:1')
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+@pytest.fixture
+def shelf(tmp_path: pathlib.Path) -> pathlib.Path:
+    """Three files of 5, 1 and 4 records."""
+    numbers = iter(range(10))
+    for name, count in (('a', 5), ('b', 1), ('c', 4)):
+        records = [str(next(numbers)).encode() for _ in range(count)]
+        write(tmp_path / f'{name}.array_record', records)
+    return tmp_path
+
+
+def test_records_stand_in_the_order_of_the_files(shelf: pathlib.Path) -> None:
+    source = ArrayRecord(str(shelf / '*.array_record'), decode=decode)
+    assert len(source) == 10
+    read = source.gather(np.array([9, 0, 5, 5]))
+    np.testing.assert_array_equal(read['x'], [9, 0, 5, 5])
+    np.testing.assert_array_equal(read['y'][:, 0], [81, 0, 25, 25])
+    named = ArrayRecord(
+        [str(shelf / 'c.array_record'), str(shelf / 'a.array_record')], decode=decode
+    )
+    np.testing.assert_array_equal(named.gather(np.arange(9))['x'], [6, 7, 8, 9, 0, 1, 2, 3, 4])
+
+
+def test_it_goes_to_workers(shelf: pathlib.Path) -> None:
+    source = ArrayRecord(str(shelf / '*.array_record'), decode=decode)
+    again = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(again.gather(np.array([7]))['x'], [7])
+    loader = GrainLoader(source=source, batch_size=4, seed=3, workers=1)
+    try:
+        made = loader.block(0, 5)
+    finally:
+        loader.close()
+    expected = TrainLoader(source=source, batch_size=4, seed=3).block(0, 5)
+    np.testing.assert_array_equal(made.arrays['x'], expected.arrays['x'])
+
+
+def test_a_record_that_cannot_be_decoded_is_named(tmp_path: pathlib.Path) -> None:
+    write(tmp_path / 'a.array_record', [b'0', b'1'])
+    write(tmp_path / 'b.array_record', [b'2', b'torn', b'4'])
+    source = ArrayRecord(str(tmp_path / '*.array_record'), decode=decode)
+    with pytest.raises(ValueError, match='not a number') as caught:
+        TrainLoader(source=source, batch_size=5).block(0, 1)
+    notes = '\n'.join(caught.value.__notes__)
+    assert f'while reading record 1 of {tmp_path / "b.array_record"}' in notes
+
+
+def test_a_damaged_file_is_named(shelf: pathlib.Path) -> None:
+    (shelf / 'b.array_record').write_bytes(b'no such format' * 10_000)
+    with pytest.raises(ValueError, match=r'/b\.array_record is no ArrayRecord file'):
+        ArrayRecord(str(shelf / '*.array_record'), decode=decode)
+
+
+def test_mistakes_are_told_in_words(tmp_path: pathlib.Path) -> None:
+    node = {'target': 'data.array_record:ArrayRecord', 'path': f'{tmp_path}/*.array_record'}
+    decoder = {'ref': f'{__name__}:decode'}
+    with pytest.raises(UserError, match='matches none'):
+        targets.instantiate({**node, 'decode': decoder}, 'config.data.source')
+    write(tmp_path / 'empty.array_record', [])
+    with pytest.raises(UserError, match='the source is empty'):
+        targets.instantiate({**node, 'decode': decoder}, 'config.data.source')

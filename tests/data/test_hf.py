@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Datasets of Hugging Face, with the real package and files on this disk."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data.grain_loader import GrainLoader
+from data.hf import HuggingFace, HuggingFaceStream
+from data.loader import TrainLoader
+from data.streaming import StreamEvalLoader, StreamLoader
+from tests.command import ROOT
+from trainer.config import targets
+from trainer.config.errors import UserError
+
+datasets = pytest.importorskip('datasets', reason="needs the extra 'hf'")
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Forty rows in two splits, and the same as JSON lines in four files."""
+    root = tmp_path_factory.mktemp('hf')
+    rows = [{'x': i, 'y': [i / 2, i * 2.0], 'text': f'row {i}'} for i in range(40)]
+    whole = datasets.Dataset.from_list(rows)
+    parts = {'train': whole.select(range(30)), 'test': whole.select(range(30, 40))}
+    datasets.DatasetDict(parts).save_to_disk(str(root / 'both'))
+    whole.save_to_disk(str(root / 'one'))
+    for part in range(4):
+        lines = [json.dumps(row) for row in rows[part * 10 : part * 10 + 10]]
+        (root / f'{part}.jsonl').write_text('\n'.join(lines))
+    return root
+
+
+def test_a_saved_dataset_is_a_source(saved: pathlib.Path) -> None:
+    source = HuggingFace(str(saved / 'both'), split='test', keys=('x', 'y'))
+    assert len(source) == 10
+    read = source.gather(np.array([3, 0]))
+    np.testing.assert_array_equal(read['x'], [33, 30])
+    np.testing.assert_array_equal(read['y'], [[16.5, 66.0], [15.0, 60.0]])
+    assert len(HuggingFace(str(saved / 'one'), keys=('x',))) == 40
+
+
+def test_it_is_read_by_workers(saved: pathlib.Path) -> None:
+    source = HuggingFace(str(saved / 'one'), keys=('x',))
+    loader = GrainLoader(source=source, batch_size=8, workers=1)
+    try:
+        made = loader.block(0, 6)
+    finally:
+        loader.close()
+    expected = TrainLoader(source=source, batch_size=8).block(0, 6)
+    np.testing.assert_array_equal(made.arrays['x'], expected.arrays['x'])
+
+
+def test_local_files_are_loaded_by_kind(saved: pathlib.Path) -> None:
+    files = str(saved / '*.jsonl')
+    source = HuggingFace('json', data_files=files, split='train', keys=('x',))
+    np.testing.assert_array_equal(source.gather(np.arange(40))['x'], np.arange(40))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'path': 'both'}, 'split: name one of train, test'),
+        ({'path': 'both', 'split': 'other'}, "split 'other' cannot be opened"),
+        ({'path': 'both', 'split': 'test', 'keys': ('z',)}, "keys: ['z'] are none of x, y, text"),
+        ({'path': 'nowhere'}, 'cannot be opened'),
+    ],
+)
+def test_mistakes_are_told_in_words(
+    options: dict[str, object], message: str, saved: pathlib.Path
+) -> None:
+    node = {'target': 'data.hf:HuggingFace', **options, 'path': str(saved / str(options['path']))}
+    with pytest.raises(UserError) as caught:
+        targets.instantiate(node, 'config.data.source')
+    assert message in str(caught.value)
+
+
+def stream(saved: pathlib.Path) -> HuggingFaceStream:
+    return HuggingFaceStream(
+        'json', data_files=str(saved / '*.jsonl'), split='train', keys=('x', 'y')
+    )
+
+
+def test_a_stream_goes_on_where_it_stood(saved: pathlib.Path) -> None:
+    loader = StreamLoader(source=stream(saved), batch_size=6)
+    blocks = [loader.block(step, 1) for step in range(14)]
+    np.testing.assert_array_equal(blocks[0].arrays['x'], [np.arange(6)])
+    for step in (1, 6, 7, 13):
+        again = StreamLoader(source=stream(saved), batch_size=6)
+        states = blocks[step - 1].states
+        assert states is not None
+        again.restore(step, json.loads(json.dumps(states[0])))
+        for later in range(step, min(step + 8, 14)):
+            made = again.block(later, 1)
+            np.testing.assert_array_equal(made.arrays['x'], blocks[later].arrays['x'])
+
+
+def test_readers_take_files_of_their_own(saved: pathlib.Path) -> None:
+    seen: list[int] = []
+    for rows in (np.array([0, 1]), np.array([2, 3])):
+        loader = StreamEvalLoader(source=stream(saved), batch_size=4)
+        arrays = [loader.block(step, 1, rows).arrays for step in range(12)]
+        seen += [x for a in arrays for x in a['x'][a['_mask']].tolist()]
+    assert sorted(seen) == list(range(40))
+    with pytest.raises(ValueError, match='5 processes read files of their own, and there are 4'):
+        stream(saved).shard(0, 5)
+
+
+def test_a_missing_package_is_told(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import sys; sys.modules['datasets'] = None\n"
+        'from data.hf import HuggingFace\n'
+        'try:\n    HuggingFace("x")\n'
+        'except ValueError as error:\n    print(error)'
+    )
+    told = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "pip install 'jax-config-trainer[hf]'" in told.stdout
