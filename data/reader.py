@@ -73,6 +73,7 @@ class Reader:
         """
         place = None if self._examples is None else self._examples.get_state()
         state = {'part': list(self.part), 'epoch': self._epoch, 'any': self._read_any}
+        state['workers'] = self._pipeline.workers
         # What is kept must not change as the stream goes on.
         return {**state, 'place': json.loads(json.dumps(place, default=_number))}
 
@@ -82,6 +83,11 @@ class Reader:
         Raises:
             ValueError: if it is the place of another pipeline.
         """
+        if state['workers'] != self._pipeline.workers:
+            raise ValueError(
+                f'the place of the stream in the checkpoint is that of {state["workers"]} workers, '
+                f'and here are {self._pipeline.workers}'
+            )
         self.close()
         self._epoch, self._read_any = state['epoch'], state['any']
         if state['place'] is None:

@@ -252,6 +252,8 @@ def test_the_place_of_another_pipeline_is_refused() -> None:
     other = StreamLoader(source=Documents(), batch_size=4, stages=(Pack(length=16),))
     with pytest.raises(ValueError, match='not one of this pipeline'):
         other.restore(1, {**state[0], 'place': {'another': 1}})
+    with pytest.raises(ValueError, match='that of 3 workers, and here are 0'):
+        other.restore(1, {**state[0], 'workers': 3})
 
 
 @pytest.mark.parametrize('workers', [0, 1])

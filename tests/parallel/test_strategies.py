@@ -77,7 +77,7 @@ def experiment(kind: str, **options: Any) -> Experiment:
     if kind == 'cnn':
         small |= {'model__features': (8, 16), 'model__hidden': 64}
     else:
-        small['model'] = {'target': f'{__name__}:{kind}'}
+        small['model'] = {'target': kind if ':' in kind else f'{__name__}:{kind}'}
     return load_and_build(str(ROOT / 'configs' / 'mnist.py'), **{**common, **small, **options})
 
 

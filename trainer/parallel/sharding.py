@@ -176,12 +176,13 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
         mesh: the device mesh.
     """
 
-    def find(path: tuple[Any, ...], leaf: Any, named: PartitionSpec) -> PartitionSpec:
+    def find(path: tuple[Any, ...], leaf: Any, named: PartitionSpec | None) -> PartitionSpec:
         parameter = Parameter(
             path=jax.tree_util.keystr(path, simple=True, separator='/'),
             shape=tuple(leaf.shape),
             itemsize=leaf.dtype.itemsize,
-            names=tuple(named) or None,
+            # A box of the user's own says nothing of devices.
+            names=tuple(named or ()) or None,
         )
         return spec_of(parameter, rules, mesh)
 

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes that name dimensions: Flax's, a user's own, and those of lifted transforms."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+from jax.sharding import PartitionSpec as P
+
+from tests.parallel.test_strategies import experiment
+from trainer.trainer import Trainer
+
+KERNEL = nn.initializers.lecun_normal()
+
+
+@flax.struct.dataclass
+class Labelled(meta.AxisMetadata):
+    """A user's own box: a value, and a label for each dimension."""
+
+    value: Any
+    labels: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, value: Any) -> Labelled:
+        return self.replace(value=value)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Labelled:
+        labels = list(self.labels)
+        labels.insert(index, params.get('label'))
+        return self.replace(labels=tuple(labels))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Labelled:
+        labels = list(self.labels)
+        assert labels.pop(index) == params.get('label')
+        return self.replace(labels=tuple(labels))
+
+
+class OwnBox(nn.Module):
+    """Three layers scanned over, whose kernels lie in a box of the user's own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def init(*args: Any) -> Labelled:
+            return Labelled(KERNEL(*args), ('rows', 'columns'))
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+                return nn.relu(x @ self.param('kernel', init, (64, 64))), None
+
+        layers = nn.scan(
+            Layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=3,
+            metadata_params={'label': 'layers'},
+        )  # fmt: skip
+        x, _ = layers(name='layers')(x.reshape(len(x), -1)[:, :64], None)
+        return nn.Dense(10)(x)
+
+
+class Branches(nn.Module):
+    """Four branches by `nn.vmap`, a device of the axis 'model' for each pair."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        class Branch(nn.Module):
+            @nn.compact
+            def __call__(self, x: jax.Array) -> jax.Array:
+                kernel = nn.with_partitioning(KERNEL, (None, None))
+                y = nn.relu(nn.Dense(32, kernel_init=kernel, name='dense')(x))
+                return jax.lax.with_sharding_constraint(y, P('data', None))
+
+        branches = nn.vmap(
+            Branch, variable_axes={'params': 0}, split_rngs={'params': True}, in_axes=None,
+            axis_size=4, spmd_axis_name='model', metadata_params={nn.PARTITION_NAME: 'model'},
+        )  # fmt: skip
+        return nn.Dense(10)(branches(name='branches')(x.reshape(len(x), -1)).mean(0))
+
+
+def boxes() -> list[Any]:
+    value = jnp.ones((8, 3))
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    return [
+        nn.Partitioned(value, ('data', None)),
+        nn.Partitioned(value, ('data', None), mesh=mesh),
+        nn.LogicallyPartitioned(value, ('embed', 'mlp')),
+        Labelled(value, ('rows', 'columns')),
+    ]
+
+
+@pytest.mark.parametrize('index', [0, 1, 2])
+def test_an_axis_that_is_added_can_be_removed(index: int) -> None:
+    """J10: the two are inverse, and the value stays what it is."""
+    for box in boxes():
+        params = {nn.PARTITION_NAME: 'layers', 'label': 'layers'}
+        grown = box.add_axis(index, params)
+        names = grown.labels if isinstance(grown, Labelled) else grown.names
+        assert len(names) == 3 and names[index] == 'layers'
+        again = grown.remove_axis(index, params)
+        assert (again.labels if isinstance(again, Labelled) else again.names) == (
+            box.labels if isinstance(box, Labelled) else box.names
+        )
+        np.testing.assert_array_equal(again.unbox(), box.unbox())
+
+
+def test_a_box_of_the_users_own_trains(tmp_path: pathlib.Path) -> None:
+    """J10, J5: modules see the value, the state and the checkpoints hold no box."""
+    trainer = Trainer(
+        experiment(f'{__name__}:OwnBox', train_for='3 steps', checkpoint__every='3 steps'),
+        str(tmp_path),
+    )
+    params = trainer.fit().state.params
+    assert params['layers']['kernel'].shape == (3, 64, 64)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
+    assert not any(
+        isinstance(x, meta.AxisMetadata)
+        for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
+    )
+    restored = Trainer(trainer.experiment, str(tmp_path)).restore().params
+    np.testing.assert_array_equal(restored['layers']['kernel'], params['layers']['kernel'])
+
+
+def test_branches_by_vmap_are_spread_over_devices() -> None:
+    """J11: the new dimension of parameters and of constrained activations has the mesh axis."""
+    losses = {}
+    for mesh in ({'data': 8, 'model': 1}, {'data': 4, 'model': 2}):
+        options = {f'mesh__{name}': size for name, size in mesh.items()}
+        trainer = Trainer(experiment(f'{__name__}:Branches', train_for='5 steps', **options))
+        result = trainer.fit()
+        kernel = result.state.params['branches']['dense']['kernel']
+        assert kernel.sharding.spec[0] == 'model'
+        assert {s.data.shape for s in kernel.addressable_shards} == {(4 // mesh['model'], 784, 32)}
+        losses[mesh['model']] = result.metrics['train/loss']
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    compiled = trainer.programs.step.ready().as_text()
+    found = re.findall(r'f32\[(\d+),(\d+),(\d+)\]', compiled)
+    shapes = {tuple(sorted(map(int, dims))) for dims in found}
+    # Of 4 branches and 32 rows a device computes 2 branches of 8 rows.
+    assert (2, 8, 32) in shapes
+    assert not {(4, 8, 32), (2, 32, 32), (4, 32, 32)} & shapes
+
+
+def test_batches_and_outputs_are_cut_by_rows() -> None:
+    """J6: what goes in and what comes out of training and inference lies on the axis 'data'."""
+    trainer = Trainer(experiment('cnn', mesh__data=8, train_for='1 steps'))
+    with trainer.batches(0, [1]) as batches:
+        _, batch = next(iter(batches))
+    assert batch['image'].sharding.spec[0] in ('data', ('data',))
+    assert {s.data.shape[0] for s in batch['image'].addressable_shards} == {32 // 8}
