@@ -16,6 +16,7 @@ from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.config.sections import PrecisionSection, Sections
+from trainer.early_stopping import EarlyStopping
 from trainer.events import Event
 from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
 from trainer.modules import Functional, functional
@@ -46,6 +47,7 @@ class Experiment:
         ema_decay: decay of the parameters' moving average, or None.
         loss_scale: first value of the dynamic loss scale, or None.
         steps_per_call: updates made by one call of the compiled step.
+        early_stopping: what ends the run before its time, or None.
         mesh: axis name to size.
         sharding: rules that cut parameters over the mesh, in order of precedence.
         total_steps: number of updates of the run.
@@ -72,6 +74,7 @@ class Experiment:
     ema_decay: float | None
     loss_scale: float | None
     steps_per_call: int
+    early_stopping: EarlyStopping | None
     mesh: Mapping[str, int]
     sharding: tuple[Rule, ...]
     total_steps: int
@@ -120,6 +123,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         ema_decay=_ema_decay(sections),
         loss_scale=_loss_scale(sections.precision),
         steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
+        early_stopping=_early_stopping(sections),
         mesh=sections.mesh,
         sharding=_sharding(sections),
         total_steps=clock.total_steps or 0,
@@ -240,14 +244,30 @@ def _clock(sections: Sections, data: Any) -> Clock:
 def _best_metric(sections: Sections) -> str | None:
     """Returns `checkpoint.best.metric`, which must name an evaluation of this config."""
     best = sections.checkpoint.best
-    if best is None:
+    return None if best is None else _metric(best.metric, 'config.checkpoint.best.metric', sections)
+
+
+def _early_stopping(sections: Sections) -> EarlyStopping | None:
+    given, path = sections.early_stopping, 'config.early_stopping'
+    if given is None:
         return None
-    parts = best.metric.split('/')
+    for name in ('min_delta', 'patience'):
+        if not getattr(given, name) >= 0:
+            raise UserError(f'{path}.{name}: expected at least 0, got {getattr(given, name)}')
+    metric = _metric(given.metric, f'{path}.metric', sections)
+    return EarlyStopping(
+        metric=metric, mode=given.mode, min_delta=given.min_delta, patience=given.patience
+    )
+
+
+def _metric(metric: str, path: str, sections: Sections) -> str:
+    """Returns the name of a metric, which must be one of an evaluation of this config."""
+    parts = metric.split('/')
     if len(parts) != 3 or parts[0] != 'eval' or parts[1] not in sections.evals:
         names = [f'eval/{name}/...' for name in sections.evals]
-        near = suggest.nearest(best.metric, names, cutoff=0.0)
+        near = suggest.nearest(metric, names, cutoff=0.0)
         raise UserError(
-            f'config.checkpoint.best.metric: {best.metric!r} is no metric of an evaluation'
+            f'{path}: {metric!r} is no metric of an evaluation'
             + (f'; expected {near}' if near else ', and this config has no evals')
         )
-    return best.metric
+    return metric

@@ -121,17 +121,21 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     workdir.make()
     logfile.route(workdir.path, name)
     result = trainer.fit()
-    return 0 if result.status == 'finished' else stop.exit_code
+    return 0 if result.status in ('finished', 'stopped_early') else stop.exit_code
 
 
 def _already_done(trainer: Trainer) -> bool:
     """Whether the work directory holds the finished run, which is then said."""
     workdir, total = _workdir(trainer), trainer.experiment.total_steps
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
-    result = workdir.result() if latest == total else None
-    if result is None or result['step'] != total or result['status'] != 'finished':
+    result = workdir.result() if latest is not None else None
+    if result is None or result['step'] != latest:
         return False
-    print(f'{workdir.path} has already finished at step {total:,}:')
+    early = trainer.experiment.early_stopping is not None and result['status'] == 'stopped_early'
+    if not early and (latest != total or result['status'] != 'finished'):
+        return False
+    why = f' ({result["status"]})' if early else ''
+    print(f'{workdir.path} has already finished at step {latest:,}{why}:')
     for name, value in sorted(result['metrics'].items()):
         print(f'  {name} {value:.6g}')
     return True

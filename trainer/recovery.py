@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ class Recovery:
 
     That is the state, in a checkpoint or between two calls in memory, and beside it what the host
     has counted: the digest of the data, the newest metrics, the evaluations of the saved step.
+
+    Attributes:
+        early_stopping: what ends the run before its time, or None.
     """
 
     def __init__(
@@ -46,6 +50,9 @@ class Recovery:
         self._allow_config_change = allow_config_change
         self._overrides = dict(overrides or {})
         self._consumed = Consumed(parts.experiment.data)
+        # An own one: two runs of one experiment count for themselves.
+        early = parts.experiment.early_stopping
+        self.early_stopping = None if early is None else dataclasses.replace(early)
         # Without a work directory the next call goes on from here.
         self._paused: tuple[TrainState, int] | None = None
 
@@ -82,11 +89,13 @@ class Recovery:
             self._report.restore(0, {}, ())
             # An earlier call may have failed, and has left behind what it had counted.
             self._consumed.restart()
+            self._restore_early_stopping({})
             return self._parts.init_state(), 0
         state = self._parts.restore(latest)
         meta = checkpoints.meta(latest)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
             self._report.progress.message('The data begins anew: see --allow_config_change.')
+        self._restore_early_stopping(meta)
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
         return state, latest
 
@@ -165,4 +174,11 @@ class Recovery:
 
     def _measured(self, step: int) -> dict[str, Any]:
         names = [n for n in self._parts.experiment.evals if self._report.has_eval(n, step)]
-        return {'evaluated': names, 'metrics': dict(self._report.latest)}
+        measured = {'evaluated': names, 'metrics': dict(self._report.latest)}
+        if self.early_stopping is not None:
+            measured['early_stopping'] = self.early_stopping.state()
+        return measured
+
+    def _restore_early_stopping(self, meta: Mapping[str, Any]) -> None:
+        if self.early_stopping is not None:
+            self.early_stopping.restore(meta.get('early_stopping'))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 
@@ -28,7 +28,8 @@ class Result:
     """How a call of `fit` ended.
 
     Attributes:
-        status: 'finished', 'preempted' (SIGTERM), 'interrupted' (Ctrl-C) or 'paused' (`max_steps`).
+        status: 'finished', 'stopped_early' (`config.early_stopping`), 'preempted' (SIGTERM),
+            'interrupted' (Ctrl-C) or 'paused' (`max_steps`).
         step: number of completed updates.
         metrics: the newest value of each metric, by its flat name ('eval/test/accuracy').
         state: the state at `step`.
@@ -127,9 +128,11 @@ class Trainer(Parts):
                 if step == due:
                     state = self._run_events(step, state, batches)
                     due = self._events.next_due(step)
-                if self._stopping():
+                if self._stopping() or self._stopped_early:
                     break
             self._recovery.count(batches, step)
+        if self._stopped_early:
+            self._evaluate_all(self._events.final, step, state)
         return self._end(step, state)
 
     def _begin(self) -> tuple[TrainState, int]:
@@ -180,22 +183,32 @@ class Trainer(Parts):
         """Yields how many updates each call of a program makes; none if a stop came early."""
         total, most = self.experiment.total_steps, self.experiment.steps_per_call
         last = total if max_steps is None else min(total, step + max_steps)
-        return self._events.calls(step, step if self._stopping() else last, most)
+        stopped = self._stopping() or self._stopped_early
+        return self._events.calls(step, step if stopped else last, most)
 
     def _status(self, step: int) -> str:
         at_end = step == self.experiment.total_steps
-        if at_end and all(self.report.has_eval(n, step) for n in self._events.evals_due(step)):
-            return 'finished'
+        owed = self._events.final if self._stopped_early else self._events.evals_due(step)
+        if (at_end or self._stopped_early) and all(self.report.has_eval(n, step) for n in owed):
+            return 'finished' if at_end else 'stopped_early'
         if self._stop.signal is None:
             return 'paused'
         return 'interrupted' if self._stop.signal == signal.SIGINT else 'preempted'
+
+    @property
+    def _stopped_early(self) -> bool:
+        early = self._recovery.early_stopping
+        return early is not None and early.stopped
 
     def _stopping(self) -> bool:
         return self._stop.poll()
 
     def _evaluate_due(self, step: int, state: TrainState) -> bool:
         """Runs what is due and has not run at this step; returns whether there was anything."""
-        due = [n for n in self._events.evals_due(step) if not self.report.has_eval(n, step)]
+        return self._evaluate_all(self._events.evals_due(step), step, state)
+
+    def _evaluate_all(self, names: Iterable[str], step: int, state: TrainState) -> bool:
+        due = [name for name in names if not self.report.has_eval(name, step)]
         for name in due:
             if not self._stopping():
                 self._evaluate(name, step, state)
@@ -212,6 +225,8 @@ class Trainer(Parts):
                 # The next start runs it: the checkpoint of this step says what it lacks.
                 return
             self.report.evaluated(name, step, metrics)
+        if (early := self._recovery.early_stopping) is not None:
+            early.update(name, metrics)
         self._notify('eval', step, state)
 
     def _save(self, step: int, state: TrainState) -> None:

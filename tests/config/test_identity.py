@@ -58,6 +58,7 @@ def test_what_leaves_the_run_the_same_does_not_show(free: tuple[str, str]) -> No
     ('path', 'counts'),
     [
         ('train_for', False), ('data.prefetch', False), ('evals.test.every', False),
+        ('data.loader.workers', False), ('data.loader.stages', True),
         ('hooks[0]', False), ('log', False), ('training', True), ('train_form', True),
         ('logging.every', True), ('data', True), ('data.prefetcher', True), ('seed', True),
         ('model.log', True), ('vars.width', True),

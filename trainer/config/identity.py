@@ -18,7 +18,8 @@ from trainer.config.overrides import Override
 # steps_per_call). All others make another run.
 _FREE = (
     'train_for', 'log', 'checkpoint', 'evals', 'hooks', 'mesh', 'steps_per_call', 'data.prefetch',
-    'data.loader.threads', 'data.loader.workers', 'data.loader.ahead', 'data.loader.task_rows',
+    'early_stopping', 'data.loader.threads', 'data.loader.workers', 'data.loader.ahead',
+    'data.loader.task_rows',
 )  # fmt: skip
 _MAX_NAME = 100
 # What a name cannot hold, its separators among them: '-' between words, ',' and '=' of overrides.

@@ -125,6 +125,16 @@ class CheckpointSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EarlyStoppingSection:
+    """`config.early_stopping`: the end of a run whose metric has stopped getting better."""
+
+    metric: str
+    mode: Literal['max', 'min'] = 'min'
+    min_delta: float = 0.0
+    patience: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSection:
     """`config.log`: when a row of metrics is written."""
 
@@ -146,6 +156,7 @@ class Sections:
     accumulate: int = 1
     ema: EmaSection | None = None
     steps_per_call: int = 1
+    early_stopping: EarlyStoppingSection | None = None
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {'data': -1})
     precision: PrecisionSection | None = None
     sharding: Sharding | tuple[Sharding, ...] = ()

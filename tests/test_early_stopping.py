@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""M1: early stopping counts as Flax does, and goes on counting after a resume."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import Any
+
+import pytest
+from flax.training.early_stopping import EarlyStopping as FlaxEarlyStopping
+
+from tests import command
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.early_stopping import EarlyStopping
+from trainer.experiment import Experiment, load_and_build
+from trainer.trainer import Trainer
+
+
+def stops_at(values: list[float], **options: Any) -> int | None:
+    """Returns the number of the value that ends the run."""
+    early = EarlyStopping(metric='eval/test/loss', **options)
+    for number, value in enumerate(values, 1):
+        early.update('other', {'loss': -number})
+        early.update('test', {'loss': value})
+        again = EarlyStopping(metric='eval/test/loss', **options)
+        again.restore(early.state())
+        early = again
+        if early.stopped:
+            return number
+    return None
+
+
+@pytest.mark.parametrize('patience', [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    'values',
+    [
+        [1.0, 0.9, 0.8995, 0.8994, 0.8993, 0.8992, 0.8991],
+        [1.0, 2.0, 3.0, 0.5, 0.6, 0.7, 0.8, 0.9],
+        [math.inf, 1.0, math.nan, math.nan, math.nan, math.nan],
+        [3.0, 2.0, 1.0],
+    ],
+)
+def test_it_counts_as_flax_does(values: list[float], patience: int) -> None:
+    flax = FlaxEarlyStopping(min_delta=1e-3, patience=patience)
+    expected = None
+    for number, value in enumerate(values, 1):
+        flax = flax.update(value)
+        if flax.should_stop:
+            expected = number
+            break
+    assert stops_at(values, min_delta=1e-3, patience=patience) == expected
+
+
+def test_the_documents_sequence() -> None:
+    assert stops_at([1.0, 0.9, 0.8995, 0.8994, 0.8993], min_delta=1e-3, patience=2) == 5
+
+
+def test_a_first_nan_is_not_the_best_for_ever() -> None:
+    """Where Flax would never see an improvement again."""
+    assert stops_at([math.nan, 1.0, 0.5, 0.4, 0.3], patience=1) is None
+    assert stops_at([math.nan, math.nan], patience=1) == 2
+
+
+def test_more_may_be_better() -> None:
+    assert stops_at([0.1, 0.2, 0.3, 0.2, 0.1], mode='max', patience=1) == 5
+
+
+def build(**overrides: Any) -> Experiment:
+    """A run that learns nothing."""
+    options = {
+        'train_for': '100 steps',
+        'optimizer__learning_rate': 0.0,
+        'data__source__limit': 640,
+        'evals__test__data__source__limit': 96,
+        'evals__test__every': '10 steps',
+        'checkpoint__every': '7 steps',
+        'early_stopping': {'metric': 'eval/test/loss', 'patience': 1},
+    }
+    return load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
+
+
+@pytest.mark.parametrize('pauses', [(), (25,), (10, 5)])
+def test_a_run_ends_early_and_goes_on_counting(
+    pauses: tuple[int, ...], tmp_path: pathlib.Path
+) -> None:
+    for steps in pauses:
+        assert Trainer(build(), str(tmp_path)).fit(max_steps=steps).status == 'paused'
+    result = Trainer(build(), str(tmp_path)).fit()
+    assert (result.status, result.step) == ('stopped_early', 30)
+    assert command.result(tmp_path)['status'] == 'stopped_early'
+    again = Trainer(build(), str(tmp_path)).fit()
+    assert (again.status, again.step) == ('stopped_early', 30)
+    longer = Trainer(build(early_stopping=None, train_for='40 steps'), str(tmp_path)).fit()
+    assert (longer.status, longer.step) == ('finished', 40)
+
+
+def test_the_other_evaluations_run_at_that_end() -> None:
+    late = {'every': 'never', 'data': {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}}
+    late['data']['batch_size'] = 1000  # type: ignore[index]
+    result = Trainer(build(evals__late=late)).fit()
+    assert result.status == 'stopped_early'
+    assert result.metrics['eval/late/examples'] == 10_000
+
+
+def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
+    options = (
+        '--config.optimizer.learning_rate=0', '--config.evals.test.every=10steps',
+        '--config.early_stopping.metric=eval/test/loss', '--config.train_for=100steps',
+    )  # fmt: skip
+    finished = command.train(tmp_path, *options)
+    assert 'stopped_early at step 20' in finished.out
+    again = command.train(tmp_path, *options)
+    assert 'already finished at step 20 (stopped_early)' in again.out
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'metric': 'eval/tset/loss'}, "'eval/tset/loss' is no metric of an evaluation; expected"),
+        ({'metric': 'eval/test/loss', 'patience': -1}, 'patience: expected at least 0'),
+        ({'metric': 'eval/test/loss', 'mode': 'less'}, 'mode'),
+    ],
+)
+def test_mistakes(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(early_stopping=options)
+
+
+def test_a_metric_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"has no 'lsos'; it has loss, accuracy"):
+        Trainer(build(early_stopping__metric='eval/test/lsos')).fit()
