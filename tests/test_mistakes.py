@@ -41,6 +41,7 @@ CNN = '--config=configs/mnist.py'
             'covers every parameter but',
         ),
         ((CNN, '--config.accumulate=5'), '30 or 35 would'),
+        ((CNN, '--config.accumulate=5', '--mode=summary'), '30 or 35 would'),
         ((CNN, '--config.mesh.data=3'), 'does not fit 1 devices'),
         ((CNN, '--config.evals.test.ema=true'), 'set config.ema.decay'),
         ((CNN, '--config.task.label=klass'), 'image: float32[32, 28, 28, 1], label: int32[32]'),
@@ -87,6 +88,21 @@ def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
         assert word in finished.err
 
 
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_has_nothing_to_save(
+    tmp_path: pathlib.Path, number: signal.Signals
+) -> None:
+    (tmp_path / 'slow.py').write_text(
+        'import pathlib, time\n'
+        "def get_config():\n    pathlib.Path('began').touch()\n    time.sleep(120)\n"
+    )
+    process = command.start('--config=slow.py', '--mode=eval', cwd=tmp_path)
+    command.wait_for((tmp_path / 'began').exists)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-number, '', '')
+
+
 def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> None:
     finished = command.train(tmp_path / 'run', '--config.train_for=300steps')
     assert not set(finished.out + finished.err) & set('\r\x1b\b')
@@ -130,10 +146,16 @@ def own_handlers() -> Iterator[None]:
         ((CNN, '--config.mesh={"data": 0, "model": -1}'), 'does not fit'),
         ((CNN, '--config.train_for=1e99 steps'), 'the state counts to 2^31 - 1'),
         ((CNN, '--config.ema.decay=2'), 'config.ema.decay: expected a number from 0 to below 1'),
-        ((CNN, '--config.task.top_k=5'), 'expected a tuple of integers such as (5,), got 5'),
-        ((CNN, '--config.task.top_k=(5, "a")'), 'expected a tuple of integers'),
+        ((CNN, '--config.task.top_k=5'), 'expected tuple[int, ...], got 5'),
+        ((CNN, '--config.task.top_k=(5, "a")'), "top_k[1]: expected int, got 'a'"),
         ((CNN, '--config=configs/lm.py'), '--config is given twice'),
         ((CNN, '--workdir', '--mode=summary'), '--workdir needs a value'),
+        ((CNN, '--workdir='), '--workdir needs a value'),
+        ((CNN, '--config.data.source.target=data.tfds:TFDS'), 'config.data.source.name is missing'),
+        (
+            (CNN, '--config.data.source.target=data.tfds:TFDS', '--config.data.source.nam=mnist'),
+            'Did you mean config.data.source.name?',
+        ),
         ((f'{CNN}:big',), "get_config() takes no argument, got 'big'"),
         ((CNN, '--config.data.batch_size', 'many'), "expected int, got 'many'"),
         ((CNN, '--config.data.batch_size=1e3'), 'expected int, got 1000.0'),
@@ -149,8 +171,8 @@ def own_handlers() -> Iterator[None]:
         ((CNN, '--config.model.target=builtins:int'), 'accepts_any=True'),
         ((CNN, '--config.optimizer.learning_rate=fast'), "expected float, got 'fast'"),
         ((CNN, '--config.precision.compute=float8'), "'float8' is none of"),
-        ((CNN, '--config.data.device_transforms[5].key=x'), 'there are 1 elements'),
-        (('--config=configs',), "there is no file 'configs'"),
+        ((CNN, '--config.data.device_transforms[5].key=x'), 'there is 1 element;'),
+        (('--config=configs',), "'configs' is a directory"),
         (('--config=pyproject.toml',), 'is not a Python file'),
     ],
 )

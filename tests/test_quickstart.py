@@ -63,3 +63,8 @@ def test_predictions_are_written_without_padding(tmp_path: pathlib.Path) -> None
     accuracy = float((predictions['class'] == labels).mean())
     metrics = command.result(tmp_path)['metrics']
     assert abs(accuracy - metrics['eval/test/accuracy']) < 1e-6
+    (tmp_path / 'predictions_test_200.npz').unlink()
+    (tmp_path / 'predictions_test_200.npz').mkdir()
+    finished = command.run(*options, '--mode=predict')
+    assert finished.code == 2
+    assert 'predictions_test_200.npz cannot be written: Is a directory' in finished.err

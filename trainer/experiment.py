@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -186,7 +187,11 @@ def _check_below(value: Any, path: str) -> None:
 
 
 def _model(sections: Sections) -> Functional:
-    module = targets.instantiate(sections.model, 'config.model')
+    path = 'config.model'
+    if targets.takes(sections.model, 'rngs', path):  # NNX makes its parameters with the module.
+        module: Any = functools.partial(_with_rngs, sections.model, path)
+    else:
+        module = targets.instantiate(sections.model, path)
     wanted = sections.precision
     precision = AS_IS
     if wanted is not None:
@@ -195,6 +200,10 @@ def _model(sections: Sections) -> Functional:
         return functional(module, precision)
     except TypeError as error:
         raise UserError(str(error)) from error
+
+
+def _with_rngs(node: Any, path: str, rngs: Any) -> Any:
+    return targets.instantiate(node, path, {'rngs': rngs})
 
 
 def _accumulate(sections: Sections, task: TaskRunner) -> int:

@@ -92,6 +92,8 @@ def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
 def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     spec, assignments, rest = overrides.parse_argv(list(argv[1:]))
     _parse_flags([argv[0], *rest])
+    if _FLAGS.mode != 'train':
+        signals.uninstall()
     if spec is None and _FLAGS.help:
         print(_usage())
         return 0
@@ -143,7 +145,7 @@ def _parse_flags(argv: Sequence[str]) -> None:
         words = _FLAGS(list(argv))[1:]
     except flags.Error as error:
         raise UserError(f'{error}. See --help.') from error
-    if (_FLAGS.workdir or '').startswith('-'):
+    if _FLAGS.workdir == '' or (_FLAGS.workdir or '').startswith('-'):
         raise UserError(f'--workdir needs a value, got {_FLAGS.workdir!r}')
     if words:
         raise UserError(

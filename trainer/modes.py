@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,8 @@ from trainer.experiment import build
 from trainer.observe import logfile
 from trainer.observe.progress import Nowhere, duration
 from trainer.observe.table import human_bytes, nbytes
-from trainer.parallel import processes
+from trainer.parallel import processes, signals
+from trainer.parallel.mesh import batch_shards
 from trainer.parallel.processes import Cluster
 from trainer.parallel.rendezvous import PeerError
 from trainer.parallel.signals import StopRequest
@@ -86,9 +86,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
 def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     experiment = build(loaded)
     if command.mode != 'train':
-        # There is nothing to save: a signal ends the process as it ends any other.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signals.uninstall()  # Again: where processes have joined, JAX has a handler of its own.
     trainer = Trainer(
         experiment,
         command.workdir,
@@ -164,8 +162,11 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
         }
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
         if processes.is_primary():
-            with path.open('wb') as file:
-                np.savez(file, **arrays)
+            try:
+                with path.open('wb') as file:
+                    np.savez(file, **arrays)
+            except OSError as error:
+                raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
         rows = len(next(iter(arrays.values())))
         print(f'{path}: {rows:,} rows of {", ".join(arrays)}')
     return 0
@@ -218,6 +219,7 @@ def _rehearsal(workdir: str) -> Iterator[epath.Path]:
 
 def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
+    startup.check_batch(trainer.experiment, batch_shards(trainer.mesh))
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     print(startup.summary(trainer, latest or 0))
     if trainer.experiment.accumulate == 1 and (flops := trainer.programs.step.flops()):

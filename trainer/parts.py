@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -159,6 +160,11 @@ class Parts:
         """
         if self.checkpoints is None:
             raise UserError('restore: this trainer has no work directory')
+        if step == 'best' and self.experiment.retention.best_metric is None:
+            raise UserError(
+                'which checkpoint is the best is told by a metric, and this config names none: '
+                'set --config.checkpoint.best.metric, such as eval/NAME/accuracy'
+            )
         steps = self.checkpoints.steps()
         named = {'latest': self.checkpoints.latest, 'best': self.checkpoints.best}
         number = int(step) if str(step).isdigit() else None
@@ -169,6 +175,18 @@ class Parts:
                 f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
             )
         return self.checkpoints.restore(found, self.programs.abstract)
+
+    def model(self, state: TrainState | None = None) -> Any:
+        """Returns the user's own model with trained variables in it, to call in a notebook.
+
+        It is in evaluation mode: a Klinen model as `init_bind` binds it, a Linen module as
+        `Module.bind` does, an NNX module as it is.
+
+        Args:
+            state: whose variables; by default the newest checkpoint's.
+        """
+        state = self.restore() if state is None else state
+        return self.experiment.model.for_notebook(state.variables)
 
     def evaluate(self, state: TrainState | None = None) -> dict[str, dict[str, float]]:
         """Returns the metrics of each evaluation of the config.

@@ -136,11 +136,12 @@ def test_what_may_pass(error: Exception, expected: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    'details', ['\nand pages', " [os_error_code='28'] [tensorstore_spec='{}']"]
+    'details',
+    ['\nand pages', " [os_error_code='28'] [tensorstore_spec='{}']", '. See full TensorStore: {}'],
 )
 def test_pages_of_details_become_a_line_with_the_cause(details: str) -> None:
     text = first_line(ValueError('start ' + 'x' * 900 + ' the cause' + details))
-    assert text.startswith('ValueError: start x') and text.endswith('x the cause')
+    assert text.startswith('ValueError: start x') and text.removesuffix('.').endswith('x the cause')
     assert len(text) < 330
     assert first_line(KeyError()) == 'KeyError: '
 

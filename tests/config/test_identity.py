@@ -45,7 +45,8 @@ def test_order_does_not_matter(order: tuple[tuple[str, str], ...]) -> None:
     [
         ('train_for', '5 steps'), ('log.every', '1 steps'), ('log', '{"tensorboard": False}'),
         ('checkpoint.best.metric', 'eval/test/loss'), ('evals.test.every', 'never'),
-        ('hooks', '{"a": {"target": "x:y"}}'), ('mesh.data', '2'), ('steps_per_call', '4'),
+        ('hooks', '{"a": {"target": "x:y"}}'), ('mesh.data', '2'), ('sharding', 'fsdp'),
+        ('steps_per_call', '4'),
         ('data.prefetch', '0'), ('evals.test.data.device_transforms[0].key', 'x'),
     ],
 )  # fmt: skip

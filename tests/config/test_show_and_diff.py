@@ -67,6 +67,18 @@ def test_an_index_from_the_end_has_its_origin() -> None:
     ]
 
 
+def test_elements_of_a_tuple_have_their_origins() -> None:
+    pairs, one = '((".*kernel", 0.5), (".*", 1.0))', 'optimizer.lr_multipliers[1][1]'
+    assert overridden(('optimizer.lr_multipliers', pairs), (one, '2')) == [
+        "optimizer.lr_multipliers = (('.*kernel', 0.5), ('.*', 2.0))  "
+        f'# --config.optimizer.lr_multipliers={pairs}, --config.{one}=2'
+    ]
+    loaded = loading.load(str(ROOT / 'configs' / 'mnist_mlp.py'))
+    applied = overrides.apply(loaded.config, [('model.features[0]', '7')])
+    lines = show.resolved(loading.plain(loaded.config), applied).splitlines()
+    assert 'model.features = (7, 10)  # --config.model.features[0]=7' in lines
+
+
 def test_defaults_beside_what_was_set_are_told_as_such() -> None:
     lines = [line for line in resolved(('mesh.model', '2')) if line.startswith('mesh')]
     assert lines == ['mesh.data = -1  # default', 'mesh.model = 2  # --config.mesh.model=2']

@@ -41,6 +41,6 @@ def may_pass(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """Returns 'ValueError: text', without the pages that TensorStore adds, its end kept."""
-    line = re.split(r"\n| \[[\w ]+='", str(error), maxsplit=1)[0]
+    line = re.split(r"\n| \[[\w ]+='| See full TensorStore", str(error), maxsplit=1)[0]
     short = line if len(line) <= 300 else f'{line[:100]} ... {line[-200:]}'
     return f'{type(error).__name__}: {short}'

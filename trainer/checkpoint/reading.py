@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from trainer.modules.linen import param_path
+from trainer.modules.bound import param_path
 
 _SHOWN = 10
 _Names = tuple[str, ...]

@@ -14,12 +14,12 @@ from trainer.config.diff import Change
 from trainer.config.loading import LoadedConfig
 from trainer.config.overrides import Override
 
-# Changes below these keys leave the trained state what it is (to the last bits, for mesh and
-# steps_per_call). All others make another run.
+# Changes below these keys leave the trained state what it is (to the last bits, for mesh,
+# sharding and steps_per_call). All others make another run.
 _FREE = (
-    'train_for', 'log', 'checkpoint', 'evals', 'hooks', 'mesh', 'steps_per_call', 'data.prefetch',
-    'early_stopping', 'data.loader.threads', 'data.loader.workers', 'data.loader.ahead',
-    'data.loader.task_rows',
+    'train_for', 'log', 'checkpoint', 'evals', 'hooks', 'mesh', 'steps_per_call', 'sharding',
+    'data.prefetch', 'early_stopping', 'data.loader.threads', 'data.loader.workers',
+    'data.loader.ahead', 'data.loader.task_rows',
 )  # fmt: skip
 _MAX_NAME = 100
 # What a name cannot hold, its separators among them: '-' between words, ',' and '=' of overrides.

@@ -149,7 +149,7 @@ def _unknown_argument(
 ) -> str:
     path, place = f'config.{paths.join(keys)}', f'config.{paths.join(keys[:depth])}'
     target = targets.resolve(node['target'], f'{place}.target')
-    names = [n for n in targets.arguments(target)[0] if n not in targets.FRAMEWORK_SUPPLIED]
+    names = targets.told(targets.arguments(target)[0])
     close = suggest.nearest(str(keys[depth]), [*names, *node], cutoff=0.75)
     if close:
         return _did_you_mean(path, _replaced(keys, depth, close))

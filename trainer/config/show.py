@@ -21,7 +21,9 @@ def resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
     lines = []
     origins = _origins(overrides)
     for path, value in _leaves(config, ''):
-        notes = [origins[path]] if path in origins else []
+        # A tuple is shown whole, and may have been set whole and by its elements.
+        places = (place for place in origins if place == path or place.startswith(f'{path}['))
+        notes = list(dict.fromkeys(origins[place] for place in places))
         if path.endswith('accepts_any') and value:
             notes.append('unchecked: the target takes any argument')
         lines.append((f'{path} = {value!r}', ', '.join(notes)))

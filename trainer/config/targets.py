@@ -23,9 +23,7 @@ from trainer.config.errors import UserError
 _BUNDLED = ('models', 'data', 'configs')
 
 # Arguments that the framework or the module system gives, so a config need not.
-FRAMEWORK_SUPPLIED = frozenset(
-    {'rngs', 'train', 'training', 'is_training', 'deterministic', 'parent', 'name'}
-)
+FRAMEWORK_SUPPLIED = frozenset({'rngs', 'train', 'training', 'is_training', 'deterministic'})
 
 # Keys of an object's dict that are not arguments.
 RESERVED = frozenset({'target', 'args', 'accepts_any'})
@@ -81,10 +79,19 @@ def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
     open_ended = _pop_kind(parameters, inspect.Parameter.VAR_KEYWORD)
     _pop_kind(parameters, inspect.Parameter.VAR_POSITIONAL)
     inner = getattr(target, '__wrapped__', None) or getattr(target, 'func', None)
+    if inspect.isclass(target) and type(target).__call__ is not type.__call__:
+        # What NNX and others do around the constructor has no signature of its own.
+        inner = functools.partial(target.__init__, None)
     if open_ended and inner is not None:
         more, open_ended = arguments(inner)
         parameters = {**more, **parameters}
     return parameters, open_ended
+
+
+def told(parameters: Mapping[str, Any]) -> list[str]:
+    """Returns the arguments that a message names: not what the framework or Linen supplies."""
+    linens = {'parent', 'name'} if 'parent' in parameters else set()
+    return [name for name in parameters if name not in FRAMEWORK_SUPPLIED | linens]
 
 
 def check(node: Any, path: str) -> None:
@@ -105,24 +112,46 @@ def check(node: Any, path: str) -> None:
             check(value, f'{path}[{index}]')
 
 
-def instantiate(node: Any, path: str) -> Any:
+def takes(node: Any, name: str, path: str) -> bool:
+    """Whether any target below a node has an argument of that name which the node leaves out."""
+    if isinstance(node, (tuple, list)):
+        return any(takes(value, name, f'{path}[{i}]') for i, value in enumerate(node))
+    if not isinstance(node, Mapping):
+        return False
+    target = node.get('target')
+    mine = target is not None and name in arguments(resolve(target, f'{path}.target'))[0]
+    return (mine and name not in node) or any(
+        takes(v, name, f'{path}.{k}') for k, v in node.items()
+    )
+
+
+def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None) -> Any:
     """Returns the object that a node describes; containers are walked, other values are themselves.
+
+    Args:
+        node: a dict with 'target' or 'ref', a container of such, or any other value.
+        path: where it stands, for messages.
+        supplied: given to every target that takes an argument of that name and is not given it.
 
     Raises:
         UserError: as `check`, and when a call refuses its arguments.
     """
     if isinstance(node, (tuple, list)):
-        return type(node)(instantiate(v, f'{path}[{i}]') for i, v in enumerate(node))
+        return type(node)(instantiate(v, f'{path}[{i}]', supplied) for i, v in enumerate(node))
     if not isinstance(node, Mapping):
         return node
     if 'ref' in node and 'target' not in node:
         return _reference(node, path)
     if 'target' not in node:
-        return {key: instantiate(value, f'{path}.{key}') for key, value in node.items()}
+        return {key: instantiate(v, f'{path}.{key}', supplied) for key, v in node.items()}
     target = resolve(node['target'], f'{path}.target')
     _check_arguments(target, node, path)
-    args = instantiate(tuple(node.get('args', ())), f'{path}.args')
-    kwargs = {k: instantiate(v, f'{path}.{k}') for k, v in node.items() if k not in RESERVED}
+    args = instantiate(tuple(node.get('args', ())), f'{path}.args', supplied)
+    given = {k: v for k, v in node.items() if k not in RESERVED}
+    kwargs = {k: instantiate(v, f'{path}.{k}', supplied) for k, v in given.items()}
+    if supplied:
+        known, _ = arguments(target)
+        kwargs = {**{k: v for k, v in supplied.items() if k in known}, **kwargs}
     try:
         return target(*args, **kwargs)
     except UserError:
@@ -194,8 +223,7 @@ def _unknown_argument(
             f'add {path}.accepts_any=True if it is right'
         )
     near = suggest.nearest(key, parameters)
-    names = ', '.join(name for name in parameters if name not in FRAMEWORK_SUPPLIED)
-    hint = f'Did you mean {path}.{near}?' if near else f'It takes: {names}.'
+    hint = f'Did you mean {path}.{near}?' if near else f'It takes: {", ".join(told(parameters))}.'
     return f'{path}.{key}: {node["target"]} takes no argument {key!r}. {hint}'
 
 

@@ -3,18 +3,37 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from trainer.modules.bound import BoundModel
 from trainer.modules.linen import Linen
 from trainer.step.precision import AS_IS, Precision
-
-# What a Trainer takes for a model.
-Functional = Linen
+from trainer.step.rng import Keys
 
 
-def functional(module: object, precision: Precision = AS_IS) -> Linen:
+class Functional(Protocol):
+    """A model as functions of its variables."""
+
+    def init(
+        self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys
+    ) -> Mapping[str, Any]:
+        """Returns fresh variables, 'params' among them, of all that a task calls on a batch."""
+
+    def bind(self, variables: Mapping[str, Any], keys: Keys, *, ema: Any = None) -> BoundModel:
+        """Returns the callable that a task gets."""
+
+    def for_notebook(self, variables: Mapping[str, Any]) -> Any:
+        """Returns the user's own module with these variables in it, in evaluation mode."""
+
+
+def functional(module: object, precision: Precision = AS_IS) -> Functional:
     """Wraps a user's module for the step functions.
 
     Args:
-        module: a Linen module.
+        module: a Linen module, an NNX module, or a function `make(rngs)` that returns one of these.
         precision: the dtypes of its parameters, its computation and its output.
 
     Raises:
@@ -24,6 +43,19 @@ def functional(module: object, precision: Precision = AS_IS) -> Linen:
 
     if isinstance(module, nn.Module):
         return Linen(module, precision)
+    nnx = sys.modules.get('flax.nnx')  # Whoever has made an NNX module has imported it.
+    if nnx is not None and isinstance(module, nnx.Module):
+        module = functools.partial(_copied, module)
+    if callable(module):
+        from trainer.modules.nnx import NNX
+
+        return NNX(module, precision)
     raise TypeError(
-        f'config.model: expected an instance of flax.linen.Module, got {type(module).__name__}'
+        'config.model: expected a module of flax.linen or flax.nnx, got ' + type(module).__name__
     )
+
+
+def _copied(module: Any, rngs: Any) -> Any:
+    from flax import nnx
+
+    return nnx.clone(module)

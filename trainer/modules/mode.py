@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import inspect
 import operator
@@ -21,6 +22,9 @@ TRAIN_FLAGS = {
     'deterministic': False,
     'use_running_average': False,
 }
+
+# The mode of the call that is running, for modules that are made in it.
+current: contextvars.ContextVar[bool | None] = contextvars.ContextVar('training', default=None)
 
 
 def set_fields(module: nn.Module, training: bool) -> nn.Module:
@@ -75,16 +79,27 @@ def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..
         target: Any = module
         for step in steps:
             target = step(target)
-        args, kwargs = _with_flags(target, args, kwargs, training)
+        args, kwargs = with_flags(target, args, kwargs, training)
         layers = isinstance(module, nn.Sequential)
-        with _telling_layers(training) if layers else contextlib.nullcontext():
-            return target(*args, **kwargs)
+        token = current.set(training)
+        try:
+            with telling_layers(training) if layers else contextlib.nullcontext():
+                return target(*args, **kwargs)
+        finally:
+            current.reset(token)
 
     return call
 
 
-def _telling_layers(training: bool) -> contextlib.AbstractContextManager[Any]:
-    """Tells each layer of a model that is an `nn.Sequential`, which itself passes nothing on."""
+def telling_layers(
+    training: bool, top: nn.Module | None = None
+) -> contextlib.AbstractContextManager[Any]:
+    """Tells each layer of an `nn.Sequential`, which itself passes nothing on.
+
+    Args:
+        training: the mode.
+        top: the `nn.Sequential`; None if it is the model.
+    """
 
     def intercept(
         following: Callable[..., Any],
@@ -92,24 +107,26 @@ def _telling_layers(training: bool) -> contextlib.AbstractContextManager[Any]:
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        if context.method_name == '__call__' and _is_layer(context.module):
-            args, kwargs = _with_flags(context.module, args, kwargs, training)
+        if context.method_name == '__call__' and _is_layer(context.module, top):
+            args, kwargs = with_flags(context.module, args, kwargs, training)
         return following(*args, **kwargs)
 
     return nn.intercept_methods(intercept)
 
 
-def _is_layer(module: nn.Module) -> bool:
-    """Whether only `nn.Sequential`s stand between the module and the root."""
+def _is_layer(module: nn.Module, top: nn.Module | None) -> bool:
+    """Whether only `nn.Sequential`s stand between the module and the top, or the root."""
     parent = module.parent
     while isinstance(parent, nn.Sequential):
+        if parent is top:
+            return True
         parent = parent.parent
-        if not isinstance(parent, nn.Module):
+        if top is None and not isinstance(parent, nn.Module):
             return True
     return False
 
 
-def _with_flags(
+def with_flags(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Adds the flags that the target takes and the caller did not give."""

@@ -42,7 +42,13 @@ class Streams:
             try:
                 return function({name: key(name) for name in sorted(self.names)})
             except errors.InvalidRngError as error:
-                match = _MISSING.search(str(error))
-                if match is None or match[1] in self.names | self._never:
+                name = missing(error)
+                if name is None or name in self.names | self._never:
                     raise
-                self.names.add(match[1])
+                self.names.add(name)
+
+
+def missing(error: errors.InvalidRngError) -> str | None:
+    """Returns the stream that a module has asked for and got no key of."""
+    match = _MISSING.search(str(error))
+    return match[1] if match else None

@@ -83,3 +83,9 @@ def install() -> StopRequest:
     signal.signal(signal.SIGTERM, request.handle)
     signal.signal(signal.SIGINT, request.handle)
     return request
+
+
+def uninstall() -> None:
+    """Lets a signal end the process as it ends any other, where there is nothing to save."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from trainer.config.errors import UserError
-from trainer.modules.linen import BoundModel
+from trainer.modules.bound import BoundModel
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
 from trainer.step.rng import Keys

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.modules.linen import param_path
+from trainer.modules.bound import param_path
 
 # Words that numpy mixes at once: small enough to stay in a core's cache.
 _PIECE = 2**16

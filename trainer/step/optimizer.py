@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.config.errors import UserError
-from trainer.modules.linen import param_path
+from trainer.modules.bound import param_path
 from trainer.step.tasks import ONLY_LOSS
 
 Schedule = Callable[[Any], Any]

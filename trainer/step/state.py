@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import optax
 
-from trainer.modules.linen import param_path
+from trainer.modules.bound import param_path
 from trainer.step.precision import LossScale
 
 
