@@ -9,6 +9,7 @@ import pathlib
 
 import pytest
 
+from tests import command
 from trainer.config.errors import UserError
 from trainer.workdir import Workdir
 
@@ -40,3 +41,36 @@ def test_where_nothing_can_be_written(tmp_path: pathlib.Path) -> None:
         Workdir(tmp_path / 'file').make()
     Workdir(tmp_path / 'a' / 'b').make()
     assert list((tmp_path / 'a' / 'b').iterdir()) == []
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: pathlib.Path) -> None:
+    """The second one is told who is there; a run that has ended, or was killed, is not."""
+    steps = ('--config.train_for=100000steps', '--config.evals.test.every=never')
+    first = command.start(command.MLP, *command.SMALL, f'--workdir={tmp_path}', *steps)
+    try:
+        command.wait_for(command.rows_written(tmp_path, 1))
+        second = command.run(command.MLP, *command.SMALL, f'--workdir={tmp_path}', *steps)
+        assert second.code == 2
+        assert f'another run is training in {tmp_path} (process {first.pid} on ' in second.err
+        assert 'Traceback' not in second.err
+    finally:
+        first.kill()
+        first.communicate()
+    third = command.start(command.MLP, *command.SMALL, f'--workdir={tmp_path}', *steps)
+    try:
+        seen = len(command.rows(tmp_path))
+        command.wait_for(command.rows_written(tmp_path, seen + 1))
+    finally:
+        third.kill()
+        third.communicate()
+
+
+def test_a_directory_is_free_again_after_the_run(tmp_path: pathlib.Path) -> None:
+    one, other = Workdir(tmp_path), Workdir(tmp_path)
+    one.claim()
+    one.claim()
+    with pytest.raises(UserError, match='another run is training'):
+        other.claim()
+    one.release()
+    other.claim()
+    other.release()

@@ -84,6 +84,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
 
 
 def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
+    logfile.quiet_absl()
     experiment = build(loaded)
     if command.mode != 'train':
         signals.uninstall()  # Again: where processes have joined, JAX has a handler of its own.
@@ -157,6 +158,8 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
         raise UserError('--mode=predict reads the splits of config.evals, and there are none')
     for name in trainer.experiment.evals:
         batches = list(trainer.predict(name, state))
+        if not batches:
+            raise UserError(f'config.evals.{name}.data: its stream has no example')
         arrays: dict[str, Any] = {
             key: np.concatenate([b[key] for b in batches]) for key in batches[0]
         }

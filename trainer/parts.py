@@ -167,7 +167,7 @@ class Parts:
             )
         steps = self.checkpoints.steps()
         named = {'latest': self.checkpoints.latest, 'best': self.checkpoints.best}
-        number = int(step) if str(step).isdigit() else None
+        number = int(step) if str(step).isascii() and str(step).isdigit() else None
         found = named[str(step)]() if step in named else number
         if found is None or found not in steps:
             have = ', '.join(map(str, steps)) or 'none'
@@ -179,8 +179,8 @@ class Parts:
     def model(self, state: TrainState | None = None) -> Any:
         """Returns the user's own model with trained variables in it, to call in a notebook.
 
-        It is in evaluation mode: a Klinen model as `init_bind` binds it, a Linen module as
-        `Module.bind` does, an NNX module as it is.
+        It is in evaluation mode: a Linen module as a bound Klinen model (`trainer.modules.klinen`),
+        an NNX module as it is.
 
         Args:
             state: whose variables; by default the newest checkpoint's.

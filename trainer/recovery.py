@@ -91,6 +91,9 @@ class Recovery:
             self._consumed.restart()
             self._restore_early_stopping({})
             return self._parts.init_state(), 0
+        if self._parts.workdir is not None and processes.is_primary():
+            # A run that goes on there would delete what is read here.
+            self._parts.workdir.claim()
         state = self._parts.restore(latest)
         meta = checkpoints.meta(latest)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
@@ -104,6 +107,7 @@ class Recovery:
         workdir, experiment = self._parts.workdir, self._parts.experiment
         if workdir is None or not processes.is_primary():
             return
+        workdir.claim()
         run = describe_run(self._overrides)
         changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
         if changes and step > 0:
@@ -158,6 +162,7 @@ class Recovery:
             data_digest = self._consumed.digest()
             if processes.is_primary():
                 workdir.write_result(status, step, digest, data_digest, metrics)
+        workdir.release()
 
     def abandon(self, error: BaseException) -> None:
         """Closes what is open when the run fails; a save on its way gets there before."""
@@ -168,6 +173,8 @@ class Recovery:
                 error.add_note(f'A save in the background had failed too: {late!r}')
         with contextlib.suppress(OSError):
             self._report.close()
+        if self._parts.workdir is not None:
+            self._parts.workdir.release()
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()

@@ -218,13 +218,16 @@ class Trainer(Parts):
         # What is still queued is the steps' time, not the evaluation's.
         self.report.flush()
         jax.block_until_ready(state.step)
+        evaluator = self.evaluators[name]
+        compiled = evaluator.compile_secs
         with self.report.time.spent('eval'):
             try:
-                metrics = self.evaluators[name].run(state, should_stop=self._stopping)
+                metrics = evaluator.run(state, should_stop=self._stopping)
             except Stopped:
                 # The next start runs it: the checkpoint of this step says what it lacks.
                 return
             self.report.evaluated(name, step, metrics)
+        self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled)
         if (early := self._recovery.early_stopping) is not None:
             early.update(name, metrics)
         self._notify('eval', step, state)

@@ -20,6 +20,11 @@ from trainer.config.errors import UserError
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
 
+try:
+    import fcntl
+except ImportError:  # On Windows.
+    fcntl = None  # type: ignore[assignment]
+
 
 class Workdir:
     """Files of one run: `config.json`, `run.json`, `metrics.jsonl`, `checkpoints/`, `result.json`.
@@ -31,6 +36,43 @@ class Workdir:
     def __init__(self, path: epath.PathLike):
         """Names the directory; nothing is read or written yet."""
         self.path = epath.Path(path)
+        self._claim: Any = None
+
+    def claim(self) -> None:
+        """Keeps every other run out of the directory until `release`, or the end of this process.
+
+        Where the file system knows no locks (object stores), nothing keeps them out.
+
+        Raises:
+            UserError: naming the run that is there.
+        """
+        if fcntl is None or self._claim is not None or '://' in str(self.path):
+            return
+        self.make()
+        file = open(self.path / '.lock', 'a+')  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or 'unknown'
+            file.close()
+            raise UserError(
+                f'another run is training in {self.path} ({holder}). Wait for its end, or name '
+                'another --workdir.'
+            ) from None
+        except OSError:
+            file.close()
+            return
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {platform.node()}\n')
+        file.flush()
+        self._claim = file
+
+    def release(self) -> None:
+        """Lets other runs in again."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            claim.close()
 
     @property
     def checkpoints(self) -> epath.Path:

@@ -155,3 +155,8 @@ def test_no_two_commands_meet() -> None:
 
 def test_unrelated_merges_may_come_in_any_order() -> None:
     assert workdir(MERGE_A, SEED) == workdir(SEED, MERGE_A)
+
+
+def test_an_override_that_changes_nothing_does_not_show() -> None:
+    assert workdir(('seed', '0')) == workdir()
+    assert workdir(('seed', '1')) != workdir()

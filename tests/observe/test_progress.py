@@ -122,8 +122,22 @@ def test_a_narrow_terminal_keeps_what_matters_most(
     assert len(line) < columns
     assert line.startswith('step 50,000/100,000'[: columns - 1])
     assert ('ETA' in line) == (columns >= 50)
-    assert ('examples/s' in line) == (columns >= 80)
+    assert ('ex/s' in line or 'examples/s' in line) == (columns >= 80)
     assert 'accuracy' not in line
+
+
+def test_the_usual_terminal_has_room_for_all_but_the_accuracy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv('TERM', 'xterm')
+    terminal = Terminal(80)
+    progress = Progress(18_750, terminal.stream)
+    progress.update(9_000, {**ROW, 'train/steps_per_sec': 140.0})
+    progress.tick(9_000)
+    line = terminal.read().removeprefix('\r\x1b[K')
+    terminal.close()
+    expected = ('9,000/18,750 (48%)', 'loss 0.2500', 'lr 0.01', '1,280 ex/s', '7.14 ms', 'ETA 1:10')
+    assert all(part in line for part in expected), line
 
 
 def test_a_terminal_that_knows_no_control_characters_gets_none(

@@ -16,6 +16,7 @@ from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.step.norms import global_norm
 from trainer.step.optimizer import Optimizer, RegexMask
+from trainer.trainer import Trainer
 
 PARAMS = {
     'backbone': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)},
@@ -143,3 +144,11 @@ def test_the_learning_rate_of_a_chain_is_found() -> None:
     new, _ = updates(experiment.optimizer, steps=10)
     alias, _ = updates(Optimizer(base=optax.sgd(0.3, momentum=0.9)), steps=10)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new, alias)
+
+
+def test_an_optimizer_that_asks_for_more_is_told_of_steps_of_ones_own() -> None:
+    plateau = {'target': 'optax.contrib:reduce_on_plateau'}
+    options = {'optimizer': {'target': 'optax:chain', 'args': (plateau,)}, 'train_for': '2 steps'}
+    made = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **options)
+    with pytest.raises(UserError, match=r'needs more than gradients.*config\.step'):
+        Trainer(made).fit()

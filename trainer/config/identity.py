@@ -41,10 +41,11 @@ def default_workdir(loaded: LoadedConfig, overrides: Sequence[Override]) -> str:
     """Returns 'runs/mnist-optimizer.learning_rate=0.1': the same command, the same directory.
 
     A file in another folder than `configs/` brings its folder along: 'runs/vision.mnist'. Overrides
-    that leave the run's identity alone do not show. The order of the others does not matter, unless
-    one changes what another has set. A name that does not say all ends in a hash.
+    that leave the run's identity alone, or a value what it is, do not show. The order of the others
+    does not matter, unless one changes what another has set. A name that does not say all ends in a
+    hash.
     """
-    mine = [o for o in overrides if is_identity(o.path)]
+    mine = [o for o in overrides if is_identity(o.path) and o.new != o.old]
     last = sorted({o.path: o.text for o in mine}.items())
     given = [(o.path, o.text) for o in mine] if _order_matters(mine) else last
     config = _config_name(loaded.path)

@@ -240,6 +240,11 @@ class Evaluator:
         """Number of compilations so far."""
         return 0 if self._program is None else self._program.compiles
 
+    @property
+    def compile_secs(self) -> float:
+        """Time that the compilations so far took."""
+        return 0.0 if self._program is None else self._program.compile_secs
+
     def _compile(self, args: tuple[Any, ...]) -> Program:
         name = f'the step of evaluation {self.name!r}'
         return Program(

@@ -54,13 +54,11 @@ class Linen:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
         return LinenModel(self.module, variables, keys, ema=ema, precision=self.precision)
 
-    def for_notebook(self, variables: Variables) -> nn.Module:
-        """Returns the module bound as Klinen or Linen bind it, in evaluation mode."""
+    def for_notebook(self, variables: Variables) -> Any:
+        """Returns the module as a Klinen model that holds these variables, in evaluation mode."""
         from trainer.modules import klinen as knn
 
-        if isinstance(self.module, knn.Module):
-            return self.module.with_variables(variables).eval()
-        return mode.set_fields(self.module, training=False).bind(variables)
+        return knn.bind(self.module, variables).eval()
 
 
 class LinenModel(BoundModel):

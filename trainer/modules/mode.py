@@ -92,7 +92,7 @@ def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..
 
 
 def telling_layers(
-    training: bool, top: nn.Module | None = None
+    training: bool, top: nn.Sequential | None = None
 ) -> contextlib.AbstractContextManager[Any]:
     """Tells each layer of an `nn.Sequential`, which itself passes nothing on.
 
@@ -114,14 +114,17 @@ def telling_layers(
     return nn.intercept_methods(intercept)
 
 
-def _is_layer(module: nn.Module, top: nn.Module | None) -> bool:
+def _is_layer(module: nn.Module, top: nn.Sequential | None) -> bool:
     """Whether only `nn.Sequential`s stand between the module and the top, or the root."""
+    if top is not None:
+        # By identity: layers that a compact method has made have its module for a parent.
+        within = [layer for layer in top.layers if isinstance(layer, nn.Module)]
+        nested = [layer for layer in within if isinstance(layer, nn.Sequential)]
+        return any(layer is module for layer in within) or any(_is_layer(module, n) for n in nested)
     parent = module.parent
     while isinstance(parent, nn.Sequential):
-        if parent is top:
-            return True
         parent = parent.parent
-        if top is None and not isinstance(parent, nn.Module):
+        if not isinstance(parent, nn.Module):
             return True
     return False
 

@@ -196,8 +196,8 @@ class NNXModel(BoundModel):
         return self._precision.for_output(output)
 
     def _check_structure(self, updates: Variables) -> None:
-        before = jax.tree.structure(self._calls.collections)
-        after = jax.tree.structure(dict(updates))
+        before: Any = jax.tree.structure(self._calls.collections)
+        after: Any = jax.tree.structure(dict(updates))
         if before != after:
             raise ValueError(
                 f'the call changed the variables of the module from {before} to {after}; the state '

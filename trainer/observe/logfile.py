@@ -20,6 +20,13 @@ def quiet_environment() -> None:
     os.environ.setdefault('GRPC_VERBOSITY', 'ERROR')
 
 
+def quiet_absl() -> None:
+    """Takes absl's own handler off the screen, until `route` says where its lines go."""
+    absl = logging.getLogger('absl')
+    absl.handlers.clear()
+    absl.propagate = False
+
+
 def open_closed_streams() -> None:
     """Gives a process that was started with `>&-` an output that leads nowhere.
 

@@ -16,8 +16,9 @@ _log = logging.getLogger('trainer')
 _REFRESH_SECS = 0.2
 _DEFAULT_COLUMNS = 80
 _SPACE = '  '
-# What a narrow terminal can do without, least important first.
+# What a narrow terminal can do without, least important first; and what it says shorter before.
 _FIRST_TO_GO = ('accuracy', 'step_time', 'learning_rate', 'examples')
+_SHORTER = (('accuracy', 'acc'), ('examples/s', 'ex/s'), ('ms/step', 'ms'))
 
 # Back to the first column, and clear to the end of the line.
 CLEAR = '\r\x1b[K'
@@ -73,6 +74,8 @@ class Progress:
         # One less than the width: some terminals wrap when their last column is written.
         width = self._columns() - 1
         parts = self._parts(step)
+        if len(_SPACE.join(parts.values())) > width:
+            parts = {name: _shorter(text) for name, text in parts.items()}
         for name in _FIRST_TO_GO:
             if len(_SPACE.join(parts.values())) > width:
                 parts.pop(name, None)
@@ -117,6 +120,12 @@ class Progress:
             parts['step_time'] = f'{1e3 / rate:.3g} ms/step'
             parts['eta'] = f'ETA {duration((self._total - step) / rate)}'
         return parts
+
+
+def _shorter(text: str) -> str:
+    for long, short in _SHORTER:
+        text = text.replace(long, short)
+    return text
 
 
 def duration(secs: float) -> str:

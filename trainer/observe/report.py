@@ -32,6 +32,11 @@ class TimeSpent:
         """Says how long a part that is measured elsewhere has taken."""
         self._secs[part] = secs
 
+    def move(self, source: str, to: str, secs: float) -> None:
+        """Counts some of one part's seconds for another."""
+        self._secs[source] -= secs
+        self._secs[to] += secs
+
     def get(self, part: str) -> float:
         """Returns the seconds of a part."""
         return self._secs.get(part, 0.0)

@@ -14,6 +14,7 @@ import optax
 from flax.core import meta
 
 from trainer.config.durations import Periodic
+from trainer.config.errors import UserError
 from trainer.modules import Functional
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
@@ -109,7 +110,15 @@ class TrainStep:
     def update(self, state: TrainState, grads: Any, collections: Any) -> tuple[TrainState, Any]:
         """Returns the state after the optimizer's update, and its norms and learning rates."""
         tx = self.optimizer.transformation(state.params)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        try:
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        except TypeError as error:
+            if 'required keyword' not in str(error):
+                raise
+            raise UserError(
+                f'config.optimizer: it needs more than gradients and parameters ({error}). Give it '
+                'what it needs in a step of your own: config.step'
+            ) from error
         new = state.apply_updates(updates, opt_state=opt_state, collections=collections)
         if self.ema_decay is not None:
             ema = optax.incremental_update(new.params, state.ema, 1.0 - self.ema_decay)

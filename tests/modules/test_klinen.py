@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example of the Klinen document, and the rows K1 to K12."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors
+
+from tests.modules.examples import same
+from trainer.modules import klinen as knn
+
+X = jnp.linspace(-1.0, 1.0, 128).reshape(2, 64)
+RNG, RNG2 = jax.random.split(jax.random.key(0))
+
+
+class MLP(knn.Module):
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(self.width)(x)
+
+
+class AutoEncoder(knn.Module):
+    encoder: knn.Module
+    decoder: knn.Module
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.decoder(self.encoder(x))
+
+
+class Noisy(knn.Module):
+    """The document's module with dropout."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(64)(x)
+        return nn.Dropout(0.5)(x, deterministic=not self.training)
+
+
+def auto_encoder() -> AutoEncoder:
+    return AutoEncoder(encoder=MLP(), decoder=MLP()).init_bind(RNG, X)
+
+
+def noisy() -> AutoEncoder:
+    return AutoEncoder(encoder=Noisy(), decoder=Noisy()).init_bind(RNG, X)
+
+
+def test_a_model_is_bound_and_called() -> None:
+    """K1, K3: the original stays unbound; a model and its parts are called directly."""
+    original = AutoEncoder(encoder=MLP(), decoder=MLP())
+    model = original.init_bind(RNG, jnp.zeros((2, 64)))
+    assert isinstance(model, AutoEncoder)
+    assert isinstance(model.encoder, MLP)
+    variables = original.init(RNG, X)
+    assert jax.tree.all(jax.tree.map(same, model.variables, variables))
+    assert same(model(X), original.apply(variables, X))
+    assert same(model.decoder(model.encoder(X)), model(X))
+    with pytest.raises(ValueError, match=r'first call model = model\.init_bind'):
+        original(X)
+    with pytest.raises(ValueError, match=r'first call model = model\.init_bind'):
+        _ = original.params
+
+
+@pytest.mark.parametrize('method', ['with_rng', 'call_with_updates', 'call_with_intermediates'])
+def test_what_needs_parameters_says_so(method: str) -> None:
+    """K3."""
+    with pytest.raises(ValueError, match=r'AutoEncoder is not bound.*init_bind'):
+        getattr(AutoEncoder(MLP(), MLP()), method)(RNG)
+
+
+def test_conversion() -> None:
+    """K2: the same parameters from the same key, under the same names."""
+    for converted in (knn.Dense, knn.convert(nn.Dense)):
+        model = converted(3).init_bind(RNG, X)
+        assert isinstance(model, nn.Dense)
+        expected = nn.Dense(3).init(RNG, X)
+        assert jax.tree.all(jax.tree.map(same, model.variables, expected))
+        assert same(model(X), nn.Dense(3).apply(expected, X))
+    assert knn.convert(nn.Dense) is knn.convert(nn.Dense)
+    assert knn.convert(knn.Dense) is knn.Dense
+    inside = AutoEncoder(knn.Dense(4), knn.Dense(2)).init_bind(RNG, X)
+    assert inside.encoder.features == 4
+    assert set(inside.params) == {'encoder', 'decoder'}
+
+
+def test_init_takes_a_seed_shapes_and_a_method() -> None:
+    model = MLP().init_bind(RNG, X)
+    assert same(
+        MLP().init_bind(RNG, jax.ShapeDtypeStruct(X.shape, X.dtype)).params['Dense_0']['kernel'],
+        model.params['Dense_0']['kernel'],
+    )
+    seeded, keyed = MLP().init_bind(7, X), MLP().init_bind({'params': jax.random.key(7)}, X)
+    assert same(seeded(X), keyed(X))
+    assert set(Setup().init_bind(RNG, X, method='encode').params) == {'dense'}
+
+
+def test_the_same_call_gives_the_same() -> None:
+    """K4."""
+    model = noisy().with_rng(RNG)
+    y0, y1 = model(X), model(X)
+    assert jnp.allclose(y0, y1)
+    assert same(y0, y1)
+
+
+def test_forms_of_with_rng() -> None:
+    """K5: replaced, by stream, split on; a seed is a key."""
+    model = noisy().with_rng(RNG)
+    assert not same(model.with_rng(RNG2)(X), model(X))
+    assert same(model.with_rng(RNG2).with_rng(RNG)(X), model(X))
+    following = model.with_rng()
+    assert not same(following(X), model(X))
+    assert same(following(X), model.with_rng()(X))
+    assert not same(following.with_rng()(X), following(X))
+    explicit = model.with_rng({'dropout': RNG})
+    assert not same(explicit(X), model(X))  # The one key is folded with the stream's name.
+    assert same(explicit(X), noisy().with_rng({'dropout': RNG, 'other': RNG2})(X))
+    assert not same(explicit.with_rng()(X), explicit(X))
+    assert same(model.with_rng(3)(X), model.with_rng(jax.random.key(3))(X))
+    old = model.with_rng(jax.random.PRNGKey(3))
+    assert same(old(X), old(X))
+    assert not same(old.with_rng()(X), old(X))
+    with pytest.raises(ValueError, match=r'first call with_rng\(rng\)'):
+        noisy().with_rng()
+
+
+def test_a_key_is_given_before_it_is_needed() -> None:
+    """K6: the message names the stream and the method."""
+    with pytest.raises(errors.InvalidRngError, match=r"'dropout'.*model\.with_rng\(rng\)"):
+        noisy()(X)
+    with pytest.raises(errors.InvalidRngError, match=r"'dropout'.*model\.with_rng\(rng\)"):
+        noisy().with_rng({'noise': RNG})(X)
+    with pytest.raises(errors.InvalidRngError, match=r"'noise'.*model\.with_rng\(rng\)"):
+        Streams().init_bind(RNG, X).with_rng({'dropout': RNG})(X)
+
+
+class Streams(knn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = knn.Dropout(0.5)(x)
+        return x, jax.random.normal(self.make_rng('noise'), x.shape)
+
+
+def test_streams_of_any_name() -> None:
+    """K5: each stream draws its own numbers from the one key."""
+    model = Streams().init_bind(RNG, X).with_rng(RNG)
+    dropped, noise = model(X)
+    assert not same(dropped, X)
+    assert same(noise, model.eval()(X)[1])
+    assert not same(noise, model.with_rng(RNG2)(X)[1])
+    assert same(noise, jax.jit(lambda model, x: model(x)[1])(model, X))
+
+
+def test_a_part_draws_what_it_draws_in_the_model() -> None:
+    """K7, in the stronger form: the same numbers, at any depth."""
+    model = noisy().with_rng(RNG)
+    assert same(model.decoder(model.encoder(X)), model(X))
+    assert not same(model.encoder(X), model.eval().encoder(X))
+    deep = AutoEncoder(AutoEncoder(Noisy(), MLP()), Noisy()).init_bind(RNG, X).with_rng(RNG)
+    inner = deep.encoder
+    assert same(deep.decoder(inner.decoder(inner.encoder(X))), deep(X))
+    assert same(deep.encoder.with_rng(RNG2)(X), deep.with_rng(RNG2).encoder(X))
+
+
+def test_params_at_every_level() -> None:
+    """K9."""
+    model = auto_encoder()
+    assert set(model.params) == {'encoder', 'decoder'}
+    assert model.encoder.params['Dense_0']['kernel'] is model.params['encoder']['Dense_0']['kernel']
+    twice = model.with_params(jax.tree.map(lambda p: 2 * p, model.params))
+    assert same(twice.encoder(X), 2 * model.encoder(X))
+
+
+def test_a_model_is_a_tree_of_its_parameters() -> None:
+    """K10: leaves, paths, maps; random keys are the last leaf once there are any."""
+    model = auto_encoder()
+    leaves = jax.tree.leaves(model)
+    assert all(a is b for a, b in zip(leaves, jax.tree.leaves(model.params), strict=True))
+    assert jax.tree.structure(model) == jax.tree.structure(auto_encoder())
+    assert jax.tree.structure(model) != jax.tree.structure(model.eval())
+    assert len(jax.tree.leaves(model.with_rng(RNG))) == len(leaves) + 1
+    assert len(jax.tree.leaves(model.encoder)) == 2
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    assert isinstance(zeros, AutoEncoder)
+    assert same(zeros(X), jnp.zeros((2, 64)))
+    path, _ = jax.tree_util.tree_leaves_with_path(model)[0]
+    assert jax.tree_util.keystr(path, simple=True, separator='/').startswith('params/decoder')
+
+
+def test_jit() -> None:
+    """K10: the document's evaluation step; equal models share one compiled program."""
+    traces = []
+
+    @jax.jit
+    def eval_step(model: AutoEncoder, x: jax.Array, y: jax.Array) -> jax.Array:
+        traces.append(None)
+        model = model.eval()
+        y_pred = model(x)
+        return jnp.mean((y_pred - y) ** 2)
+
+    model = noisy().with_rng(RNG)
+    expected = jnp.mean((model.eval()(X) - X) ** 2)
+    np.testing.assert_allclose(eval_step(model, X, X), expected, rtol=1e-6)
+    eval_step(noisy().with_rng(RNG2), X, X)
+    assert len(traces) == 1
+    eval_step(model.eval(), X, X)
+    assert len(traces) == 2
+    out = jax.jit(lambda model: model.with_rng())(model)
+    assert same(out(X), model.with_rng()(X))
+    born = jax.jit(AutoEncoder(MLP(), MLP()).init_bind)(RNG, X)
+    np.testing.assert_allclose(born(X), auto_encoder()(X), rtol=1e-5, atol=1e-6)
+
+
+def test_grad() -> None:
+    """K10: the gradient is shaped like the model, and trains it."""
+
+    def loss(model: AutoEncoder, rng: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.mean((model.with_rng(rng)(x) - x) ** 2)
+
+    model, losses = noisy(), []
+    for step in range(20):
+        value, grads = jax.jit(jax.value_and_grad(loss))(model, jax.random.fold_in(RNG, step), X)
+        assert jax.tree.structure(grads) == jax.tree.structure(model)
+        model = jax.tree.map(lambda p, g: p - 0.1 * g, model, grads)
+        losses.append(value)
+    assert losses[-1] < 0.9 * losses[0]
+    assert isinstance(grads, AutoEncoder)
+    params = jax.grad(lambda p: loss(model.with_params(p), RNG, X))(model.params)
+    same_grads = jax.grad(loss)(model, RNG, X).params
+    assert jax.tree.all(jax.tree.map(same, params, same_grads))
+
+
+class Setup(knn.Module):
+    """Its parts are made in `setup`, and it has methods and properties."""
+
+    width: int = 3
+
+    def setup(self) -> None:
+        self.dense = nn.Dense(self.width)
+        self.heads = {'a': MLP(2), 'b': [MLP(1), MLP(5)]}
+
+    def __call__(self, x: jax.Array) -> Any:
+        x = self.encode(x)
+        return self.heads['a'](x), self.heads['b'][0](x), self.heads['b'][1](x)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return self.dense(x)
+
+    @property
+    def twice(self) -> int:
+        return 2 * self.width
+
+
+def test_a_bound_model_in_a_notebook() -> None:
+    """It prints, completes names, is pickled, and runs Linen's tools."""
+    model = Setup().init_bind(RNG, X)
+    assert repr(model).startswith('Setup(')
+    assert {'dense', 'heads', 'width', 'encode', 'with_rng'} <= set(dir(model))
+    again = pickle.loads(pickle.dumps(model))
+    assert same(again(X)[0], model(X)[0])
+    assert 'Dense' in model.tabulate(RNG, X)
+    assert same(model.apply(model.variables, X)[0], model(X)[0])
+    assert same(model.init_bind(RNG2, X)(X)[0], Setup().init_bind(RNG2, X)(X)[0])
+    assert model.clone(width=4).init_bind(RNG, X).encode(X).shape == (2, 4)
+    assert model != Setup().init_bind(RNG, X)
+    assert len({model, model.eval()}) == 2

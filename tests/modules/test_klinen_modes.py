@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mode reaches every part of a Klinen model, of Klinen and of Linen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors
+
+from tests.modules.examples import same
+from tests.modules.test_klinen import MLP, RNG, AutoEncoder, Noisy, X
+from trainer.modules import klinen as knn
+
+
+def test_modes() -> None:
+    """K8: training by default; `eval` and `train` return copies."""
+    model = AutoEncoder(Noisy(), Noisy()).init_bind(RNG, X)
+    assert model.training
+    fixed = model.eval()
+    assert not fixed.training
+    assert model.training
+    assert not fixed.encoder.training
+    assert fixed.train().training
+    assert fixed.encoder.train().training
+    assert same(fixed(X), fixed.decoder(fixed.encoder(X)))
+    assert not same(fixed.train().with_rng(RNG)(X), fixed(X))
+    for frozen in (model, MLP()):
+        with pytest.raises(errors.SetAttributeFrozenModuleError):
+            frozen.training = False
+    with pytest.raises(errors.SetAttributeFrozenModuleError):
+        model.width = 3
+
+
+def test_a_mode_before_variables() -> None:
+    """K8: a part made with `eval()` stays so."""
+    assert not MLP().eval().training
+    assert not MLP().eval().init_bind(RNG, X).training
+    model = MLP(training=False).init_bind(RNG, X)
+    assert (model.training, model.train().training) == (False, True)
+    part = AutoEncoder(Noisy().eval(), Noisy()).init_bind(RNG, X).with_rng(RNG)
+    assert not part.encoder.training
+    assert same(part.encoder(X), part.eval().encoder(X))
+    assert not same(part.decoder(X), part.eval().decoder(X))
+
+
+def test_layers_follow_the_mode() -> None:
+    """K8: Klinen's layers need no flag, wherever they stand."""
+    x = jnp.ones((64, 16))
+    dropped = knn.Dropout(0.5).init_bind(RNG, x).with_rng(RNG)
+    assert set(np.unique(dropped(x))) == {0.0, 2.0}
+    assert same(dropped.eval()(x), x)
+    norm = knn.BatchNorm(momentum=0.5).init_bind(RNG, x)
+    assert same(norm.eval()(x), x / jnp.sqrt(1 + 1e-5))
+    assert not norm.call_with_updates(x)[0].any()
+
+    def layers() -> knn.Sequential:
+        return knn.Sequential([nn.Dense(4), nn.Dropout(0.5), nn.BatchNorm(), knn.Dropout(0.5)])
+
+    for model in (layers(), AutoEncoder(layers(), knn.Sequential([layers()]))):
+        bound = model.init_bind(RNG, x).with_rng(RNG)
+        y, bound = bound.call_with_updates(x)
+        assert not same(y, bound.with_rng().call_with_updates(x)[0])
+        assert same(bound.eval()(x), bound.eval().with_rng()(x))
+    assert same(dropped(x, deterministic=True), x)
+
+
+class Flagged(nn.Module):
+    """A Linen module that is told in its call."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        return nn.Dropout(0.5, deterministic=not train)(x)
+
+
+def test_converted_modules_are_told() -> None:
+    """K2, K8."""
+    model = AutoEncoder(knn.convert(Flagged)(), MLP()).init_bind(RNG, X).with_rng(RNG)
+    assert not same(model.encoder(X), X)
+    assert same(model.decoder(model.encoder(X)), model(X))
+    assert same(model.eval().encoder(X), X)
+
+
+class Tell(knn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> bool:
+        return self.training
+
+
+class Wrap(nn.Module):
+    """Linen between Klinen modules."""
+
+    part: nn.Module | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        return (self.part or Tell())(x)
+
+
+class Around(knn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        return [
+            self.training,
+            Tell()(x),
+            Wrap()(x),
+            Wrap(Tell())(x),
+            nn.jit(Tell)()(x),
+            nn.jit(Wrap)()(x),
+            nn.remat(Tell)()(x),
+            nn.remat(Wrap)()(x),
+            nn.remat(Wrap)(Tell())(x),
+        ]
+
+
+def test_the_mode_reaches_every_part() -> None:
+    """K8: within Linen modules and lifted ones."""
+    model = Around().init_bind(RNG, X)
+    assert model(X) == [True] * 9
+    assert model.eval()(X) == [False] * 9
+    assert model(X) == [True] * 9
+    inside = AutoEncoder(Wrap(Around().eval()), Tell()).init_bind(RNG, X)
+    assert inside.encoder(X)[:4] == [False] * 4
+
+
+def test_a_linen_model_has_klinen_parts() -> None:
+    """K1, the other way round: plain Linen calls, in training mode unless it is told."""
+
+    class Model(nn.Module):
+        part: knn.Module
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.part(x)
+
+    model = Model(Noisy())
+    variables = model.init(RNG, X)
+    assert not same(model.apply(variables, X, rngs={'dropout': RNG}), X)
+    with pytest.raises(errors.InvalidRngError):
+        model.apply(variables, X)
+    assert model.copy(part=Noisy().eval()).apply(variables, X).shape == X.shape

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Klinen beyond the document: parts of any kind, other collections, layers told the mode."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors
+
+from tests.modules.examples import same
+from tests.modules.test_klinen import MLP, RNG, AutoEncoder, Noisy, Setup, X
+from trainer.modules import klinen as knn
+
+
+def test_parts_made_in_setup() -> None:
+    """K3: by name, in dicts and lists; methods, fields and properties too."""
+    model = Setup().init_bind(RNG, X)
+    hidden = model.encode(X)
+    assert same(model.dense(X), hidden)
+    assert isinstance(model.dense, nn.Dense)
+    assert same(model.dense.params['kernel'], model.params['dense']['kernel'])
+    a, b, c = model(X)
+    assert same(model.heads['a'](hidden), a)
+    assert same(model.heads['b'][0](hidden), b)
+    assert same(model.heads['b'][1](hidden), c)
+    assert (model.width, model.twice) == (3, 6)
+    with pytest.raises(AttributeError, match='nothing_such'):
+        _ = model.nothing_such
+    with pytest.raises(ValueError, match=r"has no 'dense'.*init_bind"):
+        Setup().encode(X)
+    assert not hasattr(Setup(), 'dense')
+
+
+class Root(knn.Module):
+    """Has a parameter of its own beside its parts."""
+
+    def setup(self) -> None:
+        self.scale = self.param('scale', nn.initializers.ones, ())
+        self.drop = knn.Dropout(0.5)
+        self.mlp = nn.Dense(4)
+        self.mode = 'train' if self.training else 'eval'
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.drop(self.mlp(x)) * self.scale
+
+
+def test_a_part_does_not_need_what_its_owner_has() -> None:
+    model = Root().init_bind(RNG, X).with_rng(RNG)
+    assert same(model.drop(model.mlp(X)) * model.scale, model(X))
+    assert len(jax.tree.leaves(model.mlp.params)) == 2
+    assert (model.mode, model.eval().mode) == ('train', 'eval')
+    assert same(model.eval().drop(X), X)
+
+
+class Tied(knn.Module):
+    """Two parts that use one and the same table."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.decoder(self.encoder(ids))
+
+
+class Embed(knn.Module):
+    table: nn.Embed
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.table(ids)
+
+
+class Attend(nn.Module):
+    tables: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.tables['main'][0].attend(nn.Dense(4)(x))
+
+
+def test_a_part_takes_what_it_shares_with_it() -> None:
+    table = nn.Embed(10, 4)
+    model = Tied(Embed(table), Attend({'main': [table]}))
+    ids = jnp.arange(3)
+    model = model.init_bind(RNG, ids)
+    assert set(model.params) == {'encoder', 'decoder'}
+    assert set(model.params['decoder']) == {'Dense_0'}
+    assert same(model.decoder(model.encoder(ids)), model(ids))
+    assert same(model.decoder.tables['main'][0](ids), model.encoder(ids))
+    leaves = jax.tree.leaves(model.decoder)
+    assert sum(leaf.size for leaf in leaves) == 4 * 4 + 4 + 10 * 4
+
+
+def test_sharing_is_part_of_the_structure() -> None:
+    one, two = nn.Dropout(0.5), nn.Dropout(0.5)
+
+    def structure(*layers: nn.Module) -> Any:
+        return jax.tree.structure(knn.Sequential(layers).init_bind(RNG, X))
+
+    assert structure(one, one) == structure(two, two)
+    assert structure(one, one) != structure(one, two)
+    assert structure(one, two) == structure(two, one)
+    assert structure(nn.Dropout(0.5)) != structure(nn.Dropout(0.4))
+
+
+class Unhashable(knn.Module):
+    table: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(2)(x) + self.table.sum()
+
+
+def test_fields_that_cannot_be_hashed() -> None:
+    table = np.ones(3)
+    traces = []
+
+    @jax.jit
+    def call(model: Unhashable, x: jax.Array) -> jax.Array:
+        traces.append(None)
+        return model(x)
+
+    model = Unhashable(table).init_bind(RNG, X)
+    np.testing.assert_allclose(call(model, X), model(X), rtol=1e-6)
+    call(Unhashable(table).init_bind(RNG, X), X)
+    assert len(traces) == 1
+    call(Unhashable(np.zeros(3)).init_bind(RNG, X), X)
+    assert len(traces) == 2
+
+
+class Normed(knn.Module):
+    """Batch statistics, and a collection of its own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        calls = self.variable('count', 'calls', lambda: jnp.zeros((), int))
+        if self.training and not self.is_initializing():
+            calls.value += 1
+        x = nn.BatchNorm(use_running_average=not self.training, momentum=0.5)(x)
+        return knn.Dropout(0.5)(x)
+
+
+def test_other_collections() -> None:
+    """K13: a call changes nothing; `call_with_updates` returns the model that it has changed."""
+    model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X).with_rng(RNG)
+    assert set(model.variables) == {'params', 'batch_stats', 'count'}
+    y, updated = model.call_with_updates(X)
+    mean = updated.variables['batch_stats']['encoder']['BatchNorm_0']['mean']
+    np.testing.assert_allclose(mean, 0.5 * X.mean(0), rtol=1e-5, atol=1e-6)
+    assert not model.variables['batch_stats']['encoder']['BatchNorm_0']['mean'].any()
+    assert updated.encoder.variables['count'] == {'calls': 1}
+    assert same(updated.call_with_updates(X)[0], y)  # Training does not read the averages.
+    _, part = updated.encoder.call_with_updates(X)
+    assert part.variables['count'] == {'calls': 2}
+    assert not same(updated.eval()(X), model.eval()(X))
+    again = model.with_variables(updated.variables).eval()
+    assert same(again(X), updated.eval()(X))
+
+
+def test_a_call_that_would_lose_an_update_is_refused() -> None:
+    """K13, C4."""
+    model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X).with_rng(RNG)
+    with pytest.raises(errors.ModifyScopeVariableError) as caught:
+        model(X)
+    assert 'call_with_updates' in ''.join(caught.value.__notes__)
+    with pytest.raises(errors.ModifyScopeVariableError):
+        model.call_with_intermediates(X)
+
+
+def test_updates_under_jit_and_grad() -> None:
+    """K10, K13: only parameters have gradients, so a map over all leaves moves them alone."""
+    model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X)
+
+    def train_loss(model: Any, x: jax.Array) -> Any:
+        y, updated = model.with_rng(RNG).call_with_updates(x)
+        return jnp.mean(y**2), updated.variables['batch_stats']
+
+    floats = model.with_variables({k: v for k, v in model.variables.items() if k != 'count'})
+    grads, stats = jax.jit(jax.grad(train_loss, has_aux=True, allow_int=True))(model, X)
+    assert stats['encoder']['BatchNorm_0']['mean'].any()
+    assert any(leaf.any() for leaf in jax.tree.leaves(grads.params))
+    fixed = AutoEncoder(knn.BatchNorm(), MLP()).init_bind(RNG, X).eval()
+    grads = jax.grad(lambda model: jnp.mean(model(X) ** 2))(fixed)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(grads.variables['batch_stats']))
+    assert any(leaf.any() for leaf in jax.tree.leaves(grads.params))
+    assert set(floats.variables) == {'params', 'batch_stats'}
+
+
+class Sown(knn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.sow('mine', 'seen', x)
+        self.sow('intermediates', 'seen', x)
+        return self.perturb('nudge', x)
+
+
+def test_what_piles_up_is_refused() -> None:
+    """K13, K4 of the surgery rows: tuples that grow would be a new model at each call."""
+    model = Sown().init_bind(RNG, X)
+    assert set(model.variables) == {'params', 'mine'}
+    with pytest.raises(ValueError, match=r"collection 'mine'.*knn\.Intermediate"):
+        model.call_with_updates(X)
+    assert dir(model.call_with_intermediates(X)[1]) == []
+
+
+def test_methods_with_updates_and_intermediates() -> None:
+    """K12, K13: of another method than `__call__`, and both in one call."""
+
+    class Model(knn.Module):
+        seen: knn.Intermediate[jax.Array] = dataclasses.field(init=False)
+
+        def setup(self) -> None:
+            self.norm = knn.BatchNorm(momentum=0.5)
+
+        def encode(self, x: jax.Array) -> jax.Array:
+            self.seen = x.sum()
+            return self.norm(x)
+
+    model = Model().init_bind(RNG, X, method='encode')
+    with model.capture_intermediates() as kept:
+        _, updated = model.call_with_updates(X, method='encode')
+    assert same(kept.seen, X.sum())
+    assert not same(updated.eval().encode(X), model.eval().encode(X))
+    y, kept = updated.eval().call_with_intermediates(X, method='encode')
+    assert same(y, updated.eval().encode(X))
+    assert same(kept.seen, X.sum())
+
+
+def test_lifted_and_plain_classes_are_bound() -> None:
+    """K1, K2: `nn.jit` of a Klinen class, a Linen module with its variables, boxed parameters."""
+    model = nn.jit(Noisy)().init_bind(RNG, X).with_rng(RNG)
+    assert not same(model(X), model.eval()(X))
+    assert same(model(X), model.train()(X))
+    linen = nn.Sequential([nn.Dense(4), nn.Dropout(0.5)])
+    bound = knn.bind(linen, knn.Sequential(linen.layers).init(RNG, X)).with_rng(RNG)
+    assert not same(bound(X), bound.eval()(X))
+    assert same(bound.layers[1](bound.layers[0](X)), bound(X))
+    boxed = knn.Dense(4, kernel_init=nn.with_partitioning(nn.initializers.ones, (None, 'model')))
+    partitioned = boxed.init_bind(RNG, X)
+    assert isinstance(partitioned.params['kernel'], nn.Partitioned)
+    np.testing.assert_allclose(partitioned(X)[:, 0], X.sum(1), atol=1e-5)
+
+
+def test_a_bound_part_is_not_built_into_another_model() -> None:
+    """Its parameters would be lost without a word."""
+    model = AutoEncoder(MLP(), MLP()).init_bind(RNG, X)
+    with pytest.raises(ValueError, match=r'AutoEncoder\.decoder is bound.*part\.clone\(\)'):
+        AutoEncoder(MLP(), model.decoder)
+    with pytest.raises(ValueError, match=r'Sequential\.layers is bound'):
+        knn.Sequential([model.encoder])
+    new = AutoEncoder(model.decoder.clone(), model.encoder.clone())
+    swapped = {'encoder': model.decoder.params, 'decoder': model.encoder.params}
+    assert same(new.with_variables({'params': swapped})(X), model.encoder(model.decoder(X)))

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Klinen models in the Trainer, and the README's lines on Klinen."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.command import ROOT
+from tests.modules.examples import X, bind, same
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.modules import klinen as knn
+from trainer.trainer import Trainer
+
+
+class Features(knn.Module):
+    """Statistics and dropout that follow `self.training`, and a Linen layer."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(32)(x.reshape((x.shape[0], -1)))
+        x = nn.BatchNorm(use_running_average=not self.training, momentum=0.9)(x)
+        return knn.Dropout(0.5)(nn.relu(x))
+
+
+class Classifier(knn.Module):
+    features: knn.Module
+    head: nn.Module
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.features(x))
+
+
+class LinenFeatures(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = nn.Dense(32)(x.reshape((x.shape[0], -1)))
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
+        return nn.Dropout(0.5, deterministic=not train)(nn.relu(x))
+
+
+class LinenClassifier(nn.Module):
+    features: nn.Module
+    head: nn.Module
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.head(self.features(x, train))
+
+
+class Plain(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(784, 10, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.drop(self.dense(x.reshape((x.shape[0], -1))))
+
+
+def model(name: str, features: str) -> dict[str, Any]:
+    return {
+        'target': f'{__name__}:{name}',
+        'features': {'target': f'{__name__}:{features}'},
+        'head': {'target': 'trainer.modules.klinen:Dense', 'features': 10},
+    }
+
+
+def trainer_of(config: dict[str, Any], workdir: pathlib.Path | None = None) -> Trainer:
+    experiment = load_and_build(
+        str(ROOT / 'configs' / 'mnist_mlp.py'),
+        model=config,
+        train_for='30 steps',
+        data__source__limit=640,
+        evals__test__data__source__limit=100,
+        evals__test__data__batch_size=64,
+        log__every='1 steps',
+    )
+    return Trainer(experiment, None if workdir is None else str(workdir))
+
+
+def images(trainer: Trainer) -> tuple[jax.Array, np.ndarray]:
+    """Returns the test split, as the config's transform makes it."""
+    block = trainer.evaluators['test'].loader.block(0, 2).arrays
+    real = block['_mask']
+    return jnp.asarray(block['image'][real], jnp.float32) / 255, block['label'][real]
+
+
+def test_a_klinen_model_trains_like_its_linen_twin(tmp_path: pathlib.Path) -> None:
+    """Equal to the bit; what comes back for a notebook is bound, in evaluation mode."""
+    klinen = trainer_of(model('Classifier', 'Features'), tmp_path / 'klinen')
+    linen = trainer_of(model('LinenClassifier', 'LinenFeatures'), tmp_path / 'linen')
+    result, expected = klinen.fit(), linen.fit()
+    rows = [(tmp_path / name / 'metrics.jsonl').read_text() for name in ('klinen', 'linen')]
+    losses = [re.findall(r'"(?:train|eval/test)/loss": ([\d.e-]+)', text) for text in rows]
+    assert len(losses[0]) == 32
+    assert losses[0] == losses[1]
+    assert jax.tree.all(jax.tree.map(same, result.state.variables, expected.state.variables))
+
+    trained = klinen.model(result.state)
+    assert isinstance(trained, Classifier)
+    assert not trained.training
+    x, labels = images(klinen)
+    accuracy = (trained(x).argmax(-1) == labels).mean()
+    assert accuracy == pytest.approx(klinen.evaluate(result.state)['test']['accuracy'])
+    assert same(trained.head(trained.features(x)), trained(x))
+    assert same(klinen.model()(x), trained(x))
+    y, updated = trained.train().with_rng(0).call_with_updates(x)
+    assert not same(y, trained(x))
+    assert not same(updated.eval()(x), trained(x))
+
+    bound = linen.model(expected.state)
+    assert isinstance(bound, LinenClassifier)
+    assert same(bound(x), trained(x))
+    assert same(bound.head(bound.features(x)), trained(x))
+    module, variables = bound.features.unbind()
+    assert same(module.apply(variables, x, train=False), bound.features(x))
+
+
+def test_linen_and_nnx_modules_come_back_too() -> None:
+    """With the trained variables, in evaluation mode, and of the user's own classes."""
+    sequential = {
+        'target': 'flax.linen:Sequential',
+        'layers': (
+            {'target': f'{__name__}:Features'},
+            {'target': 'flax.linen:Dropout', 'rate': 0.5},
+        ),
+    }
+    linen = trainer_of(sequential)
+    linen_model = linen.model(linen.init_state())
+    x, _ = images(linen)
+    assert same(linen_model(x), linen_model.layers[0](x))
+    plain = trainer_of({'target': f'{__name__}:Plain'})
+    nnx_model = plain.model(plain.init_state())
+    assert isinstance(nnx_model, Plain)
+    assert same(nnx_model(x), nnx_model.dense(x.reshape((100, -1))))
+    with pytest.raises(UserError, match='no work directory'):
+        plain.model()
+
+
+def test_klinen_modules_made_in_linen_ones_are_told() -> None:
+    """K8, in the Trainer: a Linen model that makes Klinen parts in its call."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> Any:
+            return nn.remat(knn.Dropout)(0.5)(x), knn.Sequential([nn.Dropout(0.5)])(x)
+
+    dropped, layer = bind(Model())(X)
+    assert not same(dropped, X)
+    assert not same(layer, X)
+    assert all(same(y, X) for y in bind(Model(), 'eval')(X))
+
+
+def test_the_readme_and_the_docstring() -> None:
+    """Their lines run."""
+    section = (ROOT / 'README.md').read_text().split('\n## Klinen\n')[1].split('\n## ')[0]
+    blocks = re.findall(r'```python\n(.*?)```', section, flags=re.DOTALL)
+    assert len(blocks) >= 1
+    docstring = knn.__doc__ or ''
+    example = '\n'.join(line[4:] for line in docstring.splitlines() if line.startswith('    '))
+    names: dict[str, Any] = {'__name__': 'readme', 'jax': jax, 'nn': nn, 'x': X}
+    exec(compile(example, 'klinen', 'exec', dont_inherit=True), names)
+    assert names['kept'].encoder
+    names = {'__name__': 'readme'}
+    for block in blocks:
+        exec(compile(block, 'README.md', 'exec', dont_inherit=True), names)

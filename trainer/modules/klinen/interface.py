@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Klinen model can do besides its own methods."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any, Self, TypeVar
+
+import flax.linen as nn
+import jax
+
+from trainer.modules import mode
+from trainer.modules.klinen import intermediates, rngs
+from trainer.modules.klinen.bound import Binding, bound
+from trainer.modules.klinen.definition import Definition
+from trainer.modules.klinen.intermediates import Intermediates
+
+M = TypeVar('M', bound=nn.Module)
+
+
+class Interface:
+    """What a model can do besides its own methods.
+
+    Everything returns a copy or a value; no method changes the model.
+    """
+
+    def init_bind(self, rng: Any, *args: Any, method: str | None = None, **kwargs: Any) -> Self:
+        """Returns a copy that is bound to fresh variables, made by one call of the module.
+
+        Args:
+            rng: a key or a seed, as Linen's `init` takes it, or a dict of these by stream.
+            *args: of the call: arrays, whose values do not matter, or `jax.ShapeDtypeStruct`s.
+            method: the name of the method to call instead of `__call__`.
+            **kwargs: of the call.
+        """
+        keys = rngs.as_rng(rng)
+        made = self.with_variables({})._bound  # type: ignore[attr-defined]
+        module = made.definition.told(made.training)
+        call = mode.method(_steps(method), made.training)
+        leaves = jax.tree.leaves((args, kwargs))
+        lazy = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+        init = module.lazy_init if lazy else module.init
+        mutable = nn.DenyList((intermediates.COLLECTION, 'perturbations'))
+        return self.with_variables(init(keys, *args, method=call, mutable=mutable, **kwargs))
+
+    def with_variables(self, variables: Mapping[str, Any]) -> Self:
+        """Returns a copy that is bound to variables from elsewhere, such as a checkpoint.
+
+        Args:
+            variables: collections by name ('params', 'batch_stats', ...), as Linen's `apply` takes
+                them.
+        """
+        return bind(self, variables)  # type: ignore[type-var]
+
+    def with_params(self, params: Any) -> Self:
+        """Returns a copy with other parameters, such as those that an optimizer has updated."""
+        return bound(dataclasses.replace(_binding(self), params=params))
+
+    def with_rng(self, rng: Any = None) -> Self:
+        """Returns a copy with other random keys.
+
+        Args:
+            rng: a key or a seed: each stream draws from it, folded with the stream's name; a dict
+                of keys by stream ('dropout', ...); or None: the key after the current one.
+
+        Raises:
+            ValueError: if there is no current key to follow.
+        """
+        binding = _binding(self)
+        if rng is None and binding.rng is None:
+            raise ValueError('with_rng(): there is no key to go on from; first call with_rng(rng)')
+        new = rngs.following(binding.rng) if rng is None else rngs.as_rng(rng)  # type: ignore[arg-type]
+        return bound(dataclasses.replace(binding, rng=new))
+
+    def train(self) -> Self:
+        """Returns a copy in training mode, the default."""
+        return _in_mode(self, True)
+
+    def eval(self) -> Self:
+        """Returns a copy in evaluation mode."""
+        return _in_mode(self, False)
+
+    @property
+    def params(self) -> Any:
+        """The nested dict of parameters."""
+        return _binding(self).params
+
+    def call_with_updates(
+        self, *args: Any, method: str | None = None, **kwargs: Any
+    ) -> tuple[Any, Self]:
+        """Returns the output and a copy with what the call has changed, as batch statistics.
+
+        Args:
+            *args: of the call.
+            method: the name of the method to call instead of `__call__`.
+            **kwargs: of the call.
+
+        Raises:
+            ValueError: if a collection has another structure after the call: values that are sown
+                must not pile up in the model.
+        """
+        binding = _binding(self)
+        names = sorted(binding.collections)
+        output, changed = binding.run(_steps(method), args, kwargs, mutable=names)
+        for name, value in changed.items():
+            before: Any = jax.tree.structure(binding.collections[name])
+            if before != jax.tree.structure(value):
+                raise ValueError(
+                    f'the call changed the structure of the collection {name!r}; values that pile '
+                    'up (sow) are no part of a model: keep them in a field knn.Intermediate[...]'
+                )
+        collections = {**binding.collections, **changed}
+        return output, bound(dataclasses.replace(binding, collections=collections))
+
+    @contextlib.contextmanager
+    def capture_intermediates(self) -> Iterator[Intermediates]:
+        """Yields what the calls of this model keep inside of the `with`; the last call counts.
+
+        Copies (`model.eval()`) and parts (`model.encoder`) of the model count too. Under `jax.jit`
+        the call must be in the same compiled function.
+
+        Raises:
+            RuntimeError: inside of another `capture_intermediates`.
+        """
+        capture = intermediates.Capture(_binding(self).definition.streams)
+        if intermediates.current.get() is not None:
+            raise RuntimeError('capture_intermediates: another one is open; they do not nest')
+        token = intermediates.current.set(capture)
+        try:
+            yield capture.result
+        finally:
+            intermediates.current.reset(token)
+
+    def call_with_intermediates(
+        self, *args: Any, method: str | None = None, **kwargs: Any
+    ) -> tuple[Any, Intermediates]:
+        """Returns the output and what the call has kept in fields `knn.Intermediate[...]`.
+
+        Args:
+            *args: of the call.
+            method: the name of the method to call instead of `__call__`.
+            **kwargs: of the call.
+        """
+        with self.capture_intermediates() as found:
+            output, _ = _binding(self).run(_steps(method), args, kwargs)
+        return output, found
+
+    call_with_intermediate = call_with_intermediates
+
+
+def bind(module: M, variables: Mapping[str, Any]) -> M:
+    """Returns the module, of Klinen or plain Linen, as a Klinen model that holds these variables.
+
+    Args:
+        module: a module; if it is bound already, it keeps its mode and its random keys.
+        variables: collections by name ('params', 'batch_stats', ...).
+    """
+    collections = dict(variables)
+    new = {'params': collections.pop('params', {}), 'collections': collections}
+    binding = vars(module).get('_bound')
+    if binding is not None:
+        return bound(dataclasses.replace(binding, **new))
+    if isinstance(module, Interface):
+        # The flag of the definition stays as the class has it: the mode is the binding's.
+        default = mode.fields(module)['training']
+        plain = module if module.training == default else module.clone(training=default)
+        return bound(Binding(definition=Definition(plain), training=module.training, **new))
+    return bound(Binding(definition=Definition(module), **new))
+
+
+def _binding(model: Any) -> Binding:
+    binding = vars(model).get('_bound')
+    if binding is None:
+        raise unbound(model)
+    return binding
+
+
+def unbound(model: Any) -> ValueError:
+    """Returns the error of a model that has no variables yet."""
+    return ValueError(
+        f'{type(model).__name__} is not bound to parameters: first call model = '
+        'model.init_bind(rng, *args), or model.with_variables(variables)'
+    )
+
+
+def _steps(method: str | None) -> tuple[Any, ...]:
+    return () if method is None else (operator.attrgetter(method),)
+
+
+def _in_mode(model: Any, training: bool) -> Any:
+    binding = vars(model).get('_bound')
+    if binding is None:
+        return model.clone(training=training)
+    return bound(dataclasses.replace(binding, training=training))

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that modules keep during a call, and the tree in which a caller gets them."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple, TypeVar, get_origin
+
+import flax.linen as nn
+import jax
+
+T = TypeVar('T')
+
+# The Linen collection in which the values leave a call; lifted modules pass it on by this name.
+COLLECTION = 'intermediates'
+_MARK = 'knn.Intermediate'
+
+Intermediate = Annotated[T, _MARK]
+"""Marks a field of a module as a value of one call: `tmp: knn.Intermediate[T] = field(init=False)`.
+
+It may have a `default_factory`, or be assigned in the call. Each call starts anew.
+"""
+
+
+class _Kept(NamedTuple):
+    """Tells a field's value from what is sown under the same name; sown values are tuples too."""
+
+    value: Any
+
+
+class Intermediates:
+    """The values that one call has kept, in the structure of the model.
+
+    `intermediates.encoder.tmp_values` is the field `tmp_values` of `model.encoder`; what a compact
+    method makes goes by its name among the parameters (`intermediates.Block_0`). It is a pytree, so
+    a compiled function can return it.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        """Takes values of fields, and `Intermediates` for sub-modules, by name."""
+        self._values = dict(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_') or name not in self._values:
+            have = ', '.join(self._values) or 'none: no call has been captured here'
+            raise AttributeError(f'no intermediate value or sub-module {name!r}; there are: {have}')
+        return self._values[name]
+
+    def __dir__(self) -> list[str]:
+        return list(self._values)
+
+    def __repr__(self) -> str:
+        return f'Intermediates({", ".join(f"{k}={v!r}" for k, v in self._values.items())})'
+
+
+def _unflatten(names: tuple[str, ...], values: Any) -> Intermediates:
+    return Intermediates(dict(zip(names, values, strict=True)))
+
+
+jax.tree_util.register_pytree_with_keys(
+    Intermediates,
+    lambda x: (
+        [(jax.tree_util.GetAttrKey(name), value) for name, value in x._values.items()],
+        tuple(x._values),
+    ),
+    _unflatten,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A `with model.capture_intermediates()` that is open.
+
+    Attributes:
+        origin: what all copies and parts of the captured model have in common.
+        result: filled by the calls of this model.
+    """
+
+    origin: object
+    result: Intermediates = dataclasses.field(default_factory=lambda: Intermediates({}))
+
+    def fill(self, found: Intermediates, path: tuple[str, ...]) -> None:
+        """Puts what the part of the model at `path` has kept in its place."""
+        for name in reversed(path):
+            found = Intermediates({name: found})
+        self.result._values = found._values
+
+
+current: contextvars.ContextVar[Capture | None] = contextvars.ContextVar('capture', default=None)
+
+
+def fields(module: Any) -> frozenset[str]:
+    """Returns the names of the fields that are annotated as `Intermediate`."""
+    cls: Any = type(module)
+    return _fields(cls)
+
+
+@functools.cache
+def _fields(cls: Any) -> frozenset[str]:
+    every = dataclasses.fields(cls)
+    return frozenset(f.name for f in every if not f.init and _is_marked(f.type, f.name, cls))
+
+
+def keep(
+    following: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Runs a method, as an interceptor of Linen, and stores what its module's fields hold then."""
+    output = following(*args, **kwargs)
+    module = context.module
+    for name in fields(module):
+        value = vars(module).get(name)
+        # A lifted module runs in a copy of itself, and its own fields stay empty.
+        empty = value is None or (isinstance(value, (list, dict)) and not value)
+        if not (empty and module.has_variable(COLLECTION, name)) and name in vars(module):
+            module.put_variable(COLLECTION, name, _Kept(value))
+    return output
+
+
+def mirror(module: nn.Module, kept: Mapping[str, Any]) -> Intermediates:
+    """Returns what a call has kept in the structure of the module, bound as Linen binds it.
+
+    Args:
+        module: the module that was called, or a part of it.
+        kept: the whole collection that the call has filled.
+    """
+    assert module.scope is not None
+    here: Any = kept
+    for name in module.scope.path:
+        here = here.get(name, {})
+    values = _own(here)
+    parts = {name: value for name, value in parts_of(module).items() if any(modules_in(value))}
+    named = {part.scope.path[-1] for value in parts.values() for part in modules_in(value)}
+    values.update({k: v for k, v in _by_name(here).items() if k not in named})
+    for name, value in parts.items():
+        values[name] = map_modules(value, lambda part: mirror(part, kept))
+    return Intermediates(values)
+
+
+def parts_of(module: nn.Module) -> dict[str, Any]:
+    """Returns what a bound module's fields and its `setup` hold, by name."""
+    dir(module)  # Runs setup, which waits until somebody looks.
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith('_') and name not in ('parent', 'name', 'scope')
+    }
+
+
+def modules_in(value: Any) -> Iterator[Any]:
+    """Yields the modules in nested lists, tuples and dicts."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from modules_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from modules_in(item)
+
+
+def map_modules(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Returns the value with `function(module)` for each module in lists, tuples and dicts."""
+    if isinstance(value, nn.Module):
+        return function(value)
+    if not any(modules_in(value)):
+        return value
+    if isinstance(value, Mapping):
+        return {key: map_modules(item, function) for key, item in value.items()}
+    return tuple(map_modules(item, function) for item in value)
+
+
+def _own(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item.value for name, item in tree.items() if isinstance(item, _Kept)}
+
+
+def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parts that a compact method has made: only their names are known."""
+    parts = {name: item for name, item in tree.items() if isinstance(item, Mapping)}
+    return {name: Intermediates({**_own(part), **_by_name(part)}) for name, part in parts.items()}
+
+
+def _is_marked(annotation: Any, name: str, cls: type) -> bool:
+    if isinstance(annotation, str):
+        owner = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
+        try:
+            annotation = eval(annotation, vars(sys.modules[owner.__module__]), dict(vars(owner)))
+        except Exception:  # A name that only a type checker or a function knows.
+            return re.match(r'(\w+\.)*Intermediate\b', annotation) is not None
+    return get_origin(annotation) is Annotated and _MARK in annotation.__metadata__

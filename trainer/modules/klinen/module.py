@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`knn.Module`: a Linen module that can be bound to its variables."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import flax.linen as nn
+from flax import errors
+
+from trainer.modules import mode
+from trainer.modules.klinen import intermediates
+from trainer.modules.klinen.bound import Bound
+from trainer.modules.klinen.interface import Interface, unbound
+
+M = TypeVar('M', bound=nn.Module)
+
+
+class _NotYetError(ValueError, AttributeError):
+    """A name that a model has only after `init_bind`; `hasattr` asks for the second base."""
+
+
+class Module(Interface, nn.Module):
+    """A Linen module with a mode, that `init_bind` binds to its variables.
+
+    Attributes:
+        training: whether the model trains; the parts of a model follow it.
+    """
+
+    if TYPE_CHECKING:
+        # For a type checker no field, or those of a subclass would need defaults.
+        @property
+        def training(self) -> bool:
+            """Whether the model trains."""
+
+    else:
+        training: bool = dataclasses.field(default=True, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, Bound):
+            return
+        owner = next((base for base in cls.__mro__ if '__call__' in vars(base)), Module)
+        if not issubclass(owner, Module):
+            cls.__call__ = _telling(owner.__call__)  # type: ignore[method-assign]
+        for name, value in list(vars(cls).items()):
+            if name == '__call__' or hasattr(value, 'compact'):
+                setattr(cls, name, _bound_first(value))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in mode.fields(self):
+            if any(isinstance(part, Bound) for part in intermediates.modules_in(vars(self)[name])):
+                raise ValueError(
+                    f'{type(self).__name__}.{name} is bound to variables, which a new model would '
+                    'lose: give it part.clone(), and the variables to model.with_variables(...)'
+                )
+        self._follow()
+
+    @nn.nowrap
+    def _follow(self) -> None:
+        """Takes evaluation mode over from the module around it, and hands it on."""
+        if self.training and not _mode_around(self):
+            object.__setattr__(self, 'training', False)
+            for name in mode.fields(self):
+                for part in intermediates.modules_in(getattr(self, name)):
+                    if isinstance(part, Module):
+                        part._follow()
+
+    @nn.nowrap
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in intermediates.fields(self):
+            object.__setattr__(self, name, value)
+        elif name == 'training' and '_state' in vars(self):
+            raise errors.SetAttributeFrozenModuleError(type(self).__name__, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError as error:
+            if self.scope is None and type(self).setup is not nn.Module.setup:
+                raise _NotYetError(
+                    f'{type(self).__name__} has no {name!r}; what its setup makes is there after '
+                    'model = model.init_bind(rng, *args)'
+                ) from error
+            raise
+
+
+def convert(cls: type[M]) -> type[M]:
+    """Returns the class as a `knn.Module`; the same class gives the same one.
+
+    Flags of its call that say the mode (`deterministic`, `train`, `use_running_average`, ...)
+    follow `training` where the caller does not give them.
+    """
+    linen: Any = cls
+    return cls if issubclass(cls, Module) else _converted(linen)
+
+
+@functools.cache
+def _converted(cls: Any) -> Any:
+    names = {name: getattr(cls, name) for name in ('__doc__', '__module__', '__qualname__')}
+    return type(cls.__name__, (cls, Module), names)
+
+
+def _mode_around(module: Module) -> bool:
+    """Returns the mode of the nearest Klinen module around, or else of the call."""
+    parent = module.parent
+    while isinstance(parent, nn.Module):
+        if isinstance(parent, Module):
+            return parent.training
+        parent = parent.parent
+    return mode.current.get() is not False
+
+
+def _bound_first(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a call that has no variables, before Linen does so in its own words."""
+
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.scope is None:
+            raise unbound(self)
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells the mode to a method that knows nothing of `self.training`."""
+
+    @functools.wraps(method)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = mode.with_flags(self, args, kwargs, self.training)
+        layers = isinstance(self, nn.Sequential)
+        with mode.telling_layers(self.training, self) if layers else contextlib.nullcontext():
+            return method(self, *args, **kwargs)
+
+    return told

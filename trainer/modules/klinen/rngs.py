@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random keys of a bound model: given once, drawn from by the name of a stream and a path."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import errors
+from flax.core.scope import LazyRng
+
+from trainer.modules import streams
+
+# One key for every stream, or the keys by the names of their streams.
+Rng = jax.Array | dict[str, jax.Array]
+Keys = Mapping[str, jax.Array]
+
+
+def as_rng(given: Any) -> Rng:
+    """Returns a key, a seed, or a dict of these by stream, as keys."""
+    if isinstance(given, Mapping):
+        return {name: _key(value) for name, value in given.items()}
+    return _key(given)
+
+
+def following(rng: Rng) -> Rng:
+    """Returns the next key, or the next keys of the streams."""
+    if isinstance(rng, dict):
+        return {name: jax.random.split(key)[0] for name, key in rng.items()}
+    return jax.random.split(rng)[0]
+
+
+def known(rng: Rng | None, asked: streams.Streams) -> Keys:
+    """Returns the keys of the streams that are known so far."""
+    if rng is None or isinstance(rng, dict):
+        return rng or {}
+    return {name: _of_stream(rng, name) for name in sorted(asked.names)}
+
+
+def below(keys: Keys, path: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the keys as they arrive at `path` of a model, so that a part draws the same alone."""
+    return {name: LazyRng.create(key, *path) for name, key in keys.items()}
+
+
+def run(function: Callable[[Keys], Any], rng: Rng | None, asked: streams.Streams) -> Any:
+    """Returns `function(keys)`.
+
+    Raises:
+        flax.errors.InvalidRngError: if it draws from a stream that has no key.
+    """
+    try:
+        if rng is None or isinstance(rng, dict):
+            return function(rng or {})
+        return asked.run(function, lambda name: _of_stream(rng, name))
+    except errors.InvalidRngError as error:
+        stream = streams.missing(error)
+        if stream is None:
+            raise
+        raise errors.InvalidRngError(
+            f'the model draws from the random stream {stream!r} and has no key for it: first call '
+            f'model = model.with_rng(rng), or with_rng({{{stream!r}: rng}}); in evaluation '
+            'model = model.eval()'
+        ) from error
+
+
+def _of_stream(key: jax.Array, name: str) -> jax.Array:
+    # crc32 and not hash(): Python salts hash() anew in every process.
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+
+
+def _key(given: Any) -> jax.Array:
+    return jax.random.key(given) if isinstance(given, int) else given
