@@ -11,6 +11,7 @@ from trainer.config.durations import Periodic
 
 if TYPE_CHECKING:
     from trainer.experiment import Experiment
+    from trainer.observe.profile import Window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Events:
         evals: when each evaluation runs, by name.
         save: when the state is saved; that at the end always is.
         final: names of the evaluations that run at the end too.
+        profile: the steps that are traced, or None.
         total_steps: length of the run.
     """
 
@@ -48,6 +50,7 @@ class Events:
     evals: Mapping[str, Periodic]
     save: Periodic
     final: frozenset[str]
+    profile: Window | None = None
     total_steps: int
 
     @classmethod
@@ -62,6 +65,7 @@ class Events:
             },
             save=clock.period(experiment.save_every, path='config.checkpoint.every'),
             final=frozenset(name for name, spec in experiment.evals.items() if spec.final),
+            profile=experiment.profile,
             total_steps=experiment.total_steps,
         )
 
@@ -78,7 +82,8 @@ class Events:
         The end of the run is one.
         """
         due = [p.next_due(step) for p in (self.log, self.save, *self.evals.values())]
-        due += [self.total_steps] if step < self.total_steps else []
+        borders = (self.profile.start, self.profile.stop) if self.profile else ()
+        due += [border for border in (*borders, self.total_steps) if border > step]
         return min((d for d in due if d is not None), default=None)
 
     def calls(self, step: int, last: int, most: int) -> Iterator[int]:

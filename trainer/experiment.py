@@ -21,12 +21,15 @@ from trainer.early_stopping import EarlyStopping
 from trainer.events import Event
 from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
 from trainer.modules import Functional, functional
+from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
 from trainer.step import building
 from trainer.step.context import StepFunction
 from trainer.step.optimizer import Optimizer
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.task_runner import TaskRunner
+from trainer.transfer.init_from import InitFrom
+from trainer.transfer.surgery import Operation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +58,12 @@ class Experiment:
         clock: turns durations into steps.
         log_every: period of the metric rows.
         tensorboard: whether event files are written too.
+        profile: the steps that are traced, or None.
         save_every: period of the checkpoints.
         retention: which checkpoints are kept.
         prefetch: blocks of batches kept ready.
+        init_from: where the weights of a fresh run come from, or None.
+        surgery: what is done to them before they must fit the model.
         hooks: called with each `Event`, by name.
     """
 
@@ -82,9 +88,12 @@ class Experiment:
     clock: Clock
     log_every: Duration
     tensorboard: bool
+    profile: Window | None
     save_every: Duration
     retention: Retention
     prefetch: int
+    init_from: InitFrom | None
+    surgery: tuple[Operation, ...]
     hooks: Mapping[str, Callable[[Event], None]]
 
 
@@ -131,6 +140,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         clock=clock,
         log_every=log.every,
         tensorboard=log.tensorboard,
+        profile=_profile(sections, clock),
         save_every=checkpoint.every,
         retention=Retention(
             keep_last=positive(checkpoint.keep_last, 'config.checkpoint.keep_last'),
@@ -139,6 +149,11 @@ def build(loaded: LoadedConfig) -> Experiment:
             best_mode=checkpoint.best.mode if checkpoint.best else 'max',
         ),
         prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
+        init_from=InitFrom.of(sections.init_from),
+        surgery=tuple(
+            targets.instantiate(node, f'config.surgery[{index}]')
+            for index, node in enumerate(sections.surgery)
+        ),
         hooks={
             name: targets.instantiate(node, f'config.hooks.{name}')
             for name, node in sections.hooks.items()
@@ -267,6 +282,14 @@ def _early_stopping(sections: Sections) -> EarlyStopping | None:
     return EarlyStopping(
         metric=metric, mode=given.mode, min_delta=given.min_delta, patience=given.patience
     )
+
+
+def _profile(sections: Sections, clock: Clock) -> Window | None:
+    given = sections.profile
+    if given is None:
+        return None
+    start = clock.steps(given.start, path='config.profile.start')
+    return Window(start, start + positive(given.steps, 'config.profile.steps'))
 
 
 def _metric(metric: str, path: str, sections: Sections) -> str:

@@ -23,6 +23,7 @@ from trainer.prefetch import Prefetcher
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import TrainStep
+from trainer.transfer.start import start
 from trainer.workdir import Workdir, versions
 
 
@@ -145,8 +146,18 @@ class Parts:
         )
 
     def init_state(self) -> TrainState:
-        """Returns a fresh state, every leaf born on the devices that hold it."""
-        return self.programs.init()
+        """Returns the first state of a run, every leaf born on the devices that hold it.
+
+        Raises:
+            UserError: if the weights of `config.init_from` do not fit the model.
+        """
+        experiment = self.experiment
+        return start(
+            self.programs.init(),
+            experiment.init_from,
+            experiment.surgery,
+            restarted=lambda state: self.programs.restarted(state),
+        )
 
     def restore(self, step: int | str = 'latest') -> TrainState:
         """Returns the state of a checkpoint of the work directory.

@@ -117,6 +117,13 @@ def summary(parts: Parts, step: int) -> str:
         f'length    {experiment.total_steps:,} steps'
         + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else ''),
         f'workdir   {workdir}',
-        f'start     {"from the beginning" if step == 0 else f"resumed from step {step:,}"}',
+        f'start     {_start(experiment, step)}',
     ]
     return '\n'.join(lines)
+
+
+def _start(experiment: Experiment, step: int) -> str:
+    if step > 0:
+        return f'resumed from step {step:,}'
+    weights = experiment.init_from
+    return 'from the beginning' + ('' if weights is None else f', with weights of {weights.path}')

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -13,6 +14,7 @@ from trainer import startup
 from trainer.evaluate.evaluator import Stopped
 from trainer.events import Event
 from trainer.experiment import Experiment
+from trainer.observe.profile import Profile
 from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
@@ -131,6 +133,7 @@ class Trainer(Parts):
                 if self._stopping() or self._stopped_early:
                     break
             self._recovery.count(batches, step)
+        self._tell(self._profile.close(state))
         if self._stopped_early:
             self._evaluate_all(self._events.final, step, state)
         return self._end(step, state)
@@ -155,6 +158,7 @@ class Trainer(Parts):
 
     def _run_events(self, step: int, state: TrainState, batches: Prefetcher) -> TrainState:
         """Runs what is due after this step, in the order log, eval, save."""
+        self._tell(self._profile.stepped(step, state))
         self._recovery.count(batches, step)
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.total_steps:
@@ -231,6 +235,16 @@ class Trainer(Parts):
         if (early := self._recovery.early_stopping) is not None:
             early.update(name, metrics)
         self._notify('eval', step, state)
+
+    @functools.cached_property
+    def _profile(self) -> Profile:
+        writes = self.workdir is not None and processes.is_primary()
+        directory = self.workdir.path / 'profile' if self.workdir and writes else None
+        return Profile(self.experiment.profile, directory)
+
+    def _tell(self, message: str | None) -> None:
+        if message is not None:
+            self.report.progress.message(message)
 
     def _save(self, step: int, state: TrainState) -> None:
         if self._recovery.save(step, state):

@@ -57,7 +57,7 @@ def speed(args: argparse.Namespace) -> None:
     by_hand = Loop(args.model)
     ratios = []
     with tempfile.TemporaryDirectory() as workdir:
-        run = _trainer_loop(args, workdir)
+        run = trainer_loop(args, workdir)
         for pair in range(-1, args.pairs):
             hand, ours = statistics.median(by_hand.run(steps)), statistics.median(run(steps))
             if pair >= 0:  # The first one also compiles.
@@ -68,7 +68,7 @@ def speed(args: argparse.Namespace) -> None:
     print(' '.join(f'{q:.3f}' for q in statistics.quantiles(ratios)))
 
 
-def _trainer_loop(args: argparse.Namespace, workdir: str) -> Callable[[int], list[float]]:
+def trainer_loop(args: argparse.Namespace, workdir: str) -> Callable[[int], list[float]]:
     """Returns a function that trains for some steps and returns their rates.
 
     Logs, event files, accumulated metrics, norms and prefetch are on; what the other loop has

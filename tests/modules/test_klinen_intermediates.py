@@ -54,6 +54,10 @@ def test_intermediates_of_a_call() -> None:
     with pytest.raises(AttributeError, match='there are: tmp_values, childs'):
         _ = intermediates.encoder.kernel
     assert dir(intermediates) == ['decoder', 'encoder']
+    nested = Sequential([nn.Dense(3), Sequential([nn.Dense(2)])]).init_bind(RNG, X)
+    y, found = nested.call_with_intermediates(X)
+    assert dir(found) == ['childs', 'tmp_values']
+    assert same(found.childs[1].tmp_values[0], y)
     for call in (model.call_with_intermediates, model.call_with_intermediate):
         y, found = call(X)
         assert same(y, plain)
@@ -89,6 +93,7 @@ class Lifted(knn.Module):
         scan = nn.scan(Layer, axes, split_rngs={'params': True, 'dropout': True}, length=3)
         x, _ = scan()(x, None)
         x, _ = nn.remat(Layer, static_argnums=())(name='last')(x, None)
+        x = nn.remat(Sequential)([nn.Dense(64), Sequential([nn.Dense(64)])], name='list')(x)
         return nn.remat(AutoEncoder)(MLP(), knn.Dense(2), name='two')(x)
 
 
@@ -109,6 +114,7 @@ def test_lifted_modules() -> None:
     y, found = model.call_with_intermediates(X)
     assert same(y, model(X))
     assert found.last.kept.shape == ()
+    assert len(found.list.tmp_values) == 2
     layers = [name for name in dir(found) if name.startswith('Scan')]
     assert getattr(found, layers[0]).kept.shape == (3,)
     grads = jax.grad(lambda params: model.with_params(params)(X).sum())(model.params)

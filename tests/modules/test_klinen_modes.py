@@ -42,6 +42,8 @@ def test_a_mode_before_variables() -> None:
     assert not MLP().eval().init_bind(RNG, X).training
     model = MLP(training=False).init_bind(RNG, X)
     assert (model.training, model.train().training) == (False, True)
+    fixed = Noisy(training=False).init_bind(RNG, X).with_rng(RNG)
+    assert not same(fixed.train()(X), fixed(X))
     part = AutoEncoder(Noisy().eval(), Noisy()).init_bind(RNG, X).with_rng(RNG)
     assert not part.encoder.training
     assert same(part.encoder(X), part.eval().encoder(X))
@@ -101,12 +103,32 @@ class Wrap(nn.Module):
         return (self.part or Tell())(x)
 
 
+class WithDefault(knn.Module):
+    """Its part was made with the class, outside of every model."""
+
+    part: knn.Module = Tell()
+
+    def __call__(self, x: jax.Array) -> Any:
+        return self.part(x)
+
+
+class InField(nn.Module):
+    """A Linen module that is told in its constructor."""
+
+    deterministic: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> bool:
+        return not self.deterministic
+
+
 class Around(knn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> Any:
         return [
             self.training,
             Tell()(x),
+            WithDefault()(x),
             Wrap()(x),
             Wrap(Tell())(x),
             nn.jit(Tell)()(x),
@@ -120,9 +142,11 @@ class Around(knn.Module):
 def test_the_mode_reaches_every_part() -> None:
     """K8: within Linen modules and lifted ones."""
     model = Around().init_bind(RNG, X)
-    assert model(X) == [True] * 9
-    assert model.eval()(X) == [False] * 9
-    assert model(X) == [True] * 9
+    assert model(X) == [True] * 10
+    assert model.eval()(X) == [False] * 10
+    assert model(X) == [True] * 10
+    part = AutoEncoder(MLP(), InField()).init_bind(RNG, X).eval().decoder
+    assert [part(X), part.train()(X), part.train().eval()(X)] == [False, True, False]
     inside = AutoEncoder(Wrap(Around().eval()), Tell()).init_bind(RNG, X)
     assert inside.encoder(X)[:4] == [False] * 4
 

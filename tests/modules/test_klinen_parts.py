@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import errors
+from flax import errors, nnx
 
 from tests.modules.examples import same
-from tests.modules.test_klinen import MLP, RNG, AutoEncoder, Noisy, Setup, X
+from tests.modules.test_klinen import MLP, RNG, RNG2, AutoEncoder, Noisy, Setup, X
 from trainer.modules import klinen as knn
 
 
@@ -244,6 +244,21 @@ def test_lifted_and_plain_classes_are_bound() -> None:
     partitioned = boxed.init_bind(RNG, X)
     assert isinstance(partitioned.params['kernel'], nn.Partitioned)
     np.testing.assert_allclose(partitioned(X)[:, 0], X.sum(1), atol=1e-5)
+
+
+class Bridged(knn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.bridge.ToLinen(nnx.Dropout, args=(0.5,))(nn.Dense(8)(x))
+
+
+def test_nnx_modules_inside() -> None:
+    """They follow the mode and draw from the model's key."""
+    model = Bridged().init_bind(RNG, X).with_rng(RNG)
+    y, _ = model.call_with_updates(X)
+    assert not same(y, model.with_rng(RNG2).call_with_updates(X)[0])
+    assert same(model.eval()(X), model.eval().with_rng(RNG2)(X))
+    assert not same(model.eval()(X), y)
 
 
 def test_a_bound_part_is_not_built_into_another_model() -> None:

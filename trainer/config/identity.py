@@ -18,7 +18,7 @@ from trainer.config.overrides import Override
 # sharding and steps_per_call). All others make another run.
 _FREE = (
     'train_for', 'log', 'checkpoint', 'evals', 'hooks', 'mesh', 'steps_per_call', 'sharding',
-    'data.prefetch', 'early_stopping', 'data.loader.threads', 'data.loader.workers',
+    'profile', 'data.prefetch', 'early_stopping', 'data.loader.threads', 'data.loader.workers',
     'data.loader.ahead', 'data.loader.task_rows',
 )  # fmt: skip
 _MAX_NAME = 100

@@ -20,6 +20,7 @@ Sharding = Literal['replicated', 'fsdp'] | Node
 NEVER = Duration.parse('never')
 EACH_EPOCH = Duration.parse('1 epochs')
 EACH_100_STEPS = Duration.parse('100 steps')
+TEN_STEPS = Duration.parse('10 steps')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,31 @@ class EarlyStoppingSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFromSection:
+    """`config.init_from`: the checkpoint that a fresh run takes its weights from."""
+
+    path: str
+    step: int | str = 'latest'
+    at: str = ''
+    layout: Literal['flax', 'pre_linen', 'torch'] = 'flax'
+    include: Patterns = None
+    exclude: Patterns = None
+    rename: tuple[tuple[str, str] | Node, ...] = ()
+    flatten: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+    on_missing: Literal['error', 'init'] = 'error'
+    ema: bool = False
+    optimizer: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSection:
+    """`config.profile`: a trace of some steps, which begins when `start` of them are done."""
+
+    start: Duration = TEN_STEPS
+    steps: int = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSection:
     """`config.log`: when a row of metrics is written."""
 
@@ -162,6 +188,9 @@ class Sections:
     sharding: Sharding | tuple[Sharding, ...] = ()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
+    profile: ProfileSection | None = None
+    init_from: InitFromSection | None = None
+    surgery: tuple[Node, ...] = ()
     hooks: dict[str, Node] = dataclasses.field(default_factory=dict)
     step: Node | None = None
     vars: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -79,8 +79,9 @@ class LinenModel(BoundModel):
         super().__init__(variables['params'], calls, keys, ema=ema, precision=precision)
         self._module = mode.set_fields(module, self.training)
         # Shared with the views, as the calls are.
+        # The stream 'default' is what NNX modules inside ask for: without it they get a constant.
         known, never = ({'dropout'}, ()) if self.training else ((), _TRAIN_ONLY_STREAMS)
-        self._streams = Streams(set(known), frozenset(never))
+        self._streams = Streams({'default', *known}, frozenset(never))
 
     def _field(self, name: str) -> Any:
         return getattr(self._module, name) if name in mode.fields(self._module) else None
@@ -122,7 +123,7 @@ class _InitModel(LinenModel):
 
     def __init__(self, module: nn.Module, keys: Keys, precision: Precision):
         super().__init__(module, {'params': {}}, keys, precision=precision)
-        self._streams = Streams({'params', 'dropout'})
+        self._streams = Streams({'params', 'dropout', 'default'})
 
     def stop_gradient(self, pattern: str) -> LinenModel:
         return self

@@ -74,6 +74,7 @@ def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..
             sub-module; none for the module's `__call__`.
         training: the mode.
     """
+    from trainer.modules import nnx_bridge  # Which imports this module.
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         target: Any = module
@@ -83,7 +84,10 @@ def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..
         layers = isinstance(module, nn.Sequential)
         token = current.set(training)
         try:
-            with telling_layers(training) if layers else contextlib.nullcontext():
+            with (
+                telling_layers(training) if layers else contextlib.nullcontext(),
+                nnx_bridge.telling_nnx(training),
+            ):
                 return target(*args, **kwargs)
         finally:
             current.reset(token)

@@ -5,29 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 
 from trainer.config.errors import UserError
-from trainer.modules import mode
+from trainer.modules import mode, nnx_bridge
 from trainer.modules.bound import BoundModel, Calls, Steps
+from trainer.modules.nnx_parts import INTERMEDIATES, Parts, Path, Variables, mark_arrays, values
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.rng import Keys
-
-Variables = Mapping[str, Any]
-Path = tuple[str, ...]
-
-# What a call leaves behind for whoever asks, and no step keeps.
-_INTERMEDIATES = (nnx.Intermediate, nnx.Perturbation)
-# The names that Linen gives to collections of the same meaning.
-_NAMES = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats', nnx.Cache: 'cache'}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,11 +51,11 @@ class NNX:
         """
         with nnx.use_eager_sharding(False):
             module = self._made(keys)
-            if _is_bridged(module):
+            if nnx_bridge.linen_parts(module):
                 task(_LazyModel(module, keys, self.precision), batch)
                 # What the first input has shaped is known from here on.
-                self.__dict__['_parts'] = _Parts.of(module)
-        named = _values(module, boxed=True)
+                self.__dict__['_parts'] = Parts.of(module)
+        named = values(module, boxed=True)
         params = named.pop('params', {})
         return {**named, 'params': self.precision.for_params(params)}
 
@@ -73,12 +65,16 @@ class NNX:
 
     def for_notebook(self, variables: Variables) -> nnx.Module:
         """Returns the module with these variables in it, in evaluation mode."""
-        return self.bind(variables, Keys(seed=0, mode='eval'))._module(0)
+        return NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))._module(0)
 
     @functools.cached_property
-    def _parts(self) -> _Parts:
+    def _parts(self) -> Parts:
+        def split() -> Any:
+            return nnx.split(self._made(Keys(seed=0, mode='init')))
+
         with nnx.use_eager_sharding(False):
-            return _Parts.of(nnx.eval_shape(lambda: self._made(Keys(seed=0, mode='init'))))
+            # Not `nnx.eval_shape`, which wants an axis of the mesh for each name of a dimension.
+            return Parts(*jax.eval_shape(split))
 
     def _made(self, keys: Keys) -> nnx.Module:
         names = ('params', 'dropout', 'default')
@@ -88,43 +84,8 @@ class NNX:
                 f'config.model: expected a module of flax.linen or flax.nnx, got a function that '
                 f'returns {type(made).__name__}'
             )
+        mark_arrays(made)
         return made
-
-
-@dataclasses.dataclass(frozen=True)
-class _Parts:
-    """A module without the values of its variables.
-
-    Attributes:
-        graph: what never changes.
-        state: its variables; their values are shapes.
-    """
-
-    graph: Any
-    state: Any
-
-    @classmethod
-    def of(cls, module: nnx.Module) -> _Parts:
-        graph, state = nnx.split(module)
-        return cls(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
-
-    def filled(self, variables: Variables, rng: Callable[[Path, Any], jax.Array]) -> nnx.Module:
-        """Returns the module with these variables.
-
-        Args:
-            variables: nested dicts by collection.
-            rng: makes the value of a variable of random numbers, by its path.
-        """
-        flat = {name: traverse_util.flatten_dict(dict(tree)) for name, tree in variables.items()}
-        filled = []
-        for path, variable in nnx.to_flat_state(self.state):
-            place = tuple(map(str, path))
-            if isinstance(variable, nnx.RngState):
-                value = rng(place, variable)
-            else:
-                value = flat[_collection(variable)][place]
-            filled.append((path, variable.replace(value)))
-        return nnx.merge(self.graph, nnx.from_flat_state(filled), copy=True)
 
 
 class NNXModel(BoundModel):
@@ -137,7 +98,7 @@ class NNXModel(BoundModel):
 
     def __init__(
         self,
-        parts: _Parts,
+        parts: Parts,
         variables: Variables,
         keys: Keys,
         *,
@@ -181,15 +142,17 @@ class NNXModel(BoundModel):
         args, kwargs = self._precision.for_compute((args, kwargs))
         module = self._module(calls.count)
         calls.count += 1
-        run, sown = _runner(steps, self.training), {}
-        if _is_bridged(module):  # A bridge takes what `capture` leaves in it for Linen's variables.
-            output = run(module, args, kwargs)
-        else:
-            output, found = nnx.capture(run, nnx.Intermediate)(module, args, kwargs)
-            sown = nnx.to_pure_dict(found)
-        self.intermediates = {**nnx.to_pure_dict(nnx.pop(module, _INTERMEDIATES)), **sown}
+        run = functools.partial(_runner(steps, self.training), module, args, kwargs)
+        with warnings.catch_warnings():
+            # `nnx.capture`, which it wants around a call that sows, breaks scans and bridges.
+            warnings.filterwarnings('ignore', r"\s*Using 'Module\.", DeprecationWarning)
+            if bridges := nnx_bridge.linen_parts(module):
+                output = nnx_bridge.run_with_linen(run, bridges, self.training)
+            else:
+                output = run()
+        self.intermediates = nnx.to_pure_dict(nnx.pop(module, INTERMEDIATES))
         if self.training:
-            updates = _values(module)
+            updates = values(module)
             updates.pop('params', None)
             self._check_structure(updates)
             calls.collections.update(self._precision.like(updates, calls.collections))
@@ -209,7 +172,7 @@ class _LazyModel(NNXModel):
     """A model some of whose modules have no parameters before their first input."""
 
     def __init__(self, module: nnx.Module, keys: Keys, precision: Precision):
-        super().__init__(_Parts(None, None), {'params': {}}, keys, precision=precision)
+        super().__init__(Parts(None, None), {'params': {}}, keys, precision=precision)
         self._lazy = module
 
     def _field(self, name: str) -> Any:
@@ -219,8 +182,14 @@ class _LazyModel(NNXModel):
         args, kwargs = self._precision.for_compute((args, kwargs))
         run = _runner(steps, training=False)
         outputs: list[Any] = []
-        nnx.bridge.lazy_init(_Runner(self._lazy), lambda m: outputs.append(run(m, args, kwargs)))
-        nnx.pop(self._lazy, _INTERMEDIATES)
+
+        def init() -> None:
+            initial = _Runner(self._lazy)
+            nnx.bridge.lazy_init(initial, lambda m: outputs.append(run(m, args, kwargs)))
+
+        bridges = nnx_bridge.linen_parts(self._lazy)
+        nnx_bridge.run_with_linen(init, bridges, training=False)
+        nnx.pop(self._lazy, INTERMEDIATES)
         return self._precision.for_output(outputs[0])
 
 
@@ -241,30 +210,3 @@ def _runner(steps: Steps, training: bool) -> Callable[..., Any]:
         return call(module, *args, **kwargs)
 
     return run
-
-
-def _values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
-    """Returns the values of a module's variables as nested dicts, by collection."""
-    found: dict[str, dict[Path, Any]] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(module)):
-        if isinstance(variable, (nnx.RngState, *_INTERMEDIATES)):
-            continue
-        value = variable.get_value()
-        names = variable.get_metadata().get('out_sharding') if boxed else None
-        if names is not None:
-            value = nn.LogicallyPartitioned(value, tuple(names))
-        found.setdefault(_collection(variable), {})[tuple(map(str, path))] = value
-    return {name: traverse_util.unflatten_dict(flat) for name, flat in found.items()}
-
-
-def _collection(variable: Any) -> str:
-    kind = type(variable)
-    for known, name in _NAMES.items():
-        if issubclass(kind, known):
-            return name
-    return re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', kind.__name__).lower()
-
-
-def _is_bridged(module: nnx.Module) -> bool:
-    """Whether there is a Linen module inside, which waits for its first input."""
-    return any(isinstance(node, nnx.bridge.ToNNX) for _, node in nnx.iter_graph(module))

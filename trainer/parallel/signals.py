@@ -86,6 +86,12 @@ def install() -> StopRequest:
 
 
 def uninstall() -> None:
-    """Lets a signal end the process as it ends any other, where there is nothing to save."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Lets a signal end the process as it ends any other, where there is nothing to save.
+
+    Handlers that are neither ours nor the runtime's stay: `main` may be called from Python.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handler = signal.getsignal(number)
+        ours = getattr(handler, '__func__', None) is StopRequest.handle
+        if ours or handler is None:  # None is a handler of JAX, in C.
+            signal.signal(number, signal.SIG_DFL)

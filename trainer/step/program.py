@@ -212,6 +212,18 @@ class Programs:
         )
 
     @functools.cached_property
+    def restarted(self) -> Program:
+        """The first state with other variables: `state -> state`, donating the state."""
+        return Program(
+            'the program that makes the optimizer state',
+            self._train_step.restarted,
+            (self.abstract,),
+            tracing=self._tracing,
+            donate_argnums=0,
+            out_shardings=self._shardings,
+        )
+
+    @functools.cached_property
     def empty_metrics(self) -> Program:
         """Accumulators that have seen nothing: `() -> metrics`."""
         return Program(

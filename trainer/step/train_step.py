@@ -71,19 +71,30 @@ class TrainStep:
             )
         )
         named = variables.pop('params')
-        params = meta.unbox(named)
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=self.optimizer.transformation(params).init(params),
+            params=meta.unbox(named),
+            opt_state=None,
             collections=variables,
             metrics=None,
-            # A copy: two leaves of one donated state must not share a buffer.
-            ema=None if self.ema_decay is None else jax.tree.map(jnp.copy, params),
             loss_scale=None if self.loss_scale is None else LossScale.of(self.loss_scale),
         )
+        state = self.restarted(state)
         metrics = self.empty_metrics(meta.unbox(state), batch)
         return dataclasses.replace(state, params=named, metrics=metrics)
+
+    def restarted(self, state: TrainState) -> TrainState:
+        """Returns the state with optimizer state and moving average as its parameters start them.
+
+        Some optimizers keep a copy of the parameters, so this follows every change of these.
+        """
+        params = state.params
+        return dataclasses.replace(
+            state,
+            opt_state=self.optimizer.transformation(params).init(params),
+            # A copy: two leaves of one donated state must not share a buffer.
+            ema=None if self.ema_decay is None else jax.tree.map(jnp.copy, params),
+        )
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""

@@ -27,7 +27,8 @@ class Definition:
 
     module: nn.Module
     path: tuple[str, ...] = ()
-    streams: Streams = dataclasses.field(default_factory=lambda: Streams({'dropout'}))
+    # NNX modules inside ask for 'default', and get a constant where there is none.
+    streams: Streams = dataclasses.field(default_factory=lambda: Streams({'dropout', 'default'}))
     _told: dict[bool, nn.Module] = dataclasses.field(default_factory=dict)
 
     def told(self, training: bool) -> nn.Module:

@@ -36,8 +36,9 @@ class Interface:
             method: the name of the method to call instead of `__call__`.
             **kwargs: of the call.
         """
-        keys = rngs.as_rng(rng)
-        made = self.with_variables({})._bound  # type: ignore[attr-defined]
+        made, keys = self.with_variables({})._bound, rngs.as_rng(rng)  # type: ignore[attr-defined]
+        if not isinstance(keys, dict):
+            keys = {**rngs.known(keys, made.definition.streams), 'params': keys}
         module = made.definition.told(made.training)
         call = mode.method(_steps(method), made.training)
         leaves = jax.tree.leaves((args, kwargs))

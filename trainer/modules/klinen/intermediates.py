@@ -117,11 +117,8 @@ def keep(
     output = following(*args, **kwargs)
     module = context.module
     for name in fields(module):
-        value = vars(module).get(name)
-        # A lifted module runs in a copy of itself, and its own fields stay empty.
-        empty = value is None or (isinstance(value, (list, dict)) and not value)
-        if not (empty and module.has_variable(COLLECTION, name)) and name in vars(module):
-            module.put_variable(COLLECTION, name, _Kept(value))
+        if name in vars(module):  # Or else it has no default, and the call has not assigned it.
+            module.put_variable(COLLECTION, name, _Kept(vars(module)[name]))
     return output
 
 

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CNN of the Flax quickstart on MNIST, written with NNX.
+
+    python -m trainer.main --config=configs/mnist_nnx.py
+
+Expected after 10 epochs: about 99 % of all 10,000 test examples.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.train_for = '10 epochs'
+
+    config.model = dict(target='models.cnn_nnx:CNN', num_classes=10)
+    config.task = dict(target='trainer.step.tasks:Classification')
+    config.optimizer = dict(target='optax:sgd', learning_rate=0.01, momentum=0.9)
+
+    to_float = dict(target='data.transforms:ToFloat', key='image')
+    config.data = dict(
+        source=dict(target='data.mnist:MNIST', split='train'),
+        device_transforms=(to_float,),
+        batch_size=32,
+    )
+    config.evals = dict(
+        test=dict(
+            every='1 epochs',
+            data=dict(
+                source=dict(target='data.mnist:MNIST', split='test'),
+                device_transforms=(to_float,),
+                batch_size=512,
+            ),
+        ),
+    )
+
+    config.checkpoint = dict(every='1 epochs', keep_last=2)
+    config.log = dict(every='100 steps')
+    return config

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linen modules within NNX ones and the other way round: `flax.nnx.bridge`."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.modules.examples import X, bind, init, same
+from tests.modules.test_nnx_trainer import experiment
+from trainer.modules import functional
+from trainer.step.rng import Keys
+from trainer.trainer import Trainer
+
+
+class LinenInside(nnx.Module):
+    """A bridge that has no parameters before its first input."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linen = nnx.bridge.ToNNX(nn.Dense(16), rngs=rngs)
+        self.out = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(nnx.relu(self.linen(x.reshape(len(x), -1))))
+
+
+class Inner(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(784, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x)
+
+
+class NNXInside(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nnx.bridge.to_linen(Inner)(x.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize('name', ['LinenInside', 'NNXInside'])
+def test_bridges_train(name: str, tmp_path: pathlib.Path) -> None:
+    """X14: either system inside the other."""
+    made = experiment(f'{__name__}:{name}', checkpoint__every='10 steps')
+    result = Trainer(made, str(tmp_path)).fit()
+    assert result.metrics['train/loss'] < 2.3
+    restored = Trainer(made, str(tmp_path)).restore()
+    for a, b in zip(
+        jax.tree.leaves(restored.params), jax.tree.leaves(result.state.params), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+class InCall(nn.Module):
+    """Linen, told in the call."""
+
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(5)(x))
+        self.sow('intermediates', 'mean', x.mean())
+        return nn.Dropout(self.rate, deterministic=not train)(x)
+
+
+class InField(nn.Module):
+    """Linen, told in a field."""
+
+    rate: float = 0.0
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.BatchNorm(use_running_average=self.deterministic)(nn.Dense(5)(x))
+        self.sow('intermediates', 'mean', x.mean())
+        return nn.Dropout(self.rate, deterministic=self.deterministic)(x)
+
+
+class Around(nnx.Module):
+    """A bridge below the top."""
+
+    def __init__(self, linen: nn.Module, rngs: nnx.Rngs):
+        self.linen = nnx.bridge.ToNNX(linen, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linen(x)
+
+
+@pytest.mark.parametrize('linen', [InCall, InField])
+@pytest.mark.parametrize('depth', [0, 1])
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_a_linen_module_in_nnx_is_told_the_mode(linen: Any, depth: int, mode: str) -> None:
+    """X14: outputs, batch statistics and intermediates are those that it has alone."""
+
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return Around(linen(), rngs) if depth else nnx.bridge.ToNNX(linen(), rngs=rngs)
+
+    def inner(tree: Any) -> Any:
+        return tree['linen'] if depth else tree
+
+    system = functional(make)
+    variables = system.init(lambda m, b: m(b['x']), {'x': X}, Keys(seed=0, mode='init'))
+    alone = {name: inner(tree) for name, tree in variables.items()}
+    keys = Keys(seed=0, mode=mode)
+    model: Any = system.bind(variables, keys)
+    expected = functional(linen()).bind(alone, keys)
+    np.testing.assert_allclose(model(X), expected(X), rtol=1e-5, atol=1e-6)
+    found = inner(model.collections['batch_stats'])
+    jax.tree.map(np.testing.assert_allclose, found, expected.collections['batch_stats'])
+    moved = not same(found['BatchNorm_0']['mean'], jnp.zeros(5))
+    assert moved == (mode == 'train')
+    assert len(inner(model.intermediates)['mean']) == 1
+
+
+def test_dropout_of_a_linen_module_in_nnx() -> None:
+    system = functional(lambda rngs: Around(InCall(rate=0.5), rngs))
+    variables = system.init(lambda m, b: m(b['x']), {'x': X}, Keys(seed=0, mode='init'))
+    model = system.bind(variables, Keys(seed=0, mode='train'))
+    first, second = model(X), model(X)
+    assert (first == 0).any() and not same(first == 0, second == 0)
+    evaluated = system.bind(variables, Keys(seed=0, mode='eval'))
+    assert same(evaluated(X), evaluated(X)) and not (evaluated(X) == 0).any()
+
+
+class Told(nnx.Module):
+    """NNX, with layers that have a mode, a flag in the call, and noise."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.rngs = rngs
+
+    def __call__(self, x: jax.Array, *, training: bool) -> Any:
+        noise = self.rngs.noise.normal((5,))
+        return self.drop(self.norm(self.linear(x))), noise if training else -noise
+
+    def plain(self, x: jax.Array) -> jax.Array:
+        return self.linear(x)
+
+
+class AroundTold(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        return nnx.bridge.to_linen(Told, name='told')(x)
+
+
+@pytest.mark.parametrize('module', [nnx.bridge.to_linen(Told), AroundTold()])
+def test_an_nnx_module_in_linen_is_told_the_mode(module: nn.Module) -> None:
+    """X14: batch statistics and dropout are used as the mode says."""
+    model, evaluated = bind(module), bind(module, 'eval')
+    before = jax.tree.map(np.asarray, evaluated.collections)
+    (first, noise), (second, other) = model(X), model(X)
+    assert (first == 0).any() and not same(first == 0, second == 0)
+    assert not same(noise, other)
+    moved = jax.tree.leaves(model.collections['batch_stats'])
+    fresh = jax.tree.leaves(before['batch_stats'])
+    assert not any(same(a, b) for a, b in zip(moved, fresh, strict=True))
+    assert not same(-noise, evaluated(X)[1])
+    assert same(evaluated(X)[0], evaluated(X)[0]) and not (evaluated(X)[0] == 0).any()
+    jax.tree.map(np.testing.assert_array_equal, evaluated.collections, before)
+    for mode, before in (('train', noise), ('eval', evaluated(X)[1])):
+        later = functional(module).bind(init(module), Keys(seed=0, mode=mode, step=4))
+        assert not same(later(X)[1], before)
+
+
+def test_methods_of_an_nnx_module_in_linen() -> None:
+    model = bind(nnx.bridge.to_linen(Told))
+    linear = model.params['linear']
+    expected = X @ linear['kernel'] + linear['bias']
+    np.testing.assert_allclose(model.plain(X), expected, rtol=1e-5)

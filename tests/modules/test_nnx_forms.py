@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What NNX modules are made of, and how they are told the mode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.modules.examples import X, bind, init, same
+from trainer.modules import functional
+from trainer.step.rng import Keys
+
+
+class Count(nnx.Variable):
+    """A variable of a class of its own."""
+
+
+class Buffers(nnx.Module):
+    """X5: arrays that are in no variable, beside what is static; and a variable that is a dict."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.scale = np.array(2.0, np.float32)
+        self.offset = jnp.arange(4.0)
+        self.pair = Count({'a': jnp.zeros(()), 'b': jnp.zeros(3)})
+        self.number, self.names = 3, ('a', 'b')
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.offset = self.offset + 1
+        return self.linear(x) * self.scale + self.offset
+
+
+@pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['as it is', 'traced'])
+def test_arrays_that_are_in_no_variable(run: Any) -> None:
+    """X5: they are kept, and what a training call assigns is the state's next."""
+    system = functional(Buffers)
+    variables = run(lambda: system.init(lambda *_: None, {}, Keys(seed=0, mode='init')))()
+    assert set(variables) == {'params', 'buffers', 'count'}
+    assert same(variables['buffers']['offset'], jnp.arange(4.0))
+
+    def call(variables: Any, mode: str) -> Any:
+        model: Any = system.bind(variables, Keys(seed=0, mode=mode))
+        return model(X), model.collections
+
+    linear = variables['params']['linear']
+    expected = (X @ linear['kernel'] + linear['bias']) * 2 + jnp.arange(4.0) + 1
+    for mode, after in (('train', 1), ('eval', 0)):
+        output, collections = run(lambda v, mode=mode: call(v, mode))(variables)
+        np.testing.assert_allclose(output, expected, rtol=1e-5)
+        assert same(collections['buffers']['offset'], jnp.arange(4.0) + after)
+
+
+def test_a_list_of_modules_is_not_static() -> None:
+    """X5: NNX says what to write."""
+
+    class Listed(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.layers = [nnx.Linear(4, 4, rngs=rngs)]
+
+    with pytest.raises(ValueError, match=r'nnx\.List'):
+        init(Listed)
+
+
+class Lifted(nnx.Module):
+    """X11: its own transforms around a layer with statistics and dropout."""
+
+    def __init__(self, lift: Any, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.lift = lift
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.lift(lambda m, x: m.drop(m.norm(m.linear(x))))(self, x)
+
+
+@pytest.mark.parametrize('lift', [nnx.remat, nnx.jit])
+def test_transforms_within_a_module(lift: Any) -> None:
+    """X11: outputs, statistics and masks are those without the transform."""
+    plain = bind(lambda rngs: Lifted(lambda f: f, rngs))
+    lifted = bind(lambda rngs: Lifted(lift, rngs))
+    x = jax.random.normal(jax.random.key(0), (16, 4))
+    np.testing.assert_allclose(lifted(x), plain(x), rtol=1e-4, atol=1e-6)
+    found, expected = lifted.collections, plain.collections
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
+class Left(nnx.Module):
+    """Its maker has left it in a mode."""
+
+    def __init__(self, training: bool, rngs: nnx.Rngs):
+        self.norm = nnx.BatchNorm(4, use_running_average=not training, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, deterministic=not training, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.drop(self.norm(x))
+
+
+@pytest.mark.parametrize('left', [True, False])
+def test_the_mode_in_which_a_module_was_left_does_not_count(left: bool) -> None:
+    """X13: in evaluation fresh statistics leave the input as it is, and nothing is dropped."""
+
+    def make(rngs: nnx.Rngs) -> Left:
+        return Left(left, rngs)
+
+    np.testing.assert_allclose(bind(make, 'eval')(X), X, rtol=1e-4)
+    trained = bind(make)
+    assert (trained(X + 1) == 0).any()
+    assert not same(trained.collections['batch_stats']['norm']['mean'], jnp.zeros(4))
+
+
+class Flagged(nnx.Module):
+    """Wants to be told in the call."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.drop = nnx.Dropout(0.5)
+        self.rngs = rngs
+
+    def __call__(self, x: jax.Array, *, deterministic: bool) -> jax.Array:
+        return self.drop(x + 1, deterministic=deterministic, rngs=self.rngs)
+
+
+def test_flags_of_the_call() -> None:
+    assert same(bind(Flagged, 'eval')(X), X + 1)
+    assert (bind(Flagged)(X) == 0).any()
+
+
+class Perturbed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.perturb('inner', self.linear(x))
+
+
+def test_perturbations_are_not_kept() -> None:
+    """X10."""
+    model = bind(Perturbed)
+    np.testing.assert_allclose(model(X), X @ model.params['linear']['kernel'], rtol=1e-5)
+    assert model.collections == {}

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""M3: a window of steps is traced, and the trace has the names of the modules."""
+
+from __future__ import annotations
+
+import gzip
+import pathlib
+from typing import Any
+
+import pytest
+
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.experiment import Experiment, load_and_build
+from trainer.trainer import Trainer
+
+
+def build(**overrides: Any) -> Experiment:
+    options = {'train_for': '20 steps', 'evals': {}, 'data__source__limit': 640}
+    return load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
+
+
+@pytest.mark.parametrize('calls', [1, 8])
+def test_a_window_of_a_run(
+    calls: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = build(profile={'start': '6 steps', 'steps': 3}, steps_per_call=calls)
+    trainer = Trainer(made, str(tmp_path))
+    assert trainer.fit().step == 20
+    (trace,) = (tmp_path / 'profile').rglob('*.trace.json.gz')
+    assert b'jit' in gzip.decompress(trace.read_bytes())
+    assert f'trace written to {tmp_path}/profile' in capsys.readouterr().out
+    assert 'Dense_0' in trainer.programs.step.ready().as_text()
+
+
+def test_a_run_that_ends_in_the_window_has_its_trace(tmp_path: pathlib.Path) -> None:
+    Trainer(build(profile={'start': '18 steps', 'steps': 100}), str(tmp_path)).fit()
+    assert list((tmp_path / 'profile').rglob('*.xplane.pb'))
+
+
+def test_without_a_directory_nothing_is_traced() -> None:
+    assert Trainer(build(profile={'start': '2 steps'})).fit().status == 'finished'
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match=r'config\.profile\.steps: expected a positive number'):
+        build(profile={'steps': 0})

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PyTorch's tensors in the names and shapes of a Flax model.
+
+The model decides: for each of its arrays the tensor of the same module is sought, and turned into
+what the array is for. A kernel of two dimensions is the transpose of a linear layer's weight, one
+of four has its dimensions moved ('OIHW' to 'HWIO'), an embedding stays as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.transfer.weights import HostLeaf, Weights
+
+# A module's path and the (channels, height, width) that it gets as one dimension.
+Flatten = tuple[str, tuple[int, int, int]]
+
+# What the tensors of a module are called, for each array of a Flax layer.
+_NAMES = {
+    'kernel': ('weight',),
+    'bias': ('bias', 'beta'),
+    'scale': ('weight', 'gamma'),
+    'embedding': ('weight',),
+    'mean': ('running_mean',),
+    'var': ('running_var',),
+}
+# The parts of `torch.nn.MultiheadAttention`, whose projections lie in one tensor.
+_PROJECTIONS = ('query', 'key', 'value')
+
+
+def as_numpy(tensor: Any) -> np.ndarray:
+    """Returns a tensor's values; bfloat16, which numpy does not know, as float32."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if str(tensor.dtype) == 'torch.bfloat16' else tensor).numpy()
+
+
+def convert(
+    tensors: Mapping[str, Any],
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    flatten: Sequence[Flatten] = (),
+) -> tuple[Weights, set[str]]:
+    """Returns the weights that were found, and the names of the tensors that they are made of.
+
+    An array whose size fits another shape (the heads of an attention) gets that shape; one that
+    does not fit keeps its own, for a resize or an error message.
+
+    Args:
+        tensors: arrays of PyTorch by path, '/' for '.': 'layer1/0/conv1/weight'. Whoever has other
+            names in the model renames them before.
+        wanted: the model's shapes, by path: 'params/conv/kernel', 'batch_stats/norm/mean'.
+        flatten: patterns of dense layers that follow a flattening of channels, height and width.
+            PyTorch flattens in that order, Flax with the channels last: their rows are put in its
+            order, so that the model needs no transpose.
+    """
+    found: Weights = {}
+    used: set[str] = set()
+    for path, shape in wanted.items():
+        _, *module, leaf = path.split('/')
+        for name, array in _sources(tensors, module, leaf):
+            if leaf == 'kernel':
+                array = _kernel(array, '/'.join(module), flatten)
+            fits = array.size == np.prod(shape, dtype=int) and leaf in _NAMES
+            found[path] = HostLeaf(array.reshape(shape) if fits and _alike(array, shape) else array)
+            used.add(name)
+            break
+    return found, used
+
+
+def _sources(tensors: Mapping[str, Any], module: list[str], leaf: str) -> Any:
+    """Yields (name, tensor) of what the array may be made of."""
+    for name in (*_NAMES.get(leaf, ()), leaf):
+        path = '/'.join((*module, name))
+        if path in tensors:
+            yield path, np.asarray(tensors[path])
+    last = module[-1] if module else ''
+    if last in _PROJECTIONS and leaf in ('kernel', 'bias'):
+        path = '/'.join((*module[:-1], f'in_proj_{"weight" if leaf == "kernel" else "bias"}'))
+        if path in tensors:
+            yield path, np.split(np.asarray(tensors[path]), 3)[_PROJECTIONS.index(last)]
+    if last == 'out':
+        yield from _sources(tensors, [*module[:-1], 'out_proj'], leaf)
+
+
+def _kernel(array: np.ndarray, module: str, flatten: Sequence[Flatten]) -> np.ndarray:
+    """Returns inputs before outputs, and the window's dimensions before both."""
+    kernel = np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim >= 2 else array
+    for pattern, (channels, height, width) in flatten:
+        if re.fullmatch(pattern, module):
+            rows = kernel.reshape(channels, height, width, -1).transpose(1, 2, 0, 3)
+            return rows.reshape(kernel.shape)
+    return kernel
+
+
+def _alike(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether dimensions are only split or joined: a square matrix is never a transposed one."""
+    return array.ndim != len(shape) or array.shape == shape

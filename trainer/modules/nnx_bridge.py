@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bridges between the module systems (`flax.nnx.bridge`): both sides are told whether they train.
+
+A bridge passes on neither the mode nor, from NNX into Linen, which collections may change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+
+from trainer.modules import mode
+
+# What a call in training may change within a Linen module; in evaluation only intermediates.
+_IN_TRAINING = nn.DenyList(('params', 'perturbations'))
+_IN_EVALUATION = ('intermediates',)
+
+
+def linen_parts(module: Any) -> list[Any]:
+    """Returns the bridges to Linen modules within an NNX module."""
+    from flax import nnx
+
+    nodes = (node for _, node in nnx.iter_graph(module))
+    return [node for node in nodes if isinstance(node, nnx.bridge.ToNNX)]
+
+
+def run_with_linen(run: Callable[[], Any], parts: list[Any], training: bool) -> Any:
+    """Returns `run()`, which calls Linen modules through bridges.
+
+    Args:
+        run: calls an NNX module.
+        parts: its bridges, as `linen_parts` finds them.
+        training: the mode.
+    """
+    before = [part.to_nnx__module for part in parts]
+    for part in parts:
+        part.to_nnx__module = mode.set_fields(part.to_nnx__module, training)
+    mutable: Any = _IN_TRAINING if training else _IN_EVALUATION
+    try:
+        with nn.intercept_methods(_telling_roots(training)):
+            # A bridge asks the Linen module that calls it what may change.
+            return _Caller().apply({}, run, mutable=mutable)[0]
+    finally:
+        for part, module in zip(parts, before, strict=True):
+            part.to_nnx__module = module
+
+
+class _Caller(nn.Module):
+    def __call__(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+def _telling_roots(training: bool) -> Callable[..., Any]:
+    def intercept(
+        following: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        module, name = context.module, context.method_name
+        if not isinstance(module.parent, nn.Module):
+            target = module if name == '__call__' else getattr(module, name)
+            args, kwargs = mode.with_flags(target, args, kwargs, training)
+        return following(*args, **kwargs)
+
+    return intercept
+
+
+@contextlib.contextmanager
+def telling_nnx(training: bool) -> Iterator[None]:
+    """Tells the mode to the NNX modules within the Linen modules that are called meanwhile."""
+    bridge = sys.modules.get('flax.nnx.bridge')  # Whoever has made a bridge has imported it.
+    if bridge is None:
+        yield
+        return
+
+    def intercept(
+        following: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        if isinstance(module, bridge.ToLinen) and context.method_name == '__call__':
+            kwargs = {**kwargs, 'nnx_method': told(module, kwargs.get('nnx_method'))}
+        return following(*args, **kwargs)
+
+    def told(module: Any, method: Any) -> Callable[..., Any]:
+        method = method or '__call__'
+        method = getattr(module.nnx_class, method) if isinstance(method, str) else method
+
+        def call(inner: Any, *args: Any, **kwargs: Any) -> Any:
+            inner.train() if training else inner.eval()
+            bound = functools.partial(method, inner)
+            args, kwargs = mode.with_flags(bound, args, kwargs, training)
+            return bound(*args, **kwargs)
+
+        return call
+
+    with nn.intercept_methods(intercept):
+        yield

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An NNX module taken apart: its graph, and its variables as nested dicts by collection."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx, traverse_util
+
+Variables = Mapping[str, Any]
+Path = tuple[str, ...]
+
+# What a call leaves behind for whoever asks, and no step keeps.
+INTERMEDIATES = (nnx.Intermediate, nnx.Perturbation)
+# The names that Linen gives to collections of the same meaning.
+_NAMES = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats', nnx.Cache: 'cache'}
+# The collection of arrays that are in no variable.
+_BUFFERS = 'buffers'
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A module without the values of its variables.
+
+    Attributes:
+        graph: what never changes.
+        state: its variables; their values are shapes.
+    """
+
+    graph: Any
+    state: Any
+
+    @classmethod
+    def of(cls, module: nnx.Module) -> Parts:
+        """Takes a module apart, made with values or with shapes alone."""
+        graph, state = nnx.split(module)
+        return cls(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
+
+    def filled(self, variables: Variables, rng: Callable[[Path, Any], jax.Array]) -> nnx.Module:
+        """Returns the module with these variables.
+
+        Args:
+            variables: nested dicts by collection.
+            rng: makes the value of a variable of random numbers, by its path.
+        """
+        filled = []
+        for path, variable in nnx.to_flat_state(self.state):
+            place = tuple(map(str, path))
+            if isinstance(variable, nnx.RngState):
+                value = rng(place, variable)
+            else:
+                value = functools.reduce(operator.getitem, place, variables[collection(variable)])
+            is_variable = isinstance(variable, nnx.Variable)
+            filled.append((path, variable.replace(value) if is_variable else value))
+        return nnx.merge(self.graph, nnx.from_flat_state(filled), copy=True)
+
+
+def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
+    """Returns the values of a module's variables as nested dicts, by collection.
+
+    Args:
+        module: keeps what it has; random numbers and intermediates are left out.
+        boxed: put those whose dimensions have names into Linen's boxes (`flax.core.meta`).
+    """
+    mark_arrays(module)
+    found: dict[str, dict[Path, Any]] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(module)):
+        if isinstance(variable, (nnx.RngState, *INTERMEDIATES)):
+            continue
+        value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        if boxed and isinstance(variable, nnx.Variable):
+            names = variable.get_metadata().get('out_sharding')
+            value = value if names is None else nn.LogicallyPartitioned(value, tuple(names))
+        found.setdefault(collection(variable), {})[tuple(map(str, path))] = value
+    return {name: traverse_util.unflatten_dict(flat) for name, flat in found.items()}
+
+
+def collection(variable: Any) -> str:
+    """Returns the name under which the variables of a class are kept."""
+    if not isinstance(variable, nnx.Variable):
+        return _BUFFERS
+    kind = type(variable)
+    for known, name in _NAMES.items():
+        if issubclass(kind, known):
+            return name
+    return re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', kind.__name__).lower()
+
+
+def mark_arrays(module: nnx.Module) -> None:
+    """Marks bare arrays as data: NNX takes one that is traced for a part of the graph."""
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Pytree):
+            for name, value in list(vars(node).items()):
+                if isinstance(value, jax.core.Tracer) and not nnx.is_data(value):
+                    setattr(node, name, nnx.data(value))

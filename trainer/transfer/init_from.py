@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`config.init_from`: what of which checkpoint a run starts with, under the names of its model."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from trainer.config import targets
+from trainer.config.errors import UserError
+from trainer.config.sections import InitFromSection
+from trainer.convert import from_torch, pre_linen
+from trainer.transfer import weights as lib
+from trainer.transfer.layout import variables
+from trainer.transfer.opening import Leaves, below, open_tree
+from trainer.transfer.weights import Weights, listed, place
+
+_WHERE = 'config.init_from'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFrom:
+    """Where a run's first weights come from. Patterns match whole paths of this model.
+
+    A path is that of a parameter or of another variable, such as 'Dense_0/kernel'.
+
+    Attributes:
+        path: file or directory; see `trainer.transfer.opening.open_tree`.
+        step: which of several checkpoints: 'latest', 'best' or a number.
+        at: where in the checkpoint the state, the variables or the bare parameters are.
+        layout: who wrote it: Flax, Flax before Linen, or PyTorch.
+        include: patterns of what is loaded; empty for everything.
+        exclude: patterns of what keeps its fresh values although it is included.
+        rename: (pattern, replacement) pairs, applied in order to the paths of the checkpoint, as
+            `re.sub` does: a pattern may match a part of the path.
+        flatten: of PyTorch: see `trainer.convert.from_torch.convert`.
+        on_missing: what becomes of what the checkpoint lacks: an error, or its fresh value.
+        ema: load the moving average of that run in place of its parameters.
+        optimizer: load what the optimizer holds for the parameters too, such as Adam's moments.
+    """
+
+    path: str
+    step: str | int = 'latest'
+    at: str = ''
+    layout: Literal['flax', 'pre_linen', 'torch'] = 'flax'
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    flatten: tuple[from_torch.Flatten, ...] = ()
+    on_missing: Literal['error', 'init'] = 'error'
+    ema: bool = False
+    optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises a UserError for a pattern that is none, and for keys that do not go together."""
+        for name in ('include', 'exclude', 'rename', 'flatten'):
+            for entry in getattr(self, name):
+                pattern = entry if isinstance(entry, str) else entry[0]
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    text = f'{pattern!r} is no regular expression: {error}'
+                    raise UserError(f'{_WHERE}.{name}: {text}') from error
+        if self.flatten and self.layout != 'torch':
+            raise UserError(f"{_WHERE}.flatten is of PyTorch: set {_WHERE}.layout='torch' too")
+        if self.layout != 'flax' and (self.optimizer or self.ema):
+            name = 'optimizer' if self.optimizer else 'ema'
+            raise UserError(f'{_WHERE}.{name}: layout={self.layout!r} has none')
+
+    @classmethod
+    def of(cls, section: InitFromSection | None) -> InitFrom | None:
+        """Returns what a config's section asks for."""
+        if section is None:
+            return None
+        given = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+        for name in ('include', 'exclude'):
+            patterns = given[name]
+            given[name] = (patterns,) if isinstance(patterns, str) else patterns or ()
+        given['rename'] = tuple(
+            pair for index, entry in enumerate(section.rename) for pair in _pairs(entry, index)
+        )
+        return cls(**given)
+
+    def read(self, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
+        """Returns what the checkpoint holds, under the paths of the model; nothing is loaded yet.
+
+        Args:
+            wanted: the model's shapes, by path.
+
+        Raises:
+            UserError: if there is no such checkpoint, or a rename changes nothing.
+        """
+        leaves = open_tree(self.path, self.step)
+        if self.layout == 'torch':
+            return self.from_torch(below(leaves, self.at), wanted)
+        found = variables(leaves, at=self.at, ema=self.ema)
+        if self.layout == 'pre_linen':
+            found = pre_linen.convert(found)
+        if self.optimizer:
+            places = [place(path) for path in found if path.startswith('params/')]
+            state = {'/'.join(keys): leaf for keys, leaf in below(leaves, self.at).items()}
+            held = {path: x for path, x in state.items() if path.startswith('opt_state/')}
+            found.update(lib.slots(held, places))
+        names = self._names(filter(None, dict.fromkeys(map(place, found))))
+        return {lib.replace_place(path, names.get(place(path), '')): x for path, x in found.items()}
+
+    def from_torch(self, leaves: Leaves, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
+        """Returns the tensors of PyTorch as `read` does."""
+        tensors = {'/'.join(keys): lib.host(leaf) for keys, leaf in leaves.items()}
+        names = self._names(tensors)
+        arrays = {names[name]: array for name, array in tensors.items()}
+        found, used = from_torch.convert(arrays, wanted, flatten=self.flatten)
+        # What makes nothing is told beside what is found: it may be what a rename has missed.
+        rest = {f'torch/{n}': lib.HostLeaf(x) for n, x in arrays.items() if n not in used}
+        return {**found, **rest}
+
+    def chosen(self, path: str) -> bool:
+        """Whether what has this path in the model is loaded."""
+        where = place(path) or path
+        included = not self.include or _matches(self.include, where) or lib.is_slot(where)
+        return included and not _matches(self.exclude, where)
+
+    def check_patterns(self, paths: Iterable[str]) -> None:
+        """Raises a UserError for a pattern that matches nothing in the model."""
+        places = list(dict.fromkeys(map(place, paths)))
+        for name in ('include', 'exclude'):
+            for pattern in getattr(self, name):
+                if not any(re.fullmatch(pattern, path) for path in places):
+                    raise UserError(
+                        f'{_WHERE}.{name}: the pattern {pattern!r} matches nothing in the model. A '
+                        f'pattern must match a whole path, such as {", ".join(places[:5])}'
+                    )
+
+    def _names(self, paths: Iterable[str]) -> dict[str, str]:
+        """Returns the path in the model for each in the checkpoint."""
+        names = {path: path for path in paths}
+        for pattern, replacement in self.rename:
+            try:
+                new = {old: re.sub(pattern, replacement, path) for old, path in names.items()}
+            except (re.error, IndexError) as error:
+                raise UserError(f'{_WHERE}.rename: {replacement!r}: {error}') from error
+            if new == names:
+                raise UserError(
+                    f'{_WHERE}.rename: the pattern {pattern!r} changes no path of the checkpoint. '
+                    f'There is\n{listed(names.values())}'
+                )
+            names = new
+        new_paths = list(names.values())
+        if twice := sorted(path for path in set(new_paths) if new_paths.count(path) > 1):
+            raise UserError(f'{_WHERE}.rename: several arrays get the path\n{listed(twice)}')
+        return names
+
+
+def _pairs(entry: Any, index: int) -> Sequence[tuple[str, str]]:
+    """Returns one pair of a config as it is, and all those that a name stands for."""
+    if not isinstance(entry, Mapping):
+        return [entry]
+    path = f'{_WHERE}.rename[{index}]'
+    named = targets.instantiate(entry, path)
+    is_list = isinstance(named, (tuple, list))
+    if not is_list or not all(isinstance(p, tuple) and len(p) == 2 for p in named):
+        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {named!r}')
+    return named
+
+
+def _matches(patterns: Sequence[str], path: str) -> bool:
+    return any(re.fullmatch(pattern, path) for pattern in patterns)

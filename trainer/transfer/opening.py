@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds out what lies at a path, and returns the tree that is in it."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import serialization
+from flax.traverse_util import unflatten_dict
+
+from trainer.checkpoint.manager import Checkpoints, Retention
+from trainer.checkpoint.writing import step_directories
+from trainer.config.errors import UserError
+from trainer.convert import from_torch
+from trainer.transfer import safetensors
+from trainer.transfer.weights import HostLeaf, Leaf, OrbaxLeaf, host, keys_of, listed, reading
+
+Leaves = dict[tuple[str, ...], Leaf]
+# What Orbax leaves in a directory that holds a tree, and the names of such items in a manager's.
+_ORBAX_FILES = ('_METADATA', 'manifest.ocdbt', '_sharding')
+_ITEMS = ('state', 'default')
+_TORCH = ('.pt', '.pth', '.bin')
+# How `flax.training.checkpoints` names its files: a prefix and a number.
+_FLAX = re.compile(r'(?P<prefix>.*_)(?P<step>-?[\d.]+(e[+-]?\d+)?)')
+
+
+def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
+    """Returns the arrays of a checkpoint by their paths of keys; none is read yet.
+
+    Known are a work directory of ours, a directory of checkpoints or a single one, ours or those
+    of Orbax's managers and checkpointers; directories of `flax.training.checkpoints`; files of
+    Flax's msgpack and safetensors files.
+
+    Args:
+        path: a file or directory.
+        step: 'latest', 'best' (of a work directory with `checkpoint.best`) or a number.
+
+    Raises:
+        UserError: if nothing of the kind lies there, or not that step.
+    """
+    found = locate(epath.Path(path), str(step))
+    if found.is_dir():
+        return _orbax(found)
+    if found.suffix == '.safetensors':
+        return {_split(name): HostLeaf(x) for name, x in safetensors.read(found).items()}
+    if found.suffix in _TORCH:
+        return {_split(name): HostLeaf(x) for name, x in _torch(found).items()}
+    leaves = jax.tree_util.tree_leaves_with_path(_msgpack(found))
+    numbers = ((path, np.asarray(x)) for path, x in leaves if not isinstance(x, (str, bytes)))
+    return {keys_of(path): HostLeaf(x) for path, x in numbers}
+
+
+def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
+    """Returns everything in a checkpoint as its library reads it without a target.
+
+    Orbax gives lists for tuples and dicts for dataclasses, Flax dicts with '0', '1' as keys; arrays
+    are numpy's, and text and empty containers are there too.
+
+    Args:
+        path: as `open_tree` takes it.
+        step: as `open_tree` takes it.
+    """
+    found = locate(epath.Path(path), str(step))
+    if not found.is_dir():
+        known = found.suffix in ('.safetensors', *_TORCH)
+        return (
+            unflatten_dict({keys: host(leaf) for keys, leaf in open_tree(found).items()})
+            if known
+            else _msgpack(found)
+        )
+    import orbax.checkpoint as ocp
+
+    with reading(found) as handler:
+        args = jax.tree.map(
+            lambda x: ocp.RestoreArgs(None if getattr(x, 'shape', None) is None else np.ndarray),
+            handler.metadata(found).tree,
+        )
+        return handler.restore(found, args=ocp.args.PyTreeRestore(restore_args=args))
+
+
+def below(leaves: Leaves, at: str) -> Leaves:
+    """Returns the arrays below a path ('model', 'state/ema'; '' for all), by the rest of theirs.
+
+    Raises:
+        UserError: if nothing is there.
+    """
+    keys = tuple(filter(None, re.split('[./]', at)))
+    found = {path[len(keys) :]: x for path, x in leaves.items() if path[: len(keys)] == keys}
+    if not found:
+        top = dict.fromkeys('/'.join(path[:2]) for path in leaves)
+        raise UserError(f'nothing is at {at!r} in the checkpoint; it holds\n{listed(top)}')
+    return found
+
+
+def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
+    """Returns the file, or the directory with Orbax's tree, that holds the arrays.
+
+    Raises:
+        UserError: if there is none, or none of that step.
+    """
+    path = path.expanduser() if hasattr(path, 'expanduser') else path
+    if not path.exists():
+        raise UserError(f'{path}: there is no such file or directory')
+    if '://' not in str(path):
+        path = epath.Path(path).resolve()
+    if not path.is_dir():
+        return path
+    if (path / 'checkpoints').is_dir():
+        path = path / 'checkpoints'
+    if tree := _tree_directory(path):
+        return tree
+    steps = dict(step_directories(path)) or _flax_steps(path)
+    if not steps:
+        raise UserError(
+            f'{path} holds no checkpoint: expected one of this trainer or of Orbax, files of '
+            'flax.training.checkpoints, or the name of a .msgpack or .safetensors file'
+        )
+    chosen = _choose(path, steps, step)
+    return (_tree_directory(chosen) or chosen) if chosen.is_dir() else chosen
+
+
+def _tree_directory(path: epath.Path) -> epath.Path | None:
+    """Returns the directory of Orbax's tree: this one, or an item of a manager's step."""
+    for directory in (path, *(path / name for name in _ITEMS)):
+        if any((directory / name).exists() for name in _ORBAX_FILES):
+            return directory
+    return None
+
+
+def _flax_steps(path: epath.Path) -> dict[float, epath.Path]:
+    found = {}
+    for entry in path.iterdir():
+        match = _FLAX.fullmatch(entry.name)
+        if match and not entry.name.endswith('tmp'):
+            found[float(match['step'])] = entry
+    return found
+
+
+def _choose(path: epath.Path, steps: dict[Any, epath.Path], step: str) -> epath.Path:
+    if step == 'latest':
+        return steps[max(steps)]
+    if step == 'best':
+        return path / str(_best(path))
+    try:
+        return steps[float(step)]
+    except (KeyError, ValueError):
+        have = ', '.join(f'{s:g}' for s in sorted(steps))
+        raise UserError(f'{path} has no checkpoint {step!r}; there: {have}') from None
+
+
+def _best(path: epath.Path) -> int:
+    """Returns the best step of one of our runs, as its own config tells it."""
+    checkpoints = Checkpoints(path, Retention())
+    latest = checkpoints.latest()
+    config = {} if latest is None else checkpoints.meta(latest).get('config', {})
+    best = config.get('checkpoint', {}).get('best')
+    if not best:
+        raise UserError(
+            f"{path}: which checkpoint is the best is told by the run's checkpoint.best, and that "
+            "run has none; name a step, or 'latest'"
+        )
+    retention = Retention(best_metric=best['metric'], best_mode=best.get('mode', 'max'))
+    found = Checkpoints(path, retention).best()
+    if found is None:
+        raise UserError(f'{path}: no checkpoint there has the metric {best["metric"]!r}')
+    return found
+
+
+def _orbax(directory: epath.Path) -> Leaves:
+    with reading(directory) as handler:
+        stored = handler.metadata(directory).tree
+    leaves = jax.tree_util.tree_leaves_with_path(stored)
+    return {
+        keys_of(path): OrbaxLeaf(directory, keys_of(path), tuple(x.shape), x.dtype)
+        for path, x in leaves
+        if getattr(x, 'shape', None) is not None
+    }
+
+
+def _split(name: str) -> tuple[str, ...]:
+    return tuple(re.split('[./]', name))
+
+
+def _torch(file: epath.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f'{file} is a file of PyTorch, which is not installed: install torch, or write the '
+            'weights as safetensors'
+        ) from error
+    tensors = torch.load(os.fspath(file), map_location='cpu', weights_only=True)
+    tensors = tensors.get('state_dict', tensors)
+    return {name: from_torch.as_numpy(x) for name, x in tensors.items()}
+
+
+def _msgpack(file: epath.Path) -> Any:
+    try:
+        return serialization.msgpack_restore(file.read_bytes())
+    except Exception as error:
+        raise UserError(
+            f'{file} is no msgpack file of Flax ({type(error).__name__}: {error}); known are '
+            'these, safetensors files (named *.safetensors) and directories of checkpoints'
+        ) from error

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of anybody's, from Python: as nested dicts, or into an object of yours.
+
+For a notebook, and for a training state of `flax.training.train_state` or of your own. A run takes
+its weights from `config.init_from`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+
+from trainer.config.errors import UserError
+from trainer.convert import from_torch, pre_linen
+from trainer.step.state import describe
+from trainer.transfer import layout
+from trainer.transfer import weights as lib
+from trainer.transfer.init_from import InitFrom
+from trainer.transfer.opening import Leaves, below, open_raw, open_tree
+from trainer.transfer.start import matched
+from trainer.transfer.surgery import Operation
+
+_log = logging.getLogger('trainer')
+
+
+def raw(path: epath.PathLike, step: str | int = 'latest', *, at: str = '') -> Any:
+    """Returns everything in a checkpoint, or at a place in it, without a target.
+
+    Args:
+        path: file or directory; see `trainer.transfer.opening.open_raw`.
+        step: which of several checkpoints.
+        at: the place: 'model/params'; numbers count the entries of a list.
+
+    Raises:
+        UserError: if there is no such checkpoint, or nothing at that place.
+    """
+    tree = open_raw(path, step)
+    for name in filter(None, at.split('/')):
+        try:
+            tree = tree[int(name) if isinstance(tree, list) else name]
+        except (LookupError, TypeError, ValueError):
+            held = list(tree) if isinstance(tree, dict) else [describe(tree)]
+            raise UserError(
+                f'{path} has no {name!r} of {at!r}; there is\n{lib.listed(held)}'
+            ) from None
+    return tree
+
+
+def model_variables(
+    path: epath.PathLike,
+    step: str | int = 'latest',
+    *,
+    at: str = '',
+    before_linen: bool = False,
+    surgery: Sequence[Operation] = (),
+) -> dict[str, Any]:
+    """Returns what Linen's `apply` takes, {'params': ..., 'batch_stats': ...}, as numpy arrays.
+
+    Args:
+        path: file or directory; see `trainer.transfer.opening.open_tree`.
+        step: which of several checkpoints.
+        at: where in it the training state, the variables or the bare parameters are.
+        before_linen: whether it was `flax.nn` that numbered the sub-modules.
+        surgery: what is done to them, in order.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+    """
+    found = layout.variables(open_tree(path, step), at=at)
+    if before_linen:
+        found = pre_linen.convert(found)
+    for operation in surgery:
+        found = operation(found)
+    return lib.nested(found)
+
+
+def torch_variables(
+    state_dict: Mapping[str, Any],
+    variables: Any,
+    *,
+    rename: Sequence[tuple[str, str]] = (),
+    flatten: Sequence[from_torch.Flatten] = (),
+) -> dict[str, Any]:
+    """Returns variables of Linen's `apply` with the values of a PyTorch model, as numpy arrays.
+
+    Args:
+        state_dict: of the PyTorch model.
+        variables: of the Flax model: what `init` returns, or its shapes.
+        rename: (pattern, replacement) pairs, as `config.init_from.rename` takes them, from paths
+            such as 'layer1/0/conv1/weight' to those of the Flax model's modules.
+        flatten: dense layers after a flattening; see `trainer.convert.from_torch.convert`.
+
+    Raises:
+        UserError: naming what is missing or does not fit.
+    """
+    chosen = InitFrom(
+        path='the state_dict', layout='torch', rename=tuple(rename), flatten=tuple(flatten)
+    )
+    leaves: Leaves = {
+        tuple(name.split('.')): lib.HostLeaf(from_torch.as_numpy(x))
+        for name, x in state_dict.items()
+    }
+    goal = lib.flat(variables)
+    found = chosen.from_torch(leaves, {path: tuple(x.shape) for path, x in goal.items()})
+    return lib.nested(matched(found, goal, chosen))
+
+
+def into(
+    target: Any,
+    path: epath.PathLike,
+    step: str | int = 'latest',
+    *,
+    at: str = '',
+    on_missing: Literal['error', 'init'] = 'error',
+) -> Any:
+    """Returns an object like `target` with the arrays of a checkpoint in it.
+
+    What cannot be saved (a function, an optimizer) is the target's own. Arrays that only the
+    checkpoint has are left out. An array of JAX keeps its sharding, any other leaf becomes one of
+    numpy.
+
+    Args:
+        target: any pytree, such as a dataclass of `flax.struct`.
+        path: file or directory; see `trainer.transfer.opening.open_tree`.
+        step: which of several checkpoints.
+        at: where in it the counterpart of the target is.
+        on_missing: what becomes of leaves that the checkpoint lacks: an error, or they stay.
+
+    Raises:
+        UserError: naming leaves that are missing or of another shape.
+    """
+    leaves = below(open_tree(path, step), at)
+    wanted = jax.tree_util.tree_leaves_with_path(target)
+    names = {lib.keys_of(keys): x for keys, x in wanted if hasattr(x, 'shape')}
+    names |= {lib.keys_of(keys): np.asarray(x) for keys, x in wanted if not hasattr(x, 'shape')}
+    _check(leaves, names, path, on_missing)
+
+    def pick(keys: tuple[Any, ...], x: Any) -> Any:
+        leaf = leaves.get(lib.keys_of(keys))
+        if leaf is None:
+            return x
+        if isinstance(x, jax.Array):
+            return lib.load({'x': leaf}, {'x': x})['x']
+        return lib.host(leaf)
+
+    return jax.tree_util.tree_map_with_path(pick, target)
+
+
+def _check(leaves: Leaves, wanted: dict[Any, Any], path: Any, on_missing: str) -> None:
+    missing = ['/'.join(keys) for keys in wanted if keys not in leaves]
+    other = [
+        f'{"/".join(keys)}: {describe(leaves[keys])} there, {describe(x)} in the target'
+        for keys, x in wanted.items()
+        if keys in leaves and tuple(leaves[keys].shape) != tuple(x.shape)
+    ]
+    if other:
+        raise UserError(f'{path} holds other shapes than the target:\n{lib.listed(other)}')
+    if missing and on_missing == 'error':
+        spare = ['/'.join(keys) for keys in leaves if keys not in wanted]
+        raise UserError(
+            f'{path} lacks what the target has:\n{lib.listed(missing)}\nIt has besides\n'
+            f"{lib.listed(spare)}\non_missing='init' leaves what is missing as it is in the target."
+        )
+    if missing:
+        text = 'are not there, and stay as they are in the target'
+        _log.warning('%s: %d leaves %s:\n%s', path, len(missing), text, lib.listed(missing))

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first state of a run that does not start from nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.config.errors import UserError
+from trainer.step.state import TrainState, describe
+from trainer.transfer import weights as lib
+from trainer.transfer.init_from import InitFrom
+from trainer.transfer.surgery import Operation
+from trainer.transfer.weights import Weights, listed
+
+_log = logging.getLogger('trainer')
+_WHERE = 'config.init_from'
+# PyTorch counts batches, Flax has no use for it.
+_NEVER_WANTED = re.compile(r'.*/num_batches_tracked')
+
+
+def start(
+    state: TrainState,
+    init_from: InitFrom | None,
+    surgery: Sequence[Operation],
+    restarted: Callable[[TrainState], TrainState],
+) -> TrainState:
+    """Returns the first state of a run: `state` with the weights that the config asks for.
+
+    Args:
+        state: freshly made; its buffers are given up.
+        init_from: where weights come from; None leaves those of the state, for surgery.
+        surgery: what is done to them, in order, before they must fit the model.
+        restarted: makes optimizer state and moving average anew for other parameters; it may donate
+            its argument.
+
+    Raises:
+        UserError: naming what is missing or does not fit.
+    """
+    if init_from is None and not surgery:
+        return state
+    fresh = _variables(state)
+    goal = {path: _shape_of(x) for path, x in fresh.items()}
+    if init_from is not None and init_from.optimizer:
+        goal.update({path: _shape_of(x) for path, x in _slots(state).items()})
+    if init_from is None:
+        weights = lib.of_arrays(fresh)
+    else:
+        init_from.check_patterns(goal)
+        weights = init_from.read({path: x.shape for path, x in goal.items()})
+    for operation in surgery:
+        weights = operation(weights)
+    fitting = matched(weights, goal, init_from or InitFrom(path='the model as it is made'))
+    for path in fitting.keys() & fresh.keys():
+        fresh[path].delete()  # Or the devices would hold all of it twice.
+    loaded = lib.load(fitting, goal)
+    state = restarted(_with_variables(state, loaded))
+    return _with_slots(state, loaded)
+
+
+def matched(weights: Weights, goal: Mapping[str, Any], chosen: InitFrom) -> Weights:
+    """Returns what is loaded of some weights into a model of the shapes `goal`, by path.
+
+    Raises:
+        UserError: naming what is missing, or has another shape or kind of number.
+    """
+    asked = {path: x for path, x in goal.items() if chosen.chosen(path)}
+    spare = [p for p in weights if p not in goal and chosen.chosen(p)]
+    spare = [path for path in spare if not _NEVER_WANTED.fullmatch(path)]
+    missing = [f'{path}: {describe(x)}' for path, x in asked.items() if path not in weights]
+    other = [
+        f'{path}: {describe(weights[path])} there, {describe(x)} in the model'
+        for path, x in asked.items()
+        if path in weights and not _fits(weights[path], x)
+    ]
+    if other or (missing and chosen.on_missing == 'error'):
+        raise UserError(_complaint(chosen, missing, other, spare))
+    if missing:
+        text = 'are not there, and keep their fresh values'
+        _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(missing), text, listed(missing))
+    if spare:
+        text = 'have no place in the model, and are left out'
+        _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(spare), text, listed(spare))
+    found = {path: weights[path] for path in asked if path in weights}
+    if not found:
+        held = listed(weights)
+        raise UserError(f'{_WHERE}: nothing of {chosen.path} is loaded; it holds\n{held}')
+    return found
+
+
+def _complaint(
+    chosen: InitFrom, missing: Sequence[str], other: Sequence[str], spare: Sequence[str]
+) -> str:
+    lines = [f'{_WHERE}: {chosen.path} does not fit the model.']
+    if missing:
+        lines += ['It lacks', listed(missing)]
+    if other:
+        lines += ['Of another shape or kind are', listed(other)]
+    if spare:
+        lines += ['It has besides', listed(spare)]
+    if missing and chosen.layout != 'torch' and any(path.endswith('/weight') for path in spare):
+        lines.append(f"These are names of PyTorch: {_WHERE}.layout='torch' turns them into Flax's.")
+    lines.append(
+        f'Name the paths that differ in {_WHERE}.rename, what shall keep its fresh values in '
+        f'{_WHERE}.exclude'
+        + (f", or set {_WHERE}.on_missing='init'" if missing else '')
+        + ('; config.surgery changes shapes.' if other else '.')
+    )
+    return '\n'.join(lines)
+
+
+def _fits(leaf: Any, wanted: Any) -> bool:
+    kinds = [jnp.issubdtype(x.dtype, jnp.inexact) for x in (leaf, wanted)]
+    return tuple(leaf.shape) == tuple(wanted.shape) and kinds[0] == kinds[1]
+
+
+def _variables(state: TrainState) -> dict[str, jax.Array]:
+    found = lib.flat(state.variables)
+    # The state of a random stream is its own run's.
+    return {p: x for p, x in found.items() if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)}
+
+
+def _slots(state: TrainState) -> dict[str, jax.Array]:
+    return lib.slots(lib.flat(state.opt_state, 'opt_state/'), lib.flat(state.params))
+
+
+def _with_variables(state: TrainState, loaded: Mapping[str, jax.Array]) -> TrainState:
+    def pick(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return loaded.get('/'.join(lib.keys_of(path)), x)
+
+    variables = jax.tree_util.tree_map_with_path(pick, state.variables)
+    params = variables.pop('params')
+    return dataclasses.replace(state, params=params, collections=variables)
+
+
+def _with_slots(state: TrainState, loaded: Mapping[str, jax.Array]) -> TrainState:
+    leaves, structure = jax.tree.flatten(state.opt_state)
+    index = {path: i for i, path in enumerate(lib.flat(state.opt_state, 'opt_state/'))}
+    numbers = lib.slots(index, lib.flat(state.params))
+    for path, number in numbers.items():
+        leaves[number] = loaded.get(path, leaves[number])
+    return dataclasses.replace(state, opt_state=jax.tree.unflatten(structure, leaves))
+
+
+def _shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

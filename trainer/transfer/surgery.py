@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`config.surgery`: operations on weights by path, before they must fit the model.
+
+An operation acts on everything at a place, on the parameter and on the slots that an optimizer
+holds for it: `Rename` moves Adam's moments with their parameter, `Resize` starts new rows at zero
+there. From Python, `operate` does the same to parameters and an optax state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from trainer.config.errors import UserError
+from trainer.transfer.weights import (
+    HostLeaf,
+    Weights,
+    host,
+    is_slot,
+    listed,
+    of_arrays,
+    place,
+    replace_place,
+)
+
+Array = np.ndarray
+
+
+class Operation(Protocol):
+    """One entry of `config.surgery`."""
+
+    def __call__(self, weights: Weights) -> Weights:
+        """Returns other weights; raises a UserError if there is nothing that it applies to."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rename:
+    """Gives arrays other paths.
+
+    Attributes:
+        pattern: regular expression; it may match a part of a path.
+        replacement: as `re.sub` takes it.
+    """
+
+    pattern: str
+    replacement: str
+
+    def __call__(self, weights: Weights) -> Weights:
+        """Returns the weights under their new paths."""
+        try:
+            named = {
+                path: replace_place(path, re.sub(self.pattern, self.replacement, place(path)))
+                for path in weights
+            }
+        except (re.error, IndexError) as error:
+            raise UserError(f'config.surgery: {self}: {error}') from error
+        if all(old == new for old, new in named.items()):
+            raise _nothing(self, weights)
+        new = list(named.values())
+        if twice := sorted(path for path in set(new) if new.count(path) > 1):
+            raise UserError(f'config.surgery: {self} gives one path to several:\n{listed(twice)}')
+        return {named[path]: leaf for path, leaf in weights.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resize:
+    """Cuts a dimension, or makes it longer: a head for other classes, a larger vocabulary.
+
+    Attributes:
+        pattern: of whole paths.
+        size: of the dimension after it.
+        axis: which dimension; negative ones count from the end.
+        keep: which of the old entries stay, in this order; None keeps the first ones.
+        fill: value of new entries, or 'mean' of the old ones; slots of an optimizer begin at zero.
+    """
+
+    pattern: str
+    size: int
+    axis: int = -1
+    keep: tuple[int, ...] | None = None
+    fill: float | Literal['mean'] = 0.0
+
+    def __call__(self, weights: Weights) -> Weights:
+        """Returns the weights with the dimension in its new size."""
+        return _edited(self, self.pattern, weights, self._resized)
+
+    def _resized(self, array: Array, slot: bool) -> Array:
+        length = array.shape[self.axis]
+        keep = range(min(length, self.size)) if self.keep is None else self.keep
+        old = np.take(array, np.asarray(keep, int), self.axis)
+        if old.shape[self.axis] > self.size:
+            raise ValueError(f'{old.shape[self.axis]} entries are kept and only {self.size} fit')
+        shape = list(array.shape)
+        shape[self.axis] = self.size - old.shape[self.axis]
+        fill = 0.0 if slot else self.fill
+        value = array.mean(self.axis, keepdims=True) if fill == 'mean' else fill
+        return np.concatenate([old, np.broadcast_to(value, shape).astype(array.dtype)], self.axis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interpolate:
+    """Resamples position embeddings (..., positions, width) to another number of positions.
+
+    Attributes:
+        pattern: of whole paths.
+        size: positions of a sequence, or (height, width) of a grid of patches.
+        old_size: (height, width) of the old grid; by default it is square.
+        extra: leading positions that are none of the grid, such as a class token; they stay.
+        method: of `jax.image.resize`; the slots of an optimizer are resampled linearly, or a second
+            moment might fall below zero.
+    """
+
+    pattern: str
+    size: int | tuple[int, int]
+    old_size: tuple[int, int] | None = None
+    extra: int = 0
+    method: str = 'cubic'
+
+    def __call__(self, weights: Weights) -> Weights:
+        """Returns the weights with their new positions."""
+        return _edited(self, self.pattern, weights, self._resampled)
+
+    def _resampled(self, array: Array, slot: bool) -> Array:
+        kept, table = array[..., : self.extra, :], array[..., self.extra :, :]
+        old = self._old_grid(table.shape[-2])
+        new = (self.size,) if isinstance(self.size, int) else tuple(self.size)
+        leading, width = table.shape[:-2], table.shape[-1]
+        grid = jnp.asarray(table, jnp.float32).reshape(*leading, *old, width)
+        method = 'linear' if slot else self.method
+        grid = jax.image.resize(grid, (*leading, *new, width), method)
+        table = np.asarray(grid).reshape(*leading, math.prod(new), width).astype(array.dtype)
+        return np.concatenate([kept, table], -2)
+
+    def _old_grid(self, positions: int) -> tuple[int, ...]:
+        if isinstance(self.size, int):
+            return (positions,)
+        old = self.old_size or (math.isqrt(positions),) * 2
+        if math.prod(old) != positions:
+            raise ValueError(f'{positions} positions are no grid of {old}: set old_size and extra')
+        return old
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Replaces arrays by what a function makes of them; the slots of an optimizer stay.
+
+    Attributes:
+        pattern: of whole paths.
+        function: takes and returns an array.
+    """
+
+    pattern: str
+    function: Callable[[Any], Any]
+
+    def __call__(self, weights: Weights) -> Weights:
+        """Returns the weights with the function's results."""
+
+        def edit(array: Array, slot: bool) -> Array:
+            return array if slot else np.asarray(self.function(array))
+
+        return _edited(self, self.pattern, weights, edit)
+
+
+def operate(operations: Sequence[Operation], params: Any, opt_state: Any = None) -> tuple[Any, Any]:
+    """Returns parameters and optimizer state after the operations, as trees of numpy arrays.
+
+    The tuples of the optimizer's state stay; what in it mirrors the parameters changes with them.
+
+    Args:
+        operations: in order.
+        params: nested dict.
+        opt_state: made by optax for these parameters, or None.
+    """
+    structure: Any = jax.tree.structure(params)
+
+    def mirrors(tree: Any) -> bool:
+        return bool(structure == jax.tree.structure(tree))
+
+    def run(tree: Any, collection: str) -> Any:
+        weights = of_arrays(tree, f'{collection}/')
+        for operation in operations:
+            weights = operation(weights)
+        return traverse_util.unflatten_dict(
+            {tuple(place(path).split('/')): host(leaf) for path, leaf in weights.items()}
+        )
+
+    slots = jax.tree.map(
+        lambda x: run(x, 'opt_state.slot') if mirrors(x) else x, opt_state, is_leaf=mirrors
+    )
+    return run(params, 'params'), slots
+
+
+def _edited(
+    operation: Operation, pattern: str, weights: Weights, edit: Callable[[Array, bool], Array]
+) -> Weights:
+    """Returns the weights with those edited whose place matches the pattern."""
+    try:
+        matching = [path for path in weights if re.fullmatch(pattern, place(path))]
+    except re.error as error:
+        raise UserError(f'config.surgery: {operation}: {error}') from error
+    if not matching:
+        raise _nothing(operation, weights)
+    new = dict(weights)
+    for path in matching:
+        try:
+            new[path] = HostLeaf(edit(host(weights[path]), is_slot(path)))
+        except (ValueError, IndexError, TypeError) as error:
+            shape = list(weights[path].shape)
+            raise UserError(f'config.surgery: {operation} on {path} {shape}: {error}') from error
+    return new
+
+
+def _nothing(operation: Operation, weights: Weights) -> UserError:
+    paths = dict.fromkeys(place(path) for path in weights)
+    return UserError(
+        f'config.surgery: {operation} applies to nothing. There is\n{listed(filter(None, paths))}'
+    )
