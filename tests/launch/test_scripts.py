@@ -146,4 +146,4 @@ def test_the_lock_is_complete_and_names_no_index() -> None:
     assert len(pins) > 50
     for pin in pins:
         assert '==' in pin and '--hash=sha256:' in pin, pin
-    assert 'http' not in text and 'file:' not in text and 'index' not in text
+    assert '://' not in text and 'file:' not in text and 'index-url' not in text
