@@ -23,12 +23,21 @@ class ArrayRecord(RandomAccessSource):
             decode: makes a dict of arrays of a record's bytes; of equal shapes for all records.
 
         Raises:
-            ValueError: if there is no such file, one is no ArrayRecord, or there is no record.
+            ValueError: if there is no such file, one is no ArrayRecord, there is no record, or the
+                first one is damaged.
         """
         paths = [path] if isinstance(path, str) else list(path)
         files = [file for one in paths for file in _matching(os.path.expanduser(one))]
         self._files = files
-        super().__init__(_Decoded(_open(files), decode))
+        records = _open(files)
+        try:
+            super().__init__(_Decoded(records, decode))
+        except RuntimeError as error:  # The library's word for a damaged record.
+            raise ValueError(f'{error}, while reading {self.describe(0)}') from error
+        except Exception as error:
+            if len(records):
+                error.add_note(f'while reading {self.describe(0)}')
+            raise
 
     def describe(self, index: int) -> str:
         """Returns what messages call a record: by its file, and its place in it."""

@@ -25,6 +25,10 @@ def decode(record: bytes) -> dict[str, Any]:
     return {'x': np.int32(int(record)), 'y': np.full(3, int(record) ** 2, np.int64)}
 
 
+def first_byte(record: bytes) -> dict[str, Any]:
+    return {'x': np.uint8(record[0])}
+
+
 def write(path: pathlib.Path, records: list[bytes]) -> None:
     writer = ArrayRecordWriter(str(path), 'group_size:1')
     for record in records:
@@ -75,6 +79,26 @@ def test_a_record_that_cannot_be_decoded_is_named(tmp_path: pathlib.Path) -> Non
         TrainLoader(source=source, batch_size=5).block(0, 1)
     notes = '\n'.join(caught.value.__notes__)
     assert f'while reading record 1 of {tmp_path / "b.array_record"}' in notes
+    write(tmp_path / 'c.array_record', [b'torn'])
+    with pytest.raises(ValueError, match='not a number') as caught:
+        ArrayRecord(str(tmp_path / 'c.array_record'), decode=decode)
+    assert caught.value.__notes__ == [f'while reading record 0 of {tmp_path / "c.array_record"}']
+
+
+@pytest.mark.parametrize('damaged', [0, 2])
+def test_a_damaged_record_is_named(damaged: int, tmp_path: pathlib.Path) -> None:
+    file = tmp_path / 'a.array_record'
+    records = [np.random.default_rng(i).bytes(200_000) for i in range(4)]
+    write(file, records)
+    whole = bytearray(file.read_bytes())
+    whole[whole.index(records[damaged][-32:])] ^= 1
+    file.write_bytes(whole)
+    with pytest.raises((ValueError, RuntimeError), match='hash mismatch') as caught:
+        source = ArrayRecord(str(file), decode=first_byte)
+        TrainLoader(source=source, batch_size=4).block(0, 1)
+    told = [str(caught.value), *getattr(caught.value, '__notes__', ())]
+    assert f'while reading record {damaged} of {file}' in '\n'.join(told)
+    assert isinstance(caught.value, ValueError) == (damaged == 0)  # In words, at the start.
 
 
 def test_a_damaged_file_is_named(shelf: pathlib.Path) -> None:

@@ -217,10 +217,13 @@ def test_patterns_that_match_nothing(tmp_path: pathlib.Path) -> None:
         trainer(tmp_path, init_from={'path': path, 'incude': '.*'})
     with pytest.raises(UserError, match=r'flatten is of PyTorch'):
         trainer(tmp_path, init_from={'path': path, 'flatten': (('x', (1, 2, 3)),)})
+    torch = tmp_path / 'torch.safetensors'
+    safetensors.write(torch, {'head.weight': np.ones((3, 12), 'f4')})
+    with pytest.raises(UserError, match=r"names of PyTorch: config\.init_from\.layout='torch'"):
+        trainer(tmp_path, init_from={'path': str(torch)}).init_state()
+    pairs = r'rename\[0\]: expected \(pattern, replacement\) pairs'
     for ref in ('flax.linen:relu', 'builtins:__name__'):
-        with pytest.raises(
-            UserError, match=r'rename\[0\]: expected \(pattern, replacement\) pairs'
-        ):
+        with pytest.raises(UserError, match=pairs):
             trainer(tmp_path, init_from={'path': path, 'rename': ({'ref': ref},)})
     with pytest.raises(UserError, match=r'HUGING_FACE'):
         ref = {'ref': 'models.bert:HUGING_FACE'}

@@ -108,7 +108,7 @@ class InitFrom:
 
     def from_torch(self, leaves: Leaves, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
         """Returns the tensors of PyTorch as `read` does."""
-        tensors = {'/'.join(keys): lib.host(leaf) for keys, leaf in leaves.items()}
+        tensors = lib.hosts({'/'.join(keys): leaf for keys, leaf in leaves.items()})
         names = self._names(tensors)
         arrays = {names[name]: array for name, array in tensors.items()}
         found, used = from_torch.convert(arrays, wanted, flatten=self.flatten)

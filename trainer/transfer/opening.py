@@ -18,7 +18,7 @@ from trainer.checkpoint.writing import step_directories
 from trainer.config.errors import UserError
 from trainer.convert import from_torch
 from trainer.transfer import safetensors
-from trainer.transfer.weights import HostLeaf, Leaf, OrbaxLeaf, host, keys_of, listed, reading
+from trainer.transfer.weights import HostLeaf, Leaf, OrbaxLeaf, hosts, keys_of, listed, reading
 
 Leaves = dict[tuple[str, ...], Leaf]
 # What Orbax leaves in a directory that holds a tree, and the names of such items in a manager's.
@@ -68,11 +68,7 @@ def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
     found = locate(epath.Path(path), str(step))
     if not found.is_dir():
         known = found.suffix in ('.safetensors', *_TORCH)
-        return (
-            unflatten_dict({keys: host(leaf) for keys, leaf in open_tree(found).items()})
-            if known
-            else _msgpack(found)
-        )
+        return unflatten_dict(hosts(open_tree(found))) if known else _msgpack(found)
     import orbax.checkpoint as ocp
 
     with reading(found) as handler:

@@ -140,15 +140,13 @@ def into(
     names |= {lib.keys_of(keys): np.asarray(x) for keys, x in wanted if not hasattr(x, 'shape')}
     _check(leaves, names, path, on_missing)
 
-    def pick(keys: tuple[Any, ...], x: Any) -> Any:
-        leaf = leaves.get(lib.keys_of(keys))
-        if leaf is None:
-            return x
-        if isinstance(x, jax.Array):
-            return lib.load({'x': leaf}, {'x': x})['x']
-        return lib.host(leaf)
-
-    return jax.tree_util.tree_map_with_path(pick, target)
+    there = {'/'.join(keys): leaf for keys, leaf in leaves.items() if keys in names}
+    arrays = {'/'.join(keys): x for keys, x in names.items() if isinstance(x, jax.Array)}
+    loaded: dict[str, Any] = dict(lib.hosts({p: x for p, x in there.items() if p not in arrays}))
+    loaded.update(lib.load({p: x for p, x in there.items() if p in arrays}, arrays))
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, x: loaded.get('/'.join(lib.keys_of(keys)), x), target
+    )
 
 
 def _check(leaves: Leaves, wanted: dict[Any, Any], path: Any, on_missing: str) -> None:

@@ -21,6 +21,7 @@ from trainer.transfer.weights import Weights, listed
 
 _log = logging.getLogger('trainer')
 _WHERE = 'config.init_from'
+_FRESH = 'what config.surgery makes of the fresh weights'
 # PyTorch counts batches, Flax has no use for it.
 _NEVER_WANTED = re.compile(r'.*/num_batches_tracked')
 
@@ -56,7 +57,7 @@ def start(
         weights = init_from.read({path: x.shape for path, x in goal.items()})
     for operation in surgery:
         weights = operation(weights)
-    fitting = matched(weights, goal, init_from or InitFrom(path='the model as it is made'))
+    fitting = matched(weights, goal, init_from or InitFrom(path=_FRESH))
     for path in fitting.keys() & fresh.keys():
         fresh[path].delete()  # Or the devices would hold all of it twice.
     loaded = lib.load(fitting, goal)
@@ -97,7 +98,8 @@ def matched(weights: Weights, goal: Mapping[str, Any], chosen: InitFrom) -> Weig
 def _complaint(
     chosen: InitFrom, missing: Sequence[str], other: Sequence[str], spare: Sequence[str]
 ) -> str:
-    lines = [f'{_WHERE}: {chosen.path} does not fit the model.']
+    where = '' if chosen.path == _FRESH else f'{_WHERE}: '
+    lines = [f'{where}{chosen.path} does not fit the model.']
     if missing:
         lines += ['It lacks', listed(missing)]
     if other:
@@ -106,6 +108,8 @@ def _complaint(
         lines += ['It has besides', listed(spare)]
     if missing and chosen.layout != 'torch' and any(path.endswith('/weight') for path in spare):
         lines.append(f"These are names of PyTorch: {_WHERE}.layout='torch' turns them into Flax's.")
+    if chosen.path == _FRESH:
+        return '\n'.join([*lines, 'Change the operations, or the model.'])
     lines.append(
         f'Name the paths that differ in {_WHERE}.rename, what shall keep its fresh values in '
         f'{_WHERE}.exclude'

@@ -24,6 +24,7 @@ from trainer.transfer.weights import (
     HostLeaf,
     Weights,
     host,
+    hosts,
     is_slot,
     listed,
     of_arrays,
@@ -189,7 +190,7 @@ def operate(operations: Sequence[Operation], params: Any, opt_state: Any = None)
         for operation in operations:
             weights = operation(weights)
         return traverse_util.unflatten_dict(
-            {tuple(place(path).split('/')): host(leaf) for path, leaf in weights.items()}
+            {tuple(place(path).split('/')): x for path, x in hosts(weights).items()}
         )
 
     slots = jax.tree.map(

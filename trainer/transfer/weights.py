@@ -114,19 +114,24 @@ def of_arrays(tree: Any, prefix: str = '') -> Weights:
 
 def host(leaf: Leaf) -> np.ndarray:
     """Returns the whole array of a leaf."""
-    if isinstance(leaf, HostLeaf):
-        return leaf.array
-    import orbax.checkpoint as ocp
+    return hosts({'': leaf})['']
 
-    return _read_orbax(leaf.directory, {leaf.keys: ocp.RestoreArgs(restore_type=np.ndarray)})[
-        leaf.keys
-    ]
+
+def hosts(weights: Mapping[Any, Leaf]) -> dict[Any, np.ndarray]:
+    """Returns the whole arrays of leaves, those of a directory read together."""
+    found = {path: leaf.array for path, leaf in weights.items() if isinstance(leaf, HostLeaf)}
+    for directory, leaves in _by_directory(weights).items():
+        import orbax.checkpoint as ocp
+
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        arrays = _read_orbax(directory, {leaf.keys: as_numpy for leaf in leaves.values()})
+        found.update({path: arrays[leaf.keys] for path, leaf in leaves.items()})
+    return {path: found[path] for path in weights}
 
 
 def nested(weights: Weights) -> dict[str, Any]:
     """Returns all arrays as a nested dict, {'params': {'Dense_0': ...}, ...}."""
-    arrays = {path: host(leaf) for path, leaf in weights.items()}
-    return traverse_util.unflatten_dict(arrays, sep='/')
+    return traverse_util.unflatten_dict(hosts(weights), sep='/')
 
 
 def load(weights: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -136,14 +141,9 @@ def load(weights: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> dict[str, ja
         weights: where each array is.
         wanted: for each of their paths the same shape, a dtype and a sharding.
     """
-    by_directory: dict[epath.Path, dict[str, OrbaxLeaf]] = {}
-    loaded = {}
-    for path, leaf in weights.items():
-        if isinstance(leaf, HostLeaf):
-            loaded[path] = _put(leaf.array, wanted[path])
-        else:
-            by_directory.setdefault(leaf.directory, {})[path] = leaf
-    for directory, leaves in by_directory.items():
+    leaves_on_host = {p: leaf for p, leaf in weights.items() if isinstance(leaf, HostLeaf)}
+    loaded = {path: _put(leaf.array, wanted[path]) for path, leaf in leaves_on_host.items()}
+    for directory, leaves in _by_directory(weights).items():
         # Two paths may share an array of the file; they get buffers of their own.
         goals = {leaf.keys: _as_wanted(wanted[path]) for path, leaf in leaves.items()}
         found = _read_orbax(directory, goals)
@@ -164,6 +164,14 @@ def _gathered(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.array(x)
+
+
+def _by_directory(weights: Mapping[Any, Leaf]) -> dict[epath.Path, dict[Any, OrbaxLeaf]]:
+    found: dict[epath.Path, dict[Any, OrbaxLeaf]] = {}
+    for path, leaf in weights.items():
+        if isinstance(leaf, OrbaxLeaf):
+            found.setdefault(leaf.directory, {})[path] = leaf
+    return found
 
 
 def _put(array: np.ndarray, wanted: Any) -> jax.Array:
