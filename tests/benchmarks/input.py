@@ -106,7 +106,7 @@ def memory(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
         def __getitem__(self, index: int) -> Any:
             return {name: x[index] for name, x in whole.items()}
 
-    return {'TrainLoader': ours, 'numpy': bare, **_torch(Items(), 0)}, 320
+    return {'TrainLoader': ours, 'numpy': bare, **_torch(Items(), 0)}, 3200
 
 
 def records(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
