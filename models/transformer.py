@@ -199,7 +199,7 @@ class Transformer(nn.Module):
         if self.scan_layers:
             stack = nn.scan(
                 block,
-                variable_axes={'params': 0},
+                variable_axes={'params': 0, 'intermediates': 0, 'perturbations': 0},
                 split_rngs={'params': True, 'dropout': True},
                 in_axes=nn.broadcast,
                 length=self.layers,

@@ -43,6 +43,7 @@ class Events:
         save: when the state is saved; that at the end always is.
         final: names of the evaluations that run at the end too.
         profile: the steps that are traced, or None.
+        captures: when each capture runs.
         total_steps: length of the run.
     """
 
@@ -51,6 +52,7 @@ class Events:
     save: Periodic
     final: frozenset[str]
     profile: Window | None = None
+    captures: tuple[Periodic, ...] = ()
     total_steps: int
 
     @classmethod
@@ -66,6 +68,7 @@ class Events:
             save=clock.period(experiment.save_every, path='config.checkpoint.every'),
             final=frozenset(name for name, spec in experiment.evals.items() if spec.final),
             profile=experiment.profile,
+            captures=tuple(capture.every for capture in experiment.captures.values()),
             total_steps=experiment.total_steps,
         )
 
@@ -81,7 +84,9 @@ class Events:
 
         The end of the run is one.
         """
-        due = [p.next_due(step) for p in (self.log, self.save, *self.evals.values())]
+        due = [
+            p.next_due(step) for p in (self.log, self.save, *self.captures, *self.evals.values())
+        ]
         borders = (self.profile.start, self.profile.stop) if self.profile else ()
         due += [border for border in (*borders, self.total_steps) if border > step]
         return min((d for d in due if d is not None), default=None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,15 +17,17 @@ from trainer.config import loading, schema, suggest, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import PrecisionSection, Sections
+from trainer.config.sections import CaptureSection, PrecisionSection, Sections
 from trainer.early_stopping import EarlyStopping
 from trainer.events import Event
 from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
 from trainer.modules import Functional, functional
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
-from trainer.step import building
+from trainer.probe.capture import Capture
+from trainer.step import building, members
 from trainer.step.context import StepFunction
+from trainer.step.ensemble import Ensemble
 from trainer.step.optimizer import Optimizer
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.task_runner import TaskRunner
@@ -48,6 +51,7 @@ class Experiment:
         optimizer: what turns gradients into updates.
         step: what happens in a step.
         accumulate: slices that a batch is cut into.
+        ensemble: who the members are, where there are several; or None.
         ema_decay: decay of the parameters' moving average, or None.
         loss_scale: first value of the dynamic loss scale, or None.
         steps_per_call: updates made by one call of the compiled step.
@@ -59,6 +63,8 @@ class Experiment:
         log_every: period of the metric rows.
         tensorboard: whether event files are written too.
         profile: the steps that are traced, or None.
+        captures: what is captured of the model's insides, by name.
+        guard: 'stop' or 'warn' where something is not finite; None looks at nothing.
         save_every: period of the checkpoints.
         retention: which checkpoints are kept.
         prefetch: blocks of batches kept ready.
@@ -78,6 +84,7 @@ class Experiment:
     optimizer: Optimizer
     step: StepFunction
     accumulate: int
+    ensemble: Ensemble | None
     ema_decay: float | None
     loss_scale: float | None
     steps_per_call: int
@@ -89,6 +96,8 @@ class Experiment:
     log_every: Duration
     tensorboard: bool
     profile: Window | None
+    captures: Mapping[str, Capture]
+    guard: str | None
     save_every: Duration
     retention: Retention
     prefetch: int
@@ -130,6 +139,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         optimizer=optimizer,
         step=building.step_function(sections.step),
         accumulate=accumulate,
+        ensemble=members.ensemble(sections, clock),
         ema_decay=_ema_decay(sections),
         loss_scale=_loss_scale(sections.precision),
         steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
@@ -141,6 +151,8 @@ def build(loaded: LoadedConfig) -> Experiment:
         log_every=log.every,
         tensorboard=log.tensorboard,
         profile=_profile(sections, clock),
+        captures=_captures(sections, clock),
+        guard=sections.guard.non_finite if sections.guard else None,
         save_every=checkpoint.every,
         retention=Retention(
             keep_last=positive(checkpoint.keep_last, 'config.checkpoint.keep_last'),
@@ -182,7 +194,7 @@ def load_and_build(spec: str, **overrides: Any) -> Experiment:
 def _check_targets(sections: Sections) -> None:
     """Checks every name before any object is made, so that a typo costs no data loading."""
     for field in dataclasses.fields(sections):
-        if field.name not in ('vars', 'optimizer', 'step'):
+        if field.name not in ('vars', 'optimizer', 'step', 'ensemble'):
             _check_below(getattr(sections, field.name), f'config.{field.name}')
     building.check_optimizer(sections.optimizer)
     building.check_step(sections.step)
@@ -290,6 +302,36 @@ def _profile(sections: Sections, clock: Clock) -> Window | None:
         return None
     start = clock.steps(given.start, path='config.profile.start')
     return Window(start, start + positive(given.steps, 'config.profile.steps'))
+
+
+def _captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
+    for key in ('capture', 'guard'):
+        if getattr(sections, key) and sections.ensemble is not None:
+            raise UserError(f'config.{key}: an ensemble cannot be looked into; train one member')
+    return {
+        name: _capture(section, f'config.capture.{name}', sections, clock)
+        for name, section in sections.capture.items()
+    }
+
+
+def _capture(given: CaptureSection, path: str, sections: Sections, clock: Clock) -> Capture:
+    match = (given.match,) if isinstance(given.match, str) else given.match
+    for pattern in match:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f'{path}.match: {pattern!r} is no pattern: {error}') from error
+    if 'histogram' in given.what and not sections.log.tensorboard:
+        raise UserError(
+            f"{path}.what: a 'histogram' goes to TensorBoard, and config.log.tensorboard is off"
+        )
+    return Capture(
+        match=match,
+        every=clock.period(given.every or sections.log.every, path=f'{path}.every'),
+        what=frozenset(given.what),
+        rows=positive(given.rows, f'{path}.rows'),
+        keep=positive(given.keep, f'{path}.keep'),
+    )
 
 
 def _metric(metric: str, path: str, sections: Sections) -> str:

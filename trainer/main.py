@@ -18,7 +18,8 @@ from trainer.observe import logfile
 from trainer.parallel import signals
 from trainer.plan.devices import KINDS as DEVICE_KINDS
 
-MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'plan', 'config')
+MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'plan', 'grad_probe', 'export', 'config')
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 _FLAGS = flags.FlagValues()
 flags.DEFINE_string(
@@ -31,7 +32,7 @@ flags.DEFINE_enum('mode', 'train', MODES, 'What to do with the config.', flag_va
 flags.DEFINE_string(
     'step',
     'latest',
-    "Checkpoint for eval and predict: a step, 'latest' or 'best'.",
+    "Checkpoint for eval, predict, export and grad_probe: a step, 'latest' or 'best'.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_bool(
@@ -69,6 +70,18 @@ flags.DEFINE_enum(
     None,
     DEVICE_KINDS,
     'With --mode=plan: whose memory and speed the step is held against.',
+    flag_values=_FLAGS,
+)
+flags.DEFINE_list(
+    'platforms',
+    ['cpu', 'cuda', 'tpu'],
+    'With --mode=export: what the function is compiled for.',
+    flag_values=_FLAGS,
+)
+flags.DEFINE_multi_string(
+    'match',
+    [],
+    'With --mode=grad_probe: a pattern for paths of modules; may be given several times.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_values=_FLAGS)
@@ -127,6 +140,8 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         allow_config_change=_FLAGS.allow_config_change,
         overrides=dict(assignments),
         device_kind=_FLAGS.device_kind,
+        platforms=tuple(_FLAGS.platforms),
+        match=tuple(_FLAGS.match),
         cluster=Cluster(
             coordinator=_FLAGS.coordinator,
             num_processes=_FLAGS.num_processes,
@@ -147,6 +162,10 @@ def _parse_flags(argv: Sequence[str]) -> None:
         raise UserError(f'{error}. See --help.') from error
     if _FLAGS.workdir == '' or (_FLAGS.workdir or '').startswith('-'):
         raise UserError(f'--workdir needs a value, got {_FLAGS.workdir!r}')
+    unknown = [name for name in _FLAGS.platforms if name not in PLATFORMS]
+    if unknown or not _FLAGS.platforms:
+        given = repr(unknown[0]) if unknown else 'nothing'
+        raise UserError(f'--platforms: expected some of {", ".join(PLATFORMS)}, got {given}')
     if words:
         raise UserError(
             f'{words[0]!r} is not a flag; overrides are written --config.key=value. See --help.'

@@ -32,6 +32,11 @@ from trainer.parallel.processes import Cluster
 from trainer.parallel.rendezvous import PeerError
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
+from trainer.plan import flops
+from trainer.probe import gradients, modules
+from trainer.probe.files import write_npz
+from trainer.probe.forward import Forward
+from trainer.probe.guard import NonFiniteError
 from trainer.step.state import TrainState
 from trainer.trainer import Trainer
 from trainer.workdir import Workdir
@@ -48,6 +53,8 @@ class Command:
         allow_config_change: go on with a run whose identity the config has changed.
         overrides: config path to text, as given.
         device_kind: what `--mode=plan` is held against.
+        platforms: what `--mode=export` compiles for.
+        match: patterns of the modules that `--mode=grad_probe` looks at.
         cluster: where the processes of the run meet.
     """
 
@@ -57,6 +64,8 @@ class Command:
     allow_config_change: bool
     overrides: Mapping[str, str]
     device_kind: str | None = None
+    platforms: tuple[str, ...] = ()
+    match: tuple[str, ...] = ()
     cluster: Cluster = dataclasses.field(default_factory=Cluster)
 
 
@@ -100,7 +109,7 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         trainer.check_agreement()
     try:
         return _MODES[command.mode](trainer, command, stop)
-    except CheckpointError as error:
+    except (CheckpointError, NonFiniteError) as error:
         print(f'Error: {error}', file=sys.stderr)
         return error.exit_code
     except jax.errors.JaxRuntimeError as error:
@@ -225,8 +234,14 @@ def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     startup.check_batch(trainer.experiment, batch_shards(trainer.mesh))
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     print(startup.summary(trainer, latest or 0))
-    if trainer.experiment.accumulate == 1 and (flops := trainer.programs.step.flops()):
-        print(f'flops     {flops:.3g} in a train step')
+    experiment = trainer.experiment
+    if experiment.ensemble is None:
+        forward = Forward.of(experiment, trainer.mesh)
+        spec = startup.abstract_batch(experiment.data.spec)
+        print()
+        print(modules.table(modules.rows(forward, trainer.programs.abstract, spec)))
+        print()
+    print(f'flops     {flops.count(trainer.programs.step.jaxpr()):.3g} in a train step')
     return 0
 
 
@@ -238,6 +253,55 @@ def _plan(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     return 0
 
 
+def _grad_probe(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Shows gradients of the loss with respect to intermediate values, and writes them."""
+    logfile.route(None)
+    experiment, workdir = trainer.experiment, _workdir(trainer)
+    if experiment.ensemble is not None:
+        raise UserError('--mode=grad_probe: an ensemble cannot be looked into; train one member')
+    startup.check_batch(experiment, batch_shards(trainer.mesh))
+    saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
+    state = _restore(trainer, command) if saved else trainer.init_state()
+    step = int(state.step)
+    if hasattr(experiment.data, 'restore'):
+        experiment.data.restore(step, None)  # A stream shows its first batch.
+    forward = Forward.of(experiment, trainer.mesh)
+    with trainer.batches(step, [1]) as batches:
+        (_, batch), *_ = batches
+        found = gradients.gradients(forward, state, batch, command.match)
+    print(f'gradients of the loss of step {step + 1:,}')
+    print(gradients.table(found))
+    path = workdir.path / f'gradients_{step}.npz'
+    if processes.is_primary():
+        workdir.make()
+        write_npz(path, {each.path: each.gradient for each in found})
+    print(path)
+    return 0
+
+
+def _export(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Writes the model for programs that know nothing of this one."""
+    from trainer import export
+
+    logfile.route(None)
+    state = _restore(trainer, command)
+    if not trainer.evaluators:
+        raise UserError('--mode=export takes task and fields from config.evals, and there are none')
+    evaluator = next(iter(trainer.evaluators.values()))
+    directory = _workdir(trainer).path / f'export_{int(state.step)}'
+    about = export.write(
+        evaluator, state, directory, axes=tuple(trainer.mesh.shape), platforms=command.platforms
+    )
+    print(f'{directory}: the task of evaluation {evaluator.name!r} at step {about["step"]:,}')
+    print(
+        f'  {export.FUNCTION}({", ".join(about["arguments"])}) for {", ".join(about["platforms"])}'
+    )
+    for kind in ('batch', 'outputs'):
+        print(f'    {kind}: ' + ', '.join(f'{name} {x}' for name, x in about[kind].items()))
+    print(f'  {export.MSGPACK}, {export.SAFETENSORS}: {len(about["variables"])} arrays')
+    return 0
+
+
 _MODES: dict[str, Callable[[Trainer, Command, StopRequest], int]] = {
     'train': _train,
     'eval': _eval,
@@ -245,6 +309,8 @@ _MODES: dict[str, Callable[[Trainer, Command, StopRequest], int]] = {
     'dry_run': _dry_run,
     'summary': _summary,
     'plan': _plan,
+    'grad_probe': _grad_probe,
+    'export': _export,
 }
 
 

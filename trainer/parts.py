@@ -20,6 +20,8 @@ from trainer.inputs import fingerprint
 from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.prefetch import Prefetcher
+from trainer.probe.probes import Probes
+from trainer.step.ensemble import EnsembleStep, member_state
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import TrainStep
@@ -55,7 +57,7 @@ class Parts:
     def programs(self) -> Programs:
         """The compiled programs of training; each compiles when it is first asked for."""
         experiment, shards = self.experiment, batch_shards(self.mesh)
-        train_step = TrainStep(
+        member = TrainStep(
             model=experiment.model,
             task=experiment.task,
             optimizer=experiment.optimizer,
@@ -68,6 +70,9 @@ class Parts:
             log=self._events.log,
             last_step=experiment.total_steps,
         )
+        train_step: TrainStep | EnsembleStep = member
+        if experiment.ensemble is not None:
+            train_step = EnsembleStep.of(member, experiment.ensemble, self.mesh)
         spec = startup.abstract_batch(experiment.data.spec)
         programs = Programs(
             train_step,
@@ -130,6 +135,7 @@ class Parts:
         programs.append(self.programs.step)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.programs.abstract)
+        Probes(self).prepare()
         return programs
 
     def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
@@ -187,7 +193,7 @@ class Parts:
             )
         return self.checkpoints.restore(found, self.programs.abstract)
 
-    def model(self, state: TrainState | None = None) -> Any:
+    def model(self, state: TrainState | None = None, *, member: int | None = None) -> Any:
         """Returns the user's own model with trained variables in it, to call in a notebook.
 
         It is in evaluation mode: a Linen module as a bound Klinen model (`trainer.modules.klinen`),
@@ -195,8 +201,16 @@ class Parts:
 
         Args:
             state: whose variables; by default the newest checkpoint's.
+            member: of an ensemble, which one.
+
+        Raises:
+            UserError: for an ensemble without a member.
         """
         state = self.restore() if state is None else state
+        if self.experiment.ensemble is not None:
+            if member is None:
+                raise UserError('model: an ensemble has many; name one, as in model(member=0)')
+            state = member_state(state, member)
         return self.experiment.model.for_notebook(state.variables)
 
     def evaluate(self, state: TrainState | None = None) -> dict[str, dict[str, float]]:

@@ -119,6 +119,9 @@ def summary(parts: Parts, step: int) -> str:
         f'workdir   {workdir}',
         f'start     {_start(experiment, step)}',
     ]
+    if (ensemble := experiment.ensemble) is not None:
+        members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
+        lines += [f'ensemble  {ensemble.size} members', *(f'  {member}' for member in members)]
     return '\n'.join(lines)
 
 

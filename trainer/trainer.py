@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 
@@ -21,6 +21,7 @@ from trainer.parallel import processes
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
+from trainer.probe.probes import Probes
 from trainer.recovery import Recovery
 from trainer.step.state import TrainState
 
@@ -84,6 +85,7 @@ class Trainer(Parts):
         super().__init__(experiment, workdir)
         screen = None if processes.is_primary() else Nowhere()
         self.report = Reporter(experiment.total_steps, experiment.clock.batch_size, screen)
+        self._probes = Probes(self, self.report)
         self._stop = stop or StopRequest()
         self._recovery = Recovery(
             self, self.report, allow_config_change=allow_config_change, overrides=overrides
@@ -128,7 +130,8 @@ class Trainer(Parts):
                 step += count
                 self.report.stepped(step)
                 if step == due:
-                    state = self._run_events(step, state, batches)
+                    look = functools.partial(self._probes.run, batch=batch, stacked=count > 1)
+                    state = self._run_events(step, state, batches, look)
                     due = self._events.next_due(step)
                 if self._stopping() or self._stopped_early:
                     break
@@ -153,11 +156,18 @@ class Trainer(Parts):
         with report.time.spent('compile'):
             for program in programs:
                 program.ready()
+        self._probes.begin(step, state)
         report.begin(step)
         return state, step
 
-    def _run_events(self, step: int, state: TrainState, batches: Prefetcher) -> TrainState:
-        """Runs what is due after this step, in the order log, eval, save."""
+    def _run_events(
+        self,
+        step: int,
+        state: TrainState,
+        batches: Prefetcher,
+        look: Callable[[int, TrainState], None],
+    ) -> TrainState:
+        """Runs what is due after this step, in the order log, probes, eval, save."""
         self._tell(self._profile.stepped(step, state))
         self._recovery.count(batches, step)
         log_due = self._events.log.due(step)
@@ -168,6 +178,7 @@ class Trainer(Parts):
             if log_due:  # Or else a longer run goes on counting where this one left off.
                 state = dataclasses.replace(state, metrics=self.programs.empty_metrics())
             self._notify('log', step, state)
+        look(step, state)
         self._evaluate_due(step, state)
         if self._events.save.due(step):
             self._save(step, state)

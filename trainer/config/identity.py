@@ -19,7 +19,7 @@ from trainer.config.overrides import Override
 _FREE = (
     'train_for', 'log', 'checkpoint', 'evals', 'hooks', 'mesh', 'steps_per_call', 'sharding',
     'profile', 'data.prefetch', 'early_stopping', 'data.loader.threads', 'data.loader.workers',
-    'data.loader.ahead', 'data.loader.task_rows',
+    'data.loader.ahead', 'data.loader.task_rows', 'capture', 'guard',
 )  # fmt: skip
 _MAX_NAME = 100
 # What a name cannot hold, its separators among them: '-' between words, ',' and '=' of overrides.

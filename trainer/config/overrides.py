@@ -92,6 +92,8 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
         node, place = paths.get(config, keys[:-1]), f'config.{paths.join(keys[:-1])}'
         like, hint = _argument(node, keys[-1], old, text, place)
     new = values.parse(text, like, hint, f'config.{path}')
+    if isinstance(new, Mapping):
+        new = paths.nested(new)  # A ConfigDict takes no key with a dot.
     notes: list[str] = []
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
         keys, new, old = keys[:-1], {'target': new}, plain(paths.get(config, keys[:-1]))

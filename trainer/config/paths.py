@@ -36,6 +36,16 @@ def join(keys: Sequence[str | int]) -> str:
     return text.removeprefix('.')
 
 
+def nested(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a dict in which what stood at the key 'a.b' stands at 'b' of 'a'."""
+    whole: dict[str, Any] = {}
+    for key, value in node.items():
+        inner = nested(value) if isinstance(value, Mapping) else value
+        keys = str(key).split('.') if isinstance(key, str) else [key]
+        whole = changed(whole, [*keys], inner)
+    return whole
+
+
 def get(config: Any, keys: Sequence[str | int]) -> Any:
     """Returns the value at a path that exists."""
     for key in keys:
@@ -61,7 +71,7 @@ def store(config: ml_collections.ConfigDict, keys: Keys, value: Any) -> None:
     elif isinstance(inner, ml_collections.ConfigDict) and isinstance(value, Mapping):
         _update(inner, value)
     elif rest:
-        config[key] = _changed({} if inner is None else inner, rest, value)
+        config[key] = changed({} if inner is None else inner, rest, value)
     else:
         config[key] = value
 
@@ -83,13 +93,13 @@ def _update(config: ml_collections.ConfigDict, value: Mapping[str, Any]) -> None
             store(config, [key], new)
 
 
-def _changed(node: Any, keys: Keys, value: Any) -> Any:
-    """Returns a copy of plain containers with one place changed."""
+def changed(node: Any, keys: Keys, value: Any) -> Any:
+    """Returns plain containers with another value at one place; those on the way are copies."""
     if not keys:
         return value
     key, rest = keys[0], keys[1:]
     if isinstance(node, (tuple, list)):
         items = list(node)
-        items[int(key)] = _changed(items[int(key)], rest, value)
+        items[int(key)] = changed(items[int(key)], rest, value)
         return type(node)(items)
-    return {**node, key: _changed(node.get(key, {}), rest, value)}
+    return {**node, key: changed(node.get(key, {}), rest, value)}

@@ -52,7 +52,10 @@ def takes_any_key(section: type) -> bool:
 
 
 def type_at(keys: Keys) -> Any:
-    """Returns the type of a path like ('checkpoint', 'every'), or None if it is not a fixed key."""
+    """Returns the type of a path like ('checkpoint', 'every'), None if it is not a fixed key.
+
+    It is `object` where any key and any value may stand.
+    """
     hint: Any = Sections
     for key in keys:
         hint = without_none(hint)
@@ -60,7 +63,7 @@ def type_at(keys: Keys) -> Any:
             hint = fields(hint).get(str(key))
         elif typing.get_origin(hint) is dict and hint != Node:
             hint = typing.get_args(hint)[1]
-        else:
+        elif hint is not object:  # Below which any key may stand.
             return None
         if hint is None:
             return None

@@ -136,6 +136,18 @@ class EarlyStoppingSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EnsembleSection:
+    """`config.ensemble`: members of other seeds, trained by one program.
+
+    `vary` is shaped like the config, with a value for each member in its leaves:
+    `dict(optimizer=dict(learning_rate=(0.1, 0.03)))`.
+    """
+
+    size: int
+    vary: dict[str, object] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InitFromSection:
     """`config.init_from`: the checkpoint that a fresh run takes its weights from."""
 
@@ -161,6 +173,28 @@ class ProfileSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CaptureSection:
+    """`config.capture.<name>`: what modules return or sow, after some steps.
+
+    `match` has patterns for the whole path of a module or of a sown value. By default that is at
+    every row of metrics. Files hold the first `rows` rows of each array, and the last `keep` stay.
+    """
+
+    match: str | tuple[str, ...]
+    every: Duration | None = None
+    what: tuple[Literal['summary', 'histogram', 'file'], ...] = ('summary',)
+    rows: int = 8
+    keep: int = 10
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GuardSection:
+    """`config.guard`: what a run does when a loss, a gradient or a parameter is not finite."""
+
+    non_finite: Literal['stop', 'warn'] = 'stop'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSection:
     """`config.log`: when a row of metrics is written."""
 
@@ -180,6 +214,7 @@ class Sections:
     seed: int = 0
     evals: dict[str, EvalSection] = dataclasses.field(default_factory=dict)
     accumulate: int = 1
+    ensemble: EnsembleSection | None = None
     ema: EmaSection | None = None
     steps_per_call: int = 1
     early_stopping: EarlyStoppingSection | None = None
@@ -189,6 +224,8 @@ class Sections:
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
     profile: ProfileSection | None = None
+    capture: dict[str, CaptureSection] = dataclasses.field(default_factory=dict)
+    guard: GuardSection | None = None
     init_from: InitFromSection | None = None
     surgery: tuple[Node, ...] = ()
     hooks: dict[str, Node] = dataclasses.field(default_factory=dict)

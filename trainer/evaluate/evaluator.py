@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,92 +13,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
+from trainer.evaluate.ensemble import EnsembleEvalStep
+from trainer.evaluate.step import EMA, EvalStep
 from trainer.experiment import Experiment
 from trainer.inputs import Evaluation
-from trainer.modules import Functional
 from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
 from trainer.startup import abstract_batch
-from trainer.step.metrics import Count
+from trainer.step.ensemble import mean_and_each
 from trainer.step.program import Program
-from trainer.step.rng import Keys
 from trainer.step.state import TrainState, describe
-from trainer.step.task_runner import MASK, TaskRunner, compute_metrics, merge_metrics
-from trainer.step.tasks import TaskOutput
-
-# Where a task's `model.ema` travels among the variables.
-_EMA = '_ema'
+from trainer.step.task_runner import MASK, compute_metrics
 
 
 class Stopped(Exception):
     """An evaluation was asked to end before it had seen the whole split."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvalStep:
-    """One batch of an evaluation, as a pure function that accumulates on the devices.
-
-    Attributes:
-        model: the model's functional interface.
-        task: what the model is asked to do with a batch.
-        seed: the run's seed, for tasks that draw random numbers at evaluation.
-    """
-
-    model: Functional
-    task: TaskRunner
-    seed: int
-
-    def output_shapes(self, variables: Any, batch: Any) -> TaskOutput:
-        """Returns the shapes of the task's output, from arrays or their shapes."""
-        return jax.eval_shape(self._output, variables, batch, 0, 0)
-
-    def empty(self, output: TaskOutput) -> dict[str, Any]:
-        """Returns accumulators that have seen nothing, for outputs of these shapes."""
-        return {'task': self.task.empty(output), 'examples': Count.empty()}
-
-    def __call__(
-        self,
-        totals: dict[str, Any],
-        variables: Mapping[str, Any],
-        step: jax.Array,
-        index: jax.Array,
-        batch: Mapping[str, jax.Array],
-    ) -> dict[str, Any]:
-        """Returns the totals with this batch's real rows added.
-
-        Args:
-            totals: what `empty` or an earlier call returned; donated.
-            variables: parameters and collections.
-            step: int32 scalar, the state's step.
-            index: int32 scalar, the batch's number.
-            batch: arrays (rows, ...), `_mask` among them.
-        """
-        output = self._output(variables, batch, step, index)
-        new = {
-            'task': self.task.measure(output),
-            'examples': Count.from_model_output(batch[MASK]),
-        }
-        return merge_metrics(totals, new)
-
-    def predict(
-        self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
-    ) -> dict[str, jax.Array]:
-        """Returns the task's predictions for all rows of a batch, and their mask."""
-        keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
-        task: Any = self.task.task
-        outputs = task.predict(_bind(self.model, variables, keys), self.task.prepared(batch))
-        return {**outputs, MASK: batch[MASK]}
-
-    def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
-        keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
-        return self.task(_bind(self.model, variables, keys), batch)
-
-
-def _bind(model: Functional, variables: Mapping[str, Any], keys: Keys) -> Any:
-    rest = {name: value for name, value in variables.items() if name != _EMA}
-    return model.bind(rest, keys, ema=variables.get(_EMA))
 
 
 class Evaluator:
@@ -107,6 +37,7 @@ class Evaluator:
 
     Attributes:
         name: the evaluation's name in the config.
+        step: what is done with a batch.
         loader: the batches of its split.
     """
 
@@ -143,7 +74,7 @@ class Evaluator:
         self.loader = loader
         self._program: Program | None = None
         self._empty: Callable[[], Any] | None = None
-        self._step = step
+        self.step = step
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
         self._use_ema = use_ema
@@ -151,7 +82,13 @@ class Evaluator:
     @classmethod
     def of(cls, name: str, spec: Evaluation, experiment: Experiment, mesh: Mesh) -> Evaluator:
         """Returns the evaluator of an entry of `config.evals`."""
-        step = EvalStep(model=experiment.model, task=spec.task, seed=experiment.seed)
+        model, ensemble = experiment.model, experiment.ensemble
+        step = EvalStep(model=model, task=spec.task, seed=experiment.seed)
+        if ensemble is not None:
+            axis = ensemble.axis(mesh)
+            step = EnsembleEvalStep(
+                model=model, task=spec.task, seed=experiment.seed, seeds=ensemble.seeds, axis=axis
+            )
         shards = batch_shards(mesh)
         loader = spec.loader(-(-spec.batch_size // shards) * shards)
         sharding = experiment.sharding
@@ -172,17 +109,17 @@ class Evaluator:
         try:
             shapes = abstract_batch(self.loader.spec)
             with self._tracing():
-                output = self._step.output_shapes(self._variables(state), shapes)
+                output = self.step.output_shapes(self.variables(state), shapes)
         except UserError as error:
             raise UserError(f'config.evals.{self.name}: {error}') from error
         except Exception as error:
             error.add_note(f'This happened at the first batch of config.evals.{self.name}')
             if shapes is not None:
                 batch = ', '.join(f'{name}: {describe(x)}' for name, x in shapes.items())
-                error.add_note(f'Its task {self._step.task.task!r} was called on the batch {batch}')
+                error.add_note(f'Its task {self.step.task.task!r} was called on the batch {batch}')
             raise
         self._empty = jax.jit(
-            functools.partial(self._step.empty, output), out_shardings=replicated(self._mesh)
+            functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
         )
 
     def run(
@@ -205,7 +142,7 @@ class Evaluator:
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
-        variables, totals = self._variables(state), self._empty()
+        variables, totals = self.variables(state), self._empty()
         with self._batches(max_batches) as batches:
             for index, batch in self._until_the_end(batches):
                 if should_stop():
@@ -221,12 +158,8 @@ class Evaluator:
         Raises:
             UserError: if the task has no method `predict`.
         """
-        if not hasattr(self._step.task.task, 'predict'):
-            raise UserError(
-                f'evals.{self.name}: its task {self._step.task.task!r} has no method '
-                'predict(model, batch), which returns a dict of arrays'
-            )
-        variables = self._variables(state)
+        self.check_predicts()
+        variables = self.variables(state)
         with self._batches() as batches:
             for index, batch in self._until_the_end(batches):
                 with self._tracing():
@@ -234,6 +167,19 @@ class Evaluator:
                 outputs = jax.device_get(outputs)
                 mask = outputs.pop(MASK)
                 yield {name: x[mask] for name, x in outputs.items()}
+
+    def check_predicts(self) -> None:
+        """Raises a UserError if the task has no method `predict`."""
+        if not hasattr(self.step.task.task, 'predict'):
+            raise UserError(
+                f'evals.{self.name}: its task {self.step.task.task!r} has no method '
+                'predict(model, batch), which returns a dict of arrays'
+            )
+
+    def variables(self, state: TrainState) -> dict[str, Any]:
+        """Returns what is evaluated of a state; `EMA` is what a task's `model.ema` reads."""
+        params = state.ema if self._use_ema else state.params
+        return {**state.variables, 'params': params, EMA: state.ema}
 
     @property
     def compiles(self) -> int:
@@ -249,7 +195,7 @@ class Evaluator:
         name = f'the step of evaluation {self.name!r}'
         return Program(
             name,
-            self._step,
+            self.step,
             args,
             tracing=self._tracing,
             donate_argnums=0,
@@ -258,7 +204,7 @@ class Evaluator:
 
     @functools.cached_property
     def _predict(self) -> Callable[..., Any]:
-        return jax.jit(self._step.predict, out_shardings=replicated(self._mesh))
+        return jax.jit(self.step.predict, out_shardings=replicated(self._mesh))
 
     def _batches(self, most: int | None = None) -> Prefetcher:
         known = [n for n in (self.loader.num_batches, most) if n is not None]
@@ -280,13 +226,17 @@ class Evaluator:
                     return
             yield index, batch
 
-    def _variables(self, state: TrainState) -> dict[str, Any]:
-        params = state.ema if self._use_ema else state.params
-        return {**state.variables, 'params': params, _EMA: state.ema}
-
 
 def summarise(totals: Any) -> dict[str, float | int]:
-    """Returns flat host numbers of an evaluation's accumulators, fetched in one transfer."""
+    """Returns flat host numbers of an evaluation's accumulators, fetched in one transfer.
+
+    Of an ensemble also the means over its members ('members/loss') and each one's
+    ('member_0/loss').
+    """
     computed = compute_metrics(jax.device_get(totals))
     values = {**computed['task'], 'examples': computed['examples']}
-    return {name: np.asarray(value).item() for name, value in values.items()}
+    row = {name: np.asarray(value).item() for name, value in values.items()}
+    if 'members' in computed:
+        every = mean_and_each(computed['members'])
+        row.update({n if n.startswith('member_') else f'members/{n}': x for n, x in every.items()})
+    return row

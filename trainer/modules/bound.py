@@ -9,13 +9,16 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from trainer.config.errors import UserError
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.rng import Keys
+
+if TYPE_CHECKING:
+    from trainer.modules.tap import Tap
 
 # What leads from a module to a part of it.
 Steps = tuple[Callable[[Any], Any], ...]
@@ -28,10 +31,14 @@ class Calls:
     Attributes:
         collections: the variables that are not parameters, as the calls so far have left them.
         count: number of calls so far.
+        intermediates: what the last call has left for whoever asks.
+        tap: what looks into the calls, or None.
     """
 
     collections: dict[str, Any]
     count: int = 0
+    intermediates: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tap: Tap | None = None
 
 
 class BoundModel(abc.ABC):
@@ -75,6 +82,19 @@ class BoundModel(abc.ABC):
     def collections(self) -> dict[str, Any]:
         """Every variable collection but the parameters, as the calls so far have left them."""
         return dict(self._calls.collections)
+
+    @property
+    def intermediates(self) -> dict[str, Any]:
+        """What modules have sown into 'intermediates' in the last call, as nested dicts.
+
+        A sown value is a tuple with one value for each time, unless the module says otherwise; what
+        an NNX module assigns as `nnx.Intermediate` is there as it is.
+        """
+        return self._calls.intermediates
+
+    def attach(self, tap: Tap) -> None:
+        """Lets a tap look into all calls from here on, those of the views included."""
+        self._calls.tap = tap
 
     @property
     def ema(self) -> BoundModel:

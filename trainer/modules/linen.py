@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ import flax.linen as nn
 import jax
 from flax import traverse_util
 
-from trainer.modules import mode
+from trainer.modules import mode, tap
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.streams import Streams
 from trainer.step.precision import AS_IS, Precision
@@ -88,22 +89,31 @@ class LinenModel(BoundModel):
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         calls = self._calls
-        mutable: Any = (self.training and sorted(calls.collections)) or False
+        # What nobody reads of the intermediates, the compiler drops.
+        given = calls.tap.collections if calls.tap else (tap.INTERMEDIATES,)
+        mutable = sorted({*given, *(calls.collections if self.training else ())})
         args, kwargs = self._precision.for_compute((args, kwargs))
         variables = {**self.variables, 'params': self._precision.for_compute(self.params)}
+        if calls.tap is not None and calls.tap.perturbations:
+            variables[tap.PERTURBATIONS] = calls.tap.perturbations
         call, calls.count = calls.count, calls.count + 1
 
         def run(rngs: dict[str, jax.Array]) -> Any:
             method = mode.method(steps, self.training)
-            return self._module.apply(
-                variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
-            )
+            with calls.tap.on_linen() if calls.tap else contextlib.nullcontext():
+                return self._module.apply(
+                    variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+                )
 
-        output = self._streams.run(run, lambda name: _nth(self._keys.stream(name), call))
-        if mutable:
-            output, updates = output
-            self._check_structure(updates)
-            calls.collections.update(self._precision.like(updates, calls.collections))
+        output, updates = self._streams.run(run, lambda name: _nth(self._keys.stream(name), call))
+        updates = dict(updates)
+        calls.intermediates = dict(updates.pop(tap.INTERMEDIATES, {}))
+        if calls.tap is not None:
+            calls.intermediates = calls.tap.keep(calls.intermediates)
+            if perturbations := updates.pop(tap.PERTURBATIONS, None):
+                calls.tap.perturb_more(perturbations)
+        self._check_structure(updates)
+        calls.collections.update(self._precision.like(updates, calls.collections))
         return self._precision.for_output(output)
 
     def _check_structure(self, updates: Variables) -> None:
@@ -136,13 +146,16 @@ class _InitModel(LinenModel):
         args, kwargs = self._precision.for_compute((args, kwargs))
 
         def run(rngs: dict[str, jax.Array]) -> Any:
-            mutable = nn.DenyList(('intermediates', 'perturbations'))
+            # A task may read what is sown; the state never holds it.
+            mutable = nn.DenyList((tap.PERTURBATIONS,))
             method = mode.method(steps, training=False)
             return self._module.init_with_output(
                 rngs, *args, method=method, mutable=mutable, **kwargs
             )
 
         output, made = self._streams.run(run, self._keys.stream)
+        made = dict(made)
+        self._calls.intermediates = dict(made.pop(tap.INTERMEDIATES, {}))
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
         flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}

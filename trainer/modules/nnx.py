@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import warnings
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.config.errors import UserError
-from trainer.modules import mode, nnx_bridge
+from trainer.modules import mode, nnx_bridge, nnx_tap
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.nnx_parts import INTERMEDIATES, Parts, Path, Variables, mark_arrays, values
 from trainer.step.precision import AS_IS, Precision
@@ -89,12 +90,7 @@ class NNX:
 
 
 class NNXModel(BoundModel):
-    """An NNX module bound to variables: see `BoundModel`.
-
-    Attributes:
-        intermediates: what the last call has left in `nnx.Intermediate`s, by its sown or assigned
-            name, as nested dicts.
-    """
+    """An NNX module bound to variables: see `BoundModel`."""
 
     def __init__(
         self,
@@ -111,7 +107,6 @@ class NNXModel(BoundModel):
             variables['params'], Calls(collections), keys, ema=ema, precision=precision
         )
         self._parts = parts
-        self.intermediates: dict[str, Any] = {}
 
     def _field(self, name: str) -> Any:
         return getattr(self._module(0), name, None)
@@ -143,14 +138,21 @@ class NNXModel(BoundModel):
         module = self._module(calls.count)
         calls.count += 1
         run = functools.partial(_runner(steps, self.training), module, args, kwargs)
-        with warnings.catch_warnings():
+        looking: Any = contextlib.nullcontext()
+        if calls.tap is not None:
+            looking = nnx_tap.watch(module, calls.tap)
+        with looking, warnings.catch_warnings():
             # `nnx.capture`, which it wants around a call that sows, breaks scans and bridges.
             warnings.filterwarnings('ignore', r"\s*Using 'Module\.", DeprecationWarning)
             if bridges := nnx_bridge.linen_parts(module):
                 output = nnx_bridge.run_with_linen(run, bridges, self.training)
             else:
                 output = run()
-        self.intermediates = nnx.to_pure_dict(nnx.pop(module, INTERMEDIATES))
+        if calls.tap is not None:
+            nnx_tap.take_perturbations(module, calls.tap)
+        calls.intermediates = nnx.to_pure_dict(nnx.pop(module, INTERMEDIATES))
+        if calls.tap is not None:
+            calls.intermediates = calls.tap.keep(calls.intermediates)
         if self.training:
             updates = values(module)
             updates.pop('params', None)
@@ -189,7 +191,7 @@ class _LazyModel(NNXModel):
 
         bridges = nnx_bridge.linen_parts(self._lazy)
         nnx_bridge.run_with_linen(init, bridges, training=False)
-        nnx.pop(self._lazy, INTERMEDIATES)
+        self._calls.intermediates = nnx.to_pure_dict(nnx.pop(self._lazy, INTERMEDIATES))
         return self._precision.for_output(outputs[0])
 
 

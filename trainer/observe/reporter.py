@@ -7,7 +7,9 @@ so that the devices never wait for the host to read a number and to write it dow
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -20,7 +22,8 @@ from flax import traverse_util
 
 from trainer.observe.progress import Progress, Screen
 from trainer.observe.report import TimeSpent
-from trainer.observe.writers import MetricsFile, TensorBoard, Writers
+from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
+from trainer.step.ensemble import PerMember, mean_and_each
 from trainer.step.task_runner import compute_metrics
 
 
@@ -92,7 +95,11 @@ class Reporter:
         self.time.set('steps', max(0.0, steps))
         self.close()
         lines = [f'{status} at step {step:,}']
-        lines += [f'  {name} {_number(value)}' for name, value in sorted(self.latest.items())]
+        known = sorted(self.latest.items())
+        lines += [f'  {name} {_number(value)}' for name, value in known if not _member(name)]
+        evals = [each for each in known if each[0].startswith('eval/') and _member(each[0])]
+        for member, values in itertools.groupby(evals, key=lambda each: _member(each[0])):
+            lines.append(f'  {member}  ' + _listed({n.split('/')[-1]: x for n, x in values}))
         self.progress.message('\n'.join([*lines, self.time.summary()]))
 
     def close(self) -> None:
@@ -134,8 +141,17 @@ class Reporter:
         self._evaluated.add((name, step))
         row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
         self._add(step, row)
-        text = '  '.join(f'{key} {_number(value)}' for key, value in metrics.items())
-        self.progress.message(f'eval {name} at step {step:,}: {text}')
+        shown = {key: value for key, value in metrics.items() if not key.startswith('member_')}
+        self.progress.message(f'eval {name} at step {step:,}: {_listed(shown)}')
+
+    def captured(
+        self, step: int, row: Mapping[str, float], histograms: Mapping[str, Histogram]
+    ) -> None:
+        """Writes what was captured of the model's insides after a step; shows none of it."""
+        if row:
+            self._writer.write(step, row)
+        if histograms:
+            self._writer.write_histograms(step, histograms)
 
     def has_eval(self, name: str, step: int) -> bool:
         """Whether this evaluation has run at this step."""
@@ -170,13 +186,34 @@ class _Pending:
 
 
 def flat_row(metrics: Any) -> dict[str, float]:
-    """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer."""
+    """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer.
+
+    Of an ensemble the means over its members, and under 'train/member_<i>/...' those of each.
+    """
     computed = compute_metrics(jax.device_get(metrics))
+    if isinstance(metrics, PerMember):
+        row = mean_and_each([_flat(each) for each in computed])
+    else:
+        row = _flat(computed)
+    return {f'train/{name}': value for name, value in row.items()}
+
+
+def _flat(computed: dict[str, Any]) -> dict[str, float]:
     row = {**computed.pop('task', {}), **computed.pop('penalties', {})}
     row.update({f'{name}_norm': value for name, value in computed.pop('norms', {}).items()})
     # Learning rates, perhaps one for each group, and what a step of the user's own returns.
     row.update(traverse_util.flatten_dict(computed, sep='/'))
-    return {f'train/{name}': np.asarray(value).item() for name, value in row.items()}
+    return {name: np.asarray(value).item() for name, value in row.items()}
+
+
+def _member(name: str) -> str:
+    """Returns 'eval/test/member_0' for a value of one member of an ensemble, '' for any other."""
+    found = re.match(r'.*/member_\d+(?=/)', name)
+    return found[0] if found else ''
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return '  '.join(f'{name} {_number(value)}' for name, value in values.items())
 
 
 def _number(value: float) -> str:

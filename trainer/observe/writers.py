@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -13,10 +14,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Protocol
 
+import numpy as np
 from etils import epath
 
 _log = logging.getLogger('trainer')
 _FLUSH_SECS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How the finite values of an array are spread.
+
+    Attributes:
+        low: the smallest of them.
+        high: the largest.
+        counts: in bins of equal width between these, (bins,).
+        mean: of them.
+        std: their standard deviation.
+    """
+
+    low: float
+    high: float
+    counts: np.ndarray
+    mean: float
+    std: float
 
 
 class Writer(Protocol):
@@ -24,6 +45,9 @@ class Writer(Protocol):
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the values of a step."""
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Adds the histograms of a step."""
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""
@@ -56,6 +80,9 @@ class MetricsFile:
         self._file.write(json.dumps({'step': step, **values}) + '\n')
         self._file.flush()
 
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Writes none: a line holds numbers."""
+
     def sync(self) -> None:
         """Returns when all rows are on disk."""
         self._file.flush()
@@ -80,7 +107,7 @@ class TensorBoard:
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event = event_pb2.Event
-        self._summary = summary_pb2.Summary
+        self._summary, self._proto = summary_pb2.Summary, summary_pb2.HistogramProto
         # The name has whole seconds; a restart within one must not overwrite the file before it.
         suffix = f'.{os.getpid()}.{time.monotonic_ns()}'
         self._writer = EventsWriter(os.path.join(os.fspath(directory), 'events'), suffix)
@@ -95,6 +122,31 @@ class TensorBoard:
         self._add(step, summary=self._summary(value=values))
         if time.monotonic() - self._flushed > _FLUSH_SECS:
             self.sync()
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Adds one event with all histograms."""
+        values = [
+            self._summary.Value(tag=name, histo=self._histogram(each))
+            for name, each in histograms.items()
+        ]
+        self._add(step, summary=self._summary(value=values))
+
+    def _histogram(self, each: Histogram) -> Any:
+        bins = len(each.counts)
+        number = float(each.counts.sum())
+        if not number:
+            return self._proto()
+        width = (each.high - each.low) / bins
+        return self._proto(
+            min=each.low,
+            max=each.high,
+            num=number,
+            sum=each.mean * number,
+            sum_squares=(each.mean**2 + each.std**2) * number,
+            # The upper limit of each bin.
+            bucket_limit=[each.low + (i + 1) * width for i in range(bins)],
+            bucket=[float(count) for count in each.counts],
+        )
 
     def sync(self) -> None:
         """Returns when all events are on disk."""
@@ -130,6 +182,10 @@ class Writers:
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the values of a step everywhere."""
         self._each(lambda writer: writer.write(step, row))
+
+    def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        """Adds the histograms of a step where there is a place for them."""
+        self._each(lambda writer: writer.write_histograms(step, histograms))
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""

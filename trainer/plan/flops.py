@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
@@ -19,21 +20,31 @@ def count(jaxpr: Any) -> float:
     Args:
         jaxpr: a jaxpr, closed or not, of whole arrays and not of a device's part.
     """
-    total = 0.0
+    return sum(by_place(jaxpr, lambda equation, around: '').values())
+
+
+def by_place(jaxpr: Any, place: Callable[[Any, str], str], around: str = '') -> dict[str, float]:
+    """Returns the operations that `count` sums up, by place.
+
+    Args:
+        jaxpr: see `count`.
+        place: where an equation stands, from itself and the place of the equation around it.
+        around: the place of the whole.
+    """
+    totals: dict[str, float] = collections.defaultdict(float)
     for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
-        name = equation.primitive.name
-        inner = [count(each) for each in _inside(equation.params)]
+        name, here = equation.primitive.name, place(equation, around)
+        inner = [by_place(each, place, here) for each in _inside(equation.params)]
         if name == 'dot_general':
-            total += _product(equation)
+            inner = [{here: _product(equation)}]
         elif name == 'conv_general_dilated':
-            total += _convolution(equation)
-        elif name == 'scan':
-            total += equation.params['length'] * sum(inner)
+            inner = [{here: _convolution(equation)}]
         elif name == 'cond':
-            total += max(inner, default=0.0)
-        else:
-            total += sum(inner)
-    return total
+            inner = [max(inner, key=lambda branch: sum(branch.values()), default={})]
+        times = equation.params['length'] if name == 'scan' else 1
+        for where, operations in ((k, v) for each in inner for k, v in each.items()):
+            totals[where] += times * operations
+    return totals
 
 
 def _product(equation: Any) -> float:

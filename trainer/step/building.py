@@ -13,6 +13,7 @@ from trainer.config import durations, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
+from trainer.step import varied
 from trainer.step.context import StepFunction, default_step
 from trainer.step.optimizer import Group, Optimizer, RegexMask
 
@@ -44,19 +45,28 @@ def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIM
         )
 
 
-def optimizer(section: OptimizerSection, clock: Clock) -> tuple[Optimizer, dict[str, int]]:
+def optimizer(
+    section: OptimizerSection, clock: Clock, numbers: Mapping[str, Any] | None = None
+) -> tuple[Optimizer, dict[str, int]]:
     """Returns the optimizer, and the steps of each duration inside it by config path.
+
+    Args:
+        section: `config.optimizer`.
+        clock: turns durations into steps.
+        numbers: others for some of its arguments, by path below the section, perhaps traced; the
+            optimizer's state holds them.
 
     Raises:
         UserError: for an argument that does not fit.
     """
+    numbers = numbers or {}
     if not section.groups:
-        made, steps = _one_optimizer(section, clock, _OPTIMIZER)
+        made, steps = _one_optimizer(section, clock, _OPTIMIZER, numbers)
         return dataclasses.replace(made, freeze=_patterns(section.freeze)), steps
     groups: dict[str, Group] = {}
     steps = {}
     for name, group in section.groups.items():
-        made, more = _one_optimizer(group, clock, f'{_OPTIMIZER}.groups.{name}')
+        made, more = _one_optimizer(group, clock, f'{_OPTIMIZER}.groups.{name}', numbers)
         groups[name] = Group(params=_patterns(group.params), optimizer=made, loss=group.loss)
         steps.update(more)
     whole = Optimizer(
@@ -69,7 +79,7 @@ def optimizer(section: OptimizerSection, clock: Clock) -> tuple[Optimizer, dict[
 
 
 def _one_optimizer(
-    section: OptimizerSection | GroupSection, clock: Clock, path: str
+    section: OptimizerSection | GroupSection, clock: Clock, path: str, numbers: Mapping[str, Any]
 ) -> tuple[Optimizer, dict[str, int]]:
     node, steps = durations.resolve(section.node, clock, path)
     if section.decay_mask is not None:
@@ -80,13 +90,17 @@ def _one_optimizer(
                 "'mask'); optax:adamw has"
             )
         node['mask'] = RegexMask(_patterns(section.decay_mask))
+    prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
+    mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
+    base = varied.injected(node, path, mine, prefix=prefix) if mine else None
+    node = varied.placed(node, mine)
     learning_rate = _find_learning_rate(node)
     if isinstance(learning_rate, Mapping):
         # One schedule object for the optimizer and for the logged value.
         learning_rate = targets.instantiate(learning_rate, f'{path}.learning_rate')
         node['learning_rate'] = learning_rate
     return Optimizer(
-        base=targets.instantiate(node, path),
+        base=targets.instantiate(node, path) if base is None else base,
         learning_rate=_as_schedule(learning_rate),
         clip_norm=section.clip_norm,
         lr_multipliers=section.lr_multipliers or (),

@@ -66,8 +66,8 @@ class StepContext:
         return self.optimizer.transformation(self.state.params)
 
     @property
-    def seed(self) -> int:
-        """The run's seed."""
+    def seed(self) -> int | jax.Array:
+        """The run's seed; of a member of an ensemble, its own."""
         return self.train_step.seed
 
     def keys(self, index: int | jax.Array = 0) -> Keys:

@@ -40,7 +40,7 @@ class Gradients:
     model: Functional
     task: TaskRunner
     optimizer: Optimizer
-    seed: int
+    seed: int | jax.Array
     accumulate: int = 1
     shards: int = 1
 

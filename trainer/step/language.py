@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.step.combine import mean_softmax
 from trainer.step.metrics import mean_collection
 from trainer.step.tasks import Batch, TaskOutput
 
@@ -58,6 +59,14 @@ class NextToken:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         hits = {'accuracy': logits.argmax(-1) == targets}
         return TaskOutput(loss=loss, weights=counts, metrics=hits)
+
+    def combine(self, logits: jax.Array) -> jax.Array:
+        """Returns an ensemble's logits, of the mean of its members' probabilities.
+
+        Args:
+            logits: (members, batch, length, vocabulary).
+        """
+        return mean_softmax(logits)
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
         """Returns the most probable next token at each position, int (batch, length)."""

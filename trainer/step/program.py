@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trainer.config.errors import UserError
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
 from trainer.parallel.sharding import Rule, named_axes, param_specs
+from trainer.step.ensemble import EnsembleStep
 from trainer.step.state import TrainState, changes, describe
 from trainer.step.train_step import TrainStep
 
@@ -134,7 +135,7 @@ class Program:
 
 
 class Programs:
-    """All programs of training, from one TrainStep on one mesh.
+    """All programs of training, from one step on one mesh.
 
     Attributes:
         abstract: the state's shapes, dtypes and shardings.
@@ -142,7 +143,7 @@ class Programs:
 
     def __init__(
         self,
-        train_step: TrainStep,
+        train_step: TrainStep | EnsembleStep,
         spec: Mapping[str, Any],
         mesh: Mesh,
         *,
@@ -163,12 +164,15 @@ class Programs:
         self._spec = spec
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
+        alone = train_step.member if isinstance(train_step, EnsembleStep) else train_step
         with self._tracing():
-            named = _init_shapes(train_step, spec)
+            named = _init_shapes(alone, spec)
         shapes = meta.unbox(named)
         specs = param_specs(shapes.params, nn.get_partition_spec(named.params), sharding, mesh)
         shardings = state_shardings(shapes, specs, mesh)
         self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
+        if isinstance(train_step, EnsembleStep):
+            self.abstract = train_step.stacked(self.abstract, mesh)
 
     @functools.cached_property
     def step(self) -> Program:

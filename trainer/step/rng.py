@@ -21,13 +21,13 @@ class Keys:
     """The random keys of one place in a run.
 
     Attributes:
-        seed: the run's seed.
+        seed: the run's seed; of a member of an ensemble, perhaps traced.
         mode: 'init', 'train' or 'eval'.
         step: number of updates before this one; a traced scalar inside a step.
         index: accumulation slice in training, batch number in evaluation.
     """
 
-    seed: int
+    seed: int | jax.Array
     mode: str
     step: int | jax.Array = 0
     index: int | jax.Array = 0

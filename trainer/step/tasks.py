@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.config.errors import UserError
+from trainer.step.combine import mean_sigmoid, mean_softmax
 from trainer.step.metrics import mean_collection
 
 Batch = Mapping[str, jax.Array]
@@ -170,6 +171,14 @@ class Classification:
         target = yes * (1 - self.label_smoothing) + self.label_smoothing / 2
         loss = optax.sigmoid_binary_cross_entropy(logits, target).sum(-1)
         return loss, {'accuracy': ((logits > 0) == (yes > 0.5)).mean(-1)}
+
+    def combine(self, logits: jax.Array) -> jax.Array:
+        """Returns an ensemble's logits, of the mean of its members' probabilities.
+
+        Args:
+            logits: (members, batch, ..., classes).
+        """
+        return mean_sigmoid(logits) if self.loss == 'sigmoid' else mean_softmax(logits)
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
         """Returns the most probable class and its probability for each example.

@@ -48,7 +48,7 @@ class TrainStep:
     model: Functional
     task: TaskRunner
     optimizer: Optimizer
-    seed: int
+    seed: int | jax.Array
     function: StepFunction = default_step
     accumulate: int = 1
     ema_decay: float | None = None

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Linen modules sow comes to the task; a task that does not ask for it pays nothing."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.command import ROOT
+from tests.modules.examples import X, bind, init, same
+from tests.probe.program import computation
+from trainer.experiment import load_and_build
+from trainer.modules import functional
+from trainer.step.rng import Keys
+from trainer.step.tasks import TaskOutput
+from trainer.trainer import Trainer
+
+
+class Sowing(nn.Module):
+    """Sows twice, and adds up what it sows under another name."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        h = nn.Dense(4)(x)
+        self.sow('intermediates', 'h', h)
+        for value in (x, 2 * x):
+            self.sow('intermediates', 'sum', value, init_fn=lambda: 0, reduce_fn=lambda a, b: a + b)
+        return nn.relu(h)
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        part = Sowing(name='part')
+        return part(x) + part(x)
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval'])
+def test_what_is_sown_comes_to_the_task(mode: str) -> None:
+    """1.K4: a tuple, one value for each call; a reduction of one's own; nothing in the state."""
+    model = bind(Twice(), mode)
+    assert model.intermediates == {}
+    output = model(X)
+    sown = model.intermediates['part']
+    assert len(sown['h']) == 2
+    assert same(output, 2 * nn.relu(sown['h'][0]))
+    one = bind(Sowing(), mode)
+    one(X)
+    assert same(one.intermediates['sum'], 3 * X)
+    one(2 * X)
+    assert same(one.intermediates['sum'], 6 * X)  # Of the last call: nothing piles up.
+    assert set(init(Twice())) == {'params'}
+    assert set(model.variables) == {'params'}
+
+
+def test_views_share_the_intermediates() -> None:
+    model = bind(Sowing())
+    model.stop_gradient('.*')(2 * X)
+    assert same(model.intermediates['sum'], 6 * X)
+
+
+class Layer(nn.Module):
+    sows: bool = True
+
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        x = nn.relu(nn.Dense(4)(x))
+        if self.sows:
+            self.sow('intermediates', 'h', x * 2)
+        return x, None
+
+
+class Stack(nn.Module):
+    kind: str = 'plain'
+    sows: bool = True
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        layer: Any = nn.remat(Layer) if 'remat' in self.kind else Layer
+        if 'scan' in self.kind:
+            axes = {'params': 0, **({'intermediates': 0} if 'open' in self.kind else {})}
+            lifted = nn.scan(layer, variable_axes=axes, split_rngs={'params': True}, length=3)
+            x, _ = lifted(self.sows, name='layers')(x, None)
+        else:
+            for _ in range(3):
+                x, _ = layer(self.sows)(x, None)
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize('kind', ['plain', 'remat', 'scan', 'open scan', 'remat open scan'])
+def test_who_does_not_read_it_pays_nothing(kind: str) -> None:
+    """1.K4: the compiled gradient of a model that sows is that of one that does not."""
+    texts = []
+    for sows in (False, True):
+        model = functional(Stack(kind, sows))
+        keys = Keys(seed=0, mode='train')
+        variables = model.init(lambda model, batch: model(X), {}, Keys(seed=0, mode='init'))
+
+        def loss(params: Any, model: Any = model, keys: Keys = keys) -> Any:
+            return (model.bind({'params': params}, keys)(X) ** 2).sum()
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(variables['params']).compile()
+        texts.append(computation(compiled))
+    assert texts[0] == texts[1]
+
+
+def test_scans_pass_on_what_they_are_told_to() -> None:
+    model = bind(Stack('open scan'))
+    model(X)
+    assert model.intermediates['layers']['h'][0].shape == (3, 3, 4)
+    closed = bind(Stack('scan'))
+    closed(X)
+    assert closed.intermediates == {}
+
+
+class VAE(nn.Module):
+    """A variational autoencoder of binary images, which sows its KL loss."""
+
+    latent: int = 8
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.relu(nn.Dense(64)(x.reshape(len(x), -1)))
+        mean, log_std = nn.Dense(self.latent)(hidden), nn.Dense(self.latent)(hidden)
+        kl = 0.5 * (mean**2 + jnp.exp(2 * log_std) - 2 * log_std - 1).sum(-1)
+        self.sow('intermediates', 'kl', kl)
+        noise = jax.random.normal(self.make_rng('noise'), mean.shape)
+        return nn.Dense(784)(nn.relu(nn.Dense(64)(mean + jnp.exp(log_std) * noise)))
+
+
+def reconstruction(model: Any, batch: Any) -> TaskOutput:
+    pixels = (batch['image'] > 0.5).astype(jnp.float32).reshape(len(batch['image']), -1)
+    loss = optax.sigmoid_binary_cross_entropy(model(batch['image']), pixels).sum(-1)
+    (kl,) = model.intermediates['kl']
+    return TaskOutput(loss=loss, metrics={'kl': kl}, penalties={'weighted_kl': 0.1 * kl.mean()})
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_a_sown_loss_is_a_penalty(accumulate: int, tmp_path: pathlib.Path) -> None:
+    """1.K4: the KL loss of a VAE, sown by its module, is trained on."""
+    made = load_and_build(
+        str(ROOT / 'configs' / 'mnist_mlp.py'), train_for='60 steps', log__every='20 steps',
+        evals={}, checkpoint__every='never', data__source__limit=960, accumulate=accumulate,
+        model={'target': f'{__name__}:VAE'}, task={'ref': f'{__name__}:reconstruction'},
+        optimizer={'target': 'optax:adam', 'learning_rate': 3e-3},
+    )  # fmt: skip
+    trainer = Trainer(made, str(tmp_path))
+    trainer.fit()
+    rows = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+    assert rows[-1]['train/loss'] < 0.6 * rows[0]['train/loss']
+    for row in rows:
+        assert row['train/weighted_kl'] == pytest.approx(0.1 * row['train/kl'], rel=1e-4)
+    assert trainer.init_state().collections == {}
+
+
+class Refactored(nn.Module):
+    """A network in two parts that can be called by themselves."""
+
+    def setup(self) -> None:
+        self.features = Features()
+        self.classifier = nn.Dense(10)
+
+    def __call__(self, x: Any) -> Any:
+        return self.classifier(self.features(x))
+
+
+class Features(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.relu(nn.Dense(8)(x))
+
+
+def test_the_features_of_a_part() -> None:
+    """1.K5: `model.features(x)` is what `apply(method=...)` gives."""
+    model = bind(Refactored())
+    expected = Refactored().apply(model.variables, X, method=lambda m, x: m.features(x))
+    assert same(model.features(X), expected)
+    assert same(model.classifier(model.features(X)), model(X))
+
+
+def test_the_features_of_a_sequential() -> None:
+    """1.K7: a slice of a Sequential runs on the parameters of the whole."""
+    layers = (nn.Dense(8), nn.relu, nn.Dense(6), nn.relu, nn.Dense(2), nn.log_softmax)
+    whole = nn.Sequential(layers)
+    variables = init(whole)
+    model = functional(nn.Sequential(layers[:3])).bind(variables, Keys(seed=0, mode='eval'))
+    first, second = (variables['params'][f'layers_{i}'] for i in (0, 2))
+    hidden = jax.nn.relu(X @ first['kernel'] + first['bias'])
+    np.testing.assert_allclose(model(X), hidden @ second['kernel'] + second['bias'], rtol=1e-5)
+    # What is called by its name needs no slice.
+    assert same(bind(whole).layers[0](X), X @ first['kernel'] + first['bias'])
+
+
+class AutoEncoder(nn.Module):
+    def setup(self) -> None:
+        self.encoder = nn.Dense(3)
+        self.decoder = nn.Dense(4)
+
+    def __call__(self, x: Any) -> Any:
+        return self.decoder(self.encoder(x))
+
+
+def test_a_bound_model_in_a_notebook() -> None:
+    """1.K9: bind, call the parts, unbind; what Trainer.model() gives does the same."""
+    variables = init(AutoEncoder())
+    bound = AutoEncoder().bind(variables)
+    again = functional(AutoEncoder()).for_notebook(variables)
+    assert same(bound.decoder(bound.encoder(X)), bound(X))
+    assert same(again.decoder(again.encoder(X)), bound(X))
+    encoder, encoded = bound.encoder.unbind()
+    assert same(encoder.apply(encoded, X), bound.encoder(X))
+    assert same(encoded['params']['kernel'], variables['params']['encoder']['kernel'])

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that go wrong at a known layer, in a known step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tests.command import ROOT
+from trainer.experiment import Experiment, load_and_build
+
+# In which step, counted from 1.
+STEP = 13
+
+
+def build(model: dict[str, Any], **overrides: Any) -> Experiment:
+    """Returns an experiment of 40 steps on 960 images."""
+    options: dict[str, Any] = {
+        'train_for': '40 steps', 'log__every': '10 steps', 'evals': {}, 'model': model,
+        'checkpoint__every': 'never', 'data__source__limit': 960,
+    }  # fmt: skip
+    return load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
+
+
+def linen(**arguments: Any) -> dict[str, Any]:
+    return {'target': f'{__name__}:Net', **arguments}
+
+
+def of_nnx(**arguments: Any) -> dict[str, Any]:
+    return {'target': f'{__name__}:NNXNet', **arguments}
+
+
+class Layer(nn.Module):
+    """A dense layer that returns NaN, or has a gradient of NaN, in one step of training."""
+
+    bad: str = ''
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        seen = self.variable('count', 'steps', lambda: jnp.zeros((), jnp.int32))
+        if not self.is_initializing() and self.is_mutable_collection('count'):
+            seen.value += 1
+        x = nn.relu(nn.Dense(16, name='dense')(x))
+        return spoiled(x, self.bad, seen.value)
+
+
+class Net(nn.Module):
+    """Four layers, one of which may be bad; or a stack that is scanned over."""
+
+    bad: int | None = None
+    how: str = 'output'
+    scans: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(16, name='first')(x.reshape(len(x), -1))
+        if self.scans:
+            axes = {'params': 0, 'count': 0, 'intermediates': 0, 'perturbations': 0}
+            scan = nn.scan(Scanned, variable_axes=axes, split_rngs={'params': True}, length=4)
+            x, _ = scan(self.bad, name='layers')(x, jnp.arange(4))
+        else:
+            for k in range(4):
+                bad = self.how if k == self.bad else ''
+                x = Layer(bad, name=f'layer_{k}')(x)
+        return nn.Dense(10, name='last')(x)
+
+
+class Scanned(nn.Module):
+    bad: int | None
+
+    @nn.compact
+    def __call__(self, x: Any, k: Any) -> Any:
+        y = Layer(name='layer')(x)
+        seen = self.variable('count', 'steps', lambda: jnp.zeros((), jnp.int32))
+        if not self.is_initializing() and self.is_mutable_collection('count'):
+            seen.value += 1
+        spoil = (k == (-1 if self.bad is None else self.bad)) & (seen.value == STEP)
+        return Mark(name='mark')(y, spoil), None
+
+
+class Mark(nn.Module):
+    """Makes NaN of its input where it is told to."""
+
+    @nn.compact
+    def __call__(self, x: Any, spoil: Any) -> Any:
+        return jnp.where(spoil, jnp.nan, x)
+
+
+class Count(nnx.Variable):
+    """Steps of training so far."""
+
+
+class NNXLayer(nnx.Module):
+    def __init__(self, bad: str, *, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(16, 16, rngs=rngs)
+        self.count = Count(jnp.zeros((), jnp.int32))
+        self.bad = bad
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.count[...] += 1
+        return spoiled(nnx.relu(self.dense(x)), self.bad, self.count[...])
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, bad: int | None = None, how: str = 'output', *, rngs: nnx.Rngs):
+        self.first = nnx.Linear(784, 16, rngs=rngs)
+        self.layers = nnx.List(NNXLayer(how if k == bad else '', rngs=rngs) for k in range(4))
+        self.last = nnx.Linear(16, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.first(x.reshape(len(x), -1))
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+def spoiled(x: Any, how: str, count: Any) -> Any:
+    """Returns the array, bad in one step: its values, or only the gradient through it."""
+    if how == 'output':
+        return jnp.where(count == STEP, jnp.nan, x)
+    if how == 'gradient':
+        # The root of 0 is 0, and its slope is not finite.
+        root = jnp.sqrt(0.0 * jnp.sum(x) + jnp.where(count == STEP, 0.0, 1.0))
+        return x + root - jax.lax.stop_gradient(root)
+    return x

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ensembles: several members in one program, each on the course that it would take alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+import scipy.special
+from jax.sharding import PartitionSpec as P
+
+from tests import command
+from trainer.config import loading, overrides
+from trainer.config.errors import UserError
+from trainer.experiment import Experiment, build, load_and_build
+from trainer.step import varied
+from trainer.step.combine import mean, mean_sigmoid, mean_softmax
+from trainer.step.ensemble import member_state
+from trainer.step.state import TrainState
+from trainer.trainer import Trainer
+
+CONFIG = str(command.ROOT / 'configs' / 'mnist_mlp.py')
+SMALL: dict[str, Any] = {
+    'train_for': '10 steps', 'log__every': '5 steps', 'checkpoint__every': 'never',
+    'data__source__limit': 320, 'evals__test__data__source__limit': 100, 'data__seed': 0,
+    'evals__test__every': 'never', 'evals__test__final': False,
+}  # fmt: skip
+RATES = (0.1, 0.01)
+
+
+def experiment(**options: Any) -> Experiment:
+    return load_and_build(CONFIG, **{**SMALL, **options})
+
+
+def ensemble(**vary: Any) -> dict[str, Any]:
+    return {'size': 2, 'vary': vary}
+
+
+def trained(**options: Any) -> tuple[TrainState, Trainer]:
+    trainer = Trainer(experiment(**options))
+    return trainer.fit().state, trainer
+
+
+def assert_close(found: TrainState, expected: TrainState, **tolerance: float) -> None:
+    """Of the same variables, slots and averages; only the numbers that vary are in one state."""
+    for name in ('params', 'collections', 'ema', 'loss_scale', 'metrics'):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+COURSES: dict[str, dict[str, Any]] = {
+    'dropout': {'model__dropout_rate': 0.5},
+    'batch_stats': {'model__batch_norm': True, 'ema': {'decay': 0.9}},
+    'slices': {'accumulate': 2, 'optimizer__clip_norm': 0.5},
+    'fused': {'steps_per_call': 5, 'model__dropout_rate': 0.5},
+    'float16': {'precision': {'compute': 'float16'}},
+    'adam': {'optimizer': {'target': 'optax:adam'}, 'optimizer__freeze': ('Dense_0/bias',)},
+    'nnx': {'model__target': 'models.mlp_nnx:MLP', 'model__batch_norm': True},
+}
+
+
+@pytest.mark.parametrize('name', COURSES)
+def test_a_member_takes_the_course_of_a_run_alone(name: str) -> None:
+    """I1: members differ pairwise, and each of them is the run with its seed and its number."""
+    options = COURSES[name]
+    # Adam makes a whole step of the last bit of a small gradient.
+    rates = (1e-3, 1e-2) if name == 'adam' else RATES
+    state, _ = trained(**options, ensemble=ensemble(optimizer={'learning_rate': rates}))
+    members = [member_state(state, index) for index in range(2)]
+    for index, rate in enumerate(rates):
+        alone, _ = trained(**options, seed=index, optimizer__learning_rate=rate)
+        tolerance = {'rtol': 1e-2, 'atol': 1e-3} if name == 'float16' else {}
+        assert_close(members[index], alone, **{'rtol': 1e-4, 'atol': 1e-5, **tolerance})
+    kernels = [jax.tree.leaves(member.params)[-1] for member in members]
+    assert not np.allclose(kernels[0], kernels[1])
+
+
+def test_seeds_may_be_equal() -> None:
+    """A sweep: the same start, the same dropout masks, another rate."""
+    vary = {'seed': (7, 7), 'optimizer': {'learning_rate': RATES}}
+    trainer = Trainer(experiment(ensemble=ensemble(**vary), model__dropout_rate=0.5))
+    first, second = (member_state(trainer.init_state(), index) for index in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    assert trainer.experiment.ensemble is not None
+    assert trainer.experiment.ensemble.describe(1) == 'seed 7, optimizer.learning_rate 0.01'
+
+
+def test_what_varies_is_in_the_state(tmp_path: pathlib.Path) -> None:
+    """It is in the checkpoint, and a run that is resumed from it is the same to the last bit."""
+    vary = {'optimizer': {'learning_rate': RATES, 'momentum': (0.5, 0.9)}}
+    digests = []
+    for name, pauses in (('whole', ()), ('parts', (3,))):
+        made = experiment(ensemble=ensemble(**vary), model__dropout_rate=0.5)
+        for steps in pauses:
+            Trainer(made, str(tmp_path / name)).fit(max_steps=steps)
+        Trainer(made, str(tmp_path / name)).fit()
+        digests.append(command.result(tmp_path / name)['digest'])
+    assert digests[0] == digests[1]
+    restored = Trainer(made, str(tmp_path / 'parts')).restore()
+    found = varied.read(restored.opt_state, ('learning_rate', 'momentum'))
+    assert found['learning_rate'].tolist() == pytest.approx(RATES)
+    assert found['momentum'].tolist() == pytest.approx([0.5, 0.9])
+    rows = command.rows(tmp_path / 'whole')
+    assert rows[-1]['train/member_0/learning_rate'] == pytest.approx(0.1)
+    assert rows[-1]['train/learning_rate'] == pytest.approx(np.mean(RATES))
+    members = [rows[-1][f'train/member_{index}/loss'] for index in range(2)]
+    assert rows[-1]['train/loss'] == pytest.approx(np.mean(members))
+
+
+def grouped(head: float, body: float, **top: Any) -> TrainState:
+    """Returns the state after a run with an optimizer for each of two groups."""
+    loaded = loading.load(CONFIG)
+    overrides.apply(loaded.config, [(k.replace('__', '.'), str(v)) for k, v in SMALL.items()])
+    schedule = {'target': 'optax:cosine_decay_schedule', 'init_value': body, 'decay_steps': '100%'}
+    sgd = {'target': 'optax:sgd'}
+    loaded.config.optimizer = ml_collections.ConfigDict()
+    loaded.config.optimizer.groups = {
+        'head': {**sgd, 'params': 'Dense_1/.*', 'learning_rate': head},
+        'body': {**sgd, 'params': 'Dense_0/.*', 'learning_rate': schedule},
+    }
+    loaded.config.update(top)
+    return Trainer(build(loaded)).fit().state
+
+
+def test_numbers_within_schedules_and_groups() -> None:
+    heads, bodies = (0.1, 0.01), (0.02, 0.2)
+    inner = {'head': {'learning_rate': heads}, 'body': {'learning_rate': {'init_value': bodies}}}
+    state = grouped(0.1, 0.02, ensemble=ensemble(optimizer={'groups': inner}))
+    for index, (head, body) in enumerate(zip(heads, bodies, strict=True)):
+        alone = grouped(head, body, seed=index)
+        assert_close(member_state(state, index), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_the_batch_is_common_to_all() -> None:
+    """I2: it is read and sent once, not once for each member."""
+    trainer = Trainer(experiment(ensemble=ensemble()))
+    with trainer.batches(0, [1]) as batches:
+        ((_, batch),) = batches
+    assert batch['image'].shape == (32, 28, 28, 1)
+    assert trainer.programs.step(trainer.init_state(), batch).step == 1
+
+
+def probabilities(trainer: Trainer, state: TrainState, batch: Any) -> np.ndarray:
+    """Returns each member's probabilities (members, rows, classes), from bound models."""
+    images = np.asarray(batch['image'], np.float32) / 255
+    logits = [trainer.model(state, member=index)(images) for index in range(2)]
+    return scipy.special.softmax(np.asarray(logits, np.float64), axis=-1)
+
+
+def test_predictions_are_of_the_mean_of_probabilities() -> None:
+    """I3, I4: in evaluations and predictions, over each example once."""
+    state, trainer = trained(ensemble=ensemble(optimizer={'learning_rate': RATES}))
+    data = trainer.evaluators['test'].loader.block(0, 1).arrays
+    batch = {name: x[0][:100] for name, x in data.items()}
+    each = probabilities(trainer, state, batch)
+    together, labels = each.mean(0), batch['label']
+    found = trainer.evaluate(state)['test']
+    assert found['examples'] == 100
+    assert found['accuracy'] == pytest.approx((together.argmax(-1) == labels).mean())
+    rows = np.arange(100)
+    assert found['loss'] == pytest.approx(-np.log(together[rows, labels]).mean(), rel=1e-4)
+    for index, alone in enumerate(each):
+        loss = -np.log(alone[rows, labels]).mean()
+        assert found[f'member_{index}/loss'] == pytest.approx(loss, rel=1e-4)
+        hits = (alone.argmax(-1) == labels).mean()
+        assert found[f'member_{index}/accuracy'] == pytest.approx(hits)
+    losses = [found[f'member_{index}/loss'] for index in range(2)]
+    assert found['members/loss'] == pytest.approx(np.mean(losses))
+    (predicted,) = trainer.predict('test', state)
+    assert np.array_equal(predicted['class'], together.argmax(-1))
+    np.testing.assert_allclose(predicted['probability'], together.max(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'devices', [{'ensemble': 2, 'data': 4}, {'ensemble': 2, 'fsdp': 2, 'data': 2}]
+)
+def test_members_over_devices(devices: dict[str, int]) -> None:
+    """Cut over the axis `ensemble`, their rows over the others; what comes out is the same."""
+    options = {'model__batch_norm': True, 'ensemble': ensemble(optimizer={'learning_rate': RATES})}
+    rule = {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 0}
+    expected, whole = trained(**options)
+    sharding = (rule,) if 'fsdp' in devices else 'replicated'
+    state, cut = trained(**options, mesh=devices, sharding=sharding)
+    kernel = state.params['Dense_0']['kernel']
+    assert kernel.sharding.spec[0] == 'ensemble'
+    columns = 784 // devices.get('fsdp', 1)
+    assert {s.data.shape for s in kernel.addressable_shards} == {(1, columns, 64)}
+    (slot,) = (x for x in jax.tree.leaves(state.opt_state) if x.shape == kernel.shape)
+    assert slot.sharding == kernel.sharding
+    plain = dataclasses.replace(state, metrics=expected.metrics)
+    assert_close(plain, expected, rtol=1e-3, atol=1e-5)
+    found, wanted = cut.evaluate(state)['test'], whole.evaluate(expected)['test']
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert kernel.sharding.spec == P('ensemble', *kernel.sharding.spec[1:])
+
+
+def test_combinations() -> None:
+    logits = np.random.default_rng(0).normal(size=(3, 5, 4)) * 3
+    softmax = scipy.special.softmax(logits, axis=-1).mean(0)
+    np.testing.assert_allclose(np.exp(mean_softmax(logits)), softmax, rtol=1e-4)
+    sigmoid = scipy.special.expit(logits).mean(0)
+    np.testing.assert_allclose(jax.nn.sigmoid(mean_sigmoid(logits)), sigmoid, rtol=1e-4)
+    np.testing.assert_allclose(
+        mean({'y': logits.astype(np.float32)})['y'], logits.mean(0), atol=1e-5
+    )
+    with pytest.raises(UserError, match='arrays of int32, which have no mean'):
+        mean(np.zeros((2, 3), np.int32))
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        ({'size': 0}, r'size: expected at least 1, got 0'),
+        ({'vary': {'model': {'features': (1, 2)}}}, r"'model.features' cannot vary"),
+        ({'vary': {'optimizer': {'learning_rate': (0.1,)}}}, r'a tuple of 2 numbers, one for each'),
+        ({'vary': {'optimizer': {'rate': (1, 2)}}}, r"optax:sgd takes no argument 'rate'"),
+        ({'vary': {'optimizer': {'clip_norm': (1, 2)}}}, r'clip_norm is no argument of'),
+        ({'vary': {'optimizer': {'learning_rate': {'x': (1, 2)}}}}, r"'learning_rate' is 0.01"),
+        ({'vary': {'seed': (0, 0.5)}}, r'a tuple of 2 integers'),
+        ({'vary': {'seed': (0, 2**40)}}, r'has more than 32 bits'),
+    ],
+)  # fmt: skip
+def test_mistakes(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        experiment(ensemble={'size': 2, **given})
+
+
+def test_mistakes_that_show_later() -> None:
+    schedule = {
+        'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
+        'warmup_steps': 1, 'decay_steps': 9,
+    }  # fmt: skip
+    vary = {'optimizer': {'learning_rate': {'peak_value': (0.1, 0.2)}}}
+    made = experiment(optimizer={'learning_rate': schedule}, ensemble=ensemble(**vary))
+    with pytest.raises(UserError, match=r'several values of learning_rate\.peak_value'):
+        Trainer(made).init_state()
+    with pytest.raises(UserError, match='leave one of the two out'):
+        experiment(ensemble=ensemble(), init_from={'path': 'anywhere'})
+    with pytest.raises(UserError, match=r'3 members \(config.ensemble.size\) do not divide'):
+        Trainer(experiment(ensemble={'size': 3}, mesh={'ensemble': 2, 'data': -1})).init_state()
+    trainer = Trainer(experiment(ensemble=ensemble()))
+    with pytest.raises(UserError, match='name one, as in'):
+        trainer.model(trainer.init_state())
+
+
+def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
+    """The path of what varies may be given as a path or as a key."""
+    args = ('--config.ensemble.size=2', '--config.ensemble.vary.optimizer.learning_rate=(0.1,0.01)')
+    finished = command.train(tmp_path / 'run', *args, '--config.train_for=1epochs')
+    assert '  member 1  seed 1, optimizer.learning_rate 0.01\n' in finished.out
+    assert 'eval/test/member_1  accuracy ' in finished.out
+    assert 'train/member_1' not in finished.out
+    values = command.result(tmp_path / 'run')['metrics']
+    assert values['eval/test/member_0/loss'] < values['eval/test/member_1/loss']
+    for mode in ('eval', 'predict', 'summary', 'dry_run'):
+        key = "--config.ensemble.vary={'optimizer.learning_rate': (0.1, 0.01)}"
+        again = command.run(
+            command.MLP, *command.SMALL, args[0], key, '--config.train_for=1epochs',
+            f'--workdir={tmp_path / "run"}', f'--mode={mode}',
+        )  # fmt: skip
+        assert again.code == 0, again.err

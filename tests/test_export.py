@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model for programs that know nothing of this one."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import serialization
+from flax.traverse_util import flatten_dict
+from jax import export as jax_export
+
+from tests import command
+from trainer import export
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.step.state import TrainState
+from trainer.trainer import Trainer
+from trainer.transfer import safetensors
+
+CONFIG = str(command.ROOT / 'configs' / 'mnist_mlp.py')
+
+
+def trained(**options: Any) -> tuple[Trainer, TrainState]:
+    small = {
+        'train_for': '5 steps', 'checkpoint__every': 'never', 'data__source__limit': 320,
+        'evals__test__data__source__limit': 64, 'evals__test__every': 'never',
+    }  # fmt: skip
+    trainer = Trainer(load_and_build(CONFIG, **{**small, **options}))
+    return trainer, trainer.fit().state
+
+
+def written(
+    directory: pathlib.Path, trainer: Trainer, state: TrainState, **options: Any
+) -> tuple[dict[str, Any], Any]:
+    """Returns what export.json says, and the function as another program reads it."""
+    axes = tuple(trainer.mesh.shape)
+    about = export.write(
+        trainer.evaluators['test'], state, epath.Path(directory), axes=axes, **options
+    )
+    assert json.loads((directory / 'export.json').read_text()) == about
+    data = bytearray((directory / 'model.jax_export').read_bytes())
+    return about, jax_export.deserialize(data)
+
+
+def examples(trainer: Trainer) -> np.ndarray:
+    return trainer.evaluators['test'].loader.block(0, 1).arrays['image'][0][:64]
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    'batch_stats': {'model__batch_norm': True, 'model__dropout_rate': 0.5},
+    'average': {'ema': {'decay': 0.5}, 'evals__test__ema': True},
+    'nnx': {'model__target': 'models.mlp_nnx:MLP', 'model__batch_norm': True},
+    'ensemble': {'ensemble': {'size': 3}},
+    'cut': {'mesh': {'data': 4, 'model': 2}, 'sharding': ({
+        'target': 'trainer.parallel.sharding:ByPath',
+        'rules': (('Dense_0/kernel', (None, 'model')),),
+    },)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -> None:
+    """M6: those of the trainer, of the fields that they are made from and no others."""
+    trainer, state = trained(**RUNS[name])
+    about, function = written(tmp_path, trainer, state)
+    assert about['arguments'] == ['batch']
+    assert about['batch'] == {'image': 'uint8[rows, 28, 28, 1]'}
+    assert about['outputs'] == {'class': 'int32[rows]', 'probability': 'float32[rows]'}
+    assert function.platforms == ('cpu', 'cuda', 'tpu')
+    (expected,) = trainer.predict('test', state)
+    images = examples(trainer)
+    for rows in (1, 7, 64):
+        found = function.call({'image': images[:rows]})
+        assert np.array_equal(found['class'], expected['class'][:rows])
+        np.testing.assert_allclose(
+            found['probability'], expected['probability'][:rows], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_variables_are_written_exactly(tmp_path: pathlib.Path) -> None:
+    """H21: as msgpack and as safetensors, in their own dtypes, and a run can start from both."""
+    options = {'precision': {'params': 'bfloat16'}, 'model__batch_norm': True}
+    trainer, state = trained(**options)
+    about, _ = written(tmp_path, trainer, state)
+    paths = {'/'.join(path): x for path, x in flatten_dict(state.variables).items()}
+    assert {str(x.dtype) for x in paths.values()} == {'bfloat16', 'float32'}
+    assert set(about['variables']) == set(paths)
+    tensors = safetensors.read(tmp_path / 'variables.safetensors')
+    tree = serialization.msgpack_restore((tmp_path / 'variables.msgpack').read_bytes())
+    for each in (tensors, {'/'.join(path): x for path, x in flatten_dict(tree).items()}):
+        assert {path: x.dtype for path, x in each.items()} == {p: x.dtype for p, x in paths.items()}
+        assert all(np.array_equal(x, paths[path]) for path, x in each.items())
+    template = jax.tree.map(jnp.zeros_like, state.variables)
+    again = serialization.from_bytes(template, (tmp_path / 'variables.msgpack').read_bytes())
+    jax.tree.map(np.testing.assert_array_equal, again, state.variables)
+    for file in ('variables.safetensors', 'variables.msgpack'):
+        other = load_and_build(CONFIG, init_from={'path': str(tmp_path / file)}, **options)
+        fresh = Trainer(other).init_state()
+        jax.tree.map(np.testing.assert_array_equal, fresh.variables, state.variables)
+
+
+def test_large_variables_are_an_argument(tmp_path: pathlib.Path) -> None:
+    trainer, state = trained()
+    about, function = written(tmp_path, trainer, state, most_within=1000)
+    assert about['arguments'] == ['variables', 'batch']
+    assert (tmp_path / 'model.jax_export').stat().st_size < 50_000
+    variables = serialization.msgpack_restore((tmp_path / 'variables.msgpack').read_bytes())
+    (expected,) = trainer.predict('test', state)
+    found = function.call(variables, {'image': examples(trainer)[:7]})
+    assert np.array_equal(found['class'], expected['class'][:7])
+
+
+class Halves(nn.Module):
+    """Does something else with large batches."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(10)(x.reshape(x.shape[0], -1))
+        return x if x.shape[0] > 100 else 2 * x
+
+
+def test_a_model_that_computes_with_the_number_of_rows(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is exported for batches of one size, and that is said."""
+    model = {'target': f'{__name__}:Halves'}
+    trainer, state = trained(model=model, evals__test__data__batch_size=32)
+    with caplog.at_level('WARNING', 'trainer'):
+        about, function = written(tmp_path, trainer, state)
+    assert 'takes batches of 32 rows only' in caplog.text
+    assert about['batch'] == {'image': 'uint8[32, 28, 28, 1]'}
+    expected = next(iter(trainer.predict('test', state)))
+    found = function.call({'image': examples(trainer)[:32]})
+    assert np.array_equal(found['class'], expected['class'])
+
+
+# All that another program needs.
+CALLER = """
+import sys
+import numpy as np
+from jax import export
+function = export.deserialize(bytearray(open('model.jax_export', 'rb').read()))
+images = np.load('images.npy')
+np.save('classes.npy', function.call({'image': images})['class'])
+assert not {'trainer', 'flax', 'optax'} & {name.split('.')[0] for name in sys.modules}
+"""
+
+
+def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
+    """A process that has JAX and nothing of this project makes the same predictions."""
+    args = (command.MLP, *command.SMALL, f'--workdir={tmp_path}', '--config.train_for=5steps')
+    for mode in ('train', 'predict', 'export'):
+        finished = command.run(*args, f'--mode={mode}')
+        assert finished.code == 0, finished.err
+    assert 'outputs: class int32[rows], probability float32[rows]\n' in finished.out
+    directory = tmp_path / 'export_5'
+    np.save(directory / 'images.npy', examples(Trainer(load_and_build(CONFIG))))
+    subprocess.run([sys.executable, '-I', '-c', CALLER], cwd=directory, check=True)
+    with np.load(tmp_path / 'predictions_test_5.npz') as predicted:
+        assert np.array_equal(np.load(directory / 'classes.npy'), predicted['class'][:64])
+
+
+def plain(model: Any, batch: Any) -> jax.Array:
+    return (model(batch['image']) ** 2).sum(-1)
+
+
+def test_mistakes(tmp_path: pathlib.Path) -> None:
+    trainer, state = trained(task={'ref': f'{__name__}:plain'})
+    with pytest.raises(UserError, match=r'evals.test: its task .* has no method predict'):
+        written(tmp_path, trainer, state)
+    for given, word in (('cpu,abc', "'abc'"), ('', 'nothing')):
+        finished = command.run(command.MLP, '--mode=export', f'--platforms={given}')
+        assert finished.code == 2
+        assert f'--platforms: expected some of cpu, cuda, rocm, tpu, got {word}' in finished.err

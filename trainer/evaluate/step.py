@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One batch of an evaluation, as pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from trainer.modules import Functional
+from trainer.modules.bound import BoundModel
+from trainer.step.metrics import Count
+from trainer.step.rng import Keys
+from trainer.step.task_runner import MASK, TaskRunner, merge_metrics
+from trainer.step.tasks import TaskOutput
+
+# Where a task's `model.ema` travels among the variables.
+EMA = '_ema'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalStep:
+    """One batch of an evaluation, as a pure function that accumulates on the devices.
+
+    Attributes:
+        model: the model's functional interface.
+        task: what the model is asked to do with a batch.
+        seed: the run's seed, for tasks that draw random numbers at evaluation.
+    """
+
+    model: Functional
+    task: TaskRunner
+    seed: int | jax.Array
+
+    def output_shapes(self, variables: Any, batch: Any) -> TaskOutput:
+        """Returns the shapes of the task's output, from arrays or their shapes."""
+        return jax.eval_shape(self._output, variables, batch, 0, 0)
+
+    def empty(self, output: TaskOutput) -> dict[str, Any]:
+        """Returns accumulators that have seen nothing, for outputs of these shapes."""
+        return {'task': self.task.empty(output), 'examples': Count.empty()}
+
+    def __call__(
+        self,
+        totals: dict[str, Any],
+        variables: Mapping[str, Any],
+        step: jax.Array,
+        index: jax.Array,
+        batch: Mapping[str, jax.Array],
+    ) -> dict[str, Any]:
+        """Returns the totals with this batch's real rows added.
+
+        Args:
+            totals: what `empty` or an earlier call returned; donated.
+            variables: parameters and collections.
+            step: int32 scalar, the state's step.
+            index: int32 scalar, the batch's number.
+            batch: arrays (rows, ...), `_mask` among them.
+        """
+        output = self._output(variables, batch, step, index)
+        new = {
+            'task': self.task.measure(output),
+            'examples': Count.from_model_output(batch[MASK]),
+        }
+        return merge_metrics(totals, new)
+
+    def predict(
+        self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
+    ) -> dict[str, jax.Array]:
+        """Returns the task's predictions for all rows of a batch, and their mask."""
+        keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
+        task: Any = self.task.task
+        outputs = task.predict(self._bind(variables, keys), self.task.prepared(batch))
+        return {**outputs, MASK: batch[MASK]}
+
+    def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
+        keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
+        return self.task(self._bind(variables, keys), batch)
+
+    def _bind(self, variables: Mapping[str, Any], keys: Keys) -> BoundModel:
+        rest = {name: value for name, value in variables.items() if name != EMA}
+        return self.model.bind(rest, keys, ema=variables.get(EMA))

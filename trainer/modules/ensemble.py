@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several sets of variables of one module, called as one model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from trainer.modules import Functional
+from trainer.modules.bound import BoundModel, Calls, Steps
+from trainer.step.combine import mean
+from trainer.step.rng import Keys
+
+Combine = Callable[[Any], Any]
+
+
+class EnsembleModel(BoundModel):
+    """A model each of whose variables has a dimension for the members before all others.
+
+    A call is a call of every member; what they return is combined. `model.params` and
+    `model.variables` are those of all members.
+    """
+
+    def __init__(
+        self,
+        functional: Functional,
+        variables: Mapping[str, Any],
+        keys: Keys,
+        seeds: jax.Array,
+        *,
+        ema: Any = None,
+        combine: Combine,
+        axis: str | None = None,
+    ):
+        """Binds; nothing runs before a call.
+
+        Args:
+            functional: the module.
+            variables: of all members.
+            keys: their random keys, but for the seed.
+            seeds: int32 (members,).
+            ema: the members' moving averages, or None.
+            combine: makes one output of those of the module's own call, stacked over the members;
+                outputs of its methods and parts are averaged.
+            axis: mesh axis that the members are spread over, or None.
+        """
+        collections = {name: value for name, value in variables.items() if name != 'params'}
+        super().__init__(variables['params'], Calls(collections), keys, ema=ema)
+        self._functional = functional
+        self._seeds = seeds
+        self._combine = combine
+        self._axis = axis
+
+    def _field(self, name: str) -> Any:
+        first = jax.tree.map(lambda x: x[0], self.variables)
+        return self._functional.bind(first, self._keys)._field(name)
+
+    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+        def call(variables: Any, seed: jax.Array) -> Any:
+            model = self._functional.bind(variables, dataclasses.replace(self._keys, seed=seed))
+            model._calls.count = self._calls.count
+            return model._apply(steps, args, kwargs)
+
+        outputs = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
+        self._calls.count += 1
+        return mean(outputs) if steps else self._combine(outputs)

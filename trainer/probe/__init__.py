@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks inside a model while it trains: captures, the finite check, gradients of intermediates."""

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the loss with respect to intermediate values: `--mode=grad_probe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from trainer.config.errors import UserError
+from trainer.modules.tap import NAME, ROOT, Tap
+from trainer.probe.forward import Batch, Forward
+from trainer.probe.measures import floats
+from trainer.step.state import TrainState
+from trainer.step.task_runner import inverse, loss_sums
+from trainer.step.tasks import TaskOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """The gradient with respect to one value.
+
+    Attributes:
+        path: of the module whose output it is, or what the module calls it in `self.perturb`.
+        gradient: of the loss, in the shape of the value; with a leading dimension for each scan
+            around it. Of a module that is called several times the sum over the calls.
+        value_norm: L2 norm of the value, over all calls; None where only its name is known.
+    """
+
+    path: str
+    gradient: np.ndarray
+    value_norm: float | None
+
+    @property
+    def norm(self) -> float:
+        """The L2 norm of the gradient."""
+        return float(np.linalg.norm(self.gradient.astype(np.float32).ravel()))
+
+
+def gradients(
+    forward: Forward, state: TrainState, batch: Batch, match: Sequence[str] = ()
+) -> list[Gradient]:
+    """Returns the gradients of the loss of a train step, in the order of the calls.
+
+    Under `config.accumulate` the loss is that of the first slice; of several losses it is the sum.
+
+    Args:
+        forward: the forward pass of the train step.
+        state: whose variables.
+        batch: arrays (rows, ...).
+        match: patterns of modules; their outputs come besides what the model itself names with
+            `self.perturb`.
+
+    Raises:
+        UserError: if there is nothing to differentiate by.
+    """
+    patterns = [re.compile(pattern) for pattern in match]
+    state = dataclasses.replace(state, metrics=None)
+
+    def wants(path: str) -> bool:
+        return any(pattern.fullmatch(path or ROOT) for pattern in patterns)
+
+    def made(state: TrainState, batch: Batch) -> Any:
+        tap = Tap(wants=wants, perturbations={})
+        forward(tap, state, batch, slices=1)
+        called.extend(tap.called)
+        return tap.perturbations
+
+    def run(state: TrainState, batch: Batch) -> Any:
+        def loss(perturbations: Any) -> Any:
+            tap = Tap(_squares, wants=wants, perturbations=perturbations)
+            (output,) = forward(tap, state, batch, slices=1)
+            return _loss(output), tap.found
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.grad(loss, has_aux=True)(zeros)
+
+    called: list[str] = []
+    shapes = forward.shapes(made, state, batch)
+    if not jax.tree.leaves(shapes):
+        raise UserError(_nothing(match, called))
+    grads, found = jax.device_get(forward.compiled(run)(state, batch))
+    return _in_order(grads, found)
+
+
+def table(gradients: Sequence[Gradient]) -> str:
+    """Returns path, shape, norm of value and norm of gradient of each."""
+    rows = [('path', 'shape', 'norm of value', 'norm of gradient')]
+    for each in gradients:
+        shape = ' x '.join(map(str, each.gradient.shape)) or 'scalar'
+        value = '-' if each.value_norm is None else f'{each.value_norm:.5g}'
+        rows.append((each.path, shape, value, f'{each.norm:.5g}'))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return '\n'.join(
+        f'{path:<{widths[0]}}  {shape:<{widths[1]}}  {value:>{widths[2]}}  {norm:>{widths[3]}}'
+        for path, shape, value, norm in rows
+    )
+
+
+def _loss(output: TaskOutput) -> jax.Array:
+    totals, weights = loss_sums(output)
+    penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
+    return sum((totals[name] * inverse(weights[name]) for name in totals), penalty)
+
+
+def _squares(output: Any, inputs: Any, variables: Any) -> list[jax.Array]:
+    return [jnp.sum(jnp.square(x.astype(jnp.float32))) for _, x in floats(output)]
+
+
+def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
+    squares: dict[str, np.ndarray] = {}
+    orders: dict[str, int] = {}
+    for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
+        orders.setdefault(path, int(np.min(record['order'])))
+        # Over all layers of a scan, and all calls.
+        squares[path] = squares.get(path, 0.0) + np.array([np.sum(x) for x in record['seen']])
+    timed = []
+    for keys, gradient in traverse_util.flatten_dict(dict(grads)).items():
+        *place, name = map(str, keys)
+        path = '/'.join(place)
+        if name.startswith(f'{NAME}_'):
+            number = int(name.removeprefix(f'{NAME}_'))
+            several = f'/{number}' if len(squares[path]) > 1 else ''
+            label, norm = f'{path or ROOT}{several}', math.sqrt(squares[path][number])
+            when: tuple[float, int] = (orders[path], number)
+        else:
+            # What a module names itself comes at the end: nothing is known of it but the name.
+            label, norm, when = '/'.join((*place, name)), None, (math.inf, 0)
+        one = Gradient(path=label, gradient=np.asarray(gradient), value_norm=norm)
+        timed.append((when, label, one))
+    return [one for *_, one in sorted(timed, key=lambda item: item[:2])]
+
+
+def _nothing(match: Sequence[str], called: Sequence[str]) -> str:
+    if called:
+        return (
+            f'{", ".join(dict.fromkeys(called))}: in a lifted module (nn.scan, nn.vmap) that keeps '
+            "'perturbations' to itself; give it variable_axes={'perturbations': 0, "
+            "'intermediates': 0, ...}"
+        )
+    if not match:
+        return (
+            'the model names no value with self.perturb; name modules, whose outputs are taken: '
+            "--match='.*' takes all"
+        )
+    return (
+        'the model names no value with self.perturb, and no module has a path that matches '
+        f'{", ".join(map(repr, match))}. A pattern must match a whole path; --mode=summary shows '
+        "the modules, and --match='.*' takes all"
+    )

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What looks at a run from aside at its events; without a key in the config there is nothing."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from trainer.observe.reporter import Reporter
+from trainer.parallel import processes
+from trainer.probe.capture import Captures
+from trainer.probe.forward import Batch, Forward
+from trainer.probe.guard import Guard
+from trainer.startup import abstract_batch
+from trainer.step.state import TrainState
+
+if TYPE_CHECKING:
+    from trainer.parts import Parts
+
+
+class Probes:
+    """The captures and the guard of a run."""
+
+    def __init__(self, parts: Parts, report: Reporter | None = None):
+        """Makes nothing yet.
+
+        Args:
+            parts: the run's programs, mesh, data and work directory.
+            report: gets what is found.
+        """
+        self._parts = parts
+        self._report = report
+
+    def prepare(self) -> None:
+        """Checks `config.capture` against the model.
+
+        Raises:
+            UserError: for a pattern that matches nothing.
+        """
+        if self._captures is not None:
+            spec = abstract_batch(self._parts.experiment.data.spec)
+            self._captures.prepare(self._parts.programs.abstract, spec)
+
+    def begin(self, step: int, state: TrainState) -> None:
+        """Is told of the state that the run starts from."""
+        if self._guard is not None:
+            self._guard.keep(step, state)
+
+    def run(self, step: int, state: TrainState, batch: Batch, *, stacked: bool) -> None:
+        """Looks at a run at one of its events, before anything is evaluated or saved.
+
+        Args:
+            step: number of completed updates.
+            state: at this step.
+            batch: the last one that the run has consumed, or the stack that ends with it.
+            stacked: whether it is a stack.
+
+        Raises:
+            NonFiniteError: see `config.guard`.
+        """
+        assert self._report is not None
+        if self._guard is not None:
+            self._report.flush()
+            message = self._guard.check(step, state, self._report.latest)
+            if message is not None:
+                self._report.progress.message(message)
+        due = self._captures.due(step) if self._captures is not None else []
+        if due and self._captures is not None:
+            # What is still queued is the steps' time, not the capture's.
+            self._report.flush()
+            with self._report.time.spent('eval'):
+                captured = self._captures.run(due, step, state, batch, stacked=stacked)
+                self._report.captured(step, captured.row, captured.histograms)
+            if captured.message is not None:
+                self._report.progress.message(captured.message)
+
+    @functools.cached_property
+    def _forward(self) -> Forward:
+        return Forward.of(self._parts.experiment, self._parts.mesh)
+
+    @functools.cached_property
+    def _captures(self) -> Captures | None:
+        captures, workdir = self._parts.experiment.captures, self._parts.workdir
+        if not captures:
+            return None
+        writes = workdir is not None and processes.is_primary()
+        return Captures(captures, self._forward, workdir.path if workdir and writes else None)
+
+    @functools.cached_property
+    def _guard(self) -> Guard | None:
+        guard = self._parts.experiment.guard
+        return None if guard is None else Guard(self._parts, self._forward, stops=guard == 'stop')

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ensembles and sweeps: several members of one experiment trained by one program.
+
+Every member is the experiment with another seed, and perhaps other numbers in its optimizer. The
+state holds them side by side, in a dimension before all others; the batch and the step's number are
+common to all. A member's course is the one that it would take alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainer.config.errors import UserError
+from trainer.step import varied
+from trainer.step.optimizer import Optimizer
+from trainer.step.state import TrainState
+from trainer.step.task_runner import compute_metrics
+from trainer.step.train_step import TrainStep
+
+# The mesh axis that members are spread over, where a mesh has it.
+AXIS = 'ensemble'
+
+# Which of the state's parts every member has for itself.
+_PARTS = ('params', 'opt_state', 'collections', 'metrics', 'ema', 'loss_scale')
+_DIMS = TrainState(**dict.fromkeys(_PARTS, 0), step=None)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Who the members are.
+
+    Attributes:
+        seeds: of each member.
+        values: what each member's optimizer has at a path below `config.optimizer`, by path.
+        optimizer: makes the optimizer with other values at those paths.
+    """
+
+    seeds: tuple[int, ...]
+    values: Mapping[str, tuple[float, ...]]
+    optimizer: Callable[[Mapping[str, Any]], Optimizer]
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.seeds)
+
+    def axis(self, mesh: Mesh) -> str | None:
+        """Returns the mesh axis that the members are spread over, None if the mesh has none.
+
+        Raises:
+            UserError: if they do not divide over it.
+        """
+        parts = mesh.shape.get(AXIS)
+        if parts is None:
+            return None
+        if self.size % parts:
+            raise UserError(
+                f'config.mesh: {self.size} members (config.ensemble.size) do not divide over the '
+                f'{parts} devices of the axis {AXIS!r}'
+            )
+        return AXIS
+
+    def describe(self, member: int) -> str:
+        """Returns 'seed 3, optimizer.learning_rate 0.1'."""
+        varied = [f'optimizer.{path} {values[member]:g}' for path, values in self.values.items()]
+        return ', '.join([f'seed {self.seeds[member]}', *varied])
+
+
+def member_state(state: TrainState, member: int) -> TrainState:
+    """Returns one member's part of an ensemble's state: a state as it would be alone."""
+    state = dataclasses.replace(state, metrics=state.metrics.stacked)
+    parts = {name: jax.tree.map(lambda x: x[member], getattr(state, name)) for name in _PARTS}
+    return dataclasses.replace(state, **parts)
+
+
+@flax.struct.dataclass
+class PerMember(clu.metrics.Metric):
+    """A tree of metrics, each of whose numbers has a dimension for the members before all others.
+
+    Attributes:
+        stacked: the tree.
+    """
+
+    stacked: Any
+
+    def compute(self) -> list[Any]:
+        """Returns the tree of computed values of each member."""
+        size = jax.tree.leaves(self.stacked)[0].shape[0]
+        trees = (jax.tree.map(lambda x, i=i: x[i], self.stacked) for i in range(size))
+        return [compute_metrics(tree) for tree in trees]
+
+
+def mean_and_each(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the mean of each value over the members, and 'member_<i>/<name>' for each of them."""
+    row = {name: float(np.mean([each[name] for each in rows])) for name in rows[0]}
+    for index, each in enumerate(rows):
+        row.update({f'member_{index}/{name}': float(value) for name, value in each.items()})
+    return row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnsembleStep:
+    """The train steps of all members as one: see `TrainStep`.
+
+    Attributes:
+        member: the step of the first member.
+        ensemble: who they are.
+        axis: mesh axis that the members are spread over, or None.
+    """
+
+    member: TrainStep
+    ensemble: Ensemble
+    axis: str | None = None
+
+    @classmethod
+    def of(cls, step: TrainStep, ensemble: Ensemble, mesh: Mesh) -> EnsembleStep:
+        """Returns the step of an ensemble's members on a mesh, from that of a lone model."""
+        first = {path: each[0] for path, each in ensemble.values.items()}
+        member = dataclasses.replace(step, seed=ensemble.seeds[0])
+        if first:
+            member = dataclasses.replace(member, optimizer=ensemble.optimizer(first))
+        return cls(member=member, ensemble=ensemble, axis=ensemble.axis(mesh))
+
+    def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
+        """Returns the first state, from the shapes of a training batch."""
+
+        def one(seed: jax.Array, values: dict[str, jax.Array]) -> TrainState:
+            return self._member(seed, values).init(spec)
+
+        return _wrapped(self._map(one, (0, 0))(*self._members()))
+
+    def restarted(self, state: TrainState) -> TrainState:
+        """Returns the state with the rest of it as its parameters start them."""
+
+        def one(seed: jax.Array, values: dict[str, jax.Array], state: TrainState) -> TrainState:
+            return self._member(seed, values).restarted(state)
+
+        return _wrapped(self._map(one, (0, 0, _DIMS))(*self._members(), _unwrapped(state)))
+
+    def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> PerMember:
+        """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
+        alone = jax.eval_shape(lambda s: member_state(s, 0), state)
+        empty = self.member.empty_metrics(alone, batch)
+        size = self.ensemble.size
+        return PerMember(jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), empty))
+
+    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
+        """Returns the state after one step of every member on this batch."""
+
+        def one(seed: jax.Array, state: TrainState) -> TrainState:
+            # As the state has them: what an optimizer logs is what it does.
+            values = varied.read(state.opt_state, self.ensemble.values)
+            return self._member(seed, values)(state, batch)
+
+        seeds, _ = self._members()
+        return _wrapped(self._map(one, (0, _DIMS))(seeds, _unwrapped(state)))
+
+    def stacked(self, alone: TrainState, mesh: Mesh) -> TrainState:
+        """Returns the shapes and shardings of all members' state from those of one.
+
+        Args:
+            alone: shapes, dtypes and shardings.
+            mesh: the device mesh.
+        """
+
+        def stack(axis: str | None, tree: Any) -> Any:
+            def one(leaf: Any) -> jax.ShapeDtypeStruct:
+                spec = PartitionSpec(axis, *leaf.sharding.spec)
+                shape = (self.ensemble.size, *leaf.shape)
+                sharding = NamedSharding(mesh, spec)
+                return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+            return jax.tree.map(one, tree)
+
+        # Metrics are fetched whole.
+        axes = {name: None if name == 'metrics' else self.axis for name in _PARTS}
+        parts = {name: stack(axis, getattr(alone, name)) for name, axis in axes.items()}
+        return _wrapped(dataclasses.replace(alone, **parts))
+
+    def _member(self, seed: Any, values: Mapping[str, Any]) -> TrainStep:
+        optimizer = self.ensemble.optimizer(values) if values else self.member.optimizer
+        return dataclasses.replace(self.member, seed=seed, optimizer=optimizer)
+
+    def _members(self) -> tuple[jax.Array, dict[str, jax.Array]]:
+        values = {path: jnp.asarray(x, jnp.float32) for path, x in self.ensemble.values.items()}
+        return jnp.asarray(self.ensemble.seeds, jnp.int32), values
+
+    def _map(self, one: Callable[..., TrainState], dims: Any) -> Callable[..., TrainState]:
+        return jax.vmap(one, in_axes=dims, out_axes=_DIMS, spmd_axis_name=self.axis)
+
+
+def _wrapped(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, metrics=PerMember(state.metrics))
+
+
+def _unwrapped(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, metrics=state.metrics.stacked)

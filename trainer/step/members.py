@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From `config.ensemble` to who the members are."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import numbers
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainer.config import paths
+from trainer.config.durations import Clock
+from trainer.config.errors import UserError
+from trainer.config.sections import OptimizerSection, Sections
+from trainer.step import building
+from trainer.step.ensemble import Ensemble
+from trainer.step.optimizer import Optimizer
+
+_VARY = 'config.ensemble.vary'
+_OPTIMIZER = 'optimizer.'
+
+
+def ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
+    """Returns the members that the config asks for, None if it trains one model.
+
+    Raises:
+        UserError: for what cannot vary among the members, or not in this way.
+    """
+    given = sections.ensemble
+    if given is None:
+        return None
+    if given.size < 1:
+        raise UserError(f'config.ensemble.size: expected at least 1, got {given.size}')
+    if sections.init_from is not None or sections.surgery:
+        raise UserError(
+            'config.ensemble: its members start from seeds of their own, and config.'
+            + ('surgery' if sections.init_from is None else 'init_from')
+            + ' gives all of them the same weights; leave one of the two out'
+        )
+    seeds = tuple(sections.seed + member for member in range(given.size))
+    values: dict[str, tuple[float, ...]] = {}
+    for path, found in _leaves(given.vary, ''):
+        _check_values(path, found, given.size)
+        if path == 'seed':
+            seeds = tuple(found)
+        elif path.startswith(_OPTIMIZER):
+            values[path.removeprefix(_OPTIMIZER)] = tuple(found)
+        else:
+            raise UserError(
+                f"{_VARY}: {path!r} cannot vary in one program; 'seed' can, and the numbers among "
+                "the arguments of config.optimizer, such as 'optimizer.learning_rate'"
+            )
+    _check_seeds(seeds)
+    for path in values:
+        _check_path(sections.optimizer, path)
+    made = functools.partial(_optimizer, sections.optimizer, clock)
+    for member in range(given.size if values else 0):
+        made({path: each[member] for path, each in values.items()})  # It may refuse the number.
+    return Ensemble(seeds=seeds, values=values, optimizer=made)
+
+
+def _optimizer(section: OptimizerSection, clock: Clock, values: Mapping[str, Any]) -> Optimizer:
+    return building.optimizer(section, clock, values)[0]
+
+
+def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f'{prefix}{key}.')
+        else:
+            yield f'{prefix}{key}', value
+
+
+def _check_values(path: str, values: Any, size: int) -> None:
+    whole = path == 'seed'
+    kind: type = numbers.Integral if whole else numbers.Real
+    fits = isinstance(values, (tuple, list)) and len(values) == size
+    if not fits or not all(isinstance(x, kind) and not isinstance(x, bool) for x in values):
+        raise UserError(
+            f'{_VARY}.{path}: expected a tuple of {size} {"integers" if whole else "numbers"}, one '
+            f'for each member (config.ensemble.size), got {values!r}'
+        )
+
+
+def _check_seeds(seeds: tuple[int, ...]) -> None:
+    for seed in seeds:
+        if not -(2**31) <= seed < 2**31:
+            raise UserError(f'config.ensemble: the seed {seed} of a member has more than 32 bits')
+
+
+def _check_path(section: OptimizerSection, path: str) -> None:
+    """Checks that a path below `config.optimizer` may be an argument of an optimizer."""
+    keys, node = paths.parse(path), section.node
+    if keys[0] == 'groups' and len(keys) > 2 and keys[1] in section.groups:
+        node, keys = section.groups[str(keys[1])].node, keys[2:]
+    own = {field.name for field in dataclasses.fields(section)} - {'node'}
+    if keys[0] in own:
+        raise UserError(
+            f'{_VARY}: config.optimizer.{path} is no argument of an optimizer, and only those can '
+            'vary'
+        )
+    inner: Any = node
+    for key in keys[:-1]:
+        inner = _at(inner, key)
+        if not isinstance(inner, (Mapping, tuple, list)):
+            raise UserError(
+                f'{_VARY}: there is no config.optimizer.{path}: {key!r} is {inner!r} there'
+            )
+
+
+def _at(node: Any, key: str | int) -> Any:
+    try:
+        return node[key]
+    except (LookupError, TypeError):
+        return None
