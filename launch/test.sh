@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Runs the tests: launch/test.sh [--all] [pytest arguments]
-# The default suite takes some minutes; --all adds lint, types, slow tests, and a short run on the
-# newest other Python of this machine.
+# The default suite takes some minutes; --all adds lint, types, slow tests, a short run on the newest
+# other Python of this machine, and the tests beside PyTorch and on real weights, if these can be had.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_venv "$root/.venv"
@@ -17,4 +17,5 @@ ruff check .
 ruff format --check .
 mypy
 bash tests/smoke.sh
+bash tests/weights.sh || [[ $? == 3 ]]  # 3: they cannot be had here, which was said.
 exec python -m pytest -m 'not soak' "$@"

@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_the_readme_has_what_this_file_looks_for() -> None:
-    assert len(FILES) == 13
+    assert len(FILES) == 14
     assert COMMANDS[:2] == ['launch/local.sh --config=configs/mnist.py', 'launch/test.sh']
     assert len(COMMANDS) >= 15
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,13 +16,14 @@ from trainer.config import loading, schema, suggest, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import CaptureSection, PrecisionSection, Sections
+from trainer.config.sections import PrecisionSection, Sections
 from trainer.early_stopping import EarlyStopping
 from trainer.events import Event
 from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
 from trainer.modules import Functional, functional
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
+from trainer.probe import building as probes
 from trainer.probe.capture import Capture
 from trainer.step import building, members
 from trainer.step.context import StepFunction
@@ -151,7 +151,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         log_every=log.every,
         tensorboard=log.tensorboard,
         profile=_profile(sections, clock),
-        captures=_captures(sections, clock),
+        captures=probes.captures(sections, clock),
         guard=sections.guard.non_finite if sections.guard else None,
         save_every=checkpoint.every,
         retention=Retention(
@@ -302,36 +302,6 @@ def _profile(sections: Sections, clock: Clock) -> Window | None:
         return None
     start = clock.steps(given.start, path='config.profile.start')
     return Window(start, start + positive(given.steps, 'config.profile.steps'))
-
-
-def _captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
-    for key in ('capture', 'guard'):
-        if getattr(sections, key) and sections.ensemble is not None:
-            raise UserError(f'config.{key}: an ensemble cannot be looked into; train one member')
-    return {
-        name: _capture(section, f'config.capture.{name}', sections, clock)
-        for name, section in sections.capture.items()
-    }
-
-
-def _capture(given: CaptureSection, path: str, sections: Sections, clock: Clock) -> Capture:
-    match = (given.match,) if isinstance(given.match, str) else given.match
-    for pattern in match:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f'{path}.match: {pattern!r} is no pattern: {error}') from error
-    if 'histogram' in given.what and not sections.log.tensorboard:
-        raise UserError(
-            f"{path}.what: a 'histogram' goes to TensorBoard, and config.log.tensorboard is off"
-        )
-    return Capture(
-        match=match,
-        every=clock.period(given.every or sections.log.every, path=f'{path}.every'),
-        what=frozenset(given.what),
-        rows=positive(given.rows, f'{path}.rows'),
-        keep=positive(given.keep, f'{path}.keep'),
-    )
 
 
 def _metric(metric: str, path: str, sections: Sections) -> str:

@@ -35,7 +35,6 @@ from trainer.parts import Parts
 from trainer.plan import flops
 from trainer.probe import gradients, modules
 from trainer.probe.files import write_npz
-from trainer.probe.forward import Forward
 from trainer.probe.guard import NonFiniteError
 from trainer.step.state import TrainState
 from trainer.trainer import Trainer
@@ -234,13 +233,8 @@ def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     startup.check_batch(trainer.experiment, batch_shards(trainer.mesh))
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     print(startup.summary(trainer, latest or 0))
-    experiment = trainer.experiment
-    if experiment.ensemble is None:
-        forward = Forward.of(experiment, trainer.mesh)
-        spec = startup.abstract_batch(experiment.data.spec)
-        print()
-        print(modules.table(modules.rows(forward, trainer.programs.abstract, spec)))
-        print()
+    if trainer.experiment.ensemble is None:
+        print(f'\n{modules.describe(trainer)}\n')
     print(f'flops     {flops.count(trainer.programs.step.jaxpr()):.3g} in a train step')
     return 0
 
@@ -262,16 +256,10 @@ def _grad_probe(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     startup.check_batch(experiment, batch_shards(trainer.mesh))
     saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
     state = _restore(trainer, command) if saved else trainer.init_state()
-    step = int(state.step)
-    if hasattr(experiment.data, 'restore'):
-        experiment.data.restore(step, None)  # A stream shows its first batch.
-    forward = Forward.of(experiment, trainer.mesh)
-    with trainer.batches(step, [1]) as batches:
-        (_, batch), *_ = batches
-        found = gradients.gradients(forward, state, batch, command.match)
-    print(f'gradients of the loss of step {step + 1:,}')
+    found = gradients.of_next_step(trainer, state, command.match)
+    print(f'gradients of the loss of step {int(state.step) + 1:,}')
     print(gradients.table(found))
-    path = workdir.path / f'gradients_{step}.npz'
+    path = workdir.path / f'gradients_{int(state.step)}.npz'
     if processes.is_primary():
         workdir.make()
         write_npz(path, {each.path: each.gradient for each in found})

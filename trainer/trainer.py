@@ -130,7 +130,7 @@ class Trainer(Parts):
                 step += count
                 self.report.stepped(step)
                 if step == due:
-                    look = functools.partial(self._probes.run, batch=batch, stacked=count > 1)
+                    look = functools.partial(self._probes.run, batches, batch, stacked=count > 1)
                     state = self._run_events(step, state, batches, look)
                     due = self._events.next_due(step)
                 if self._stopping() or self._stopped_early:

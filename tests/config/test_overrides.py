@@ -117,6 +117,14 @@ def test_a_variable_that_nothing_references_is_an_error() -> None:
         loading.check_vars(changed)
 
 
+def test_variables_are_free_values() -> None:
+    """Of any kind: nothing of a run is read from them but through their references."""
+    changed = config()
+    changed.vars = ml_collections.ConfigDict(dict(width=3, names=('a', 'b'), inner=dict(x=1.5)))
+    changed.model.widths = (changed.vars.get_ref('width'),)
+    assert schema.read(loading.plain(changed)).vars['inner'] == {'x': 1.5}
+
+
 def test_command_lines() -> None:
     spec, assignments, rest = overrides.parse_argv(
         ['--config=a.py:b', '--config.x=1', '--config.y', '2', '--mode=train', 'stray']

@@ -121,6 +121,35 @@ def test_scans_pass_on_what_they_are_told_to() -> None:
     assert closed.intermediates == {}
 
 
+class Branching(nn.Module):
+    """Sows in one branch only, which Flax allows as long as nobody listens."""
+
+    sows: bool = True
+
+    def setup(self) -> None:
+        self.one, self.two, self.last = nn.Dense(4), nn.Dense(4), nn.Dense(2)
+
+    def __call__(self, x: Any) -> Any:
+        if self.is_initializing():
+            self.one(x), self.two(x)
+
+        def first(module: Branching, x: Any) -> Any:
+            if self.sows:
+                module.sow('intermediates', 'h', x)
+            return module.one(x)
+
+        x = nn.cond(x.sum() > 0, first, lambda module, x: module.two(x), self, x)
+        return self.last(x)
+
+
+def test_branches_that_sow_differently_stay_allowed() -> None:
+    """1.K4."""
+    model = bind(Branching())
+    expected = Branching().apply(model.variables, X)
+    assert same(model(X), expected)
+    assert model.intermediates == {}
+
+
 class VAE(nn.Module):
     """A variational autoencoder of binary images, which sows its KL loss."""
 

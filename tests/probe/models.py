@@ -90,6 +90,34 @@ class Mark(nn.Module):
         return jnp.where(spoil, jnp.nan, x)
 
 
+class Lifted(nn.Module):
+    """Lifted modules of many kinds, a recurrent layer and a layer of NNX."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = x.reshape(len(x), 28, 28)
+        x = nn.RNN(nn.SimpleCell(8, name='cell'), name='rnn')(x)[:, -1]
+        x = nn.jit(nn.remat(nn.Dense))(8, name='dense')(x)
+        x = nnx.bridge.to_linen(nnx.Linear, 8, 8, name='of_nnx')(x)
+        axes = {'params': 0, 'intermediates': 0, 'perturbations': 0}
+        many = nn.vmap(
+            nn.Dense, variable_axes=axes, split_rngs={'params': True}, in_axes=None, axis_size=2
+        )
+        return nn.Dense(10, name='last')(many(8, name='many')(x).sum(0))
+
+
+class Bridged(nnx.Module):
+    """Linen within NNX."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        inner = nn.Sequential([nn.Dense(8), nn.relu])
+        self.of_linen = nnx.bridge.ToNNX(inner, rngs=rngs)
+        self.last = nnx.Linear(8, 10, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.last(self.of_linen(x.reshape(len(x), -1)))
+
+
 class Count(nnx.Variable):
     """Steps of training so far."""
 

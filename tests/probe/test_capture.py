@@ -21,6 +21,7 @@ from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.modules.bound import BoundModel
 from trainer.probe import measures
+from trainer.probe.gradients import of_next_step
 from trainer.step.rng import Keys
 from trainer.trainer import Trainer
 
@@ -247,3 +248,36 @@ def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
 
 def on_rows(model: Any, batch: Any) -> Any:
     return (model(batch['image'].reshape(len(batch['image']), -1)[:, :4]) ** 2).sum(-1)
+
+
+def test_branches_are_left_alone(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What surrounds them is captured, and a word says what is not."""
+    made = build(
+        {'target': 'tests.modules.test_intermediates:Branching', 'sows': False},
+        train_for='10 steps', task={'ref': f'{__name__}:on_rows'}, capture={'a': {'match': '.*'}},
+        guard={'non_finite': 'stop'},
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, 'trainer'):
+        Trainer(made, str(tmp_path)).fit()
+    assert 'one, two not captured: in a branch of nn.cond' in caplog.text
+    names = {name.split('/')[2] for name in rows(tmp_path)[0] if name != 'step'}
+    assert names == {'last', '(model)'}
+
+
+@pytest.mark.parametrize(
+    ('name', 'names'),
+    [
+        ('Lifted', ['rnn', 'dense', 'of_nnx', 'many[0]', 'many[1]', 'last', '(model)']),
+        ('Bridged', ['of_linen', 'last', '(model)']),
+    ],
+)
+def test_lifted_modules_and_bridges(name: str, names: list[str], tmp_path: pathlib.Path) -> None:
+    made = build(
+        {'target': f'tests.probe.models:{name}'}, train_for='10 steps',
+        capture={'a': {'match': '.*', 'what': ('file',)}}, guard={'non_finite': 'stop'},
+    )  # fmt: skip
+    trainer = Trainer(made, str(tmp_path))
+    state = trainer.fit().state
+    assert list(np.load(tmp_path / 'capture' / 'a' / '10.npz')) == names
+    found = [each.path for each in of_next_step(trainer, state, ('.*',))]
+    assert found == list(dict.fromkeys(name.partition('[')[0] for name in names))

@@ -24,6 +24,7 @@ from trainer.probe.forward import Forward
 from trainer.probe.gradients import Gradient, gradients
 from trainer.step.state import TrainState
 from trainer.step.task_runner import TaskRunner
+from trainer.trainer import Trainer
 
 
 class Foo(nn.Module):
@@ -171,10 +172,10 @@ def test_nothing_to_differentiate_by() -> None:
         probe(Shared(), params)
     with pytest.raises(UserError, match=r"matches 'Dense'\. A pattern must match a whole path"):
         probe(Shared(), params, ('Dense',))
+    with pytest.raises(UserError, match=r"--match: '\(' is no pattern"):
+        probe(Shared(), params, ('(',))
     closed = {'target': 'tests.modules.test_intermediates:Stack', 'kind': 'scan'}
     made = build(closed, task={'ref': 'tests.probe.test_capture:on_rows'})
-    from trainer.trainer import Trainer
-
     trainer = Trainer(made)
     forward = Forward.of(made, trainer.mesh)
     with trainer.batches(0, [1]) as batches:

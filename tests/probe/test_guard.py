@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from tests import command
+from tests.command import ROOT
+from tests.parallel import group
 from tests.probe.models import STEP, build, linen, of_nnx
 from trainer.config.errors import UserError
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, load_and_build
 from trainer.probe.guard import NonFiniteError
 from trainer.trainer import Trainer
 
@@ -173,3 +175,43 @@ def test_mistakes() -> None:
         UserError, match=r"config\.guard\.non_finite: 'go' is none of 'stop', 'warn'"
     ):
         build(linen(), guard={'non_finite': 'go'})
+    for key, value in (('guard', STOP), ('capture', {'a': {'match': '.*'}})):
+        with pytest.raises(UserError, match=rf'config\.{key}: an ensemble cannot be looked into'):
+            build(linen(), ensemble={'size': 2}, **{key: value})
+
+
+def stream(**overrides: Any) -> Experiment:
+    """A stream of texts and a learning rate that is not finite in one step."""
+    return load_and_build(
+        str(ROOT / 'configs' / 'lm_packed.py'), train_for='12 steps', log__every='4 steps',
+        evals={}, checkpoint__every='never', guard=overrides.pop('guard', STOP),
+        model={'target': 'models.transformer:Transformer', 'max_length': 128,
+               'width': 16, 'layers': 1, 'heads': 2},
+        optimizer={'target': 'optax:adamw', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
+        **overrides,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('resumes', [False, True])
+def test_a_stream_is_read_again(resumes: bool, tmp_path: pathlib.Path) -> None:
+    made = stream()
+    if resumes:
+        Trainer(made, str(tmp_path)).fit(max_steps=3)
+    found = message(made, tmp_path)
+    assert 'All was well at step 4; it began in step 6.' in found
+    assert 'it is the update that is not' in found
+
+
+def test_a_stream_that_goes_on_is_not_read_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Trainer(stream(guard={'non_finite': 'warn'})).fit().step == 12
+    assert 'Where it began is not known: the data is a stream' in capsys.readouterr().out
+
+
+def test_several_processes(tmp_path: pathlib.Path) -> None:
+    args = (
+        '--config.train_for=40steps', '--config.log.every=10steps', '--config.evals={}',
+        '--config.guard.non_finite=stop', f'--config.model={json.dumps(linen(bad=1))}',
+    )  # fmt: skip
+    codes, _, errors = group.finish(group.start(2, tmp_path, *args, devices=2))
+    assert codes == [1, 1], errors
+    assert f'it began in step {STEP}' in errors[0] and 'not finite is layer_1' in errors[0]

@@ -230,4 +230,4 @@ class Sections:
     surgery: tuple[Node, ...] = ()
     hooks: dict[str, Node] = dataclasses.field(default_factory=dict)
     step: Node | None = None
-    vars: dict[str, Any] = dataclasses.field(default_factory=dict)
+    vars: Any = dataclasses.field(default_factory=dict)  # A dict of anything: check_vars.

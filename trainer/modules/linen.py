@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import traverse_util
+from flax.core.scope import subtract_filters
 
 from trainer.modules import mode, tap
 from trainer.modules.bound import BoundModel, Calls, Steps
@@ -101,8 +102,11 @@ class LinenModel(BoundModel):
         def run(rngs: dict[str, jax.Array]) -> Any:
             method = mode.method(steps, self.training)
             with calls.tap.on_linen() if calls.tap else contextlib.nullcontext():
-                return self._module.apply(
-                    variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+                return _sowing(
+                    lambda collections: self._module.apply(
+                        variables, *args, rngs=rngs, method=method, mutable=collections, **kwargs
+                    ),
+                    mutable,
                 )
 
         output, updates = self._streams.run(run, lambda name: _nth(self._keys.stream(name), call))
@@ -149,8 +153,11 @@ class _InitModel(LinenModel):
             # A task may read what is sown; the state never holds it.
             mutable = nn.DenyList((tap.PERTURBATIONS,))
             method = mode.method(steps, training=False)
-            return self._module.init_with_output(
-                rngs, *args, method=method, mutable=mutable, **kwargs
+            return _sowing(
+                lambda collections: self._module.init_with_output(
+                    rngs, *args, method=method, mutable=collections, **kwargs
+                ),
+                mutable,
             )
 
         output, made = self._streams.run(run, self._keys.stream)
@@ -163,6 +170,20 @@ class _InitModel(LinenModel):
         self._params = variables.pop('params', {})
         self._calls.collections = variables
         return self._precision.for_output(output)
+
+
+def _sowing(apply: Callable[[Any], Any], mutable: Any) -> Any:
+    """Returns `apply(mutable)`; without intermediates where branches of `nn.cond` sow some.
+
+    Flax wants all branches to leave the same behind. A module may sow in one of them as long as
+    nobody listens, and so it stays.
+    """
+    try:
+        return apply(mutable)
+    except TypeError as error:
+        if not all(word in str(error) for word in ('branch', f"'{tap.INTERMEDIATES}'")):
+            raise
+    return apply(subtract_filters(mutable, tap.INTERMEDIATES))
 
 
 def _nth(key: jax.Array, call: int) -> jax.Array:

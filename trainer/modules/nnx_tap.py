@@ -16,8 +16,6 @@ from flax import nnx, traverse_util
 
 from trainer.modules.tap import NAME, Tap
 
-# The path of a part, told to it: within a scan nobody else knows.
-_PATH = '_tap_path'
 _current: contextvars.ContextVar[Tap] = contextvars.ContextVar('tap')
 
 
@@ -32,8 +30,7 @@ def watch(module: nnx.Module, tap: Tap) -> contextlib.AbstractContextManager[Non
     for path, node in parts.items():
         name = '/'.join(map(str, path))
         if tap.wants(name) and _is_callable(type(node)):
-            object.__setattr__(node, '__class__', _watched(type(node)))
-            setattr(node, _PATH, name)
+            object.__setattr__(node, '__class__', _watched(type(node), name))
     for path, value in traverse_util.flatten_dict(tap.perturbations or {}).items():
         setattr(parts[path[:-1]], path[-1], nnx.Perturbation(value))
     return _using(tap)
@@ -59,13 +56,16 @@ def _is_callable(kind: type) -> bool:
 
 
 @functools.cache
-def _watched(kind: Any) -> Any:
-    """Returns a class that does what `kind` does, and tells the tap."""
+def _watched(kind: Any, path: str) -> Any:
+    """Returns a class that does what `kind` does, and tells the tap.
+
+    The class knows the path: within a scan nobody else does.
+    """
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         tap = _current.get()
-        with tap.calling(getattr(self, _PATH), kind):
+        with tap.calling(path, kind):
             output = kind.__call__(self, *args, **kwargs)
         if tap.perturbations is not None:
             output = tap.perturbed(output, self.perturb)

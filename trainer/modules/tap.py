@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -41,7 +42,7 @@ class Tap:
         found: what the modules have recorded, by path, one dict for each call of the model.
         sown: what they have sown themselves, likewise.
         called: the class of each module that was called, by path. One whose path is missing in
-            `found` is inside a lifted module that does not pass 'intermediates' on.
+            `found` is inside a lifted module that does not pass 'intermediates' on, or a branch.
         perturbations: what is added to values that a module names with `self.perturb`, and to the
             outputs of the modules that are wanted; None leaves them alone. Nested dicts by path;
             what is missing is zero, and put there.
@@ -97,6 +98,8 @@ class Tap:
             return following(*args, **kwargs)
         with self.calling(path, type(module)):
             output = following(*args, **kwargs)
+        if _in_branch():
+            return output
         if self.perturbations is not None:
             output = self.perturbed(output, lambda name, x: module.perturb(name, x))
         own = (INTERMEDIATES, PERTURBATIONS)
@@ -193,7 +196,7 @@ def in_order(found: list[dict[str, Any]]) -> list[Seen]:
         stacks.append((int(order.min()), order.shape, path, records['seen']))
     timed, region, before = [], 0, ()
     names: dict[str, int] = {}
-    for order, shape, path, seen in sorted(stacks, key=lambda stack: stack[0]):
+    for first, shape, path, seen in sorted(stacks, key=lambda stack: stack[0]):
         # Calls of the same stack of layers follow each other; any other call is outside.
         region, before = region + (shape != before), shape
         calls = names[path] = names.get(path, -1) + 1
@@ -201,8 +204,22 @@ def in_order(found: list[dict[str, Any]]) -> list[Seen]:
         for index in np.ndindex(shape):
             label = name + (f'[{", ".join(map(str, index))}]' if index else '')
             one = jax.tree.map(lambda x, at=index: np.asarray(x)[at], seen)
-            timed.append(((region, index, order), Seen(path, label, one)))
+            timed.append(((region, index, first), Seen(path, label, one)))
     return [seen for _, seen in sorted(timed, key=lambda item: item[0])]
+
+
+def _in_branch() -> bool:
+    """Whether a branch of `nn.cond` or `nn.switch` is being traced.
+
+    All branches must leave the same behind, so a tap leaves nothing in any. Flax has no other mark
+    of it than the function that runs them.
+    """
+    frame: Any = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == 'branch_wrapper':
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_float(x: Any) -> bool:

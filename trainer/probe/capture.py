@@ -216,8 +216,8 @@ def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) 
     expression = re.compile(pattern)
     missed = [p for p in hidden if expression.fullmatch(p or ROOT)]
     advice = (
-        "in a lifted module (nn.scan, nn.vmap) that keeps 'intermediates' to itself; give it "
-        "variable_axes={'intermediates': 0, ...}"
+        'in a branch of nn.cond or nn.switch, or in a lifted module (nn.scan, nn.vmap) that keeps '
+        "'intermediates' to itself: give that variable_axes={'intermediates': 0, ...}"
     )
     if any(expression.fullmatch(p or ROOT) for p in seen):
         if missed:

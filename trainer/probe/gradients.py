@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,9 @@ from trainer.probe.measures import floats
 from trainer.step.state import TrainState
 from trainer.step.task_runner import inverse, loss_sums
 from trainer.step.tasks import TaskOutput
+
+if TYPE_CHECKING:
+    from trainer.parts import Parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,16 @@ class Gradient:
         return float(np.linalg.norm(self.gradient.astype(np.float32).ravel()))
 
 
+def of_next_step(parts: Parts, state: TrainState, match: Sequence[str] = ()) -> list[Gradient]:
+    """Returns the gradients on the batch that comes after a state; of a stream on its first one."""
+    data, step = parts.experiment.data, int(state.step)
+    if hasattr(data, 'restore'):
+        data.restore(step, None)
+    with parts.batches(step, [1]) as batches:
+        (_, batch), *_ = batches
+        return gradients(Forward.of(parts.experiment, parts.mesh), state, batch, match)
+
+
 def gradients(
     forward: Forward, state: TrainState, batch: Batch, match: Sequence[str] = ()
 ) -> list[Gradient]:
@@ -61,7 +74,7 @@ def gradients(
     Raises:
         UserError: if there is nothing to differentiate by.
     """
-    patterns = [re.compile(pattern) for pattern in match]
+    patterns = [_compiled(pattern) for pattern in match]
     state = dataclasses.replace(state, metrics=None)
 
     def wants(path: str) -> bool:
@@ -104,6 +117,13 @@ def table(gradients: Sequence[Gradient]) -> str:
     )
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f'--match: {pattern!r} is no pattern: {error}') from error
+
+
 def _loss(output: TaskOutput) -> jax.Array:
     totals, weights = loss_sums(output)
     penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
@@ -141,9 +161,9 @@ def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
 def _nothing(match: Sequence[str], called: Sequence[str]) -> str:
     if called:
         return (
-            f'{", ".join(dict.fromkeys(called))}: in a lifted module (nn.scan, nn.vmap) that keeps '
-            "'perturbations' to itself; give it variable_axes={'perturbations': 0, "
-            "'intermediates': 0, ...}"
+            f'{", ".join(dict.fromkeys(called))}: in a branch of nn.cond or nn.switch, or in a '
+            "lifted module (nn.scan, nn.vmap) that keeps 'perturbations' to itself: give that "
+            "variable_axes={'perturbations': 0, 'intermediates': 0, ...}"
         )
     if not match:
         return (

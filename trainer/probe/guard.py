@@ -53,20 +53,23 @@ class Guard:
         self._parts = parts
         self._forward = forward
         self._stops = stops
-        self._kept: tuple[int, TrainState] | None = None
+        self._kept: tuple[int, TrainState, Any] | None = None
         self._done = False
 
-    def keep(self, step: int, state: TrainState) -> None:
-        """Keeps a copy of a state: the step donates its own."""
-        self._kept = (step, self._copy(state))
+    def keep(self, step: int, state: TrainState, place: Any = None) -> None:
+        """Keeps a copy of a state, for the step donates its own; and where a stream stands."""
+        self._kept = (step, self._copy(state), place)
 
-    def check(self, step: int, state: TrainState, row: Mapping[str, float]) -> str | None:
+    def check(
+        self, step: int, state: TrainState, row: Mapping[str, float], batches: Prefetcher
+    ) -> str | None:
         """Keeps the state if all is well.
 
         Args:
             step: number of completed updates.
             state: at this step.
             row: the newest value of each metric, by flat name.
+            batches: those of the run, counted up to this step.
 
         Returns:
             What the user should know, once, unless the run stops.
@@ -78,25 +81,29 @@ class Guard:
             return None
         bad = non_finite(row)
         if not bad and self._is_sound(state):
-            self.keep(step, state)
+            self.keep(step, state, batches.state)
             return None
         self._done = True
         what = f'{bad[0]} of step {step:,} is' if bad else f'a parameter after step {step:,} is'
-        message = f'{what} not finite.\n{self._explain(step)}'
+        message = f'{what} not finite.\n{self._explain(step, batches)}'
         self._kept = None
         if self._stops:
             raise NonFiniteError(message)
         return f'config.guard: {message}\nThe run goes on.'
 
-    def _explain(self, stop: int) -> str:
+    def _explain(self, stop: int, running: Prefetcher) -> str:
         """Runs the steps since the last good state again, until one is not sound."""
         assert self._kept is not None
-        step, state = self._kept
-        if hasattr(self._parts.experiment.data, 'restore'):
-            return (
-                f'All was well at step {step:,}. Where it began is not known: the data is a '
-                'stream, and the steps in between cannot be run again.'
-            )
+        step, state, place = self._kept
+        data = self._parts.experiment.data
+        if hasattr(data, 'restore'):
+            if not self._stops or (place is None and step > 0):
+                return (
+                    f'All was well at step {step:,}. Where it began is not known: the data is a '
+                    'stream, which cannot be read again while the run goes on.'
+                )
+            running.close()
+            data.restore(step, place)
         with self._batches(step, stop) as batches:
             for number, (_, batch) in enumerate(batches, start=step + 1):
                 look = self._look(state, batch)

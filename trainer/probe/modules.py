@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -16,7 +16,11 @@ from trainer.observe.table import count
 from trainer.plan import flops
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.measures import floats
+from trainer.startup import abstract_batch
 from trainer.step.state import TrainState
+
+if TYPE_CHECKING:
+    from trainer.parts import Parts
 
 # Where the operations are that no module does.
 TASK = '(task)'
@@ -41,6 +45,13 @@ class Row:
     output: str
     parameters: int
     flops: float
+
+
+def describe(parts: Parts) -> str:
+    """Returns the table of an experiment's model."""
+    spec = abstract_batch(parts.experiment.data.spec)
+    forward = Forward.of(parts.experiment, parts.mesh)
+    return table(rows(forward, parts.programs.abstract, spec))
 
 
 def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:

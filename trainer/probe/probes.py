@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import jax
 
 from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
+from trainer.prefetch import Prefetcher
 from trainer.probe.capture import Captures
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.guard import Guard
@@ -44,15 +47,18 @@ class Probes:
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""
         if self._guard is not None:
-            self._guard.keep(step, state)
+            self._guard.keep(step, state, self._place(step))
 
-    def run(self, step: int, state: TrainState, batch: Batch, *, stacked: bool) -> None:
+    def run(
+        self, batches: Prefetcher, batch: Batch, step: int, state: TrainState, *, stacked: bool
+    ) -> None:
         """Looks at a run at one of its events, before anything is evaluated or saved.
 
         Args:
+            batches: those of the run, counted up to this step.
+            batch: the last one that the run has consumed, or the stack that ends with it.
             step: number of completed updates.
             state: at this step.
-            batch: the last one that the run has consumed, or the stack that ends with it.
             stacked: whether it is a stack.
 
         Raises:
@@ -61,7 +67,7 @@ class Probes:
         assert self._report is not None
         if self._guard is not None:
             self._report.flush()
-            message = self._guard.check(step, state, self._report.latest)
+            message = self._guard.check(step, state, self._report.latest, batches)
             if message is not None:
                 self._report.progress.message(message)
         due = self._captures.due(step) if self._captures is not None else []
@@ -73,6 +79,13 @@ class Probes:
                 self._report.captured(step, captured.row, captured.histograms)
             if captured.message is not None:
                 self._report.progress.message(captured.message)
+
+    def _place(self, step: int) -> Any:
+        """Returns where a stream stood at the checkpoint that the run starts from."""
+        if self._parts.checkpoints is None or not self._parts.checkpoints.has(step):
+            return None
+        states = self._parts.checkpoints.meta(step).get('data_states')
+        return states[jax.process_index()] if states else None
 
     @functools.cached_property
     def _forward(self) -> Forward:

