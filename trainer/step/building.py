@@ -96,9 +96,10 @@ def _one_optimizer(
     node = varied.placed(node, mine)
     learning_rate = _find_learning_rate(node)
     if isinstance(learning_rate, Mapping):
-        # One schedule object for the optimizer and for the logged value.
         learning_rate = targets.instantiate(learning_rate, f'{path}.learning_rate')
-        node['learning_rate'] = learning_rate
+        if 'learning_rate' in node:  # And not in a part of a chain.
+            # One schedule object for the optimizer and for the logged value.
+            node = {**node, 'learning_rate': learning_rate}
     return Optimizer(
         base=targets.instantiate(node, path) if base is None else base,
         learning_rate=_as_schedule(learning_rate),

@@ -57,13 +57,35 @@ def _leaf_sum(leaf: jax.Array) -> jax.Array:
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
 
 
-def _host_sum(leaf: np.ndarray) -> int:
-    flat = np.ascontiguousarray(leaf).reshape(-1)
-    words = flat.view({1: np.uint8, 2: np.uint16}.get(leaf.dtype.itemsize, np.uint32))
+def _host_sum(leaf: Any) -> int:
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated:
+        return _sum_of_words(np.asarray(leaf))
+    # Part by part: numpy's view of the array would put all of it together, and keep that.
+    parts = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
+    sums = (_sum_of_words(np.asarray(p.data), _places(p.index, leaf.shape)) for p in parts)
+    return sum(sums) % 2**32
+
+
+def _places(part: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the index in the whole array of each element of a part, uint32 (elements,)."""
+    index = np.zeros((), np.uint32)
+    for piece, size in zip(part, shape, strict=True):
+        along = np.arange(size, dtype=np.uint32)[piece]
+        index = index[..., None] * np.uint32(size) + along
+    return index.ravel()
+
+
+def _sum_of_words(array: np.ndarray, places: np.ndarray | None = None) -> int:
+    flat = np.ascontiguousarray(array).reshape(-1)
+    words = flat.view({1: np.uint8, 2: np.uint16}.get(flat.dtype.itemsize, np.uint32))
+    each = max(1, flat.dtype.itemsize // 4)
     total = 0
     for start in range(0, len(words), _PIECE):
         mixed = words[start : start + _PIECE].astype(np.uint32)
-        index = np.arange(start, start + len(mixed), dtype=np.uint64).astype(np.uint32)
+        order = np.arange(start, start + len(mixed), dtype=np.uint64)
+        index = order.astype(np.uint32)
+        if places is not None:
+            index = places[order // each] * np.uint32(each) + index % np.uint32(each)
         mixed ^= index * np.uint32(0x9E3779B1)
         mixed *= np.uint32(0x85EBCA6B)
         mixed ^= mixed >> np.uint32(15)

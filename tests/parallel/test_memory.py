@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cut state takes in memory, looked at from outside: no array is ever put together."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests.command import ROOT
+from trainer.parallel.mesh import make_mesh
+from trainer.step import digest
+
+WIDTH = 4096
+
+
+class Wide(nn.Module):
+    """Nearly all of its parameters are one kernel of 64 MiB."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(WIDTH, use_bias=False)(x.reshape(len(x), -1)[:, :16])
+        return nn.Dense(10)(nn.relu(nn.Dense(WIDTH, use_bias=False, name='wide')(x)))
+
+
+PROGRAM = """
+import pathlib
+import sys
+
+import jax
+
+from trainer.experiment import load_and_build
+from trainer.observe.table import nbytes
+from trainer.trainer import Trainer
+
+workdir = sys.argv[1]
+
+
+def experiment(**options):
+    return load_and_build(
+        'configs/mnist.py', model={'target': 'tests.parallel.test_memory:Wide'}, evals={},
+        data__source__limit=96, train_for='1 steps', ema__decay=0.9, log__tensorboard=False,
+        mesh={'data': 1, 'fsdp': 8}, sharding='fsdp', **options)
+
+
+def status(name):
+    text = pathlib.Path('/proc/self/status').read_text()
+    return 1024 * int(text.split(name + ':')[1].split()[0])
+
+
+def measure(what, make):
+    before = status('VmRSS')
+    pathlib.Path('/proc/self/clear_refs').write_text('5')  # The peak counts from here.
+    state = make()
+    assert {s.data.shape for s in state.params['wide']['kernel'].addressable_shards} == {
+        (4096, 512)}
+    print(what, (status('VmHWM') - before) / whole, (status('VmRSS') - before) / whole)
+
+
+trainer = Trainer(experiment(), workdir)
+whole = nbytes(trainer.programs.abstract)
+trainer.programs.init.ready()
+measure('init', trainer.init_state)
+trainer.fit()
+measure('restore', trainer.restore)
+other = Trainer(experiment(init_from__path=workdir))
+other.programs.init.ready(), other.programs.restarted.ready()
+measure('init_from', other.init_state)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peaks as Linux tells them')
+def test_a_process_holds_little_more_than_its_parts(tmp_path: pathlib.Path) -> None:
+    """J4: all devices together hold the state once, and so does the host, at its peak too."""
+    environment = {
+        **os.environ,
+        'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': str(ROOT),
+        'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+        'MALLOC_MMAP_THRESHOLD_': '262144',  # What is freed shall be seen to be gone.
+    }
+    ended = subprocess.run(
+        [sys.executable, '-c', PROGRAM, str(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    lines = [line.split() for line in ended.stdout.splitlines()]
+    found = {words[0]: (float(words[1]), float(words[2])) for words in lines if len(words) == 3}
+    assert found.keys() >= {'init', 'restore', 'init_from'}, ended.stdout
+    print(found)
+
+
+@pytest.mark.parametrize('spec', [P('data'), P(None, 'model'), P('model', 'data'), P(), P(('data', 'model'))])
+def test_the_digest_of_a_cut_array_is_that_of_the_whole(spec: P) -> None:
+    mesh = make_mesh({'data': 4, 'model': 2})
+    rng = np.random.default_rng(0)
+    state: dict[str, Any] = {
+        'f32': rng.normal(size=(16, 24, 3)).astype('f4'),
+        'c64': rng.normal(size=(8, 8)).astype('c8'),
+        'i8': rng.integers(-9, 9, (16, 8)).astype('i1'),
+        'bf16': np.asarray(rng.normal(size=(8, 40)), jax.numpy.bfloat16),
+        'long': rng.normal(size=(8, 2**14)).astype('f4'),
+    }
+    cut = jax.device_put(state, NamedSharding(mesh, spec))
+    np.testing.assert_array_equal(digest.host_sums(cut), digest.host_sums(state))
+    # Nothing has put the parts together on the way.
+    assert spec == P() or all(x._npy_value is None for x in jax.tree.leaves(cut))

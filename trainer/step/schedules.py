@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rate schedules that optax does not have: functions of the number of updates."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+
+
+def rsqrt(peak_value: float, warmup_steps: int) -> optax.Schedule:
+    """Returns a linear rise to the peak, and from there a decay by the root of the step.
+
+    See "Attention Is All You Need" (Vaswani et al., 2017), section 5.3.
+
+    Args:
+        peak_value: the rate after the warm-up.
+        warmup_steps: updates of the rise, at least 1.
+    """
+    if warmup_steps < 1:
+        raise ValueError(f'warmup_steps: expected at least 1, got {warmup_steps}')
+
+    def schedule(count: optax.ScalarOrSchedule) -> jnp.ndarray:
+        step = jnp.asarray(count, jnp.float32)
+        decay = jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps))
+        return peak_value * jnp.minimum(step / warmup_steps, decay)
+
+    return schedule
+
+
+def scaled(schedule: optax.Schedule, factor: float) -> optax.Schedule:
+    """Returns a schedule times a factor, which the members of an ensemble may have several of."""
+    return lambda count: factor * schedule(count)
