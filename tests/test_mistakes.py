@@ -55,6 +55,7 @@ CNN = '--config=configs/mnist.py'
     ],
 )
 def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) -> None:
+    """M5: the key, what is wrong with it and what is right, without a traceback."""
     finished = command.run(*args, cwd=tmp_path)
     assert finished.code == 2, finished.err
     assert message in finished.err

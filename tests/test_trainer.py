@@ -100,7 +100,7 @@ def test_events_and_their_order(tmp_path: pathlib.Path) -> None:
 
 
 def test_rows_hold_what_was_promised(tmp_path: pathlib.Path) -> None:
-    """E2: the learning rate in a row is the schedule's at the update just made."""
+    """E2, M7: step, speed, and the learning rate of the update just made, in every row."""
     schedule = {
         'target': 'optax:linear_schedule', 'init_value': 1.0, 'end_value': 0.0,
         'transition_steps': '100%',

@@ -60,7 +60,7 @@ def status(name):
 def measure(what, make):
     before = status('VmRSS')
     pathlib.Path('/proc/self/clear_refs').write_text('5')  # The peak counts from here.
-    state = make()
+    state = jax.block_until_ready(make())
     assert {s.data.shape for s in state.params['wide']['kernel'].addressable_shards} == {
         (4096, 512)}
     print(what, (status('VmHWM') - before) / whole, (status('VmRSS') - before) / whole)
@@ -97,7 +97,9 @@ def test_a_process_holds_little_more_than_its_parts(tmp_path: pathlib.Path) -> N
     lines = [line.split() for line in ended.stdout.splitlines()]
     found = {words[0]: (float(words[1]), float(words[2])) for words in lines if len(words) == 3}
     assert found.keys() >= {'init', 'restore', 'init_from'}, ended.stdout
-    print(found)
+    for what, (peak, after) in found.items():
+        assert after < 1.2, what
+        assert peak < 1.5, what
 
 
 @pytest.mark.parametrize('spec', [P('data'), P(None, 'model'), P('model', 'data'), P(), P(('data', 'model'))])

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guide to dropout: which keys there are, which of them change, and what is dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from trainer.modules import functional
+from trainer.parallel.mesh import make_mesh
+from trainer.step.optimizer import Optimizer
+from trainer.step.program import Programs
+from trainer.step.rng import Keys
+from trainer.step.task_runner import TaskRunner
+from trainer.step.tasks import TaskOutput
+from trainer.step.train_step import TrainStep
+
+
+class Net(nn.Module):
+    """Ones, of which some are dropped, and a parameter."""
+
+    rate: float = 0.5
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        scale = self.param('scale', nn.initializers.ones, ())
+        return scale * nn.Dropout(self.rate, deterministic=not train)(jnp.ones_like(x))
+
+
+def test_streams_have_keys_of_their_own() -> None:
+    """D1: one seed, and a key for each stream, mode, step and slice of it."""
+    names = ('params', 'dropout', 'noise')
+    places = [
+        Keys(seed=seed, mode=mode, step=step, index=index).stream(name)
+        for seed in (0, 1)
+        for mode in ('init', 'train', 'eval')
+        for step in (0, 1)
+        for index in (0, 1)
+        for name in names
+    ]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in places}) == len(places)
+
+
+def test_the_first_state_needs_no_dropout() -> None:
+    """D2: parameters do not depend on it, and no key for it is asked for."""
+    batch = {'x': jnp.zeros((4, 8))}
+    keys = Keys(seed=0, mode='init')
+    found = [functional(Net(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
+    assert found[0] == found[1] == {'scale': 1.0}
+    variables = Net().init({'params': jax.random.key(0)}, jnp.zeros((4, 8)))
+    assert set(variables) == {'params'}
+
+
+def task(model: Any, batch: Any) -> TaskOutput:
+    out = model(batch['x'])
+    return TaskOutput(loss=out.mean(-1), metrics={'zeros': (out == 0).mean(-1)})
+
+
+def test_deterministic_is_said_once() -> None:
+    """D3: in the constructor or in the call; in none or in both it is an error."""
+    x = jnp.ones((4, 8))
+    rngs = {'dropout': jax.random.key(0)}
+    in_call = nn.Dropout(0.5).apply({}, x, deterministic=False, rngs=rngs)
+    in_constructor = nn.Dropout(0.5, deterministic=False).apply({}, x, rngs=rngs)
+    assert np.array_equal(in_call, in_constructor)
+    for layer, given in (
+        (nn.Dropout(0.5), {}),
+        (nn.Dropout(0.5, deterministic=True), {'deterministic': True}),
+    ):
+        with pytest.raises(ValueError, match='deterministic'):
+            layer.apply({}, x, rngs=rngs, **given)
+
+
+def test_what_is_kept_is_scaled_up() -> None:
+    """D4: with a rate of one half ones become zeros and twos; `rate` is what is dropped."""
+    keys = Keys(seed=0, mode='train')
+    for rate, kept in ((0.5, 2.0), (0.2, 1.25)):
+        model = functional(Net(rate)).bind({'params': {'scale': jnp.ones(())}}, keys)
+        out = np.asarray(model(jnp.ones((100, 100))))
+        assert set(np.unique(out).round(5)) == {0.0, kept}
+        assert out.mean() == pytest.approx(1.0, abs=0.03)
+        assert (out == 0).mean() == pytest.approx(rate, abs=0.02)
+    whole = nn.Dropout(0.5, broadcast_dims=(0,), deterministic=False)
+    out = whole.apply({}, jnp.ones((6, 50)), rngs={'dropout': jax.random.key(0)})
+    assert all(np.array_equal(row, out[0]) for row in out)
+
+
+def test_shards_of_a_batch_have_masks_of_their_own() -> None:
+    """D7: and they are those of one device, for the parameters as for the masks."""
+    x = np.ones((16, 64), 'f4')
+    zeros = []
+    for mesh in ({'data': 8}, {'data': 1, 'model': 8}):
+        step = TrainStep(
+            model=functional(Net()), task=TaskRunner.of(rows_of_masks), seed=3,
+            optimizer=Optimizer(base=optax.sgd(0.0)),
+        )  # fmt: skip
+        spec = {'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}
+        program = Programs(step, spec, make_mesh(mesh))
+        batch = jax.device_put({'x': x}, program.step.ready().input_shardings[0][1])
+        state = program.step(program.init(), batch)
+        metrics = state.metrics['task']
+        zeros.append([float(getattr(metrics, f'row{i}').compute()) for i in range(16)])
+    assert zeros[0] == zeros[1]
+    assert len(set(zeros[0])) > 8
+
+
+def rows_of_masks(model: Any, batch: Any) -> TaskOutput:
+    """Tells for each row where its mask is zero, as one number."""
+    out = model(batch['x'])
+    codes = ((out == 0) * (1 + jnp.arange(out.shape[1]))).sum(-1)
+    each = {f'row{i}': jnp.full(len(out), codes[i]) for i in range(16)}
+    return TaskOutput(loss=out.mean(-1), metrics=each)
+
+
+class WordDropout(nn.Module):
+    """Replaces some of the words of each text by an unknown one, in training."""
+
+    rate: float
+    unknown: int = 1
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        if not train:
+            return tokens
+        dropped = jax.random.bernoulli(self.make_rng('words'), self.rate, tokens.shape)
+        return jnp.where(dropped, self.unknown, tokens)
+
+
+class Texts(nn.Module):
+    """An embedding with word dropout, and noise of another stream."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        tokens = WordDropout(0.25)(tokens, train)
+        self.sow('intermediates', 'unknown', tokens == 1)
+        x = nn.Embed(10, 4)(tokens).mean(1)
+        if train:
+            x = x + 0.1 * jax.random.normal(self.make_rng('noise'), x.shape)
+        return nn.Dense(2)(x)
+
+
+def test_words_are_dropped_by_a_stream_of_their_own() -> None:
+    """D8: two streams that nobody declared, new in each step, none at evaluation."""
+    model = functional(Texts())
+    tokens = jnp.full((64, 20), 5)
+
+    def run(model: Any, batch: Any) -> jax.Array:
+        return model(batch['tokens'])[:, 0]
+
+    variables = model.init(run, {'tokens': tokens}, Keys(seed=0, mode='init'))
+    masks = []
+    for step in (0, 1, 1):
+        bound = model.bind(variables, Keys(seed=0, mode='train', step=step))
+        bound(tokens)
+        (unknown,) = bound.intermediates['unknown']
+        masks.append(np.asarray(unknown))
+    assert masks[0].mean() == pytest.approx(0.25, abs=0.05)
+    assert np.array_equal(masks[1], masks[2]) and not np.array_equal(masks[0], masks[1])
+    bound = model.bind(variables, Keys(seed=0, mode='eval'))
+    bound(tokens)
+    assert not np.any(bound.intermediates['unknown'][0])
