@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lifted transformations of Linen: each in a model that trains here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors
+from flax.core import lift
+from flax.core import scope as scope_lib
+
+from tests.modules.learning import learned
+
+X = np.random.default_rng(1).normal(size=(4, 8)).astype('f4')
+KEY = jax.random.key(0)
+
+
+class Branches(nn.Module):
+    """Three dense layers beside each other, with parameters of their own or one set."""
+
+    shared: bool = False
+    batch_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        axis = None if self.shared else 0
+        dense = nn.vmap(
+            nn.Dense, in_axes=0, out_axes=0, axis_size=3,
+            variable_axes={'params': axis}, split_rngs={'params': not self.shared},
+        )  # fmt: skip
+        x = nn.tanh(dense(8, name='branches')(jnp.stack([x, 2 * x, -x])))
+        if self.batch_norm:
+            norm = nn.vmap(
+                nn.BatchNorm, in_axes=0, out_axes=0,
+                variable_axes={'params': 0, 'batch_stats': 0}, split_rngs={'params': True},
+            )  # fmt: skip
+            x = norm(use_running_average=not train, momentum=0.5, name='norms')(x)
+        return nn.Dense(4)(x.mean(0))
+
+
+def test_branches_by_vmap() -> None:
+    """N3: shared parameters have no dimension of branches, separate ones have, and differ."""
+    one = learned({'target': f'{__name__}:Branches', 'shared': True}).params['branches']
+    three = learned({'target': f'{__name__}:Branches'}).params['branches']
+    assert one['kernel'].shape == (8, 8)
+    assert three['kernel'].shape == (3, 8, 8)
+    assert not np.allclose(three['kernel'][0], three['kernel'][1])
+
+
+def test_statistics_of_branches() -> None:
+    """N3: each branch has its own, of what went through it."""
+    state = learned({'target': f'{__name__}:Branches', 'batch_norm': True})
+    means = state.collections['batch_stats']['norms']['mean']
+    assert means.shape == (3, 8)
+    assert not np.allclose(means[0], means[1], atol=1e-3)
+
+
+class Residual(nn.Module):
+    """One layer of a residual network, as the body of a scan."""
+
+    rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, None]:
+        y = nn.Dense(8)(nn.relu(nn.Dense(16)(x)))
+        return x + nn.Dropout(self.rate, deterministic=not train)(y), None
+
+
+class Stack(nn.Module):
+    """Four such layers: by a loop, by a scan, or by a scan that computes them again."""
+
+    form: str = 'loop'
+    length: int = 4
+    rate: float = 0.0
+    unroll: int = 1
+    policy: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        layer: Any = Residual
+        if self.form in ('remat', 'remat_scanned'):
+            scanned = self.form == 'remat_scanned'
+            layer = nn.remat(
+                Residual, policy=self.policy, prevent_cse=not scanned, static_argnums=(2,)
+            )
+        if self.form in ('scan', 'remat_scanned'):
+            scan = nn.scan(
+                layer, variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
+                in_axes=nn.broadcast, length=self.length, unroll=self.unroll,
+                metadata_params={nn.PARTITION_NAME: 'layers'},
+            )  # fmt: skip
+            x, _ = scan(self.rate, name='layers')(x, train)
+        else:
+            for index in range(self.length):
+                x, _ = layer(self.rate, name=f'layer_{index}')(x, train)
+        return nn.Dense(4, name='head')(x)
+
+
+def looped(params: Any, length: int = 4) -> dict[str, Any]:
+    """Returns the parameters of the scan as those of the loop."""
+    each = {
+        f'layer_{index}': jax.tree.map(lambda x, i=index: x[i], params['layers'])
+        for index in range(length)
+    }
+    return {'head': params['head'], **each}
+
+
+def gradient(model: nn.Module, params: Any) -> Any:
+    def loss(params: Any) -> jax.Array:
+        return (model.apply({'params': params}, X) ** 2).mean()
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize('unroll', [1, 2])
+def test_a_scan_is_the_loop(unroll: int) -> None:
+    """N4: equal outputs and gradients, the parameters stacked; and it trains."""
+    model = Stack('scan', unroll=unroll)
+    params = model.init(KEY, X)['params']
+    assert params['layers']['Dense_0']['kernel'].shape == (4, 16, 8)
+    assert not np.allclose(*params['layers']['Dense_0']['kernel'][:2])
+    value, grads = gradient(model, params)
+    expected, theirs = gradient(Stack('loop'), looped(params))
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), looped(grads), theirs
+    )
+    learned({'target': f'{__name__}:Stack', 'form': 'scan', 'rate': 0.1, 'unroll': unroll})
+
+
+def test_a_scan_is_compiled_once() -> None:
+    """N4: the program of 32 layers is hardly larger than that of four, and a loop's eight times."""
+
+    def size(form: str, length: int) -> int:
+        model = Stack(form, length=length)
+        params = jax.eval_shape(model.init, KEY, X)
+        return jax.jit(model.apply).lower(params, X).as_text().count('\n')
+
+    assert size('scan', 32) < 1.2 * size('scan', 4)
+    assert size('loop', 32) > 5 * size('loop', 4)
+    assert size('scan', 32) < size('loop', 32) / 3
+
+
+def test_layers_of_a_scan_drop_others() -> None:
+    """N4: with `split_rngs` each layer has a mask of its own; without, all have one."""
+
+    class Masks(nn.Module):
+        split: bool
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            def body(layer: nn.Module, carry: jax.Array, _: Any) -> Any:
+                return carry, layer(carry)
+
+            scan = nn.scan(
+                body, variable_axes={}, split_rngs={'dropout': self.split}, length=3,
+                in_axes=nn.broadcast,
+            )  # fmt: skip
+            return scan(nn.Dropout(0.5, deterministic=False), x, None)[1]
+
+    ones = jnp.ones((1, 64))
+    for split, count in ((True, 3), (False, 1)):
+        masks = Masks(split).apply({}, ones, rngs={'dropout': KEY})
+        assert len({tuple(mask.ravel().tolist()) for mask in np.asarray(masks)}) == count
+
+
+POLICIES = (None, jax.checkpoint_policies.nothing_saveable, jax.checkpoint_policies.dots_saveable)
+
+
+@pytest.mark.parametrize('policy', POLICIES)
+def test_what_is_computed_again_is_the_same(policy: Any) -> None:
+    """N5: loss and gradients of `nn.remat`, alone and within a scan."""
+    params = Stack('scan').init(KEY, X)['params']
+    value, grads = gradient(Stack('scan'), params)
+    again, same = gradient(Stack('remat_scanned', policy=policy), params)
+    assert float(again) == pytest.approx(float(value), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), same, grads)
+    alone, _ = gradient(Stack('remat', policy=policy), looped(params))
+    assert float(alone) == pytest.approx(float(value), rel=1e-6)
+
+
+def test_what_is_computed_again_is_not_kept() -> None:
+    """N5: less memory for temporaries by the compiler's count; and it trains, with dropout."""
+
+    def temporaries(form: str) -> int:
+        model = Stack(form, length=24)
+        params = jax.eval_shape(model.init, KEY, jnp.zeros((4096, 8)))['params']
+
+        def loss(params: Any, x: jax.Array) -> jax.Array:
+            return (model.apply({'params': params}, x) ** 2).mean()
+
+        lowered = jax.jit(jax.grad(loss)).lower(params, jnp.zeros((4096, 8)))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries('remat_scanned') < 0.7 * temporaries('scan')
+    learned({'target': f'{__name__}:Stack', 'form': 'remat_scanned', 'rate': 0.1})
+
+
+class Deep(nn.Module):
+    """A hundred layers in two nested scans that keep ten activations each."""
+
+    lengths: tuple[int, ...] = (3, 2)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layer = nn.remat_scan(Shift, lengths=self.lengths)
+        return nn.Dense(4)(layer(name='layers')(x))
+
+
+class Shift(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x + 0.1 * nn.tanh(nn.Dense(8)(x))
+
+
+def test_nested_scans() -> None:
+    """N6: parameters have a dimension for each, and they train."""
+    state = learned({'target': f'{__name__}:Deep'})
+    assert state.params['layers']['Dense_0']['kernel'].shape == (3, 2, 8, 8)
+    variables = jax.eval_shape(Deep((10, 10)).init, KEY, X)
+    assert variables['params']['layers']['Dense_0']['kernel'].shape == (10, 10, 8, 8)
+
+
+class Causal(nn.Module):
+    """A dense layer whose kernel is made triangular whenever it is read."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def triangular(variables: Any) -> Any:
+            return variables if self.is_initializing() else jax.tree.map(jnp.triu, variables)
+
+        dense = nn.map_variables(nn.Dense, 'params', triangular, init=self.is_initializing())
+        return nn.Dense(4)(dense(8, use_bias=False, name='causal')(x))
+
+
+class Tied(nn.Module):
+    """An encoder and a decoder with one kernel, transposed in one of them."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        encoder = nn.Dense(8, use_bias=False, name='encoder')
+        hidden = nn.tanh(encoder(x))
+
+        def transposed(variables: Any) -> Any:
+            return jax.tree.map(jnp.transpose, variables)
+
+        decode = nn.map_variables(lambda module, y: module(y), 'params', transposed, mutable=False)
+        return nn.Dense(4)(decode(encoder, hidden))
+
+
+def test_variables_that_are_changed_on_their_way() -> None:
+    """N7: a causal kernel, and tied weights."""
+    params = learned({'target': f'{__name__}:Causal'}).params
+    (kernel,) = jax.tree.leaves(params['causal'])
+    head = params['Dense_0']
+    expected = X @ np.triu(kernel) @ head['kernel'] + head['bias']
+    assert not np.array_equal(kernel, np.triu(kernel))
+    np.testing.assert_allclose(
+        Causal().apply({'params': params}, X), expected, rtol=1e-4, atol=1e-5
+    )
+    params = learned({'target': f'{__name__}:Tied'}).params
+    assert set(params) == {'encoder', 'Dense_0'} and set(params['encoder']) == {'kernel'}
+
+
+class Derivatives(nn.Module):
+    """A module that uses its own derivative with respect to the input."""
+
+    form: str = 'jvp'
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = nn.Dense(8, name='inner')
+        if self.form == 'jvp':
+            y, slope = nn.jvp(
+                lambda m, x: nn.tanh(m(x)), dense, (x,), (jnp.ones_like(x),),
+                variable_tangents={},
+            )  # fmt: skip
+        elif self.form == 'vjp':
+            y, pull = nn.vjp(lambda m, x: nn.tanh(m(x)), dense, x)
+            slope = pull(jnp.ones_like(y))[1]
+        else:
+
+            def forward(m: nn.Module, x: jax.Array) -> Any:
+                y, pull = nn.vjp(lambda m, x: nn.tanh(m(x)), m, x)
+                return y, pull
+
+            def backward(pull: Any, cotangent: jax.Array) -> Any:
+                params, inputs = pull(cotangent)
+                return jax.tree.map(jnp.sign, params), inputs
+
+            sign = nn.custom_vjp(
+                lambda m, x: nn.tanh(m(x)), forward_fn=forward, backward_fn=backward
+            )
+            y, slope = sign(dense, x), x
+        return nn.Dense(4)(jnp.concatenate([y, slope], -1))
+
+
+@pytest.mark.parametrize('form', ['jvp', 'vjp', 'custom_vjp'])
+def test_derivatives_within_a_module(form: str) -> None:
+    """N8: forward and backward ones, and a gradient of one's own; each trains."""
+    learned({'target': f'{__name__}:Derivatives', 'form': form})
+
+
+def test_a_gradient_of_ones_own_is_used() -> None:
+    """N8: the gradient of the inner parameters has signs only."""
+    model = Derivatives('custom_vjp')
+    params = model.init(KEY, X)['params']
+    _, grads = gradient(model, params)
+    assert set(np.unique(grads['inner']['kernel'])) <= {-1.0, 0.0, 1.0}
+
+
+class Choices(nn.Module):
+    """One of several heads by the number of the batch's first class; and a loop."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        heads = [nn.Dense(8, name=f'head_{i}') for i in range(3)]
+        branches = [lambda m, x, i=i: heads[i](x) for i in range(3)]
+        if self.is_initializing():  # Every branch's parameters must be there before.
+            for branch in branches:
+                branch(self, x)
+        index = (x[0, 0] > 0).astype(jnp.int32) + 1
+        y = nn.switch(index, branches, self, x)
+        y = nn.cond(x[0, 0] > 0, lambda m, y: y * 2, lambda m, y: y, self, y)
+
+        def more(module: nn.Module, carry: Any) -> jax.Array:
+            return carry[0] < 3
+
+        def body(module: nn.Module, carry: Any) -> Any:
+            return carry[0] + 1, nn.tanh(carry[1])
+
+        _, y = nn.while_loop(more, body, self, (0, jax.lax.stop_gradient(y)), split_rngs={})
+        return nn.Dense(4)(jnp.concatenate([x, y], -1))
+
+
+def test_branches_and_loops_by_value() -> None:
+    """N9: all branches have their parameters from the start, whichever is taken."""
+    state = learned({'target': f'{__name__}:Choices'})
+    assert {'head_0', 'head_1', 'head_2'} <= set(state.params)
+
+
+def test_transformations_of_jax_within_a_module() -> None:
+    """N1: they do not know of variables, and say so; a module that is passed along does."""
+
+    class Wrong(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            norm = nn.BatchNorm(use_running_average=False)
+            return jax.jit(lambda x: norm(x))(x)
+
+    variables = Wrong().init(KEY, X)
+    with pytest.raises((errors.JaxTransformError, jax.errors.UnexpectedTracerError)):
+        Wrong().apply(variables, X, mutable=['batch_stats'])
+
+    class Right(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.jit(lambda module, x: module(x))(nn.Dense(2), x)
+
+    assert Right().init_with_output(KEY, X)[0].shape == (4, 2)
+
+
+@pytest.mark.parametrize(
+    'name',
+    ['vmap', 'scan', 'remat', 'jit', 'jvp', 'vjp', 'custom_vjp', 'while_loop', 'cond', 'switch'],
+)
+def test_what_can_be_lifted(name: str) -> None:
+    """N2: and not `custom_jvp`, `pmap` or `xmap`."""
+    assert callable(getattr(nn, name))
+    for missing in ('custom_jvp', 'pmap', 'xmap'):
+        assert not hasattr(nn, missing)
+
+
+def test_collections_go_to_the_first_group_that_fits() -> None:
+    """N10: `lift.pack` with filters, among them one that denies."""
+    seen: list[Any] = []
+
+    def outer(scope: Any) -> None:
+        scope.param('w', lambda key: jnp.ones(()))
+        scope.variable('stats', 'mean', lambda: jnp.zeros(()))
+        scope.variable('cache', 'index', lambda: jnp.zeros(()))
+
+    variables = scope_lib.init(outer)(KEY)[1]
+    filters = ('params', scope_lib.DenyList(('cache',)), True)
+
+    def inner(scopes: Any, repack: Any, groups: Any, rngs: Any) -> Any:
+        seen.extend(set(collections) for (collections,) in groups)
+        return None, ()
+
+    packed = lift.pack(inner, filters, (), ())
+    scope_lib.apply(packed)(variables)
+    assert seen == [{'params'}, {'stats'}, {'cache'}]
+    assert functools.reduce(set.union, seen) == set(variables)
