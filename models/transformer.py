@@ -37,17 +37,19 @@ class Attention(nn.Module):
 
     Attributes:
         heads: they divide the width.
+        cache_length: of the keys and values that are kept from call to call; 0 for none.
         dtype: of the computation; None follows inputs and parameters.
         param_dtype: of the parameters.
     """
 
     heads: int
+    cache_length: int = 0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns (batch, length, width) for inputs of the same shape; for `mask` see `Block`."""
+    def __call__(self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+        """Returns (batch, length, width) for inputs of the same shape; for the rest see `Block`."""
         batch, length, width = x.shape
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.lecun_normal()
@@ -58,8 +60,18 @@ class Attention(nn.Module):
             return nn.with_logical_constraint(y, ('batch', 'length', 'heads', 'head_dim'))
 
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
+        if self.cache_length:
+            key, value = self._kept('keys', key, start), self._kept('values', value, start)
         y = nn.dot_product_attention(query, key, value, mask=mask).reshape(x.shape)
         return nn.Dense(width, kernel_init=_named(init, 'heads', 'embed'), name='out', **dtypes)(y)
+
+    def _kept(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:
+        """Returns all that is in the cache, (batch, cache_length, ...), with these from `start`."""
+        shape = (new.shape[0], self.cache_length, *new.shape[2:])
+        cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
+        if not self.is_initializing():
+            cache.value = jax.lax.dynamic_update_slice(cache.value, new, (0, start, 0, 0))
+        return cache.value
 
 
 class Block(nn.Module):
@@ -70,6 +82,7 @@ class Block(nn.Module):
         mlp_width: hidden units of the MLP.
         dropout_rate: probability of dropping an element of each branch's output in training.
         train: whether dropout is active.
+        cache_length: as in `Attention`.
         dtype: of the computation; None follows inputs and parameters.
         param_dtype: of the parameters.
     """
@@ -78,23 +91,30 @@ class Block(nn.Module):
     mlp_width: int
     dropout_rate: float = 0.0
     train: bool = False
+    cache_length: int = 0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0
+    ) -> tuple[jax.Array, None]:
         """Returns (batch, length, width) for inputs of the same shape, and None: scan's output.
 
         Args:
             x: (batch, length, width).
-            mask: broadcast to (batch, heads, length, length); false where attention may not look.
+            mask: broadcast to (batch, heads, length, keys); false where attention may not look.
+            start: place of the first of the inputs in the cache, if there is one.
         """
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.lecun_normal()
         dropout = nn.Dropout(self.dropout_rate, deterministic=not self.train)
 
         y = _layer_norm('attention_norm', **dtypes)(x)
-        y = Attention(heads=self.heads, name='attention', **dtypes)(y, mask)
+        attention = Attention(
+            heads=self.heads, cache_length=self.cache_length, name='attention', **dtypes
+        )
+        y = attention(y, mask, start)
         x = nn.with_logical_constraint(x + dropout(y), _ACTIVATIONS)
 
         y = _layer_norm('mlp_norm', **dtypes)(x)
@@ -121,7 +141,12 @@ class Transformer(nn.Module):
         dropout_rate: in training, of embeddings and of each branch.
         scan_layers: compile one block and loop over it: the layers' parameters are stacked in a
             first dimension 'layers'. Compiles faster; may run slower.
-        remat: compute each block's activations again in the backward pass instead of keeping them.
+        unroll: blocks that one turn of that loop computes.
+        remat: 'none'; 'full': compute each block's activations again in the backward pass instead
+            of keeping them; or what is kept, a name of `jax.checkpoint_policies` such as
+            'dots_saveable'.
+        decode: keep keys and values from call to call, in the collection 'cache': each call goes on
+            behind the tokens of the last one. For `models.generation`.
         dtype: of the computation, such as bfloat16; None follows the parameters.
         param_dtype: of the parameters.
     """
@@ -134,7 +159,9 @@ class Transformer(nn.Module):
     max_length: int = 1024
     dropout_rate: float = 0.0
     scan_layers: bool = False
-    remat: bool = False
+    unroll: int = 1
+    remat: str = 'none'
+    decode: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -170,42 +197,68 @@ class Transformer(nn.Module):
             (self.max_length, self.width),
             self.param_dtype,
         )
+        start: jax.Array | int = 0
+        if self.decode:
+            index = self.variable('cache', 'index', jnp.zeros, (), jnp.int32)
+            start = index.value
+            if not self.is_initializing():
+                index.value = start + length
+            positions = start + jnp.arange(length)
         table = table.astype(x.dtype)
         x = x + (table[:length] if positions is None else table[positions])
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         x = nn.with_logical_constraint(x, _ACTIVATIONS)
 
         mask = nn.make_causal_mask(tokens, dtype=bool)
-        if segments is not None:
+        if self.decode:
+            kept = jnp.arange(self.max_length)
+            mask = (kept <= start + jnp.arange(length)[:, None])[None, None]
+        elif segments is not None:
             same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
             mask = nn.combine_masks(mask, same, dtype=bool)
-        x = self._blocks(x, mask, train)
+        x = self._blocks(x, mask, start, train)
 
         x = _layer_norm('norm', **dtypes)(x)
         init = _named(nn.initializers.lecun_normal(), 'embed', 'vocab')
         logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
         return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
 
-    def _blocks(self, x: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
-        block: Any = nn.remat(Block, prevent_cse=not self.scan_layers) if self.remat else Block
+    def _blocks(
+        self, x: jax.Array, mask: jax.Array, start: jax.Array | int, train: bool
+    ) -> jax.Array:
+        block: Any = Block
+        if self.remat != 'none':
+            policy = None if self.remat == 'full' else _policy(self.remat)
+            block = nn.remat(Block, policy=policy, prevent_cse=not self.scan_layers)
         options = dict(
             heads=self.heads,
             mlp_width=self.mlp_width or 4 * self.width,
             dropout_rate=self.dropout_rate,
             train=train,
+            cache_length=self.max_length if self.decode else 0,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
         if self.scan_layers:
             stack = nn.scan(
                 block,
-                variable_axes={'params': 0, 'intermediates': 0, 'perturbations': 0},
+                variable_axes={'params': 0, 'cache': 0, 'intermediates': 0, 'perturbations': 0},
                 split_rngs={'params': True, 'dropout': True},
                 in_axes=nn.broadcast,
                 length=self.layers,
+                unroll=self.unroll,
                 metadata_params={nn.PARTITION_NAME: 'layers'},
             )
-            return stack(name='blocks', **options)(x, mask)[0]
+            return stack(name='blocks', **options)(x, mask, start)[0]
         for layer in range(self.layers):
-            x, _ = block(name=f'block_{layer}', **options)(x, mask)
+            x, _ = block(name=f'block_{layer}', **options)(x, mask, start)
         return x
+
+
+def _policy(name: str) -> Any:
+    policy = getattr(jax.checkpoint_policies, name, None)
+    if policy is None or name.startswith('_'):
+        raise ValueError(
+            f"remat: {name!r} is none of 'none', 'full' and the names of jax.checkpoint_policies"
+        )
+    return policy

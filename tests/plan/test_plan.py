@@ -128,7 +128,7 @@ def test_what_fits_and_what_does_not() -> None:
     cut = some(state={'parameters': 20 * 10**9}, state_in_all=160 * 10**9)
     assert 'more devices on the axes that cut it' in plan.describe(cut, 'v5e')
     busy = plan.describe(some(temporaries=20 * 10**9), 'v5e')
-    assert '--config.accumulate=4' in busy and '--config.model.remat=True' in busy
+    assert '--config.accumulate=4' in busy and '--config.model.remat=full' in busy
     # 1e15 operations on 8 devices of 197e12 in a second.
     assert 'at least 635 ms for a step: compute 635 ms' in plan.describe(some(), 'v5e')
 

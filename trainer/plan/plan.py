@@ -170,7 +170,7 @@ def _suggestions(plan: Plan, kind: DeviceKind) -> Iterator[str]:
         rows = plan.rows // plan.shards
         if rows > 1:
             yield f'activations: --config.accumulate={min(rows, 4)} cuts a batch into slices'
-        yield 'activations: --config.model.remat=True, if the model has it, computes them twice'
+        yield 'activations: --config.model.remat=full, if the model has it, computes them twice'
         yield 'activations: --config.precision.compute=bfloat16 halves them'
 
 

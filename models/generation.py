@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from a trained language model, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .transformer import Transformer
+
+
+def generate(
+    model: Transformer,
+    params: Any,
+    prompt: jax.Array,
+    count: int,
+    *,
+    key: jax.Array | None = None,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Returns tokens that follow a prompt, int (batch, count); each costs one token's computation.
+
+    Args:
+        model: as it was trained.
+        params: its parameters.
+        prompt: int (batch, length), at least one token each.
+        count: tokens to add.
+        key: draws them by their probabilities; without it, each is the most probable one.
+        temperature: divides the logits before one is drawn.
+
+    Raises:
+        ValueError: if they are more than the model has positions for.
+    """
+    total = prompt.shape[1] + count
+    if total > model.max_length:
+        raise ValueError(f'{total} tokens with the prompt, but max_length is {model.max_length}')
+    decoder = model.clone(decode=True)
+    shapes = jax.eval_shape(decoder.init, jax.random.key(0), prompt)['cache']
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def following(cache: Any, tokens: jax.Array, key: jax.Array | None) -> tuple[Any, jax.Array]:
+        variables = {'params': params, 'cache': cache}
+        logits, state = decoder.apply(variables, tokens, mutable=['cache'])
+        last = logits[:, -1].astype(jnp.float32)
+        if key is None:
+            return state['cache'], last.argmax(-1)
+        return state['cache'], jax.random.categorical(key, last / temperature)
+
+    def step(carry: tuple[Any, jax.Array], key: jax.Array | None) -> Any:
+        cache, token = carry
+        cache, following_token = following(cache, token[:, None], key)
+        return (cache, following_token), token
+
+    keys = None if key is None else jax.random.split(key, count)
+    first = following(cache, prompt, None if keys is None else keys[0])
+    rest = None if keys is None else keys[1:]
+    (_, last), tokens = jax.lax.scan(step, first, rest, length=count - 1)
+    return jnp.concatenate([tokens.T, last[:, None]], axis=1).astype(prompt.dtype)

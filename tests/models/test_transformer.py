@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The transformer's options leave its results alone; its cache gives what the whole row gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.generation import generate
+from models.transformer import Transformer
+from tests.command import ROOT
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+SMALL: dict[str, Any] = dict(vocab_size=11, layers=4, width=16, heads=2, max_length=12)
+TOKENS = np.random.default_rng(0).integers(0, 11, (3, 12))
+KEY = jax.random.key(0)
+
+
+def variables(model: Transformer) -> Any:
+    return nn.meta.unbox(model.init(KEY, TOKENS))
+
+
+def looped(params: Any) -> dict[str, Any]:
+    """Returns the parameters of scanned layers as those of layers with names."""
+    rest = {name: x for name, x in params.items() if name != 'blocks'}
+    blocks = {
+        f'block_{index}': jax.tree.map(lambda x, i=index: x[i], params['blocks'])
+        for index in range(4)
+    }
+    return {**rest, **blocks}
+
+
+def gradient(model: Transformer, params: Any) -> Any:
+    def loss(params: Any) -> jax.Array:
+        return (model.apply({'params': params}, TOKENS).astype(jnp.float32) ** 2).mean()
+
+    return jax.value_and_grad(loss)(params)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {'unroll': 2}, {'remat': 'full'}, {'remat': 'dots_saveable'},
+    {'remat': 'nothing_saveable', 'unroll': 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('options', OPTIONS)
+def test_options_of_the_layers(options: dict[str, Any]) -> None:
+    """N4, N5, U13: scanned layers, unrolled or computed again, are the layers of the loop."""
+    scanned = Transformer(**SMALL, scan_layers=True, **options)
+    params = variables(scanned)['params']
+    remat = {'remat': options['remat']} if 'remat' in options else {}
+    value, grads = gradient(scanned, params)
+    plain, theirs = gradient(Transformer(**SMALL), looped(params))
+    again, _ = gradient(Transformer(**SMALL, **remat), looped(params))
+    assert float(value) == pytest.approx(float(plain), rel=1e-5)
+    assert float(again) == pytest.approx(float(plain), rel=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), looped(grads), theirs
+    )
+
+
+def test_a_policy_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"remat: 'everything' is none of 'none', 'full'"):
+        variables(Transformer(**SMALL, remat='everything'))
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('dtype', [None, jnp.bfloat16])
+def test_the_cache_gives_what_the_whole_row_gives(scan_layers: bool, dtype: Any) -> None:
+    """O2: logits step by step, after a prompt of five tokens, equal those of one causal pass."""
+    model = Transformer(**SMALL, scan_layers=scan_layers, dtype=dtype)
+    params = variables(model)['params']
+    whole = model.apply({'params': params}, TOKENS)
+    decoder = model.clone(decode=True)
+    state = {'cache': jax.tree.map(jnp.zeros_like, variables(decoder)['cache'])}
+    kept = [x for x in jax.tree.leaves(state) if x.ndim > 1]
+    assert {x.dtype for x in kept} == {jnp.dtype(dtype or jnp.float32)}
+    found = []
+    for tokens in (TOKENS[:, :5], *np.split(TOKENS[:, 5:], 7, axis=1)):
+        logits, state = decoder.apply({'params': params, **state}, tokens, mutable=['cache'])
+        found.append(logits)
+    assert int(state['cache']['index']) == 12
+    tolerance = {'atol': 2e-5} if dtype is None else {'atol': 3e-2}
+    np.testing.assert_allclose(
+        np.concatenate(found, axis=1).astype('f4'), np.asarray(whole, 'f4'), **tolerance
+    )
+
+
+def test_the_cache_of_flax_s_own_attention() -> None:
+    """O2: keys, values and an index; five steps are those of the causal pass."""
+    x = np.random.default_rng(1).normal(size=(2, 5, 8)).astype('f4')
+    layer = nn.MultiHeadDotProductAttention(num_heads=2)
+    params = layer.init(KEY, x)['params']
+    whole = layer.apply({'params': params}, x, mask=nn.make_causal_mask(x[:, :, 0]))
+    decoder = layer.clone(decode=True)
+    state = {'cache': decoder.init(KEY, x)['cache']}
+    assert set(state['cache']) == {'cached_key', 'cached_value', 'cache_index'}
+    found = []
+    for step in range(5):
+        y, state = decoder.apply(
+            {'params': params, **state}, x[:, step : step + 1], mutable=['cache']
+        )
+        found.append(y)
+    assert int(state['cache']['cache_index']) == 5
+    np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=1e-5)
+
+
+def test_tokens_that_follow() -> None:
+    """Greedy ones are those of the whole row, read again for each; drawn ones follow the key."""
+    model = Transformer(**SMALL)
+    params = variables(model)['params']
+    prompt = jnp.asarray(TOKENS[:, :4])
+    row = prompt
+    for _ in range(6):
+        logits = model.apply({'params': params}, row)
+        row = jnp.concatenate([row, logits[:, -1:].argmax(-1)], axis=1)
+    found = generate(model, params, prompt, 6)
+    assert np.array_equal(found, row[:, 4:])
+    assert np.array_equal(jax.jit(lambda p: generate(model, p, prompt, 6))(params), found)
+    drawn = [generate(model, params, prompt, 6, key=jax.random.key(k)) for k in (0, 0, 1)]
+    assert np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+    cold = generate(model, params, prompt, 6, key=KEY, temperature=1e-6)
+    assert np.array_equal(cold, found)
+    with pytest.raises(ValueError, match='13 tokens with the prompt, but max_length is 12'):
+        generate(model, params, prompt, 9)
+
+
+def test_a_trained_model_goes_on() -> None:
+    """A short run on the standard library's source; what it generates is text of its alphabet."""
+    config = load_and_build(
+        str(ROOT / 'configs' / 'lm.py'), train_for='60 steps', evals={},
+        model__layers=1, model__width=64, model__remat='dots_saveable', model__scan_layers=True,
+    )  # fmt: skip
+    trainer = Trainer(config)
+    state = trainer.fit().state
+    module = config.model.module  # type: ignore[attr-defined]
+    prompt = jnp.asarray([list(b'import ')])
+    found = bytes(np.asarray(generate(module, state.params, prompt, 20))[0].tolist())
+    assert len(found) == 20 and max(found) < 128
