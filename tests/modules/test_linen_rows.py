@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the guides say of Linen itself, and the models that it makes possible here."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors
+from flax.core import unfreeze
+from flax.core.scope import DenyList
+
+from data.sources import ArraySource
+from tests.modules.learning import learned
+from trainer.modules import functional
+from trainer.step.precision import Precision
+from trainer.step.rng import Keys
+
+KEY = jax.random.key(0)
+X = np.random.default_rng(2).normal(size=(3, 8)).astype('f4')
+
+
+class Sequences(ArraySource):
+    """512 rows of up to 12 numbers, padded; the class is the quarter that their sum lies in."""
+
+    def __init__(self) -> None:
+        draw = np.random.default_rng(0)
+        lengths = draw.integers(1, 13, 512).astype('i4')
+        x = draw.normal(size=(512, 12, 2)).astype('f4')
+        x[np.arange(12) >= lengths[:, None]] = 99.0  # Whoever reads the padding learns nothing.
+        real = np.where(np.arange(12)[:, None] < lengths[:, None, None], x, 0.0)
+        label = (real.sum(1)[:, 0] > 0) + 2 * (real.sum(1)[:, 1] > 0)
+        fields = {'x': x, 'length': lengths, 'label': label.astype('i4')}
+        super().__init__(fields)
+
+
+class Reader(nn.Module):
+    """Reads sequences from both ends, as far as they go."""
+
+    cell: str = 'OptimizedLSTMCell'
+
+    @nn.compact
+    def __call__(self, x: jax.Array, lengths: jax.Array) -> jax.Array:
+        cell = getattr(nn, self.cell)
+        both = nn.Bidirectional(nn.RNN(cell(8)), nn.RNN(cell(8)))
+        y = both(x, seq_lengths=lengths)
+        inside = (jnp.arange(x.shape[1]) < lengths[:, None])[..., None]
+        return nn.Dense(4)((y * inside).sum(1))
+
+
+def reading(model: Any, batch: Any) -> Any:
+    import optax
+
+    logits = model(batch['x'], batch['length'])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+    return loss, {'accuracy': logits.argmax(-1) == batch['label']}
+
+
+@pytest.mark.parametrize('cell', ['OptimizedLSTMCell', 'GRUCell', 'SimpleCell'])
+def test_a_bidirectional_reader_of_lengths(cell: str) -> None:
+    """O1: it learns from sequences whose padding is garbage."""
+    source = {'target': f'{__name__}:Sequences'}
+    data = {'source': source, 'batch_size': 64}
+    learned(
+        {'target': f'{__name__}:Reader', 'cell': cell}, steps=120,
+        task={'ref': f'{__name__}:reading'}, data=data,
+        evals={'test': {'data': {'source': source, 'batch_size': 256}, 'every': 'never'}},
+    )  # fmt: skip
+
+
+def test_recurrent_layers() -> None:
+    """O1: shapes, lengths, reversal, and cells whose parameters are the same."""
+    x = np.random.default_rng(3).normal(size=(10, 50, 32)).astype('f4')
+    rnn = nn.RNN(nn.LSTMCell(64))
+    variables = rnn.init(KEY, x)
+    whole = rnn.apply(variables, x)
+    assert whole.shape == (10, 50, 64)
+    fast = nn.RNN(nn.OptimizedLSTMCell(64))
+    np.testing.assert_allclose(fast.apply(variables, x), whole, atol=1e-5)
+    lengths = np.arange(10) + 5
+    carry, padded = rnn.apply(variables, x, seq_lengths=lengths, return_carry=True)
+    for row, length in enumerate(lengths):
+        last, alone = rnn.apply(variables, x[row : row + 1, :length], return_carry=True)
+        np.testing.assert_allclose(padded[row, :length], alone[0], atol=1e-5)
+        jax.tree.map(
+            lambda a, b, row=row: np.testing.assert_allclose(a[row], b[0], atol=1e-5), carry, last
+        )
+    backwards = rnn.apply(variables, x, reverse=True, keep_order=True)
+    np.testing.assert_allclose(backwards[:, ::-1], rnn.apply(variables, x[:, ::-1]), atol=1e-5)
+    by_time = rnn.apply(variables, x.swapaxes(0, 1), time_major=True)
+    np.testing.assert_allclose(by_time.swapaxes(0, 1), whole, atol=1e-5)
+    images = jnp.ones((2, 5, 6, 6, 3))
+    convolved = nn.RNN(nn.ConvLSTMCell(4, (3, 3))).init_with_output(KEY, images)[0]
+    assert convolved.shape == (2, 5, 6, 6, 4)
+
+
+def test_dtypes() -> None:
+    """O4: a layer follows its inputs and parameters, a config what it is told."""
+    half = X.astype(jnp.bfloat16)
+    variables = nn.Dense(4).init(KEY, half)
+    assert nn.Dense(4).apply(variables, half).dtype == jnp.float32
+    assert nn.Dense(4, dtype=jnp.bfloat16).apply(variables, half).dtype == jnp.bfloat16
+    assert variables['params']['kernel'].dtype == jnp.float32
+    complex_out = nn.Dense(4).init_with_output(KEY, X.astype('c8'))[0]
+    assert complex_out.dtype == jnp.complex64
+
+    def task(model: Any, batch: Any) -> Any:
+        return model(batch)[:, 0]
+
+    model = functional(nn.Dense(4), Precision(compute='bfloat16', output='bfloat16'))
+    params = model.init(task, X, Keys(seed=0, mode='init'))
+    assert params['params']['kernel'].dtype == jnp.float32
+    assert model.bind(params, Keys(seed=0, mode='train'))(X).dtype == jnp.bfloat16
+
+
+class BySetup(nn.Module):
+    """Parts made in setup, with a second method."""
+
+    def setup(self) -> None:
+        self.encoder = nn.Dense(8)
+        self.head = nn.Dense(4)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(nn.relu(self.encoder(x)))
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return self.encoder(x)
+
+
+class ByCompact(nn.Module):
+    """The same, where they are used."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(4, name='head')(nn.relu(nn.Dense(8, name='encoder')(x)))
+
+
+def test_setup_and_compact() -> None:
+    """O6, U2, U4: the same parameters where the names are; `apply(method=...)` for another one."""
+    one, two = BySetup().init(KEY, X), ByCompact().init(KEY, X)
+    assert jax.tree.structure(one) == jax.tree.structure(two)
+    np.testing.assert_allclose(BySetup().apply(two, X), ByCompact().apply(two, X), rtol=1e-6)
+    assert BySetup().apply(one, X, method=BySetup.encode).shape == (3, 8)
+    for name in ('BySetup', 'ByCompact'):
+        learned({'target': f'{__name__}:{name}'})
+
+
+def test_the_life_of_a_module() -> None:
+    """O7, O8, O9, U6: init is an apply with nothing; shapes suffice; what may change is said."""
+    model = ByCompact()
+    variables = model.init(KEY, X)
+    _, same = model.apply({}, X, rngs={'params': KEY}, mutable=True)
+    jax.tree.map(np.testing.assert_array_equal, variables, unfreeze(same))
+    lazy = model.lazy_init(KEY, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    jax.tree.map(np.testing.assert_array_equal, variables, lazy)
+    text = jax.jit(model.init).lower(KEY, X).compile().as_text()
+    assert ' dot(' not in text  # No forward pass is computed.
+    assert not hasattr(BySetup(), 'encoder')
+    assert BySetup().clone(name='other').name == 'other'
+    counter = Counter()
+    started = counter.init(KEY, X)
+    for mutable in ('counts', ['counts'], True, DenyList('params')):
+        _, new = counter.apply(started, X, mutable=mutable)
+        assert int(new['counts']['calls']) == 1
+    assert counter.apply(started, X, mutable=False).shape == X.shape
+
+
+class Counter(nn.Module):
+    """U8: a variable of another collection."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        known = self.has_variable('counts', 'calls')
+        calls = self.variable('counts', 'calls', jnp.zeros, (), jnp.int32)
+        if known and self.is_mutable_collection('counts'):
+            calls.value += 1
+        return x
+
+    @nn.nowrap
+    def helper(self) -> int:
+        return 3
+
+
+def test_helpers_and_sequences() -> None:
+    """O5, O10, O11: keyword-only fields, tuples and dicts between layers, methods left alone."""
+
+    class Keyworded(nn.Module, kw_only=True):
+        width: int = 4
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(self.width)(x)
+
+    with pytest.raises(TypeError):
+        Keyworded(3)
+    assert Keyworded(width=2).init_with_output(KEY, X)[0].shape == (3, 2)
+    assert Counter().helper() == 3
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return nn.Dense(4)(x), nn.Dense(4)(-x)
+
+    class Add(nn.Module):
+        def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+            return a + b
+
+    out, variables = nn.Sequential([Two(), Add(), nn.relu]).init_with_output(KEY, X)
+    assert out.shape == (3, 4) and set(variables['params']) == {'layers_0'}
+
+
+class ResNetBlock(nn.Module):
+    """U5: layers by `functools.partial`, with names of their own where they matter."""
+
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(self.norm()(self.conv(8, (3, 3))(x)))
+        y = self.norm(scale_init=nn.initializers.zeros_init())(self.conv(8, (3, 3))(y))
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """The guide's example of a network of partials, small."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        conv = functools.partial(nn.Conv, use_bias=False)
+        norm = functools.partial(
+            nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5
+        )
+        x = x.reshape(len(x), 2, 2, 2)
+        x = conv(8, (3, 3), padding=[(1, 1), (1, 1)], name='conv_init')(x)
+        x = nn.relu(norm(name='bn_init')(x))
+        x = ResNetBlock(conv, norm)(ResNetBlock(conv, norm)(x))
+        return nn.Dense(4)(x.mean((1, 2)))
+
+
+def test_layers_by_partial() -> None:
+    """U5, U9, U10: names per class, those that are given, statistics beside; and it trains."""
+    variables = jax.eval_shape(ResNet().init, KEY, X)
+    assert set(variables) == {'params', 'batch_stats'}
+    names = {'conv_init', 'bn_init', 'ResNetBlock_0', 'ResNetBlock_1', 'Dense_0'}
+    assert set(variables['params']) == names
+    assert set(variables['params']['ResNetBlock_0']) == {
+        'Conv_0', 'Conv_1', 'BatchNorm_0', 'BatchNorm_1',
+    }  # fmt: skip
+    learned({'target': f'{__name__}:ResNet'})
+
+
+def test_parts_in_two_places_are_one() -> None:
+    """U4: an instance that is called twice has one set of parameters."""
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            dense = nn.Dense(8, name='shared')
+            return dense(dense(x))
+
+    assert set(Twice().init(KEY, X)['params']) == {'shared'}
+
+
+def test_what_is_gone_says_so() -> None:
+    """U1, U12: no `flax.nn`; a stream without a key is an error that names it."""
+    with pytest.raises(ImportError):
+        __import__('flax.nn')
+    with pytest.raises(errors.InvalidRngError, match='dropout'):
+        nn.Dropout(0.5, deterministic=False).apply({}, X)
+
+
+def test_parameters_take_their_shapes_last() -> None:
+    """U3, U7: `self.param(name, init, *args)`; a module without any has no collection."""
+
+    class Scale(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x * self.param('scale', nn.initializers.constant(2.0), x.shape[-1:], jnp.float32)
+
+    assert Scale().init(KEY, X)['params']['scale'].tolist() == [2.0] * 8
+    assert nn.Dropout(0.5, deterministic=True).init(KEY, X) == {}
+
+
+def test_tied_embeddings_and_groups() -> None:
+    """1.Q: `Embed.attend` and `GroupNorm`; a convolution of one image and of many batches."""
+    embed = nn.Embed(11, 8)
+    variables = embed.init(KEY, jnp.array([1]))
+    logits = embed.apply(variables, X, method=embed.attend)
+    np.testing.assert_allclose(logits, X @ variables['params']['embedding'].T, rtol=1e-5)
+    grouped = nn.GroupNorm(num_groups=2).init_with_output(KEY, X)[0]
+    np.testing.assert_allclose(grouped.reshape(3, 2, 4).mean(-1), np.zeros((3, 2)), atol=1e-5)
+    conv = nn.Conv(4, (3, 3))
+    image = jnp.ones((5, 5, 2))
+    variables = conv.init(KEY, image)
+    many = conv.apply(variables, jnp.broadcast_to(image, (2, 3, 5, 5, 2)))
+    assert many.shape == (2, 3, 5, 5, 4)
+    np.testing.assert_allclose(many[1, 2], conv.apply(variables, image), rtol=1e-6)
