@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 1.P: every name of Flax's API reference can be imported, or what took its place can."""
+"""Rows 1.P, U1: every name of Flax's API reference can be imported, or what took its place can."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ import functools
 import importlib
 from typing import Any
 
+import flax
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
+from flax.training.early_stopping import EarlyStopping
+
+from tests.modules.examples import X, bind
 
 # Module to its names, as the reference lists them.
 NAMES = {
@@ -93,9 +99,13 @@ GONE = {
     'jax.experimental:maps': 'jax:set_mesh',
     'jax.experimental:gda_serialization': 'orbax.checkpoint:CheckpointManager',
     'jax.experimental:array': 'jax:Array',
+    'jax.sharding:PositionalSharding': 'jax.sharding:NamedSharding',
+    'jax.sharding:use_mesh': 'jax:set_mesh',
     'flax.nnx:Context': 'flax.nnx:Rngs',
     'flax.nnx:context': 'flax.nnx:Rngs',
     'flax.nnx:Node': 'flax.nnx:data',
+    'flax.nnx:Sequence': 'flax.nnx:List',
+    'flax.nnx:moduledef': 'flax.nnx:graphdef',
     'flax.nnx:PureModule': 'flax.nnx:call',
     'flax.nnx:Module.partition': 'flax.nnx:split',
     'flax.nnx:Module.update_state': 'flax.nnx:update',
@@ -131,6 +141,76 @@ def test_nothing_is_left_out() -> None:
     assert len(NAMES['flax.linen.activation'].split()) == 25
     assert len(NAMES['flax.linen.initializers'].split()) == 20
     assert len(NAMES['flax.jax_utils'].split()) == 6
+
+
+def test_variables_are_plain_dicts() -> None:
+    """1.P: neither frozen nor with a `pop` that returns a pair; `flax.core` has functions."""
+    variables = nn.Dense(2).init(jax.random.key(0), np.ones((1, 3)))
+    assert type(variables) is dict
+    rest, params = flax.core.pop(variables, 'params')
+    assert (rest, set(params)) == ({}, {'kernel', 'bias'})
+    assert flax.core.copy(rest, {'params': params}) == variables
+    assert flax.core.unfreeze(flax.core.freeze(rest)) == rest
+
+
+def test_cells_know_their_features() -> None:
+    """1.P: `RNN(cell, cell_size)` and `LSTMCell()` are gone, the features are the cell's."""
+    with pytest.raises(TypeError):
+        nn.LSTMCell()
+    with pytest.raises(TypeError):
+        nn.RNN(nn.LSTMCell(4), cell_size=4)
+    with pytest.raises(TypeError):
+        nn.LSTMCell.initialize_carry(jax.random.key(0), (2,), 4)
+    cell = nn.LSTMCell(4)
+    outputs, _ = nn.RNN(cell).init_with_output(jax.random.key(0), np.ones((2, 5, 3)))
+    assert outputs.shape == (2, 5, 4)
+    carry = cell.initialize_carry(jax.random.key(0), (2, 3))
+    assert [x.shape for x in carry] == [(2, 4), (2, 4)]
+
+
+def test_what_is_only_deprecated() -> None:
+    """1.P: attention to oneself and traversals work with a warning, and as their successors."""
+    x, key = np.linspace(0.0, 1.0, 24, dtype='f4').reshape(2, 3, 4), jax.random.key(0)
+    new, variables = nn.MultiHeadDotProductAttention(2).init_with_output(key, x)
+    with pytest.warns(DeprecationWarning):
+        old = nn.SelfAttention(2).apply(variables, x)
+    np.testing.assert_array_equal(old, new)
+    params = {'a': {'kernel': 1.0, 'bias': 2.0}}
+    with pytest.warns(DeprecationWarning):
+        biases = traverse_util.ModelParamTraversal(lambda path, _: path.endswith('bias'))
+    changed = traverse_util.path_aware_map(
+        lambda path, v: 10 * v if path[-1] == 'bias' else v, params
+    )
+    assert biases.update(lambda v: 10 * v, params) == changed == {'a': {'kernel': 1.0, 'bias': 20}}
+
+
+class TwoCompacts(nn.Module):
+    """Which was an error once."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(2, name='one')(x)
+
+    @nn.compact
+    def other(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(3, name='two')(x)
+
+
+def test_several_compact_methods() -> None:
+    """1.P: `MultipleMethodsCompactError` is never raised; a task may call both methods."""
+    model = bind(TwoCompacts(), task=lambda model, batch: (model(batch['x']), model.other(X)))
+    assert set(model.params) == {'one', 'two'}
+    assert (model(X).shape, model.other(X).shape) == ((3, 2), (3, 3))
+
+
+def test_an_update_of_early_stopping_is_an_object() -> None:
+    """1.P: it has what the pair had."""
+    found = [EarlyStopping(min_delta=0.1, patience=0).update(1.0)]
+    for loss in (0.5, 0.45):
+        found.append(found[-1].update(loss))
+    assert [(x.has_improved, x.should_stop) for x in found] == [
+        (True, False), (True, False), (False, True),
+    ]  # fmt: skip
 
 
 def test_common_utilities() -> None:

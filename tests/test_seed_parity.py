@@ -176,7 +176,7 @@ def squares(model: Any, batch: Any) -> TaskOutput:
 
 
 def test_a_running_mean() -> None:
-    """C11: by hand for 1, 2, 3, and in the trainer, where the collection has a name of its own."""
+    """C11, U8: by hand for 1, 2, 3, and in the trainer; the collection has a name of its own."""
     model = BiasAdderWithRunningMean()
     variables = model.init(jax.random.PRNGKey(0), jnp.ones((10, 5)))
     for value, mean in ((1.0, 0.01), (2.0, 0.0299), (3.0, 0.059601)):

@@ -19,6 +19,7 @@ from trainer.experiment import Experiment
 from trainer.inputs import fingerprint
 from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards, make_mesh
+from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
 from trainer.step.ensemble import EnsembleStep, member_state
@@ -57,6 +58,7 @@ class Parts:
     def programs(self) -> Programs:
         """The compiled programs of training; each compiles when it is first asked for."""
         experiment, shards = self.experiment, batch_shards(self.mesh)
+        check_rules(experiment.sharding, self.mesh)
         member = TrainStep(
             model=experiment.model,
             task=experiment.task,
@@ -82,6 +84,7 @@ class Parts:
             fused=experiment.steps_per_call,
         )
         startup.warn_of_slices(experiment, programs.abstract)
+        startup.warn_of_idle_axes(experiment, programs.abstract, self.mesh)
         return programs
 
     @functools.cached_property

@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.observe.table import bytes_per_device, human_bytes, parameter_table
-from trainer.parallel.mesh import batch_shards
+from trainer.parallel.mesh import BATCH_AXES, batch_shards
+from trainer.parallel.sharding import logical_rules
 from trainer.step.state import TrainState
 
 if TYPE_CHECKING:
@@ -70,6 +72,28 @@ def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
             'its own, so the update is not quite that of the whole batch',
             experiment.accumulate,
         )
+
+
+def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> None:
+    """Says which axes of the mesh cut neither the batch nor any array: their devices repeat work.
+
+    Axes that rules by name mention are left out, for activations may be cut over them.
+    """
+    used = set(BATCH_AXES)
+    for _, axes in logical_rules(experiment.sharding):
+        used.update((axes,) if isinstance(axes, str) else axes or ())
+    for leaf in jax.tree.leaves(state):
+        for axes in leaf.sharding.spec:
+            used.update((axes,) if isinstance(axes, str) else axes or ())
+    for name, size in mesh.shape.items():
+        if size > 1 and name not in used:
+            _log.warning(
+                'config.mesh.%s=%d cuts no parameter, and batches are cut over %s only: unless the '
+                'model names this axis in its activations, its devices all do the same work',
+                name,
+                size,
+                ' and '.join(BATCH_AXES),
+            )
 
 
 def is_out_of_memory(error: Exception) -> bool:

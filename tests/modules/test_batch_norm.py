@@ -113,7 +113,7 @@ def test_the_momentum_of_a_constant() -> None:
 
 
 def test_nothing_moves_where_nothing_may() -> None:
-    """C4, C10: a module in training mode with `mutable=False` is an error, and not a mistake."""
+    """C4, C10, U9: training mode with `mutable=False` is an error, and not a mistake."""
     model = MLP()
     variables = model.init(jax.random.key(0), rows(), train=False)
     before = jax.device_get(variables)

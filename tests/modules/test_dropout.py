@@ -146,7 +146,7 @@ class Texts(nn.Module):
 
 
 def test_words_are_dropped_by_a_stream_of_their_own() -> None:
-    """D8: two streams that nobody declared, new in each step, none at evaluation."""
+    """D8, U12: two streams that nobody declared, new in each step, none at evaluation."""
     model = functional(Texts())
     tokens = jnp.full((64, 20), 5)
 

@@ -14,6 +14,7 @@ from trainer.parallel.sharding import (
     ByPath,
     Parameter,
     Replicated,
+    check_rules,
     logical_rules,
     param_specs,
     spec_of,
@@ -90,6 +91,34 @@ def test_what_cannot_be_is_named(mesh, rule, expected):
     with pytest.raises(UserError) as error:
         spec_of(parameter(4, 3, names=('a', 'b')), (rule,), mesh)
     assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('make', 'expected'),
+    [
+        (lambda: ByPath(rules=(('a(', ()),)), "'a(' is no regular expression: missing )"),
+        (lambda: ByPath(rules=(('.*', 'model'),)), "as in (None, 'model'); got 'model'"),
+        (lambda: ByPath(rules=(('.*',),)), "a rule is a pair such as ('mlp', 'model')"),
+        (lambda: ByName(rules=('mlp',)), "got 'mlp'"),
+    ],
+)
+def test_what_is_no_rule_is_named(make, expected):
+    with pytest.raises(UserError) as error:
+        make()
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize('rule', [ByPath(rules=(('z', ('x',)),)), ByName(rules=(('z', 'x'),))])
+def test_an_axis_that_no_parameter_asks_for_has_to_be_there_too(mesh, rule):
+    with pytest.raises(UserError, match="'z' asks for the mesh axis 'x', and the axes of config"):
+        check_rules((rule,), mesh)
+
+
+def test_a_pattern_that_matches_nothing_is_named(mesh):
+    params = {'dense': {'kernel': jax.ShapeDtypeStruct((4, 8), jnp.float32)}}
+    rules = (Replicated(), ByPath(rules=(('dense', ('model',)),)))
+    with pytest.raises(UserError, match=r"'dense' matches no parameter.* such as dense/kernel"):
+        param_specs(params, {'dense': {'kernel': P()}}, rules, mesh)
 
 
 def test_trees_of_parameters(mesh):

@@ -220,3 +220,20 @@ def test_an_axis_that_the_mesh_lacks_is_named() -> None:
     with pytest.raises(UserError, match=r"names the mesh axis 'model'.*--config.mesh.model=1"):
         Trainer(experiment('Stacked')).compile()
     assert Trainer(experiment('Stacked', mesh__model=1)).init_state().step == 0
+
+
+def test_an_axis_that_nothing_is_cut_over_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """J1: an axis may have any name; a misspelt one must not repeat the work in silence."""
+    assert Trainer(experiment('cnn', mesh={'dada': 8})).programs.abstract
+    assert 'config.mesh.dada=8 cuts no parameter' in caplog.text
+    caplog.clear()
+    made = experiment('cnn', mesh={'rows': 8}, sharding={**FSDP, 'axis': 'rows'})
+    assert Trainer(made).programs.abstract
+    assert Trainer(on_mesh(experiment('lm'), MESHES['2 x 4'])).programs.abstract
+    assert 'config.mesh' not in caplog.text
+
+
+def test_rules_are_checked_before_the_model_is_traced() -> None:
+    rule = {'target': 'trainer.parallel.sharding:ByName', 'rules': (('mlp', 'nowhere'),)}
+    with pytest.raises(UserError, match="the rule for 'mlp' asks for the mesh axis 'nowhere'"):
+        Trainer(experiment('cnn', sharding=(rule,))).compile()

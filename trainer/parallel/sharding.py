@@ -19,10 +19,8 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.config.errors import UserError
-
-# What a dimension is cut over: nothing, one mesh axis, or several.
-Axes = str | tuple[str, ...] | None
+from trainer.parallel import checks
+from trainer.parallel.checks import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +79,7 @@ class FSDP:
 
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
         """Returns a spec with one dimension cut, or None."""
-        parts = _parts(self.axis, mesh, 'FSDP')
+        parts = checks.parts(self.axis, mesh, 'FSDP')
         fits = [size % parts == 0 and size > 0 for size in parameter.shape]
         if parameter.nbytes < self.min_bytes or not any(fits):
             return None
@@ -98,16 +96,24 @@ class ByPath:
     Attributes:
         rules: (pattern, axes) pairs; the first pattern that matches the whole path decides. `axes`
             has an entry for each dimension: a mesh axis, a tuple of them, or None.
+
+    Raises:
+        UserError: for a pattern that is none, or axes that are no sequence.
     """
 
     rules: Sequence[tuple[str, Sequence[Axes]]]
+
+    def __post_init__(self) -> None:
+        checks.check_patterns(self.rules)
 
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
         """Returns the spec of the first pattern that matches, or None."""
         for pattern, axes in self.rules:
             if re.fullmatch(pattern, parameter.path):
                 spec = PartitionSpec(*_as_axes(axes))
-                _check(parameter, spec, mesh, f'the pattern {pattern!r}')
+                checks.check_spec(
+                    parameter.path, parameter.shape, spec, mesh, f'the pattern {pattern!r}'
+                )
                 return spec
         return None
 
@@ -126,13 +132,18 @@ class ByName:
 
     rules: Sequence[tuple[str, Axes]]
 
+    def __post_init__(self) -> None:
+        checks.check_pairs(self.rules)
+
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
         """Returns the spec of a parameter whose dimensions have names, None for any other."""
         if parameter.names is None:
             return None
         spec = nn.logical_to_mesh_axes(parameter.names, self.logical_rules)
         assert spec is not None
-        _check(parameter, spec, mesh, f'the names {parameter.names}')
+        checks.check_spec(
+            parameter.path, parameter.shape, spec, mesh, f'the names {parameter.names}'
+        )
         return spec
 
     @property
@@ -156,14 +167,30 @@ def spec_of(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> Partitio
     for rule in rules:
         spec = rule(parameter, mesh)
         if spec is not None:
-            _check(parameter, spec, mesh, type(rule).__name__)
+            checks.check_spec(parameter.path, parameter.shape, spec, mesh, type(rule).__name__)
             return spec
     names = parameter.names or ()
     if not all(name is None or name in mesh.shape for name in names):
         return PartitionSpec()
     spec = PartitionSpec(*names)
-    _check(parameter, spec, mesh, 'the model')
+    checks.check_spec(parameter.path, parameter.shape, spec, mesh, 'the model')
     return spec
+
+
+def check_rules(rules: Iterable[Rule], mesh: Mesh) -> None:
+    """Makes sure that a mesh has the axes that rules name, also where no parameter asks for them.
+
+    Raises:
+        UserError: naming the rule and the axis.
+    """
+    for rule in rules:
+        if isinstance(rule, ByPath):
+            for pattern, axes in rule.rules:
+                for each in _as_axes(axes):
+                    checks.parts(each, mesh, f'the pattern {pattern!r}')
+        elif isinstance(rule, ByName):
+            for name, each in rule.logical_rules:
+                checks.parts(each, mesh, f'the rule for {name!r}')
 
 
 def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
@@ -174,11 +201,18 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
         names: the same tree of `PartitionSpec`s of logical names, empty where there are none.
         rules: in order of precedence.
         mesh: the device mesh.
+
+    Raises:
+        UserError: as `spec_of`, and for a pattern that matches no parameter.
     """
+    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for rule in rules:
+        if isinstance(rule, ByPath):
+            checks.check_used([pattern for pattern, _ in rule.rules], paths)
 
     def find(path: tuple[Any, ...], leaf: Any, named: PartitionSpec | None) -> PartitionSpec:
         parameter = Parameter(
-            path=jax.tree_util.keystr(path, simple=True, separator='/'),
+            path=_path(path),
             shape=tuple(leaf.shape),
             itemsize=leaf.dtype.itemsize,
             # A box of the user's own says nothing of devices.
@@ -201,38 +235,9 @@ def named_axes(rules: Iterable[Rule], mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def _path(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
 def _as_axes(axes: Sequence[Any]) -> tuple[Axes, ...]:
     return tuple(tuple(a) if isinstance(a, (list, tuple)) else a for a in axes)
-
-
-def _parts(axes: Axes, mesh: Mesh, who: str) -> int:
-    """Returns the number of parts that `axes` cut a dimension into."""
-    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
-    for name in names:
-        if name not in mesh.shape:
-            raise UserError(
-                f'config.sharding: {who} asks for the mesh axis {name!r}, and the axes of '
-                f'config.mesh are {", ".join(mesh.shape)}'
-            )
-    return math.prod(mesh.shape[name] for name in names)
-
-
-def _check(parameter: Parameter, spec: PartitionSpec, mesh: Mesh, who: str) -> None:
-    shape = parameter.shape
-    if len(spec) > len(shape):
-        raise UserError(
-            f'config.sharding: {who} gives {len(spec)} dimensions to {parameter.path}, which has '
-            f'shape {shape}'
-        )
-    used = [a for axes in spec if axes for a in ((axes,) if isinstance(axes, str) else axes)]
-    if len(set(used)) < len(used):
-        raise UserError(
-            f'config.sharding: {who} uses a mesh axis twice in {parameter.path}: {tuple(spec)}'
-        )
-    for dimension, axes in enumerate(spec):
-        parts = _parts(axes, mesh, who)
-        if shape[dimension] % parts:
-            raise UserError(
-                f'config.sharding: {who} cuts dimension {dimension} of {parameter.path} {shape} '
-                f'over {axes!r}, and {shape[dimension]} does not divide by {parts}'
-            )

@@ -29,7 +29,7 @@ def host_sums(state: Any) -> np.ndarray:
 
     For states in host memory: a program over a whole state would hold up the training step.
     """
-    return np.array([_host_sum(np.asarray(leaf)) for leaf in jax.tree.leaves(state)], np.uint32)
+    return np.array([_host_sum(leaf) for leaf in jax.tree.leaves(state)], np.uint32)
 
 
 def combine(state: Any, sums: np.ndarray) -> str:

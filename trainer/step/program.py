@@ -224,6 +224,8 @@ class Programs:
             (self.abstract,),
             tracing=self._tracing,
             donate_argnums=0,
+            # Or the old slots, which nothing reads, would live beside the new ones.
+            keep_unused=True,
             out_shardings=self._shardings,
         )
 

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guide "Upgrading my codebase to Linen": each pattern that it moves to."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from data.sources import ArraySource
+from tests.modules.examples import X, bind, init, same
+from trainer.config.loading import LoadedConfig
+from trainer.experiment import build
+from trainer.modules import functional
+from trainer.parallel.mesh import make_mesh
+from trainer.step.optimizer import Optimizer
+from trainer.step.program import Programs
+from trainer.step.task_runner import TaskRunner
+from trainer.step.tasks import TaskOutput
+from trainer.step.train_step import TrainStep
+from trainer.trainer import Trainer
+
+
+class Dense(nn.Module):
+    """Arguments are fields, `apply` is `__call__`, and a parameter's shape comes last."""
+
+    features: int
+    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros, (self.features,))
+        return x @ kernel + bias
+
+
+def test_a_layer_by_hand() -> None:
+    """U2, U3, U7: it is the one of Linen, and has no collection but its parameters."""
+    ours, theirs = init(Dense(5)), init(nn.Dense(5))
+    assert set(ours) == set(theirs) == {'params'}
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    np.testing.assert_allclose(bind(Dense(5))(X), bind(nn.Dense(5))(X), rtol=1e-6)
+
+
+class Encoder(nn.Module):
+    """Numbered where it gives no name, by class."""
+
+    latents: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.relu(nn.Dense(8)(x))
+        x = nn.LayerNorm()(x)
+        return nn.Dense(self.latents, name='latents')(nn.Dense(8)(x))
+
+
+class AutoEncoder(nn.Module):
+    """Its parts have the names that they are assigned to; one of them is in two methods."""
+
+    latents: int = 3
+
+    def setup(self) -> None:
+        self.encoder = Encoder(self.latents)
+        self.decoder = nn.Dense(4)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.decoder(self.encoder(x))
+
+    def generate(self, z: jax.Array) -> jax.Array:
+        return nn.sigmoid(self.decoder(z))
+
+
+def test_an_instance_is_shared_like_any_object() -> None:
+    """U4, U10: one set of parameters for two methods; names as assigned, given, or counted."""
+
+    def both(model: Any, batch: Any) -> Any:
+        return model(batch['x']), model.generate(jnp.ones((2, 3)))
+
+    model = bind(AutoEncoder(), task=both)
+    assert set(model.params) == {'encoder', 'decoder'}
+    assert set(model.params['encoder']) == {'Dense_0', 'LayerNorm_0', 'Dense_1', 'latents'}
+    z = model.encoder(X)
+    decoded = z @ model.params['decoder']['kernel'] + model.params['decoder']['bias']
+    np.testing.assert_allclose(model(X), decoded, rtol=1e-5, atol=1e-6)
+    assert same(model.generate(z), nn.sigmoid(model.decoder(z)))
+    applied = AutoEncoder().apply(
+        {'params': model.params}, z, method=AutoEncoder.generate
+    )  # What `model.generate` stands for.
+    assert same(model.generate(z), applied)
+
+
+class ResNet(nn.Module):
+    """The start of one: the kinds of its layers are fields."""
+
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    num_filters: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = self.conv(self.num_filters, (7, 7), (2, 2), padding=[(3, 3), (3, 3)], name='conv_init')(
+            x
+        )
+        x = self.norm(use_running_average=not train, name='bn_init')(x)
+        return nn.Dense(2)(nn.relu(x).mean((1, 2)))
+
+
+def images() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(16, 8, 8, 1)).astype('f4')
+
+
+class Images(ArraySource):
+    """These, of two classes."""
+
+    def __init__(self) -> None:
+        super().__init__({'image': images(), 'label': np.arange(16) % 2})
+
+
+def test_partial_in_a_config() -> None:
+    """U5: `functools.partial` in place of `Module.partial`, written in the config."""
+    partial = {'target': 'functools:partial', 'accepts_any': True}
+    config = ml_collections.ConfigDict()
+    config.train_for = '1 step'
+    config.model = {
+        'target': f'{__name__}:ResNet',
+        'conv': {**partial, 'args': ({'ref': 'flax.linen:Conv'},), 'use_bias': False},
+        'norm': {**partial, 'args': ({'ref': 'flax.linen:BatchNorm'},), 'momentum': 0.9,
+                 'epsilon': 1e-5},
+    }  # fmt: skip
+    config.task = {'target': 'trainer.step.tasks:Classification'}
+    config.optimizer = {'target': 'optax:sgd', 'learning_rate': 0.1}
+    config.data = {'source': {'target': f'{__name__}:Images'}, 'batch_size': 16}
+    path = pathlib.Path(__file__)
+    trainer = Trainer(build(LoadedConfig(config=config, name=path.stem, arg='', path=path)))
+    state = trainer.fit().state
+    assert {name: set(part) for name, part in state.params.items()} == {
+        'conv_init': {'kernel'}, 'bn_init': {'scale', 'bias'}, 'Dense_0': {'kernel', 'bias'},
+    }  # fmt: skip
+    assert state.params['conv_init']['kernel'].shape == (7, 7, 1, 4)
+    # A step of momentum 0.9 keeps 0.9 of the first variances, which are 1.
+    first = {'params': trainer.init_state().params['conv_init']}
+    layer = nn.Conv(4, (7, 7), (2, 2), padding=[(3, 3), (3, 3)], use_bias=False)
+    variances = layer.apply(first, images()).var((0, 1, 2))
+    found = state.collections['batch_stats']['bn_init']['var']
+    np.testing.assert_allclose(found, 0.9 + 0.1 * variances, rtol=1e-4)
+
+
+def test_the_first_state_runs_no_forward_pass() -> None:
+    """U6: initialisation is compiled, and of the forward pass nothing remains; shapes alone cost
+    no computation at all, as `init_by_shape` had it."""
+
+    def task(model: Any, batch: Any) -> TaskOutput:
+        return TaskOutput(loss=model(batch['x']).mean(-1))
+
+    model = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Dense(5)])
+    step = TrainStep(
+        model=functional(model), task=TaskRunner.of(task), seed=0,
+        optimizer=Optimizer(base=optax.sgd(0.1)),
+    )  # fmt: skip
+    spec = {'x': jax.ShapeDtypeStruct((8, 16, 16, 1), np.float32)}
+    programs = Programs(step, spec, make_mesh({'data': -1}))
+    assert programs.abstract.params['layers_0']['kernel'].shape == (3, 3, 1, 8)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(programs.abstract))
+    text = programs.init.ready().as_text()
+    for operation in ('convolution', ' dot('):
+        assert operation not in text
+        assert operation in programs.step.ready().as_text()
+
+
+class Counter(nn.Module):
+    """A value of its own, which any call in training changes."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        calls = self.variable('counts', 'calls', functools.partial(jnp.zeros, (), jnp.int32))
+        if not self.is_initializing() and self.is_mutable_collection('counts'):
+            calls.value += 1
+        return nn.Dense(1)(x)
+
+
+@pytest.mark.parametrize(('mode', 'count'), [('train', 2), ('eval', 0)])
+def test_values_that_are_no_parameters(mode: str, count: int) -> None:
+    """U8, U9: a collection has any name; training hands it on, evaluation leaves it alone."""
+    assert set(init(Counter())) == {'params', 'counts'}
+    model = bind(Counter(), mode)
+    model(X)
+    model(X)
+    assert int(model.collections['counts']['calls']) == count
