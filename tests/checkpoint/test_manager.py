@@ -30,7 +30,7 @@ def save_all(directory: pathlib.Path, *steps: int) -> None:
 
 @pytest.mark.parametrize('exists', [False, True])
 def test_nothing_is_there(tmp_path: pathlib.Path, exists: bool) -> None:
-    """Asking makes no directory."""
+    """H20: asking makes no directory, and a run begins where nothing is."""
     directory = tmp_path / 'checkpoints'
     if exists:
         directory.mkdir()
@@ -75,6 +75,7 @@ def test_foreign_names_are_neither_read_nor_removed(tmp_path: pathlib.Path) -> N
 def test_what_was_cut_short_is_invisible_and_the_next_save_removes_it(
     tmp_path: pathlib.Path,
 ) -> None:
+    """H12, H13: a crash in the middle of a save leaves the one before it."""
     save_all(tmp_path, 1, 2, 3)
     for step in (2, 3):
         (tmp_path / str(step) / 'commit_success.txt').unlink()
@@ -119,7 +120,7 @@ def test_the_digest_of_the_state_is_stored(tmp_path: pathlib.Path) -> None:
 
 
 def test_steps_that_donate_the_state_do_not_change_the_save(tmp_path: pathlib.Path) -> None:
-    """The save is held until ten steps have overwritten the buffers that it was given."""
+    """H12: the save is held until ten steps have overwritten the buffers that it was given."""
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
     current, held = state(3), Held(x=1)
     expected = jax.tree.map(np.array, current)

@@ -25,7 +25,7 @@ def model() -> Any:
 
 
 def test_a_packed_sequence_is_what_it_is_alone(model: Any) -> None:
-    """Its logits do not see its neighbours, and its positions begin at 0."""
+    """O3: its logits do not see its neighbours, and its positions begin at 0."""
     a, b = np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8, 9])
     row = {
         'tokens': np.concatenate([a, b, np.zeros(3, np.int64)])[None],

@@ -38,7 +38,7 @@ def trained(params: Any) -> tuple[Any, Any]:
 
 
 def test_edit_one_parameter() -> None:
-    """K1: the norm of one kernel becomes 1; everything else stays."""
+    """1.K1: the norm of one kernel becomes 1; everything else stays."""
     _, opt_state = trained(PARAMS)
     params, slots = operate([Edit(pattern='Dense_1/kernel', function=unit)], PARAMS, opt_state)
     assert np.linalg.norm(params['Dense_1']['kernel']) == pytest.approx(1)
@@ -49,7 +49,7 @@ def test_edit_one_parameter() -> None:
 
 
 def test_the_optimizer_follows() -> None:
-    """K2: its tuples stay, its moments change with their parameters, and training goes on."""
+    """1.K2: its tuples stay, its moments change with their parameters, and training goes on."""
     tx, opt_state = trained(PARAMS)
     operations = [
         Rename(pattern='^Dense_1/', replacement='head/'),
@@ -87,7 +87,7 @@ def test_resize() -> None:
 
 
 def test_interpolated_positions() -> None:
-    """K3: a line stays a line, a class token stays what it is, a grid is resampled in both axes."""
+    """1.K3: a line stays a line, a class token what it is, a grid is resampled in both axes."""
     line = np.arange(4.0)[:, None] * np.ones(2)
     tables = {'positions': line}
     made, _ = operate([Interpolate(pattern='positions', size=8, method='linear')], tables)
@@ -136,7 +136,7 @@ def test_mistakes() -> None:
 
 
 def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
-    """K3: a larger head and more positions; the rows that were there stay, with their moments."""
+    """1.K3: a larger head and more positions; the rows that were there stay, with their moments."""
     path, old = pretrained(tmp_path, model__positions=4)
     surgery = (
         {'target': f'{OPERATION}:Resize', 'pattern': 'head/(kernel|bias)', 'size': 4},
@@ -181,7 +181,7 @@ def test_surgery_that_does_not_lead_to_the_model(tmp_path: pathlib.Path) -> None
 
 
 def test_surgery_of_fresh_weights(tmp_path: pathlib.Path) -> None:
-    """K1 without a checkpoint: the average starts at what the operation has made."""
+    """1.K1 without a checkpoint: the average starts at what the operation has made."""
     edit = {'target': f'{OPERATION}:Edit', 'pattern': 'head/kernel',
             'function': {'ref': f'{__name__}:double'}}  # fmt: skip
     fresh = trainer(tmp_path, ema={'decay': 0.9}).init_state()
