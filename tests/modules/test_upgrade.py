@@ -17,7 +17,7 @@ import optax
 import pytest
 
 from data.sources import ArraySource
-from tests.modules.examples import X, bind, init, same
+from tests.modules.examples import X, bind, init
 from trainer.config.loading import LoadedConfig
 from trainer.experiment import build
 from trainer.modules import functional
@@ -28,74 +28,6 @@ from trainer.step.task_runner import TaskRunner
 from trainer.step.tasks import TaskOutput
 from trainer.step.train_step import TrainStep
 from trainer.trainer import Trainer
-
-
-class Dense(nn.Module):
-    """Arguments are fields, `apply` is `__call__`, and a parameter's shape comes last."""
-
-    features: int
-    kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
-        bias = self.param('bias', nn.initializers.zeros, (self.features,))
-        return x @ kernel + bias
-
-
-def test_a_layer_by_hand() -> None:
-    """U2, U3, U7: it is the one of Linen, and has no collection but its parameters."""
-    ours, theirs = init(Dense(5)), init(nn.Dense(5))
-    assert set(ours) == set(theirs) == {'params'}
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    np.testing.assert_allclose(bind(Dense(5))(X), bind(nn.Dense(5))(X), rtol=1e-6)
-
-
-class Encoder(nn.Module):
-    """Numbered where it gives no name, by class."""
-
-    latents: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.relu(nn.Dense(8)(x))
-        x = nn.LayerNorm()(x)
-        return nn.Dense(self.latents, name='latents')(nn.Dense(8)(x))
-
-
-class AutoEncoder(nn.Module):
-    """Its parts have the names that they are assigned to; one of them is in two methods."""
-
-    latents: int = 3
-
-    def setup(self) -> None:
-        self.encoder = Encoder(self.latents)
-        self.decoder = nn.Dense(4)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.decoder(self.encoder(x))
-
-    def generate(self, z: jax.Array) -> jax.Array:
-        return nn.sigmoid(self.decoder(z))
-
-
-def test_an_instance_is_shared_like_any_object() -> None:
-    """U4, U10: one set of parameters for two methods; names as assigned, given, or counted."""
-
-    def both(model: Any, batch: Any) -> Any:
-        return model(batch['x']), model.generate(jnp.ones((2, 3)))
-
-    model = bind(AutoEncoder(), task=both)
-    assert set(model.params) == {'encoder', 'decoder'}
-    assert set(model.params['encoder']) == {'Dense_0', 'LayerNorm_0', 'Dense_1', 'latents'}
-    z = model.encoder(X)
-    decoded = z @ model.params['decoder']['kernel'] + model.params['decoder']['bias']
-    np.testing.assert_allclose(model(X), decoded, rtol=1e-5, atol=1e-6)
-    assert same(model.generate(z), nn.sigmoid(model.decoder(z)))
-    applied = AutoEncoder().apply(
-        {'params': model.params}, z, method=AutoEncoder.generate
-    )  # What `model.generate` stands for.
-    assert same(model.generate(z), applied)
 
 
 class ResNet(nn.Module):

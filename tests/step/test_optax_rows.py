@@ -101,9 +101,7 @@ def test_a_multiplier_is_a_smaller_rate() -> None:
     accuracy, params = fitted('F4', 0)
     other, same = fitted('F4, F5', 0)
     assert accuracy == pytest.approx(other, abs=2e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, same)
 
 
 def test_the_first_parameters_know_nothing() -> None:
