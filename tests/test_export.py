@@ -178,6 +178,10 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
     trainer, state = trained(task={'ref': f'{__name__}:plain'})
     with pytest.raises(UserError, match=r'evals.test: its task .* has no method predict'):
         written(tmp_path, trainer, state)
+    trainer, state = trained()
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=r'file/export cannot be written: Not a directory'):
+        export.write(trainer.evaluators['test'], state, epath.Path(tmp_path) / 'file' / 'export')
     for given, word in (('cpu,abc', "'abc'"), ('', 'nothing')):
         finished = command.run(command.MLP, '--mode=export', f'--platforms={given}')
         assert finished.code == 2

@@ -70,7 +70,7 @@ def write(
         shapes, versions.
 
     Raises:
-        UserError: if the task has no predictions.
+        UserError: if the task has no predictions, or the directory cannot be written.
     """
     if jax.process_count() > 1:
         raise UserError('--mode=export: run it as one process; it reads any checkpoint')
@@ -100,11 +100,14 @@ def write(
         'variables': {path: f'{x.dtype}{list(x.shape)}' for path, x in flat.items()},
         'versions': versions(),
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / FUNCTION).write_bytes(bytes(function.serialize()))
-    (directory / MSGPACK).write_bytes(serialization.msgpack_serialize(kept))
-    safetensors.write(directory / SAFETENSORS, flat)
-    (directory / ABOUT).write_text(json.dumps(about, indent=2) + '\n')
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / FUNCTION).write_bytes(bytes(function.serialize()))
+        (directory / MSGPACK).write_bytes(serialization.msgpack_serialize(kept))
+        safetensors.write(directory / SAFETENSORS, flat)
+        (directory / ABOUT).write_text(json.dumps(about, indent=2) + '\n')
+    except OSError as error:
+        raise UserError(f'{directory} cannot be written: {error.strerror or error}') from error
     return about
 
 

@@ -265,6 +265,8 @@ def test_mistakes_that_show_later() -> None:
     trainer = Trainer(experiment(ensemble=ensemble()))
     with pytest.raises(UserError, match='name one, as in'):
         trainer.model(trainer.init_state())
+    with pytest.raises(UserError, match='member 2: the ensemble has the members 0 to 1'):
+        trainer.model(trainer.init_state(), member=2)
 
 
 def test_on_the_command_line(tmp_path: pathlib.Path) -> None:

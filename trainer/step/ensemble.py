@@ -76,7 +76,14 @@ class Ensemble:
 
 
 def member_state(state: TrainState, member: int) -> TrainState:
-    """Returns one member's part of an ensemble's state: a state as it would be alone."""
+    """Returns one member's part of an ensemble's state: a state as it would be alone.
+
+    Raises:
+        UserError: if there is no such member.
+    """
+    size = jax.tree.leaves(state.metrics.stacked)[0].shape[0]
+    if not 0 <= member < size:  # JAX would take the nearest.
+        raise UserError(f'member {member}: the ensemble has the members 0 to {size - 1}')
     state = dataclasses.replace(state, metrics=state.metrics.stacked)
     parts = {name: jax.tree.map(lambda x: x[member], getattr(state, name)) for name in _PARTS}
     return dataclasses.replace(state, **parts)
