@@ -6,6 +6,9 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
+
+import pytest
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
@@ -15,3 +18,12 @@ os.environ.setdefault(
     str(pathlib.Path(tempfile.gettempdir()) / 'jax-config-trainer-test-cache'),
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def temporary_files_go_with_the_others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Some libraries, such as TFDS, leave a temporary directory behind; pytest clears it away."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('TMPDIR', str(tmp_path_factory.mktemp('tmp')))
+        patch.setattr(tempfile, 'tempdir', None)
+        yield

@@ -76,15 +76,15 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     """
     _enable_compile_cache()
     try:
-        processes.join(command.cluster)
+        watch = processes.join(command.cluster)
     except PeerError as error:
         print(f'Error: {error}', file=sys.stderr)
         return error.exit_code
-    if not jax.distributed.is_initialized():
+    if watch is None:
         return _run(loaded, command, stop)
     stop.share()
     logfile.keep_stdout_for_python()
-    with processes.ending_together(command.cluster):
+    with processes.ending_together(watch):
         if processes.is_primary():
             return _run(loaded, command, stop)
         with contextlib.redirect_stdout(Nowhere()):

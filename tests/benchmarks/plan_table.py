@@ -21,7 +21,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = (
     '{"vocab_size": 32768, "layers": 20, "width": 2048, "heads": 16, "max_length": 1024, '
-    '"scan_layers": true, "remat": true}'
+    '"scan_layers": true, "remat": "full"}'
 )
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import time
+from typing import Any
 
 import pytest
 
@@ -84,23 +85,39 @@ def test_four_processes_equal_two_bit_for_bit(
         assert command.rows(tmp_path / name) == command.rows(workdir)
 
 
+@pytest.fixture(scope='module')
+def half(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Two processes of two devices, half as far."""
+    workdir = tmp_path_factory.mktemp('half') / 'run'
+    train(2, workdir, *SHORT, '--config.train_for=30steps', devices=2)
+    assert command.result(workdir)['step'] == 30
+    return workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(('count', 'devices'), [(1, 4), (4, 1)])
 def test_a_checkpoint_of_two_is_resumed_by_any_number(
-    two_by_two: tuple[pathlib.Path, list[str]], count: int, devices: int, tmp_path: pathlib.Path
+    two_by_two: tuple[pathlib.Path, list[str]],
+    half: pathlib.Path,
+    count: int,
+    devices: int,
+    tmp_path: pathlib.Path,
 ) -> None:
+    """The digest of what is read is checked; four processes then equal two bit for bit."""
     whole, _ = two_by_two
     first = tmp_path / 'run'
-    train(2, first, *SHORT, '--config.train_for=30steps', devices=2)
-    assert command.result(first)['step'] == 30
+    shutil.copytree(half, first)
     train(count, first, *SHORT, devices=devices)
     assert command.result(first)['data_digest'] == command.result(whole)['data_digest']
     # The shorter run evaluated at its end, too.
     last = command.rows(first)[-1], command.rows(whole)[-1]
     assert last[0] == pytest.approx(last[1], rel=1e-4)
+    if count == 4:
+        assert command.result(first)['digest'] == command.result(whole)['digest']
 
 
-LONG = (*SHORT[1:], '--config.train_for=1500steps')
+LAST = 600
+LONG = (*SHORT[1:], f'--config.train_for={LAST}steps', '--config.checkpoint.every=50steps')
 
 
 @pytest.fixture(scope='module')
@@ -124,7 +141,7 @@ def test_sigterm_to_one_stops_all_at_one_step(
     assert codes == [42, 42], errors
     step = command.result(tmp_path)['step']
     assert command.result(tmp_path)['status'] == 'preempted'
-    assert 60 <= step < 1500
+    assert 60 <= step < LAST
     assert str(step) in {path.name for path in (tmp_path / 'checkpoints').iterdir()}
     train(2, tmp_path, *LONG)
     for name in ('digest', 'data_digest'):
@@ -153,26 +170,31 @@ def test_a_killed_process_ends_the_others(
         assert command.result(tmp_path)[name] == command.result(long_run)[name]
 
 
+def split(examples: int) -> dict[str, Any]:
+    source = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': examples}
+    return {'data': {'source': source, 'batch_size': 510}}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('examples', [4097, 2])
-def test_uneven_evaluations_are_exact(
-    examples: int, long_run: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-    """4,097 examples, and fewer than processes: a process may have none of them."""
+def test_uneven_evaluations_are_exact(long_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """B7: 4,097 examples, and fewer than processes: a process may have none of them."""
+    evals = {'many': split(4097), 'few': split(2)}
     found = []
     for count in (1, 2, 3):
         workdir = tmp_path / str(count)
         shutil.copytree(long_run, workdir)
-        options = (f'--config.evals.test.data.source.limit={examples}', '--mode=eval')
-        batch = ('--config.evals.test.data.batch_size=510',)
-        outputs = train(count, workdir, *LONG, *options, *batch)
-        values = re.search(r'loss (\S+)  accuracy (\S+)  examples (\d+)', outputs[0])
-        assert values is not None, outputs[0]
+        config = (command.MLP, command.SMALL[0], f'--config.evals={json.dumps(evals)}')
+        running = start(count, workdir, *LONG, '--mode=eval', config=config)
+        codes, outputs, errors = finish(running)
+        assert codes == [0] * count, errors
         assert outputs[1:] == [''] * (count - 1)
-        found.append((float(values[1]), float(values[2]), int(values[3])))
-    assert {examples} == {count for _, _, count in found}
-    assert len({accuracy for _, accuracy, _ in found}) == 1
-    assert [loss for loss, _, _ in found] == pytest.approx([found[0][0]] * 3, rel=1e-5)
+        lines = re.findall(r'eval (\w+): loss (\S+)  accuracy (\S+)  examples (\d+)', outputs[0])
+        found.append({line[0]: tuple(map(float, line[1:])) for line in lines})
+    for name, examples in {'many': 4097, 'few': 2}.items():
+        loss, accuracy, count = zip(*(values[name] for values in found), strict=True)
+        assert set(count) == {examples}
+        assert len(set(accuracy)) == 1
+        assert loss == pytest.approx([loss[0]] * 3, rel=1e-5)
 
 
 def test_the_state_of_each_process_is_in_one_checkpoint(

@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from trainer.parallel.rendezvous import PeerError
 
 coordinator, count, number, timeout, item = sys.argv[1:]
 try:
-    processes.join(processes.Cluster(
+    watch = processes.join(processes.Cluster(
         coordinator=coordinator, num_processes=int(count), process_id=int(number),
         timeout_secs=int(timeout)))
     processes.check_agreement({'config': 'same', 'data': item})
     print('sum', processes.sum_over_processes(2**63 + 2**32 + int(number)))
+    watch.close()
 except (UserError, PeerError) as error:
     print(type(error).__name__, error)
     sys.exit(error.exit_code)
@@ -70,10 +72,34 @@ def test_a_disagreement_names_the_process_and_the_item():
 
 def test_a_missing_peer_is_named_by_those_who_came():
     port = free_port()
-    codes, outputs = finish(start(port, 3, 0, timeout=6), start(port, 3, 2, timeout=12))
+    codes, outputs = finish(start(port, 3, 0, timeout=3), start(port, 3, 2, timeout=3))
     assert codes == [75, 75], outputs
-    assert 'process 1 of 3 did not come within 6 s' in outputs[0]
-    assert 'did not reach process 0' in outputs[1]
+    for output in outputs:
+        assert 'process 1 of 3 did not come within 3 s' in output
+
+
+@pytest.mark.parametrize('number', [0, 1])
+def test_a_process_that_dies_before_jax_has_connected_it_is_named(number):
+    """There JAX would wait for it until the time is over, and abort."""
+    port = free_port()
+    dying = f"""
+import os, signal
+from trainer.parallel.rendezvous import meet
+
+meet('127.0.0.1:{port}', 3, {number}, 60)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    first = subprocess.Popen([sys.executable, '-c', dying], env={**os.environ, 'PYTHONPATH': ROOT})
+    codes, outputs = finish(start(port, 3, 1 - number), start(port, 3, 2))
+    assert first.wait() == -signal.SIGKILL
+    assert codes == [75, 75], outputs
+    assert all(f'process {number} of 3 has ended before its time' in o for o in outputs), outputs
+
+
+def test_a_missing_first_process_is_named():
+    codes, outputs = finish(start(free_port(), 2, 1, timeout=2))
+    assert codes == [75]
+    assert 'process 1 did not reach process 0' in outputs[0]
 
 
 def test_processes_of_different_counts_or_equal_numbers_are_refused():

@@ -237,3 +237,26 @@ def test_rules_are_checked_before_the_model_is_traced() -> None:
     rule = {'target': 'trainer.parallel.sharding:ByName', 'rules': (('mlp', 'nowhere'),)}
     with pytest.raises(UserError, match="the rule for 'mlp' asks for the mesh axis 'nowhere'"):
         Trainer(experiment('cnn', sharding=(rule,))).compile()
+
+
+@pytest.mark.parametrize('mesh', ['8 fsdp', '2 x 2 x 2'])
+def test_float16_is_the_same_where_the_state_is_cut(mesh: str, tmp_path: pathlib.Path) -> None:
+    """F9: an overflow anywhere leaves every device's part as it was, and halves the scale."""
+    options = {'precision': {'compute': 'float16', 'loss_scale': 2.0**30}, 'train_for': '16 steps'}
+    rows = []
+    for name, where in (('whole', {'data': 8}), ('cut', MESHES[mesh])):
+        made = on_mesh(experiment('cnn', sharding=(CNN_BY_PATH, FSDP), **options), where)
+        trainer = Trainer(made, str(tmp_path / name))
+        train(trainer)
+        lines = (tmp_path / name / 'metrics.jsonl').read_text().splitlines()
+        rows.append([json.loads(line) for line in lines])
+    whole, cut = rows
+    for key in ('train/loss_scale', 'train/skipped_updates'):
+        assert [row[key] for row in cut] == [row[key] for row in whole]
+    skipped = cut[-1]['train/skipped_updates']
+    assert 5 < skipped < 16
+    assert cut[-1]['train/loss_scale'] == 2.0 ** (30 - skipped)
+    # In float16 a sum that is taken in another order differs sooner than in float32.
+    losses = [[row['train/loss'] for row in each] for each in rows]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
+    assert losses[1][0] != losses[1][-1]

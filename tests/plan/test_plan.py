@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+import sys
 from typing import Any
 
 import flax.linen as nn
@@ -154,3 +157,15 @@ def test_from_the_command_line() -> None:
         finished = command.run(*wrong)
         assert finished.code == 2 and message in finished.err, finished.err
         assert 'Traceback' not in finished.err
+
+
+@pytest.mark.slow
+def test_a_billion_parameters_on_512_devices() -> None:
+    """The last row of the README's table; it must fit a laptop."""
+    table = [sys.executable, str(ROOT / 'tests' / 'benchmarks' / 'plan_table.py'), '--devices=512']
+    finished = subprocess.run(table, capture_output=True, text=True, timeout=180)
+    assert finished.returncode == 0, finished.stderr
+    row = finished.stdout.splitlines()[-1]
+    assert re.match(r'\| 512 \| data 64 x fsdp 8 \| 1\.7 GB \|', row), row
+    memory = re.search(r'(\S+) GiB', row)
+    assert memory is not None and float(memory[1]) < 8

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import sys
 import traceback
 import zlib
@@ -24,7 +25,7 @@ import numpy as np
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.parallel.rendezvous import EXIT_PEER_FAILED, meet
-from trainer.parallel.watch import PeerWatch
+from trainer.parallel.watch import PeerWatch, connect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,10 +75,12 @@ def _hosts_of_tpu_vm() -> int:
     return GceTpuCluster.get_process_count() if GceTpuCluster.is_env_present() else 1
 
 
-def join(cluster: Cluster) -> None:
+def join(cluster: Cluster) -> PeerWatch | None:
     """Connects this process with the others of its run, before any backend is started.
 
-    Does nothing where no cluster is declared or detected.
+    Returns:
+        What ends this process when another one is gone, or None where no cluster is declared or
+        detected.
 
     Raises:
         UserError: if the declaration is incomplete or the coordinator's port is taken.
@@ -90,7 +93,7 @@ def join(cluster: Cluster) -> None:
     }
     missing = [name for name, value in declared.items() if value is None]
     if len(missing) == len(declared) and not detected():
-        return
+        return None
     if missing and not detected():
         raise UserError(
             f'{", ".join(missing)} is missing: several processes need all of '
@@ -102,16 +105,31 @@ def join(cluster: Cluster) -> None:
     )
     if missing:
         jax.distributed.initialize(**timeouts)
-        return
+        number, count = jax.process_index(), jax.process_count()
+        return _watch(connect(cluster.timeout_secs), number, count, cluster)
     assert cluster.coordinator and cluster.num_processes and cluster.process_id is not None
     if not 0 <= cluster.process_id < cluster.num_processes:
         raise UserError(
             f'--process_id={cluster.process_id}: expected 0 to {cluster.num_processes - 1}'
         )
     # JAX ends the process from C++, without a word on who is missing; so we meet first ourselves.
-    meet(cluster.coordinator, cluster.num_processes, cluster.process_id, cluster.timeout_secs)
-    jax.distributed.initialize(
-        cluster.coordinator, cluster.num_processes, cluster.process_id, **timeouts
+    where = cluster.coordinator, cluster.num_processes, cluster.process_id
+    peers = meet(*where, cluster.timeout_secs)
+    # Before JAX connects them: there it would wait for one that has died, and abort.
+    watch = _watch(peers, cluster.process_id, cluster.num_processes, cluster)
+    jax.distributed.initialize(*where, **timeouts)
+    return watch
+
+
+def _watch(
+    peers: Mapping[socket.socket, int], number: int, count: int, cluster: Cluster
+) -> PeerWatch:
+    return PeerWatch(
+        peers,
+        number=number,
+        count=count,
+        exit_code=EXIT_PEER_FAILED,
+        keepalive_secs=cluster.heartbeat_secs,
     )
 
 
@@ -170,12 +188,14 @@ def _gather(row: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def ending_together(cluster: Cluster) -> Iterator[None]:
+def ending_together(watch: PeerWatch) -> Iterator[None]:
     """Ends this process at once when what runs inside fails, or when another process is gone.
 
     An ordinary exit would wait for the others, who wait in a collective for this process.
+
+    Args:
+        watch: from `join`.
     """
-    watch = PeerWatch(EXIT_PEER_FAILED, cluster.timeout_secs, cluster.heartbeat_secs)
     try:
         yield
         watch.close()

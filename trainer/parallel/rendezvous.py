@@ -8,12 +8,13 @@ import dataclasses
 import json
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from trainer.config.errors import UserError
 
 EXIT_PEER_FAILED = 75
+_GRACE_SECS = 5.0
 
 
 class PeerError(Exception):
@@ -30,7 +31,9 @@ class _Meeting:
     timeout_secs: int
 
 
-def meet(coordinator: str, num_processes: int, process_id: int, timeout_secs: int) -> None:
+def meet(
+    coordinator: str, num_processes: int, process_id: int, timeout_secs: int
+) -> dict[socket.socket, int]:
     """Waits until every process has said hello to process 0 on the coordinator's port.
 
     Args:
@@ -38,6 +41,9 @@ def meet(coordinator: str, num_processes: int, process_id: int, timeout_secs: in
         num_processes: how many there are.
         process_id: which one this is.
         timeout_secs: how long to wait.
+
+    Returns:
+        Open connections, and who is at their other end: process 0, or there all others.
 
     Raises:
         UserError: if the address is none, or its port is taken.
@@ -49,17 +55,15 @@ def meet(coordinator: str, num_processes: int, process_id: int, timeout_secs: in
     meeting = _Meeting(coordinator, num_processes, process_id, timeout_secs)
     deadline = time.monotonic() + timeout_secs
     if process_id == 0:
-        _receive_all(meeting, int(port), deadline)
-    else:
-        _say_hello(meeting, (host, int(port)), deadline)
+        return _receive_all(meeting, int(port), deadline)
+    return {_say_hello(meeting, (host, int(port)), deadline): 0}
 
 
-def _receive_all(meeting: _Meeting, port: int, deadline: float) -> None:
+def _receive_all(meeting: _Meeting, port: int, deadline: float) -> dict[socket.socket, int]:
     """Process 0: collects a hello of each other process, then lets all of them go on."""
     expected = set(range(1, meeting.num_processes))
     peers: dict[int, socket.socket] = {}
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(_listen(port))
+    with _listen(port) as server, contextlib.ExitStack() as stack:
         while missing := expected - set(peers):
             server.settimeout(max(0.0, deadline - time.monotonic()))
             try:
@@ -67,20 +71,28 @@ def _receive_all(meeting: _Meeting, port: int, deadline: float) -> None:
                 hello = _read_line(connection, deadline)
             except (TimeoutError, BlockingIOError):
                 names = ', '.join(map(str, sorted(missing)))
-                raise PeerError(
+                problem = (
                     f'process {names} of {meeting.num_processes} did not come within '
                     f'{meeting.timeout_secs} s (--init_timeout). Has it been started, and can it '
                     f'reach {meeting.coordinator}?'
-                ) from None
-            problem = _check_hello(hello, meeting, peers)
+                )
+                _tell(peers.values(), problem)
+                raise PeerError(problem) from None
+            problem = _check_hello(hello, meeting, peers) or ''
             if problem:
-                for peer in (connection, *peers.values()):
-                    peer.sendall(f'{problem}\n'.encode())
+                _tell((connection, *peers.values()), problem)
                 raise PeerError(problem)
             if hello is not None:
                 peers[hello['process_id']] = connection
-        for peer in peers.values():
-            peer.sendall(b'go\n')
+        _tell(peers.values(), 'go')
+        stack.pop_all()
+    return {connection: number for number, connection in peers.items()}
+
+
+def _tell(peers: Iterable[socket.socket], text: str) -> None:
+    for peer in peers:
+        with contextlib.suppress(OSError):  # One that is gone already is noticed by the watch.
+            peer.sendall(f'{text}\n'.encode())
 
 
 def _check_hello(hello: Any, meeting: _Meeting, peers: Mapping[int, Any]) -> str | None:
@@ -97,14 +109,17 @@ def _check_hello(hello: Any, meeting: _Meeting, peers: Mapping[int, Any]) -> str
     return None
 
 
-def _say_hello(meeting: _Meeting, address: tuple[str, int], deadline: float) -> None:
+def _say_hello(meeting: _Meeting, address: tuple[str, int], deadline: float) -> socket.socket:
     hello = {'process_id': meeting.process_id, 'num_processes': meeting.num_processes}
     while True:
-        with contextlib.suppress(OSError), socket.create_connection(address, timeout=2) as peer:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            peer = stack.enter_context(socket.create_connection(address, timeout=2))
             peer.sendall(f'{json.dumps(hello)}\n'.encode())
-            answer = _read_text(peer, deadline)
+            # Process 0 knows who is missing, and says so when its own time is over.
+            answer = _read_text(peer, deadline + _GRACE_SECS)
             if answer == 'go':
-                return
+                stack.pop_all()
+                return peer
             if answer:
                 raise PeerError(answer)
         if time.monotonic() > deadline:
@@ -143,7 +158,7 @@ def _read_text(peer: socket.socket, deadline: float) -> str:
     while not data.endswith(b'\n'):
         peer.settimeout(max(0.01, deadline - time.monotonic()))
         try:
-            received = peer.recv(4096)
+            received = peer.recv(1)  # What follows is for whoever reads next.
         except (TimeoutError, ConnectionError):
             break
         if not received:

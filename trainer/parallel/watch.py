@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,20 +29,30 @@ _GRACE_SECS = 2.0
 class PeerWatch:
     """A thread of each process that waits for the end of the others."""
 
-    def __init__(self, exit_code: int, timeout_secs: int, keepalive_secs: int):
-        """Connects to the other processes; `jax.distributed` must be initialised.
+    def __init__(
+        self,
+        peers: Mapping[socket.socket, int],
+        *,
+        number: int,
+        count: int,
+        exit_code: int,
+        keepalive_secs: int,
+    ):
+        """Starts the thread.
 
         Args:
+            peers: connections and who is at their other end: process 0, or there all others.
+            number: of this process.
+            count: how many processes there are.
             exit_code: of this process when another one is gone.
-            timeout_secs: how long to wait for the others.
             keepalive_secs: after so long a host that does not answer counts as gone.
         """
         self._exit_code = exit_code
-        self._keepalive_secs = keepalive_secs
-        self._number, self._count = jax.process_index(), jax.process_count()
-        self._peers: dict[Any, int] = {}
+        self._number, self._count = number, count
+        self._peers: dict[Any, int] = dict(peers)
         self._closing, self._lost = threading.Event(), threading.Event()
-        self._connect(timeout_secs)
+        for peer in self._peers:
+            _keep_alive(peer, keepalive_secs)
         self._thread = threading.Thread(target=self._watch, name='peer-watch', daemon=True)
         self._thread.start()
 
@@ -54,35 +65,6 @@ class PeerWatch:
         """Tells the others that this process ends as it should."""
         self._closing.set()
         self._tell_all(_BYE)
-
-    def _connect(self, timeout_secs: int) -> None:
-        client = _client()
-        if self._number:
-            address = client.blocking_key_value_get(_KEY, timeout_secs * 1000)
-            host, _, port = address.rpartition(':')
-            peer = socket.create_connection((host, int(port)), timeout=timeout_secs)
-            peer.sendall(f'{self._number}\n'.encode())
-            self._add(peer, 0)
-            return
-        with socket.create_server(('', 0), backlog=self._count) as server:
-            server.settimeout(timeout_secs)
-            client.key_value_set(_KEY, f'{_host()}:{server.getsockname()[1]}')
-            while len(self._peers) < self._count - 1:
-                peer, _ = server.accept()
-                peer.settimeout(timeout_secs)
-                self._add(peer, int(peer.makefile().readline()))
-
-    def _add(self, peer: socket.socket, number: int) -> None:
-        peer.settimeout(None)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # Before JAX's own limit: it would abort without a word.
-        every = max(1, self._keepalive_secs // 6)
-        for option in ('TCP_KEEPIDLE', 'TCP_KEEPINTVL'):
-            if hasattr(socket, option):
-                peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), every)
-        if hasattr(socket, 'TCP_KEEPCNT'):
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-        self._peers[peer] = number
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -118,6 +100,42 @@ class PeerWatch:
         # Not print: the main thread may hold the lock of the stream.
         os.write(sys.stderr.fileno(), message.encode())
         os._exit(self._exit_code)
+
+
+def connect(timeout_secs: int) -> dict[socket.socket, int]:
+    """Returns connections for a `PeerWatch`, once `jax.distributed` is initialised.
+
+    Args:
+        timeout_secs: how long to wait for the others.
+    """
+    client, number, count = _client(), jax.process_index(), jax.process_count()
+    if number:
+        address = client.blocking_key_value_get(_KEY, timeout_secs * 1000)
+        host, _, port = address.rpartition(':')
+        peer = socket.create_connection((host, int(port)), timeout=timeout_secs)
+        peer.sendall(f'{number}\n'.encode())
+        return {peer: 0}
+    peers: dict[socket.socket, int] = {}
+    with socket.create_server(('', 0), backlog=count) as server:
+        server.settimeout(timeout_secs)
+        client.key_value_set(_KEY, f'{_host()}:{server.getsockname()[1]}')
+        while len(peers) < count - 1:
+            peer, _ = server.accept()
+            peer.settimeout(timeout_secs)
+            peers[peer] = int(peer.makefile().readline())
+    return peers
+
+
+def _keep_alive(peer: socket.socket, secs: int) -> None:
+    peer.settimeout(None)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    # Before JAX's own limit: it would abort without a word.
+    every = max(1, secs // 6)
+    for option in ('TCP_KEEPIDLE', 'TCP_KEEPINTVL'):
+        if hasattr(socket, option):
+            peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), every)
+    if hasattr(socket, 'TCP_KEEPCNT'):
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
 def _receive(peer: Any) -> str:
