@@ -20,12 +20,18 @@ README = (ROOT / 'README.md').read_text()
 MNIST = {'data__source__limit': 64, 'evals__test__data__source__limit': 20}
 # What makes two steps of each one short: a new config belongs here, too.
 SHORT: dict[str, dict[str, Any]] = {
+    'addition': {'evals__held_out__data__source__count': 20},
     'lm': {'model__layers': 1, 'evals__test__data__source__limit': 32},
     'lm_packed': {'model__layers': 1, 'evals': {}},
     'mnist': MNIST,
     'mnist_ensemble': MNIST,
     'mnist_mlp': MNIST,
     'mnist_nnx': MNIST,
+    'mnist_resnet': {
+        **MNIST,
+        'data__batch_size': 16,
+        'evals__test_ema__data__source__limit': 20,
+    },
 }
 
 

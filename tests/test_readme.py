@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_the_readme_has_what_this_file_looks_for() -> None:
-    assert len(FILES) == 14
+    assert len(FILES) == 15
     assert COMMANDS[:2] == ['launch/local.sh --config=configs/mnist.py', 'launch/test.sh']
     assert len(COMMANDS) >= 15
 
@@ -61,9 +61,10 @@ def test_command(line: str, project: pathlib.Path) -> None:
         assert 'examples 77' in finished.out
 
 
-def test_notebook(project: pathlib.Path) -> None:
+def script(name: str, project: pathlib.Path) -> str:
+    """Returns what one of the files prints."""
     done = subprocess.run(
-        [sys.executable, 'notebook.py'],
+        [sys.executable, name],
         cwd=project,
         env={**os.environ, 'PYTHONPATH': str(command.ROOT), 'XLA_FLAGS': ''},
         capture_output=True,
@@ -71,5 +72,15 @@ def test_notebook(project: pathlib.Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert 'resumed from step 100' in done.stdout
-    assert 'finished' in done.stdout
+    return done.stdout
+
+
+def test_notebook(project: pathlib.Path) -> None:
+    printed = script('notebook.py', project)
+    assert 'resumed from step 100' in printed
+    assert 'finished' in printed
+
+
+def test_generation(project: pathlib.Path) -> None:
+    written = re.findall(r"b['\"]", script('generate.py', project).splitlines()[-1])
+    assert len(written) == 2

@@ -65,6 +65,43 @@ def test_options_of_the_layers(options: dict[str, Any]) -> None:
     )
 
 
+def test_layers_of_a_scan_drop_others() -> None:
+    """N4: each layer has masks of its own, for attention and for the MLP."""
+    model = Transformer(**SMALL, scan_layers=True, dropout_rate=0.5)
+    _, state = model.apply(
+        variables(model), TOKENS, train=True, rngs={'dropout': KEY},
+        capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+        mutable=['intermediates'],
+    )  # fmt: skip
+    calls = state['intermediates']['blocks']['Dropout_0']['__call__']
+    masks = np.concatenate([np.asarray(x) != 0 for x in calls]).reshape(8, -1)
+    assert len({mask.tobytes() for mask in masks}) == 8
+    assert np.abs(masks.mean(1) - 0.5).max() < 0.1
+
+
+def program(**options: Any) -> Any:
+    """Returns the lowered gradient of a model of 32 layers."""
+    model = Transformer(**{**SMALL, 'layers': 32}, **options)
+    params = jax.eval_shape(lambda: variables(model)['params'])
+
+    def loss(params: Any) -> jax.Array:
+        return (model.apply({'params': params}, TOKENS) ** 2).mean()
+
+    return jax.jit(jax.grad(loss)).lower(params)
+
+
+def test_what_the_options_save() -> None:
+    """N4, N5: a program many times smaller, and less memory for what is kept."""
+    loop, scan = (len(program(scan_layers=form).as_text()) for form in (False, True))
+    assert scan < loop / 8
+    kept, some, none = (
+        program(scan_layers=True, remat=remat).compile().memory_analysis().temp_size_in_bytes
+        for remat in ('none', 'dots_saveable', 'full')
+    )
+    assert none < 0.5 * kept
+    assert none < some < kept
+
+
 def test_a_policy_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"remat: 'everything' is none of 'none', 'full'"):
         variables(Transformer(**SMALL, remat='everything'))

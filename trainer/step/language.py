@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task of language models: the next token at every position."""
+"""Tasks of language models: the next token at every position, and a text as the answer to one."""
 
 from __future__ import annotations
 
@@ -75,6 +75,54 @@ class NextToken:
     def _logits(self, model: Callable[..., Any], batch: Batch) -> Any:
         named = {'segments': self.segments, 'positions': self.positions}
         return model(batch[self.tokens], **{k: batch[v] for k, v in named.items() if v is not None})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Cross-entropy of a text given another one, summed over the tokens of each text.
+
+    The model is called as `model(inputs, lengths, targets)`, which returns logits (batch, length,
+    vocabulary) that may depend on the targets before them, and in evaluation also as
+    `model.greedy(inputs, lengths, count)`, which writes int (batch, count) by itself. An answer
+    goes up to its first token `end`, that one included; what is behind it does not count. Not for
+    ensembles: what their members write has no mean.
+
+    Attributes:
+        inputs: batch key of the tokens that are read, int (batch, length).
+        lengths: batch key of their number, int (batch,).
+        targets: batch key of the answer, int (batch, length).
+        end: the token behind an answer.
+    """
+
+    inputs: str = 'inputs'
+    lengths: str = 'lengths'
+    targets: str = 'targets'
+    end: int = 0
+
+    @property
+    def metrics(self) -> type[clu.metrics.Collection]:
+        """loss in nats per answer, and how many answers are right from the first token to the end.
+
+        In evaluation that is the answer which the model writes by itself; in training each of its
+        tokens follows the right ones.
+        """
+        return mean_collection(('loss', 'exact_match'))
+
+    def __call__(self, model: Any, batch: Batch) -> TaskOutput:
+        """Returns losses and hits (batch,)."""
+        targets = batch[self.targets]
+        asked = (batch[self.inputs], batch[self.lengths])
+        logits = jnp.asarray(model(*asked, targets), jnp.float32)
+        counts = jnp.cumsum(targets == self.end, axis=1) - (targets == self.end) == 0
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        given = logits.argmax(-1) if model.training else model.greedy(*asked, targets.shape[1])
+        right = ((given == targets) | ~counts).all(-1)
+        return TaskOutput(loss=(loss * counts).sum(-1), metrics={'exact_match': right})
+
+    def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Returns the answer that the model writes, int (batch, length)."""
+        count = batch[self.targets].shape[1]
+        return {'answer': model.greedy(batch[self.inputs], batch[self.lengths], count)}
 
 
 def _next(x: jax.Array) -> jax.Array:

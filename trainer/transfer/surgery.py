@@ -64,7 +64,7 @@ class Rename:
         except (re.error, IndexError) as error:
             raise UserError(f'config.surgery: {self}: {error}') from error
         if all(old == new for old, new in named.items()):
-            raise _nothing(self, weights)
+            raise nothing(self, weights)
         new = list(named.values())
         if twice := sorted(path for path in set(new) if new.count(path) > 1):
             raise UserError(f'config.surgery: {self} gives one path to several:\n{listed(twice)}')
@@ -208,7 +208,7 @@ def _edited(
     except re.error as error:
         raise UserError(f'config.surgery: {operation}: {error}') from error
     if not matching:
-        raise _nothing(operation, weights)
+        raise nothing(operation, weights)
     new = dict(weights)
     for path in matching:
         try:
@@ -219,7 +219,8 @@ def _edited(
     return new
 
 
-def _nothing(operation: Operation, weights: Weights) -> UserError:
+def nothing(operation: Operation, weights: Weights) -> UserError:
+    """Returns the error of an operation that has nothing to do, with the paths that there are."""
     paths = dict.fromkeys(place(path) for path in weights)
     return UserError(
         f'config.surgery: {operation} applies to nothing. There is\n{listed(filter(None, paths))}'

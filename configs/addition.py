@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recurrent network that learns to add: it reads '48+7' and writes '55', last digit first.
+
+    python -m trainer.main --config=configs/addition.py
+
+Sums are drawn when they are asked for; an epoch is a number of them. One in ten is held out, and
+evaluations are of these: the network writes each answer by itself, and all of it must be right.
+
+Expected after 4,000 steps: 99.9 % of 5,000 sums of numbers below 1,000 that it has never seen; a
+minute on two CPU cores. The last digit first makes it easy: the carry is known by then.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.train_for = '4000 steps'
+    config.vars = dict(digits=3)
+    digits = config.vars.get_ref('digits')
+
+    config.model = dict(target='models.recurrent:Seq2Seq', vocab_size=12, hidden=64)
+    config.task = dict(target='trainer.step.language:Answer')
+    config.optimizer = dict(
+        target='optax:adam',
+        learning_rate=dict(
+            target='optax:cosine_decay_schedule', init_value=4e-3, decay_steps='100%'
+        ),
+        clip_norm=1.0,
+    )
+
+    sums = dict(target='data.addition:Addition', digits=digits)
+    config.data = dict(
+        source=dict(target='data.addition:Numbered', count=100_000),
+        transforms=(dict(sums),),
+        batch_size=128,
+    )
+    config.evals = dict(
+        held_out=dict(
+            every='1000 steps',
+            data=dict(
+                source=dict(target='data.addition:Numbered', count=5000),
+                transforms=(dict(sums, held_out=True),),
+                batch_size=500,
+            ),
+        ),
+    )
+
+    config.checkpoint = dict(every='1000 steps', keep_last=1)
+    config.log = dict(every='200 steps')
+    return config

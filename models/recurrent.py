@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent networks that read texts of different lengths, and answer them.
+
+B: batch, L: length of the inputs, T: length of the targets, H: units, V: tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Seq2Seq(nn.Module):
+    """Reads a text from both ends, and writes another one token by token.
+
+    Attributes:
+        vocab_size: number of tokens. Token 0 stands before the first one that is written.
+        hidden: units of the reader in each direction; the writer has twice as many.
+        dropout_rate: in training, of what the writer's units say.
+        dtype: of the computation; None follows the parameters.
+        param_dtype: of the parameters.
+    """
+
+    vocab_size: int
+    hidden: int = 128
+    dropout_rate: float = 0.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        """Makes the parts, which both methods use."""
+        dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
+
+        def cell(units: int) -> nn.OptimizedLSTMCell:
+            return nn.OptimizedLSTMCell(units, **dtypes)
+
+        self.embed = nn.Embed(self.vocab_size, self.hidden, **dtypes)
+        self.encoder = nn.Bidirectional(
+            nn.RNN(cell(self.hidden)), nn.RNN(cell(self.hidden)), return_carry=True
+        )
+        self.cell = cell(2 * self.hidden)
+        self.decoder = nn.RNN(self.cell)
+        self.dropout = nn.Dropout(self.dropout_rate)
+        self.logits = nn.Dense(self.vocab_size, **dtypes)
+
+    def __call__(
+        self, inputs: jax.Array, lengths: jax.Array, targets: jax.Array, train: bool = False
+    ) -> jax.Array:
+        """Returns logits (B, T, V) of each target, given the inputs and the targets before it.
+
+        Args:
+            inputs: int (B, L).
+            lengths: int (B,), how many of them are read.
+            targets: int (B, T).
+            train: whether dropout is active.
+        """
+        before = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+        y = self.decoder(self.embed(before), initial_carry=self._read(inputs, lengths))
+        return self.logits(self.dropout(y, deterministic=not train))
+
+    def greedy(self, inputs: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
+        """Returns the most probable token at each place, int (B, count), given those before it.
+
+        Args:
+            inputs: int (B, L).
+            lengths: int (B,), how many of them are read.
+            count: tokens to write.
+        """
+
+        def write(module: Seq2Seq, carry: Any, _: Any) -> Any:
+            state, token = carry
+            state, y = module.cell(state, module.embed(token))
+            token = module.logits(y).argmax(-1)
+            return (state, token), token
+
+        step = nn.scan(
+            write, variable_broadcast='params', split_rngs={'params': False}, out_axes=1,
+            length=count,
+        )  # fmt: skip
+        start = jnp.zeros(inputs.shape[0], jnp.int32)
+        return step(self, (self._read(inputs, lengths), start), None)[1]
+
+    def _read(self, inputs: jax.Array, lengths: jax.Array) -> Any:
+        carries, _ = self.encoder(self.embed(inputs), seq_lengths=lengths)
+        return jax.tree.map(lambda *both: jnp.concatenate(both, -1), *carries)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sums as text: right, drawn anew in each epoch, and held out as they should be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from data.addition import ALPHABET, Addition, Numbered, decode, encode
+from data.rng import ExampleRng
+
+
+def drawn(count: int, *, epoch: int = 0, **options: object) -> list[tuple[int, int, int]]:
+    """Returns both numbers and the answer of each sum."""
+    ids = np.arange(count)
+    rng = ExampleRng(0, 0, np.full(count, epoch), ids)
+    batch = Addition(**options)({'index': ids}, rng)  # type: ignore[arg-type]
+    assert {name: x.dtype for name, x in batch.items()} == dict.fromkeys(
+        ('inputs', 'lengths', 'targets'), np.dtype('int32')
+    )
+    questions = decode(batch['inputs'])
+    assert [len(text) for text in questions] == batch['lengths'].tolist()
+    assert (batch['targets'][:, -1] == 0).all()  # The end of each answer is there.
+    numbers = [tuple(map(int, text.split('+'))) for text in questions]
+    answers = [int(text[::-1]) for text in decode(batch['targets'])]
+    return [(a, b, answer) for (a, b), answer in zip(numbers, answers, strict=True)]
+
+
+@pytest.mark.parametrize('digits', [1, 2, 3])
+@pytest.mark.parametrize('held_out', [False, True])
+def test_the_answers_are_right(digits: int, held_out: bool) -> None:
+    sums = drawn(500, digits=digits, held_out=held_out)
+    assert all(a + b == answer for a, b, answer in sums)
+    assert max(max(a, b) for a, b, _ in sums) < 10**digits
+
+
+def test_what_is_held_out_is_never_trained_on() -> None:
+    """Of the hundred sums of single digits each is in one of the splits, in both orders."""
+    train = {(a, b) for a, b, _ in drawn(5000, digits=1)}
+    test = {(a, b) for a, b, _ in drawn(500, digits=1, held_out=True)}
+    assert not train & test
+    assert (len(train), len(test)) == (90, 10)
+    assert {(b, a) for a, b in test} == test
+
+
+def test_another_epoch_has_other_sums() -> None:
+    assert drawn(50) == drawn(50)
+    assert len(set(drawn(50)) & set(drawn(50, epoch=1))) < 5
+
+
+def test_a_source_of_numbers() -> None:
+    source = Numbered(7)
+    assert len(source) == 7
+    assert source.gather(np.array([3, 6]))['index'].tolist() == [3, 6]
+    assert source.spec['index'].shape == ()
+
+
+def test_texts_and_tokens() -> None:
+    texts = ['1+2', '999+999', '']
+    tokens = encode(np.array(texts), 7)
+    assert tokens.shape == (3, 7)
+    assert tokens[0].tolist() == [ALPHABET.index(c) for c in '1+2    ']
+    assert decode(tokens) == texts

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network that reads a text from both ends and writes its answer."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data.addition import decode
+from models.recurrent import Seq2Seq
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.modules import functional
+from trainer.step.language import Answer
+from trainer.step.precision import Precision
+from trainer.step.rng import Keys
+from trainer.step.task_runner import TaskRunner
+from trainer.step.tasks import TaskOutput
+from trainer.trainer import Trainer
+
+MODEL = Seq2Seq(vocab_size=12, hidden=16)
+DRAW = np.random.default_rng(0)
+INPUTS = DRAW.integers(1, 12, (6, 7)).astype('i4')
+LENGTHS = np.array([7, 1, 3, 5, 2, 7], 'i4')
+TARGETS = DRAW.integers(1, 12, (6, 4)).astype('i4')
+BATCH = {'inputs': INPUTS, 'lengths': LENGTHS, 'targets': TARGETS}
+VARIABLES = MODEL.init(jax.random.key(1), INPUTS, LENGTHS, TARGETS)
+
+
+def greedy(variables: Any, count: int = 4) -> np.ndarray:
+    tokens = MODEL.apply(variables, INPUTS, LENGTHS, count, method='greedy')
+    return np.array(tokens)
+
+
+def test_padding_is_not_read() -> None:
+    """O1: a padded row gives what the row alone gives, from both ends; and the lengths count."""
+    logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)
+    assert logits.shape == (6, 4, 12)
+    for row, length in enumerate(LENGTHS):
+        alone = MODEL.apply(
+            VARIABLES, INPUTS[row : row + 1, :length], LENGTHS[row : row + 1],
+            TARGETS[row : row + 1],
+        )  # fmt: skip
+        np.testing.assert_allclose(logits[row], alone[0], atol=1e-5)
+    whole = MODEL.apply(VARIABLES, INPUTS, np.full(6, 7), TARGETS)
+    different = np.abs(whole - logits).max((1, 2)) > 1e-4
+    assert different.tolist() == (LENGTHS < 7).tolist()
+
+
+def test_both_ends_are_read() -> None:
+    """O1: each direction has parameters of its own, and the writer starts from both."""
+    params = VARIABLES['params']
+    forward, backward = (params['encoder'][name] for name in ('forward_rnn', 'backward_rnn'))
+    assert jax.tree.structure(forward) == jax.tree.structure(backward)
+    for name in ('forward_rnn', 'backward_rnn'):
+        blank = {**params['encoder'], name: jax.tree.map(jnp.zeros_like, params['encoder'][name])}
+        variables = {'params': {**params, 'encoder': blank}}
+        one = MODEL.apply(variables, INPUTS, LENGTHS, TARGETS)
+        assert np.abs(one - MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)).max() > 1e-3
+
+
+def test_what_it_writes_is_what_it_is_taught() -> None:
+    """Token by token, by itself: equal to reading its own answer again for each next one."""
+    written = greedy(VARIABLES)
+    assert len({tuple(row) for row in written}) > 1
+    again = np.zeros((6, 4), 'i4')
+    for place in range(4):
+        logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, again)
+        again[:, place] = logits[:, place].argmax(-1)
+    assert np.array_equal(written, again)
+    future = again.copy()
+    future[:, 2:] = 5  # What comes later is not seen.
+    logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, future)
+    assert np.array_equal(logits[:, :3].argmax(-1), written[:, :3])
+
+
+def measured(mode: Any, targets: np.ndarray, **options: Any) -> TaskOutput:
+    task, batch = Answer(**options), {**BATCH, 'targets': targets}
+    model = functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode=mode))
+    return task(model, {name: jnp.asarray(x) for name, x in batch.items()})
+
+
+def test_an_answer_counts_up_to_its_end() -> None:
+    """The loss is that of the tokens up to the first 0; what is behind it may be anything."""
+    targets = greedy(VARIABLES)
+    targets[0] = [5, 0, 7, 7]
+    other = targets.copy()
+    other[0, 2:] = [0, 3]
+    logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, targets)
+    each = -jax.nn.log_softmax(logits)[0, [0, 1], [5, 0]]
+    for mode in ('train', 'eval'):
+        one, two = (measured(mode, x) for x in (targets, other))
+        np.testing.assert_allclose(one.loss, two.loss, rtol=1e-6)
+        np.testing.assert_allclose(one.loss[0], each.sum(), rtol=1e-5)
+        assert one.loss.shape == one.metrics['exact_match'].shape == (6,)
+        assert one.metrics['exact_match'].tolist() == [False] + [True] * 5
+
+
+def test_what_is_behind_the_end_may_be_wrong() -> None:
+    """Here the second token is made the end; what is written behind it does not matter."""
+    written = greedy(VARIABLES)
+    end = int(written[3, 1])
+    targets = written.copy()
+    targets[3, 2:] = (written[3, 2:] + 1) % 12
+    for mode in ('train', 'eval'):
+        assert measured(mode, targets, end=end).metrics['exact_match'][3]
+        other = (end + 1) % 12 if (end + 1) % 12 not in written[3] else (end + 2) % 12
+        assert not measured(mode, targets, end=other).metrics['exact_match'][3]
+
+
+class Parrot:
+    """A model that is sure of token 2, and writes 3."""
+
+    def __init__(self, training: bool):
+        self.training = training
+
+    def __call__(self, inputs: jax.Array, lengths: jax.Array, targets: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(jnp.full_like(targets, 2), 12)
+
+    def greedy(self, inputs: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
+        assert not self.training
+        return jnp.full((len(inputs), count), 3)
+
+
+def test_evaluations_are_of_what_is_written() -> None:
+    batch = {**BATCH, 'targets': np.full((6, 4), 3, 'i4')}
+    for training in (True, False):
+        hits = Answer()(Parrot(training), batch).metrics['exact_match']
+        assert hits.tolist() == [not training] * 6
+
+
+def test_forced_and_free_answers_are_right_together() -> None:
+    """An answer that is right with the right tokens before it is right without them, too."""
+    written = greedy(VARIABLES)
+    for targets in (written, (written + np.eye(6, 4, dtype='i4')) % 12):
+        forced, free = (measured(mode, targets).metrics for mode in ('train', 'eval'))
+        assert np.array_equal(forced['exact_match'], free['exact_match'])
+        assert bool(free['exact_match'].all()) == (targets is written)
+
+
+def test_it_learns_to_add(tmp_path: pathlib.Path) -> None:
+    """O1, the example seq2seq: sums of numbers below a hundred that it was never shown."""
+    experiment = load_and_build(
+        str(ROOT / 'configs' / 'addition.py'), vars__digits=2, train_for='800 steps',
+        data__batch_size=64, evals__held_out__data__source__count=200, checkpoint__every='never',
+    )  # fmt: skip
+    trainer = Trainer(experiment, tmp_path)
+    result = trainer.fit()
+    assert result.metrics['eval/held_out/exact_match'] > 0.5, result.metrics
+    assert result.metrics['train/exact_match'] > 0.9
+    predicted = [decode(batch['answer']) for batch in trainer.predict('held_out', result.state)]
+    assert all(1 <= len(text) <= 3 and text.isdecimal() for texts in predicted for text in texts)
+
+
+def test_a_cell_that_drops() -> None:
+    """Dropout is drawn in training alone."""
+    model = MODEL.clone(dropout_rate=0.5)
+    rngs = {'dropout': jax.random.key(0)}
+    dropped = model.apply(VARIABLES, INPUTS, LENGTHS, TARGETS, train=True, rngs=rngs)
+    kept = model.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)
+    assert not np.allclose(dropped, kept)
+    np.testing.assert_array_equal(kept, MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS))
+
+
+def test_dtypes() -> None:
+    """O4: the computation has the one that is asked for, the parameters keep theirs."""
+    model = MODEL.clone(dtype=jnp.bfloat16)
+    variables = model.init(jax.random.key(0), INPUTS, LENGTHS, TARGETS)
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+    assert model.apply(variables, INPUTS, LENGTHS, TARGETS).dtype == jnp.bfloat16
+
+
+def test_a_batch_without_lengths_is_told() -> None:
+    model = functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode='eval'))
+    with pytest.raises(UserError, match=r"asks for batch\['lengths'\]"):
+        TaskRunner.of(Answer())(model, {'inputs': INPUTS, 'targets': TARGETS})
