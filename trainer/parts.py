@@ -166,6 +166,7 @@ class Parts:
             experiment.init_from,
             experiment.surgery,
             restarted=lambda state: self.programs.restarted(state),
+            members=experiment.ensemble is not None,
         )
 
     def restore(self, step: int | str = 'latest') -> TrainState:

@@ -258,8 +258,6 @@ def test_mistakes_that_show_later() -> None:
     made = experiment(optimizer={'learning_rate': schedule}, ensemble=ensemble(**vary))
     with pytest.raises(UserError, match=r'several values of learning_rate\.peak_value'):
         Trainer(made).init_state()
-    with pytest.raises(UserError, match='leave one of the two out'):
-        experiment(ensemble=ensemble(), init_from={'path': 'anywhere'})
     with pytest.raises(UserError, match=r'3 members \(config.ensemble.size\) do not divide'):
         Trainer(experiment(ensemble={'size': 3}, mesh={'ensemble': 2, 'data': -1})).init_state()
     trainer = Trainer(experiment(ensemble=ensemble()))

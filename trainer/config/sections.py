@@ -155,6 +155,7 @@ class InitFromSection:
     step: int | str = 'latest'
     at: str = ''
     layout: Literal['flax', 'pre_linen', 'torch'] = 'flax'
+    member: int | None = None
     include: Patterns = None
     exclude: Patterns = None
     rename: tuple[tuple[str, str] | Node, ...] = ()

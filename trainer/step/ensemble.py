@@ -89,6 +89,18 @@ def member_state(state: TrainState, member: int) -> TrainState:
     return dataclasses.replace(state, **parts)
 
 
+def lone(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns shape and sharding of one member's part of a leaf of an ensemble's state."""
+    assert isinstance(leaf.sharding, NamedSharding)
+    sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+
+def repeated(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns an array that every member has, in the shape and sharding of the ensemble's leaf."""
+    return jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=like.sharding)(x, like.shape)
+
+
 @flax.struct.dataclass
 class PerMember(clu.metrics.Metric):
     """A tree of metrics, each of whose numbers has a dimension for the members before all others.

@@ -32,11 +32,10 @@ def ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
         return None
     if given.size < 1:
         raise UserError(f'config.ensemble.size: expected at least 1, got {given.size}')
-    if sections.init_from is not None or sections.surgery:
+    if sections.surgery and sections.init_from is None:
         raise UserError(
-            'config.ensemble: its members start from seeds of their own, and config.'
-            + ('surgery' if sections.init_from is None else 'init_from')
-            + ' gives all of them the same weights; leave one of the two out'
+            'config.ensemble: config.surgery of the fresh weights of several members is not '
+            'possible; with config.init_from it is, of the weights that all of them start with'
         )
     seeds = tuple(sections.seed + member for member in range(given.size))
     values: dict[str, tuple[float, ...]] = {}

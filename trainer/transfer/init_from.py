@@ -31,6 +31,7 @@ class InitFrom:
         step: which of several checkpoints: 'latest', 'best' or a number.
         at: where in the checkpoint the state, the variables or the bare parameters are.
         layout: who wrote it: Flax, Flax before Linen, or PyTorch.
+        member: of an ensemble's checkpoint, which of its members.
         include: patterns of what is loaded; empty for everything.
         exclude: patterns of what keeps its fresh values although it is included.
         rename: (pattern, replacement) pairs, applied in order to the paths of the checkpoint, as
@@ -45,6 +46,7 @@ class InitFrom:
     step: str | int = 'latest'
     at: str = ''
     layout: Literal['flax', 'pre_linen', 'torch'] = 'flax'
+    member: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     rename: tuple[tuple[str, str], ...] = ()
@@ -68,6 +70,8 @@ class InitFrom:
         if self.layout != 'flax' and (self.optimizer or self.ema):
             name = 'optimizer' if self.optimizer else 'ema'
             raise UserError(f'{_WHERE}.{name}: layout={self.layout!r} has none')
+        if self.layout != 'flax' and self.member is not None:
+            raise UserError(f'{_WHERE}.member: layout={self.layout!r} has no ensembles')
 
     @classmethod
     def of(cls, section: InitFromSection | None) -> InitFrom | None:
@@ -90,7 +94,7 @@ class InitFrom:
             wanted: the model's shapes, by path.
 
         Raises:
-            UserError: if there is no such checkpoint, or a rename changes nothing.
+            UserError: if there is no such checkpoint or member, or a rename changes nothing.
         """
         leaves = open_tree(self.path, self.step)
         if self.layout == 'torch':
@@ -103,6 +107,8 @@ class InitFrom:
             state = {'/'.join(keys): leaf for keys, leaf in below(leaves, self.at).items()}
             held = {path: x for path, x in state.items() if path.startswith('opt_state/')}
             found.update(lib.slots(held, places))
+        if self.member is not None:
+            found = _member(found, self.member)
         names = self._names(filter(None, dict.fromkeys(map(place, found))))
         return {lib.replace_place(path, names.get(place(path), '')): x for path, x in found.items()}
 
@@ -151,6 +157,18 @@ class InitFrom:
         if twice := sorted(path for path in set(new_paths) if new_paths.count(path) > 1):
             raise UserError(f'{_WHERE}.rename: several arrays get the path\n{listed(twice)}')
         return names
+
+
+def _member(weights: Weights, member: int) -> Weights:
+    """Returns one member's part of an ensemble's weights; the whole of them is read."""
+    shapes = [leaf.shape for leaf in weights.values()]
+    sizes = {shape[0] if shape else None for shape in shapes}
+    size = sizes.pop()
+    if sizes or size is None:
+        raise UserError(f'{_WHERE}.member: the checkpoint is not that of an ensemble')
+    if not 0 <= member < size:
+        raise UserError(f'{_WHERE}.member: the ensemble has the members 0 to {size - 1}')
+    return {path: lib.HostLeaf(array[member]) for path, array in lib.hosts(weights).items()}
 
 
 def _pairs(entry: Any, index: int) -> Sequence[tuple[str, str]]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.step import ensemble
 from trainer.step.state import TrainState, describe
 from trainer.transfer import weights as lib
 from trainer.transfer.init_from import InitFrom
@@ -31,6 +32,8 @@ def start(
     init_from: InitFrom | None,
     surgery: Sequence[Operation],
     restarted: Callable[[TrainState], TrainState],
+    *,
+    members: bool = False,
 ) -> TrainState:
     """Returns the first state of a run: `state` with the weights that the config asks for.
 
@@ -40,6 +43,8 @@ def start(
         surgery: what is done to them, in order, before they must fit the model.
         restarted: makes optimizer state and moving average anew for other parameters; it may donate
             its argument.
+        members: whether the state is an ensemble's. Each member gets the same weights, and keeps
+            of its own what is not loaded.
 
     Raises:
         UserError: naming what is missing or does not fit.
@@ -47,9 +52,10 @@ def start(
     if init_from is None and not surgery:
         return state
     fresh = _variables(state)
-    goal = {path: _shape_of(x) for path, x in fresh.items()}
+    wanted = {path: _shape_of(x) for path, x in fresh.items()}
     if init_from is not None and init_from.optimizer:
-        goal.update({path: _shape_of(x) for path, x in _slots(state).items()})
+        wanted.update({path: _shape_of(x) for path, x in _slots(state).items()})
+    goal = jax.tree.map(ensemble.lone, wanted) if members else wanted
     if init_from is None:
         weights = lib.of_arrays(fresh)
     else:
@@ -61,6 +67,8 @@ def start(
     for path in fitting.keys() & fresh.keys():
         fresh[path].delete()  # Or the devices would hold all of it twice.
     loaded = lib.load(fitting, goal)
+    if members:
+        loaded = {path: ensemble.repeated(x, wanted[path]) for path, x in loaded.items()}
     state = restarted(_with_variables(state, loaded))
     return _with_slots(state, loaded)
 
@@ -75,13 +83,14 @@ def matched(weights: Weights, goal: Mapping[str, Any], chosen: InitFrom) -> Weig
     spare = [p for p in weights if p not in goal and chosen.chosen(p)]
     spare = [path for path in spare if not _NEVER_WANTED.fullmatch(path)]
     missing = [f'{path}: {describe(x)}' for path, x in asked.items() if path not in weights]
+    unfit = [path for path in asked if path in weights and not _fits(weights[path], asked[path])]
     other = [
-        f'{path}: {describe(weights[path])} there, {describe(x)} in the model'
-        for path, x in asked.items()
-        if path in weights and not _fits(weights[path], x)
+        f'{path}: {describe(weights[path])} there, {describe(asked[path])} in the model'
+        for path in unfit
     ]
     if other or (missing and chosen.on_missing == 'error'):
-        raise UserError(_complaint(chosen, missing, other, spare))
+        text = _complaint(chosen, missing, other, spare)
+        raise UserError(text + _members({path: weights[path] for path in unfit}, asked))
     if missing:
         text = 'are not there, and keep their fresh values'
         _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(missing), text, listed(missing))
@@ -117,6 +126,16 @@ def _complaint(
         + ('; config.surgery changes shapes.' if other else '.')
     )
     return '\n'.join(lines)
+
+
+def _members(unfit: Weights, asked: Mapping[str, Any]) -> str:
+    """Returns what to say of arrays that are those of several models at once."""
+    sizes = {leaf.shape[:1] for leaf in unfit.values()}
+    inner = all(leaf.shape[1:] == asked[path].shape for path, leaf in unfit.items())
+    if len(sizes) != 1 or sizes == {()} or not inner:
+        return ''
+    ((size,),) = sizes
+    return f'\nThese may be {size} members of an ensemble: name one in {_WHERE}.member.'
 
 
 def _fits(leaf: Any, wanted: Any) -> bool:
