@@ -144,6 +144,7 @@ def test_forced_and_free_answers_are_right_together() -> None:
         assert bool(free['exact_match'].all()) == (targets is written)
 
 
+@pytest.mark.slow
 def test_it_learns_to_add(tmp_path: pathlib.Path) -> None:
     """O1, the example seq2seq: sums of numbers below a hundred that it was never shown."""
     experiment = load_and_build(

@@ -75,6 +75,7 @@ def test_several_steps_in_one_call(tmp_path: pathlib.Path) -> None:
     assert rows[1] == pytest.approx(rows[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_line_evaluates_and_predicts(tmp_path: pathlib.Path) -> None:
     workdir = f'--workdir={tmp_path / "run"}'
     for mode in ('train', 'eval', 'predict'):

@@ -40,7 +40,12 @@ class Terminal:
         self.stream: TextIO = os.fdopen(follower, 'w')
 
     def read(self) -> str:
-        return os.read(self._leader, 100_000).decode()
+        """Returns what was written since the last time; the kernel may pass it on in pieces."""
+        os.write(self.stream.fileno(), b'\0')
+        text = b''
+        while not text.endswith(b'\0'):
+            text += os.read(self._leader, 100_000)
+        return text[:-1].decode()
 
     def close(self) -> None:
         self.stream.close()

@@ -6,6 +6,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
 from trainer.experiment import load_and_build
@@ -23,6 +25,7 @@ print('step', Trainer(experiment).fit().step)
 """
 
 
+@pytest.mark.slow
 def test_programs_in_flight_are_limited_on_virtual_devices():
     environment = {
         **os.environ,

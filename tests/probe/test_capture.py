@@ -187,6 +187,7 @@ def test_on_a_mesh(tmp_path: pathlib.Path) -> None:
         assert value == pytest.approx(found[1][name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_several_processes(tmp_path: pathlib.Path) -> None:
     """Process 0 writes what one process would write."""
     args = (

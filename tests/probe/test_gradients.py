@@ -154,6 +154,7 @@ def test_the_mode(model: Any, tmp_path: pathlib.Path) -> None:
         assert arrays['layers/layer'].shape == (4, 32, 16)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_and_several_processes(tmp_path: pathlib.Path) -> None:
     config = (f'--config.model={json.dumps(linen())}', '--config.evals={}')
     command.train(tmp_path, *config, '--config.train_for=20steps')

@@ -207,6 +207,7 @@ def test_a_stream_that_goes_on_is_not_read_again(capsys: pytest.CaptureFixture[s
     assert 'Where it began is not known: the data is a stream' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_processes(tmp_path: pathlib.Path) -> None:
     args = (
         '--config.train_for=40steps', '--config.log.every=10steps', '--config.evals={}',

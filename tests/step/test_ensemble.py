@@ -267,6 +267,7 @@ def test_mistakes_that_show_later() -> None:
         trainer.model(trainer.init_state(), member=2)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
     """The path of what varies may be given as a path or as a key."""
     args = ('--config.ensemble.size=2', '--config.ensemble.vary.optimizer.learning_rate=(0.1,0.01)')

@@ -16,6 +16,7 @@ EDIT = (
 )
 
 
+@pytest.mark.slow
 def test_two_processes_start_as_one_does(tmp_path: pathlib.Path) -> None:
     """H14 for the weights of another run: the same first losses on 2 x 2 devices as on 1."""
     command.train(tmp_path / 'old', '--config.train_for=40steps')
