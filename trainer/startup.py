@@ -153,4 +153,7 @@ def _start(experiment: Experiment, step: int) -> str:
     if step > 0:
         return f'resumed from step {step:,}'
     weights = experiment.init_from
-    return 'from the beginning' + ('' if weights is None else f', with weights of {weights.path}')
+    if weights is None:
+        return 'from the beginning'
+    member = '' if weights.member is None else f'member {weights.member} of '
+    return f'from the beginning, with weights of {member}{weights.path}'

@@ -89,8 +89,8 @@ def matched(weights: Weights, goal: Mapping[str, Any], chosen: InitFrom) -> Weig
         for path in unfit
     ]
     if other or (missing and chosen.on_missing == 'error'):
-        text = _complaint(chosen, missing, other, spare)
-        raise UserError(text + _members({path: weights[path] for path in unfit}, asked))
+        members = _members({path: weights[path] for path in unfit}, asked)
+        raise UserError(_complaint(chosen, missing, other, spare, members))
     if missing:
         text = 'are not there, and keep their fresh values'
         _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(missing), text, listed(missing))
@@ -105,7 +105,11 @@ def matched(weights: Weights, goal: Mapping[str, Any], chosen: InitFrom) -> Weig
 
 
 def _complaint(
-    chosen: InitFrom, missing: Sequence[str], other: Sequence[str], spare: Sequence[str]
+    chosen: InitFrom,
+    missing: Sequence[str],
+    other: Sequence[str],
+    spare: Sequence[str],
+    members: int | None,
 ) -> str:
     where = '' if chosen.path == _FRESH else f'{_WHERE}: '
     lines = [f'{where}{chosen.path} does not fit the model.']
@@ -119,6 +123,9 @@ def _complaint(
         lines.append(f"These are names of PyTorch: {_WHERE}.layout='torch' turns them into Flax's.")
     if chosen.path == _FRESH:
         return '\n'.join([*lines, 'Change the operations, or the model.'])
+    if members is not None:
+        text = f'These may be {members} members of an ensemble: name one in {_WHERE}.member.'
+        return '\n'.join([*lines, text])
     lines.append(
         f'Name the paths that differ in {_WHERE}.rename, what shall keep its fresh values in '
         f'{_WHERE}.exclude'
@@ -128,14 +135,11 @@ def _complaint(
     return '\n'.join(lines)
 
 
-def _members(unfit: Weights, asked: Mapping[str, Any]) -> str:
-    """Returns what to say of arrays that are those of several models at once."""
+def _members(unfit: Weights, asked: Mapping[str, Any]) -> int | None:
+    """Returns of how many models the arrays may be that do not fit one, None if they are not."""
     sizes = {leaf.shape[:1] for leaf in unfit.values()}
     inner = all(leaf.shape[1:] == asked[path].shape for path, leaf in unfit.items())
-    if len(sizes) != 1 or sizes == {()} or not inner:
-        return ''
-    ((size,),) = sizes
-    return f'\nThese may be {size} members of an ensemble: name one in {_WHERE}.member.'
+    return sizes.pop()[0] if len(sizes) == 1 and () not in sizes and inner else None
 
 
 def _fits(leaf: Any, wanted: Any) -> bool:
