@@ -224,7 +224,7 @@ def _model(sections: Sections) -> Functional:
     if wanted is not None:
         precision = Precision(params=wanted.params, compute=wanted.compute, output=wanted.output)
     try:
-        return functional(module, precision)
+        return functional(module, precision, named=sections.profile is not None)
     except TypeError as error:
         raise UserError(str(error)) from error
 

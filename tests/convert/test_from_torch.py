@@ -82,6 +82,7 @@ def inner(layer: Any) -> Any:
         (nn.Dense(4), lambda: F.Linear(4, 4), (2, 5, 4)),
         (nn.Dense(3, use_bias=False), lambda: F.Linear(4, 3, bias=False), (2, 4)),
         (nn.LayerNorm(epsilon=1e-5), lambda: F.LayerNorm(6), (2, 3, 6)),
+        (nn.PReLU(), lambda: F.PReLU(init=0.3), (2, 3, 6)),
     ],
 )
 def test_layers_with_the_channels_last(mine: Any, theirs: Any, shape: Any) -> None:
@@ -148,6 +149,22 @@ def test_attention() -> None:
     mine = nn.MultiHeadDotProductAttention(num_heads=3)
     query = torch.from_numpy(x)
     close(converted(Inner(mine), layer, x), layer['layer'](query, query, query)[0].detach().numpy())
+
+
+class Cross(nn.Module):
+    @nn.compact
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return nn.MultiHeadDotProductAttention(3, qkv_features=12, name='layer')(query, key, value)
+
+
+def test_attention_to_other_widths() -> None:
+    """1.L: then PyTorch has a tensor for each projection."""
+    inputs = given(2, 5, 12), given(2, 4, 7, seed=1), given(2, 4, 9, seed=2)
+    theirs = inner(F.MultiheadAttention(12, 3, kdim=7, vdim=9, batch_first=True))
+    mine = Cross()
+    made = restore.torch_variables(theirs.state_dict(), mine.init(jax.random.key(0), *inputs))
+    expected = theirs['layer'](*map(torch.from_numpy, inputs))[0]
+    close(mine.apply(made, *inputs), expected.detach().numpy())
 
 
 @pytest.mark.parametrize('height', [1, 6])

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import gzip
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import pytest
 
 from tests.command import ROOT
@@ -31,6 +33,29 @@ def test_a_window_of_a_run(
     assert b'jit' in gzip.decompress(trace.read_bytes())
     assert f'trace written to {tmp_path}/profile' in capsys.readouterr().out
     assert 'Dense_0' in trainer.programs.step.ready().as_text()
+
+
+@pytest.fixture
+def names_matter() -> Iterator[None]:
+    """Or the cache of compiled programs would take one for the other."""
+    jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
+    yield
+    jax.config.update('jax_compilation_cache_include_metadata_in_key', False)
+
+
+@pytest.mark.usefixtures('names_matter')
+def test_modules_of_nnx_have_names_while_they_are_traced(tmp_path: pathlib.Path) -> None:
+    """Forward and backward; without a window the program is that of the module as it is."""
+    nnx = {'model__target': 'models.mlp_nnx:MLP', 'model__batch_norm': True}
+    losses = {}
+    for name, window in (('traced', {'start': '2 steps'}), ('plain', None)):
+        trainer = Trainer(build(**nnx, profile=window), str(tmp_path / name))
+        losses[name] = trainer.fit().metrics['train/loss']
+        text = trainer.programs.step.ready().as_text()
+        assert all(
+            (f'jvp(MLP)/{part}_0/' in text) == (name == 'traced') for part in ('dense', 'norm')
+        )
+    assert losses['traced'] == losses['plain']
 
 
 def test_a_run_that_ends_in_the_window_has_its_trace(tmp_path: pathlib.Path) -> None:

@@ -3,17 +3,19 @@
 
 The model decides: for each of its arrays the tensor of the same module is sought, and turned into
 what the array is for. A kernel of two dimensions is the transpose of a linear layer's weight, one
-of four has its dimensions moved ('OIHW' to 'HWIO'), an embedding stays as it is.
+of four has its dimensions moved ('OIHW' to 'HWIO'), an embedding stays as it is. A transposed
+convolution is that of PyTorch with `transpose_kernel=True`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from trainer.convert import recurrent
 from trainer.transfer.weights import HostLeaf, Weights
 
 # A module's path and the (channels, height, width) that it gets as one dimension.
@@ -27,6 +29,7 @@ _NAMES = {
     'embedding': ('weight',),
     'mean': ('running_mean',),
     'var': ('running_var',),
+    'negative_slope': ('weight',),
 }
 # The parts of `torch.nn.MultiheadAttention`, whose projections lie in one tensor.
 _PROJECTIONS = ('query', 'key', 'value')
@@ -61,29 +64,36 @@ def convert(
     used: set[str] = set()
     for path, shape in wanted.items():
         _, *module, leaf = path.split('/')
-        for name, array in _sources(tensors, module, leaf):
+        for names, array in _sources(tensors, module, leaf, wanted):
             if leaf == 'kernel':
                 array = _kernel(array, '/'.join(module), flatten)
             fits = array.size == np.prod(shape, dtype=int) and leaf in _NAMES
             found[path] = HostLeaf(array.reshape(shape) if fits and _alike(array, shape) else array)
-            used.add(name)
+            used.update(names)
             break
     return found, used
 
 
-def _sources(tensors: Mapping[str, Any], module: list[str], leaf: str) -> Any:
-    """Yields (name, tensor) of what the array may be made of."""
+def _sources(
+    tensors: Mapping[str, Any], module: list[str], leaf: str, wanted: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    """Yields (names, tensor) of what the array may be made of."""
     for name in (*_NAMES.get(leaf, ()), leaf):
         path = '/'.join((*module, name))
         if path in tensors:
-            yield path, np.asarray(tensors[path])
+            yield (path,), np.asarray(tensors[path])
     last = module[-1] if module else ''
     if last in _PROJECTIONS and leaf in ('kernel', 'bias'):
         path = '/'.join((*module[:-1], f'in_proj_{"weight" if leaf == "kernel" else "bias"}'))
         if path in tensors:
-            yield path, np.split(np.asarray(tensors[path]), 3)[_PROJECTIONS.index(last)]
+            yield (path,), np.split(np.asarray(tensors[path]), 3)[_PROJECTIONS.index(last)]
+        # Keys and values of other widths than the queries have tensors of their own.
+        path = '/'.join((*module[:-1], f'{last[0]}_proj_weight'))
+        if path in tensors and leaf == 'kernel':
+            yield (path,), np.asarray(tensors[path])
     if last == 'out':
-        yield from _sources(tensors, [*module[:-1], 'out_proj'], leaf)
+        yield from _sources(tensors, [*module[:-1], 'out_proj'], leaf, wanted)
+    yield from recurrent.sources(tensors, module, leaf, wanted)
 
 
 def _kernel(array: np.ndarray, module: str, flatten: Sequence[Flatten]) -> np.ndarray:

@@ -29,12 +29,14 @@ class Functional(Protocol):
         """Returns the user's own module with these variables in it, in evaluation mode."""
 
 
-def functional(module: object, precision: Precision = AS_IS) -> Functional:
+def functional(module: object, precision: Precision = AS_IS, *, named: bool = False) -> Functional:
     """Wraps a user's module for the step functions.
 
     Args:
         module: a Linen module, an NNX module, or a function `make(rngs)` that returns one of these.
         precision: the dtypes of its parameters, its computation and its output.
+        named: whether what an NNX module computes carries the names of its parts in traces; with
+            Linen it always does.
 
     Raises:
         TypeError: if `module` is of no module system that is supported.
@@ -49,7 +51,7 @@ def functional(module: object, precision: Precision = AS_IS) -> Functional:
     if callable(module):
         from trainer.modules.nnx import NNX
 
-        return NNX(module, precision)
+        return NNX(module, precision, named)
     raise TypeError(
         'config.model: expected a module of flax.linen or flax.nnx, got ' + type(module).__name__
     )

@@ -35,10 +35,12 @@ class NNX:
     Attributes:
         make: makes the module; it is traced, so that no parameter is ever made twice.
         precision: the dtypes of its parameters, its computation and its output.
+        named: whether what its parts compute carries their names in traces.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
     precision: Precision = AS_IS
+    named: bool = False
 
     def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
         """Returns fresh variables.
@@ -62,7 +64,9 @@ class NNX:
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> NNXModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
-        return NNXModel(self._parts, variables, keys, ema=ema, precision=self.precision)
+        return NNXModel(
+            self._parts, variables, keys, ema=ema, precision=self.precision, named=self.named
+        )
 
     def for_notebook(self, variables: Variables) -> nnx.Module:
         """Returns the module with these variables in it, in evaluation mode."""
@@ -100,6 +104,7 @@ class NNXModel(BoundModel):
         *,
         ema: Any = None,
         precision: Precision = AS_IS,
+        named: bool = False,
     ):
         """Binds; nothing runs before a call."""
         collections = {name: value for name, value in variables.items() if name != 'params'}
@@ -107,6 +112,7 @@ class NNXModel(BoundModel):
             variables['params'], Calls(collections), keys, ema=ema, precision=precision
         )
         self._parts = parts
+        self._named = named
 
     def _field(self, name: str) -> Any:
         return getattr(self._module(0), name, None)
@@ -141,6 +147,8 @@ class NNXModel(BoundModel):
         looking: Any = contextlib.nullcontext()
         if calls.tap is not None:
             looking = nnx_tap.watch(module, calls.tap)
+        elif self._named:
+            looking = nnx_tap.watch(module, nnx_tap.Names())
         with looking, warnings.catch_warnings():
             # `nnx.capture`, which it wants around a call that sows, breaks scans and bridges.
             warnings.filterwarnings('ignore', r"\s*Using 'Module\.", DeprecationWarning)

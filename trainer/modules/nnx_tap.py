@@ -9,14 +9,27 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from flax import nnx, traverse_util
 
 from trainer.modules.tap import NAME, Tap
 
 _current: contextvars.ContextVar[Tap] = contextvars.ContextVar('tap')
+
+
+class Names(Tap):
+    """Records nothing: what a module computes carries its name in traces, as Linen has it."""
+
+    @contextlib.contextmanager
+    def calling(self, path: str, kind: type) -> Iterator[None]:
+        """Is around a call, in the scope 'norm' or 'layers_0', or of the model's class."""
+        last = re.search(r'[^/]+(/\d+)*$', path)
+        with jax.named_scope(last[0].replace('/', '_') if last else kind.__name__):
+            yield
 
 
 def watch(module: nnx.Module, tap: Tap) -> contextlib.AbstractContextManager[None]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from typing import Any
 
@@ -16,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 from trainer.checkpoint.manager import Checkpoints, Retention
 from trainer.checkpoint.writing import step_directories
 from trainer.config.errors import UserError
-from trainer.convert import from_torch
+from trainer.convert import torch_file
 from trainer.transfer import safetensors
 from trainer.transfer.weights import HostLeaf, Leaf, OrbaxLeaf, hosts, keys_of, listed, reading
 
@@ -24,7 +23,6 @@ Leaves = dict[tuple[str, ...], Leaf]
 # What Orbax leaves in a directory that holds a tree, and the names of such items in a manager's.
 _ORBAX_FILES = ('_METADATA', 'manifest.ocdbt', '_sharding')
 _ITEMS = ('state', 'default')
-_TORCH = ('.pt', '.pth', '.bin')
 # How `flax.training.checkpoints` names its files: a prefix and a number.
 _FLAX = re.compile(r'(?P<prefix>.*_)(?P<step>-?[\d.]+(e[+-]?\d+)?)')
 
@@ -44,12 +42,14 @@ def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
         UserError: if nothing of the kind lies there, or not that step.
     """
     found = locate(epath.Path(path), str(step))
+    if _is_array(found):
+        return {(): HostLeaf(_array(found))}
     if found.is_dir():
         return _orbax(found)
     if found.suffix == '.safetensors':
         return {_split(name): HostLeaf(x) for name, x in safetensors.read(found).items()}
-    if found.suffix in _TORCH:
-        return {_split(name): HostLeaf(x) for name, x in _torch(found).items()}
+    if torch_file.is_one(found):
+        return {_split(name): HostLeaf(x) for name, x in torch_file.read(found).items()}
     leaves = jax.tree_util.tree_leaves_with_path(_msgpack(found))
     numbers = ((path, np.asarray(x)) for path, x in leaves if not isinstance(x, (str, bytes)))
     return {keys_of(path): HostLeaf(x) for path, x in numbers}
@@ -67,8 +67,10 @@ def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
     """
     found = locate(epath.Path(path), str(step))
     if not found.is_dir():
-        known = found.suffix in ('.safetensors', *_TORCH)
+        known = found.suffix == '.safetensors' or torch_file.is_one(found)
         return unflatten_dict(hosts(open_tree(found))) if known else _msgpack(found)
+    if _is_array(found):
+        return _array(found)
     import orbax.checkpoint as ocp
 
     with reading(found) as handler:
@@ -77,6 +79,27 @@ def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
             handler.metadata(found).tree,
         )
         return handler.restore(found, args=ocp.args.PyTreeRestore(restore_args=args))
+
+
+def open_texts(path: epath.PathLike, step: str | int = 'latest') -> dict[tuple[str, ...], str]:
+    """Returns the texts of a checkpoint by their paths of keys.
+
+    Args:
+        path: as `open_tree` takes it.
+        step: as `open_tree` takes it.
+    """
+    found = locate(epath.Path(path), str(step))
+    if not found.is_dir():
+        leaves = jax.tree_util.tree_leaves_with_path(open_raw(found))
+        return {keys_of(path): x for path, x in leaves if isinstance(x, str)}
+    with reading(found) as handler:
+        leaves = jax.tree_util.tree_leaves_with_path(handler.metadata(found).tree)
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint.metadata import StringMetadata
+
+    as_text = ocp.RestoreArgs(restore_type=str)
+    asked = {keys_of(path): as_text for path, x in leaves if isinstance(x, StringMetadata)}
+    return read_orbax(found, asked) if asked else {}
 
 
 def below(leaves: Leaves, at: str) -> Leaves:
@@ -180,19 +203,6 @@ def _orbax(directory: epath.Path) -> Leaves:
 
 def _split(name: str) -> tuple[str, ...]:
     return tuple(re.split('[./]', name))
-
-
-def _torch(file: epath.Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            f'{file} is a file of PyTorch, which is not installed: install torch, or write the '
-            'weights as safetensors'
-        ) from error
-    tensors = torch.load(os.fspath(file), map_location='cpu', weights_only=True)
-    tensors = tensors.get('state_dict', tensors)
-    return {name: from_torch.as_numpy(x) for name, x in tensors.items()}
 
 
 def _msgpack(file: epath.Path) -> Any:
