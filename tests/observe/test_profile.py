@@ -30,7 +30,7 @@ def test_a_window_of_a_run(
     trainer = Trainer(made, str(tmp_path))
     assert trainer.fit().step == 20
     (trace,) = (tmp_path / 'profile').rglob('*.trace.json.gz')
-    assert b'jit' in gzip.decompress(trace.read_bytes())
+    assert b'jit_train_step' in gzip.decompress(trace.read_bytes())
     assert f'trace written to {tmp_path}/profile' in capsys.readouterr().out
     assert 'Dense_0' in trainer.programs.step.ready().as_text()
 

@@ -67,7 +67,10 @@ class Program:
         self.compiles = 0
         self._tracing = tracing
         # JAX hashes what it compiles: a partial has a hash, a module with a list has none.
-        self._jitted = jax.jit(functools.partial(fn), **jit)
+        run: Any = functools.partial(fn)
+        # What traces and dumps call it: 'train_step'.
+        run.__name__ = re.sub(r'\W+', '_', name.removeprefix('the ')).strip('_')
+        self._jitted = jax.jit(run, **jit)
         self._abstract = jax.tree.map(_shape_of, arguments)
         self._virtual = _on_virtual_devices(self._abstract)
         self._calls = 0
