@@ -144,6 +144,26 @@ def test_a_model_that_computes_with_the_number_of_rows(
     assert np.array_equal(found['class'], expected['class'])
 
 
+class Looks(nn.Module):
+    """Looks up what the input says."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        table = self.param('table', nn.initializers.normal(), (256, 10))
+        return table[jnp.uint8(255 * x[:, 14, 14, 0])]
+
+
+@pytest.mark.parametrize('most_within', [0, export.MOST_WITHIN])
+def test_a_model_that_looks_up(most_within: int, tmp_path: pathlib.Path) -> None:
+    trainer, state = trained(model={'target': f'{__name__}:Looks'})
+    about, function = written(tmp_path, trainer, state, most_within=most_within)
+    assert about['batch'] == {'image': 'uint8[rows, 28, 28, 1]'}
+    (expected,) = trainer.predict('test', state)
+    variables = [] if most_within else [{'params': jax.device_get(state.params)}]
+    found = function.call(*variables, {'image': examples(trainer)[:7]})
+    assert np.array_equal(found['class'], expected['class'][:7])
+
+
 # All that another program needs.
 CALLER = """
 import sys

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -188,3 +191,25 @@ def test_mistakes_without_a_process_of_their_own(
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.out == ''
+
+
+@pytest.mark.parametrize('mode', ['--helpconfig', '--mode=config', '--mode=grad_probe'])
+@pytest.mark.parametrize('buffered', ['', '1'])
+def test_nobody_reads_the_output(mode: str, buffered: str, tmp_path: pathlib.Path) -> None:
+    """As under `| head`: no traceback, and what goes to files is written before it is shown."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [command.MLP, f'--workdir={tmp_path}', mode, '--match=Dense_.*']
+    done = subprocess.run(
+        [sys.executable, '-m', 'trainer.main', *arguments],
+        cwd=command.ROOT,
+        env={**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': buffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, '')
+    if mode == '--mode=grad_probe':
+        assert [file.name for file in tmp_path.iterdir()] == ['gradients_0.npz']

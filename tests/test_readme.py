@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def test_the_readme_has_what_this_file_looks_for() -> None:
-    assert len(FILES) == 15
+    assert len(FILES) == 17
     assert COMMANDS[:2] == ['launch/local.sh --config=configs/mnist.py', 'launch/test.sh']
     assert len(COMMANDS) >= 15
 
@@ -79,6 +79,14 @@ def test_notebook(project: pathlib.Path) -> None:
     printed = script('notebook.py', project)
     assert 'resumed from step 100' in printed
     assert 'finished' in printed
+
+
+def test_full_evaluation(project: pathlib.Path) -> None:
+    """B1, B2, B4, B5, B6: the numbers of the guide's notebook, on eight devices; one program."""
+    printed = script('full_evaluation.py', project)
+    assert re.search(r"'accuracy': 0\.0979+\d*, 'examples': 10000\b", printed)
+    assert printed.count('compiled for') == 1
+    assert printed.splitlines()[-1] == '980 [  980 10000]'
 
 
 def test_generation(project: pathlib.Path) -> None:

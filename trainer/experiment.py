@@ -307,7 +307,8 @@ def _profile(sections: Sections, clock: Clock) -> Window | None:
 def _metric(metric: str, path: str, sections: Sections) -> str:
     """Returns the name of a metric, which must be one of an evaluation of this config."""
     parts = metric.split('/')
-    if len(parts) != 3 or parts[0] != 'eval' or parts[1] not in sections.evals:
+    # Of an ensemble there is 'eval/test/member_0/loss' too.
+    if len(parts) < 3 or parts[0] != 'eval' or parts[1] not in sections.evals:
         names = [f'eval/{name}/...' for name in sections.evals]
         near = suggest.nearest(metric, names, cutoff=0.0)
         raise UserError(

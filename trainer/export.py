@@ -120,7 +120,8 @@ class _Predict:
 
     def __call__(self, *args: Any) -> dict[str, jax.Array]:
         *given, batch = args
-        variables = given[0] if given else self.variables
+        # A model may index with what is traced, and numpy arrays do not take that.
+        variables = jax.tree.map(jnp.asarray, given[0] if given else self.variables)
         rows = next(iter(batch.values())).shape[0]
         fill = {n: jnp.zeros((rows, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
         whole = {**batch, **fill, MASK: jnp.ones(rows, bool)}

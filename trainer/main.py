@@ -96,10 +96,16 @@ def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
         stop: set by a signal handler when the run shall end.
     """
     try:
-        return _run(argv, stop)
+        code = _run(argv, stop)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f'Error: {error}', file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 1
 
 
 def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
@@ -151,6 +157,18 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         ),
     )
     return modes.run(loaded, command, stop)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads the output any more, as under `| head`; then it leads nowhere."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False
 
 
 def _parse_flags(argv: Sequence[str]) -> None:

@@ -257,12 +257,12 @@ def _grad_probe(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
     state = _restore(trainer, command) if saved else trainer.init_state()
     found = gradients.of_next_step(trainer, state, command.match)
-    print(f'gradients of the loss of step {int(state.step) + 1:,}')
-    print(gradients.table(found))
     path = workdir.path / f'gradients_{int(state.step)}.npz'
     if processes.is_primary():
         workdir.make()
         write_npz(path, {each.path: each.gradient for each in found})
+    print(f'gradients of the loss of step {int(state.step) + 1:,}')
+    print(gradients.table(found))
     print(path)
     return 0
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
+from trainer.step import varied
 from trainer.step.ensemble import EnsembleStep, member_state
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
@@ -196,6 +198,14 @@ class Parts:
                 f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
             )
         return self.checkpoints.restore(found, self.programs.abstract)
+
+    def as_configured(self, state: TrainState) -> TrainState:
+        """Returns a restored state with the numbers that `config.ensemble.vary` has now."""
+        ensemble = self.experiment.ensemble
+        if ensemble is None:
+            return state
+        opt_state = varied.written(state.opt_state, ensemble.values)
+        return dataclasses.replace(state, opt_state=opt_state)
 
     def model(self, state: TrainState | None = None, *, member: int | None = None) -> Any:
         """Returns the user's own model with trained variables in it, to call in a notebook.

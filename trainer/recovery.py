@@ -95,6 +95,8 @@ class Recovery:
             # A run that goes on there would delete what is read here.
             self._parts.workdir.claim()
         state = self._parts.restore(latest)
+        if self._allow_config_change:
+            state = self._parts.as_configured(state)
         meta = checkpoints.meta(latest)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
             self._report.progress.message('The data begins anew: see --allow_config_change.')

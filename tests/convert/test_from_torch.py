@@ -223,6 +223,30 @@ def test_what_does_not_fit() -> None:
         converted(ResNet(classes=7), theirs, x, rename=NAMES)
 
 
+def test_files_with_more_than_tensors(tmp_path: pathlib.Path) -> None:
+    """1.L: what a training script saves, whatever the file is called; a pickled module is refused,
+    for to read one is to run what is in it."""
+    net = inner(F.Linear(3, 2))
+    optimizer = torch.optim.Adam(net.parameters())
+    weights = {name: x.numpy() for name, x in net.state_dict().items()}
+    rest = {'optimizer': optimizer.state_dict(), 'epoch': 3, 'name': 'net'}
+    torch.save({'model': net.state_dict(), **rest}, tmp_path / 'net.ckpt')
+    torch.save({'state_dict': net.state_dict(), **rest}, tmp_path / 'lightning.tar')
+    for name, at in (('net.ckpt', 'model'), ('lightning.tar', '')):
+        raw = restore.raw(tmp_path / name, at=at)
+        np.testing.assert_array_equal(raw['layer']['weight'], weights['layer.weight'])
+        assert set(raw) == {'layer'}
+    torch.save(net, tmp_path / 'module.pt')
+    with pytest.raises(UserError, match=r'module\.pt holds other objects than tensors'):
+        restore.raw(tmp_path / 'module.pt')
+    (tmp_path / 'torn.pt').write_bytes((tmp_path / 'net.ckpt').read_bytes()[:500])
+    with pytest.raises(UserError, match=r'torn\.pt is no file that PyTorch reads: RuntimeError'):
+        restore.raw(tmp_path / 'torn.pt')
+    torch.save({'epoch': 3}, tmp_path / 'empty.pt')
+    with pytest.raises(UserError, match=r'empty\.pt holds no tensors'):
+        restore.raw(tmp_path / 'empty.pt')
+
+
 def test_bfloat16_tensors() -> None:
     """Numpy has none; they come as float32."""
     layer = inner(F.Linear(3, 2)).to(torch.bfloat16)

@@ -90,6 +90,17 @@ def test_a_directory_of_flax_checkpoints(tmp_path: pathlib.Path, msgpack: None) 
     assert_same(trainer(tmp_path, init_from=one).init_state().params, states[9].params)
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_steps_that_are_no_integers(tmp_path: pathlib.Path, msgpack: None) -> None:
+    """H19: -1.0 before 0.001 before .01 before 1e5, under any prefix."""
+    steps = (-1.0, 1e-5, 0.001, 0.01, 0.1, 1.0, 1e5)
+    for step in steps:
+        checkpoints.save_checkpoint(tmp_path, {'x': np.float32(step)}, step, 'ckpt_', keep=9)
+        assert restore.raw(tmp_path)['x'] == np.float32(step)
+    for step in steps:
+        assert restore.raw(tmp_path, step)['x'] == np.float32(step)
+
+
 def test_flax_checkpoints_that_orbax_wrote(tmp_path: pathlib.Path) -> None:
     """H18: the same function has written directories of Orbax since."""
     state = net_state()
@@ -211,6 +222,54 @@ def test_into_a_dataclass(tmp_path: pathlib.Path) -> None:
     file = tmp_path / 'state.msgpack'
     file.write_bytes(serialization.to_bytes(state))
     assert_same(restore.into(target, file), state)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_into_a_target_with_texts(tmp_path: pathlib.Path, msgpack: None) -> None:
+    """H1, H7: the guide's own target: a state, a config with a name in it, a list of arrays."""
+    state, target = net_state(), net_state(5)
+    saved = {'model': state, 'config': {'dims': np.array([5, 3]), 'name': 'dense'},
+             'data': [jnp.arange(4)]}  # fmt: skip
+    ocp.PyTreeCheckpointer().save(tmp_path / 'orbax', saved)
+    checkpoints.save_checkpoint(tmp_path / 'flax', saved, 1)
+    whole = {'model': target, 'config': {'dims': np.zeros(2, int), 'name': ''},
+             'data': [jnp.zeros(4, int)]}  # fmt: skip
+    for path in (tmp_path / 'orbax', tmp_path / 'flax'):
+        found = restore.into(whole, path)
+        assert found['config']['name'] == 'dense' and type(found['config']['name']) is str
+        assert_same({**found, 'config': 0}, {**saved, 'config': 0})
+        with pytest.raises(UserError, match=r'name: <U5\[\] there, float64\[\] in the target'):
+            restore.into({'config': {'name': 1.0, 'dims': 'x'}}, path)
+        with pytest.raises(UserError, match=r'lacks what the target has:\n  config/nmae\n'):
+            restore.into({'config': {'nmae': ''}}, path)
+
+
+def test_one_array_alone(tmp_path: pathlib.Path) -> None:
+    """H17: by the handler that is meant for it, and as a tree of one leaf."""
+    array = ocp.Checkpointer(ocp.ArrayCheckpointHandler())
+    array.save(tmp_path / 'handler', args=ocp.args.ArraySave(jnp.arange(10)))
+    ocp.PyTreeCheckpointer().save(tmp_path / 'tree', jnp.arange(10))
+    for path in (tmp_path / 'handler', tmp_path / 'tree'):
+        raw = restore.raw(path)
+        np.testing.assert_array_equal(raw, np.arange(10))
+        assert type(raw) is np.ndarray
+        np.testing.assert_array_equal(restore.into(jnp.zeros(10, int), path), np.arange(10))
+
+
+def test_items_of_a_managers_step(tmp_path: pathlib.Path) -> None:
+    """H14: one tree is taken, whatever its name; of two, one has to be named."""
+    state = net_state()
+    tree = ocp.args.StandardSave({'params': state.params, 'batch_stats': state.batch_stats})
+    for name, items in (('one', {'net': tree}), ('two', {'net': tree, 'teacher': tree})):
+        with ocp.CheckpointManager(tmp_path / name) as manager:
+            config = ocp.args.JsonSave({'width': 12})
+            manager.save(3, args=ocp.args.Composite(**items, config=config))
+    for path in ('one', 'one/3', 'two/3/net'):
+        new = trainer(tmp_path, init_from={'path': str(tmp_path / path)}).init_state()
+        assert_same(new.params, state.params)
+    for path in ('two', 'two/3'):
+        with pytest.raises(UserError, match=r'two/3 holds several trees: .* net, teacher'):
+            trainer(tmp_path, init_from={'path': str(tmp_path / path)}).init_state()
 
 
 def test_a_field_too_many_or_missing(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -116,6 +117,15 @@ class Images:
         image = np.ones((len(indices), 28, 28, 1), np.float32)
         image[indices == 500] = np.nan
         return {'image': image, 'label': np.zeros(len(indices), np.int32)}
+
+
+@pytest.mark.parametrize('target', ['models.mlp:MLP', 'models.mlp_nnx:MLP'])
+def test_statistics_that_a_call_spoils(target: str) -> None:
+    """They are blamed if the call has found them so, and not if it has left them so."""
+    model = {'target': target, 'features': (16, 10), 'batch_norm': True}
+    found = message(build(model, guard=STOP, optimizer={'learning_rate': 1e30}))
+    assert re.search(r'is (BatchNorm_0|norm/0), number 2 of', found)
+    assert found.endswith('its input and its parameters were.')
 
 
 def test_a_bad_batch() -> None:

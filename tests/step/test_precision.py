@@ -130,6 +130,10 @@ def test_an_overflow_keeps_the_state_and_halves_the_scale() -> None:
     assert (float(before.loss_scale.scale), float(after.loss_scale.scale)) == (1024, 512)
     metrics = compute_metrics(after.metrics)
     assert (metrics['loss_scale'], metrics['skipped_updates']) == (512, 1)
+    # What the row of that step says is true of the parameters that there are.
+    kept = np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(before.params)))
+    assert metrics['norms']['param'] == pytest.approx(float(kept), rel=1e-6)
+    assert metrics['norms']['update'] == 0 and not np.isfinite(metrics['norms']['grad'])
     # The schedule counts updates, and the one that was left out is none.
     later = train(made, 5, bad=(2,))
     assert compute_metrics(later.metrics)['learning_rate'] == 3

@@ -14,6 +14,7 @@ import pytest
 from flax.training import lr_schedule
 
 from tests import command
+from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.step import schedules
 from trainer.trainer import Trainer
@@ -131,6 +132,20 @@ def test_a_rate_that_is_warmed_up_and_annealed_by_epochs() -> None:
     assert schedule is not None
     found = [float(schedule(step)) for step in (0, 10, 19, 20, 60, 100)]
     assert found == pytest.approx([0.0, 0.05, 0.095, 0.1, 0.05, 0.0], abs=1e-7)
+
+
+@pytest.mark.parametrize('warmup', ['2 epochs', 100])
+def test_a_warm_up_that_is_longer_than_the_run(warmup: Any) -> None:
+    node = {
+        'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
+        'warmup_steps': warmup, 'decay_steps': '100%',
+    }  # fmt: skip
+    scaled = {'target': 'trainer.step.schedules:scaled', 'schedule': node, 'factor': 0.5}
+    options = {**SMALL, 'train_for': '5 steps'}
+    for rate, path in ((node, 'learning_rate'), (scaled, 'learning_rate.schedule')):
+        words = rf'config.optimizer.{path}.warmup_steps: .* the 5 steps of config.optimizer.{path}'
+        with pytest.raises(UserError, match=words):
+            load_and_build(CONFIG, optimizer__learning_rate=rate, **options)
 
 
 LEGACY: dict[str, tuple[dict[str, Any], Schedule]] = {

@@ -44,5 +44,7 @@ def _number(module: tuple[str, ...]) -> tuple[int, str]:
 
 def _renamed(path: str, names: dict[tuple[str, ...], str]) -> str:
     collection, *parts = path.split('/')
+    if not parts:  # An optimizer's count, which is of no module.
+        return path
     old = [tuple(parts[: i + 1]) for i in range(len(parts) - 1)]
     return '/'.join([collection, *(names.get(module, module[-1]) for module in old), parts[-1]])

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from trainer.modules import Functional
 from trainer.modules.bound import BoundModel, Calls, Steps
@@ -20,8 +21,8 @@ Combine = Callable[[Any], Any]
 class EnsembleModel(BoundModel):
     """A model each of whose variables has a dimension for the members before all others.
 
-    A call is a call of every member; what they return is combined. `model.params` and
-    `model.variables` are those of all members.
+    A call is a call of every member; what they return is combined, and `model.intermediates` are
+    the means of what they sow. `model.params` and `model.variables` are those of all members.
     """
 
     def __init__(
@@ -62,8 +63,12 @@ class EnsembleModel(BoundModel):
         def call(variables: Any, seed: jax.Array) -> Any:
             model = self._functional.bind(variables, dataclasses.replace(self._keys, seed=seed))
             model._calls.count = self._calls.count
-            return model._apply(steps, args, kwargs)
+            return model._apply(steps, args, kwargs), model.collections, model.intermediates
 
-        outputs = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
+        made = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
+        outputs, self._calls.collections, sown = made
+        self._calls.intermediates = jax.tree.map(lambda x: jnp.mean(x, 0), sown)
         self._calls.count += 1
-        return mean(outputs) if steps else self._combine(outputs)
+        if not steps:
+            return self._combine(outputs)
+        return mean(outputs, whose='a method or a part of the model')

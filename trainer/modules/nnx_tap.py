@@ -78,11 +78,13 @@ def _watched(kind: Any, path: str) -> Any:
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         tap = _current.get()
+        # As the call finds them: it may change statistics.
+        variables = nnx.to_pure_dict(nnx.state(self, nnx.Not(nnx.Intermediate)))
         with tap.calling(path, kind):
             output = kind.__call__(self, *args, **kwargs)
         if tap.perturbations is not None:
             output = tap.perturbed(output, self.perturb)
-        record = tap.record(output, (args, kwargs), nnx.state(self, nnx.Not(nnx.Intermediate)))
+        record = tap.record(output, (args, kwargs), variables)
         if record is not None:
             before = getattr(self, NAME).get_value() if hasattr(self, NAME) else ()
             setattr(self, NAME, nnx.Intermediate((*before, record)))

@@ -96,14 +96,18 @@ class Tap:
         path = '/'.join(map(str, module.path))
         if context.method_name != '__call__' or not self._wants(path):
             return following(*args, **kwargs)
+        # A copy, as the call finds them: it may change statistics.
+        variables = {
+            name: jax.tree.map(lambda x: x, value)
+            for name, value in module.variables.items()
+            if name not in (INTERMEDIATES, PERTURBATIONS)
+        }
         with self.calling(path, type(module)):
             output = following(*args, **kwargs)
         if _in_branch():
             return output
         if self.perturbations is not None:
             output = self.perturbed(output, lambda name, x: module.perturb(name, x))
-        own = (INTERMEDIATES, PERTURBATIONS)
-        variables = {k: v for k, v in module.variables.items() if k not in own}
         record = self.record(output, (args, kwargs), variables)
         if record is not None:
             module.sow(INTERMEDIATES, NAME, record)

@@ -169,8 +169,8 @@ class Guard:
 def non_finite(row: Mapping[str, float]) -> list[str]:
     """Returns the names of the losses and norms in a row that are not finite.
 
-    A step under a loss scale may have infinite gradients: it is skipped, and nothing is wrong. Its
-    norms are those of the update that was not made.
+    A step under a loss scale may have infinite gradients, and so their norm: it is skipped, and
+    nothing is wrong.
     """
     watched = ('loss',) if 'train/loss_scale' in row else ('loss', '_norm')
     mine = {name: value for name, value in row.items() if name.startswith('train/')}

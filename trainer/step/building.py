@@ -82,6 +82,7 @@ def _one_optimizer(
     section: OptimizerSection | GroupSection, clock: Clock, path: str, numbers: Mapping[str, Any]
 ) -> tuple[Optimizer, dict[str, int]]:
     node, steps = durations.resolve(section.node, clock, path)
+    _check_warmups(node, path)
     if section.decay_mask is not None:
         parameters, _ = targets.arguments(targets.resolve(node['target'], f'{path}.target'))
         if 'mask' not in parameters:
@@ -107,6 +108,25 @@ def _one_optimizer(
         lr_multipliers=section.lr_multipliers or (),
         path=path,
     ), steps
+
+
+def _check_warmups(node: Any, path: str) -> None:
+    """Checks that a warm-up is shorter than the schedule that it is part of."""
+    if isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            _check_warmups(value, f'{path}[{index}]')
+    if not isinstance(node, Mapping):
+        return
+    if str(node.get('target')).endswith(':warmup_cosine_decay_schedule'):
+        warmup, whole = node.get('warmup_steps'), node.get('decay_steps')
+        if isinstance(warmup, int) and isinstance(whole, int) and warmup >= whole:
+            raise UserError(
+                f'{path}.warmup_steps: a warm-up of {warmup:,} steps does not fit into the '
+                f'{whole:,} steps of {path}.decay_steps, which count it too; make it shorter, or '
+                'the run longer (config.train_for)'
+            )
+    for key, value in node.items():
+        _check_warmups(value, f'{path}.{key}')
 
 
 def _find_learning_rate(node: Any) -> Any:

@@ -11,18 +11,27 @@ import jax.numpy as jnp
 from trainer.config.errors import UserError
 
 
-def mean(outputs: Any) -> Any:
+def mean(outputs: Any, *, whose: str = '') -> Any:
     """Returns the mean over the members of each array of a stacked output.
+
+    Args:
+        outputs: pytree of arrays (members, ...).
+        whose: whose they are, for messages; '' for those of the model's own call.
 
     Raises:
         UserError: for an array that has no mean.
     """
+    advice = (
+        'evaluate with a task that only calls the model itself (config.evals.NAME.task)'
+        if whose
+        else 'let the task say what becomes of them: a method combine(outputs)'
+    )
 
     def one(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise UserError(
-                f'config.ensemble: the members return arrays of {x.dtype}, which have no mean; let '
-                'the task say what becomes of them: a method combine(outputs)'
+                f'config.ensemble: {whose or "the model"} returns arrays of {x.dtype}, of which '
+                f'there is no mean over the members; {advice}'
             )
         return x.mean(0)
 

@@ -71,8 +71,8 @@ class Ensemble:
 
     def describe(self, member: int) -> str:
         """Returns 'seed 3, optimizer.learning_rate 0.1'."""
-        varied = [f'optimizer.{path} {values[member]:g}' for path, values in self.values.items()]
-        return ', '.join([f'seed {self.seeds[member]}', *varied])
+        values = [f'optimizer.{path} {each[member]:g}' for path, each in self.values.items()]
+        return ', '.join([f'seed {self.seeds[member]}', *values])
 
 
 def member_state(state: TrainState, member: int) -> TrainState:
@@ -193,6 +193,11 @@ class EnsembleStep:
 
         def stack(axis: str | None, tree: Any) -> Any:
             def one(leaf: Any) -> jax.ShapeDtypeStruct:
+                if axis is not None and axis in jax.tree.leaves(tuple(leaf.sharding.spec)):
+                    raise UserError(
+                        f'config.sharding: the mesh axis {AXIS!r} is that of the members '
+                        '(config.ensemble), so nothing of a member can be cut over it'
+                    )
                 spec = PartitionSpec(axis, *leaf.sharding.spec)
                 shape = (self.ensemble.size, *leaf.shape)
                 sharding = NamedSharding(mesh, spec)

@@ -106,6 +106,13 @@ def _check_path(section: OptimizerSection, path: str) -> None:
             raise UserError(
                 f'{_VARY}: there is no config.optimizer.{path}: {key!r} is {inner!r} there'
             )
+    there = _at(inner, keys[-1])
+    if isinstance(there, Mapping) and 'target' in there:
+        raise UserError(
+            f'{_VARY}: config.optimizer.{path} is no number but {there["target"]}, which numbers '
+            f'would replace. Vary one of its own arguments, config.optimizer.{path}.NAME, or the '
+            'factor of trainer.step.schedules:scaled around it'
+        )
 
 
 def _at(node: Any, key: str | int) -> Any:

@@ -134,7 +134,7 @@ class TrainStep:
         if self.ema_decay is not None:
             ema = optax.incremental_update(new.params, state.ema, 1.0 - self.ema_decay)
             new = dataclasses.replace(new, ema=ema)
-        metrics: dict[str, Any] = {'norms': self._norms(state, grads, updates, new.params)}
+        metrics: dict[str, Any] = {}
         # Of the update just made: the schedule counts the updates before it.
         count = state.step
         if (scale := state.loss_scale) is not None:
@@ -144,6 +144,8 @@ class TrainStep:
             new = dataclasses.replace(_new_if(finite, new, state), loss_scale=scale)
             values = scale.metrics().items()
             metrics.update({name: Last.from_model_output(value) for name, value in values})
+            updates = choose(finite, updates, jax.tree.map(jnp.zeros_like, updates))
+        metrics['norms'] = self._norms(state, grads, updates, new.params)
         metrics.update(
             self._learning_rates(lambda schedule: Last.from_model_output(schedule(count)))
         )

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from trainer.config import paths, targets
@@ -17,6 +20,13 @@ from trainer.config.sections import Node
 
 # Numbers by path below the optimizer's node: {'learning_rate.factor': 0.5}; they may be traced.
 Values = Mapping[str, Any]
+
+# How JAX says that a number must be known before the program runs.
+_NEEDS_TO_KNOW = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 
 
 def placed(node: Node, values: Values) -> Node:
@@ -41,35 +51,80 @@ def injected(
 
     def make(**numbers: Any) -> optax.GradientTransformation:
         inner = {names[name]: number for name, number in numbers.items()}
-        try:
-            return targets.instantiate(placed(node, inner), where)
-        except UserError as error:
-            if not isinstance(error.__cause__, jax.errors.TracerBoolConversionError):
-                raise
-            who = str(error).partition(': Attempted')[0]
-            raise UserError(
-                f'{who}: it decides by a number what to compute, so one program cannot have '
-                f'several values of {" or ".join(inner)} (config.ensemble.vary)'
-            ) from error
+        with _one_program(where, inner):
+            return _in_its_dtypes(targets.instantiate(placed(node, inner), where), where, inner)
 
     make(**{name: values[path] for name, path in names.items()})  # Or it would refuse them later.
     # What `optax.inject_hyperparams` reads the names from.
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return optax.inject_hyperparams(make)(**{n: values[path] for n, path in names.items()})
+    # Not in the dtype of the parameters: 0.999 is 1 in bfloat16.
+    inject = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
+    return inject(**{name: values[path] for name, path in names.items()})
+
+
+@contextlib.contextmanager
+def _one_program(where: str, values: Values) -> Iterator[None]:
+    """Explains what JAX says where an optimizer needs to know a number to be traced."""
+    try:
+        yield
+    except (UserError, *_NEEDS_TO_KNOW) as error:
+        who = where
+        if isinstance(error, UserError):
+            if not isinstance(error.__cause__, _NEEDS_TO_KNOW):
+                raise
+            who = str(error).partition(' refused its arguments')[0]
+        raise UserError(
+            f'{who} decides by a number what to compute, so one program cannot have several values '
+            f'of {" or ".join(values)} (config.ensemble.vary)'
+        ) from error
+
+
+def _in_its_dtypes(
+    inner: optax.GradientTransformation, where: str, values: Values
+) -> optax.GradientTransformationExtraArgs:
+    """Returns an optimizer whose state has the dtypes that it began with.
+
+    A number that is an array makes float32 of what a Python number leaves in bfloat16.
+    """
+    tx = optax.with_extra_args_support(inner)
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        with _one_program(where, values):
+            updates, after = tx.update(updates, state, params, **more)
+        return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def read(opt_state: Any, names: Iterable[str]) -> dict[str, jax.Array]:
     """Returns the numbers of these paths (below `config.optimizer`) from an optimizer's state."""
-
-    def is_found(node: Any) -> bool:
-        return isinstance(node, optax.InjectStatefulHyperparamsState)
-
     found: dict[str, jax.Array] = {}
-    for node in jax.tree.leaves(opt_state, is_leaf=is_found):
-        if is_found(node):
+    for node in jax.tree.leaves(opt_state, is_leaf=_holds_numbers):
+        if _holds_numbers(node):
             found.update(node.hyperparams)
     return {name: found[name_of(name)] for name in names}
+
+
+def written(opt_state: Any, values: Values) -> Any:
+    """Returns an optimizer's state with other numbers at these paths, where the old ones were."""
+    named = {name_of(path): value for path, value in values.items()}
+
+    def write(node: Any) -> Any:
+        if not _holds_numbers(node):
+            return node
+        new = {
+            name: jax.device_put(np.asarray(named[name], old.dtype), old.sharding)
+            for name, old in node.hyperparams.items()
+            if name in named
+        }
+        return node._replace(hyperparams={**node.hyperparams, **new})
+
+    return jax.tree.map(write, opt_state, is_leaf=_holds_numbers)
+
+
+def _holds_numbers(node: Any) -> bool:
+    return isinstance(node, optax.InjectStatefulHyperparamsState)
 
 
 def name_of(path: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from trainer.config import targets
 from trainer.config.errors import UserError
 from trainer.config.sections import InitFromSection
-from trainer.convert import from_torch, pre_linen
+from trainer.convert import flax_optim, from_torch, pre_linen
 from trainer.transfer import weights as lib
 from trainer.transfer.layout import variables
 from trainer.transfer.opening import Leaves, below, open_tree
@@ -67,9 +67,9 @@ class InitFrom:
                     raise UserError(f'{_WHERE}.{name}: {text}') from error
         if self.flatten and self.layout != 'torch':
             raise UserError(f"{_WHERE}.flatten is of PyTorch: set {_WHERE}.layout='torch' too")
-        if self.layout != 'flax' and (self.optimizer or self.ema):
-            name = 'optimizer' if self.optimizer else 'ema'
-            raise UserError(f'{_WHERE}.{name}: layout={self.layout!r} has none')
+        for name, layouts in (('ema', ('flax',)), ('optimizer', ('flax', 'pre_linen'))):
+            if getattr(self, name) and self.layout not in layouts:
+                raise UserError(f'{_WHERE}.{name}: layout={self.layout!r} has none')
         if self.layout != 'flax' and self.member is not None:
             raise UserError(f'{_WHERE}.member: layout={self.layout!r} has no ensembles')
 
@@ -100,13 +100,13 @@ class InitFrom:
         if self.layout == 'torch':
             return self.from_torch(below(leaves, self.at), wanted)
         found = variables(leaves, at=self.at, ema=self.ema)
+        if self.optimizer:
+            state = below(leaves, self.at)
+            places = [place(path) for path in found if path.startswith('params/')]
+            held = {'/'.join(keys): leaf for keys, leaf in state.items() if keys[0] == 'opt_state'}
+            found.update(lib.slots(held, places) or flax_optim.slots(state, wanted))
         if self.layout == 'pre_linen':
             found = pre_linen.convert(found)
-        if self.optimizer:
-            places = [place(path) for path in found if path.startswith('params/')]
-            state = {'/'.join(keys): leaf for keys, leaf in below(leaves, self.at).items()}
-            held = {path: x for path, x in state.items() if path.startswith('opt_state/')}
-            found.update(lib.slots(held, places))
         if self.member is not None:
             found = _member(found, self.member)
         names = self._names(filter(None, dict.fromkeys(map(place, found))))

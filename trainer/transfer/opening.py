@@ -17,7 +17,16 @@ from trainer.checkpoint.writing import step_directories
 from trainer.config.errors import UserError
 from trainer.convert import torch_file
 from trainer.transfer import safetensors
-from trainer.transfer.weights import HostLeaf, Leaf, OrbaxLeaf, hosts, keys_of, listed, reading
+from trainer.transfer.weights import (
+    HostLeaf,
+    Leaf,
+    OrbaxLeaf,
+    hosts,
+    keys_of,
+    listed,
+    read_orbax,
+    reading,
+)
 
 Leaves = dict[tuple[str, ...], Leaf]
 # What Orbax leaves in a directory that holds a tree, and the names of such items in a manager's.
@@ -95,11 +104,10 @@ def open_texts(path: epath.PathLike, step: str | int = 'latest') -> dict[tuple[s
     with reading(found) as handler:
         leaves = jax.tree_util.tree_leaves_with_path(handler.metadata(found).tree)
     import orbax.checkpoint as ocp
-    from orbax.checkpoint.metadata import StringMetadata
 
     as_text = ocp.RestoreArgs(restore_type=str)
-    asked = {keys_of(path): as_text for path, x in leaves if isinstance(x, StringMetadata)}
-    return read_orbax(found, asked) if asked else {}
+    texts = [keys_of(p) for p, x in leaves if isinstance(x, ocp.metadata.StringMetadata)]
+    return read_orbax(found, dict.fromkeys(texts, as_text)) if texts else {}
 
 
 def below(leaves: Leaves, at: str) -> Leaves:
@@ -134,21 +142,47 @@ def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
     if tree := _tree_directory(path):
         return tree
     steps = dict(step_directories(path)) or _flax_steps(path)
+    chosen = _choose(path, steps, step) if steps else path
+    if not chosen.is_dir():
+        return chosen
+    if tree := _tree_directory(chosen) or _item(chosen):
+        return tree
     if not steps:
         raise UserError(
             f'{path} holds no checkpoint: expected one of this trainer or of Orbax, files of '
             'flax.training.checkpoints, or the name of a .msgpack or .safetensors file'
         )
-    chosen = _choose(path, steps, step)
-    return (_tree_directory(chosen) or chosen) if chosen.is_dir() else chosen
+    return chosen
 
 
 def _tree_directory(path: epath.Path) -> epath.Path | None:
     """Returns the directory of Orbax's tree: this one, or an item of a manager's step."""
-    for directory in (path, *(path / name for name in _ITEMS)):
-        if any((directory / name).exists() for name in _ORBAX_FILES):
-            return directory
-    return None
+    return next(filter(_is_tree, (path, *(path / name for name in _ITEMS))), None)
+
+
+def _item(path: epath.Path) -> epath.Path | None:
+    """Returns the only tree among the items of a manager's step, which may have any name."""
+    found = sorted(entry for entry in path.iterdir() if entry.is_dir() and _is_tree(entry))
+    if len(found) > 1:
+        names = ', '.join(entry.name for entry in found)
+        raise UserError(f'{path} holds several trees: name one of them in the path: {names}')
+    return found[0] if found else None
+
+
+def _is_tree(directory: epath.Path) -> bool:
+    return any((directory / name).exists() for name in _ORBAX_FILES)
+
+
+def _is_array(path: epath.Path) -> bool:
+    """Whether a bare array lies there, as Orbax's ArrayCheckpointHandler writes it."""
+    return (path / 'checkpoint' / '.zarray').exists()
+
+
+def _array(directory: epath.Path) -> np.ndarray:
+    import orbax.checkpoint as ocp
+
+    as_numpy = ocp.args.ArrayRestore(restore_args=ocp.RestoreArgs(restore_type=np.ndarray))
+    return np.asarray(ocp.Checkpointer(ocp.ArrayCheckpointHandler()).restore(directory, as_numpy))
 
 
 def _flax_steps(path: epath.Path) -> dict[float, epath.Path]:

@@ -21,7 +21,7 @@ from trainer.step.state import describe
 from trainer.transfer import layout
 from trainer.transfer import weights as lib
 from trainer.transfer.init_from import InitFrom
-from trainer.transfer.opening import Leaves, below, open_raw, open_tree
+from trainer.transfer.opening import Leaves, below, open_raw, open_texts, open_tree
 from trainer.transfer.start import matched
 from trainer.transfer.surgery import Operation
 
@@ -120,9 +120,9 @@ def into(
 ) -> Any:
     """Returns an object like `target` with the arrays of a checkpoint in it.
 
-    What cannot be saved (a function, an optimizer) is the target's own. Arrays that only the
-    checkpoint has are left out. An array of JAX keeps its sharding, any other leaf becomes one of
-    numpy.
+    What cannot be saved (a function, an optimizer) is the target's own. What only the checkpoint
+    has is left out. An array of JAX keeps its sharding, a text becomes the checkpoint's, any other
+    leaf an array of numpy.
 
     Args:
         target: any pytree, such as a dataclass of `flax.struct`.
@@ -134,8 +134,11 @@ def into(
     Raises:
         UserError: naming leaves that are missing or of another shape.
     """
-    leaves = below(open_tree(path, step), at)
     wanted = jax.tree_util.tree_leaves_with_path(target)
+    has_texts = any(isinstance(x, str) for _, x in wanted)
+    texts = open_texts(path, step) if has_texts else {}
+    held = {keys: lib.HostLeaf(np.asarray(text)) for keys, text in texts.items()}
+    leaves = below({**open_tree(path, step), **held}, at)
     names = {lib.keys_of(keys): x for keys, x in wanted if hasattr(x, 'shape')}
     names |= {lib.keys_of(keys): np.asarray(x) for keys, x in wanted if not hasattr(x, 'shape')}
     _check(leaves, names, path, on_missing)
@@ -144,9 +147,12 @@ def into(
     arrays = {'/'.join(keys): x for keys, x in names.items() if isinstance(x, jax.Array)}
     loaded: dict[str, Any] = dict(lib.hosts({p: x for p, x in there.items() if p not in arrays}))
     loaded.update(lib.load({p: x for p, x in there.items() if p in arrays}, arrays))
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, x: loaded.get('/'.join(lib.keys_of(keys)), x), target
-    )
+
+    def pick(keys: Any, x: Any) -> Any:
+        found = loaded.get('/'.join(lib.keys_of(keys)), x)
+        return str(found) if isinstance(x, str) else found
+
+    return jax.tree_util.tree_map_with_path(pick, target)
 
 
 def _check(leaves: Leaves, wanted: dict[Any, Any], path: Any, on_missing: str) -> None:
@@ -154,16 +160,22 @@ def _check(leaves: Leaves, wanted: dict[Any, Any], path: Any, on_missing: str) -
     other = [
         f'{"/".join(keys)}: {describe(leaves[keys])} there, {describe(x)} in the target'
         for keys, x in wanted.items()
-        if keys in leaves and tuple(leaves[keys].shape) != tuple(x.shape)
+        if keys in leaves and _kind(leaves[keys]) != _kind(x)
     ]
     if other:
         raise UserError(f'{path} holds other shapes than the target:\n{lib.listed(other)}')
     if missing and on_missing == 'error':
         spare = ['/'.join(keys) for keys in leaves if keys not in wanted]
+        besides = f'It has besides\n{lib.listed(spare)}\n' if spare else ''
         raise UserError(
-            f'{path} lacks what the target has:\n{lib.listed(missing)}\nIt has besides\n'
-            f"{lib.listed(spare)}\non_missing='init' leaves what is missing as it is in the target."
+            f'{path} lacks what the target has:\n{lib.listed(missing)}\n{besides}'
+            "on_missing='init' leaves what is missing as it is in the target."
         )
     if missing:
         text = 'are not there, and stay as they are in the target'
         _log.warning('%s: %d leaves %s:\n%s', path, len(missing), text, lib.listed(missing))
+
+
+def _kind(x: Any) -> tuple[tuple[int, ...], bool]:
+    """Returns the shape, and whether it is a text."""
+    return tuple(x.shape), np.issubdtype(x.dtype, np.str_)

@@ -124,7 +124,7 @@ def hosts(weights: Mapping[Any, Leaf]) -> dict[Any, np.ndarray]:
         import orbax.checkpoint as ocp
 
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        arrays = _read_orbax(directory, {leaf.keys: as_numpy for leaf in leaves.values()})
+        arrays = read_orbax(directory, {leaf.keys: as_numpy for leaf in leaves.values()})
         found.update({path: arrays[leaf.keys] for path, leaf in leaves.items()})
     return {path: found[path] for path in weights}
 
@@ -146,7 +146,7 @@ def load(weights: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> dict[str, ja
     for directory, leaves in _by_directory(weights).items():
         # Two paths may share an array of the file; they get buffers of their own.
         goals = {leaf.keys: _as_wanted(wanted[path]) for path, leaf in leaves.items()}
-        found = _read_orbax(directory, goals)
+        found = read_orbax(directory, goals)
         for path, leaf in leaves.items():
             array, goal = found.pop(leaf.keys, None), wanted[path]
             loaded[path] = _put(host(leaf), goal) if array is None else array
@@ -206,7 +206,7 @@ def reading(directory: epath.Path) -> Iterator[ocp.PyTreeCheckpointHandler]:
         handler.close()
 
 
-def _read_orbax(directory: epath.Path, asked: Mapping[Keys, Any]) -> dict[Keys, Any]:
+def read_orbax(directory: epath.Path, asked: Mapping[Keys, Any]) -> dict[Keys, Any]:
     """Returns some leaves of a directory, restored by Orbax's arguments; others are not read."""
     import orbax.checkpoint as ocp
 

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ensembles: numbers in half precision, what modules sow, changed numbers, and refusals."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import pytest
+
+from tests import command
+from tests.step.test_ensemble import RATES, ensemble, experiment, trained
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.step import varied
+from trainer.step.ensemble import member_state
+from trainer.step.tasks import TaskOutput
+from trainer.trainer import Trainer
+
+
+@pytest.mark.parametrize('steps_per_call', [1, 5])
+def test_half_precision_parameters(steps_per_call: int) -> None:
+    """The numbers stay float32 and the slots what they were: each program compiles once."""
+    # With an average of squares and a trace of updates, which the rate is a factor of.
+    optimizer = {'target': 'optax:rmsprop', 'learning_rate': 1e-3, 'momentum': 0.5}
+    options = {'precision': {'params': 'bfloat16'}, 'steps_per_call': steps_per_call}
+    vary = {'optimizer': {'learning_rate': (1e-3, 1e-4), 'decay': (0.999, 0.9)}}
+    state, trainer = trained(**options, optimizer=optimizer, ensemble=ensemble(**vary))
+    program = trainer.programs.fused if steps_per_call > 1 else trainer.programs.step
+    assert program.compiles == 1
+    found = varied.read(state.opt_state, ('learning_rate', 'decay'))
+    assert found['decay'].tolist() == pytest.approx([0.999, 0.9], rel=1e-6)
+    alone, _ = trained(**options, optimizer={**optimizer, 'decay': 0.999})
+    slots = [x.dtype for x in jax.tree.leaves(alone.opt_state)]
+    mine = [x.dtype for x in jax.tree.leaves(member_state(state, 0).opt_state) if x.ndim]
+    assert mine == slots == ['bfloat16'] * len(slots)
+
+
+class Sowing(nn.Module):
+    """Sows a number for each example, and how often it was called."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.Dense(10)(x.reshape(x.shape[0], -1))
+        self.sow('intermediates', 'square', (y**2).mean(-1))
+        self.sow('intermediates', 'calls', 1)
+        return y
+
+
+def squares(model: Any, batch: Any) -> TaskOutput:
+    model(batch['image'])
+    return TaskOutput(loss=model.intermediates['square'][0])
+
+
+def test_what_members_sow_has_a_mean() -> None:
+    """A task that reads it is evaluated like any other."""
+    task = {'ref': f'{__name__}:squares'}
+    model = {'target': f'{__name__}:Sowing'}
+    state, trainer = trained(model=model, task=task, ensemble=ensemble())
+    found = trainer.evaluate(state)['test']
+    assert found['loss'] == pytest.approx(found['members/loss'], rel=1e-5)
+    assert found['member_0/loss'] != pytest.approx(found['member_1/loss'], rel=1e-3)
+
+
+def test_changed_numbers_count(tmp_path: pathlib.Path) -> None:
+    """A run that may go on under other numbers does, from what it has learned so far."""
+
+    def trainer(rates: tuple[float, ...], allow: bool = False) -> Trainer:
+        made = experiment(ensemble=ensemble(optimizer={'learning_rate': rates}))
+        return Trainer(made, str(tmp_path), allow_config_change=allow)
+
+    trainer(RATES).fit(max_steps=3)
+    with pytest.raises(UserError, match='holds a run of another config'):
+        trainer((0.2, 0.02)).fit()
+    state = trainer((0.2, 0.02), allow=True).fit().state
+    found = varied.read(state.opt_state, ('learning_rate',))['learning_rate']
+    assert found.tolist() == pytest.approx([0.2, 0.02])
+    rows = command.rows(tmp_path)
+    assert rows[-1]['train/member_1/learning_rate'] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize('metric', ['eval/test/members/loss', 'eval/test/member_1/loss'])
+def test_metrics_of_members_choose_and_stop(metric: str, tmp_path: pathlib.Path) -> None:
+    made = experiment(
+        ensemble=ensemble(), early_stopping={'metric': metric, 'min_delta': 1e9},
+        checkpoint={'best': {'metric': metric, 'mode': 'min'}}, evals__test__every='2 steps',
+    )  # fmt: skip
+    trainer = Trainer(made, str(tmp_path))
+    assert trainer.fit().status == 'stopped_early'
+    assert trainer.checkpoints is not None
+    assert trainer.checkpoints.best() == trainer.checkpoints.latest()
+
+
+def test_a_schedule_is_not_replaced() -> None:
+    schedule = {
+        'target': 'optax:cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': '100%',
+    }  # fmt: skip
+    vary = {'optimizer': {'learning_rate': RATES}}
+    with pytest.raises(UserError, match=r'is no number but optax:cosine_decay_schedule.*factor'):
+        experiment(optimizer={'learning_rate': schedule}, ensemble=ensemble(**vary))
+
+
+@pytest.mark.parametrize(
+    ('optimizer', 'vary', 'who'),
+    [
+        ({'nesterov': True}, {'nesterov': (1, 0)}, r'config\.optimizer decides.* nesterov'),
+        (
+            {'target': 'optax:adafactor'},
+            {'min_dim_size_to_factor': (8, 16)},
+            r'config\.optimizer.* decides.* min_dim_size_to_factor',
+        ),
+    ],
+)
+def test_what_must_be_known_to_be_compiled(
+    optimizer: dict[str, Any], vary: dict[str, Any], who: str
+) -> None:
+    made = experiment(optimizer=optimizer, ensemble=ensemble(optimizer=vary))
+    with pytest.raises(UserError, match=who):
+        Trainer(made).fit()
+
+
+def test_the_axis_of_the_members_is_theirs() -> None:
+    rule = {
+        'target': 'trainer.parallel.sharding:ByPath',
+        'rules': (('Dense_0/kernel', (None, 'ensemble')),),
+    }  # fmt: skip
+    made = experiment(mesh={'ensemble': 2, 'data': 4}, sharding=(rule,), ensemble=ensemble())
+    with pytest.raises(UserError, match=r"the mesh axis 'ensemble' is that of the members"):
+        Trainer(made).init_state()
+
+
+def test_what_a_method_returns_is_not_combined() -> None:
+    """The advice is one that helps: `combine` is for the model's own call."""
+    config = str(command.ROOT / 'configs' / 'addition.py')
+    trainer = Trainer(load_and_build(config, ensemble={'size': 2}))
+    with pytest.raises(UserError, match=r'a method or a part .* int32, .* that only calls the'):
+        trainer.evaluators['held_out'].prepare(trainer.programs.abstract)
