@@ -111,20 +111,20 @@ def telling_layers(
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        if context.method_name == '__call__' and _is_layer(context.module, top):
+        if context.method_name == '__call__' and is_layer(context.module, top):
             args, kwargs = with_flags(context.module, args, kwargs, training)
         return following(*args, **kwargs)
 
     return nn.intercept_methods(intercept)
 
 
-def _is_layer(module: nn.Module, top: nn.Sequential | None) -> bool:
+def is_layer(module: nn.Module, top: nn.Sequential | None = None) -> bool:
     """Whether only `nn.Sequential`s stand between the module and the top, or the root."""
     if top is not None:
         # By identity: layers that a compact method has made have its module for a parent.
         within = [layer for layer in top.layers if isinstance(layer, nn.Module)]
         nested = [layer for layer in within if isinstance(layer, nn.Sequential)]
-        return any(layer is module for layer in within) or any(_is_layer(module, n) for n in nested)
+        return any(layer is module for layer in within) or any(is_layer(module, n) for n in nested)
     parent = module.parent
     while isinstance(parent, nn.Sequential):
         parent = parent.parent

@@ -63,7 +63,8 @@ def _telling_roots(training: bool) -> Callable[..., Any]:
         context: nn.module.InterceptorContext,
     ) -> Any:
         module, name = context.module, context.method_name
-        if not isinstance(module.parent, nn.Module):
+        layer = name == '__call__' and mode.is_layer(module)
+        if layer or not isinstance(module.parent, nn.Module):
             target = module if name == '__call__' else getattr(module, name)
             args, kwargs = mode.with_flags(target, args, kwargs, training)
         return following(*args, **kwargs)
