@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -11,14 +12,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from tests.command import ROOT
 from tests.modules.examples import X, bind, same
+from tests.probe.program import computation
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.modules import klinen as knn
+from trainer.step.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 
@@ -73,7 +77,9 @@ def model(name: str, features: str) -> dict[str, Any]:
     }
 
 
-def trainer_of(config: dict[str, Any], workdir: pathlib.Path | None = None) -> Trainer:
+def trainer_of(
+    config: dict[str, Any], workdir: pathlib.Path | None = None, **options: Any
+) -> Trainer:
     experiment = load_and_build(
         str(ROOT / 'configs' / 'mnist_mlp.py'),
         model=config,
@@ -82,6 +88,7 @@ def trainer_of(config: dict[str, Any], workdir: pathlib.Path | None = None) -> T
         evals__test__data__source__limit=100,
         evals__test__data__batch_size=64,
         log__every='1 steps',
+        **options,
     )
     return Trainer(experiment, None if workdir is None else str(workdir))
 
@@ -122,6 +129,40 @@ def test_a_klinen_model_trains_like_its_linen_twin(tmp_path: pathlib.Path) -> No
     assert same(bound.head(bound.features(x)), trained(x))
     module, variables = bound.features.unbind()
     assert same(module.apply(variables, x, train=False), bound.features(x))
+
+
+class Keeping(Features):
+    """Keeps what it has returned, and the number of its calls so far: each one starts anew."""
+
+    outputs: knn.Intermediate[list[jax.Array]] = dataclasses.field(init=False, default_factory=list)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = super().__call__(x)
+        self.outputs.append(x)
+        return x
+
+
+def quiet(model: Any, batch: Any) -> TaskOutput:
+    """A classifier whose features shall be small."""
+    logits = model(batch['image'])
+    (features,) = model.intermediates['features']['outputs']
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+    return TaskOutput(loss=loss, penalties={'features': jnp.square(features).mean()})
+
+
+def test_what_a_field_keeps_comes_to_the_task(tmp_path: pathlib.Path) -> None:
+    """K12: in training, evaluation and captures; who does not ask has the program without it."""
+    trainer = trainer_of(
+        model('Classifier', 'Keeping'), tmp_path, task={'ref': f'{__name__}:quiet'},
+        capture={'outputs': {'match': 'features/outputs'}},
+    )  # fmt: skip
+    metrics = trainer.fit().metrics
+    assert '"capture/outputs/features/outputs/max"' in (tmp_path / 'metrics.jsonl').read_text()
+    assert metrics['train/features'] > 0
+    assert metrics['eval/test/loss'] > 0
+    programs = [trainer_of(model('Classifier', n)).programs for n in ('Keeping', 'Features')]
+    assert computation(programs[0].step.ready()) == computation(programs[1].step.ready())
 
 
 def test_linen_and_nnx_modules_come_back_too() -> None:

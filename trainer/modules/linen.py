@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ Variables = Mapping[str, Any]
 
 # Dropout that is active at evaluation is always a mistake: without a key Flax says so.
 _TRAIN_ONLY_STREAMS = frozenset({'dropout'})
+
+# Whoever has made a Klinen module has imported it.
+_KLINEN = 'trainer.modules.klinen.intermediates'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +115,7 @@ class LinenModel(BoundModel):
 
         output, updates = self._streams.run(run, lambda name: _nth(self._keys.stream(name), call))
         updates = dict(updates)
-        calls.intermediates = dict(updates.pop(tap.INTERMEDIATES, {}))
+        calls.intermediates = _plain(updates.pop(tap.INTERMEDIATES, {}))
         if calls.tap is not None:
             calls.intermediates = calls.tap.keep(calls.intermediates)
             if perturbations := updates.pop(tap.PERTURBATIONS, None):
@@ -162,7 +166,7 @@ class _InitModel(LinenModel):
 
         output, made = self._streams.run(run, self._keys.stream)
         made = dict(made)
-        self._calls.intermediates = dict(made.pop(tap.INTERMEDIATES, {}))
+        self._calls.intermediates = _plain(made.pop(tap.INTERMEDIATES, {}))
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
         flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}
@@ -176,14 +180,22 @@ def _sowing(apply: Callable[[Any], Any], mutable: Any) -> Any:
     """Returns `apply(mutable)`; without intermediates where branches of `nn.cond` sow some.
 
     Flax wants all branches to leave the same behind. A module may sow in one of them as long as
-    nobody listens, and so it stays.
+    nobody listens, and so it stays. What the fields of Klinen modules hold (`knn.Intermediate`) is
+    among the intermediates, too.
     """
-    try:
-        return apply(mutable)
-    except TypeError as error:
-        if not all(word in str(error) for word in ('branch', f"'{tap.INTERMEDIATES}'")):
-            raise
-    return apply(subtract_filters(mutable, tap.INTERMEDIATES))
+    klinen = sys.modules.get(_KLINEN)
+    with nn.intercept_methods(klinen.keep) if klinen else contextlib.nullcontext():
+        try:
+            return apply(mutable)
+        except TypeError as error:
+            if not all(word in str(error) for word in ('branch', f"'{tap.INTERMEDIATES}'")):
+                raise
+        return apply(subtract_filters(mutable, tap.INTERMEDIATES))
+
+
+def _plain(intermediates: Mapping[str, Any]) -> dict[str, Any]:
+    klinen = sys.modules.get(_KLINEN)
+    return klinen.plain(intermediates) if klinen else dict(intermediates)
 
 
 def _nth(key: jax.Array, call: int) -> jax.Array:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -128,10 +129,10 @@ class Tap:
         return {'order': jnp.int32(order), 'seen': self._look(output, inputs, variables)}
 
     def perturbed(self, output: Any, add: Callable[[str, Any], Any]) -> Any:
-        """Returns the output of a module, each float array in it as `add('_tap_<i>', array)`."""
+        """Returns the output of a module, each float array in it as `add(name_of(i, x), x)`."""
         leaves, structure = jax.tree.flatten(output)
         number = itertools.count()
-        added = [add(f'{NAME}_{next(number)}', x) if is_float(x) else x for x in leaves]
+        added = [add(name_of(next(number), x), x) if is_float(x) else x for x in leaves]
         return jax.tree.unflatten(structure, added)
 
     def perturb_more(self, made: Mapping[str, Any]) -> None:
@@ -210,6 +211,20 @@ def in_order(found: list[dict[str, Any]]) -> list[Seen]:
             one = jax.tree.map(lambda x, at=index: np.asarray(x)[at], seen)
             timed.append(((region, index, first), Seen(path, label, one)))
     return [seen for _, seen in sorted(timed, key=lambda item: item[0])]
+
+
+def name_of(number: int, x: jax.Array) -> str:
+    """Returns the name of what is added to the output of a module that has this number.
+
+    The shape is in it ('_tap_0_32_10'): what a call returns in another shape is another value.
+    """
+    return '_'.join([NAME, str(number), *map(str, x.shape)])
+
+
+def number_in(name: str) -> int | None:
+    """Returns the number in such a name, None for another one."""
+    found = re.match(rf'{NAME}_(\d+)', name)
+    return int(found[1]) if found else None
 
 
 def _in_branch() -> bool:

@@ -116,10 +116,21 @@ def keep(
     """Runs a method, as an interceptor of Linen, and stores what its module's fields hold then."""
     output = following(*args, **kwargs)
     module = context.module
+    if module.scope is None or not module.is_mutable_collection(COLLECTION):
+        return output
     for name in fields(module):
         if name in vars(module):  # Or else it has no default, and the call has not assigned it.
             module.put_variable(COLLECTION, name, _Kept(vars(module)[name]))
     return output
+
+
+def plain(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the collection that a call has filled, with the values of fields as they are."""
+    found = {}
+    for name, x in kept.items():
+        value = x.value if isinstance(x, _Kept) else x
+        found[name] = plain(x) if isinstance(x, Mapping) else value
+    return found
 
 
 def mirror(module: nn.Module, kept: Mapping[str, Any]) -> Intermediates:
