@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -52,20 +53,22 @@ class Addition:
     (digits + 2,): the answer, its last digit first, and at least one 0 behind it.
 
     Attributes:
-        digits: of the largest numbers.
+        digits: of the largest numbers, at most 7: there is a table of all.
         held_out: draw from the sums that are held out, or from the others.
     """
 
     digits: int = 3
     held_out: bool = False
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.digits <= 7:
+            raise ValueError(f'digits: expected 1 to 7, got {self.digits}')
+
     def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
         """Returns the three fields in the place of all others."""
         count = 10**self.digits
-        # Numbers are dealt into ten groups; a sum is held out if those of both add up to ten.
-        dealt = np.random.default_rng(0).permutation(count).reshape(10, -1)
-        group = np.empty(count, np.int64)
-        group[dealt] = np.arange(10)[:, None]
+        dealt, group = _groups(count)
+        # A sum is held out if the groups of both numbers add up to ten, or to none.
         a = rng.integers(0, count)
         other = np.zeros_like(a) if self.held_out else rng.integers(1, 10)
         b = dealt[(other - group[a]) % 10, rng.integers(0, count // 10)]
@@ -78,6 +81,19 @@ class Addition:
             'lengths': np.char.str_len(questions).astype(np.int32),
             'targets': encode(np.array(answers), self.digits + 2),
         }
+
+
+@functools.cache
+def _groups(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Deals the numbers below `count` into ten groups.
+
+    Returns:
+        The numbers of each group (10, count / 10), and the group of each number (count,).
+    """
+    dealt = np.random.default_rng(0).permutation(count).reshape(10, -1)
+    group = np.empty(count, np.int64)
+    group[dealt] = np.arange(10)[:, None]
+    return dealt, group
 
 
 def encode(texts: np.ndarray, length: int) -> np.ndarray:

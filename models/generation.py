@@ -31,8 +31,10 @@ def generate(
         temperature: divides the logits before one is drawn.
 
     Raises:
-        ValueError: if they are more than the model has positions for.
+        ValueError: if they are more than the model has positions for, or none.
     """
+    if not (prompt.shape[1] and count > 0):
+        raise ValueError(f'a prompt of {prompt.shape[1]} tokens, {count} to add: neither may be 0')
     total = prompt.shape[1] + count
     if total > model.max_length:
         raise ValueError(f'{total} tokens with the prompt, but max_length is {model.max_length}')

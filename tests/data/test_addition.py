@@ -48,6 +48,12 @@ def test_another_epoch_has_other_sums() -> None:
     assert len(set(drawn(50)) & set(drawn(50, epoch=1))) < 5
 
 
+@pytest.mark.parametrize('digits', [0, 8])
+def test_numbers_that_are_not_dealt(digits: int) -> None:
+    with pytest.raises(ValueError, match=f'digits: expected 1 to 7, got {digits}'):
+        Addition(digits=digits)
+
+
 def test_a_source_of_numbers() -> None:
     source = Numbered(7)
     assert len(source) == 7

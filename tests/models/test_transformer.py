@@ -166,6 +166,10 @@ def test_tokens_that_follow() -> None:
     assert np.array_equal(cold, found)
     with pytest.raises(ValueError, match='13 tokens with the prompt, but max_length is 12'):
         generate(model, params, prompt, 9)
+    assert np.array_equal(generate(model, params, prompt, 1), found[:, :1])
+    for given, count in ((prompt, 0), (prompt[:, :0], 3)):
+        with pytest.raises(ValueError, match='neither may be 0'):
+            generate(model, params, given, count)
 
 
 def test_a_trained_model_goes_on() -> None:

@@ -60,6 +60,15 @@ class Pair(nn.Module):
         return x, {'b': 2 * x}['b'], jnp.arange(3)
 
 
+class Shapes(nn.Module):
+    """Calls one layer on two rows, and on their sum."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        layer = nn.Dense(2, name='layer')
+        return layer(x) + layer(x.sum(0, keepdims=True))[0]
+
+
 def squares(model: Any, batch: Any) -> Any:
     return jnp.square(model(batch['x']) - 1.0).mean(-1)
 
@@ -129,6 +138,18 @@ def test_calls_add_up_and_outputs_are_told_apart() -> None:
     inner = found['pair/0'].gradient + 2 * found['pair/1'].gradient
     both = inner + inner @ params['layer']['kernel'].T
     np.testing.assert_allclose(found['layer'].gradient, both, rtol=1e-4)
+
+
+def test_calls_of_other_shapes_are_told_apart() -> None:
+    params = Shapes().init(jax.random.key(0), jnp.ones((2, 9)))['params']
+    found = {g.path: g for g in probe(Shapes(), params, ('layer',))}
+    assert {path: g.gradient.shape for path, g in found.items()} == {
+        'layer': (2, 2), 'layer#1': (1, 2),
+    }  # fmt: skip
+    total = found['layer'].gradient.sum(0, keepdims=True)
+    np.testing.assert_allclose(found['layer#1'].gradient, total, rtol=1e-5)
+    sums = jnp.full((1, 9), 2.0) @ params['layer']['kernel'] + params['layer']['bias']
+    assert found['layer#1'].value_norm == pytest.approx(float(jnp.linalg.norm(sums)), rel=1e-5)
 
 
 @pytest.mark.parametrize('model', [linen(), of_nnx(), linen(scans=True)])

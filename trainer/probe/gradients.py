@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from trainer.config.errors import UserError
-from trainer.modules.tap import NAME, ROOT, Tap
+from trainer.modules.tap import ROOT, Tap, name_of, number_in
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.measures import floats
 from trainer.step.state import TrainState
@@ -33,8 +33,9 @@ class Gradient:
     Attributes:
         path: of the module whose output it is, or what the module calls it in `self.perturb`.
         gradient: of the loss, in the shape of the value; with a leading dimension for each scan
-            around it. Of a module that is called several times the sum over the calls.
-        value_norm: L2 norm of the value, over all calls; None where only its name is known.
+            around it. Of a module that is called several times the sum over the calls; those of
+            another shape are apart ('embed#1').
+        value_norm: L2 norm of the value, over these calls; None where only its name is known.
     """
 
     path: str
@@ -130,25 +131,30 @@ def _loss(output: TaskOutput) -> jax.Array:
     return sum((totals[name] * inverse(weights[name]) for name in totals), penalty)
 
 
-def _squares(output: Any, inputs: Any, variables: Any) -> list[jax.Array]:
-    return [jnp.sum(jnp.square(x.astype(jnp.float32))) for _, x in floats(output)]
+def _squares(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
+    found = enumerate(x for _, x in floats(output))
+    return {name_of(i, x): jnp.sum(jnp.square(x.astype(jnp.float32))) for i, x in found}
 
 
 def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
-    squares: dict[str, np.ndarray] = {}
+    squares: dict[str, dict[str, float]] = {}
     orders: dict[str, int] = {}
     for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
         orders.setdefault(path, int(np.min(record['order'])))
         # Over all layers of a scan, and all calls.
-        squares[path] = squares.get(path, 0.0) + np.array([np.sum(x) for x in record['seen']])
+        mine = squares.setdefault(path, {})
+        for name, x in record['seen'].items():
+            mine[name] = mine.get(name, 0.0) + float(np.sum(x))
     timed = []
     for keys, gradient in traverse_util.flatten_dict(dict(grads)).items():
         *place, name = map(str, keys)
         path = '/'.join(place)
-        if name.startswith(f'{NAME}_'):
-            number = int(name.removeprefix(f'{NAME}_'))
-            several = f'/{number}' if len(squares[path]) > 1 else ''
-            label, norm = f'{path or ROOT}{several}', math.sqrt(squares[path][number])
+        number = number_in(name)
+        if number is not None:
+            several = f'/{number}' if len({number_in(n) for n in squares[path]}) > 1 else ''
+            shape = [n for n in squares[path] if number_in(n) == number].index(name)
+            label = f'{path or ROOT}{several}' + (f'#{shape}' if shape else '')
+            norm: float | None = math.sqrt(squares[path][name])
             when: tuple[float, int] = (orders[path], number)
         else:
             # What a module names itself comes at the end: nothing is known of it but the name.

@@ -89,12 +89,16 @@ def _in_its_dtypes(
     """
     tx = optax.with_extra_args_support(inner)
 
+    def init(params: Any) -> Any:
+        with _one_program(where, values):
+            return tx.init(params)
+
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
         with _one_program(where, values):
             updates, after = tx.update(updates, state, params, **more)
         return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
 
-    return optax.GradientTransformationExtraArgs(tx.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def read(opt_state: Any, names: Iterable[str]) -> dict[str, jax.Array]:
