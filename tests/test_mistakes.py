@@ -49,6 +49,14 @@ CNN = '--config=configs/mnist.py'
         ((CNN, '--config.evals.test.ema=true'), 'set config.ema.decay'),
         ((CNN, '--config.task.label=klass'), 'image: float32[32, 28, 28, 1], label: int32[32]'),
         ((CNN, '--config.checkpoint.best.metric=accuracy'), 'expected eval/test/...'),
+        (
+            (CNN, '--config.checkpoint.best.metric=eval/test/acuracy'),
+            "evaluation 'test' has no 'acuracy'; it has loss, accuracy, examples",
+        ),
+        (
+            (CNN, '--config.early_stopping.metric=eval/test/loss/x'),
+            "config.early_stopping.metric: evaluation 'test' has no 'loss/x'",
+        ),
         (('--config=configs/mnst.py',), 'Did you mean configs/mnist.py?'),
         ((CNN, 'stray'), "'stray' is not a flag"),
         ((CNN, '--wrkdir=x'), 'workdir'),

@@ -140,6 +140,9 @@ class Parts:
         programs.append(self.programs.step)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.programs.abstract)
+        for path, metric in startup.watched_metrics(self.experiment).items():
+            _, evaluation, name = metric.split('/', 2)
+            self.evaluators[evaluation].check_metric(name, path)
         Probes(self).prepare()
         return programs
 

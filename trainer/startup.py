@@ -149,6 +149,14 @@ def summary(parts: Parts, step: int) -> str:
     return '\n'.join(lines)
 
 
+def watched_metrics(experiment: Experiment) -> dict[str, str]:
+    """Returns the metrics that decide something, by the config path that names each."""
+    early, best = experiment.early_stopping, experiment.retention.best_metric
+    found = {'config.early_stopping.metric': early.metric if early else None}
+    found['config.checkpoint.best.metric'] = best
+    return {path: metric for path, metric in found.items() if metric is not None}
+
+
 def _start(experiment: Experiment, step: int) -> str:
     if step > 0:
         return f'resumed from step {step:,}'

@@ -122,6 +122,27 @@ class Evaluator:
             functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
         )
 
+    def check_metric(self, name: str, path: str) -> None:
+        """Checks that `run` will return a metric of this name; `prepare` must have been called.
+
+        Args:
+            name: such as 'accuracy'.
+            path: the config path that names it, for the message.
+
+        Raises:
+            UserError: naming those that there are.
+        """
+        assert self._empty is not None
+        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(self._empty))
+        try:
+            with np.errstate(all='ignore'):
+                found = list(summarise(empty))
+        except Exception:
+            return  # A metric of the user's own that cannot be computed of nothing.
+        if name not in found:
+            have = ', '.join(found)
+            raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
+
     def run(
         self,
         state: TrainState,
