@@ -72,8 +72,7 @@ def write(
     Raises:
         UserError: if the task has no predictions, or the directory cannot be written.
     """
-    if jax.process_count() > 1:
-        raise UserError('--mode=export: run it as one process; it reads any checkpoint')
+    check_alone()
     evaluator.check_predicts()
     variables = jax.device_get(evaluator.variables(state))
     kept = {name: tree for name, tree in variables.items() if name != EMA}
@@ -109,6 +108,12 @@ def write(
     except OSError as error:
         raise UserError(f'{directory} cannot be written: {error.strerror or error}') from error
     return about
+
+
+def check_alone() -> None:
+    """Raises a UserError, in each of them, if there are several processes."""
+    if jax.process_count() > 1:
+        raise UserError('--mode=export: run it as one process; it reads any checkpoint')
 
 
 class _Predict:

@@ -272,6 +272,7 @@ def _export(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     from trainer import export
 
     logfile.route(None)
+    export.check_alone()
     state = _restore(trainer, command)
     if not trainer.evaluators:
         raise UserError('--mode=export takes task and fields from config.evals, and there are none')

@@ -40,7 +40,7 @@ def test_the_layer_of_a_planted_nan(k: int) -> None:
     assert (
         f'The first module whose output is not finite is layer_{k}, number {2 * k + 3} of' in found
     )
-    assert found.endswith('its input and its parameters were.')
+    assert found.endswith('its input and its parameters were finite.')
 
 
 @pytest.mark.parametrize('k', [0, 2])
@@ -125,7 +125,7 @@ def test_statistics_that_a_call_spoils(target: str) -> None:
     model = {'target': target, 'features': (16, 10), 'batch_norm': True}
     found = message(build(model, guard=STOP, optimizer={'learning_rate': 1e30}))
     assert re.search(r'is (BatchNorm_0|norm/0), number 2 of', found)
-    assert found.endswith('its input and its parameters were.')
+    assert found.endswith('its input and its parameters were finite.')
 
 
 def test_a_bad_batch() -> None:
@@ -136,7 +136,7 @@ def test_a_bad_batch() -> None:
     found = message(made)
     assert 'not finite is first, number 1 of' in found
     assert found.endswith(
-        'its input already was not (and so is image in the batch), and its parameters were.'
+        'already was not (and so is image in the batch), while its parameters were finite.'
     )
 
 

@@ -219,8 +219,8 @@ def _blame(flags: Mapping[str, Any], fields: Sequence[str]) -> str:
     if not flags['variables']:
         return 'its parameters, or statistics, already were not.'
     if not flags['input']:
-        return f'its input already was not{_in_batch(fields)}, and its parameters were.'
-    return 'its input and its parameters were.'
+        return f'its input already was not{_in_batch(fields)}, while its parameters were finite.'
+    return 'its input and its parameters were finite.'
 
 
 def _in_batch(fields: Sequence[str]) -> str:
