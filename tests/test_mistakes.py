@@ -82,6 +82,11 @@ def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) ->
         ('x = 1\n', 'has no function get_config()'),
         ('def get_config():\n    return 1 / 0\n', 'ZeroDivisionError: division by zero'),
         ('def get_config():\n    return {}\n', 'must return an ml_collections.ConfigDict'),
+        (
+            'import ml_collections\n\n\ndef get_config():\n'
+            "    return ml_collections.ConfigDict({'vary': {'optimizer.learning_rate': (1, 2)}})\n",
+            "Nest dicts instead: {'optimizer': {'learning_rate': ...}}",
+        ),
     ],
 )
 def test_broken_config_file(text: str, message: str, tmp_path: pathlib.Path) -> None:

@@ -55,7 +55,10 @@ def load(spec: str) -> LoadedConfig:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f'{path}: get_config failed: {targets.last_line(error)}') from error
+        hint = ''
+        if 'dots in field names' in str(error):
+            hint = "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}"
+        raise UserError(f'{path}: get_config failed: {targets.last_line(error)}{hint}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
