@@ -150,8 +150,10 @@ class Stop:
     def take(self, number: int) -> int:
         """Returns what to send: the first signal once, nothing again, SIGKILL for another Ctrl-C.
 
-        A terminal that was closed is passed on as SIGTERM.
+        A terminal that was closed is passed on as SIGTERM; SIGUSR1 ends nothing, and goes through.
         """
+        if number == signal.SIGUSR1:
+            return number
         if self._passed_on:
             return signal.SIGKILL if number == signal.SIGINT else 0
         self._passed_on = True
@@ -160,7 +162,7 @@ class Stop:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Turns signals into events while it lasts."""
-        numbers = [signal.SIGINT, signal.SIGTERM]
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As it is under nohup.
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -171,7 +173,8 @@ class Stop:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = self.signal or number
+        if number != signal.SIGUSR1:
+            self.signal = self.signal or number
         self._events.put(('signal', 0, number))
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -51,8 +52,26 @@ def run(*args: str, cwd: pathlib.Path = ROOT, devices: int = 1) -> Finished:
     """Runs the command to its end."""
     began = time.monotonic()
     process = start(*args, cwd=cwd, devices=devices)
-    out, err = process.communicate(timeout=300)
+    [(out, err)] = ends(process)
     return Finished(process.returncode, out, err, time.monotonic() - began)
+
+
+def ends(*running: subprocess.Popen[str], secs: float = 300) -> list[tuple[str, str]]:
+    """Returns what processes write until all have ended; one that hangs is told to say where."""
+    deadline = time.monotonic() + secs
+    try:
+        return [p.communicate(timeout=max(0, deadline - time.monotonic())) for p in running]
+    except subprocess.TimeoutExpired:
+        for process in running:
+            process.send_signal(signal.SIGUSR1)
+        time.sleep(5)  # A launcher passes it on.
+        for process in running:
+            process.kill()
+        told = [process.communicate(timeout=60) for process in running]
+        raise AssertionError(f'not ended after {secs} s: {told}') from None
+    finally:
+        for process in running:
+            process.kill()
 
 
 def train(workdir: pathlib.Path, *args: str, devices: int = 1) -> Finished:

@@ -66,6 +66,18 @@ def test_stopped_runs_save_first(
     assert_same_run(workdir, whole)
 
 
+def test_a_run_says_where_it_is_and_goes_on(tmp_path: pathlib.Path) -> None:
+    process = command.start(command.MLP, *command.SMALL, f'--workdir={tmp_path}', *LENGTH)
+    command.wait_for(command.rows_written(tmp_path, 1))
+    process.send_signal(signal.SIGUSR1)
+    command.wait_for(command.rows_written(tmp_path, 5))
+    process.send_signal(signal.SIGTERM)
+    [(_, err)] = command.ends(process)
+    assert process.returncode == 42
+    assert 'trainer/trainer.py' in err
+    assert 'Current thread' in err
+
+
 def test_a_finished_run_says_so(whole: pathlib.Path) -> None:
     before = (whole / 'metrics.jsonl').read_bytes()
     again = command.train(whole, *LENGTH)

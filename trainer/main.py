@@ -205,4 +205,5 @@ def _usage() -> str:
 
 if __name__ == '__main__':
     logfile.open_closed_streams()
+    signals.tell_where()
     sys.exit(main(sys.argv, signals.install()))

@@ -187,6 +187,26 @@ def test_ctrl_c_is_passed_on_and_a_second_one_kills(tmp_path: pathlib.Path) -> N
     assert (code, out) == (130, '')
 
 
+def test_each_says_where_it_is_and_goes_on(tmp_path: pathlib.Path) -> None:
+    program = """
+import faulthandler
+
+faulthandler.register(signal.SIGUSR1)
+(here / f'listens{number}').touch()
+wait_for((here / 'leave').exists)
+"""
+    process = start(tmp_path, program)
+    command.wait_for(lambda: len(list(tmp_path.glob('listens*'))) == 2)
+    process.send_signal(signal.SIGUSR1)
+    assert process.stderr is not None
+    lines = []
+    while sum('in wait_for' in line for line in lines) < 2:
+        lines.append(process.stderr.readline())
+    (tmp_path / 'leave').touch()
+    assert finish(process)[0] == 0
+    assert {line[:3] for line in lines} == {'[0]', '[1]'}
+
+
 CHILD = """
 if os.fork() == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -284,13 +304,15 @@ def test_dry_run_prints_commands_that_run() -> None:
 
 def test_two_processes_of_the_trainer_train_as_one(tmp_path: pathlib.Path) -> None:
     trainer = (command.MLP, *command.SMALL, '--config.train_for=3steps', f'--workdir={tmp_path}')
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, LAUNCHER, '-n', '2', '--', *trainer],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=command.ROOT,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert '[0] ' in done.stdout
+    [(out, err)] = command.ends(process)
+    assert process.returncode == 0, out + err
+    assert '[0] ' in out
     assert command.result(tmp_path)['step'] == 3
     assert command.result(tmp_path)['metrics']['eval/test/examples'] == 1000

@@ -60,8 +60,7 @@ def start(
 
 def finish(running: Sequence[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
     """Returns the exit codes, outputs and errors, by process; none of them outlives a failure."""
-    with killed_at_last(running):
-        ended = [process.communicate(timeout=240) for process in running]
+    ended = command.ends(*running, secs=240)
     return [p.returncode for p in running], [out for out, _ in ended], [err for _, err in ended]
 
 

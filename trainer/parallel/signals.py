@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C as a wish to stop after the current step, with everything saved."""
+"""SIGTERM and Ctrl-C as a wish to stop after the current step, with everything saved.
+
+SIGUSR1 is the question where a process is; it answers and goes on.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import os
 import signal
 import sys
@@ -75,6 +79,13 @@ def _say(text: str) -> None:
     # our messages may be gone, which must not keep us from saving.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), text.encode())
+
+
+def tell_where() -> None:
+    """Writes the Python stacks of all threads at each SIGUSR1, and when native code crashes."""
+    # In C: they come also while the interpreter waits for a collective that never ends.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
 
 
 def install() -> StopRequest:
