@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real processes that meet, agree, or say what is wrong."""
 
+import concurrent.futures
 import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from trainer.parallel import processes
+from trainer.parallel.rendezvous import meet
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 from trainer.config.errors import UserError
 from trainer.parallel import processes
-from trainer.parallel.rendezvous import PeerError
+from trainer.parallel.rendezvous import PeerError, meet
 
 coordinator, count, number, timeout, item = sys.argv[1:]
 try:
@@ -111,6 +114,29 @@ def test_processes_of_different_counts_or_equal_numbers_are_refused():
     codes, outputs = finish(start(port, 3, 0), start(port, 3, 1), start(port, 3, 1))
     assert codes == [75, 75, 75]
     assert all('two processes were started with --process_id=1' in o for o in outputs), outputs
+
+
+def test_a_process_does_not_take_itself_for_the_first_one(monkeypatch):
+    """A connection to a free port of its own machine may be given that very port."""
+    port, connect, calls, again = free_port(), socket.create_connection, [], threading.Event()
+
+    def connect_to_itself_first(address, **kwargs):
+        calls.append(address)
+        if len(calls) == 1:
+            return connect(address, source_address=address, **kwargs)
+        again.set()
+        return connect(address, **kwargs)
+
+    monkeypatch.setattr(socket, 'create_connection', connect_to_itself_first)
+    where = f'127.0.0.1:{port}', 2
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        second = threads.submit(meet, *where, 1, 20)
+        assert again.wait(20)
+        first = threads.submit(meet, *where, 0, 20)
+        met = first.result() | second.result()
+    assert sorted(met.values()) == [0, 1]
+    for connection in met:
+        connection.close()
 
 
 def test_a_busy_port_is_named():

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import socket
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -114,6 +115,11 @@ def _say_hello(meeting: _Meeting, address: tuple[str, int], deadline: float) -> 
     while True:
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             peer = stack.enter_context(socket.create_connection(address, timeout=2))
+            if peer.getsockname() == peer.getpeername():
+                # Nobody listens yet, and the kernel lent the port to this very connection. Reset:
+                # a closed one would keep process 0 from the port for a minute.
+                peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+                raise ConnectionError
             peer.sendall(f'{json.dumps(hello)}\n'.encode())
             # Process 0 knows who is missing, and says so when its own time is over.
             answer = _read_text(peer, deadline + _GRACE_SECS)
