@@ -85,4 +85,6 @@ class Seq2Seq(nn.Module):
 
     def _read(self, inputs: jax.Array, lengths: jax.Array) -> Any:
         carries, _ = self.encoder(self.embed(inputs), seq_lengths=lengths)
-        return jax.tree.map(lambda *both: jnp.concatenate(both, -1), *carries)
+        carry = jax.tree.map(lambda *both: jnp.concatenate(both, -1), *carries)
+        # After an empty text Flax gives the carry of the whole padding.
+        return jax.tree.map(lambda x: jnp.where(lengths[:, None] > 0, x, 0), carry)

@@ -215,6 +215,8 @@ def _check_below(value: Any, path: str) -> None:
 
 def _model(sections: Sections) -> Functional:
     path = 'config.model'
+    if isinstance(sections.model.get('rngs'), int):
+        raise UserError(f'{path}.rngs: leave it out; random numbers come from config.seed')
     if targets.takes(sections.model, 'rngs', path):  # NNX makes its parameters with the module.
         module: Any = functools.partial(_with_rngs, sections.model, path)
     else:

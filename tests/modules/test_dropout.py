@@ -14,6 +14,7 @@ import pytest
 
 from trainer.modules import functional
 from trainer.parallel.mesh import make_mesh
+from trainer.parallel.sharding import ByPath
 from trainer.step.optimizer import Optimizer
 from trainer.step.program import Programs
 from trainer.step.rng import Keys
@@ -94,20 +95,34 @@ def test_what_is_kept_is_scaled_up() -> None:
 def test_shards_of_a_batch_have_masks_of_their_own() -> None:
     """D7: and they are those of one device, for the parameters as for the masks."""
     x = np.ones((16, 64), 'f4')
-    zeros = []
-    for mesh in ({'data': 8}, {'data': 1, 'model': 8}):
+    zeros, parameters = [], []
+    cut = ByPath(rules=(('shifts', ('model',)),))
+    for mesh, rules in (({'data': 8}, ()), ({'data': 2, 'model': 4}, (cut,))):
         step = TrainStep(
-            model=functional(Net()), task=TaskRunner.of(rows_of_masks), seed=3,
+            model=functional(Shifted()), task=TaskRunner.of(rows_of_masks), seed=3,
             optimizer=Optimizer(base=optax.sgd(0.0)),
         )  # fmt: skip
         spec = {'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}
-        program = Programs(step, spec, make_mesh(mesh))
+        program = Programs(step, spec, make_mesh(mesh), sharding=rules)
         batch = jax.device_put({'x': x}, program.step.ready().input_shardings[0][1])
-        state = program.step(program.init(), batch)
+        state = program.init()
+        parameters.append(jax.device_get(state.params))
+        state = program.step(state, batch)
         metrics = state.metrics['task']
         zeros.append([float(getattr(metrics, f'row{i}').compute()) for i in range(16)])
     assert zeros[0] == zeros[1]
     assert len(set(zeros[0])) > 8
+    jax.tree.map(np.testing.assert_array_equal, *parameters)
+    assert len(set(parameters[0]['shifts'].tolist())) == 64
+
+
+class Shifted(nn.Module):
+    """Masks, and parameters that are drawn and reach no mask."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        shifts = self.param('shifts', nn.initializers.normal(), x.shape[-1:])
+        return Net()(x + shifts, train)
 
 
 def rows_of_masks(model: Any, batch: Any) -> TaskOutput:

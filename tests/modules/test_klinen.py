@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import operator
+import pathlib
 import pickle
 from typing import Any
 
@@ -10,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import errors
 
@@ -75,6 +80,32 @@ def test_what_needs_parameters_says_so(method: str) -> None:
     """K3."""
     with pytest.raises(ValueError, match=r'AutoEncoder is not bound.*init_bind'):
         getattr(AutoEncoder(MLP(), MLP()), method)(RNG)
+    with pytest.raises(ValueError, match=r'AutoEncoder is not bound.*init_bind'):
+        _ = AutoEncoder(MLP(), MLP()).variables
+
+
+class Plain(nn.Module):
+    width: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(self.width)(x)
+
+
+class OfConverted(knn.convert(Plain)):
+    """A class derived from a converted one."""
+
+
+def test_what_was_converted_is_pickled() -> None:
+    """K2, K10: bound or not, as itself and not as the class that it was made from."""
+    for cls in (knn.convert(Plain), OfConverted):
+        model = cls(3).init_bind(RNG, X)
+        for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
+            assert type(again) is type(model)
+            assert same(again(X), model(X))
+        for module in (pickle.loads(pickle.dumps(cls(3))), copy.deepcopy(cls(3))):
+            assert type(module) is cls
+            assert same(module.init_bind(RNG, X)(X), model(X))
 
 
 def test_conversion() -> None:
@@ -87,6 +118,10 @@ def test_conversion() -> None:
         assert same(model(X), nn.Dense(3).apply(expected, X))
     assert knn.convert(nn.Dense) is knn.convert(nn.Dense)
     assert knn.convert(knn.Dense) is knn.Dense
+    no_class: Any
+    for no_class in (nn.Dense(3), int, nn.relu):
+        with pytest.raises(TypeError, match=r'expected a class of flax\.linen.*knn\.bind'):
+            knn.convert(no_class)
     inside = AutoEncoder(knn.Dense(4), knn.Dense(2)).init_bind(RNG, X)
     assert inside.encoder.features == 4
     assert set(inside.params) == {'encoder', 'decoder'}
@@ -124,7 +159,15 @@ def test_forms_of_with_rng() -> None:
     assert not same(explicit(X), model(X))  # The one key is folded with the stream's name.
     assert same(explicit(X), noisy().with_rng({'dropout': RNG, 'other': RNG2})(X))
     assert not same(explicit.with_rng()(X), explicit(X))
-    assert same(model.with_rng(3)(X), model.with_rng(jax.random.key(3))(X))
+    for seed in (3, np.int64(3), jnp.int32(3)):
+        assert same(model.with_rng(seed)(X), model.with_rng(jax.random.key(3))(X))
+    stepped = jax.jit(lambda model, step: model.with_rng(step)(X))(model, 3)
+    np.testing.assert_allclose(stepped, model.with_rng(3)(X), rtol=1e-5)
+    for wrong in ('3', 0.5, X, {'dropout': [3]}):
+        with pytest.raises(TypeError, match='expected a key such as'):
+            model.with_rng(wrong)
+    with pytest.raises(TypeError, match=r'expected a key .* got an array float32 \(2, 64\)'):
+        AutoEncoder(MLP(), MLP()).init_bind(X)
     old = model.with_rng(jax.random.PRNGKey(3))
     assert same(old(X), old(X))
     assert not same(old.with_rng()(X), old(X))
@@ -193,6 +236,30 @@ def test_a_model_is_a_tree_of_its_parameters() -> None:
     assert same(zeros(X), jnp.zeros((2, 64)))
     path, _ = jax.tree_util.tree_leaves_with_path(model)[0]
     assert jax.tree_util.keystr(path, simple=True, separator='/').startswith('params/decoder')
+
+
+def test_a_model_is_saved_and_restored(tmp_path: pathlib.Path) -> None:
+    """K10: as any tree, by tools that put what is no array in the place of its parts."""
+    model = noisy()
+    with ocp.StandardCheckpointer() as checkpointer:
+        for name, saved in {'plain': model, 'with_rng': model.with_rng(RNG)}.items():
+            checkpointer.save(tmp_path / name, saved)
+            checkpointer.wait_until_finished()
+            restored = checkpointer.restore(tmp_path / name, saved)
+            assert same(restored.with_rng(RNG)(X), model.with_rng(RNG)(X))
+    shapes = jax.eval_shape(lambda: model.with_rng(RNG))
+    assert not hasattr(shapes, 'tree')
+    assert shapes.encoder.params['Dense_0']['kernel'].shape == (64, 64)
+
+
+def test_several_models_at_once() -> None:
+    """K10: made and called under `vmap`, each with a key of its own."""
+    keys = jax.random.split(RNG, 3)
+    models = jax.vmap(lambda key: AutoEncoder(Noisy(), Noisy()).init_bind(key, X))(keys)
+    found = jax.vmap(lambda model: model(X))(models.with_rng(keys))
+    for i, y in enumerate(found):
+        model = jax.tree.map(operator.itemgetter(i), models).with_rng(keys[i])
+        np.testing.assert_allclose(y, model(X), rtol=1e-4, atol=1e-5)
 
 
 def test_jit() -> None:
@@ -269,6 +336,7 @@ def test_a_bound_model_in_a_notebook() -> None:
     assert 'Dense' in model.tabulate(RNG, X)
     assert same(model.apply(model.variables, X)[0], model(X)[0])
     assert same(model.init_bind(RNG2, X)(X)[0], Setup().init_bind(RNG2, X)(X)[0])
-    assert model.clone(width=4).init_bind(RNG, X).encode(X).shape == (2, 4)
+    for other in (model.clone(width=4), dataclasses.replace(model, width=4)):
+        assert other.init_bind(RNG, X).encode(X).shape == (2, 4)
     assert model != Setup().init_bind(RNG, X)
     assert len({model, model.eval()}) == 2

@@ -220,11 +220,29 @@ class Shift(nn.Module):
 
 
 def test_nested_scans() -> None:
-    """N6: parameters have a dimension for each, and they train."""
+    """N6: parameters have a dimension for each, they train, and the layers are those of a loop."""
     state = learned({'target': f'{__name__}:Deep'})
     assert state.params['layers']['Dense_0']['kernel'].shape == (3, 2, 8, 8)
-    variables = jax.eval_shape(Deep((10, 10)).init, KEY, X)
-    assert variables['params']['layers']['Dense_0']['kernel'].shape == (10, 10, 8, 8)
+    x = X
+    for place in np.ndindex(3, 2):
+        layer = jax.tree.map(lambda p, i=place: p[i], state.params['layers'])
+        x = Shift().apply({'params': layer}, x)
+    head = state.params['Dense_0']
+    found = Deep().apply({'params': state.params}, X)
+    np.testing.assert_allclose(found, x @ head['kernel'] + head['bias'], rtol=1e-4, atol=1e-5)
+
+
+def test_nested_scans_keep_few_activations() -> None:
+    """N6: of a hundred layers as ten of ten less than of one scan that computes them again."""
+
+    def temporaries(lengths: tuple[int, ...]) -> int:
+        model, x = Deep(lengths), jnp.zeros((4096, 8))
+        params = jax.eval_shape(model.init, KEY, x)
+        assert params['params']['layers']['Dense_0']['kernel'].shape == (*lengths, 8, 8)
+        lowered = jax.jit(jax.grad(lambda p, x: model.apply(p, x).sum())).lower(params, x)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries((10, 10)) < 0.6 * temporaries((100,))
 
 
 class Causal(nn.Module):
@@ -305,6 +323,17 @@ class Derivatives(nn.Module):
 def test_derivatives_within_a_module(form: str) -> None:
     """N8: forward and backward ones, and a gradient of one's own; each trains."""
     learned({'target': f'{__name__}:Derivatives', 'form': form})
+    params = Derivatives(form).init(KEY, X)['params']
+    inner, head = params['inner'], params['Dense_0']
+    y = np.tanh(X @ inner['kernel'] + inner['bias'])
+    slopes = {
+        'jvp': (1 - y**2) * inner['kernel'].sum(0),
+        'vjp': (1 - y**2) @ inner['kernel'].T,
+        'custom_vjp': X,
+    }
+    expected = np.concatenate([y, slopes[form]], -1) @ head['kernel'] + head['bias']
+    found = Derivatives(form).apply({'params': params}, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_of_ones_own_is_used() -> None:
@@ -340,9 +369,17 @@ class Choices(nn.Module):
 
 
 def test_branches_and_loops_by_value() -> None:
-    """N9: all branches have their parameters from the start, whichever is taken."""
-    state = learned({'target': f'{__name__}:Choices'})
-    assert {'head_0', 'head_1', 'head_2'} <= set(state.params)
+    """N9: all branches have their parameters from the start; values say which one is taken."""
+    params = learned({'target': f'{__name__}:Choices'}).params
+    assert {'head_0', 'head_1', 'head_2'} <= set(params)
+    for sign in (1, -1):
+        x = X * sign * np.sign(X[0, 0])
+        head = params['head_2' if sign > 0 else 'head_1']
+        y = (x @ head['kernel'] + head['bias']) * (2 if sign > 0 else 1)
+        joined = np.concatenate([x, np.tanh(np.tanh(np.tanh(y)))], -1)
+        expected = joined @ params['Dense_0']['kernel'] + params['Dense_0']['bias']
+        found = Choices().apply({'params': params}, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_transformations_of_jax_within_a_module() -> None:

@@ -160,6 +160,7 @@ def test_the_life_of_a_module() -> None:
     jax.tree.map(np.testing.assert_array_equal, variables, lazy)
     text = jax.jit(model.init).lower(KEY, X).compile().as_text()
     assert ' dot(' not in text  # No forward pass is computed.
+    assert ' dot(' in jax.jit(model.apply).lower(variables, X).compile().as_text()
     assert not hasattr(BySetup(), 'encoder')
     assert BySetup().clone(name='other').name == 'other'
     counter = Counter()
@@ -199,6 +200,11 @@ def test_helpers_and_sequences() -> None:
     with pytest.raises(TypeError):
         Keyworded(3)
     assert Keyworded(width=2).init_with_output(KEY, X)[0].shape == (3, 2)
+
+    class Heir(Keyworded):  # Its own fields may be given by position again.
+        depth: int = 1
+
+    assert (Heir(5).depth, Heir(5).width) == (5, 4)
     assert Counter().helper() == 3
 
     class Two(nn.Module):

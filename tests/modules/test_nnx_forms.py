@@ -130,6 +130,49 @@ def test_flags_of_the_call() -> None:
     assert (bind(Flagged)(X) == 0).any()
 
 
+class Noise(nnx.Module):
+    """Draws from what its call is given, as the README of NNX has it."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.drop = nnx.Dropout(0.5)
+
+    def __call__(self, x: jax.Array, *, train: bool, rngs: nnx.Rngs) -> jax.Array:
+        halves = [self.drop(x + 1, deterministic=not train, rngs=rngs) for _ in range(2)]
+        return jnp.stack(halves)
+
+
+class MayDraw(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs, own: bool = False):
+        self.drop = nnx.Dropout(0.5, rngs=rngs if own else None)
+
+    def __call__(self, x: jax.Array, rngs: nnx.Rngs | None = None) -> jax.Array:
+        noise = 0 if rngs is None else rngs.noise.uniform(x.shape)
+        return self.drop(x + 1 + noise, rngs=rngs)
+
+
+def test_random_numbers_of_the_call() -> None:
+    """X2, X12: by the rule, where the call must have `rngs`, or takes them and has no others."""
+    system = functional(Noise)
+    x = jnp.ones((32, 4))
+
+    def of(step: int, mode: Any = 'train') -> Any:
+        return system.bind({'params': {}}, Keys(seed=0, mode=mode, step=step))
+
+    model = of(1)
+    first, second = model(x)
+    assert not same(first, second)
+    assert not same(model(x)[0], first)
+    assert same(of(1)(x)[0], first)
+    assert not same(of(2)(x)[0], first)
+    assert same(of(1, 'eval')(x)[0], x + 1)
+    mine = of(1)(x, rngs=nnx.Rngs(0))
+    assert same(mine, of(2)(x, rngs=nnx.Rngs(0)))
+    assert (bind(MayDraw)(X) == 0).any()
+    assert same(bind(MayDraw, 'eval')(X), X + 1)
+    own = bind(lambda rngs: MayDraw(rngs, own=True))
+    assert same(own(X), bind(lambda rngs: MayDraw(rngs, own=True))(X, None))
+
+
 class Perturbed(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 4, rngs=rngs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 
 from tests import command
@@ -36,6 +37,18 @@ def test_half_precision_parameters(steps_per_call: int) -> None:
     slots = [x.dtype for x in jax.tree.leaves(alone.opt_state)]
     mine = [x.dtype for x in jax.tree.leaves(member_state(state, 0).opt_state) if x.ndim]
     assert mine == slots == ['bfloat16'] * len(slots)
+
+
+def test_together_they_are_better() -> None:
+    """1.I: five members that have learned are right more often together than on the average."""
+    path = str(command.ROOT / 'configs' / 'mnist_ensemble.py')
+    trainer = Trainer(load_and_build(path, train_for='400 steps', checkpoint__every='never'))
+    found = trainer.fit().metrics
+    each = [found[f'eval/test/member_{index}/accuracy'] for index in range(5)]
+    assert len(set(each)) > 1 and min(each) > 0.8
+    assert found['eval/test/members/accuracy'] == pytest.approx(np.mean(each))
+    assert found['eval/test/accuracy'] > np.mean(each)
+    assert found['eval/test/loss'] < found['eval/test/members/loss']
 
 
 class Sowing(nn.Module):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -21,6 +22,9 @@ from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.nnx_parts import INTERMEDIATES, Parts, Path, Variables, mark_arrays, values
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.rng import Keys
+
+# Streams of their own in the `rngs` that a module gets; any other name draws from 'default'.
+_STREAMS = ('params', 'dropout', 'default')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,8 +86,7 @@ class NNX:
             return Parts(*jax.eval_shape(split))
 
     def _made(self, keys: Keys) -> nnx.Module:
-        names = ('params', 'dropout', 'default')
-        made = self.make(nnx.Rngs(**{name: keys.stream(name) for name in names}))
+        made = self.make(nnx.Rngs(**{name: keys.stream(name) for name in _STREAMS}))
         if not isinstance(made, nnx.Module):
             raise UserError(
                 f'config.model: expected a module of flax.linen or flax.nnx, got a function that '
@@ -142,6 +145,7 @@ class NNXModel(BoundModel):
         calls = self._calls
         args, kwargs = self._precision.for_compute((args, kwargs))
         module = self._module(calls.count)
+        kwargs = self._with_rngs(module, steps, args, kwargs)
         calls.count += 1
         run = functools.partial(_runner(steps, self.training), module, args, kwargs)
         looking: Any = contextlib.nullcontext()
@@ -168,6 +172,23 @@ class NNXModel(BoundModel):
             calls.collections.update(self._precision.like(updates, calls.collections))
         return self._precision.for_output(output)
 
+    def _with_rngs(self, module: nnx.Module, steps: Steps, args: Any, kwargs: Any) -> Any:
+        """Gives `rngs` to a call that must have them; in training also where it has no others."""
+        target = functools.reduce(lambda found, step: step(found), steps, module)
+        try:
+            signature = inspect.signature(target)
+            given = signature.bind_partial(*args, **kwargs).arguments
+        except TypeError:
+            return kwargs  # The call itself says best what is wrong.
+        rngs = signature.parameters.get('rngs')
+        if rngs is None or 'rngs' in given:
+            return kwargs
+        if rngs.default is not rngs.empty and (not self.training or _has_rngs(module)):
+            return kwargs
+        call = self._calls.count
+        keys = {name: jax.random.fold_in(self._keys.stream(name), call) for name in _STREAMS}
+        return {**kwargs, 'rngs': nnx.Rngs(**keys)}
+
     def _check_structure(self, updates: Variables) -> None:
         before: Any = jax.tree.structure(self._calls.collections)
         after: Any = jax.tree.structure(dict(updates))
@@ -190,6 +211,7 @@ class _LazyModel(NNXModel):
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         args, kwargs = self._precision.for_compute((args, kwargs))
+        kwargs = self._with_rngs(self._lazy, steps, args, kwargs)
         run = _runner(steps, training=False)
         outputs: list[Any] = []
 
@@ -211,6 +233,10 @@ class _Runner(nnx.Module):
 
     def __call__(self, run: Callable[[nnx.Module], None]) -> None:
         run(self.inner)
+
+
+def _has_rngs(module: nnx.Module) -> bool:
+    return bool(jax.tree.leaves(nnx.state(module, nnx.RngState)))
 
 
 def _runner(steps: Steps, training: bool) -> Callable[..., Any]:

@@ -193,6 +193,8 @@ def _bound_class(cls: Any) -> Any:
                 if member is not None:
                     namespace[name] = member
     namespace.update(
+        # `dataclasses.replace` makes a module without variables, as `clone` does.
+        __new__=lambda _, *args, **kwargs: cls(*args, **kwargs),
         training=property(lambda self: self._bound.training),
         __doc__=cls.__doc__,
         __module__=cls.__module__,
@@ -230,7 +232,8 @@ def _routed(name: str, value: Any) -> Any:
 
 def _flatten(model: Any) -> tuple[tuple[Any, ...], Any]:
     binding = model._bound
-    children = (binding.params, dict(binding.collections), binding.rng)
+    # As they are: tree functions also put what is no array, and no dict, in their place.
+    children = (binding.params, binding.collections, binding.rng)
     return children, (binding.definition, binding.training)
 
 

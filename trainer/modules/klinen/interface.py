@@ -89,6 +89,13 @@ class Interface:
         """The nested dict of parameters."""
         return _binding(self).params
 
+    @property
+    def variables(self) -> Any:
+        """Every variable collection by its name, the parameters among them."""
+        if vars(self).get('scope') is None:
+            raise unbound(self)
+        return super().variables  # type: ignore[misc]
+
     def call_with_updates(
         self, *args: Any, method: str | None = None, **kwargs: Any
     ) -> tuple[Any, Self]:

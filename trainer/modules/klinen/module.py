@@ -98,7 +98,17 @@ def convert(cls: type[M]) -> type[M]:
 
     Flags of its call that say the mode (`deterministic`, `train`, `use_running_average`, ...)
     follow `training` where the caller does not give them.
+
+    Raises:
+        TypeError: if it is no class of Linen modules.
     """
+    given: object = cls
+    if not isinstance(given, type) or not issubclass(given, nn.Module):
+        got = given.__name__ if isinstance(given, type) else f'an object of {type(given).__name__}'
+        raise TypeError(
+            f'knn.convert: expected a class of flax.linen modules, got {got}; a module with its '
+            'variables goes to knn.bind(module, variables)'
+        )
     linen: Any = cls
     return cls if issubclass(cls, Module) else _converted(linen)
 
@@ -106,7 +116,20 @@ def convert(cls: type[M]) -> type[M]:
 @functools.cache
 def _converted(cls: Any) -> Any:
     names = {name: getattr(cls, name) for name in ('__doc__', '__module__', '__qualname__')}
-    return type(cls.__name__, (cls, Module), names)
+
+    @nn.nowrap
+    def reduced(self: Any, protocol: Any) -> Any:
+        # By name, pickle would find the class that was converted.
+        if type(self) is made:
+            return _empty, (cls,), vars(self)
+        return object.__reduce_ex__(self, protocol)
+
+    made = type(cls.__name__, (cls, Module), {**names, '__reduce_ex__': reduced})
+    return made
+
+
+def _empty(cls: Any) -> Any:
+    return object.__new__(_converted(cls))
 
 
 def _mode_around(module: Module) -> bool:

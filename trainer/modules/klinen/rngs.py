@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import errors
 from flax.core.scope import LazyRng
 
@@ -19,7 +20,11 @@ Keys = Mapping[str, jax.Array]
 
 
 def as_rng(given: Any) -> Rng:
-    """Returns a key, a seed, or a dict of these by stream, as keys."""
+    """Returns a key, a seed, or a dict of these by stream, as keys.
+
+    Raises:
+        TypeError: if it is none of these.
+    """
     if isinstance(given, Mapping):
         return {name: _key(value) for name, value in given.items()}
     return _key(given)
@@ -34,8 +39,10 @@ def following(rng: Rng) -> Rng:
 
 def known(rng: Rng | None, asked: streams.Streams) -> Keys:
     """Returns the keys of the streams that are known so far."""
-    if rng is None or isinstance(rng, dict):
-        return rng or {}
+    if isinstance(rng, dict):
+        return rng
+    if not isinstance(rng, (jax.Array, np.ndarray)):
+        return {}  # None, or a shape or whatever else a tree function has put in the key's place.
     return {name: _of_stream(rng, name) for name in sorted(asked.names)}
 
 
@@ -71,4 +78,16 @@ def _of_stream(key: jax.Array, name: str) -> jax.Array:
 
 
 def _key(given: Any) -> jax.Array:
-    return jax.random.key(given) if isinstance(given, int) else given
+    kind, ndim = getattr(given, 'dtype', None), getattr(given, 'ndim', None)
+    is_number = kind is not None and jax.dtypes.issubdtype(kind, np.integer)
+    if isinstance(given, int) or (is_number and ndim == 0):
+        return jax.random.key(given)
+    # Several keys are for several models, as `jax.vmap` makes them.
+    is_key = kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.prng_key)
+    if is_key or (kind == np.uint32 and ndim):
+        return given
+    got = type(given).__name__ if kind is None else f'an array {kind} {given.shape}'
+    raise TypeError(
+        f'rng: expected a key such as jax.random.key(0), a seed, or a dict of these by stream, got '
+        f'{got}'
+    )
