@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,8 @@ def generate(
 ) -> jax.Array:
     """Returns tokens that follow a prompt, int (batch, count); each costs one token's computation.
 
+    Compiled once for each model, number of tokens and shape of the prompt.
+
     Args:
         model: as it was trained.
         params: its parameters.
@@ -38,7 +41,19 @@ def generate(
     total = prompt.shape[1] + count
     if total > model.max_length:
         raise ValueError(f'{total} tokens with the prompt, but max_length is {model.max_length}')
-    decoder = model.clone(decode=True)
+    # A module is hashable as long as its fields are: one compilation for equal models and shapes.
+    return _generate(model.clone(decode=True), params, prompt, count, key, temperature)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _generate(
+    decoder: Transformer,
+    params: Any,
+    prompt: jax.Array,
+    count: int,
+    key: jax.Array | None,
+    temperature: float,
+) -> jax.Array:
     shapes = jax.eval_shape(decoder.init, jax.random.key(0), prompt)['cache']
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 

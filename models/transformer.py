@@ -62,7 +62,9 @@ class Attention(nn.Module):
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
         if self.cache_length:
             key, value = self._kept('keys', key, start), self._kept('values', value, start)
-        y = nn.dot_product_attention(query, key, value, mask=mask).reshape(x.shape)
+        # Probabilities of bfloat16 would not sum up to 1.
+        y = nn.dot_product_attention(query, key, value, mask=mask, force_fp32_for_softmax=True)
+        y = y.reshape(x.shape)
         return nn.Dense(width, kernel_init=_named(init, 'heads', 'embed'), name='out', **dtypes)(y)
 
     def _kept(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:

@@ -48,7 +48,7 @@ class Watched(nn.Module):
 
 
 def classify(model: Any, batch: Mapping[str, jax.Array]) -> TaskOutput:
-    output = Classification(image='x')(model, batch)
+    output = Classification(inputs='x')(model, batch)
     SEEN['kernel'] = model.params['Dense_0']['kernel'].dtype
     SEEN['logits'] = model(batch['x']).dtype
     # A loss that overflows where the batch says so.

@@ -53,7 +53,7 @@ def test_features_computed_once(tmp_path: pathlib.Path) -> None:
     weights.write_bytes(flax.serialization.to_bytes({'params': start.params}))
     head = trainer(
         tmp_path, train_for='40 steps', model={'target': 'flax.linen:Dense', 'features': 3},
-        task__image='features', optimizer__target='optax:sgd',
+        task__inputs='features', optimizer__target='optax:sgd',
         data__source={'target': 'data.npz:Npz', 'path': str(tmp_path / 'new' / 'features.npz')},
         init_from={'path': str(weights), 'at': 'params/head'},
     )  # fmt: skip

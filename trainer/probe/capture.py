@@ -200,8 +200,10 @@ class Captures:
         rows = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
         size = write_npz(folder / f'{step}.npz', rows)
         steps = sorted(int(path.stem) for path in folder.glob('*.npz') if path.stem.isdigit())
-        for old in steps[: -capture.keep]:
-            (folder / f'{old}.npz').unlink(missing_ok=True)
+        # Later ones are of a run that was resumed from before them.
+        past = [number for number in steps if number <= step]
+        for number in {*past[: -capture.keep], *steps[len(past) :]}:
+            (folder / f'{number}.npz').unlink(missing_ok=True)
         if name in self._told:
             return []
         self._told.add(name)

@@ -73,7 +73,7 @@ class Forward:
         outputs, variables = [], state.variables
         for index in range(slices or self.accumulate):
             keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
-            model = Tapped(self.model, tap).bind(variables, keys, ema=state.ema)
+            model = Tapped(self.model, tap).bind(variables, keys, ema=state.average)
             outputs.append(self.task(model, self._slice(batch, index)))
             variables = {**variables, **model.collections}
         return outputs

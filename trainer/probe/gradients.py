@@ -19,7 +19,7 @@ from trainer.modules.tap import ROOT, Tap, name_of, number_in
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.measures import floats
 from trainer.step.state import TrainState
-from trainer.step.task_runner import inverse, loss_sums
+from trainer.step.task_runner import inverse, loss_sums, penalty_sum
 from trainer.step.tasks import TaskOutput
 
 if TYPE_CHECKING:
@@ -127,8 +127,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _loss(output: TaskOutput) -> jax.Array:
     totals, weights = loss_sums(output)
-    penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
-    return sum((totals[name] * inverse(weights[name]) for name in totals), penalty)
+    return sum((totals[name] * inverse(weights[name]) for name in totals), penalty_sum(output))
 
 
 def _squares(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:

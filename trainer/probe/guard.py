@@ -24,9 +24,9 @@ from trainer.observe.reporter import flat_row
 from trainer.parallel.mesh import batch_shards
 from trainer.prefetch import Prefetcher
 from trainer.probe.forward import Batch, Forward
-from trainer.probe.measures import all_finite
 from trainer.step.context import default_step
 from trainer.step.gradients import Gradients
+from trainer.step.precision import all_finite
 from trainer.step.state import TrainState
 
 if TYPE_CHECKING:

@@ -76,9 +76,3 @@ def floats(tree: Any) -> Iterator[tuple[str, jax.Array]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if is_float(leaf):
             yield param_path(path), leaf
-
-
-def all_finite(tree: Any) -> jax.Array:
-    """Returns whether all floats in a value are finite; true for one without any."""
-    found = [jnp.all(jnp.isfinite(leaf)) for _, leaf in floats(tree)]
-    return jnp.all(jnp.stack(found)) if found else jnp.ones((), bool)

@@ -28,13 +28,16 @@ from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
 from trainer.step.rng import Keys
 from trainer.step.state import TrainState, changes, describe
-from trainer.step.task_runner import TaskRunner, inverse, is_metric, loss_sums
+from trainer.step.task_runner import TaskRunner, inverse, is_metric, loss_sums, penalty_sum
 from trainer.step.tasks import ONLY_LOSS, TaskOutput
 
 if TYPE_CHECKING:
     from trainer.step.train_step import TrainStep
 
 Batch = Mapping[str, jax.Array]
+
+# What is measured of a step from outside.
+_MEASURED = ('steps_per_sec', 'examples_per_sec', 'data_wait_secs')
 StepFunction = Callable[[TrainState, Batch, 'StepContext'], tuple[TrainState, Any]]
 
 
@@ -49,6 +52,7 @@ class StepContext:
 
     train_step: TrainStep
     state: TrainState
+    _called: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def task(self) -> TaskRunner:
@@ -96,12 +100,12 @@ class StepContext:
         params = self.state.params if params is None else params
         collections = self.state.collections if collections is None else collections
         variables = {'params': params, **collections}
-        return self.train_step.model.bind(variables, self.keys(index), ema=self.state.ema)
+        return self.train_step.model.bind(variables, self.keys(index), ema=self.state.average)
 
     def loss(self, output: TaskOutput) -> Any:
         """Returns the scalar that the default step minimises; of named losses a dict of scalars."""
         totals, weights = loss_sums(output)
-        penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
+        penalty = penalty_sum(output)
         losses = {name: totals[name] * inverse(weights[name]) + penalty for name in totals}
         return losses if isinstance(output.loss, Mapping) else losses[ONLY_LOSS]
 
@@ -112,7 +116,21 @@ class StepContext:
             Gradients like `state.params`, the collections that the forward pass made, and the
             task's metrics.
         """
+        self._called.add('gradients')
         return self.train_step.gradients(state, batch)
+
+    def check_used(self) -> None:
+        """Checks, after a step, that it did what the config asks of it.
+
+        Raises:
+            UserError: if it did not cut the batch into the slices of `config.accumulate`.
+        """
+        slices = self.train_step.accumulate
+        if slices > 1 and 'gradients' not in self._called:
+            raise UserError(
+                f'config.accumulate: only ctx.gradients cuts a batch into {slices} slices, and the '
+                'function of config.step does not call it. Call it, or leave config.accumulate out'
+            )
 
     def update(
         self, state: TrainState, grads: Any, collections: Mapping[str, Any] | None = None
@@ -170,6 +188,13 @@ def _as_metrics(metrics: Any) -> dict[str, Any]:
             'config.step: the function returns (state, metrics), the metrics in a dict by name; '
             f'got {_kind(metrics)}'
         )
+    for name, value in metrics.items():
+        whole = name in ('task', 'penalties', 'norms') and not isinstance(value, Mapping)
+        if name in _MEASURED or (whole and not isinstance(value, clu.metrics.Collection)):
+            raise UserError(
+                f'config.step: the function names a metric {name!r}, which a row of metrics has '
+                'already; give it another name'
+            )
     return {name: _as_metric(name, value) for name, value in metrics.items()}
 
 

@@ -14,9 +14,17 @@ import jax.numpy as jnp
 from trainer.modules import Functional
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
+from trainer.step.precision import at_least_float32
 from trainer.step.rng import Keys
 from trainer.step.state import TrainState
-from trainer.step.task_runner import TaskRunner, by_name, inverse, loss_sums, merge_metrics
+from trainer.step.task_runner import (
+    TaskRunner,
+    by_name,
+    inverse,
+    loss_sums,
+    merge_metrics,
+    penalty_sum,
+)
 from trainer.step.tasks import TaskOutput
 
 
@@ -96,7 +104,8 @@ class Gradients:
             weights = jax.tree.map(jnp.add, weights, one.weights)
             return (grads, penalties, one.collections, metrics, weights), None
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        # Sums of many small terms: bfloat16 would drop the later ones.
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, at_least_float32(p)), state.params)
         weights = {name: jnp.zeros((), jnp.float32) for name in counts}
         carry = (zeros, zeros, state.collections, self.empty_metrics(state, first), weights)
         # Unrolled where the compiler's loops are slow: XLA's CPU convolutions crawl inside a scan.
@@ -107,10 +116,11 @@ class Gradients:
         rest = {name: count * inverse(weights[name]) for name, count in counts.items()}
         factors = {name: jax.tree.map(lambda _, x=x: x, zeros) for name, x in rest.items()}
         grads = jax.tree.map(
-            lambda grad, factor, penalty: grad * factor + penalty,
+            lambda grad, factor, penalty, like: (grad * factor + penalty).astype(like.dtype),
             grads,
             self.optimizer.select(factors),
             penalties,
+            state.params,
         )
         return grads, collections, metrics
 
@@ -120,8 +130,7 @@ class Gradients:
         def losses(params: Any) -> Any:
             output, collections = self._run_task(params, state, batch, keys)
             totals, weights = loss_sums(output)
-            penalty = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
-            return (totals, penalty), (output, collections, weights)
+            return (totals, penalty_sum(output)), (output, collections, weights)
 
         _, pullback, (output, collections, weights) = jax.vjp(losses, state.params, has_aux=True)
         return _Forward(pullback, output, collections, weights)
@@ -144,7 +153,7 @@ class Gradients:
     def _run_task(
         self, params: Any, state: TrainState, batch: Mapping[str, Any], keys: Keys
     ) -> tuple[TaskOutput, dict[str, Any]]:
-        bound = self.model.bind({'params': params, **state.collections}, keys, ema=state.ema)
+        bound = self.model.bind({'params': params, **state.collections}, keys, ema=state.average)
         output = self.task(bound, batch)
         self.optimizer.check_losses(output.loss)
         return output, bound.collections

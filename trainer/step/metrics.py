@@ -48,7 +48,7 @@ class WeightedMean(clu.metrics.Metric):
         if weights is None:
             return cls(total=values.sum(), weight=jnp.float32(values.size))
         weights = broadcast_weights(weights, values.shape)
-        total = jnp.where(weights > 0, values * weights, 0.0).sum()
+        total = jnp.where(weights != 0, values * weights, 0.0).sum()
         return cls(total=total, weight=weights.sum())
 
     @classmethod

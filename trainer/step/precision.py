@@ -21,7 +21,7 @@ class Precision:
     cast: they are kept in float32.
 
     Attributes:
-        params: of the parameters, their average and the optimizer's slots.
+        params: of the parameters and the optimizer's slots.
         compute: of the model's calls; None casts nothing.
         output: of what the model returns; losses and metrics follow it. None casts nothing.
     """
@@ -101,9 +101,15 @@ class LossScale:
         )
 
 
+def at_least_float32(x: Any) -> Any:
+    """Returns the dtype in which values like these are summed up: float32 for halves."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
 def all_finite(tree: Any) -> jax.Array:
-    """Returns a bool scalar: whether every element of every leaf is finite."""
-    finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]
+    """Returns a bool scalar: whether all floats in a value are finite; true for one without any."""
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')]
+    finite = [jnp.isfinite(x).all() for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack(finite).all() if finite else jnp.ones((), bool)
 
 

@@ -53,7 +53,10 @@ class Program:
         tracing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         **jit: Any,
     ):
-        """Starts compiling `jax.jit(fn, **jit)`.
+        """Traces `jax.jit(fn, **jit)`, and starts compiling it.
+
+        It is traced here, in the caller's thread, which is where settings such as
+        `jax.default_matmul_precision` hold.
 
         Args:
             name: what messages call it.
@@ -74,11 +77,11 @@ class Program:
         self._abstract = jax.tree.map(_shape_of, arguments)
         self._virtual = _on_virtual_devices(self._abstract)
         self._calls = 0
-        self._future = _compiler.submit(self._compile)
+        self._future = _compiler.submit(self._compile, self._lower())
         self._compiled: Any = None
 
     def ready(self) -> jax.stages.Compiled:
-        """Waits for the compiler and returns the executable; raises what the tracing raised."""
+        """Waits for the compiler and returns the executable."""
         if self._compiled is None:
             self._compiled = self._future.result()
         return self._compiled
@@ -116,7 +119,7 @@ class Program:
                 raise
         _log.warning('%s compiles again, because its arguments changed: %s', self.name, found)
         self._abstract = jax.tree.map(_shape_of, args)
-        self._compiled = self._compile()
+        self._compiled = self._compile(self._lower())
         return self._compiled(*args)
 
     def _limited(self, result: Any) -> Any:
@@ -127,10 +130,15 @@ class Program:
                 jax.block_until_ready(result)
         return result
 
-    def _compile(self) -> jax.stages.Compiled:
+    def _lower(self) -> jax.stages.Lowered:
         began = time.perf_counter()
         with self._tracing():
             lowered = self._jitted.lower(*self._abstract)
+        self.compile_secs += time.perf_counter() - began
+        return lowered
+
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        began = time.perf_counter()
         compiled = lowered.compile()
         self.compiles += 1
         self.compile_secs += time.perf_counter() - began

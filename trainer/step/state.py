@@ -25,7 +25,7 @@ class TrainState:
         collections: every other variable collection of the model, by name ('batch_stats', ...).
         metrics: accumulators since the last log row; saved, so that a resumed run writes the rows
             that the uninterrupted one would have written.
-        ema: moving average of `params`, or None.
+        ema: moving average of `params`, of halves in float32; or None.
         loss_scale: the dynamic loss scale, or None.
     """
 
@@ -41,6 +41,13 @@ class TrainState:
     def variables(self) -> dict[str, Any]:
         """Parameters and collections as Linen's `apply` takes them."""
         return {'params': self.params, **self.collections}
+
+    @property
+    def average(self) -> Any:
+        """The moving average in the dtypes of the parameters, for the model; or None."""
+        if self.ema is None:
+            return None
+        return jax.tree.map(_in_dtype_of, self.params, self.ema)
 
     def apply_gradients(
         self, *, grads: Any, tx: optax.GradientTransformation, **changes: Any
@@ -67,6 +74,14 @@ class TrainState:
             opt_state=opt_state,
             **changes,
         )
+
+
+def _in_dtype_of(param: Any, mean: Any) -> Any:
+    if mean.dtype == param.dtype:
+        return mean
+    if isinstance(mean, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(mean.shape, param.dtype, sharding=mean.sharding)
+    return mean.astype(param.dtype)
 
 
 def changes(expected: Any, given: Any) -> str:

@@ -76,7 +76,7 @@ class TaskRunner:
             outputs.update({f'{name}_weights': weights[name] for name in loss})
             weights = weights[METRIC_WEIGHTS]
         # `weights` for our own metrics, `mask` for those of clu, which know 0 and 1 only.
-        outputs = {'mask': jnp.asarray(weights) > 0, 'weights': weights, **outputs}
+        outputs = {'mask': jnp.asarray(weights) != 0, 'weights': weights, **outputs}
         return self._collection(output).single_from_model_output(**{**outputs, **output.metrics})
 
     def _collection(self, output: TaskOutput) -> type[clu.metrics.Collection]:
@@ -96,7 +96,7 @@ def _set_weights(given: Any, loss: jax.Array, mask: jax.Array | None) -> jax.Arr
 
 def inverse(weight: jax.Array) -> jax.Array:
     """Returns 1 / weight, and 0 for a batch without any weight (all padding), never NaN."""
-    return jnp.where(weight > 0, 1.0 / jnp.where(weight > 0, weight, 1.0), 0.0)
+    return jnp.where(weight != 0, 1.0 / jnp.where(weight != 0, weight, 1.0), 0.0)
 
 
 def by_name(loss: Any) -> Mapping[str, Any]:
@@ -114,6 +114,11 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
         totals[name] = jnp.sum(loss.astype(jnp.float32) * full)
         sums[name] = full.sum()
     return totals, sums
+
+
+def penalty_sum(output: TaskOutput) -> jax.Array:
+    """Returns the float32 sum of the penalties."""
+    return sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
 
 
 class _Batch(dict[str, Any]):

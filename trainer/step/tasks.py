@@ -33,6 +33,15 @@ ONLY_LOSS = 'loss'
 # Among the weights of named losses, those of the metrics.
 METRIC_WEIGHTS = 'metrics'
 
+# What metrics are made from beside the task's own.
+_GIVEN = ('loss', 'weights', 'mask')
+
+# What a row of metrics says of a step or of an evaluation, whatever the task.
+OWN_NAMES = frozenset(
+    ('learning_rate', 'grad_norm', 'param_norm', 'update_norm', 'loss_scale', 'skipped_updates')
+    + ('steps_per_sec', 'examples_per_sec', 'data_wait_secs', 'examples')
+)
+
 
 @flax.struct.dataclass
 class TaskOutput:
@@ -99,6 +108,15 @@ def _check_names(output: TaskOutput) -> None:
                 f'the task returns weights for {name!r}; it names '
                 + (f'the losses {", ".join(names)}' if names else 'no losses')
             )
+    taken = {*_GIVEN, *(f'{name}_{kind}' for name in names for kind in ('loss', 'weights'))}
+    for kind, given in (('metric', output.metrics), ('penalty', output.penalties)):
+        for name in given:
+            if name in taken | OWN_NAMES:
+                raise UserError(
+                    f'the task names a {kind} {name!r}, which a row of metrics has already; give '
+                    'it another name'
+                )
+        taken |= set(given)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +124,7 @@ class Classification:
     """Cross-entropy over classes: one of them (softmax), or each for itself (sigmoid).
 
     Attributes:
-        image: batch key of the model's input.
+        inputs: batch key of the model's input.
         label: batch key of the labels: integers (batch, ...), or one number for each class in
             (batch, ..., classes): one-hot, probabilities, or with 'sigmoid' any number of ones.
         weight: batch key of per-example weights, or None.
@@ -116,7 +134,7 @@ class Classification:
         top_k: also report `top{k}_accuracy` for each of these k.
     """
 
-    image: str = 'image'
+    inputs: str = 'image'
     label: str = 'label'
     weight: str | None = None
     loss: Literal['softmax', 'sigmoid'] = 'softmax'
@@ -138,7 +156,7 @@ class Classification:
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
         """Returns per-example losses and hits."""
-        logits = jnp.asarray(model(batch[self.image]), jnp.float32)
+        logits = jnp.asarray(model(batch[self.inputs]), jnp.float32)
         labels = batch[self.label]
         measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
         loss, hits = measure(logits, labels)
@@ -185,7 +203,7 @@ class Classification:
 
         With 'sigmoid' the answer and the probability of each class: (batch, ..., classes).
         """
-        logits = jnp.asarray(model(batch[self.image]), jnp.float32)
+        logits = jnp.asarray(model(batch[self.inputs]), jnp.float32)
         if self.loss == 'sigmoid':
             return {'classes': logits > 0, 'probabilities': jax.nn.sigmoid(logits)}
         return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}

@@ -21,7 +21,7 @@ from trainer.step.gradients import Gradients
 from trainer.step.metrics import Last
 from trainer.step.norms import norms
 from trainer.step.optimizer import Optimizer, Schedule
-from trainer.step.precision import LossScale, all_finite, choose
+from trainer.step.precision import LossScale, all_finite, at_least_float32, choose
 from trainer.step.rng import Keys
 from trainer.step.state import TrainState
 from trainer.step.task_runner import TaskRunner, merge_metrics
@@ -93,7 +93,7 @@ class TrainStep:
             state,
             opt_state=self.optimizer.transformation(params).init(params),
             # A copy: two leaves of one donated state must not share a buffer.
-            ema=None if self.ema_decay is None else jax.tree.map(jnp.copy, params),
+            ema=None if self.ema_decay is None else jax.tree.map(_average_of, params),
         )
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,7 +115,9 @@ class TrainStep:
         return dataclasses.replace(new, metrics=merge_metrics(state.metrics, metrics))
 
     def _step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
-        result = self.function(state, batch, StepContext(self, state))
+        context = StepContext(self, state)
+        result = self.function(state, batch, context)
+        context.check_used()
         return result if self.function is default_step else checked(state, result)
 
     def update(self, state: TrainState, grads: Any, collections: Any) -> tuple[TrainState, Any]:
@@ -132,7 +134,8 @@ class TrainStep:
             ) from error
         new = state.apply_updates(updates, opt_state=opt_state, collections=collections)
         if self.ema_decay is not None:
-            ema = optax.incremental_update(new.params, state.ema, 1.0 - self.ema_decay)
+            latest = jax.tree.map(_average_of, new.params)
+            ema = optax.incremental_update(latest, state.ema, 1.0 - self.ema_decay)
             new = dataclasses.replace(new, ema=ema)
         metrics: dict[str, Any] = {}
         # Of the update just made: the schedule counts the updates before it.
@@ -190,6 +193,11 @@ class TrainStep:
             accumulate=self.accumulate,
             shards=self.shards,
         )
+
+
+def _average_of(param: jax.Array) -> jax.Array:
+    """Returns a copy in a dtype that small changes do not get lost in: float32 for halves."""
+    return jnp.array(param, at_least_float32(param))
 
 
 def _new_if(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:

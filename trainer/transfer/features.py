@@ -13,6 +13,7 @@ from etils import epath
 
 from trainer.parallel import processes
 from trainer.parts import Parts
+from trainer.probe.files import write_npz
 from trainer.step.state import TrainState
 
 
@@ -64,6 +65,5 @@ def precompute(
     if processes.is_primary():
         file = epath.Path(path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open('wb') as out:
-            np.savez(out, allow_pickle=False, **arrays)
+        write_npz(file, arrays)
     return arrays
