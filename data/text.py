@@ -12,8 +12,6 @@ import numpy as np
 
 from .sources import Arrays, ArraySource, ArraySpec
 
-VOCAB_SIZE = 256
-
 # Parts of the standard library that say little of Python, or that not every installation has.
 _LEFT_OUT = (
     '__pycache__', 'distutils', 'encodings', 'ensurepip', 'idlelib', 'lib2to3', 'pydoc_data',

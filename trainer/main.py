@@ -88,6 +88,17 @@ flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_val
 flags.DEFINE_bool('help', False, 'Show this and the keys of the config.', flag_values=_FLAGS)
 
 
+# Flags that only some of the modes read.
+_ONLY_WITH = {
+    'step': ('eval', 'predict', 'export', 'grad_probe'),
+    'allow_config_change': ('train',),
+    'devices': ('plan',),
+    'device_kind': ('plan',),
+    'platforms': ('export',),
+    'match': ('grad_probe',),
+}
+
+
 def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
     """Runs the command line and returns the exit code.
 
@@ -180,6 +191,10 @@ def _parse_flags(argv: Sequence[str]) -> None:
         raise UserError(f'{error}. See --help.') from error
     if _FLAGS.workdir == '' or (_FLAGS.workdir or '').startswith('-'):
         raise UserError(f'--workdir needs a value, got {_FLAGS.workdir!r}')
+    for name, modes in _ONLY_WITH.items():
+        if _FLAGS[name].present and _FLAGS.mode not in modes:
+            which = ' or '.join(f'--mode={mode}' for mode in modes)
+            raise UserError(f'--{name} goes with {which}; --mode={_FLAGS.mode} does not read it')
     unknown = [name for name in _FLAGS.platforms if name not in PLATFORMS]
     if unknown or not _FLAGS.platforms:
         given = repr(unknown[0]) if unknown else 'nothing'

@@ -136,6 +136,7 @@ class Parts:
                 or an evaluation of an empty split.
         """
         startup.check_batch(self.experiment, batch_shards(self.mesh))
+        startup.warn_of_what_never_comes(self.experiment)
         programs = [self.programs.fused] if self.experiment.steps_per_call > 1 else []
         programs.append(self.programs.step)
         for evaluator in self.evaluators.values():

@@ -96,6 +96,30 @@ def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> 
             )
 
 
+def warn_of_what_never_comes(experiment: Experiment) -> None:
+    """Says which keys ask for something that this run is too short for."""
+    total = experiment.total_steps
+    late = []
+    if experiment.profile is not None and experiment.profile.start >= total:
+        late.append('config.profile')
+    for name, capture in experiment.captures.items():
+        period = capture.every.period_steps
+        if period is None or period > total:
+            late.append(f'config.capture.{name}')
+    if late:
+        _log.warning('%s: never comes in a run of %d steps', ', '.join(late), total)
+    if (early := experiment.early_stopping) is not None:
+        name = early.metric.split('/')[1]
+        every = experiment.evals[name].every
+        period = experiment.clock.period(every, path=f'config.evals.{name}.every').period_steps
+        if period is None or period >= total:
+            _log.warning(
+                'config.early_stopping: evaluation %r does not run before the end, so nothing '
+                'can stop earlier',
+                name,
+            )
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Whether the runtime failed for want of memory; the CPU backend says so in words only."""
     return 'RESOURCE_EXHAUSTED' in str(error) or 'Out of memory' in str(error)

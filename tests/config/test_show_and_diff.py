@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -109,6 +110,10 @@ def test_help_has_each_key_once_with_type_and_value() -> None:
     assert ['--config.model.num_classes', 'int', '10'] in rows
 
 
+def reread(config: Any) -> Any:
+    return diff.from_jsonable(json.loads(json.dumps(diff.to_jsonable(config))))
+
+
 @pytest.mark.parametrize(
     'config',
     [
@@ -119,15 +124,20 @@ def test_help_has_each_key_once_with_type_and_value() -> None:
     ],
 )
 def test_json_keeps_tuples_tuples_and_lists_lists(config: Any) -> None:
-    back = diff.from_json(diff.to_json(config))
+    back = reread(config)
     assert back == config
     assert diff.diff(config, back) == []
     assert repr(back) == repr(config)
 
 
+def test_what_json_cannot_hold_is_refused() -> None:
+    with pytest.raises(TypeError, match='a config holds'):
+        diff.to_jsonable({'a': object()})
+
+
 def test_a_config_with_int_keys_is_what_was_saved_of_it() -> None:
     config = {'boundaries_and_scales': {1000: 0.1, 2000: 0.5}}
-    saved = diff.from_json(diff.to_json(config))
+    saved = reread(config)
     assert diff.diff(saved, config) == []
     assert diff.diff(saved, {'boundaries_and_scales': {1000: 0.2, 2000: 0.5}}) == [
         diff.Change('boundaries_and_scales.1000', 0.1, 0.2)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.generation import generate
-from models.transformer import Transformer
+from models.generation import _generate, generate
+from models.transformer import Attention, Transformer
 from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
@@ -172,6 +173,24 @@ def test_tokens_that_follow() -> None:
     for given, count in ((prompt, 0), (prompt[:, :0], 3)):
         with pytest.raises(ValueError, match='neither may be 0'):
             generate(model, params, given, count)
+
+
+def test_tokens_are_made_by_one_program() -> None:
+    """It is compiled once for equal models, whatever the parameters and the temperature."""
+    params = variables(Transformer(**SMALL))['params']
+    prompt = jnp.asarray(TOKENS[:, :3])
+    before = _generate._cache_size()
+    for temperature in (0.5, 1.5):
+        model = Transformer(**SMALL)
+        generate(model, params, prompt, 2, key=KEY, temperature=temperature)
+    assert _generate._cache_size() == before + 1
+
+
+def test_probabilities_of_halves_are_computed_in_float32() -> None:
+    model = Attention(heads=2, dtype=jnp.bfloat16)
+    x, mask = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((1, 1, 4, 4), bool)
+    text = str(jax.make_jaxpr(lambda: model.init_with_output(KEY, x, mask)[0])())
+    assert re.findall(r':(\w+)\[[\d,]*\] = exp ', text) == ['f32']
 
 
 def test_a_trained_model_goes_on() -> None:

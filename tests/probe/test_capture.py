@@ -21,7 +21,10 @@ from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.modules.bound import BoundModel
 from trainer.probe import measures
+from trainer.probe.capture import Captures
+from trainer.probe.forward import Forward
 from trainer.probe.gradients import of_next_step
+from trainer.startup import abstract_batch
 from trainer.step.rng import Keys
 from trainer.trainer import Trainer
 
@@ -170,6 +173,38 @@ def test_times_and_resume(tmp_path: pathlib.Path) -> None:
     assert rows(parts) == rows(whole)
     files = [np.load(path / 'capture' / 'rarely' / '30.npz')['last'] for path in (whole, parts)]
     np.testing.assert_array_equal(*files)
+
+
+def test_files_of_a_future_that_was_undone(tmp_path: pathlib.Path) -> None:
+    """A run that goes on from before them removes later files, and keeps its own."""
+    capture = {'a': {'match': 'last', 'what': ('file',), 'keep': 2, 'every': '5 steps'}}
+    folder = tmp_path / 'capture' / 'a'
+    folder.mkdir(parents=True)
+    for step in (900, 905):
+        np.savez(folder / f'{step}.npz', last=np.zeros(3))
+    Trainer(build(linen(), capture=capture, train_for='10 steps'), str(tmp_path)).fit()
+    assert sorted(path.name for path in folder.iterdir()) == ['10.npz', '5.npz']
+
+
+def test_what_is_not_due_is_not_measured(tmp_path: pathlib.Path) -> None:
+    made = build(
+        linen(),
+        capture={
+            'often': {'match': 'first', 'every': '5 steps'},
+            'rarely': {'match': 'last', 'every': '10 steps', 'what': ('file',)},
+        },
+    )
+    run = Trainer(made, str(tmp_path))
+    state = run.init_state()
+    captures = Captures(made.captures, Forward.of(made, run.mesh), None)
+    batch = abstract_batch(made.data.spec)
+
+    def names(due: list[str]) -> str:
+        measure = captures._measuring([made.captures[name] for name in due])
+        return str(captures._forward.shapes(measure, state.replace(metrics=None), batch))
+
+    assert 'first' in names(['often']) and 'last' not in names(['often'])
+    assert 'last' in names(['often', 'rarely'])
 
 
 def test_on_a_mesh(tmp_path: pathlib.Path) -> None:

@@ -55,6 +55,18 @@ def sam(state: Any, batch: Any, ctx: Any, *, rho: float, kind: str = 'l2') -> An
     }
 
 
+def names_norms(state: Any, batch: Any, ctx: Any) -> Any:
+    """A metric by a name that the row has for several."""
+    grads, _, metrics = ctx.gradients(state, batch)
+    return ctx.update(state, grads)[0], {**metrics, 'norms': optax.tree.norm(grads)}
+
+
+def names_speed(state: Any, batch: Any, ctx: Any) -> Any:
+    """A metric by a name that the row has."""
+    grads, _, _ = ctx.gradients(state, batch)
+    return ctx.update(state, grads)[0], {'steps_per_sec': 1.0}
+
+
 def twice(state: Any, batch: Any, ctx: Any) -> Any:
     """Two updates on one batch."""
     for _ in range(2):

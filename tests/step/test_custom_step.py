@@ -133,6 +133,8 @@ def test_a_step_runs_sharded_and_donates_its_state() -> None:
         ({'ref': 'tests.step.steps:drops_state'}, r'returns \(state, metrics\), the state made'),
         ({'ref': 'tests.step.steps:metric_is_vector'}, r"metric 'a/b' must be a .*float32\[3\]"),
         ({'ref': 'tests.step.steps:metrics_is_scalar'}, r'in a dict by name; got float32\[\]'),
+        ({'ref': 'tests.step.steps:names_norms'}, "names a metric 'norms', which a row"),
+        ({'ref': 'tests.step.steps:names_speed'}, "names a metric 'steps_per_sec', which a row"),
         ({'ref': 'tests.step.steps:takes_two'}, r'expected a function \(state, batch, ctx\)'),
         ({'target': 'tests.step.steps:takes_two'}, 'config.step.state is missing'),
         ({'target': 'tests.step.steps:sam'}, 'config.step.rho is missing'),
@@ -143,6 +145,14 @@ def test_a_step_runs_sharded_and_donates_its_state() -> None:
 def test_mistakes_are_told(step: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         trainer(step=step).init_state()
+
+
+def test_a_step_that_cuts_no_slices_is_told() -> None:
+    with pytest.raises(
+        UserError, match='config.accumulate: only ctx.gradients cuts a batch into 2'
+    ):
+        trainer(step={'ref': 'tests.step.steps:by_hand'}, accumulate=2).init_state()
+    trainer(step={'ref': 'tests.step.steps:same'}, accumulate=2).init_state()
 
 
 def test_loss_is_that_of_the_default_step() -> None:

@@ -14,7 +14,6 @@ import pytest
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.step.norms import global_norm
 from trainer.step.optimizer import Optimizer, RegexMask
 from trainer.trainer import Trainer
 
@@ -37,7 +36,6 @@ def updates(optimizer: Optimizer, steps: int = 1) -> tuple[Any, Any]:
 def test_clipping_is_by_the_global_norm() -> None:
     """F3."""
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(GRADS)))
-    assert float(global_norm(GRADS)) == pytest.approx(norm)
     new, _ = updates(Optimizer(base=optax.sgd(1.0), clip_norm=0.5))
     jax.tree.map(
         lambda p, g, n: np.testing.assert_allclose(n, p - g * 0.5 / norm, rtol=1e-6),

@@ -109,9 +109,39 @@ def test_the_model_computes_in_the_asked_dtype() -> None:
 def test_parameters_and_what_follows_them() -> None:
     precision = Precision(params='bfloat16', compute='bfloat16', output='float32')
     state = train(programs(Watched(), precision, ema_decay=0.9), 2)
-    slots = (state.params, state.ema, state.opt_state[0].trace)
+    slots = (state.params, state.average, state.opt_state[0].trace)
     assert {x.dtype for x in jax.tree.leaves(slots)} == {jnp.dtype('bfloat16')}
-    assert {x.dtype for x in jax.tree.leaves(state.collections)} == {jnp.dtype('float32')}
+    kept = (state.collections, state.ema)
+    assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype('float32')}
+
+
+def test_an_average_of_halves_goes_on_where_they_would_stand_still() -> None:
+    """A thousandth of a small difference is less than bfloat16 can add to the average."""
+
+    def course(dtype: str) -> Any:
+        made = programs(Watched(), Precision(params=dtype), ema_decay=0.999)
+        state = made.init()
+        first = state.ema['Dense_0']['kernel']
+        state = state.replace(params=jax.tree.map(lambda x: x + x.dtype.type(0.125), state.params))
+        state = state.replace(ema=jax.tree.map(jnp.copy, state.ema))
+        batch = jax.device_put(batch_of(), batch_sharding(made._mesh))
+        for _ in range(50):
+            state = made.step(state, batch)
+        return float(jnp.abs(state.ema['Dense_0']['kernel'] - first).mean())
+
+    assert course('bfloat16') == pytest.approx(course('float32'), rel=0.05)
+
+
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_slices_of_halves(accumulate: int) -> None:
+    """They are summed up in float32, and the state keeps its dtypes: nothing compiles again."""
+    precision = Precision(params='bfloat16', output='float32')
+    optimizer = Optimizer(base=optax.adam(0.01))
+    made = programs(Watched(), precision, optimizer=optimizer, accumulate=accumulate)
+    state = train(made, 3)
+    assert made.step.compiles == 1
+    slots = (state.params, state.opt_state[0].mu)
+    assert {x.dtype for x in jax.tree.leaves(slots)} == {jnp.dtype('bfloat16')}
 
 
 def test_nothing_is_cast_unless_asked_for() -> None:

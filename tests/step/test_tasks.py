@@ -14,7 +14,9 @@ import pytest
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.step.tasks import Classification
+from trainer.step.metrics import WeightedMean
+from trainer.step.task_runner import inverse, loss_sums
+from trainer.step.tasks import Classification, TaskOutput, as_output
 from trainer.trainer import Trainer
 
 LOGITS = np.array([[2.0, -1.0, 0.5], [-3.0, 0.25, 0.125]], np.float32)
@@ -69,6 +71,32 @@ def test_sigmoid_predicts_each_class() -> None:
 def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Classification(**options)
+
+
+@pytest.mark.parametrize(
+    ('extra', 'name'),
+    [
+        ({'metrics': {'loss': jnp.zeros(4)}}, "metric 'loss'"),
+        ({'metrics': {'weights': jnp.zeros(4)}}, "metric 'weights'"),
+        ({'metrics': {'examples': jnp.zeros(4)}}, "metric 'examples'"),
+        ({'penalties': {'loss': jnp.zeros(())}}, "penalty 'loss'"),
+        ({'penalties': {'grad_norm': jnp.zeros(())}}, "penalty 'grad_norm'"),
+        ({'metrics': {'l2': jnp.zeros(4)}, 'penalties': {'l2': jnp.zeros(())}}, "penalty 'l2'"),
+        ({'loss': {'a': jnp.ones(4)}, 'metrics': {'a_loss': jnp.zeros(4)}}, "metric 'a_loss'"),
+    ],
+)
+def test_no_name_hides_another(extra: dict[str, Any], name: str) -> None:
+    """A metric called 'weights' would be those of all means."""
+    with pytest.raises(UserError, match=f'names a {name}, which a row of metrics has already'):
+        as_output(TaskOutput(**{'loss': jnp.ones(4), **extra}))
+    as_output(TaskOutput(loss=jnp.ones(4), metrics={'l1': jnp.ones(4)}, penalties={'l2': 1.0}))
+
+
+def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> None:
+    output = TaskOutput(loss=jnp.array([3.0, 5.0]), weights=jnp.array([1.0, -3.0]))
+    totals, weights = loss_sums(output)
+    logged = WeightedMean.from_model_output(output.loss, output.weights)
+    assert logged.compute() == totals['loss'] * inverse(weights['loss']) == 6.0
 
 
 class InBatch(Classification):

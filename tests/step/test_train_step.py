@@ -14,6 +14,7 @@ import pytest
 
 from models.cnn import CNN
 from models.mlp import MLP
+from trainer.config.errors import UserError
 from trainer.modules import functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.optimizer import Optimizer
@@ -321,6 +322,32 @@ def test_a_changed_argument_compiles_again_with_a_warning_that_names_it(
     program.step(state, place(batch_of(8), one_device_mesh()))
     assert '1/image: float32[16, 5, 4, 1] -> float32[8, 5, 4, 1]' in caplog.text
     assert program.step.compiles == 2
+
+
+def test_settings_of_the_caller_hold_for_the_programs() -> None:
+    """Those of JAX are of a thread, and of the `with` around it."""
+    seen = []
+
+    def task(model: Any, batch: Any) -> Any:
+        seen.append(jax.config.jax_default_matmul_precision)
+        return Classification()(model, batch)
+
+    with jax.default_matmul_precision('highest'):
+        program = programs(MLP((8, 10)), task=task, mesh=one_device_mesh())
+        program.step.ready()
+    assert set(seen) == {'highest'}
+
+
+class OnlyInTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        x = x.reshape(len(x), -1)
+        return nn.Dense(10, name='more' if train else 'less')(x)
+
+
+def test_a_part_that_is_made_in_training_only_is_told() -> None:
+    with pytest.raises(UserError, match=r'did not have when it was made(.|\n)*"more"'):
+        programs(OnlyInTraining(), mesh=one_device_mesh()).step.ready()
 
 
 def test_a_task_that_averages_is_told_not_to() -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,16 +34,6 @@ def format_diff(changes: Sequence[Change]) -> str:
     """Returns one aligned line for each change."""
     width = max(len(c.path) for c in changes)
     return '\n'.join(f'  {c.path:<{width}}  {c.old!r} -> {c.new!r}' for c in changes)
-
-
-def to_json(config: Any) -> str:
-    """Returns a plain config as JSON; tuples come back as tuples from `from_json`."""
-    return json.dumps(to_jsonable(config), indent=2)
-
-
-def from_json(text: str) -> Any:
-    """Returns the plain config that `to_json` wrote."""
-    return from_jsonable(json.loads(text))
 
 
 def to_jsonable(node: Any) -> Any:

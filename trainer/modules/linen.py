@@ -11,9 +11,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import traverse_util
+from flax import errors, traverse_util
 from flax.core.scope import subtract_filters
 
+from trainer.config.errors import UserError
 from trainer.modules import mode, tap
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.streams import Streams
@@ -113,7 +114,16 @@ class LinenModel(BoundModel):
                     mutable,
                 )
 
-        output, updates = self._streams.run(run, lambda name: _nth(self._keys.stream(name), call))
+        try:
+            output, updates = self._streams.run(
+                run, lambda name: _nth(self._keys.stream(name), call)
+            )
+        except errors.ScopeParamNotFoundError as error:
+            raise UserError(
+                'the model asks for a parameter that it did not have when it was made, which '
+                'happens in evaluation mode. Make all parts in both modes, and choose afterwards '
+                f'what of them is used.\n{error}'
+            ) from error
         updates = dict(updates)
         calls.intermediates = _plain(updates.pop(tap.INTERMEDIATES, {}))
         if calls.tap is not None:

@@ -9,10 +9,9 @@ step knows nothing of it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +69,7 @@ class Captured:
 
 
 class Captures:
-    """Runs the captures of a config, all in one program."""
+    """Runs the captures of a config, those that are due together in one program."""
 
     def __init__(
         self, captures: Mapping[str, Capture], forward: Forward, directory: epath.Path | None
@@ -85,9 +84,7 @@ class Captures:
         self._captures = dict(captures)
         self._forward = forward
         self._directory = directory
-        what = frozenset[str]().union(*(capture.what for capture in captures.values()))
-        rows = max((c.rows for c in captures.values() if 'file' in c.what), default=0)
-        self._measure = measures(what, rows)
+        self._programs: dict[tuple[str, ...], Callable[..., Any]] = {}
         self._told: set[str] = set()
 
     def prepare(self, state: TrainState, batch: Batch) -> None:
@@ -130,7 +127,8 @@ class Captures:
             stacked: whether it is the stack of several batches.
         """
         # Fetched at once: the arrays that go into files are the same on every device.
-        kept = list(self._entries(jax.device_get(self._program(state, batch, stacked=stacked))))
+        program = self._program(tuple(names))
+        kept = list(self._entries(jax.device_get(program(state, batch, stacked=stacked))))
         row: dict[str, float] = {}
         histograms: dict[str, Histogram] = {}
         messages = []
@@ -149,33 +147,38 @@ class Captures:
                 messages += self._write(name, capture, step, arrays)
         return Captured(row, histograms, '\n'.join(messages) or None)
 
-    @functools.cached_property
-    def _program(self) -> Any:
+    def _program(self, names: tuple[str, ...]) -> Callable[..., Any]:
+        """Returns what measures for these captures, and nothing for the others."""
+        if names not in self._programs:
+            due = [self._captures[name] for name in names]
+            self._programs[names] = self._forward.compiled(self._measuring(due))
+        return self._programs[names]
+
+    def _measuring(self, due: Sequence[Capture]) -> Callable[[TrainState, Batch], Any]:
+        what = frozenset[str]().union(*(capture.what for capture in due))
+        rows = max((capture.rows for capture in due if 'file' in capture.what), default=0)
+        measure = measures(what, rows)
+
+        def wants(path: str) -> bool:
+            return any(capture.wants(path) for capture in due)
+
+        def look(output: Any, inputs: Any, variables: Any) -> dict[str, Any]:
+            return {name: measure(x) for name, x in floats(output)}
+
+        def look_at_all(sown: Any) -> dict[str, Any]:
+            found = {name: measure(x) for name, x in floats(sown)}
+            return {'': found['0']} if list(found) == ['0'] else found  # A lone one has no number.
+
         def run(state: TrainState, batch: Batch) -> Any:
-            tap = Tap(self._look, wants=self._wants)
+            tap = Tap(look, wants=wants)
             self._forward(tap, state, batch, slices=1)
             sown = [
-                {
-                    path: self._look_at_all(value)
-                    for path, value in call.items()
-                    if self._wants(path)
-                }
+                {path: look_at_all(value) for path, value in call.items() if wants(path)}
                 for call in tap.sown
             ]
             return tap.found, sown
 
-        return self._forward.compiled(run)
-
-    def _wants(self, path: str) -> bool:
-        return any(capture.wants(path) for capture in self._captures.values())
-
-    def _look(self, output: Any, inputs: Any, variables: Any) -> dict[str, Any]:
-        return {name: self._measure(x) for name, x in floats(output)}
-
-    def _look_at_all(self, sown: Any) -> dict[str, Any]:
-        """Measures each of the sown values; a lone one needs no number."""
-        found = {name: self._measure(x) for name, x in floats(sown)}
-        return {'': found['0']} if list(found) == ['0'] else found
+        return run
 
     @staticmethod
     def _entries(fetched: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:

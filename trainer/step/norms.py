@@ -54,11 +54,6 @@ def norms(
     return dict(zip(('grad', 'param', 'update'), jnp.sqrt(squares), strict=True))
 
 
-def global_norm(tree: Any) -> jax.Array:
-    """Returns the float32 L2 norm over all leaves."""
-    return jnp.sqrt(_squares(jax.tree.leaves(tree)))
-
-
 def _if_due(due: jax.Array, measure: Any, leaves: list[_Leaf]) -> jax.Array:
     frozen = [leaf.frozen for leaf in leaves]
 

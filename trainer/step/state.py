@@ -57,7 +57,8 @@ class TrainState:
         Args:
             grads: pytree like `params`.
             tx: the optimizer that made `opt_state`.
-            **changes: other fields to replace; the name of a collection replaces that collection.
+            **changes: other fields to replace, such as `ema`, which stays as it is otherwise; the
+                name of a collection replaces that collection.
         """
         fields = {field.name for field in dataclasses.fields(self)}
         collections = {name: changes.pop(name) for name in list(changes) if name not in fields}

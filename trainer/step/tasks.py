@@ -37,10 +37,10 @@ METRIC_WEIGHTS = 'metrics'
 _GIVEN = ('loss', 'weights', 'mask')
 
 # What a row of metrics says of a step or of an evaluation, whatever the task.
-OWN_NAMES = frozenset(
-    ('learning_rate', 'grad_norm', 'param_norm', 'update_norm', 'loss_scale', 'skipped_updates')
-    + ('steps_per_sec', 'examples_per_sec', 'data_wait_secs', 'examples')
-)
+OWN_NAMES = {
+    *('learning_rate', 'grad_norm', 'param_norm', 'update_norm', 'loss_scale', 'skipped_updates'),
+    *('steps_per_sec', 'examples_per_sec', 'data_wait_secs', 'examples'),
+}
 
 
 @flax.struct.dataclass
