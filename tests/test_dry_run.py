@@ -30,3 +30,13 @@ def test_one_of_everything(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> No
     # One batch to learn its shapes from, and one to evaluate.
     assert (tmp_path / 'seen').read_text() == '100\n100\n'
     assert not workdir.exists()
+
+
+def test_a_loss_that_is_no_number_is_told() -> None:
+    """Labels up to 9, and a model of five classes."""
+    finished = command.run(
+        command.MLP, *command.SMALL, '--mode=dry_run', '--config.model.features=(64, 5)'
+    )
+    assert finished.code == 2
+    assert 'train: one step works, but train/loss is nan. Do the labels fit' in finished.err
+    assert 'Everything works' not in finished.out

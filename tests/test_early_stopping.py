@@ -67,6 +67,33 @@ def test_more_may_be_better() -> None:
     assert stops_at([0.1, 0.2, 0.3, 0.2, 0.1], mode='max', patience=1) == 5
 
 
+@pytest.mark.parametrize(
+    ('metric', 'mode'),
+    [('loss', 'min'), ('gen_loss', 'min'), ('mean_absolute_error', 'min'), ('accuracy', 'max'),
+     ('top5_accuracy', 'max')],
+)  # fmt: skip
+def test_which_values_are_better_follows_from_the_name(metric: str, mode: str) -> None:
+    name = f'eval/test/{metric}'
+    made = build(early_stopping={'metric': name}, checkpoint__best={'metric': name})
+    assert made.early_stopping is not None and made.early_stopping.mode == mode
+    assert made.retention.best_mode == mode
+
+
+@pytest.mark.parametrize('key', ['early_stopping', 'checkpoint__best'])
+def test_a_name_that_does_not_tell_which_values_are_better(key: str) -> None:
+    message = rf"config.{key.replace('__', '.')}.mode: say whether smaller or .* 'bleu' are better"
+    with pytest.raises(UserError, match=message):
+        build(**{key: {'metric': 'eval/test/bleu'}})
+    build(**{key: {'metric': 'eval/test/bleu', 'mode': 'max'}})
+
+
+def test_a_run_says_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(build()).fit()
+    said = capsys.readouterr().out
+    assert 'early stopping: eval/test/loss has got no better than' in said
+    assert "in 2 evaluations (mode 'min', patience 1)" in said
+
+
 def build(**overrides: Any) -> Experiment:
     """A run that learns nothing."""
     options = {
@@ -130,4 +157,4 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
 
 def test_a_metric_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"has no 'lsos'; it has loss, accuracy"):
-        Trainer(build(early_stopping__metric='eval/test/lsos')).fit()
+        Trainer(build(early_stopping__metric='eval/test/lsos', early_stopping__mode='min')).fit()

@@ -37,6 +37,16 @@ class EarlyStopping:
     count: int = 0
     stopped: bool = False
 
+    def reason(self) -> str:
+        """Returns why the run ends."""
+        if self.best is None:
+            return f'early stopping: {self.metric} was never a number'
+        times = '1 evaluation' if self.count == 1 else f'{self.count} evaluations'
+        return (
+            f'early stopping: {self.metric} has got no better than {self.best:.6g} in {times} '
+            f'(mode {self.mode!r}, patience {self.patience})'
+        )
+
     def update(self, evaluation: str, metrics: Mapping[str, float]) -> None:
         """Takes the metrics of an evaluation; of any other than the one it looks at, nothing.
 

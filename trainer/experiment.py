@@ -16,7 +16,7 @@ from trainer.config import loading, schema, suggest, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import PrecisionSection, Sections
+from trainer.config.sections import BestSection, EarlyStoppingSection, PrecisionSection, Sections
 from trainer.early_stopping import EarlyStopping
 from trainer.events import Event
 from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
@@ -158,7 +158,7 @@ def build(loaded: LoadedConfig) -> Experiment:
             keep_last=positive(checkpoint.keep_last, 'config.checkpoint.keep_last'),
             keep_every=clock.period(checkpoint.keep_every, path='config.checkpoint.keep_every'),
             best_metric=_best_metric(sections),
-            best_mode=checkpoint.best.mode if checkpoint.best else 'max',
+            best_mode=_mode(checkpoint.best, 'config.checkpoint.best') if checkpoint.best else 'max',
         ),
         prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
         init_from=InitFrom.of(sections.init_from),
@@ -294,7 +294,24 @@ def _early_stopping(sections: Sections) -> EarlyStopping | None:
             raise UserError(f'{path}.{name}: expected at least 0, got {getattr(given, name)}')
     metric = _metric(given.metric, f'{path}.metric', sections)
     return EarlyStopping(
-        metric=metric, mode=given.mode, min_delta=given.min_delta, patience=given.patience
+        metric=metric,
+        mode=_mode(given, path),
+        min_delta=given.min_delta,
+        patience=given.patience,
+    )
+
+
+def _mode(given: BestSection | EarlyStoppingSection, path: str) -> str:
+    """Returns 'min' or 'max': which values of the metric are better."""
+    if given.mode is not None:
+        return given.mode
+    name = given.metric.split('/')[-1]
+    if name.endswith(('loss', 'error', 'perplexity')):
+        return 'min'
+    if name.endswith('accuracy'):
+        return 'max'
+    raise UserError(
+        f"{path}.mode: say whether smaller or larger values of {name!r} are better, 'min' or 'max'"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import secrets
 import sys
@@ -25,6 +26,7 @@ from trainer.config.loading import LoadedConfig
 from trainer.experiment import build
 from trainer.observe import logfile
 from trainer.observe.progress import Nowhere, duration
+from trainer.observe.reporter import flat_row
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes, signals
 from trainer.parallel.mesh import batch_shards
@@ -150,6 +152,8 @@ def _already_done(trainer: Trainer) -> bool:
 
 def _eval(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
+    if not trainer.experiment.evals:
+        raise UserError('--mode=eval runs what is in config.evals, and there is nothing')
     state = _restore(trainer, command)
     print(f'checkpoint of step {int(state.step):,} in {command.workdir}')
     for name, metrics in trainer.evaluate(state).items():
@@ -195,11 +199,9 @@ def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     with dry.batches(0, [1]) as batches:
         (_, batch), *_ = batches
         state = dry.programs.step(dry.init_state(), batch)
-    jax.block_until_ready(state)
-    print('train: one step is fine')
+    _check_finite('train: one step', flat_row(state.metrics))
     for name, evaluator in dry.evaluators.items():
-        evaluator.run(state, max_batches=1)
-        print(f'eval {name}: one batch is fine')
+        _check_finite(f'eval {name}: one batch', evaluator.run(state, max_batches=1))
     with _rehearsal(command.workdir) as directory:
         checkpoints = Checkpoints(directory, trainer.experiment.retention)
         checkpoints.save(1, state, {})
@@ -207,6 +209,16 @@ def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     print(f'a save is fine: {human_bytes(nbytes(state))}')
     print('Everything works; nothing was kept.')
     return 0
+
+
+def _check_finite(what: str, row: Mapping[str, float]) -> None:
+    bad = [name for name, x in row.items() if name.endswith('loss') and not math.isfinite(x)]
+    if bad:
+        raise UserError(
+            f'{what} works, but {bad[0]} is {row[bad[0]]}. Do the labels fit the number of classes? '
+            'Train with --config.guard.non_finite=stop to see which module it comes from'
+        )
+    print(f'{what} is fine')
 
 
 @contextlib.contextmanager
@@ -233,8 +245,7 @@ def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     startup.check_batch(trainer.experiment, batch_shards(trainer.mesh))
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     print(startup.summary(trainer, latest or 0))
-    if trainer.experiment.ensemble is None:
-        print(f'\n{modules.describe(trainer)}\n')
+    print(f'\n{modules.describe(trainer)}\n')
     print(f'flops     {flops.count(trainer.programs.step.jaxpr()):.3g} in a train step')
     return 0
 

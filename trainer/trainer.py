@@ -245,6 +245,8 @@ class Trainer(Parts):
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled)
         if (early := self._recovery.early_stopping) is not None:
             early.update(name, metrics)
+            if early.stopped:
+                self._tell(early.reason())
         self._notify('eval', step, state)
 
     @functools.cached_property

@@ -33,6 +33,13 @@ def updates(optimizer: Optimizer, steps: int = 1) -> tuple[Any, Any]:
     return new, state
 
 
+@pytest.mark.parametrize('norm', [0.0, -1.0, float('nan')])
+def test_a_norm_to_clip_by_is_positive(norm: float) -> None:
+    """0 would train nothing, and less would turn the gradient round."""
+    with pytest.raises(UserError, match=r'config\.optimizer\.clip_norm: expected more than 0'):
+        Optimizer(base=optax.sgd(1.0), clip_norm=norm)
+
+
 def test_clipping_is_by_the_global_norm() -> None:
     """F3."""
     norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(GRADS)))

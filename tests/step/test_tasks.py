@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.step.metrics import WeightedMean
-from trainer.step.task_runner import inverse, loss_sums
+from trainer.step.task_runner import TaskRunner, inverse, loss_sums
 from trainer.step.tasks import Classification, TaskOutput, as_output
 from trainer.trainer import Trainer
 
@@ -97,6 +98,34 @@ def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> Non
     totals, weights = loss_sums(output)
     logged = WeightedMean.from_model_output(output.loss, output.weights)
     assert logged.compute() == totals['loss'] * inverse(weights['loss']) == 6.0
+
+
+@pytest.mark.parametrize(
+    ('task', 'message'),
+    [
+        (lambda model, batch: model(batch['image']).sum(), 'returned a scalar'),
+        (lambda model, batch: None, 'this one returned NoneType'),
+        (lambda model, batch: (1, 2, 3), 'this one returned tuple'),
+        (
+            lambda model, batch: (model(batch['image']).sum(-1), {'acc': jnp.ones(())}),
+            r"the metric 'acc' of the task: expected an array with one value for each example",
+        ),
+        (
+            lambda model, batch: (model(batch['image']).sum(-1), {'acc': {'a': jnp.ones(4)}}),
+            "the metric 'acc' of the task",
+        ),
+    ],
+)
+def test_what_a_task_may_not_return(task: Any, message: str) -> None:
+    run = mlp()
+    experiment = dataclasses.replace(run.experiment, task=TaskRunner.of(task))
+    with pytest.raises(UserError, match=message):
+        Trainer(experiment).init_state()
+
+
+def test_a_task_that_takes_something_else() -> None:
+    with pytest.raises(UserError, match=r'must take \(model, batch\): too many positional'):
+        TaskRunner.of(lambda batch: batch)
 
 
 class InBatch(Classification):

@@ -109,10 +109,13 @@ class PrecisionSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestSection:
-    """`config.checkpoint.best`: the checkpoint that is kept for its metric."""
+    """`config.checkpoint.best`: the checkpoint that is kept for its metric.
+
+    `mode` says which values are better; losses and errors are better below, accuracies above.
+    """
 
     metric: str
-    mode: Literal['max', 'min'] = 'max'
+    mode: Literal['max', 'min'] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,10 +130,13 @@ class CheckpointSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStoppingSection:
-    """`config.early_stopping`: the end of a run whose metric has stopped getting better."""
+    """`config.early_stopping`: the end of a run whose metric has stopped getting better.
+
+    `mode` says which values are better; losses and errors are better below, accuracies above.
+    """
 
     metric: str
-    mode: Literal['max', 'min'] = 'min'
+    mode: Literal['max', 'min'] | None = None
     min_delta: float = 0.0
     patience: int = 0
 

@@ -58,6 +58,7 @@ class Reporter:
         self._mark = (0, 0.0)
         self._waited = (0, 0.0)
         self._began = 0.0
+        self._warned = False
 
     def start(self) -> None:
         """Starts the clock of the whole: `time` is that of one call of `fit`."""
@@ -135,6 +136,17 @@ class Reporter:
         row['train/data_wait_secs'] = pending.data_wait_secs
         self._add(step, row)
         self.progress.update(step, row)
+        self._warn_of_nan(step, row)
+
+    def _warn_of_nan(self, step: int, row: Mapping[str, float]) -> None:
+        """Says once where a loss is not finite."""
+        bad = [name for name, x in row.items() if name.endswith('loss') and not math.isfinite(x)]
+        if bad and not self._warned:
+            self._warned = True
+            self.progress.message(
+                f'Warning: {bad[0]} at step {step:,} is {row[bad[0]]}. '
+                '--config.guard.non_finite=stop finds the step and the module where that begins.'
+            )
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the row of an evaluation."""

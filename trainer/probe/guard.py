@@ -200,7 +200,8 @@ def explain(
     if not loss:
         return (
             'The output of every module is finite, and the loss is not: it is the task '
-            f'that makes it so{_in_batch(_not(batch))}.'
+            f'that makes it so{_in_batch(_not(batch))}. A label that is not below the number of '
+            'classes does, or the logarithm of 0.'
         )
     if wrong := _not(grads):
         more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''

@@ -17,6 +17,7 @@ from trainer.plan import flops
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.measures import floats
 from trainer.startup import abstract_batch
+from trainer.step.ensemble import member_state
 from trainer.step.state import TrainState
 
 if TYPE_CHECKING:
@@ -48,10 +49,13 @@ class Row:
 
 
 def describe(parts: Parts) -> str:
-    """Returns the table of an experiment's model."""
+    """Returns the table of an experiment's model, or of one member of an ensemble."""
     spec = abstract_batch(parts.experiment.data.spec)
     forward = Forward.of(parts.experiment, parts.mesh)
-    return table(rows(forward, parts.programs.abstract, spec))
+    if parts.experiment.ensemble is None:
+        return table(rows(forward, parts.programs.abstract, spec))
+    one = jax.eval_shape(lambda state: member_state(state, 0), parts.programs.abstract)
+    return f'each member\n{table(rows(forward, one, spec))}'
 
 
 def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:

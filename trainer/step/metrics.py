@@ -15,6 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from trainer.config.errors import UserError
+
 
 @flax.struct.dataclass
 class WeightedMean(clu.metrics.Metric):
@@ -64,7 +66,13 @@ class WeightedMean(clu.metrics.Metric):
                 cls, values: Any = None, weights: Any = None, **outputs: Any
             ) -> WeightedMean:
                 outputs['weights'] = weights
-                mean = WeightedMean.from_model_output(outputs[name], outputs[weighted_by])
+                try:
+                    mean = WeightedMean.from_model_output(outputs[name], outputs[weighted_by])
+                except (TypeError, ValueError) as error:
+                    raise UserError(
+                        f'the metric {name!r} of the task: expected an array with one value for '
+                        f'each example, as the loss has them ({error})'
+                    ) from error
                 return cls(total=mean.total, weight=mean.weight)
 
         return FromOutput

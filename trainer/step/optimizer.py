@@ -70,6 +70,10 @@ class Optimizer:
     lr_multipliers: tuple[tuple[str, float], ...] = ()
     path: str = 'config.optimizer'
 
+    def __post_init__(self) -> None:
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f'{self.path}.clip_norm: expected more than 0, got {self.clip_norm}')
+
     @property
     def losses(self) -> tuple[str, ...]:
         """The names of the losses that drive some parameters, sorted."""

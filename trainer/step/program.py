@@ -275,8 +275,11 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
                 f'config.mesh: the model names the mesh axis {name!r}, and the mesh has none. Add '
                 f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
             ) from error
-        batch = ', '.join(f'{name}: {describe(x)}' for name, x in spec.items())
-        error.add_note(f'The model was called by {train_step.task.task!r} on the batch {batch}')
+        task, seen = train_step.task, spec
+        with contextlib.suppress(Exception):  # It may be a transform that has failed.
+            seen = jax.eval_shape(lambda batch: dict(task.prepared(batch)), spec)
+        batch = ', '.join(f'{name}: {describe(x)}' for name, x in seen.items())
+        error.add_note(f'The task {task.task!r} was called with the batch {batch}')
         raise
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,17 @@ class TaskRunner:
 
     @classmethod
     def of(cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()) -> TaskRunner:
-        """Returns the runner of a task object or of a plain function."""
+        """Returns the runner of a task object or of a plain function.
+
+        Raises:
+            UserError: if it cannot be called with a model and a batch.
+        """
+        try:
+            inspect.signature(task).bind(None, None)
+        except ValueError:
+            pass  # What is written in C has no signature.
+        except TypeError as error:
+            raise UserError(f'the task {task!r} must take (model, batch): {error}') from error
         return cls(task, getattr(task, 'metrics', None), tuple(transforms))
 
     def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,22 +68,21 @@ def as_output(result: Any) -> TaskOutput:
     """Returns the TaskOutput of whatever form a task's result has.
 
     Raises:
-        TypeError: if it is none of TaskOutput, values, or (values, metrics).
-        ValueError: if a loss is a scalar: the step averages, not the task.
-        UserError: if names of losses or weights do not fit.
+        UserError: if it is none of TaskOutput, values, or (values, metrics); if a loss is a scalar:
+            the step averages, not the task; if names do not fit.
     """
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         result = TaskOutput(loss=result[0], metrics=result[1])
     elif isinstance(result, (jax.Array, Mapping)):
         result = TaskOutput(loss=result)
     if not isinstance(result, TaskOutput):
-        raise TypeError(
+        raise UserError(
             'a task returns loss values of shape (batch, ...), (values, dict of metrics) or a '
             f'TaskOutput; this one returned {type(result).__name__}'
         )
     values = result.loss.values() if isinstance(result.loss, Mapping) else [result.loss]
     if any(jnp.ndim(value) == 0 for value in values):
-        raise ValueError(
+        raise UserError(
             'a task returns one loss value per example, this one returned a scalar: leave the mean '
             'to the step, so that it is exact for any batch, mask and number of devices'
         )
