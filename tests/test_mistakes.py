@@ -183,6 +183,8 @@ def own_handlers() -> Iterator[None]:
         ((CNN, '--config.model={"hidden": '), "expected an object, a dict with 'target'"),
         ((CNN, '--config.optimizer={}'), 'config.optimizer.target is missing'),
         ((CNN, '--config.evals.test={}'), 'config.evals.test.data is missing'),
+        (('--config=mnist_mlp',), 'Did you mean configs/mnist_mlp.py?'),
+        (('--config=configs.mnist_mlp',), 'Did you mean configs/mnist_mlp.py?'),
         ((CNN, '--config.optimizer.target=optax'), "expected 'package.module:Name'"),
         ((CNN, '--config.optimizer.target=optax:__version__'), 'is not callable'),
         ((CNN, '--config.model.target=builtins:int'), 'accepts_any=True'),

@@ -158,7 +158,9 @@ def build(loaded: LoadedConfig) -> Experiment:
             keep_last=positive(checkpoint.keep_last, 'config.checkpoint.keep_last'),
             keep_every=clock.period(checkpoint.keep_every, path='config.checkpoint.keep_every'),
             best_metric=_best_metric(sections),
-            best_mode=_mode(checkpoint.best, 'config.checkpoint.best') if checkpoint.best else 'max',
+            best_mode=_mode(checkpoint.best, 'config.checkpoint.best')
+            if checkpoint.best
+            else 'max',
         ),
         prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
         init_from=InitFrom.of(sections.init_from),

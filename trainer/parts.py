@@ -192,6 +192,8 @@ class Parts:
                 'which checkpoint is the best is told by a metric, and this config names none: '
                 'set --config.checkpoint.best.metric, such as eval/NAME/accuracy'
             )
+        if self.workdir is not None and not self.workdir.path.exists():
+            raise UserError(f'there is no run in {self.workdir.path}')
         steps = self.checkpoints.steps()
         named = {'latest': self.checkpoints.latest, 'best': self.checkpoints.best}
         number = int(step) if str(step).isascii() and str(step).isdigit() else None

@@ -66,6 +66,12 @@ def test_the_mode_shows_it() -> None:
     assert 'in a train step' in finished.out
 
 
+def test_of_an_ensemble_it_shows_a_member() -> None:
+    alone, several = (Trainer(build(linen(), **more)) for more in ({}, {'ensemble': {'size': 3}}))
+    title, _, shown = modules.describe(several).partition('\n')
+    assert title == 'each member' and shown == modules.describe(alone)
+
+
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('model', [linen(), linen(scans=True), of_nnx()])
 def test_the_rows_sum_up(model: Any, accumulate: int) -> None:

@@ -120,7 +120,7 @@ def test_what_a_task_may_not_return(task: Any, message: str) -> None:
     run = mlp()
     experiment = dataclasses.replace(run.experiment, task=TaskRunner.of(task))
     with pytest.raises(UserError, match=message):
-        Trainer(experiment).init_state()
+        Trainer(experiment).compile()
 
 
 def test_a_task_that_takes_something_else() -> None:

@@ -99,10 +99,13 @@ def _find(text: str) -> pathlib.Path:
             return candidate
         if candidate.is_dir():
             raise UserError(f'--config: {text!r} is a directory; name a file in it')
-    folders = [path.parent, *(pathlib.Path(root) / path.parent for root in bundled.__path__)]
-    files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
-    near = suggest.nearest(path.name, files)
-    hint = f' Did you mean {path.parent / near}?' if near else ''
+    hint = ''
+    # As it is, or one of `configs` by its name alone, or as a module is named.
+    for guess in (path, pathlib.Path('configs', f'{path.name.split(".")[-1]}.py')):
+        folders = [guess.parent, *(pathlib.Path(root) / guess.parent for root in bundled.__path__)]
+        files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
+        near = suggest.nearest(guess.name, files)
+        hint = hint or (f' Did you mean {guess.parent / near}?' if near else '')
     raise UserError(f'--config: there is no file {text!r}.{hint}')
 
 

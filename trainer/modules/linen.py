@@ -122,7 +122,7 @@ class LinenModel(BoundModel):
             raise UserError(
                 'the model asks for a parameter that it did not have when it was made, which '
                 'happens in evaluation mode. Make all parts in both modes, and choose afterwards '
-                f'what of them is used.\n{error}'
+                f'what of them is used.\n{str(error).partition(chr(10))[0]}'
             ) from error
         updates = dict(updates)
         calls.intermediates = _plain(updates.pop(tap.INTERMEDIATES, {}))
