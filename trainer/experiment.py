@@ -11,12 +11,13 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trainer import watched
 from trainer.checkpoint.manager import Retention
-from trainer.config import loading, schema, suggest, targets
+from trainer.config import loading, schema, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import BestSection, EarlyStoppingSection, PrecisionSection, Sections
+from trainer.config.sections import PrecisionSection, Sections
 from trainer.early_stopping import EarlyStopping
 from trainer.events import Event
 from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
@@ -143,7 +144,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         ema_decay=_ema_decay(sections),
         loss_scale=_loss_scale(sections.precision),
         steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
-        early_stopping=_early_stopping(sections),
+        early_stopping=watched.early_stopping(sections),
         mesh=sections.mesh,
         sharding=_sharding(sections),
         total_steps=clock.total_steps or 0,
@@ -154,14 +155,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         captures=probes.captures(sections, clock),
         guard=sections.guard.non_finite if sections.guard else None,
         save_every=checkpoint.every,
-        retention=Retention(
-            keep_last=positive(checkpoint.keep_last, 'config.checkpoint.keep_last'),
-            keep_every=clock.period(checkpoint.keep_every, path='config.checkpoint.keep_every'),
-            best_metric=_best_metric(sections),
-            best_mode=_mode(checkpoint.best, 'config.checkpoint.best')
-            if checkpoint.best
-            else 'max',
-        ),
+        retention=watched.retention(sections, clock),
         prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
         init_from=InitFrom.of(sections.init_from),
         surgery=tuple(
@@ -281,59 +275,9 @@ def _clock(sections: Sections, data: Any) -> Clock:
     return dataclasses.replace(clock, total_steps=total)
 
 
-def _best_metric(sections: Sections) -> str | None:
-    """Returns `checkpoint.best.metric`, which must name an evaluation of this config."""
-    best = sections.checkpoint.best
-    return None if best is None else _metric(best.metric, 'config.checkpoint.best.metric', sections)
-
-
-def _early_stopping(sections: Sections) -> EarlyStopping | None:
-    given, path = sections.early_stopping, 'config.early_stopping'
-    if given is None:
-        return None
-    for name in ('min_delta', 'patience'):
-        if not getattr(given, name) >= 0:
-            raise UserError(f'{path}.{name}: expected at least 0, got {getattr(given, name)}')
-    metric = _metric(given.metric, f'{path}.metric', sections)
-    return EarlyStopping(
-        metric=metric,
-        mode=_mode(given, path),
-        min_delta=given.min_delta,
-        patience=given.patience,
-    )
-
-
-def _mode(given: BestSection | EarlyStoppingSection, path: str) -> str:
-    """Returns 'min' or 'max': which values of the metric are better."""
-    if given.mode is not None:
-        return given.mode
-    name = given.metric.split('/')[-1]
-    if name.endswith(('loss', 'error', 'perplexity')):
-        return 'min'
-    if name.endswith('accuracy'):
-        return 'max'
-    raise UserError(
-        f"{path}.mode: say whether smaller or larger values of {name!r} are better, 'min' or 'max'"
-    )
-
-
 def _profile(sections: Sections, clock: Clock) -> Window | None:
     given = sections.profile
     if given is None:
         return None
     start = clock.steps(given.start, path='config.profile.start')
     return Window(start, start + positive(given.steps, 'config.profile.steps'))
-
-
-def _metric(metric: str, path: str, sections: Sections) -> str:
-    """Returns the name of a metric, which must be one of an evaluation of this config."""
-    parts = metric.split('/')
-    # Of an ensemble there is 'eval/test/member_0/loss' too.
-    if len(parts) < 3 or parts[0] != 'eval' or parts[1] not in sections.evals:
-        names = [f'eval/{name}/...' for name in sections.evals]
-        near = suggest.nearest(metric, names, cutoff=0.0)
-        raise UserError(
-            f'{path}: {metric!r} is no metric of an evaluation'
-            + (f'; expected {near}' if near else ', and this config has no evals')
-        )
-    return metric

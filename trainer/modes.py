@@ -215,8 +215,8 @@ def _check_finite(what: str, row: Mapping[str, float]) -> None:
     bad = [name for name, x in row.items() if name.endswith('loss') and not math.isfinite(x)]
     if bad:
         raise UserError(
-            f'{what} works, but {bad[0]} is {row[bad[0]]}. Do the labels fit the number of classes? '
-            'Train with --config.guard.non_finite=stop to see which module it comes from'
+            f'{what} works, but {bad[0]} is {row[bad[0]]}. Do the labels fit the number of '
+            'classes? Train with --config.guard.non_finite=stop to see which module it comes from'
         )
     print(f'{what} is fine')
 

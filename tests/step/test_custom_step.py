@@ -148,7 +148,7 @@ def test_mistakes_are_told(step: dict[str, Any], message: str) -> None:
 
 
 def test_a_step_that_cuts_no_slices_is_told() -> None:
-    with pytest.raises(UserError, match='only ctx.gradients cuts a batch'):
+    with pytest.raises(UserError, match=r'only ctx\.gradients cuts a batch'):
         trainer(step={'ref': 'tests.step.steps:by_hand'}, accumulate=2).init_state()
     trainer(step={'ref': 'tests.step.steps:same'}, accumulate=2).init_state()
 

@@ -264,7 +264,8 @@ class Checkpoints:
         if not writing.is_committed(path):
             return CheckpointError(f'{path} is not there, or was deleted while it was being read')
         return CheckpointError(
-            f'{path} is damaged: {cause.rstrip(".")}. Remove that directory to go on from an older checkpoint.'
+            f'{path} is damaged: {cause.rstrip(".")}. Remove that directory to go on from an older '
+            'checkpoint.'
         )
 
     def _failed(self, step: int, error: BaseException) -> SaveError:
