@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
@@ -103,7 +104,8 @@ class Evaluator:
             state: the state that will be evaluated, or its shapes.
 
         Raises:
-            UserError: if the task asks for a field that the batch does not have.
+            UserError: if the task asks for a field that the batch does not have, or the model is
+                in training mode whatever it is told.
         """
         shapes = None
         try:
@@ -112,6 +114,13 @@ class Evaluator:
                 output = self.step.output_shapes(self.variables(state), shapes)
         except UserError as error:
             raise UserError(f'config.evals.{self.name}: {error}') from error
+        except (InvalidRngError, ModifyScopeVariableError) as error:
+            raise UserError(
+                f'config.evals.{self.name}: the model does what it may do in training alone: '
+                f'{error}\nIt must know its mode. Let its call, or its constructor, take `train`, '
+                '`training`, `is_training` or `deterministic`, which is then given, and pass it on '
+                'to its layers: see "Add your own" in the README'
+            ) from error
         except Exception as error:
             error.add_note(f'This happened at the first batch of config.evals.{self.name}')
             if shapes is not None:
