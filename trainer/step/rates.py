@@ -31,12 +31,14 @@ class _Rate:
     """A learning rate: the product of what stands at some places below an optimizer's node.
 
     Attributes:
+        owner: where the optimizer stands that has it.
         places: where it stands; none if the target has it by default.
         default: that default.
         sign: -1 for factors of an update, which a descent has negative.
         every: number of calls that make one update of the optimizer that has it.
     """
 
+    owner: paths.Keys
     places: tuple[paths.Keys, ...] = ()
     default: float = 1.0
     sign: int = 1
@@ -82,7 +84,7 @@ def made(node: Node, path: str) -> tuple[Node, Schedule | dict[str, Schedule] | 
     schedules = [rate.schedule(node, path) for rate in found]
     if len(found) < 2:
         return node, next(iter(schedules), None)
-    return node, dict(zip(_names([rate.places for rate in found]), schedules, strict=True))
+    return node, dict(zip(_names([rate.owner for rate in found]), schedules, strict=True))
 
 
 def _named(node: Any, keys: paths.Keys, path: str) -> Iterator[_Rate]:
@@ -94,11 +96,11 @@ def _named(node: Any, keys: paths.Keys, path: str) -> Iterator[_Rate]:
     parameters, names = _parameters(node, path)
     at = next((k for k, name in names.items() if name == 'learning_rate'), None)
     if at is not None and paths.get(node, list(at)) is not None:
-        yield _Rate(places=([*keys, *at],))
+        yield _Rate(owner=keys, places=([*keys, *at],))
         return
     default = parameters['learning_rate'].default if 'learning_rate' in parameters else None
     if at is None and default is not None and _is_number(default):
-        yield _Rate(default=default)
+        yield _Rate(owner=keys, default=default)
         return
     every = _calls_for_an_update(node, names)
     if every is None:
@@ -113,7 +115,8 @@ def _factors(node: Any, path: str) -> list[_Rate]:
     found = list(_scales(node, [], path))
     if not any(scheduled for _, scheduled, _ in found):
         return []
-    return [_Rate(places=tuple(keys for keys, *_ in found), sign=-1, every=found[0][2])]
+    places = tuple(keys for keys, *_ in found)
+    return [_Rate(owner=[], places=places, sign=-1, every=found[0][2])]
 
 
 def _scales(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys, bool, int]]:
@@ -167,12 +170,12 @@ def _calls_for_an_update(node: Mapping[str, Any], names: Mapping[Place, str]) ->
     return every if isinstance(every, int) else None
 
 
-def _names(places: list[tuple[paths.Keys, ...]]) -> list[str]:
-    """Returns what tells several places apart: 'head' of 'transforms.head.learning_rate'."""
-    every = [list(map(str, keys[0])) if keys else [] for keys in places]
+def _names(places: list[paths.Keys]) -> list[str]:
+    """Returns what tells places apart: 'head' and 'body' of 'parts.head' and 'parts.body'."""
+    every = [list(map(str, keys)) for keys in places]
     first = _common(every)
     last = _common([keys[first:][::-1] for keys in every])
-    return ['.'.join(keys[first : len(keys) - last]) or str(i) for i, keys in enumerate(every)]
+    return ['.'.join(keys[first : len(keys) - last]) for keys in every]
 
 
 def _common(rows: list[list[str]]) -> int:
