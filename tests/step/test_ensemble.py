@@ -47,7 +47,8 @@ def trained(**options: Any) -> tuple[TrainState, Trainer]:
 
 def assert_close(found: TrainState, expected: TrainState, **tolerance: float) -> None:
     """Of the same variables, averages and metrics; only the numbers that vary are in one state."""
-    assert not all((np.asarray(x) == 0).all() for x in jax.tree.leaves(expected.metrics))
+    # Accumulators that have seen nothing hold NaN.
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected.metrics))
     for name in ('params', 'collections', 'ema', 'loss_scale', 'metrics'):
         a, b = getattr(found, name), getattr(expected, name)
         assert jax.tree.structure(a) == jax.tree.structure(b)
@@ -148,7 +149,7 @@ def grouped(head: float, body: float, **top: Any) -> TrainState:
         'body': {**sgd, 'params': 'Dense_0/.*', 'learning_rate': schedule},
     }
     loaded.config.update(top)
-    return Trainer(build(loaded)).fit().state
+    return Trainer(build(loaded)).fit(max_steps=8).state
 
 
 def test_numbers_within_schedules_and_groups() -> None:
