@@ -10,6 +10,8 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 
+from .norm import GroupedBatchNorm
+
 # Makes a layer: arguments that are not bound yet are given where it is used.
 Layer = Callable[..., Any]
 
@@ -107,6 +109,8 @@ class ResNet(nn.Module):
         stem: 'large': a convolution of 7 x 7 and a pooling, which divide height and width by four;
             'small': a convolution of 3 x 3 for images of some thirty pixels.
         momentum: of the running statistics.
+        norm_groups: groups of rows that are normalised by statistics of their own in training: see
+            `models.norm:GroupedBatchNorm`. With one they are those of the global batch.
         activation: after each normalisation.
         dtype: of the computation; None follows inputs and parameters.
     """
@@ -117,6 +121,7 @@ class ResNet(nn.Module):
     features: int = 64
     stem: Literal['large', 'small'] = 'large'
     momentum: float = 0.9
+    norm_groups: int = 1
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: Any = None
 
@@ -135,8 +140,8 @@ class ResNet(nn.Module):
         size, strides, pad = _named('stem', self.stem, large=(7, 2, 3), small=(3, 1, 1))
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm = functools.partial(
-            nn.BatchNorm, use_running_average=not train, momentum=self.momentum, epsilon=1e-5,
-            dtype=self.dtype,
+            GroupedBatchNorm, groups=self.norm_groups, use_running_average=not train,
+            momentum=self.momentum, epsilon=1e-5, dtype=self.dtype,
         )  # fmt: skip
         padding = [(pad, pad), (pad, pad)]
         x = conv(self.features, (size, size), strides, padding=padding, name='conv_init')(x)

@@ -8,7 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -56,9 +56,35 @@ def test_objects_nest() -> None:
     assert make('anything', c=1, accepts_any=True) == {'c': 1}
 
 
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+def test_an_object_that_is_a_tuple_is_an_object() -> None:
+    """As optimizers are; only plain tuples and lists are walked."""
+    pair = Pair(1, 2)
+    assert make('plain', a=pair, b=(pair,)) == (pair, (pair,))
+    assert isinstance(make('plain', a=pair)[0], Pair)
+
+
+def several(*parts: Any) -> tuple[Any, ...]:
+    return parts
+
+
+def nothing() -> None: ...
+
+
 @pytest.mark.parametrize(
     ('name', 'node', 'message'),
     [
+        ('several', {'a': 1}, r'It takes positional arguments only, .*, such as args\[0\]\.a\.'),
+        (
+            'several',
+            {'a': 1, 'args': (2, {'a': 3})},
+            r'positional arguments only, .* Did you mean config\.x\.args\[1\]\.a\?',
+        ),
+        ('nothing', {'a': 1}, r"takes no argument 'a'\. It takes none\."),
         ('plain', {'a': 1, 'bb': 2}, r"config\.x\.bb: .* takes no argument 'bb'"),
         ('wrapped', {'a': 1, 'c': 2}, r'config\.x\.c'),
         ('plain', {}, r'config\.x\.a is missing'),

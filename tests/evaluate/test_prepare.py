@@ -6,6 +6,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 import pytest
 
@@ -23,6 +24,19 @@ def broken(batch: dict[str, Any]) -> dict[str, Any]:
 
 def flat(batch: dict[str, Any]) -> dict[str, Any]:
     return {**batch, 'image': batch['image'].reshape(len(batch['image']), -1)[:, :99]}
+
+
+class AlwaysTraining(nn.Module):
+    """Drops or normalises as in training, whatever it is told."""
+
+    part: str
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(10)(x.reshape(len(x), -1))
+        if self.part == 'dropout':
+            return nn.Dropout(0.5, deterministic=False)(x)
+        return nn.BatchNorm(use_running_average=False)(x)
 
 
 class Nothing:
@@ -76,6 +90,23 @@ def test_a_field_that_the_batch_does_not_have() -> None:
     trainer = trainer_with(None, task=task)
     with pytest.raises(UserError, match=r"config\.evals\.test: the task asks for batch\['klass'\]"):
         trainer.fit()
+    assert trainer.report.latest == {}
+
+
+@pytest.mark.parametrize(
+    ('part', 'cause'),
+    [('dropout', 'needs PRNG for "dropout"'), ('norm', 'Cannot update variable "mean"')],
+)
+@pytest.mark.parametrize('act', [Trainer.fit, lambda t: [*t.predict('test', t.init_state())]])
+def test_a_model_that_does_not_know_its_mode(act: Any, part: str, cause: str) -> None:
+    """C4: accidental training at evaluation is a mistake, and the message says how to mend it."""
+    model = {'target': f'{__name__}:AlwaysTraining', 'part': part}
+    config = str(ROOT / 'configs' / 'mnist_mlp.py')
+    trainer = Trainer(load_and_build(config, model=model, train_for='5 steps'))
+    words = rf'config\.evals\.test: the model does .*{cause}(.|\n)*take `train`, .*"Add your own"'
+    with pytest.raises(UserError, match=words) as error:
+        act(trainer)
+    assert error.value.__cause__ is not None
     assert trainer.report.latest == {}
 
 

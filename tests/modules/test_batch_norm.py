@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +16,17 @@ import optax
 import pytest
 from flax import errors, jax_utils
 
+from models.norm import GroupedBatchNorm
+from models.resnet import ResNet
+from trainer.config.errors import UserError
+from trainer.evaluate.step import EvalStep
 from trainer.modules import functional
 from trainer.parallel.mesh import make_mesh
 from trainer.step.optimizer import Optimizer
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.program import Programs
 from trainer.step.state import TrainState
-from trainer.step.task_runner import TaskRunner
+from trainer.step.task_runner import MASK, TaskRunner
 from trainer.step.train_step import TrainStep
 
 DEVICES = jax.local_device_count()
@@ -32,13 +38,14 @@ class MLP(nn.Module):
     momentum: float = 0.99
     axis_name: str | None = None
     groups: Any = None
+    norm: Any = nn.BatchNorm
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         x = nn.Dense(features=4)(x)
-        x = nn.BatchNorm(
+        x = self.norm(
             use_running_average=not train, momentum=self.momentum, axis_name=self.axis_name,
-            axis_index_groups=self.groups,
+            axis_index_groups=self.groups, name='BatchNorm_0',
         )(x)  # fmt: skip
         return nn.Dense(features=1)(nn.relu(x))
 
@@ -58,6 +65,23 @@ def programs(model: nn.Module, mesh: Any = None, precision: Precision = AS_IS) -
     )  # fmt: skip
     spec = {'x': jax.ShapeDtypeStruct((16, 3), np.float32)}
     return Programs(step, spec, mesh or make_mesh({'data': -1}))
+
+
+def stepped(program: Programs, batch: Any, variables: Any = None) -> TrainState:
+    """Returns the state after one step on this batch, from other variables if there are some."""
+    state = program.init()
+    if variables is not None:
+        params = jax.tree.map(np.array, variables['params'])  # A copy: the step donates its state.
+        params = jax.device_put(params, program.abstract.step.sharding)
+        state = dataclasses.replace(state, params=params)
+    shardings = program.step.ready().input_shardings[0][1]
+    return program.step(state, jax.device_put(batch, shardings))
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
+    )
 
 
 def test_it_adds_four_variables() -> None:
@@ -86,30 +110,39 @@ def test_the_first_statistics_are_of_no_batch() -> None:
 
 def test_training_and_evaluation_are_told_apart() -> None:
     """C1: `train` comes by itself; training uses the batch, evaluation what it has left."""
-    program = programs(MLP(momentum=0.5))
-    state = program.init()
-    variables = jax.device_get(state.variables)
+    model = MLP(momentum=0.5)
+    program = programs(model)
+    variables = jax.device_get(program.init().variables)
     batch = {'x': rows()}
-    expected, moved = MLP(momentum=0.5).apply(
-        variables, batch['x'], train=True, mutable=['batch_stats']
-    )
-    state = program.step(state, jax.device_put(batch, program.step.ready().input_shardings[0][1]))
+    expected, moved = model.apply(variables, batch['x'], train=True, mutable=['batch_stats'])
+    state = stepped(program, batch)
     loss = state.metrics['task'].loss.compute()
     assert float(loss) == pytest.approx(float((expected**2).mean()), rel=1e-5)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
-        state.collections['batch_stats'], moved['batch_stats'],
-    )  # fmt: skip
+    assert_close(state.collections['batch_stats'], moved['batch_stats'])
+    evaluation = EvalStep(model=functional(model), task=TaskRunner.of(square), seed=0)
+    after, real = jax.device_get(state.variables), {**batch, MASK: np.ones(16, bool)}
+    totals = evaluation.empty(evaluation.output_shapes(after, real))
+    totals = evaluation(totals, after, state.step, jnp.int32(0), real)
+    left = (model.apply(after, batch['x'], train=False) ** 2).mean()
+    again, _ = model.apply(after, batch['x'], train=True, mutable=['batch_stats'])
+    assert float(totals['task'].loss.compute()) == pytest.approx(float(left), rel=1e-5)
+    assert float((again**2).mean()) != pytest.approx(float(left), rel=1e-2)
+
+
+class Norm(nn.Module):
+    """Normalises, and nothing else."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
 
 
 def test_the_momentum_of_a_constant() -> None:
     """C5: from mean 0 and variance 1 by a tenth of the way to those of twos."""
-    norm = nn.BatchNorm(use_running_average=False, momentum=0.9)
-    twos = jnp.full((8, 5), 2.0)
-    variables = norm.init(jax.random.key(0), twos)
-    _, new = norm.apply(variables, twos, mutable=['batch_stats'])
-    np.testing.assert_allclose(new['batch_stats']['mean'], np.full(5, 0.2), rtol=1e-6)
-    np.testing.assert_allclose(new['batch_stats']['var'], np.full(5, 0.9), rtol=1e-6)
+    state = stepped(programs(Norm()), {'x': np.full((16, 3), 2, np.float32)})
+    statistics = state.collections['batch_stats']['BatchNorm_0']
+    np.testing.assert_allclose(statistics['mean'], np.full(3, 0.2), rtol=1e-6)
+    np.testing.assert_allclose(statistics['var'], np.full(3, 0.9), rtol=1e-6)
 
 
 def test_nothing_moves_where_nothing_may() -> None:
@@ -141,30 +174,85 @@ def test_statistics_over_devices() -> None:
     outputs, statistics = on_devices(MLP(axis_name='batch'), variables, x)
     np.testing.assert_allclose(outputs.reshape(-1, 1), whole, rtol=1e-4, atol=1e-5)
     assert not np.allclose(on_devices(MLP(), variables, x)[0].reshape(-1, 1), whole, atol=1e-3)
-    program = programs(MLP(), make_mesh({'data': -1}))
-    state: TrainState = program.init().replace(
-        params=jax.device_put(variables['params'], program.abstract.step.sharding)
-    )
-    batch = jax.device_put({'x': x}, program.step.ready().input_shardings[0][1])
-    state = program.step(state, batch)
+    state = stepped(programs(MLP()), {'x': x}, variables)
     for found in (jax_utils.unreplicate(statistics), state.collections):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            found['batch_stats'], moved['batch_stats'],
-        )  # fmt: skip
+        assert_close(found['batch_stats'], moved['batch_stats'])
 
 
-def test_statistics_of_groups_of_devices() -> None:
-    """C7: `axis_index_groups` of one half each are those of half the batch."""
+def test_statistics_of_groups() -> None:
+    """C7: those of half the batch each, in a step over eight devices and by `axis_index_groups`."""
     x = rows()
-    halves = [list(range(DEVICES // 2)), list(range(DEVICES // 2, DEVICES))]
     variables = MLP().init(jax.random.key(0), x, train=False)
-    outputs, _ = on_devices(MLP(axis_name='batch', groups=halves), variables, x)
-    alone = [
-        MLP().apply(variables, half, train=True, mutable=['batch_stats'])[0]
-        for half in np.split(x, 2)
+
+    def halves(params: Any) -> tuple[Any, Any]:
+        each = [
+            MLP().apply({**variables, 'params': params}, half, train=True, mutable=['batch_stats'])
+            for half in np.split(x, 2)
+        ]
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *[moved for _, moved in each])
+        return jnp.concatenate([output for output, _ in each]), mean
+
+    outputs, moved = halves(variables['params'])
+    devices = [list(range(DEVICES // 2)), list(range(DEVICES // 2, DEVICES))]
+    replicas, statistics = on_devices(MLP(axis_name='batch', groups=devices), variables, x)
+    np.testing.assert_allclose(replicas.reshape(-1, 1), outputs, rtol=1e-4, atol=1e-5)
+    model = MLP(norm=functools.partial(GroupedBatchNorm, groups=2))
+    state = stepped(programs(model), {'x': x}, variables)
+    loss = state.metrics['task'].loss.compute()
+    assert float(loss) == pytest.approx(float((outputs**2).mean()), rel=1e-5)
+    averaged = jax.tree.map(lambda x: x.mean(0), statistics)
+    for found in (averaged, state.collections):
+        assert_close(found['batch_stats'], moved['batch_stats'])
+    grads = jax.grad(lambda params: (halves(params)[0] ** 2).mean())(variables['params'])
+    params = jax.tree.map(lambda p, g: p - 0.1 * g, variables['params'], grads)
+    assert_close(jax.device_get(state.params), params)
+    # And it is not the same as one group.
+    whole, _ = MLP().apply(variables, x, train=True, mutable=['batch_stats'])
+    assert float((whole**2).mean()) != pytest.approx(float(loss), rel=1e-3)
+
+
+def test_groups_beside_what_flax_has() -> None:
+    """C7: with one group, in evaluation and in a first call it is `nn.BatchNorm`; masks count."""
+    x, mask = rows(), np.arange(16)[:, None] % 3 > 0
+    plain = nn.BatchNorm(use_running_average=False)
+    variables = plain.init(jax.random.key(0), x)
+    grouped = GroupedBatchNorm(groups=4)
+    assert_close(grouped.init(jax.random.key(0), x[:3], use_running_average=False), variables)
+    for other in (grouped, GroupedBatchNorm(use_running_average=False)):
+        running = None if other.use_running_average is False else True
+        like = plain if running is None else nn.BatchNorm()
+        found = other.apply(variables, x, running, mutable=['batch_stats'])
+        assert_close(found, like.apply(variables, x, running, mutable=['batch_stats']))
+    found, _ = grouped.apply(variables, x, False, mask=mask, mutable=['batch_stats'])
+    expected = [
+        plain.apply(variables, part, mask=some, mutable=['batch_stats'])[0]
+        for part, some in zip(np.split(x, 4), np.split(mask, 4), strict=True)
     ]
-    np.testing.assert_allclose(outputs.reshape(-1, 1), np.concatenate(alone), rtol=1e-4, atol=1e-5)
+    assert_close(found, np.concatenate(expected))
+    with pytest.raises(ValueError, match='15 rows do not divide into groups=4'):
+        grouped.apply(variables, x[:15], False, mutable=['batch_stats'])
+    with pytest.raises(errors.ModifyScopeVariableError):
+        grouped.apply(variables, x, False)
+
+
+def test_a_layer_of_groups_is_one_layer() -> None:
+    """What looks at the calls of modules sees it once, with all of its rows."""
+    model = ResNet(stages=(1,), features=4, stem='small', num_classes=3, norm_groups=2)
+    x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype('f4')
+    variables = model.init(jax.random.key(0), x)
+    assert_close(variables, model.clone(norm_groups=1).init(jax.random.key(0), x))
+    keep = ['batch_stats', 'intermediates']
+    outputs, kept = model.apply(variables, x, True, mutable=keep, capture_intermediates=True)
+    (seen,) = kept['intermediates']['bn_init']['__call__']
+    assert seen.shape == (4, 8, 8, 4)
+    one, _ = model.clone(norm_groups=1).apply(variables, x[:2], True, mutable=['batch_stats'])
+    np.testing.assert_allclose(outputs[:2], one, rtol=1e-4, atol=1e-5)
+
+
+def test_an_axis_of_pmap() -> None:
+    """C7: what a step over one batch does not need, it does not have; the message says so."""
+    with pytest.raises(UserError, match=r"names the axis 'batch' .*Leave axis_name out.* groups"):
+        programs(MLP(axis_name='batch'))
 
 
 def test_statistics_under_vmap() -> None:
@@ -185,9 +273,7 @@ def test_statistics_under_vmap() -> None:
 def test_statistics_are_kept_in_full() -> None:
     """C8: of a model that computes in bfloat16, too."""
     program = programs(MLP(), precision=Precision(compute='bfloat16'))
-    state = program.init()
-    batch = jax.device_put({'x': rows()}, program.step.ready().input_shardings[0][1])
-    state = program.step(state, batch)
+    state = stepped(program, {'x': rows()})
     assert {x.dtype for x in jax.tree.leaves(state.collections)} == {np.dtype('float32')}
     half = nn.BatchNorm(use_running_average=False, dtype=jnp.bfloat16)
     variables = half.init(jax.random.key(0), jnp.ones((4, 3)))

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,9 +16,12 @@ import pytest
 from flax.training import lr_schedule
 
 from tests import command
+from trainer.config.durations import Clock
 from trainer.config.errors import UserError
+from trainer.config.sections import GroupSection, OptimizerSection
 from trainer.experiment import load_and_build
-from trainer.step import schedules
+from trainer.step import building, schedules
+from trainer.step.optimizer import Optimizer
 from trainer.trainer import Trainer
 
 CONFIG = str(command.ROOT / 'configs' / 'mnist_mlp.py')
@@ -148,6 +153,29 @@ def test_a_warm_up_that_is_longer_than_the_run(warmup: Any) -> None:
             load_and_build(CONFIG, optimizer__learning_rate=rate, **options)
 
 
+def test_a_cycle_whose_warm_up_is_too_long() -> None:
+    """Optax would not say which of them, nor where."""
+    cycle = {'init_value': 0.0, 'peak_value': 0.1, 'warmup_steps': 2, 'decay_steps': 10}
+    cycles = (cycle, {**cycle, 'warmup_steps': '2 epochs'})
+    words = r'learning_rate\.{}\[1\]\.warmup_steps: a warm-up of 10 steps does not fit into the 10'
+    for place, where in (
+        ({'args': (cycles,)}, r'args\[0\]'),
+        ({'cosine_kwargs': cycles}, 'cosine'),
+    ):
+        with pytest.raises(UserError, match=words.format(where.replace('cosine', 'cosine_kwargs'))):
+            from_config({'target': 'optax:sgdr_schedule', **place})
+
+
+def test_steps_that_a_short_run_does_not_tell_apart() -> None:
+    node = {
+        'target': 'optax:piecewise_constant_schedule', 'init_value': 0.1,
+        'boundaries_and_scales': {'60%': 0.1, '80%': 0.1},
+    }  # fmt: skip
+    options = {**SMALL, 'train_for': '2 steps'}
+    with pytest.raises(UserError, match=r"'60%' and '80%' are both.*make the run longer"):
+        load_and_build(CONFIG, optimizer__learning_rate=node, **options)
+
+
 LEGACY: dict[str, tuple[dict[str, Any], Schedule]] = {
     'constant': ({'warmup_length': 2}, optax.warmup_constant_schedule(0.0, 0.1, 10)),
     'stepped': (
@@ -186,6 +214,150 @@ def test_roots_and_factors() -> None:
     assert_same(half, lambda step: 0.5 * schedule(step))
     with pytest.raises(ValueError, match='warmup_steps: expected at least 1'):
         schedules.rsqrt(0.1, 0)
+
+
+WARMING = {'target': 'optax:linear_schedule', 'init_value': 0.1, 'end_value': 0.2,
+           'transition_steps': 4}  # fmt: skip
+SGD = {'target': 'optax:sgd', 'learning_rate': WARMING}
+
+# Optimizers with a learning rate somewhere inside.
+NESTED: dict[str, dict[str, Any]] = {
+    'by position': {'target': 'optax:sgd', 'args': (0.1,)},
+    'a schedule by position': {'target': 'optax:sgd', 'args': (WARMING,)},
+    'by default': {'target': f'{__name__}:with_a_default'},
+    'apply_if_finite': {'target': 'optax:apply_if_finite', 'inner': SGD,
+                        'max_consecutive_errors': 3},
+    'masked': {'target': 'optax:masked', 'args': (SGD, True)},
+    'chain': {'target': 'optax:chain', 'args': ({'target': 'optax:identity'}, SGD)},
+    'named_chain': {'target': 'optax:named_chain', 'args': (('only', SGD),)},
+    'scale_by_schedule': {'target': 'optax:chain', 'args': (
+        {'target': 'optax:scale_by_schedule', 'step_size_fn': WARMING},
+        {'target': 'optax:scale', 'args': (-0.5,)},
+    )},
+    'MultiSteps': {'target': 'optax:MultiSteps', 'args': (SGD,), 'every_k_schedule': 2},
+    'MultiSteps of a chain': {'target': 'optax:MultiSteps', 'every_k_schedule': 2, 'opt': {
+        'target': 'optax:chain', 'args': (
+            {'target': 'optax:scale', 'step_size': -1.0},
+            {'target': 'optax:scale_by_schedule', 'args': (WARMING,)},
+        ),
+    }},
+}  # fmt: skip
+
+
+def with_a_default(learning_rate: float = 0.3) -> optax.GradientTransformation:
+    return optax.sgd(learning_rate)
+
+
+def made(optimizer: Mapping[str, Any], **groups: Any) -> Optimizer:
+    sections = OptimizerSection(node=dict(optimizer), **groups)
+    clock = Clock(batch_size=32, steps_per_epoch=Fraction(5), total_steps=10)
+    return building.optimizer(sections, clock)[0]
+
+
+@pytest.mark.parametrize('name', NESTED)
+def test_the_rate_of_an_optimizer_within_others(name: str) -> None:
+    """E2: what is logged is minus the update that a gradient of one becomes."""
+    optimizer = made(NESTED[name])
+    rate = optimizer.learning_rates
+    assert callable(rate)
+    params = {'x': jnp.ones(())}
+    tx = optimizer.transformation(params)
+    state, applied = tx.init(params), []
+    for count in range(6):
+        updates, state = tx.update(params, state, params)
+        applied.append((float(rate(jnp.int32(count))), -float(updates['x'])))
+    # Some collect gradients first.
+    found = [(logged, moved) for logged, moved in applied if moved]
+    assert len(found) == (3 if name.startswith('MultiSteps') else 6)
+    assert [logged for logged, _ in found] == pytest.approx([moved for _, moved in found])
+    assert len({logged for logged, _ in applied}) > 1 or name.startswith('by ')
+
+
+PARTS = {
+    'target': 'optax:multi_transform',
+    'transforms': {'bias': {'target': 'optax:adam', 'args': (1e-3,)}, 'kernel': SGD},
+    'param_labels': {'ref': f'{__name__}:bias_or_kernel'},
+}
+
+
+def bias_or_kernel(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, params)
+
+
+def test_several_rates_are_told_apart(tmp_path: pathlib.Path) -> None:
+    """E2: by what their places do not have in common; within a group, too."""
+    options = {**SMALL, 'train_for': '3 steps', 'log__every': '1 steps'}
+    Trainer(load_and_build(CONFIG, optimizer=PARTS, **options), str(tmp_path)).fit()
+    rows = command.rows(tmp_path)
+    assert [row['train/learning_rate/kernel'] for row in rows] == pytest.approx([0.1, 0.125, 0.15])
+    assert [row['train/learning_rate/bias'] for row in rows] == pytest.approx([1e-3] * 3)
+    groups = {'body': GroupSection(params='.*', node=PARTS)}
+    rates = made({}, groups=groups).learning_rates
+    assert isinstance(rates, Mapping) and set(rates) == {'body/bias', 'body/kernel'}
+    pair = made({'target': 'optax:chain', 'args': (SGD, {'target': 'optax:sgd', 'args': (0.5,)})})
+    assert isinstance(pair.learning_rates, Mapping)
+    assert {name: float(rate(4)) for name, rate in pair.learning_rates.items()} == pytest.approx(
+        {'0': 0.2, '1': 0.5}
+    )
+
+
+@pytest.mark.parametrize(
+    'node',
+    [
+        {'target': 'optax:adafactor'},
+        {'target': 'optax:chain', 'args': ({'target': 'optax:scale', 'step_size': -0.1},)},
+        {'target': 'optax:MultiSteps', 'opt': SGD, 'every_k_schedule': WARMING},
+    ],
+)
+def test_a_rate_that_is_not_known_is_said(
+    node: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert made(node).learning_rates is None
+    assert 'The learning rate of config.optimizer is not known and not logged' in caplog.messages
+    caplog.clear()
+    made(SGD)
+    made({'target': 'optax:set_to_zero'})
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ('node', 'message'),
+    [
+        (
+            {'target': 'optax:cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': 10},
+            r'optimizer\.target: optax:cosine_decay_schedule makes no optimizer.*'
+            r'a schedule stands in config\.optimizer\.learning_rate',
+        ),
+        (
+            {'target': 'optax:inject_hyperparams', 'inner_factory': {'ref': 'optax:adam'}},
+            r'optax:inject_hyperparams makes no optimizer.* not needed .* config\.ensemble\.vary',
+        ),
+        (
+            {'target': 'optax:sgd', 'learning_rate': {'ref': 'optax:cosine_decay_schedule'}},
+            r'learning_rate: .* is no schedule.*decay_steps.*named by target=',
+        ),
+        (
+            {'target': 'optax:sgd', 'learning_rate': {'target': 'optax:adam', 'args': (0.1,)}},
+            r'optimizer\.learning_rate: expected a number or a schedule.* got Gradient',
+        ),
+        ({'target': 'optax:sgd', 'args': ('0.1',)}, r'optimizer\.args\[0\]: .* got str'),
+    ],
+)  # fmt: skip
+def test_what_is_no_optimizer_and_no_rate(node: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        made(node)
+
+
+def of_two(count: Any) -> Any:
+    return jnp.stack([count, count])
+
+
+@pytest.mark.parametrize('name', ['optax:constant_schedule', f'{__name__}:of_two'])
+def test_a_rate_that_is_no_number(name: str) -> None:
+    """Its signature would do, so this shows where shapes are worked out, before the training."""
+    trainer = Trainer(load_and_build(CONFIG, optimizer__learning_rate={'ref': name}, **SMALL))
+    with pytest.raises(UserError, match=r'config\.optimizer: the learning rate must be'):
+        trainer.init_state()
 
 
 def test_what_is_logged_is_what_was_applied(tmp_path: pathlib.Path) -> None:

@@ -159,7 +159,10 @@ def resolve(node: Any, clock: Clock, path: str) -> tuple[Any, dict[str, int]]:
                 step = steps(key, f'{where}.{key}') if is_duration(key) else key
                 if step in walked:
                     same = next(k for k in value if found.get(f'{where}.{k}', k) == step)
-                    raise UserError(f'{where}: {same!r} and {key!r} are both step {step}')
+                    raise UserError(
+                        f'{where}: {same!r} and {key!r} are both step {step}. Leave one of them '
+                        'out, or make the run longer (config.train_for)'
+                    )
                 walked[step] = walk(item, f'{where}.{key}')
             return walked
         if isinstance(value, (tuple, list)):

@@ -37,12 +37,34 @@ def join(keys: Sequence[str | int]) -> str:
 
 
 def nested(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a dict in which what stood at the key 'a.b' stands at 'b' of 'a'."""
+    """Returns a dict in which what stood at the key 'a.b' stands at 'b' of 'a'.
+
+    Raises:
+        UserError: if something stands at both.
+    """
     whole: dict[str, Any] = {}
     for key, value in node.items():
         inner = nested(value) if isinstance(value, Mapping) else value
-        keys = str(key).split('.') if isinstance(key, str) else [key]
-        whole = changed(whole, [*keys], inner)
+        for name in reversed(key.split('.') if isinstance(key, str) else [key]):
+            inner = {name: inner}
+        whole = _joined(whole, inner, [])
+    return whole
+
+
+def _joined(one: Mapping[Any, Any], other: Mapping[Any, Any], before: Keys) -> dict[Any, Any]:
+    """Returns what stands in either of two dicts."""
+    whole = dict(one)
+    for key, value in other.items():
+        keys = [*before, key]
+        if key not in whole:
+            whole[key] = value
+        elif isinstance(whole[key], Mapping) and isinstance(value, Mapping):
+            whole[key] = _joined(whole[key], value, keys)
+        else:
+            raise UserError(
+                f'{join(keys)!r} is given twice, {whole[key]!r} and {value!r}: by a key with dots '
+                'and by nested ones. Leave one of them out'
+            )
     return whole
 
 

@@ -136,7 +136,7 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     Raises:
         UserError: as `check`, and when a call refuses its arguments.
     """
-    if isinstance(node, (tuple, list)):
+    if type(node) in (tuple, list):  # And no object that is a tuple, such as an optimizer.
         return type(node)(instantiate(v, f'{path}[{i}]', supplied) for i, v in enumerate(node))
     if not isinstance(node, Mapping):
         return node
@@ -193,7 +193,7 @@ def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
     keys = [key for key in node if key not in RESERVED]
     unknown = [key for key in keys if key not in parameters]
     if unknown and not (open_ended and node.get('accepts_any')):
-        raise UserError(_unknown_argument(node, unknown[0], parameters, open_ended, path))
+        raise UserError(_unknown_argument(target, node, unknown[0], path))
     positional = [
         p.name for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY
     ][: len(tuple(node.get('args', ())))]
@@ -210,21 +210,35 @@ def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
         raise UserError(f'{path}.{missing[0]} is missing: {node["target"]} has no default for it')
 
 
-def _unknown_argument(
-    node: Mapping[str, Any],
-    key: str,
-    parameters: Mapping[str, Any],
-    open_ended: bool,
-    path: str,
-) -> str:
+def _unknown_argument(target: Any, node: Mapping[str, Any], key: str, path: str) -> str:
+    parameters, open_ended = arguments(target)
     if open_ended:
         return (
             f'{path}.{key}: {node["target"]} takes **kwargs, so the name cannot be checked; '
             f'add {path}.accepts_any=True if it is right'
         )
     near = suggest.nearest(key, parameters)
-    hint = f'Did you mean {path}.{near}?' if near else f'It takes: {", ".join(told(parameters))}.'
+    takes = told(parameters)
+    if near:
+        hint = f'Did you mean {path}.{near}?'
+    elif takes:
+        hint = f'It takes: {", ".join(takes)}.'
+    else:
+        hint = _takes_no_names(target, node, key, path)
     return f'{path}.{key}: {node["target"]} takes no argument {key!r}. {hint}'
+
+
+def _takes_no_names(target: Any, node: Mapping[str, Any], key: str, path: str) -> str:
+    kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return 'It takes none.'
+    having = [
+        f'{path}.args[{index}].{key}'
+        for index, part in enumerate(node.get('args', ()))
+        if isinstance(part, Mapping) and key in part
+    ]
+    hint = f'It takes positional arguments only, in {path}.args'
+    return f'{hint}. Did you mean {having[0]}?' if having else f'{hint}, such as args[0].{key}.'
 
 
 def _pop_kind(parameters: dict[str, inspect.Parameter], kind: Any) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
@@ -103,13 +105,21 @@ class Evaluator:
             state: the state that will be evaluated, or its shapes.
 
         Raises:
-            UserError: if the task asks for a field that the batch does not have.
+            UserError: if the task asks for a field that the batch does not have, or the model is
+                in training mode whatever it is told.
         """
+        with self._telling_its_mode():
+            output = self._output_shapes(state)
+        self._empty = jax.jit(
+            functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
+        )
+
+    def _output_shapes(self, state: TrainState) -> Any:
         shapes = None
         try:
             shapes = abstract_batch(self.loader.spec)
             with self._tracing():
-                output = self.step.output_shapes(self.variables(state), shapes)
+                return self.step.output_shapes(self.variables(state), shapes)
         except UserError as error:
             raise UserError(f'config.evals.{self.name}: {error}') from error
         except Exception as error:
@@ -118,9 +128,6 @@ class Evaluator:
                 batch = ', '.join(f'{name}: {describe(x)}' for name, x in shapes.items())
                 error.add_note(f'Its task {self.step.task.task!r} was called on the batch {batch}')
             raise
-        self._empty = jax.jit(
-            functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
-        )
 
     def check_metric(self, name: str, path: str) -> None:
         """Checks that `run` will return a metric of this name; `prepare` must have been called.
@@ -183,11 +190,24 @@ class Evaluator:
         variables = self.variables(state)
         with self._batches() as batches:
             for index, batch in self._until_the_end(batches):
-                with self._tracing():
+                with self._tracing(), self._telling_its_mode():
                     outputs = self._predict(variables, state.step, np.int32(index), batch)
                 outputs = jax.device_get(outputs)
                 mask = outputs.pop(MASK)
                 yield {name: x[mask] for name, x in outputs.items()}
+
+    @contextlib.contextmanager
+    def _telling_its_mode(self) -> Iterator[None]:
+        """Explains what Flax says of a model that trains while it is evaluated."""
+        try:
+            yield
+        except (InvalidRngError, ModifyScopeVariableError) as error:
+            raise UserError(
+                f'config.evals.{self.name}: the model does what it may do in training alone: '
+                f'{error}\nIt must know its mode. Let its call, or its constructor, take `train`, '
+                '`training`, `is_training` or `deterministic`, which is then given, and pass it on '
+                'to its layers: see "Add your own" in the README'
+            ) from error
 
     def check_predicts(self) -> None:
         """Raises a UserError if the task has no method `predict`."""

@@ -6,18 +6,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import durations, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
-from trainer.step import varied
+from trainer.step import rates, varied
 from trainer.step.context import StepFunction, default_step
 from trainer.step.optimizer import Group, Optimizer, RegexMask
 
+_log = logging.getLogger('trainer')
+
 _OPTIMIZER, _STEP = 'config.optimizer', 'config.step'
+
+# Whose `decay_steps` count the warm-up, too: of the schedule, or of each of its cycles.
+_WARMED_UP = (':warmup_cosine_decay_schedule', ':sgdr_schedule')
 
 # What a step is called with. A target that takes these is the step itself, and not its maker.
 _STEP_ARGUMENTS = ('state', 'batch', 'ctx')
@@ -94,30 +100,48 @@ def _one_optimizer(
     prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
     mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
     base = varied.injected(node, path, mine, prefix=prefix) if mine else None
-    node = varied.placed(node, mine)
-    learning_rate = _find_learning_rate(node)
-    if isinstance(learning_rate, Mapping):
-        learning_rate = targets.instantiate(learning_rate, f'{path}.learning_rate')
-        if 'learning_rate' in node:  # And not in a part of a chain.
-            # One schedule object for the optimizer and for the logged value.
-            node = {**node, 'learning_rate': learning_rate}
+    node, learning_rate = rates.made(varied.placed(node, mine), path)
+    if base is None:
+        base = targets.instantiate(node, path)
+        _check_made(base, node, path)
+        if learning_rate is None and not str(node['target']).endswith(':set_to_zero'):
+            _log.warning('The learning rate of %s is not known and not logged', path)
     return Optimizer(
-        base=targets.instantiate(node, path) if base is None else base,
-        learning_rate=_as_schedule(learning_rate),
+        base=base,
+        learning_rate=learning_rate,
         clip_norm=section.clip_norm,
         lr_multipliers=section.lr_multipliers or (),
         path=path,
     ), steps
 
 
-def _check_warmups(node: Any, path: str) -> None:
+def _check_made(made: Any, node: Node, path: str) -> None:
+    """Checks that a target has made an optimizer."""
+    if all(callable(getattr(made, name, None)) for name in ('init', 'update')):
+        return
+    mend = "Name one that does, such as 'optax:sgd'"
+    if str(node['target']).endswith(('inject_hyperparams', 'inject_stateful_hyperparams')):
+        mend = (
+            'It is not needed here: name the optimizer itself. The learning rate is logged, and '
+            'numbers that config.ensemble.vary names are in the state'
+        )
+    elif callable(made):
+        mend += f'; a schedule stands in {path}.learning_rate'
+    raise UserError(
+        f'{path}.target: {node["target"]} makes no optimizer, with methods `init` and `update`, '
+        f'but {made!r:.200}. {mend}'
+    )
+
+
+def _check_warmups(node: Any, path: str, within: str = '') -> None:
     """Checks that a warm-up is shorter than the schedule that it is part of."""
     if isinstance(node, (tuple, list)):
         for index, value in enumerate(node):
-            _check_warmups(value, f'{path}[{index}]')
+            _check_warmups(value, f'{path}[{index}]', within)
     if not isinstance(node, Mapping):
         return
-    if str(node.get('target')).endswith(':warmup_cosine_decay_schedule'):
+    within = str(node.get('target', within))
+    if within.endswith(_WARMED_UP):
         warmup, whole = node.get('warmup_steps'), node.get('decay_steps')
         if isinstance(warmup, int) and isinstance(whole, int) and warmup >= whole:
             raise UserError(
@@ -126,27 +150,7 @@ def _check_warmups(node: Any, path: str) -> None:
                 'the run longer (config.train_for)'
             )
     for key, value in node.items():
-        _check_warmups(value, f'{path}.{key}')
-
-
-def _find_learning_rate(node: Any) -> Any:
-    """Returns the learning rate of a node, of the first of its parts that has one, or None."""
-    if isinstance(node, Mapping):
-        if 'learning_rate' in node:
-            return node['learning_rate']
-        if str(node.get('target', '')).endswith(':scale_by_learning_rate') and node.get('args'):
-            return node['args'][0]
-        node = node.get('args', ())
-    if isinstance(node, (tuple, list)):
-        found = (_find_learning_rate(part) for part in node)
-        return next((rate for rate in found if rate is not None), None)
-    return None
-
-
-def _as_schedule(value: Any) -> Callable[[Any], Any] | None:
-    if value is None or callable(value):
-        return value
-    return lambda step: value
+        _check_warmups(value, f'{path}.{key}', within)
 
 
 def _patterns(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

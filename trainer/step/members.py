@@ -9,10 +9,10 @@ import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.config import paths
+from trainer.config import paths, suggest
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
-from trainer.config.sections import OptimizerSection, Sections
+from trainer.config.sections import GroupSection, OptimizerSection, Sections
 from trainer.step import building
 from trainer.step.ensemble import Ensemble
 from trainer.step.optimizer import Optimizer
@@ -39,7 +39,7 @@ def ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
         )
     seeds = tuple(sections.seed + member for member in range(given.size))
     values: dict[str, tuple[float, ...]] = {}
-    for path, found in _leaves(given.vary, ''):
+    for path, found in _by_path(given.vary).items():
         _check_values(path, found, given.size)
         if path == 'seed':
             seeds = tuple(found)
@@ -63,12 +63,31 @@ def _optimizer(section: OptimizerSection, clock: Clock, values: Mapping[str, Any
     return building.optimizer(section, clock, values)[0]
 
 
-def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _by_path(vary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves by their paths, such as 'optimizer.args[1].learning_rate'.
+
+    Raises:
+        UserError: if one path is there as a dotted key and as nested keys.
+    """
+    found: dict[str, Any] = {}
+    for keys, value in _leaves(vary, []):
+        path = paths.join(keys)
+        if path in found:
+            raise UserError(
+                f'{_VARY}.{path} is given twice, {found[path]!r} and {value!r}: by a key with dots '
+                'and by nested ones. Leave one of them out'
+            )
+        found[path] = value
+    return found
+
+
+def _leaves(node: Mapping[Any, Any], before: paths.Keys) -> Iterator[tuple[paths.Keys, Any]]:
     for key, value in node.items():
+        keys = [*before, *([key] if isinstance(key, int) else paths.parse(key))]
         if isinstance(value, Mapping):
-            yield from _leaves(value, f'{prefix}{key}.')
+            yield from _leaves(value, keys)
         else:
-            yield f'{prefix}{key}', value
+            yield keys, value
 
 
 def _check_values(path: str, values: Any, size: int) -> None:
@@ -88,18 +107,16 @@ def _check_seeds(seeds: tuple[int, ...]) -> None:
             raise UserError(f'config.ensemble: the seed {seed} of a member has more than 32 bits')
 
 
-def _check_path(section: OptimizerSection, path: str) -> None:
+def _check_path(optimizer: OptimizerSection, path: str) -> None:
     """Checks that a path below `config.optimizer` may be an argument of an optimizer."""
-    keys, node = paths.parse(path), section.node
-    if keys[0] == 'groups' and len(keys) > 2 and keys[1] in section.groups:
-        node, keys = section.groups[str(keys[1])].node, keys[2:]
+    section, keys = _owner(optimizer, path)
     own = {field.name for field in dataclasses.fields(section)} - {'node'}
     if keys[0] in own:
         raise UserError(
             f'{_VARY}: config.optimizer.{path} is no argument of an optimizer, and only those can '
             'vary'
         )
-    inner: Any = node
+    inner: Any = section.node
     for key in keys[:-1]:
         inner = _at(inner, key)
         if not isinstance(inner, (Mapping, tuple, list)):
@@ -113,6 +130,35 @@ def _check_path(section: OptimizerSection, path: str) -> None:
             f'would replace. Vary one of its own arguments, config.optimizer.{path}.NAME, or the '
             'factor of trainer.step.schedules:scaled around it'
         )
+
+
+def _owner(section: OptimizerSection, path: str) -> tuple[OptimizerSection | GroupSection, Any]:
+    """Returns the section whose optimizer a path leads into, and the keys below it.
+
+    Raises:
+        UserError: if there are groups, and it leads into none of them.
+    """
+    keys = paths.parse(path)
+    ours = {field.name for field in dataclasses.fields(section)} - {'node', 'groups'}
+    if not section.groups or keys[0] in ours:
+        return section, keys
+    if keys[0] != 'groups':
+        raise UserError(
+            f'{_VARY}: with config.optimizer.groups each group has its own optimizer; vary '
+            + ' or '.join(f'optimizer.groups.{name}.{path}' for name in section.groups)
+        )
+    if len(keys) > 2 and keys[1] in section.groups:
+        return section.groups[keys[1]], keys[2:]
+    name = str(keys[1]) if len(keys) > 1 else ''
+    near = suggest.nearest(name, section.groups)
+    raise UserError(
+        f'{_VARY}: config.optimizer.{path} is no argument of the optimizer of a group. '
+        + (
+            f'Did you mean optimizer.{paths.join(["groups", near, *keys[2:]])}?'
+            if near and near != name
+            else f'The groups are {", ".join(section.groups)}'
+        )
+    )
 
 
 def _at(node: Any, key: str | int) -> Any:

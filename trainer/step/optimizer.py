@@ -54,8 +54,8 @@ class Optimizer:
     Attributes:
         base: the transformation that the config's target made; None with groups.
         groups: instead of one transformation, one for each group of parameters, by name.
-        learning_rate: the schedule of `base`, as a function of the number of updates; None if
-            unknown.
+        learning_rate: the schedule of `base`, as a function of the number of updates; several by
+            name; None if unknown.
         clip_norm: global norm over the trained parameters that gradients are scaled down to.
         freeze: patterns of whole parameter paths that keep their values and hold no state.
         lr_multipliers: (pattern, factor) pairs; the first match counts, all must be covered.
@@ -64,7 +64,9 @@ class Optimizer:
 
     base: optax.GradientTransformation | None = None
     groups: Mapping[str, Group] = dataclasses.field(default_factory=dict, hash=False)
-    learning_rate: Schedule | None = None
+    learning_rate: Schedule | Mapping[str, Schedule] | None = dataclasses.field(
+        default=None, hash=False
+    )
     clip_norm: float | None = None
     freeze: tuple[str, ...] = ()
     lr_multipliers: tuple[tuple[str, float], ...] = ()
@@ -82,11 +84,38 @@ class Optimizer:
         )
 
     @property
-    def learning_rates(self) -> Schedule | dict[str, Schedule] | None:
+    def learning_rates(self) -> Schedule | Mapping[str, Schedule] | None:
         """The known schedule, or those of the groups by name; None if there is none."""
-        schedules = {name: group.optimizer.learning_rate for name, group in self.groups.items()}
-        known = {name: schedule for name, schedule in schedules.items() if schedule is not None}
+        known: dict[str, Schedule] = {}
+        for name, group in self.groups.items():
+            rate = group.optimizer.learning_rate
+            if isinstance(rate, Mapping):
+                known.update({f'{name}/{part}': each for part, each in rate.items()})
+            elif rate is not None:
+                known[name] = rate
         return known or self.learning_rate
+
+    def check_learning_rates(self) -> None:
+        """Checks that each is a number at every step.
+
+        Raises:
+            UserError: otherwise.
+        """
+        found = self.learning_rates
+        several = found if isinstance(found, Mapping) else {'': found}
+        for name, rate in several.items():
+            if rate is None:
+                continue
+            where = f'{self.path}: the learning rate' + (f' of {name}' if name else '')
+            try:
+                shape = jax.eval_shape(rate, jax.ShapeDtypeStruct((), jnp.int32)).shape
+            except (TypeError, AttributeError) as error:
+                raise UserError(
+                    f'{where} must be a number for each number of updates, and {rate!r} gives '
+                    f'none: {error}'
+                ) from error
+            if shape != ():
+                raise UserError(f'{where} must be one number, and {rate!r} gives the shape {shape}')
 
     def transformation(self, params: Any) -> optax.GradientTransformation:
         """Returns the complete transformation for these parameters (abstract ones will do).

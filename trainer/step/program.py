@@ -32,6 +32,9 @@ _MOST_IN_FLIGHT = 16
 # How JAX says that an annotation names an axis that is not of the mesh.
 _UNKNOWN_AXIS = re.compile(r'Resource axis: (\w+) of .* is not found in mesh')
 
+# And that a module or a task names an axis of `jax.pmap`, of which there is none.
+_UNBOUND_AXIS = re.compile(r'unbound axis name: (\w+)')
+
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
 
 
@@ -274,6 +277,13 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
             raise UserError(
                 f'config.mesh: the model names the mesh axis {name!r}, and the mesh has none. Add '
                 f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
+            ) from error
+        if isinstance(error, NameError) and (unbound := _UNBOUND_AXIS.search(str(error))):
+            raise UserError(
+                f'the model or the task names the axis {unbound[1]!r} of jax.pmap, and there is '
+                'none: a step is one program over the whole batch, on any number of devices. Leave '
+                'axis_name out: the statistics of nn.BatchNorm are those of the global batch '
+                'already; for statistics of groups of rows use models.norm:GroupedBatchNorm'
             ) from error
         task, seen = train_step.task, spec
         with contextlib.suppress(Exception):  # It may be a transform that has failed.

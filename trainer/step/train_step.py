@@ -63,6 +63,7 @@ class TrainStep:
 
     def named_init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
         """Returns the first state, variables still in the boxes that name their dimensions."""
+        self.optimizer.check_learning_rates()
         # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
         variables = dict(
