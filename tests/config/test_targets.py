@@ -91,6 +91,8 @@ def nothing() -> None: ...
         ('plain', {'a': 1, 'args': (2,)}, r'config\.x\.a is given twice'),
         ('anything', {'c': 1}, 'accepts_any=True'),
         ('Picky', {'value': -1}, r'config\.x: .*Picky refused its arguments: value -1 is negative'),
+        ('Picky', {'value': '5'}, r"config\.x\.value is the text '5': a length of time has a unit"),
+        ('Picky', {'value': {'a': 1}}, r'config\.x\.value is a dict that names no object'),
         ('plian', {'a': 1}, 'Did you mean .*:plain?'),
     ],
 )

@@ -101,7 +101,8 @@ def _find(text: str) -> pathlib.Path:
             raise UserError(f'--config: {text!r} is a directory; name a file in it')
     hint = ''
     # As it is, or one of `configs` by its name alone, or as a module is named.
-    for guess in (path, pathlib.Path('configs', f'{path.name.split(".")[-1]}.py')):
+    stem = path.name.removesuffix('.py').split('.')[-1]
+    for guess in (path, pathlib.Path('configs', f'{stem}.py')):
         folders = [guess.parent, *(pathlib.Path(root) / guess.parent for root in bundled.__path__)]
         files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
         near = suggest.nearest(guess.name, files)

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 import sys
 import sysconfig
 import traceback
@@ -158,8 +159,22 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
         raise
     except _REFUSALS as error:
         raise UserError(
-            f'{path}: {node["target"]} refused its arguments: {_said(error)}'
+            f'{path}: {node["target"]} refused its arguments: {_said(error)}{_hint(given, path)}'
         ) from error
+
+
+def _hint(given: Mapping[str, Any], path: str) -> str:
+    """Says where a number was given as text, or a dict names no object."""
+    for key, value in given.items():
+        if isinstance(value, str) and re.fullmatch(r'-?\d+(\.\d*)?', value):
+            units = f'{value} steps, {value} epochs'
+            return (
+                f'\n{path}.{key} is the text {value!r}: a length of time has a unit ({units}), a '
+                'number no quotation marks'
+            )
+        if isinstance(value, Mapping) and not {'target', 'ref'} & set(value):
+            return f"\n{path}.{key} is a dict that names no object: it has no 'target'"
+    return ''
 
 
 def _said(error: Exception) -> str:
