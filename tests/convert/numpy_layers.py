@@ -52,7 +52,7 @@ def conv2d(
 
 
 def conv_transpose2d(x: np.ndarray, w: Weights, at: str, *, stride: int = 1) -> np.ndarray:
-    """`torch.nn.ConvTranspose2d`: weight (inputs, outputs, height, width), a stamp of each input."""
+    """`torch.nn.ConvTranspose2d`: weight (inputs, outputs, height, width), a stamp an input."""
     kernel = double(w[f'{at}weight'])
     batch, _, height, width = x.shape
     _, outputs, tall, wide = kernel.shape
