@@ -90,6 +90,25 @@ def test_deterministic_is_said_once() -> None:
     ):
         with pytest.raises(ValueError, match='deterministic'):
             layer.apply({}, x, rngs=rngs, **given)
+    for said in (0, 1, 2):
+        model = functional(Said(said)).bind({'params': {}}, Keys(seed=0, mode='train'))
+        if said == 1:
+            assert (model(x) == 0).any()
+            continue
+        with pytest.raises(ValueError, match='deterministic'):
+            model(x)
+
+
+class Said(nn.Module):
+    """Says to its dropout so many times whether it trains."""
+
+    times: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        constructor = {'deterministic': not train} if self.times == 2 else {}
+        call = {'deterministic': not train} if self.times else {}
+        return nn.Dropout(0.5, **constructor)(x, **call)
 
 
 def test_what_is_kept_is_scaled_up() -> None:
