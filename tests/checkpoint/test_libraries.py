@@ -3,18 +3,27 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
+import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax import errors
 from flax.training import checkpoints, orbax_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.checkpoint.examples import abstract, state
+from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.manager import Checkpoints, Retention
+from trainer.config.durations import Periodic
+from trainer.transfer import restore
 
 TREE = {'a': np.arange(4.0), 'b': {'c': np.ones((2, 3))}}
 
@@ -33,13 +42,26 @@ def saved(found: ocp.CheckpointManager, steps: range, **options: Any) -> list[in
     return kept
 
 
+def files(directory: pathlib.Path) -> int:
+    return sum(path.is_file() for path in directory.rglob('*'))
+
+
 def test_small_arrays_are_aggregated(tmp_path: pathlib.Path) -> None:
-    """H2: the arguments that the guide passes are still taken; a whole tree comes back."""
+    """H2: the arguments that the guide passes are still taken, and it is today's format that puts
+    two hundred arrays into a few files, as those of a run are; without it each has its own."""
+    tree = {f'x{number}': number + jnp.arange(3.0) for number in range(200)}
+    args = orbax_utils.save_args_from_target(tree)
     checkpointer = ocp.PyTreeCheckpointer()
-    args = orbax_utils.save_args_from_target(TREE)
-    checkpointer.save(tmp_path / 'tree', TREE, save_args=args)
-    found = checkpointer.restore(tmp_path / 'tree')
-    jax.tree.map(np.testing.assert_array_equal, found, TREE)
+    checkpointer.save(tmp_path / 'bundled', tree, save_args=args)
+    apart = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+    apart.save(tmp_path / 'apart', args=ocp.args.PyTreeSave(tree, save_args=args))
+    ours = Checkpoints(tmp_path / 'ours', Retention())
+    ours.save(1, tree, {})
+    ours.close()
+    assert files(tmp_path / 'apart') > 200
+    assert files(tmp_path / 'bundled') < 40 and files(tmp_path / 'ours') < 40
+    for found in (checkpointer.restore(tmp_path / 'bundled'), ours.restore(1, abstract(tree))):
+        jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
 def test_the_last_are_kept(tmp_path: pathlib.Path) -> None:
@@ -52,6 +74,33 @@ def test_every_second_is_kept(tmp_path: pathlib.Path) -> None:
     options = {'max_to_keep': 3, 'keep_period': 2, 'step_prefix': 'test'}
     assert saved(manager(tmp_path, **options), range(5)) == [0, 2, 3, 4]
     assert {path.name for path in tmp_path.iterdir()} >= {'test_0', 'test_4'}
+
+
+def test_every_second_is_kept_by_a_run(tmp_path: pathlib.Path) -> None:
+    """H4: the same steps by `checkpoint.keep_last` and `checkpoint.keep_every`."""
+    ours = Checkpoints(tmp_path, Retention(keep_last=3, keep_every=Periodic(Fraction(2))))
+    for step in range(5):
+        ours.save(step, state(step), {})
+    ours.close()
+    assert ours.steps() == [0, 2, 3, 4]
+
+
+@pytest.fixture
+def msgpack() -> Iterator[None]:
+    """Flax writes its own format, and not Orbax's."""
+    flax.config.update('flax_use_orbax_checkpointing', False)
+    yield
+    flax.config.update('flax_use_orbax_checkpointing', True)
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.usefixtures('msgpack')
+def test_flax_itself_forgets_step_0(tmp_path: pathlib.Path) -> None:
+    """H4: `keep_every_n_steps` never keeps it, whatever the guide says; the run above does."""
+    for step in range(5):
+        checkpoints.save_checkpoint(tmp_path, TREE, step, keep=3, keep_every_n_steps=2)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f'checkpoint_{step}' for step in (1, 2, 3, 4)}
 
 
 def test_by_interval_and_by_metric(tmp_path: pathlib.Path) -> None:
@@ -67,12 +116,34 @@ def test_by_interval_and_by_metric(tmp_path: pathlib.Path) -> None:
     best.close()
 
 
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.usefixtures('msgpack')
+@pytest.mark.parametrize('step', [2, 1])
+def test_no_step_is_written_over(step: int, tmp_path: pathlib.Path) -> None:
+    """H11: Flax refuses the newest step and older ones, unless it may overwrite what is newer."""
+    checkpoints.save_checkpoint(tmp_path, TREE, step=2)
+    with pytest.raises(errors.InvalidCheckpointError):
+        checkpoints.save_checkpoint(tmp_path, TREE, step=step)
+    assert [path.name for path in tmp_path.iterdir()] == ['checkpoint_2']
+    checkpoints.save_checkpoint(tmp_path, {'a': np.zeros(3)}, step=step, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [f'checkpoint_{step}']
+    assert restore.raw(tmp_path)['a'].tolist() == [0.0] * 3
+
+
+def test_the_same_place_again(tmp_path: pathlib.Path) -> None:
+    """H11: a checkpointer of Orbax writes over what is there by force alone."""
+    checkpointer = ocp.PyTreeCheckpointer()
+    checkpointer.save(tmp_path / 'tree', TREE)
+    with pytest.raises(ValueError, match='already exists'):
+        checkpointer.save(tmp_path / 'tree', {'a': np.zeros(3)})
+    jax.tree.map(np.testing.assert_array_equal, checkpointer.restore(tmp_path / 'tree'), TREE)
+    checkpointer.save(tmp_path / 'tree', {'a': np.zeros(3)}, force=True)
+    assert restore.raw(tmp_path / 'tree')['a'].tolist() == [0.0] * 3
+
+
 def test_the_same_step_again(tmp_path: pathlib.Path) -> None:
-    """H11: Flax's legacy function refuses it, Orbax's manager passes it by, or refuses by force."""
-    legacy = checkpoints.save_checkpoint(tmp_path / 'old', TREE, step=2)
-    assert legacy.endswith('checkpoint_2')
-    with pytest.raises((errors.InvalidCheckpointError, ValueError)):
-        checkpoints.save_checkpoint(tmp_path / 'old', TREE, step=2)
+    """H11: Orbax's manager passes it by, or refuses by force; a run's save of it fails, and what
+    was there stays."""
     theirs = manager(tmp_path / 'new')
     theirs.save(3, args=ocp.args.StandardSave(TREE))
     theirs.wait_until_finished()
@@ -81,6 +152,42 @@ def test_the_same_step_again(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ocp.checkpoint_manager.StepAlreadyExistsError):
         theirs.save(3, args=ocp.args.StandardSave(TREE), force=True)
     theirs.close()
+    ours = Checkpoints(tmp_path / 'ours', Retention())
+    ours.save(3, state(1), {})
+    ours.wait()
+    ours.save(3, state(2), {})
+    with pytest.raises(SaveError, match='step 3 already exists'):
+        ours.close()
+    found = Checkpoints(tmp_path / 'ours', Retention()).restore(3, abstract(state(1)))
+    jax.tree.map(np.testing.assert_array_equal, found, state(1))
+
+
+def test_saved_on_one_mesh_and_restored_on_others(tmp_path: pathlib.Path) -> None:
+    """H14: from (4, 2) to (2, 4), (8,) and one device: equal values, the shardings asked for."""
+
+    def sharding(shape: tuple[int, ...], spec: Sequence[str | None]) -> NamedSharding:
+        count, names = math.prod(shape), ('x', 'y')[: len(shape)]
+        types = (jax.sharding.AxisType.Auto,) * len(shape)
+        mesh = jax.make_mesh(shape, names, axis_types=types, devices=jax.devices()[:count])
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    values = np.arange(128, dtype='f4').reshape(8, 16)
+    ours = Checkpoints(tmp_path, Retention())
+    ours.save(1, {'w': jax.device_put(values, sharding((4, 2), ('x', 'y')))}, {})
+    ours.close()
+    for shape, spec, shard in (
+        ((2, 4), ('x', 'y'), (4, 4)),
+        ((2, 4), ('y', None), (2, 16)),
+        ((8,), (None, 'x'), (8, 2)),
+        ((8,), ('x',), (1, 16)),
+        ((1,), (), (8, 16)),
+    ):
+        asked = sharding(shape, spec)
+        wanted = {'w': jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=asked)}
+        found = Checkpoints(tmp_path, Retention()).restore(1, wanted)['w']
+        assert found.sharding == asked
+        assert {part.data.shape for part in found.addressable_shards} == {shard}
+        np.testing.assert_array_equal(found, values)
 
 
 def test_metadata_lies_beside(tmp_path: pathlib.Path) -> None:

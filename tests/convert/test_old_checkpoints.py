@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import flax
@@ -18,6 +21,7 @@ from flax import serialization
 from flax.training import checkpoints, train_state
 
 from models.cnn import CNN
+from tests.parallel.group import finish, free_port
 from tests.transfer.examples import Net, assert_same, flat, trainer
 from trainer.config.errors import UserError
 from trainer.transfer import restore, safetensors
@@ -189,6 +193,76 @@ def test_raw_without_a_target(tmp_path: pathlib.Path) -> None:
     assert_same(restore.raw(tmp_path / 'orbax', at='model/opt_state/0/mu'), state.opt_state[0].mu)
     with pytest.raises(UserError, match="has no 'mdoel' of 'mdoel/params'; there is\n  data"):
         restore.raw(tmp_path / 'orbax', at='mdoel/params')
+
+
+@pytest.mark.parametrize(
+    ('tx', 'expected'),
+    [
+        (optax.sgd(0.1), [None, None]),
+        (optax.sgd(0.1, momentum=0.9), [{'trace': {'w': 0.0}}, None]),
+        (optax.adam(0.1), [{'count': 0, 'mu': {'w': 0.0}, 'nu': {'w': 0.0}}, None]),
+    ],
+    ids=['sgd', 'momentum', 'adam'],
+)
+def test_the_raw_state_of_an_optimizer(tx: Any, expected: Any, tmp_path: pathlib.Path) -> None:
+    """H6: of Orbax named tuples come back as dicts, and empty ones as None, in a list."""
+    ocp.PyTreeCheckpointer().save(tmp_path / 'orbax', {'opt_state': tx.init({'w': jnp.zeros(())})})
+    found = restore.raw(tmp_path / 'orbax')['opt_state']
+    assert jax.tree.map(float, found) == expected
+
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('orbax', [False, True])
+def test_what_many_processes_would_have_saved(
+    orbax: bool, tmp_path: pathlib.Path, msgpack: None
+) -> None:
+    """H16: of `save_checkpoint_multiprocess`, with arrays that are cut over devices, as Flax's own
+    file and as Orbax's; a run starts from it."""
+    flax.config.update('flax_use_orbax_checkpointing', orbax)
+    state = net_state()
+    mesh = jax.make_mesh((4,), ('x',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    cut = jax.tree.map(lambda x: jax.device_put(x, rows) if x.ndim == 2 else x, state.params)
+    checkpoints.save_checkpoint_multiprocess(tmp_path / 'old', state.replace(params=cut), 5)
+    new = trainer(tmp_path, init_from={'path': str(tmp_path / 'old')}).init_state()
+    assert_same(new.params, state.params)
+    assert_same(new.collections['batch_stats'], state.batch_stats)
+    assert restore.raw(tmp_path / 'old')['step'] == 1
+
+
+PROGRAM = """
+import sys
+import jax
+import numpy as np
+from flax.training import checkpoints
+
+coordinator, number, directory = sys.argv[1:]
+jax.distributed.initialize(coordinator, 2, int(number))
+mesh = jax.make_mesh((4,), ('x',), (jax.sharding.AxisType.Auto,))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+values = np.arange(32, dtype='f4').reshape(8, 4)
+w = jax.make_array_from_callback(values.shape, rows, lambda index: values[index])
+assert not w.is_fully_addressable
+checkpoints.save_checkpoint_multiprocess(directory, {'params': {'w': w}}, 5)
+"""
+
+
+@pytest.mark.slow
+def test_what_two_processes_have_saved(tmp_path: pathlib.Path) -> None:
+    """H16: each of two real processes has half of the array; one reads it whole."""
+    flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'JAX_PLATFORMS': 'cpu'}
+    told = (f'127.0.0.1:{free_port()}', str(tmp_path / 'old'))
+    running = [
+        subprocess.Popen(
+            [sys.executable, '-c', PROGRAM, told[0], str(number), told[1]],
+            env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    codes, _, errors = finish(running)
+    assert codes == [0, 0], errors
+    values = np.arange(32, dtype='f4').reshape(8, 4)
+    np.testing.assert_array_equal(restore.raw(tmp_path / 'old', at='params/w'), values)
 
 
 def test_raw_msgpack_that_is_edited(tmp_path: pathlib.Path) -> None:

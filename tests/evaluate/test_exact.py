@@ -17,6 +17,8 @@ from flax import errors as flax_errors
 from data.loader import EvalLoader
 from data.mnist import MNIST
 from data.sources import ArraySource
+from data.stages import Filter
+from data.streaming import StreamEvalLoader
 from data.transforms import ToFloat
 from trainer.evaluate.evaluator import EvalStep, Evaluator
 from trainer.evaluate.pad import pad_shard_unpad
@@ -99,6 +101,47 @@ def test_fewer_examples_than_devices_or_a_few_left(examples: int) -> None:
         -log_p[np.arange(examples), batch['label']].mean(), rel=1e-5
     )
     assert metrics['accuracy'] == pytest.approx((log_p.argmax(-1) == batch['label']).mean())
+
+
+def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
+    """An evaluator of MNIST's test split, read as a stream whose length nobody knows."""
+    loader = StreamEvalLoader(
+        source=MNIST('test'), batch_size=batch_size, transforms=(ToFloat(),), stages=stages
+    )
+    step = EvalStep(model=functional(module), task=TaskRunner.of(Classification()), seed=0)
+    return Evaluator('test', step, loader, mesh_of(8))
+
+
+@pytest.mark.parametrize('batch_size', [512, 4096])
+def test_always_zero_with_infinite_padding(batch_size: int) -> None:
+    """B7: 980 of 10,000 on 8 devices, compiled once, where the end is where nobody has more."""
+    evaluator = streamed(AlwaysZero(), batch_size)
+    assert evaluator.loader.num_batches is None
+    metrics = evaluator.run(state_of(AlwaysZero(), (28, 28, 1)))
+    assert metrics['examples'] == 10_000
+    assert round(metrics['accuracy'] * 10_000, 3) == 980
+    assert evaluator.compiles == 1
+
+
+def is_odd(example: Any) -> bool:
+    return bool(example['label'] % 2)
+
+
+def test_what_a_filter_leaves() -> None:
+    """B7: examples, loss and accuracy are those of numpy, where a filter decides what counts."""
+    module = Linear()
+    state = state_of(module, (28, 28, 1))
+    metrics = streamed(module, 1000, Filter(keep=is_odd)).run(state)
+    everything = MNIST('test').gather(np.arange(10_000))
+    odd = everything['label'] % 2 == 1
+    labels = everything['label'][odd]
+    dense = jax.device_get(state.params['Dense_0'])
+    images = everything['image'][odd].reshape(len(labels), -1) / 255.0
+    logits = images @ dense['kernel'] + dense['bias']
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert metrics['examples'] == odd.sum() == 5074
+    assert metrics['loss'] == pytest.approx(-log_p[np.arange(len(labels)), labels].mean(), rel=1e-5)
+    assert metrics['accuracy'] == pytest.approx((logits.argmax(-1) == labels).mean(), abs=1e-7)
 
 
 class CluTask:

@@ -34,6 +34,17 @@ class Net(nn.Module):
         return scale * nn.Dropout(self.rate, deterministic=not train)(jnp.ones_like(x))
 
 
+class Fitted(nn.Module):
+    """Ones, of which some are dropped, and a parameter that starts as the mean of what is kept."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        kept = nn.Dropout(self.rate, deterministic=not train)(jnp.ones_like(x))
+        return kept - self.param('level', lambda _: kept.mean(0))
+
+
 def test_streams_have_keys_of_their_own() -> None:
     """D1: one seed, and a key for each stream, mode, step and slice of it."""
     names = ('params', 'dropout', 'noise')
@@ -54,6 +65,9 @@ def test_the_first_state_needs_no_dropout() -> None:
     keys = Keys(seed=0, mode='init')
     found = [functional(Net(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
     assert found[0] == found[1] == {'scale': 1.0}
+    # Here they would depend on it, if anything were dropped.
+    fitted = [functional(Fitted(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
+    assert fitted[0]['level'].tolist() == fitted[1]['level'].tolist() == [1.0] * 8
     variables = Net().init({'params': jax.random.key(0)}, jnp.zeros((4, 8)))
     assert set(variables) == {'params'}
 
@@ -76,6 +90,25 @@ def test_deterministic_is_said_once() -> None:
     ):
         with pytest.raises(ValueError, match='deterministic'):
             layer.apply({}, x, rngs=rngs, **given)
+    for said in (0, 1, 2):
+        model = functional(Said(said)).bind({'params': {}}, Keys(seed=0, mode='train'))
+        if said == 1:
+            assert (model(x) == 0).any()
+            continue
+        with pytest.raises(ValueError, match='deterministic'):
+            model(x)
+
+
+class Said(nn.Module):
+    """Says to its dropout so many times whether it trains."""
+
+    times: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        constructor = {'deterministic': not train} if self.times == 2 else {}
+        call = {'deterministic': not train} if self.times else {}
+        return nn.Dropout(0.5, **constructor)(x, **call)
 
 
 def test_what_is_kept_is_scaled_up() -> None:

@@ -233,7 +233,7 @@ def test_patterns_are_of_paths() -> None:
 
 
 def test_the_trained_module_comes_back() -> None:
-    """X9: as itself, in evaluation mode, for `nnx.state` and its filters."""
+    """X6, X9: as itself, in evaluation mode, for `jax.jit`, `nnx.state` and its filters."""
     options = {'model__batch_norm': True, 'model__dropout_rate': 0.5}
     made = experiment(
         'models.mlp_nnx:MLP', evals=EVALS, precision={'compute': 'bfloat16'}, **options
@@ -245,6 +245,8 @@ def test_the_trained_module_comes_back() -> None:
     exact = experiment('models.mlp_nnx:MLP', **options).model
     expected = exact.bind(state.variables, Keys(seed=0, mode='eval'))(x)
     assert np.array_equal(model(x), expected)
+    jitted = jax.jit(lambda model, x: model(x))(model, x)
+    np.testing.assert_allclose(jitted, expected, rtol=1e-2, atol=1e-2)
     assert np.array_equal(model.dense[0].kernel[...], state.params['dense']['0']['kernel'])
     filters: dict[Any, int] = {
         nnx.BatchStat: 2,

@@ -22,25 +22,36 @@ def build(**overrides: Any) -> Experiment:
     return load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
 
 
-@pytest.mark.parametrize('calls', [1, 8])
-def test_a_window_of_a_run(
-    calls: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = build(profile={'start': '6 steps', 'steps': 3}, steps_per_call=calls)
-    trainer = Trainer(made, str(tmp_path))
-    assert trainer.fit().step == 20
-    (trace,) = (tmp_path / 'profile').rglob('*.trace.json.gz')
-    assert b'jit_train_step' in gzip.decompress(trace.read_bytes())
-    assert f'trace written to {tmp_path}/profile' in capsys.readouterr().out
-    assert 'Dense_0' in trainer.programs.step.ready().as_text()
-
-
 @pytest.fixture
 def names_matter() -> Iterator[None]:
     """Or the cache of compiled programs would take one for the other."""
     jax.config.update('jax_compilation_cache_include_metadata_in_key', True)
     yield
     jax.config.update('jax_compilation_cache_include_metadata_in_key', False)
+
+
+@pytest.mark.usefixtures('names_matter')
+@pytest.mark.parametrize('calls', [1, 8])
+def test_a_window_of_a_run(
+    calls: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """M3: the files of the trace name the program and, forward and backward, its modules."""
+    made = build(profile={'start': '6 steps', 'steps': 3}, steps_per_call=calls)
+    trainer = Trainer(made, str(tmp_path))
+    assert trainer.fit().step == 20
+    (trace,) = (tmp_path / 'profile').rglob('*.trace.json.gz')
+    assert b'jit_train_step' in gzip.decompress(trace.read_bytes())
+    assert f'trace written to {tmp_path}/profile' in capsys.readouterr().out
+    named = traced(tmp_path)
+    for layer in (b'Dense_0', b'Dense_1'):
+        assert b'/jvp(MLP)/' + layer + b'/' in named
+        assert b'/transpose(jvp(MLP))/' + layer + b'/' in named
+
+
+def traced(directory: pathlib.Path) -> bytes:
+    """Returns the trace that holds the compiled programs; their operations have whole paths."""
+    (file,) = (directory / 'profile').rglob('*.xplane.pb')
+    return file.read_bytes()
 
 
 @pytest.mark.usefixtures('names_matter')
@@ -55,6 +66,9 @@ def test_modules_of_nnx_have_names_while_they_are_traced(tmp_path: pathlib.Path)
         assert all(
             (f'jvp(MLP)/{part}_0/' in text) == (name == 'traced') for part in ('dense', 'norm')
         )
+    assert all(
+        b'jvp(MLP)/' + part in traced(tmp_path / 'traced') for part in (b'dense_0', b'norm_0')
+    )
     assert losses['traced'] == losses['plain']
 
 

@@ -149,10 +149,53 @@ def test_branches_by_vmap_are_spread_over_devices() -> None:
     assert not {(4, 8, 32), (2, 32, 32), (4, 32, 32)} & shapes
 
 
-def test_batches_and_outputs_are_cut_by_rows() -> None:
-    """J6: what goes in and what comes out of training and inference lies on the axis 'data'."""
+def first_dimensions(shardings: Any) -> set[Any]:
+    """Returns over which axes the rows of a batch are cut."""
+    return {next(iter(x.spec)) for x in jax.tree.leaves(shardings)}
+
+
+def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
+    """J6: what goes in lies on the axis 'data'; the state comes out as it went in."""
     trainer = Trainer(experiment('cnn', mesh__data=8, train_for='1 steps'))
     with trainer.batches(0, [1]) as batches:
         _, batch = next(iter(batches))
-    assert batch['image'].sharding.spec[0] in ('data', ('data',))
     assert {s.data.shape[0] for s in batch['image'].addressable_shards} == {32 // 8}
+    step = trainer.programs.step.ready()
+    assert first_dimensions(step.input_shardings[0][1]) <= {'data', ('data',)}
+    before = trainer.init_state()
+    asked = jax.tree.map(lambda x: x.sharding, before)
+    after = trainer.programs.step(before, batch)
+    for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(asked), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    # Of 32 rows a device computes 4 logits of 10 classes, and nobody all of them.
+    text = step.as_text()
+    assert 'f32[4,10]' in text and 'f32[32,10]' not in text
+
+
+def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
+    """J6: the same for an evaluation, whose sums every device has; a prediction comes whole."""
+    test = {
+        'source': {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 77},
+        'device_transforms': ({'target': 'data.transforms:ToFloat'},),
+        'batch_size': 56,
+    }
+    evals = {'test': {'data': test}}
+    found = {}
+    for cut in (8, 1):
+        mesh = {'data': cut, 'model': 8 // cut}
+        trainer = Trainer(experiment('cnn', mesh=mesh, train_for='1 steps', evals=evals))
+        state, evaluator = trainer.init_state(), trainer.evaluators['test']
+        metrics = evaluator.run(state)
+        assert metrics['examples'] == 77
+        step = evaluator._program.ready()
+        batch = step.input_shardings[0][-1]
+        assert first_dimensions(batch) <= {'data', ('data',)}
+        assert all(x.is_fully_replicated for x in jax.tree.leaves(step.output_shardings))
+        # Logits of its own rows.
+        assert f'f32[{56 // cut},10]' in step.as_text()
+        assert ('f32[56,10]' in step.as_text()) == (cut == 1)
+        parts = list(evaluator.predict(state))
+        found[cut] = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        assert all(len(rows) == 77 for rows in found[cut].values())
+    for name, rows in found[8].items():
+        np.testing.assert_allclose(rows, found[1][name], rtol=1e-5, atol=1e-6)

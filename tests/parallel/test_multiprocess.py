@@ -200,7 +200,7 @@ def test_uneven_evaluations_are_exact(long_run: pathlib.Path, tmp_path: pathlib.
 def test_the_state_of_each_process_is_in_one_checkpoint(
     two_by_two: tuple[pathlib.Path, list[str]],
 ) -> None:
-    """H15, H16: all take part in a save; what two have saved is read by one, without flags."""
+    """H15: all take part in a save; what two have saved is read by one, without flags."""
     workdir, _ = two_by_two
     finished = command.run(
         command.MLP, *command.SMALL, *SHORT, f'--workdir={workdir}', '--mode=eval'

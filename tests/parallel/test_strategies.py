@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import errors
 from jax.sharding import PartitionSpec as P
 
 from tests.command import ROOT
@@ -180,25 +183,36 @@ def test_no_device_ever_holds_a_whole_parameter_at_init(cut: Trainer) -> None:
 class Stacked(nn.Module):
     """J3: layers scanned over, the new dimension named; J2: both kernels of a layer cut."""
 
+    width: int = 64
+    hidden: int = 128
+    named: bool = True
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        names = {nn.PARTITION_NAME: None}
+        names = {nn.PARTITION_NAME: None} if self.named else {}
         layers = nn.scan(
             Layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=4,
             metadata_params=names,
         )  # fmt: skip
-        x, _ = layers()(x.reshape(len(x), -1)[:, :64], None)
+        x = jnp.resize(x, (len(x), self.width))
+        x, _ = layers(self.hidden)(x, None)
         return nn.Dense(10)(x)
 
 
 class Layer(nn.Module):
+    hidden: int
+
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        init = nn.initializers.lecun_normal()
-        wide = self.param('w1', nn.with_partitioning(init, (None, 'model')), (64, 128))
-        back = self.param('w2', nn.with_partitioning(init, ('model', None)), (128, 64))
+        init, width = nn.initializers.lecun_normal(), x.shape[-1]
+        wide = self.param('w1', nn.with_partitioning(init, (None, 'model')), (width, self.hidden))
+        back = self.param('w2', nn.with_partitioning(init, ('model', None)), (self.hidden, width))
         x = jax.lax.with_sharding_constraint(nn.relu(x @ wide), P('data', 'model'))
         return jax.lax.with_sharding_constraint(x @ back, P('data', None)), None
+
+
+def layer_of(params: Any) -> Any:
+    return next(value for name, value in params.items() if 'Layer' in name)
 
 
 def test_names_that_are_mesh_axes_need_no_rules(tmp_path: pathlib.Path) -> None:
@@ -207,13 +221,44 @@ def test_names_that_are_mesh_axes_need_no_rules(tmp_path: pathlib.Path) -> None:
     made = experiment('Stacked', **options, checkpoint__every='3 steps')
     trainer = Trainer(made, str(tmp_path))
     params = trainer.fit().state.params
-    layer = next(iter(value for name, value in params.items() if 'Layer' in name))
+    layer = layer_of(params)
     assert layer['w1'].shape == (4, 64, 128)
     assert layer['w1'].sharding.spec == P(None, None, 'model')
     assert layer['w2'].sharding.spec == P(None, 'model', None)
     assert {s.data.shape for s in layer['w1'].addressable_shards} == {(4, 64, 32)}
     again = Trainer(made, str(tmp_path)).restore()
     jax.tree.map(lambda a, b: (a == b).all() or pytest.fail('differs'), params, again.params)
+
+
+def test_a_scanned_dimension_without_a_name_is_refused() -> None:
+    """J3: Flax asks for the name before anything is compiled."""
+    model = {'target': f'{__name__}:Stacked', 'named': False}
+    made = experiment('Stacked', mesh__data=2, mesh__model=4, model=model)
+    with pytest.raises(errors.PartitioningUnspecifiedError, match='partition_name'):
+        Trainer(made).compile()
+
+
+def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
+    """J7, J4: four layers of 1024 x 1024, scanned over, on 2 x 4 devices, each of which holds
+    (4, 1024, 256) of a kernel and of its moments. (The guide times the step; no time is asserted.)
+    """
+    model = {'target': f'{__name__}:Stacked', 'width': 1024, 'hidden': 1024}
+    adam = {'target': 'optax:adam', 'learning_rate': 1e-3}
+    options = {'model': model, 'optimizer': adam, 'ema': None}
+    trainer = Trainer(experiment('Stacked', mesh__data=2, mesh__model=4, **options))
+    state = trainer.init_state()
+    with trainer.batches(0, [1]) as batches:
+        _, batch = next(iter(batches))
+        state = jax.block_until_ready(trainer.programs.step(state, batch))
+    assert state.step == 1
+    assert math.isfinite(float(state.metrics['task'].loss.compute()))
+    adam_state = next(x for x in jax.tree.leaves(
+        state.opt_state, is_leaf=lambda x: hasattr(x, 'mu')) if hasattr(x, 'mu'))  # fmt: skip
+    for tree in (state.params, adam_state.mu, adam_state.nu):
+        w1, w2 = layer_of(tree)['w1'], layer_of(tree)['w2']
+        assert w1.shape == w2.shape == (4, 1024, 1024)
+        assert {part.data.shape for part in w1.addressable_shards} == {(4, 1024, 256)}
+        assert {part.data.shape for part in w2.addressable_shards} == {(4, 256, 1024)}
 
 
 def test_an_axis_that_the_mesh_lacks_is_named() -> None:

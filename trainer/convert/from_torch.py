@@ -37,6 +37,8 @@ _PROJECTIONS = ('query', 'key', 'value')
 
 def as_numpy(tensor: Any) -> np.ndarray:
     """Returns a tensor's values; bfloat16, which numpy does not know, as float32."""
+    if isinstance(tensor, np.ndarray | np.generic):
+        return np.asarray(tensor)
     tensor = tensor.detach().cpu()
     return (tensor.float() if str(tensor.dtype) == 'torch.bfloat16' else tensor).numpy()
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from etils import epath
+from flax.core import meta
 
 from trainer.config.errors import UserError
 from trainer.convert import from_torch, pre_linen
@@ -89,8 +90,8 @@ def torch_variables(
     """Returns variables of Linen's `apply` with the values of a PyTorch model, as numpy arrays.
 
     Args:
-        state_dict: of the PyTorch model.
-        variables: of the Flax model: what `init` returns, or its shapes.
+        state_dict: of the PyTorch model, as tensors or as arrays of numpy.
+        variables: of the Flax model: what `init` returns, or its shapes; boxes are taken off.
         rename: (pattern, replacement) pairs, as `config.init_from.rename` takes them, from paths
             such as 'layer1/0/conv1/weight' to those of the Flax model's modules.
         flatten: dense layers after a flattening; see `trainer.convert.from_torch.convert`.
@@ -105,7 +106,7 @@ def torch_variables(
         tuple(name.split('.')): lib.HostLeaf(from_torch.as_numpy(x))
         for name, x in state_dict.items()
     }
-    goal = lib.flat(variables)
+    goal = lib.flat(meta.unbox(variables))
     found = chosen.from_torch(leaves, {path: tuple(x.shape) for path, x in goal.items()})
     return lib.nested(matched(found, goal, chosen))
 
