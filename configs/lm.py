@@ -6,6 +6,9 @@
 
 The rules of `config.sharding` fit any mesh: an axis of size 1 cuts nothing. 'model' cuts heads and
 hidden units, 'fsdp' the rest of each parameter.
+
+Expected after 300 of the 2,000 steps: 2.2 nats for each byte of the training text; 4 minutes of
+processor time.
 """
 
 import ml_collections

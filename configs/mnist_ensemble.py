@@ -3,7 +3,7 @@
 
     python -m trainer.main --config=configs/mnist_ensemble.py
 
-Expected after 10 epochs: 97.9 % of all 10,000 test examples together, and 97.5 % each, on the
+Expected after 10 epochs: 97.96 % of all 10,000 test examples together, and 97.5 % each, on the
 average; 14 s on two CPU cores.
 """
 

@@ -3,7 +3,8 @@
 
     python -m trainer.main --config=configs/mnist_nnx.py
 
-Expected after 10 epochs: about 99 % of all 10,000 test examples.
+Expected after 10 epochs: about 99 % of all 10,000 test examples; 10 minutes of
+processor time.
 """
 
 import ml_collections

@@ -44,13 +44,30 @@ def described(name: str) -> str:
     return ast.get_docstring(tree) or ''
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_it_says_how_it_is_run(name: str) -> None:
-    text = described(name)
-    assert f'python -m trainer.main --config=configs/{name}.py' in text
-    # What comes of it: a figure, and after how long or on what.
-    assert re.search(r'\d', text.split(f'configs/{name}.py', 1)[1])
-    assert f'configs/{name}.py' in README
+# The README's table of configs: name, what it trains, arguments, what to expect, time.
+_TABLE = README.split('| config | what it trains |')[1].split('\n\n')[0].splitlines()[2:]
+ROWS = [[cell.strip() for cell in line.strip('|').split('|')] for line in _TABLE]
+
+
+def test_each_has_a_row() -> None:
+    assert sorted(name for name, *_ in ROWS) == NAMES
+
+
+@pytest.mark.parametrize(('name', 'trains', 'arguments', 'metric', 'time'), ROWS)
+def test_it_says_how_it_is_run(
+    name: str, trains: str, arguments: str, metric: str, time: str
+) -> None:
+    """The command, the figure and the time are those of the docstring."""
+    assert trains
+    text = ' '.join(described(name).split())
+    arguments = arguments.strip('`')
+    assert arguments.startswith(f'--config=configs/{name}.py')
+    assert f'python -m trainer.main {arguments}' in text
+    expected = text.split('Expected after ')[1]
+    figure = re.match(r'[\d.]+( %| nats)', metric)
+    assert figure is not None and figure[0] in expected
+    assert time.removesuffix(', busy') in expected
+    assert (', busy' in time) == ('busy CPU cores' in expected)
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import pathlib
 import subprocess
@@ -164,20 +165,46 @@ def test_a_model_that_looks_up(most_within: int, tmp_path: pathlib.Path) -> None
     assert np.array_equal(found['class'], expected['class'][:7])
 
 
-# All that another program needs.
-CALLER = """
+# A process in which nothing can be imported but Python's own modules, these packages, and what
+# JAX itself requires.
+ALONE = """
+import importlib.machinery
 import sys
+allowed = {{*sys.stdlib_module_names, *{names}}}
+allowed |= {{'jaxlib', 'ml_dtypes', 'numpy', 'opt_einsum', 'scipy'}}
+class Installed(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        there = name.partition('.')[0] in allowed or name.startswith('_sysconfigdata_')
+        return super().find_spec(name, path, target) if there else None
+machinery = importlib.machinery
+sys.meta_path[:] = [machinery.BuiltinImporter, machinery.FrozenImporter, Installed]
+for name in ('flax', 'optax', 'orbax', 'etils', 'msgpack', 'trainer'):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(f'{{name}} was imported')
+"""
+CALLER = """
 import numpy as np
 from jax import export
 function = export.deserialize(bytearray(open('model.jax_export', 'rb').read()))
 images = np.load('images.npy')
 np.save('classes.npy', function.call({'image': images})['class'])
-assert not {'trainer', 'flax', 'optax'} & {name.split('.')[0] for name in sys.modules}
 """
 
 
+def call_alone(directory: pathlib.Path, names: set[str]) -> subprocess.CompletedProcess[str]:
+    """Runs the caller with these packages and nothing else."""
+    return subprocess.run(
+        [sys.executable, '-I', '-c', ALONE.format(names=names) + CALLER],
+        cwd=directory, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
 def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
-    """A process that has JAX and nothing of this project makes the same predictions."""
+    """A process that has what `requires` names and no more makes the same predictions."""
     args = (command.MLP, *command.SMALL, f'--workdir={tmp_path}', '--config.train_for=5steps')
     for mode in ('train', 'predict', 'export'):
         finished = command.run(*args, f'--mode={mode}')
@@ -185,9 +212,14 @@ def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
     assert 'outputs: class int32[rows], probability float32[rows]\n' in finished.out
     directory = tmp_path / 'export_5'
     np.save(directory / 'images.npy', examples(Trainer(load_and_build(CONFIG))))
-    subprocess.run([sys.executable, '-I', '-c', CALLER], cwd=directory, check=True)
+    requires = json.loads((directory / 'export.json').read_text())['requires']
+    assert requires == {name: importlib.metadata.version(name) for name in ('jax', 'flatbuffers')}
+    called = call_alone(directory, set(requires))
+    assert called.returncode == 0, called.stderr
     with np.load(tmp_path / 'predictions_test_5.npz') as predicted:
         assert np.array_equal(np.load(directory / 'classes.npy'), predicted['class'][:64])
+    called = call_alone(directory, {'jax'})  # All of it is needed.
+    assert called.returncode == 1 and "install 'flatbuffers'" in called.stderr
 
 
 def plain(model: Any, batch: Any) -> jax.Array:

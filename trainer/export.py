@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a trained model for programs that know nothing of this one.
 
-A directory holds the task's predictions as a function that any process with JAX can call (StableHLO
-by `jax.export`, for batches of any size), and the variables as Flax's msgpack and as safetensors.
+A directory holds the task's predictions as a function that any process with `jax` and `flatbuffers`
+can call (StableHLO by `jax.export`, which reads its files with flatbuffers; for batches of any
+size), and the variables as Flax's msgpack and as safetensors.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +37,9 @@ from trainer.workdir import versions
 FUNCTION = 'model.jax_export'
 MSGPACK, SAFETENSORS = 'variables.msgpack', 'variables.safetensors'
 ABOUT = 'export.json'
+
+# All that a program must have installed to read the function and to call it.
+REQUIRES = ('jax', 'flatbuffers')
 
 # Variables of more bytes are an argument of the function and not a part of it: its file would hold
 # them all once more, and no such file can be larger than 2 GiB.
@@ -67,7 +72,8 @@ def write(
 
     Returns:
         What `export.json` says: the function's fields, outputs and platforms, the variables'
-        shapes, versions.
+        shapes, versions, and under `requires` the packages that a caller needs, with the versions
+        that have written the function.
 
     Raises:
         UserError: if the task has no predictions, or the directory cannot be written.
@@ -97,6 +103,7 @@ def write(
         'outputs': _described(function.out_tree, function.out_avals),
         'platforms': list(function.platforms),
         'variables': {path: f'{x.dtype}{list(x.shape)}' for path, x in flat.items()},
+        'requires': {name: importlib.metadata.version(name) for name in REQUIRES},
         'versions': versions(),
     }
     try:

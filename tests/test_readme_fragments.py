@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fragment of a config in the README is put into a config, and does what it says there."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.transformer import Transformer
+from tests import command
+from tests.parallel import group
+from tests.readme import BLOCKS, FRAGMENTS, OVERRIDES, TEXTS, Project, needs, run
+from trainer.config import loading, overrides, schema
+from trainer.experiment import Experiment, build
+from trainer.trainer import Trainer
+from trainer.transfer import safetensors
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """For the checkpoints that fragments name."""
+    return Project(tmp_path_factory.mktemp('project'))
+
+
+@pytest.fixture(scope='module')
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A directory like that of a sentence encoder of Hugging Face, of the size `TINY`."""
+    tokenizers = pytest.importorskip('tokenizers')
+    root = tmp_path_factory.mktemp('encoder')
+    words = {
+        word: i for i, word in enumerate(('[PAD]', '[UNK]', '[CLS]', '[SEP]', 'return', 'the'))
+    }
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token='[UNK]'))
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    pieces.save(str(root / 'tokenizer.json'))
+    dense = {
+        'attention.self.query': (8, 8), 'attention.self.key': (8, 8),
+        'attention.self.value': (8, 8), 'attention.output.dense': (8, 8),
+        'intermediate.dense': (32, 8), 'output.dense': (8, 32),
+    }  # fmt: skip
+    norms = ('attention.output.LayerNorm', 'output.LayerNorm')
+    shapes: dict[str, tuple[int, ...]] = {
+        'embeddings.word_embeddings.weight': (6, 8),
+        'embeddings.position_embeddings.weight': (48, 8),
+        'embeddings.token_type_embeddings.weight': (2, 8),
+        'embeddings.LayerNorm.weight': (8,),
+        'embeddings.LayerNorm.bias': (8,),
+    }
+    for name, shape in {**dense, **dict.fromkeys(norms, (8,))}.items():
+        shapes[f'encoder.layer.0.{name}.weight'] = shape
+        shapes[f'encoder.layer.0.{name}.bias'] = shape[:1]
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=shape).astype('f4') for name, shape in shapes.items()}
+    safetensors.write(root / 'model.safetensors', tensors)
+    return root
+
+
+TINY = {
+    'model.encoder': {'layers': 1, 'width': 8, 'heads': 2, 'vocab_size': 6, 'max_length': 48},
+    'data.source.limit': 64,
+    'evals.test.data.source.limit': 32,
+}
+TINY_LM = {'model': {'layers': 2, 'width': 16, 'heads': 2}, 'evals': {}}
+MNIST = {'data.source.limit': 320, 'evals.test.data.source.limit': 64}
+
+
+def built(config: str, fragment: str, options: dict[str, Any]) -> Experiment:
+    """Returns the experiment of a config file with a fragment in it, two steps long."""
+    loaded = loading.load(str(command.ROOT / 'configs' / config))
+    with loaded.config.unlocked():
+        exec(compile(fragment, 'README.md', 'exec'), {'c': loaded.config, 'config': loaded.config})
+    given = {'train_for': '2 steps', 'log.every': '1 steps', **options}
+    overrides.apply(loaded.config, assignments(given))
+    return build(loaded)
+
+
+def assignments(options: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key, x if isinstance(x, str) else repr(x)) for key, x in options.items()]
+
+
+def fitted(experiment: Experiment, workdir: str | None = None) -> tuple[Trainer, Any]:
+    trainer = Trainer(experiment, workdir)
+    result = trainer.fit()
+    assert (result.status, result.step) == ('finished', experiment.total_steps)
+    return trainer, result
+
+
+def stacked(text: str) -> None:
+    model = Transformer(layers=2, width=16, heads=2, max_length=128)
+    tokens = jnp.zeros((1, 128), jnp.int32)
+    params = jax.device_get(nn.meta.unbox(model.init(jax.random.key(0), tokens)['params']))
+    pathlib.Path('old.msgpack').write_bytes(flax.serialization.to_bytes({'params': params}))
+    options = {
+        **TINY_LM,
+        'model': {**TINY_LM['model'], 'scan_layers': True},
+        'init_from.path': 'old.msgpack',
+    }
+    new = Trainer(built('lm.py', text, options)).init_state().params
+    layers = [jax.tree.leaves(params[f'block_{i}']) for i in range(2)]
+    for found, *old in zip(jax.tree.leaves(new['blocks']), *layers, strict=True):
+        np.testing.assert_array_equal(found, np.stack(old))
+
+
+class Edited(nn.Module):
+    """What the README's surgery leads to."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(len(x), -1)[:, :4]
+        x = x + self.param('positions', nn.initializers.normal(), (577, 4)).mean(0)
+        x = nn.LayerNorm(name='norm')(nn.Dense(4, name='new')(x))
+        return nn.Dense(20, name='head')(x)
+
+
+def edited(text: str) -> None:
+    old = {
+        'positions': np.arange(17 * 4, dtype='f4').reshape(17, 4),
+        'old': {'kernel': np.full((4, 4), 3, 'f4'), 'bias': np.full(4, 5, 'f4')},
+        'norm': {'scale': np.full(4, 7, 'f4'), 'bias': np.full(4, 9, 'f4')},
+        'head': {'kernel': np.full((4, 10), 11, 'f4'), 'bias': np.full(10, 13, 'f4')},
+    }
+    pathlib.Path('old.msgpack').write_bytes(flax.serialization.to_bytes({'params': old}))
+    options = {**MNIST, 'model': {'target': f'{__name__}:Edited'}, 'init_from.path': 'old.msgpack'}
+    new = Trainer(built('mnist_mlp.py', text, options)).init_state().params
+    np.testing.assert_array_equal(new['positions'][0], old['positions'][0])
+    assert (new['new']['kernel'] == 3).all() and (new['norm']['bias'] == 9).all()
+    assert (new['norm']['scale'] == 1).all()
+    assert (new['head']['kernel'][:, :10] == 11).all() and (new['head']['bias'][10:] == 0).all()
+
+
+def from_torch(text: str, encoder: pathlib.Path) -> None:
+    os.chdir(encoder)
+    params = (
+        Trainer(built('docstrings.py', text, {**TINY, 'vars.encoder': '.'})).init_state().params
+    )
+    held = safetensors.read(encoder / 'model.safetensors')
+    np.testing.assert_array_equal(
+        params['encoder']['layer_0']['mlp_in']['kernel'],
+        held['encoder.layer.0.intermediate.dense.weight'].T,
+    )
+
+
+def swept(text: str) -> None:
+    _, result = fitted(built('mnist_mlp.py', text, MNIST))
+    assert {f'train/member_{i}/loss' for i in range(3)} <= set(result.metrics)
+
+
+def spread(text: str) -> None:
+    made = built('mnist_mlp.py', text, {**MNIST, 'ensemble.size': 4})
+    trainer = Trainer(made)
+    assert dict(trainer.mesh.shape) == {'ensemble': 4, 'data': 2}
+    kernel = trainer.init_state().params['Dense_0']['kernel']
+    assert kernel.sharding.spec[0] == 'ensemble'
+
+
+def one_member(text: str) -> None:
+    made = built('mnist_mlp.py', text, MNIST)
+    assert made.init_from is not None and made.init_from.member == 2
+    Trainer(made).init_state()
+
+
+def cut(text: str) -> None:
+    trainer = Trainer(built('mnist_mlp.py', text, MNIST))
+    assert dict(trainer.mesh.shape) == {'data': 2, 'fsdp': 4}
+    assert 'fsdp' in trainer.init_state().params['Dense_0']['kernel'].sharding.spec
+
+
+def threaded(text: str) -> None:
+    trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
+    assert type(trainer.experiment.data).__name__ == 'GrainLoader'
+
+
+def packed(text: str) -> None:
+    fitted(built('lm_packed.py', text, TINY_LM))
+
+
+def halves(text: str) -> None:
+    trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
+    assert 'bf16' in str(trainer.programs.step.jaxpr())
+
+
+def scaled(text: str) -> None:
+    trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
+    assert trainer.experiment.loss_scale == 1024
+    assert result.metrics['train/loss_scale'] == 1024
+    assert 'f16' in str(trainer.programs.step.jaxpr())
+
+
+def watched(text: str) -> None:
+    trainer, _ = fitted(built('mnist_mlp.py', text, {**MNIST, 'train_for': '7 steps'}), 'watched')
+    assert trainer.experiment.early_stopping is not None
+    assert trainer.experiment.early_stopping.patience == 2
+    assert any(path.is_file() for path in pathlib.Path('watched/profile').rglob('*'))
+
+
+# By a word of the fragment: the config that it belongs into, and what it must have done there.
+CASES: dict[str, Callable[..., None]] = {
+    'stacking:Stack': stacked,
+    'surgery:Resize': edited,
+    "layout='torch'": from_torch,
+    'vary=': swept,
+    'dict(ensemble=4': spread,
+    'member=2': one_member,
+    'fsdp': cut,
+    'GrainLoader': threaded,
+    'StreamLoader': packed,
+    "compute='bfloat16'": halves,
+    "compute='float16'": scaled,
+    'early_stopping': watched,
+}
+
+
+@pytest.mark.parametrize('text', FRAGMENTS)
+def test_fragment(
+    text: str, project: Project, request: Any, monkeypatch: Any, tmp_path: Any
+) -> None:
+    [case] = [case for word, case in CASES.items() if word in text]
+    needed = needs(text)
+    for line in needed:
+        project.run(line)
+    monkeypatch.chdir(project.root if needed else tmp_path)
+    more = [request.getfixturevalue('encoder')] if case is from_torch else []
+    case(text, *more)
+
+
+def test_each_case_has_its_fragment() -> None:
+    assert len(FRAGMENTS) == len(CASES)
+
+
+@pytest.mark.parametrize('text', dict.fromkeys(OVERRIDES))
+def test_override_within_a_sentence(text: str) -> None:
+    loaded = loading.load(str(command.ROOT / 'configs' / 'docstrings.py'))
+    _, given, rest = overrides.parse_argv(shlex.split(text))
+    assert given and not rest
+    before = loading.plain(loaded.config)
+    overrides.apply(loaded.config, given)
+    assert loading.plain(loaded.config) != before
+    schema.read(loading.plain(loaded.config))
+
+
+def test_fine_tuning(encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The command, with a directory that holds a small encoder."""
+    [line] = [text.strip() for text in TEXTS if '=DIRECTORY' in text]
+    small = [f'--config.{key}={value!r}' for key, value in TINY.items()]
+    finished = run(line.replace('DIRECTORY', str(encoder)), tmp_path, *small)
+    assert finished.code == 0, finished.err
+    assert 'model.safetensors' in finished.out
+    assert 'eval test at step 3' in finished.out
+
+
+def test_two_processes(tmp_path: pathlib.Path) -> None:
+    """The command, as each of them is started; they meet, and the first one speaks."""
+    [line] = [text.strip() for text in TEXTS if '--coordinator' in text]
+    assert '/shared/run' in line and 'host0:1234' in line and line.endswith('--process_id=0')
+    line = line.replace('/shared/run', str(tmp_path / 'run'))
+    line = line.replace('host0:1234', f'127.0.0.1:{group.free_port()}')
+    words = shlex.split(line.removeprefix('python -m trainer.main').removesuffix('0'))
+    running = [
+        command.start(*words[:-1], f'{words[-1]}{i}', '--mode=summary', cwd=tmp_path)
+        for i in range(2)
+    ]
+    codes, outputs, errors = group.finish(running)
+    assert codes == [0, 0], errors
+    assert 'mesh data 2' in outputs[0]
+    assert outputs[1] == ''
+
+
+def test_nothing_else_is_shown_as_a_command() -> None:
+    assert len(TEXTS) == 3
+    assert sum(text.lstrip().startswith('Error:') for text in TEXTS) == 1
+    kinds = {kind for kind, _ in BLOCKS}
+    assert kinds == {'', 'python', 'bash', 'text'}
