@@ -173,7 +173,7 @@ def _of_any_rows(
         function = make(*abstract, spec)  # What is wrong with the model itself shows here.
         _log.warning(
             'the exported function takes batches of %d rows only, for the model computes with '
-            'their number: %s',
+            'their number (%s). Let it say x.shape[0] where it says len(x)',
             next(iter(spec.values())).shape[0],
             str(error).partition('\n')[0],
         )
