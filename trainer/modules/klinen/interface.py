@@ -133,7 +133,7 @@ class Interface:
         Raises:
             RuntimeError: inside of another `capture_intermediates`.
         """
-        capture = intermediates.Capture(_binding(self).definition.streams)
+        capture = intermediates.Capture(_binding(self))
         if intermediates.current.get() is not None:
             raise RuntimeError('capture_intermediates: another one is open; they do not nest')
         token = intermediates.current.set(capture)
