@@ -211,17 +211,17 @@ def _bound_class(cls: Any) -> Any:
     from trainer.modules.klinen.module import Module
 
     # What a class has by these names stays for its own code: of a bound model they are methods.
-    ours = {
+    interface = {
         name: value
         for name, value in {**vars(Interface), **vars(Bound)}.items()
         if not name.startswith('_')
     }
-    names = {f.name for f in dataclasses.fields(cls)} - {'parent', 'name', *ours}
-    namespace = {**ours, **{name: _attribute(name) for name in sorted(names)}}
+    names = {f.name for f in dataclasses.fields(cls)} - {'parent', 'name', *interface}
+    namespace: dict[str, Any] = {name: _attribute(name) for name in sorted(names)}
     for base in cls.__mro__:
         theirs = () if base in (*nn.Module.__mro__, Interface, Module) else vars(base).items()
         for name, value in theirs:
-            if name not in namespace:
+            if name not in namespace and name not in interface:
                 member = _routed(name, value)
                 if member is not None:
                     namespace[name] = member
@@ -237,6 +237,11 @@ def _bound_class(cls: Any) -> Any:
     )
     bases = (Bound, cls) if issubclass(cls, Interface) else (Bound, Interface, cls)
     made = type(cls.__name__, bases, namespace)
+    for (
+        name,
+        value,
+    ) in interface.items():  # Not before: Linen would take them for methods of a module.
+        setattr(made, name, value)
     jax.tree_util.register_pytree_with_keys(made, _flatten_with_keys, _unflatten, _flatten)
     return made
 
