@@ -31,16 +31,24 @@ def generate(
         prompt: int (batch, length), at least one token each.
         count: tokens to add.
         key: draws them by their probabilities; without it, each is the most probable one.
-        temperature: divides the logits before one is drawn.
+        temperature: divides the logits before one is drawn; more than 0.
 
     Raises:
-        ValueError: if they are more than the model has positions for, or none.
+        ValueError: if they are more than the model has positions for, or none; if the prompt is not
+            of two dimensions, or the temperature not positive.
     """
+    if prompt.ndim != 2:
+        raise ValueError(f'a prompt of shape {prompt.shape}: expected (batch, length)')
     if not (prompt.shape[1] and count > 0):
         raise ValueError(f'a prompt of {prompt.shape[1]} tokens, {count} to add: neither may be 0')
     total = prompt.shape[1] + count
     if total > model.max_length:
         raise ValueError(f'{total} tokens with the prompt, but max_length is {model.max_length}')
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+        raise ValueError(
+            f'temperature {temperature}: expected more than 0; leave out key for the most probable '
+            'tokens'
+        )
     # A module is hashable as long as its fields are: one compilation for equal models and shapes.
     return _generate(model.clone(decode=True), params, prompt, count, key, temperature)
 

@@ -7,6 +7,7 @@ them to the axes of the device mesh, and on one device they mean nothing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,13 @@ class Transformer(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for options that do not fit, before anything is traced."""
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f'heads={self.heads} does not divide width={self.width}')
+        _policy(self.remat)
+        super().__post_init__()
+
     @nn.compact
     def __call__(
         self,
@@ -230,7 +238,7 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         block: Any = Block
         if self.remat != 'none':
-            policy = None if self.remat == 'full' else _policy(self.remat)
+            policy = _policy(self.remat)
             block = nn.remat(Block, policy=policy, prevent_cse=not self.scan_layers)
         options = dict(
             heads=self.heads,
@@ -258,9 +266,19 @@ class Transformer(nn.Module):
 
 
 def _policy(name: str) -> Any:
-    policy = getattr(jax.checkpoint_policies, name, None)
-    if policy is None or name.startswith('_'):
-        raise ValueError(
-            f"remat: {name!r} is none of 'none', 'full' and the names of jax.checkpoint_policies"
-        )
-    return policy
+    """Returns the policy of `jax.checkpoint` that an option names, None for none."""
+    policies = {
+        key: value for key, value in vars(jax.checkpoint_policies).items() if _is_policy(value)
+    }
+    if name in ('none', 'full'):
+        return None
+    if name not in policies:
+        raise ValueError(f"remat={name!r} is none of 'none', 'full' and {', '.join(policies)}")
+    return policies[name]
+
+
+def _is_policy(value: Any) -> bool:
+    """Whether it says what is kept: others of `jax.checkpoint_policies` make what does so."""
+    # A policy is called with a primitive and the primitive's parameters by name.
+    kinds = [p.kind for p in inspect.signature(value).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds

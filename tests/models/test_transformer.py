@@ -15,6 +15,7 @@ import pytest
 from models.generation import _generate, generate
 from models.transformer import Attention, Transformer
 from tests.command import ROOT
+from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
@@ -105,9 +106,22 @@ def test_what_the_options_save() -> None:
     assert none < some < kept
 
 
-def test_a_policy_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"remat: 'everything' is none of 'none', 'full'"):
-        variables(Transformer(**SMALL, remat='everything'))
+REFUSED = [
+    ({'remat': 'everything'}, r"remat='everything' is none of 'none', 'full' and .*dots_saveable"),
+    ({'remat': 'save_only_these_names'}, r"remat='save_only_these_names' is none of"),
+    ({'heads': 3}, r'heads=3 does not divide width=16'),
+    ({'heads': 0}, r'heads=0 does not divide width=16'),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), REFUSED)
+def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
+    """They are refused when the model is made, which a config tells with its path."""
+    with pytest.raises(ValueError, match=message):
+        Transformer(**{**SMALL, **options})
+    given = {f'model__{name}': value for name, value in options.items()}
+    with pytest.raises(UserError, match=rf'^config\.model: models\.transformer:\w+ .*{message}'):
+        load_and_build(str(ROOT / 'configs' / 'lm.py'), model__width=16, **given)
 
 
 @pytest.mark.parametrize('scan_layers', [False, True])
@@ -173,6 +187,12 @@ def test_tokens_that_follow() -> None:
     for given, count in ((prompt, 0), (prompt[:, :0], 3)):
         with pytest.raises(ValueError, match='neither may be 0'):
             generate(model, params, given, count)
+    for temperature in (0, 0.0, -1.0, jnp.zeros(()), float('nan')):
+        with pytest.raises(ValueError, match=r'temperature .*: expected more than 0'):
+            generate(model, params, prompt, 6, key=KEY, temperature=temperature)
+    for given in (prompt[0], prompt[None]):
+        with pytest.raises(ValueError, match=r'a prompt of shape .*: expected \(batch, length\)'):
+            generate(model, params, given, 6)
 
 
 def test_tokens_are_made_by_one_program() -> None:

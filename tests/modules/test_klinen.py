@@ -75,6 +75,34 @@ def test_a_model_is_bound_and_called() -> None:
         _ = original.params
 
 
+class Composed(knn.Module):
+    """Methods that need variables through a field, and one that does not."""
+
+    part: nn.Module
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return self.part(x)
+
+    def width(self) -> int:
+        return self.part.features  # type: ignore[attr-defined]
+
+
+class LinenComposed(nn.Module):
+    part: nn.Module
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return self.part(x)
+
+
+def test_methods_that_need_parameters_say_so() -> None:
+    """K3: public ones of any kind; what needs none runs."""
+    for cls in (Composed, knn.convert(LinenComposed)):
+        with pytest.raises(ValueError, match=rf'{cls.__name__} is not bound.*init_bind'):
+            cls(nn.Dense(2)).encode(X)
+        assert cls(nn.Dense(2)).init_bind(RNG, X, method='encode').encode(X).shape == (2, 2)
+    assert Composed(nn.Dense(2)).width() == 2
+
+
 @pytest.mark.parametrize('method', ['with_rng', 'call_with_updates', 'call_with_intermediates'])
 def test_what_needs_parameters_says_so(method: str) -> None:
     """K3."""

@@ -8,12 +8,17 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.modules.examples import same
+from tests.modules.examples import bind, init, same
 from tests.modules.test_klinen import MLP, RNG, AutoEncoder, X
+from trainer.modules import functional
 from trainer.modules import klinen as knn
+from trainer.modules.ensemble import EnsembleModel
+from trainer.step.combine import mean
+from trainer.step.rng import Keys
 
 
 class Sequential(knn.Module):
@@ -77,6 +82,57 @@ def test_captures_do_not_nest_and_are_of_one_model() -> None:
     with model.capture_intermediates() as found:
         part = model.eval().encoder(X)
     assert same(found.encoder.tmp_values[1], part)
+
+
+def test_captures_of_parts() -> None:
+    """K12: in the structure of what was captured, whether it, a part or the whole is called."""
+    model = AutoEncoder(
+        MLP(), Sequential([Sequential([nn.Dense(3)]), Sequential([nn.Dense(2)])])
+    ).init_bind(RNG, X)
+    hidden = model.encoder(X)
+    last = model.decoder(hidden)
+
+    first, found = model.decoder.childs[0].call_with_intermediates(hidden)
+    assert dir(found) == ['childs', 'tmp_values']
+    assert same(found.tmp_values[0], first)
+    y, found = model.decoder.call_with_intermediates(hidden)
+    assert same(found.childs[1].tmp_values[0], y)
+
+    with model.capture_intermediates() as found:
+        model.decoder.childs[1](first)
+    assert dir(found) == ['decoder', 'encoder']
+    assert dir(found.decoder) == ['childs'] and len(found.decoder.childs) == 2
+    assert same(found.decoder.childs[1].tmp_values[0], last)
+    assert not hasattr(found.decoder.childs[0], 'tmp_values')
+
+    with model.decoder.childs[1].capture_intermediates() as found:
+        model(X)
+        model.decoder.childs[0](hidden)  # Not of this part: it stays with the call before.
+    assert same(found.tmp_values[0], last)
+
+
+class Shared(knn.Module):
+    """Two parts that use one and the same third."""
+
+    one: nn.Module
+    two: nn.Module
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.two(self.one(x))
+
+
+def test_captures_of_shared_parts() -> None:
+    """K12: they stand wherever the model has them."""
+    part = Sequential([nn.Dense(64)])
+    model = Shared(Sequential([part]), Sequential([part])).init_bind(RNG, X)
+    y, found = model.call_with_intermediates(X)
+    assert same(found.two.childs[0].tmp_values[1], y)
+    assert same(found.one.childs[0].tmp_values[1], y)
+    with model.capture_intermediates() as found:
+        z = model.two.childs[0](X)
+    assert same(found.two.childs[0].tmp_values[0], z)
+    y, found = model.two.childs[0].call_with_intermediates(X)
+    assert same(found.tmp_values[0], z)
 
 
 def test_intermediates_leave_a_compiled_function() -> None:
@@ -144,3 +200,80 @@ def test_a_part_that_is_called_twice() -> None:
     np.testing.assert_allclose(found.layer.kept, y.sum(), rtol=1e-6)
     assert found.note == {'shape': (2, 64)}
     assert not hasattr(found, 'unset')
+
+
+class Noted(knn.Module):
+    """Keeps what JAX has no type for, and arrays that have no mean."""
+
+    note: knn.Intermediate[dict[str, Any]] = dataclasses.field(init=False)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(3)(x)
+        best, key = x.argmax(-1), jax.random.key(0)
+        self.note = {'name': 'h', 'of': [{'a', 'b'}, x, None], 'best': best, 'key': key}
+        return x
+
+
+class Around(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.remat(Noted)(name='inner')(x)
+
+
+def test_values_of_any_kind() -> None:
+    """K11: they pass through transformations, of a call that nobody asks for them as well."""
+    for module in (Noted(), nn.remat(Noted)()):
+        y, found = module.init_bind(RNG, X).call_with_intermediates(X)
+        assert found.note['name'] == 'h' and found.note['of'][0] == {'a', 'b'}
+        assert same(found.note['of'][1], y) and found.note['of'][2] is None
+    model = bind(Around())
+    y = jax.jit(jax.checkpoint(model))(jnp.ones((3, 4)))
+    kept = bind(Around())
+    assert same(kept(jnp.ones((3, 4))), y)
+    assert kept.intermediates['inner']['note']['name'] == 'h'
+
+
+def test_values_of_any_kind_in_an_ensemble() -> None:
+    """Of floats there is the mean; the rest is as it is, arrays of it once for each member."""
+    both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), init(Noted()))
+    x = jnp.ones((3, 4))
+    model = EnsembleModel(
+        functional(Noted()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
+    )
+    y = jax.jit(model)(x)
+    model(x)
+    note = model.intermediates['note']
+    np.testing.assert_allclose(note['of'][1], y, rtol=1e-6)
+    assert note['name'] == 'h' and note['of'][0] == {'a', 'b'}
+    assert (note['best'].shape, note['key'].shape) == ((2, 3), (2,))
+
+
+class OneBranch(knn.Module):
+    """Keeps a value in one of two branches."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        part = Sequential([nn.Dense(64)], name='part')
+        if self.is_initializing():
+            part(x)
+        return nn.cond(x.sum() > 0, lambda part, x: part(x), lambda part, x: x, part, x)
+
+
+def test_a_branch_that_keeps_what_another_one_does_not() -> None:
+    """K12: such a call runs all the same, and says that it has captured nothing."""
+    model = OneBranch().init_bind(RNG, X)
+    with pytest.warns(UserWarning, match='OneBranch: the branches of nn.cond .* none of this'):
+        y, found = model.call_with_intermediates(X)
+    assert same(y, model(X))
+    assert dir(found) == []
+
+
+def test_a_field_that_a_caller_would_give() -> None:
+    """K11: without `init=False` it would be an argument, and never be kept."""
+    for field in (dataclasses.field(default_factory=list), dataclasses.MISSING):
+        namespace: dict[str, Any] = {'__annotations__': {'tmp': knn.Intermediate[list]}}
+        if field is not dataclasses.MISSING:
+            namespace['tmp'] = field
+        with pytest.raises(TypeError, match=r'Wrong\.tmp is a knn\.Intermediate.*init=False'):
+            type('Wrong', (knn.Module,), namespace)

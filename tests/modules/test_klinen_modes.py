@@ -14,6 +14,7 @@ from flax import errors
 
 from tests.modules.examples import same
 from tests.modules.test_klinen import MLP, RNG, AutoEncoder, Noisy, X
+from trainer.modules import functional
 from trainer.modules import klinen as knn
 
 
@@ -57,7 +58,7 @@ def test_layers_follow_the_mode() -> None:
     assert set(np.unique(dropped(x))) == {0.0, 2.0}
     assert same(dropped.eval()(x), x)
     norm = knn.BatchNorm(momentum=0.5).init_bind(RNG, x)
-    assert same(norm.eval()(x), x / jnp.sqrt(1 + 1e-5))
+    np.testing.assert_allclose(norm.eval()(x), x / jnp.sqrt(1 + 1e-5), rtol=1e-6)
     assert not norm.call_with_updates(x)[0].any()
 
     def layers() -> knn.Sequential:
@@ -85,6 +86,49 @@ def test_converted_modules_are_told() -> None:
     assert not same(model.encoder(X), X)
     assert same(model.decoder(model.encoder(X)), model(X))
     assert same(model.eval().encoder(X), X)
+
+
+class Guide(nn.Module):
+    """A Linen class some of whose names are those of Klinen's interface."""
+
+    train: bool = True
+    eval: bool = True
+    params: int = 2
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.params)(x) if self.eval else x
+        return nn.Dropout(0.5, deterministic=not self.train)(x)
+
+    def with_rng(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+def test_linen_classes_with_names_of_the_interface() -> None:
+    """K2, K8: once they are bound, the names are the interface's; their own code keeps its own."""
+    variables = Guide(train=False).init(RNG, X)
+    fixed = functional(Guide()).for_notebook(variables)
+    for model in (fixed, knn.bind(Guide(), variables), knn.convert(Guide)().init_bind(RNG, X)):
+        assert set(model.params) == {'Dense_0'}
+        noisy = model.train().with_rng(RNG)
+        assert (noisy.training, noisy.eval().training) == (True, False)
+        assert model.eval()(X).shape == (2, 2)
+        assert same(noisy.eval()(X), model.eval()(X))
+        assert not same(noisy(X), noisy.eval()(X))
+
+
+def test_names_that_would_hide_the_interface() -> None:
+    """K8: of a Klinen class, a field or a method."""
+
+    def made(**names: Any) -> type:
+        return type('Wrong', (knn.Module,), names)
+
+    with pytest.raises(TypeError, match=r'Wrong\.train would hide .* give it another name'):
+        made(train=True, __annotations__={'train': bool})
+    with pytest.raises(TypeError, match=r'Wrong\.params would hide'):
+        made(__annotations__={'params': int})
+    with pytest.raises(TypeError, match=r'Wrong\.eval would hide'):
+        made(eval=lambda self, x: x)
 
 
 class Tell(knn.Module):

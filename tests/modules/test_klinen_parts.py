@@ -191,6 +191,38 @@ def test_updates_under_jit_and_grad() -> None:
     assert set(floats.variables) == {'params', 'batch_stats'}
 
 
+class Nudged(knn.Module):
+    """Statistics, a collection of its own, and a value that may be perturbed."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fast = self.variable('fast', 'weights', jnp.ones, x.shape[-1:])
+        x = nn.BatchNorm(use_running_average=True)(nn.Dense(3)(x * fast.value))
+        return (self.perturb('hidden', x) ** 2).sum()
+
+
+def test_which_collections_have_gradients() -> None:
+    """K8 of the surgery rows, K13: perturbations as in Linen; statistics and others are cut."""
+    variables = Nudged().init(RNG, X)
+    model = knn.bind(Nudged(), variables)
+    grads = jax.grad(lambda model: model(X))(model).variables
+    theirs = jax.grad(lambda variables: Nudged().apply(variables, X))(variables)
+    for name in ('params', 'perturbations'):
+        assert all(leaf.any() for leaf in jax.tree.leaves(theirs[name]))
+        jax.tree.map(np.testing.assert_array_equal, grads[name], theirs[name])
+    for name in ('batch_stats', 'fast'):
+        assert not any(leaf.any() for leaf in jax.tree.leaves(grads[name]))
+        assert any(leaf.any() for leaf in jax.tree.leaves(theirs[name]))
+
+
+def test_parameters_given_as_all_variables() -> None:
+    """K3: what was forgotten is named."""
+    for model in (MLP(), AutoEncoder(MLP(), MLP())):
+        params = model.init_bind(RNG, X).params
+        with pytest.raises(ValueError, match=r"without parameters .*with_variables\(\{'params': p"):
+            model.with_variables(params)(X)
+
+
 class Sown(knn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -200,6 +200,15 @@ def test_klinen_modules_made_in_linen_ones_are_told() -> None:
     assert all(same(y, X) for y in bind(Model(), 'eval')(X))
 
 
+BOUND = knn.Dense(10).init_bind(0, X)
+
+
+def test_a_bound_model_is_no_config_s() -> None:
+    """Its weights would be lost without a word."""
+    with pytest.raises(UserError, match=r'config\.model: Dense is bound.*clone\(\).*init_from'):
+        trainer_of({'ref': f'{__name__}:BOUND'})
+
+
 def test_the_readme_and_the_docstring() -> None:
     """Their lines run."""
     section = (ROOT / 'README.md').read_text().split('\n## Klinen\n')[1].split('\n## ')[0]

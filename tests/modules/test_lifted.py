@@ -259,12 +259,25 @@ class Causal(nn.Module):
         return nn.Dense(4)(dense(8, use_bias=False, name='causal')(x))
 
 
+class Kernel(nn.Module):
+    """A dense layer without a bias whose kernel is there already where it has one."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.initializers.lecun_normal()
+        if self.has_variable('params', 'kernel'):
+            return x @ self.get_variable('params', 'kernel')
+        return x @ self.param('kernel', init, (x.shape[-1], self.features))
+
+
 class Tied(nn.Module):
     """An encoder and a decoder with one kernel, transposed in one of them."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        encoder = nn.Dense(8, use_bias=False, name='encoder')
+        encoder = Kernel(5, name='encoder')
         hidden = nn.tanh(encoder(x))
 
         def transposed(variables: Any) -> Any:
@@ -286,6 +299,11 @@ def test_variables_that_are_changed_on_their_way() -> None:
     )
     params = learned({'target': f'{__name__}:Tied'}).params
     assert set(params) == {'encoder', 'Dense_0'} and set(params['encoder']) == {'kernel'}
+    kernel, head = params['encoder']['kernel'], params['Dense_0']
+    assert kernel.shape == (8, 5)
+    expected = np.tanh(X @ kernel) @ kernel.T @ head['kernel'] + head['bias']
+    found = Tied().apply({'params': params}, X)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class Derivatives(nn.Module):

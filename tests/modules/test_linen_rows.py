@@ -205,7 +205,16 @@ def test_helpers_and_sequences() -> None:
         depth: int = 1
 
     assert (Heir(5).depth, Heir(5).width) == (5, 4)
-    assert Counter().helper() == 3
+    seen = []
+
+    def look(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        seen.append(context.method_name)
+        return following(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        assert Counter().apply(Counter().init(KEY, X), X).shape == X.shape
+        assert Counter().helper() == 3  # Linen does not know of it.
+    assert seen == ['__call__', '__call__']
 
     class Two(nn.Module):
         @nn.compact

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
 from trainer.modules.linen import Linen
 from trainer.step.precision import AS_IS, Precision
@@ -40,9 +41,16 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
 
     Raises:
         TypeError: if `module` is of no module system that is supported.
+        UserError: if it is a Klinen model that holds variables.
     """
     from flax import linen as nn
 
+    klinen = sys.modules.get('trainer.modules.klinen.bound')  # Whoever has bound one imported it.
+    if klinen is not None and isinstance(module, klinen.Bound):
+        raise UserError(
+            f'config.model: {type(module).__name__} is bound to variables, which a run would not '
+            'start from; give model.clone(), and load the weights with config.init_from'
+        )
     if isinstance(module, nn.Module):
         return Linen(module, precision)
     nnx = sys.modules.get('flax.nnx')  # Whoever has made an NNX module has imported it.

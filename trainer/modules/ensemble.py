@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from trainer.modules import Functional
 from trainer.modules.bound import BoundModel, Calls, Steps
+from trainer.modules.carried import Carried
 from trainer.step.combine import mean
 from trainer.step.rng import Keys
 
@@ -22,7 +23,8 @@ class EnsembleModel(BoundModel):
     """A model each of whose variables has a dimension for the members before all others.
 
     A call is a call of every member; what they return is combined, and `model.intermediates` are
-    the means of what they sow. `model.params` and `model.variables` are those of all members.
+    the means of the floats that they sow; what has no mean is there once for each member.
+    `model.params` and `model.variables` are those of all members.
     """
 
     def __init__(
@@ -63,12 +65,17 @@ class EnsembleModel(BoundModel):
         def call(variables: Any, seed: jax.Array) -> Any:
             model = self._functional.bind(variables, dataclasses.replace(self._keys, seed=seed))
             model._calls.count = self._calls.count
-            return model._apply(steps, args, kwargs), model.collections, model.intermediates
+            output = model._apply(steps, args, kwargs)
+            return output, model.collections, Carried.of(model.intermediates)
 
         made = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
         outputs, self._calls.collections, sown = made
-        self._calls.intermediates = jax.tree.map(lambda x: jnp.mean(x, 0), sown)
+        self._calls.intermediates = jax.tree.map(_mean_of_floats, sown).value
         self._calls.count += 1
         if not steps:
             return self._combine(outputs)
         return mean(outputs, whose='a method or a part of the model')
+
+
+def _mean_of_floats(x: jax.Array) -> jax.Array:
+    return jnp.mean(x, 0) if jnp.issubdtype(x.dtype, jnp.inexact) else x

@@ -198,9 +198,14 @@ def _sowing(apply: Callable[[Any], Any], mutable: Any) -> Any:
         try:
             return apply(mutable)
         except TypeError as error:
-            if not all(word in str(error) for word in ('branch', f"'{tap.INTERMEDIATES}'")):
+            if not branches_differ(error):
                 raise
         return apply(subtract_filters(mutable, tap.INTERMEDIATES))
+
+
+def branches_differ(error: TypeError) -> bool:
+    """Whether an error is of branches of `nn.cond` that leave other intermediates behind."""
+    return all(word in str(error) for word in ('branch', f"'{tap.INTERMEDIATES}'"))
 
 
 def _plain(intermediates: Mapping[str, Any]) -> dict[str, Any]:

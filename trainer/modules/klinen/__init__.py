@@ -21,6 +21,10 @@
 
 A bound model does not change: every method returns a value or a copy. It is a pytree of its
 parameters, then its other collections, then its random keys if there are any.
+
+Gradients go into the parameters and into 'perturbations' (and the scales of fp8 layers); into every
+other collection they are zero, so that an update of a whole model moves no statistics. For those of
+a collection of one's own: `module, variables = model.unbind()`, and Linen's `module.apply`.
 """
 
 from trainer.modules.klinen.interface import bind

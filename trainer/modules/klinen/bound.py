@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,9 +15,14 @@ import flax.linen as nn
 import jax
 from flax import errors, traverse_util
 
-from trainer.modules import mode
+from trainer.modules import linen, mode
 from trainer.modules.klinen import intermediates, rngs
 from trainer.modules.klinen.definition import Definition
+
+# A gradient with respect to a whole model is of its parameters, and of the collections that are
+# there to have gradients: what `perturb` adds, and the scales of fp8 layers. Statistics, caches and
+# counts have none, so that an update of all leaves moves nothing that only a call may change.
+_DIFFERENTIATED = frozenset({'perturbations', '_overwrite_with_gradient'})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,37 +60,59 @@ class Binding:
             mutable: names of these collections.
         """
         capture = intermediates.current.get()
-        if capture is not None and capture.origin is not self.definition.streams:
-            capture = None
-        wanted = [*mutable, *([intermediates.COLLECTION] if capture else [])]
-        keeping = nn.intercept_methods(intermediates.keep) if capture else contextlib.nullcontext()
-        # Only parameters have gradients, so that a tree of them moves nothing else.
-        collections = jax.lax.stop_gradient(dict(self.collections))
+        if capture is None or not capture.concerns(self):
+            return self._apply(steps, args, kwargs, mutable)
+        try:
+            with nn.intercept_methods(intermediates.keep):
+                output, changed = self._apply(
+                    steps, args, kwargs, {*mutable, intermediates.COLLECTION}
+                )
+        except TypeError as error:
+            if not linen.branches_differ(error):
+                raise
+            warnings.warn(
+                f'{type(self.definition.module).__name__}: the branches of nn.cond or nn.switch '
+                'keep other intermediate values, so none of this call is captured',
+                stacklevel=3,
+            )
+            output, changed = self._apply(steps, args, kwargs, mutable)
+        capture.fill(self, changed.pop(intermediates.COLLECTION, {}))
+        return output, changed
+
+    def _apply(
+        self, steps: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str]
+    ) -> tuple[Any, dict[str, Any]]:
+        collections = {
+            name: value if name in _DIFFERENTIATED else jax.lax.stop_gradient(value)
+            for name, value in self.collections.items()
+        }
         module = self.definition.told(self.training)
 
         def call(keys: rngs.Keys) -> Any:
             return module.apply(
                 {'params': self.params, **collections},
                 rngs=rngs.below(keys, self.definition.path),
-                mutable=wanted,
+                mutable=sorted(mutable),
                 method=lambda m: mode.method(steps, self.training)(m, *args, **kwargs),
             )
 
         try:
-            with keeping:
-                output, changed = rngs.run(call, self.rng, self.definition.streams)
+            output, changed = rngs.run(call, self.rng, self.definition.streams)
         except errors.ModifyScopeVariableError as error:
             error.add_note(
                 'A Klinen model does not change when it is called. Call y, model = '
                 'model.call_with_updates(x) to get the updated model, or model.eval()(x).'
             )
             raise
-        changed = dict(changed)
-        kept = changed.pop(intermediates.COLLECTION, {})
-        if capture:
-            found = intermediates.mirror(self.linen(), kept)
-            capture.fill(found, self.definition.path)
-        return output, changed
+        except errors.ScopeCollectionNotFound as error:
+            if self.params or '"params"' not in str(error):
+                raise
+            raise ValueError(
+                f'{type(module).__name__} is bound to variables without parameters (collections: '
+                f'{", ".join(self.collections) or "none"}); with_variables takes the collections '
+                "by name: model.with_variables({'params': params, ...})"
+            ) from error
+        return output, dict(changed)
 
     def linen(self, *, told: bool = True) -> Any:
         """Returns the module bound as Linen binds it.
@@ -183,12 +210,18 @@ def _bound_class(cls: Any) -> Any:
     from trainer.modules.klinen.interface import Interface
     from trainer.modules.klinen.module import Module
 
-    names = {f.name for f in dataclasses.fields(cls)} - {'parent', 'name'}
+    # What a class has by these names stays for its own code: of a bound model they are methods.
+    interface = {
+        name: value
+        for name, value in {**vars(Interface), **vars(Bound)}.items()
+        if not name.startswith('_')
+    }
+    names = {f.name for f in dataclasses.fields(cls)} - {'parent', 'name', *interface}
     namespace: dict[str, Any] = {name: _attribute(name) for name in sorted(names)}
     for base in cls.__mro__:
         theirs = () if base in (*nn.Module.__mro__, Interface, Module) else vars(base).items()
         for name, value in theirs:
-            if name not in namespace and name not in vars(Interface):
+            if name not in namespace and name not in interface:
                 member = _routed(name, value)
                 if member is not None:
                     namespace[name] = member
@@ -204,6 +237,11 @@ def _bound_class(cls: Any) -> Any:
     )
     bases = (Bound, cls) if issubclass(cls, Interface) else (Bound, Interface, cls)
     made = type(cls.__name__, bases, namespace)
+    for (
+        name,
+        value,
+    ) in interface.items():  # Not before: Linen would take them for methods of a module.
+        setattr(made, name, value)
     jax.tree_util.register_pytree_with_keys(made, _flatten_with_keys, _unflatten, _flatten)
     return made
 

@@ -127,13 +127,14 @@ class Interface:
     def capture_intermediates(self) -> Iterator[Intermediates]:
         """Yields what the calls of this model keep inside of the `with`; the last call counts.
 
-        Copies (`model.eval()`) and parts (`model.encoder`) of the model count too. Under `jax.jit`
+        It has the structure of this model. Calls of copies (`model.eval()`) and of parts
+        (`model.encoder`) count too, and of a part those of the model that it is in. Under `jax.jit`
         the call must be in the same compiled function.
 
         Raises:
             RuntimeError: inside of another `capture_intermediates`.
         """
-        capture = intermediates.Capture(_binding(self).definition.streams)
+        capture = intermediates.Capture(_binding(self))
         if intermediates.current.get() is not None:
             raise RuntimeError('capture_intermediates: another one is open; they do not nest')
         token = intermediates.current.set(capture)

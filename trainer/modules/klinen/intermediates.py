@@ -10,10 +10,15 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, NamedTuple, TypeVar, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin
 
 import flax.linen as nn
 import jax
+
+from trainer.modules.carried import Carried
+
+if TYPE_CHECKING:
+    from trainer.modules.klinen.bound import Binding
 
 T = TypeVar('T')
 
@@ -26,12 +31,6 @@ Intermediate = Annotated[T, _MARK]
 
 It may have a `default_factory`, or be assigned in the call. Each call starts anew.
 """
-
-
-class _Kept(NamedTuple):
-    """Tells a field's value from what is sown under the same name; sown values are tuples too."""
-
-    value: Any
 
 
 class Intermediates:
@@ -78,33 +77,43 @@ class Capture:
     """A `with model.capture_intermediates()` that is open.
 
     Attributes:
-        origin: what all copies and parts of the captured model have in common.
+        binding: of the model that is captured.
         result: filled by the calls of this model.
     """
 
-    origin: object
+    binding: Binding
     result: Intermediates = dataclasses.field(default_factory=lambda: Intermediates({}))
 
-    def fill(self, found: Intermediates, path: tuple[str, ...]) -> None:
-        """Puts what the part of the model at `path` has kept in its place."""
-        for name in reversed(path):
-            found = Intermediates({name: found})
-        self.result._values = found._values
+    def concerns(self, called: Binding) -> bool:
+        """Whether a call is of this model, of a copy or a part, or of what it is a part of."""
+        mine, theirs = self.binding.definition, called.definition
+        depth = min(len(mine.path), len(theirs.path))
+        return mine.streams is theirs.streams and mine.path[:depth] == theirs.path[:depth]
+
+    def fill(self, called: Binding, kept: Mapping[str, Any]) -> None:
+        """Takes what a call has kept, in the structure of the model that is captured."""
+        module: nn.Module | None = called.linen()
+        below = self.binding.definition.path[len(called.definition.path) :]
+        if below:
+            module = _part_at(called.linen(), below)
+        if module is not None:
+            found = _around(self.binding, called.definition.path, mirror(module, kept))
+            self.result._values = found._values
 
 
 current: contextvars.ContextVar[Capture | None] = contextvars.ContextVar('capture', default=None)
 
 
-def fields(module: Any) -> frozenset[str]:
-    """Returns the names of the fields that are annotated as `Intermediate`."""
+def fields(module: Any) -> tuple[str, ...]:
+    """Returns the names of the fields that are annotated as `Intermediate`, in their order."""
     cls: Any = type(module)
     return _fields(cls)
 
 
 @functools.cache
-def _fields(cls: Any) -> frozenset[str]:
+def _fields(cls: Any) -> tuple[str, ...]:
     every = dataclasses.fields(cls)
-    return frozenset(f.name for f in every if not f.init and _is_marked(f.type, f.name, cls))
+    return tuple(f.name for f in every if not f.init and is_marked(f, cls))
 
 
 def keep(
@@ -120,7 +129,7 @@ def keep(
         return output
     for name in fields(module):
         if name in vars(module):  # Or else it has no default, and the call has not assigned it.
-            module.put_variable(COLLECTION, name, _Kept(vars(module)[name]))
+            module.put_variable(COLLECTION, name, Carried.of(vars(module)[name]))
     return output
 
 
@@ -128,7 +137,7 @@ def plain(kept: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the collection that a call has filled, with the values of fields as they are."""
     found = {}
     for name, x in kept.items():
-        value = x.value if isinstance(x, _Kept) else x
+        value = x.value if isinstance(x, Carried) else x
         found[name] = plain(x) if isinstance(x, Mapping) else value
     return found
 
@@ -186,8 +195,32 @@ def map_modules(value: Any, function: Callable[[Any], Any]) -> Any:
     return tuple(map_modules(item, function) for item in value)
 
 
+def _around(binding: Binding, path: tuple[str, ...], found: Intermediates) -> Intermediates:
+    """Returns what the part of a model at `path` has kept, in the structure of the model."""
+    own, module = binding.definition.path, binding.linen()
+    if own[: len(path)] == path:
+        return found
+    if own != path[: len(own)]:
+        return mirror(module, {})
+    names = [name for name, value in parts_of(module).items() if any(modules_in(value))]
+
+    def part(model: Any) -> Intermediates:
+        return _around(model._bound, path, found)
+
+    return Intermediates({name: map_modules(binding.attribute(name), part) for name in names})
+
+
+def _part_at(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    """Returns the part of a bound module that Linen has bound at `path`."""
+    assert module.scope is not None
+    if module.scope.path == path:
+        return module
+    parts = (part for value in parts_of(module).values() for part in modules_in(value))
+    return next((found for part in parts if (found := _part_at(part, path))), None)
+
+
 def _own(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: item.value for name, item in tree.items() if isinstance(item, _Kept)}
+    return {name: item.value for name, item in tree.items() if isinstance(item, Carried)}
 
 
 def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,9 +229,11 @@ def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
     return {name: Intermediates({**_own(part), **_by_name(part)}) for name, part in parts.items()}
 
 
-def _is_marked(annotation: Any, name: str, cls: type) -> bool:
+def is_marked(field: dataclasses.Field[Any], cls: type) -> bool:
+    """Whether the field of a class of modules is annotated as `Intermediate`."""
+    annotation: Any = field.type
     if isinstance(annotation, str):
-        owner = next(base for base in cls.__mro__ if name in inspect.get_annotations(base))
+        owner = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
         try:
             annotation = eval(annotation, vars(sys.modules[owner.__module__]), dict(vars(owner)))
         except Exception:  # A name that only a type checker or a function knows.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,12 +45,13 @@ class Module(Interface, nn.Module):
         super().__init_subclass__(**kwargs)
         if issubclass(cls, Bound):
             return
+        _check_names(cls)
         owner = next((base for base in cls.__mro__ if '__call__' in vars(base)), Module)
         if not issubclass(owner, Module):
             cls.__call__ = _telling(owner.__call__)  # type: ignore[method-assign]
-        for name, value in list(vars(cls).items()):
-            if name == '__call__' or hasattr(value, 'compact'):
-                setattr(cls, name, _bound_first(value))
+        for name, value in _methods(cls).items():
+            always = name == '__call__' or hasattr(value, 'compact')
+            setattr(cls, name, _bound_first(value, always=always))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,14 +144,59 @@ def _mode_around(module: Module) -> bool:
     return mode.current.get() is not False
 
 
-def _bound_first(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses a call that has no variables, before Linen does so in its own words."""
+def _check_names(cls: Any) -> None:
+    """Refuses fields and methods that would not be what they look like."""
+    interface = {name for name in vars(Interface) if not name.startswith('_')}
+    for name in sorted(interface & {*vars(cls), *inspect.get_annotations(cls)}):
+        raise TypeError(
+            f'{cls.__name__}.{name} would hide what every knn.Module has by that name (see '
+            'trainer.modules.klinen.interface); give it another name'
+        )
+    for field in dataclasses.fields(cls):
+        if field.init and intermediates.is_marked(field, cls):
+            raise TypeError(
+                f'{cls.__name__}.{field.name} is a knn.Intermediate, which no caller gives: it '
+                'must be a dataclasses.field(init=False), with a default_factory or without'
+            )
+
+
+def _methods(cls: Any) -> dict[str, Any]:
+    """Returns the methods that a class has from itself, and those from Linen classes around it."""
+    linens = (*nn.Module.__mro__, Interface)
+    bases = [b for b in cls.__mro__ if b is cls or not (b in linens or issubclass(b, Module))]
+    return {
+        name: value
+        for base in bases
+        for name, value in vars(base).items()
+        if inspect.getattr_static(cls, name) is value and _may_need_variables(name, value)
+    }
+
+
+def _may_need_variables(name: str, value: Any) -> bool:
+    if name == '__call__' or hasattr(value, 'compact'):
+        return True
+    public = inspect.isfunction(value) and not name.startswith('_') and name != 'setup'
+    return public and not hasattr(value, 'nowrap')
+
+
+def _bound_first(method: Callable[..., Any], *, always: bool) -> Callable[..., Any]:
+    """Refuses a call that has no variables, before Linen does so in its own words.
+
+    Args:
+        method: of a module.
+        always: whether it needs variables in any case, or only if it calls what does.
+    """
 
     @functools.wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.scope is None:
+        if self.scope is not None:
+            return method(self, *args, **kwargs)
+        if always:
             raise unbound(self)
-        return method(self, *args, **kwargs)
+        try:
+            return method(self, *args, **kwargs)
+        except errors.CallCompactUnboundModuleError as error:
+            raise unbound(self) from error
 
     return checked
 

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values of any kind on their way through JAX's transformations."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=['arrays'], meta_fields=['rest', 'structure']
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Carried:
+    """A value whose leaves may be of any kind: JAX sees those that it has types for.
+
+    Attributes:
+        arrays: the leaves of the value that JAX has types for.
+        rest: every other leaf after its number among all.
+        structure: of the value.
+    """
+
+    arrays: tuple[Any, ...]
+    rest: tuple[tuple[int, Any], ...]
+    structure: Any
+
+    @classmethod
+    def of(cls, value: Any) -> Carried:
+        """Takes a value apart."""
+        leaves, structure = jax.tree.flatten(value)
+        arrays = tuple(leaf for leaf in leaves if _has_type(leaf))
+        rest = tuple((number, leaf) for number, leaf in enumerate(leaves) if not _has_type(leaf))
+        return cls(arrays=arrays, rest=rest, structure=structure)
+
+    @property
+    def value(self) -> Any:
+        """The value, with the arrays as the transformations have left them."""
+        leaves = list(self.arrays)
+        for number, leaf in self.rest:
+            leaves.insert(number, leaf)
+        return jax.tree.unflatten(self.structure, leaves)
+
+
+def _has_type(leaf: Any) -> bool:
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
