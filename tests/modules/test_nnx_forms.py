@@ -14,6 +14,7 @@ from flax import nnx
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
 from trainer.modules import functional
+from trainer.modules.ensemble import EnsembleModel
 from trainer.step.rng import Keys
 
 
@@ -274,6 +275,15 @@ def test_variables_are_read_by_name() -> None:
     seen, sizes, offset = value[1]
     assert (seen, sizes) == (2, (1, 2)) and same(offset, jnp.ones(4))
     assert bind(Tempered).layers[0](X).shape == (3, 4)
+
+
+def test_a_variable_of_an_ensemble_is_not_that_of_its_first_member() -> None:
+    variables = jax.tree.map(lambda x: jnp.stack([x, x + 1]), init(Tempered))
+    keys, seeds = Keys(seed=0, mode='eval'), jnp.arange(2)
+    model: Any = EnsembleModel(functional(Tempered), variables, keys, seeds, combine=lambda x: x)
+    with pytest.raises(UserError, match=r'model\.temperature: each member .*model\.variables'):
+        model.temperature  # noqa: B018
+    assert model.sizes == (1, 2)
 
 
 @pytest.mark.parametrize('name', ['train', 'eval'])

@@ -84,7 +84,8 @@ class NNX:
 
     def for_notebook(self, variables: Variables) -> nnx.Module:
         """Returns the module with these variables in it, in evaluation mode."""
-        return NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))._module(0)
+        model = NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))
+        return model._module(0, model.params)
 
     @functools.cached_property
     def _parts(self) -> Parts:
@@ -128,18 +129,15 @@ class NNXModel(BoundModel):
         self._named = named
 
     def _field(self, name: str) -> Any:
-        return _plain(getattr(self._filled(0, self.params), name, None))
+        return _plain(getattr(self._module(0, self.params), name, None))
 
-    def _module(self, call: int) -> nnx.Module:
+    def _module(self, call: int, params: Any) -> nnx.Module:
         """Returns the module of a call, in the mode of this model."""
-        module = self._filled(call, self._precision.for_compute(self.params))
-        nnx_bridge.switch(module, self.training)
-        return module
-
-    def _filled(self, call: int, params: Any) -> nnx.Module:
         variables = {**self.variables, 'params': params}
         with nnx.use_eager_sharding(False):
-            return self._parts.filled(variables, functools.partial(self._random, call))
+            module = self._parts.filled(variables, functools.partial(self._random, call))
+        nnx_bridge.switch(module, self.training)
+        return module
 
     def _random(self, call: int, path: Path, variable: Any) -> jax.Array:
         """Returns the first value of a key or a count: each layer draws what no other one draws."""
@@ -154,7 +152,7 @@ class NNXModel(BoundModel):
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         calls = self._calls
         args, kwargs = self._precision.for_compute((args, kwargs))
-        module = self._module(calls.count)
+        module = self._module(calls.count, self._precision.for_compute(self.params))
         kwargs = self._with_rngs(module, steps, args, kwargs)
         calls.count += 1
         run = functools.partial(_runner(steps, self.training), module, args, kwargs)
