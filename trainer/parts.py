@@ -137,6 +137,7 @@ class Parts:
         """
         startup.check_batch(self.experiment, batch_shards(self.mesh))
         startup.warn_of_what_never_comes(self.experiment)
+        startup.warn_of_wrong_gradients(self.programs.abstract, self.mesh)
         programs = [self.programs.fused] if self.experiment.steps_per_call > 1 else []
         programs.append(self.programs.step)
         for evaluator in self.evaluators.values():

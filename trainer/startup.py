@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
+from trainer.modules.bound import param_path
 from trainer.observe.table import bytes_per_device, human_bytes, parameter_table
 from trainer.parallel.mesh import BATCH_AXES, batch_shards
 from trainer.parallel.sharding import logical_rules
@@ -94,6 +95,30 @@ def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> 
                 size,
                 ' and '.join(BATCH_AXES),
             )
+
+
+def warn_of_wrong_gradients(state: TrainState, mesh: Mesh) -> None:
+    """Says where XLA for CPUs has been seen to compute wrong gradients, in JAX alone.
+
+    It is so for kernels cut over two axes of one size, beside a batch that is cut over another
+    axis, as long as nothing says how what the layers return is cut.
+    """
+    if mesh.devices.flat[0].platform != 'cpu' or mesh.shape.get('data', 1) == 1:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        every = [(axes,) if isinstance(axes, str) else axes or () for axes in leaf.sharding.spec]
+        sizes = [math.prod(mesh.shape[axis] for axis in axes) for axes in every]
+        sizes = [size for size in sizes if size > 1]
+        if len(set(sizes)) < len(sizes):
+            _log.warning(
+                '%s is cut over two axes of the mesh of size %d, and batches over config.mesh.data:'
+                ' XLA for CPUs has been seen to compute wrong gradients there, unless the model '
+                'names its activations: nn.with_logical_constraint, '
+                'jax.lax.with_sharding_constraint',
+                param_path(path),
+                max(size for size in sizes if sizes.count(size) > 1),
+            )
+            return
 
 
 def warn_of_what_never_comes(experiment: Experiment) -> None:

@@ -89,11 +89,20 @@ def test_dropout_draws_by_the_rule() -> None:
         assert not same(elsewhere[0] == 0, masks[0])
 
 
+@pytest.mark.filterwarnings("ignore:\\s*Using 'Module")
 def test_intermediates_are_offered_and_not_kept() -> None:
     """X10: what was sown and what was assigned."""
     model: Any = bind(make)
     model(X)
     assert set(model.intermediates) == {'sown', 'assigned'}
+    assert len(model.intermediates['sown']) == 1
+    model(X)  # What the first call has left is gone.
+    assert len(model.intermediates['sown']) == 1
+    module: Any = functional(make).for_notebook(model.variables)
+    assert not hasattr(module, 'assigned')
+    module(X)
+    assert set(nnx.to_pure_dict(nnx.pop(module, nnx.Intermediate))) == {'sown', 'assigned'}
+    assert not hasattr(module, 'assigned') and not hasattr(module, 'sown')
     assert set(model.collections) == {'batch_stats', 'count'}
 
 

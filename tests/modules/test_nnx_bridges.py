@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from tests.modules.examples import X, bind, init, same
 from tests.modules.test_nnx_trainer import experiment
@@ -29,6 +30,59 @@ class LinenInside(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.out(nnx.relu(self.linen(x.reshape(len(x), -1))))
+
+
+class Count(nnx.Variable):
+    """How often a module was called."""
+
+
+class Moving(nnx.Module):
+    """All that a call in training moves, beside bridges."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.first = nnx.Linear(4, 5, rngs=rngs)
+        self.norm = nnx.BatchNorm(5, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.count = Count(jnp.zeros((), jnp.int32))
+        self.calls = jnp.zeros(())
+        self.linen = nnx.bridge.ToNNX(nn.Sequential([nn.Dense(3), nn.BatchNorm()]), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.count[...] += 1
+        self.calls = self.calls + 1
+        return self.linen(self.drop(self.norm(self.first(x))))
+
+
+def twice(model: Any, batch: Any) -> Any:
+    return model(batch['x']), model(batch['x'])
+
+
+def with_views(model: Any, batch: Any) -> Any:
+    """Asks for all that a task may ask a model for."""
+    output = model(batch['x'])
+    assert set(model.collections) == {'batch_stats', 'count', 'buffers'}
+    kernel = model.params['linen']['layers_0']['kernel']
+    assert model.variables['params']['linen']['layers_0']['kernel'] is kernel
+    average, stopped = model.ema(batch['x']), model.stop_gradient('linen/.*')(batch['x'])
+    return output, average, stopped, (kernel**2).sum()
+
+
+@pytest.mark.parametrize('task', [twice, with_views])
+def test_initialisation_moves_nothing(task: Any) -> None:
+    """X14: a bridge needs a call to be made; the module is as its maker left it, all the same."""
+    variables = init(Moving, task)
+    made = Moving(nnx.Rngs(0))
+    assert variables['count']['count'] == 0
+    assert variables['buffers']['calls'] == 0
+    for name in ('mean', 'var'):
+        expected = getattr(made.norm, name)[...]
+        assert same(variables['batch_stats']['norm'][name], expected)
+        assert same(variables['batch_stats']['linen']['layers_1'][name], expected[:3])
+    model: Any = functional(Moving)
+    model.init(task, {'x': X}, Keys(seed=0, mode='init'))
+    bound = model.bind(variables, Keys(seed=0, mode='train'), ema=variables['params'])
+    task(bound, {'x': X})
+    assert bound.collections['count']['count'] == (2 if task is twice else 3)
 
 
 class Inner(nnx.Module):
@@ -56,6 +110,40 @@ def test_bridges_train(name: str, tmp_path: pathlib.Path) -> None:
         jax.tree.leaves(restored.params), jax.tree.leaves(result.state.params), strict=True
     ):
         np.testing.assert_array_equal(a, b)
+
+
+class NamedInner(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ('embed', 'mlp'))
+        self.linear = nnx.Linear(784, 16, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(x)
+
+
+class NamedInside(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = nnx.bridge.to_linen(NamedInner, name='inner')
+        return nn.Dense(10)(nn.relu(inner(x.reshape(len(x), -1))))
+
+
+@pytest.mark.parametrize('rules', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_names_of_dimensions_within_a_linen_module(rules: bool) -> None:
+    """X14, J8: they follow the rules, and without any they are no axes of the mesh."""
+    by_name = {
+        'target': 'trainer.parallel.sharding:ByName',
+        'rules': (('embed', None), ('mlp', 'model')),
+    }
+    made = experiment(
+        f'{__name__}:NamedInside', sharding=(by_name,) if rules else 'replicated',
+        mesh={'data': 4, 'model': 2},
+    )  # fmt: skip
+    result = Trainer(made).fit()
+    assert result.metrics['train/loss'] < 2.3
+    kernel = result.state.params['inner']['linear']['kernel']
+    assert kernel.sharding.spec == (P(None, 'model') if rules else P())
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(784, 8 if rules else 16)}
 
 
 class InCall(nn.Module):

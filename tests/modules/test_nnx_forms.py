@@ -12,7 +12,9 @@ import pytest
 from flax import nnx
 
 from tests.modules.examples import X, bind, init, same
+from trainer.config.errors import UserError
 from trainer.modules import functional
+from trainer.modules.ensemble import EnsembleModel
 from trainer.step.rng import Keys
 
 
@@ -186,3 +188,123 @@ def test_perturbations_are_not_kept() -> None:
     model = bind(Perturbed)
     np.testing.assert_allclose(model(X), X @ model.params['linear']['kernel'], rtol=1e-5)
     assert model.collections == {}
+
+
+class Filled(nnx.Module):
+    """Makes its intermediate with itself; a call fills it, or puts another in its place."""
+
+    def __init__(self, fills: bool, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+        self.mean = nnx.Intermediate(jnp.ones(()))
+        self.fills = fills
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.linear(x)
+        if self.fills:
+            self.mean[...] = y.mean()
+        else:
+            self.mean = nnx.Intermediate(y.mean())
+        return y
+
+
+@pytest.mark.parametrize('fills', [True, False])
+def test_an_intermediate_that_the_constructor_makes(fills: bool) -> None:
+    """X10."""
+    model = bind(lambda rngs: Filled(fills, rngs))
+    for _ in range(2):
+        np.testing.assert_allclose(model.intermediates.get('mean', 0.0), 0.0)
+        output = model(X)
+        assert same(model.intermediates['mean'], output.mean())
+        model.intermediates.clear()
+    assert model.collections == {}
+
+
+class Params(nnx.Variable):
+    """Not parameters."""
+
+
+class BatchStats(nnx.BatchStat):
+    """Batch statistics, by another name."""
+
+
+@pytest.mark.parametrize(('kind', 'refused'), [(Params, True), (BatchStats, False)])
+def test_a_class_of_variables_with_a_name_that_is_taken(kind: Any, refused: bool) -> None:
+    """X1: they would be trained."""
+
+    class Extra(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.extra = kind(jnp.zeros(()))
+
+    if not refused:
+        assert init(Extra) == {'params': {}, 'batch_stats': {'extra': 0}}
+        return
+    with pytest.raises(UserError, match=r"test_nnx_forms\.Params would be kept as 'params'.*Param"):
+        init(Extra)
+
+
+class Tempered(nnx.Module):
+    """A parameter and a statistic that tasks read."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.temperature = nnx.Param(jnp.full((), 2.0))
+        self.seen = Count(jnp.zeros((), jnp.int32))
+        self.offset = jnp.ones(4)
+        self.sizes = (1, 2)
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.seen[...] += 1
+        return x
+
+
+def test_variables_are_read_by_name() -> None:
+    """Those of the view, with their gradients, as the calls so far have left them."""
+    variables = init(Tempered)
+
+    def read(params: Any) -> Any:
+        keys = Keys(seed=0, mode='train')
+        average = {**params, 'temperature': jnp.full((), 7.0)}
+        model: Any = functional(Tempered).bind({**variables, 'params': params}, keys, ema=average)
+        model(X), model(X)
+        stopped = model.stop_gradient('temperature').temperature
+        assert model.ema.temperature == 7
+        return model.temperature * stopped, (model.seen, model.sizes, model.offset)
+
+    value, gradients = jax.value_and_grad(read, has_aux=True)(variables['params'])
+    assert value[0] == 4 and gradients['temperature'] == 2
+    seen, sizes, offset = value[1]
+    assert (seen, sizes) == (2, (1, 2)) and same(offset, jnp.ones(4))
+    assert bind(Tempered).layers[0](X).shape == (3, 4)
+
+
+def test_a_variable_of_an_ensemble_is_not_that_of_its_first_member() -> None:
+    variables = jax.tree.map(lambda x: jnp.stack([x, x + 1]), init(Tempered))
+    keys, seeds = Keys(seed=0, mode='eval'), jnp.arange(2)
+    model: Any = EnsembleModel(functional(Tempered), variables, keys, seeds, combine=lambda x: x)
+    with pytest.raises(UserError, match=r'model\.temperature: each member .*model\.variables'):
+        model.temperature  # noqa: B018
+    assert model.sizes == (1, 2)
+
+
+@pytest.mark.parametrize('name', ['train', 'eval'])
+def test_an_attribute_in_the_place_of_the_switch(name: str) -> None:
+    """X13: its name is told."""
+
+    class Switched(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.linear = nnx.Linear(4, 4, rngs=rngs)
+            setattr(self, name, True)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.linear(x)
+
+    with pytest.raises(UserError, match=rf'Switched\.{name} is not the method `{name}\(\)`'):
+        bind(Switched, name)(X)
+
+
+def test_a_module_that_is_made_without_rngs(caplog: pytest.LogCaptureFixture) -> None:
+    """The seed has no say in it: this is told, where there are parameters."""
+    functional(nnx.Dropout(0.5))
+    assert caplog.text == ''
+    functional(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
+    assert 'config.model: Linear was made without the `rngs`' in caplog.text

@@ -98,6 +98,8 @@ def test_batch_statistics_are_those_of_linen() -> None:
     one, two = linen.evaluators['test'].run(state), mine.evaluators['test'].run(other)
     assert two['examples'] == 300
     assert two == pytest.approx(one, rel=1e-3)
+    mine.evaluators['test'].run(mine.init_state())
+    assert (mine.programs.step.compiles, mine.evaluators['test'].compiles) == (1, 1)
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path: pathlib.Path) -> None:

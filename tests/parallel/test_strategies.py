@@ -13,11 +13,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import errors
 from jax.sharding import PartitionSpec as P
 
 from tests.command import ROOT
+from trainer import startup
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.observe.table import bytes_per_device, nbytes
@@ -276,6 +278,53 @@ def test_an_axis_that_nothing_is_cut_over_is_named(caplog: pytest.LogCaptureFixt
     assert Trainer(made).programs.abstract
     assert Trainer(on_mesh(experiment('lm'), MESHES['2 x 4'])).programs.abstract
     assert 'config.mesh' not in caplog.text
+
+
+class Unnamed(nn.Module):
+    """Two layers that name nothing."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.gelu(nn.Dense(64, name='one')(x.reshape(len(x), -1)))
+        return nn.Dense(10, name='two')(x)
+
+
+def test_where_xla_is_wrong_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Two axes of one size for a kernel, one more for the batch; see the next test."""
+    rule = {
+        'target': 'trainer.parallel.sharding:ByPath',
+        'rules': (('one/kernel', ('fsdp', 'model')),),
+    }
+    for mesh, told in (('2 x 2 x 2', True), ('8 fsdp', False), ('2 x 4', False)):
+        trainer = Trainer(on_mesh(experiment('Unnamed', sharding=(rule,)), MESHES[mesh]))
+        caplog.clear()
+        startup.warn_of_wrong_gradients(trainer.programs.abstract, trainer.mesh)
+        assert ('one/kernel is cut over two axes of the mesh of size 2' in caplog.text) == told
+
+
+def test_xla_is_wrong_where_it_is_told() -> None:
+    """In JAX alone. Once this fails, `warn_of_wrong_gradients` has had its time."""
+    mesh = jax.make_mesh((2, 2, 2), ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3)
+    rows = jax.NamedSharding(mesh, P(('data', 'fsdp')))
+
+    def loss(kernels: Any, x: Any, names: bool) -> Any:
+        for kernel in kernels:
+            x = x + jax.nn.gelu(x @ kernel)
+            x = jax.lax.with_sharding_constraint(x, rows) if names else x
+        return (x**2).mean()
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, *kernels = (jax.random.normal(key, (32, 32)) * 0.2 for key in keys)
+    expected = jax.jit(jax.grad(lambda *args: loss(*args, names=False)))(kernels, x)
+    cut = [jax.NamedSharding(mesh, P('fsdp', 'model'))] * 2
+    for names in (False, True):
+        gradient = jax.jit(
+            jax.grad(lambda *args, names=names: loss(*args, names=names)),
+            in_shardings=(cut, rows),
+            out_shardings=cut,
+        )
+        found = gradient(kernels, x)
+        assert np.allclose(found[0], expected[0], rtol=1e-3, atol=1e-5) == names
 
 
 def test_rules_are_checked_before_the_model_is_traced() -> None:

@@ -124,6 +124,10 @@ def some(**changes: Any) -> Plan:
 
 def test_what_fits_and_what_does_not() -> None:
     assert 'fits         4.0 GB of the 17.2 GB of a v5e' in plan.describe(some(), 'v5e')
+    wide = some(state={'parameters': 10**9, 'collections': 400})
+    lines = plan.describe(wide).splitlines()[2:8]
+    assert ' collections 400 B' in lines
+    assert {len(re.match(r' ?\w+( all)? +', line)[0]) for line in lines} == {13}
     large = some(state={'parameters': 20 * 10**9}, state_in_all=20 * 10**9)
     text = plan.describe(large, 'v5e')
     assert text.splitlines()[2] == 'DOES NOT FIT 21.0 GB are needed, and a v5e has 17.2 GB'

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -144,6 +144,38 @@ class NNXNet(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return self.last(x)
+
+
+class Branching(nnx.Module):
+    """Calls a layer in a branch, in a loop, or where JAX alone transforms."""
+
+    registered: ClassVar[set[str]] = set()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        assert cls.__name__ not in cls.registered
+        cls.registered.add(cls.__name__)
+
+    def __init__(self, how: str, *, rngs: nnx.Rngs):
+        self.first = nnx.Linear(784, 10, rngs=rngs)
+        self.one, self.two = (nnx.Linear(10, 10, rngs=rngs) for _ in range(2))
+        self.how = how
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.first(x.reshape(len(x), -1))
+        if self.how == 'cond':
+            branches = [lambda m, x: m.one(x), lambda m, x: m.two(x)]
+            return nnx.cond(x.sum() > 0, *branches, self, x)
+        if self.how == 'fori_loop':
+            return nnx.fori_loop(0, 3, lambda _, c: (c[0], c[0].one(c[1])), (self, x))[1]
+        if self.how == 'while_loop':
+            step: Any = lambda c: (c[0], c[0].one(c[1]), c[2] + 1)  # noqa: E731
+            return nnx.while_loop(lambda c: c[2] < 3, step, (self, x, 0))[1]
+        return jax.checkpoint(lambda x: self.one(x))(x)
+
+
+class BranchingBelow(Branching):
+    """Of a class that its base has been told of."""
 
 
 def spoiled(x: Any, how: str, count: Any) -> Any:

@@ -86,6 +86,17 @@ def test_the_rows_sum_up(model: Any, accumulate: int) -> None:
         assert rows['layers/layer/dense'].output == f'4 x {32 // accumulate} x 16'
 
 
+@pytest.mark.parametrize('how', ['cond', 'fori_loop', 'while_loop', 'checkpoint'])
+def test_branches_and_loops_of_nnx_are_left_alone(how: str) -> None:
+    """They must leave behind what they have found: what is called in them has no output here."""
+    model = {'target': 'tests.probe.models:BranchingBelow', 'how': how}
+    rows = table(build(model))
+    outputs = {path: row.output for path, row in rows.items()}
+    within = dict.fromkeys(('one', 'two') if how == 'cond' else ('one',), '')
+    assert outputs == {'(model)': '32 x 10', 'first': '32 x 10', **within}
+    assert rows['first'].flops == 2 * 32 * 784 * 10
+
+
 def with_a_product(model: Any, batch: Any) -> Any:
     logits = model(batch['image'])
     return (logits @ logits.T).sum(-1)

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+
+import jax
 
 from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
 from trainer.modules.linen import Linen
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.rng import Keys
+
+_log = logging.getLogger('trainer')
 
 
 class Functional(Protocol):
@@ -55,6 +60,13 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
         return Linen(module, precision)
     nnx = sys.modules.get('flax.nnx')  # Whoever has made an NNX module has imported it.
     if nnx is not None and isinstance(module, nnx.Module):
+        if jax.tree.leaves(nnx.state(module, nnx.Param)):
+            _log.warning(
+                'config.model: %s was made without the `rngs` that a run gives: config.seed does '
+                'not change the parameters that it begins with, and those of all members of an '
+                'ensemble are the same',
+                type(module).__name__,
+            )
         module = functools.partial(_copied, module)
     if callable(module):
         from trainer.modules.nnx import NNX

@@ -20,6 +20,8 @@ from trainer.step.rng import Keys
 if TYPE_CHECKING:
     from trainer.modules.tap import Tap
 
+# What is read from a module's fields as it is.
+_PLAIN = (bool, int, float, str)
 # What leads from a module to a part of it.
 Steps = tuple[Callable[[Any], Any], ...]
 
@@ -46,8 +48,9 @@ class BoundModel(abc.ABC):
 
     `model(x)` runs `__call__`; `model.encode(x)`, `model.encoder(x)` or `model.layers[0](x)` runs a
     method or a sub-module (of a Linen module, one that `setup` makes: what a compact method makes
-    has no name outside of it); a number or string among the module's fields is read as
-    `model.width`. Names of this class hide those of the module.
+    has no name outside of it); a number or string among the module's fields, or a tuple of them, is
+    read as `model.width`, and the value of an NNX module's own variable as `model.temperature`.
+    Names of this class hide those of the module.
 
     It may be called several times: collections that a call changes (batch statistics) are seen by
     the next call, and each call draws its own random numbers. The views `ema` and `stop_gradient`
@@ -139,7 +142,11 @@ class BoundModel(abc.ABC):
         if name.startswith('_'):
             raise AttributeError(name)
         field = self._field(name)
-        return field if isinstance(field, (bool, int, float, str)) else getattr(_Method(self), name)
+        if isinstance(field, (*_PLAIN, jax.Array)):
+            return field
+        if isinstance(field, tuple) and all(isinstance(item, _PLAIN) for item in field):
+            return field
+        return getattr(_Method(self), name)
 
     def _with(self, params: Any) -> BoundModel:
         view = copy.copy(self)

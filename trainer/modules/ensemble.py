@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainer.config.errors import UserError
 from trainer.modules import Functional
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.carried import Carried
@@ -59,7 +60,13 @@ class EnsembleModel(BoundModel):
 
     def _field(self, name: str) -> Any:
         first = jax.tree.map(lambda x: x[0], self.variables)
-        return self._functional.bind(first, self._keys)._field(name)
+        field = self._functional.bind(first, self._keys)._field(name)
+        if isinstance(field, jax.Array):
+            raise UserError(
+                f'model.{name}: each member of an ensemble has its own; `model.variables` has them '
+                'all, with the members before all other dimensions'
+            )
+        return field
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         def call(variables: Any, seed: jax.Array) -> Any:

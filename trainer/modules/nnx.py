@@ -19,7 +19,15 @@ from flax import nnx
 from trainer.config.errors import UserError
 from trainer.modules import mode, nnx_bridge, nnx_tap
 from trainer.modules.bound import BoundModel, Calls, Steps
-from trainer.modules.nnx_parts import INTERMEDIATES, Parts, Path, Variables, mark_arrays, values
+from trainer.modules.nnx_parts import (
+    INTERMEDIATES,
+    Parts,
+    Path,
+    Variables,
+    mark_arrays,
+    overlaid,
+    values,
+)
 from trainer.step.precision import AS_IS, Precision
 from trainer.step.rng import Keys
 
@@ -58,11 +66,13 @@ class NNX:
         """
         with nnx.use_eager_sharding(False):
             module = self._made(keys)
+            named = values(module, boxed=True)
             if nnx_bridge.linen_parts(module):
                 task(_LazyModel(module, keys, self.precision), batch)
                 # What the first input has shaped is known from here on.
                 self.__dict__['_parts'] = Parts.of(module)
-        named = values(module, boxed=True)
+                # The call is for the shapes: what it has moved is left as it was made.
+                named = overlaid(values(module, boxed=True), named)
         params = named.pop('params', {})
         return {**named, 'params': self.precision.for_params(params)}
 
@@ -74,7 +84,8 @@ class NNX:
 
     def for_notebook(self, variables: Variables) -> nnx.Module:
         """Returns the module with these variables in it, in evaluation mode."""
-        return NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))._module(0)
+        model = NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))
+        return model._module(0, model.params)
 
     @functools.cached_property
     def _parts(self) -> Parts:
@@ -118,17 +129,14 @@ class NNXModel(BoundModel):
         self._named = named
 
     def _field(self, name: str) -> Any:
-        return getattr(self._module(0), name, None)
+        return _plain(getattr(self._module(0, self.params), name, None))
 
-    def _module(self, call: int) -> nnx.Module:
+    def _module(self, call: int, params: Any) -> nnx.Module:
         """Returns the module of a call, in the mode of this model."""
-        variables = {**self.variables, 'params': self._precision.for_compute(self.params)}
+        variables = {**self.variables, 'params': params}
         with nnx.use_eager_sharding(False):
             module = self._parts.filled(variables, functools.partial(self._random, call))
-        if self.training:
-            module.train()
-        else:
-            module.eval()
+        nnx_bridge.switch(module, self.training)
         return module
 
     def _random(self, call: int, path: Path, variable: Any) -> jax.Array:
@@ -144,7 +152,7 @@ class NNXModel(BoundModel):
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         calls = self._calls
         args, kwargs = self._precision.for_compute((args, kwargs))
-        module = self._module(calls.count)
+        module = self._module(calls.count, self._precision.for_compute(self.params))
         kwargs = self._with_rngs(module, steps, args, kwargs)
         calls.count += 1
         run = functools.partial(_runner(steps, self.training), module, args, kwargs)
@@ -204,10 +212,19 @@ class _LazyModel(NNXModel):
 
     def __init__(self, module: nnx.Module, keys: Keys, precision: Precision):
         super().__init__(Parts(None, None), {'params': {}}, keys, precision=precision)
+        nnx_bridge.switch(module, self.training)
         self._lazy = module
+        self._keep()
+
+    def stop_gradient(self, pattern: str) -> NNXModel:
+        return self
+
+    @property
+    def ema(self) -> NNXModel:
+        return self
 
     def _field(self, name: str) -> Any:
-        return getattr(self._lazy, name, None)
+        return _plain(getattr(self._lazy, name, None))
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         args, kwargs = self._precision.for_compute((args, kwargs))
@@ -222,7 +239,13 @@ class _LazyModel(NNXModel):
         bridges = nnx_bridge.linen_parts(self._lazy)
         nnx_bridge.run_with_linen(init, bridges, training=False)
         self._calls.intermediates = nnx.to_pure_dict(nnx.pop(self._lazy, INTERMEDIATES))
+        self._keep()
         return self._precision.for_output(outputs[0])
+
+    def _keep(self) -> None:
+        variables = values(self._lazy)
+        self._params = variables.pop('params', {})
+        self._calls.collections = variables
 
 
 class _Runner(nnx.Module):
@@ -233,6 +256,12 @@ class _Runner(nnx.Module):
 
     def __call__(self, run: Callable[[nnx.Module], None]) -> None:
         run(self.inner)
+
+
+def _plain(field: Any) -> Any:
+    """Returns what a field holds: the value, where it is a variable that lasts."""
+    lasts = isinstance(field, nnx.Variable) and not isinstance(field, INTERMEDIATES)
+    return field.get_value() if lasts else field
 
 
 def _has_rngs(module: nnx.Module) -> bool:

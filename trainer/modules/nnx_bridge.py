@@ -14,11 +14,29 @@ from typing import Any
 
 import flax.linen as nn
 
+from trainer.config.errors import UserError
 from trainer.modules import mode
 
 # What a call in training may change within a Linen module; in evaluation only intermediates.
 _IN_TRAINING = nn.DenyList(('params', 'perturbations'))
 _IN_EVALUATION = ('intermediates',)
+
+
+def switch(module: Any, training: bool) -> None:
+    """Puts an NNX module and its parts into a mode.
+
+    Raises:
+        UserError: if it has something else where the method that does it should be.
+    """
+    name = 'train' if training else 'eval'
+    method = getattr(type(module), name)
+    if name in vars(module) or not callable(method):
+        raise UserError(
+            f'config.model: {type(module).__name__}.{name} is not the method `{name}()` of an NNX '
+            'module, which switches its mode. Give what it holds another name, or let the call '
+            'take it (`train`), which is then told'
+        )
+    method(module)
 
 
 def linen_parts(module: Any) -> list[Any]:
@@ -96,12 +114,13 @@ def telling_nnx(training: bool) -> Iterator[None]:
         method = getattr(module.nnx_class, method) if isinstance(method, str) else method
 
         def call(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            inner.train() if training else inner.eval()
+            switch(inner, training)
             bound = functools.partial(method, inner)
             args, kwargs = mode.with_flags(bound, args, kwargs, training)
             return bound(*args, **kwargs)
 
         return call
 
-    with nn.intercept_methods(intercept):
+    # Names of dimensions are for the rules of the run: not every one is an axis of the mesh.
+    with sys.modules['flax.nnx'].use_eager_sharding(False), nn.intercept_methods(intercept):
         yield

@@ -12,7 +12,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import nnx, traverse_util
+
+from trainer.config.errors import UserError
 
 Variables = Mapping[str, Any]
 Path = tuple[str, ...]
@@ -23,6 +26,13 @@ INTERMEDIATES = (nnx.Intermediate, nnx.Perturbation)
 _NAMES = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats', nnx.Cache: 'cache'}
 # The collection of arrays that are in no variable.
 _BUFFERS = 'buffers'
+# What is kept under each name that no class of a user's own may take.
+_RESERVED = {
+    **{name: f'nnx.{kind.__name__}' for kind, name in _NAMES.items()},
+    _BUFFERS: 'arrays in no variable',
+    'intermediates': 'nnx.Intermediate',
+    'perturbations': 'nnx.Perturbation',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +65,9 @@ class Parts:
             place = tuple(map(str, path))
             if isinstance(variable, nnx.RngState):
                 value = rng(place, variable)
+            elif isinstance(variable, INTERMEDIATES):
+                shapes = variable.get_value()
+                value = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             else:
                 value = functools.reduce(operator.getitem, place, variables[collection(variable)])
             is_variable = isinstance(variable, nnx.Variable)
@@ -82,15 +95,32 @@ def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
     return {name: traverse_util.unflatten_dict(flat) for name, flat in found.items()}
 
 
+def overlaid(below: Variables, above: Variables) -> dict[str, Any]:
+    """Returns both as one, and of what is in both that of `above`."""
+    flat = {**traverse_util.flatten_dict(below), **traverse_util.flatten_dict(above)}
+    return traverse_util.unflatten_dict(flat)
+
+
 def collection(variable: Any) -> str:
-    """Returns the name under which the variables of a class are kept."""
+    """Returns the name under which the variables of a class are kept.
+
+    Raises:
+        UserError: for a class whose name in snake case is that of another kind.
+    """
     if not isinstance(variable, nnx.Variable):
         return _BUFFERS
     kind = type(variable)
     for known, name in _NAMES.items():
         if issubclass(kind, known):
             return name
-    return re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', kind.__name__).lower()
+    name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', kind.__name__).lower()
+    if name in _RESERVED:
+        raise UserError(
+            f'config.model: the variables of the class {kind.__module__}.{kind.__qualname__} would '
+            f'be kept as {name!r}, which is the name of {_RESERVED[name]}. Derive the class from '
+            'that if it is meant, or give it another name'
+        )
+    return name
 
 
 def mark_arrays(module: nnx.Module) -> None:

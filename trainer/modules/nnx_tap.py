@@ -9,16 +9,27 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from flax import nnx, traverse_util
+from flax.errors import TraceContextError
 
 from trainer.modules.tap import NAME, Tap
 
 _current: contextvars.ContextVar[Tap] = contextvars.ContextVar('tap')
+# How many branches and loops there are around the call of the whole model.
+_loops_outside: contextvars.ContextVar[int] = contextvars.ContextVar('loops')
+
+# What traces branches and loops.
+_LOOPS = {
+    inspect.unwrap(getattr(system, name)).__code__
+    for system in (nnx, jax.lax)
+    for name in ('cond', 'switch', 'while_loop', 'fori_loop')
+}
 
 
 class Names(Tap):
@@ -56,11 +67,12 @@ def take_perturbations(module: nnx.Module, tap: Tap) -> None:
 
 @contextlib.contextmanager
 def _using(tap: Tap) -> Iterator[None]:
-    token = _current.set(tap)
+    token, loops = _current.set(tap), _loops_outside.set(_loops())
     try:
         yield
     finally:
         _current.reset(token)
+        _loops_outside.reset(loops)
 
 
 def _is_callable(kind: type) -> bool:
@@ -82,13 +94,35 @@ def _watched(kind: Any, path: str) -> Any:
         variables = nnx.to_pure_dict(nnx.state(self, nnx.Not(nnx.Intermediate)))
         with tap.calling(path, kind):
             output = kind.__call__(self, *args, **kwargs)
-        if tap.perturbations is not None:
-            output = tap.perturbed(output, self.perturb)
-        record = tap.record(output, (args, kwargs), variables)
-        if record is not None:
-            before = getattr(self, NAME).get_value() if hasattr(self, NAME) else ()
-            setattr(self, NAME, nnx.Intermediate((*before, record)))
+        if _loops() > _loops_outside.get():
+            return output
+        # Within a transform of JAX itself, such as `jax.checkpoint`, a module takes nothing up.
+        with contextlib.suppress(TraceContextError):
+            if tap.perturbations is not None:
+                output = tap.perturbed(output, self.perturb)
+            record = tap.record(output, (args, kwargs), variables)
+            if record is not None:
+                before = getattr(self, NAME).get_value() if hasattr(self, NAME) else ()
+                setattr(self, NAME, nnx.Intermediate((*before, record)))
         return output
 
     names = {'__call__': call, '__module__': kind.__module__, '__qualname__': kind.__qualname__}
-    return type(kind.__name__, (kind,), names)
+    # The base comes second: a user's `__init_subclass__` is not to see a class of ours.
+    made: Any = type(kind)(kind.__name__, (nnx.Module,), names, pytree=kind._pytree__is_pytree)
+    made.__bases__ = (kind,)
+    for name in [name for name in vars(made) if name.startswith('_pytree__')]:
+        delattr(made, name)  # What NNX has noted of the class; that of `kind` counts.
+    return made
+
+
+def _loops() -> int:
+    """Returns how many branches and loops are being traced, one within the other.
+
+    All branches must leave the same behind, and a loop what it has found, so a tap leaves nothing
+    in any. A scan may. JAX has no other mark of them than the functions that trace them.
+    """
+    frame, count = inspect.currentframe(), 0
+    while frame is not None:
+        count += frame.f_code in _LOOPS
+        frame = frame.f_back
+    return count

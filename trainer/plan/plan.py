@@ -113,8 +113,8 @@ def describe(plan: Plan, kind: str | None = None) -> str:
         lines += [*_fit(plan, kind, KINDS[kind]), '']
     whole = sum(plan.state.values())
     lines.append(f'state        {human_bytes(whole)} on each device')
-    lines += [f'  {name:<11}{human_bytes(size)}' for name, size in plan.state.items()]
-    lines.append(f'  in all     {human_bytes(plan.state_in_all)}, held once')
+    lines += [f' {name:<12}{human_bytes(size)}' for name, size in plan.state.items()]
+    lines.append(f' in all      {human_bytes(plan.state_in_all)}, held once')
     rows = plan.rows // plan.shards
     batch = f'{plan.rows:,} rows, {rows:,} on each device'
     lines.append(f'batch        {human_bytes(plan.batch)} on each device ({batch})')
