@@ -22,6 +22,7 @@ from trainer.early_stopping import EarlyStopping
 from trainer.events import Event
 from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
 from trainer.modules import Functional, functional
+from trainer.modules.precision import AS_IS, Precision
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
 from trainer.probe import building as probes
@@ -30,7 +31,6 @@ from trainer.step import building, members
 from trainer.step.context import StepFunction
 from trainer.step.ensemble import Ensemble
 from trainer.step.optimizer import Optimizer
-from trainer.step.precision import AS_IS, Precision
 from trainer.step.task_runner import TaskRunner
 from trainer.transfer.init_from import InitFrom
 from trainer.transfer.surgery import Operation

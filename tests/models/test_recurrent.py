@@ -17,9 +17,9 @@ from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.modules import functional
+from trainer.modules.precision import Precision
+from trainer.modules.rng import Keys
 from trainer.step.language import Answer
-from trainer.step.precision import Precision
-from trainer.step.rng import Keys
 from trainer.step.task_runner import TaskRunner
 from trainer.step.tasks import TaskOutput
 from trainer.trainer import Trainer

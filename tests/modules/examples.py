@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from trainer.modules import functional
 from trainer.modules.bound import BoundModel
-from trainer.step.rng import Keys
+from trainer.modules.rng import Keys
 
 X = jnp.arange(12.0).reshape(3, 4)
 

@@ -21,9 +21,9 @@ from models.resnet import ResNet
 from trainer.config.errors import UserError
 from trainer.evaluate.step import EvalStep
 from trainer.modules import functional
+from trainer.modules.precision import AS_IS, Precision
 from trainer.parallel.mesh import make_mesh
 from trainer.step.optimizer import Optimizer
-from trainer.step.precision import AS_IS, Precision
 from trainer.step.program import Programs
 from trainer.step.state import TrainState
 from trainer.step.task_runner import MASK, TaskRunner

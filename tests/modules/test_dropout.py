@@ -13,11 +13,11 @@ import optax
 import pytest
 
 from trainer.modules import functional
+from trainer.modules.rng import Keys
 from trainer.parallel.mesh import make_mesh
 from trainer.parallel.sharding import ByPath
 from trainer.step.optimizer import Optimizer
 from trainer.step.program import Programs
-from trainer.step.rng import Keys
 from trainer.step.task_runner import TaskRunner
 from trainer.step.tasks import TaskOutput
 from trainer.step.train_step import TrainStep

@@ -19,7 +19,7 @@ from tests.modules.examples import X, bind, init, same
 from tests.probe.program import computation
 from trainer.experiment import load_and_build
 from trainer.modules import functional
-from trainer.step.rng import Keys
+from trainer.modules.rng import Keys
 from trainer.step.tasks import TaskOutput
 from trainer.trainer import Trainer
 

@@ -16,9 +16,9 @@ from tests.modules.examples import bind, init, same
 from tests.modules.test_klinen import MLP, RNG, AutoEncoder, X
 from trainer.modules import functional
 from trainer.modules import klinen as knn
+from trainer.modules.combine import mean
 from trainer.modules.ensemble import EnsembleModel
-from trainer.step.combine import mean
-from trainer.step.rng import Keys
+from trainer.modules.rng import Keys
 
 
 class Sequential(knn.Module):

@@ -15,7 +15,7 @@ from flax import errors
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
 from trainer.modules import functional
-from trainer.step.rng import Keys
+from trainer.modules.rng import Keys
 
 
 class Normed(nn.Module):

@@ -18,8 +18,8 @@ from flax.core.scope import DenyList
 from data.sources import ArraySource
 from tests.modules.learning import learned
 from trainer.modules import functional
-from trainer.step.precision import Precision
-from trainer.step.rng import Keys
+from trainer.modules.precision import Precision
+from trainer.modules.rng import Keys
 
 KEY = jax.random.key(0)
 X = np.random.default_rng(2).normal(size=(3, 8)).astype('f4')

@@ -14,8 +14,8 @@ from flax import nnx
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
 from trainer.modules import functional
-from trainer.step.precision import Precision
-from trainer.step.rng import Keys
+from trainer.modules.precision import Precision
+from trainer.modules.rng import Keys
 
 
 class Count(nnx.Variable):

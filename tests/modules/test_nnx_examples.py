@@ -17,7 +17,7 @@ from flax import nnx
 from tests.command import ROOT
 from trainer.experiment import Experiment, load_and_build
 from trainer.modules import functional
-from trainer.step.rng import Keys
+from trainer.modules.rng import Keys
 from trainer.step.tasks import TaskOutput
 from trainer.trainer import Trainer
 

@@ -15,7 +15,7 @@ from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
 from trainer.modules import functional
 from trainer.modules.ensemble import EnsembleModel
-from trainer.step.rng import Keys
+from trainer.modules.rng import Keys
 
 
 class Count(nnx.Variable):

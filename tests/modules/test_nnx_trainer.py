@@ -20,7 +20,7 @@ from tests.modules.examples import init
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.modules import functional
-from trainer.step.rng import Keys
+from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
 
 EVALS = {

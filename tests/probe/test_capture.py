@@ -20,12 +20,12 @@ from tests.probe.program import computation
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.modules.bound import BoundModel
+from trainer.modules.rng import Keys
 from trainer.probe import measures
 from trainer.probe.capture import Captures
 from trainer.probe.forward import Forward
 from trainer.probe.gradients import of_next_step
 from trainer.startup import abstract_batch
-from trainer.step.rng import Keys
 from trainer.trainer import Trainer
 
 EVERYTHING = {'all': {'match': '.*', 'what': ('summary', 'histogram', 'file')}}

@@ -16,8 +16,8 @@ from tests import command
 from trainer.config import loading, overrides
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build, load_and_build
+from trainer.modules.combine import mean, mean_sigmoid, mean_softmax
 from trainer.step import varied
-from trainer.step.combine import mean, mean_sigmoid, mean_softmax
 from trainer.step.ensemble import member_state
 from trainer.step.state import TrainState
 from trainer.trainer import Trainer

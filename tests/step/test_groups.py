@@ -15,10 +15,10 @@ from models.mlp import MLP
 from tests.step import gan
 from trainer.config.errors import UserError
 from trainer.modules import functional
+from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.optimizer import Group, Optimizer
 from trainer.step.program import Programs
-from trainer.step.rng import Keys
 from trainer.step.task_runner import TaskRunner, compute_metrics
 from trainer.step.tasks import Classification, TaskOutput
 from trainer.step.train_step import TrainStep

@@ -18,10 +18,11 @@ from models.mlp import MLP
 from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.modules import functional
+from trainer.modules.precision import Precision
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.parallel.sharding import FSDP, Rule
+from trainer.step.loss_scale import LossScale
 from trainer.step.optimizer import Optimizer
-from trainer.step.precision import LossScale, Precision
 from trainer.step.program import Programs
 from trainer.step.task_runner import TaskRunner, compute_metrics
 from trainer.step.tasks import Classification, TaskOutput

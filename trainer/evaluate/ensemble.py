@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from trainer.evaluate.step import EMA, EvalStep
+from trainer.modules.combine import mean
 from trainer.modules.ensemble import EnsembleModel
-from trainer.step.combine import mean
+from trainer.modules.rng import Keys
 from trainer.step.ensemble import PerMember
-from trainer.step.rng import Keys
 from trainer.step.task_runner import merge_metrics
 
 

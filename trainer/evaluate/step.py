@@ -11,8 +11,8 @@ import jax
 
 from trainer.modules import Functional
 from trainer.modules.bound import BoundModel
+from trainer.modules.rng import Keys
 from trainer.step.metrics import Count
-from trainer.step.rng import Keys
 from trainer.step.task_runner import MASK, TaskRunner, merge_metrics
 from trainer.step.tasks import TaskOutput
 

@@ -14,8 +14,8 @@ import jax
 from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
 from trainer.modules.linen import Linen
-from trainer.step.precision import AS_IS, Precision
-from trainer.step.rng import Keys
+from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.rng import Keys
 
 _log = logging.getLogger('trainer')
 

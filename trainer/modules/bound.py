@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from trainer.config.errors import UserError
-from trainer.step.precision import AS_IS, Precision
-from trainer.step.rng import Keys
+from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.rng import Keys
 
 if TYPE_CHECKING:
     from trainer.modules.tap import Tap

@@ -14,8 +14,8 @@ from trainer.config.errors import UserError
 from trainer.modules import Functional
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.carried import Carried
-from trainer.step.combine import mean
-from trainer.step.rng import Keys
+from trainer.modules.combine import mean
+from trainer.modules.rng import Keys
 
 Combine = Callable[[Any], Any]
 

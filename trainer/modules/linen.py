@@ -17,9 +17,9 @@ from flax.core.scope import subtract_filters
 from trainer.config.errors import UserError
 from trainer.modules import mode, tap
 from trainer.modules.bound import BoundModel, Calls, Steps
+from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.rng import Keys
 from trainer.modules.streams import Streams
-from trainer.step.precision import AS_IS, Precision
-from trainer.step.rng import Keys
 
 Variables = Mapping[str, Any]
 

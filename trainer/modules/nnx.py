@@ -28,8 +28,8 @@ from trainer.modules.nnx_parts import (
     overlaid,
     values,
 )
-from trainer.step.precision import AS_IS, Precision
-from trainer.step.rng import Keys
+from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.rng import Keys
 
 # Streams of their own in the `rngs` that a module gets; any other name draws from 'default'.
 _STREAMS = ('params', 'dropout', 'default')

@@ -22,7 +22,7 @@ import numpy as np
 from flax import traverse_util
 
 from trainer.modules.bound import BoundModel
-from trainer.step.rng import Keys
+from trainer.modules.rng import Keys
 
 # Under this name a tap keeps its own among what modules sow and perturb.
 NAME = '_tap'

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from trainer.modules.bound import param_path
 from trainer.parallel import checks
 from trainer.parallel.checks import Axes
 
@@ -205,14 +206,14 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
     Raises:
         UserError: as `spec_of`, and for a pattern that matches no parameter.
     """
-    paths = [_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for rule in rules:
         if isinstance(rule, ByPath):
             checks.check_used([pattern for pattern, _ in rule.rules], paths)
 
     def find(path: tuple[Any, ...], leaf: Any, named: PartitionSpec | None) -> PartitionSpec:
         parameter = Parameter(
-            path=_path(path),
+            path=param_path(path),
             shape=tuple(leaf.shape),
             itemsize=leaf.dtype.itemsize,
             # A box of the user's own says nothing of devices.
@@ -233,10 +234,6 @@ def named_axes(rules: Iterable[Rule], mesh: Mesh) -> Iterator[None]:
     """Lets what is traced inside name the axes of its activations: of the mesh, or by the rules."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(rules)):
         yield
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _as_axes(axes: Sequence[Any]) -> tuple[Axes, ...]:

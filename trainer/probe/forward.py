@@ -12,11 +12,11 @@ import jax
 from jax.sharding import Mesh
 
 from trainer.modules import Functional
+from trainer.modules.rng import Keys
 from trainer.modules.tap import Tap, Tapped
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.gradients import split_rows
-from trainer.step.rng import Keys
 from trainer.step.state import TrainState
 from trainer.step.task_runner import TaskRunner
 from trainer.step.tasks import TaskOutput

@@ -26,7 +26,7 @@ from trainer.prefetch import Prefetcher
 from trainer.probe.forward import Batch, Forward
 from trainer.step.context import default_step
 from trainer.step.gradients import Gradients
-from trainer.step.precision import all_finite
+from trainer.step.loss_scale import all_finite
 from trainer.step.state import TrainState
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ import optax
 
 from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
+from trainer.modules.rng import Keys
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
-from trainer.step.rng import Keys
 from trainer.step.state import TrainState, changes, describe
 from trainer.step.task_runner import TaskRunner, inverse, is_metric, loss_sums, penalty_sum
 from trainer.step.tasks import ONLY_LOSS, TaskOutput

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from trainer.modules import Functional
+from trainer.modules.precision import at_least_float32
+from trainer.modules.rng import Keys
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
-from trainer.step.precision import at_least_float32
-from trainer.step.rng import Keys
 from trainer.step.state import TrainState
 from trainer.step.task_runner import (
     TaskRunner,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from trainer.step.combine import mean_softmax
+from trainer.modules.combine import mean_softmax
 from trainer.step.metrics import mean_collection
 from trainer.step.tasks import Batch, TaskOutput
 

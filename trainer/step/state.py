@@ -11,7 +11,7 @@ import jax
 import optax
 
 from trainer.modules.bound import param_path
-from trainer.step.precision import LossScale
+from trainer.step.loss_scale import LossScale
 
 
 @flax.struct.dataclass

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.config.errors import UserError
-from trainer.step.combine import mean_sigmoid, mean_softmax
+from trainer.modules.combine import mean_sigmoid, mean_softmax
 from trainer.step.metrics import mean_collection
 
 Batch = Mapping[str, jax.Array]

@@ -16,13 +16,14 @@ from flax.core import meta
 from trainer.config.durations import Periodic
 from trainer.config.errors import UserError
 from trainer.modules import Functional
+from trainer.modules.precision import at_least_float32
+from trainer.modules.rng import Keys
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
+from trainer.step.loss_scale import LossScale, all_finite, choose
 from trainer.step.metrics import Last
 from trainer.step.norms import norms
 from trainer.step.optimizer import Optimizer, Schedule
-from trainer.step.precision import LossScale, all_finite, at_least_float32, choose
-from trainer.step.rng import Keys
 from trainer.step.state import TrainState
 from trainer.step.task_runner import TaskRunner, merge_metrics
 
