@@ -126,7 +126,7 @@ def test_slots_of_other_shapes() -> None:
         operate([Resize(pattern='Dense_1/kernel', size=5)], PARAMS, opt_state, tx)
     with pytest.raises(UserError, match='the optimizer `tx` that made opt_state goes with it'):
         operate([rename], PARAMS, opt_state)
-    with pytest.raises(UserError, match=r'0\.trace/.*: absent there, float32\[4\]|0/trace/'):
+    with pytest.raises(UserError, match='opt_state/0/trace/Conv_0/bias: absent there'):
         operate([rename], PARAMS, opt_state, optax.sgd(0.1, momentum=0.9))
 
 
@@ -193,8 +193,11 @@ def test_mistakes() -> None:
         (Edit(pattern='.*/bias', function=lambda x: {}['a']), r"Conv_0/bias \[4\]: KeyError: 'a'"),
         (Edit(pattern='.*/bias', function=lambda x: 1 / 0), 'Conv_0/bias .*ZeroDivisionError'),
         (Edit(pattern='.*/bias', function=lambda x: None), 'the result is no array of numbers but'),
-        (Interpolate(pattern='.*/kernel', size=6, extra=9), 'Conv_0/kernel .* 9 are extra ones'),
-        (Interpolate(pattern='.*/bias', size=6), 'Conv_0/bias .* no table of positions'),
+        (
+            Interpolate(pattern='.*/kernel', size=6, extra=9),
+            'Conv_0/kernel .* no positions besides 9 extra',
+        ),
+        (Interpolate(pattern='.*/bias', size=6), 'Conv_0/bias .* no table of positions and widths'),
         (
             Rename(pattern='Dense_1/kernel', replacement='Dense_1/bias/x'),
             r'Rename\(.*\) makes params/Dense_1/bias/x, and params/Dense_1/bias is an array',

@@ -167,7 +167,7 @@ def into(
             return x
         if isinstance(x, str):
             return str(loaded[name])
-        return _as_key(loaded[name], x) if _is_key(x) else loaded[name]
+        return _like(loaded[name], x)
 
     return jax.tree_util.tree_map_with_path(pick, target)
 
@@ -183,12 +183,14 @@ def _is_key(x: Any) -> bool:
     return hasattr(x, 'dtype') and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _as_key(data: np.ndarray, target: Any) -> jax.Array:
-    """Returns a typed key of the target's kind, with its sharding."""
+def _like(found: Any, target: Any) -> Any:
+    """Returns an array as a typed key of the target's kind, or the data of one, if need be."""
+    if not _is_key(target):
+        return jax.random.key_data(found) if _is_key(found) else found
     kinds: list[Any] = []
     jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), target)
     return jax.device_put(
-        jax.random.wrap_key_data(jnp.asarray(data), impl=kinds[0]), _sharding(target)
+        jax.random.wrap_key_data(jnp.asarray(found), impl=kinds[0]), _sharding(target)
     )
 
 

@@ -134,8 +134,10 @@ class Interpolate:
         return _edited(self, self.pattern, weights, self._resampled)
 
     def _resampled(self, array: Array, slot: bool) -> Array:
-        if array.ndim < 2 or not 0 <= self.extra < array.shape[-2]:
-            raise ValueError(f'it is no table of positions, of which {self.extra} are extra ones')
+        if array.ndim < 2:
+            raise ValueError('it is no table of positions and widths')
+        if not 0 <= self.extra < array.shape[-2]:
+            raise ValueError(f'it has no positions besides {self.extra} extra ones')
         kept, table = array[..., : self.extra, :], array[..., self.extra :, :]
         old = self._old_grid(table.shape[-2])
         new = (self.size,) if isinstance(self.size, int) else tuple(self.size)
