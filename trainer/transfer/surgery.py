@@ -255,9 +255,8 @@ def _state_of(
 def _check_nesting(operation: Operation, weights: Weights) -> None:
     for path in weights:
         keys = path.split('/')
-        above = next((p for i in range(1, len(keys)) if (p := '/'.join(keys[:i])) in weights), None)
-        # An optimizer's count is no parent of what stands below its name.
-        if above is not None and '/' in above:
+        above = next((p for i in range(2, len(keys)) if (p := '/'.join(keys[:i])) in weights), None)
+        if above is not None:
             raise UserError(
                 f'config.surgery: {operation} makes {path}, and {above} is an array, below which '
                 'nothing can be'
