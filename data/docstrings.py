@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import inspect
 import os
 import sysconfig
@@ -106,12 +107,24 @@ def _docstrings(package: str) -> Iterator[str]:
         below[:] = sorted(name for name in below if name not in ('test', 'tests', '__pycache__'))
         for name in sorted(name for name in names if name.endswith('.py')):
             with open(os.path.join(directory, name), encoding='utf-8') as file:
-                tree = ast.parse(file.read())
+                tree = _parsed(file.read())
             for node in ast.walk(tree):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                     text = inspect.cleandoc(ast.get_docstring(node, clean=False) or '')
                     if len(text) >= _LEAST_CHARACTERS:
                         yield text
+
+
+def _parsed(text: str) -> ast.Module:
+    # Python 3.11 counts the depth of all conversions to trees in one place. What the collector of
+    # garbage calls amid one may begin another, and the first ends in a SystemError.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(text)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _fraction(text: str) -> float:

@@ -78,10 +78,19 @@ class Flat(nn.Module):
 class ViT(nn.Module):
     """A layer of a transformer, with the names of `torch.nn.TransformerEncoderLayer`."""
 
+    norm_first: bool = True
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.LayerNorm(epsilon=1e-5, name='norm1')(x)
-        x = x + nn.MultiHeadDotProductAttention(num_heads=4, name='self_attn')(y)
-        y = nn.LayerNorm(epsilon=1e-5, name='norm2')(x)
-        y = nn.gelu(nn.Dense(32, name='linear1')(y), approximate=False)
-        return x + nn.Dense(x.shape[-1], name='linear2')(y)
+        attention = nn.MultiHeadDotProductAttention(num_heads=4, name='self_attn')
+        linear1, linear2 = nn.Dense(32, name='linear1'), nn.Dense(x.shape[-1], name='linear2')
+        norm1, norm2 = (nn.LayerNorm(epsilon=1e-5, name=name) for name in ('norm1', 'norm2'))
+
+        def mlp(x: jax.Array) -> jax.Array:
+            return linear2(nn.gelu(linear1(x), approximate=False))
+
+        if self.norm_first:
+            x = x + attention(norm1(x))
+            return x + mlp(norm2(x))
+        x = norm1(x + attention(x))
+        return norm2(x + mlp(x))

@@ -102,6 +102,9 @@ def test_layers_with_the_channels_last(mine: Any, theirs: Any, shape: Any) -> No
         (nn.Conv(2, (2, 2, 2), padding='VALID'), lambda: F.Conv3d(3, 2, 2), (1, 3, 4, 5, 3)),
         (nn.ConvTranspose(5, (3, 3), strides=(2, 2), padding='VALID', transpose_kernel=True),
          lambda: F.ConvTranspose2d(4, 5, 3, 2), (1, 4, 5, 4)),
+        (nn.ConvTranspose(5, (3, 3), strides=(2, 2), padding=((1, 2), (1, 2)),
+                          transpose_kernel=True),
+         lambda: F.ConvTranspose2d(4, 5, 3, 2, padding=1, output_padding=1), (1, 4, 5, 4)),
         (nn.BatchNorm(use_running_average=True), lambda: F.BatchNorm2d(3), (2, 4, 4, 3)),
         (nn.GroupNorm(2, epsilon=1e-5), lambda: F.GroupNorm(2, 6), (2, 3, 3, 6)),
     ],
@@ -179,6 +182,24 @@ def test_the_flatten_order(height: int) -> None:
         assert abs(wrong - theirs(first(x)).detach().numpy()).max() > 0.01
 
 
+@pytest.mark.parametrize(
+    ('pattern', 'sizes', 'message'),
+    [
+        ('fc', (5, 6, 2), r'^flatten: fc has 120 inputs, which are not those of \(5, 6, 2\)'),
+        ('fc', (5, 7, 4), r'^flatten: fc has 120 inputs, which are not those of \(5, 7, 4\)'),
+        ('fc', (5, 24), r'which are not those of \(5, 24\)\. Expected is the \(channels, height'),
+        ('fc', (-5, -6, 4), r'which are not those of \(-5, -6, 4\)'),
+        ('fc8', (5, 6, 4), r"the pattern 'fc8' matches no dense layer.* there is\n  fc$"),
+        ('.*', (5, 6, 4), r'conv is no dense layer, its kernel has the shape \[1, 1, 3, 5\]'),
+    ],
+)
+def test_a_flattening_that_is_not_that_of_the_layer(pattern: str, sizes: Any, message: str) -> None:
+    """1.L: no wrong order of rows by luck, and no pattern that does nothing."""
+    with pytest.raises(UserError, match=message):
+        flatten = ((pattern, sizes),)
+        converted(Flat(), torch_networks.Flat(6), given(2, 6, 4, 3), flatten=flatten)
+
+
 def test_resnet_18(tmp_path: pathlib.Path) -> None:
     """1.L: by a map of names, from Python and by `config.init_from`."""
     theirs = scramble(torch_networks.ResNet())
@@ -203,12 +224,13 @@ def test_resnet_18(tmp_path: pathlib.Path) -> None:
         assert_same(run.init_state().variables, made)
 
 
-def test_a_transformer_encoder_layer() -> None:
+@pytest.mark.parametrize('norm_first', [True, False])
+def test_a_transformer_encoder_layer(norm_first: bool) -> None:
     """1.L: attention, norms and MLP of `torch.nn.TransformerEncoderLayer`."""
-    theirs = scramble(torch_networks.encoder_layer())
+    theirs = scramble(torch_networks.encoder_layer(norm_first))
     x = given(2, 7, 16)
     expected = theirs(torch.from_numpy(x)).detach().numpy()
-    close(converted(ViT(), theirs, x), expected)
+    close(converted(ViT(norm_first), theirs, x), expected)
 
 
 def test_what_does_not_fit() -> None:
@@ -219,6 +241,9 @@ def test_what_does_not_fit() -> None:
         converted(ResNet(), theirs, x, rename=NAMES[:1])
     assert 'the state_dict does not fit the model.\nIt lacks\n' in str(caught.value)
     assert 'layer2_0/downsample_conv/kernel' in str(caught.value)
+    # A name of the message is one that `rename` takes, and it speaks of no config.
+    assert '\nIt has besides\n  layer2_0/downsample/0/weight\n' in str(caught.value)
+    assert 'config' not in str(caught.value)
     with pytest.raises(UserError, match=r'fc/kernel: float32\[512, 10\] there, float32\[512, 7\]'):
         converted(ResNet(classes=7), theirs, x, rename=NAMES)
 
@@ -245,6 +270,30 @@ def test_files_with_more_than_tensors(tmp_path: pathlib.Path) -> None:
     torch.save({'epoch': 3}, tmp_path / 'empty.pt')
     with pytest.raises(UserError, match=r'empty\.pt holds no tensors'):
         restore.raw(tmp_path / 'empty.pt')
+
+
+def test_what_a_state_dict_may_be() -> None:
+    """Of numpy's arrays too; a module or half a pair is told."""
+    layer, mine = inner(F.Linear(3, 2)), Inner(nn.Dense(2))
+    variables = mine.init(jax.random.key(0), jnp.ones((1, 3)))
+    arrays = {name: x.numpy() for name, x in layer.state_dict().items()}
+    expected = restore.torch_variables(layer.state_dict(), variables)
+    assert_same(restore.torch_variables(arrays, variables), expected)
+    with pytest.raises(UserError, match=r'model\.state_dict\(\); got a ModuleDict'):
+        restore.torch_variables(layer, variables)
+    pair: Any = ('^layer/', 'x/')
+    with pytest.raises(
+        UserError, match=r"^rename: expected \(pattern, replacement\) pairs, got '\^"
+    ):
+        restore.torch_variables(arrays, variables, rename=pair)
+
+
+def test_files_from_before_pytorch_wrote_archives(tmp_path: pathlib.Path) -> None:
+    """Whatever they are called."""
+    net = inner(F.Linear(3, 2))
+    torch.save(net.state_dict(), tmp_path / 'old.ckpt', _use_new_zipfile_serialization=False)
+    weight = net.state_dict()['layer.weight'].numpy()
+    np.testing.assert_array_equal(restore.raw(tmp_path / 'old.ckpt')['layer']['weight'], weight)
 
 
 def test_bfloat16_tensors() -> None:

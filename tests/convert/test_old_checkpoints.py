@@ -369,6 +369,8 @@ def test_a_field_too_many_or_missing(
     assert '1 leaves are not there, and stay as they are' in caplog.text
     wider = Net(width=16)
     other = wider.init(jax.random.key(0), jnp.ones((2, 8)))['params']
-    with pytest.raises(UserError, match=r'holds other shapes than the target:\n'):
+    with pytest.raises(
+        UserError, match=r'holds other shapes or kinds of number than the target:\n'
+    ):
         restore.into({'params': other}, tmp_path / 'more')
     assert flat(found)['step'] == 0

@@ -122,7 +122,7 @@ def test_what_is_left_over_is_told() -> None:
     """A second layer without a cell; a projected state, which Flax has not."""
     mine = OneLayer('LSTM')
     variables = mine.init(jax.random.key(0), X)
-    with pytest.raises(UserError, match=r'It has besides\n  torch/rnn/weight_ih_l0'):
+    with pytest.raises(UserError, match=r'It has besides\n  rnn/weight_ih_l0'):
         restore.torch_variables(layer('LSTM', proj_size=2).state_dict(), variables)
     with pytest.raises(UserError, match=r'rnn/if/kernel: float32\[5, 6\] there'):
         restore.torch_variables(layer('LSTM', inputs=5).state_dict(), variables)

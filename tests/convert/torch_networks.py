@@ -61,8 +61,8 @@ class Flat(nn.Module):
         return self.fc(self.conv(x).flatten(1))
 
 
-def encoder_layer() -> nn.Module:
-    """A pre-norm layer of a transformer."""
+def encoder_layer(norm_first: bool) -> nn.Module:
+    """A layer of a transformer."""
     return nn.TransformerEncoderLayer(
-        16, 4, 32, dropout=0.0, activation='gelu', batch_first=True, norm_first=True
+        16, 4, 32, dropout=0.0, activation='gelu', batch_first=True, norm_first=norm_first
     )

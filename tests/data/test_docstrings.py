@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import gc
 import pathlib
 
 import numpy as np
@@ -50,6 +52,25 @@ def test_splits_are_of_the_texts(directory: pathlib.Path) -> None:
     # Long enough rows of known words are texts of their own.
     rows = {tuple(row) for row in train['tokens'] if (row > 3).sum() > 12}
     assert not rows & {tuple(row) for row in test['tokens'] if (row > 3).sum() > 12}
+
+
+def test_a_collector_of_garbage_that_parses(directory: pathlib.Path) -> None:
+    """Python 3.11 ends a conversion in a SystemError when another one takes place within it."""
+
+    def parse(phase: str, info: dict[str, int]) -> None:
+        del phase, info
+        ast.parse('x')
+
+    thresholds = gc.get_threshold()
+    gc.callbacks.append(parse)
+    gc.set_threshold(20, 10**6, 10**6)
+    try:
+        found = Docstrings(str(directory), packages=('http',), limit=10)
+    finally:
+        gc.callbacks.remove(parse)
+        gc.set_threshold(*thresholds)
+    assert gc.isenabled()
+    assert len(found) == 10
 
 
 def test_mistakes(directory: pathlib.Path) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 from data.sources import ArraySource
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
+from trainer.transfer.init_from import InitFrom
+from trainer.transfer.start import start
 
 CONFIG = """
 import ml_collections
@@ -81,6 +83,12 @@ def pretrained(directory: pathlib.Path, **overrides: Any) -> tuple[str, Any]:
     """Returns the work directory of a run of ten steps, and its last state on the host."""
     result = trainer(directory, 'pretrained', **overrides).fit()
     return str(directory / 'pretrained'), jax.device_get(result.state)
+
+
+def started(run: Trainer, **init_from: Any) -> Any:
+    """Returns the first state of a trainer without `init_from`, as one with it would have it."""
+    chosen = InitFrom(**init_from)
+    return start(run.programs.init(), chosen, (), lambda state: run.programs.restarted(state))
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:

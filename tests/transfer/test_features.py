@@ -13,7 +13,8 @@ import pytest
 
 from data.npz import Npz
 from tests.transfer.examples import Points, assert_same, trainer
-from trainer.transfer.features import precompute
+from trainer.config.errors import UserError
+from trainer.transfer.features import Features, precompute
 
 FEATURES = 'trainer.transfer.features:Features'
 
@@ -78,6 +79,10 @@ def test_the_features_of_a_trained_state(tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(arrays['features'], expected, atol=1e-5)
     assert set(np.load(tmp_path / 'f.npz')) == set(Npz(tmp_path / 'f.npz').spec) == {'features'}
     assert len(Npz(tmp_path / 'f.npz', limit=7)) == 7
+    with pytest.raises(UserError, match=r"no evaluation 'feature'; config\.evals has features"):
+        precompute(run, 'feature', tmp_path / 'f.npz')
+    with pytest.raises(UserError, match=r"Features: the model has no method 'feats'; name the one"):
+        Features(method='feats').predict(run.model(result.state), {'label': image})
     # As an evaluation it measures what the features are like.
     mean = (np.asarray(expected) ** 2).mean()
     assert result.metrics['eval/features/loss'] == pytest.approx(mean, rel=1e-5)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -12,7 +13,8 @@ import optax
 import pytest
 from flax import traverse_util
 
-from tests.transfer.examples import assert_same, pretrained, trainer
+from tests.transfer.examples import assert_same, flat, pretrained, trainer
+from trainer.config.errors import UserError
 
 
 def stopped(model: Any, batch: Any) -> jax.Array:
@@ -57,6 +59,34 @@ def test_three_ways_to_freeze(tmp_path: pathlib.Path, options: dict[str, Any]) -
     for name, x in frozen.params['head'].items():
         np.testing.assert_allclose(state.params['head'][name], x, atol=1e-6)
         assert (np.asarray(x) != old.params['head'][name]).any()
+
+
+NNX = {
+    'model': {'target': 'models.mlp_nnx:MLP', 'inputs': 8, 'features': (12, 3), 'batch_norm': True},
+    'step': {'ref': 'tests.step.steps:by_hand'},
+}
+
+
+@pytest.mark.parametrize(
+    ('options', 'frozen'), [({}, 'backbone/.*'), (NNX, '(dense|norm)/0/.*')], ids=['linen', 'nnx']
+)
+def test_statistics_of_a_frozen_part(
+    tmp_path: pathlib.Path, options: dict[str, Any], frozen: str
+) -> None:
+    """G4: nothing of it changes, to the bit, by the default step or by one of the user's own."""
+    options = {'train_for': '5 steps', 'optimizer__freeze': frozen, **options}
+    run = trainer(tmp_path, **options, optimizer__freeze_statistics=frozen)
+    start, end = jax.device_get(run.init_state()), run.fit().state
+    assert 'mean' in str(jax.tree.structure(start.collections))
+    assert_same(end.collections['batch_stats'], start.collections['batch_stats'])
+    before, after = flat(start.params), flat(end.params)
+    moved = {path for path, x in after.items() if (x != before[path]).any()}
+    assert moved == {path for path in before if not re.fullmatch(frozen, path)}
+    with pytest.raises(
+        UserError,
+        match=r"freeze_statistics: the pattern 'norm' matches no variable beside the parameters",
+    ):
+        trainer(tmp_path, **options, optimizer__freeze_statistics='norm').init_state()
 
 
 def test_from_linen_to_nnx(tmp_path: pathlib.Path) -> None:

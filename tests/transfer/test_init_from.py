@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.transfer.examples import assert_same, flat, pretrained, trainer
+from tests.transfer.examples import assert_same, flat, pretrained, started, trainer
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config.errors import UserError
 from trainer.transfer import safetensors
+from trainer.transfer.weights import HostLeaf, in_slots_of
 
 FOUR = {'model__classes': 4, 'data__source__classes': 4}
 
@@ -219,6 +220,12 @@ def test_patterns_that_match_nothing(tmp_path: pathlib.Path) -> None:
         trainer(tmp_path, init_from={'path': path, 'flatten': (('x', (1, 2, 3)),)})
     torch = tmp_path / 'torch.safetensors'
     safetensors.write(torch, {'head.weight': np.ones((3, 12), 'f4')})
+    torch_head = {'path': str(torch), 'layout': 'torch', 'on_missing': 'init'}
+    with pytest.raises(
+        UserError, match=r'^config\.init_from\.flatten: head has 12 inputs, .* \(2, 3, 1\)'
+    ):
+        init_from = {**torch_head, 'flatten': (('head', (2, 3, 1)),)}
+        trainer(tmp_path, init_from=init_from).init_state()
     with pytest.raises(UserError, match=r"names of PyTorch: config\.init_from\.layout='torch'"):
         trainer(tmp_path, init_from={'path': str(torch)}).init_state()
     pairs = r'rename\[0\]: expected \(pattern, replacement\) pairs'
@@ -245,11 +252,16 @@ def test_frozen_backbone_and_new_head(tmp_path: pathlib.Path) -> None:
     path, old = pretrained(tmp_path)
     run = trainer(
         tmp_path, 'tuned', train_for='50 steps',
-        init_from={'path': path, 'exclude': 'head/.*'}, optimizer__freeze='backbone/.*', **FOUR,
+        init_from={'path': path, 'exclude': 'head/.*'}, optimizer__freeze='backbone/.*',
+        ema={'decay': 0.999}, **FOUR,
     )  # fmt: skip
     start = jax.device_get(run.init_state())
     end = jax.device_get(run.fit().state)
     assert_same(end.params['backbone'], old.params['backbone'])
+    assert_same(end.ema['backbone'], old.params['backbone'])
+    # Batch statistics are no parameters: they move, unless they are frozen too.
+    mean = 'batch_stats/backbone/BatchNorm_0/mean'
+    assert (flat(end.collections)[mean] != flat(old.collections)[mean]).all()
     assert (end.params['head']['kernel'] != start.params['head']['kernel']).any()
     shapes = sorted(x.shape for x in flat(end.opt_state).values() if x.ndim)
     assert shapes == [(4,), (4,), (12, 4), (12, 4)]  # Adam's moments, of the head alone
@@ -294,6 +306,36 @@ def test_adams_moments_come_along_on_request(tmp_path: pathlib.Path) -> None:
             tmp_path, init_from={'path': path, 'optimizer': True},
             optimizer={'target': 'optax:sgd', 'learning_rate': 0.1, 'momentum': 0.9},
         ).init_state()  # fmt: skip
+
+
+def test_moments_of_an_optimizer_that_is_nested_in_another_way(tmp_path: pathlib.Path) -> None:
+    """G5: unfrozen, or clipped: what was trained goes on with its moments, the rest is missing."""
+    path, old = pretrained(tmp_path, optimizer__freeze='backbone/.*')
+    run = trainer(tmp_path, optimizer__clip_norm=1.0)
+    with pytest.raises(UserError, match=r'It lacks\n  opt_state\.1\.0\.mu/backbone/') as caught:
+        started(run, path=path, optimizer=True)
+    assert 'mu/head' not in str(caught.value) and 'count' not in str(caught.value)
+    state = started(run, path=path, optimizer=True, on_missing='init')
+    adam = state.opt_state[1][0]
+    before = old.opt_state.inner_states['trained'].inner_state[0]
+    for moments, others in ((adam.mu, before.mu), (adam.nu, before.nu)):
+        assert_same(moments['head'], others['head'])
+        assert not any(x.any() for x in flat(moments['backbone']).values())
+    assert int(adam.count) == 10
+
+
+def test_a_slot_of_two_of_one_name_is_not_guessed() -> None:
+    def leaf(value: int) -> HostLeaf:
+        return HostLeaf(np.array(value))
+
+    one = {'opt_state.0.mu/x': leaf(1), 'opt_state.0.count': leaf(2), 'params/x': leaf(3)}
+    wanted = ('params/x', 'opt_state.2.1.mu/x', 'opt_state.2.1.count', 'opt_state.3.count')
+    found = in_slots_of(one, wanted)
+    assert {p: int(x.array) for p, x in found.items() if isinstance(x, HostLeaf)} == {
+        'params/x': 3, 'opt_state.2.1.mu/x': 1, 'opt_state.2.1.count': 2}  # fmt: skip
+    two = {**one, 'opt_state.1.mu/x': leaf(4)}
+    assert in_slots_of(two, wanted) == two
+    assert in_slots_of(one, (*wanted, 'opt_state.4.mu/x')) == one
 
 
 def test_the_summary_says_where_weights_come_from(

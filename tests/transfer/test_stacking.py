@@ -31,13 +31,13 @@ def test_there_and_back() -> None:
     params = {**LAYERS, **REST}
     tx = optax.adam(0.1)
     opt_state = tx.update(jax.tree.map(lambda x: x + 1, params), tx.init(params), params)[1]
-    stacked, slots = operate([Stack()], params, opt_state)
+    stacked, slots = operate([Stack()], params, opt_state, tx)
     assert stacked['blocks']['kernel'].shape == (11, 2, 3)
     assert stacked['blocks']['kernel'][:, 0, 0].tolist() == list(range(11))
     moments = [opt_state[0].mu[f'block_{i}']['kernel'] for i in range(11)]
     np.testing.assert_array_equal(slots[0].mu['blocks']['kernel'], np.stack(moments))
     assert jax.tree.structure(slots) == jax.tree.structure(tx.init(stacked))
-    again, back = operate([Unstack()], stacked, slots)
+    again, back = operate([Unstack()], stacked, slots, tx)
     assert_same(again, params)
     assert_same(back, opt_state)
 

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from models.cnn import CNN
 from tests.transfer.examples import assert_same, flat, pretrained, trainer
 from trainer.config.errors import UserError
 from trainer.transfer.surgery import Edit, Interpolate, Rename, Resize, operate
@@ -38,14 +39,15 @@ def trained(params: Any) -> tuple[Any, Any]:
 
 
 def test_edit_one_parameter() -> None:
-    """1.K1: the norm of one kernel becomes 1; everything else stays."""
-    _, opt_state = trained(PARAMS)
-    params, slots = operate([Edit(pattern='Dense_1/kernel', function=unit)], PARAMS, opt_state)
+    """1.K1: of the CNN's 8 arrays the norm of one kernel becomes 1; everything else stays."""
+    cnn = CNN(hidden=16).init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))['params']
+    tx, opt_state = trained(cnn)
+    params, slots = operate([Edit(pattern='Dense_1/kernel', function=unit)], cnn, opt_state, tx)
     assert np.linalg.norm(params['Dense_1']['kernel']) == pytest.approx(1)
     rest = {path: x for path, x in flat(params).items() if path != 'Dense_1/kernel'}
-    assert_same(rest, {path: flat(PARAMS)[path] for path in rest})
+    assert_same(rest, {path: flat(cnn)[path] for path in rest})
     assert_same(slots, opt_state)
-    assert len(rest) == 3
+    assert len(rest) == 7
 
 
 def test_the_optimizer_follows() -> None:
@@ -55,7 +57,7 @@ def test_the_optimizer_follows() -> None:
         Rename(pattern='^Dense_1/', replacement='head/'),
         Resize(pattern='head/(kernel|bias)', size=5, fill=7.0),
     ]
-    params, slots = operate(operations, PARAMS, opt_state)
+    params, slots = operate(operations, PARAMS, opt_state, tx)
     old = opt_state[0]
     np.testing.assert_array_equal(params['head']['kernel'][:, :3], PARAMS['Dense_1']['kernel'])
     assert (params['head']['kernel'][:, 3:] == 7).all()
@@ -68,6 +70,64 @@ def test_the_optimizer_follows() -> None:
     grads = jax.tree.map(jnp.ones_like, params)
     _, after = tx.update(grads, slots, params)
     assert after[0].count == 2
+
+
+def parts(params: Any) -> Any:
+    return {name: 'frozen' if name == 'Conv_0' else 'trained' for name in params}
+
+
+def matrices(params: Any) -> Any:
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+@pytest.mark.parametrize(
+    'tx',
+    [
+        optax.multi_transform({'trained': optax.adam(0.1), 'frozen': optax.set_to_zero()}, parts),
+        optax.masked(optax.adam(0.1), matrices),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, mask=matrices)),
+        optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+    ],
+    ids=['frozen', 'masked', 'chain', 'accumulated'],
+)
+def test_masked_optimizers_follow(tx: Any) -> None:
+    """1.K2: their structure is what `tx.init` makes, and training goes on."""
+    grads = jax.tree.map(lambda x: x + 1, PARAMS)
+    opt_state = tx.update(grads, tx.init(PARAMS), PARAMS)[1]
+    operations = [
+        Rename(pattern='^Dense_1/', replacement='head/'),
+        Resize(pattern='head/(kernel|bias)', size=5, fill=7.0),
+    ]
+    params, slots = operate(operations, PARAMS, opt_state, tx)
+    wanted = tx.init(params)
+    assert jax.tree.structure(slots) == jax.tree.structure(wanted)
+    assert jax.tree.map(jnp.shape, slots) == jax.tree.map(jnp.shape, wanted)
+    path = next(path for path in flat(slots) if path.endswith('mu/head/kernel'))
+    old = flat(opt_state)[path.replace('head', 'Dense_1')]
+    np.testing.assert_array_equal(flat(slots)[path][:, :3], old)
+    assert not flat(slots)[path][:, 3:].any()
+    after = tx.update(jax.tree.map(jnp.ones_like, params), slots, params)[1]
+    assert jax.tree.structure(after) == jax.tree.structure(wanted)
+
+
+def test_slots_of_other_shapes() -> None:
+    """Adafactor's sums of rows and columns go to another name, and are not guessed at another
+    size."""
+    tx = optax.adafactor(0.1, min_dim_size_to_factor=2)
+    opt_state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1]
+    rename = Rename(pattern='^Dense_1/', replacement='head/')
+    params, slots = operate([rename], PARAMS, opt_state, tx)
+    assert jax.tree.structure(slots) == jax.tree.structure(tx.init(params))
+    old = {path.replace('Dense_1', 'head'): x for path, x in flat(opt_state).items()}
+    assert_same(flat(slots), old)
+    with pytest.raises(
+        UserError, match=r'its parameter has the shape \[4, 3\], and what becomes of'
+    ):
+        operate([Resize(pattern='Dense_1/kernel', size=5)], PARAMS, opt_state, tx)
+    with pytest.raises(UserError, match='the optimizer `tx` that made opt_state goes with it'):
+        operate([rename], PARAMS, opt_state)
+    with pytest.raises(UserError, match='opt_state/0/trace/Conv_0/bias: absent there'):
+        operate([rename], PARAMS, opt_state, optax.sgd(0.1, momentum=0.9))
 
 
 def test_resize() -> None:
@@ -114,10 +174,10 @@ def test_interpolated_positions() -> None:
 def test_second_moments_stay_positive() -> None:
     """A cubic would fall below zero beside a step, and Adam's root with it."""
     table = {'positions': np.repeat([[0.0], [0.0], [9.0], [9.0]], 2, 1)}
-    _, opt_state = trained(table)
+    tx, opt_state = trained(table)
     state = (opt_state[0]._replace(nu=table), *opt_state[1:])
     operations = [Interpolate(pattern='positions', size=12)]
-    params, slots = operate(operations, table, state)
+    params, slots = operate(operations, table, state, tx)
     assert params['positions'].min() < -0.1
     assert slots[0].nu['positions'].min() == 0
     assert slots[0].nu['positions'].shape == (12, 2)
@@ -130,6 +190,20 @@ def test_mistakes() -> None:
         (Rename(pattern='.*/', replacement=''), 'gives one path to several'),
         (Resize(pattern='kernel', size=2), 'applies to nothing'),
         (Edit(pattern='[', function=unit), 'config.surgery: Edit'),
+        (Edit(pattern='.*/bias', function=lambda x: {}['a']), r"Conv_0/bias \[4\]: KeyError: 'a'"),
+        (Edit(pattern='.*/bias', function=lambda x: 1 / 0), 'Conv_0/bias .*ZeroDivisionError'),
+        (Edit(pattern='.*/bias', function=lambda x: None), 'the result is no array of numbers but'),
+        (
+            Interpolate(pattern='.*/kernel', size=6, extra=9),
+            'Conv_0/kernel .* no positions besides 9 extra',
+        ),
+        (Interpolate(pattern='.*/bias', size=6), 'Conv_0/bias .* no table of positions and widths'),
+        (
+            Rename(pattern='Dense_1/kernel', replacement='Dense_1/bias/x'),
+            r'Rename\(.*\) makes params/Dense_1/bias/x, and params/Dense_1/bias is an array',
+        ),
+        (optax.adam(0.1), r'config\.surgery\[0\] is no operation on weights but a Gradient'),
+        (print, 'returns NoneType, not the weights by path'),
     ):
         with pytest.raises(UserError, match=message):
             operate([operation], PARAMS)

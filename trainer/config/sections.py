@@ -80,6 +80,7 @@ class OptimizerSection:
     clip_norm: float | None = None
     decay_mask: Patterns = None
     freeze: Patterns = None
+    freeze_statistics: Patterns = None
     groups: dict[str, GroupSection] = dataclasses.field(default_factory=dict)
     lr_multipliers: tuple[tuple[str, float], ...] | None = None
     node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})

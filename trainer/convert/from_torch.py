@@ -9,14 +9,16 @@ convolution is that of PyTorch with `transpose_kernel=True`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from trainer.config.errors import UserError
 from trainer.convert import recurrent
-from trainer.transfer.weights import HostLeaf, Weights
+from trainer.transfer.weights import HostLeaf, Weights, listed
 
 # A module's path and the (channels, height, width) that it gets as one dimension.
 Flatten = tuple[str, tuple[int, int, int]]
@@ -37,7 +39,7 @@ _PROJECTIONS = ('query', 'key', 'value')
 
 def as_numpy(tensor: Any) -> np.ndarray:
     """Returns a tensor's values; bfloat16, which numpy does not know, as float32."""
-    if isinstance(tensor, np.ndarray | np.generic):
+    if not hasattr(tensor, 'detach'):
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()
     return (tensor.float() if str(tensor.dtype) == 'torch.bfloat16' else tensor).numpy()
@@ -48,6 +50,7 @@ def convert(
     wanted: Mapping[str, tuple[int, ...]],
     *,
     flatten: Sequence[Flatten] = (),
+    where: str = 'flatten',
 ) -> tuple[Weights, set[str]]:
     """Returns the weights that were found, and the names of the tensors that they are made of.
 
@@ -61,14 +64,19 @@ def convert(
         flatten: patterns of dense layers that follow a flattening of channels, height and width.
             PyTorch flattens in that order, Flax with the channels last: their rows are put in its
             order, so that the model needs no transpose.
+        where: what messages call `flatten`.
+
+    Raises:
+        UserError: if a pattern of `flatten` matches no dense layer, or one of another size.
     """
+    _check_used(flatten, wanted, where)
     found: Weights = {}
     used: set[str] = set()
     for path, shape in wanted.items():
         _, *module, leaf = path.split('/')
         for names, array in _sources(tensors, module, leaf, wanted):
             if leaf == 'kernel':
-                array = _kernel(array, '/'.join(module), flatten)
+                array = _kernel(array, '/'.join(module), flatten, where)
             fits = array.size == np.prod(shape, dtype=int) and leaf in _NAMES
             found[path] = HostLeaf(array.reshape(shape) if fits and _alike(array, shape) else array)
             used.update(names)
@@ -98,14 +106,43 @@ def _sources(
     yield from recurrent.sources(tensors, module, leaf, wanted)
 
 
-def _kernel(array: np.ndarray, module: str, flatten: Sequence[Flatten]) -> np.ndarray:
+def _check_used(flatten: Sequence[Flatten], wanted: Mapping[str, Any], where: str) -> None:
+    kernels = {
+        '/'.join(keys[1:-1]): shape
+        for keys, shape in ((path.split('/'), shape) for path, shape in wanted.items())
+        if keys[-1] == 'kernel'
+    }
+    for pattern, _ in flatten:
+        if not any(re.fullmatch(pattern, module) for module in kernels):
+            dense = [module for module, shape in kernels.items() if len(shape) == 2]
+            raise UserError(
+                f'{where}: the pattern {pattern!r} matches no dense layer. A pattern must match '
+                f'the whole path of one; there is\n{listed(dense)}'
+            )
+
+
+def _kernel(array: np.ndarray, module: str, flatten: Sequence[Flatten], where: str) -> np.ndarray:
     """Returns inputs before outputs, and the window's dimensions before both."""
     kernel = np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim >= 2 else array
-    for pattern, (channels, height, width) in flatten:
+    for pattern, sizes in flatten:
         if re.fullmatch(pattern, module):
-            rows = kernel.reshape(channels, height, width, -1).transpose(1, 2, 0, 3)
-            return rows.reshape(kernel.shape)
+            return _channels_last(kernel, module, sizes, where)
     return kernel
+
+
+def _channels_last(kernel: np.ndarray, module: str, sizes: Sequence[int], where: str) -> np.ndarray:
+    """Returns a dense layer's kernel with its rows, one for each input, in the order of Flax."""
+    if kernel.ndim != 2:
+        shape = list(kernel.shape)
+        raise UserError(f'{where}: {module} is no dense layer, its kernel has the shape {shape}')
+    if len(sizes) != 3 or min(sizes) < 1 or math.prod(sizes) != len(kernel):
+        raise UserError(
+            f'{where}: {module} has {len(kernel)} inputs, which are not those of {tuple(sizes)}. '
+            'Expected is the (channels, height, width) that PyTorch flattens before that layer'
+        )
+    channels, height, width = sizes
+    rows = kernel.reshape(channels, height, width, -1).transpose(1, 2, 0, 3)
+    return rows.reshape(kernel.shape)
 
 
 def _alike(array: np.ndarray, shape: tuple[int, ...]) -> bool:

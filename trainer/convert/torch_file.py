@@ -16,7 +16,10 @@ from trainer.config.errors import UserError
 from trainer.convert import from_torch
 
 _SUFFIXES = ('.pt', '.pth', '.bin')
-_ZIP = b'PK\x03\x04'  # Whatever its name, such as '.ckpt' or '.tar'.
+# How such files begin whatever their name, such as '.ckpt' or '.tar': as an archive, or as the
+# number that PyTorch wrote before it had archives.
+_ZIP = b'PK\x03\x04'
+_NUMBER = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 
 
 def is_one(file: epath.Path) -> bool:
@@ -24,7 +27,7 @@ def is_one(file: epath.Path) -> bool:
     if file.suffix in _SUFFIXES:
         return True
     with file.open('rb') as opened:
-        return bool(opened.read(len(_ZIP)) == _ZIP)
+        return bool(opened.read(len(_NUMBER)).startswith((_ZIP, _NUMBER)))
 
 
 def read(file: epath.Path) -> dict[str, np.ndarray]:
@@ -36,6 +39,11 @@ def read(file: epath.Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: without PyTorch, or if the file holds objects, which could run any code.
     """
+    if file.suffix == '.npz':
+        raise UserError(
+            f'{file} is an archive of numpy, which no library writes its checkpoints in; write '
+            'its arrays with trainer.transfer.safetensors.write'
+        )
     try:
         import torch
     except ImportError as error:

@@ -68,7 +68,7 @@ def optimizer(
     numbers = numbers or {}
     if not section.groups:
         made, steps = _one_optimizer(section, clock, _OPTIMIZER, numbers)
-        return dataclasses.replace(made, freeze=_patterns(section.freeze)), steps
+        return _freezing(made, section), steps
     groups: dict[str, Group] = {}
     steps = {}
     for name, group in section.groups.items():
@@ -78,10 +78,14 @@ def optimizer(
     whole = Optimizer(
         groups=groups,
         clip_norm=section.clip_norm,
-        freeze=_patterns(section.freeze),
         lr_multipliers=section.lr_multipliers or (),
     )
-    return whole, steps
+    return _freezing(whole, section), steps
+
+
+def _freezing(made: Optimizer, section: OptimizerSection) -> Optimizer:
+    statistics = _patterns(section.freeze_statistics)
+    return dataclasses.replace(made, freeze=_patterns(section.freeze), freeze_statistics=statistics)
 
 
 def _one_optimizer(

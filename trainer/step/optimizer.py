@@ -58,6 +58,8 @@ class Optimizer:
             name; None if unknown.
         clip_norm: global norm over the trained parameters that gradients are scaled down to.
         freeze: patterns of whole parameter paths that keep their values and hold no state.
+        freeze_statistics: patterns of whole paths of other variables that keep their values, such
+            as the running mean of a normalisation. In training it still normalises with the batch.
         lr_multipliers: (pattern, factor) pairs; the first match counts, all must be covered.
         path: where it stands in the config, for messages.
     """
@@ -69,6 +71,7 @@ class Optimizer:
     )
     clip_norm: float | None = None
     freeze: tuple[str, ...] = ()
+    freeze_statistics: tuple[str, ...] = ()
     lr_multipliers: tuple[tuple[str, float], ...] = ()
     path: str = 'config.optimizer'
 
@@ -132,7 +135,7 @@ class Optimizer:
         tx = parts[0] if len(parts) == 1 else optax.chain(*parts)
         if not self.freeze:
             return tx
-        _check_used(params, self.freeze, f'{self.path}.freeze')
+        _check_used(_paths(params), self.freeze, f'{self.path}.freeze')
         labels = jax.tree.map(
             lambda frozen: 'frozen' if frozen else 'trained', RegexMask(self.freeze)(params)
         )
@@ -142,6 +145,26 @@ class Optimizer:
         """Returns for each parameter whether it is frozen."""
         return RegexMask(self.freeze)(params)
 
+    def check_statistics(self, collections: Mapping[str, Any]) -> None:
+        """Checks that each pattern of `freeze_statistics` matches a variable.
+
+        Raises:
+            UserError: otherwise.
+        """
+        paths = [path for tree in collections.values() for path in _paths(tree)]
+        where = f'{self.path}.freeze_statistics'
+        _check_used(paths, self.freeze_statistics, where, 'variable beside the parameters')
+
+    def held(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+        """Returns the new collections with the old values of what `freeze_statistics` matches."""
+        if not self.freeze_statistics:
+            return new
+        frozen = RegexMask(self.freeze_statistics)
+        return {
+            name: jax.tree.map(lambda keep, x, y: x if keep else y, frozen(tree), tree, new[name])
+            for name, tree in old.items()
+        }
+
     def owners(self, params: Any) -> dict[str, str]:
         """Returns the name of the group that each trained parameter belongs to, by path.
 
@@ -149,7 +172,7 @@ class Optimizer:
             UserError: if one belongs to none or to several, or a pattern matches none.
         """
         for name, group in self.groups.items():
-            _check_used(params, group.params, f'{self.path}.groups.{name}.params')
+            _check_used(_paths(params), group.params, f'{self.path}.groups.{name}.params')
         found = {
             path: [name for name, group in self.groups.items() if _matches(group.params, path)]
             for path in _paths(params)
@@ -245,7 +268,7 @@ def _scale_each(factors: Any) -> optax.GradientTransformation:
 
 
 def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) -> dict[str, float]:
-    _check_used(params, [pattern for pattern, _ in pairs], where)
+    _check_used(_paths(params), [pattern for pattern, _ in pairs], where)
     expressions = [(re.compile(pattern), float(factor)) for pattern, factor in pairs]
     factors: dict[str, float] = {}
     for path in _paths(params):
@@ -262,8 +285,9 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) ->
     return factors
 
 
-def _check_used(params: Any, patterns: Sequence[str], where: str) -> None:
-    paths = _paths(params)
+def _check_used(
+    paths: Sequence[str], patterns: Sequence[str], where: str, kind: str = 'parameter'
+) -> None:
     for pattern in patterns:
         try:
             expression = re.compile(pattern)
@@ -271,8 +295,10 @@ def _check_used(params: Any, patterns: Sequence[str], where: str) -> None:
             raise UserError(f'{where}: {pattern!r} is no regular expression: {error}') from error
         if not any(expression.fullmatch(path) for path in paths):
             raise UserError(
-                f'{where}: the pattern {pattern!r} matches no parameter. A pattern must match a '
+                f'{where}: the pattern {pattern!r} matches no {kind}. A pattern must match a '
                 f'whole path, such as {_some(paths)}.'
+                if paths
+                else f'{where}: the model has no {kind}'
             )
 
 

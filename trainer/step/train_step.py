@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax.core import meta
 
 from trainer.config.durations import Periodic
@@ -73,6 +72,7 @@ class TrainStep:
             )
         )
         named = variables.pop('params')
+        self.optimizer.check_statistics(meta.unbox(variables))
         state = TrainState(
             step=jnp.zeros((), jnp.int32),
             params=meta.unbox(named),
@@ -120,7 +120,9 @@ class TrainStep:
         context = StepContext(self, state)
         result = self.function(state, batch, context)
         context.check_used()
-        return result if self.function is default_step else checked(state, result)
+        new, metrics = result if self.function is default_step else checked(state, result)
+        collections = self.optimizer.held(state.collections, new.collections)
+        return dataclasses.replace(new, collections=collections), metrics
 
     def update(self, state: TrainState, grads: Any, collections: Any) -> tuple[TrainState, Any]:
         """Returns the state after the optimizer's update, and its norms and learning rates."""
@@ -136,9 +138,8 @@ class TrainStep:
             ) from error
         new = state.apply_updates(updates, opt_state=opt_state, collections=collections)
         if self.ema_decay is not None:
-            latest = jax.tree.map(_average_of, new.params)
-            ema = optax.incremental_update(latest, state.ema, 1.0 - self.ema_decay)
-            new = dataclasses.replace(new, ema=ema)
+            towards = functools.partial(_towards, share=1.0 - self.ema_decay)
+            new = dataclasses.replace(new, ema=jax.tree.map(towards, state.ema, new.params))
         metrics: dict[str, Any] = {}
         # Of the update just made: the schedule counts the updates before it.
         count = state.step
@@ -200,6 +201,11 @@ class TrainStep:
 def _average_of(param: jax.Array) -> jax.Array:
     """Returns a copy in a dtype that small changes do not get lost in: float32 for halves."""
     return jnp.array(param, at_least_float32(param))
+
+
+def _towards(mean: jax.Array, param: jax.Array, share: float) -> jax.Array:
+    # By their difference: the average of a frozen parameter stays as it is, to the bit.
+    return mean + share * (_average_of(param) - mean)
 
 
 def _new_if(condition: jax.Array, new: TrainState, old: TrainState) -> TrainState:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from trainer.config.errors import UserError
 from trainer.parallel import processes
 from trainer.parts import Parts
 from trainer.probe.files import write_npz
@@ -39,13 +40,23 @@ class Features:
 
     def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the mean square of each example's features: a feature that died shows as 0."""
-        features = getattr(model, self._method)(batch[self._inputs])
+        features = self._features(model, batch)
         return jnp.square(features).reshape(len(features), -1).mean(-1)
 
     def predict(self, model: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """Returns the features, by that name, and the fields that are kept."""
         kept = {name: batch[name] for name in self._keep}
-        return {'features': getattr(model, self._method)(batch[self._inputs]), **kept}
+        return {'features': self._features(model, batch), **kept}
+
+    def _features(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        try:
+            method = getattr(model, self._method)
+        except AttributeError as error:
+            raise UserError(
+                f'{type(self).__name__}: the model has no method {self._method!r}; name the one '
+                "that returns its features in the task's `method`"
+            ) from error
+        return method(batch[self._inputs])
 
 
 def precompute(
@@ -58,7 +69,15 @@ def precompute(
         evaluation: its name in the config; its task is `Features`, or any with `predict`.
         path: of the file.
         state: whose features; by default those of a fresh run, with `config.init_from`'s weights.
+
+    Raises:
+        UserError: if there is no such evaluation, or the model has no such method.
     """
+    if evaluation not in parts.evaluators:
+        have = ', '.join(parts.evaluators) or 'none'
+        raise UserError(
+            f'precompute: there is no evaluation {evaluation!r}; config.evals has {have}'
+        )
     state = parts.init_state() if state is None else state
     batches = list(parts.predict(evaluation, state))
     arrays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}

@@ -12,12 +12,18 @@ from trainer.config import targets
 from trainer.config.errors import UserError
 from trainer.config.sections import InitFromSection
 from trainer.convert import flax_optim, from_torch, pre_linen
+from trainer.transfer import layout
 from trainer.transfer import weights as lib
-from trainer.transfer.layout import variables
 from trainer.transfer.opening import Leaves, below, open_tree
 from trainer.transfer.weights import Weights, listed, place
 
 _WHERE = 'config.init_from'
+_PAIRS = {
+    'rename': '(pattern, replacement) pairs',
+    'flatten': '(pattern, (channels, height, width)) pairs',
+}
+# The collection of PyTorch's tensors that make nothing.
+TENSORS = 'torch/'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +46,7 @@ class InitFrom:
         on_missing: what becomes of what the checkpoint lacks: an error, or its fresh value.
         ema: load the moving average of that run in place of its parameters.
         optimizer: load what the optimizer holds for the parameters too, such as Adam's moments.
+        where: what stands before the name of one of these in messages.
     """
 
     path: str
@@ -54,24 +61,29 @@ class InitFrom:
     on_missing: Literal['error', 'init'] = 'error'
     ema: bool = False
     optimizer: bool = False
+    where: str = f'{_WHERE}.'
 
     def __post_init__(self) -> None:
         """Raises a UserError for a pattern that is none, and for keys that do not go together."""
         for name in ('include', 'exclude', 'rename', 'flatten'):
             for entry in getattr(self, name):
+                if name in _PAIRS and (isinstance(entry, str) or len(entry) != 2):
+                    raise UserError(f'{self.where}{name}: expected {_PAIRS[name]}, got {entry!r}')
                 pattern = entry if isinstance(entry, str) else entry[0]
                 try:
                     re.compile(pattern)
                 except re.error as error:
                     text = f'{pattern!r} is no regular expression: {error}'
-                    raise UserError(f'{_WHERE}.{name}: {text}') from error
+                    raise UserError(f'{self.where}{name}: {text}') from error
         if self.flatten and self.layout != 'torch':
-            raise UserError(f"{_WHERE}.flatten is of PyTorch: set {_WHERE}.layout='torch' too")
+            raise UserError(
+                f"{self.where}flatten is of PyTorch: set {self.where}layout='torch' too"
+            )
         for name, layouts in (('ema', ('flax',)), ('optimizer', ('flax', 'pre_linen'))):
             if getattr(self, name) and self.layout not in layouts:
-                raise UserError(f'{_WHERE}.{name}: layout={self.layout!r} has none')
+                raise UserError(f'{self.where}{name}: layout={self.layout!r} has none')
         if self.layout != 'flax' and self.member is not None:
-            raise UserError(f'{_WHERE}.member: layout={self.layout!r} has no ensembles')
+            raise UserError(f'{self.where}member: layout={self.layout!r} has no ensembles')
 
     @classmethod
     def of(cls, section: InitFromSection | None) -> InitFrom | None:
@@ -87,6 +99,16 @@ class InitFrom:
         )
         return cls(**given)
 
+    @property
+    def in_config(self) -> bool:
+        """Whether these are keys of a config, rather than arguments of a function."""
+        return self.where == f'{_WHERE}.'
+
+    @property
+    def title(self) -> str:
+        """What messages begin with that name no key."""
+        return f'{_WHERE}: ' if self.in_config else ''
+
     def read(self, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
         """Returns what the checkpoint holds, under the paths of the model; nothing is loaded yet.
 
@@ -99,11 +121,11 @@ class InitFrom:
         leaves = open_tree(self.path, self.step)
         if self.layout == 'torch':
             return self.from_torch(below(leaves, self.at), wanted)
-        found = variables(leaves, at=self.at, ema=self.ema)
+        found = layout.variables(leaves, at=self.at, ema=self.ema)
         if self.optimizer:
             state = below(leaves, self.at)
             places = [place(path) for path in found if path.startswith('params/')]
-            held = {'/'.join(keys): leaf for keys, leaf in state.items() if keys[0] == 'opt_state'}
+            held = layout.optimizer_state(state, places)
             found.update(lib.slots(held, places) or flax_optim.slots(state, wanted))
         if self.layout == 'pre_linen':
             found = pre_linen.convert(found)
@@ -117,9 +139,11 @@ class InitFrom:
         tensors = lib.hosts({'/'.join(keys): leaf for keys, leaf in leaves.items()})
         names = self._names(tensors)
         arrays = {names[name]: array for name, array in tensors.items()}
-        found, used = from_torch.convert(arrays, wanted, flatten=self.flatten)
+        found, used = from_torch.convert(
+            arrays, wanted, flatten=self.flatten, where=f'{self.where}flatten'
+        )
         # What makes nothing is told beside what is found: it may be what a rename has missed.
-        rest = {f'torch/{n}': lib.HostLeaf(x) for n, x in arrays.items() if n not in used}
+        rest = {f'{TENSORS}{n}': lib.HostLeaf(x) for n, x in arrays.items() if n not in used}
         return {**found, **rest}
 
     def chosen(self, path: str) -> bool:
@@ -135,8 +159,8 @@ class InitFrom:
             for pattern in getattr(self, name):
                 if not any(re.fullmatch(pattern, path) for path in places):
                     raise UserError(
-                        f'{_WHERE}.{name}: the pattern {pattern!r} matches nothing in the model. A '
-                        f'pattern must match a whole path, such as {", ".join(places[:5])}'
+                        f'{self.where}{name}: the pattern {pattern!r} matches nothing in the '
+                        f'model. A pattern must match a whole path, such as {", ".join(places[:5])}'
                     )
 
     def _names(self, paths: Iterable[str]) -> dict[str, str]:
@@ -146,16 +170,16 @@ class InitFrom:
             try:
                 new = {old: re.sub(pattern, replacement, path) for old, path in names.items()}
             except (re.error, IndexError) as error:
-                raise UserError(f'{_WHERE}.rename: {replacement!r}: {error}') from error
+                raise UserError(f'{self.where}rename: {replacement!r}: {error}') from error
             if new == names:
                 raise UserError(
-                    f'{_WHERE}.rename: the pattern {pattern!r} changes no path of the checkpoint. '
-                    f'There is\n{listed(names.values())}'
+                    f'{self.where}rename: the pattern {pattern!r} changes no path of the '
+                    f'checkpoint. There is\n{listed(names.values())}'
                 )
             names = new
         new_paths = list(names.values())
         if twice := sorted(path for path in set(new_paths) if new_paths.count(path) > 1):
-            raise UserError(f'{_WHERE}.rename: several arrays get the path\n{listed(twice)}')
+            raise UserError(f'{self.where}rename: several arrays get the path\n{listed(twice)}')
         return names
 
 

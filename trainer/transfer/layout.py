@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from trainer.config.errors import UserError
 from trainer.transfer.opening import Leaves, below
-from trainer.transfer.weights import Weights
+from trainer.transfer.weights import Weights, is_slot, place
 
 Keys = tuple[str, ...]
 
@@ -24,6 +26,8 @@ _PARAMS: tuple[Keys, ...] = (
     ('target', 'params'),
     ('target',),
 )
+# Under which NNX's variables and Linen's boxes hold their array.
+_BOXED = 'value'
 
 
 def variables(leaves: Leaves, *, at: str = '', ema: bool = False) -> Weights:
@@ -55,6 +59,44 @@ def variables(leaves: Leaves, *, at: str = '', ema: bool = False) -> Weights:
     return found
 
 
+def optimizer_state(leaves: Leaves, places: Collection[str]) -> Weights:
+    """Returns what an optax optimizer holds, by path, boxed as the places of the parameters are."""
+    box = '' if any(place.endswith(f'/{_BOXED}') for place in places) else f'/{_BOXED}'
+    held = ((keys, leaf) for keys, leaf in leaves.items() if keys[0] == 'opt_state')
+    return {'/'.join(keys).removesuffix(box): leaf for keys, leaf in held}
+
+
+def of_model(weights: Weights, wanted: Collection[str]) -> Weights:
+    """Returns the weights under those paths that the model has for the same arrays.
+
+    A box ('kernel/value') may be around some of the arrays only, and a state of NNX has batch
+    statistics beside the parameters: each goes to the one collection that has its place.
+
+    Args:
+        weights: by path; what is neither stays as it is.
+        wanted: the paths of the model.
+    """
+    collections = {path.partition('/')[0] for path in wanted if not is_slot(path)}
+    found: Weights = {}
+    for path, leaf in weights.items():
+        new = path if path in wanted else _meant(path, wanted, collections)
+        found[path if new in weights or new in found else new] = leaf
+    return found
+
+
+def _meant(path: str, wanted: Collection[str], collections: Collection[str]) -> str:
+    """Returns the model's path for one that it does not have; if there is none, or two, the same.
+
+    What was taken for a box may be a parameter of that name.
+    """
+    bare = path.removesuffix(f'/{_BOXED}')
+    for new in (bare, f'{path}/{_BOXED}'):
+        if new in wanted:
+            return new
+    held = [name for name in collections if f'{name}/{place(bare)}' in wanted]
+    return f'{held[0]}/{place(bare)}' if path.startswith('params/') and len(held) == 1 else path
+
+
 def _model_state(tree: Leaves) -> Leaves:
     """Returns what a state of the old world calls so; before Linen, '/BatchNorm_1' are its keys."""
     found = {}
@@ -70,4 +112,6 @@ def _below(leaves: Leaves, keys: Keys) -> Leaves:
 
 
 def _named(collection: str, leaves: Leaves) -> Weights:
+    if all(keys[-1:] == (_BOXED,) and len(keys) > 1 for keys in leaves):
+        leaves = {keys[:-1]: leaf for keys, leaf in leaves.items()}
     return {'/'.join((collection, *keys)): leaf for keys, leaf in leaves.items()}

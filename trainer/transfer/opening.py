@@ -32,6 +32,9 @@ Leaves = dict[tuple[str, ...], Leaf]
 # What Orbax leaves in a directory that holds a tree, and the names of such items in a manager's.
 _ORBAX_FILES = ('_METADATA', 'manifest.ocdbt', '_sharding')
 _ITEMS = ('state', 'default')
+# The name of one that makes a training state together with the others.
+_PARAMS = 'params'
+_FILES = ('.safetensors', '.msgpack', '.pt', '.pth', '.bin', '.ckpt')
 # How `flax.training.checkpoints` names its files: a prefix and a number.
 _FLAX = re.compile(r'(?P<prefix>.*_)(?P<step>-?[\d.]+(e[+-]?\d+)?)')
 
@@ -54,7 +57,11 @@ def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
     if _is_array(found):
         return {(): HostLeaf(_array(found))}
     if found.is_dir():
-        return _orbax(found)
+        return {
+            (*item, *keys): leaf
+            for item, directory in _trees(found).items()
+            for keys, leaf in _orbax(directory).items()
+        }
     if found.suffix == '.safetensors':
         return {_split(name): HostLeaf(x) for name, x in safetensors.read(found).items()}
     if torch_file.is_one(found):
@@ -80,14 +87,19 @@ def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
         return unflatten_dict(hosts(open_tree(found))) if known else _msgpack(found)
     if _is_array(found):
         return _array(found)
+    trees = {item: _raw(directory) for item, directory in _trees(found).items()}
+    return trees[()] if () in trees else {item[0]: tree for item, tree in trees.items()}
+
+
+def _raw(directory: epath.Path) -> Any:
     import orbax.checkpoint as ocp
 
-    with reading(found) as handler:
+    with reading(directory) as handler:
         args = jax.tree.map(
             lambda x: ocp.RestoreArgs(None if getattr(x, 'shape', None) is None else np.ndarray),
-            handler.metadata(found).tree,
+            handler.metadata(directory).tree,
         )
-        return handler.restore(found, args=ocp.args.PyTreeRestore(restore_args=args))
+        return handler.restore(directory, args=ocp.args.PyTreeRestore(restore_args=args))
 
 
 def open_texts(path: epath.PathLike, step: str | int = 'latest') -> dict[tuple[str, ...], str]:
@@ -101,13 +113,21 @@ def open_texts(path: epath.PathLike, step: str | int = 'latest') -> dict[tuple[s
     if not found.is_dir():
         leaves = jax.tree_util.tree_leaves_with_path(open_raw(found))
         return {keys_of(path): x for path, x in leaves if isinstance(x, str)}
-    with reading(found) as handler:
-        leaves = jax.tree_util.tree_leaves_with_path(handler.metadata(found).tree)
+    return {
+        (*item, *keys): text
+        for item, directory in _trees(found).items()
+        for keys, text in _texts(directory).items()
+    }
+
+
+def _texts(directory: epath.Path) -> dict[tuple[str, ...], str]:
+    with reading(directory) as handler:
+        leaves = jax.tree_util.tree_leaves_with_path(handler.metadata(directory).tree)
     import orbax.checkpoint as ocp
 
     as_text = ocp.RestoreArgs(restore_type=str)
     texts = [keys_of(p) for p, x in leaves if isinstance(x, ocp.metadata.StringMetadata)]
-    return read_orbax(found, dict.fromkeys(texts, as_text)) if texts else {}
+    return read_orbax(directory, dict.fromkeys(texts, as_text)) if texts else {}
 
 
 def below(leaves: Leaves, at: str) -> Leaves:
@@ -125,7 +145,7 @@ def below(leaves: Leaves, at: str) -> Leaves:
 
 
 def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
-    """Returns the file, or the directory with Orbax's tree, that holds the arrays.
+    """Returns the file, or the directory with Orbax's tree or trees, that holds the arrays.
 
     Raises:
         UserError: if there is none, or none of that step.
@@ -141,16 +161,18 @@ def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
         path = path / 'checkpoints'
     if tree := _tree_directory(path):
         return tree
-    steps = dict(step_directories(path)) or _flax_steps(path)
+    steps = _orbax_steps(path) or _flax_steps(path)
     chosen = _choose(path, steps, step) if steps else path
     if not chosen.is_dir():
         return chosen
     if tree := _tree_directory(chosen) or _item(chosen):
         return tree
     if not steps:
+        files = [p.name for p in sorted(path.iterdir()) if p.suffix in _FILES and not p.is_dir()]
         raise UserError(
             f'{path} holds no checkpoint: expected one of this trainer or of Orbax, files of '
             'flax.training.checkpoints, or the name of a .msgpack or .safetensors file'
+            + (f'; there is {", ".join(files[:5])}: name it in the path' if files else '')
         )
     return chosen
 
@@ -160,13 +182,27 @@ def _tree_directory(path: epath.Path) -> epath.Path | None:
     return next(filter(_is_tree, (path, *(path / name for name in _ITEMS))), None)
 
 
+def _items(path: epath.Path) -> list[epath.Path]:
+    """Returns the trees among the items of a manager's step, which may have any names."""
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and _is_tree(entry))
+
+
 def _item(path: epath.Path) -> epath.Path | None:
-    """Returns the only tree among the items of a manager's step, which may have any name."""
-    found = sorted(entry for entry in path.iterdir() if entry.is_dir() and _is_tree(entry))
+    """Returns the only tree of a manager's step, or the step if its items make one together."""
+    found = _items(path)
+    names = [entry.name for entry in found]
+    if _PARAMS in names:
+        return path if len(found) > 1 else found[0]
     if len(found) > 1:
-        names = ', '.join(entry.name for entry in found)
-        raise UserError(f'{path} holds several trees: name one of them in the path: {names}')
+        raise UserError(
+            f'{path} holds several trees: name one of them in the path: {", ".join(names)}'
+        )
     return found[0] if found else None
+
+
+def _trees(path: epath.Path) -> dict[tuple[str, ...], epath.Path]:
+    """Returns the directories that make a tree, by the keys below which each is."""
+    return {(): path} if _is_tree(path) else {(entry.name,): entry for entry in _items(path)}
 
 
 def _is_tree(directory: epath.Path) -> bool:
@@ -183,6 +219,13 @@ def _array(directory: epath.Path) -> np.ndarray:
 
     as_numpy = ocp.args.ArrayRestore(restore_args=ocp.RestoreArgs(restore_type=np.ndarray))
     return np.asarray(ocp.Checkpointer(ocp.ArrayCheckpointHandler()).restore(directory, as_numpy))
+
+
+def _orbax_steps(path: epath.Path) -> dict[int, epath.Path]:
+    """Returns the steps of ours or of a manager's, which may fill up its numbers with zeros."""
+    names = (entry.name for entry in path.iterdir())
+    found = {int(name): path / name for name in names if name.isascii() and name.isdigit()}
+    return {**found, **dict(step_directories(path))}
 
 
 def _flax_steps(path: epath.Path) -> dict[float, epath.Path]:
@@ -245,5 +288,6 @@ def _msgpack(file: epath.Path) -> Any:
     except Exception as error:
         raise UserError(
             f'{file} is no msgpack file of Flax ({type(error).__name__}: {error}); known are '
-            'these, safetensors files (named *.safetensors) and directories of checkpoints'
+            'these, safetensors files (named *.safetensors), files of PyTorch and directories of '
+            'checkpoints'
         ) from error

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from trainer.config.errors import UserError
 from trainer.step import ensemble
 from trainer.step.state import TrainState, describe
+from trainer.transfer import layout
 from trainer.transfer import weights as lib
-from trainer.transfer.init_from import InitFrom
-from trainer.transfer.surgery import Operation
+from trainer.transfer.init_from import TENSORS, InitFrom
+from trainer.transfer.surgery import Operation, operated
 from trainer.transfer.weights import Weights, listed
 
 _log = logging.getLogger('trainer')
-_WHERE = 'config.init_from'
 _FRESH = 'what config.surgery makes of the fresh weights'
 # PyTorch counts batches, Flax has no use for it.
 _NEVER_WANTED = re.compile(r'.*/num_batches_tracked')
@@ -61,8 +61,8 @@ def start(
     else:
         init_from.check_patterns(goal)
         weights = init_from.read({path: x.shape for path, x in goal.items()})
-    for operation in surgery:
-        weights = operation(weights)
+    weights = operated(surgery, weights)
+    weights = lib.in_slots_of(layout.of_model(weights, goal), goal)
     fitting = matched(weights, goal, init_from or InitFrom(path=_FRESH))
     for path in fitting.keys() & fresh.keys():
         fresh[path].delete()  # Or the devices would hold all of it twice.
@@ -96,11 +96,11 @@ def matched(weights: Weights, goal: Mapping[str, Any], chosen: InitFrom) -> Weig
         _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(missing), text, listed(missing))
     if spare:
         text = 'have no place in the model, and are left out'
-        _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(spare), text, listed(spare))
+        _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(spare), text, listed(_shown(spare)))
     found = {path: weights[path] for path in asked if path in weights}
     if not found:
-        held = listed(weights)
-        raise UserError(f'{_WHERE}: nothing of {chosen.path} is loaded; it holds\n{held}')
+        held = listed(_shown(weights))
+        raise UserError(f'{chosen.title}nothing of {chosen.path} is loaded; it holds\n{held}')
     return found
 
 
@@ -111,28 +111,36 @@ def _complaint(
     spare: Sequence[str],
     members: int | None,
 ) -> str:
-    where = '' if chosen.path == _FRESH else f'{_WHERE}: '
-    lines = [f'{where}{chosen.path} does not fit the model.']
+    title = '' if chosen.path == _FRESH else chosen.title
+    lines = [f'{title}{chosen.path} does not fit the model.']
     if missing:
         lines += ['It lacks', listed(missing)]
     if other:
         lines += ['Of another shape or kind are', listed(other)]
     if spare:
-        lines += ['It has besides', listed(spare)]
+        lines += ['It has besides', listed(_shown(spare))]
     if missing and chosen.layout != 'torch' and any(path.endswith('/weight') for path in spare):
-        lines.append(f"These are names of PyTorch: {_WHERE}.layout='torch' turns them into Flax's.")
+        layout_key = f"{chosen.where}layout='torch'"
+        lines.append(f"These are names of PyTorch: {layout_key} turns them into Flax's.")
     if chosen.path == _FRESH:
         return '\n'.join([*lines, 'Change the operations, or the model.'])
     if members is not None:
-        text = f'These may be {members} members of an ensemble: name one in {_WHERE}.member.'
+        text = f'These may be {members} members of an ensemble: name one in {chosen.where}member.'
         return '\n'.join([*lines, text])
+    if not chosen.in_config:
+        return '\n'.join([*lines, f'Name the paths that differ in {chosen.where}rename.'])
     lines.append(
-        f'Name the paths that differ in {_WHERE}.rename, what shall keep its fresh values in '
-        f'{_WHERE}.exclude'
-        + (f", or set {_WHERE}.on_missing='init'" if missing else '')
+        f'Name the paths that differ in {chosen.where}rename, what shall keep its fresh values in '
+        f'{chosen.where}exclude'
+        + (f", or set {chosen.where}on_missing='init'" if missing else '')
         + ('; config.surgery changes shapes.' if other else '.')
     )
     return '\n'.join(lines)
+
+
+def _shown(paths: Iterable[str]) -> list[str]:
+    """Returns paths as `rename` sees them: a tensor that makes nothing has its name alone."""
+    return [path.removeprefix(TENSORS) for path in paths]
 
 
 def _members(unfit: Weights, asked: Mapping[str, Any]) -> int | None:

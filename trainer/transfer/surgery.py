@@ -11,18 +11,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import traverse_util
 
 from trainer.config.errors import UserError
+from trainer.step.state import describe
 from trainer.transfer.weights import (
     HostLeaf,
     Weights,
+    flat,
     host,
     hosts,
     is_slot,
@@ -30,6 +33,7 @@ from trainer.transfer.weights import (
     of_arrays,
     place,
     replace_place,
+    slots,
 )
 
 Array = np.ndarray
@@ -130,6 +134,10 @@ class Interpolate:
         return _edited(self, self.pattern, weights, self._resampled)
 
     def _resampled(self, array: Array, slot: bool) -> Array:
+        if array.ndim < 2:
+            raise ValueError('it is no table of positions and widths')
+        if not 0 <= self.extra < array.shape[-2]:
+            raise ValueError(f'it has no positions besides {self.extra} extra ones')
         kept, table = array[..., : self.extra, :], array[..., self.extra :, :]
         old = self._old_grid(table.shape[-2])
         new = (self.size,) if isinstance(self.size, int) else tuple(self.size)
@@ -170,33 +178,89 @@ class Edit:
         return _edited(self, self.pattern, weights, edit)
 
 
-def operate(operations: Sequence[Operation], params: Any, opt_state: Any = None) -> tuple[Any, Any]:
+def operated(operations: Sequence[Operation], weights: Weights) -> Weights:
+    """Returns the weights after the operations, in order.
+
+    Raises:
+        UserError: naming an operation that is none, applies to nothing, or makes no weights.
+    """
+    for index, operation in enumerate(operations):
+        if not callable(operation):
+            kind = type(operation).__name__
+            raise UserError(
+                f'config.surgery[{index}] is no operation on weights but a {kind}: expected one of '
+                'trainer.transfer.surgery or trainer.transfer.stacking, or a function of yours'
+            )
+        weights = operation(weights)
+        if not isinstance(weights, Mapping):
+            kind = type(weights).__name__
+            raise UserError(f'config.surgery: {operation} returns {kind}, not the weights by path')
+        _check_nesting(operation, weights)
+    return weights
+
+
+def operate(
+    operations: Sequence[Operation],
+    params: Any,
+    opt_state: Any = None,
+    tx: optax.GradientTransformation | None = None,
+) -> tuple[Any, Any]:
     """Returns parameters and optimizer state after the operations, as trees of numpy arrays.
 
-    The tuples of the optimizer's state stay; what in it mirrors the parameters changes with them.
+    The state has the structure that the optimizer gives it for the new parameters, masked ones
+    included.
 
     Args:
         operations: in order.
         params: nested dict.
-        opt_state: made by optax for these parameters, or None.
+        opt_state: made by `tx` for these parameters, or None.
+        tx: the optimizer; needed with its state.
+
+    Raises:
+        UserError: if something does not fit the state of the new parameters.
     """
-    structure: Any = jax.tree.structure(params)
+    if opt_state is not None and tx is None:
+        raise UserError('operate: the optimizer `tx` that made opt_state goes with it')
+    held = slots(flat(opt_state, 'opt_state/'), flat(params))
+    weights = operated(operations, of_arrays(params, 'params/') | of_arrays(held))
+    arrays = {place(p): x for p, x in hosts(weights).items() if p.startswith('params/')}
+    new = traverse_util.unflatten_dict(arrays, sep='/')
+    return new, None if tx is None else _state_of(tx, new, opt_state, weights)
 
-    def mirrors(tree: Any) -> bool:
-        return bool(structure == jax.tree.structure(tree))
 
-    def run(tree: Any, collection: str) -> Any:
-        weights = of_arrays(tree, f'{collection}/')
-        for operation in operations:
-            weights = operation(weights)
-        return traverse_util.unflatten_dict(
-            {tuple(place(path).split('/')): x for path, x in hosts(weights).items()}
+def _state_of(
+    tx: optax.GradientTransformation, params: Any, opt_state: Any, weights: Weights
+) -> Any:
+    """Returns the state of new parameters: slots of the weights, the rest as it was."""
+    wanted, old = jax.eval_shape(tx.init, params), flat(opt_state, 'opt_state/')
+    goal = flat(wanted, 'opt_state/')
+    names = {path: name for name, path in slots({p: p for p in goal}, flat(params)).items()}
+    found = {
+        path: host(weights[names[path]]) if names.get(path) in weights else old.get(path)
+        for path in goal
+    }
+    other = [
+        f'{path}: {describe(found[path])} there, {describe(x)} for the new parameters'
+        for path, x in goal.items()
+        if getattr(found[path], 'shape', None) != x.shape
+    ]
+    if other:
+        raise UserError(
+            f'the state of the optimizer does not go with its parameters:\n{listed(other)}\n'
+            'Begin with a new one, tx.init(params).'
         )
+    return jax.tree.unflatten(jax.tree.structure(wanted), found.values())
 
-    slots = jax.tree.map(
-        lambda x: run(x, 'opt_state.slot') if mirrors(x) else x, opt_state, is_leaf=mirrors
-    )
-    return run(params, 'params'), slots
+
+def _check_nesting(operation: Operation, weights: Weights) -> None:
+    for path in weights:
+        keys = path.split('/')
+        above = next((p for i in range(2, len(keys)) if (p := '/'.join(keys[:i])) in weights), None)
+        if above is not None:
+            raise UserError(
+                f'config.surgery: {operation} makes {path}, and {above} is an array, below which '
+                'nothing can be'
+            )
 
 
 def _edited(
@@ -211,12 +275,28 @@ def _edited(
         raise nothing(operation, weights)
     new = dict(weights)
     for path in matching:
+        array = host(weights[path])
         try:
-            new[path] = HostLeaf(edit(host(weights[path]), is_slot(path)))
-        except (ValueError, IndexError, TypeError) as error:
-            shape = list(weights[path].shape)
-            raise UserError(f'config.surgery: {operation} on {path} {shape}: {error}') from error
+            made = edit(array, is_slot(path))
+            if made is not array:
+                _check_edited(made, path, weights)
+        except Exception as error:  # It may come from a function of the user's.
+            where = f'{operation} on {path} {list(array.shape)}'
+            kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+            raise UserError(f'config.surgery: {where}: {kind}{error}') from error
+        new[path] = HostLeaf(made)
     return new
+
+
+def _check_edited(array: Array, path: str, weights: Weights) -> None:
+    if array.dtype.kind in 'OSU':
+        raise ValueError(f'the result is no array of numbers but {array!r}')
+    parameter = weights.get(f'params/{place(path)}')
+    if is_slot(path) and parameter is not None and parameter.shape != weights[path].shape:
+        raise ValueError(
+            f'its parameter has the shape {list(parameter.shape)}, and what becomes of a slot of '
+            'another shape is not known: start with a new state of the optimizer'
+        )
 
 
 def nothing(operation: Operation, weights: Weights) -> UserError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -102,8 +102,55 @@ def slots(optimizer_state: Mapping[str, Any], places: Iterable[str]) -> dict[str
             rest['.'.join(parts)] = leaf
         else:
             found[f'{".".join(parts[:end])}/{"/".join(parts[end:])}'] = leaf
-    holders = {path.partition('/')[0].rpartition('.')[0] for path in found}
-    found.update({name: leaf for name, leaf in rest.items() if name.rpartition('.')[0] in holders})
+    holders = {_holder(path) for path in found}
+    found.update({name: leaf for name, leaf in rest.items() if _holder(name) in holders})
+    return found
+
+
+def in_slots_of(weights: Weights, wanted: Collection[str]) -> Weights:
+    """Returns the weights with the slots of an optimizer that is nested in another way.
+
+    Gradients that are clipped and parameters that are frozen put the same Adam into other tuples:
+    'opt_state.0.mu' and 'opt_state.inner_states.trained.inner_state.0.mu' are one slot of a
+    parameter if neither optimizer has two of that name for it.
+
+    Args:
+        weights: what there is.
+        wanted: the paths of the model and its optimizer.
+    """
+    spare = [path for path in weights if is_slot(path) and path not in wanted]
+    missing = [path for path in wanted if is_slot(path) and path not in weights]
+    there, here = _by_slot_name(spare), _by_slot_name(missing)
+    new = {
+        here[key][0]: there[key][0]
+        for key in here.keys() & there.keys()
+        if key[1] and len(here[key]) == len(there[key]) == 1
+    }
+    holders: dict[str, set[str]] = {}
+    for path, old in new.items():
+        holders.setdefault(_holder(path), set()).add(_holder(old))
+    for path in missing:  # Numbers beside slots come from where these come from.
+        found = {f'{holder}.{_slot_name(path)}' for holder in holders.get(_holder(path), ())}
+        if not place(path) and len(found) == 1 and found <= weights.keys():
+            new[path] = found.pop()
+    moved = set(new.values())
+    kept = {path: leaf for path, leaf in weights.items() if path not in moved}
+    return {**kept, **{path: weights[old] for path, old in new.items()}}
+
+
+def _holder(path: str) -> str:
+    """Returns the tuple that has a slot: 'opt_state.0' of 'opt_state.0.mu/Dense_0/kernel'."""
+    return path.partition('/')[0].rpartition('.')[0]
+
+
+def _slot_name(path: str) -> str:
+    return path.partition('/')[0].rpartition('.')[2]
+
+
+def _by_slot_name(paths: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        found.setdefault((_slot_name(path), place(path)), []).append(path)
     return found
 
 
