@@ -128,7 +128,7 @@ def test_the_loaders_read_it(letters: str) -> None:
 def test_a_transformer_learns_from_it() -> None:
     """Every token is an example of the classification; chance is log(256) = 5.5."""
     source = {'target': 'data.text:python_source', 'seq_len': 32, 'limit': 2000}
-    task = {'image': 'inputs', 'label': 'targets'}
+    task = {'inputs': 'inputs', 'label': 'targets'}
     experiment = load_and_build(
         str(ROOT / 'configs' / 'mnist_mlp.py'),
         train_for='60 steps',

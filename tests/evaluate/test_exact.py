@@ -20,6 +20,7 @@ from data.sources import ArraySource
 from data.stages import Filter
 from data.streaming import StreamEvalLoader
 from data.transforms import ToFloat
+from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import EvalStep, Evaluator
 from trainer.evaluate.pad import pad_shard_unpad
 from trainer.modules import functional
@@ -192,7 +193,7 @@ def test_evaluation_leaves_the_state_alone() -> None:
 
 
 def test_a_module_left_in_train_mode_is_refused() -> None:
-    """C4: Flax's own error, instead of statistics that move during an evaluation."""
+    """C4: an error, as Flax has one, instead of statistics that move during an evaluation."""
 
     class Stuck(nn.Module):
         @nn.compact
@@ -200,8 +201,9 @@ def test_a_module_left_in_train_mode_is_refused() -> None:
             x = nn.BatchNorm(use_running_average=False)(x.reshape(x.shape[0], -1))
             return nn.Dense(10)(x)
 
-    with pytest.raises(flax_errors.ModifyScopeVariableError):
+    with pytest.raises(UserError, match='It must know its mode') as caught:
         evaluator_of(Stuck(), MNIST('test', limit=8), 8, 1).run(state_of(Stuck(), (28, 28, 1)))
+    assert isinstance(caught.value.__cause__, flax_errors.ModifyScopeVariableError)
 
 
 def test_active_dropout_at_evaluation_is_refused() -> None:
@@ -218,8 +220,9 @@ def test_active_dropout_at_evaluation_is_refused() -> None:
     state = TrainState(
         step=jnp.int32(0), params=variables['params'], opt_state=(), collections={}, metrics=()
     )
-    with pytest.raises(flax_errors.InvalidRngError):
+    with pytest.raises(UserError, match='It must know its mode') as caught:
         evaluator_of(Stuck(), MNIST('test', limit=8), 8, 1).run(state)
+    assert isinstance(caught.value.__cause__, flax_errors.InvalidRngError)
 
 
 # ---- pad_shard_unpad ---------------------------------------------------------------------------

@@ -241,15 +241,22 @@ def test_two_compact_methods() -> None:
 
 
 def test_shapes_must_suffice() -> None:
-    """O8: parameters that depend on values of the input cannot be made from its shape."""
+    """O8: parameters that depend on values of the input cannot be made from its shape.
+
+    Newer versions of Flax make them of zeros, and say nothing.
+    """
 
     class Data(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
             return x - self.param('centre', lambda key: x.mean(0))
 
-    with pytest.raises(errors.LazyInitError):
-        Data().lazy_init(KEY, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    try:
+        made = Data().lazy_init(KEY, jax.ShapeDtypeStruct(X.shape, X.dtype))
+    except errors.LazyInitError:
+        pass
+    else:
+        assert not np.allclose(made['params']['centre'], X.mean(0))
     np.testing.assert_allclose(Data().init(KEY, X)['params']['centre'], X.mean(0), rtol=1e-6)
 
 

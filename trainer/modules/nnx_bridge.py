@@ -90,6 +90,16 @@ def _telling_roots(training: bool) -> Callable[..., Any]:
     return intercept
 
 
+def names_for_rules() -> contextlib.AbstractContextManager[Any]:
+    """Lets variables of NNX name dimensions for the rules of a run: not all are axes of its mesh.
+
+    Returns:
+        The context to make such variables in, or to read their names.
+    """
+    nnx = sys.modules.get('flax.nnx')
+    return contextlib.nullcontext() if nnx is None else nnx.use_eager_sharding(False)
+
+
 @contextlib.contextmanager
 def telling_nnx(training: bool) -> Iterator[None]:
     """Tells the mode to the NNX modules within the Linen modules that are called meanwhile."""
@@ -121,6 +131,5 @@ def telling_nnx(training: bool) -> Iterator[None]:
 
         return call
 
-    # Names of dimensions are for the rules of the run: not every one is an axis of the mesh.
-    with sys.modules['flax.nnx'].use_eager_sharding(False), nn.intercept_methods(intercept):
+    with names_for_rules(), nn.intercept_methods(intercept):
         yield

@@ -18,6 +18,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
+from trainer.modules.nnx_bridge import names_for_rules
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
 from trainer.parallel.sharding import Rule, named_axes, param_specs
 from trainer.step.ensemble import EnsembleStep
@@ -182,7 +183,9 @@ class Programs:
         with self._tracing():
             named = _init_shapes(alone, spec)
         shapes = meta.unbox(named)
-        specs = param_specs(shapes.params, nn.get_partition_spec(named.params), sharding, mesh)
+        with names_for_rules():
+            names = nn.get_partition_spec(named.params)
+        specs = param_specs(shapes.params, names, sharding, mesh)
         shardings = state_shardings(shapes, specs, mesh)
         self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
         if isinstance(train_step, EnsembleStep):
