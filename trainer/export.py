@@ -97,13 +97,8 @@ def write(
         'step': int(state.step),
         'evaluation': evaluator.name,
         'task': repr(evaluator.step.task.task),
-        'function': FUNCTION,
-        'arguments': ['batch'] if within else ['variables', 'batch'],
-        'batch': _described(function.in_tree, function.in_avals)[0][-1],
-        'outputs': _described(function.out_tree, function.out_avals),
-        'platforms': list(function.platforms),
+        **_about_function(function, ['batch'] if within else ['variables', 'batch']),
         'variables': {path: f'{x.dtype}{list(x.shape)}' for path, x in flat.items()},
-        'requires': {name: importlib.metadata.version(name) for name in REQUIRES},
         'versions': versions(),
     }
     try:
@@ -178,6 +173,17 @@ def _of_any_rows(
             str(error).partition('\n')[0],
         )
         return function
+
+
+def _about_function(function: export.Exported, arguments: list[str]) -> dict[str, Any]:
+    return {
+        'function': FUNCTION,
+        'arguments': arguments,
+        'batch': _described(function.in_tree, function.in_avals)[0][-1],
+        'outputs': _described(function.out_tree, function.out_avals),
+        'platforms': list(function.platforms),
+        'requires': {name: importlib.metadata.version(name) for name in REQUIRES},
+    }
 
 
 def _described(tree: Any, avals: Sequence[Any]) -> Any:

@@ -5,35 +5,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
-import secrets
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 from trainer import startup
 from trainer.checkpoint import manager as checkpoint
-from trainer.checkpoint.manager import CheckpointError, Checkpoints
+from trainer.checkpoint.manager import CheckpointError
 from trainer.config import diff, identity
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
+from trainer.dry_run import rehearse
 from trainer.experiment import build
 from trainer.observe import logfile
-from trainer.observe.progress import Nowhere, duration
-from trainer.observe.reporter import flat_row
-from trainer.observe.table import human_bytes, nbytes
+from trainer.observe.progress import Nowhere
 from trainer.parallel import processes, signals
 from trainer.parallel.mesh import batch_shards
 from trainer.parallel.processes import Cluster
 from trainer.parallel.rendezvous import PeerError
 from trainer.parallel.signals import StopRequest
-from trainer.parts import Parts
 from trainer.plan import flops
 from trainer.probe import gradients, modules
 from trainer.probe.files import write_npz
@@ -188,56 +182,9 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 
 
 def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Does one of everything that a run does; reads and writes nothing in its directory."""
     logfile.route(None)
-    dry = Parts(trainer.experiment)
-    programs = dry.compile()
-    print(startup.summary(dry, 0))
-    for program in programs:
-        program.ready()
-        print(f'{program.name}: compiled in {duration(program.compile_secs)}')
-    with dry.batches(0, [1]) as batches:
-        (_, batch), *_ = batches
-        state = dry.programs.step(dry.init_state(), batch)
-    _check_finite('train: one step', flat_row(state.metrics))
-    for name, evaluator in dry.evaluators.items():
-        _check_finite(f'eval {name}: one batch', evaluator.run(state, max_batches=1))
-    with _rehearsal(command.workdir) as directory:
-        checkpoints = Checkpoints(directory, trainer.experiment.retention)
-        checkpoints.save(1, state, {})
-        checkpoints.close()
-    print(f'a save is fine: {human_bytes(nbytes(state))}')
-    print('Everything works; nothing was kept.')
+    rehearse(trainer.experiment, command.workdir)
     return 0
-
-
-def _check_finite(what: str, row: Mapping[str, float]) -> None:
-    bad = [name for name, x in row.items() if name.endswith('loss') and not math.isfinite(x)]
-    if bad:
-        raise UserError(
-            f'{what} works, but {bad[0]} is {row[bad[0]]}. Do the labels fit the number of '
-            'classes? Train with --config.guard.non_finite=stop to see which module it comes from'
-        )
-    print(f'{what} is fine')
-
-
-@contextlib.contextmanager
-def _rehearsal(workdir: str) -> Iterator[epath.Path]:
-    """Yields a directory for a save that is not kept; of several processes, one that all can see.
-
-    Each may have a `/tmp` of its own, so theirs is beside the work directory.
-    """
-    if jax.process_count() == 1:
-        with tempfile.TemporaryDirectory() as directory:
-            yield epath.Path(directory)
-        return
-    number = secrets.randbits(32) if processes.is_primary() else 0
-    directory = f'{workdir}.dry_run_{processes.sum_over_processes(number):x}'
-    try:
-        yield epath.Path(directory)
-    finally:
-        if processes.is_primary():
-            epath.Path(directory).rmtree(missing_ok=True)
 
 
 def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
