@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer import watched
 from trainer.checkpoint.manager import Retention
-from trainer.config import loading, schema, targets
+from trainer.config import loading, objects, schema, targets
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
@@ -204,7 +204,7 @@ def _check_below(value: Any, path: str) -> None:
         for name, item in value.items():
             _check_below(item, f'{path}.{name}')
     elif path.endswith('.loader'):
-        targets.resolve(value['target'], f'{path}.target')
+        objects.resolve(value['target'], f'{path}.target')
     else:
         targets.check(value, path)
 

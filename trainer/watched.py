@@ -13,6 +13,9 @@ from trainer.config.sections import BestSection, EarlyStoppingSection, Sections
 from trainer.early_stopping import EarlyStopping
 from trainer.inputs import positive
 
+# Metrics of the tasks that come with the trainer.
+_USUAL = ('loss', 'accuracy', 'mean_absolute_error')
+
 
 def retention(sections: Sections, clock: Clock) -> Retention:
     """Returns which checkpoints `config.checkpoint` keeps.
@@ -64,9 +67,10 @@ def _watched(
         )
     mode = given.mode or _better(parts[-1])
     if mode is None:
+        near = suggest.nearest(parts[-1], _USUAL)
         raise UserError(
             f'{path}.mode: say whether smaller or larger values of {parts[-1]!r} are better, '
-            "'min' or 'max'"
+            f"'min' or 'max'" + (f'; or did you mean {near!r}?' if near else '')
         )
     return given.metric, mode
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.command import ROOT
-from trainer.config import targets
+from trainer.config import objects, targets
 from trainer.config.errors import UserError
 
 HERE = __name__
@@ -121,7 +121,7 @@ def test_a_module_that_fails_to_import_is_named_with_its_line(
     (tmp_path / 'broken_module.py').write_text('x = 1\ny = undefined\n')
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=r'NameError: .*broken_module\.py, line 2'):
-        targets.resolve('broken_module:Thing', 'config.model.target')
+        objects.resolve('broken_module:Thing', 'config.model.target')
 
 
 def test_the_users_own_models_package_does_not_hide_ours(tmp_path: pathlib.Path) -> None:
@@ -130,9 +130,9 @@ def test_the_users_own_models_package_does_not_hide_ours(tmp_path: pathlib.Path)
     (tmp_path / 'models' / 'mine.py').write_text('class Mine:\n    pass\n')
     code = (
         f'import sys; sys.path.append({str(ROOT)!r})\n'
-        'from trainer.config import targets\n'
-        "assert targets.resolve('models.mine:Mine', 'x').__module__ == 'models.mine'\n"
-        "assert targets.resolve('models.mlp:MLP', 'x').__name__ == 'MLP'\n"
+        'from trainer.config import objects\n'
+        "assert objects.resolve('models.mine:Mine', 'x').__module__ == 'models.mine'\n"
+        "assert objects.resolve('models.mlp:MLP', 'x').__name__ == 'MLP'\n"
     )
     subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, timeout=60)
 
@@ -156,9 +156,9 @@ partial_of_open = functools.partial(anything, c=1)
     ],
 )
 def test_misspelt_names(name: str, fix: str) -> None:
-    targets.resolve(fix, 'config.x.target')
+    objects.resolve(fix, 'config.x.target')
     with pytest.raises(UserError) as error:
-        targets.resolve(name, 'config.x.target')
+        objects.resolve(name, 'config.x.target')
     assert str(error.value).startswith(f'config.x.target: {name!r}: ')
     assert str(error.value).endswith(f'Did you mean {fix}?')
 
@@ -166,11 +166,11 @@ def test_misspelt_names(name: str, fix: str) -> None:
 @pytest.mark.parametrize('name', ['', ':', 'optax:', ':sgd', 'optax:a:b', 3, None])
 def test_malformed_names(name: object) -> None:
     with pytest.raises(UserError, match=r"config\.x: expected 'package\.module:Name'"):
-        targets.resolve(name, 'config.x')
+        objects.resolve(name, 'config.x')
 
 
 def test_dotted_attributes() -> None:
-    assert targets.resolve('collections:OrderedDict.fromkeys', 'x')(('a',)) == {'a': None}
+    assert objects.resolve('collections:OrderedDict.fromkeys', 'x')(('a',)) == {'a': None}
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_how_imports_fail(tmp_path: pathlib.Path, text: str, message: str) -> No
     (tmp_path / 'broken.py').write_text(text)
     code = (
         f'import sys; sys.path.append({str(ROOT)!r})\n'
-        'from trainer.config import errors, targets\n'
+        'from trainer.config import errors, objects\n'
         'try:\n'
-        "    targets.resolve('broken:Thing', 'config.model.target')\n"
+        "    objects.resolve('broken:Thing', 'config.model.target')\n"
         'except errors.UserError as error:\n'
         '    print(error)\n'
     )

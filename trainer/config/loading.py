@@ -15,7 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import bundled
-from trainer.config import suggest, targets
+from trainer.config import objects, suggest
 from trainer.config.errors import UserError
 from trainer.config.schema import REQUIRED
 
@@ -58,7 +58,7 @@ def load(spec: str) -> LoadedConfig:
         hint = ''
         if 'dots in field names' in str(error):
             hint = "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}"
-        raise UserError(f'{path}: get_config failed: {targets.last_line(error)}{hint}') from error
+        raise UserError(f'{path}: get_config failed: {objects.last_line(error)}{hint}') from error
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
@@ -121,7 +121,7 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f'{path} fails to import: {targets.last_line(error)}') from error
+        raise UserError(f'{path} fails to import: {objects.last_line(error)}') from error
     get_config = getattr(module, 'get_config', None)
     if not callable(get_config):
         raise UserError(f'{path} has no function get_config()')

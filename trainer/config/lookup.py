@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from trainer.config import paths, schema, suggest, targets
+from trainer.config import objects, paths, schema, suggest, targets
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
 
@@ -97,7 +97,7 @@ def _annotation(parameter: inspect.Parameter) -> str:
 def _parameter(node: Any, key: str | int, path: str) -> inspect.Parameter | None:
     if not isinstance(node, Mapping | ml_collections.ConfigDict) or 'target' not in node:
         return None
-    known, _ = targets.arguments(targets.resolve(node['target'], f'{path}.target'))
+    known, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
     return known.get(str(key))
 
 
@@ -148,7 +148,7 @@ def _unknown_argument(
     node: Mapping[str, Any], keys: paths.Keys, depth: int, known: Sequence[str]
 ) -> str:
     path, place = f'config.{paths.join(keys)}', f'config.{paths.join(keys[:depth])}'
-    target = targets.resolve(node['target'], f'{place}.target')
+    target = objects.resolve(node['target'], f'{place}.target')
     names = targets.told(targets.arguments(target)[0])
     close = suggest.nearest(str(keys[depth]), [*names, *node], cutoff=0.75)
     if close:

@@ -4,24 +4,13 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import inspect
-import os
-import pkgutil
 import re
-import sys
-import sysconfig
-import traceback
 from collections.abc import Mapping
-from types import ModuleType
 from typing import Any
 
-from trainer.config import suggest
+from trainer.config import objects, suggest
 from trainer.config.errors import UserError
-
-# Packages that come with the trainer, and may be hidden by the user's own of the same name.
-_BUNDLED = ('models', 'data', 'configs')
 
 # Arguments that the framework or the module system gives, so a config need not.
 FRAMEWORK_SUPPLIED = frozenset({'rngs', 'train', 'training', 'is_training', 'deterministic'})
@@ -31,38 +20,6 @@ RESERVED = frozenset({'target', 'args', 'accepts_any'})
 
 # How a target says that an argument is wrong; anything else is a failure of the program.
 _REFUSALS = (TypeError, ValueError, LookupError, AssertionError, ImportError, FileNotFoundError)
-
-# Where the code lies that is not the user's, for the line of an error.
-_LIBRARIES = (
-    *(sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
-    os.path.dirname(os.path.dirname(__file__)),
-)
-
-
-def resolve(name: object, path: str) -> Any:
-    """Returns the object that 'package.module:Name' names.
-
-    Args:
-        name: module and (dotted) attribute.
-        path: the config path, for messages.
-
-    Raises:
-        UserError: if the name is malformed, missing, or its module fails to import.
-    """
-    if not isinstance(name, str) or name.count(':') != 1 or not all(name.split(':')):
-        raise UserError(f"{path}: expected 'package.module:Name', got {name!r}")
-    module_name, _, attribute = name.partition(':')
-    error: UserError | None = None
-    for candidate in _candidates(module_name):
-        try:
-            module = _import(candidate, path)
-            return functools.reduce(getattr, attribute.split('.'), module)
-        except AttributeError:
-            error = error or UserError(_no_attribute(module, attribute, name, path))
-        except _NoModuleError:
-            error = error or UserError(_no_module(module_name, name, path))
-    assert error is not None
-    raise error
 
 
 def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -103,7 +60,7 @@ def check(node: Any, path: str) -> None:
     """
     if isinstance(node, Mapping):
         if 'target' in node:
-            _check_arguments(resolve(node['target'], f'{path}.target'), node, path)
+            _check_arguments(objects.resolve(node['target'], f'{path}.target'), node, path)
         elif 'ref' in node:
             _reference(node, path)
         for key, value in node.items():
@@ -120,7 +77,7 @@ def takes(node: Any, name: str, path: str) -> bool:
     if not isinstance(node, Mapping):
         return False
     target = node.get('target')
-    mine = target is not None and name in arguments(resolve(target, f'{path}.target'))[0]
+    mine = target is not None and name in arguments(objects.resolve(target, f'{path}.target'))[0]
     return (mine and name not in node) or any(
         takes(v, name, f'{path}.{k}') for k, v in node.items()
     )
@@ -145,7 +102,7 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
         return _reference(node, path)
     if 'target' not in node:
         return {key: instantiate(v, f'{path}.{key}', supplied) for key, v in node.items()}
-    target = resolve(node['target'], f'{path}.target')
+    target = objects.resolve(node['target'], f'{path}.target')
     _check_arguments(target, node, path)
     args = instantiate(tuple(node.get('args', ())), f'{path}.args', supplied)
     given = {k: v for k, v in node.items() if k not in RESERVED}
@@ -181,14 +138,16 @@ def _said(error: Exception) -> str:
     """What a target says of its arguments, and where, if it did not mean to."""
     if isinstance(error, ValueError):
         said = str(error)
+    elif isinstance(error, TypeError):
+        said = f'{error}{objects.place(error)}'
     else:
-        said = f'{error}{_place(error)}' if isinstance(error, TypeError) else last_line(error)
+        said = objects.last_line(error)
     return '\n'.join([said, *getattr(error, '__notes__', ())])
 
 
 def accepted(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:
     """Returns those of `keys` that are arguments of the named target."""
-    parameters, open_ended = arguments(resolve(target_name, f'{path}.target'))
+    parameters, open_ended = arguments(objects.resolve(target_name, f'{path}.target'))
     return {key for key in keys if open_ended or key in parameters or key in RESERVED}
 
 
@@ -196,7 +155,7 @@ def _reference(node: Mapping[str, Any], path: str) -> Any:
     extra = [key for key in node if key != 'ref']
     if extra:
         raise UserError(f"{path}.{extra[0]}: a 'ref' names an object and takes no other key")
-    return resolve(node['ref'], f'{path}.ref')
+    return objects.resolve(node['ref'], f'{path}.ref')
 
 
 def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
@@ -261,70 +220,3 @@ def _pop_kind(parameters: dict[str, inspect.Parameter], kind: Any) -> bool:
     for name in names:
         del parameters[name]
     return bool(names)
-
-
-class _NoModuleError(Exception):
-    """A module, or a package on the way to it, does not exist."""
-
-
-def _candidates(module_name: str) -> list[str]:
-    bundled = module_name.split('.')[0] in _BUNDLED
-    return [module_name, f'trainer.bundled.{module_name}'] if bundled else [module_name]
-
-
-def _import(module_name: str, path: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f'{error.name}.')):
-            raise _NoModuleError from error
-        raise UserError(_failed_import(module_name, error, path)) from error
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(_failed_import(module_name, error, path)) from error
-
-
-def _failed_import(module_name: str, error: BaseException, path: str) -> str:
-    return f'{path}: importing {module_name} failed: {last_line(error)}'
-
-
-def last_line(error: BaseException) -> str:
-    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
-    text = traceback.format_exception_only(error)[-1].strip().partition('\n')[0]
-    if isinstance(error, SyntaxError):
-        return f'{text} ({error.filename}, line {error.lineno})'
-    return f'{text}{_place(error)}'
-
-
-def _place(error: BaseException) -> str:
-    """Returns ' (file.py, line 3)', the last of the user's lines that led to an error, or ''."""
-    raised = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in raised if not _is_library(frame.filename)]
-    return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
-
-
-def _is_library(filename: str) -> bool:
-    """Whether a file is Python's, an installed package's or this package's, not the user's."""
-    folders = tuple(os.path.join(folder, '') for folder in _LIBRARIES)
-    return filename.startswith(('<frozen', *folders))
-
-
-def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> str:
-    near = suggest.nearest(attribute, [n for n in dir(module) if not n.startswith('_')])
-    hint = f' Did you mean {name.partition(":")[0]}:{near}?' if near else ''
-    return f'{path}: {name!r}: the module has no {attribute!r}.{hint}'
-
-
-def _no_module(module_name: str, name: str, path: str) -> str:
-    package = module_name.rpartition('.')[0]
-    siblings: list[str] = []
-    if package:
-        loaded = sys.modules.get(package) or sys.modules.get(f'trainer.bundled.{package}')
-        siblings = [m.name for m in pkgutil.iter_modules(getattr(loaded, '__path__', []))]
-        siblings = [f'{package}.{s}' for s in siblings]
-    else:
-        siblings = [m.name for m in pkgutil.iter_modules()]
-    near = suggest.nearest(module_name, siblings)
-    hint = f' Did you mean {near}:{name.partition(":")[2]}?' if near else ''
-    return f'{path}: {name!r}: there is no module {module_name!r}.{hint}'

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config import durations, targets
+from trainer.config import durations, objects, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
@@ -94,7 +94,7 @@ def _one_optimizer(
     node, steps = durations.resolve(section.node, clock, path)
     _check_warmups(node, path)
     if section.decay_mask is not None:
-        parameters, _ = targets.arguments(targets.resolve(node['target'], f'{path}.target'))
+        parameters, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
         if 'mask' not in parameters:
             raise UserError(
                 f'{path}.decay_mask: {node["target"]} has no weight decay to mask (no argument '
@@ -187,7 +187,7 @@ def step_function(node: Node | None) -> StepFunction:
         return default_step
     if _is_step(node):
         rest = {name: value for name, value in node.items() if name not in targets.RESERVED}
-        target = targets.resolve(node['target'], f'{_STEP}.target')
+        target = objects.resolve(node['target'], f'{_STEP}.target')
         return functools.partial(target, **targets.instantiate(rest, _STEP))
     function = targets.instantiate(node, _STEP)
     try:
@@ -203,5 +203,5 @@ def step_function(node: Node | None) -> StepFunction:
 def _is_step(node: Node) -> bool:
     if 'target' not in node:
         return False
-    known, _ = targets.arguments(targets.resolve(node['target'], f'{_STEP}.target'))
+    known, _ = targets.arguments(objects.resolve(node['target'], f'{_STEP}.target'))
     return all(name in known for name in _STEP_ARGUMENTS)

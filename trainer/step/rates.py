@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from trainer.config import paths, targets
+from trainer.config import objects, paths, targets
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
 
@@ -149,7 +149,7 @@ def _parameters(
     node: Mapping[str, Any], path: str
 ) -> tuple[Mapping[str, inspect.Parameter], dict[Place, str]]:
     """Returns the parameters of a node's target, and the name of what stands at each place."""
-    parameters, _ = targets.arguments(targets.resolve(node['target'], f'{path}.target'))
+    parameters, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
     by_position = [
         p.name for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY
     ]

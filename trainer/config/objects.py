@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a name to the object that it names, and what is said where that fails."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+import sysconfig
+import traceback
+from types import ModuleType
+from typing import Any
+
+from trainer.config import suggest
+from trainer.config.errors import UserError
+
+# Packages that come with the trainer, and may be hidden by the user's own of the same name.
+_BUNDLED = ('models', 'data', 'configs')
+
+# Where the code lies that is not the user's, for the line of an error.
+_LIBRARIES = (
+    *(sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
+    os.path.dirname(os.path.dirname(__file__)),
+)
+
+
+def resolve(name: object, path: str) -> Any:
+    """Returns the object that 'package.module:Name' names.
+
+    Args:
+        name: module and (dotted) attribute.
+        path: the config path, for messages.
+
+    Raises:
+        UserError: if the name is malformed, missing, or its module fails to import.
+    """
+    if not isinstance(name, str) or name.count(':') != 1 or not all(name.split(':')):
+        raise UserError(f"{path}: expected 'package.module:Name', got {name!r}{_with_colon(name)}")
+    module_name, _, attribute = name.partition(':')
+    error: UserError | None = None
+    for candidate in _candidates(module_name):
+        try:
+            module = _import(candidate, path)
+            return functools.reduce(getattr, attribute.split('.'), module)
+        except AttributeError:
+            error = error or UserError(_no_attribute(module, attribute, name, path))
+        except _NoModuleError:
+            error = error or UserError(_no_module(module_name, name, path))
+    assert error is not None
+    raise error
+
+
+def _with_colon(name: object) -> str:
+    """Returns a hint, if the last dot of a name should be a colon."""
+    module_name, _, attribute = str(name).rpartition('.')
+    try:
+        found = importlib.util.find_spec(module_name)
+    except (ImportError, ValueError):
+        found = None
+    return '' if found is None else f'. Did you mean {module_name}:{attribute}?'
+
+
+class _NoModuleError(Exception):
+    """A module, or a package on the way to it, does not exist."""
+
+
+def _candidates(module_name: str) -> list[str]:
+    bundled = module_name.split('.')[0] in _BUNDLED
+    return [module_name, f'trainer.bundled.{module_name}'] if bundled else [module_name]
+
+
+def _import(module_name: str, path: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f'{error.name}.')):
+            raise _NoModuleError from error
+        raise UserError(_failed_import(module_name, error, path)) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_failed_import(module_name, error, path)) from error
+
+
+def _failed_import(module_name: str, error: BaseException, path: str) -> str:
+    return f'{path}: importing {module_name} failed: {last_line(error)}'
+
+
+def last_line(error: BaseException) -> str:
+    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
+    text = traceback.format_exception_only(error)[-1].strip().partition('\n')[0]
+    if isinstance(error, SyntaxError):
+        return f'{text} ({error.filename}, line {error.lineno})'
+    return f'{text}{place(error)}'
+
+
+def place(error: BaseException) -> str:
+    """Returns ' (file.py, line 3)', the last of the user's lines that led to an error, or ''."""
+    raised = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in raised if not _is_library(frame.filename)]
+    return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
+
+
+def _is_library(filename: str) -> bool:
+    """Whether a file is Python's, an installed package's or this package's, not the user's."""
+    folders = tuple(os.path.join(folder, '') for folder in _LIBRARIES)
+    return filename.startswith(('<frozen', *folders))
+
+
+def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> str:
+    near = suggest.nearest(attribute, [n for n in dir(module) if not n.startswith('_')])
+    hint = f' Did you mean {name.partition(":")[0]}:{near}?' if near else ''
+    return f'{path}: {name!r}: the module has no {attribute!r}.{hint}'
+
+
+def _no_module(module_name: str, name: str, path: str) -> str:
+    package = module_name.rpartition('.')[0]
+    siblings: list[str] = []
+    if package:
+        loaded = sys.modules.get(package) or sys.modules.get(f'trainer.bundled.{package}')
+        siblings = [m.name for m in pkgutil.iter_modules(getattr(loaded, '__path__', []))]
+        siblings = [f'{package}.{s}' for s in siblings]
+    else:
+        siblings = [m.name for m in pkgutil.iter_modules()]
+    near = suggest.nearest(module_name, siblings)
+    hint = f' Did you mean {near}:{name.partition(":")[2]}?' if near else ''
+    return f'{path}: {name!r}: there is no module {module_name!r}.{hint}'
