@@ -38,5 +38,5 @@ def test_a_loss_that_is_no_number_is_told() -> None:
         command.MLP, *command.SMALL, '--mode=dry_run', '--config.model.features=(64, 5)'
     )
     assert finished.code == 2
-    assert 'train: one step works, but train/loss is nan. Do the labels fit' in finished.err
+    assert 'one step works, but train/loss is not finite. Do the labels fit' in finished.err
     assert 'Everything works' not in finished.out

@@ -87,10 +87,11 @@ def test_a_name_that_does_not_tell_which_values_are_better(key: str) -> None:
     build(**{key: {'metric': 'eval/test/bleu', 'mode': 'max'}})
 
 
-def test_a_run_says_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    Trainer(build()).fit()
+def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    late = {'every': 'never', 'data': {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}}
+    Trainer(build(evals__late=late)).fit()
     said = capsys.readouterr().out
-    assert 'early stopping: eval/test/loss has got no better than' in said
+    assert said.count('early stopping: eval/test/loss has got no better than') == 1
     assert "in 2 evaluations (mode 'min', patience 1)" in said
 
 

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from etils import epath
@@ -17,10 +17,10 @@ from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.observe.progress import duration
-from trainer.observe.reporter import flat_row
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
 from trainer.parts import Parts
+from trainer.step.metrics import not_finite
 
 
 def rehearse(experiment: Experiment, workdir: str) -> None:
@@ -42,9 +42,11 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     with dry.batches(0, [1]) as batches:
         (_, batch), *_ = batches
         state = dry.programs.step(dry.init_state(), batch)
-    _check_finite('train: one step', flat_row(state.metrics))
+    _check_finite(state.metrics)
+    print('train: one step is fine')
     for name, evaluator in dry.evaluators.items():
-        _check_finite(f'eval {name}: one batch', evaluator.run(state, max_batches=1))
+        evaluator.run(state, max_batches=1)
+        print(f'eval {name}: one batch is fine')
     with _directory(workdir) as directory:
         checkpoints = Checkpoints(directory, experiment.retention)
         checkpoints.save(1, state, {})
@@ -53,14 +55,12 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     print('Everything works; nothing was kept.')
 
 
-def _check_finite(what: str, row: Mapping[str, float]) -> None:
-    bad = [name for name, x in row.items() if name.endswith('loss') and not math.isfinite(x)]
-    if bad:
+def _check_finite(metrics: Any) -> None:
+    if bad := [name for name in not_finite(metrics) if name.endswith('loss')]:
         raise UserError(
-            f'{what} works, but {bad[0]} is {row[bad[0]]}. Do the labels fit the number of '
+            f'one step works, but train/{bad[0]} is not finite. Do the labels fit the number of '
             'classes? Train with --config.guard.non_finite=stop to see which module it comes from'
         )
-    print(f'{what} is fine')
 
 
 @contextlib.contextmanager

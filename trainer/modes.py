@@ -44,7 +44,7 @@ class Command:
     Attributes:
         mode: one of `trainer.main.MODES`, but not 'config'.
         workdir: the run's directory.
-        step: 'latest', 'best' or a number: the checkpoint that eval and predict read.
+        step: 'latest', 'best' or a number: the checkpoint that is read.
         allow_config_change: go on with a run whose identity the config has changed.
         overrides: config path to text, as given.
         device_kind: what `--mode=plan` is held against.
@@ -172,8 +172,7 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
         if processes.is_primary():
             try:
-                with path.open('wb') as file:
-                    np.savez(file, **arrays)
+                write_npz(path, arrays)
             except OSError as error:
                 raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
         rows = len(next(iter(arrays.values())))

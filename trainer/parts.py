@@ -50,6 +50,7 @@ class Parts:
         self.experiment = experiment
         self.workdir = None if workdir is None else Workdir(workdir)
         self._events = Events.of(experiment)
+        self._warned = False
 
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -136,8 +137,10 @@ class Parts:
                 or an evaluation of an empty split.
         """
         startup.check_batch(self.experiment, batch_shards(self.mesh))
-        startup.warn_of_what_never_comes(self.experiment)
-        startup.warn_of_wrong_gradients(self.programs.abstract, self.mesh)
+        if not self._warned:
+            self._warned = True
+            startup.warn_of_what_never_comes(self.experiment)
+            startup.warn_of_wrong_gradients(self.programs.abstract, self.mesh)
         programs = [self.programs.fused] if self.experiment.steps_per_call > 1 else []
         programs.append(self.programs.step)
         for evaluator in self.evaluators.values():

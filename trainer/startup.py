@@ -129,7 +129,7 @@ def warn_of_what_never_comes(experiment: Experiment) -> None:
         late.append('config.profile')
     for name, capture in experiment.captures.items():
         period = capture.every.period_steps
-        if period is None or period > total:
+        if period is not None and period > total:
             late.append(f'config.capture.{name}')
     if late:
         _log.warning('%s: never comes in a run of %d steps', ', '.join(late), total)

@@ -244,8 +244,9 @@ class Trainer(Parts):
             self.report.evaluated(name, step, metrics)
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled)
         if (early := self._recovery.early_stopping) is not None:
+            before = early.stopped
             early.update(name, metrics)
-            if early.stopped:
+            if early.stopped and not before:
                 self._tell(early.reason())
         self._notify('eval', step, state)
 

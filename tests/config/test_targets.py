@@ -92,6 +92,7 @@ def nothing() -> None: ...
         ('anything', {'c': 1}, 'accepts_any=True'),
         ('Picky', {'value': -1}, r'config\.x: .*Picky refused its arguments: value -1 is negative'),
         ('Picky', {'value': '5'}, r"config\.x\.value is the text '5': a length of time has a unit"),
+        ('Picky', {'value': '1e-3'}, r"config\.x\.value is the text '1e-3': a number has no quot"),
         ('Picky', {'value': {'a': 1}}, r'config\.x\.value is a dict that names no object'),
         ('plian', {'a': 1}, 'Did you mean .*:plain?'),
     ],

@@ -94,6 +94,31 @@ class LinenComposed(nn.Module):
         return self.part(x)
 
 
+class Base(nn.Module):
+    def name_of(self) -> str:
+        return 'Base'
+
+
+class Derived(Base):
+    def name_of(self) -> str:
+        return 'Derived'
+
+
+class OfBase(knn.Module, Base):
+    pass
+
+
+class OfBoth(OfBase, Derived):
+    pass
+
+
+def test_methods_are_found_in_the_order_of_the_bases() -> None:
+    assert [cls.__name__ for cls in OfBoth.__mro__[-8:] if issubclass(cls, Base)][-2:] == [
+        'Derived', 'Base',
+    ]  # fmt: skip
+    assert OfBoth().name_of() == 'Derived'
+
+
 def test_methods_that_need_parameters_say_so() -> None:
     """K3: public ones of any kind; what needs none runs."""
     for cls in (Composed, knn.convert(LinenComposed)):

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from typing import Any
 
+import clu.metrics
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.step.metrics import WeightedMean
+from trainer.step.metrics import WeightedMean, not_finite
 from trainer.step.task_runner import TaskRunner, inverse, loss_sums
 from trainer.step.tasks import Classification, TaskOutput, as_output
 from trainer.trainer import Trainer
@@ -91,6 +92,33 @@ def test_no_name_hides_another(extra: dict[str, Any], name: str) -> None:
     with pytest.raises(UserError, match=f'names a {name}, which a row of metrics has already'):
         as_output(TaskOutput(**{'loss': jnp.ones(4), **extra}))
     as_output(TaskOutput(loss=jnp.ones(4), metrics={'l1': jnp.ones(4)}, penalties={'l2': 1.0}))
+
+
+class Own:
+    """A task with a collection of its own, whose inputs may have any name."""
+
+    def __init__(self, name: str):
+        self.metrics = clu.metrics.Collection.create(
+            **{name: clu.metrics.Average.from_output('examples')}
+        )
+
+    def __call__(self, model: Any, batch: Any) -> TaskOutput:
+        loss = model(batch['image']).sum(-1)
+        return TaskOutput(loss=loss, metrics={'examples': loss})
+
+
+def test_names_of_a_collection_are_those_that_it_reports() -> None:
+    with pytest.raises(UserError, match="names a metric 'examples', which a row of metrics has"):
+        TaskRunner.of(Own('examples'))
+    experiment = dataclasses.replace(mlp().experiment, task=TaskRunner.of(Own('mean')))
+    Trainer(experiment).init_state()
+
+
+def test_the_mean_of_nothing_is_no_loss_that_is_not_finite() -> None:
+    nothing, bad = WeightedMean.empty(), WeightedMean.from_model_output(jnp.array([jnp.nan, 1.0]))
+    masked = WeightedMean.from_model_output(jnp.array([jnp.nan]), jnp.zeros(1))
+    assert not_finite({'task': {'a_loss': nothing, 'b_loss': masked}}) == []
+    assert not_finite({'task': {'a_loss': nothing, 'b_loss': bad}}) == ['b_loss']
 
 
 def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> None:

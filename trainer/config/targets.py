@@ -123,12 +123,9 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
 def _hint(given: Mapping[str, Any], path: str) -> str:
     """Says where a number was given as text, or a dict names no object."""
     for key, value in given.items():
-        if isinstance(value, str) and re.fullmatch(r'-?\d+(\.\d*)?', value):
-            units = f'{value} steps, {value} epochs'
-            return (
-                f'\n{path}.{key} is the text {value!r}: a length of time has a unit ({units}), a '
-                'number no quotation marks'
-            )
+        if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?', value):
+            unit = f'a length of time has a unit ({value} steps), ' if value.isdigit() else ''
+            return f'\n{path}.{key} is the text {value!r}: {unit}a number has no quotation marks'
         if isinstance(value, Mapping) and not {'target', 'ref'} & set(value):
             return f"\n{path}.{key} is a dict that names no object: it has no 'target'"
     return ''

@@ -41,8 +41,8 @@ def read(file: epath.Path) -> dict[str, np.ndarray]:
     """
     if file.suffix == '.npz':
         raise UserError(
-            f'{file} is an archive of numpy, which no library writes its checkpoints in; write '
-            'its arrays with trainer.transfer.safetensors.write'
+            f'{file} is an archive of numpy, which is not read here; write its arrays with '
+            'trainer.transfer.safetensors.write'
         )
     try:
         import torch

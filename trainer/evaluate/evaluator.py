@@ -219,8 +219,9 @@ class Evaluator:
 
     def variables(self, state: TrainState) -> dict[str, Any]:
         """Returns what is evaluated of a state; `EMA` is what a task's `model.ema` reads."""
-        params = state.average if self._use_ema else state.params
-        return {**state.variables, 'params': params, EMA: state.average}
+        average = state.average
+        params = average if self._use_ema else state.params
+        return {**state.variables, 'params': params, EMA: average}
 
     @property
     def compiles(self) -> int:

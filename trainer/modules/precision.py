@@ -56,7 +56,8 @@ AS_IS = Precision()
 
 def at_least_float32(x: Any) -> Any:
     """Returns the dtype in which values like these are summed up: float32 for halves."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return jnp.float32 if narrow else x.dtype
 
 
 def _cast(tree: Any, dtype: Any) -> Any:

@@ -24,6 +24,7 @@ from trainer.observe.progress import Progress, Screen
 from trainer.observe.report import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.step.ensemble import PerMember, mean_and_each
+from trainer.step.metrics import not_finite
 from trainer.step.task_runner import compute_metrics
 
 
@@ -126,7 +127,8 @@ class Reporter:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        step, row = pending.step, flat_row(pending.metrics)
+        step, metrics = pending.step, jax.device_get(pending.metrics)
+        row = flat_row(metrics)
         # Read now, when the step is known to be done, and not when it was dispatched.
         (began_step, began), self._mark = self._mark, (step, self._busy())
         steps, secs = step - began_step, self._mark[1] - began
@@ -136,15 +138,10 @@ class Reporter:
         row['train/data_wait_secs'] = pending.data_wait_secs
         self._add(step, row)
         self.progress.update(step, row)
-        self._warn_of_nan(step, row)
-
-    def _warn_of_nan(self, step: int, row: Mapping[str, float]) -> None:
-        """Says once where a loss is not finite."""
-        bad = [name for name, x in row.items() if name.endswith('loss') and not math.isfinite(x)]
-        if bad and not self._warned:
+        if not self._warned and (bad := [n for n in not_finite(metrics) if n.endswith('loss')]):
             self._warned = True
             self.progress.message(
-                f'Warning: {bad[0]} at step {step:,} is {row[bad[0]]}. '
+                f'Warning: train/{bad[0]} at step {step:,} is not finite. '
                 '--config.guard.non_finite=stop finds the step and the module where that begins.'
             )
 

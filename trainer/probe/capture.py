@@ -221,8 +221,8 @@ def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) 
     expression = re.compile(pattern)
     missed = [p for p in hidden if expression.fullmatch(p or ROOT)]
     advice = (
-        'in a branch of nn.cond or nn.switch, or in a lifted module (nn.scan, nn.vmap) that keeps '
-        "'intermediates' to itself: give that variable_axes={'intermediates': 0, ...}"
+        'in a branch or a loop (nn.cond, nnx.fori_loop), or in a lifted module (nn.scan) that '
+        "keeps 'intermediates' to itself: give that variable_axes={'intermediates': 0, ...}"
     )
     if any(expression.fullmatch(p or ROOT) for p in seen):
         if missed:

@@ -22,6 +22,6 @@ def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
             with file.open(f'{name}.npy', 'w', force_zip64=True) as entry:
                 np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
     temporary = path.parent / f'.{path.name}.tmp'
-    temporary.write_bytes(content.getvalue())
+    temporary.write_bytes(content.getbuffer())
     temporary.replace(path)
-    return len(content.getvalue())
+    return content.getbuffer().nbytes

@@ -29,15 +29,12 @@ from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState, changes, describe
 from trainer.step.task_runner import TaskRunner, inverse, is_metric, loss_sums, penalty_sum
-from trainer.step.tasks import ONLY_LOSS, TaskOutput
+from trainer.step.tasks import MEASURED, ONLY_LOSS, TaskOutput, named_twice
 
 if TYPE_CHECKING:
     from trainer.step.train_step import TrainStep
 
 Batch = Mapping[str, jax.Array]
-
-# What is measured of a step from outside.
-_MEASURED = ('steps_per_sec', 'examples_per_sec', 'data_wait_secs')
 StepFunction = Callable[[TrainState, Batch, 'StepContext'], tuple[TrainState, Any]]
 
 
@@ -129,7 +126,8 @@ class StepContext:
         if slices > 1 and 'gradients' not in self._called:
             raise UserError(
                 f'config.accumulate: only ctx.gradients cuts a batch into {slices} slices, and the '
-                'function of config.step does not call it. Call it, or leave config.accumulate out'
+                'function of config.step does not call it. Call it, or leave config.accumulate out '
+                '(one that cuts slices itself takes their number as an argument of its own)'
             )
 
     def update(
@@ -190,11 +188,8 @@ def _as_metrics(metrics: Any) -> dict[str, Any]:
         )
     for name, value in metrics.items():
         whole = name in ('task', 'penalties', 'norms') and not isinstance(value, Mapping)
-        if name in _MEASURED or (whole and not isinstance(value, clu.metrics.Collection)):
-            raise UserError(
-                f'config.step: the function names a metric {name!r}, which a row of metrics has '
-                'already; give it another name'
-            )
+        if name in MEASURED or (whole and not isinstance(value, clu.metrics.Collection)):
+            raise UserError(named_twice('config.step: the function', 'metric', name))
     return {name: _as_metric(name, value) for name, value in metrics.items()}
 
 

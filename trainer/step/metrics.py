@@ -14,6 +14,7 @@ import clu.metrics
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainer.config.errors import UserError
 
@@ -148,6 +149,21 @@ def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         weights.shape + (1,) * (len(shape) - weights.ndim)
     )
     return jnp.broadcast_to(weights, shape)
+
+
+def not_finite(metrics: Any) -> list[str]:
+    """Returns the names of those means of a tree of metrics whose sum is not finite.
+
+    The mean of nothing is NaN too, and nothing is wrong with it.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(
+        jax.device_get(metrics), is_leaf=lambda x: isinstance(x, WeightedMean)
+    )
+    return [
+        jax.tree_util.keystr(path[-1:], simple=True)
+        for path, x in leaves
+        if isinstance(x, WeightedMean) and not np.isfinite(x.total).all()
+    ]
 
 
 @functools.cache

@@ -23,7 +23,7 @@ _SCALES = (('scale', 'step_size'), ('scale_by_schedule', 'step_size_fn'))
 Place = tuple[str | int, ...]
 
 # Optimizers for some of the parameters each: what their parts do is not done one after the other.
-_PARTITIONS = (':multi_transform', ':partition')
+_PARTITIONS = (':multi_transform', ':partition', ':masked')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

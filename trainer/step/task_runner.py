@@ -14,7 +14,14 @@ import jax.numpy as jnp
 
 from trainer.config.errors import UserError
 from trainer.step.metrics import broadcast_weights, mean_collection
-from trainer.step.tasks import METRIC_WEIGHTS, ONLY_LOSS, TaskOutput, as_output
+from trainer.step.tasks import (
+    METRIC_WEIGHTS,
+    ONLY_LOSS,
+    OWN_NAMES,
+    TaskOutput,
+    as_output,
+    named_twice,
+)
 
 # The loader's mark of real rows in a padded batch: bool, (batch,).
 MASK = '_mask'
@@ -50,7 +57,10 @@ class TaskRunner:
             pass  # What is written in C has no signature.
         except TypeError as error:
             raise UserError(f'the task {task!r} must take (model, batch): {error}') from error
-        return cls(task, getattr(task, 'metrics', None), tuple(transforms))
+        metrics = getattr(task, 'metrics', None)
+        for name in OWN_NAMES & set(getattr(metrics, '__dataclass_fields__', ())):
+            raise UserError(named_twice(f'{task!r}', 'metric', name))
+        return cls(task, metrics, tuple(transforms))
 
     def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the batch as the task sees it: without the mask, and transformed."""
@@ -64,7 +74,8 @@ class TaskRunner:
 
         Named losses have weights by name, an entry for the metrics among them.
         """
-        output = as_output(self.task(model, self.prepared(batch)))
+        result = self.task(model, self.prepared(batch))
+        output = as_output(result, averaged=self.metrics is None)
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
         if not isinstance(loss, Mapping):
             return dataclasses.replace(output, weights=_set_weights(given, loss, mask))

@@ -36,10 +36,13 @@ METRIC_WEIGHTS = 'metrics'
 # What metrics are made from beside the task's own.
 _GIVEN = ('loss', 'weights', 'mask')
 
+# What is measured of a step from outside.
+MEASURED = ('steps_per_sec', 'examples_per_sec', 'data_wait_secs')
+
 # What a row of metrics says of a step or of an evaluation, whatever the task.
 OWN_NAMES = {
     *('learning_rate', 'grad_norm', 'param_norm', 'update_norm', 'loss_scale', 'skipped_updates'),
-    *('steps_per_sec', 'examples_per_sec', 'data_wait_secs', 'examples'),
+    *(*MEASURED, 'examples'),
 }
 
 
@@ -64,8 +67,13 @@ class TaskOutput:
     penalties: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
-def as_output(result: Any) -> TaskOutput:
+def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:
     """Returns the TaskOutput of whatever form a task's result has.
+
+    Args:
+        result: what the task has returned.
+        averaged: whether its metrics are averaged and reported under their names; or else the
+            task's own collection makes something of them.
 
     Raises:
         UserError: if it is none of TaskOutput, values, or (values, metrics); if a loss is a scalar:
@@ -86,11 +94,11 @@ def as_output(result: Any) -> TaskOutput:
             'a task returns one loss value per example, this one returned a scalar: leave the mean '
             'to the step, so that it is exact for any batch, mask and number of devices'
         )
-    _check_names(result)
+    _check_names(result, averaged)
     return result
 
 
-def _check_names(output: TaskOutput) -> None:
+def _check_names(output: TaskOutput, averaged: bool) -> None:
     loss, weights = output.loss, output.weights
     names = tuple(loss) if isinstance(loss, Mapping) else ()
     if isinstance(loss, Mapping) and not names:
@@ -108,14 +116,20 @@ def _check_names(output: TaskOutput) -> None:
                 + (f'the losses {", ".join(names)}' if names else 'no losses')
             )
     taken = {*_GIVEN, *(f'{name}_{kind}' for name in names for kind in ('loss', 'weights'))}
-    for kind, given in (('metric', output.metrics), ('penalty', output.penalties)):
-        for name in given:
-            if name in taken | OWN_NAMES:
-                raise UserError(
-                    f'the task names a {kind} {name!r}, which a row of metrics has already; give '
-                    'it another name'
-                )
-        taken |= set(given)
+    reported = taken | OWN_NAMES
+    for name in output.metrics:
+        if name in (reported if averaged else taken):
+            raise UserError(named_twice('the task', 'metric', name))
+    for name in output.penalties:
+        if name in reported | (set(output.metrics) if averaged else set()):
+            raise UserError(named_twice('the task', 'penalty', name))
+
+
+def named_twice(who: str, kind: str, name: str) -> str:
+    """Returns what is said of a name that would hide another in a row of metrics."""
+    return (
+        f'{who} names a {kind} {name!r}, which a row of metrics has already; give it another name'
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

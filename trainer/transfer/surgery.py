@@ -225,7 +225,9 @@ def operate(
     weights = operated(operations, of_arrays(params, 'params/') | of_arrays(held))
     arrays = {place(p): x for p, x in hosts(weights).items() if p.startswith('params/')}
     new = traverse_util.unflatten_dict(arrays, sep='/')
-    return new, None if tx is None else _state_of(tx, new, opt_state, weights)
+    if opt_state is None or tx is None:
+        return new, None
+    return new, _state_of(tx, new, opt_state, weights)
 
 
 def _state_of(

@@ -51,7 +51,8 @@ class Module(Interface, nn.Module):
             cls.__call__ = _telling(owner.__call__)  # type: ignore[method-assign]
         for name, value in _methods(cls).items():
             always = name == '__call__' or hasattr(value, 'compact')
-            setattr(cls, name, _bound_first(value, always=always))
+            method = value if name in vars(cls) else _of_the_next(cls, name, value)
+            setattr(cls, name, _bound_first(method, always=always))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,6 +178,16 @@ def _may_need_variables(name: str, value: Any) -> bool:
         return True
     public = inspect.isfunction(value) and not name.startswith('_') and name != 'setup'
     return public and not hasattr(value, 'nowrap')
+
+
+def _of_the_next(cls: Any, name: str, inherited: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the method that a class inherits, from whatever class follows it in a subclass."""
+
+    @functools.wraps(inherited)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(cls, self), name)(*args, **kwargs)
+
+    return method
 
 
 def _bound_first(method: Callable[..., Any], *, always: bool) -> Callable[..., Any]:
