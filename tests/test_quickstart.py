@@ -89,4 +89,6 @@ def test_predictions_are_written_without_padding(tmp_path: pathlib.Path) -> None
     (tmp_path / 'predictions_test_200.npz').mkdir()
     finished = command.run(*options, '--mode=predict')
     assert finished.code == 2
-    assert 'predictions_test_200.npz cannot be written: Is a directory' in finished.err
+    path = tmp_path / 'predictions_test_200.npz'
+    assert f'{path} cannot be written: Cannot overwrite: {path} is a directory' in finished.err
+    assert not (tmp_path / '.predictions_test_200.npz.tmp').exists()

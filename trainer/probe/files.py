@@ -22,6 +22,10 @@ def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
             with file.open(f'{name}.npy', 'w', force_zip64=True) as entry:
                 np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
     temporary = path.parent / f'.{path.name}.tmp'
-    temporary.write_bytes(content.getbuffer())
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content.getbuffer())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return content.getbuffer().nbytes
