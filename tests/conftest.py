@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'

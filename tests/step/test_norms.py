@@ -15,9 +15,9 @@ from trainer.step import norms as norms_lib
 
 
 def step_of(frozen: dict[str, bool], dtype: Any = jnp.float32) -> dict[str, Any]:
-    """One parameter that stays in a cache, and one that does not."""
+    """Two parameters that stay in a cache, and one that does not."""
     rng = np.random.default_rng(0)
-    shapes = {'small': (7,), 'large': (norms_lib._LARGE // 4, 5)}
+    shapes = {'small': (7,), 'less': (3, 4), 'large': (norms_lib._LARGE // 4, 5)}
     old = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
     grads = {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()}
     updates = jax.tree.map(lambda g: (-0.1 * g).astype(dtype), grads)
@@ -26,10 +26,14 @@ def step_of(frozen: dict[str, bool], dtype: Any = jnp.float32) -> dict[str, Any]
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('frozen', [(), ('small',), ('large',), ('small', 'large')])
+@pytest.mark.parametrize(
+    'frozen', [(), ('small',), ('large',), ('small', 'less'), ('small', 'less', 'large')]
+)
 def test_a_branch_says_what_is_said_without_one(frozen: tuple[str, ...], dtype: Any) -> None:
-    step = step_of({name: name in frozen for name in ('small', 'large')}, dtype)
+    step = step_of({name: name in frozen for name in ('small', 'less', 'large')}, dtype)
     always = norms_lib.norms(**step, due=None)
+    whole = jax.tree.map(lambda _: True, step['new'])
+    joined = norms_lib.norms(**step, due=None, whole=whole)
 
     @jax.jit
     def branched(arrays: Any, due: Any) -> Any:
@@ -40,7 +44,8 @@ def test_a_branch_says_what_is_said_without_one(frozen: tuple[str, ...], dtype: 
     assert all(float(x) == 0 for x in branched(arrays, jnp.bool_(False)).values())
     for name, value in always.items():
         assert float(told[name]) == pytest.approx(float(value), rel=1e-5), name
-    trained = [name for name in ('small', 'large') if name not in frozen]
+        assert float(joined[name]) == pytest.approx(float(value), rel=1e-5), name
+    trained = [name for name in ('small', 'less', 'large') if name not in frozen]
     grads = [np.asarray(step['grads'][name], np.float64).ravel() for name in trained]
     expected = np.linalg.norm(np.concatenate([*grads, [0.0]]))
     assert float(always['grad']) == pytest.approx(expected, rel=1e-5)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Elements above which an array does not stay in a core's cache until the end of the step.
+# Elements above which an array does not stay in a core's cache until the end of the step, and above
+# which a kernel of an accelerator works longer than it takes to start.
 _LARGE = 2**17
 
 
@@ -21,10 +23,18 @@ class _Leaf(NamedTuple):
     old: jax.Array
     new: jax.Array
     frozen: bool
+    whole: bool
 
 
 def norms(
-    *, grads: Any, updates: Any, old: Any, new: Any, frozen: Any, due: jax.Array | None
+    *,
+    grads: Any,
+    updates: Any,
+    old: Any,
+    new: Any,
+    frozen: Any,
+    whole: Any = None,
+    due: jax.Array | None,
 ) -> dict[str, jax.Array]:
     """Returns the float32 norms 'grad', 'param' and 'update' of one step.
 
@@ -36,11 +46,14 @@ def norms(
         frozen: for each parameter whether it is left out of 'grad' and 'update'.
         due: whether anyone will look at this step's; else they are 0, and cost next to nothing.
             None: always.
+        whole: for each parameter whether no device holds only a part of it; None: unknown.
     """
-    trees = (grads, updates, old, new, frozen)
+    if whole is None:
+        whole = jax.tree.map(lambda _: False, new)
+    trees = (grads, updates, old, new, frozen, whole)
     leaves = [_Leaf(*x) for x in zip(*map(jax.tree.leaves, trees), strict=True)]
     if due is None:
-        squares = _of_updates(leaves)
+        squares = _of_updates(_joined(leaves))
     else:
         # What a branch reads has to be kept for it. So a large array has a branch of its own, right
         # where it is at hand; small ones share one, for each branch costs some microseconds.
@@ -55,13 +68,31 @@ def norms(
 
 
 def _if_due(due: jax.Array, measure: Any, leaves: list[_Leaf]) -> jax.Array:
-    frozen = [leaf.frozen for leaf in leaves]
+    flags = [leaf[4:] for leaf in leaves]
 
     def measured(arrays: list[tuple[jax.Array, ...]]) -> jax.Array:
-        return measure([_Leaf._make([*x, f]) for x, f in zip(arrays, frozen, strict=True)])
+        return measure([_Leaf._make([*x, *f]) for x, f in zip(arrays, flags, strict=True)])
 
-    arrays = [tuple(leaf)[:-1] for leaf in leaves]
+    arrays = [leaf[:4] for leaf in leaves]
     return jax.lax.cond(due, measured, lambda _: jnp.zeros(3), arrays)
+
+
+def _joined(leaves: list[_Leaf]) -> list[_Leaf]:
+    """Makes one leaf of all small ones, which one kernel squares instead of one for each.
+
+    Arrays that are cut over devices stay alone, or they would be gathered.
+    """
+    alone = [leaf for leaf in leaves if not leaf.whole or leaf.new.size > _LARGE]
+    small = [leaf for leaf in leaves if leaf.whole and leaf.new.size <= _LARGE]
+    for frozen in (False, True):
+        if each := [leaf[:4] for leaf in small if leaf.frozen == frozen]:
+            arrays = map(_concatenated, zip(*each, strict=True))
+            alone.append(_Leaf._make([*arrays, frozen, True]))
+    return alone
+
+
+def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate([x.astype(jnp.float32).ravel() for x in arrays])
 
 
 def _of_updates(leaves: list[_Leaf]) -> jax.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import logging
 import re
@@ -174,7 +175,7 @@ class Programs:
             sharding: rules that cut parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
         """
-        self._train_step = train_step
+        self._train_step: TrainStep | EnsembleStep
         self._mesh = mesh
         self._spec = spec
         self._fused_steps = fused
@@ -188,8 +189,12 @@ class Programs:
         specs = param_specs(shapes.params, names, sharding, mesh)
         shardings = state_shardings(shapes, specs, mesh)
         self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
+        params = self.abstract.params
+        whole = jax.tree.map(lambda leaf: leaf.sharding.is_fully_replicated, params)
+        alone = self._train_step = dataclasses.replace(alone, whole=whole)
         if isinstance(train_step, EnsembleStep):
             self.abstract = train_step.stacked(self.abstract, mesh)
+            self._train_step = dataclasses.replace(train_step, member=alone)
 
     @functools.cached_property
     def step(self) -> Program:
@@ -200,6 +205,9 @@ class Programs:
             (self.abstract, self._batch(batch_sharding(self._mesh))),
             tracing=self._tracing,
             donate_argnums=0,
+            # Every leaf into its own buffer: XLA pairs what is donated with what comes out by shape
+            # alone, and without those that nothing reads the pairs would shift.
+            keep_unused=True,
             out_shardings=self._shardings,
         )
 
@@ -218,6 +226,7 @@ class Programs:
             (self.abstract, self._batch(stacked, (self._fused_steps,))),
             tracing=self._tracing,
             donate_argnums=0,
+            keep_unused=True,
             out_shardings=self._shardings,
         )
 

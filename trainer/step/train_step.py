@@ -41,6 +41,7 @@ class TrainStep:
         ema_decay: decay of the moving average of the parameters, or None for no average.
         loss_scale: first value of the dynamic loss scale, or None for none.
         shards: number of devices that a batch's rows are spread over.
+        whole: for each parameter whether every device holds all of it; None: unknown.
         log: when rows are logged; where that is known, norms are computed for those steps only.
         last_step: of the run; its row is logged too.
     """
@@ -54,6 +55,7 @@ class TrainStep:
     ema_decay: float | None = None
     loss_scale: float | None = None
     shards: int = 1
+    whole: Any = None
     log: Periodic | None = None
     last_step: int = 0
 
@@ -178,6 +180,7 @@ class TrainStep:
             old=state.params,
             new=params,
             frozen=self.optimizer.frozen(params),
+            whole=self.whole,
             due=due,
         )
         return {name: Last.from_model_output(value) for name, value in values.items()}

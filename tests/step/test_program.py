@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled train step: where its results go, and how its norms are measured on accelerators."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.command import ROOT
+from trainer.experiment import load_and_build
+from trainer.parallel.mesh import batch_sharding
+from trainer.step import norms, train_step
+from trainer.trainer import Trainer
+
+MNIST = str(ROOT / 'configs' / 'mnist_mlp.py')
+FSDP = {'mesh': {'data': 4, 'fsdp': 2}, 'sharding': [{'target': 'trainer.parallel.sharding:FSDP'}]}
+NNX = {'model__target': 'models.mlp_nnx:MLP'}
+
+
+def trainer(**overrides: Any) -> Trainer:
+    options = {'data__source__limit': 640, 'model__features': (8, 10), 'evals': {}}
+    return Trainer(load_and_build(MNIST, **{**options, **overrides}))
+
+
+@pytest.mark.parametrize(
+    'options',
+    [{}, FSDP, NNX, {'ensemble__size': 2}, {'steps_per_call': 2}],
+    ids=['data', 'fsdp', 'nnx', 'ensemble', 'fused'],
+)
+def test_every_leaf_of_the_state_stays_in_its_buffer(options: dict[str, Any]) -> None:
+    """Leaves that changed places would be copied, and no graph of kernels could be run again."""
+    programs = trainer(**options).programs
+    program = programs.fused if 'steps_per_call' in options else programs.step
+    header = program.ready().as_text().splitlines()[0]
+    pairs = re.findall(r'\{(\d+)\}: \((\d+), \{\}', header)
+    leaves = len(jax.tree.leaves(programs.abstract))
+    assert [(int(out), int(arg)) for out, arg in pairs] == [(i, i) for i in range(leaves)]
+
+
+@pytest.mark.parametrize(
+    ('options', 'together'),
+    [({}, 4), ({'ensemble__size': 2}, 4), (FSDP, 3)],
+    ids=['data', 'ensemble', 'fsdp'],
+)
+def test_norms_are_the_same_on_an_accelerator(
+    options: dict[str, Any], together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There all small parameters are measured as one, but for those that devices hold parts of."""
+    joined = []
+
+    def concatenated(arrays: Any) -> Any:
+        joined.append(len(arrays))
+        return original(arrays)
+
+    original = norms._concatenated
+    monkeypatch.setattr(norms, '_concatenated', concatenated)
+
+    def step() -> Any:
+        run = trainer(model__features=(64, 10), log__every='1 step', **options)
+        batch = {name: x[0] for name, x in run.experiment.data.block(0, 1).arrays.items()}
+        placed = jax.device_put(batch, batch_sharding(run.mesh))
+        return jax.device_get(run.programs.step(run.init_state(), placed))
+
+    state = step()
+    assert not joined
+    with monkeypatch.context() as patch:
+        patch.setattr(train_step.jax, 'default_backend', lambda: 'gpu')
+        other = step()
+    assert set(joined) == {together}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, other)
