@@ -7,8 +7,8 @@
 The rules of `config.sharding` fit any mesh: an axis of size 1 cuts nothing. 'model' cuts heads and
 hidden units, 'fsdp' the rest of each parameter.
 
-Expected after 300 of the 2,000 steps: 2.2 nats for each byte of the training text; 4 minutes of
-processor time.
+Expected after 2,000 steps: 1.23 nats for each byte of the test text, in 17 seconds on one H200 GPU.
+On CPUs 4 minutes of processor time for 300 of 2,000 steps, which reach 2.2 nats.
 """
 
 import ml_collections

@@ -16,6 +16,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+# Tests compile much and compute little: the compiler's optimizations take longer than they save.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests the programs as users run them.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault(
     'JAX_COMPILATION_CACHE_DIR',

@@ -35,6 +35,9 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
+# Left out of the default suite.
+LONG = {'addition', 'mnist_resnet'}
+
 # Whose weights come from elsewhere: tests/convert/test_finetune.py runs it.
 WEIGHTS = {'docstrings'}
 
@@ -81,7 +84,9 @@ def test_each_of_them_is_run() -> None:
     assert "'docstrings.py'" in (ROOT / 'tests' / 'convert' / 'test_finetune.py').read_text()
 
 
-@pytest.mark.parametrize('name', SHORT)
+@pytest.mark.parametrize(
+    'name', [pytest.param(x, marks=pytest.mark.slow if x in LONG else ()) for x in SHORT]
+)
 def test_it_trains_and_evaluates(name: str) -> None:
     short = {'train_for': '2 steps', 'log__every': '1 steps', **SHORT[name]}
     result = Trainer(load_and_build(str(ROOT / 'configs' / f'{name}.py'), **short)).fit()

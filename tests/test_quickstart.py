@@ -69,6 +69,7 @@ def test_the_summary_adds_up() -> None:
     assert 0.8 < flops / (3 * 2 * products) < 1.2
 
 
+@pytest.mark.slow
 def test_predictions_are_written_without_padding(tmp_path: pathlib.Path) -> None:
     """A8: a class and a probability for each of 77 examples, in batches of 32 on 2 devices."""
     options = (CNN, '--config.evals.test.data.source.limit=77', f'--workdir={tmp_path}')

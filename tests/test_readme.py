@@ -59,6 +59,7 @@ def test_the_readme_has_what_this_file_looks_for() -> None:
     assert len(OTHERS) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('line', dict.fromkeys(c for c in COMMANDS if c != TESTS))
 def test_command(line: str, project: Project) -> None:
     finished = project.run(line)
@@ -81,6 +82,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_script(name: str, project: Project) -> None:
     printed = project.script(name)

@@ -248,6 +248,7 @@ def test_override_within_a_sentence(text: str) -> None:
     schema.read(loading.plain(loaded.config))
 
 
+@pytest.mark.slow
 def test_fine_tuning(encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The command, with a directory that holds a small encoder."""
     [line] = [text.strip() for text in TEXTS if '=DIRECTORY' in text]

@@ -52,7 +52,10 @@ def test_kill_at_random_moments(tmp_path: pathlib.Path, whole: pathlib.Path) -> 
     assert_same_run(workdir, whole)
 
 
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ('number', 'code'),
+    [(signal.SIGTERM, 42), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_stopped_runs_save_first(
     tmp_path: pathlib.Path, whole: pathlib.Path, number: signal.Signals, code: int
 ) -> None:
@@ -95,6 +98,7 @@ def test_a_longer_run_goes_on_as_if_it_had_been_asked_for(tmp_path: pathlib.Path
     assert one['data_digest'] == two['data_digest']
 
 
+@pytest.mark.slow
 def test_a_schedule_to_the_end_refuses_a_longer_run(tmp_path: pathlib.Path) -> None:
     schedule = (
         '--config.optimizer.learning_rate={"target": "optax:cosine_decay_schedule", '

@@ -48,7 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return workdir
 
 
-@pytest.mark.parametrize('calls', [1, 7])
+@pytest.mark.parametrize('calls', [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_resumed_stream_is_the_same_run(
     calls: int, whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -79,6 +79,7 @@ def test_the_losses_are_of_a_language_model(whole: pathlib.Path) -> None:
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_stream_without_a_place_begins_anew_if_it_may(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,7 @@ def test_a_block_is_its_own_memory() -> None:
 # ---- errors ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_record_that_raises_is_named_and_never_skipped(workers: int) -> None:
     loader = GrainLoader(source=Bad(17), batch_size=20, shuffle=False, workers=workers, task_rows=6)
@@ -246,6 +247,7 @@ def test_no_process_outlives_a_killed_trainer(tmp_path: pathlib.Path) -> None:
     command.wait_for(lambda: not any(alive(pid) for pid in below))
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_equals_one_without(tmp_path: pathlib.Path) -> None:
     """A signal to the whole group, as Ctrl-C in a terminal, ends it saved; then it goes on."""
     steps = '--config.train_for=3000steps'

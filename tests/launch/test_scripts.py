@@ -73,6 +73,7 @@ def test_made_once_and_run_from_the_user_s_directory(
     assert ran(out, tmp_path, checkout)
 
 
+@pytest.mark.slow
 def test_a_changed_lock_an_interrupted_install_and_a_moved_checkout_start_again(
     checkout: Checkout, tmp_path: pathlib.Path
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_changed_lock_an_interrupted_install_and_a_moved_checkout_start_again(
     assert ran(out, tmp_path, checkout)
 
 
+@pytest.mark.slow
 def test_of_two_starts_at_once_one_makes_it(checkout: Checkout, tmp_path: pathlib.Path) -> None:
     if not shutil.which('flock'):
         pytest.skip('needs flock')
@@ -128,6 +130,7 @@ def test_without_uv_and_flock_pip_does_it(checkout: Checkout, tmp_path: pathlib.
     assert ran(out, tmp_path, checkout)
 
 
+@pytest.mark.slow
 def test_a_failed_install_is_said_and_tried_again(
     checkout: Checkout, tmp_path: pathlib.Path
 ) -> None:

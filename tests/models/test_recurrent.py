@@ -38,6 +38,7 @@ def greedy(variables: Any, count: int = 4) -> np.ndarray:
     return np.array(tokens)
 
 
+@pytest.mark.slow
 def test_padding_is_not_read() -> None:
     """O1: a padded row gives what the row alone gives, from both ends; and the lengths count."""
     logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)

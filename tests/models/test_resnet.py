@@ -65,6 +65,7 @@ def test_a_block_begins_as_what_came_in() -> None:
             assert not x.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('stem', 'side'), [('large', 2), ('small', 8)])
 def test_stems(stem: Any, side: int) -> None:
     """One divides height and width by four at once; each stage but the first halves them."""
@@ -118,6 +119,7 @@ def test_weights_of_pytorch() -> None:
     assert abs(found - expected).max() <= 1e-5 * abs(expected).max()
 
 
+@pytest.mark.slow
 def test_the_config(tmp_path: pathlib.Path) -> None:
     """U5 in a config: statistics move, and the moving average is evaluated beside."""
     limit = {

@@ -51,6 +51,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('options', OPTIONS)
 def test_options_of_the_layers(options: dict[str, Any]) -> None:
     """N4, N5, U13: scanned layers, unrolled or computed again, are the layers of the loop."""
@@ -92,6 +93,7 @@ def program(**options: Any) -> Any:
     return jax.jit(jax.grad(loss)).lower(params)
 
 
+@pytest.mark.slow
 def test_what_the_options_save() -> None:
     """N4, N5: a program many times smaller (unrolled, less so), and less memory for the rest."""
     loop, scan = (len(program(scan_layers=form).as_text()) for form in (False, True))
@@ -165,6 +167,7 @@ def test_the_cache_of_flax_s_own_attention() -> None:
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tokens_that_follow() -> None:
     """Greedy ones are those of the whole row, read again for each; drawn ones follow the key."""
     model = Transformer(**SMALL)
@@ -213,6 +216,7 @@ def test_probabilities_of_halves_are_computed_in_float32() -> None:
     assert re.findall(r':(\w+)\[[\d,]*\] = exp ', text) == ['f32']
 
 
+@pytest.mark.slow
 def test_a_trained_model_goes_on() -> None:
     """A short run on the standard library's source; what it generates is text of its alphabet."""
     config = load_and_build(

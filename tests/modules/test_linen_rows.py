@@ -61,7 +61,14 @@ def reading(model: Any, batch: Any) -> Any:
     return loss, {'accuracy': logits.argmax(-1) == batch['label']}
 
 
-@pytest.mark.parametrize('cell', ['OptimizedLSTMCell', 'GRUCell', 'SimpleCell'])
+@pytest.mark.parametrize(
+    'cell',
+    [
+        pytest.param('OptimizedLSTMCell', marks=pytest.mark.slow),
+        pytest.param('GRUCell', marks=pytest.mark.slow),
+        'SimpleCell',
+    ],
+)
 def test_a_bidirectional_reader_of_lengths(cell: str) -> None:
     """O1: it learns from sequences whose padding is garbage."""
     source = {'target': f'{__name__}:Sequences'}
@@ -73,6 +80,7 @@ def test_a_bidirectional_reader_of_lengths(cell: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_recurrent_layers() -> None:
     """O1: shapes, lengths, reversal, and cells whose parameters are the same."""
     x = np.random.default_rng(3).normal(size=(10, 50, 32)).astype('f4')
@@ -258,6 +266,7 @@ class ResNet(nn.Module):
         return nn.Dense(4)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_layers_by_partial() -> None:
     """U5, U9, U10: names per class, those that are given, statistics beside; and it trains."""
     variables = jax.eval_shape(ResNet().init, KEY, X)

@@ -257,6 +257,7 @@ class Decoder(nnx.Module):
         return self.last(run(x, self.blocks))
 
 
+@pytest.mark.slow
 def test_07_a_transformer(tmp_path: pathlib.Path) -> None:
     """Trains on text; what it says token by token, with a cache, is what it says at once."""
     source = {'target': 'data.text:python_source', 'seq_len': 32, 'limit': 960}

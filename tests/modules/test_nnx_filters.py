@@ -131,7 +131,6 @@ def of_norms(path: Any, value: Any) -> bool:
         (nnx.WithTag('counted'), COUNT),
         ('counted', COUNT),
     ],
-    ids=str,
 )
 def test_filters(chosen: Any, expected: set[str]) -> None:
     """X9: what each of them takes of a module."""

@@ -102,6 +102,7 @@ def test_batch_statistics_are_those_of_linen() -> None:
     assert (mine.programs.step.compiles, mine.evaluators['test'].compiles) == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run(tmp_path: pathlib.Path) -> None:
     """With dropout, to the last bit; one compile of each program."""
     digests = []

@@ -172,6 +172,7 @@ def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
     assert 'f32[4,10]' in text and 'f32[32,10]' not in text
 
 
+@pytest.mark.slow
 def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
     """J6: the same for an evaluation, whose sums every device has; a prediction comes whole."""
     test = {

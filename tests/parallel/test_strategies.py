@@ -333,6 +333,7 @@ def test_rules_are_checked_before_the_model_is_traced() -> None:
         Trainer(experiment('cnn', sharding=(rule,))).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', ['8 fsdp', '2 x 2 x 2'])
 def test_float16_is_the_same_where_the_state_is_cut(mesh: str, tmp_path: pathlib.Path) -> None:
     """F9: an overflow anywhere leaves every device's part as it was, and halves the scale."""

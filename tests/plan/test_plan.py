@@ -36,6 +36,7 @@ def held(tree: Any) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'mesh', [{'data': 8, 'fsdp': 1, 'model': 1}, dict(data=2, fsdp=2, model=2)]
 )

@@ -202,6 +202,7 @@ def stream(**overrides: Any) -> Experiment:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('resumes', [False, True])
 def test_a_stream_is_read_again(resumes: bool, tmp_path: pathlib.Path) -> None:
     made = stream()

@@ -78,6 +78,7 @@ def test_a_step_written_by_hand_gives_the_same_parameters(
 SAM = {'target': 'tests.step.steps:sam', 'rho': 0.05}
 
 
+@pytest.mark.slow
 def test_arguments_metrics_and_resume(tmp_path: pathlib.Path) -> None:
     """A target that is the step itself takes the other arguments; fused steps and resume work."""
     whole = trainer(tmp_path / 'whole', step=SAM).fit()

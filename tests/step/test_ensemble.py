@@ -83,7 +83,13 @@ COURSES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize('name', COURSES)
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=() if name in ('dropout', 'batch_stats') else pytest.mark.slow)
+        for name in COURSES
+    ],
+)
 def test_a_member_takes_the_course_of_a_run_alone(name: str) -> None:
     """I1: members differ pairwise, and each of them is the run with its seed and its number."""
     options = COURSES[name]
@@ -152,6 +158,7 @@ def grouped(head: float, body: float, **top: Any) -> TrainState:
     return Trainer(build(loaded)).fit(max_steps=8).state
 
 
+@pytest.mark.slow
 def test_numbers_within_schedules_and_groups() -> None:
     heads, bodies = (0.1, 0.01), (0.02, 0.2)
     inner = {'head': {'learning_rate': heads}, 'body': {'learning_rate': {'init_value': bodies}}}
@@ -220,7 +227,11 @@ def test_predictions_are_of_the_mean_of_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    'devices', [{'ensemble': 2, 'data': 4}, {'ensemble': 2, 'fsdp': 2, 'data': 2}]
+    'devices',
+    [
+        pytest.param({'ensemble': 2, 'data': 4}, marks=pytest.mark.slow),
+        {'ensemble': 2, 'fsdp': 2, 'data': 2},
+    ],
 )
 def test_members_over_devices(devices: dict[str, int]) -> None:
     """Cut over the axis `ensemble`, their rows over the others; what comes out is the same."""

@@ -21,6 +21,7 @@ from trainer.step.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('steps_per_call', [1, 5])
 def test_half_precision_parameters(steps_per_call: int) -> None:
     """The numbers stay float32 and the slots what they were: each program compiles once."""

@@ -141,6 +141,7 @@ def test_the_gan_learns_where_the_points_are() -> None:
     assert distances[-1] < 0.5 * distances[0], distances
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 2])
 def test_accumulation_is_exact_for_losses_that_weigh_differently(devices: int) -> None:
     def task(model: Any, batch: Any) -> TaskOutput:

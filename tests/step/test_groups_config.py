@@ -33,6 +33,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in lines]
 
 
+@pytest.mark.slow
 def test_a_run_with_groups_resumes_bit_equal(tmp_path: pathlib.Path) -> None:
     whole = Trainer(load_and_build(CONFIG), str(tmp_path / 'whole')).fit()
     Trainer(load_and_build(CONFIG), str(tmp_path / 'cut')).fit(max_steps=33)

@@ -226,6 +226,7 @@ def norms_of_each(model: Any, batch: Mapping[str, jax.Array]) -> TaskOutput:
     )
 
 
+@pytest.mark.slow
 def test_gradients_of_single_examples() -> None:
     """F10: code for one example, mapped over a batch inside the task."""
     task = {'ref': f'{__name__}:norms_of_each'}

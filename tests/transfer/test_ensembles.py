@@ -66,6 +66,7 @@ def test_surgery_of_what_all_members_start_with(tmp_path: pathlib.Path) -> None:
         trainer(tmp_path, ensemble={'size': 2}, surgery=(resize,), **size)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_one_member(tmp_path: pathlib.Path) -> None:
     """With what the optimizer holds for it, where both optimizers are of one kind."""
     path, old = pretrained(tmp_path, ensemble={'size': 3})

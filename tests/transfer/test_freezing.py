@@ -89,6 +89,7 @@ def test_statistics_of_a_frozen_part(
         trainer(tmp_path, **options, optimizer__freeze_statistics='norm').init_state()
 
 
+@pytest.mark.slow
 def test_from_linen_to_nnx(tmp_path: pathlib.Path) -> None:
     """The paths are all that differs, so a list of renames does it."""
     mnist = {

@@ -286,6 +286,7 @@ def test_differential_learning_rates_from_loaded_weights(tmp_path: pathlib.Path)
     assert moved(fast, part).any()
 
 
+@pytest.mark.slow
 def test_adams_moments_come_along_on_request(tmp_path: pathlib.Path) -> None:
     """Moments and the count that belongs to them, but not the count of a schedule."""
     schedule = {'target': 'optax:linear_schedule', 'init_value': 0.1, 'end_value': 0.0,

@@ -209,6 +209,7 @@ def test_mistakes() -> None:
             operate([operation], PARAMS)
 
 
+@pytest.mark.slow
 def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
     """1.K3: a larger head and more positions; the rows that were there stay, with their moments."""
     path, old = pretrained(tmp_path, model__positions=4)

@@ -127,7 +127,8 @@ class Reporter:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        step, metrics = pending.step, jax.device_get(pending.metrics)
+        # Waited for first: on CPUs a copy of what a failed step gave may wait for ever.
+        step, metrics = pending.step, jax.device_get(jax.block_until_ready(pending.metrics))
         row = flat_row(metrics)
         # Read now, when the step is known to be done, and not when it was dispatched.
         (began_step, began), self._mark = self._mark, (step, self._busy())

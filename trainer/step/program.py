@@ -128,11 +128,14 @@ class Program:
         return self._compiled(*args)
 
     def _limited(self, result: Any) -> Any:
-        """Waits now and then where calls may not pile up."""
-        if self._virtual:
-            self._calls += 1
-            if self._calls % _MOST_IN_FLIGHT == 0:
-                jax.block_until_ready(result)
+        """Waits for the first call, and now and then where calls may not pile up.
+
+        What fails for want of memory fails in the first one. It is said here: on CPUs a copy to the
+        host of what a failed call gave may wait for ever.
+        """
+        self._calls += 1
+        if self._calls == 1 or (self._virtual and self._calls % _MOST_IN_FLIGHT == 0):
+            jax.block_until_ready(result)
         return result
 
     def _lower(self) -> jax.stages.Lowered:
