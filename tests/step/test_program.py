@@ -14,6 +14,7 @@ from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
 from trainer.step import norms, train_step
+from trainer.step import program as program_lib
 from trainer.trainer import Trainer
 
 MNIST = str(ROOT / 'configs' / 'mnist_mlp.py')
@@ -31,8 +32,11 @@ def trainer(**overrides: Any) -> Trainer:
     [{}, FSDP, NNX, {'ensemble__size': 2}, {'steps_per_call': 2}],
     ids=['data', 'fsdp', 'nnx', 'ensemble', 'fused'],
 )
-def test_every_leaf_of_the_state_stays_in_its_buffer(options: dict[str, Any]) -> None:
+def test_every_leaf_of_the_state_stays_in_its_buffer_on_an_accelerator(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Leaves that changed places would be copied, and no graph of kernels could be run again."""
+    monkeypatch.setattr(program_lib, '_in_place', lambda mesh: True)
     programs = trainer(**options).programs
     program = programs.fused if 'steps_per_call' in options else programs.step
     header = program.ready().as_text().splitlines()[0]

@@ -208,9 +208,7 @@ class Programs:
             (self.abstract, self._batch(batch_sharding(self._mesh))),
             tracing=self._tracing,
             donate_argnums=0,
-            # Every leaf into its own buffer: XLA pairs what is donated with what comes out by shape
-            # alone, and without those that nothing reads the pairs would shift.
-            keep_unused=True,
+            keep_unused=_in_place(self._mesh),
             out_shardings=self._shardings,
         )
 
@@ -229,7 +227,7 @@ class Programs:
             (self.abstract, self._batch(stacked, (self._fused_steps,))),
             tracing=self._tracing,
             donate_argnums=0,
-            keep_unused=True,
+            keep_unused=_in_place(self._mesh),
             out_shardings=self._shardings,
         )
 
@@ -254,7 +252,7 @@ class Programs:
             tracing=self._tracing,
             donate_argnums=0,
             # Or the old slots, which nothing reads, would live beside the new ones.
-            keep_unused=True,
+            keep_unused=_in_place(self._mesh),
             out_shardings=self._shardings,
         )
 
@@ -310,6 +308,16 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
 
 def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _in_place(mesh: Mesh) -> bool:
+    """Returns whether a step takes leaves that it does not read, to put the new ones there.
+
+    XLA pairs what is donated with what comes out by shape alone: without those that nothing reads
+    the pairs shift, and a graph of kernels cannot be run again as it was. CPUs have no such graphs,
+    and each argument costs them time.
+    """
+    return mesh.devices.flat[0].platform != 'cpu'
 
 
 def _on_virtual_devices(abstract: Any) -> bool:
