@@ -203,7 +203,6 @@ def call_alone(directory: pathlib.Path, names: set[str]) -> subprocess.Completed
     )  # fmt: skip
 
 
-@pytest.mark.slow
 def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
     """A process that has what `requires` names and no more makes the same predictions."""
     args = (command.MLP, *command.SMALL, f'--workdir={tmp_path}', '--config.train_for=5steps')

@@ -52,10 +52,7 @@ def test_kill_at_random_moments(tmp_path: pathlib.Path, whole: pathlib.Path) -> 
     assert_same_run(workdir, whole)
 
 
-@pytest.mark.parametrize(
-    ('number', 'code'),
-    [(signal.SIGTERM, 42), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
 def test_stopped_runs_save_first(
     tmp_path: pathlib.Path, whole: pathlib.Path, number: signal.Signals, code: int
 ) -> None:

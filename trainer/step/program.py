@@ -125,7 +125,8 @@ class Program:
         _log.warning('%s compiles again, because its arguments changed: %s', self.name, found)
         self._abstract = jax.tree.map(_shape_of, args)
         self._compiled = self._compile(self._lower())
-        return self._compiled(*args)
+        self._calls = 0
+        return self._limited(self._compiled(*args))
 
     def _limited(self, result: Any) -> Any:
         """Waits for the first call, and now and then where calls may not pile up.
@@ -252,7 +253,7 @@ class Programs:
             tracing=self._tracing,
             donate_argnums=0,
             # Or the old slots, which nothing reads, would live beside the new ones.
-            keep_unused=_in_place(self._mesh),
+            keep_unused=True,
             out_shardings=self._shardings,
         )
 
@@ -313,9 +314,9 @@ def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Shape
 def _in_place(mesh: Mesh) -> bool:
     """Returns whether a step takes leaves that it does not read, to put the new ones there.
 
-    XLA pairs what is donated with what comes out by shape alone: without those that nothing reads
-    the pairs shift, and a graph of kernels cannot be run again as it was. CPUs have no such graphs,
-    and each argument costs them time.
+    JAX pairs what is donated with what comes out by shape, in order: without those that nothing
+    reads the pairs shift, and a graph of kernels cannot be run again as it was. CPUs have no such
+    graphs, and each argument costs them time.
     """
     return mesh.devices.flat[0].platform != 'cpu'
 
