@@ -27,6 +27,7 @@ from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.observe.table import nbytes
+from trainer.parallel.host import fetch
 from trainer.parallel.sharding import named_axes
 from trainer.startup import abstract_batch
 from trainer.step.state import TrainState
@@ -80,7 +81,7 @@ def write(
     """
     check_alone()
     evaluator.check_predicts()
-    variables = jax.device_get(evaluator.variables(state))
+    variables = fetch(evaluator.variables(state))
     kept = {name: tree for name, tree in variables.items() if name != EMA}
     within = nbytes(kept) <= most_within
     predict = _Predict(evaluator.step, int(state.step), variables if within else None)

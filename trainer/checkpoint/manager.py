@@ -19,6 +19,7 @@ from trainer.checkpoint import reading, writing
 from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, may_pass
 from trainer.checkpoint.retention import Policy, Retention
 from trainer.config.errors import UserError
+from trainer.parallel.host import fetch
 from trainer.step import digest
 
 if TYPE_CHECKING:
@@ -238,7 +239,7 @@ class Checkpoints:
         if writing.on_host(state):
             return lambda: digest.combine(state, digest.host_sums(state))
         sums = self._sums(state)
-        return lambda: digest.combine(state, jax.device_get(sums))
+        return lambda: digest.combine(state, fetch(sums))
 
     @property
     def _manager(self) -> ocp.CheckpointManager:

@@ -20,6 +20,7 @@ from trainer.evaluate.step import EMA, EvalStep
 from trainer.experiment import Experiment
 from trainer.inputs import Evaluation
 from trainer.parallel import processes
+from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
@@ -192,7 +193,7 @@ class Evaluator:
             for index, batch in self._until_the_end(batches):
                 with self._tracing(), self._telling_its_mode():
                     outputs = self._predict(variables, state.step, np.int32(index), batch)
-                outputs = jax.device_get(outputs)
+                outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
                 yield {name: x[mask] for name, x in outputs.items()}
 
@@ -275,7 +276,7 @@ def summarise(totals: Any) -> dict[str, float | int]:
     Of an ensemble also the means over its members ('members/loss') and each one's
     ('member_0/loss').
     """
-    computed = compute_metrics(jax.device_get(totals))
+    computed = compute_metrics(fetch(totals))
     values = {**computed['task'], 'examples': computed['examples']}
     row = {name: np.asarray(value).item() for name, value in values.items()}
     if 'members' in computed:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
 
 
@@ -63,7 +64,7 @@ def pad_shard_unpad(
             *(place(a, i in static_argnums) for i, a in enumerate(args)),
             **{name: place(a, name in static_argnames) for name, a in kwargs.items()},
         )
-        return result if static_return else jax.tree.map(lambda x: x[:rows], jax.device_get(result))
+        return result if static_return else jax.tree.map(lambda x: x[:rows], fetch(result))
 
     return wrapped
 

@@ -23,6 +23,7 @@ from flax import traverse_util
 from trainer.observe.progress import Progress, Screen
 from trainer.observe.report import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
+from trainer.parallel.host import fetch
 from trainer.step.ensemble import PerMember, mean_and_each
 from trainer.step.metrics import not_finite
 from trainer.step.task_runner import compute_metrics
@@ -127,8 +128,7 @@ class Reporter:
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        # Waited for first: on CPUs a copy of what a failed step gave may wait for ever.
-        step, metrics = pending.step, jax.device_get(jax.block_until_ready(pending.metrics))
+        step, metrics = pending.step, fetch(pending.metrics)
         row = flat_row(metrics)
         # Read now, when the step is known to be done, and not when it was dispatched.
         (began_step, began), self._mark = self._mark, (step, self._busy())
@@ -200,7 +200,7 @@ def flat_row(metrics: Any) -> dict[str, float]:
 
     Of an ensemble the means over its members, and under 'train/member_<i>/...' those of each.
     """
-    computed = compute_metrics(jax.device_get(metrics))
+    computed = compute_metrics(fetch(metrics))
     if isinstance(metrics, PerMember):
         row = mean_and_each([_flat(each) for each in computed])
     else:

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -22,6 +21,7 @@ from trainer.config.durations import Periodic
 from trainer.config.errors import UserError
 from trainer.modules.tap import ROOT, Tap, in_order
 from trainer.observe.table import human_bytes
+from trainer.parallel.host import fetch
 from trainer.probe.files import write_npz
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.measures import Histogram, floats, histogram, measures
@@ -128,7 +128,7 @@ class Captures:
         """
         # Fetched at once: the arrays that go into files are the same on every device.
         program = self._program(tuple(names))
-        kept = list(self._entries(jax.device_get(program(state, batch, stacked=stacked))))
+        kept = list(self._entries(fetch(program(state, batch, stacked=stacked))))
         row: dict[str, float] = {}
         histograms: dict[str, Histogram] = {}
         messages = []

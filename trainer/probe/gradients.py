@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from trainer.config.errors import UserError
 from trainer.modules.tap import ROOT, Tap, name_of, number_in
+from trainer.parallel.host import fetch
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.measures import floats
 from trainer.step.state import TrainState
@@ -100,7 +101,7 @@ def gradients(
     shapes = forward.shapes(made, state, batch)
     if not jax.tree.leaves(shapes):
         raise UserError(_nothing(match, called))
-    grads, found = jax.device_get(forward.compiled(run)(state, batch))
+    grads, found = fetch(forward.compiled(run)(state, batch))
     return _in_order(grads, found)
 
 

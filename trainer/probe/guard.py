@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from trainer.modules.bound import param_path
 from trainer.modules.tap import ROOT, Tap, in_order, is_float
 from trainer.observe.reporter import flat_row
+from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards
 from trainer.prefetch import Prefetcher
 from trainer.probe.forward import Batch, Forward
@@ -110,7 +111,7 @@ class Guard:
                 empty = self._parts.programs.empty_metrics()
                 state = self._parts.programs.step(dataclasses.replace(state, metrics=empty), batch)
                 if non_finite(flat_row(state.metrics)) or not self._is_sound(state):
-                    found = jax.device_get(look)
+                    found = fetch(look)
                     return f'All was well at step {step:,}; it began in step {number:,}.\n' + (
                         explain(*found)
                     )
@@ -155,7 +156,7 @@ class Guard:
         return gradients(state, batch)[0]
 
     def _is_sound(self, state: TrainState) -> bool:
-        return bool(jax.device_get(self._sound((state.params, state.collections))))
+        return bool(fetch(self._sound((state.params, state.collections))))
 
     @functools.cached_property
     def _sound(self) -> Any:

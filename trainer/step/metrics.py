@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.parallel.host import fetch
 
 
 @flax.struct.dataclass
@@ -157,7 +158,7 @@ def not_finite(metrics: Any) -> list[str]:
     The mean of nothing is NaN too, and nothing is wrong with it.
     """
     leaves = jax.tree_util.tree_leaves_with_path(
-        jax.device_get(metrics), is_leaf=lambda x: isinstance(x, WeightedMean)
+        fetch(metrics), is_leaf=lambda x: isinstance(x, WeightedMean)
     )
     return [
         jax.tree_util.keystr(path[-1:], simple=True)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 # Elements above which an array does not stay in a core's cache until the end of the step, and above
-# which a kernel of an accelerator works longer than it takes to start.
+# which a kernel of a GPU works longer than it takes to start.
 _LARGE = 2**17
 
 
@@ -23,7 +23,6 @@ class _Leaf(NamedTuple):
     old: jax.Array
     new: jax.Array
     frozen: bool
-    whole: bool
 
 
 def norms(
@@ -33,8 +32,8 @@ def norms(
     old: Any,
     new: Any,
     frozen: Any,
-    whole: Any = None,
     due: jax.Array | None,
+    whole: Any = None,
 ) -> dict[str, jax.Array]:
     """Returns the float32 norms 'grad', 'param' and 'update' of one step.
 
@@ -48,12 +47,15 @@ def norms(
             None: always.
         whole: for each parameter whether no device holds only a part of it; None: unknown.
     """
-    if whole is None:
-        whole = jax.tree.map(lambda _: False, new)
-    trees = (grads, updates, old, new, frozen, whole)
+    trees = (grads, updates, old, new, frozen)
     leaves = [_Leaf(*x) for x in zip(*map(jax.tree.leaves, trees), strict=True)]
     if due is None:
-        squares = _of_updates(_joined(leaves))
+        held = [False] * len(leaves) if whole is None else jax.tree.leaves(whole)
+        groups: dict[bool, list[_Leaf]] = {True: [], False: []}
+        for leaf, all_of_it in zip(leaves, held, strict=True):
+            groups[all_of_it and leaf.new.size <= _LARGE].append(leaf)
+        # Arrays that are cut over devices stay alone, or they would be gathered.
+        squares = _of_updates(groups[True], _squares_at_once) + _of_updates(groups[False])
     else:
         # What a branch reads has to be kept for it. So a large array has a branch of its own, right
         # where it is at hand; small ones share one, for each branch costs some microseconds.
@@ -68,41 +70,36 @@ def norms(
 
 
 def _if_due(due: jax.Array, measure: Any, leaves: list[_Leaf]) -> jax.Array:
-    flags = [leaf[4:] for leaf in leaves]
+    frozen = [leaf.frozen for leaf in leaves]
 
     def measured(arrays: list[tuple[jax.Array, ...]]) -> jax.Array:
-        return measure([_Leaf._make([*x, *f]) for x, f in zip(arrays, flags, strict=True)])
+        return measure([_Leaf._make([*x, f]) for x, f in zip(arrays, frozen, strict=True)])
 
-    arrays = [leaf[:4] for leaf in leaves]
+    arrays = [tuple(leaf)[:-1] for leaf in leaves]
     return jax.lax.cond(due, measured, lambda _: jnp.zeros(3), arrays)
 
 
-def _joined(leaves: list[_Leaf]) -> list[_Leaf]:
-    """Makes one leaf of all small ones, which one kernel squares instead of one for each.
+def _squares(arrays: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, map(_square, arrays), jnp.float32(0))
 
-    Arrays that are cut over devices stay alone, or they would be gathered.
-    """
-    alone = [leaf for leaf in leaves if not leaf.whole or leaf.new.size > _LARGE]
-    small = [leaf for leaf in leaves if leaf.whole and leaf.new.size <= _LARGE]
-    for frozen in (False, True):
-        if each := [leaf[:4] for leaf in small if leaf.frozen == frozen]:
-            arrays = map(_concatenated, zip(*each, strict=True))
-            alone.append(_Leaf._make([*arrays, frozen, True]))
-    return alone
+
+def _squares_at_once(arrays: list[jax.Array]) -> jax.Array:
+    """Returns the same with one kernel instead of one for each."""
+    return _square(_concatenated(arrays)) if arrays else jnp.float32(0)
 
 
 def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([x.astype(jnp.float32).ravel() for x in arrays])
 
 
-def _of_updates(leaves: list[_Leaf]) -> jax.Array:
+def _of_updates(leaves: list[_Leaf], squares_of: Any = _squares) -> jax.Array:
     """Returns the squares of gradient, parameters and update, float32 (3,)."""
     trained = [leaf for leaf in leaves if not leaf.frozen]
     return jnp.stack(
         [
-            _squares([leaf.grad for leaf in trained]),
-            _squares([leaf.new for leaf in leaves]),
-            _squares([leaf.update for leaf in trained]),
+            squares_of([leaf.grad for leaf in trained]),
+            squares_of([leaf.new for leaf in leaves]),
+            squares_of([leaf.update for leaf in trained]),
         ]
     )
 
@@ -110,10 +107,6 @@ def _of_updates(leaves: list[_Leaf]) -> jax.Array:
 def _of_changes(leaves: list[_Leaf]) -> jax.Array:
     """Returns the same from what the update has changed."""
     return _of_updates([leaf._replace(update=leaf.new - leaf.old) for leaf in leaves])
-
-
-def _squares(arrays: list[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, map(_square, arrays), jnp.float32(0))
 
 
 def _square(x: jax.Array) -> jax.Array:

@@ -131,8 +131,8 @@ class Program:
     def _limited(self, result: Any) -> Any:
         """Waits for the first call, and now and then where calls may not pile up.
 
-        What fails for want of memory fails in the first one. It is said here: on CPUs a copy to the
-        host of what a failed call gave may wait for ever.
+        What fails for want of memory mostly fails in the first one, and is said here, before anyone
+        else copies what it gave: see `fetch`.
         """
         self._calls += 1
         if self._calls == 1 or (self._virtual and self._calls % _MOST_IN_FLIGHT == 0):
@@ -179,7 +179,6 @@ class Programs:
             sharding: rules that cut parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
         """
-        self._train_step: TrainStep | EnsembleStep
         self._mesh = mesh
         self._spec = spec
         self._fused_steps = fused
@@ -195,7 +194,8 @@ class Programs:
         self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
         params = self.abstract.params
         whole = jax.tree.map(lambda leaf: leaf.sharding.is_fully_replicated, params)
-        alone = self._train_step = dataclasses.replace(alone, whole=whole)
+        alone = dataclasses.replace(alone, whole=whole)
+        self._train_step: TrainStep | EnsembleStep = alone
         if isinstance(train_step, EnsembleStep):
             self.abstract = train_step.stacked(self.abstract, mesh)
             self._train_step = dataclasses.replace(train_step, member=alone)
