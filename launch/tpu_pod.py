@@ -108,14 +108,12 @@ class Pod:
 
     def wait(self) -> int:
         """Returns the trainer's exit code, or `SSH_FAILED` if the TPU has gone."""
-        while True:
-            try:
-                self._ssh('0', tpu_remote.WAIT)
-                return 0
-            except CommandError as error:
-                if error.code != SSH_FAILED or self.state() != 'READY':
-                    return error.code
+        while (code := self._code('0', tpu_remote.WAIT)) == SSH_FAILED and self.state() == 'READY':
             time.sleep(self._args.poll_secs)
+        if code != SSH_FAILED:
+            # The other workers end a moment later, and the next run must not meet them.
+            self._code('all', tpu_remote.END)
+        return code
 
     def train(self) -> int:
         """Does everything, again after a preemption, and returns the trainer's exit code."""
@@ -143,7 +141,7 @@ class Pod:
     def _make_ready(self, first: bool) -> None:
         state = '' if self._args.dry_run else self.state()
         if state == 'READY':
-            if first and not self._under_way():
+            if first and self._code('0', tpu_remote.ALIVE) != 0:
                 self.copy()
                 self.install()
             return
@@ -159,13 +157,6 @@ class Pod:
         self.copy()
         self.install()
 
-    def _under_way(self) -> bool:
-        try:
-            self._ssh('0', tpu_remote.ALIVE)
-        except CommandError:
-            return False
-        return True
-
     def _read(self, kind: str, field: str) -> str:
         words = ['gcloud', 'compute', 'tpus', kind, 'describe', self._args.name, *self._where]
         done = subprocess.run(
@@ -175,6 +166,13 @@ class Pod:
 
     def _ssh(self, worker: str, script: str) -> None:
         self._gcloud('tpu-vm', 'ssh', self._args.name, f'--worker={worker}', f'--command={script}')
+
+    def _code(self, worker: str, script: str) -> int:
+        try:
+            self._ssh(worker, script)
+        except CommandError as error:
+            return error.code
+        return 0
 
     def _gcloud(self, *words: str) -> None:
         self._call(['gcloud', 'compute', 'tpus', *words, *self._where])

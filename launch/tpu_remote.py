@@ -31,10 +31,12 @@ $install -e "$HOME/train/code[tpu]"
 
 ALIVE = 'kill -0 -- "-$(cat ~/train/pid 2> /dev/null)" 2> /dev/null'
 
+END = f'while {ALIVE}; do sleep 1; done'
+
 UNDER_WAY = {
     'refuse': f'if {ALIVE}; then echo "a run is under way already" >&2; exit 1; fi',
     'keep': f'if {ALIVE}; then exit 0; fi',
-    'await': f'while {ALIVE}; do sleep 1; done',
+    'await': END,
 }
 
 _START = """\
@@ -76,7 +78,7 @@ echo $code > ~/train/exit
 STOP = 'kill -TERM -- "-$(cat ~/train/pid)"'
 
 WAIT = f"""\
-while {ALIVE}; do sleep 1; done
+{END}
 if [ ! -e ~/train/exit ]; then
     echo "the run was stopped, or never started" >&2
     exit 1

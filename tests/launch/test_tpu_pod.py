@@ -60,7 +60,7 @@ def test_dry_run_of_all_prints_each_step_and_does_none(cloud: Cloud) -> None:
     starts = ('gcloud compute tpus tpu-vm ', 'git ')
     lines = [line for line in done.stdout.splitlines() if line.startswith(starts)]
     steps = [line.split()[4 if line.startswith('gcloud') else 3] for line in lines]
-    assert steps == ['create', 'archive', 'scp', 'ssh', 'ssh', 'ssh', 'ssh']
+    assert steps == ['create', 'archive', 'scp', 'ssh', 'ssh', 'ssh', 'ssh', 'ssh']
     assert cloud.calls() == []
 
 
@@ -69,7 +69,7 @@ def test_all_workers_run_the_last_commit_as_one(cloud: Cloud) -> None:
     done = cloud.train()
     assert done.returncode == 0, done.stderr
     assert 'Warning: 1 uncommitted changes are not copied' in done.stderr
-    assert cloud.verbs() == ['create', 'scp', 'ssh', 'ssh', 'ssh', 'ssh']
+    assert cloud.verbs() == ['create', 'scp', 'ssh', 'ssh', 'ssh', 'ssh', 'ssh']
     for worker in (0, 1):
         assert cloud.log(worker) == (
             'trainer --config=a b.py --workdir=gs://bucket/run --coordinator=10.0.0.1:8476 '
@@ -116,7 +116,7 @@ def test_a_preempted_tpu_is_made_anew(cloud: Cloud) -> None:
     assert done.returncode == 0, done.stderr
     assert 'pod is PREEMPTED: making it anew' in done.stderr
     assert cloud.verbs() == [
-        'ssh', 'scp', 'ssh', 'delete', 'create', 'scp', 'ssh', 'ssh', 'ssh', 'ssh',
+        'ssh', 'scp', 'ssh', 'delete', 'create', 'scp', 'ssh', 'ssh', 'ssh', 'ssh', 'ssh',
     ]  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def test_a_failed_step_is_said_and_ends_it(cloud: Cloud) -> None:
 
 
 def test_one_run_at_a_time_which_stop_ends(cloud: Cloud) -> None:
-    cloud.will_exit(0, 'wait')
+    cloud.will_exit('late', 'wait')
     assert cloud.train().returncode == 0
     assert cloud.run('run', *TRAINER).returncode == 0
     command.wait_for(lambda: (cloud.root / 'starts1').read_text() == '2')
