@@ -32,15 +32,21 @@ class Finished:
     secs: float
 
 
+def xla_flags(devices: int = 1) -> str:
+    """Returns the flags of these tests, for a process with so many virtual devices."""
+    count = '--xla_force_host_platform_device_count='
+    others = [flag for flag in os.environ['XLA_FLAGS'].split() if not flag.startswith(count)]
+    return ' '.join([*others, f'{count}{devices}'])
+
+
 def start(
     *args: str, cwd: pathlib.Path = ROOT, devices: int = 1, group: bool = False
 ) -> subprocess.Popen[str]:
     """Starts `python -m trainer.main` on so many virtual devices, in a group of its own or not."""
-    flags = f'--xla_force_host_platform_device_count={devices}'
     return subprocess.Popen(
         [sys.executable, '-m', 'trainer.main', *args],
         cwd=cwd,
-        env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)},
+        env={**os.environ, 'XLA_FLAGS': xla_flags(devices), 'PYTHONPATH': str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

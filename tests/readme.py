@@ -67,7 +67,7 @@ class Project:
         done = subprocess.run(
             [sys.executable, name],
             cwd=self.root,
-            env={**os.environ, 'PYTHONPATH': str(command.ROOT), 'XLA_FLAGS': ''},
+            env={**os.environ, 'PYTHONPATH': str(command.ROOT), 'XLA_FLAGS': command.xla_flags()},
             capture_output=True,
             text=True,
             timeout=300,

@@ -132,6 +132,7 @@ def test_the_other_evaluations_run_at_that_end() -> None:
     assert result.metrics['eval/late/examples'] == 10_000
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
     options = (
         '--config.optimizer.learning_rate=0', '--config.evals.test.every=10steps',

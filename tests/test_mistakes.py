@@ -230,7 +230,7 @@ def test_nobody_reads_the_output(mode: str, buffered: str, tmp_path: pathlib.Pat
     done = subprocess.run(
         [sys.executable, '-m', 'trainer.main', *arguments],
         cwd=command.ROOT,
-        env={**os.environ, 'XLA_FLAGS': '', 'PYTHONUNBUFFERED': buffered},
+        env={**os.environ, 'XLA_FLAGS': command.xla_flags(), 'PYTHONUNBUFFERED': buffered},
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,

@@ -52,7 +52,10 @@ def test_kill_at_random_moments(tmp_path: pathlib.Path, whole: pathlib.Path) -> 
     assert_same_run(workdir, whole)
 
 
-@pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ('number', 'code'),
+    [pytest.param(signal.SIGTERM, 42, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_stopped_runs_save_first(
     tmp_path: pathlib.Path, whole: pathlib.Path, number: signal.Signals, code: int
 ) -> None:
@@ -85,6 +88,7 @@ def test_a_finished_run_says_so(whole: pathlib.Path) -> None:
     assert (whole / 'metrics.jsonl').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_as_if_it_had_been_asked_for(tmp_path: pathlib.Path) -> None:
     options = ('--config.log.every=10steps', '--config.evals={}')
     command.train(tmp_path / 'two', '--config.train_for=50steps', *options)

@@ -64,6 +64,7 @@ def test_a_resumed_stream_is_the_same_run(
     assert mine['metrics']['eval/test/examples'] == other['metrics']['eval/test/examples']
 
 
+@pytest.mark.slow
 def test_a_pause_in_memory_goes_on_behind_the_last_step(whole: pathlib.Path) -> None:
     """What was read ahead of the pause is read again."""
     trainer = Trainer(build())

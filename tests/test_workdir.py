@@ -43,6 +43,7 @@ def test_where_nothing_can_be_written(tmp_path: pathlib.Path) -> None:
     assert list((tmp_path / 'a' / 'b').iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_directory(tmp_path: pathlib.Path) -> None:
     """The second one is told who is there; a run that has ended, or was killed, is not."""
     steps = ('--config.train_for=100000steps', '--config.evals.test.every=never')

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import pathlib
@@ -43,9 +44,9 @@ class MNIST(ArraySource):
         """
         if split not in _FILES:
             raise ValueError(f'split: {split!r} is none of {", ".join(_FILES)}')
-        root = _DIRECTORY if directory is None else pathlib.Path(directory)
-        images = _read(root / f'{_FILES[split]}-images-idx3-ubyte.gz', header=16)
-        labels = _read(root / f'{_FILES[split]}-labels-idx1-ubyte.gz', header=8)
+        read, root = (_read, pathlib.Path(directory)) if directory else (_shared, _DIRECTORY)
+        images = read(root / f'{_FILES[split]}-images-idx3-ubyte.gz', header=16)
+        labels = read(root / f'{_FILES[split]}-labels-idx1-ubyte.gz', header=8)
         super().__init__(
             {'image': images.reshape(-1, 28, 28, 1), 'label': labels.astype(np.int32)}, limit=limit
         )
@@ -61,3 +62,7 @@ def _read(path: pathlib.Path, header: int) -> np.ndarray:
     if found != expected:
         raise ValueError(f'{path} is damaged: its content has sha256 {found}, not {expected}')
     return np.frombuffer(content, np.uint8, offset=header)
+
+
+# All readers of the files beside this one share what was unpacked (55 MB; nobody can write to it).
+_shared = functools.cache(_read)

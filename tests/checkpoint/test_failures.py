@@ -158,7 +158,7 @@ def test_a_full_disk_ends_the_run(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
         [*python, '-m', 'trainer.main', *args],
         cwd=command.ROOT,
-        env={**os.environ, 'XLA_FLAGS': ''},
+        env={**os.environ, 'XLA_FLAGS': command.xla_flags()},
         capture_output=True,
         text=True,
         timeout=120,

@@ -91,6 +91,7 @@ def test_a_damaged_checkpoint_is_told_with_its_exit_code(trained: pathlib.Path) 
     assert 'Traceback' not in done.err
 
 
+@pytest.mark.slow
 def test_many_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
     def threads() -> set[threading.Thread]:
         # Those that compile are of the process, at most two.

@@ -69,7 +69,7 @@ def assert_equal(one: Block, other: Block) -> None:
 RANDOM = {'batch_size': 12, 'transforms': (RandomCrop(padding=2), RandomFlip()), 'seed': 3}
 
 
-@pytest.fixture(scope='module', params=[0, 2])
+@pytest.fixture(scope='module', params=[0, pytest.param(2, marks=pytest.mark.slow)])
 def grained(request: pytest.FixtureRequest) -> Iterator[GrainLoader]:
     """In batches of 12 rows, of which a task has 5, so that the last one is short."""
     loader = GrainLoader(
@@ -202,6 +202,7 @@ print(loader.block(0, 2).arrays['x'].tolist(), loader.block(0, 2).ids.tolist())
 """
 
 
+@pytest.mark.slow
 def test_works_without_parsed_flags_and_ends_unclosed() -> None:
     out = subprocess.run(
         [sys.executable, '-c', NOTEBOOK], cwd=command.ROOT, capture_output=True, text=True,

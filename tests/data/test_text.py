@@ -125,6 +125,7 @@ def test_the_loaders_read_it(letters: str) -> None:
     assert last.arrays['_mask'].tolist() == [[True, True, True, False]]
 
 
+@pytest.mark.slow
 def test_a_transformer_learns_from_it() -> None:
     """Every token is an example of the classification; chance is log(256) = 5.5."""
     source = {'target': 'data.text:python_source', 'seq_len': 32, 'limit': 2000}

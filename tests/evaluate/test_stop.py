@@ -45,12 +45,13 @@ def test_it_is_asked_before_each_batch() -> None:
 
 @pytest.mark.parametrize(
     ('options', 'step', 'evaluated'),
-    [(PERIODIC, 20, [20, 40, 50]), pytest.param(FINAL, 50, [50], marks=pytest.mark.slow)],
+    [(PERIODIC, 20, [20, 40, 50]), (FINAL, 50, [50])],
 )
 @pytest.mark.parametrize(
     ('number', 'code'),
-    [(signal.SIGTERM, 42), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+    [(signal.SIGTERM, 42), (signal.SIGINT, 130)],
 )
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation(
     tmp_path: pathlib.Path,
     options: tuple[str, ...],

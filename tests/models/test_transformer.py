@@ -127,7 +127,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('dtype', [None, jnp.bfloat16])
+@pytest.mark.parametrize('dtype', [None, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_the_cache_gives_what_the_whole_row_gives(scan_layers: bool, dtype: Any) -> None:
     """O2: logits step by step, after a prompt of five tokens, equal those of one causal pass."""
     model = Transformer(**SMALL, scan_layers=scan_layers, dtype=dtype)

@@ -168,7 +168,7 @@ def test_a_real_run_on_a_terminal(tmp_path: pathlib.Path) -> None:
     process = subprocess.Popen(
         [sys.executable, '-m', 'trainer.main', *arguments, '--config.log.every=20steps'],
         cwd=command.ROOT,
-        env={**os.environ, 'TERM': 'xterm', 'XLA_FLAGS': ''},
+        env={**os.environ, 'TERM': 'xterm', 'XLA_FLAGS': command.xla_flags()},
         stdout=follower,
         stderr=follower,
     )
@@ -189,6 +189,7 @@ def test_a_real_run_on_a_terminal(tmp_path: pathlib.Path) -> None:
     assert 'finished at step 60' in seen
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_costs_the_output_and_not_the_run(tmp_path: pathlib.Path) -> None:
     """As under `| head -1`, with the messages of both kinds in the pipe or one of them."""
     for name, stderr in (('both', subprocess.STDOUT), ('one', subprocess.PIPE)):
@@ -197,7 +198,7 @@ def test_a_closed_pipe_costs_the_output_and_not_the_run(tmp_path: pathlib.Path) 
         process = subprocess.Popen(
             [sys.executable, '-m', 'trainer.main', *arguments, '--config.train_for=300steps'],
             cwd=command.ROOT,
-            env={**os.environ, 'XLA_FLAGS': ''},
+            env={**os.environ, 'XLA_FLAGS': command.xla_flags()},
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

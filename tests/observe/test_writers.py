@@ -97,6 +97,7 @@ def test_resume_writes_no_kind_twice_at_its_step(tmp_path: pathlib.Path) -> None
     ]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_result_repeats_no_row(tmp_path: pathlib.Path) -> None:
     for _ in range(2):
         command.train(tmp_path, '--config.train_for=20steps', '--config.log.every=10steps')

@@ -147,6 +147,7 @@ def test_every_kind_of_device_has_sound_figures() -> None:
         assert 1e13 < kind.flops < 1e16 and kind.links > 1e10
 
 
+@pytest.mark.slow
 def test_from_the_command_line() -> None:
     args = ('--config=configs/lm.py', '--mode=plan', '--config.model.layers=1')
     mesh = '--config.mesh={"data": 4, "fsdp": 4}'

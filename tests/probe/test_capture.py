@@ -141,7 +141,7 @@ def test_files_are_bounded(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     assert 'and at most 2 of them' in out
 
 
-@pytest.mark.parametrize('accumulate', [1, 4])
+@pytest.mark.parametrize('accumulate', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_sown(accumulate: int, tmp_path: pathlib.Path) -> None:
     """1.K4, 1.K6: by its name, whatever module it stands in."""
     made = build(
@@ -156,6 +156,7 @@ def test_what_is_sown(accumulate: int, tmp_path: pathlib.Path) -> None:
     assert row['capture/a/kl/mean'] == pytest.approx(array.mean(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_times_and_resume(tmp_path: pathlib.Path) -> None:
     """A run that was stopped writes the rows that an uninterrupted one writes."""
     options = {
@@ -207,6 +208,7 @@ def test_what_is_not_due_is_not_measured(tmp_path: pathlib.Path) -> None:
     assert 'last' in names(['often', 'rarely'])
 
 
+@pytest.mark.slow
 def test_on_a_mesh(tmp_path: pathlib.Path) -> None:
     """The numbers are those of the whole batch, however it and the parameters are cut."""
     found = []
@@ -304,7 +306,7 @@ def test_branches_are_left_alone(tmp_path: pathlib.Path, caplog: pytest.LogCaptu
     ('name', 'names'),
     [
         ('Lifted', ['rnn', 'dense', 'of_nnx', 'many[0]', 'many[1]', 'last', '(model)']),
-        ('Bridged', ['of_linen', 'last', '(model)']),
+        pytest.param('Bridged', ['of_linen', 'last', '(model)'], marks=pytest.mark.slow),
     ],
 )
 def test_lifted_modules_and_bridges(name: str, names: list[str], tmp_path: pathlib.Path) -> None:

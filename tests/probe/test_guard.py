@@ -140,6 +140,7 @@ def test_a_bad_batch() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_1_and_resumes(tmp_path: pathlib.Path) -> None:
     """The last good checkpoint stays the newest."""
     args = (

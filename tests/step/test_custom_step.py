@@ -51,7 +51,9 @@ def assert_same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.mark.parametrize('options', [{}, {'accumulate': 2, 'ema__decay': 0.9}])
+@pytest.mark.parametrize(
+    'options', [{}, pytest.param({'accumulate': 2, 'ema__decay': 0.9}, marks=pytest.mark.slow)]
+)
 def test_the_same_step_gives_the_same_run(tmp_path: pathlib.Path, options: Any) -> None:
     """State and rows, bit for bit."""
     ours = trainer(tmp_path / 'ours', **options).fit()

@@ -40,6 +40,7 @@ def test_half_precision_parameters(steps_per_call: int) -> None:
     assert mine == slots == ['bfloat16'] * len(slots)
 
 
+@pytest.mark.slow
 def test_together_they_are_better() -> None:
     """1.I: five members that have learned are right more often together than on the average."""
     path = str(command.ROOT / 'configs' / 'mnist_ensemble.py')

@@ -203,6 +203,7 @@ def test_fused_steps_are_bit_equal() -> None:
     jax.tree.map(np.testing.assert_array_equal, single, fused)
 
 
+@pytest.mark.slow
 def test_groups_of_one_loss() -> None:
     """Two optimizers, clipping and multipliers in one of them; equal to optax's own parts."""
     adamw = optax.adamw(0.01, weight_decay=0.1)

@@ -19,6 +19,7 @@ SWEEP: dict[str, Any] = {'size': 2, 'vary': {'optimizer': {'learning_rate': RATE
 MESH = {'ensemble': 2, 'data': -1}
 
 
+@pytest.mark.slow
 def test_all_members_start_from_one_checkpoint(tmp_path: pathlib.Path) -> None:
     """I1: what is not loaded is each member's own; a member's course is that of the run alone."""
     path, old = pretrained(tmp_path)

@@ -64,6 +64,7 @@ def test_only_at_a_fresh_start(tmp_path: pathlib.Path) -> None:
     assert_same(end.state.params, whole.state.params)
 
 
+@pytest.mark.slow
 def test_steps_and_places(tmp_path: pathlib.Path) -> None:
     """A step by its number, the newest, the best; the directory of checkpoints or of one step."""
     run = trainer(

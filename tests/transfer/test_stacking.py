@@ -53,7 +53,8 @@ def lm(workdir: pathlib.Path, **overrides: Any) -> Trainer:
     return Trainer(experiment, workdir)
 
 
-@pytest.mark.parametrize('scanned', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize('scanned', [False, True])
 def test_a_run_goes_on_in_the_other_form(tmp_path: pathlib.Path, scanned: bool) -> None:
     """N4, U13: parameters, averages and moments of a trained loop start a scan, and back."""
     old = lm(tmp_path / 'old', model__scan_layers=scanned).fit().state
