@@ -2,17 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # Runs the tests: launch/test.sh [--all] [pytest arguments]
 # --all adds lint, types, slow tests, a short run on the newest other Python of this machine, and the
-# tests beside PyTorch and on real weights, if these can be had.
+# tests beside PyTorch and on real weights, if these can be had; without pytest arguments also the main
+# tests with all optimizations of the compiler.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_venv "$root/.venv"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 
+# Tests leave most of the compiler's optimizations out; these are run once more, as users run programs.
 optimized=(
     tests/test_configs.py tests/test_trainer.py tests/test_resume.py tests/test_loss_curve.py
     tests/parallel/test_memory.py tests/parallel/test_strategies.py
     tests/step/test_train_step.py tests/step/test_custom_step.py tests/step/test_precision.py
+    tests/step/test_program.py tests/plan/test_plan.py
 )
 
 if [[ "${1:-}" != --all ]]; then
@@ -23,9 +26,8 @@ ruff check .
 ruff format --check .
 mypy
 bash tests/smoke.sh
-bash tests/weights.sh || [[ $? == 3 ]]  # 3: they cannot be had here, which was said.
-python -m pytest -m 'not soak' "$@"
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash tests/weights.sh || [[ $? == 3 ]]  # 3: they cannot be had here, which was said.
 if [[ $# == 0 ]]; then
-    # The tests leave most of the compiler's optimizations out; here are programs as users run them.
     JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest -m 'not soak' "${optimized[@]}"
 fi
+exec python -m pytest -m 'not soak' "$@"

@@ -107,12 +107,12 @@ class Pod:
         self._gcloud(*kind, 'delete', self._args.name, '--quiet', *force)
 
     def wait(self) -> int:
-        """Returns the trainer's exit code, or `SSH_FAILED` if the TPU has gone."""
-        while (code := self._code('0', tpu_remote.WAIT)) == SSH_FAILED and self.state() == 'READY':
-            time.sleep(self._args.poll_secs)
+        """Waits for all workers; returns the trainer's exit code, or `SSH_FAILED` without a TPU."""
+        code = self._persist('0', tpu_remote.WAIT)
         if code != SSH_FAILED:
-            # The other workers end a moment later, and the next run must not meet them.
-            self._code('all', tpu_remote.END)
+            # They end a moment later, and the next run must not meet them.
+            print('worker 0 has ended; waiting for the others', file=sys.stderr)
+            self._persist('all', tpu_remote.END)
         return code
 
     def train(self) -> int:
@@ -166,6 +166,12 @@ class Pod:
 
     def _ssh(self, worker: str, script: str) -> None:
         self._gcloud('tpu-vm', 'ssh', self._args.name, f'--worker={worker}', f'--command={script}')
+
+    def _persist(self, worker: str, script: str) -> int:
+        """Returns the script's exit code; while the TPU is there, broken connections are mended."""
+        while (code := self._code(worker, script)) == SSH_FAILED and self.state() == 'READY':
+            time.sleep(self._args.poll_secs)
+        return code
 
     def _code(self, worker: str, script: str) -> int:
         try:

@@ -31,7 +31,7 @@ $install -e "$HOME/train/code[tpu]"
 
 ALIVE = 'kill -0 -- "-$(cat ~/train/pid 2> /dev/null)" 2> /dev/null'
 
-END = f'while {ALIVE}; do sleep 0.2; done'
+END = f'while {ALIVE}; do sleep 1; done'
 
 UNDER_WAY = {
     'refuse': f'if {ALIVE}; then echo "a run is under way already" >&2; exit 1; fi',

@@ -35,7 +35,9 @@ class Finished:
 def xla_flags(devices: int = 1) -> str:
     """Returns the flags of these tests, for a process with so many virtual devices."""
     count = '--xla_force_host_platform_device_count='
-    others = [flag for flag in os.environ['XLA_FLAGS'].split() if not flag.startswith(count)]
+    others = [
+        flag for flag in os.environ.get('XLA_FLAGS', '').split() if not flag.startswith(count)
+    ]
     return ' '.join([*others, f'{count}{devices}'])
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests import command
 from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
 from trainer.workdir import Workdir
 
 
@@ -41,6 +43,15 @@ def test_where_nothing_can_be_written(tmp_path: pathlib.Path) -> None:
         Workdir(tmp_path / 'file').make()
     Workdir(tmp_path / 'a' / 'b').make()
     assert list((tmp_path / 'a' / 'b').iterdir()) == []
+
+
+def test_a_run_claims_its_directory(tmp_path: pathlib.Path) -> None:
+    other = Workdir(tmp_path)
+    other.claim()
+    experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist_mlp.py'), train_for='2 steps')
+    with pytest.raises(UserError, match='another run is training'):
+        Trainer(experiment, str(tmp_path)).fit()
+    other.release()
 
 
 @pytest.mark.slow

@@ -44,7 +44,8 @@ class MNIST(ArraySource):
         """
         if split not in _FILES:
             raise ValueError(f'split: {split!r} is none of {", ".join(_FILES)}')
-        read, root = (_read, pathlib.Path(directory)) if directory else (_shared, _DIRECTORY)
+        root = _DIRECTORY if directory is None else pathlib.Path(directory)
+        read = _shared if directory is None else _read
         images = read(root / f'{_FILES[split]}-images-idx3-ubyte.gz', header=16)
         labels = read(root / f'{_FILES[split]}-labels-idx1-ubyte.gz', header=8)
         super().__init__(

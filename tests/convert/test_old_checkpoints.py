@@ -21,6 +21,7 @@ from flax import serialization
 from flax.training import checkpoints, train_state
 
 from models.cnn import CNN
+from tests import command
 from tests.parallel.group import finish, free_port
 from tests.transfer.examples import Net, assert_same, flat, trainer
 from trainer.config.errors import UserError
@@ -250,7 +251,7 @@ checkpoints.save_checkpoint_multiprocess(directory, {'params': {'w': w}}, 5)
 @pytest.mark.slow
 def test_what_two_processes_have_saved(tmp_path: pathlib.Path) -> None:
     """H16: each of two real processes has half of the array; one reads it whole."""
-    flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=2', 'JAX_PLATFORMS': 'cpu'}
+    flags = {'XLA_FLAGS': command.xla_flags(2), 'JAX_PLATFORMS': 'cpu'}
     told = (f'127.0.0.1:{free_port()}', str(tmp_path / 'old'))
     running = [
         subprocess.Popen(

@@ -123,8 +123,11 @@ def test_a_preempted_tpu_is_made_anew(cloud: Cloud) -> None:
 def test_a_broken_connection_is_made_again(cloud: Cloud) -> None:
     done = cloud.train()
     assert done.returncode == 0
-    cloud.will_fail('ssh', '255')
-    assert cloud.run('wait', '--poll_secs=0.01').returncode == 0
+    for broken in (['255'], ['-', '255']):  # To worker 0, and to all of them behind its end.
+        cloud.will_fail('ssh', *broken)
+        (cloud.root / 'calls').unlink()
+        assert cloud.run('wait', '--poll_secs=0.01').returncode == 0
+        assert cloud.verbs() == ['ssh', 'ssh', 'ssh']
 
 
 def test_a_queued_request_is_waited_for(cloud: Cloud) -> None:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests import command
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
 from trainer.experiment import load_and_build
@@ -31,7 +33,7 @@ def test_programs_in_flight_are_limited_on_virtual_devices():
         **os.environ,
         'JAX_PLATFORMS': 'cpu',
         'PYTHONPATH': str(ROOT),
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+        'XLA_FLAGS': command.xla_flags(8),
     }
     result = subprocess.run(
         [sys.executable, '-c', PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tests import command
 from tests.command import ROOT
 from tests.parallel.test_strategies import MESHES, experiment, on_mesh
 from trainer.observe.table import bytes_per_device
@@ -89,7 +90,7 @@ def test_a_process_holds_little_more_than_its_parts(tmp_path: pathlib.Path) -> N
         **os.environ,
         'JAX_PLATFORMS': 'cpu',
         'PYTHONPATH': str(ROOT),
-        'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+        'XLA_FLAGS': command.xla_flags(8),
         'MALLOC_MMAP_THRESHOLD_': '262144',  # What is freed shall be seen to be gone.
     }
     ended = subprocess.run(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Mapping
@@ -189,16 +190,16 @@ def test_the_scale_doubles_after_so_many_finite_steps() -> None:
     assert float(after(ready, jnp.array(True)).scale) == 2.0**127
 
 
-@pytest.mark.skipif(
-    os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] != '0',
-    reason='two programs round alike with all optimizations only',
-)
 @pytest.mark.parametrize('accumulate', [1, 4])
 def test_the_scale_leaves_the_update_alone(accumulate: int) -> None:
     """In float32 a power of two scales exactly: not a bit of the parameters changes."""
     plain = train(programs(Watched(), Precision(), accumulate=accumulate))
     scaled = train(programs(Watched(), Precision(), accumulate=accumulate, loss_scale=2.0**12))
-    jax.tree.map(np.testing.assert_array_equal, plain.params, scaled.params)
+    # Without XLA's fusion emitters, two programs may join other products and sums.
+    exact = 'fusion_emitters=false' not in os.environ['XLA_FLAGS']
+    rounding = {'rtol': 0.0, 'atol': 0.0 if exact else 1e-7}
+    same = functools.partial(np.testing.assert_allclose, **rounding)
+    jax.tree.map(same, plain.params, scaled.params)
 
 
 def test_a_scale_rescues_gradients_that_float16_loses() -> None:
