@@ -2,15 +2,14 @@
 """Thousands of steps on virtual devices, and no row in between that would wait for them."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
 from tests import command
+from tests.command import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
