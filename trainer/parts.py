@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -74,6 +74,7 @@ class Parts:
             shards=shards,
             log=self._events.log,
             last_step=experiment.total_steps,
+            watches=experiment.guard == 'stop',
         )
         train_step: TrainStep | EnsembleStep = member
         if experiment.ensemble is not None:
@@ -208,6 +209,23 @@ class Parts:
                 f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
             )
         return self.checkpoints.restore(found, self.programs.abstract)
+
+    def examined(self, state: TrainState, kept: Mapping[str, Any] | None = None) -> TrainState:
+        """Returns a restored state with the health that training goes on from.
+
+        Args:
+            state: of a checkpoint.
+            kept: what `health.kept` returned when it was saved.
+        """
+        fresh = self.programs.abstract.health
+        if fresh is None:
+            return state
+        health = self.programs.examine(state.durable)
+        for name, value in (kept or {}).items():
+            like = getattr(health, name)
+            value = jax.device_put(np.asarray(value, like.dtype), like.sharding)
+            health = dataclasses.replace(health, **{name: value})
+        return dataclasses.replace(state, health=health)
 
     def as_configured(self, state: TrainState) -> TrainState:
         """Returns a restored state with the numbers that `config.ensemble.vary` has now."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.guard`: finds where a loss, a gradient or a parameter has first become NaN or infinite.
+"""Finds where a loss, a gradient or a parameter has first become NaN or infinite.
 
 The numbers of a run are looked at late, when every later step has spread the damage. So the guard
 keeps a copy of the last good state, and when a row is bad it runs the steps since then again, one
@@ -25,13 +25,23 @@ from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards
 from trainer.prefetch import Prefetcher
 from trainer.probe.forward import Batch, Forward
+from trainer.startup import abstract_batch
+from trainer.step.checks import Check
 from trainer.step.context import default_step
+from trainer.step.ensemble import member_state
 from trainer.step.gradients import Gradients
 from trainer.step.loss_scale import all_finite
 from trainer.step.state import TrainState
+from trainer.step.tasks import TaskOutput
 
 if TYPE_CHECKING:
     from trainer.parts import Parts
+
+
+UPDATE_ALONE = (
+    'The loss and all gradients are finite: it is the update that is not. Look at the learning '
+    'rate and the optimizer.'
+)
 
 
 class NonFiniteError(RuntimeError):
@@ -43,101 +53,120 @@ class NonFiniteError(RuntimeError):
 class Guard:
     """Checks a run at each of its events, and explains what is not finite."""
 
-    def __init__(self, parts: Parts, forward: Forward, *, stops: bool):
+    def __init__(self, parts: Parts, look: Look):
         """Keeps nothing yet.
 
         Args:
             parts: the run's programs and data.
-            forward: the forward pass of the train step.
-            stops: whether a run ends where something is not finite.
+            look: finds where in a step something is not finite.
         """
         self._parts = parts
-        self._forward = forward
-        self._stops = stops
-        self._kept: tuple[int, TrainState, Any] | None = None
+        self._look = look
+        self._kept: tuple[int, TrainState] | None = None
         self._done = False
 
-    def keep(self, step: int, state: TrainState, place: Any = None) -> None:
-        """Keeps a copy of a state, for the step donates its own; and where a stream stands."""
-        self._kept = (step, self._copy(state), place)
+    def keep(self, step: int, state: TrainState) -> None:
+        """Keeps a copy of a state, for the step donates its own."""
+        self._kept = (step, self._copy(state))
 
-    def check(
-        self, step: int, state: TrainState, row: Mapping[str, float], batches: Prefetcher
-    ) -> str | None:
+    def check(self, step: int, state: TrainState, row: Mapping[str, float]) -> str | None:
         """Keeps the state if all is well.
 
         Args:
             step: number of completed updates.
             state: at this step.
             row: the newest value of each metric, by flat name.
-            batches: those of the run, counted up to this step.
 
         Returns:
-            What the user should know, once, unless the run stops.
-
-        Raises:
-            NonFiniteError: if something is not finite and the run stops there.
+            What the user should know, once.
         """
         if self._done:
             return None
         bad = non_finite(row)
         if not bad and self._is_sound(state):
-            self.keep(step, state, batches.state)
+            self.keep(step, state)
             return None
         self._done = True
         what = f'{bad[0]} of step {step:,} is' if bad else f'a parameter after step {step:,} is'
-        message = f'{what} not finite.\n{self._explain(step, batches)}'
+        message = f'{what} not finite.\n{self._explain(step)}'
         self._kept = None
-        if self._stops:
-            raise NonFiniteError(message)
         return f'config.guard: {message}\nThe run goes on.'
 
-    def _explain(self, stop: int, running: Prefetcher) -> str:
+    def _explain(self, stop: int) -> str:
         """Runs the steps since the last good state again, until one is not sound."""
         assert self._kept is not None
-        step, state, place = self._kept
-        data = self._parts.experiment.data
-        if hasattr(data, 'restore'):
-            if not self._stops or (place is None and step > 0):
-                return (
-                    f'All was well at step {step:,}. Where it began is not known: the data is a '
-                    'stream, which cannot be read again while the run goes on.'
-                )
-            running.close()
-            data.restore(step, place)
-        with self._batches(step, stop) as batches:
+        step, state = self._kept
+        if hasattr(self._parts.experiment.data, 'restore'):
+            return (
+                f'Last finite step known: {step:,}. Where it began is not known: the data is a '
+                'stream, which cannot be read again while the run goes on.'
+            )
+        with read_again(self._parts, step, stop) as batches:
             for number, (_, batch) in enumerate(batches, start=step + 1):
                 look = self._look(state, batch)
                 empty = self._parts.programs.empty_metrics()
                 state = self._parts.programs.step(dataclasses.replace(state, metrics=empty), batch)
                 if non_finite(flat_row(state.metrics)) or not self._is_sound(state):
                     found = fetch(look)
-                    return f'All was well at step {step:,}; it began in step {number:,}.\n' + (
-                        explain(*found)
+                    return (
+                        f'Last finite step: {number - 1:,}. First non-finite step: {number:,}.\n'
+                        + explain(*found)
                     )
         return (
-            f'All was well at step {step:,}, and when the {stop - step:,} steps since then were '
-            'run again nothing was wrong: they are not deterministic.'
+            f'Last finite step: {step:,}. When the {stop - step:,} steps since were run again, '
+            'all values were finite: they are not deterministic.'
         )
 
-    def _batches(self, start: int, stop: int) -> Prefetcher:
-        # Beside the run's own, which may go on: so the loader is not closed.
-        parts = self._parts
-        rows = parts.experiment.clock.batch_size
-        calls = itertools.repeat(1, stop - start)
-        block = parts.experiment.data.block
-        return Prefetcher.on_mesh(block, calls, parts.mesh, rows, start=start)
+    def _is_sound(self, state: TrainState) -> bool:
+        return bool(fetch(self._sound((state.params, state.collections))))
 
     @functools.cached_property
-    def _look(self) -> Any:
-        """Returns for (state, batch) the flags that `explain` reads."""
+    def _sound(self) -> Any:
+        return jax.jit(all_finite)
 
+    @functools.cached_property
+    def _copy(self) -> Any:
+        return jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+
+
+class Look:
+    """Runs a step's forward and backward pass again, and flags what is not finite in them."""
+
+    def __init__(self, parts: Parts, forward: Forward):
+        """Compiles nothing yet.
+
+        Args:
+            parts: the run's programs and data.
+            forward: the forward pass of the train step.
+        """
+        self._parts = parts
+        self._forward = forward
+
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
+        """Returns what `explain` reads, on the devices, for a state and the batch of its step."""
+        return self._compiled(state, batch)
+
+    @property
+    def checks(self) -> Mapping[str, Check]:
+        """The checks of the task's output, by batch key."""
+        state = self._parts.programs.abstract
+        if self._parts.experiment.ensemble is not None:
+            state = jax.eval_shape(lambda stacked: member_state(stacked, 0), state)
+        spec = abstract_batch(self._parts.experiment.data.spec)
+
+        def run(state: TrainState, batch: Batch) -> TaskOutput:
+            return self._forward(Tap(), state, batch, slices=1)[0]
+
+        return self._forward.shapes(run, dataclasses.replace(state, metrics=None), spec).checks
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
         def run(state: TrainState, batch: Batch) -> Any:
             tap = Tap(_flags)
             outputs = self._forward(tap, state, batch)
             losses = all_finite([(o.loss, o.penalties) for o in outputs])
             grads = self._gradients(state, batch)
-            return tap.found, losses, _each_finite(grads), _each_finite(dict(batch))
+            return tap.found, losses, each_finite(grads), each_finite(dict(batch))
 
         return self._forward.compiled(run)
 
@@ -155,16 +184,14 @@ class Guard:
         )
         return gradients(state, batch)[0]
 
-    def _is_sound(self, state: TrainState) -> bool:
-        return bool(fetch(self._sound((state.params, state.collections))))
 
-    @functools.cached_property
-    def _sound(self) -> Any:
-        return jax.jit(all_finite)
-
-    @functools.cached_property
-    def _copy(self) -> Any:
-        return jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+def read_again(parts: Parts, start: int, stop: int) -> Prefetcher:
+    """Returns the batches of the steps from `start` up to `stop`, beside the run's own."""
+    # The run may go on: so the loader is not closed.
+    rows = parts.experiment.clock.batch_size
+    calls = itertools.repeat(1, stop - start)
+    block = parts.experiment.data.block
+    return Prefetcher.on_mesh(block, calls, parts.mesh, rows, start=start)
 
 
 def non_finite(row: Mapping[str, float]) -> list[str]:
@@ -211,10 +238,7 @@ def explain(
             f'{", ".join(wrong[:5])}{more}. Look for what has no derivative where it was '
             'computed: a square root or a norm of zero, a division that `where` hides.'
         )
-    return (
-        'The loss and all gradients are finite: it is the update that is not. Look at the learning '
-        'rate and the optimizer.'
-    )
+    return UPDATE_ALONE
 
 
 def _blame(flags: Mapping[str, Any], fields: Sequence[str]) -> str:
@@ -241,6 +265,7 @@ def _flags(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
     }
 
 
-def _each_finite(tree: Any) -> dict[str, jax.Array]:
+def each_finite(tree: Any) -> dict[str, jax.Array]:
+    """Returns for each float leaf, by path, whether all of it is finite."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {param_path(p): jnp.all(jnp.isfinite(x)) for p, x in leaves if is_float(x)}

@@ -23,6 +23,7 @@ import optax
 
 from trainer.config.errors import UserError
 from trainer.modules.combine import mean_sigmoid, mean_softmax
+from trainer.step.checks import Check
 from trainer.step.metrics import mean_collection
 
 Batch = Mapping[str, jax.Array]
@@ -59,12 +60,14 @@ class TaskOutput:
         metrics: what the task's metrics are made from; without a `metrics` attribute on the task,
             each is averaged with the weights of the loss.
         penalties: named scalars added to the loss once, such as an L2 term; to each of several.
+        checks: by batch key, values that end the run if one is out of its range.
     """
 
     loss: jax.Array | Mapping[str, jax.Array]
     weights: jax.Array | Mapping[str, jax.Array] | None = None
     metrics: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
     penalties: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    checks: Mapping[str, Check] = flax.struct.field(default_factory=dict)
 
 
 def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:
