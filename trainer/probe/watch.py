@@ -133,8 +133,8 @@ class Watch:
         lines = [
             f'the run has diverged: {_WHAT[kind]} is not finite. '
             f'Last finite step: {bad_step - 1:,}. First non-finite step: {bad_step:,}.',
-            self._explain(kind, bad_step, state),
             saved,
+            self._explain(kind, bad_step, state),
         ]
         raise NonFiniteError('\n'.join(lines))
 

@@ -39,6 +39,9 @@ _FROZEN = ('params', 'opt_state', 'collections', 'ema', 'loss_scale')
 # Elements up to which arrays share one kernel on an accelerator: see `norms`.
 _SMALL = 2**17
 
+# Elements up to which it is quicker to copy an array than to start a loop over it.
+_TINY = 2**12
+
 
 @flax.struct.dataclass
 class Health:
@@ -138,7 +141,7 @@ def check_signs(state: TrainState, signs: Signs) -> Health:
     return health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
 
 
-def check_gradients(state: TrainState, finite: jax.Array) -> Health:
+def check_gradients(state: TrainState, health: Health, finite: jax.Array) -> Health:
     """Returns the health after a backward pass.
 
     A loss scale finds its place by gradients that are not finite: these are skipped and counted,
@@ -147,10 +150,10 @@ def check_gradients(state: TrainState, finite: jax.Array) -> Health:
 
     Args:
         state: before the update.
+        health: after the forward pass.
         finite: bool scalar, whether all gradients are.
     """
-    assert state.health is not None
-    health, scale, step = state.health, state.loss_scale, state.step + 1
+    scale, step = state.loss_scale, state.step + 1
     if scale is None:
         return health if copes(state.opt_state) else health.flagged(~finite, GRADIENT, step)
     skips = jnp.where(finite, 0, health.skips + 1)
@@ -173,38 +176,28 @@ def kept(health: Health | None) -> dict[str, Any]:
     return {'health': {name: value.tolist() for name, value in values.items()}}
 
 
-def watch(
-    before: TrainState, after: TrainState, signs: Signs, *, whole: bool, undo: bool
-) -> TrainState:
-    """Returns the state after a step, with its values as they were if the step was not sound.
-
-    What the loss and the labels show comes before what `check_gradients` has found meanwhile: it
-    is the cause. An update that is itself not finite stays where it is, for to keep all old values
-    until it is known would cost a copy of the state: no later update follows.
+def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
+    """Returns the state after a step of the user's own, unless its forward pass was not sound.
 
     Args:
         before: the state before the step.
         after: the state after it.
         signs: of its forward pass.
-        whole: whether every device holds all of every parameter.
-        undo: whether an update that is not finite is taken back, too.
     """
     assert after.health is not None
     early = check_signs(before, signs)
-    health = choose(early.is_bad, early, after.health)
-    after = unless_bad(health, after, before)
-    health = check_state(health, after, whole=whole)
-    return unless_bad(health, after, before) if undo else dataclasses.replace(after, health=health)
+    return unless_bad(choose(early.is_bad, early, after.health), after, before)
 
 
-def check_state(health: Health, state: TrainState, *, whole: bool) -> Health:
+def check_state(state: TrainState, *, whole: bool) -> Health:
     """Returns the health after an update: of the new parameters and the optimizer state.
 
     Args:
-        health: before.
         state: after the update.
         whole: whether every device holds all of every parameter.
     """
+    assert state.health is not None
+    health = state.health
     params, slots = _floats(state.params), _floats(state.opt_state)
     known = health.known[: len(params)], health.known[len(params) :]
 
@@ -261,10 +254,15 @@ def _unless_clear(
 def _is_clear(leaves: Sequence[jax.Array]) -> jax.Array:
     """Returns true only if all values are finite; false for very large ones, too."""
     by_shape: dict[Any, list[jax.Array]] = {}
+    small = []
     for leaf in leaves:
-        parts = (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,)
-        for part in parts:
-            by_shape.setdefault((part.shape, part.dtype), []).append(part)
+        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
+            if part.size <= _TINY:
+                small.append(part.astype(jnp.float32).ravel())
+            else:
+                by_shape.setdefault((part.shape, part.dtype), []).append(part)
+    if small:
+        by_shape[()] = [jnp.concatenate(small)]
     total = jnp.float32(0)
     for same in by_shape.values():
         # Products of two arrays: whatever is not finite in either of them stays so.

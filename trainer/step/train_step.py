@@ -19,7 +19,17 @@ from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
-from trainer.step.health import SIGNS, Health, Signs, all_finite, check_gradients, unless_bad, watch
+from trainer.step.health import (
+    SIGNS,
+    Health,
+    Signs,
+    all_finite,
+    check_gradients,
+    check_signs,
+    check_state,
+    unless_bad,
+    watch,
+)
 from trainer.step.loss_scale import LossScale, choose
 from trainer.step.metrics import Last
 from trainer.step.norms import norms
@@ -139,10 +149,17 @@ class TrainStep:
         new = dataclasses.replace(new, collections=collections)
         signs = metrics.pop(SIGNS, None) or Signs.empty()
         if self.watches:
-            new = watch(state, new, signs, whole=self._is_whole, undo=self.undoes)
+            if self.function is not default_step:  # Which has done so in its update.
+                new = watch(state, new, signs)
+            health = check_state(new, whole=self._is_whole)
+            # To keep all old values until it is known would cost a copy of the state.
+            undone = unless_bad(health, new, state) if self.undoes else new
+            new = dataclasses.replace(undone, health=health)
         return new, metrics
 
-    def update(self, state: TrainState, grads: Any, collections: Any) -> tuple[TrainState, Any]:
+    def update(
+        self, state: TrainState, grads: Any, collections: Any, signs: Signs | None = None
+    ) -> tuple[TrainState, Any]:
         """Returns the state after the optimizer's update, and its norms and learning rates."""
         tx = self.optimizer.transformation(state.params)
         try:
@@ -170,7 +187,8 @@ class TrainStep:
             metrics.update({name: Last.from_model_output(value) for name, value in values})
             updates = choose(finite, updates, jax.tree.map(jnp.zeros_like, updates))
         if state.health is not None:
-            new = unless_bad(check_gradients(state, finite), new, state)
+            health = state.health if signs is None else check_signs(state, signs)
+            new = unless_bad(check_gradients(state, health, finite), new, state)
         metrics['norms'] = self._norms(state, grads, updates, new.params)
         metrics.update(
             self._learning_rates(lambda schedule: Last.from_model_output(schedule(count)))
