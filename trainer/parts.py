@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
-from trainer.step import varied
+from trainer.step import health, varied
 from trainer.step.ensemble import EnsembleStep, member_state
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
@@ -75,6 +75,7 @@ class Parts:
             log=self._events.log,
             last_step=experiment.total_steps,
             watches=experiment.guard == 'stop',
+            sweeps=self.mesh.devices.flat[0].platform != 'cpu',
         )
         train_step: TrainStep | EnsembleStep = member
         if experiment.ensemble is not None:
@@ -210,22 +211,17 @@ class Parts:
             )
         return self.checkpoints.restore(found, self.programs.abstract)
 
-    def examined(self, state: TrainState, kept: Mapping[str, Any] | None = None) -> TrainState:
+    def examined(self, state: TrainState, kept: Any = None) -> TrainState:
         """Returns a restored state with the health that training goes on from.
 
         Args:
             state: of a checkpoint.
             kept: what `health.kept` returned when it was saved.
         """
-        fresh = self.programs.abstract.health
-        if fresh is None:
+        if self.programs.abstract.health is None:
             return state
-        health = self.programs.examine(state.durable)
-        for name, value in (kept or {}).items():
-            like = getattr(health, name)
-            value = jax.device_put(np.asarray(value, like.dtype), like.sharding)
-            health = dataclasses.replace(health, **{name: value})
-        return dataclasses.replace(state, health=health)
+        fresh = self.programs.examine(state.durable)
+        return dataclasses.replace(state, health=health.restored(fresh, kept))
 
     def as_configured(self, state: TrainState) -> TrainState:
         """Returns a restored state with the numbers that `config.ensemble.vary` has now."""

@@ -13,7 +13,8 @@ from trainer.parallel import processes
 from trainer.prefetch import Prefetcher
 from trainer.probe.capture import Captures
 from trainer.probe.forward import Batch, Forward
-from trainer.probe.guard import Guard, Look
+from trainer.probe.guard import Guard
+from trainer.probe.replay import Look, Replay
 from trainer.probe.watch import Watch
 from trainer.startup import abstract_batch
 from trainer.step.state import TrainState
@@ -36,7 +37,7 @@ class Probes:
         self._report = report
 
     def prepare(self) -> None:
-        """Checks `config.capture` against the model.
+        """Checks `config.capture` against the model, and starts compiling what looks at states.
 
         Raises:
             UserError: for a pattern that matches nothing.
@@ -45,12 +46,15 @@ class Probes:
             spec = abstract_batch(self._parts.experiment.data.spec)
             self._captures.prepare(self._parts.programs.abstract, spec)
 
+        if self._watch is not None:
+            _ = self._parts.programs.sweep
+
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""
         if self._guard is not None:
             self._guard.keep(step, state)
         if self._watch is not None:
-            self._watch.keep_place(step, self._place(step))
+            self._watch.begin(step, state, self._place(step))
 
     def follow(self, batches: Prefetcher) -> None:
         """Takes the batches that the run reads from here on."""
@@ -99,8 +103,7 @@ class Probes:
             if message is not None:
                 self._report.progress.message(message)
         if self._watch is not None:
-            self._watch.note(state)
-            self._watch.keep_place(step, batches.state)
+            self._watch.note(step, state, batches.state)
         due = self._captures.due(step) if self._captures is not None else []
         if due and self._captures is not None:
             # What is still queued is the steps' time, not the capture's.
@@ -134,7 +137,7 @@ class Probes:
     def _guard(self) -> Guard | None:
         if self._parts.experiment.guard != 'warn':
             return None
-        return Guard(self._parts, Look(self._parts, self._forward))
+        return Guard(Replay(self._parts, Look(self._parts, self._forward)))
 
     @functools.cached_property
     def _watch(self) -> Watch | None:

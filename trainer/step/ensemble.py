@@ -146,7 +146,7 @@ class EnsembleStep:
         """Returns the step of an ensemble's members on a mesh, from that of a lone model."""
         first = {path: each[0] for path, each in ensemble.values.items()}
         # A member that diverges is left as it was: the others train on, and are evaluated with it.
-        member = dataclasses.replace(step, seed=ensemble.seeds[0], undoes=True)
+        member = dataclasses.replace(step, seed=ensemble.seeds[0], sweeps=True, undoes=True)
         if first:
             member = dataclasses.replace(member, optimizer=ensemble.optimizer(first))
         return cls(member=member, ensemble=ensemble, axis=ensemble.axis(mesh))
@@ -167,9 +167,14 @@ class EnsembleStep:
 
         return _wrapped(self._map(one, (0, 0, _DIMS))(*self._members(), _unwrapped(state)))
 
-    def examine(self, state: TrainState) -> Health | None:
-        """Returns the health of each member of a state that training goes on from."""
+    def examine(self, state: TrainState) -> Health:
+        """Returns the health of each member of a state that training starts from."""
         return jax.vmap(self.member.examine, in_axes=(_DIMS,))(_unwrapped(state))
+
+    def sweep(self, state: TrainState) -> Health:
+        """Returns the health of each member, which every step has looked at."""
+        assert state.health is not None
+        return jax.tree.map(jnp.copy, state.health)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> PerMember:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""

@@ -9,13 +9,14 @@ hold it: no save commits while it is set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import clu.metrics
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from trainer.parallel.host import fetch
@@ -24,7 +25,7 @@ from trainer.step.loss_scale import choose
 if TYPE_CHECKING:
     from trainer.step.state import TrainState
 
-# What was found first; labels outside their range are LABELS + the number of the check.
+# What was found first; a label outside its range is LABELS + the number of its check.
 LOSS, GRADIENT, PARAMETER, SLOT, LABELS = 1, 2, 3, 4, 8
 
 # Updates in a row that a loss scale may skip.
@@ -33,14 +34,13 @@ MOST_SKIPS = 50
 # Where the signs of a batch travel among the metrics of a step.
 SIGNS = '_signs'
 
-# What a step must not change once it is stopped.
+# What a step must not change once updates have stopped.
 _FROZEN = ('params', 'opt_state', 'collections', 'ema', 'loss_scale')
+
+_BAD_STEP, _KIND, _VALUE, _SKIPS, _KNOWN = range(5)
 
 # Elements up to which arrays share one kernel on an accelerator: see `norms`.
 _SMALL = 2**17
-
-# Elements up to which it is quicker to copy an array than to start a loop over it.
-_TINY = 2**12
 
 
 @flax.struct.dataclass
@@ -48,49 +48,87 @@ class Health:
     """Whether a run is sound, and if not, since when and why.
 
     Attributes:
-        bad_step: int32 scalar, the first step (from 1) that was not sound; 0 for none.
-        kind: int32 scalar, what was found there: LOSS, GRADIENT, PARAMETER, SLOT or LABELS + n.
-        value: int32 scalar, the label that was found.
-        skips: int32 scalar, updates in a row that the loss scale has skipped.
-        known: float32 (leaves,), elements of each parameter and each leaf of the optimizer state
-            that were not finite at the start (a mask of -inf): these do not count.
+        packed: int32 (4 + leaves,): the properties below, and for each parameter and each leaf of
+            the optimizer state how many elements were not finite at the start (a mask of -inf),
+            which do not count. One array: each costs a small model's step microseconds.
     """
 
-    bad_step: jax.Array
-    kind: jax.Array
-    value: jax.Array
-    skips: jax.Array
-    known: jax.Array
+    packed: jax.Array
 
     @classmethod
     def of(cls, params: Any, opt_state: Any) -> Health:
         """Returns the health of a state that training starts from."""
-        known = [_count(x) for x in _floats((params, opt_state))]
-        return cls(
-            # Each in a buffer of its own: the state is donated.
-            **{name: jnp.zeros((), jnp.int32) for name in ('bad_step', 'kind', 'value', 'skips')},
-            known=jnp.stack(known) if known else jnp.zeros(0, jnp.float32),
-        )
+        known = [_count(x) for x in floats((params, opt_state))]
+        return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array(known, jnp.int32)]))
+
+    @property
+    def bad_step(self) -> jax.Array:
+        """The first step (from 1) that was not sound; 0 for none: int32 (...)."""
+        return self.packed[..., _BAD_STEP]
+
+    @property
+    def kind(self) -> jax.Array:
+        """What was found there: LOSS, GRADIENT, PARAMETER, SLOT or LABELS + n: int32 (...)."""
+        return self.packed[..., _KIND]
+
+    @property
+    def value(self) -> jax.Array:
+        """The label that was found: int32 (...)."""
+        return self.packed[..., _VALUE]
+
+    @property
+    def skips(self) -> jax.Array:
+        """Updates in a row that the loss scale has skipped: int32 (...)."""
+        return self.packed[..., _SKIPS]
+
+    @property
+    def known(self) -> jax.Array:
+        """Elements that were not finite at the start, of each leaf: int32 (..., leaves)."""
+        return self.packed[..., _KNOWN:]
 
     @property
     def is_bad(self) -> jax.Array:
-        """Whether updates have stopped: bool scalar."""
+        """Whether updates have stopped: bool (...)."""
         return self.bad_step > 0
 
-    def flagged(self, bad: jax.Array, kind: int | jax.Array, step: jax.Array) -> Health:
+    def flagged(
+        self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: int | jax.Array = 0
+    ) -> Health:
         """Returns the health after a check; what was found first stays.
 
         Args:
             bad: bool scalar, whether the check has found something.
             kind: what that is.
             step: number of the step, from 1.
+            value: of a label.
         """
-        first = bad & ~self.is_bad
-        return dataclasses.replace(
-            self,
-            bad_step=jnp.where(first, step, self.bad_step),
-            kind=jnp.where(first, kind, self.kind),
-        )
+        found = jnp.stack([jnp.asarray(x, jnp.int32) for x in (step, kind, value)])
+        packed = jnp.concatenate([found, self.packed[_SKIPS:]])
+        return Health(jnp.where(bad & ~self.is_bad, packed, self.packed))
+
+    def skipping(self, skips: jax.Array) -> Health:
+        """Returns the health with another number of skipped updates."""
+        return Health(self.packed.at[_SKIPS].set(jnp.where(self.is_bad, self.skips, skips)))
+
+
+def kept(health: Health | None) -> dict[str, Any]:
+    """Returns what a checkpoint keeps in its metadata of a health that is not that of a new run.
+
+    A member of an ensemble may have stopped, and a loss scale may be in the middle of its skips.
+    """
+    if health is None:
+        return {}
+    first = fetch(health.packed)[..., :_KNOWN]
+    return {'health': first.tolist()} if first.any() else {}
+
+
+def restored(health: Health, kept: Any) -> Health:
+    """Returns the health of a restored state with what `kept` has returned when it was saved."""
+    if kept is None:
+        return health
+    packed = np.array(fetch(health.packed))
+    packed[..., :_KNOWN] = kept
+    return Health(jax.device_put(packed, health.packed.sharding))
 
 
 @flax.struct.dataclass
@@ -132,10 +170,8 @@ def check_signs(state: TrainState, signs: Signs) -> Health:
         signs: of its batch.
     """
     assert state.health is not None
-    health, bad, step = state.health, signs.label > 0, state.step + 1
-    value = jnp.where(bad & ~health.is_bad, signs.value, health.value)
-    health = dataclasses.replace(health, value=value)
-    health = health.flagged(bad, LABELS + signs.label - 1, step)
+    step, label = state.step + 1, signs.label
+    health = state.health.flagged(label > 0, LABELS + label - 1, step, signs.value)
     if copes(state.opt_state):
         return health
     return health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
@@ -158,22 +194,29 @@ def check_gradients(state: TrainState, health: Health, finite: jax.Array) -> Hea
         return health if copes(state.opt_state) else health.flagged(~finite, GRADIENT, step)
     skips = jnp.where(finite, 0, health.skips + 1)
     hopeless = ~finite & (scale.is_smallest | (skips >= MOST_SKIPS))
-    health = dataclasses.replace(health, skips=jnp.where(health.is_bad, health.skips, skips))
-    return health.flagged(hopeless, GRADIENT, step)
+    return health.skipping(skips).flagged(hopeless, GRADIENT, step)
 
 
-def kept(health: Health | None) -> dict[str, Any]:
-    """Returns what a checkpoint keeps in its metadata of a health that is not that of a new run.
+def check_state(state: TrainState, *, whole: bool = False) -> Health:
+    """Returns the health after an update: of the new parameters and the optimizer state.
 
-    A member of an ensemble may have stopped, and a loss scale may be in the middle of its skips.
+    Args:
+        state: after the update.
+        whole: whether every device holds all of every parameter.
     """
-    if health is None:
-        return {}
-    names = ('bad_step', 'kind', 'skips')
-    values = dict(zip(names, fetch([getattr(health, name) for name in names]), strict=True))
-    if not any(value.any() for value in values.values()):
-        return {}
-    return {'health': {name: value.tolist() for name, value in values.items()}}
+    assert state.health is not None
+    params, slots = floats(state.params), floats(state.opt_state)
+    known = state.health.known
+    bad_params = _any_more(params, known[: len(params)], whole=whole)
+    bad_slots = _any_more(slots, known[len(params) :], whole=whole)
+    health = state.health.flagged(bad_params, PARAMETER, state.step)
+    return health.flagged(bad_slots, SLOT, state.step)
+
+
+def unless_bad(health: Health, new: TrainState, old: TrainState) -> TrainState:
+    """Returns the new state, with the values of the old one where updates have stopped."""
+    kept = {name: choose(health.is_bad, getattr(old, name), getattr(new, name)) for name in _FROZEN}
+    return dataclasses.replace(new, health=health, **kept)
 
 
 def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
@@ -187,33 +230,6 @@ def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
     assert after.health is not None
     early = check_signs(before, signs)
     return unless_bad(choose(early.is_bad, early, after.health), after, before)
-
-
-def check_state(state: TrainState, *, whole: bool) -> Health:
-    """Returns the health after an update: of the new parameters and the optimizer state.
-
-    Args:
-        state: after the update.
-        whole: whether every device holds all of every parameter.
-    """
-    assert state.health is not None
-    health = state.health
-    params, slots = _floats(state.params), _floats(state.opt_state)
-    known = health.known[: len(params)], health.known[len(params) :]
-
-    def look() -> tuple[jax.Array, ...]:
-        groups = zip((params, slots), known, strict=True)
-        return tuple(_any_more(leaves, before, whole=whole) for leaves, before in groups)
-
-    bad_params, bad_slots = _unless_clear([*params, *slots], (False, False), look)
-    health = health.flagged(bad_params, PARAMETER, state.step)
-    return health.flagged(bad_slots, SLOT, state.step)
-
-
-def unless_bad(health: Health, new: TrainState, old: TrainState) -> TrainState:
-    """Returns the new state, with the values of the old one where the run has stopped."""
-    kept = {name: choose(health.is_bad, getattr(old, name), getattr(new, name)) for name in _FROZEN}
-    return dataclasses.replace(new, health=health, **kept)
 
 
 def copes(opt_state: Any) -> bool:
@@ -230,50 +246,8 @@ def all_finite(tree: Any, *, whole: bool = False) -> jax.Array:
         tree: arrays.
         whole: whether every device holds all of every array.
     """
-    leaves = _floats(tree)
-    none = jnp.zeros(len(leaves), jnp.float32)
-    (bad,) = _unless_clear(leaves, (False,), lambda: (_any_more(leaves, none, whole=whole),))
-    return ~bad
-
-
-def _unless_clear(
-    leaves: Sequence[jax.Array], clear: tuple[bool, ...], look: Callable[[], tuple[jax.Array, ...]]
-) -> tuple[jax.Array, ...]:
-    """Returns what `look` finds; on a CPU it looks only if a quick test does not rule it out.
-
-    There a sum of booleans costs several times a contraction, which XLA vectorises: a small
-    model's step would be a tenth slower. An accelerator would wait for a branch.
-    """
-    if not leaves:
-        return tuple(map(jnp.asarray, clear))
-    if jax.default_backend() != 'cpu':
-        return look()
-    return jax.lax.cond(_is_clear(leaves), lambda: tuple(map(jnp.asarray, clear)), look)
-
-
-def _is_clear(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Returns true only if all values are finite; false for very large ones, too."""
-    by_shape: dict[Any, list[jax.Array]] = {}
-    small = []
-    for leaf in leaves:
-        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
-            if part.size <= _TINY:
-                small.append(part.astype(jnp.float32).ravel())
-            else:
-                by_shape.setdefault((part.shape, part.dtype), []).append(part)
-    if small:
-        by_shape[()] = [jnp.concatenate(small)]
-    total = jnp.float32(0)
-    for same in by_shape.values():
-        # Products of two arrays: whatever is not finite in either of them stays so.
-        half = len(same) // 2
-        pairs = [*zip(same[:half], same[half:], strict=False), *[(same[-1],) * 2] * (len(same) % 2)]
-        for a, b in pairs:
-            dims = tuple(range(a.ndim))
-            total += jax.lax.dot_general(
-                a, b, ((dims, dims), ((), ())), preferred_element_type=jnp.float32
-            )
-    return jnp.isfinite(total)
+    leaves = floats(tree)
+    return ~_any_more(leaves, jnp.zeros(len(leaves), jnp.int32), whole=whole)
 
 
 def _any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> jax.Array:
@@ -297,10 +271,13 @@ def _any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> 
 
 
 def _count(x: jax.Array) -> jax.Array:
-    # In float32: a very large array must not count around to 0.
-    return jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
+    """Returns the number of elements that are not finite, int32, at most 2^30."""
+    # Counted in float32: a very large array must not count around to 0.
+    count = jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
+    return jnp.minimum(count, 2.0**30).astype(jnp.int32)
 
 
-def _floats(tree: Any) -> list[jax.Array]:
+def floats(tree: Any) -> list[jax.Array]:
+    """Returns the leaves that can be anything but finite."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')]
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
