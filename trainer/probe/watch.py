@@ -203,7 +203,7 @@ class Watch:
         data = self._parts.experiment.data
         blocks = [] if hasattr(data, 'restore') else [data.block(step - 1, 1)]
         checks = self._look.checks
-        raise UserError(complain('config.task', f'step {step:,}', checks, number, value, blocks))
+        raise UserError(complain('config.task', f'in step {step:,}', checks, number, value, blocks))
 
 
 def _first_bad(tree: Any) -> str:

@@ -30,6 +30,7 @@ class Check:
 
     def fails(self, values: Any) -> Any:
         """Returns for each value whether it is out of the range."""
+        values = values.astype(np.int64 if isinstance(values, np.ndarray) else jnp.int32)
         bad = (values < self.low) | (values > self.high)
         return bad if self.ignored is None else bad & (values != self.ignored)
 
@@ -78,7 +79,7 @@ def complain(
 
     Args:
         where: config path of the task.
-        when: step or evaluation, such as 'step 12'.
+        when: such as 'in step 12'.
         checks: by batch key; their values do not matter.
         number: of the check that has failed, in the order of the names.
         value: that was found.
@@ -86,7 +87,7 @@ def complain(
     """
     name, check = sorted(checks.items())[number]
     example = _find_example(name, check, value, blocks)
-    at = when if example is None else f'example {example}, {when}'
+    at = when if example is None else f'example {example} {when}'
     return (
         f'{where}: batch[{name!r}] holds {value} ({at}); expected {check.low} to {check.high}, for '
         f'the model returns {check.high - check.low + 1} logits. Fix the data or the number of '
