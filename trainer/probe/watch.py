@@ -7,6 +7,7 @@ devices have it anyway or before something is kept, and says what was found.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainer.checkpoint.errors import CheckpointError
 from trainer.config.errors import UserError
 from trainer.observe.table import nbytes
 from trainer.parallel.host import fetch
@@ -148,11 +150,12 @@ class Watch:
         )
 
     def _stop(self, kind: int, bad_step: int, state: TrainState) -> NoReturn:
-        checkpoints = self._parts.checkpoints
-        newest = None if checkpoints is None else checkpoints.latest()
-        saved = (
-            'no checkpoint was saved' if newest is None else f'the newest checkpoint is {newest:,}'
-        )
+        saved = 'no checkpoint was saved'
+        if (checkpoints := self._parts.checkpoints) is not None:
+            with contextlib.suppress(CheckpointError):  # Which is reported where the run ends.
+                checkpoints.wait()
+            if (newest := checkpoints.latest()) is not None:
+                saved = f'the newest checkpoint is of step {newest:,}'
         raise NonFiniteError(
             f'the run has diverged: {_WHAT[kind]} is not finite at step {bad_step:,}; {saved}.\n'
             + self._explain(kind, bad_step, state)

@@ -19,8 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from trainer.modules.bound import param_path
 from trainer.parallel.host import fetch
 from trainer.step.loss_scale import choose
+from trainer.step.metrics import WeightedMean
 
 if TYPE_CHECKING:
     from trainer.step.state import TrainState
@@ -160,6 +162,19 @@ class Signs(clu.metrics.Metric):
             label=jnp.where(mine, self.label, other.label),
             value=jnp.where(mine, self.value, other.value),
         )
+
+
+def signs_of(metrics: Any) -> Signs:
+    """Returns the signs of a step that gives none, from the means that it calls a loss."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        metrics, is_leaf=lambda node: isinstance(node, WeightedMean)
+    )
+    losses = [
+        x.total
+        for path, x in leaves
+        if isinstance(x, WeightedMean) and param_path(path).endswith('loss')
+    ]
+    return dataclasses.replace(Signs.empty(), losses=sum(losses, jnp.float32(0)))
 
 
 def check_signs(state: TrainState, signs: Signs) -> Health:

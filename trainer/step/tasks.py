@@ -171,11 +171,10 @@ class Classification:
             raise ValueError(
                 f'label_smoothing: expected a number from 0 to below 1, got {self.label_smoothing}'
             )
-        kinds = isinstance(self.top_k, tuple) and all(type(k) is int for k in self.top_k)
-        if not kinds or any(k < 1 for k in self.top_k):
-            raise ValueError(
-                f'top_k: expected a tuple of positive integers such as (5,), got {self.top_k}'
-            )
+        if not isinstance(self.top_k, tuple) or not all(type(k) is int for k in self.top_k):
+            raise ValueError(f'top_k: expected a tuple of integers such as (5,), got {self.top_k}')
+        if any(k < 1 for k in self.top_k):
+            raise ValueError(f'top_k: expected integers of at least 1, got {self.top_k}')
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
@@ -191,6 +190,8 @@ class Classification:
         logits = jnp.asarray(model(batch[self.inputs]), jnp.float32)
         labels = batch[self.label]
         self._check_shapes(logits, labels)
+        if labels.dtype == bool and labels.ndim < logits.ndim:
+            labels = labels.astype(jnp.int32)
         ignored = None if self.ignore_label is None else labels == self.ignore_label
         safe = labels if ignored is None else jnp.where(ignored, 0, labels)
         measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
@@ -214,9 +215,7 @@ class Classification:
         if not whole and not (numbers and integers):
             hint = ''
             if labels.shape == (*logits.shape[:-1], 1):
-                hint = (
-                    '. A column is one dimension too many: take it off in a transform of the data'
-                )
+                hint = '. A column has a dimension too many: remove it in a transform of the data'
             elif numbers:
                 hint = '. Numbers of classes are integers: convert them in a transform of the data'
             raise UserError(
@@ -226,9 +225,8 @@ class Classification:
             )
         if self.loss == 'sigmoid' and numbers and not whole and classes == 1:
             raise UserError(
-                f'config.task: the model returns one logit for each example, and {name} is {kind}. '
-                f"With loss='sigmoid' the label of a yes or no is 0 or 1 in the shape of the logits, "
-                f'{list(logits.shape)}'
+                f'config.task: the model returns {list(logits.shape)}, and {name} is {kind}. With '
+                "loss='sigmoid' and one logit, a label is 0 or 1 in the shape of the logits"
             )
         if any(k > classes for k in self.top_k):
             raise UserError(

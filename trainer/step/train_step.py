@@ -27,6 +27,7 @@ from trainer.step.health import (
     check_gradients,
     check_signs,
     check_state,
+    signs_of,
     unless_bad,
     watch,
 )
@@ -158,7 +159,7 @@ class TrainStep:
         new, metrics = result if self.function is default_step else checked(state, result)
         collections = self.optimizer.held(state.collections, new.collections)
         new = dataclasses.replace(new, collections=collections)
-        signs = metrics.pop(SIGNS, None) or Signs.empty()
+        signs = metrics.pop(SIGNS, None) or signs_of(metrics)
         if self.watches and self.function is not default_step:  # Which has done so in its update.
             new = watch(state, new, signs)
         if self.watches and self.sweeps:
