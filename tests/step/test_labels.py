@@ -53,7 +53,8 @@ def trainer(train: dict[str, Any], test: dict[str, Any] | None = None, **overrid
 @pytest.mark.parametrize(
     ('bad', 'options'),
     [
-        (-1, {}), (4, {}), (-100, {}), (-1, {'accumulate': 2, 'data__batch_size': 16}), (-1, {'steps_per_call': 2}),
+        (-1, {}), (4, {}), (-100, {}), (-1, {'accumulate': 2, 'data__batch_size': 16}),
+        (-1, {'steps_per_call': 2}),
         (-1, {'ensemble': {'size': 2}}),
     ],
 )  # fmt: skip
