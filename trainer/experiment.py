@@ -65,7 +65,7 @@ class Experiment:
         tensorboard: whether event files are written too.
         profile: the steps that are traced, or None.
         captures: what is captured of the model's insides, by name.
-        guard: 'stop' or 'warn' where something is not finite; None looks at nothing.
+        guard: 'stop' or 'warn' where something is not finite.
         save_every: period of the checkpoints.
         retention: which checkpoints are kept.
         prefetch: blocks of batches kept ready.
@@ -98,7 +98,7 @@ class Experiment:
     tensorboard: bool
     profile: Window | None
     captures: Mapping[str, Capture]
-    guard: str | None
+    guard: str
     save_every: Duration
     retention: Retention
     prefetch: int
@@ -153,7 +153,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         tensorboard=log.tensorboard,
         profile=_profile(sections, clock),
         captures=probes.captures(sections, clock),
-        guard=sections.guard.non_finite if sections.guard else None,
+        guard=sections.guard.non_finite,
         save_every=checkpoint.every,
         retention=watched.retention(sections, clock),
         prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),

@@ -23,7 +23,7 @@ from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
-from trainer.step import varied
+from trainer.step import health, varied
 from trainer.step.ensemble import EnsembleStep, member_state
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
@@ -74,6 +74,8 @@ class Parts:
             shards=shards,
             log=self._events.log,
             last_step=experiment.total_steps,
+            watches=experiment.guard == 'stop',
+            sweeps=self.mesh.devices.flat[0].platform != 'cpu',
         )
         train_step: TrainStep | EnsembleStep = member
         if experiment.ensemble is not None:
@@ -208,6 +210,18 @@ class Parts:
                 f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
             )
         return self.checkpoints.restore(found, self.programs.abstract)
+
+    def examined(self, state: TrainState, kept: Any = None) -> TrainState:
+        """Returns a restored state with the health that training goes on from.
+
+        Args:
+            state: of a checkpoint.
+            kept: what `health.kept` returned when it was saved.
+        """
+        if self.programs.abstract.health is None:
+            return state
+        fresh = self.programs.examine(state.durable)
+        return dataclasses.replace(state, health=health.restored(fresh, kept))
 
     def as_configured(self, state: TrainState) -> TrainState:
         """Returns a restored state with the numbers that `config.ensemble.vary` has now."""

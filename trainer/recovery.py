@@ -15,6 +15,7 @@ from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
+from trainer.step import health
 from trainer.step.state import TrainState
 from trainer.workdir import describe_run, versions
 
@@ -100,6 +101,7 @@ class Recovery:
         meta = checkpoints.meta(latest)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
             self._report.progress.message('The data begins anew: see --allow_config_change.')
+        state = self._parts.examined(state, meta.get('health'))
         self._restore_early_stopping(meta)
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
         return state, latest
@@ -139,6 +141,7 @@ class Recovery:
                 'step': step,
                 **self._measured(step),
                 **self._consumed.meta(),
+                **health.kept(state.health),
                 'versions': versions(),
                 'config': diff.to_jsonable(self._parts.experiment.config),
             }

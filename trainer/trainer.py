@@ -124,11 +124,13 @@ class Trainer(Parts):
             self._recovery.amend(step)
         due = self._events.next_due(step)
         with self.batches(step, self._calls(step, max_steps)) as batches:
+            self._probes.follow(batches)
             for count, batch in batches:
                 program = self.programs.step if count == 1 else self.programs.fused
                 state = program(state, batch)
                 step += count
                 self.report.stepped(step)
+                self._probes.poll(state)
                 if step == due:
                     look = functools.partial(self._probes.run, batches, batch, stacked=count > 1)
                     state = self._run_events(step, state, batches, look)
@@ -186,8 +188,9 @@ class Trainer(Parts):
 
     def _end(self, step: int, state: TrainState) -> Result:
         """Final save and result."""
-        status = self._status(step)
         self.report.flush()
+        self._probes.check(state)
+        status = self._status(step)
         self._save(step, state)
         self._recovery.end(status, step, state)
         self._notify('end', step, state)
@@ -233,6 +236,7 @@ class Trainer(Parts):
         # What is still queued is the steps' time, not the evaluation's.
         self.report.flush()
         jax.block_until_ready(state.step)
+        self._probes.check(state)
         evaluator = self.evaluators[name]
         compiled = evaluator.compile_secs
         with self.report.time.spent('eval'):
@@ -261,6 +265,11 @@ class Trainer(Parts):
             self.report.progress.message(message)
 
     def _save(self, step: int, state: TrainState) -> None:
+        if self.checkpoints is None:
+            return
+        # Rows first: they show what the check may end the run for.
+        self.report.flush()
+        self._probes.check(state)
         if self._recovery.save(step, state):
             self._notify('save', step, state)
 

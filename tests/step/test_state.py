@@ -82,7 +82,7 @@ def test_every_field_goes_through_a_checkpoint(tmp_path: pathlib.Path) -> None:
         return Trainer(experiment, tmp_path)
 
     first = trainer()
-    saved = first.fit().state
+    saved = first.fit().state.durable
     restored = trainer().restore('latest')
     assert jax.tree.structure(restored) == jax.tree.structure(saved)
     jax.tree.map(np.testing.assert_array_equal, raw(restored), raw(saved))

@@ -108,6 +108,7 @@ class Checkpoints:
         if step not in steps:
             have = ', '.join(map(str, steps)) or 'none'
             raise UserError(f'no checkpoint of step {step} in {self.directory}; there: {have}')
+        abstract = _durable(abstract)
         stored = self.meta(step).get('digest')
         try:
             state = reading.read_state(self.directory / str(step) / 'state', abstract)
@@ -127,7 +128,7 @@ class Checkpoints:
 
     def digest(self, state: Any) -> str:
         """Returns the state's digest."""
-        return self._start_digest(state)()
+        return self._start_digest(_durable(state))()
 
     # ---- writing -------------------------------------------------------------------------------
 
@@ -148,7 +149,7 @@ class Checkpoints:
         self._notice()
         self._scores[step] = self._retention.score(meta)
         # The copy is all that the training waits for: the step that follows donates the state.
-        snapshot = self._copy(state)
+        snapshot = self._copy(_durable(state))
         # A thread of its own, which ends with the save: a trainer that rests holds none.
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         if writing.on_host(snapshot):
@@ -285,3 +286,8 @@ class Checkpoints:
             f'Once the cause is mended, the same command goes on from {start}.',
             may_pass=may_pass(error),
         )
+
+
+def _durable(state: Any) -> Any:
+    """Returns the part of a training state that is saved; of anything else, all of it."""
+    return getattr(state, 'durable', state)

@@ -197,7 +197,7 @@ class CaptureSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardSection:
-    """`config.guard`: what a run does when a loss, a gradient or a parameter is not finite."""
+    """`config.guard`: what a run does when a loss, gradient, parameter or slot is not finite."""
 
     non_finite: Literal['stop', 'warn'] = 'stop'
 
@@ -233,7 +233,7 @@ class Sections:
     log: LogSection = LogSection()
     profile: ProfileSection | None = None
     capture: dict[str, CaptureSection] = dataclasses.field(default_factory=dict)
-    guard: GuardSection | None = None
+    guard: GuardSection = GuardSection()
     init_from: InitFromSection | None = None
     surgery: tuple[Node, ...] = ()
     hooks: dict[str, Node] = dataclasses.field(default_factory=dict)

@@ -25,7 +25,9 @@ from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
 from trainer.startup import abstract_batch
+from trainer.step.checks import complain
 from trainer.step.ensemble import mean_and_each
+from trainer.step.health import SIGNS
 from trainer.step.program import Program
 from trainer.step.state import TrainState, describe
 from trainer.step.task_runner import MASK, compute_metrics
@@ -179,7 +181,21 @@ class Evaluator:
                 args = (totals, variables, state.step, np.int32(index), batch)
                 self._program = self._program or self._compile(args)
                 totals = self._program(*args)
+        self._check_labels(totals, state)
         return summarise(totals)
+
+    def _check_labels(self, totals: Any, state: TrainState) -> None:
+        """Raises a UserError if a label of the split was out of its range."""
+        signs = fetch(totals[SIGNS])
+        if not signs.label:
+            return
+        output = self._output_shapes(state)
+        checks = (output[0] if isinstance(output, tuple) else output).checks
+        count = self.loader.num_batches
+        blocks = () if count is None else (self.loader.block(i, 1) for i in range(count))
+        path = f'config.evals.{self.name}'
+        number, value = int(signs.label) - 1, int(signs.value)
+        raise UserError(complain(path, 'of its split', checks, number, value, blocks))
 
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
         """Yields the task's predictions for each batch, without the padding.
@@ -276,7 +292,7 @@ def summarise(totals: Any) -> dict[str, float | int]:
     Of an ensemble also the means over its members ('members/loss') and each one's
     ('member_0/loss').
     """
-    computed = compute_metrics(fetch(totals))
+    computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != SIGNS}))
     values = {**computed['task'], 'examples': computed['examples']}
     row = {name: np.asarray(value).item() for name, value in values.items()}
     if 'members' in computed:

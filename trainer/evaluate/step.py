@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from trainer.modules import Functional
 from trainer.modules.bound import BoundModel
 from trainer.modules.rng import Keys
+from trainer.step.checks import run_checks
+from trainer.step.health import SIGNS, Signs
 from trainer.step.metrics import Count
 from trainer.step.task_runner import MASK, TaskRunner, merge_metrics
 from trainer.step.tasks import TaskOutput
@@ -40,7 +43,7 @@ class EvalStep:
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, for outputs of these shapes."""
-        return {'task': self.task.empty(output), 'examples': Count.empty()}
+        return {'task': self.task.empty(output), 'examples': Count.empty(), SIGNS: Signs.empty()}
 
     def __call__(
         self,
@@ -60,7 +63,9 @@ class EvalStep:
             batch: arrays (rows, ...), `_mask` among them.
         """
         output = self._output(variables, batch, step, index)
+        label, value = run_checks(output.checks, output.weights)
         new = {
+            SIGNS: Signs(jnp.zeros((), jnp.float32), label, value),
             'task': self.task.measure(output),
             'examples': Count.from_model_output(batch[MASK]),
         }

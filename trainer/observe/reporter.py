@@ -25,7 +25,6 @@ from trainer.observe.report import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
 from trainer.step.ensemble import PerMember, mean_and_each
-from trainer.step.metrics import not_finite
 from trainer.step.task_runner import compute_metrics
 
 
@@ -60,7 +59,6 @@ class Reporter:
         self._mark = (0, 0.0)
         self._waited = (0, 0.0)
         self._began = 0.0
-        self._warned = False
 
     def start(self) -> None:
         """Starts the clock of the whole: `time` is that of one call of `fit`."""
@@ -139,12 +137,6 @@ class Reporter:
         row['train/data_wait_secs'] = pending.data_wait_secs
         self._add(step, row)
         self.progress.update(step, row)
-        if not self._warned and (bad := [n for n in not_finite(metrics) if n.endswith('loss')]):
-            self._warned = True
-            self.progress.message(
-                f'Warning: train/{bad[0]} at step {step:,} is not finite. '
-                '--config.guard.non_finite=stop finds the step and the module where that begins.'
-            )
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         """Writes the row of an evaluation."""

@@ -124,6 +124,7 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
         metrics=whole(abstract.metrics),
         ema=None if abstract.ema is None else params,
         loss_scale=whole(abstract.loss_scale),
+        health=whole(abstract.health),
     )
     return TrainState(**shardings)
 

@@ -18,8 +18,9 @@ def captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
     Raises:
         UserError: for a value that does not fit; and if an ensemble shall be looked into.
     """
-    for key in ('capture', 'guard'):
-        if getattr(sections, key) and sections.ensemble is not None:
+    asked = {'capture': bool(sections.capture), 'guard': sections.guard.non_finite == 'warn'}
+    for key, given in asked.items():
+        if given and sections.ensemble is not None:
             raise UserError(f'config.{key}: an ensemble cannot be looked into; train one member')
     return {
         name: _capture(section, f'config.capture.{name}', sections, clock)

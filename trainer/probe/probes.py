@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What looks at a run from aside at its events; without a key in the config there is nothing."""
+"""Monitors that look at a run at its events: captures, and what is not finite."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from trainer.prefetch import Prefetcher
 from trainer.probe.capture import Captures
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.guard import Guard
+from trainer.probe.replay import Look, Replay
+from trainer.probe.watch import Watch
 from trainer.startup import abstract_batch
 from trainer.step.state import TrainState
 
@@ -35,7 +37,7 @@ class Probes:
         self._report = report
 
     def prepare(self) -> None:
-        """Checks `config.capture` against the model.
+        """Checks `config.capture` against the model, and starts compiling what looks at states.
 
         Raises:
             UserError: for a pattern that matches nothing.
@@ -44,10 +46,40 @@ class Probes:
             spec = abstract_batch(self._parts.experiment.data.spec)
             self._captures.prepare(self._parts.programs.abstract, spec)
 
+        if self._watch is not None:
+            _ = self._parts.programs.sweep
+
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""
         if self._guard is not None:
-            self._guard.keep(step, state, self._place(step))
+            self._guard.keep(step, state)
+        if self._watch is not None:
+            self._watch.begin(step, state, self._place(step))
+
+    def follow(self, batches: Prefetcher) -> None:
+        """Takes the batches that the run reads from here on."""
+        if self._watch is not None:
+            self._watch.batches = batches
+
+    def poll(self, state: TrainState) -> None:
+        """Looks at what the last event has left, if the devices have it; does not wait.
+
+        Raises:
+            NonFiniteError: see `config.guard`.
+            UserError: if a label is out of its range.
+        """
+        if self._watch is not None:
+            self._watch.poll(state)
+
+    def check(self, state: TrainState) -> None:
+        """Waits for a state, and makes sure that it may be evaluated and saved.
+
+        Raises:
+            NonFiniteError: see `config.guard`.
+            UserError: if a label is out of its range.
+        """
+        if self._watch is not None:
+            self._watch.check(state)
 
     def run(
         self, batches: Prefetcher, batch: Batch, step: int, state: TrainState, *, stacked: bool
@@ -67,9 +99,11 @@ class Probes:
         assert self._report is not None
         if self._guard is not None:
             self._report.flush()
-            message = self._guard.check(step, state, self._report.latest, batches)
+            message = self._guard.check(step, state, self._report.latest)
             if message is not None:
                 self._report.progress.message(message)
+        if self._watch is not None:
+            self._watch.note(step, state, batches.state)
         due = self._captures.due(step) if self._captures is not None else []
         if due and self._captures is not None:
             # What is still queued is the steps' time, not the capture's.
@@ -101,5 +135,13 @@ class Probes:
 
     @functools.cached_property
     def _guard(self) -> Guard | None:
-        guard = self._parts.experiment.guard
-        return None if guard is None else Guard(self._parts, self._forward, stops=guard == 'stop')
+        if self._parts.experiment.guard != 'warn':
+            return None
+        return Guard(Replay(self._parts, Look(self._parts, self._forward)))
+
+    @functools.cached_property
+    def _watch(self) -> Watch | None:
+        if self._parts.experiment.guard != 'stop':
+            return None
+        say = self._report.progress.message if self._report else print
+        return Watch(self._parts, Look(self._parts, self._forward), say)

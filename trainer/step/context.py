@@ -25,6 +25,7 @@ import optax
 from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
 from trainer.modules.rng import Keys
+from trainer.step.health import SIGNS, Signs
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState, changes, describe
@@ -131,7 +132,12 @@ class StepContext:
             )
 
     def update(
-        self, state: TrainState, grads: Any, collections: Mapping[str, Any] | None = None
+        self,
+        state: TrainState,
+        grads: Any,
+        collections: Mapping[str, Any] | None = None,
+        *,
+        signs: Signs | None = None,
     ) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state after the optimizer's update and the moving average's, and metrics.
 
@@ -139,9 +145,11 @@ class StepContext:
             state: the state before.
             grads: pytree like its parameters.
             collections: all other variables, if they change.
+            signs: what the forward pass has shown: saves the check after the step a pass over the
+                state.
         """
         collections = state.collections if collections is None else collections
-        return self.train_step.update(state, grads, collections)
+        return self.train_step.update(state, grads, collections, signs)
 
 
 def default_step(
@@ -149,7 +157,7 @@ def default_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """The step of a config without `step`: one gradient, one update."""
     grads, collections, metrics = ctx.gradients(state, batch)
-    state, more = ctx.update(state, grads, collections)
+    state, more = ctx.update(state, grads, collections, signs=metrics[SIGNS])
     return state, {**metrics, **more}
 
 

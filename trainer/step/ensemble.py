@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
 from trainer.step import varied
+from trainer.step.health import Health
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
 from trainer.step.task_runner import compute_metrics
@@ -30,7 +31,7 @@ from trainer.step.train_step import TrainStep
 AXIS = 'ensemble'
 
 # Which of the state's parts every member has for itself.
-_PARTS = ('params', 'opt_state', 'collections', 'metrics', 'ema', 'loss_scale')
+_PARTS = ('params', 'opt_state', 'collections', 'metrics', 'ema', 'loss_scale', 'health')
 _DIMS = TrainState(**dict.fromkeys(_PARTS, 0), step=None)  # type: ignore[arg-type]
 
 
@@ -144,7 +145,8 @@ class EnsembleStep:
     def of(cls, step: TrainStep, ensemble: Ensemble, mesh: Mesh) -> EnsembleStep:
         """Returns the step of an ensemble's members on a mesh, from that of a lone model."""
         first = {path: each[0] for path, each in ensemble.values.items()}
-        member = dataclasses.replace(step, seed=ensemble.seeds[0])
+        # A member that diverges is left as it was: the others train on, and are evaluated with it.
+        member = dataclasses.replace(step, seed=ensemble.seeds[0], sweeps=True, undoes=True)
         if first:
             member = dataclasses.replace(member, optimizer=ensemble.optimizer(first))
         return cls(member=member, ensemble=ensemble, axis=ensemble.axis(mesh))
@@ -164,6 +166,15 @@ class EnsembleStep:
             return self._member(seed, values).restarted(state)
 
         return _wrapped(self._map(one, (0, 0, _DIMS))(*self._members(), _unwrapped(state)))
+
+    def examine(self, state: TrainState) -> Health:
+        """Returns the health of each member of a state that training starts from."""
+        return jax.vmap(self.member.examine, in_axes=(_DIMS,))(_unwrapped(state))
+
+    def sweep(self, state: TrainState) -> Health:
+        """Returns the health of each member, which every step has looked at."""
+        assert state.health is not None
+        return jax.tree.map(jnp.copy, state.health)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> PerMember:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
@@ -205,8 +216,8 @@ class EnsembleStep:
 
             return jax.tree.map(one, tree)
 
-        # Metrics are fetched whole.
-        axes = {name: None if name == 'metrics' else self.axis for name in _PARTS}
+        # Metrics and health are fetched whole.
+        axes = {name: None if name in ('metrics', 'health') else self.axis for name in _PARTS}
         parts = {name: stack(axis, getattr(alone, name)) for name, axis in axes.items()}
         return _wrapped(dataclasses.replace(alone, **parts))
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
+from trainer.step.checks import run_checks
+from trainer.step.health import SIGNS, Signs
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
@@ -58,6 +60,7 @@ class Gradients:
         return {
             'task': self.task.empty(output),
             'penalties': {name: WeightedMean.empty() for name in output.penalties},
+            SIGNS: Signs.empty(),
         }
 
     def __call__(
@@ -74,7 +77,7 @@ class Gradients:
             grads = self.optimizer.select(
                 {name: whole.pull(name, factor, scale) for name, factor in factors.items()}
             )
-            collections, metrics = whole.collections, self._measure(whole.output)
+            collections, metrics = whole.collections, self._measure(whole)
         else:
             grads, collections, metrics = self._accumulate(state, batch, scale)
         if state.loss_scale is not None:
@@ -100,7 +103,7 @@ class Gradients:
             if one.output.penalties:
                 mine = one.pull(None, 0.0, scale / self.accumulate)
                 penalties = jax.tree.map(jnp.add, penalties, mine)
-            metrics = merge_metrics(metrics, self._measure(one.output))
+            metrics = merge_metrics(metrics, self._measure(one))
             weights = jax.tree.map(jnp.add, weights, one.weights)
             return (grads, penalties, one.collections, metrics, weights), None
 
@@ -132,12 +135,17 @@ class Gradients:
             totals, weights = loss_sums(output)
             return (totals, penalty_sum(output)), (output, collections, weights)
 
-        _, pullback, (output, collections, weights) = jax.vjp(losses, state.params, has_aux=True)
-        return _Forward(pullback, output, collections, weights)
+        values, pullback, (output, collections, weights) = jax.vjp(
+            losses, state.params, has_aux=True
+        )
+        return _Forward(pullback, values, output, collections, weights)
 
-    def _measure(self, output: TaskOutput) -> dict[str, Any]:
+    def _measure(self, forward: _Forward) -> dict[str, Any]:
+        output = forward.output
         penalties = output.penalties.items()
+        label, value = run_checks(output.checks, output.weights)
         return {
+            SIGNS: Signs(sum(jax.tree.leaves(forward.values)), label, value),
             'task': self.task.measure(output),
             'penalties': {name: WeightedMean.from_model_output(value) for name, value in penalties},
         }
@@ -165,12 +173,14 @@ class _Forward:
 
     Attributes:
         pullback: from cotangents of (each loss's weighted sum, the penalties' sum) to gradients.
+        values: each loss's weighted sum, and the penalties' sum.
         output: of the task.
         collections: as the pass has left them.
         weights: the sum of each loss's weights.
     """
 
     pullback: Callable[..., tuple[Any]]
+    values: Any
     output: TaskOutput
     collections: dict[str, Any]
     weights: dict[str, jax.Array]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.modules.combine import mean_softmax
+from trainer.step.checks import Check
 from trainer.step.metrics import mean_collection
 from trainer.step.tasks import Batch, TaskOutput
 
@@ -58,7 +59,9 @@ class NextToken:
             counts = counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         hits = {'accuracy': logits.argmax(-1) == targets}
-        return TaskOutput(loss=loss, weights=counts, metrics=hits)
+        counted = jnp.where(counts != 0, targets, 0)
+        checks = {self.tokens: Check(counted, 0, logits.shape[-1] - 1)}
+        return TaskOutput(loss=loss, weights=counts, metrics=hits, checks=checks)
 
     def combine(self, logits: jax.Array) -> jax.Array:
         """Returns an ensemble's logits, of the mean of its members' probabilities.
@@ -117,7 +120,12 @@ class Answer:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         given = logits.argmax(-1) if model.training else model.greedy(*asked, targets.shape[1])
         right = ((given == targets) | ~counts).all(-1)
-        return TaskOutput(loss=(loss * counts).sum(-1), metrics={'exact_match': right})
+        checks = {
+            self.targets: Check(jnp.where(counts, targets, 0), 0, logits.shape[-1] - 1),
+        }
+        # What does not count may be any number, and its loss NaN.
+        loss = jnp.where(counts, loss, 0.0).sum(-1)
+        return TaskOutput(loss=loss, metrics={'exact_match': right}, checks=checks)
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns the answer that the model writes, int (batch, length)."""

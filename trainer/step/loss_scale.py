@@ -10,6 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+_SMALLEST = 1.0
+
 
 @flax.struct.dataclass
 class LossScale:
@@ -35,6 +37,11 @@ class LossScale:
         zero = jnp.zeros((), jnp.int32)
         return cls(scale=jnp.float32(scale), finite_steps=zero, skipped=jnp.copy(zero))
 
+    @property
+    def is_smallest(self) -> jax.Array:
+        """Whether the scale cannot shrink any more: bool scalar."""
+        return self.scale <= _SMALLEST
+
     def metrics(self) -> dict[str, jax.Array]:
         """Returns what a row of metrics says of it."""
         return {'loss_scale': self.scale, 'skipped_updates': self.skipped}
@@ -48,7 +55,7 @@ class LossScale:
         finite_steps = jnp.where(finite, self.finite_steps + 1, 0)
         grow = finite_steps >= self.growth_interval
         grown = jnp.where(grow, jnp.minimum(self.scale * 2, 2.0**127), self.scale)
-        shrunk = jnp.maximum(self.scale / 2, 1.0)
+        shrunk = jnp.maximum(self.scale / 2, _SMALLEST)
         return dataclasses.replace(
             self,
             scale=jnp.where(finite, grown, shrunk),

@@ -258,6 +258,28 @@ class Programs:
         )
 
     @functools.cached_property
+    def examine(self) -> Program:
+        """The health of a state that was restored: `state -> health`."""
+        return Program(
+            'the program that examines the state',
+            self._train_step.examine,
+            (self.abstract.durable,),
+            tracing=self._tracing,
+            out_shardings=replicated(self._mesh),
+        )
+
+    @functools.cached_property
+    def sweep(self) -> Program:
+        """The health of a state after a look at its parameters and slots: `state -> health`."""
+        return Program(
+            'the program that looks for what is not finite',
+            self._train_step.sweep,
+            (self.abstract,),
+            tracing=self._tracing,
+            out_shardings=replicated(self._mesh),
+        )
+
+    @functools.cached_property
     def empty_metrics(self) -> Program:
         """Accumulators that have seen nothing: `() -> metrics`."""
         return Program(

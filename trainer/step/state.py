@@ -11,6 +11,7 @@ import jax
 import optax
 
 from trainer.modules.bound import param_path
+from trainer.step.health import Health
 from trainer.step.loss_scale import LossScale
 
 
@@ -27,6 +28,7 @@ class TrainState:
             that the uninterrupted one would have written.
         ema: moving average of `params`, of halves in float32; or None.
         loss_scale: the dynamic loss scale, or None.
+        health: whether the run is sound so far; None where nothing is checked, and in checkpoints.
     """
 
     step: jax.Array
@@ -36,6 +38,12 @@ class TrainState:
     metrics: Any
     ema: Any = None
     loss_scale: LossScale | None = None
+    health: Health | None = None
+
+    @property
+    def durable(self) -> TrainState:
+        """The state as a checkpoint holds it: what is saved has been found sound."""
+        return dataclasses.replace(self, health=None)
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import optax
 
 from trainer.config.errors import UserError
 from trainer.modules.combine import mean_sigmoid, mean_softmax
+from trainer.step.checks import Check
 from trainer.step.metrics import mean_collection
 
 Batch = Mapping[str, jax.Array]
@@ -59,12 +60,14 @@ class TaskOutput:
         metrics: what the task's metrics are made from; without a `metrics` attribute on the task,
             each is averaged with the weights of the loss.
         penalties: named scalars added to the loss once, such as an L2 term; to each of several.
+        checks: by batch key, values that end the run if one is out of its range.
     """
 
     loss: jax.Array | Mapping[str, jax.Array]
     weights: jax.Array | Mapping[str, jax.Array] | None = None
     metrics: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
     penalties: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    checks: Mapping[str, Check] = flax.struct.field(default_factory=dict)
 
 
 def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:
@@ -136,6 +139,8 @@ def named_twice(who: str, kind: str, name: str) -> str:
 class Classification:
     """Cross-entropy over classes: one of them (softmax), or each for itself (sigmoid).
 
+    A label that is no class ends the run, naming the example, unless it is `ignore_label`.
+
     Attributes:
         inputs: batch key of the model's input.
         label: batch key of the labels: integers (batch, ...), or one number for each class in
@@ -145,6 +150,8 @@ class Classification:
             whose mean is the accuracy.
         label_smoothing: mass moved from the label to all classes, in [0, 1).
         top_k: also report `top{k}_accuracy` for each of these k.
+        ignore_label: a label that stands for none, such as -1: what has it counts in no loss and in
+            no metric. With 'sigmoid' and labels for each class it leaves out that class.
     """
 
     inputs: str = 'image'
@@ -153,14 +160,21 @@ class Classification:
     loss: Literal['softmax', 'sigmoid'] = 'softmax'
     label_smoothing: float = 0.0
     top_k: tuple[int, ...] = ()
+    ignore_label: int | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in ('softmax', 'sigmoid'):
             raise ValueError(f"loss: expected 'softmax' or 'sigmoid', got {self.loss!r}")
         if self.loss == 'sigmoid' and self.top_k:
             raise ValueError("top_k: with loss='sigmoid' no class is the best")
-        if not isinstance(self.top_k, tuple) or not all(isinstance(k, int) for k in self.top_k):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f'label_smoothing: expected a number from 0 to below 1, got {self.label_smoothing}'
+            )
+        if not isinstance(self.top_k, tuple) or not all(type(k) is int for k in self.top_k):
             raise ValueError(f'top_k: expected a tuple of integers such as (5,), got {self.top_k}')
+        if any(k < 1 for k in self.top_k):
+            raise ValueError(f'top_k: expected integers of at least 1, got {self.top_k}')
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
@@ -168,16 +182,71 @@ class Classification:
         return mean_collection(('loss', 'accuracy', *(f'top{k}_accuracy' for k in self.top_k)))
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
-        """Returns per-example losses and hits."""
+        """Returns per-example losses and hits.
+
+        Raises:
+            UserError: if the labels do not fit the logits.
+        """
         logits = jnp.asarray(model(batch[self.inputs]), jnp.float32)
         labels = batch[self.label]
+        self._check_shapes(logits, labels)
+        if labels.dtype == bool and labels.ndim < logits.ndim:
+            labels = labels.astype(jnp.int32)
+        ignored = None if self.ignore_label is None else labels == self.ignore_label
+        safe = labels if ignored is None else jnp.where(ignored, 0, labels)
         measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
-        loss, hits = measure(logits, labels)
+        loss, hits = measure(logits, safe, ignored)
         weights = None if self.weight is None else batch[self.weight]
-        return TaskOutput(loss=loss, weights=weights, metrics=hits)
+        if ignored is not None:
+            # Of labels for each class, an example counts if any of them does.
+            counts = ~ignored if ignored.ndim < logits.ndim else ~ignored.all(-1)
+            weights = _and_weights(counts, weights)
+        return TaskOutput(
+            loss=loss, weights=weights, metrics=hits, checks=self._checks(logits, labels)
+        )
+
+    def _check_shapes(self, logits: jax.Array, labels: jax.Array) -> None:
+        """Checks once, while the step is traced, that labels can be those of the logits."""
+        whole = labels.shape == logits.shape and logits.ndim > 1
+        numbers = labels.shape == logits.shape[:-1]
+        integers = not jnp.issubdtype(labels.dtype, jnp.inexact)
+        name, kind = f'batch[{self.label!r}]', f'{labels.dtype}{list(labels.shape)}'
+        classes = logits.shape[-1] if logits.ndim else 0
+        if not whole and not (numbers and integers):
+            hint = ''
+            if labels.shape == (*logits.shape[:-1], 1):
+                hint = '. A column has a dimension too many: remove it in a transform of the data'
+            elif numbers:
+                hint = '. Numbers of classes are integers: convert them in a transform of the data'
+            raise UserError(
+                f'config.task: {name} is {kind}, and the model returns {list(logits.shape)}: '
+                f'expected integers {list(logits.shape[:-1])}, the number of the class, or '
+                f'{list(logits.shape)}, one value for each class{hint}'
+            )
+        if self.loss == 'sigmoid' and numbers and not whole and classes == 1:
+            raise UserError(
+                f'config.task: the model returns {list(logits.shape)}, and {name} is {kind}. With '
+                "loss='sigmoid' and one logit, a label is 0 or 1 in the shape of the logits"
+            )
+        if any(k > classes for k in self.top_k):
+            raise UserError(
+                f'config.task.top_k: {max(self.top_k)} of {classes} classes; the model returns '
+                f'{list(logits.shape)}'
+            )
+        if whole and self.ignore_label is not None and self.loss == 'softmax':
+            raise UserError(
+                f'config.task.ignore_label goes with numbers of classes; {name} has one value for '
+                "each class. Give such examples the weight 0, or use loss='sigmoid'"
+            )
+
+    def _checks(self, logits: jax.Array, labels: jax.Array) -> dict[str, Check]:
+        if labels.ndim == logits.ndim:
+            return {}
+        highest = logits.shape[-1] - 1
+        return {self.label: Check(labels, 0, highest, ignored=self.ignore_label)}
 
     def _softmax(
-        self, logits: jax.Array, labels: jax.Array
+        self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         is_integer = labels.ndim < logits.ndim
         classes = labels if is_integer else labels.argmax(-1)
@@ -195,13 +264,18 @@ class Classification:
         return loss, hits
 
     def _sigmoid(
-        self, logits: jax.Array, labels: jax.Array
+        self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         yes = _one_hot(labels, logits)
         # Mass moves to the other of two answers.
         target = yes * (1 - self.label_smoothing) + self.label_smoothing / 2
-        loss = optax.sigmoid_binary_cross_entropy(logits, target).sum(-1)
-        return loss, {'accuracy': ((logits > 0) == (yes > 0.5)).mean(-1)}
+        loss = optax.sigmoid_binary_cross_entropy(logits, target)
+        right = (logits > 0) == (yes > 0.5)
+        if ignored is None or ignored.ndim < logits.ndim:
+            return loss.sum(-1), {'accuracy': right.mean(-1)}
+        counted = jnp.maximum((~ignored).sum(-1), 1)
+        loss = jnp.where(ignored, 0.0, loss).sum(-1)
+        return loss, {'accuracy': (right & ~ignored).sum(-1) / counted}
 
     def combine(self, logits: jax.Array) -> jax.Array:
         """Returns an ensemble's logits, of the mean of its members' probabilities.
@@ -220,6 +294,12 @@ class Classification:
         if self.loss == 'sigmoid':
             return {'classes': logits > 0, 'probabilities': jax.nn.sigmoid(logits)}
         return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
+
+
+def _and_weights(counts: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Returns the weights where something counts, and 0 elsewhere: float32 in its shape."""
+    given = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
+    return counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))
 
 
 def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:

@@ -19,7 +19,19 @@ from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
-from trainer.step.loss_scale import LossScale, all_finite, choose
+from trainer.step.health import (
+    SIGNS,
+    Health,
+    Signs,
+    all_finite,
+    check_gradients,
+    check_signs,
+    check_state,
+    signs_of,
+    unless_bad,
+    watch,
+)
+from trainer.step.loss_scale import LossScale, choose
 from trainer.step.metrics import Last
 from trainer.step.norms import norms
 from trainer.step.optimizer import Optimizer, Schedule
@@ -44,6 +56,12 @@ class TrainStep:
         whole: for each parameter whether every device holds all of it; None: unknown.
         log: when rows are logged; where that is known, norms are computed for those steps only.
         last_step: of the run; its row is logged too.
+        watches: whether updates stop where something is not finite: see `health`.
+        sweeps: whether each step looks at all gradients, parameters and slots for that, and not
+            only at the loss. On a CPU that would cost a tenth of a small model's step; there the
+            trainer looks at them at its events.
+        undoes: whether an update that is not finite is taken back, for which the old values are
+            kept until it is known.
     """
 
     model: Functional
@@ -58,6 +76,9 @@ class TrainStep:
     whole: Any = None
     log: Periodic | None = None
     last_step: int = 0
+    watches: bool = False
+    sweeps: bool = False
+    undoes: bool = False
 
     def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
         """Returns the first state, from the shapes of a training batch."""
@@ -93,12 +114,24 @@ class TrainStep:
         Some optimizers keep a copy of the parameters, so this follows every change of these.
         """
         params = state.params
+        opt_state = self.optimizer.transformation(params).init(params)
         return dataclasses.replace(
             state,
-            opt_state=self.optimizer.transformation(params).init(params),
+            opt_state=opt_state,
             # A copy: two leaves of one donated state must not share a buffer.
             ema=None if self.ema_decay is None else jax.tree.map(_average_of, params),
+            health=self.examine(dataclasses.replace(state, opt_state=opt_state))
+            if self.watches
+            else None,
         )
+
+    def examine(self, state: TrainState) -> Health:
+        """Returns the health of a state that training starts from."""
+        return Health.of(state.params, state.opt_state)
+
+    def sweep(self, state: TrainState) -> Health:
+        """Returns the health of a state, after a look at its parameters and slots."""
+        return check_state(state, whole=self._is_whole)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
@@ -107,6 +140,7 @@ class TrainStep:
         if self.function is not default_step:
             return empty_like(jax.eval_shape(self._step, state, batch)[1])
         empty = self._gradients.empty_metrics(state, batch)
+        del empty[SIGNS]
         empty['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
         empty.update(self._learning_rates(lambda schedule: Last.empty()))
         if state.loss_scale is not None:
@@ -124,9 +158,19 @@ class TrainStep:
         context.check_used()
         new, metrics = result if self.function is default_step else checked(state, result)
         collections = self.optimizer.held(state.collections, new.collections)
-        return dataclasses.replace(new, collections=collections), metrics
+        new = dataclasses.replace(new, collections=collections)
+        signs = metrics.pop(SIGNS, None) or signs_of(metrics)
+        if self.watches and self.function is not default_step:  # Which has done so in its update.
+            new = watch(state, new, signs)
+        if self.watches and self.sweeps:
+            health = self.sweep(new)
+            undone = unless_bad(health, new, state) if self.undoes else new
+            new = dataclasses.replace(undone, health=health)
+        return new, metrics
 
-    def update(self, state: TrainState, grads: Any, collections: Any) -> tuple[TrainState, Any]:
+    def update(
+        self, state: TrainState, grads: Any, collections: Any, signs: Signs | None = None
+    ) -> tuple[TrainState, Any]:
         """Returns the state after the optimizer's update, and its norms and learning rates."""
         tx = self.optimizer.transformation(state.params)
         try:
@@ -145,19 +189,28 @@ class TrainStep:
         metrics: dict[str, Any] = {}
         # Of the update just made: the schedule counts the updates before it.
         count = state.step
+        finite = jnp.ones((), bool)
+        if self.sweeps or state.loss_scale is not None:
+            finite = all_finite(grads, whole=self._is_whole)
         if (scale := state.loss_scale) is not None:
             count -= scale.skipped
-            finite = all_finite(grads)
             scale = scale.after(finite)
             new = dataclasses.replace(_new_if(finite, new, state), loss_scale=scale)
             values = scale.metrics().items()
             metrics.update({name: Last.from_model_output(value) for name, value in values})
             updates = choose(finite, updates, jax.tree.map(jnp.zeros_like, updates))
+        if state.health is not None:
+            health = state.health if signs is None else check_signs(state, signs)
+            new = unless_bad(check_gradients(state, health, finite), new, state)
         metrics['norms'] = self._norms(state, grads, updates, new.params)
         metrics.update(
             self._learning_rates(lambda schedule: Last.from_model_output(schedule(count)))
         )
         return new, metrics
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.whole is not None and all(jax.tree.leaves(self.whole))
 
     def _learning_rates(self, measure: Callable[[Schedule], Last]) -> dict[str, Any]:
         schedules = self.optimizer.learning_rates

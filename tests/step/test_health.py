@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step that is not finite: found on the devices, and not trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.probe.models import STEP, build, linen
+from trainer.probe.guard import NonFiniteError
+from trainer.step.ensemble import member_state
+from trainer.step.health import GRADIENT, LOSS, PARAMETER, SLOT
+from trainer.trainer import Trainer
+
+
+class Plain(nn.Module):
+    """A small model, with a parameter that is partly -inf from the start if it is masked."""
+
+    masked: bool = False
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        logits = nn.Dense(10)(x.reshape(len(x), -1))
+        if self.masked:
+            mask = self.param('mask', lambda key: jnp.full(10, -jnp.inf).at[:9].set(0.0))
+            logits = logits + jax.lax.stop_gradient(jnp.maximum(mask, -1e9))
+        return logits
+
+
+PLAIN = {'target': f'{__name__}:Plain'}
+
+
+def parts_of(state: Any) -> Any:
+    return {name: getattr(state, name) for name in ('params', 'opt_state', 'collections')}
+
+
+def same(one: Any, other: Any) -> bool:
+    return jax.tree.all(jax.tree.map(np.array_equal, parts_of(one), parts_of(other)))
+
+
+def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
+    """Returns copies of the states before the first step and after each."""
+    trainer = Trainer(made)
+    function = trainer.programs._train_step
+    if sweeps:  # As on an accelerator.
+        function = dataclasses.replace(function, sweeps=True)
+    step, state = jax.jit(lambda state, batch: function(state, batch)), trainer.init_state()
+    states = [state]
+    with trainer.batches(0, [1] * steps) as batches:
+        for _, batch in batches:
+            state = step(state, batch)
+            states.append(state)
+    return states
+
+
+@pytest.mark.parametrize('sweeps', [False, True])
+def test_a_loss_stops_updates(sweeps: bool) -> None:
+    states = run(build(linen(bad=1)), STEP + 3, sweeps=sweeps)
+    for number, state in enumerate(states):
+        health = state.health
+        assert (int(health.bad_step), int(health.kind)) == (
+            (STEP, LOSS) if number >= STEP else (0, 0)
+        )
+        assert int(state.step) == number
+    assert not same(states[STEP - 2], states[STEP - 1])
+    assert all(same(state, states[STEP - 1]) for state in states[STEP:])
+
+
+def test_gradients_stop_updates_where_each_step_looks_at_them() -> None:
+    states = run(build(linen(bad=1, how='gradient')), STEP + 2, sweeps=True)
+    assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (STEP, GRADIENT)
+    assert all(same(state, states[STEP - 1]) for state in states[STEP:])
+    assert np.isfinite(states[-1].params['first']['bias']).all()
+
+
+def broken_rate(step: Any) -> Any:
+    return jnp.where(step == 5, jnp.inf, 0.01)
+
+
+def overflowing() -> optax.GradientTransformation:
+    """Keeps a sum that overflows in its sixth update, and changes nothing."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        return jax.tree.map(jnp.zeros_like, updates), {'sum': state['sum'] + 6e37}
+
+    return optax.GradientTransformation(lambda params: {'sum': jnp.zeros(())}, update)
+
+
+@pytest.mark.parametrize(
+    ('optimizer', 'kind'),
+    [
+        ({'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}}, PARAMETER),
+        ({'target': f'{__name__}:overflowing'}, SLOT),
+    ],
+)
+def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
+    made = build(PLAIN, optimizer=optimizer)
+    states = run(made, 8, sweeps=True)
+    assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (6, kind)
+    with pytest.raises(NonFiniteError) as caught:  # And at the events of a run on a CPU.
+        Trainer(made).fit()
+    assert 'First non-finite step: 6.' in str(caught.value)
+    assert 'it is the update that is not' in str(caught.value)
+
+
+@pytest.mark.parametrize('sweeps', [False, True])
+def test_what_was_not_finite_at_the_start_does_not_count(sweeps: bool) -> None:
+    made = build({**PLAIN, 'masked': True}, train_for='12 steps')
+    state = run(made, 3, sweeps=sweeps)[-1]
+    assert np.isneginf(state.params['mask']).sum() == 1
+    assert not state.health.is_bad
+    assert Trainer(made).fit().status == 'finished'
+
+
+def test_a_resumed_run_knows_it_too(tmp_path: pathlib.Path) -> None:
+    made = build({**PLAIN, 'masked': True}, train_for='6 steps')
+    Trainer(made, str(tmp_path)).fit(max_steps=3)
+    assert Trainer(made, str(tmp_path)).fit().status == 'finished'
+
+
+def test_no_checkpoint_of_a_diverged_run(tmp_path: pathlib.Path) -> None:
+    made = build(
+        PLAIN, checkpoint__every='1 steps', log__every='40 steps',
+        optimizer={'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
+    )  # fmt: skip
+    trainer = Trainer(made, str(tmp_path))
+    with pytest.raises(NonFiniteError, match='the newest checkpoint is of step 5'):
+        trainer.fit()
+    assert trainer.checkpoints is not None and trainer.checkpoints.latest() == 5
+
+
+def test_an_optimizer_that_copes_may_do_so() -> None:
+    inner = {'target': 'optax:sgd', 'learning_rate': 0.01}
+    made = build(
+        linen(bad=1), train_for='20 steps',
+        optimizer={'target': 'optax:apply_if_finite', 'inner': inner, 'max_consecutive_errors': 5},
+    )  # fmt: skip
+    result = Trainer(made).fit()
+    assert result.status == 'finished'
+    assert int(result.state.opt_state.total_notfinite) == 1
+
+
+class Huge(nn.Module):
+    """Its gradients overflow in float16 whatever the scale."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.Dense(10)(x.reshape(len(x), -1))
+        return _steep(x)
+
+
+@jax.custom_vjp
+def _steep(x: Any) -> Any:
+    return x
+
+
+_steep.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp.inf),))
+
+
+@pytest.mark.parametrize(('scale', 'skips', 'step'), [(2.0**60, 50, 50), (4.0, 3, 3)])
+def test_a_loss_scale_that_finds_no_place(scale: float, skips: int, step: int) -> None:
+    """After 50 skips in a row, or when the scale cannot get smaller."""
+    made = build(
+        {'target': f'{__name__}:Huge'}, train_for='80 steps',
+        precision={'compute': 'float16', 'loss_scale': scale},
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError) as caught:
+        Trainer(made).fit()
+    assert f'a gradient is not finite at step {step};' in str(caught.value)
+    assert f'has skipped {skips} updates in a row' in str(caught.value)
+
+
+def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
+    """A step that uses nothing of the trainer's own."""
+
+    def loss_fn(params: Any) -> Any:
+        return ctx.loss(ctx.task(ctx.bind(params), batch))
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    loss = jnp.where(state.step == 4, jnp.nan, loss)
+    params = jax.tree.map(lambda p, g: p - 0.01 * g, state.params, grads)
+    return state.replace(params=params), {'loss': loss}
+
+
+def test_a_step_of_ones_own() -> None:
+    made = build(PLAIN, step={'ref': f'{__name__}:by_hand'})
+    states = run(made, 8)
+    assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (5, LOSS)
+    assert all(same(state, states[4]) for state in states[5:])
+    with pytest.raises(NonFiniteError, match='the loss is not finite at step 5'):
+        Trainer(made).fit()
+
+
+def ensemble(rates: tuple[float, ...], **overrides: Any) -> Any:
+    vary = {'optimizer': {'learning_rate': rates}}
+    return build(PLAIN, ensemble={'size': len(rates), 'vary': vary}, **overrides)
+
+
+def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    """It is left as it was and named, and the others train on as if it were not there."""
+    made = ensemble((0.01, 3e38, 0.02))
+    trainer = Trainer(made, str(tmp_path))
+    result = trainer.fit()
+    assert result.status == 'finished'
+    out = capsys.readouterr().out
+    assert out.count('member 1 (seed 1, optimizer.learning_rate 3e+38) has diverged') == 1
+    bad = int(result.state.health.bad_step[1])
+    assert result.state.health.bad_step.tolist() == [0, bad, 0] and bad > 0
+    sound = Trainer(ensemble((0.01, 0.015, 0.02))).fit().state
+    for member in (0, 2):
+        assert same(member_state(result.state, member), member_state(sound, member))
+    # A resumed run leaves it alone, too.
+    longer = Trainer(ensemble((0.01, 3e38, 0.02), train_for='50 steps'), str(tmp_path)).fit().state
+    assert longer.health.bad_step.tolist() == [0, bad, 0]
+    assert same(member_state(longer, 1), member_state(result.state, 1))
+
+
+def test_no_member_left() -> None:
+    with pytest.raises(NonFiniteError, match='no member of the ensemble is left'):
+        Trainer(ensemble((2e38, 3e38))).fit()

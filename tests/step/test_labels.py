@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labels that do not fit the model: refused, with the example."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from data.sources import ArraySource
+from tests.command import ROOT
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.step.checks import run_checks
+from trainer.step.language import NextToken
+from trainer.step.tasks import Classification
+from trainer.trainer import Trainer
+
+MLP = str(ROOT / 'configs' / 'mnist_mlp.py')
+
+
+class Images(ArraySource):
+    """64 images of 4 classes, one of which has another label."""
+
+    def __init__(self, bad: Any = 0, at: int = 37, dtype: str = 'int32', column: bool = False):
+        label = (np.arange(64) % 4).astype(dtype)
+        label[at] = bad
+        image = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
+        super().__init__({'image': image, 'label': label[:, None] if column else label})
+
+
+def trainer(train: dict[str, Any], test: dict[str, Any] | None = None, **overrides: Any) -> Trainer:
+    source = {'target': f'{__name__}:Images'}
+    evals = {
+        'test': {
+            'every': '2 steps',
+            'data': {'source': {**source, **(test or {})}, 'batch_size': 16},
+        }
+    }
+    data = {'source': {**source, **train}, 'batch_size': 8}
+    options = {
+        'data': data, 'evals': evals, 'train_for': '16 steps', 'log__every': '4 steps',
+        'model': {'target': 'models.mlp:MLP', 'features': (8, 4)},
+    }  # fmt: skip
+    return Trainer(load_and_build(MLP, **{**options, **overrides}))
+
+
+@pytest.mark.parametrize(
+    ('bad', 'options'),
+    [
+        (-1, {}), (4, {}), (-100, {}), (-1, {'accumulate': 2, 'data__batch_size': 16}),
+        (-1, {'steps_per_call': 2}),
+        (-1, {'ensemble': {'size': 2}}),
+    ],
+)  # fmt: skip
+def test_a_label_out_of_its_range(bad: int, options: dict[str, Any]) -> None:
+    made = trainer({'bad': bad}, **options)
+    with pytest.raises(UserError) as caught:
+        made.fit()
+    said = str(caught.value)
+    assert f"config.task: batch['label'] holds {bad} (example 37 in step " in said
+    assert 'expected 0 to 3, for the model returns 4 logits' in said
+
+
+def test_a_label_of_an_evaluation() -> None:
+    with pytest.raises(
+        UserError, match=r"config\.evals\.test: batch\['label'\] holds -1 \(example 5"
+    ):
+        trainer({}, {'bad': -1, 'at': 5}).fit()
+
+
+def test_a_label_to_ignore() -> None:
+    """It counts neither in the loss nor in the accuracy, smoothing or not."""
+    task = {'target': 'trainer.step.tasks:Classification', 'ignore_label': -1}
+    result = trainer({'bad': -1}, {'bad': -1}, task=task).fit()
+    assert result.status == 'finished'
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)), jnp.float32)
+    labels = jnp.array([0, -1, 2, 3, -1])
+    for smoothing in (0.0, 0.1):
+        made = Classification(ignore_label=-1, label_smoothing=smoothing, top_k=(2,))
+        output = made(lambda x: x, {'image': logits, 'label': labels})
+        kept = np.array([0, 2, 3])
+        target = optax.smooth_labels(jax.nn.one_hot(labels[kept], 4), smoothing)
+        wanted = optax.softmax_cross_entropy(logits[kept], target).mean()
+        weights = np.asarray(output.weights)
+        assert weights.tolist() == [1, 0, 1, 1, 0]
+        assert float((output.loss * weights).sum() / weights.sum()) == pytest.approx(float(wanted))
+        assert run_checks(output.checks, output.weights)[0] == 0
+
+
+def test_labels_for_each_class_may_be_missing() -> None:
+    made = Classification(loss='sigmoid', ignore_label=-1)
+    logits = jnp.array([[2.0, -1.0], [0.5, 3.0], [1.0, 1.0]])
+    labels = jnp.array([[1, -1], [0, 1], [-1, -1]])
+    output = made(lambda x: x, {'image': logits, 'label': labels})
+    each = optax.sigmoid_binary_cross_entropy(logits, labels)
+    np.testing.assert_allclose(output.loss, [each[0, 0], each[1, 0] + each[1, 1], 0], rtol=1e-6)
+    np.testing.assert_allclose(output.metrics['accuracy'], [1, 0.5, 0])
+    assert output.weights.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ('train', 'task', 'message'),
+    [
+        ({'column': True}, {}, r'is int32\[8, 1\], and the model returns \[8, 4\].*A column has'),
+        ({'column': True, 'dtype': 'float32'}, {}, r'is float32\[8, 1\], and the model'),
+        ({'dtype': 'float32'}, {}, 'is float32.*Numbers of classes are integers'),
+        ({'column': True}, {'loss': 'sigmoid'}, r'is int32\[8, 1\]'),
+        ({}, {'top_k': (2, 9)}, 'config.task.top_k: 9 of 4 classes'),
+    ],
+)
+def test_shapes_and_kinds(train: dict[str, Any], task: dict[str, Any], message: str) -> None:
+    task = {'target': 'trainer.step.tasks:Classification', **task}
+    with pytest.raises(UserError) as caught:
+        trainer(train, train, task=task).fit()
+    assert re.search(message, str(caught.value), re.S), caught.value
+
+
+def test_one_logit_takes_no_number_of_a_class() -> None:
+    batch = {'image': jnp.zeros((3, 1)), 'label': jnp.array([0, 1, 0])}
+    with pytest.raises(UserError, match='a label is 0 or 1 in the shape of the logits'):
+        Classification(loss='sigmoid')(lambda x: x, batch)
+
+
+@pytest.mark.parametrize('smoothing', [-1.0, 1.0, 2.0])
+def test_a_smoothing_that_is_none(smoothing: float) -> None:
+    with pytest.raises(ValueError, match='label_smoothing: expected a number from 0 to below 1'):
+        Classification(label_smoothing=smoothing)
+
+
+def test_tokens_beyond_the_vocabulary() -> None:
+    tokens = jnp.array([[1, 2, 3], [4, 9, 0]])
+    output = NextToken()(lambda x: jnp.zeros((2, 3, 5)), {'tokens': tokens})
+    number, value = run_checks(output.checks, output.weights)
+    assert (int(number), int(value)) == (1, 9)
+
+
+def test_rows_without_weight_may_hold_any_label() -> None:
+    batch = {
+        'image': jnp.zeros((3, 4)),
+        'label': jnp.array([0, 77, 1]),
+        'w': jnp.array([1.0, 0, 1]),
+    }
+    output = Classification(weight='w')(lambda x: x, batch)
+    assert run_checks(output.checks, output.weights)[0] == 0
+    output = Classification()(lambda x: x, batch)
+    assert run_checks(output.checks, jnp.ones(3))[1] == 77

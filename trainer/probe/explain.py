@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of a step in which something is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.modules.bound import param_path
+from trainer.modules.tap import ROOT, in_order, is_float
+from trainer.step.health import all_finite
+
+UPDATE_ALONE = (
+    'The loss and all gradients are finite: it is the update that is not. Look at the learning '
+    'rate and the optimizer.'
+)
+
+
+def explain(
+    found: list[Any], loss: bool, grads: Mapping[str, bool], batch: Mapping[str, bool]
+) -> str:
+    """Returns what was the first thing in a step that was not finite.
+
+    Args:
+        found: the flags of each call of each module, from a `Tap`.
+        loss: whether the losses are finite.
+        grads: whether the gradient of each parameter is, by path.
+        batch: whether each field of the batch is, by name.
+    """
+    calls = in_order(found)
+    bad = next((number for number, call in enumerate(calls) if not call.seen['output']), None)
+    if bad is not None:
+        call = calls[bad]
+        name = call.name if call.path else f'{ROOT}, the model itself'
+        return (
+            f'The first module whose output is not finite is {name}, number {bad + 1} of '
+            f'{len(calls)} in the order of the calls: {_blame(call.seen, _not(batch))}'
+        )
+    if not loss:
+        return (
+            'The output of every module is finite, and the loss is not: it is the task '
+            f'that makes it so{_in_batch(_not(batch))}. A label that is not below the number of '
+            'classes does, or the logarithm of 0.'
+        )
+    if wrong := _not(grads):
+        more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
+        return (
+            'The loss and the output of every module are finite, the gradients are not: '
+            f'{", ".join(wrong[:5])}{more}. Look for what has no derivative where it was '
+            'computed: a square root or a norm of zero, a division that `where` hides.'
+        )
+    return UPDATE_ALONE
+
+
+def _blame(flags: Mapping[str, Any], fields: Sequence[str]) -> str:
+    if not flags['variables']:
+        return 'its parameters, or statistics, already were not.'
+    if not flags['input']:
+        return f'its input already was not{_in_batch(fields)}, while its parameters were finite.'
+    return 'its input and its parameters were finite.'
+
+
+def _in_batch(fields: Sequence[str]) -> str:
+    return f' (and so is {", ".join(fields)} in the batch)' if fields else ''
+
+
+def _not(flags: Mapping[str, bool]) -> list[str]:
+    return [name for name, fine in flags.items() if not fine]
+
+
+def flags(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
+    """Returns what `explain` reads of a call of a module."""
+    return {
+        'output': all_finite(output),
+        'input': all_finite(inputs),
+        'variables': all_finite(variables),
+    }
+
+
+def each_finite(tree: Any) -> dict[str, jax.Array]:
+    """Returns for each float leaf, by path, whether all of it is finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {param_path(p): jnp.all(jnp.isfinite(x)) for p, x in leaves if is_float(x)}

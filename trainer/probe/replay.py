@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the steps since a sound state again, to find where something is first not finite.
+
+The numbers of a run are looked at late, when every later step has spread the damage. Training is a
+function of the state and of the position in the data, so it can be run again, one step at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.modules.tap import Tap
+from trainer.parallel.host import fetch
+from trainer.parallel.mesh import batch_shards
+from trainer.prefetch import Prefetcher
+from trainer.probe.explain import each_finite, explain, flags
+from trainer.probe.forward import Batch, Forward
+from trainer.startup import abstract_batch
+from trainer.step.checks import Check
+from trainer.step.context import default_step
+from trainer.step.ensemble import member_state
+from trainer.step.gradients import Gradients
+from trainer.step.health import all_finite
+from trainer.step.state import TrainState
+from trainer.step.tasks import TaskOutput
+
+if TYPE_CHECKING:
+    from trainer.parts import Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A state that steps can be run again from.
+
+    Attributes:
+        step: number of completed updates.
+        state: a copy, or None: then only the place is known.
+        place: where a stream was, None for data that is a function of the position.
+    """
+
+    step: int
+    state: TrainState | None
+    place: Any = None
+
+
+class Replay:
+    """Keeps copies of states, and runs the steps after one again."""
+
+    def __init__(self, parts: Parts, look: Look):
+        """Keeps nothing yet.
+
+        Args:
+            parts: the run's programs and data.
+            look: finds where in a step something is not finite.
+        """
+        self._parts = parts
+        self._look = look
+        self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+
+    def keep(self, step: int, state: TrainState, place: Any = None) -> Kept:
+        """Returns a copy of a state: the step donates its own."""
+        return Kept(step, self._copy(state), place)
+
+    def find(
+        self,
+        kept: Kept,
+        stop: int,
+        is_bad: Callable[[TrainState], bool],
+        *,
+        running: Prefetcher | None = None,
+        ends: bool = False,
+    ) -> str:
+        """Returns in which step up to `stop` something is first not finite, and where.
+
+        Args:
+            kept: a sound state.
+            stop: number of a step after which the state is not.
+            is_bad: whether a state is not sound.
+            running: the batches of the run, if it still reads any.
+            ends: whether the run ends here, so that a stream may be read again.
+        """
+        step, state, data = kept.step, kept.state, self._parts.experiment.data
+        assert state is not None
+        if hasattr(data, 'restore'):
+            if not ends or (kept.place is None and step > 0):
+                return (
+                    f'Last finite step known: {step:,}. Where it began is not known: the data is '
+                    'a stream, which cannot be read again while the run goes on.'
+                )
+            if running is not None:
+                running.close()
+            data.restore(step, kept.place)
+        with read_again(self._parts, step, stop) as batches:
+            for number, (_, batch) in enumerate(batches, start=step + 1):
+                look = self._look(state, batch)
+                empty = self._parts.programs.empty_metrics()
+                state = self._parts.programs.step(dataclasses.replace(state, metrics=empty), batch)
+                if is_bad(state):
+                    return (
+                        f'Last finite step: {number - 1:,}. First non-finite step: {number:,}.\n'
+                        + explain(*fetch(look))
+                    )
+        return (
+            f'Last finite step: {step:,}. When the {stop - step:,} steps since were run again, '
+            'all values were finite: they are not deterministic.'
+        )
+
+
+class Look:
+    """Runs a step's forward and backward pass again, and flags what is not finite in them."""
+
+    def __init__(self, parts: Parts, forward: Forward):
+        """Compiles nothing yet.
+
+        Args:
+            parts: the run's programs and data.
+            forward: the forward pass of the train step.
+        """
+        self._parts = parts
+        self._forward = forward
+
+    def __call__(self, state: TrainState, batch: Batch) -> Any:
+        """Returns what `explain` reads, on the devices, for a state and the batch of its step."""
+        return self._compiled(state, batch)
+
+    @property
+    def checks(self) -> Mapping[str, Check]:
+        """The checks of the task's output, by batch key."""
+        state = self._parts.programs.abstract
+        if self._parts.experiment.ensemble is not None:
+            state = jax.eval_shape(lambda stacked: member_state(stacked, 0), state)
+        spec = abstract_batch(self._parts.experiment.data.spec)
+
+        def run(state: TrainState, batch: Batch) -> TaskOutput:
+            return self._forward(Tap(), state, batch, slices=1)[0]
+
+        return self._forward.shapes(run, dataclasses.replace(state, metrics=None), spec).checks
+
+    @functools.cached_property
+    def _compiled(self) -> Any:
+        def run(state: TrainState, batch: Batch) -> Any:
+            tap = Tap(flags)
+            outputs = self._forward(tap, state, batch)
+            losses = all_finite([(o.loss, o.penalties) for o in outputs])
+            grads = self._gradients(state, batch)
+            return tap.found, losses, each_finite(grads), each_finite(dict(batch))
+
+        return self._forward.compiled(run)
+
+    def _gradients(self, state: TrainState, batch: Batch) -> Any:
+        experiment = self._parts.experiment
+        if experiment.step is not default_step:
+            return {}  # A step of the user's own has gradients of its own.
+        gradients = Gradients(
+            model=experiment.model,
+            task=experiment.task,
+            optimizer=experiment.optimizer,
+            seed=experiment.seed,
+            accumulate=experiment.accumulate,
+            shards=batch_shards(self._parts.mesh),
+        )
+        return gradients(state, batch)[0]
+
+
+def read_again(parts: Parts, start: int, stop: int) -> Prefetcher:
+    """Returns the batches of the steps from `start` up to `stop`, beside the run's own."""
+    # The run may go on: so the loader is not closed.
+    rows = parts.experiment.clock.batch_size
+    calls = itertools.repeat(1, stop - start)
+    block = parts.experiment.data.block
+    return Prefetcher.on_mesh(block, calls, parts.mesh, rows, start=start)

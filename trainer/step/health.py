@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds what is not finite inside the step, and keeps it from being trained on.
+
+The flag is sticky and part of the state: from the first bad step on every update is a no-op. The
+host reads it when it reads a row of metrics anyway, so no step waits for it. Checkpoints do not
+hold it: no save commits while it is set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from trainer.modules.bound import param_path
+from trainer.parallel.host import fetch
+from trainer.step.loss_scale import choose
+from trainer.step.metrics import WeightedMean
+
+if TYPE_CHECKING:
+    from trainer.step.state import TrainState
+
+# What was found first; a label outside its range is LABELS + the number of its check.
+LOSS, GRADIENT, PARAMETER, SLOT, LABELS = 1, 2, 3, 4, 8
+
+# Updates in a row that a loss scale may skip.
+MOST_SKIPS = 50
+
+# Where the signs of a batch travel among the metrics of a step.
+SIGNS = '_signs'
+
+# What a step must not change once updates have stopped.
+_FROZEN = ('params', 'opt_state', 'collections', 'ema', 'loss_scale')
+
+_BAD_STEP, _KIND, _VALUE, _SKIPS, _KNOWN = range(5)
+
+# Elements up to which arrays share one kernel on an accelerator: see `norms`.
+_SMALL = 2**17
+
+
+@flax.struct.dataclass
+class Health:
+    """Whether a run is sound, and if not, since when and why.
+
+    Attributes:
+        packed: int32 (4 + leaves,): the properties below, and for each parameter and each leaf of
+            the optimizer state how many elements were not finite at the start (a mask of -inf),
+            which do not count. One array: each costs a small model's step microseconds.
+    """
+
+    packed: jax.Array
+
+    @classmethod
+    def of(cls, params: Any, opt_state: Any) -> Health:
+        """Returns the health of a state that training starts from."""
+        known = [_count(x) for x in floats((params, opt_state))]
+        return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array(known, jnp.int32)]))
+
+    @property
+    def bad_step(self) -> jax.Array:
+        """The first step (from 1) that was not sound; 0 for none: int32 (...)."""
+        return self.packed[..., _BAD_STEP]
+
+    @property
+    def kind(self) -> jax.Array:
+        """What was found there: LOSS, GRADIENT, PARAMETER, SLOT or LABELS + n: int32 (...)."""
+        return self.packed[..., _KIND]
+
+    @property
+    def value(self) -> jax.Array:
+        """The label that was found: int32 (...)."""
+        return self.packed[..., _VALUE]
+
+    @property
+    def skips(self) -> jax.Array:
+        """Updates in a row that the loss scale has skipped: int32 (...)."""
+        return self.packed[..., _SKIPS]
+
+    @property
+    def known(self) -> jax.Array:
+        """Elements that were not finite at the start, of each leaf: int32 (..., leaves)."""
+        return self.packed[..., _KNOWN:]
+
+    @property
+    def is_bad(self) -> jax.Array:
+        """Whether updates have stopped: bool (...)."""
+        return self.bad_step > 0
+
+    def flagged(
+        self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: int | jax.Array = 0
+    ) -> Health:
+        """Returns the health after a check; what was found first stays.
+
+        Args:
+            bad: bool scalar, whether the check has found something.
+            kind: what that is.
+            step: number of the step, from 1.
+            value: of a label.
+        """
+        found = jnp.stack([jnp.asarray(x, jnp.int32) for x in (step, kind, value)])
+        packed = jnp.concatenate([found, self.packed[_SKIPS:]])
+        return Health(jnp.where(bad & ~self.is_bad, packed, self.packed))
+
+    def skipping(self, skips: jax.Array) -> Health:
+        """Returns the health with another number of skipped updates."""
+        return Health(self.packed.at[_SKIPS].set(jnp.where(self.is_bad, self.skips, skips)))
+
+
+def kept(health: Health | None) -> dict[str, Any]:
+    """Returns what a checkpoint keeps in its metadata of a health that is not that of a new run.
+
+    A member of an ensemble may have stopped, and a loss scale may be in the middle of its skips.
+    """
+    if health is None:
+        return {}
+    first = fetch(health.packed)[..., :_KNOWN]
+    return {'health': first.tolist()} if first.any() else {}
+
+
+def restored(health: Health, kept: Any) -> Health:
+    """Returns the health of a restored state with what `kept` has returned when it was saved."""
+    if kept is None:
+        return health
+    packed = np.array(fetch(health.packed))
+    packed[..., :_KNOWN] = kept
+    return Health(jax.device_put(packed, health.packed.sharding))
+
+
+@flax.struct.dataclass
+class Signs(clu.metrics.Metric):
+    """What a forward pass shows of a batch, merged over its slices like a metric.
+
+    Attributes:
+        losses: float32 scalar that is finite exactly if all losses and penalties are.
+        label: int32 scalar, 1 + the number of the first check that failed; 0 for none.
+        value: int32 scalar, the value that failed.
+    """
+
+    losses: jax.Array
+    label: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def empty(cls) -> Signs:
+        """Returns the signs of nothing."""
+        zero = jnp.zeros((), jnp.int32)
+        return cls(jnp.zeros((), jnp.float32), zero, zero)
+
+    def merge(self, other: Signs) -> Signs:
+        """Returns the signs of both."""
+        mine = self.label > 0
+        return Signs(
+            # Never finite again: infinities of both signs give NaN.
+            losses=self.losses + other.losses,
+            label=jnp.where(mine, self.label, other.label),
+            value=jnp.where(mine, self.value, other.value),
+        )
+
+
+def signs_of(metrics: Any) -> Signs:
+    """Returns the signs of a step that gives none, from the means that it calls a loss."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        metrics, is_leaf=lambda node: isinstance(node, WeightedMean)
+    )
+    losses = [
+        x.total
+        for path, x in leaves
+        if isinstance(x, WeightedMean) and param_path(path).endswith('loss')
+    ]
+    return dataclasses.replace(Signs.empty(), losses=sum(losses, jnp.float32(0)))
+
+
+def check_signs(state: TrainState, signs: Signs) -> Health:
+    """Returns the health after a forward pass.
+
+    Args:
+        state: before the step.
+        signs: of its batch.
+    """
+    assert state.health is not None
+    step, label = state.step + 1, signs.label
+    health = state.health.flagged(label > 0, LABELS + label - 1, step, signs.value)
+    if copes(state.opt_state):
+        return health
+    return health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
+
+
+def check_gradients(state: TrainState, health: Health, finite: jax.Array) -> Health:
+    """Returns the health after a backward pass.
+
+    A loss scale finds its place by gradients that are not finite: these are skipped and counted,
+    and bad only if the scale cannot get smaller, or after `MOST_SKIPS` in a row. An optimizer that
+    has a rule of its own for them may use it.
+
+    Args:
+        state: before the update.
+        health: after the forward pass.
+        finite: bool scalar, whether all gradients are.
+    """
+    scale, step = state.loss_scale, state.step + 1
+    if scale is None:
+        return health if copes(state.opt_state) else health.flagged(~finite, GRADIENT, step)
+    skips = jnp.where(finite, 0, health.skips + 1)
+    hopeless = ~finite & (scale.is_smallest | (skips >= MOST_SKIPS))
+    return health.skipping(skips).flagged(hopeless, GRADIENT, step)
+
+
+def check_state(state: TrainState, *, whole: bool = False) -> Health:
+    """Returns the health after an update: of the new parameters and the optimizer state.
+
+    Args:
+        state: after the update.
+        whole: whether every device holds all of every parameter.
+    """
+    assert state.health is not None
+    params, slots = floats(state.params), floats(state.opt_state)
+    known = state.health.known
+    bad_params = _any_more(params, known[: len(params)], whole=whole)
+    bad_slots = _any_more(slots, known[len(params) :], whole=whole)
+    health = state.health.flagged(bad_params, PARAMETER, state.step)
+    return health.flagged(bad_slots, SLOT, state.step)
+
+
+def unless_bad(health: Health, new: TrainState, old: TrainState) -> TrainState:
+    """Returns the new state, with the values of the old one where updates have stopped."""
+    kept = {name: choose(health.is_bad, getattr(old, name), getattr(new, name)) for name in _FROZEN}
+    return dataclasses.replace(new, health=health, **kept)
+
+
+def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
+    """Returns the state after a step of the user's own, unless its forward pass was not sound.
+
+    Args:
+        before: the state before the step.
+        after: the state after it.
+        signs: of its forward pass.
+    """
+    assert after.health is not None
+    early = check_signs(before, signs)
+    return unless_bad(choose(early.is_bad, early, after.health), after, before)
+
+
+def copes(opt_state: Any) -> bool:
+    """Whether an optimizer has a rule of its own for gradients that are not finite."""
+    kind = optax.ApplyIfFiniteState
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    return any(isinstance(node, kind) for node in nodes)
+
+
+def all_finite(tree: Any, *, whole: bool = False) -> jax.Array:
+    """Returns a bool scalar: whether all floats of a tree are finite.
+
+    Args:
+        tree: arrays.
+        whole: whether every device holds all of every array.
+    """
+    leaves = floats(tree)
+    return ~_any_more(leaves, jnp.zeros(len(leaves), jnp.int32), whole=whole)
+
+
+def _any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> jax.Array:
+    """Returns whether more elements are not finite than are known.
+
+    Small arrays share one kernel where no device holds only a part of one.
+    """
+    joined: list[int] = []
+    alone: list[int] = []
+    for index, leaf in enumerate(leaves):
+        plain = leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        (joined if whole and plain and leaf.size <= _SMALL else alone).append(index)
+    groups = [[index] for index in alone] + ([joined] if joined else [])
+    found = [jnp.zeros((), bool)]
+    for group in groups:
+        arrays = [leaves[index] for index in group]
+        if len(arrays) > 1:
+            arrays = [jnp.concatenate([x.astype(jnp.float32).ravel() for x in arrays])]
+        found.append(_count(arrays[0]) > sum(known[index] for index in group))
+    return jnp.stack(found).any()
+
+
+def _count(x: jax.Array) -> jax.Array:
+    """Returns the number of elements that are not finite, int32, at most 2^30."""
+    # Counted in float32: a very large array must not count around to 0.
+    count = jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
+    return jnp.minimum(count, 2.0**30).astype(jnp.int32)
+
+
+def floats(tree: Any) -> list[jax.Array]:
+    """Returns the leaves that can be anything but finite."""
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')]
+    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
