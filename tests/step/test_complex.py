@@ -15,10 +15,12 @@ import pytest
 
 from tests import command
 from tests.step import tiny
+from trainer.config.errors import UserError
 from trainer.modules.precision import Precision
 from trainer.step import norms
 from trainer.step.optimizer import Optimizer, RegexMask
 from trainer.step.tasks import TaskOutput
+from trainer.transfer import safetensors
 
 GOAL = np.asarray([1 - 2j, -0.5 + 1j, 3j], np.complex64)
 START = np.full(3, 0.5 + 0.5j, np.complex64)
@@ -179,6 +181,19 @@ def test_slots_are_complex_and_where_the_parameter_is(tmp_path: pathlib.Path) ->
         jax.device_get(start.opt_state[0]),
         jax.device_get(made.restore(10).opt_state[0]),
     )
+
+
+def test_complex_weights_do_not_become_real_ones(tmp_path: pathlib.Path) -> None:
+    """In a file of weights they are what they are, and a real parameter does not take them."""
+    held = {'params/z': GOAL, 'params/w': np.float32(2)}
+    safetensors.write(tmp_path / 'complex.safetensors', held)
+    read = safetensors.read(tmp_path / 'complex.safetensors')
+    np.testing.assert_array_equal(read['params/z'], GOAL)
+    params = trainer(init_from={'path': str(tmp_path / 'complex.safetensors')}).init_state().params
+    np.testing.assert_array_equal(params['z'], GOAL)
+    safetensors.write(tmp_path / 'other.safetensors', {**held, 'params/w': np.complex64(2 + 1j)})
+    with pytest.raises(UserError, match=r'params/w: complex64\[\] there, float32\[\] in the model'):
+        trainer(init_from={'path': str(tmp_path / 'other.safetensors')}).init_state()
 
 
 class Kernel(nn.Module):

@@ -157,7 +157,8 @@ def _check_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
     if not isinstance(node, Mapping):
         return
     if str(node.get('target')).endswith(':MultiSteps'):
-        within = [where for where in steps if where.startswith((f'{path}.', f'{path}['))]
+        mine = [where for where in steps if where.startswith(f'{path}.')]
+        within = [where for where in mine if where != f'{path}.every_k_schedule']
         if within:
             raise UserError(
                 f'{within[0]}: a duration is in steps of the run, and what is within '
