@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How an optimizer sees the parameters: halves in float32, a complex number as two real ones.
 
-In float16 the `eps` of Adam is 0, and so are the squares of small gradients; in bfloat16 a sum loses
-small terms. And few optimizers are right for complex numbers: their squares and signs mean real ones.
+In float16 the `eps` of Adam is 0, and so are the squares of small gradients; in bfloat16 a sum
+loses small terms. And few optimizers are right for complex numbers: their squares and signs are
+meant for real ones.
 """
 
 from __future__ import annotations
