@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import contrib
 
 from models.transformer import Transformer
 from tests import command
@@ -196,6 +197,13 @@ def scaled(text: str) -> None:
     assert 'f16' in str(trainer.programs.step.jaxpr())
 
 
+def averaged(text: str) -> None:
+    trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
+    point = contrib.schedule_free_eval_params(result.state.opt_state, result.state.params)
+    found = trainer.eval_params(result.state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, point)
+
+
 def watched(text: str) -> None:
     trainer, _ = fitted(built('mnist_mlp.py', text, {**MNIST, 'train_for': '7 steps'}), 'watched')
     assert trainer.experiment.early_stopping is not None
@@ -217,6 +225,7 @@ CASES: dict[str, Callable[..., None]] = {
     "compute='bfloat16'": halves,
     "compute='float16'": scaled,
     'early_stopping': watched,
+    'eval_params': averaged,
 }
 
 

@@ -23,7 +23,7 @@ from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
-from trainer.step import health, varied
+from trainer.step import combinations, eval_point, health, varied
 from trainer.step.ensemble import EnsembleStep, member_state
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
@@ -88,6 +88,9 @@ class Parts:
             sharding=experiment.sharding,
             fused=experiment.steps_per_call,
         )
+        opt_state = programs.abstract.opt_state
+        combinations.check(experiment.optimizer, opt_state, ema=experiment.ema_decay is not None)
+        combinations.warn_of_eval_point(experiment.optimizer, opt_state)
         startup.warn_of_slices(experiment, programs.abstract)
         startup.warn_of_idle_axes(experiment, programs.abstract, self.mesh)
         return programs
@@ -96,7 +99,7 @@ class Parts:
     def evaluators(self) -> dict[str, Evaluator]:
         """One evaluator for each entry of `config.evals`; each compiles at its first batch."""
         return {
-            name: Evaluator.of(name, spec, self.experiment, self.mesh)
+            name: Evaluator.of(name, spec, self.experiment, self.mesh, self.eval_params)
             for name, spec in self.experiment.evals.items()
         }
 
@@ -143,7 +146,11 @@ class Parts:
             self._warned = True
             startup.warn_of_what_never_comes(self.experiment)
             startup.warn_of_wrong_gradients(self.programs.abstract, self.mesh)
-        programs = [self.programs.fused] if self.experiment.steps_per_call > 1 else []
+        programs = []
+        if eval_point.is_named(self.experiment.optimizer):
+            programs.append(self.programs.eval_params)
+        if self.experiment.steps_per_call > 1:
+            programs.append(self.programs.fused)
         programs.append(self.programs.step)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.programs.abstract)
@@ -231,11 +238,21 @@ class Parts:
         opt_state = varied.written(state.opt_state, ensemble.values)
         return dataclasses.replace(state, opt_state=opt_state)
 
+    def eval_params(self, state: TrainState) -> Any:
+        """Returns the parameters of a state that are evaluated: see `config.optimizer.eval_params`.
+
+        Args:
+            state: with all its members, if the run is an ensemble.
+        """
+        if not eval_point.is_named(self.experiment.optimizer):
+            return state.params
+        return self.programs.eval_params(dataclasses.replace(state, metrics=None))
+
     def model(self, state: TrainState | None = None, *, member: int | None = None) -> Any:
         """Returns the user's own model with trained variables in it, to call in a notebook.
 
         It is in evaluation mode: a Linen module as a bound Klinen model (`trainer.modules.klinen`),
-        an NNX module as it is.
+        an NNX module as it is. Its parameters are those that are evaluated.
 
         Args:
             state: whose variables; by default the newest checkpoint's.
@@ -244,10 +261,12 @@ class Parts:
         Raises:
             UserError: for an ensemble without a member.
         """
+        if self.experiment.ensemble is not None and member is None:
+            raise UserError('model: an ensemble has many; name one, as in model(member=0)')
         state = self.restore() if state is None else state
+        state = dataclasses.replace(state, params=self.eval_params(state))
         if self.experiment.ensemble is not None:
-            if member is None:
-                raise UserError('model: an ensemble has many; name one, as in model(member=0)')
+            assert member is not None
             state = member_state(state, member)
         return self.experiment.model.for_notebook(state.variables)
 

@@ -113,9 +113,17 @@ class Checkpoints:
         try:
             state = reading.read_state(self.directory / str(step) / 'state', abstract)
         except reading.OtherState as error:
+            advice = 'Go back to the config of that checkpoint, or name another --workdir.'
+            if error.only_slots_in_half:
+                advice = (
+                    'The optimizer state of parameters in half precision is float32 now. Start '
+                    'another run from this one, which converts it: a new --workdir, and '
+                    f'config.init_from=dict(path={str(self.directory.parent)!r}, step={step}, '
+                    'optimizer=True)'
+                )
             raise UserError(
                 f'{self.directory / str(step)} holds another state than this config makes:\n'
-                f'{error}\nGo back to the config of that checkpoint, or name another --workdir.'
+                f'{error}\n{advice}'
             ) from error
         except (MemoryError, jax.errors.JaxRuntimeError):
             raise

@@ -15,7 +15,14 @@ _Names = tuple[str, ...]
 
 
 class OtherState(Exception):
-    """A checkpoint holds other leaves than the run expects; the text has a line for each."""
+    """A checkpoint holds other leaves than the run expects; the text has a line for each.
+
+    Attributes:
+        only_slots_in_half: whether all is the same but that an optimizer's state was kept in half
+            precision, as its parameters are.
+    """
+
+    only_slots_in_half = False
 
 
 def read_state(directory: epath.Path, abstract: Any) -> Any:
@@ -38,7 +45,9 @@ def read_state(directory: epath.Path, abstract: Any) -> Any:
         wanted = _by_names(abstract)
         differences = _differences(_by_names(stored), wanted)
         if differences:
-            raise OtherState(_listed(differences))
+            other = OtherState(_listed(differences))
+            other.only_slots_in_half = len(differences) == _slots_in_half(_by_names(stored), wanted)
+            raise other
         item = jax.tree_util.tree_map_with_path(lambda path, _: wanted[_names(path)], stored)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
@@ -64,6 +73,17 @@ def _differences(stored: dict[_Names, Any], wanted: dict[_Names, Any]) -> list[s
         if here != there:
             lines.append(f'  {"/".join(names)}: {there} in the checkpoint, {here} in this run')
     return lines
+
+
+def _slots_in_half(stored: dict[_Names, Any], wanted: dict[_Names, Any]) -> int:
+    """Returns how many leaves of the optimizer's state are there in half of the wanted float32."""
+    pairs = [(stored[n], x) for n, x in wanted.items() if n[0] == 'opt_state' and n in stored]
+    return sum(
+        tuple(there.shape) == tuple(here.shape)
+        and here.dtype == 'float32'
+        and str(there.dtype) in ('float16', 'bfloat16')
+        for there, here in pairs
+    )
 
 
 def _listed(lines: list[str]) -> str:

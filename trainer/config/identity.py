@@ -21,6 +21,8 @@ _FREE = (
     'profile', 'data.prefetch', 'early_stopping', 'data.loader.threads', 'data.loader.workers',
     'data.loader.ahead', 'data.loader.task_rows', 'capture', 'guard',
 )  # fmt: skip
+# Of a group, too: where a model is evaluated changes nothing in its training.
+_EVAL_PARAMS = re.compile(r'optimizer\.(groups\.[^.]+\.)?eval_params\b.*')
 _MAX_NAME = 100
 # What a name cannot hold, its separators among them: '-' between words, ',' and '=' of overrides.
 _UNFIT = re.compile(r'[^\w.+%]+')
@@ -29,6 +31,8 @@ _UNFIT_VALUE = re.compile(r'[^\w.+%-]+')
 
 def is_identity(path: str) -> bool:
     """Whether a change at this path makes another run."""
+    if _EVAL_PARAMS.fullmatch(path):
+        return False
     return not any(path == free or path.startswith((f'{free}.', f'{free}[')) for free in _FREE)
 
 

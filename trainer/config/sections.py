@@ -52,7 +52,11 @@ class EvalDataSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSection:
-    """`config.evals.<name>`: an evaluation, when it runs and on which parameters."""
+    """`config.evals.<name>`: an evaluation, when it runs and on which parameters.
+
+    With `ema` on their moving average; otherwise on what `config.optimizer.eval_params` makes of
+    them, where it is set.
+    """
 
     data: EvalDataSection
     every: Duration = EACH_EPOCH
@@ -69,16 +73,22 @@ class GroupSection:
     loss: str | None = None
     clip_norm: float | None = None
     decay_mask: Patterns = None
+    eval_params: Node | None = None
     lr_multipliers: tuple[tuple[str, float], ...] | None = None
     node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
-    """`config.optimizer`: our own keys; all others go to its target."""
+    """`config.optimizer`: our own keys; all others go to its target.
+
+    `eval_params` names a function of the target's state and the parameters; what it returns is
+    evaluated, predicted with and exported in place of the parameters.
+    """
 
     clip_norm: float | None = None
     decay_mask: Patterns = None
+    eval_params: Node | None = None
     freeze: Patterns = None
     freeze_statistics: Patterns = None
     groups: dict[str, GroupSection] = dataclasses.field(default_factory=dict)
@@ -97,6 +107,7 @@ class EmaSection:
 class PrecisionSection:
     """`config.precision`: the dtypes of parameters, computation and output.
 
+    What an optimizer keeps for parameters in half precision is float32.
     Without `compute` the model computes in what its modules say. The output is float32 unless
     something else is asked for. `loss_scale` is the first value of a dynamic loss scale; float16
     has one of 65,536 by itself, and 0 is none.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,6 +56,7 @@ class Evaluator:
         *,
         sharding: Sequence[Rule] = (),
         use_ema: bool = False,
+        params: Callable[[TrainState], Any] = operator.attrgetter('params'),
     ):
         """Makes an evaluator; it compiles at its first batch.
 
@@ -66,6 +68,7 @@ class Evaluator:
             mesh: the device mesh.
             sharding: the rules that names of activations follow.
             use_ema: evaluate the moving average of the parameters.
+            params: otherwise, the parameters of a state that are evaluated.
 
         Raises:
             UserError: if the split is empty.
@@ -83,10 +86,18 @@ class Evaluator:
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
         self._use_ema = use_ema
+        self._params = params
 
     @classmethod
-    def of(cls, name: str, spec: Evaluation, experiment: Experiment, mesh: Mesh) -> Evaluator:
-        """Returns the evaluator of an entry of `config.evals`."""
+    def of(
+        cls,
+        name: str,
+        spec: Evaluation,
+        experiment: Experiment,
+        mesh: Mesh,
+        params: Callable[[TrainState], Any] = operator.attrgetter('params'),
+    ) -> Evaluator:
+        """Returns the evaluator of an entry of `config.evals`; `params` as for the class."""
         model, ensemble = experiment.model, experiment.ensemble
         step = EvalStep(model=model, task=spec.task, seed=experiment.seed)
         if ensemble is not None:
@@ -97,7 +108,7 @@ class Evaluator:
         shards = batch_shards(mesh)
         loader = spec.loader(-(-spec.batch_size // shards) * shards)
         sharding = experiment.sharding
-        return cls(name, step, loader, mesh, sharding=sharding, use_ema=spec.ema)
+        return cls(name, step, loader, mesh, sharding=sharding, use_ema=spec.ema, params=params)
 
     def prepare(self, state: TrainState) -> None:
         """Makes ready what `run` needs, so that a mistake shows before the training begins.
@@ -122,7 +133,9 @@ class Evaluator:
         try:
             shapes = abstract_batch(self.loader.spec)
             with self._tracing():
-                return self.step.output_shapes(self.variables(state), shapes)
+                # Whatever is evaluated has the shapes of the parameters.
+                variables = {**state.variables, EMA: state.average}
+                return self.step.output_shapes(variables, shapes)
         except UserError as error:
             raise UserError(f'config.evals.{self.name}: {error}') from error
         except Exception as error:
@@ -237,7 +250,7 @@ class Evaluator:
     def variables(self, state: TrainState) -> dict[str, Any]:
         """Returns what is evaluated of a state; `EMA` is what a task's `model.ema` reads."""
         average = state.average
-        params = average if self._use_ema else state.params
+        params = average if self._use_ema else self._params(state)
         return {**state.variables, 'params': params, EMA: average}
 
     @property

@@ -20,7 +20,7 @@ class Precision:
     cast: they are kept in float32.
 
     Attributes:
-        params: of the parameters and the optimizer's slots.
+        params: of the parameters; what an optimizer keeps for halves is float32.
         compute: of the model's calls; None casts nothing.
         output: of what the model returns; losses and metrics follow it. None casts nothing.
     """

@@ -46,7 +46,8 @@ class Gradient:
     @property
     def norm(self) -> float:
         """The L2 norm of the gradient."""
-        return float(np.linalg.norm(self.gradient.astype(np.float32).ravel()))
+        wide = np.complex64 if np.iscomplexobj(self.gradient) else np.float32
+        return float(np.linalg.norm(self.gradient.astype(wide).ravel()))
 
 
 def of_next_step(parts: Parts, state: TrainState, match: Sequence[str] = ()) -> list[Gradient]:

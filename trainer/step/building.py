@@ -38,12 +38,15 @@ def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIM
     groups = section.groups if isinstance(section, OptimizerSection) else {}
     for name, group in groups.items():
         check_optimizer(group, f'{path}.groups.{name}')
+    if section.eval_params is not None:
+        targets.check(section.eval_params, f'{path}.eval_params')
     if not groups:
         if 'target' not in section.node:
             raise UserError(f"{path}.target is missing; name an optimizer, such as 'optax:sgd'")
         targets.check(section.node, path)
         return
-    given = [*section.node, *(['decay_mask'] if section.decay_mask is not None else [])]
+    own = ('decay_mask', 'eval_params')
+    given = [*section.node, *(name for name in own if getattr(section, name) is not None)]
     if given:
         raise UserError(
             f'{path}.{given[0]}: with {path}.groups each group has an optimizer of its own, and '
@@ -93,6 +96,7 @@ def _one_optimizer(
 ) -> tuple[Optimizer, dict[str, int]]:
     node, steps = durations.resolve(section.node, clock, path)
     _check_warmups(node, path)
+    _check_counts(node, steps, path)
     if section.decay_mask is not None:
         parameters, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
         if 'mask' not in parameters:
@@ -115,8 +119,54 @@ def _one_optimizer(
         learning_rate=learning_rate,
         clip_norm=section.clip_norm,
         lr_multipliers=section.lr_multipliers or (),
+        eval_params=_eval_params(section.eval_params, path, injected=bool(mine)),
         path=path,
     ), steps
+
+
+def _eval_params(node: Node | None, path: str, *, injected: bool) -> Any:
+    """Returns the function of an optimizer's state and parameters that is named, None without.
+
+    Args:
+        node: names it.
+        path: of the optimizer.
+        injected: whether the optimizer's state is within that which holds its numbers.
+    """
+    if node is None:
+        return None
+    function = targets.instantiate(node, f'{path}.eval_params')
+    try:
+        inspect.signature(function).bind('state', 'params')
+    except TypeError as error:
+        raise UserError(
+            f'{path}.eval_params: expected a function (state, parameters) -> parameters, got '
+            f'{function!r} ({error})'
+        ) from error
+    return functools.partial(_of_injected, function) if injected else function
+
+
+def _of_injected(function: Any, state: Any, params: Any) -> Any:
+    return function(state.inner_state, params)
+
+
+def _check_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
+    """Checks that no duration is within what counts updates, and not the steps of the run."""
+    if isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            _check_counts(value, steps, f'{path}[{index}]')
+    if not isinstance(node, Mapping):
+        return
+    if str(node.get('target')).endswith(':MultiSteps'):
+        mine = [where for where in steps if where.startswith(f'{path}.')]
+        within = [where for where in mine if where != f'{path}.every_k_schedule']
+        if within:
+            raise UserError(
+                f'{within[0]}: a duration is in steps of the run, and what is within '
+                'optax:MultiSteps counts its updates, one of several steps. Use config.accumulate '
+                'in its place, or give the number of updates'
+            )
+    for key, value in node.items():
+        _check_counts(value, steps, f'{path}.{key}')
 
 
 def _check_made(made: Any, node: Node, path: str) -> None:

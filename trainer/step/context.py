@@ -64,7 +64,10 @@ class StepContext:
 
     @property
     def tx(self) -> optax.GradientTransformation:
-        """The complete transformation: clipping, groups, multipliers and frozen parameters."""
+        """The complete transformation: clipping, groups, multipliers and frozen parameters.
+
+        It takes gradients as `gradients` returns them; `optax.apply_updates` adds its updates.
+        """
         return self.optimizer.transformation(self.state.params)
 
     @property
@@ -111,8 +114,9 @@ class StepContext:
         """Returns the gradients of the default step, accumulated in slices if the config says so.
 
         Returns:
-            Gradients like `state.params`, the collections that the forward pass made, and the
-            task's metrics.
+            Gradients like `state.params` (of halves in float32; of complex parameters pointing
+            uphill, which is the conjugate of what `jax.grad` returns), the collections that the
+            forward pass made, and the task's metrics.
         """
         self._called.add('gradients')
         return self.train_step.gradients(state, batch)
@@ -143,7 +147,7 @@ class StepContext:
 
         Args:
             state: the state before.
-            grads: pytree like its parameters.
+            grads: pytree like its parameters, as `gradients` returns it.
             collections: all other variables, if they change.
             signs: what the forward pass has shown: saves the check after the step a pass over the
                 state.

@@ -176,6 +176,11 @@ class EnsembleStep:
         assert state.health is not None
         return jax.tree.map(jnp.copy, state.health)
 
+    def eval_params(self, state: TrainState) -> Any:
+        """Returns the parameters of each member that are evaluated."""
+        evaluated = jax.vmap(self.member.eval_params, (_DIMS,), spmd_axis_name=self.axis)
+        return evaluated(dataclasses.replace(state, metrics=None))
+
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> PerMember:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
         alone = jax.eval_shape(lambda s: member_state(s, 0), state)

@@ -68,7 +68,9 @@ class Gradients:
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Returns the gradient, the new collections and this batch's metrics.
 
-        Of several losses, each parameter gets the gradient of the one that drives it.
+        Of several losses, each parameter gets the gradient of the one that drives it. Gradients of
+        halves are float32, for what a loss scale has kept would vanish again in float16; those of
+        complex parameters point uphill, which is the conjugate of what JAX returns.
         """
         scale = jnp.ones((), jnp.float32) if state.loss_scale is None else state.loss_scale.scale
         if self.accumulate == 1:
@@ -80,8 +82,8 @@ class Gradients:
             collections, metrics = whole.collections, self._measure(whole)
         else:
             grads, collections, metrics = self._accumulate(state, batch, scale)
-        if state.loss_scale is not None:
-            grads = jax.tree.map(lambda g: (g / scale).astype(g.dtype), grads)
+        scaled = state.loss_scale is not None
+        grads = jax.tree.map(lambda g: _uphill(g, scale if scaled else None), grads)
         return grads, collections, metrics
 
     def _accumulate(
@@ -119,11 +121,10 @@ class Gradients:
         rest = {name: count * inverse(weights[name]) for name, count in counts.items()}
         factors = {name: jax.tree.map(lambda _, x=x: x, zeros) for name, x in rest.items()}
         grads = jax.tree.map(
-            lambda grad, factor, penalty, like: (grad * factor + penalty).astype(like.dtype),
+            lambda grad, factor, penalty: grad * factor + penalty,
             grads,
             self.optimizer.select(factors),
             penalties,
-            state.params,
         )
         return grads, collections, metrics
 
@@ -192,6 +193,13 @@ class _Forward:
         """
         factors = {each: jnp.float32(loss if each == name else 0.0) for each in self.weights}
         return self.pullback((factors, jnp.float32(penalty)))[0]
+
+
+def _uphill(grad: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Returns what an optimizer takes for the gradient of a parameter, from what JAX returns."""
+    grad = grad.astype(at_least_float32(grad))
+    grad = grad if scale is None else grad / scale
+    return grad.conj() if jnp.iscomplexobj(grad) else grad
 
 
 def split_rows(batch: Any, slices: int, shards: int) -> Any:

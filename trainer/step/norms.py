@@ -89,7 +89,12 @@ def _squares_at_once(arrays: list[jax.Array]) -> jax.Array:
 
 
 def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
-    return jnp.concatenate([x.astype(jnp.float32).ravel() for x in arrays])
+    return jnp.concatenate([x.astype(jnp.float32).ravel() for each in arrays for x in _real(each)])
+
+
+def _real(x: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns real arrays with the same sum of squares: of complex numbers their two parts."""
+    return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 
 def _of_updates(leaves: list[_Leaf], squares_of: Any = _squares) -> jax.Array:
@@ -110,6 +115,8 @@ def _of_changes(leaves: list[_Leaf]) -> jax.Array:
 
 
 def _square(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return _square(x.real) + _square(x.imag)
     # A contraction and not a sum of squares: the CPU backend does not vectorise sums.
     x = x.astype(jnp.float32)
     dims = tuple(range(x.ndim))

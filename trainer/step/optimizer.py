@@ -14,6 +14,7 @@ import optax
 
 from trainer.config.errors import UserError
 from trainer.modules.bound import param_path
+from trainer.step import views
 from trainer.step.tasks import ONLY_LOSS
 
 Schedule = Callable[[Any], Any]
@@ -28,7 +29,9 @@ class RegexMask:
     def __call__(self, params: Any) -> Any:
         """Returns the tree of booleans."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: _matches(self.patterns, param_path(path)), params
+            lambda path, _: _matches(self.patterns, param_path(path)),
+            params,
+            is_leaf=views.is_pair,
         )
 
 
@@ -61,6 +64,8 @@ class Optimizer:
         freeze_statistics: patterns of whole paths of other variables that keep their values, such
             as the running mean of a normalisation. In training it still normalises with the batch.
         lr_multipliers: (pattern, factor) pairs; the first match counts, all must be covered.
+        eval_params: makes the parameters that are evaluated of the state of `base` and the
+            parameters; None evaluates the parameters themselves.
         path: where it stands in the config, for messages.
     """
 
@@ -73,6 +78,7 @@ class Optimizer:
     freeze: tuple[str, ...] = ()
     freeze_statistics: tuple[str, ...] = ()
     lr_multipliers: tuple[tuple[str, float], ...] = ()
+    eval_params: Callable[[Any, Any], Any] | None = dataclasses.field(default=None, hash=False)
     path: str = 'config.optimizer'
 
     def __post_init__(self) -> None:
@@ -123,12 +129,24 @@ class Optimizer:
     def transformation(self, params: Any) -> optax.GradientTransformation:
         """Returns the complete transformation for these parameters (abstract ones will do).
 
+        What it keeps for halves is float32, and so are the updates that it returns for them; those
+        of complex parameters are complex, and it takes the conjugate of what `jax.grad` returns.
+
         Raises:
             UserError: if a pattern matches no parameter, a multiplier is missing for one, or one
-                does not belong to exactly one group.
+                does not belong to exactly one group; if a parameter is no number that a gradient
+                can change.
         """
+        views.check_numbers(params)
+        return views.of_float32(self._bare(params), params)
+
+    def _bare(self, params: Any) -> optax.GradientTransformation:
+        """Returns the transformation without a view of halves; `state_of_base` looks into it."""
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
-        parts.append(self._grouped(params) if self.base is None else self.base)
+        if self.base is None:
+            parts.append(self._grouped(params))
+        else:
+            parts.append(views.of_real_numbers(self.base, params))
         if self.lr_multipliers:
             where = f'{self.path}.lr_multipliers'
             parts.append(_scale_each(_multipliers(params, self.lr_multipliers, where)))
@@ -140,6 +158,14 @@ class Optimizer:
             lambda frozen: 'frozen' if frozen else 'trained', RegexMask(self.freeze)(params)
         )
         return optax.multi_transform({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
+
+    def state_of_base(self, opt_state: Any) -> Any:
+        """Returns the state of `base`, or of the groups, within that of the transformation."""
+        if self.freeze:
+            opt_state = opt_state.inner_states['trained'].inner_state
+        if self.clip_norm is None and not self.lr_multipliers:
+            return opt_state
+        return opt_state[0 if self.clip_norm is None else 1]
 
     def frozen(self, params: Any) -> Any:
         """Returns for each parameter whether it is frozen."""
@@ -250,7 +276,7 @@ class Optimizer:
             )
 
         return optax.multi_transform(
-            {name: g.optimizer.transformation(members(name)) for name, g in self.groups.items()},
+            {name: g.optimizer._bare(members(name)) for name, g in self.groups.items()},
             labels,
         )
 

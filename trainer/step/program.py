@@ -280,6 +280,17 @@ class Programs:
         )
 
     @functools.cached_property
+    def eval_params(self) -> Program:
+        """The parameters that are evaluated: `(state without metrics) -> params`."""
+        return Program(
+            'the program that makes the parameters to evaluate',
+            self._train_step.eval_params,
+            (dataclasses.replace(self.abstract, metrics=None),),
+            tracing=self._tracing,
+            out_shardings=self._shardings.params,
+        )
+
+    @functools.cached_property
     def empty_metrics(self) -> Program:
         """Accumulators that have seen nothing: `() -> metrics`."""
         return Program(

@@ -17,6 +17,7 @@ from trainer.config.errors import UserError
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
+from trainer.step import eval_point
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
 from trainer.step.health import (
@@ -132,6 +133,10 @@ class TrainStep:
     def sweep(self, state: TrainState) -> Health:
         """Returns the health of a state, after a look at its parameters and slots."""
         return check_state(state, whole=self._is_whole)
+
+    def eval_params(self, state: TrainState) -> Any:
+        """Returns the parameters that are evaluated: see `config.optimizer.eval_params`."""
+        return eval_point.evaluated(self.optimizer, state.params, state.opt_state)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""

@@ -19,6 +19,7 @@ from etils import epath
 from trainer.config.errors import UserError
 
 _DTYPES: dict[str, Any] = {
+    'C64': np.complex64,
     'F64': np.float64,
     'F32': np.float32,
     'F16': np.float16,

@@ -152,6 +152,8 @@ def _members(unfit: Weights, asked: Mapping[str, Any]) -> int | None:
 
 def _fits(leaf: Any, wanted: Any) -> bool:
     kinds = [jnp.issubdtype(x.dtype, jnp.inexact) for x in (leaf, wanted)]
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # A real one would lose half of it.
+        kinds[1] = jnp.issubdtype(wanted.dtype, jnp.complexfloating)
     return tuple(leaf.shape) == tuple(wanted.shape) and kinds[0] == kinds[1]
 
 

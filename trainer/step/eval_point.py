@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model is evaluated whose optimizer keeps another point than that of its parameters.
+
+A schedule-free optimizer takes gradients at one point and is judged at another, their average;
+`config.optimizer.eval_params` names the function that works it out of the optimizer's state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from trainer.config.errors import UserError
+from trainer.modules.bound import param_path
+from trainer.step import views
+from trainer.step.optimizer import Optimizer
+
+
+def is_named(optimizer: Optimizer) -> bool:
+    """Whether an optimizer, or that of one of its groups, says at which point it is evaluated."""
+    groups = [group.optimizer for group in optimizer.groups.values()]
+    return any(each.eval_params is not None for each in (optimizer, *groups))
+
+
+def evaluated(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
+    """Returns the parameters that are evaluated, in the dtypes of the parameters.
+
+    Args:
+        optimizer: says which.
+        params: those that the gradients are taken at.
+        opt_state: of `optimizer.transformation(params)`.
+
+    Raises:
+        UserError: if `eval_params` does not take this optimizer's state, or returns something else.
+    """
+    found = _evaluated(optimizer, views.in_float32(params), opt_state)
+    return jax.tree.map(lambda old, new: new.astype(old.dtype), params, found)
+
+
+def _evaluated(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
+    if not is_named(optimizer):
+        return params
+    state = optimizer.state_of_base(opt_state)
+    trained = jax.tree.map(
+        lambda frozen, x: optax.MaskedNode() if frozen else x, optimizer.frozen(params), params
+    )
+    if not optimizer.groups:
+        return _filled(_asked(optimizer, trained, state), params)
+    owners = optimizer.owners(params)
+    for name, group in optimizer.groups.items():
+        mine = jax.tree_util.tree_map_with_path(
+            lambda path, x, name=name: (
+                x if owners.get(param_path(path)) == name else optax.MaskedNode()
+            ),
+            trained,
+        )
+        new = _evaluated(group.optimizer, mine, state.inner_states[name].inner_state)
+        params = _filled(new, params)
+    return params
+
+
+def _filled(some: Any, rest: Any) -> Any:
+    """Returns a tree with what is masked out of `some` from `rest`."""
+    return jax.tree.map(lambda x, y: y if _is_masked(x) else x, some, rest, is_leaf=_is_masked)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _asked(optimizer: Optimizer, params: Any, state: Any) -> Any:
+    """Returns what `eval_params` makes of the state and the parameters that its target sees."""
+    assert optimizer.eval_params is not None
+    where = f'{optimizer.path}.eval_params'
+    mine = views.split(params)
+    try:
+        found = optimizer.eval_params(views.split(state), mine)
+    except Exception as error:
+        accumulates = holds(state, optax.MultiStepsState)
+        raise UserError(
+            f'{where}: {optimizer.eval_params!r} was called with the state of the optimizer '
+            f'({type(state).__name__}) and the parameters, and failed: {type(error).__name__}: '
+            f'{error}. Name a function (state, parameters) -> parameters for this optimizer'
+            + (', and accumulate with config.accumulate, not optax:MultiSteps' * accumulates)
+        ) from error
+    expected, given = _by_path(mine), _by_path(found)
+    if expected != given:
+        paths = [path for path in {**expected, **given} if expected.get(path) != given.get(path)]
+        raise UserError(
+            f'{where}: {optimizer.eval_params!r} must return parameters like those that it is '
+            f'given, and returned others at {", ".join(paths[:5])}'
+        )
+    return views.merged(jax.tree.map(jnp.asarray, found))
+
+
+def _by_path(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {param_path(path): jnp.shape(x) for path, x in leaves}
+
+
+def adversarial(state: contrib.SAMState, params: Any) -> Any:
+    """Returns the parameters of `optax.contrib.sam` without the adversarial steps since an update.
+
+    For `config.optimizer.eval_params`.
+    """
+    there = state.steps_since_sync == 0
+    return jax.tree.map(lambda now, kept: jnp.where(there, now, kept), params, state.cache)
+
+
+def holds(opt_state: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether the state of some optimizer within another's is of this type."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return any(isinstance(x, kind) for x in nodes)

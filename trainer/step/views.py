@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an optimizer sees the parameters: halves in float32, a complex number as two real ones.
+
+In float16 the `eps` of Adam is 0, and so are the squares of small gradients; in bfloat16 a sum
+loses small terms. And few optimizers are right for complex numbers: their squares and signs are
+meant for real ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainer.config.errors import UserError
+from trainer.modules.bound import param_path
+from trainer.modules.precision import at_least_float32
+
+
+class RealAndImaginary(NamedTuple):
+    """What an optimizer sees of a complex parameter, of its gradient, or of what it keeps for it.
+
+    Attributes:
+        real: the real part.
+        imaginary: the imaginary part.
+    """
+
+    real: Any
+    imaginary: Any
+
+
+def is_pair(x: Any) -> bool:
+    """Whether this is what an optimizer sees of one complex array."""
+    return isinstance(x, RealAndImaginary)
+
+
+def is_complex(x: Any) -> bool:
+    """Whether an array, or its shape, is of complex numbers."""
+    return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.complexfloating)
+
+
+def in_float32(tree: Any) -> Any:
+    """Returns the tree with its halves in float32."""
+    return jax.tree.map(lambda x: x.astype(at_least_float32(x)), tree)
+
+
+def split(tree: Any) -> Any:
+    """Returns the tree with each complex array as a pair of real ones."""
+    return jax.tree.map(lambda x: RealAndImaginary(x.real, x.imag) if is_complex(x) else x, tree)
+
+
+def merged(tree: Any) -> Any:
+    """Returns the tree with complex arrays for pairs; undoes `split`."""
+    return jax.tree.map(_merge, tree, is_leaf=is_pair)
+
+
+def _merge(x: Any) -> Any:
+    if not is_pair(x):
+        return x
+    floats = [hasattr(part, 'dtype') and jnp.issubdtype(part.dtype, jnp.floating) for part in x]
+    if not all(floats):
+        return x  # Counts, or masked out.
+    return jax.lax.complex(*(part.astype(at_least_float32(part)) for part in x))
+
+
+def of_float32(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+    """Returns an optimizer that works in float32 where these parameters are halves.
+
+    Its updates are float32, too: `optax.apply_updates` adds them in float32, and rounds the sum.
+    """
+    if not any(x.dtype != at_least_float32(x) for x in jax.tree.leaves(params)):
+        return tx
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> Any:
+        return inner.init(in_float32(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        return inner.update(in_float32(updates), state, in_float32(params), **more)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def of_real_numbers(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+    """Returns an optimizer that sees the complex ones among these parameters as two real ones.
+
+    Like `optax.contrib.split_real_and_imaginary`, but what it keeps for a complex parameter is
+    complex as well: its slots have the parameter's path, shape and sharding.
+    """
+    if not any(map(is_complex, jax.tree.leaves(params))):
+        return tx
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> Any:
+        return merged(inner.init(split(params)))
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        updates, state = inner.update(split(updates), split(state), split(params), **more)
+        return merged(updates), merged(state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_numbers(params: Any) -> None:
+    """Checks that the parameters are numbers that a gradient can change.
+
+    Raises:
+        UserError: naming those that are not, such as integers; frozen ones too, for gradients are
+            taken with respect to all of 'params'.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    other = [
+        f'{param_path(path)} ({x.dtype})'
+        for path, x in leaves
+        if not jnp.issubdtype(x.dtype, jnp.inexact)
+    ]
+    if other:
+        more = f' and {len(other) - 5} more' if len(other) > 5 else ''
+        raise UserError(
+            f'the model keeps {", ".join(other[:5])}{more} among its parameters, which must be '
+            'floating-point or complex: the gradient is taken with respect to all of them, also to '
+            'those in config.optimizer.freeze. Keep it in another collection: '
+            "self.variable('constants', NAME, ...) in a Linen module, a subclass of nnx.Variable "
+            'other than nnx.Param in an NNX one'
+        )
