@@ -246,7 +246,7 @@ class Parts:
         """
         if not eval_point.is_named(self.experiment.optimizer):
             return state.params
-        return self.programs.eval_params(dataclasses.replace(state, metrics=None))
+        return self.programs.eval_params(dataclasses.replace(state.durable, metrics=None))
 
     def model(self, state: TrainState | None = None, *, member: int | None = None) -> Any:
         """Returns the user's own model with trained variables in it, to call in a notebook.

@@ -285,7 +285,7 @@ class Programs:
         return Program(
             'the program that makes the parameters to evaluate',
             self._train_step.eval_params,
-            (dataclasses.replace(self.abstract, metrics=None),),
+            (dataclasses.replace(self.abstract.durable, metrics=None),),
             tracing=self._tracing,
             out_shardings=self._shardings.params,
         )
