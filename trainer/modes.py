@@ -110,7 +110,9 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not startup.is_out_of_memory(error):
             raise
-        print(f'Error: {startup.explain_out_of_memory(trainer, error)}', file=sys.stderr)
+        text = f'Error: {startup.explain_out_of_memory(trainer, error)}'
+        logfile.record(text)
+        print(text, file=sys.stderr)
         return 1
 
 
@@ -119,11 +121,14 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     if _already_done(trainer):
         return 0
     checkpoint.preload()
-    name = 'log.txt' if processes.is_primary() else f'log.{jax.process_index()}.txt'
     workdir = _workdir(trainer)
     workdir.make()
-    logfile.route(workdir.path, name)
-    result = trainer.fit()
+    logfile.route(workdir.path, jax.process_index())
+    try:
+        result = trainer.fit()
+    except BaseException as error:
+        logfile.record_error(error)
+        raise
     return 0 if result.status in ('finished', 'stopped_early') else stop.exit_code
 
 

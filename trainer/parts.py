@@ -140,6 +140,7 @@ class Parts:
         if not self._warned:
             self._warned = True
             startup.warn_of_what_never_comes(self.experiment)
+            startup.warn_of_best(self.experiment, self._events)
             startup.warn_of_wrong_gradients(self.programs.abstract, self.mesh)
         programs = [self.programs.fused] if self.experiment.steps_per_call > 1 else []
         programs.append(self.programs.step)
