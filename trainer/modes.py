@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from trainer.dry_run import rehearse
 from trainer.experiment import build
 from trainer.observe import logfile
 from trainer.observe.progress import Nowhere
-from trainer.parallel import processes, signals
+from trainer.parallel import last_words, processes, signals
 from trainer.parallel.mesh import batch_shards
 from trainer.parallel.processes import Cluster
 from trainer.parallel.rendezvous import PeerError
@@ -125,10 +126,14 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     workdir.make()
     logfile.route(workdir.path, jax.process_index())
     try:
-        result = trainer.fit()
+        with last_words.registered(lambda _, message: logfile.record(message)):
+            result = trainer.fit()
     except BaseException as error:
         logfile.record_error(error)
         raise
+    finally:
+        if stop.signal is not None:
+            logfile.record(f'{signal.Signals(stop.signal).name} was received')
     return 0 if result.status in ('finished', 'stopped_early') else stop.exit_code
 
 

@@ -18,7 +18,7 @@ from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
 from trainer.provenance import Lookout
 from trainer.step.state import TrainState
-from trainer.workdir import describe_run, versions
+from trainer.workdir import describe_run, now, versions
 
 
 class Recovery:
@@ -59,6 +59,7 @@ class Recovery:
         self._paused: tuple[TrainState, int] | None = None
         # From `open` to `end`: what fails then is a run, and before and after it a call.
         self._running = False
+        self._called = now()
         self._code: Lookout | None = None
 
     def check(self) -> None:
@@ -69,6 +70,7 @@ class Recovery:
                 behind the end of this run; or what the processes of the run do not agree on.
         """
         workdir, experiment = self._parts.workdir, self._parts.experiment
+        self._called = now()
         self._parts.check_agreement()
         latest = self._latest()
         if workdir is None or latest is None:
@@ -117,7 +119,7 @@ class Recovery:
         if workdir is None or not processes.is_primary():
             return
         workdir.claim()
-        run = describe_run(self._overrides)
+        run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
         changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
         self._running = True
         if self._code is not None:

@@ -157,11 +157,11 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
         return
     name, total = metric.split('/')[1], experiment.total_steps
     evals, save = events.evals[name], events.save
-    if evals.next_due(0) in (None, total) and name in events.evals_due(total):
-        return  # One evaluation, and its step is saved.
+    at_end, first = name in events.evals_due(total), evals.next_due(0)
+    if at_end and (first is None or first >= total):
+        return  # There is one evaluation, and its step is saved.
     if _meet_before(evals, save, total):
         return
-    at_end = name in events.evals_due(total)
     periods = (
         f'config.evals.{name}.every={str(experiment.evals[name].every)!r}',
         f'config.checkpoint.every={str(experiment.save_every)!r}',

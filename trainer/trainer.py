@@ -19,7 +19,7 @@ from trainer.experiment import Experiment
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
-from trainer.parallel import processes
+from trainer.parallel import last_words, processes
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
@@ -119,7 +119,8 @@ class Trainer(Parts):
                 now, such as a batch that does not divide over the mesh.
         """
         try:
-            return self._fit(max_steps)
+            with last_words.registered(self._recovery.record_exit):
+                return self._fit(max_steps)
         except BaseException as error:
             self._recovery.abandon(error)
             self._notify_failed(error)

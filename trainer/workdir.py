@@ -23,7 +23,7 @@ from trainer.provenance import Code
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
 # What `run.json` keeps of each start, and of how many.
-_START_FIELDS = ('start', 'end', 'status', 'step', 'command', 'host', 'pid')
+_START_FIELDS = ('status', 'from_step', 'step', 'start', 'end', 'command', 'host', 'pid')
 _MAX_STARTS = 100
 _DIFFS = ('code.diff', 'config.diff')
 
@@ -128,7 +128,7 @@ class Workdir:
         self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
         self._starts = self._earlier_starts()
         with self._lock:
-            self._run = {'status': 'running', 'start': _now(), 'end': None, **run}
+            self._run = {'status': 'running', 'step': None, 'start': now(), 'end': None, **run}
             self._write_run()
         return changes
 
@@ -141,7 +141,7 @@ class Workdir:
 
     def end_run(self, status: str, step: int) -> None:
         """Writes into `run.json` how a run has ended."""
-        self.update_run(status=status, step=step, end=_now())
+        self.update_run(status=status, step=step, end=now())
 
     def keep_code(self, code: Code) -> None:
         """Writes what code a run runs: into `run.json`, and diffs as files of their own."""
@@ -282,5 +282,6 @@ def describe_run(overrides: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _now() -> str:
+def now() -> str:
+    """Returns the time as files say it: ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -116,7 +116,8 @@ class _Lines(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         kind = 'Warning: ' if record.levelno == logging.WARNING else ''
-        return f'{record.asctime} {kind}{record.message}'
+        lines = f'{kind}{record.message}'.split('\n')
+        return '\n'.join(f'{record.asctime} {line}'.rstrip() for line in lines)
 
     def usesTime(self) -> bool:
         return True
