@@ -16,11 +16,11 @@ from trainer.config.errors import UserError
 from trainer.events import Event
 from trainer.experiment import load_and_build
 from trainer.parallel import last_words
+from trainer.probe.guard import NonFiniteError
 from trainer.trainer import Trainer
 
-# In the process of a command line too, which imports this module.
 BROKEN = 500
-INTERRUPT: list[int] = []
+SAID: list[dict[str, Any]] = []
 
 
 class Broken:
@@ -58,7 +58,8 @@ def refuse(event: Event) -> None:
 def leave(event: Event) -> None:
     if event.kind == 'log':
         last_words.say('failed', 'the process ends now')
-        INTERRUPT.append(event.step)
+        workdir = pathlib.Path(event.workdir or '')
+        SAID.append({**command.result(workdir), 'run': run_json(workdir)['status']})
 
 
 def trainer_in(workdir: pathlib.Path, hook: str | None = None, **overrides: Any) -> Trainer:
@@ -121,6 +122,15 @@ def test_a_source_that_fails(tmp_path: pathlib.Path) -> None:
     assert found['step'] - len(logged) in (0, 1)
 
 
+def test_a_run_that_diverges(tmp_path: pathlib.Path) -> None:
+    options = {'optimizer__learning_rate': 1e38, 'guard': {'non_finite': 'stop'}}
+    with pytest.raises(NonFiniteError):
+        trainer_in(tmp_path, **options).fit()
+    found = command.result(tmp_path)
+    assert (found['status'], found['error']['type']) == ('diverged', 'NonFiniteError')
+    assert run_json(tmp_path)['status'] == 'diverged'
+
+
 def test_mistakes_of_the_user_and_interrupts(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError):
         trainer_in(tmp_path, 'refuse').fit()
@@ -168,20 +178,12 @@ def test_a_paused_run_is_one_and_a_running_one_too(tmp_path: pathlib.Path) -> No
 
 def test_last_words(tmp_path: pathlib.Path) -> None:
     """Of a process that ends at once; here it goes on, and its end replaces them."""
-    INTERRUPT.clear()
-    trainer = trainer_in(tmp_path, 'leave')
-    seen: list[dict[str, Any]] = []
-
-    class Watching(list[int]):
-        def append(self, step: int) -> None:
-            seen.append({**command.result(tmp_path), 'run': run_json(tmp_path)['status']})
-
-    globals()['INTERRUPT'] = Watching()
-    trainer.fit()
-    assert [(each['status'], each['step'], each['run']) for each in seen] == [
+    SAID.clear()
+    trainer_in(tmp_path, 'leave').fit()
+    assert [(each['status'], each['step'], each['run']) for each in SAID] == [
         ('failed', step, 'failed') for step in (10, 20, 30, 40)
     ]
-    assert seen[0]['error']['message'] == 'the process ends now'
+    assert SAID[0]['error']['message'] == 'the process ends now'
     last_words.say('failed', 'no run is on any more')
     assert command.result(tmp_path)['status'] == 'finished'
 

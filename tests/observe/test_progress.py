@@ -235,13 +235,14 @@ def test_rows_and_messages_are_recorded_and_the_live_line_is_not(
 ) -> None:
     log, recorded = logging.getLogger('trainer.screen'), io.StringIO()
     monkeypatch.setattr(log, 'handlers', [logging.StreamHandler(recorded)])
-    monkeypatch.setattr(log, 'level', logging.INFO)
+    log.setLevel(logging.INFO)
     progress = Progress(1000, terminal.stream)
     progress.update(100, ROW)
     for step in range(101, 110):
         progress.tick(step)
         time.sleep(0.03)
     progress.message('a message')
+    log.setLevel(logging.NOTSET)
     row = 'step 100/1,000 (10%)  loss 0.2500  accuracy 0.5000  lr 0.01  1,280 examples/s'
     first, second = recorded.getvalue().splitlines()
     assert first.startswith(row)
