@@ -57,8 +57,8 @@ def test_a_hook_is_given_each_row_as_it_was_written(tmp_path: pathlib.Path) -> N
     trainer_in(tmp_path, log__every='20 steps').fit()
     given = [dict(event.row) for event, _ in SEEN if event.row]
     assert given == rows(tmp_path)
-    told = [(e.kind, e.row['step'], e.evaluation) for e, _ in SEEN if e.row]
-    assert told == [
+    given = [(e.kind, e.row['step'], e.evaluation) for e, _ in SEEN if e.row]
+    assert given == [
         ('log', 20, None), ('eval', 20, 'test'), ('log', 40, None), ('eval', 40, 'test'),
         ('log', 50, None), ('eval', 50, 'test'),
     ]  # fmt: skip

@@ -211,12 +211,12 @@ def test_a_run_does_not_wait_for_a_slow_git(
 
 
 def test_what_is_found_late_is_written_all_the_same() -> None:
-    told: list[provenance.Code] = []
+    found: list[provenance.Code] = []
     lookout = provenance.Lookout(None)
-    lookout.then(told.append)
+    lookout.then(found.append)
     for thread in threading.enumerate():
         if thread.name == 'provenance':
             thread.join(60)
-    assert len(told) == 1
-    lookout.then(told.append)
-    assert len(told) == 2
+    assert len(found) == 1
+    lookout.then(found.append)
+    assert len(found) == 2

@@ -126,7 +126,8 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     workdir.make()
     logfile.route(workdir.path, jax.process_index())
     try:
-        with last_words.registered(lambda _, message: logfile.record(message)):
+        several = jax.process_count() > 1
+        with last_words.registered(lambda _, message: logfile.record(message), stay=several):
             result = trainer.fit()
     except BaseException as error:
         logfile.record_error(error)

@@ -21,7 +21,7 @@ from typing import Any
 _DISTRIBUTION = 'jax-config-trainer'
 _HERE = pathlib.Path(__file__).resolve().parent
 _TIMEOUT_SECS = 20.0
-# What is kept of each: a diff of this size is read by no one, and is a data file by mistake.
+# A larger diff is not the code's: a data file was changed.
 _MAX_DIFF_BYTES = 1 << 20
 _MAX_STATUS_BYTES = 1 << 22
 _MAX_NAMES = 100

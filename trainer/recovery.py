@@ -59,6 +59,7 @@ class Recovery:
         self._paused: tuple[TrainState, int] | None = None
         # From `open` to `end`: what fails then is a run, and before and after it a call.
         self._running = False
+        self._failed = False
         self._called = now()
         self._code: Lookout | None = None
 
@@ -121,7 +122,7 @@ class Recovery:
         workdir.claim()
         run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
         changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
-        self._running = True
+        self._running, self._failed = True, False
         if self._code is not None:
             self._code.then(workdir.keep_code)
         if changes and step > 0:
@@ -176,7 +177,7 @@ class Recovery:
             data_digest = self._consumed.digest()
             if processes.is_primary():
                 workdir.write_result(status, step, digest, data_digest, metrics)
-        self._running = False
+        self._running = self._failed = False
         workdir.end_run(status, step)
         workdir.release()
 
@@ -218,12 +219,13 @@ class Recovery:
             return
         if not self._running:
             # What an earlier run has left is left as it was.
-            if not workdir.is_fresh():
+            if not (self._failed or workdir.is_fresh()):
                 return
             workdir.claim()
         step = int(error['step'])
         workdir.write_result(status, step, None, None, dict(self._report.latest), error)
         workdir.end_run(status, step)
+        self._failed = True
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()

@@ -119,7 +119,8 @@ class Trainer(Parts):
                 now, such as a batch that does not divide over the mesh.
         """
         try:
-            with last_words.registered(self._recovery.record_exit):
+            several = jax.process_count() > 1
+            with last_words.registered(self._recovery.record_exit, stay=several):
                 return self._fit(max_steps)
         except BaseException as error:
             self._recovery.abandon(error)

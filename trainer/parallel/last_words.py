@@ -13,12 +13,22 @@ _speakers: list[Callable[[str, str], None]] = []
 
 
 @contextlib.contextmanager
-def registered(speak: Callable[[str, str], None]) -> Iterator[None]:
-    """While the context is open, `say` calls `speak(status, message)`."""
+def registered(speak: Callable[[str, str], None], *, stay: bool = False) -> Iterator[None]:
+    """While the context is open, `say` calls `speak(status, message)`.
+
+    Args:
+        speak: what writes them down.
+        stay: also after an error: one of several processes may have failed for want of another, and
+            finds that out a moment later.
+    """
     _speakers.append(speak)
     try:
         yield
-    finally:
+    except BaseException:
+        if not stay:
+            _speakers.remove(speak)
+        raise
+    else:
         _speakers.remove(speak)
 
 
