@@ -202,12 +202,14 @@ def test_a_run_does_not_wait_for_a_slow_git(
     assert asked.is_set()
     run = run_json(tmp_path)
     assert (run['status'], 'git' in run) == ('paused', False)
-    # What comes after the run does not write into a file that may be another's by then.
+    # What comes after the run does not write into files that may be another's by then.
+    (tmp_path / 'code.diff').write_text('of another run')
     answer.set()
     for thread in threading.enumerate():
         if thread.name == 'provenance':
             thread.join(60)
     assert run_json(tmp_path) == run
+    assert (tmp_path / 'code.diff').read_text() == 'of another run'
 
 
 def test_what_is_found_late_is_written_all_the_same() -> None:

@@ -145,13 +145,17 @@ class Workdir:
 
     def keep_code(self, code: Code) -> None:
         """Writes what code a run runs: into `run.json`, and diffs as files of their own."""
-        for name in _DIFFS:
-            path = self.path / name
-            if name in code.diffs:
-                path.write_bytes(code.diffs[name])
-            else:  # It is that of an earlier start.
-                path.unlink(missing_ok=True)
-        self.update_run(**code.about)
+        with self._lock:
+            if self._run is None:  # The run has ended before git has answered.
+                return
+            for name in _DIFFS:
+                path = self.path / name
+                if name in code.diffs:
+                    path.write_bytes(code.diffs[name])
+                else:  # It is that of an earlier start.
+                    path.unlink(missing_ok=True)
+            self._run.update(code.about)
+            self._write_run()
 
     def is_fresh(self) -> bool:
         """Whether the directory is there, and no run has begun in it."""
