@@ -45,6 +45,11 @@ def fail(event: Event) -> None:
         raise ValueError('the hook failed')
 
 
+def fail_saved(event: Event) -> None:
+    if event.kind == 'save':
+        raise ValueError('after the save')
+
+
 def interrupt(event: Event) -> None:
     if event.kind == 'log':
         raise KeyboardInterrupt
@@ -103,6 +108,16 @@ def test_a_hook_that_fails(tmp_path: pathlib.Path) -> None:
         ('failed', 20),
         ('finished', 40),
     ]
+
+
+def test_a_step_that_was_saved_has_its_digests(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match='after the save'):
+        trainer_in(tmp_path / 'failed', 'fail_saved', checkpoint__every='20 steps').fit()
+    trainer_in(tmp_path / 'whole', train_for='20 steps').fit()
+    found, whole = (command.result(tmp_path / name) for name in ('failed', 'whole'))
+    assert (found['status'], found['step']) == ('failed', 20)
+    for name in ('digest', 'data_digest'):
+        assert found[name] == whole[name]
 
 
 def test_a_source_that_fails(tmp_path: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer import failure
+from trainer.checkpoint.errors import CheckpointError
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.consumed import Consumed
@@ -222,10 +223,19 @@ class Recovery:
             if not (self._failed or workdir.is_fresh()):
                 return
             workdir.claim()
-        step = int(error['step'])
-        workdir.write_result(status, step, None, None, dict(self._report.latest), error)
+        step, metrics = int(error['step']), dict(self._report.latest)
+        workdir.write_result(status, step, *self._saved_digests(step), metrics, error)
         workdir.end_run(status, step)
         self._failed = True
+
+    def _saved_digests(self, step: int) -> tuple[str | None, str | None]:
+        """Returns the digests of state and data at a step, if it is saved."""
+        checkpoints = self._parts.checkpoints
+        with contextlib.suppress(CheckpointError, OSError):
+            if checkpoints is not None and step in checkpoints.steps():
+                meta = checkpoints.meta(step)
+                return meta.get('digest'), meta.get('data_digest')
+        return None, None
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()
