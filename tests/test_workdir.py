@@ -86,3 +86,41 @@ def test_a_directory_is_free_again_after_the_run(tmp_path: pathlib.Path) -> None
     one.release()
     other.claim()
     other.release()
+
+
+def starts(directory: pathlib.Path) -> list[tuple[str, int | None]]:
+    found = json.loads((directory / 'run.json').read_text())['starts']
+    return [(each['status'], each['step']) for each in found]
+
+
+def test_the_starts_of_a_run(tmp_path: pathlib.Path) -> None:
+    for _ in range(2):
+        workdir = Workdir(tmp_path)
+        workdir.begin({}, {}, {'pid': 1})
+        workdir.end_run('preempted', 30)
+        workdir.release()
+    Workdir(tmp_path).begin({}, {}, {'pid': 2})  # And is killed.
+    workdir = Workdir(tmp_path)
+    workdir.begin({}, {}, {'pid': 3})
+    assert starts(tmp_path) == [('preempted', 30)] * 2 + [('failed', None), ('running', None)]
+    workdir.release()
+    workdir.end_run('finished', 40)  # It is another's by now.
+    assert starts(tmp_path)[-1] == ('running', None)
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"git": null}', '{"starts": [1]}'])
+def test_a_run_file_of_another_kind_is_replaced(tmp_path: pathlib.Path, text: str) -> None:
+    (tmp_path / 'run.json').write_text(text)
+    Workdir(tmp_path).begin({}, {}, {})
+    assert starts(tmp_path) == [('running', None)]
+
+
+def test_a_result_of_any_status(tmp_path: pathlib.Path) -> None:
+    workdir = Workdir(tmp_path)
+    workdir.write_result('diverged', 9, None, 'bb', {'train/loss': math.nan}, {'type': 'X'})
+    result = workdir.result()
+    assert result is not None
+    assert math.isnan(result.pop('metrics')['train/loss'])
+    assert result == {
+        'status': 'diverged', 'step': 9, 'digest': None, 'data_digest': 'bb', 'error': {'type': 'X'}
+    }  # fmt: skip

@@ -19,11 +19,19 @@ class Event:
     """What a hook is called with: `hook(event)`.
 
     Attributes:
-        kind: 'start', 'log', 'eval', 'save' or 'end'.
+        kind: 'start', 'log', 'eval', 'save' or 'end'. One 'end' follows each 'start', whatever
+            happens in between.
         step: number of completed updates.
-        state: the state at this step. It is donated to the next step: copy what you keep.
+        state: the state at this step. It is donated to the next step: copy what you keep. None at
+            the end of a run that failed.
         metrics: flat name to value: the newest of every metric of the run so far.
         workdir: the run's directory, or None.
+        row: at 'log' and 'eval' what `metrics.jsonl` has just got: 'step', and values by flat name.
+            A value that is not finite is one here, and null there. Empty at the other events.
+        evaluation: at 'eval' its name in `config.evals`.
+        config: the resolved config, plain; not to be changed.
+        status: at 'end' that of `trainer.trainer.Result`, 'failed' or 'diverged'.
+        error: at 'end' of a run that failed, what it failed of: 'ValueError: ...'.
     """
 
     kind: str
@@ -31,6 +39,11 @@ class Event:
     state: Any
     metrics: Mapping[str, float]
     workdir: str | None
+    row: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    evaluation: str | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    status: str | None = None
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,7 @@ class Experiment:
 
     Attributes:
         name: the config file's name.
+        path: the config file, None if there is none: for files, never read by the run.
         config: the resolved config, plain: for files and messages, never read by the run.
         schedule_steps: steps of each duration inside the optimizer, by config path.
         seed: the run's seed.
@@ -75,6 +77,7 @@ class Experiment:
     """
 
     name: str
+    path: pathlib.Path | None = None
     config: Mapping[str, Any]
     schedule_steps: Mapping[str, int]
     seed: int
@@ -127,6 +130,7 @@ def build(loaded: LoadedConfig) -> Experiment:
     checkpoint, log = sections.checkpoint, sections.log
     return Experiment(
         name=loaded.name,
+        path=loaded.path,
         config=config,
         schedule_steps=schedule_steps,
         seed=sections.seed,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from trainer.dry_run import rehearse
 from trainer.experiment import build
 from trainer.observe import logfile
 from trainer.observe.progress import Nowhere
-from trainer.parallel import processes, signals
+from trainer.parallel import last_words, processes, signals
 from trainer.parallel.mesh import batch_shards
 from trainer.parallel.processes import Cluster
 from trainer.parallel.rendezvous import PeerError
@@ -110,7 +111,9 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not startup.is_out_of_memory(error):
             raise
-        print(f'Error: {startup.explain_out_of_memory(trainer, error)}', file=sys.stderr)
+        text = f'Error: {startup.explain_out_of_memory(trainer, error)}'
+        logfile.record(text)
+        print(text, file=sys.stderr)
         return 1
 
 
@@ -119,11 +122,19 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     if _already_done(trainer):
         return 0
     checkpoint.preload()
-    name = 'log.txt' if processes.is_primary() else f'log.{jax.process_index()}.txt'
     workdir = _workdir(trainer)
     workdir.make()
-    logfile.route(workdir.path, name)
-    result = trainer.fit()
+    logfile.route(workdir.path, jax.process_index())
+    try:
+        several = jax.process_count() > 1
+        with last_words.registered(lambda _, message: logfile.record(message), stay=several):
+            result = trainer.fit()
+    except BaseException as error:
+        logfile.record_error(error)
+        raise
+    finally:
+        if stop.signal is not None:
+            logfile.record(f'{signal.Signals(stop.signal).name} was received')
     return 0 if result.status in ('finished', 'stopped_early') else stop.exit_code
 
 

@@ -145,6 +145,7 @@ class Parts:
         if not self._warned:
             self._warned = True
             startup.warn_of_what_never_comes(self.experiment)
+            startup.warn_of_best(self.experiment, self._events)
             startup.warn_of_wrong_gradients(self.programs.abstract, self.mesh)
         programs = []
         if eval_point.is_named(self.experiment.optimizer):

@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from trainer import failure
+from trainer.checkpoint.errors import CheckpointError
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.consumed import Consumed
@@ -15,9 +17,10 @@ from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
+from trainer.provenance import Lookout
 from trainer.step import health
 from trainer.step.state import TrainState
-from trainer.workdir import describe_run, versions
+from trainer.workdir import describe_run, now, versions
 
 
 class Recovery:
@@ -56,6 +59,11 @@ class Recovery:
         self.early_stopping = None if early is None else dataclasses.replace(early)
         # Without a work directory the next call goes on from here.
         self._paused: tuple[TrainState, int] | None = None
+        # From `open` to `end`: what fails then is a run, and before and after it a call.
+        self._running = False
+        self._failed = False
+        self._called = now()
+        self._code: Lookout | None = None
 
     def check(self) -> None:
         """Refuses a work directory whose checkpoints are of another run, or of a longer one.
@@ -65,6 +73,7 @@ class Recovery:
                 behind the end of this run; or what the processes of the run do not agree on.
         """
         workdir, experiment = self._parts.workdir, self._parts.experiment
+        self._called = now()
         self._parts.check_agreement()
         latest = self._latest()
         if workdir is None or latest is None:
@@ -80,6 +89,8 @@ class Recovery:
 
     def start(self) -> tuple[TrainState, int]:
         """Returns the state that the run starts from, restored or fresh, and its step."""
+        if self._parts.workdir is not None and processes.is_primary():
+            self._code = Lookout(self._parts.experiment.path)
         if self._paused is not None:
             # Its buffers are donated to the next step: whatever happens, it is used once.
             paused, self._paused = self._paused, None
@@ -112,8 +123,11 @@ class Recovery:
         if workdir is None or not processes.is_primary():
             return
         workdir.claim()
-        run = describe_run(self._overrides)
+        run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
         changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
+        self._running, self._failed = True, False
+        if self._code is not None:
+            self._code.then(workdir.keep_code)
         if changes and step > 0:
             self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
         self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
@@ -167,19 +181,64 @@ class Recovery:
             data_digest = self._consumed.digest()
             if processes.is_primary():
                 workdir.write_result(status, step, digest, data_digest, metrics)
+        self._running = self._failed = False
+        workdir.end_run(status, step)
         workdir.release()
 
     def abandon(self, error: BaseException) -> None:
-        """Closes what is open when the run fails; a save on its way gets there before."""
+        """Closes what is open when the run fails, and writes `result.json`.
+
+        A save on its way gets there before.
+        """
         if self._parts.checkpoints is not None:
             try:
                 self._parts.checkpoints.close()
             except Exception as late:
                 error.add_note(f'A save in the background had failed too: {late!r}')
+        with contextlib.suppress(Exception):  # The row that waits may be of a step that failed.
+            self._report.flush_ready()
         with contextlib.suppress(OSError):
             self._report.close()
-        if self._parts.workdir is not None:
-            self._parts.workdir.release()
+        if (workdir := self._parts.workdir) is not None:
+            # What has failed may be the disk.
+            with contextlib.suppress(OSError, UserError):
+                self._record(failure.status(error), failure.describe(error, self._report.step))
+            self._running = False
+            workdir.release()
+
+    def record_exit(self, status: str, message: str) -> None:
+        """Writes how the run ends when the process is about to, with no time for more.
+
+        Args:
+            status: for `result.json`.
+            message: why.
+        """
+        step = self._report.step
+        self._record(status, {'type': None, 'message': message, 'where': None, 'step': step})
+
+    def _record(self, status: str, error: Mapping[str, Any]) -> None:
+        """Writes the end of a run that has begun here, or that has failed to."""
+        workdir = self._parts.workdir
+        if workdir is None or not processes.is_primary():
+            return
+        if not self._running:
+            # What an earlier run has left is left as it was.
+            if not (self._failed or workdir.is_fresh()):
+                return
+            workdir.claim()
+        step, metrics = int(error['step']), dict(self._report.latest)
+        workdir.write_result(status, step, *self._saved_digests(step), metrics, error)
+        workdir.end_run(status, step)
+        self._failed = True
+
+    def _saved_digests(self, step: int) -> tuple[str | None, str | None]:
+        """Returns the digests of state and data at a step, if it is saved."""
+        checkpoints = self._parts.checkpoints
+        with contextlib.suppress(CheckpointError, OSError):
+            if checkpoints is not None and step in checkpoints.steps():
+                meta = checkpoints.meta(step)
+                return meta.get('digest'), meta.get('data_digest')
+        return None, None
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()

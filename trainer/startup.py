@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
+from trainer.config.durations import Periodic
 from trainer.config.errors import UserError
+from trainer.events import Events
 from trainer.experiment import Experiment
 from trainer.modules.bound import param_path
 from trainer.observe.table import bytes_per_device, human_bytes, parameter_table
@@ -143,6 +145,56 @@ def warn_of_what_never_comes(experiment: Experiment) -> None:
                 'can stop earlier',
                 name,
             )
+
+
+def warn_of_best(experiment: Experiment, events: Events) -> None:
+    """Says where `config.checkpoint.best` finds too few steps that are evaluated and saved.
+
+    A checkpoint is judged by an evaluation of its own step.
+    """
+    metric = experiment.retention.best_metric
+    if metric is None:
+        return
+    name, total = metric.split('/')[1], experiment.total_steps
+    evals, save = events.evals[name], events.save
+    at_end, first = name in events.evals_due(total), evals.next_due(0)
+    if at_end and (first is None or first >= total):
+        return  # There is one evaluation, and its step is saved.
+    if _meet_before(evals, save, total):
+        return
+    periods = (
+        f'config.evals.{name}.every={str(experiment.evals[name].every)!r}',
+        f'config.checkpoint.every={str(experiment.save_every)!r}',
+    )
+    wanted = periods[0].partition('=')[2]
+    fix = f'set --config.checkpoint.every={wanted}'
+    if evals.period_steps is None or evals.period_steps > total:
+        fix = f'set --config.evals.{name}.every={periods[1].partition("=")[2]}'
+        if save.period_steps is None or save.period_steps > total:
+            fix = f'leave out config.evals.{name}.final=False'
+    elif not at_end:
+        fix += f', or leave out config.evals.{name}.final=False'
+    _log.warning(
+        'config.checkpoint.best: %s. %s and %s have no step in common before the end of this run '
+        '(%d steps), and a checkpoint is judged by an evaluation of its own step: %s',
+        'only the last checkpoint can be the best' if at_end else 'no checkpoint can be the best',
+        *periods,
+        total,
+        fix,
+    )
+
+
+def _meet_before(one: Periodic, other: Periodic, end: int) -> bool:
+    """Whether two events are due at one step before `end`."""
+    if one.period_steps is None or other.period_steps is None:
+        return False
+    rare, often = sorted((one, other), key=lambda each: each.period_steps or 0, reverse=True)
+    step = rare.next_due(0)
+    while step is not None and step < end:
+        if often.due(step):
+            return True
+        step = rare.next_due(step)
+    return False
 
 
 def is_out_of_memory(error: Exception) -> bool:

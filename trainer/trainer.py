@@ -5,25 +5,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 
-from trainer import startup
+from trainer import failure, startup
 from trainer.evaluate.evaluator import Stopped
 from trainer.events import Event
 from trainer.experiment import Experiment
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
-from trainer.parallel import processes
+from trainer.parallel import last_words, processes
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
 from trainer.recovery import Recovery
 from trainer.step.state import TrainState
+
+_log = logging.getLogger('trainer')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +88,12 @@ class Trainer(Parts):
         """
         super().__init__(experiment, workdir)
         screen = None if processes.is_primary() else Nowhere()
-        self.report = Reporter(experiment.total_steps, experiment.clock.batch_size, screen)
+        ensemble = experiment.ensemble
+        members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
+        self.report = Reporter(experiment.total_steps, experiment.clock.batch_size, screen, members)
         self._probes = Probes(self, self.report)
         self._stop = stop or StopRequest()
+        self._hooks_begun = False
         self._recovery = Recovery(
             self, self.report, allow_config_change=allow_config_change, overrides=overrides
         )
@@ -112,9 +119,12 @@ class Trainer(Parts):
                 now, such as a batch that does not divide over the mesh.
         """
         try:
-            return self._fit(max_steps)
+            several = jax.process_count() > 1
+            with last_words.registered(self._recovery.record_exit, stay=several):
+                return self._fit(max_steps)
         except BaseException as error:
             self._recovery.abandon(error)
+            self._notify_failed(error)
             raise
 
     def _fit(self, max_steps: int | None) -> Result:
@@ -193,7 +203,7 @@ class Trainer(Parts):
         status = self._status(step)
         self._save(step, state)
         self._recovery.end(status, step, state)
-        self._notify('end', step, state)
+        self._notify('end', step, state, status=status)
         self.report.end(status, step)
         return Result(status=status, step=step, metrics=dict(self.report.latest), state=state)
 
@@ -252,7 +262,7 @@ class Trainer(Parts):
             early.update(name, metrics)
             if early.stopped and not before:
                 self._tell(early.reason())
-        self._notify('eval', step, state)
+        self._notify('eval', step, state, evaluation=name)
 
     @functools.cached_property
     def _profile(self) -> Profile:
@@ -273,15 +283,32 @@ class Trainer(Parts):
         if self._recovery.save(step, state):
             self._notify('save', step, state)
 
-    def _notify(self, kind: str, step: int, state: TrainState) -> None:
+    def _notify(self, kind: str, step: int, state: TrainState | None, **more: Any) -> None:
         if not self.experiment.hooks:
             return
+        if kind == 'log':
+            # The row waits for its step; a hook is given row and state of the same one.
+            self.report.flush()
         event = Event(
             kind=kind,
             step=step,
             state=state,
             metrics=dict(self.report.latest),
             workdir=None if self.workdir is None else str(self.workdir.path),
+            row=self.report.row if kind in ('log', 'eval') else {},
+            config=self.experiment.config,
+            **more,
         )
+        self._hooks_begun = kind != 'end'
         for hook in self.experiment.hooks.values():
             hook(event)
+
+    def _notify_failed(self, error: BaseException) -> None:
+        """Tells the hooks of the end of a run that failed; those that fail now are warned of."""
+        if not self._hooks_begun:
+            return
+        try:
+            status, text = failure.status(error), failure.summary(error)
+            self._notify('end', self.report.step, None, status=status, error=text)
+        except Exception as late:
+            _log.warning("a hook failed of the 'end' of this run: %s", failure.summary(late))

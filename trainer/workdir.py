@@ -3,22 +3,29 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 
 from trainer.config import diff, identity
 from trainer.config.errors import UserError
+from trainer.provenance import Code
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
+# What `run.json` keeps of each start, and of how many.
+_START_FIELDS = ('status', 'from_step', 'step', 'start', 'end', 'command', 'host', 'pid')
+_MAX_STARTS = 100
+_DIFFS = ('code.diff', 'config.diff')
 
 try:
     import fcntl
@@ -37,6 +44,10 @@ class Workdir:
         """Names the directory; nothing is read or written yet."""
         self.path = epath.Path(path)
         self._claim: Any = None
+        self._run: dict[str, Any] | None = None
+        self._starts: list[dict[str, Any]] = []
+        # The thread that looks at the code writes run.json too.
+        self._lock = threading.Lock()
 
     def claim(self) -> None:
         """Keeps every other run out of the directory until `release`, or the end of this process.
@@ -70,6 +81,8 @@ class Workdir:
 
     def release(self) -> None:
         """Lets other runs in again."""
+        with self._lock:
+            self._run = None
         claim, self._claim = self._claim, None
         if claim is not None:
             claim.close()
@@ -113,8 +126,40 @@ class Workdir:
         changes = self.config_changes(config, resolved)
         self.make()
         self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
-        self._write('run.json', run)
+        self._starts = self._earlier_starts()
+        with self._lock:
+            self._run = {'status': 'running', 'step': None, 'start': now(), 'end': None, **run}
+            self._write_run()
         return changes
+
+    def update_run(self, **fields: Any) -> None:
+        """Changes fields of `run.json`, from `begin` until `release`."""
+        with self._lock:
+            if self._run is not None:
+                self._run.update(fields)
+                self._write_run()
+
+    def end_run(self, status: str, step: int) -> None:
+        """Writes into `run.json` how a run has ended."""
+        self.update_run(status=status, step=step, end=now())
+
+    def keep_code(self, code: Code) -> None:
+        """Writes what code a run runs: into `run.json`, and diffs as files of their own."""
+        with self._lock:
+            if self._run is None:  # The run has ended before git has answered.
+                return
+            for name in _DIFFS:
+                path = self.path / name
+                if name in code.diffs:
+                    path.write_bytes(code.diffs[name])
+                else:  # It is that of an earlier start.
+                    path.unlink(missing_ok=True)
+            self._run.update(code.about)
+            self._write_run()
+
+    def is_fresh(self) -> bool:
+        """Whether the directory is there, and no run has begun in it."""
+        return self.path.exists() and not (self.path / 'config.json').exists()
 
     def config_changes(self, config: Any, resolved: Mapping[str, int]) -> list[diff.Change]:
         """Returns the differences to the config that this directory holds, if it holds one."""
@@ -152,23 +197,53 @@ class Workdir:
         return found
 
     def write_result(
-        self, status: str, step: int, digest: str, data_digest: str, metrics: Mapping[str, float]
+        self,
+        status: str,
+        step: int,
+        digest: str | None,
+        data_digest: str | None,
+        metrics: Mapping[str, float],
+        error: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes `result.json`: how the run ended, and digests of its state and of its data.
 
         A metric that is not finite becomes null: JSON has no word for it.
+
+        Args:
+            status: see `trainer.trainer.Result`; 'failed' and 'diverged' too.
+            step: the last one that the run has reached.
+            digest: of the state at that step; None if it was not saved.
+            data_digest: of the batches up to that step; None if it is not known.
+            metrics: the newest value of each, by flat name.
+            error: what ended the run; see `trainer.failure.describe`.
         """
-        finite = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-        self._write(
-            'result.json',
-            {
-                'status': status,
-                'step': step,
-                'digest': digest,
-                'data_digest': data_digest,
-                'metrics': finite,
-            },
-        )
+        result: dict[str, Any] = {
+            'status': status,
+            'step': step,
+            'digest': digest,
+            'data_digest': data_digest,
+            'metrics': {name: v if math.isfinite(v) else None for name, v in metrics.items()},
+        }
+        if error is not None:
+            result['error'] = dict(error)
+        self._write('result.json', result)
+
+    def _earlier_starts(self) -> list[dict[str, Any]]:
+        path = self.path / 'run.json'
+        try:
+            old = json.loads(path.read_text()) if path.exists() else {}
+            starts = [dict(each) for each in old.get('starts', ())]
+        except (OSError, ValueError, TypeError, AttributeError):
+            return []
+        for each in starts:
+            if each.get('status') == 'running':  # It was killed before it could say how it ended.
+                each['status'] = 'failed'
+        return starts[-_MAX_STARTS + 1 :]
+
+    def _write_run(self) -> None:
+        run = self._run or {}
+        this = {name: run[name] for name in _START_FIELDS if name in run}
+        self._write('run.json', {**run, 'starts': [*self._starts, this]})
 
     def _read(self, name: str) -> Any:
         path = self.path / name
@@ -194,29 +269,23 @@ def versions() -> dict[str, str]:
 
 
 def describe_run(overrides: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what `run.json` says: command, overrides, versions, git commit, host."""
+    """Returns what `run.json` says of a start: command, overrides, versions, devices, host."""
+    devices = jax.devices()
     return {
         'command': [sys.executable, *sys.argv],
         'overrides': dict(overrides),
         'versions': versions(),
-        'git': _git_commit(),
+        'devices': {
+            'kind': devices[0].device_kind,
+            'platform': devices[0].platform,
+            'count': len(devices),
+            'processes': jax.process_count(),
+        },
         'host': platform.node(),
         'pid': os.getpid(),
     }
 
 
-def _git_commit() -> str | None:
-    """The commit of the code that runs, '-dirty' if it has local changes; None outside of git."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        text = subprocess.run(
-            ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*'],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return text.strip()
+def now() -> str:
+    """Returns the time as files say it: ISO 8601, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -169,7 +169,8 @@ def test_a_full_disk_ends_the_run(tmp_path: pathlib.Path) -> None:
     assert 'Traceback' not in done.stderr
     assert done.stderr.count('failed') == 1
     assert command.rows(workdir)[-1]['step'] < 50_000
-    assert not (workdir / 'result.json').exists()
+    result = command.result(workdir)
+    assert (result['status'], result['error']['type']) == ('failed', 'SaveError')
 
 
 EVENTS: list[tuple[str, int]] = []
@@ -199,5 +200,5 @@ def test_the_next_log_event_ends_the_run(tmp_path: pathlib.Path) -> None:
     )  # fmt: skip
     with pytest.raises(SaveError, match='the save of step 25'):
         Trainer(experiment, str(tmp_path)).fit()
-    assert EVENTS == [('start', 0), ('log', 10), ('log', 20), ('save', 25)]
+    assert EVENTS == [('start', 0), ('log', 10), ('log', 20), ('save', 25), ('end', 30)]
     assert json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])['step'] <= 30

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import ml_collections
 import pytest
 
 from tests.command import ROOT
@@ -171,3 +172,45 @@ def test_differences_are_aligned() -> None:
 def test_not_a_number_is_no_difference_from_itself() -> None:
     assert diff.diff({'a': float('nan')}, {'a': float('nan')}) == []
     assert len(diff.diff({'a': float('nan')}, {'a': 1.0})) == 1
+
+
+def referring() -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.vars = {'rate': 0.1, 'n': 4}
+    config.optimizer = {'target': 'optax:sgd', 'learning_rate': config.vars.get_ref('rate')}
+    config.seed = config.vars.get_ref('n') * 2
+    return config
+
+
+@pytest.mark.parametrize(
+    ('assignments', 'origins'),
+    [
+        ([('vars.rate', '0.5')], {'vars.rate': 0, 'optimizer.learning_rate': 0}),
+        # A reference is set through every key that holds it: the last one set them all.
+        (
+            [('optimizer.learning_rate', '0.3'), ('vars.rate', '0.5')],
+            {'vars.rate': 1, 'optimizer.learning_rate': 1},
+        ),
+        (
+            [('vars.rate', '0.5'), ('optimizer.learning_rate', '0.3')],
+            {'vars.rate': 1, 'optimizer.learning_rate': 1},
+        ),
+        (
+            [('optimizer.learning_rate', '0.5'), ('vars.rate', '0.5')],
+            {'vars.rate': 1, 'optimizer.learning_rate': 1},
+        ),
+        # What is computed from a reference follows it, until it is set itself.
+        ([('vars.n', '5')], {'vars.n': 0, 'seed': 0}),
+        ([('vars.n', '5'), ('seed', '7')], {'vars.n': 0, 'seed': 1}),
+        ([('seed', '7'), ('vars.n', '5')], {'vars.n': 1, 'seed': 0}),
+    ],
+)
+def test_values_that_follow_a_reference_name_the_override_that_set_it(
+    assignments: list[tuple[str, str]], origins: dict[str, int]
+) -> None:
+    config = referring()
+    applied = overrides.apply(config, assignments)
+    lines = show.resolved(loading.plain(config), applied).splitlines()
+    found = dict(line.split('  # --config.') for line in lines if '  # --config.' in line)
+    said = {text.split(' = ')[0]: origin for text, origin in found.items()}
+    assert said == {path: '='.join(assignments[i]) for path, i in origins.items()}

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The libraries' chatter goes to the file; the screen shows our own warnings only."""
+"""The screen shows our own lines only and is kept; the libraries' chatter has a file of its own."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -35,6 +36,15 @@ class Dying:
 Dying()
 logging.getLogger('trainer').info('too small to be shown')
 logging.getLogger('trainer').warning('one of %s', 'ours')
+import io
+from trainer.observe.progress import Progress
+progress = Progress(10, io.StringIO())
+progress.message('two lines:\\n  the second')
+progress.update(5, {'train/loss': 0.5})
+try:
+    raise ValueError('a mistake')
+except ValueError as error:
+    logfile.record_error(error)
 """
 
 
@@ -59,7 +69,7 @@ def test_the_screen_shows_our_own_warnings_and_nothing_else(tmp_path: pathlib.Pa
         assert done.returncode == 0, done.stderr
         assert done.stdout == ''
         assert done.stderr == 'Warning: one of ours\n'
-    text = (directory / 'log.txt').read_text()
+    debug = (directory / 'debug.log').read_text()
     for said in (
         'Saving checkpoint at step 1',
         'an error of a library',
@@ -67,9 +77,41 @@ def test_the_screen_shows_our_own_warnings_and_nothing_else(tmp_path: pathlib.Pa
         'OSError: in a destructor',
         'too small to be shown',
         'WARNING trainer: one of ours',
+        'ValueError: a mistake',
     ):
-        assert said in text
-    assert 'before there is a file' not in text
+        assert said in debug
+    assert 'before there is a file' not in debug
+    log = (directory / 'log.txt').read_text().splitlines()
+    assert all(re.fullmatch(r'20\d\d-\d\d-\d\d \d\d:\d\d:\d\d .*', line) for line in log[:6])
+    assert [line[20:] for line in log[:6]] == [
+        'too small to be shown',
+        'Warning: one of ours',
+        'two lines:',
+        '  the second',
+        'step 5/10 (50%)  loss 0.5000',
+        'The run has failed:',
+    ]
+    assert log[-1] == 'ValueError: a mistake'
+
+
+def test_a_file_that_cannot_be_written_costs_one_line(tmp_path: pathlib.Path) -> None:
+    (tmp_path / 'log.txt').symlink_to('/dev/full')
+    (tmp_path / 'debug.log').mkdir()
+    script = (
+        'import logging, sys; from trainer.observe import logfile; logfile.route(sys.argv[1]); '
+        '[logfile.record(str(i)) for i in range(10)]; logging.getLogger("trainer").warning("w")'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', script, str(tmp_path)],
+        cwd=command.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lost, full, warning = done.stderr.splitlines()
+    assert re.fullmatch(r'Warning: .*debug.log cannot be written \(.*Is a directory.*\).*', lost)
+    assert re.fullmatch(r'Warning: .*log.txt cannot be written \(.*No space.*\).*', full)
+    assert warning == 'Warning: w'
 
 
 def test_on_a_terminal_a_warning_first_clears_the_live_line() -> None:

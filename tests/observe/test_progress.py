@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import logging
 import os
 import pathlib
 import re
@@ -227,3 +228,23 @@ def test_a_closed_pipe_costs_the_output_and_not_the_run(tmp_path: pathlib.Path) 
 )
 def test_duration(secs: float, text: str) -> None:
     assert duration(secs) == text
+
+
+def test_rows_and_messages_are_recorded_and_the_live_line_is_not(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, recorded = logging.getLogger('trainer.screen'), io.StringIO()
+    monkeypatch.setattr(log, 'handlers', [logging.StreamHandler(recorded)])
+    log.setLevel(logging.INFO)
+    progress = Progress(1000, terminal.stream)
+    progress.update(100, ROW)
+    for step in range(101, 110):
+        progress.tick(step)
+        time.sleep(0.03)
+    progress.message('a message')
+    log.setLevel(logging.NOTSET)
+    row = 'step 100/1,000 (10%)  loss 0.2500  accuracy 0.5000  lr 0.01  1,280 examples/s'
+    first, second = recorded.getvalue().splitlines()
+    assert first.startswith(row)
+    assert second == 'a message'
+    assert terminal.read().count('step 10') > 1

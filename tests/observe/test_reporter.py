@@ -34,3 +34,17 @@ def test_what_is_restored_replaces_what_was_known() -> None:
     report.restore(20, {'train/loss': 0.5}, ['other'])
     assert report.latest == {'train/loss': 0.5}
     assert (report.has_eval('test', 10), report.has_eval('other', 20)) == (False, True)
+
+
+def test_members_are_shown_by_what_they_are() -> None:
+    screen = io.StringIO()
+    report = Reporter(30, 8, screen, ['seed 0, optimizer.learning_rate 0.1', 'seed 1'])
+    report.start()
+    report.begin(0)
+    metrics = {'loss': 1.5, 'member_0/loss': 1.0, 'member_1/loss': 2.0, 'member_1/top/5': 0.5}
+    report.evaluated('test', 30, metrics)
+    report.end('finished', 30)
+    lines = screen.getvalue().splitlines()
+    assert '  eval/test member 0 (seed 0, optimizer.learning_rate 0.1)  loss 1' in lines
+    assert '  eval/test member 1 (seed 1)  loss 2  top/5 0.5' in lines
+    assert report.row == {'step': 30, **{f'eval/test/{name}': x for name, x in metrics.items()}}

@@ -58,7 +58,12 @@ def test_only_the_first_process_writes(two_by_two: tuple[pathlib.Path, list[str]
     steps = [row['step'] for row in command.rows(workdir) if 'train/loss' in row]
     assert steps == [20, 40, 60]
     assert len(list(workdir.glob('events.*'))) == 1
-    assert {'log.txt', 'log.1.txt'} <= {path.name for path in workdir.iterdir()}
+    names = {path.name for path in workdir.iterdir()}
+    assert {'log.txt', 'log.1.txt', 'debug.log', 'debug.1.log'} <= names
+    for name in ('log.txt', 'log.1.txt'):
+        assert 'finished at step 60' in (workdir / name).read_text()
+    devices = json.loads((workdir / 'run.json').read_text())['devices']
+    assert (devices['count'], devices['processes']) == (4, 2)
 
 
 def test_the_data_order_is_that_of_one_process(
@@ -165,6 +170,11 @@ def test_a_killed_process_ends_the_others(
     assert codes[1 - number] == 75, errors
     assert f'process {number} of 2 has ended before its time' in errors[1 - number]
     assert 'Traceback' not in errors[1 - number]
+    if number == 1:  # Else the process that writes is the one that was killed.
+        result = command.result(tmp_path)
+        assert result['status'] == 'failed'
+        assert 'process 1 of 2 has ended before its time' in result['error']['message']
+        assert json.loads((tmp_path / 'run.json').read_text())['status'] == 'failed'
     train(2, tmp_path, *LONG)
     for name in ('digest', 'data_digest'):
         assert command.result(tmp_path)[name] == command.result(long_run)[name]

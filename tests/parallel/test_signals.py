@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from trainer import main
-from trainer.parallel import signals
+from trainer.parallel import last_words, signals
 from trainer.parallel.signals import StopRequest
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -38,3 +40,39 @@ def test_the_handlers_of_a_program_that_calls_main_stay() -> None:
     argv = ['main', '--config=configs/mnist.py', '--mode=config']
     assert main.main(argv, StopRequest()) == 0
     assert [signal.getsignal(number) for number in NUMBERS] == [mine] * 2
+
+
+def test_a_second_ctrl_c_leaves_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, str]] = []
+    codes: list[int] = []
+    monkeypatch.setattr('os._exit', codes.append)
+    request = StopRequest()
+    with last_words.registered(lambda *words: said.append(words)):
+        request.handle(signal.SIGINT, None)
+        assert (said, codes) == ([], [])
+        request.handle(signal.SIGINT, None)
+    assert [status for status, _ in said] == ['interrupted']
+    assert codes == [signals.EXIT_INTERRUPTED]
+
+
+def test_last_words_that_take_long_or_fail_hold_nothing_up() -> None:
+    said, forever = [], threading.Event()
+
+    def fail(status: str, message: str) -> None:
+        said.append(message)
+        raise OSError(message)
+
+    began = time.monotonic()
+    with (
+        last_words.registered(fail),
+        last_words.registered(lambda *_: forever.wait(60) and None),
+    ):
+        last_words.say('failed', 'why')
+    assert time.monotonic() - began < 10
+    assert said == ['why']
+    forever.set()
+    with pytest.raises(ValueError), last_words.registered(fail, stay=True):
+        raise ValueError
+    last_words.say('failed', 'of another process')
+    assert said == ['why', 'of another process']
+    last_words._speakers.clear()

@@ -138,7 +138,9 @@ def test_what_varies_is_in_the_state(tmp_path: pathlib.Path) -> None:
     assert found['momentum'].tolist() == pytest.approx([0.5, 0.9])
     rows = command.rows(tmp_path / 'whole')
     assert rows[-1]['train/member_0/learning_rate'] == pytest.approx(0.1)
-    assert rows[-1]['train/learning_rate'] == pytest.approx(np.mean(RATES))
+    assert rows[-1]['train/member_1/learning_rate'] == pytest.approx(RATES[1])
+    # No member has their mean.
+    assert 'train/learning_rate' not in rows[-1]
     members = [rows[-1][f'train/member_{index}/loss'] for index in range(2)]
     assert rows[-1]['train/loss'] == pytest.approx(np.mean(members))
 
@@ -361,7 +363,7 @@ def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
     args = ('--config.ensemble.size=2', '--config.ensemble.vary.optimizer.learning_rate=(0.1,0.01)')
     finished = command.train(tmp_path / 'run', *args, '--config.train_for=1epochs')
     assert '  member 1  seed 1, optimizer.learning_rate 0.01\n' in finished.out
-    assert 'eval/test/member_1  accuracy ' in finished.out
+    assert 'eval/test member 1 (seed 1, optimizer.learning_rate 0.01)  accuracy ' in finished.out
     assert 'train/member_1' not in finished.out
     values = command.result(tmp_path / 'run')['metrics']
     assert values['eval/test/member_0/loss'] < values['eval/test/member_1/loss']

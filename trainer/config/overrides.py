@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from trainer.config import lookup, paths, schema, targets, values
+from trainer.config import diff, lookup, paths, schema, targets, values
 from trainer.config.durations import is_duration
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
@@ -26,6 +26,7 @@ class Override:
         old: the value before, None if there was none.
         new: the value after.
         filled: paths that the file leaves out and that got their defaults, beside what was set.
+        linked: values at other paths that follow by a reference, by path.
         notes: lines to print.
     """
 
@@ -35,6 +36,7 @@ class Override:
     old: Any
     new: Any
     filled: tuple[str, ...] = ()
+    linked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -99,16 +101,40 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
         keys, new, old = keys[:-1], {'target': new}, plain(paths.get(config, keys[:-1]))
     if isinstance(new, Mapping) and isinstance(old, Mapping):
         new = _merge(old, new, f'config.{paths.join(keys)}', notes)
+    before, place = plain(config), paths.join(keys)
     paths.store(config, keys, new)
     return Override(
         path=path,
-        place=paths.join(keys),
+        place=place,
         text=text,
         old=old,
         new=new,
         filled=filled,
+        linked=_linked(config, before, place),
         notes=tuple(notes),
     )
+
+
+def _linked(config: ml_collections.ConfigDict, before: Any, place: str) -> dict[str, Any]:
+    """Returns the values at other paths than `place` that an assignment has set, by path."""
+    references = dict(_references(config, ''))
+    mine = references.get(place)
+    # Also those that had this value before: what they hold comes from this assignment now.
+    linked = {path: plain(ref) for path, ref in references.items() if ref is mine}
+    linked.update({each.path: each.new for each in diff.diff(before, plain(config))})
+    inside = (f'{place}.', f'{place}[')
+    return {p: new for p, new in linked.items() if p != place and not p.startswith(inside)}
+
+
+def _references(
+    config: ml_collections.ConfigDict, path: str
+) -> Iterator[tuple[str, ml_collections.FieldReference]]:
+    for key, value in config.items(preserve_field_references=True):
+        where = f'{path}.{key}' if path else str(key)
+        if isinstance(value, ml_collections.FieldReference):
+            yield where, value
+        elif isinstance(value, ml_collections.ConfigDict):
+            yield from _references(value, where)
 
 
 def _fill(config: ml_collections.ConfigDict, keys: paths.Keys) -> tuple[str, ...]:

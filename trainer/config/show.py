@@ -67,6 +67,8 @@ def _origins(overrides: Sequence[Override]) -> dict[str, str]:
             inner = change.path and not change.path.startswith('[')
             where = f'{place}.{change.path}' if inner else f'{place}{change.path}'
             origins.update((leaf, text) for leaf, _ in _leaves(change.new, where))
+        for path, value in override.linked.items():
+            origins.update((leaf, text) for leaf, _ in _leaves(value, path))
     return origins
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the libraries' chatter off the screen, in a file of the run."""
+"""What a run leaves in writing: its screen in `log.txt`, the libraries' chatter in `debug.log`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import warnings
 from etils import epath
 
 from trainer.observe.progress import CLEAR
+
+_SCREEN = 'trainer.screen'
+_TIME = '%Y-%m-%d %H:%M:%S'
 
 
 def quiet_environment() -> None:
@@ -57,39 +60,101 @@ def keep_stdout_for_python() -> None:
     os.close(nowhere)
 
 
-def route(directory: epath.PathLike | None, name: str = 'log.txt') -> None:
-    """Sends all Python logging and warnings to a file; our own warnings also go to the screen.
+def route(directory: epath.PathLike | None, process: int = 0) -> None:
+    """Sends what is said of a run to files.
+
+    `log.txt` gets what stays on the screen, with our own warnings and the error that ends the run;
+    `debug.log` all Python logging and warnings. Our own warnings also go to the screen.
 
     Args:
-        directory: the run's directory, or None for no file.
-        name: of the file in it.
+        directory: the run's directory, or None for no files.
+        process: index of this process; those after the first write `log.<i>.txt`, `debug.<i>.log`.
     """
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.setLevel(logging.INFO)
-    if directory is None:
-        root.addHandler(logging.NullHandler())
-    else:
-        path = epath.Path(directory)
+    loggers = {name: logging.getLogger(name) for name in ('', 'trainer', _SCREEN)}
+    for logger in loggers.values():
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(logging.INFO)
+    root, ours, screen = loggers.values()
+    ours.addHandler(_to_screen())
+    if directory is not None:
+        path, number = epath.Path(directory), f'.{process}' if process else ''
         path.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(os.fspath(path / name))
-        to_file.setFormatter(logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s'))
-        root.addHandler(to_file)
+        log = _open(path / f'log{number}.txt', _Lines(datefmt=_TIME))
+        ours.addHandler(log)
+        screen.addHandler(log)
+        debug = logging.Formatter('%(asctime)s %(levelname)s %(name)s: %(message)s')
+        root.addHandler(_open(path / f'debug{number}.log', debug))
+    else:
+        root.addHandler(logging.NullHandler())
+    screen.propagate = False
     # absl installs a handler of its own that writes to the screen.
     logging.getLogger('absl').handlers.clear()
     logging.getLogger('absl').propagate = True
     logging.captureWarnings(True)
     sys.unraisablehook = _log_unraisable
     warnings.simplefilter('default')
-    to_screen = logging.StreamHandler(sys.stderr)
-    to_screen.setLevel(logging.WARNING)
+
+
+def record(text: str) -> None:
+    """Writes to `log.txt` what was printed on the screen by other means."""
+    logging.getLogger(_SCREEN).info(text)
+
+
+def record_error(error: BaseException) -> None:
+    """Writes what ended a run: to `log.txt` as on the screen, its traceback to `debug.log` too."""
+    if hasattr(error, 'exit_code'):  # Its text says all.
+        record(f'Error: {error}')
+    else:
+        logging.getLogger(_SCREEN).info('The run has failed:', exc_info=error)
+    logging.getLogger().error('the run has failed', exc_info=error)
+
+
+class _Lines(logging.Formatter):
+    """Lines of the screen with the time before them."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        kind = 'Warning: ' if record.levelno == logging.WARNING else ''
+        lines = f'{kind}{record.message}'.split('\n')
+        return '\n'.join(f'{record.asctime} {line}'.rstrip() for line in lines)
+
+    def usesTime(self) -> bool:
+        return True
+
+
+class _File(logging.FileHandler):
+    """A file that costs nothing but its own lines when it cannot be written."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            _say_lost(self.baseFilename, sys.exc_info()[1])
+
+
+def _open(path: epath.Path, formatter: logging.Formatter) -> logging.Handler:
+    try:
+        handler: logging.Handler = _File(os.fspath(path), encoding='utf-8')
+    except OSError as error:
+        _say_lost(os.fspath(path), error)
+        return logging.NullHandler()
+    handler.setFormatter(formatter)
+    return handler
+
+
+def _say_lost(path: str, error: BaseException | None) -> None:
+    print(f'Warning: {path} cannot be written ({error}); the run goes on', file=sys.stderr)
+
+
+def _to_screen() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
     # On a terminal the live line may stand where the warning is to go.
     clear = CLEAR if sys.stderr.isatty() else ''
-    to_screen.setFormatter(logging.Formatter(f'{clear}Warning: %(message)s'))
-    ours = logging.getLogger('trainer')
-    ours.handlers[:] = [to_screen]
+    handler.setFormatter(logging.Formatter(f'{clear}Warning: %(message)s'))
+    return handler
 
 
 def _log_unraisable(unraisable: sys.UnraisableHookArgs) -> None:

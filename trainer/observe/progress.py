@@ -13,6 +13,9 @@ from typing import TextIO
 Screen = TextIO | io.TextIOBase
 
 _log = logging.getLogger('trainer')
+# What stays on the screen, for the run's log: see `trainer.observe.logfile`.
+_record = logging.getLogger('trainer.screen')
+_record.propagate = False
 _REFRESH_SECS = 0.2
 _DEFAULT_COLUMNS = 80
 _SPACE = '  '
@@ -61,11 +64,14 @@ class Progress:
     def update(self, step: int, row: Mapping[str, float]) -> None:
         """Takes a new row: part of the next live line, or in a pipe a line of its own."""
         self._row = row
+        line = _SPACE.join(self._parts(step).values())
+        _record.info(line)
         if not self._live:
-            self._print(_SPACE.join(self._parts(step).values()))
+            self._print(line)
 
     def message(self, text: str) -> None:
         """Prints lines that stay."""
+        _record.info(text)
         clear = CLEAR if self._open else ''
         self._open = False
         self._print(clear + text)

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,24 +36,36 @@ class Reporter:
     row's own step.
 
     Attributes:
+        step: number of updates that have been dispatched.
+        row: the newest row, as it was written: 'step' and values by flat name.
         latest: the newest value of each metric, by flat name.
         time: seconds spent in each part of the run.
         progress: the user's screen.
     """
 
-    def __init__(self, total_steps: int, batch_size: int, stream: Screen | None = None):
+    def __init__(
+        self,
+        total_steps: int,
+        batch_size: int,
+        stream: Screen | None = None,
+        members: Sequence[str] = (),
+    ):
         """Makes a reporter that writes no files until `open`.
 
         Args:
             total_steps: length of the run.
             batch_size: rows of the global batch, for examples per second.
             stream: the user's screen; standard output by default.
+            members: of an ensemble, what each of them is: 'seed 3, optimizer.learning_rate 0.1'.
         """
+        self.step = 0
+        self.row: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self.time = TimeSpent()
         self.progress = Progress(total_steps, stream or sys.stdout)
         self._writer = Writers(())
         self._batch_size = batch_size
+        self._members = members
         self._pending: _Pending | None = None
         self._evaluated: set[tuple[str, int]] = set()
         self._mark = (0, 0.0)
@@ -72,6 +84,7 @@ class Reporter:
             metrics: the newest value of each metric, by flat name.
             evaluated: names of the evaluations that have run at this step.
         """
+        self.step = step
         self.latest = dict(metrics)
         self._evaluated = {(name, step) for name in evaluated}
 
@@ -100,7 +113,8 @@ class Reporter:
         lines += [f'  {name} {_number(value)}' for name, value in known if not _member(name)]
         evals = [each for each in known if each[0].startswith('eval/') and _member(each[0])]
         for member, values in itertools.groupby(evals, key=lambda each: _member(each[0])):
-            lines.append(f'  {member}  ' + _listed({n.split('/')[-1]: x for n, x in values}))
+            named = {name.removeprefix(f'{member}/'): x for name, x in values}
+            lines.append(f'  {self._named(member)}  {_listed(named)}')
         self.progress.message('\n'.join([*lines, self.time.summary()]))
 
     def close(self) -> None:
@@ -110,9 +124,14 @@ class Reporter:
 
     def stepped(self, step: int) -> None:
         """Is told of each dispatched step: writes the row that waits, once its step is done."""
+        self.step = step
+        self.flush_ready()
+        self.progress.tick(step)
+
+    def flush_ready(self) -> None:
+        """Writes the row that waits, if its step is done."""
         if self._pending is not None and self._pending.is_ready():
             self.flush()
-        self.progress.tick(step)
 
     def log(self, step: int, metrics: Any) -> None:
         """Takes the accumulators of a log event; `flush` or a later `stepped` writes their row."""
@@ -165,8 +184,15 @@ class Reporter:
         self._writer.sync()
 
     def _add(self, step: int, row: Mapping[str, float]) -> None:
+        self.row = {'step': step, **row}
         self.latest.update(row)
         self._writer.write(step, row)
+
+    def _named(self, member: str) -> str:
+        """Returns 'eval/test member 3 (seed 3)' for 'eval/test/member_3'."""
+        place, _, number = member.rpartition('/member_')
+        described = self._members[int(number)] if int(number) < len(self._members) else ''
+        return f'{place} member {number}' + (f' ({described})' if described else '')
 
     def _busy(self) -> float:
         """Seconds of the loop so far, without its evaluations and saves."""
@@ -194,7 +220,12 @@ def flat_row(metrics: Any) -> dict[str, float]:
     """
     computed = compute_metrics(fetch(metrics))
     if isinstance(metrics, PerMember):
-        row = mean_and_each([_flat(each) for each in computed])
+        rows = [_flat(each) for each in computed]
+        row = mean_and_each(rows)
+        # The mean of several learning rates is one that no member has.
+        for name in rows[0]:
+            if name.split('/')[0] == 'learning_rate' and len({each[name] for each in rows}) > 1:
+                del row[name]
     else:
         row = _flat(computed)
     return {f'train/{name}': value for name, value in row.items()}

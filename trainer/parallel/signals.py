@@ -14,6 +14,8 @@ import signal
 import sys
 from types import FrameType
 
+from trainer.parallel import last_words
+
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 42
 
@@ -64,6 +66,7 @@ class StopRequest:
         """Asks for a stop; a second Ctrl-C leaves at once, the last committed save intact."""
         if self.signal is not None and number == signal.SIGINT:
             _say('\nStopped at once, without saving.\n')
+            last_words.say('interrupted', 'Ctrl-C twice: stopped at once, without saving')
             os._exit(EXIT_INTERRUPTED)
         if self.signal is None:
             self.signal = number

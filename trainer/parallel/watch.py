@@ -19,6 +19,8 @@ from typing import Any
 
 import jax
 
+from trainer.parallel import last_words
+
 _KEY = 'trainer/watch'
 _BYE, _LOST = 'bye', 'lost'
 # A process that fails gives the others so long to say what they have to say themselves: they may
@@ -93,12 +95,13 @@ class PeerWatch:
         elif said:
             time.sleep(_GRACE_SECS)
         message = (
-            f'Error: process {number} of {self._count} has ended before its time, and process '
+            f'process {number} of {self._count} has ended before its time, and process '
             f'{self._number} cannot go on without it. The same command starts from the newest '
-            'checkpoint.\n'
+            'checkpoint.'
         )
         # Not print: the main thread may hold the lock of the stream.
-        os.write(sys.stderr.fileno(), message.encode())
+        os.write(sys.stderr.fileno(), f'Error: {message}\n'.encode())
+        last_words.say('failed', message)
         os._exit(self._exit_code)
 
 

@@ -19,6 +19,7 @@ class NonFiniteError(RuntimeError):
     """A run has been stopped because a value was not finite; the message says where it began."""
 
     exit_code = 1
+    status = 'diverged'
 
 
 class Guard:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hooks are given, and when."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import pytest
+
+from tests.command import ROOT, result
+from trainer.events import Event
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+SEEN: list[tuple[Event, int | None]] = []
+FAIL: set[tuple[str, int]] = set()
+
+
+def see(event: Event) -> None:
+    SEEN.append((event, None if event.state is None else int(event.state.step)))
+    if (event.kind, event.step) in FAIL:
+        raise ValueError(f'no {event.kind} at {event.step}\nand more')
+
+
+@pytest.fixture(autouse=True)
+def none_seen() -> None:
+    SEEN.clear()
+    FAIL.clear()
+
+
+def trainer_in(workdir: pathlib.Path | None, **overrides: Any) -> Trainer:
+    options = {
+        'train_for': '50 steps',
+        'data__source__limit': 640,
+        'evals__test__data__source__limit': 100,
+        'evals__test__every': '20 steps',
+        'checkpoint__every': '25 steps',
+        'log__every': '10 steps',
+        'hooks': {'see': {'ref': f'{__name__}:see'}},
+    }
+    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
+    return Trainer(experiment, None if workdir is None else str(workdir))
+
+
+def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').open()]
+
+
+def kinds() -> list[tuple[str, int]]:
+    return [(event.kind, event.step) for event, _ in SEEN]
+
+
+def test_a_hook_is_given_each_row_as_it_was_written(tmp_path: pathlib.Path) -> None:
+    trainer_in(tmp_path, log__every='20 steps').fit()
+    given = [dict(event.row) for event, _ in SEEN if event.row]
+    assert given == rows(tmp_path)
+    given = [(e.kind, e.row['step'], e.evaluation) for e, _ in SEEN if e.row]
+    assert given == [
+        ('log', 20, None), ('eval', 20, 'test'), ('log', 40, None), ('eval', 40, 'test'),
+        ('log', 50, None), ('eval', 50, 'test'),
+    ]  # fmt: skip
+    for event, step in SEEN:
+        assert event.step == step
+        assert event.row.get('step', step) == step
+        # The newest of each metric: the row is a part of it.
+        assert {**event.metrics, **event.row} == {**event.metrics, 'step': step} or not event.row
+
+
+def test_a_hook_is_given_rows_without_a_work_directory_and_of_several_calls() -> None:
+    trainer = trainer_in(None, steps_per_call=4)
+    trainer.fit(max_steps=13)
+    trainer.fit()
+    logged = [(event.row['step'], step) for event, step in SEEN if event.kind == 'log']
+    assert logged == [(step, step) for step in (10, 20, 30, 40, 50)]
+
+
+def test_a_hook_is_given_config_and_status(tmp_path: pathlib.Path) -> None:
+    trainer = trainer_in(tmp_path)
+    trainer.fit(max_steps=10)
+    trainer.fit()
+    assert [e.status for e, _ in SEEN if e.kind == 'end'] == ['paused', 'finished']
+    assert {e.status for e, _ in SEEN if e.kind != 'end'} == {None}
+    assert {e.error for e, _ in SEEN} == {None}
+    for event, _ in SEEN:
+        assert event.config == trainer.experiment.config
+        assert event.config['optimizer']['target'] == 'optax:sgd'
+
+
+def test_the_hooks_of_a_failed_run_are_given_its_end(tmp_path: pathlib.Path) -> None:
+    FAIL.add(('log', 30))
+    with pytest.raises(ValueError, match='no log at 30'):
+        trainer_in(tmp_path).fit()
+    last, step = SEEN[-1]
+    assert (last.kind, last.step, step) == ('end', 30, None)
+    assert (last.status, last.error) == ('failed', 'ValueError: no log at 30')
+    assert kinds().count(('end', 30)) == 1
+
+
+def test_a_hook_that_fails_of_the_end_does_not_hide_why_the_run_failed(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    FAIL.update({('eval', 20), ('end', 20)})
+    with (
+        caplog.at_level(logging.WARNING, 'trainer'),
+        pytest.raises(ValueError, match='no eval at 20'),
+    ):
+        trainer_in(tmp_path).fit()
+    assert "a hook failed of the 'end' of this run: ValueError: no end at 20" in caplog.text
+
+
+def test_a_run_that_never_began_has_no_end_for_hooks(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(Exception, match='do not divide'):
+        trainer_in(tmp_path, accumulate=7).fit()
+    assert SEEN == []
+
+
+def test_a_finished_run_stays_finished_when_a_hook_fails_of_its_end(
+    tmp_path: pathlib.Path,
+) -> None:
+    FAIL.add(('end', 50))
+    with pytest.raises(ValueError, match='no end at 50'):
+        trainer_in(tmp_path).fit()
+    assert kinds().count(('end', 50)) == 1
+    assert result(tmp_path)['status'] == 'finished'
+    assert json.loads((tmp_path / 'run.json').read_text())['status'] == 'finished'
