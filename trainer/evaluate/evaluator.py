@@ -25,7 +25,13 @@ from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
 from trainer.startup import abstract_batch
-from trainer.step.ensemble import mean_and_each
+from trainer.step.measured import (
+    Measured,
+    check_computes,
+    computed_of_nothing,
+    is_of_member,
+    mean_and_each,
+)
 from trainer.step.program import Program
 from trainer.step.state import TrainState, describe
 from trainer.step.task_runner import MASK, compute_metrics
@@ -77,6 +83,7 @@ class Evaluator:
         self.loader = loader
         self._program: Program | None = None
         self._empty: Callable[[], Any] | None = None
+        self._of_nothing: Measured | None = None
         self.step = step
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
@@ -107,13 +114,26 @@ class Evaluator:
 
         Raises:
             UserError: if the task asks for a field that the batch does not have, or the model is
-                in training mode whatever it is told.
+                in training mode whatever it is told, or a metric cannot be accumulated or computed.
         """
         with self._telling_its_mode():
             output = self._output_shapes(state)
         self._empty = jax.jit(
             functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
         )
+        self._of_nothing = self._check_metrics()
+
+    def _check_metrics(self) -> Measured | None:
+        assert self._empty is not None
+        try:
+            empty = jax.eval_shape(self._empty)
+            check_computes(empty['task'])
+            return computed_of_nothing(summarise, empty)
+        except UserError as error:
+            raise UserError(f'config.evals.{self.name}: {error}') from error
+        except Exception as error:
+            error.add_note(f'This happened in the metrics of config.evals.{self.name}')
+            raise
 
     def _output_shapes(self, state: TrainState) -> Any:
         shapes = None
@@ -140,16 +160,14 @@ class Evaluator:
         Raises:
             UserError: naming those that there are.
         """
-        assert self._empty is not None
-        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(self._empty))
-        try:
-            with np.errstate(all='ignore'):
-                found = list(summarise(empty))
-        except Exception:
-            return  # A metric of the user's own that cannot be computed of nothing.
-        if name not in found:
-            have = ', '.join(found)
-            raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
+        found = self._of_nothing
+        if found is None or name in found:
+            return
+        if name in found.arrays:
+            kind = describe(found.arrays[name])
+            raise UserError(f'{path}: {name!r} of evaluation {self.name!r} is no number but {kind}')
+        have = ', '.join(found)
+        raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
 
     def run(
         self,
@@ -157,8 +175,10 @@ class Evaluator:
         *,
         max_batches: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> dict[str, float | int]:
+    ) -> Measured:
         """Returns the metrics over the split, `examples` (the number of them) included.
+
+        Metrics that are no numbers are in its `arrays`.
 
         Args:
             state: what to evaluate.
@@ -270,16 +290,17 @@ class Evaluator:
             yield index, batch
 
 
-def summarise(totals: Any) -> dict[str, float | int]:
-    """Returns flat host numbers of an evaluation's accumulators, fetched in one transfer.
+def summarise(totals: Any) -> Measured:
+    """Returns flat host values of an evaluation's accumulators, fetched in one transfer.
 
     Of an ensemble also the means over its members ('members/loss') and each one's
     ('member_0/loss').
     """
     computed = compute_metrics(fetch(totals))
-    values = {**computed['task'], 'examples': computed['examples']}
-    row = {name: np.asarray(value).item() for name, value in values.items()}
+    row = Measured(computed['task'])
+    row.add('examples', computed['examples'])
     if 'members' in computed:
-        every = mean_and_each(computed['members'])
-        row.update({n if n.startswith('member_') else f'members/{n}': x for n, x in every.items()})
+        every = mean_and_each([Measured(each) for each in computed['members']])
+        for name, value in {**every, **every.arrays}.items():
+            row.add(name if is_of_member(name) else f'members/{name}', value)
     return row
