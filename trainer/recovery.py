@@ -203,8 +203,8 @@ class Recovery:
     def _is_worth_keeping(self, step: int, state: TrainState, error: BaseException) -> bool:
         """Whether a run that an error ends may save its state; another start would go on from it.
 
-        Not what a step has left that failed, or the guard has stopped; nor does what has just
-        failed to be saved get another try. Of several processes only one may have failed, and a
+        Not what the guard has stopped, nor what a failed step has taken or left; and what has just
+        failed to be saved gets no other try. Of several processes only one may have failed, and a
         save waits for all.
         """
         if isinstance(error, (CheckpointError, NonFiniteError)):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import signal
@@ -88,7 +89,7 @@ class Trainer(Parts):
         self.report = Reporter(experiment.total_steps, experiment.clock.batch_size, screen)
         self._probes = Probes(self, self.report)
         self._stop, self._given_stop = StopRequest(), stop
-        # What a rescue would save; None while a step has the state's buffers.
+        # What a rescue would save: the last step that was completed.
         self._reached: tuple[int, TrainState] | None = None
         self._recovery = Recovery(
             self, self.report, allow_config_change=allow_config_change, overrides=overrides
@@ -120,11 +121,8 @@ class Trainer(Parts):
         """
         self._stop = self._given_stop or StopRequest()
         try:
-            state, step = self._begin()
-            if self._given_stop is not None:
-                return self._fit(state, step, max_steps)
-            with signals.interruptible(self._stop):
-                return self._fit(state, step, max_steps)
+            with contextlib.ExitStack() as until_end:
+                return self._fit(max_steps, until_end)
         except BaseException as error:
             self._rescue(error)
             self._recovery.abandon(error)
@@ -132,7 +130,10 @@ class Trainer(Parts):
         finally:
             self._reached = None
 
-    def _fit(self, state: TrainState, step: int, max_steps: int | None) -> Result:
+    def _fit(self, max_steps: int | None, until_end: contextlib.ExitStack) -> Result:
+        state, step = self._begin()
+        if self._given_stop is None:
+            until_end.enter_context(signals.interruptible(self._stop))
         if self._evaluate_due(step, state):
             # The last run ended before them, and saved this step without.
             self._recovery.amend(step)
@@ -141,7 +142,6 @@ class Trainer(Parts):
             try:
                 for count, batch in batches:
                     program = self.programs.step if count == 1 else self.programs.fused
-                    self._reached = None
                     state = program(state, batch)
                     step += count
                     self._reached = step, state
