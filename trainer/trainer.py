@@ -108,8 +108,8 @@ class Trainer(Parts):
         """Trains until `train_for`, going on from the newest checkpoint of the work directory.
 
         Ctrl-C, or the stop button of a notebook, ends it after the current step with status
-        'interrupted'; the next call goes on from there. Whatever else ends it, the steps that are
-        done are saved first.
+        'interrupted'; the next call goes on from there. Where an evaluation, a hook or the data
+        fails, the steps that are done are saved first.
 
         Args:
             max_steps: return after this many updates of this call, without a final evaluation; the
@@ -124,8 +124,10 @@ class Trainer(Parts):
             with contextlib.ExitStack() as until_end:
                 return self._fit(max_steps, until_end)
         except BaseException as error:
-            self._rescue(error)
-            self._recovery.abandon(error)
+            try:
+                self._rescue(error)
+            finally:
+                self._recovery.abandon(error)
             raise
         finally:
             self._reached = None

@@ -17,7 +17,7 @@ from trainer.step.measured import (
     Measured,
     check_accumulates,
     check_computes,
-    computed_of_nothing,
+    compute_on_trial,
     mean_and_each,
 )
 
@@ -46,6 +46,18 @@ class Share(Total):
 
     def compute(self) -> Any:
         return 1 / float(self.total)
+
+
+@flax.struct.dataclass
+class Absent(Total):
+    def compute(self) -> Any:
+        return self.total if self.total > 0 else None
+
+
+@flax.struct.dataclass
+class OfTwo(Total):
+    def compute(self) -> Any:
+        return 1 / float(self.total * (self.total - 1))
 
 
 @flax.struct.dataclass
@@ -143,10 +155,13 @@ def test_means_over_members() -> None:
     assert row.arrays['member_1/some'].shape == (3,)
 
 
-def test_a_metric_may_fail_to_compute_anything_of_nothing() -> None:
-    metrics = {'share': Share.empty()}
+@pytest.mark.parametrize(
+    ('metric', 'found'), [(Share, {'x': 1.0}), (Absent, {'x': 1.0}), (OfTwo, None)]
+)
+def test_a_metric_may_fail_to_compute_anything_of_nothing(metric: Any, found: Any) -> None:
+    metrics = {'x': metric.empty()}
     check_computes(metrics)
-    assert computed_of_nothing(lambda tree: tree['share'].compute(), metrics) is None
+    assert compute_on_trial(lambda tree: Measured({'x': tree['x'].compute()}), metrics) == found
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from trainer.startup import abstract_batch
 from trainer.step.measured import (
     Measured,
     check_computes,
-    computed_of_nothing,
+    compute_on_trial,
     is_of_member,
     mean_and_each,
 )
@@ -83,7 +83,7 @@ class Evaluator:
         self.loader = loader
         self._program: Program | None = None
         self._empty: Callable[[], Any] | None = None
-        self._of_nothing: Measured | None = None
+        self._on_trial: Measured | None = None
         self.step = step
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
@@ -121,14 +121,20 @@ class Evaluator:
         self._empty = jax.jit(
             functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
         )
-        self._of_nothing = self._check_metrics()
+        self._on_trial = self._check_metrics()
 
     def _check_metrics(self) -> Measured | None:
         assert self._empty is not None
-        try:
+        with self._naming_it():
             empty = jax.eval_shape(self._empty)
             check_computes(empty['task'])
-            return computed_of_nothing(summarise, empty)
+            return compute_on_trial(summarise, empty)
+
+    @contextlib.contextmanager
+    def _naming_it(self) -> Iterator[None]:
+        """Says of an error in the metrics which evaluation they are of."""
+        try:
+            yield
         except UserError as error:
             raise UserError(f'config.evals.{self.name}: {error}') from error
         except Exception as error:
@@ -160,7 +166,7 @@ class Evaluator:
         Raises:
             UserError: naming those that there are.
         """
-        found = self._of_nothing
+        found = self._on_trial
         if found is None or name in found:
             return
         if name in found.arrays:
@@ -199,7 +205,8 @@ class Evaluator:
                 args = (totals, variables, state.step, np.int32(index), batch)
                 self._program = self._program or self._compile(args)
                 totals = self._program(*args)
-        return summarise(totals)
+        with self._naming_it():
+            return summarise(totals)
 
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
         """Yields the task's predictions for each batch, without the padding.

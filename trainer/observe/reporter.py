@@ -29,7 +29,7 @@ from trainer.step.ensemble import PerMember
 from trainer.step.measured import (
     Measured,
     check_computes,
-    computed_of_nothing,
+    compute_on_trial,
     is_of_member,
     mean_and_each,
 )
@@ -248,7 +248,7 @@ def check_row(metrics: Any) -> None:
         lone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), metrics.stacked)
     try:
         check_computes(lone)
-        computed_of_nothing(flat_row, metrics)
+        compute_on_trial(flat_row, metrics)
     except UserError as error:
         raise UserError(f'the metrics of training: {error}') from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
@@ -151,63 +151,67 @@ def check_accumulates(empty: Any, new: Any) -> None:
 
 
 def check_computes(metrics: Any) -> None:
-    """Checks that a row can be made of metrics, from their shapes alone.
+    """Checks that each metric computes what a row or a file can hold, from its shapes alone.
 
     A metric may well fail to compute anything of no data, but not for a reason that data cannot
-    change.
+    change. So it is tried with zeros, and then with ones.
 
     Args:
         metrics: tree of metrics, arrays or their shapes.
 
     Raises:
-        UserError: naming the metric that computes nothing, or what no row and no file can hold.
+        UserError: naming the metric that does not.
     """
     for name, metric in metrics_by_name(metrics):
-        error = _error_of(name, metric, np.zeros)
-        if isinstance(error, UserError):
-            raise error
-        if isinstance(error, _BROKEN) and isinstance(_error_of(name, metric, np.ones), _BROKEN):
-            kind = type(error).__name__
+
+        def compute(x: Any, name: str = name) -> Measured:
+            return Measured({name: x.compute()})
+
+        errors = _errors(compute, metric)
+        if len(errors) == 2 and all(isinstance(error, _BROKEN) for error in errors):
+            kind = type(errors[0]).__name__
             raise UserError(
-                f'the metric {name!r} cannot be computed, whatever the data: {kind}: {error}. '
+                f'the metric {name!r} cannot be computed, whatever the data: {kind}: {errors[0]}. '
                 'Correct its compute(), or leave it out'
-            ) from error
+            ) from errors[0]
+        _raise_if_sure(errors)
 
 
-def computed_of_nothing(compute: Any, metrics: Any) -> Measured | None:
-    """Returns what `compute` makes of metrics that are all zeros; None if one cannot be computed.
+def compute_on_trial(compute: Callable[[Any], Measured], metrics: Any) -> Measured | None:
+    """Returns what `compute` makes of metrics that are all zeros or all ones, None if nothing.
 
     Args:
-        compute: returns a `Measured` of a tree of metrics.
+        compute: of a tree of metrics.
         metrics: such a tree, arrays or their shapes.
 
     Raises:
-        UserError: as `compute`.
+        UserError: that of `compute`, if it raises one of either.
     """
-    try:
-        with np.errstate(all='ignore'), warnings.catch_warnings(action='ignore'):
-            return compute(_filled(metrics, np.zeros))
-    except UserError:
-        raise
-    except Exception:
-        return None  # A metric of the user's own that cannot be computed of nothing.
+    found: list[Measured] = []
+    _raise_if_sure(_errors(lambda x: found.append(compute(x)), metrics))
+    return found[0] if found else None
 
 
-def _error_of(name: str, metric: Any, fill: Any) -> Exception | None:
-    try:
-        filled = _filled(metric, fill)
-    except Exception:
-        return None  # Keys of random numbers, which numpy does not know.
-    try:
-        with np.errstate(all='ignore'), warnings.catch_warnings(action='ignore'):
-            Measured({name: filled.compute()})
-    except Exception as error:
-        return error
-    return None
+def _errors(act: Callable[[Any], object], metrics: Any) -> list[Exception]:
+    """Returns what `act` raises of zeros and then of ones; ends at the first that it can take."""
+    errors: list[Exception] = []
+    for fill in (np.zeros, np.ones):
+        try:
+            filled = jax.tree.map(lambda x, fill=fill: fill(x.shape, x.dtype), metrics)
+        except TypeError:
+            return []  # Keys of random numbers, which numpy does not know.
+        try:
+            with np.errstate(all='ignore'), warnings.catch_warnings(action='ignore'):
+                act(filled)
+            break
+        except Exception as error:
+            errors.append(error)
+    return errors
 
 
-def _filled(tree: Any, fill: Any) -> Any:
-    return jax.tree.map(lambda x: fill(x.shape, x.dtype), tree)
+def _raise_if_sure(errors: Sequence[Exception]) -> None:
+    if len(errors) == 2 and all(isinstance(error, UserError) for error in errors):
+        raise errors[0]
 
 
 def _shapes(tree: Any) -> Any:
