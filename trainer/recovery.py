@@ -178,7 +178,7 @@ class Recovery:
         Args:
             step: number of completed updates.
             state: at this step.
-            error: what ends the run. It is told if the save fails as well.
+            error: what ends the run; it gets a note if the save fails as well.
         """
         if not self._is_worth_keeping(step, state, error):
             return
