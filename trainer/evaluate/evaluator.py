@@ -114,7 +114,7 @@ class Evaluator:
 
         Raises:
             UserError: if the task asks for a field that the batch does not have, or the model is
-                in training mode whatever it is told, or a metric cannot be accumulated or computed.
+                in training mode even here, or a metric cannot be accumulated or computed.
         """
         with self._telling_its_mode():
             output = self._output_shapes(state)
