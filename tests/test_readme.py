@@ -33,6 +33,7 @@ SAYS = (
     ('optimizer=', r'^  train/learning_rate 0\.01$'),
     ('optax:adam', r'^config\.optimizer\.momentum dropped: optax:adam does not take it$'),
     ('XLA_FLAGS', r'^devices +8 x cpu .*mesh data 2 x fsdp 2 x model 2$'),
+    ('mine/config.py', r'confusion/counts int32\[10, 10\] in .*/metrics/eval_table_100\.npz$'),
     ('scan_layers', r'^blocks/'),
     ('ensemble', r'^eval test at step 3: .*members'),
     ('mine/config.py', r'^eval sure at step 100: .*examples 77$'),
@@ -51,7 +52,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def test_the_readme_has_what_this_file_looks_for() -> None:
-    assert len(FILES) == 21
+    assert len(FILES) == 22
     assert (QUICKSTART, TESTS) == ('launch/local.sh --config=configs/mnist.py', 'launch/test.sh')
     assert PRETRAINED in COMMANDS and EXPORT in COMMANDS
     assert len(COMMANDS) >= 30

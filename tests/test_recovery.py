@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import pytest
@@ -47,13 +48,15 @@ def files(workdir: pathlib.Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
 
 
-def test_a_fit_after_one_that_failed_counts_from_the_beginning(tmp_path: pathlib.Path) -> None:
+def test_a_fit_after_one_that_failed_knows_nothing_of_it(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path / 'twice')
     FAIL_AT.append(30)
     with pytest.raises(RuntimeError, match='the hook failed'):
         trainer.fit()
+    # As if another run had saved the step before, which knows nothing of the one that is gone.
+    assert trainer.checkpoints is not None
+    shutil.rmtree(trainer.checkpoints.directory / '30')
     again = trainer.fit()
-    # Nothing of the run that is gone is told of the one that starts.
     assert KNOWN_AT_START[-1] == {}
     whole = trainer_in(tmp_path / 'once').fit()
     assert again.step == whole.step == 50

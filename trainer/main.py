@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from trainer.config import identity, loading, overrides, show
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, full_text
 from trainer.observe import logfile
 from trainer.parallel import signals
 from trainer.plan.devices import KINDS as DEVICE_KINDS
@@ -111,7 +111,7 @@ def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f'Error: {error}', file=sys.stderr)
+        print(f'Error: {full_text(error)}', file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         if not _reader_is_gone():

@@ -13,12 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from trainer import startup
 from trainer.checkpoint import manager as checkpoint
 from trainer.checkpoint.manager import CheckpointError
 from trainer.config import diff, identity
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, full_text
 from trainer.config.loading import LoadedConfig
 from trainer.dry_run import rehearse
 from trainer.experiment import build
@@ -33,7 +34,7 @@ from trainer.plan import flops
 from trainer.probe import gradients, modules
 from trainer.probe.files import write_npz
 from trainer.probe.guard import NonFiniteError
-from trainer.step.state import TrainState
+from trainer.step.state import TrainState, describe
 from trainer.trainer import Trainer
 from trainer.workdir import Workdir
 
@@ -106,12 +107,13 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     try:
         return _MODES[command.mode](trainer, command, stop)
     except (CheckpointError, NonFiniteError) as error:
-        print(f'Error: {error}', file=sys.stderr)
+        print(f'Error: {full_text(error)}', file=sys.stderr)
         return error.exit_code
     except jax.errors.JaxRuntimeError as error:
         if not startup.is_out_of_memory(error):
             raise
-        text = f'Error: {startup.explain_out_of_memory(trainer, error)}'
+        explained = startup.explain_out_of_memory(trainer, error)
+        text = '\n'.join([f'Error: {explained}', *getattr(error, '__notes__', ())])
         logfile.record(text)
         print(text, file=sys.stderr)
         return 1
@@ -164,6 +166,11 @@ def _eval(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     for name, metrics in trainer.evaluate(state).items():
         values = '  '.join(f'{key} {value:.6g}' for key, value in metrics.items())
         print(f'eval {name}: {values}')
+        if metrics.arrays:
+            path = _workdir(trainer).path / f'metrics_{name}_{int(state.step)}.npz'
+            _write_arrays(path, metrics.arrays)
+            kinds = [f'{key} {describe(array)}' for key, array in metrics.arrays.items()]
+            print(f'{path}: {", ".join(kinds)}')
     return 0
 
 
@@ -181,14 +188,19 @@ def _predict(trainer: Trainer, command: Command, stop: StopRequest) -> int:
             key: np.concatenate([b[key] for b in batches]) for key in batches[0]
         }
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
-        if processes.is_primary():
-            try:
-                write_npz(path, arrays)
-            except OSError as error:
-                raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
+        _write_arrays(path, arrays)
         rows = len(next(iter(arrays.values())))
         print(f'{path}: {rows:,} rows of {", ".join(arrays)}')
     return 0
+
+
+def _write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    if not processes.is_primary():
+        return
+    try:
+        write_npz(path, arrays)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written: {error.strerror or error}') from error
 
 
 def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:

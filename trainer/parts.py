@@ -18,6 +18,7 @@ from trainer.evaluate.evaluator import Evaluator
 from trainer.events import Events
 from trainer.experiment import Experiment
 from trainer.inputs import fingerprint
+from trainer.observe.reporter import check_row
 from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.sharding import check_rules
@@ -25,6 +26,7 @@ from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
 from trainer.step import combinations, eval_point, health, varied
 from trainer.step.ensemble import EnsembleStep, member_state
+from trainer.step.measured import Measured
 from trainer.step.program import Program, Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import TrainStep
@@ -153,6 +155,7 @@ class Parts:
         if self.experiment.steps_per_call > 1:
             programs.append(self.programs.fused)
         programs.append(self.programs.step)
+        check_row(self.programs.abstract.metrics)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.programs.abstract)
         for path, metric in startup.watched_metrics(self.experiment).items():
@@ -271,8 +274,8 @@ class Parts:
             state = member_state(state, member)
         return self.experiment.model.for_notebook(state.variables)
 
-    def evaluate(self, state: TrainState | None = None) -> dict[str, dict[str, float]]:
-        """Returns the metrics of each evaluation of the config.
+    def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
+        """Returns the metrics of each evaluation of the config: numbers by name, and `arrays`.
 
         Args:
             state: what to evaluate; by default the newest checkpoint.

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import jax
 
 from trainer import failure
 from trainer.checkpoint.errors import CheckpointError
@@ -17,6 +19,7 @@ from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
+from trainer.probe.guard import NonFiniteError
 from trainer.provenance import Lookout
 from trainer.step import health
 from trainer.step.state import TrainState
@@ -92,10 +95,8 @@ class Recovery:
         if self._parts.workdir is not None and processes.is_primary():
             self._code = Lookout(self._parts.experiment.path)
         if self._paused is not None:
-            # Its buffers are donated to the next step: whatever happens, it is used once.
-            paused, self._paused = self._paused, None
-            self._consumed.go_on(paused[1])
-            return paused
+            self._consumed.go_on(self._paused[1])
+            return self._paused
         latest, checkpoints = self._latest(), self._parts.checkpoints
         if checkpoints is None or latest is None:
             self._report.restore(0, {}, ())
@@ -119,6 +120,8 @@ class Recovery:
 
     def open(self, step: int) -> None:
         """Opens the run's files over those of the run that goes on from `step`."""
+        # The next step takes its buffers: whatever happens, it is used once.
+        self._paused = None
         workdir, experiment = self._parts.workdir, self._parts.experiment
         if workdir is None or not processes.is_primary():
             return
@@ -184,6 +187,67 @@ class Recovery:
         self._running = self._failed = False
         workdir.end_run(status, step)
         workdir.release()
+
+    def rescue(
+        self,
+        step: int,
+        state: TrainState,
+        error: BaseException,
+        *,
+        is_sound: Callable[[TrainState], bool],
+    ) -> None:
+        """Saves what an error that ends the run would cost; without a work directory, keeps it.
+
+        Evaluations that were due at this step and have not run are left to the next start.
+
+        Args:
+            step: number of completed updates.
+            state: at this step.
+            error: what ends the run; it gets a note if the save fails as well.
+            is_sound: whether a state is finite.
+        """
+        if not self._is_worth_keeping(step, state, error, is_sound):
+            return
+        checkpoints = self._parts.checkpoints
+        if checkpoints is None:
+            with contextlib.suppress(Exception):
+                self._report.flush()
+            self._paused = (state, step)
+            return
+        try:
+            if self.save(step, state):
+                checkpoints.close()
+                self._report.progress.message(f'Saved at step {step:,} before the run ends.')
+        except Exception as late:
+            error.add_note(f'And the state of step {step:,} could not be saved: {late}')
+
+    def remember(self, step: int, state: TrainState) -> None:
+        """Keeps the state for the next call, if there is no work directory that could."""
+        if self._parts.checkpoints is None and not _is_gone(state):
+            self._paused = (state, step)
+
+    def _is_worth_keeping(
+        self,
+        step: int,
+        state: TrainState,
+        error: BaseException,
+        is_sound: Callable[[TrainState], bool],
+    ) -> bool:
+        """Whether a run that an error ends may save its state; another start would go on from it.
+
+        Not what the guard has stopped, nor what a failed step has taken or left; and what has just
+        failed to be saved gets no other try. Of several processes only one may have failed, and a
+        save waits for all.
+        """
+        if isinstance(error, (CheckpointError, NonFiniteError)):
+            return False
+        if step == 0 or jax.process_count() > 1 or _is_gone(state):
+            return False
+        try:
+            jax.block_until_ready(state)
+            return is_sound(state)
+        except Exception:
+            return False
 
     def abandon(self, error: BaseException) -> None:
         """Closes what is open when the run fails, and writes `result.json`.
@@ -253,3 +317,8 @@ class Recovery:
     def _restore_early_stopping(self, meta: Mapping[str, Any]) -> None:
         if self.early_stopping is not None:
             self.early_stopping.restore(meta.get('early_stopping'))
+
+
+def _is_gone(state: TrainState) -> bool:
+    """Whether a step has taken the state's buffers."""
+    return any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -19,7 +20,7 @@ from trainer.experiment import Experiment
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
-from trainer.parallel import last_words, processes
+from trainer.parallel import last_words, processes, signals
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
@@ -36,7 +37,7 @@ class Result:
 
     Attributes:
         status: 'finished', 'stopped_early' (`config.early_stopping`), 'preempted' (SIGTERM),
-            'interrupted' (Ctrl-C) or 'paused' (`max_steps`).
+            'interrupted' (Ctrl-C, or the stop button of a notebook) or 'paused' (`max_steps`).
         step: number of completed updates.
         metrics: the newest value of each metric, by its flat name ('eval/test/accuracy').
         state: the state at `step`.
@@ -58,8 +59,9 @@ class Trainer(Parts):
         trainer.fit(max_steps=100)
         trainer.evaluate()
 
-    It installs no signal handlers and never ends the process; `trainer.main` does that. What it
-    works with, and all that is not training, is in `trainer.parts`.
+    It never ends the process, and the only signal that it handles is Ctrl-C, while `fit` trains in
+    the main thread: see `trainer.parallel.signals.interruptible`. All others are left to
+    `trainer.main`. What it works with, and all that is not training, is in `trainer.parts`.
 
     Attributes:
         experiment: what is trained.
@@ -82,7 +84,7 @@ class Trainer(Parts):
             experiment: from `trainer.experiment.build`.
             workdir: where checkpoints, metrics and results go; None for a run that leaves no trace.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the
-                current batch of an evaluation.
+                current batch of an evaluation. Without one, Ctrl-C does so.
             allow_config_change: go on with a run although the config makes it another one.
             overrides: the command line's, for `run.json`.
         """
@@ -92,8 +94,10 @@ class Trainer(Parts):
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
         self.report = Reporter(experiment.total_steps, experiment.clock.batch_size, screen, members)
         self._probes = Probes(self, self.report)
-        self._stop = stop or StopRequest()
         self._hooks_begun = False
+        self._stop, self._given_stop = StopRequest(), stop
+        # What a rescue would save: the last step that was completed.
+        self._reached: tuple[int, TrainState] | None = None
         self._recovery = Recovery(
             self, self.report, allow_config_change=allow_config_change, overrides=overrides
         )
@@ -110,6 +114,10 @@ class Trainer(Parts):
     def fit(self, *, max_steps: int | None = None) -> Result:
         """Trains until `train_for`, going on from the newest checkpoint of the work directory.
 
+        Ctrl-C, or the stop button of a notebook, ends it after the current step with status
+        'interrupted'; the next call goes on from there. Where an evaluation, a hook or the data
+        fails, the steps that are done are saved first.
+
         Args:
             max_steps: return after this many updates of this call, without a final evaluation; the
                 next call goes on from there, and takes the state of this one's result with it.
@@ -118,36 +126,52 @@ class Trainer(Parts):
             UserError: for a work directory of another or a longer run, and for what only shows
                 now, such as a batch that does not divide over the mesh.
         """
+        self._stop = self._given_stop or StopRequest()
         try:
             several = jax.process_count() > 1
-            with last_words.registered(self._recovery.record_exit, stay=several):
-                return self._fit(max_steps)
+            with (
+                last_words.registered(self._recovery.record_exit, stay=several),
+                contextlib.ExitStack() as until_end,
+            ):
+                return self._fit(max_steps, until_end)
         except BaseException as error:
-            self._recovery.abandon(error)
-            self._notify_failed(error)
+            try:
+                self._rescue(error)
+            finally:
+                self._recovery.abandon(error)
+                self._notify_failed(error)
             raise
+        finally:
+            self._reached = None
 
-    def _fit(self, max_steps: int | None) -> Result:
+    def _fit(self, max_steps: int | None, until_end: contextlib.ExitStack) -> Result:
         state, step = self._begin()
+        if self._given_stop is None:
+            until_end.enter_context(signals.interruptible(self._stop))
         if self._evaluate_due(step, state):
-            # The last run was asked to stop before them, and saved this step without.
+            # The last run ended before them, and saved this step without.
             self._recovery.amend(step)
         due = self._events.next_due(step)
         with self.batches(step, self._calls(step, max_steps)) as batches:
             self._probes.follow(batches)
-            for count, batch in batches:
-                program = self.programs.step if count == 1 else self.programs.fused
-                state = program(state, batch)
-                step += count
-                self.report.stepped(step)
-                self._probes.poll(state)
-                if step == due:
-                    look = functools.partial(self._probes.run, batches, batch, stacked=count > 1)
-                    state = self._run_events(step, state, batches, look)
-                    due = self._events.next_due(step)
-                if self._stopping() or self._stopped_early:
-                    break
-            self._recovery.count(batches, step)
+            try:
+                for count, batch in batches:
+                    program = self.programs.step if count == 1 else self.programs.fused
+                    state = program(state, batch)
+                    step += count
+                    self._reached = step, state
+                    self.report.stepped(step)
+                    self._probes.poll(state)
+                    if step == due:
+                        look = functools.partial(
+                            self._probes.run, batches, batch, stacked=count > 1
+                        )
+                        state = self._run_events(step, state, batches, look)
+                        due = self._events.next_due(step)
+                    if self._stopping() or self._stopped_early:
+                        break
+            finally:
+                self._recovery.count(batches, step)
         self._tell(self._profile.close(state))
         if self._stopped_early:
             self._evaluate_all(self._events.final, step, state)
@@ -161,6 +185,7 @@ class Trainer(Parts):
         with report.time.spent('compile'):
             programs = self.compile()
             state, step = self._recovery.start()
+        self._reached = step, state
         # Not before: a start that has failed so far leaves the directory as it was.
         self._recovery.open(step)
         report.progress.message(startup.summary(self, step))
@@ -189,6 +214,7 @@ class Trainer(Parts):
             self._recovery.check_saves()
             if log_due:  # Or else a longer run goes on counting where this one left off.
                 state = dataclasses.replace(state, metrics=self.programs.empty_metrics())
+                self._reached = step, state
             self._notify('log', step, state)
         look(step, state)
         self._evaluate_due(step, state)
@@ -206,6 +232,15 @@ class Trainer(Parts):
         self._notify('end', step, state, status=status)
         self.report.end(status, step)
         return Result(status=status, step=step, metrics=dict(self.report.latest), state=state)
+
+    def _rescue(self, error: BaseException) -> None:
+        """Keeps the state of the last step that was completed, before an error ends the run."""
+        if self._reached is None:
+            return
+        if isinstance(error, KeyboardInterrupt) and self._stop.signal == signal.SIGINT:
+            self._recovery.remember(*self._reached)  # The second Ctrl-C: at once.
+        else:
+            self._recovery.rescue(*self._reached, error, is_sound=self._probes.is_sound)
 
     def _calls(self, step: int, max_steps: int | None) -> Iterator[int]:
         """Yields how many updates each call of a program makes; none if a stop came early."""

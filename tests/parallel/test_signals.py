@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -76,3 +77,41 @@ def test_last_words_that_take_long_or_fail_hold_nothing_up() -> None:
     last_words.say('failed', 'of another process')
     assert said == ['why', 'of another process']
     last_words._speakers.clear()
+
+
+def test_the_first_interrupt_asks_and_the_second_raises() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    request = StopRequest()
+    with signals.interruptible(request):
+        assert not request.poll()
+        signal.raise_signal(signal.SIGINT)
+        assert request.poll()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        # From here on as before the block, should there be more of them.
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize('error', [None, ValueError, SystemExit, KeyboardInterrupt])
+def test_the_handler_is_put_back_whatever_ends_the_block(error: Any) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(BaseException), signals.interruptible(StopRequest()):
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        if error is not None:
+            raise error
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_handler_that_is_not_pythons_own_stays() -> None:
+    def mine(*_: Any) -> None: ...
+
+    for handler in (mine, signal.SIG_IGN, signal.SIG_DFL):
+        signal.signal(signal.SIGINT, handler)
+        with signals.interruptible(StopRequest()):
+            assert signal.getsignal(signal.SIGINT) == handler
+    # And one that was installed inside the block stays as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with signals.interruptible(StopRequest()):
+        signal.signal(signal.SIGINT, mine)
+    assert signal.getsignal(signal.SIGINT) is mine

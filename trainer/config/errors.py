@@ -8,3 +8,8 @@ class UserError(Exception):
     """What was given, what was expected, where, and how to mend it: the complete text to print."""
 
     exit_code = 2
+
+
+def full_text(error: BaseException) -> str:
+    """Returns what is printed of an error without a traceback: its text and the notes to it."""
+    return '\n'.join([str(error), *getattr(error, '__notes__', ())])

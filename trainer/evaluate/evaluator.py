@@ -27,8 +27,14 @@ from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
 from trainer.startup import abstract_batch
 from trainer.step.checks import complain
-from trainer.step.ensemble import mean_and_each
 from trainer.step.health import SIGNS
+from trainer.step.measured import (
+    Measured,
+    check_computes,
+    compute_on_trial,
+    is_of_member,
+    mean_and_each,
+)
 from trainer.step.program import Program
 from trainer.step.state import TrainState, describe
 from trainer.step.task_runner import MASK, compute_metrics
@@ -82,6 +88,7 @@ class Evaluator:
         self.loader = loader
         self._program: Program | None = None
         self._empty: Callable[[], Any] | None = None
+        self._on_trial: Measured | None = None
         self.step = step
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
@@ -120,13 +127,32 @@ class Evaluator:
 
         Raises:
             UserError: if the task asks for a field that the batch does not have, or the model is
-                in training mode whatever it is told.
+                in training mode even here, or a metric cannot be accumulated or computed.
         """
         with self._telling_its_mode():
             output = self._output_shapes(state)
         self._empty = jax.jit(
             functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
         )
+        self._on_trial = self._check_metrics()
+
+    def _check_metrics(self) -> Measured | None:
+        assert self._empty is not None
+        with self._naming_it():
+            empty = jax.eval_shape(self._empty)
+            check_computes(empty['task'])
+            return compute_on_trial(summarise, empty)
+
+    @contextlib.contextmanager
+    def _naming_it(self) -> Iterator[None]:
+        """Says of an error in the metrics which evaluation they are of."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f'config.evals.{self.name}: {error}') from error
+        except Exception as error:
+            error.add_note(f'This happened in the metrics of config.evals.{self.name}')
+            raise
 
     def _output_shapes(self, state: TrainState) -> Any:
         shapes = None
@@ -155,16 +181,14 @@ class Evaluator:
         Raises:
             UserError: naming those that there are.
         """
-        assert self._empty is not None
-        empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(self._empty))
-        try:
-            with np.errstate(all='ignore'):
-                found = list(summarise(empty))
-        except Exception:
-            return  # A metric of the user's own that cannot be computed of nothing.
-        if name not in found:
-            have = ', '.join(found)
-            raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
+        found = self._on_trial
+        if found is None or name in found:
+            return
+        if name in found.arrays:
+            kind = describe(found.arrays[name])
+            raise UserError(f'{path}: {name!r} of evaluation {self.name!r} is no number but {kind}')
+        have = ', '.join(found)
+        raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
 
     def run(
         self,
@@ -172,8 +196,10 @@ class Evaluator:
         *,
         max_batches: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> dict[str, float | int]:
+    ) -> Measured:
         """Returns the metrics over the split, `examples` (the number of them) included.
+
+        Metrics that are no numbers are in its `arrays`.
 
         Args:
             state: what to evaluate.
@@ -195,7 +221,8 @@ class Evaluator:
                 self._program = self._program or self._compile(args)
                 totals = self._program(*args)
         self._check_labels(totals, state)
-        return summarise(totals)
+        with self._naming_it():
+            return summarise(totals)
 
     def _check_labels(self, totals: Any, state: TrainState) -> None:
         """Raises a UserError if a label of the split was out of its range."""
@@ -299,16 +326,17 @@ class Evaluator:
             yield index, batch
 
 
-def summarise(totals: Any) -> dict[str, float | int]:
-    """Returns flat host numbers of an evaluation's accumulators, fetched in one transfer.
+def summarise(totals: Any) -> Measured:
+    """Returns flat host values of an evaluation's accumulators, fetched in one transfer.
 
     Of an ensemble also the means over its members ('members/loss') and each one's
     ('member_0/loss').
     """
     computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != SIGNS}))
-    values = {**computed['task'], 'examples': computed['examples']}
-    row = {name: np.asarray(value).item() for name, value in values.items()}
+    row = Measured(computed['task'])
+    row.add('examples', computed['examples'])
     if 'members' in computed:
-        every = mean_and_each(computed['members'])
-        row.update({n if n.startswith('member_') else f'members/{n}': x for n, x in every.items()})
+        every = mean_and_each([Measured(each) for each in computed['members']])
+        for name, value in {**every, **every.arrays}.items():
+            row.add(name if is_of_member(name) else f'members/{name}', value)
     return row

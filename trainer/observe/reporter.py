@@ -18,13 +18,22 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from flax import traverse_util
 
+from trainer.config.errors import UserError
 from trainer.observe.progress import Progress, Screen
 from trainer.observe.report import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
-from trainer.step.ensemble import PerMember, mean_and_each
+from trainer.probe.files import write_npz
+from trainer.step.ensemble import PerMember
+from trainer.step.measured import (
+    Measured,
+    check_computes,
+    compute_on_trial,
+    is_of_member,
+    mean_and_each,
+)
+from trainer.step.state import describe
 from trainer.step.task_runner import compute_metrics
 
 
@@ -64,6 +73,7 @@ class Reporter:
         self.time = TimeSpent()
         self.progress = Progress(total_steps, stream or sys.stdout)
         self._writer = Writers(())
+        self._directory: epath.Path | None = None
         self._batch_size = batch_size
         self._members = members
         self._pending: _Pending | None = None
@@ -90,6 +100,7 @@ class Reporter:
 
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
         """Opens the run's files, cut back to the step that the run goes on from."""
+        self._directory = directory
         self._writer = Writers(
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
             [lambda: TensorBoard(directory, resume_step=step)] if tensorboard else (),
@@ -154,16 +165,22 @@ class Reporter:
         row['train/steps_per_sec'] = rate
         row['train/examples_per_sec'] = rate * self._batch_size
         row['train/data_wait_secs'] = pending.data_wait_secs
+        kept = self._keep(f'train_{step}', row.arrays)
         self._add(step, row)
         self.progress.update(step, row)
+        if kept:
+            self.progress.message(f'step {step:,}:{kept}')
 
     def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the row of an evaluation."""
-        self._evaluated.add((name, step))
+        """Writes the row of an evaluation, and a file of the arrays of a `Measured`."""
+        arrays = metrics.arrays if isinstance(metrics, Measured) else {}
+        kept = self._keep(f'eval_{name}_{step}', arrays)
         row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
         self._add(step, row)
-        shown = {key: value for key, value in metrics.items() if not key.startswith('member_')}
-        self.progress.message(f'eval {name} at step {step:,}: {_listed(shown)}')
+        # Last: an evaluation whose row is not there has not run.
+        self._evaluated.add((name, step))
+        shown = {key: value for key, value in metrics.items() if not is_of_member(key)}
+        self.progress.message(f'eval {name} at step {step:,}: {_listed(shown)}{kept}')
 
     def captured(
         self, step: int, row: Mapping[str, float], histograms: Mapping[str, Histogram]
@@ -182,6 +199,18 @@ class Reporter:
         """Writes all rows and returns when they are on disk: what a save waits for."""
         self.flush()
         self._writer.sync()
+
+    def _keep(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Writes arrays to a file in `metrics/`, and returns what a line says of them."""
+        if not arrays:
+            return ''
+        shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_of_member(n)]
+        if self._directory is None:
+            return f'  {", ".join(shown)}'
+        path = self._directory / 'metrics' / f'{name}.npz'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_npz(path, arrays)
+        return f'  {", ".join(shown)} in {path}'
 
     def _add(self, step: int, row: Mapping[str, float]) -> None:
         self.row = {'step': step, **row}
@@ -213,7 +242,7 @@ class _Pending:
         return self._one is None or self._one.is_ready()  # type: ignore[attr-defined]
 
 
-def flat_row(metrics: Any) -> dict[str, float]:
+def flat_row(metrics: Any) -> Measured:
     """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer.
 
     Of an ensemble the means over its members, and under 'train/member_<i>/...' those of each.
@@ -228,15 +257,34 @@ def flat_row(metrics: Any) -> dict[str, float]:
                 del row[name]
     else:
         row = _flat(computed)
-    return {f'train/{name}': value for name, value in row.items()}
+    return row.named('train/')
 
 
-def _flat(computed: dict[str, Any]) -> dict[str, float]:
-    row = {**computed.pop('task', {}), **computed.pop('penalties', {})}
-    row.update({f'{name}_norm': value for name, value in computed.pop('norms', {}).items()})
+def check_row(metrics: Any) -> None:
+    """Checks that a row can be made of a step's accumulators, from their shapes.
+
+    Raises:
+        UserError: naming the metric that cannot be in a row or in a file.
+    """
+    lone = metrics
+    if isinstance(metrics, PerMember):
+        lone = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), metrics.stacked)
+    try:
+        check_computes(lone)
+        compute_on_trial(flat_row, metrics)
+    except UserError as error:
+        raise UserError(f'the metrics of training: {error}') from error
+
+
+def _flat(computed: Mapping[str, Any]) -> Measured:
+    rest = dict(computed)
+    row = Measured(rest.pop('task', {}))
+    row.update_with(Measured(rest.pop('penalties', {})))
+    norms = rest.pop('norms', {})
+    row.update_with(Measured({f'{name}_norm': value for name, value in norms.items()}))
     # Learning rates, perhaps one for each group, and what a step of the user's own returns.
-    row.update(traverse_util.flatten_dict(computed, sep='/'))
-    return {name: np.asarray(value).item() for name, value in row.items()}
+    row.update_with(Measured(rest))
+    return row
 
 
 def _member(name: str) -> str:

@@ -12,6 +12,8 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 
 from trainer.parallel import last_words
@@ -97,6 +99,46 @@ def install() -> StopRequest:
     signal.signal(signal.SIGTERM, request.handle)
     signal.signal(signal.SIGINT, request.handle)
     return request
+
+
+@contextlib.contextmanager
+def interruptible(request: StopRequest) -> Iterator[None]:
+    """Lets a Ctrl-C inside the block ask for a stop where it would raise KeyboardInterrupt.
+
+    That exception may come in the middle of a step or of a save, where nothing could be kept. The
+    second Ctrl-C raises it. The handler before is back after the block, whatever ends it. A handler
+    that is not Python's own stays, and so does any in another thread than the main one and in one
+    of several processes.
+
+    Args:
+        request: gets the signal.
+    """
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request.signal is not None:
+            # Put back here too: this may come just before the end of the block.
+            signal.signal(signal.SIGINT, before)
+            raise KeyboardInterrupt
+        request.signal = number
+        _say('\nStopping after this step; interrupt again to stop at once.\n')
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if before is not signal.default_int_handler or not in_main_thread or _is_one_of_several():
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is handle:
+            signal.signal(signal.SIGINT, before)
+
+
+def _is_one_of_several() -> bool:
+    import jax
+
+    return jax.process_count() > 1
 
 
 def uninstall() -> None:

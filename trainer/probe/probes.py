@@ -71,6 +71,10 @@ class Probes:
         if self._watch is not None:
             self._watch.poll(state)
 
+    def is_sound(self, state: TrainState) -> bool:
+        """Waits for a state, and returns whether it may be saved; see `check`."""
+        return self._watch is None or self._watch.is_sound(state)
+
     def check(self, state: TrainState) -> None:
         """Waits for a state, and makes sure that it may be evaluated and saved.
 

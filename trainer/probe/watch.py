@@ -186,8 +186,13 @@ class Watch:
             + explain(*fetch(self._look(before, batch)))
         )
 
+    def is_sound(self, state: TrainState) -> bool:
+        """Waits for a state, and returns whether it is sound; of an ensemble, any member's."""
+        health = self._parts.programs.sweep(state)
+        return not np.all(fetch(health.is_bad))
+
     def _is_bad(self, state: TrainState) -> bool:
-        return bool(fetch(self._parts.programs.sweep(state).packed)[0])
+        return not self.is_sound(state)
 
     def _batch(self, step: int) -> Any:
         """Returns the batch of a step, read again; None if it cannot be."""

@@ -26,6 +26,7 @@ from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.health import SIGNS, Signs
+from trainer.step.measured import check_accumulates
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState, changes, describe
@@ -186,8 +187,14 @@ def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any]
 
 
 def empty_like(metrics: Any) -> Any:
-    """Returns accumulators that have seen nothing, for (abstract) metrics."""
-    return jax.tree.map(lambda metric: type(metric).empty(), metrics, is_leaf=is_metric)
+    """Returns accumulators that have seen nothing, for (abstract) metrics.
+
+    Raises:
+        UserError: naming a metric whose accumulators change their shape.
+    """
+    empty = jax.tree.map(lambda metric: type(metric).empty(), metrics, is_leaf=is_metric)
+    check_accumulates(empty, metrics)
+    return empty
 
 
 def _as_metrics(metrics: Any) -> dict[str, Any]:

@@ -9,14 +9,13 @@ common to all. A member's course is the one that it would take alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import clu.metrics
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
@@ -117,14 +116,6 @@ class PerMember(clu.metrics.Metric):
         size = jax.tree.leaves(self.stacked)[0].shape[0]
         trees = (jax.tree.map(lambda x, i=i: x[i], self.stacked) for i in range(size))
         return [compute_metrics(tree) for tree in trees]
-
-
-def mean_and_each(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the mean of each value over the members, and 'member_<i>/<name>' for each of them."""
-    row = {name: float(np.mean([each[name] for each in rows])) for name in rows[0]}
-    for index, each in enumerate(rows):
-        row.update({f'member_{index}/{name}': float(value) for name, value in each.items()})
-    return row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.step.measured import check_accumulates, metrics_by_name
 from trainer.step.metrics import broadcast_weights, mean_collection
 from trainer.step.tasks import (
     METRIC_WEIGHTS,
@@ -86,8 +87,14 @@ class TaskRunner:
         return dataclasses.replace(output, weights=weights)
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
-        """Returns accumulators that have seen nothing, for outputs like this (abstract) one."""
-        return self._collection(output).empty()
+        """Returns accumulators that have seen nothing, for outputs like this (abstract) one.
+
+        Raises:
+            UserError: naming a metric whose accumulators change their shape.
+        """
+        empty = self._collection(output).empty()
+        check_accumulates(empty, jax.eval_shape(self.measure, output))
+        return empty
 
     def measure(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns the metrics of one batch."""
@@ -170,5 +177,17 @@ def merge_metrics(old: Any, new: Any) -> Any:
 
 
 def compute_metrics(metrics: Any) -> Any:
-    """Returns the tree of computed scalars; collections become dicts."""
-    return jax.tree.map(lambda metric: metric.compute(), metrics, is_leaf=is_metric)
+    """Returns the tree of computed values; collections become dicts."""
+    return jax.tree.map(_compute, metrics, is_leaf=is_metric)
+
+
+def _compute(metric: Any) -> Any:
+    try:
+        return metric.compute()
+    except Exception as error:
+        for name, each in metrics_by_name(metric):
+            try:
+                each.compute()
+            except Exception:
+                error.add_note(f'This happened when the metric {name!r} was computed')
+        raise

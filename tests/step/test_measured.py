@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What metrics may compute, and what is refused before the first step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from trainer.config.errors import UserError
+from trainer.step.measured import (
+    Measured,
+    check_accumulates,
+    check_computes,
+    compute_on_trial,
+    mean_and_each,
+)
+
+
+@flax.struct.dataclass
+class Total(clu.metrics.Metric):
+    """A sum, of which subclasses make something else."""
+
+    total: jax.Array
+
+    @classmethod
+    def empty(cls) -> Any:
+        return cls(total=jnp.zeros(()))
+
+    @classmethod
+    def from_model_output(cls, loss: jax.Array, **_: Any) -> Any:
+        return cls(total=loss.sum())
+
+    def merge(self, other: Any) -> Any:
+        return type(self)(total=self.total + other.total)
+
+
+@flax.struct.dataclass
+class Share(Total):
+    """Cannot be computed of nothing."""
+
+    def compute(self) -> Any:
+        return 1 / float(self.total)
+
+
+@flax.struct.dataclass
+class Absent(Total):
+    def compute(self) -> Any:
+        return self.total if self.total > 0 else None
+
+
+@flax.struct.dataclass
+class OfTwo(Total):
+    def compute(self) -> Any:
+        return 1 / float(self.total * (self.total - 1))
+
+
+@flax.struct.dataclass
+class Broken(Total):
+    def compute(self) -> Any:
+        return jnp.totl(self.total)  # type: ignore[attr-defined]
+
+
+@flax.struct.dataclass
+class Words(Total):
+    def compute(self) -> Any:
+        return {'grade': 'good'}
+
+
+@flax.struct.dataclass
+class Growing(Total):
+    @classmethod
+    def empty(cls) -> Any:
+        return cls(total=jnp.zeros((0,)))
+
+    def merge(self, other: Any) -> Any:
+        return type(self)(total=jnp.concatenate([self.total, other.total[None]]))
+
+
+@pytest.mark.parametrize(
+    ('value', 'number'),
+    [
+        (True, 1),
+        (3, 3),
+        (0.5, 0.5),
+        (np.bool_(False), 0),
+        (np.float32(0.25), 0.25),
+        (np.array([2]), 2),
+        (np.array([[0.5]]), 0.5),
+        (jnp.float32(1.5), 1.5),
+        (jnp.bfloat16(1.5), 1.5),
+    ],
+)
+def test_what_has_one_element_is_a_number(value: Any, number: float) -> None:
+    found = Measured({'x': value})
+    assert found == {'x': number}
+    assert type(found['x']) is type(number)
+    assert found.arrays == {}
+
+
+def test_dicts_are_flattened_and_arrays_are_kept_apart() -> None:
+    found = Measured(
+        {
+            'loss': 0.5,
+            'f1': {'macro': np.float32(0.75), 'of': {0: 1.0, 1: 0.5}},
+            'confusion': {'test': np.eye(2)},
+            'half': jnp.ones(3, jnp.bfloat16),
+            'none': np.zeros(0, np.int32),
+        }
+    )
+    assert found == {'loss': 0.5, 'f1/macro': 0.75, 'f1/of/0': 1.0, 'f1/of/1': 0.5}
+    assert list(found.arrays) == ['confusion/test', 'half', 'none']
+    assert found.arrays['half'].dtype == np.float32
+    assert found.named('train/')['train/f1/macro'] == 0.75
+
+
+@pytest.mark.parametrize(
+    ('value', 'kind'),
+    [
+        ([1.0, 2.0], 'list'),
+        ('good', 'str'),
+        (None, 'NoneType'),
+        (np.array(['good']), '<U4'),
+        (np.complex64(1j), 'complex64'),
+        (jax.random.key(0), 'key<fry>'),
+    ],
+)
+def test_what_is_neither_number_nor_array_nor_dict(value: Any, kind: str) -> None:
+    with pytest.raises(UserError, match=f"the metric 'x/y' computes {kind}.*expected a number"):
+        Measured({'x': {'y': value}})
+
+
+def test_two_values_of_one_name() -> None:
+    for one, two in [({'a/b': 1}, {'a': {'b': 2}}), ({'a': np.eye(2)}, {'a': 1})]:
+        row = Measured(one)
+        with pytest.raises(UserError, match='two values are both called'):
+            row.update_with(Measured(two))
+
+
+def test_means_over_members() -> None:
+    members = [
+        Measured({'loss': 1.0, 'counts': np.array([1, 2]), 'some': np.zeros(2)}),
+        Measured({'loss': 2.0, 'counts': np.array([3, 2]), 'some': np.zeros(3)}),
+    ]
+    row = mean_and_each(members)
+    assert row == {'loss': 1.5, 'member_0/loss': 1.0, 'member_1/loss': 2.0}
+    assert row.arrays['counts'].tolist() == [2, 2]
+    assert row.arrays['member_1/counts'].tolist() == [3, 2]
+    assert 'some' not in row.arrays
+    assert row.arrays['member_1/some'].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ('metric', 'found'), [(Share, {'x': 1.0}), (Absent, {'x': 1.0}), (OfTwo, None)]
+)
+def test_a_metric_may_fail_to_compute_anything_of_nothing(metric: Any, found: Any) -> None:
+    metrics = {'x': metric.empty()}
+    check_computes(metrics)
+    assert compute_on_trial(lambda tree: Measured({'x': tree['x'].compute()}), metrics) == found
+
+
+@pytest.mark.parametrize(
+    ('metric', 'message'),
+    [
+        (Broken, "'x' cannot be computed, whatever the data: AttributeError: .*totl"),
+        (Words, "'x/grade' computes str"),
+        # clu 0.0.12 calls jnp.clip with names that JAX has no more.
+        (clu.metrics.Std.from_output('loss'), "'x' cannot be computed, whatever the data: TypeErr"),
+    ],
+)
+def test_a_metric_that_computes_nothing_of_any_data(metric: Any, message: str) -> None:
+    collection = clu.metrics.Collection.create(x=metric)
+    with pytest.raises(UserError, match=message):
+        check_computes({'task': jax.eval_shape(collection.empty)})
+
+
+@pytest.mark.parametrize(
+    ('metric', 'message'),
+    [
+        (Growing, r"'x' cannot accumulate on the devices: .*float32\[0\] -> float32\[1\]"),
+        (
+            clu.metrics.CollectingMetric.from_outputs(('loss',)),
+            r"'x' is a clu\.metrics\.CollectingMetric: .* cannot accumulate on the devices",
+        ),
+    ],
+)
+def test_a_metric_that_grows(metric: Any, message: str) -> None:
+    collection = clu.metrics.Collection.create(x=metric)
+
+    def measure(loss: jax.Array) -> Any:
+        return collection.single_from_model_output(loss=loss, mask=jnp.ones(4, bool))
+
+    with pytest.raises(UserError, match=message):
+        check_accumulates(collection.empty(), jax.eval_shape(measure, jnp.ones(4)))
+    sound = clu.metrics.Collection.create(x=Total, y=clu.metrics.Average.from_output('loss'))
+    check_accumulates(sound.empty(), sound.single_from_model_output(loss=jnp.ones(4)))

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What metrics compute: numbers for a row, arrays for a file, and what can be neither."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainer.config.errors import UserError
+from trainer.step.state import changes, describe
+
+# Errors of the code itself, whatever the values. Any other may be that of a metric without data.
+_BROKEN = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)
+
+
+class Measured(dict[str, float]):
+    """Numbers by flat name, such as a row of metrics holds, and beside them arrays.
+
+    Attributes:
+        arrays: what has not exactly one element, by flat name.
+    """
+
+    def __init__(self, computed: Mapping[Any, Any] | None = None):
+        """Takes what metrics have computed: see `add`."""
+        super().__init__()
+        self.arrays: dict[str, np.ndarray] = {}
+        for name, value in (computed or {}).items():
+            self.add(str(name), value)
+
+    def add(self, name: str, value: Any) -> None:
+        """Adds a value under a name; each of a dict, which may hold dicts, under 'name/key'.
+
+        Args:
+            name: flat name.
+            value: a number, an array or a dict. An array of one element is a number.
+
+        Raises:
+            UserError: if the value is none of these, or the name is already taken.
+        """
+        if isinstance(value, Mapping):
+            for key, each in value.items():
+                self.add(f'{name}/{key}', each)
+            return
+        if name in self or name in self.arrays:
+            raise UserError(
+                f'two values are both called {name!r} in a row of metrics; give one another name'
+            )
+        if not isinstance(value, (int, float)):
+            array = _as_array(name, value)
+            if array.size != 1:
+                self.arrays[name] = array
+                return
+            value = array.item()
+        self[name] = int(value) if isinstance(value, bool) else value
+
+    def update_with(self, other: Measured, prefix: str = '') -> None:
+        """Adds all that another one holds, its names behind a prefix."""
+        for name, value in {**other, **other.arrays}.items():
+            self.add(prefix + name, value)
+
+    def named(self, prefix: str) -> Measured:
+        """Returns the same with the numbers' names behind a prefix; arrays keep theirs."""
+        result = Measured({prefix + name: value for name, value in self.items()})
+        result.arrays = self.arrays
+        return result
+
+
+def _as_array(name: str, value: Any) -> np.ndarray:
+    """Returns a numeric array in a dtype that numpy itself knows."""
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        kind, is_lone = value.dtype, np.size(value) == 1
+        # A row has no complex numbers, and a file of numpy no bfloat16.
+        if any(jnp.issubdtype(kind, each) for each in (np.bool_, np.integer, np.floating)):
+            return np.asarray(value, np.float32) if kind.kind == 'V' else np.asarray(value)
+        if jnp.issubdtype(kind, np.complexfloating) and not is_lone:
+            return np.asarray(value)
+    what = describe(value) if hasattr(value, 'shape') else type(value).__name__
+    raise UserError(
+        f'the metric {name!r} computes {what}; expected a number, an array of numbers, or a dict '
+        'of these. For several values return a dict, or an array made with jnp.stack'
+    )
+
+
+def mean_and_each(members: Sequence[Measured]) -> Measured:
+    """Returns the mean of each value over the members, and 'member_<i>/<name>' for each of them.
+
+    What not all have, or not in one shape, has no mean.
+    """
+    row = Measured()
+    for name in members[0]:
+        if all(name in each for each in members):
+            row.add(name, float(np.mean([each[name] for each in members])))
+    for name, first in members[0].arrays.items():
+        every = [each.arrays.get(name) for each in members]
+        if all(x is not None and x.shape == first.shape for x in every):
+            row.add(name, np.mean([np.asarray(x, np.float64) for x in every], axis=0))
+    for index, each in enumerate(members):
+        row.update_with(each, f'member_{index}/')
+    return row
+
+
+def is_of_member(name: str) -> bool:
+    """Whether a name is that of a value of one member of an ensemble."""
+    return re.match(r'member_\d+/', name) is not None
+
+
+# ---- before the first step ---------------------------------------------------------------------
+
+
+def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
+    """Returns the metrics of a tree, those of its collections among them, each with its name."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, clu.metrics.Metric)
+    )
+    named = ((jax.tree_util.keystr(path[-1:], simple=True), x) for path, x in leaves)
+    return [(name, x) for name, x in named if name != '_reduction_counter']
+
+
+def check_accumulates(empty: Any, new: Any) -> None:
+    """Checks that metrics stay of one shape however many batches they see.
+
+    Args:
+        empty: tree of metrics that have seen nothing.
+        new: the same tree, of one batch; arrays or their shapes, like `empty`.
+
+    Raises:
+        UserError: naming the metric that does not.
+    """
+    for (name, before), (_, one) in zip(metrics_by_name(empty), metrics_by_name(new), strict=True):
+        if isinstance(before, clu.metrics.CollectingMetric):
+            raise UserError(
+                f'the metric {name!r} is a clu.metrics.CollectingMetric: it gathers all examples '
+                'on the host and cannot accumulate on the devices, where metrics are arrays whose '
+                'shapes stay. Use one that adds up sums or counts, such as the hits above each of '
+                'a hundred thresholds'
+            )
+        after = jax.eval_shape(lambda a, b: a.merge(b), before, one)
+        grown = changes(_shapes(before), _shapes(after))
+        if grown:
+            raise UserError(
+                f'the metric {name!r} cannot accumulate on the devices: its merge() returns other '
+                f'shapes than its empty() has ({grown})'
+            )
+
+
+def check_computes(metrics: Any) -> None:
+    """Checks that each metric computes what a row or a file can hold, from its shapes alone.
+
+    A metric may well fail to compute anything of no data, but not for a reason that data cannot
+    change. So it is tried with zeros, and then with ones.
+
+    Args:
+        metrics: tree of metrics, arrays or their shapes.
+
+    Raises:
+        UserError: naming the metric that does not.
+    """
+    for name, metric in metrics_by_name(metrics):
+
+        def compute(x: Any, name: str = name) -> Measured:
+            return Measured({name: x.compute()})
+
+        errors = _errors(compute, metric)
+        if len(errors) == 2 and all(isinstance(error, _BROKEN) for error in errors):
+            kind = type(errors[0]).__name__
+            raise UserError(
+                f'the metric {name!r} cannot be computed, whatever the data: {kind}: {errors[0]}. '
+                'Correct its compute(), or leave it out'
+            ) from errors[0]
+        _raise_if_sure(errors)
+
+
+def compute_on_trial(compute: Callable[[Any], Measured], metrics: Any) -> Measured | None:
+    """Returns what `compute` makes of metrics that are all zeros or all ones, None if nothing.
+
+    Args:
+        compute: of a tree of metrics.
+        metrics: such a tree, arrays or their shapes.
+
+    Raises:
+        UserError: that of `compute`, if it raises one of either.
+    """
+    found: list[Measured] = []
+    _raise_if_sure(_errors(lambda x: found.append(compute(x)), metrics))
+    return found[0] if found else None
+
+
+def _errors(act: Callable[[Any], object], metrics: Any) -> list[Exception]:
+    """Returns what `act` raises of zeros and then of ones; ends at the first that it can take."""
+    errors: list[Exception] = []
+    for fill in (np.zeros, np.ones):
+        try:
+            filled = jax.tree.map(lambda x, fill=fill: fill(x.shape, x.dtype), metrics)
+        except TypeError:
+            return []  # Keys of random numbers, which numpy does not know.
+        try:
+            with np.errstate(all='ignore'), warnings.catch_warnings(action='ignore'):
+                act(filled)
+            break
+        except Exception as error:
+            errors.append(error)
+    return errors
+
+
+def _raise_if_sure(errors: Sequence[Exception]) -> None:
+    if len(errors) == 2 and all(isinstance(error, UserError) for error in errors):
+        raise errors[0]
+
+
+def _shapes(tree: Any) -> Any:
+    """Returns the shapes alone: a sum of another dtype than zero's costs one more compile."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), tree)
