@@ -6,8 +6,20 @@ Flags, modes and exit codes; what a run does is in `trainer.trainer`.
 
 from __future__ import annotations
 
-import os
 import sys
+
+if __name__ == '__main__':
+    # Before all other imports, which take seconds: a signal may come in the middle of them.
+    from trainer.observe import streams
+    from trainer.parallel import signals
+
+    STOP = signals.install()
+    if not signals.trains(sys.argv):
+        signals.uninstall()
+    streams.open_closed_streams()
+    signals.tell_where()
+
+import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -219,6 +231,4 @@ def _usage() -> str:
 
 
 if __name__ == '__main__':
-    logfile.open_closed_streams()
-    signals.tell_where()
-    sys.exit(main(sys.argv, signals.install()))
+    sys.exit(main(sys.argv, STOP))
