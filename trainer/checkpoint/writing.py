@@ -80,6 +80,9 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
             atomicity_options=ocp_options.AtomicityOptions(
                 mode=ocp_options.AtomicityMode.COMMIT_FILE
             ),
+            # Else all other threads of a save wait five minutes for a directory that could not be
+            # made, and the interpreter waits for them.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         ),
     )
     # Preemption is our own affair; Orbax's background thread would ask about old steps.
