@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.checkpoint.storable import check_storable
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.consumed import Consumed
@@ -86,6 +87,8 @@ class Recovery:
             return paused
         latest, checkpoints = self._latest(), self._parts.checkpoints
         if checkpoints is None or latest is None:
+            if checkpoints is not None:
+                check_storable(self._parts.programs.abstract)
             self._report.restore(0, {}, ())
             # An earlier call may have failed, and has left behind what it had counted.
             self._consumed.restart()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from etils import epath
 
-from trainer.checkpoint import reading, writing
+from trainer.checkpoint import empty, reading, writing
 from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, may_pass
 from trainer.checkpoint.retention import Policy, Retention
 from trainer.config.errors import UserError
@@ -91,9 +91,12 @@ class Checkpoints:
             CheckpointError: if it cannot be read.
         """
         try:
-            return json.loads(self._meta_file(step).read_text())
+            meta = json.loads(self._meta_file(step).read_text())
         except (OSError, ValueError) as error:
             raise self._damaged(step, first_line(error)) from error
+        if not isinstance(meta, dict):
+            raise self._damaged(step, f'its metadata is a {type(meta).__name__}, no dict')
+        return meta
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -108,9 +111,11 @@ class Checkpoints:
         if step not in steps:
             have = ', '.join(map(str, steps)) or 'none'
             raise UserError(f'no checkpoint of step {step} in {self.directory}; there: {have}')
-        stored = self.meta(step).get('digest')
+        meta = self.meta(step)
+        stored = meta.get('digest')
+        directory = self.directory / str(step) / 'state'
         try:
-            state = reading.read_state(self.directory / str(step) / 'state', abstract)
+            state = reading.read_state(directory, abstract, empty.stored(meta))
         except reading.OtherState as error:
             raise UserError(
                 f'{self.directory / str(step)} holds another state than this config makes:\n'
@@ -228,8 +233,11 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(snapshot),
-                meta=MetaSave(meta=meta, digest=self._start_digest(snapshot)),
+                state=ocp.args.PyTreeSave(empty.without(snapshot)),
+                meta=MetaSave(
+                    meta={**meta, **empty.described(snapshot)},
+                    digest=self._start_digest(snapshot),
+                ),
             ),
             force=True,
         )
