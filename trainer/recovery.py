@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.storable import check_storable
 from trainer.config import diff
 from trainer.config.errors import UserError
@@ -62,16 +63,21 @@ class Recovery:
 
         Raises:
             UserError: naming what differs, unless that is allowed; or the step that is already
-                behind the end of this run; or what the processes of the run do not agree on.
+                behind the end of this run; or what the processes of the run do not agree on; or
+                that the checkpoints of a run that had some are gone.
         """
         workdir, experiment = self._parts.workdir, self._parts.experiment
         self._parts.check_agreement()
-        latest = self._latest()
-        if workdir is None or latest is None:
+        latest, checkpoints = self._latest(), self._parts.checkpoints
+        if workdir is None or checkpoints is None:
+            return
+        if latest is None:
+            workdir.check_not_lost()
             return
         if not self._allow_config_change:
             workdir.check_same_run(experiment.config, experiment.schedule_steps)
         if latest > experiment.total_steps:
+            checkpoints.check_name(latest, checkpoints.meta(latest))
             raise UserError(
                 f'{workdir.path} is at step {latest:,}, but config.train_for asks for '
                 f'{experiment.total_steps:,} steps. Name another --workdir, or a longer '
@@ -115,6 +121,10 @@ class Recovery:
         workdir.claim()
         run = describe_run(self._overrides)
         changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
+        if step > 0:
+            workdir.mark_saved()
+        else:
+            workdir.unmark_saved()
         if changes and step > 0:
             self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
         self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
@@ -138,6 +148,7 @@ class Recovery:
             # All rows up to this step are on disk before its save starts, so that a resumed run
             # neither misses a row nor writes it twice.
             self._report.sync()
+            self._check_workdir(step)
             meta = {
                 'step': step,
                 **self._measured(step),
@@ -162,6 +173,7 @@ class Recovery:
             return
         with self._report.time.spent('save'):
             checkpoints.close()
+        self._check_workdir(step)
         if status != 'paused':
             digest, metrics = checkpoints.meta(step)['digest'], dict(self._report.latest)
             data_digest = self._consumed.digest()
@@ -180,6 +192,18 @@ class Recovery:
             self._report.close()
         if self._parts.workdir is not None:
             self._parts.workdir.release()
+
+    def _check_workdir(self, step: int) -> None:
+        """Makes sure that the directory has not been deleted; all processes must call it."""
+        workdir = self._parts.workdir
+        if workdir is None or not processes.sum_over_processes(not workdir.is_this_run()):
+            return
+        raise SaveError(
+            f'{workdir.path} was deleted while this run was training in it, or another start has '
+            f'written over its run.json. The run ends at step {step:,}, and what is gone with the '
+            'directory is lost. Start it again, in a directory that stays.',
+            may_pass=False,
+        )
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()

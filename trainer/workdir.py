@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +20,8 @@ from etils import epath
 from trainer.config import diff, identity
 from trainer.config.errors import UserError
 
+# A file whose presence says that a checkpoint was committed.
+_SAVED = '.saved'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
 
 try:
@@ -37,6 +41,7 @@ class Workdir:
         """Names the directory; nothing is read or written yet."""
         self.path = epath.Path(path)
         self._claim: Any = None
+        self._start: str | None = None
 
     def claim(self) -> None:
         """Keeps every other run out of the directory until `release`, or the end of this process.
@@ -112,9 +117,47 @@ class Workdir:
         """
         changes = self.config_changes(config, resolved)
         self.make()
+        self._start = secrets.token_hex(8)
         self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
-        self._write('run.json', run)
+        self._write('run.json', {**run, 'id': self._start})
         return changes
+
+    def is_this_run(self) -> bool:
+        """Whether `run.json` is still what `begin` has written, if it was called here."""
+        if self._start is None:
+            return True
+        try:
+            run = json.loads((self.path / 'run.json').read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, ValueError):
+            return True  # Not to be read now, but there.
+        return isinstance(run, dict) and run.get('id') == self._start
+
+    def mark_saved(self) -> None:
+        """Notes that a checkpoint was committed here; a start without one is then an error."""
+        with contextlib.suppress(OSError):
+            (self.path / _SAVED).write_text('')
+
+    def unmark_saved(self) -> None:
+        """Takes the note away: a run starts from the beginning."""
+        (self.path / _SAVED).unlink(missing_ok=True)
+
+    def check_not_lost(self) -> None:
+        """Refuses to start from the beginning where a run was that has saved.
+
+        One that was killed before its first save has metrics too, and starts again.
+
+        Raises:
+            UserError: if there are metrics and a checkpoint was committed, but none is there.
+        """
+        metrics = self.path / 'metrics.jsonl'
+        if (self.path / _SAVED).exists() and metrics.exists():
+            raise UserError(
+                f'{self.path} has the metrics of a run that was saved, but there is no checkpoint '
+                f'in {self.checkpoints}. Put it back, name another --workdir, or remove {metrics} '
+                'to start from the beginning.'
+            )
 
     def config_changes(self, config: Any, resolved: Mapping[str, int]) -> list[diff.Change]:
         """Returns the differences to the config that this directory holds, if it holds one."""
@@ -177,7 +220,7 @@ class Workdir:
         try:
             return json.loads(path.read_text())
         except ValueError as error:
-            raise UserError(f'{path} is not valid JSON ({error}); remove or mend it') from error
+            raise UserError(f'{path} is not valid JSON ({error}); delete or fix it') from error
 
     def _write(self, name: str, value: Any) -> None:
         temporary = self.path / f'.{name}.tmp'

@@ -54,7 +54,7 @@ def test_what_lasts_is_an_error_with_the_cause(tmp_path: pathlib.Path, notice: s
             getattr(checkpoints, notice)()
     assert str(error.value) == (
         f'the save of step 2 in {tmp_path} failed (OSError: [Errno 28] No space left on device).\n'
-        'Once the cause is mended, the same command goes on from step 1.'
+        'Fix the cause; the same command then resumes from step 1.'
     )
     assert error.value.exit_code == 1
     # It was told once, and nothing more was tried.
@@ -117,7 +117,7 @@ def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path: pathlib.Pa
     (tmp_path / 'checkpoints').rename(tmp_path / 'moved')
     (tmp_path / 'checkpoints').write_text('a file')
     checkpoints.save(2, state(), {})
-    with pytest.raises(SaveError, match='goes on from the beginning: no checkpoint is there'):
+    with pytest.raises(SaveError, match='resumes from the beginning: no checkpoint is there'):
         checkpoints.wait()
 
 

@@ -53,9 +53,21 @@ class Checkpoints:
     trains. The first save opens Orbax's manager and removes what a killed process left behind.
     """
 
-    def __init__(self, directory: epath.PathLike, retention: Retention):
-        """Names the directory; the first save makes it."""
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        retention: Retention,
+        on_commit: Callable[[], None] = lambda: None,
+    ):
+        """Names the directory; the first save makes it.
+
+        Args:
+            directory: where the checkpoints are.
+            retention: which of them are kept.
+            on_commit: called in the background, by the first process, when a save is committed.
+        """
         self.directory = epath.Path(directory).absolute()
+        self._on_commit = on_commit
         self._retention = retention
         self._lazy_manager: ocp.CheckpointManager | None = None
         self._in_flight: _Save | None = None
@@ -128,7 +140,29 @@ class Checkpoints:
         found = self.digest(state)
         if found != stored:
             raise self._damaged(step, f'its digest is {found}, {stored} was saved')
+        self.check_name(step, meta, state)
         return state
+
+    def check_name(self, step: int, meta: Mapping[str, Any], state: Any = None) -> None:
+        """Makes sure that a checkpoint is the one that its directory's name says.
+
+        Args:
+            step: the name.
+            meta: what is stored beside the arrays.
+            state: the arrays, if they have been read.
+
+        Raises:
+            CheckpointError: if it has been copied, renamed or linked, naming all the steps.
+        """
+        found = {'its metadata': meta.get('step', step)}
+        if hasattr(state, 'step'):
+            found['its state'] = int(fetch(state.step))
+        if set(found.values()) != {step}:
+            steps = ' and '.join(f'{what} says {number}' for what, number in found.items())
+            raise CheckpointError(
+                f'{self.directory / str(step)} is not the checkpoint of step {step}: {steps}. It '
+                'was copied, renamed or linked. Give it back its name, or remove it.'
+            )
 
     def digest(self, state: Any) -> str:
         """Returns the state's digest."""
@@ -163,7 +197,7 @@ class Checkpoints:
                 self._start(step, snapshot, dict(meta))
             except Exception as error:
                 raise self._failed(step, error) from error
-            future = writer.submit(self._manager.wait_until_finished)
+            future = writer.submit(self._finish)
         writer.shutdown(wait=False)
         self._in_flight = _Save(step, future, writer)
 
@@ -222,7 +256,12 @@ class Checkpoints:
 
     def _write(self, step: int, snapshot: Any, meta: dict[str, Any]) -> None:
         self._start(step, snapshot, meta)
+        self._finish()
+
+    def _finish(self) -> None:
         self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            self._on_commit()
 
     def _start(self, step: int, snapshot: Any, meta: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
@@ -290,6 +329,6 @@ class Checkpoints:
         start = 'the beginning: no checkpoint is there' if newest is None else f'step {newest}'
         return SaveError(
             f'the save of step {step} in {self.directory} failed ({first_line(error)}).\n'
-            f'Once the cause is mended, the same command goes on from {start}.',
+            f'Fix the cause; the same command then resumes from {start}.',
             may_pass=may_pass(error),
         )
