@@ -74,6 +74,21 @@ def test_arrays_without_elements_come_back(tmp_path: pathlib.Path) -> None:
     )
 
 
+@pytest.mark.parametrize('kind', ['threefry2x32', 'rbg'])
+def test_typed_keys_of_which_there_are_none(tmp_path: pathlib.Path, kind: str) -> None:
+    keys = jax.random.split(jax.random.key(0, impl=kind), 3)
+    tree = {**state(), 'keys': keys, 'none': keys[:0]}
+    checkpoints = Checkpoints(tmp_path, Retention())
+    checkpoints.save(1, tree, {})
+    checkpoints.close()
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+    found = checkpoints.restore(1, shapes)
+    assert (found['keys'] == keys).all()
+    assert found['none'].dtype == keys.dtype and found['none'].shape == (0,)
+
+
 def test_they_are_made_with_their_sharding(tmp_path: pathlib.Path) -> None:
     mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))

@@ -29,12 +29,10 @@ def without(tree: Any) -> Any:
 
 def described(tree: Any) -> dict[str, Any]:
     """Returns what is added to the JSON of a checkpoint: nothing, if no array is empty."""
-    found = [
-        [names_of(path), str(leaf.dtype), list(leaf.shape)]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if is_empty(leaf)
-    ]
-    return {_KEY: found} if found else {}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = [(names_of(path), _stored_form(leaf)) for path, leaf in leaves if is_empty(leaf)]
+    lines = [[names, str(leaf.dtype), list(leaf.shape)] for names, leaf in found]
+    return {_KEY: lines} if lines else {}
 
 
 def stored(meta: Mapping[str, Any]) -> dict[Names, jax.ShapeDtypeStruct]:
@@ -47,10 +45,26 @@ def stored(meta: Mapping[str, Any]) -> dict[Names, jax.ShapeDtypeStruct]:
 
 def make(leaf: Any) -> jax.Array:
     """Returns an empty array of a shape, dtype and sharding."""
+    sharding = getattr(leaf, 'sharding', None)
+    if is_key(leaf):
+        kinds: list[Any] = []
+        jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), leaf)
+        data = jnp.zeros(_stored_form(leaf).shape, jnp.uint32)
+        return jax.device_put(jax.random.wrap_key_data(data, impl=kinds[0]), sharding)
     value = np.zeros(leaf.shape, leaf.dtype)
-    if getattr(leaf, 'sharding', None) is None:
+    if sharding is None:
         return jnp.asarray(value)
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether it is an array of typed keys."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _stored_form(leaf: Any) -> Any:
+    """Returns the shape and dtype that are stored: of a typed key those of its data."""
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
 
 
 def names_of(path: tuple[Any, ...]) -> Names:

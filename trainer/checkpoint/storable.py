@@ -79,7 +79,7 @@ def _refused(leaves: dict[Names, Any]) -> list[str]:
     asked: dict[_Question, Names] = {}
     for names, leaf in leaves.items():
         # Of a typed key its data is stored, and nothing of an empty array.
-        if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) and not empty.is_empty(leaf):
+        if not empty.is_key(leaf) and not empty.is_empty(leaf):
             asked.setdefault(_Question(_PLAIN, np.dtype(leaf.dtype)), names)
     for names in _odd(leaves):
         asked[_Question(names, np.dtype('float32'))] = names
