@@ -6,16 +6,19 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import threading
 from typing import Any
 
 import pytest
 
-from tests.command import ROOT
+from tests.command import ROOT, wait_for
+from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.manager import CheckpointError
 from trainer.config.errors import UserError
 from trainer.events import Event
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
+from trainer.workdir import Workdir
 
 FAIL_AT: list[int] = []
 KNOWN_AT_START: list[dict[str, float]] = []
@@ -130,3 +133,103 @@ def test_the_final_evaluation_belongs_to_the_last_checkpoint(tmp_path: pathlib.P
     last = trainer.checkpoints.meta(50)
     assert last['evaluated'] == ['test']
     assert 'eval/test/loss' in last['metrics']
+
+
+def test_a_copied_step_is_not_trained_on(tmp_path: pathlib.Path) -> None:
+    checkpoints = tmp_path / 'checkpoints'
+    trainer_in(tmp_path, evals={}).fit(max_steps=20)
+    shutil.copytree(checkpoints / '20', checkpoints / '30')
+    before = files(tmp_path)
+    with pytest.raises(CheckpointError, match=r'step 30: its metadata says 20 and its state says'):
+        trainer_in(tmp_path, evals={}).fit()
+    # Nor is the run called too long for what the name says.
+    with pytest.raises(CheckpointError, match=r'step 30: its metadata says 20\. It was copied'):
+        trainer_in(tmp_path, evals={}, train_for='25 steps').fit()
+    assert files(tmp_path) == before
+    shutil.rmtree(checkpoints / '30')
+    assert trainer_in(tmp_path, evals={}).fit().step == 50
+
+
+def test_a_state_that_counts_otherwise_than_its_name(tmp_path: pathlib.Path) -> None:
+    """Metadata that was edited, too, does not make it another step."""
+    checkpoints = tmp_path / 'checkpoints'
+    trainer_in(tmp_path, evals={}).fit(max_steps=20)
+    (checkpoints / '20').rename(checkpoints / '30')
+    meta = checkpoints / '30' / 'meta' / 'metadata'
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), 'step': 30}))
+    with pytest.raises(CheckpointError, match='metadata says 30 and its state says 20'):
+        trainer_in(tmp_path, evals={}).fit()
+
+
+DELETE_AT: list[int] = []
+
+
+def delete(event: Event) -> None:
+    if event.kind == 'log' and event.step in DELETE_AT:
+        DELETE_AT.remove(event.step)
+        assert event.workdir is not None
+        # Between two saves: one that is under way fails by itself.
+        wait_for(lambda: not any(t.name.startswith('checkpoint') for t in threading.enumerate()))
+        shutil.rmtree(event.workdir)
+
+
+@pytest.mark.parametrize(('every', 'noticed'), [('20 steps', 40), ('never', 50)])
+def test_a_directory_that_is_deleted_is_no_finished_run(
+    tmp_path: pathlib.Path, every: str, noticed: int
+) -> None:
+    workdir = tmp_path / 'run'
+    DELETE_AT[:] = [30]
+    hooks = {'delete': {'ref': f'{__name__}:delete'}}
+    options = {'evals': {}, 'log__tensorboard': False, 'hooks': hooks}
+    trainer = trainer_in(workdir, **options, checkpoint__every=every)
+    pattern = f'{workdir} was deleted while this run was training in it.* at step {noticed},'
+    with pytest.raises(SaveError, match=pattern):
+        trainer.fit()
+    assert not workdir.exists()
+    assert trainer_in(workdir, **options).fit().status == 'finished'
+
+
+def test_another_start_in_the_same_place_is_noticed_at_the_end(tmp_path: pathlib.Path) -> None:
+    trainer = trainer_in(tmp_path, evals={}, hooks={'spoil': {'ref': f'{__name__}:restart'}})
+    with pytest.raises(SaveError, match=r'another start has written over its run\.json'):
+        trainer.fit()
+    assert not (tmp_path / 'result.json').exists()
+
+
+def restart(event: Event) -> None:
+    """What a second run does where the file system knows no locks."""
+    if event.kind == 'save':
+        Workdir(event.workdir or '').begin({}, {}, {})
+
+
+def test_checkpoints_that_are_gone_do_not_cost_the_metrics(tmp_path: pathlib.Path) -> None:
+    trainer_in(tmp_path, evals={}).fit()
+    trainer_in(tmp_path, evals={}, train_for='60 steps').fit()
+    shutil.rmtree(tmp_path / 'checkpoints')
+    before = files(tmp_path)
+    with pytest.raises(UserError, match='the metrics of a run that was saved, but there is no'):
+        trainer_in(tmp_path, evals={}).fit()
+    assert files(tmp_path) == before
+    # As it says: without them it starts from the beginning, and may be killed at once again.
+    (tmp_path / 'metrics.jsonl').unlink()
+    FAIL_AT.append(30)
+    with pytest.raises(RuntimeError, match='the hook failed'):
+        trainer_in(tmp_path, evals={}).fit()
+    assert (tmp_path / 'metrics.jsonl').read_text()
+    assert trainer_in(tmp_path, evals={}).fit().step == 50
+
+
+def test_the_first_save_that_is_committed_is_noted(tmp_path: pathlib.Path) -> None:
+    """A process that is killed later leaves the note, one that is killed before does not."""
+    noted = []
+
+    def look(event: Event) -> None:
+        if event.kind == 'log':
+            wait_for(lambda: event.step < 30 or (tmp_path / '.saved').exists())
+            noted.append((event.step, (tmp_path / '.saved').exists()))
+
+    trainer = trainer_in(tmp_path, evals={}, checkpoint__every='20 steps')
+    object.__setattr__(trainer.experiment, 'hooks', {'look': look})
+    trainer.fit()
+    assert noted[0] == (10, False)
+    assert noted[2:] == [(30, True), (40, True), (50, True)]

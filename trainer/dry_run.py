@@ -14,6 +14,7 @@ from etils import epath
 
 from trainer import startup
 from trainer.checkpoint.manager import Checkpoints
+from trainer.checkpoint.storable import check_storable
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.observe.progress import duration
@@ -35,6 +36,7 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     """
     dry = Parts(experiment)
     programs = dry.compile()
+    check_storable(dry.programs.abstract)
     print(startup.summary(dry, 0))
     for program in programs:
         program.ready()

@@ -6,12 +6,28 @@ Flags, modes and exit codes; what a run does is in `trainer.trainer`.
 
 from __future__ import annotations
 
-import os
 import sys
+
+if __name__ == '__main__':
+    # Before all other imports, which take seconds: a signal may come in the middle of them.
+    from trainer.observe import streams
+    from trainer.parallel import signals
+
+    STOP = signals.install()
+    if not signals.trains(sys.argv):
+        signals.uninstall()
+    streams.open_closed_streams()
+    signals.tell_where()
+
+import contextlib
+import os
+import threading
+import time
 from collections.abc import Sequence
 
 from absl import flags
 
+from trainer.checkpoint.errors import SaveError
 from trainer.config import identity, loading, overrides, show
 from trainer.config.errors import UserError, full_text
 from trainer.observe import logfile
@@ -87,6 +103,9 @@ flags.DEFINE_multi_string(
 flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_values=_FLAGS)
 flags.DEFINE_bool('help', False, 'Show this and the keys of the config.', flag_values=_FLAGS)
 
+
+# A process whose save has failed gives its other threads so long to end.
+_GRACE_SECS = 5.0
 
 # Flags that only some of the modes read.
 _ONLY_WITH = {
@@ -170,6 +189,27 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     return modes.run(loaded, command, stop)
 
 
+def _end_soon(code: int) -> None:
+    """Sees to it that the process ends, though threads of a failed save may wait for minutes.
+
+    Where none does, the interpreter is the first to end. Else what others have registered with
+    `atexit` does not run: that comes after the end of all threads.
+    """
+
+    def work() -> None:
+        deadline = time.monotonic() + _GRACE_SECS
+        main_thread = threading.main_thread()
+        while any(t is not main_thread and not t.daemon for t in threading.enumerate()):
+            if time.monotonic() > deadline:
+                for stream in (sys.stdout, sys.stderr):
+                    with contextlib.suppress(Exception):
+                        stream.flush()
+                os._exit(code)  # Log files are flushed after each line.
+            time.sleep(0.05)
+
+    threading.Thread(target=work, name='end-soon', daemon=True).start()
+
+
 def _reader_is_gone() -> bool:
     """Whether nobody reads the output any more, as under `| head`; then it leads nowhere."""
     try:
@@ -219,6 +259,10 @@ def _usage() -> str:
 
 
 if __name__ == '__main__':
-    logfile.open_closed_streams()
-    signals.tell_where()
-    sys.exit(main(sys.argv, signals.install()))
+    code = 1
+    try:
+        code = main(sys.argv, STOP)
+    finally:
+        if SaveError.occurred:
+            _end_soon(code)
+    sys.exit(code)

@@ -73,12 +73,15 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         UserError: for what the config or the work directory does not allow.
     """
     _enable_compile_cache()
+    # Processes that wait for this one are to hear of a signal, and to stop together with it.
+    starting, stop.starting = stop.starting, False
     try:
         watch = processes.join(command.cluster)
     except PeerError as error:
         print(f'Error: {error}', file=sys.stderr)
         return error.exit_code
     if watch is None:
+        stop.starting = starting
         return _run(loaded, command, stop)
     stop.share()
     logfile.keep_stdout_for_python()

@@ -110,7 +110,9 @@ class Parts:
         """The work directory's checkpoints, or None without one."""
         if self.workdir is None:
             return None
-        return Checkpoints(self.workdir.checkpoints, self.experiment.retention)
+        return Checkpoints(
+            self.workdir.checkpoints, self.experiment.retention, self.workdir.mark_saved
+        )
 
     def check_agreement(self) -> None:
         """Makes sure that the processes of a run do the same; all of them must call it.

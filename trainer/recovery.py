@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from trainer import failure
-from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.errors import CheckpointError, SaveError
+from trainer.checkpoint.storable import check_storable
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.consumed import Consumed
@@ -73,17 +74,22 @@ class Recovery:
 
         Raises:
             UserError: naming what differs, unless that is allowed; or the step that is already
-                behind the end of this run; or what the processes of the run do not agree on.
+                behind the end of this run; or what the processes of the run do not agree on; or
+                that the checkpoints of a run that had some are gone.
         """
         workdir, experiment = self._parts.workdir, self._parts.experiment
         self._called = now()
         self._parts.check_agreement()
-        latest = self._latest()
-        if workdir is None or latest is None:
+        latest, checkpoints = self._latest(), self._parts.checkpoints
+        if workdir is None or checkpoints is None:
+            return
+        if latest is None:
+            workdir.check_not_lost()
             return
         if not self._allow_config_change:
             workdir.check_same_run(experiment.config, experiment.schedule_steps)
         if latest > experiment.total_steps:
+            checkpoints.check_name(latest, checkpoints.meta(latest))
             raise UserError(
                 f'{workdir.path} is at step {latest:,}, but config.train_for asks for '
                 f'{experiment.total_steps:,} steps. Name another --workdir, or a longer '
@@ -99,6 +105,8 @@ class Recovery:
             return self._paused
         latest, checkpoints = self._latest(), self._parts.checkpoints
         if checkpoints is None or latest is None:
+            if checkpoints is not None:
+                check_storable(self._parts.programs.abstract.durable)
             self._report.restore(0, {}, ())
             # An earlier call may have failed, and has left behind what it had counted.
             self._consumed.restart()
@@ -131,6 +139,10 @@ class Recovery:
         self._running, self._failed = True, False
         if self._code is not None:
             self._code.then(workdir.keep_code)
+        if step > 0:
+            workdir.mark_saved()
+        else:
+            workdir.unmark_saved()
         if changes and step > 0:
             self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
         self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
@@ -154,6 +166,7 @@ class Recovery:
             # All rows up to this step are on disk before its save starts, so that a resumed run
             # neither misses a row nor writes it twice.
             self._report.sync()
+            self._check_workdir(step)
             meta = {
                 'step': step,
                 **self._measured(step),
@@ -179,6 +192,7 @@ class Recovery:
             return
         with self._report.time.spent('save'):
             checkpoints.close()
+        self._check_workdir(step)
         if status != 'paused':
             digest, metrics = checkpoints.meta(step)['digest'], dict(self._report.latest)
             data_digest = self._consumed.digest()
@@ -285,6 +299,8 @@ class Recovery:
         workdir = self._parts.workdir
         if workdir is None or not processes.is_primary():
             return
+        if not workdir.is_this_run():  # It was deleted, or is another start's.
+            return
         if not self._running:
             # What an earlier run has left is left as it was.
             if not (self._failed or workdir.is_fresh()):
@@ -303,6 +319,18 @@ class Recovery:
                 meta = checkpoints.meta(step)
                 return meta.get('digest'), meta.get('data_digest')
         return None, None
+
+    def _check_workdir(self, step: int) -> None:
+        """Makes sure that the directory has not been deleted; all processes must call it."""
+        workdir = self._parts.workdir
+        if workdir is None or not processes.sum_over_processes(not workdir.is_this_run()):
+            return
+        raise SaveError(
+            f'{workdir.path} was deleted while this run was training in it, or another start has '
+            f'written over its run.json. The run ends at step {step:,}, and what is gone with the '
+            'directory is lost. Start it again, in a directory that stays.',
+            may_pass=False,
+        )
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()

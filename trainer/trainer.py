@@ -195,6 +195,7 @@ class Trainer(Parts):
                 program.ready()
         self._probes.begin(step, state)
         report.begin(step)
+        self._stop.starting = False  # From here on a signal has something to save.
         return state, step
 
     def _run_events(

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
 import sys
 import threading
 from collections.abc import Mapping
@@ -21,6 +23,8 @@ from trainer.config import diff, identity
 from trainer.config.errors import UserError
 from trainer.provenance import Code
 
+# A file whose presence says that a checkpoint was committed.
+_SAVED = '.saved'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
 # What `run.json` keeps of each start, and of how many.
 _START_FIELDS = ('status', 'from_step', 'step', 'start', 'end', 'command', 'host', 'pid')
@@ -48,6 +52,7 @@ class Workdir:
         self._starts: list[dict[str, Any]] = []
         # The thread that looks at the code writes run.json too.
         self._lock = threading.Lock()
+        self._start: str | None = None
 
     def claim(self) -> None:
         """Keeps every other run out of the directory until `release`, or the end of this process.
@@ -125,10 +130,12 @@ class Workdir:
         """
         changes = self.config_changes(config, resolved)
         self.make()
+        self._start = secrets.token_hex(8)
         self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
         self._starts = self._earlier_starts()
         with self._lock:
-            self._run = {'status': 'running', 'step': None, 'start': now(), 'end': None, **run}
+            began = {'status': 'running', 'step': None, 'start': now(), 'end': None}
+            self._run = {**began, **run, 'id': self._start}
             self._write_run()
         return changes
 
@@ -160,6 +167,43 @@ class Workdir:
     def is_fresh(self) -> bool:
         """Whether the directory is there, and no run has begun in it."""
         return self.path.exists() and not (self.path / 'config.json').exists()
+
+    def is_this_run(self) -> bool:
+        """Whether `run.json` is still what `begin` has written, if it was called here."""
+        if self._start is None:
+            return True
+        try:
+            run = json.loads((self.path / 'run.json').read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, ValueError):
+            return True  # Not to be read now, but there.
+        return isinstance(run, dict) and run.get('id') == self._start
+
+    def mark_saved(self) -> None:
+        """Notes that a checkpoint was committed here; a start without one is then an error."""
+        with contextlib.suppress(OSError):
+            (self.path / _SAVED).write_text('')
+
+    def unmark_saved(self) -> None:
+        """Takes the note away: a run starts from the beginning."""
+        (self.path / _SAVED).unlink(missing_ok=True)
+
+    def check_not_lost(self) -> None:
+        """Refuses to start from the beginning where a run was that has saved.
+
+        One that was killed before its first save has metrics too, and starts again.
+
+        Raises:
+            UserError: if there are metrics and a checkpoint was committed, but none is there.
+        """
+        metrics = self.path / 'metrics.jsonl'
+        if (self.path / _SAVED).exists() and metrics.exists():
+            raise UserError(
+                f'{self.path} has the metrics of a run that was saved, but there is no checkpoint '
+                f'in {self.checkpoints}. Put it back, name another --workdir, or remove {metrics} '
+                'to start from the beginning.'
+            )
 
     def config_changes(self, config: Any, resolved: Mapping[str, int]) -> list[diff.Change]:
         """Returns the differences to the config that this directory holds, if it holds one."""
@@ -252,7 +296,7 @@ class Workdir:
         try:
             return json.loads(path.read_text())
         except ValueError as error:
-            raise UserError(f'{path} is not valid JSON ({error}); remove or mend it') from error
+            raise UserError(f'{path} is not valid JSON ({error}); delete or fix it') from error
 
     def _write(self, name: str, value: Any) -> None:
         temporary = self.path / f'.{name}.tmp'

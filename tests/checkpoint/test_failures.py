@@ -11,12 +11,14 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from tests import command
 from tests.checkpoint.examples import Held, Unwritable, abstract, state
+from trainer.checkpoint import writing
 from trainer.checkpoint.errors import SaveError, first_line, may_pass
 from trainer.checkpoint.manager import Checkpoints, Retention
 
@@ -52,7 +54,7 @@ def test_what_lasts_is_an_error_with_the_cause(tmp_path: pathlib.Path, notice: s
             getattr(checkpoints, notice)()
     assert str(error.value) == (
         f'the save of step 2 in {tmp_path} failed (OSError: [Errno 28] No space left on device).\n'
-        'Once the cause is mended, the same command goes on from step 1.'
+        'Fix the cause; the same command then resumes from step 1.'
     )
     assert error.value.exit_code == 1
     # It was told once, and nothing more was tried.
@@ -115,8 +117,31 @@ def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path: pathlib.Pa
     (tmp_path / 'checkpoints').rename(tmp_path / 'moved')
     (tmp_path / 'checkpoints').write_text('a file')
     checkpoints.save(2, state(), {})
-    with pytest.raises(SaveError, match='goes on from the beginning: no checkpoint is there'):
+    with pytest.raises(SaveError, match='resumes from the beginning: no checkpoint is there'):
         checkpoints.wait()
+
+
+def test_a_directory_that_goes_before_the_save_keeps_no_thread_waiting(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Orbax's threads would wait five minutes for the directory of the step."""
+    before = set(threading.enumerate())
+    directory = tmp_path / 'checkpoints'
+    checkpoints = Checkpoints(directory, Retention())
+    checkpoints.save(1, state(), {})
+    checkpoints.wait()
+    check_writable = writing.check_writable
+
+    def check_and_spoil(path: Any) -> None:
+        check_writable(path)
+        directory.rename(tmp_path / 'moved')
+        directory.write_text('a file')
+
+    monkeypatch.setattr(writing, 'check_writable', check_and_spoil)
+    checkpoints.save(2, state(), {})
+    with pytest.raises(SaveError, match='Not a directory'):
+        checkpoints.close()
+    command.wait_for(lambda: set(threading.enumerate()) <= before, secs=20)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +210,25 @@ def spoil(event: Any) -> None:
         command.wait_for(
             lambda: not any(t.name.startswith('checkpoint') for t in threading.enumerate())
         )
+
+
+def spoil_and_stay(event: Any) -> None:
+    """Spoils the saves as `spoil` does, and starts a thread that waits for much too long."""
+    if event.kind == 'start':
+        threading.Thread(target=time.sleep, args=(300,)).start()
+    spoil(event)
+
+
+def test_a_process_whose_save_has_failed_waits_for_no_thread(tmp_path: pathlib.Path) -> None:
+    hooks = f'--config.hooks={{"spoil": {{"ref": "{__name__}:spoil_and_stay"}}}}'
+    ended = command.run(
+        command.MLP, *command.SMALL, f'--workdir={tmp_path}', hooks,
+        '--config.train_for=50steps', '--config.evals={}',
+    )  # fmt: skip
+    assert ended.code == 1
+    assert ended.err.startswith('Error: the save of step 50')
+    assert 'Traceback' not in ended.err
+    assert ended.secs < 120
 
 
 def test_the_next_log_event_ends_the_run(tmp_path: pathlib.Path) -> None:

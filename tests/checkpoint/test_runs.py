@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import pathlib
 import re
+import shutil
 import threading
 
 import pytest
@@ -110,3 +111,30 @@ def test_many_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
         trainers[-1].fit()
         trainers[-1].restore('latest')
         command.wait_for(lambda: threads() <= before)
+
+
+@pytest.mark.parametrize('how', ['copied', 'linked', 'renamed'])
+def test_a_step_by_another_name_is_not_believed(trained: pathlib.Path, how: str) -> None:
+    """The digest is that of its arrays; only the number of updates is not that of the name."""
+    checkpoints = trained / 'checkpoints'
+    other, held = checkpoints / '50', checkpoints / '60'
+    make = {
+        'copied': lambda: shutil.copytree(held, other),
+        'linked': lambda: other.symlink_to(held),
+        'renamed': lambda: held.rename(other),
+    }
+    make[how]()
+    try:
+        done = run_mode(trained, '--mode=eval', '--step=50')
+    finally:
+        if how == 'renamed':
+            other.rename(held)
+        elif how == 'linked':
+            other.unlink()
+        else:
+            shutil.rmtree(other)
+    assert done.code == 65
+    assert done.err == (
+        f'Error: {other} is not the checkpoint of step 50: its metadata says 60 and its state '
+        'says 60. It was copied, renamed or linked. Give it back its name, or remove it.\n'
+    )

@@ -20,15 +20,18 @@ class SaveError(CheckpointError):
     """A save that failed; the checkpoints before it are as they were.
 
     Attributes:
-        may_pass: whether a later save may succeed although nobody mends anything.
+        may_pass: whether a later save may succeed without a change of anything.
+        occurred: whether a save has failed in this process.
     """
 
     exit_code = 1
+    occurred = False
 
     def __init__(self, text: str, *, may_pass: bool):
         """Takes the complete text to print."""
         super().__init__(text)
         self.may_pass = may_pass
+        SaveError.occurred = True
 
 
 def may_pass(error: BaseException) -> bool:

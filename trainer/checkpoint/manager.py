@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from etils import epath
 
-from trainer.checkpoint import reading, writing
+from trainer.checkpoint import empty, reading, writing
 from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, may_pass
 from trainer.checkpoint.retention import Policy, Retention
 from trainer.config.errors import UserError
@@ -53,9 +53,21 @@ class Checkpoints:
     trains. The first save opens Orbax's manager and removes what a killed process left behind.
     """
 
-    def __init__(self, directory: epath.PathLike, retention: Retention):
-        """Names the directory; the first save makes it."""
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        retention: Retention,
+        on_commit: Callable[[], None] = lambda: None,
+    ):
+        """Names the directory; the first save makes it.
+
+        Args:
+            directory: where the checkpoints are.
+            retention: which of them are kept.
+            on_commit: called in the background, by the first process, when a save is committed.
+        """
         self.directory = epath.Path(directory).absolute()
+        self._on_commit = on_commit
         self._retention = retention
         self._lazy_manager: ocp.CheckpointManager | None = None
         self._in_flight: _Save | None = None
@@ -91,9 +103,12 @@ class Checkpoints:
             CheckpointError: if it cannot be read.
         """
         try:
-            return json.loads(self._meta_file(step).read_text())
+            meta = json.loads(self._meta_file(step).read_text())
         except (OSError, ValueError) as error:
             raise self._damaged(step, first_line(error)) from error
+        if not isinstance(meta, dict):
+            raise self._damaged(step, f'its metadata is a {type(meta).__name__}, no dict')
+        return meta
 
     # ---- reading -------------------------------------------------------------------------------
 
@@ -109,9 +124,11 @@ class Checkpoints:
             have = ', '.join(map(str, steps)) or 'none'
             raise UserError(f'no checkpoint of step {step} in {self.directory}; there: {have}')
         abstract = _durable(abstract)
-        stored = self.meta(step).get('digest')
+        meta = self.meta(step)
+        stored = meta.get('digest')
+        directory = self.directory / str(step) / 'state'
         try:
-            state = reading.read_state(self.directory / str(step) / 'state', abstract)
+            state = reading.read_state(directory, abstract, empty.stored(meta))
         except reading.OtherState as error:
             advice = 'Go back to the config of that checkpoint, or name another --workdir.'
             if error.only_slots_in_half:
@@ -132,7 +149,29 @@ class Checkpoints:
         found = self.digest(state)
         if found != stored:
             raise self._damaged(step, f'its digest is {found}, {stored} was saved')
+        self.check_name(step, meta, state)
         return state
+
+    def check_name(self, step: int, meta: Mapping[str, Any], state: Any = None) -> None:
+        """Makes sure that a checkpoint is the one that its directory's name says.
+
+        Args:
+            step: the name.
+            meta: what is stored beside the arrays.
+            state: the arrays, if they have been read.
+
+        Raises:
+            CheckpointError: if it has been copied, renamed or linked, naming all the steps.
+        """
+        found = {'its metadata': meta.get('step', step)}
+        if hasattr(state, 'step'):
+            found['its state'] = int(fetch(state.step))
+        if set(found.values()) != {step}:
+            steps = ' and '.join(f'{what} says {number}' for what, number in found.items())
+            raise CheckpointError(
+                f'{self.directory / str(step)} is not the checkpoint of step {step}: {steps}. It '
+                'was copied, renamed or linked. Give it back its name, or remove it.'
+            )
 
     def digest(self, state: Any) -> str:
         """Returns the state's digest."""
@@ -167,7 +206,7 @@ class Checkpoints:
                 self._start(step, snapshot, dict(meta))
             except Exception as error:
                 raise self._failed(step, error) from error
-            future = writer.submit(self._manager.wait_until_finished)
+            future = writer.submit(self._finish)
         writer.shutdown(wait=False)
         self._in_flight = _Save(step, future, writer)
 
@@ -226,7 +265,12 @@ class Checkpoints:
 
     def _write(self, step: int, snapshot: Any, meta: dict[str, Any]) -> None:
         self._start(step, snapshot, meta)
+        self._finish()
+
+    def _finish(self) -> None:
         self._manager.wait_until_finished()
+        if jax.process_index() == 0:
+            self._on_commit()
 
     def _start(self, step: int, snapshot: Any, meta: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
@@ -237,8 +281,11 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(snapshot),
-                meta=MetaSave(meta=meta, digest=self._start_digest(snapshot)),
+                state=ocp.args.PyTreeSave(empty.without(snapshot)),
+                meta=MetaSave(
+                    meta={**meta, **empty.described(snapshot)},
+                    digest=self._start_digest(snapshot),
+                ),
             ),
             force=True,
         )
@@ -291,7 +338,7 @@ class Checkpoints:
         start = 'the beginning: no checkpoint is there' if newest is None else f'step {newest}'
         return SaveError(
             f'the save of step {step} in {self.directory} failed ({first_line(error)}).\n'
-            f'Once the cause is mended, the same command goes on from {start}.',
+            f'Fix the cause; the same command then resumes from {start}.',
             may_pass=may_pass(error),
         )
 

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-from trainer.modules.bound import param_path
+from trainer.checkpoint import empty
+from trainer.checkpoint.empty import Names, names_of
 
 _SHOWN = 10
-_Names = tuple[str, ...]
 
 
 class OtherState(Exception):
@@ -25,7 +26,7 @@ class OtherState(Exception):
     only_slots_in_half = False
 
 
-def read_state(directory: epath.Path, abstract: Any) -> Any:
+def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any]) -> Any:
     """Returns the state that lies in a directory.
 
     Leaves are found by their paths, so that containers without a leaf may differ.
@@ -33,6 +34,7 @@ def read_state(directory: epath.Path, abstract: Any) -> Any:
     Args:
         directory: where Orbax wrote the state.
         abstract: shape, dtype and sharding of each leaf.
+        empties: the leaves without elements that were saved, which are not in the directory.
 
     Raises:
         OtherState: if a leaf is missing, is there too many, or has another shape or dtype.
@@ -43,30 +45,28 @@ def read_state(directory: epath.Path, abstract: Any) -> Any:
     try:
         stored = handler.metadata(directory).tree
         wanted = _by_names(abstract)
-        differences = _differences(_by_names(stored), wanted)
+        there = {**_by_names(stored), **empties}
+        differences = _differences(there, wanted)
         if differences:
             other = OtherState(_listed(differences))
-            other.only_slots_in_half = len(differences) == _slots_in_half(_by_names(stored), wanted)
+            other.only_slots_in_half = len(differences) == _slots_in_half(there, wanted)
             raise other
-        item = jax.tree_util.tree_map_with_path(lambda path, _: wanted[_names(path)], stored)
+        item = jax.tree_util.tree_map_with_path(lambda path, _: wanted[names_of(path)], stored)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
         found = _by_names(handler.restore(directory, args=args))
     finally:
         handler.close()
-    return jax.tree_util.tree_map_with_path(lambda path, _: found[_names(path)], abstract)
+    found.update({names: empty.make(wanted[names]) for names in empties})
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[names_of(path)], abstract)
 
 
-def _names(path: tuple[Any, ...]) -> _Names:
+def _by_names(tree: Any) -> dict[Names, Any]:
     # Orbax writes tuples with field names as dicts: their paths agree by name only.
-    return tuple(param_path((key,)) for key in path)
+    return {names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _by_names(tree: Any) -> dict[_Names, Any]:
-    return {_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _differences(stored: dict[_Names, Any], wanted: dict[_Names, Any]) -> list[str]:
+def _differences(stored: dict[Names, Any], wanted: dict[Names, Any]) -> list[str]:
     lines = []
     for names in {**wanted, **stored}:
         here, there = (_describe(tree.get(names)) for tree in (wanted, stored))
@@ -75,7 +75,7 @@ def _differences(stored: dict[_Names, Any], wanted: dict[_Names, Any]) -> list[s
     return lines
 
 
-def _slots_in_half(stored: dict[_Names, Any], wanted: dict[_Names, Any]) -> int:
+def _slots_in_half(stored: dict[Names, Any], wanted: dict[Names, Any]) -> int:
     """Returns how many leaves of the optimizer's state are there in half of the wanted float32."""
     pairs = [(stored[n], x) for n, x in wanted.items() if n[0] == 'opt_state' and n in stored]
     return sum(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +81,20 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
             atomicity_options=ocp_options.AtomicityOptions(
                 mode=ocp_options.AtomicityMode.COMMIT_FILE
             ),
+            async_options=_async_options(ocp.AsyncOptions),
         ),
     )
     # Preemption is our own affair; Orbax's background thread would ask about old steps.
     manager.reached_preemption = lambda step: False
     return manager
+
+
+def _async_options(options: Any) -> Any:
+    # Else all other threads of a save wait five minutes for a directory that could not be made, and
+    # the interpreter waits for them. Orbax means to take the choice away some day.
+    name = 'create_directories_asynchronously'
+    known = name in {field.name for field in dataclasses.fields(options)}
+    return options(**{name: False} if known else {})
 
 
 def _remove_uncommitted(directory: epath.Path) -> None:

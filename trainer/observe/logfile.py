@@ -30,20 +30,6 @@ def quiet_absl() -> None:
     absl.propagate = False
 
 
-def open_closed_streams() -> None:
-    """Gives a process that was started with `>&-` an output that leads nowhere.
-
-    Else the next file that it opens would take the number of standard output, and whatever a C++
-    library prints.
-    """
-    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # Takes the lowest number that is free: this one.
-            setattr(sys, name, open(number, 'w' if number else 'r'))  # noqa: SIM115
-
-
 def keep_stdout_for_python() -> None:
     """Moves Python's standard output off number 1, where C++ libraries print: that is dropped.
 

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGTERM and Ctrl-C as a wish to stop after the current step, with everything saved.
 
-SIGUSR1 is the question where a process is; it answers and goes on.
+Before the first step there is nothing to save, and they end the process at once. SIGUSR1 is the
+question where a process is; it answers and goes on.
+
+The command line imports this module before all others: it needs nothing but the standard library,
+and little of that.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import faulthandler
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from trainer.parallel import last_words
@@ -22,19 +25,22 @@ EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 42
 
 
-@dataclasses.dataclass
 class StopRequest:
     """What a signal handler leaves for the loop to find.
 
     Attributes:
         signal: the number of the first signal that arrived, or None.
         shared: whether several processes must stop at the same poll.
+        starting: whether there is nothing to save yet, so that a signal ends the process at once.
     """
 
-    signal: int | None = None
-    shared: bool = False
-    _polls: int = dataclasses.field(default=0, repr=False)
-    _agreed: bool = dataclasses.field(default=False, repr=False)
+    def __init__(self, signal: int | None = None, *, starting: bool = False):
+        """Makes a request that only a handler or a caller fulfils."""
+        self.signal = signal
+        self.shared = False
+        self.starting = starting
+        self._polls = 0
+        self._agreed = False
 
     def poll(self) -> bool:
         """Returns whether to stop now; several processes must all poll equally often.
@@ -56,6 +62,7 @@ class StopRequest:
     def share(self) -> None:
         """From now on several processes stop together; `jax.distributed` must be initialised."""
         self.shared = True
+        self.starting = False
         if self.signal is not None:  # It came before JAX was there to tell the others.
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -66,6 +73,8 @@ class StopRequest:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Asks for a stop; a second Ctrl-C leaves at once, the last committed save intact."""
+        if self.starting:
+            _leave(number)
         if self.signal is not None and number == signal.SIGINT:
             _say('\nStopped at once, without saving.\n')
             last_words.say('interrupted', 'Ctrl-C twice: stopped at once, without saving')
@@ -77,6 +86,16 @@ class StopRequest:
             _say(f'\n{name}: saving after this step{hint}.\n')
             if self.shared and number == signal.SIGINT:
                 os.kill(os.getpid(), signal.SIGTERM)  # Tells the others.
+
+
+def _leave(number: int) -> None:
+    name = signal.Signals(number).name
+    _say(f'\n{name}: stopped before the first step; nothing is lost.\n')
+    # Not an exception: it would come out of the middle of any import, and the threads that compile
+    # would be waited for.
+    with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
+        sys.stdout.flush()
+    os._exit(EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED)
 
 
 def _say(text: str) -> None:
@@ -94,8 +113,12 @@ def tell_where() -> None:
 
 
 def install() -> StopRequest:
-    """Installs the handlers of a single-process run; the caller must be the main thread."""
-    request = StopRequest()
+    """Installs the handlers of a single-process run; the caller must be the main thread.
+
+    Returns:
+        The request, which is `starting` until the caller says otherwise.
+    """
+    request = StopRequest(starting=True)
     signal.signal(signal.SIGTERM, request.handle)
     signal.signal(signal.SIGINT, request.handle)
     return request
@@ -139,6 +162,16 @@ def _is_one_of_several() -> bool:
     import jax
 
     return jax.process_count() > 1
+
+
+def trains(argv: Sequence[str]) -> bool:
+    """Whether a command line looks like that of a training, before its flags can be parsed."""
+    modes = ['train']
+    for word, following in zip(argv, [*argv[1:], ''], strict=True):
+        name, equals, value = word.lstrip('-').partition('=')
+        if word.startswith('-') and name == 'mode':
+            modes.append(value if equals else following)
+    return modes[-1] == 'train'
 
 
 def uninstall() -> None:

@@ -12,7 +12,8 @@ from etils import epath
 from flax import serialization
 from flax.traverse_util import unflatten_dict
 
-from trainer.checkpoint.manager import Checkpoints, Retention
+from trainer.checkpoint import empty
+from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
 from trainer.checkpoint.writing import step_directories
 from trainer.config.errors import UserError
 from trainer.convert import torch_file
@@ -271,11 +272,25 @@ def _orbax(directory: epath.Path) -> Leaves:
     with reading(directory) as handler:
         stored = handler.metadata(directory).tree
     leaves = jax.tree_util.tree_leaves_with_path(stored)
-    return {
+    found: Leaves = {
         keys_of(path): OrbaxLeaf(directory, keys_of(path), tuple(x.shape), x.dtype)
         for path, x in leaves
         if getattr(x, 'shape', None) is not None
     }
+    return {**found, **_without_elements(directory)}
+
+
+def _without_elements(directory: epath.Path) -> Leaves:
+    """Returns the arrays that Orbax does not store, where a checkpoint of ours says which."""
+    step = directory.parent
+    if directory.name != 'state' or not step.name.isdigit():
+        return {}
+    try:
+        meta = Checkpoints(step.parent, Retention()).meta(int(step.name))
+        empties = empty.stored(meta)
+    except (CheckpointError, ValueError, TypeError, AttributeError):
+        return {}  # Of another program.
+    return {keys: HostLeaf(np.zeros(x.shape, x.dtype)) for keys, x in empties.items()}
 
 
 def _split(name: str) -> tuple[str, ...]:

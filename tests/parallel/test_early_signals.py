@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals that come before the first step: during imports, in the config, while it is traced."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests import command
+from trainer.parallel import signals
+
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc')
+
+SLOW = """
+import pathlib, time
+import flax.linen as nn
+
+def wait():
+    pathlib.Path('began').touch()
+    time.sleep(120)
+
+class Slow(nn.Module):
+    features: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        wait()
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+def hook(event):
+    wait()
+"""
+CONFIG = 'import slow\ndef get_config():\n    slow.wait()\n'
+
+
+def catches(process: subprocess.Popen[str]) -> bool:
+    """Whether the process has a handler of its own for SIGUSR1, which is the last one set."""
+    lines = pathlib.Path(f'/proc/{process.pid}/status').read_text().splitlines()
+    (caught,) = (int(line.split()[1], 16) for line in lines if line.startswith('SigCgt'))
+    return bool(caught & 1 << signal.SIGUSR1 - 1)
+
+
+def has_mapped(process: subprocess.Popen[str], library: str) -> bool:
+    """Whether the process is importing a library, or has imported it."""
+    return library in pathlib.Path(f'/proc/{process.pid}/maps').read_text()
+
+
+def start(where: pathlib.Path, *args: str, config: str = command.MLP) -> subprocess.Popen[str]:
+    (where / 'slow.py').write_text(SLOW)
+    (where / 'waits.py').write_text(CONFIG)
+    if config == command.MLP:
+        config = f'--config={command.ROOT}/configs/mnist_mlp.py'
+    return command.start(config, f'--workdir={where / "run"}', *args, cwd=where)
+
+
+def stages(where: pathlib.Path) -> dict[str, tuple[list[str], Callable[..., bool]]]:
+    began = (where / 'began').exists
+    slow_hook = '--config.hooks={"slow": {"ref": "slow:hook"}}'
+    return {
+        'first lines': ([], catches),
+        'jax': ([], lambda process: has_mapped(process, 'jaxlib')),
+        'config': (['config'], lambda _: began()),
+        'tracing': (['--config.model={"target": "slow:Slow"}'], lambda _: began()),
+        'orbax': ([], lambda process: has_mapped(process, 'tensorstore')),
+        'start': ([slow_hook], lambda _: began()),
+    }
+
+
+def stopped(where: pathlib.Path, stage: str, number: signal.Signals) -> tuple[int, str]:
+    """Sends a signal when the process has come so far; returns its exit code and what it says."""
+    options, reached = stages(where)[stage]
+    config = '--config=waits.py' if options == ['config'] else command.MLP
+    process = start(where, *(o for o in options if o != 'config'), config=config)
+    try:
+        command.wait_for(lambda: reached(process))
+        process.send_signal(number)
+        sent = time.monotonic()
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - sent < 30
+    return process.returncode, err
+
+
+@pytest.mark.parametrize('stage', ['first lines', 'jax', 'config', 'tracing', 'orbax', 'start'])
+def test_a_sigterm_before_the_first_step(tmp_path: pathlib.Path, stage: str) -> None:
+    """42 says: start it again. Nothing was done yet that could be lost."""
+    code, err = stopped(tmp_path, stage, signal.SIGTERM)
+    assert (code, err) == (42, '\nSIGTERM: stopped before the first step; nothing is lost.\n')
+    assert not list((tmp_path / 'run').glob('checkpoints/*'))
+
+
+@pytest.mark.parametrize('stage', ['first lines', 'jax', 'tracing'])
+def test_a_ctrl_c_before_the_first_step(tmp_path: pathlib.Path, stage: str) -> None:
+    code, err = stopped(tmp_path, stage, signal.SIGINT)
+    assert (code, err) == (130, '\nSIGINT: stopped before the first step; nothing is lost.\n')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_what_saves_nothing_ends_as_by_default(
+    tmp_path: pathlib.Path, number: signal.Signals
+) -> None:
+    process = start(tmp_path, '--mode', 'eval')
+    command.wait_for(lambda: catches(process))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (-number, '', '')
+
+
+def test_the_question_where_it_is_ends_nothing(tmp_path: pathlib.Path) -> None:
+    process = start(tmp_path, config='--config=waits.py')
+    try:
+        command.wait_for(lambda: catches(process))
+        process.send_signal(signal.SIGUSR1)
+        command.wait_for((tmp_path / 'began').exists)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 42
+    assert err.startswith('Current thread') and 'trainer/main.py' in err
+
+
+@pytest.mark.parametrize(
+    ('words', 'expected'),
+    [
+        ([], True),
+        (['--config=mode', '--config.mode=eval'], True),
+        (['--mode=eval'], False),
+        (['-mode=plan'], False),
+        (['--mode', 'export'], False),
+        (['--mode=eval', '--mode=train'], True),
+        (['mode=eval'], True),
+        (['--mode'], False),
+    ],
+)
+def test_which_command_lines_train(words: list[str], expected: bool) -> None:
+    assert signals.trains(['main', *words]) == expected
+
+
+def test_the_first_lines_need_little() -> None:
+    """What is imported before the handlers are there is a time without them."""
+    code = (
+        'import sys; before = set(sys.modules)\n'
+        'from trainer.parallel import signals\n'
+        'from trainer.observe import streams\n'
+        'new = {name.partition(".")[0] for name in set(sys.modules) - before}\n'
+        'print(sorted(new - set(sys.stdlib_module_names)), "dataclasses" in sys.modules)\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-S', '-c', code], cwd=command.ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "['trainer'] False\n", done.stderr

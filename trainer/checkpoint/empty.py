@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays without elements: Orbax stores none, so they are described beside the others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from trainer.modules.bound import param_path
+
+Names = tuple[str, ...]
+_KEY = 'empty'
+
+
+def is_empty(leaf: Any) -> bool:
+    """Whether an array, or what describes one, has no elements."""
+    return math.prod(leaf.shape) == 0
+
+
+def without(tree: Any) -> Any:
+    """Returns a tree without its empty arrays."""
+    return jax.tree.map(lambda leaf: None if is_empty(leaf) else leaf, tree)
+
+
+def described(tree: Any) -> dict[str, Any]:
+    """Returns what is added to the JSON of a checkpoint: nothing, if no array is empty."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = [(names_of(path), _stored_form(leaf)) for path, leaf in leaves if is_empty(leaf)]
+    lines = [[names, str(leaf.dtype), list(leaf.shape)] for names, leaf in found]
+    return {_KEY: lines} if lines else {}
+
+
+def stored(meta: Mapping[str, Any]) -> dict[Names, jax.ShapeDtypeStruct]:
+    """Returns the empty arrays of a checkpoint by the names on their paths, from its JSON."""
+    return {
+        tuple(names): jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        for names, dtype, shape in meta.get(_KEY, ())
+    }
+
+
+def make(leaf: Any) -> jax.Array:
+    """Returns an empty array of a shape, dtype and sharding."""
+    sharding = getattr(leaf, 'sharding', None)
+    if is_key(leaf):
+        kinds: list[Any] = []
+        jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), leaf)
+        data = jnp.zeros(_stored_form(leaf).shape, jnp.uint32)
+        return jax.device_put(jax.random.wrap_key_data(data, impl=kinds[0]), sharding)
+    value = np.zeros(leaf.shape, leaf.dtype)
+    if sharding is None:
+        return jnp.asarray(value)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: value[index])
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether it is an array of typed keys."""
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _stored_form(leaf: Any) -> Any:
+    """Returns the shape and dtype that are stored: of a typed key those of its data."""
+    return jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+
+
+def names_of(path: tuple[Any, ...]) -> Names:
+    """Returns the names on a path of keys, which agree for tuples with field names and dicts."""
+    return tuple(param_path((key,)) for key in path)

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds out before the first step whether the state of a run can be saved.
+
+Orbax itself is asked, with a small array for each dtype and for each kind of name: a save of all
+leaves of a large model would take seconds.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from trainer.checkpoint import empty
+from trainer.checkpoint.empty import Names
+from trainer.checkpoint.errors import SaveError, first_line
+from trainer.checkpoint.manager import Checkpoints, Retention
+from trainer.config.errors import UserError
+
+_SHOWN = 10
+_PLAIN = ('x',)
+
+
+class _Question(NamedTuple):
+    names: Names
+    dtype: Any
+
+
+_CONTROL = _Question(_PLAIN, np.dtype('float32'))
+# What has been found out in this process: most runs ask the same.
+_accepted: set[_Question] = set()
+
+
+def check_storable(abstract: Any) -> None:
+    """Makes sure that a state can be saved, and read again.
+
+    With several processes only the names are looked at: a save is an affair of all of them.
+
+    Args:
+        abstract: the state, or its abstract shapes.
+
+    Raises:
+        UserError: naming the leaves for which there is no place in a checkpoint.
+    """
+    leaves = {
+        empty.names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+    lines = _same_place(leaves)
+    if not lines and jax.process_count() == 1:
+        lines = _refused(leaves)
+    if lines:
+        more = [f'  and {len(lines) - _SHOWN} more'] if len(lines) > _SHOWN else []
+        raise UserError(
+            'the state of this run cannot be saved in a checkpoint:\n'
+            + '\n'.join([*lines[:_SHOWN], *more])
+            + '\nChange the model or the optimizer that makes these arrays; nothing was trained.'
+        )
+
+
+def _same_place(leaves: Iterable[Names]) -> list[str]:
+    """Returns a line for each two leaves that Orbax would write to one place: 'a.b' and 'a', 'b'.
+
+    It would not say so, and only one of them would be there.
+    """
+    seen: dict[str, Names] = {}
+    lines = []
+    for names in leaves:
+        other = seen.setdefault('.'.join(names), names)
+        if other != names:
+            lines.append(f'  {list(other)} and {list(names)}: both are named {".".join(names)!r}')
+    return lines
+
+
+def _refused(leaves: dict[Names, Any]) -> list[str]:
+    asked: dict[_Question, Names] = {}
+    for names, leaf in leaves.items():
+        # Of a typed key its data is stored, and nothing of an empty array.
+        if not empty.is_key(leaf) and not empty.is_empty(leaf):
+            asked.setdefault(_Question(_PLAIN, np.dtype(leaf.dtype)), names)
+    for names in _odd(leaves):
+        asked[_Question(names, np.dtype('float32'))] = names
+    new = [question for question in asked if question not in _accepted]
+    if not new or _error(new) is None:
+        _accepted.update(new)
+        return []
+    if _error([_CONTROL]) is not None:
+        return []  # It is not the state: nothing can be written to the temporary directory.
+    errors = {question: _error([question]) for question in new}
+    return [
+        f'  {"/".join(asked[question])} ({question.dtype}): {error}'
+        for question, error in errors.items()
+        if error is not None
+    ]
+
+
+def _odd(leaves: Iterable[Names]) -> list[Names]:
+    """Returns some leaves that have between them all unusual characters, and the longest name."""
+    found: list[Names] = []
+    seen: set[str] = set()
+    for names in leaves:
+        marks = set(re.findall(r'\W', ''.join(names))) | {'' for name in names if not name}
+        if not marks <= seen:
+            seen |= marks
+            found.append(names)
+    longest = max(leaves, key=lambda names: max(map(len, names), default=0), default=())
+    return [*found, longest] if max(map(len, longest), default=0) > 200 else found
+
+
+def _error(questions: list[_Question]) -> str | None:
+    """Returns what goes wrong when arrays of these names and dtypes are saved and read again."""
+    tree: dict[str, Any] = {}
+    for number, question in enumerate(questions):
+        place = tree.setdefault(str(number), {})
+        for name in question.names[:-1]:
+            place = place.setdefault(name, {})
+        place[question.names[-1] if question.names else 'x'] = np.ones(1, question.dtype)
+    state = jax.device_put(tree)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    before = SaveError.occurred
+    try:
+        # Threads of a save that has failed may still write there.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+            checkpoints = Checkpoints(directory, Retention())
+            checkpoints.save(0, state, {})
+            checkpoints.close()
+            checkpoints.restore(0, shapes)
+    except SaveError as error:
+        return first_line(error.__cause__ or error)
+    except Exception as error:
+        return first_line(error)
+    finally:
+        SaveError.occurred = before  # No save of the run has failed.
+    return None
