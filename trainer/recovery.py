@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+from trainer import startup
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.consumed import Consumed
+from trainer.inputs import data_changes, fingerprint
 from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
 from trainer.parts import Parts
@@ -67,9 +70,11 @@ class Recovery:
         self._parts.check_agreement()
         latest = self._latest()
         if workdir is None or latest is None:
+            self._parts.check_batch_sizes()
             return
         if not self._allow_config_change:
             workdir.check_same_run(experiment.config, experiment.schedule_steps)
+        self._parts.check_batch_sizes()
         if latest > experiment.total_steps:
             raise UserError(
                 f'{workdir.path} is at step {latest:,}, but config.train_for asks for '
@@ -100,6 +105,7 @@ class Recovery:
         meta = checkpoints.meta(latest)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
             self._report.progress.message('The data begins anew: see --allow_config_change.')
+        self._tell_data_changes(latest, meta)
         self._restore_early_stopping(meta)
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
         return state, latest
@@ -114,6 +120,9 @@ class Recovery:
         changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
         if changes and step > 0:
             self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
+        before = self._parts.batch_sizes.changed_at(step)
+        if before is not None:
+            self._report.progress.message(startup.resized(self._parts, step, before))
         self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
 
     def count(self, batches: Prefetcher, step: int) -> None:
@@ -139,6 +148,9 @@ class Recovery:
                 'step': step,
                 **self._measured(step),
                 **self._consumed.meta(),
+                'batch_sizes': self._parts.batch_sizes.parts,
+                'examples': self._parts.batch_sizes.examples(step),
+                'data': self._fingerprint,
                 'versions': versions(),
                 'config': diff.to_jsonable(self._parts.experiment.config),
             }
@@ -177,6 +189,22 @@ class Recovery:
             self._report.close()
         if self._parts.workdir is not None:
             self._parts.workdir.release()
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, Any] | None:
+        """What tells the training data from other data; None of a loader that has no first one."""
+        data = self._parts.experiment.data
+        return fingerprint(data) if hasattr(data, 'first') else None
+
+    def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Says that the data is not what it was when a checkpoint was saved."""
+        before, now = meta.get('data'), self._fingerprint
+        if not before or not now or not (changes := data_changes(before, now)):
+            return
+        text = f'Warning: the training data has changed: {"; ".join(changes)}.'
+        if before['examples'] != now['examples']:
+            text += ' ' + startup.place_in_other_data(self._parts, step, before['examples'])
+        self._report.progress.message(text)
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()

@@ -128,16 +128,16 @@ def warn_of_what_never_comes(experiment: Experiment) -> None:
     if experiment.profile is not None and experiment.profile.start >= total:
         late.append('config.profile')
     for name, capture in experiment.captures.items():
-        period = capture.every.period_steps
-        if period is not None and period > total:
+        first = capture.every.next_due(0)
+        if first is not None and first > total:
             late.append(f'config.capture.{name}')
     if late:
         _log.warning('%s: never comes in a run of %d steps', ', '.join(late), total)
     if (early := experiment.early_stopping) is not None:
         name = early.metric.split('/')[1]
         every = experiment.evals[name].every
-        period = experiment.clock.period(every, path=f'config.evals.{name}.every').period_steps
-        if period is None or period >= total:
+        first = experiment.clock.period(every, path=f'config.evals.{name}.every').next_due(0)
+        if first is None or first >= total:
             _log.warning(
                 'config.early_stopping: evaluation %r does not run before the end, so nothing '
                 'can stop earlier',
@@ -188,7 +188,8 @@ def summary(parts: Parts, step: int) -> str:
         f'state     {human_bytes(bytes_per_device(state))} on each device',
         f'batch     {batch} rows, {batch // shards} on each device',
         f'length    {experiment.total_steps:,} steps'
-        + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else ''),
+        + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else '')
+        + (' of the present batch size' if per_epoch and experiment.clock.progress else ''),
         f'workdir   {workdir}',
         f'start     {_start(experiment, step)}',
     ]
@@ -196,6 +197,44 @@ def summary(parts: Parts, step: int) -> str:
         members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
         lines += [f'ensemble  {ensemble.size} members', *(f'  {member}' for member in members)]
     return '\n'.join(lines)
+
+
+def resized(parts: Parts, step: int, before: int) -> str:
+    """Returns what a run says of itself that goes on from `step` with another batch size."""
+    experiment = parts.experiment
+    clock, total = experiment.clock, experiment.total_steps
+    lines = [
+        f'config.data.batch_size {before} -> {clock.batch_size}: the run goes on at step {step:,}, '
+        f'after {parts.batch_sizes.examples(step):,} examples{_epochs(parts, step)}, and ends at '
+        f'step {total:,}{_epochs(parts, total)}. Steps are counted on, all else by examples.'
+    ]
+    if experiment.schedule_steps:
+        now, end = (float(clock.batches(at)) for at in (step, total))
+        lines.append(
+            f'Schedules in epochs, examples or % go on where they were: from step {step:,} to '
+            f'{total:,} they run as from step {now:,.6g} to {end:,.6g} of a run in batches of '
+            f'{clock.batch_size}. Those in steps go on at step {step:,}.'
+        )
+    return '\n'.join(lines)
+
+
+def place_in_other_data(parts: Parts, step: int, before: int | None) -> str:
+    """Returns where a run goes on whose training data has another length than before."""
+    data = parts.experiment.data
+    if before is None or data.examples is None:
+        return ''
+    return (
+        f'The run goes on after {parts.batch_sizes.examples(step):,} examples'
+        f'{_epochs(parts, step)}, in the order of {data.examples:,}: in the epoch that is under '
+        'way some examples come again and others are left out.'
+    )
+
+
+def _epochs(parts: Parts, step: int) -> str:
+    clock = parts.experiment.clock
+    if clock.steps_per_epoch is None:
+        return ''
+    return f' ({float(clock.batches(step) / clock.steps_per_epoch):,.6g} epochs)'
 
 
 def watched_metrics(experiment: Experiment) -> dict[str, str]:

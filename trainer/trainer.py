@@ -84,7 +84,9 @@ class Trainer(Parts):
         """
         super().__init__(experiment, workdir)
         screen = None if processes.is_primary() else Nowhere()
-        self.report = Reporter(experiment.total_steps, experiment.clock.batch_size, screen)
+        # Not the one given: a run that has had other batch sizes has another length.
+        total, batch_size = self.experiment.total_steps, self.experiment.clock.batch_size
+        self.report = Reporter(total, batch_size, screen)
         self._probes = Probes(self, self.report)
         self._stop = stop or StopRequest()
         self._recovery = Recovery(
