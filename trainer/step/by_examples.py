@@ -125,17 +125,18 @@ def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Key
     if isinstance(value, Mapping) and 'target' in value:
         _, names = rates.parameters(value, paths.join(keys))
     for at, item in _items(value):
-        key = at[-1]
-        if isinstance(value, Mapping) and (not isinstance(key, str) or durations.is_duration(key)):
-            # Of a table of boundaries; what is found there is no count.
-            yield [*keys, *at], 'boundaries', key
-            yield from _leaves(item, [*keys, *at], '')
-        elif isinstance(item, Mapping | tuple | list):
-            inner = names.get(at) or (key if isinstance(key, str) else name)
-            yield from _leaves(item, [*keys, *at], inner)
+        key, where = at[-1], [*keys, *at]
+        is_argument = at in names or isinstance(value, tuple | list)
+        if not is_argument and (isinstance(key, int) or durations.is_duration(key)):
+            # Of a table, whose keys count and whose values do not.
+            yield where, 'boundaries', key
+            inner = ''
         else:
             inner = names.get(at) or (key if isinstance(key, str) else name)
-            yield [*keys, *at], inner, item
+        if isinstance(item, Mapping | tuple | list):
+            yield from _leaves(item, where, inner)
+        else:
+            yield where, inner, item
 
 
 def _items(value: Any) -> Iterator[tuple[rates.Place, Any]]:
