@@ -37,7 +37,7 @@ def trainer_in(workdir: pathlib.Path | None, *, allow: bool = True, **overrides:
     }
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
     experiment = load_and_build(config, **{**options, **overrides})
-    return Trainer(experiment, None if workdir is None else str(workdir), allow_config_change=True)
+    return Trainer(experiment, None if workdir is None else str(workdir), allow_config_change=allow)
 
 
 def rows(workdir: pathlib.Path, name: str) -> dict[int, float]:

@@ -168,7 +168,7 @@ def out_of(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], steps: int
     return capsys.readouterr().out
 
 
-def test_data_that_has_changed_is_told_once(
+def test_changed_data_gives_one_warning(
     tmp_path: pathlib.Path, dataset: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out_of(tmp_path, capsys, 30)

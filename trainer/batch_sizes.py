@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.checkpoint.retention import Retention
 from trainer.workdir import Workdir
+
+if TYPE_CHECKING:
+    from trainer.parts import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ class BatchSizes:
         try:
             meta = checkpoints.meta(latest)
         except CheckpointError:
-            return fresh  # Whoever restores it says so.
+            return fresh  # Restoring it fails with the reason.
         return cls.of_checkpoint(meta, batch_size).going_on(latest, batch_size)
 
     @classmethod
@@ -63,3 +66,41 @@ class BatchSizes:
         ends = (*(first for first, _ in self.parts[1:]), step)
         starts = zip(self.parts, ends, strict=True)
         return sum((end - first) * size for (first, size), end in starts)
+
+
+def resized(parts: Parts, step: int, before: int) -> str:
+    """Returns what a run says of itself that goes on from `step` with another batch size."""
+    experiment = parts.experiment
+    clock, total = experiment.clock, experiment.total_steps
+    lines = [
+        f'config.data.batch_size {before} -> {clock.batch_size}: the run goes on at step {step:,}, '
+        f'after {parts.batch_sizes.examples(step):,} examples{_epochs(parts, step)}, and ends at '
+        f'step {total:,}{_epochs(parts, total)}. Steps are counted on, all else by examples.'
+    ]
+    if experiment.schedule_steps:
+        now, end = (float(clock.batches(at)) for at in (step, total))
+        lines.append(
+            f'Schedules in epochs, examples or % go on where they were: from step {step:,} to '
+            f'{total:,} they run as from step {now:,.6g} to {end:,.6g} of a run in batches of '
+            f'{clock.batch_size}. Those in steps go on at step {step:,}.'
+        )
+    return '\n'.join(lines)
+
+
+def place_in_other_data(parts: Parts, step: int, before: int | None) -> str:
+    """Returns where a run goes on whose training data has another length than before."""
+    data = parts.experiment.data
+    if before is None or data.examples is None:
+        return ''
+    return (
+        f'The run goes on after {parts.batch_sizes.examples(step):,} examples'
+        f'{_epochs(parts, step)}, in the order of {data.examples:,}: in the epoch that is under '
+        'way some examples come again and others are left out.'
+    )
+
+
+def _epochs(parts: Parts, step: int) -> str:
+    clock = parts.experiment.clock
+    if clock.steps_per_epoch is None:
+        return ''
+    return f' ({float(clock.batches(step) / clock.steps_per_epoch):,.6g} epochs)'

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from trainer import startup
+from trainer.batch_sizes import place_in_other_data, resized
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.consumed import Consumed
@@ -122,7 +122,7 @@ class Recovery:
             self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
         before = self._parts.batch_sizes.changed_at(step)
         if before is not None:
-            self._report.progress.message(startup.resized(self._parts, step, before))
+            self._report.progress.message(resized(self._parts, step, before))
         self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
 
     def count(self, batches: Prefetcher, step: int) -> None:
@@ -203,7 +203,7 @@ class Recovery:
             return
         text = f'Warning: the training data has changed: {"; ".join(changes)}.'
         if before['examples'] != now['examples']:
-            text += ' ' + startup.place_in_other_data(self._parts, step, before['examples'])
+            text += ' ' + place_in_other_data(self._parts, step, before['examples'])
         self._report.progress.message(text)
 
     def _latest(self) -> int | None:
