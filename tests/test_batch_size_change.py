@@ -291,7 +291,10 @@ def test_a_schedule_goes_on_by_examples(
         [cosine(n / 1024) for n in before], rel=1e-5
     )
     out = capsys.readouterr().out
-    assert 'from step 12 to 22 they run as from step 6 to 16 of a run in batches of 64' in out
+    assert (
+        'from step 12 to 22 they take the values of steps 6 to 16 of a run with batch size 64'
+        in out
+    )
 
 
 def test_a_schedule_in_steps_goes_on_by_steps(tmp_path: pathlib.Path) -> None:

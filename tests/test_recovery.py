@@ -181,8 +181,8 @@ def test_changed_data_gives_one_warning(
     dataset['examples'] = 800
     assert (
         'Warning: the training data has changed: 640 examples before, 800 examples now. The run '
-        'goes on after 1,280 examples (1.6 epochs), in the order of 800: in the epoch that is '
-        'under way some examples come again and others are left out.\n'
+        'goes on after 1,280 examples (1.6 epochs), in the order of 800: in the '
+        'current epoch some examples come again and others are left out.\n'
     ) in out_of(tmp_path, capsys, 41)
 
 

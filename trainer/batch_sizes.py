@@ -75,14 +75,14 @@ def resized(parts: Parts, step: int, before: int) -> str:
     lines = [
         f'config.data.batch_size {before} -> {clock.batch_size}: the run goes on at step {step:,}, '
         f'after {parts.batch_sizes.examples(step):,} examples{_epochs(parts, step)}, and ends at '
-        f'step {total:,}{_epochs(parts, total)}. Steps are counted on, all else by examples.'
+        f'step {total:,}{_epochs(parts, total)}. Steps count on; everything else counts examples.'
     ]
     if experiment.schedule_steps:
         now, end = (float(clock.batches(at)) for at in (step, total))
         lines.append(
-            f'Schedules in epochs, examples or % go on where they were: from step {step:,} to '
-            f'{total:,} they run as from step {now:,.6g} to {end:,.6g} of a run in batches of '
-            f'{clock.batch_size}. Those in steps go on at step {step:,}.'
+            f'Schedules in epochs, examples or % continue where they were: from step {step:,} to '
+            f'{total:,} they take the values of steps {now:,.6g} to {end:,.6g} of a run with batch '
+            f'size {clock.batch_size}. Those in steps continue at step {step:,}.'
         )
     return '\n'.join(lines)
 
@@ -94,8 +94,8 @@ def place_in_other_data(parts: Parts, step: int, before: int | None) -> str:
         return ''
     return (
         f'The run goes on after {parts.batch_sizes.examples(step):,} examples'
-        f'{_epochs(parts, step)}, in the order of {data.examples:,}: in the epoch that is under '
-        'way some examples come again and others are left out.'
+        f'{_epochs(parts, step)}, in the order of {data.examples:,}: in the current '
+        'epoch some examples come again and others are left out.'
     )
 
 

@@ -111,7 +111,7 @@ def _counts_examples(value: Any) -> bool:
 
 
 def _updates(name: str, value: Any) -> int:
-    """Returns the number of updates that a leaf of a schedule stands for; 0 if it does for none."""
+    """Returns how many updates a leaf of a schedule counts; 0 if it counts none."""
     if durations.is_duration(value):
         given = Duration.parse(value)
         return math.ceil(given.value) if given.unit == 'steps' else 0
