@@ -109,7 +109,10 @@ def test_two_epochs_and_two_more(
         {},
         {'steps_per_call': 3},
         {'data__loader': {'target': 'data.grain_loader:GrainLoader', 'threads': 2}},
-        {'data__source': {'target': 'data.mixture:Mixture', 'sources': (IMAGES, LATER)}},
+        pytest.param(
+            {'data__source': {'target': 'data.mixture:Mixture', 'sources': (IMAGES, LATER)}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=['plain', 'steps_per_call', 'grain', 'mixture'],
 )
@@ -191,7 +194,9 @@ def test_a_repeated_batch_is_the_first_one_of_the_new_size(
 # ---- exactness ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+@pytest.mark.parametrize(
+    'remainder', ['carry', 'pad', pytest.param('drop', marks=pytest.mark.slow)]
+)
 def test_a_second_resume_is_exact(remainder: str, tmp_path: pathlib.Path) -> None:
     more = {
         'data__remainder': remainder, 'data__source__limit': 250, 'train_for': '4 epochs',
@@ -372,6 +377,7 @@ def test_what_no_schedule_can_follow_is_refused(tmp_path: pathlib.Path) -> None:
             trainer_in(workdir, data__batch_size=64, train_for='4 epochs', **more).fit()
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_go_on_by_examples(tmp_path: pathlib.Path) -> None:
     more = {
         'train_for': '4 epochs', 'evals': {}, 'optimizer__learning_rate': COSINE,
