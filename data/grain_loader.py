@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from .blame import describe
 from .digest import DataDigest
 from .loader import Block, TrainLoader
-from .order import PADDING
+from .order import PADDING, Marks
 from .sources import Arrays, ArraySpec, Source
 from .workers import WorkerError, portable, prefetched
 
@@ -95,6 +96,22 @@ class GrainLoader:
     def examples(self) -> int:
         """Number of examples of the source."""
         return self._loader.examples
+
+    @property
+    def marks(self) -> Marks:
+        """Of a run that has had other batch sizes, what it had consumed by which step."""
+        return self._loader.marks
+
+    @property
+    def first(self) -> Arrays:
+        """The first example of the source, as in epoch 0, each field as (1, ...)."""
+        return self._loader.first
+
+    def after(self, batch_sizes: Sequence[tuple[int, int]]) -> GrainLoader:
+        """Returns the loader of a run that has had other batch sizes: see `TrainLoader.after`."""
+        loader = copy.copy(self)
+        loader._loader, loader._stream = self._loader.after(batch_sizes), None
+        return loader
 
     @property
     def spec(self) -> dict[str, ArraySpec]:

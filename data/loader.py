@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -13,7 +14,7 @@ import numpy as np
 from . import transforms as transforms_lib
 from .blame import blame
 from .digest import DataDigest
-from .order import PADDING, Order
+from .order import PADDING, Marks, Order, after
 from .sources import Arrays, ArraySpec, Source, check_rows, check_source
 
 # Marks the real rows of a batch that may be padded: bool, (batch,).
@@ -45,7 +46,10 @@ class TrainLoader:
     Attributes:
         batch_size: rows of a global batch.
         steps_per_epoch: a fraction only where batches run across epoch borders.
+        marks: of a run that has had other batch sizes, what it had consumed by which step.
     """
+
+    marks: Marks = ()
 
     def __init__(
         self,
@@ -103,8 +107,30 @@ class TrainLoader:
     @property
     def spec(self) -> dict[str, ArraySpec]:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
-        block = self.block(0, 1, rows=slice(0, 1))
+        block = self.block(self._order.since.step, 1, rows=slice(0, 1))
         return _spec(block, self.batch_size)
+
+    @property
+    def first(self) -> Arrays:
+        """The first example of the source, as in epoch 0, each field as (1, ...)."""
+        first = np.zeros((1, 1), np.int64)
+        arrays = _read(self._source, self._transforms, self._seed, first, first, first[0])
+        return {name: x[0] for name, x in arrays.items()}
+
+    def after(self, batch_sizes: Sequence[tuple[int, int]]) -> TrainLoader:
+        """Returns the loader of a run that has had other batch sizes before.
+
+        It goes on where the batches before have ended, by examples; positions stay steps.
+
+        Args:
+            batch_sizes: (first step, batch size) of each part of the run, from step 0 on; the last
+                one is that of this loader.
+        """
+        loader = copy.copy(self)
+        order, loader.marks = after(self._order, batch_sizes)
+        if self._repeat is None:  # Or else the batches that are repeated are still the first ones.
+            loader._order = order
+        return loader
 
     def new_digest(self) -> DataDigest:
         """Returns a digest that has counted no batch yet."""

@@ -7,13 +7,16 @@ import dataclasses
 import functools
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 PADDING = -1
+
+# (step, what a run had consumed by then, in batches of its present size), ascending.
+Marks = tuple[tuple[Fraction, Fraction], ...]
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -59,6 +62,23 @@ def even_split(examples: int, parts: int) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Since:
+    """Where a run stood when it went on in batches of another size.
+
+    Attributes:
+        step: the first one with the new size.
+        epoch: that was under way.
+        done: its examples that were consumed before.
+        epochs: what the run had consumed, a part of an epoch by the steps that this was cut into.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    done: int = 0
+    epochs: Fraction = Fraction(0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Order:
     """Which example each row of each training batch holds.
@@ -70,6 +90,7 @@ class Order:
         shuffle: False keeps the source's order in every epoch.
         remainder: 'carry' runs batches across epoch borders, 'pad' fills an epoch's last batch up
             with padding, 'drop' leaves it out.
+        since: where batches of this size begin; steps before it are not known here.
     """
 
     examples: int
@@ -77,6 +98,7 @@ class Order:
     seed: int = 0
     shuffle: bool = True
     remainder: str = 'carry'
+    since: Since = Since()
 
     def __post_init__(self) -> None:
         if self.remainder not in ('carry', 'pad', 'drop'):
@@ -101,7 +123,8 @@ class Order:
 
         An id of -1 is padding.
         """
-        first, last = start * self.batch_size, (start + count) * self.batch_size
+        first = start * self.batch_size + self._shift
+        last = first + count * self.batch_size
         period = self._rows_per_epoch
         pieces = [
             self._epoch(epoch)[max(first - epoch * period, 0) : last - epoch * period]
@@ -111,12 +134,50 @@ class Order:
         epochs = np.arange(first, last) // period
         return np.concatenate(pieces).reshape(shape), epochs.reshape(shape)
 
+    def resized(self, step: int, batch_size: int) -> Order:
+        """Returns the order of a run that goes on from `step` in batches of another size.
+
+        The rest of the epoch that is under way comes first, without an example that it has had.
+        """
+        epoch, row = divmod(step * self.batch_size + self._shift, self._rows_per_epoch)
+        done = row
+        if epoch == self.since.epoch:
+            done += self.since.done - (self._rows_per_epoch - self._rows_left)
+        since = Since(step, epoch, done, self.epochs(step))
+        return dataclasses.replace(self, batch_size=batch_size, since=since)
+
+    def epochs(self, step: int) -> Fraction:
+        """Returns how many epochs a run has consumed by a step; without jumps, unlike its rows."""
+        since, left = self.since, self.steps_left
+        gone = step - since.step
+        if gone > left:
+            return since.epoch + 1 + (gone - left) / self.steps_per_epoch
+        return since.epochs + (since.epoch + 1 - since.epochs) * (gone / left if gone else 0)
+
+    @property
+    def steps_left(self) -> Fraction:
+        """Batches from `since` to the end of the epoch that was under way."""
+        return Fraction(self._rows_left, self.batch_size)
+
+    @property
+    def _shift(self) -> int:
+        """Rows of this run before step 0, had all of its batches been of this size."""
+        end = (self.since.epoch + 1) * self._rows_per_epoch
+        return end - self._rows_left - self.since.step * self.batch_size
+
     @property
     def _rows_per_epoch(self) -> int:
+        return self._rows_of(self.examples)
+
+    @property
+    def _rows_left(self) -> int:
+        return self._rows_of(self.examples - self.since.done)
+
+    def _rows_of(self, examples: int) -> int:
         if self.remainder == 'carry':
-            return self.examples
-        whole = self.examples // self.batch_size * self.batch_size
-        return whole + self.batch_size * (self.remainder == 'pad' and whole < self.examples)
+            return examples
+        whole = examples // self.batch_size * self.batch_size
+        return whole + self.batch_size * (self.remainder == 'pad' and whole < examples)
 
     @functools.cached_property
     def _epoch(self) -> Callable[[int], np.ndarray]:
@@ -130,9 +191,14 @@ class Order:
                 order = epoch_order(self.examples, self.seed, epoch)
             else:
                 order = np.arange(self.examples)
-            missing = max(self._rows_per_epoch - self.examples, 0)
-            order = np.concatenate([order, np.full(missing, PADDING)])
-            return order[: self._rows_per_epoch]
+            rows = self._rows_per_epoch
+            if epoch == self.since.epoch:
+                order, rows = order[self.since.done :], self._rows_left
+            missing = max(rows - len(order), 0)
+            order = np.concatenate([order, np.full(missing, PADDING)])[:rows]
+            # What was consumed in batches of another size is not read here.
+            before = np.full(self._rows_per_epoch - rows, PADDING)
+            return np.concatenate([before, order]) if len(before) else order
 
         cached, lock = functools.lru_cache(maxsize=2)(ids), threading.Lock()
 
@@ -146,3 +212,25 @@ class Order:
     def __getstate__(self) -> dict[str, Any]:
         # Another process shuffles for itself.
         return {name: value for name, value in self.__dict__.items() if name != '_epoch'}
+
+
+def after(order: Order, batch_sizes: Sequence[tuple[int, int]]) -> tuple[Order, Marks]:
+    """Returns the order of a run that has had other batch sizes, and what it did by when.
+
+    Args:
+        order: without a history.
+        batch_sizes: (first step, batch size) of each part of the run, from step 0 on; the last one
+            is that of `order`.
+    """
+    order = dataclasses.replace(order, batch_size=batch_sizes[0][1], since=Since())
+    marks = [(Fraction(0), Fraction(0))]
+    for step, batch_size in batch_sizes[1:]:
+        order = order.resized(step, batch_size)
+        since = order.since
+        marks = [mark for mark in marks if mark[0] <= step]
+        marks.append((Fraction(step), since.epochs))
+        # Where the rest of an epoch is padded or dropped, its steps are longer or shorter.
+        marks.append((step + order.steps_left, Fraction(since.epoch + 1)))
+    if len(batch_sizes) == 1:
+        return order, ()
+    return order, tuple((step, epochs * order.steps_per_epoch) for step, epochs in marks)

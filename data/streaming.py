@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,7 @@ import numpy as np
 from . import transforms as transforms_lib
 from .digest import DataDigest
 from .loader import MASK, Block
-from .order import PADDING
+from .order import PADDING, Marks
 from .pipeline import Pipeline
 from .reader import Reader, numbers, part_of, stack
 from .sources import Arrays, ArraySpec
@@ -93,10 +96,12 @@ class StreamLoader(_Loader):
         batch_size: rows of a global batch.
         examples: None, for the length of a stream is not known.
         steps_per_epoch: None, for the same reason.
+        marks: of a run that has had other batch sizes, what it had consumed by which step.
     """
 
     examples = None
     steps_per_epoch = None
+    marks: Marks = ()
 
     def __init__(
         self,
@@ -145,6 +150,26 @@ class StreamLoader(_Loader):
         self.batch_size = batch_size
         self._repeat = repeat_batch
         self._kept: Block | None = None
+        # Examples of this run before position 0, had all of its batches been of this size.
+        self._shift = 0
+
+    def after(self, batch_sizes: Sequence[tuple[int, int]]) -> StreamLoader:
+        """Returns the loader of a run that has had other batch sizes before; `restore` places it.
+
+        Args:
+            batch_sizes: (first step, batch size) of each part of the run, from step 0 on; the last
+                one is that of this loader.
+        """
+        loader = copy.copy(self)
+        loader._reader, loader._position = None, 0
+        examples, marks = 0, [(Fraction(0), Fraction(0))]
+        for (start, size), (stop, _) in itertools.pairwise(batch_sizes):
+            examples += (stop - start) * size
+            marks.append((Fraction(stop), Fraction(examples, self.batch_size)))
+        loader.marks = tuple(marks) if len(marks) > 1 else ()
+        if self._repeat is None:
+            loader._shift = examples - batch_sizes[-1][0] * self.batch_size
+        return loader
 
     def new_digest(self) -> DataDigest:
         """Returns a digest that has counted no batch yet."""
@@ -192,7 +217,8 @@ class StreamLoader(_Loader):
         made, states = [], []
         for _ in range(count):
             examples = [reader.next_of_all() for _ in held]
-            made.append(self._batch(examples, self._position * self._rows + held))
+            place = self._position * self._rows + self._shift
+            made.append(self._batch(examples, place + held))
             states.append(reader.state())
             self._position += 1
         arrays = {name: np.stack([batch[name] for batch in made]) for name in made[0]}

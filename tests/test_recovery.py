@@ -9,6 +9,7 @@ import shutil
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.command import ROOT, wait_for
@@ -233,3 +234,71 @@ def test_the_first_save_that_is_committed_is_noted(tmp_path: pathlib.Path) -> No
     trainer.fit()
     assert noted[0] == (10, False)
     assert noted[2:] == [(30, True), (40, True), (50, True)]
+
+
+# ---- data that is not what it was --------------------------------------------------------------
+
+# What the files of a data set hold may change between two starts.
+DATASET = {'examples': 640, 'brightness': 0}
+
+
+class Images:
+    """A source that reads what is there now."""
+
+    def __init__(self) -> None:
+        self.spec: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return DATASET['examples']
+
+    def gather(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        image = np.full((len(indices), 28, 28, 1), DATASET['brightness'], np.uint8)
+        return {'image': image, 'label': (indices % 10).astype(np.int32)}
+
+
+@pytest.fixture
+def dataset(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    for name, value in list(DATASET.items()):
+        monkeypatch.setitem(DATASET, name, value)
+    return DATASET
+
+
+def out_of(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], steps: int) -> str:
+    """Trains up to a step and returns what that says."""
+    capsys.readouterr()
+    source = {'target': f'{__name__}:Images'}
+    result = trainer_in(
+        workdir, train_for=f'{steps} steps', data__source=source, data__source__limit=None, evals={}
+    ).fit()
+    assert result.step == steps
+    return capsys.readouterr().out
+
+
+def test_changed_data_gives_one_warning(
+    tmp_path: pathlib.Path, dataset: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_of(tmp_path, capsys, 30)
+    assert 'training data' not in out_of(tmp_path, capsys, 31)
+    dataset['brightness'] = 7
+    assert (
+        'Warning: the training data has changed: the first example differs in image.\n'
+    ) in out_of(tmp_path, capsys, 32)
+    assert 'training data' not in out_of(tmp_path, capsys, 40)
+    dataset['examples'] = 800
+    assert (
+        'Warning: the training data has changed: 640 examples before, 800 examples now. The run '
+        'goes on after 1,280 examples (1.6 epochs), in the order of 800: in the '
+        'current epoch some examples come again and others are left out.\n'
+    ) in out_of(tmp_path, capsys, 41)
+
+
+def test_a_checkpoint_that_knows_nothing_of_its_data_is_no_warning(
+    tmp_path: pathlib.Path, dataset: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_of(tmp_path, capsys, 10)
+    path = tmp_path / 'checkpoints' / '10' / 'meta' / 'metadata'
+    meta = json.loads(path.read_text())
+    assert meta.pop('data')['examples'] == 640
+    path.write_text(json.dumps(meta))
+    dataset.update(examples=800, brightness=7)
+    assert 'training data' not in out_of(tmp_path, capsys, 20)

@@ -15,7 +15,7 @@ from typing import Any
 from trainer import watched
 from trainer.checkpoint.manager import Retention
 from trainer.config import loading, objects, schema, targets
-from trainer.config.durations import Clock, Duration
+from trainer.config.durations import Clock, Duration, Progress
 from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.config.sections import PrecisionSection, Sections
@@ -74,6 +74,7 @@ class Experiment:
         init_from: where the weights of a fresh run come from, or None.
         surgery: what is done to them before they must fit the model.
         hooks: called with each `Event`, by name.
+        timed: returns the fields that depend on how long the steps of a loader are.
     """
 
     name: str
@@ -108,6 +109,34 @@ class Experiment:
     init_from: InitFrom | None
     surgery: tuple[Operation, ...]
     hooks: Mapping[str, Callable[[Event], None]]
+    timed: Callable[[Any], Mapping[str, Any]] = dataclasses.field(repr=False)
+
+    def after(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
+        """Returns the experiment of a run that has had other batch sizes before.
+
+        Its data goes on where the batches before have ended; what is not counted in steps is
+        counted in examples.
+
+        Args:
+            batch_sizes: (first step, batch size) of each part of the run, the last one this one's.
+
+        Raises:
+            UserError: if the loader cannot go on, or a schedule cannot follow.
+        """
+        if len(batch_sizes) == 1 and not getattr(self.data, 'marks', ()):
+            return self
+        before = batch_sizes[-2][1] if len(batch_sizes) > 1 else batch_sizes[-1][1]
+        if not hasattr(self.data, 'after'):
+            raise UserError(
+                f'config.data.batch_size: {type(self.data).__name__} cannot go on with a run whose '
+                f'batches were of {before} examples: it has no method `after`, as '
+                'data.loader:TrainLoader does. Go back to that size'
+            )
+        try:
+            data = self.data.after(batch_sizes)
+        except ValueError as error:
+            raise UserError(f'config.data, after batches of {before} examples: {error}') from error
+        return dataclasses.replace(self, data=data, **self.timed(data))
 
 
 def build(loaded: LoadedConfig) -> Experiment:
@@ -122,17 +151,15 @@ def build(loaded: LoadedConfig) -> Experiment:
     _check_targets(sections)
 
     data = train_loader(sections)
-    clock = _clock(sections, data)
     transforms = device_transforms(sections.data, 'config.data')
     task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
     accumulate = _accumulate(sections, task)
-    optimizer, schedule_steps = building.optimizer(sections.optimizer, clock)
+    timed = functools.partial(_timed, sections)
     checkpoint, log = sections.checkpoint, sections.log
     return Experiment(
         name=loaded.name,
         path=loaded.path,
         config=config,
-        schedule_steps=schedule_steps,
         seed=sections.seed,
         model=_model(sections),
         task=task,
@@ -141,25 +168,18 @@ def build(loaded: LoadedConfig) -> Experiment:
             name: evaluation(name, section, sections, task.task)
             for name, section in sections.evals.items()
         },
-        optimizer=optimizer,
         step=building.step_function(sections.step),
         accumulate=accumulate,
-        ensemble=members.ensemble(sections, clock),
         ema_decay=_ema_decay(sections),
         loss_scale=_loss_scale(sections.precision),
         steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
         early_stopping=watched.early_stopping(sections),
         mesh=sections.mesh,
         sharding=_sharding(sections),
-        total_steps=clock.total_steps or 0,
-        clock=clock,
         log_every=log.every,
         tensorboard=log.tensorboard,
-        profile=_profile(sections, clock),
-        captures=probes.captures(sections, clock),
         guard=sections.guard.non_finite,
         save_every=checkpoint.every,
-        retention=watched.retention(sections, clock),
         prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
         init_from=InitFrom.of(sections.init_from),
         surgery=tuple(
@@ -170,7 +190,25 @@ def build(loaded: LoadedConfig) -> Experiment:
             name: targets.instantiate(node, f'config.hooks.{name}')
             for name, node in sections.hooks.items()
         },
+        timed=timed,
+        **timed(data),
     )
+
+
+def _timed(sections: Sections, data: Any) -> dict[str, Any]:
+    """Returns the fields of an experiment that depend on how many examples its steps consume."""
+    clock = _clock(sections, data)
+    optimizer, schedule_steps = building.optimizer(sections.optimizer, clock)
+    return {
+        'clock': clock,
+        'total_steps': clock.total_steps,
+        'optimizer': optimizer,
+        'schedule_steps': schedule_steps,
+        'ensemble': members.ensemble(sections, clock),
+        'profile': _profile(sections, clock),
+        'captures': probes.captures(sections, clock),
+        'retention': watched.retention(sections, clock),
+    }
 
 
 def load_and_build(spec: str, **overrides: Any) -> Experiment:
@@ -272,8 +310,13 @@ def _rule(given: Any, path: str) -> Rule:
 
 
 def _clock(sections: Sections, data: Any) -> Clock:
-    clock = Clock(batch_size=sections.data.batch_size, steps_per_epoch=data.steps_per_epoch)
-    total = clock.steps(sections.train_for, path='config.train_for')
+    marks = getattr(data, 'marks', ())
+    clock = Clock(
+        batch_size=sections.data.batch_size,
+        steps_per_epoch=data.steps_per_epoch,
+        progress=Progress(marks) if marks else None,
+    )
+    total = clock.step_after(sections.train_for, path='config.train_for')
     if total >= 2**31:
         raise UserError(f'config.train_for: {total:.3g} steps; the state counts to 2^31 - 1')
     return dataclasses.replace(clock, total_steps=total)
@@ -283,5 +326,5 @@ def _profile(sections: Sections, clock: Clock) -> Window | None:
     given = sections.profile
     if given is None:
         return None
-    start = clock.steps(given.start, path='config.profile.start')
+    start = clock.step_after(given.start, path='config.profile.start')
     return Window(start, start + positive(given.steps, 'config.profile.steps'))

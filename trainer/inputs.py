@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.config import targets
@@ -92,7 +92,7 @@ def evaluation(
 
 def fingerprint(loader: Any) -> dict[str, Any]:
     """Returns what tells two sets of data apart: their size, and the first example."""
-    if hasattr(loader, 'first'):  # A stream, which has no rows that could be asked for.
+    if hasattr(loader, 'first'):
         first = loader.first
     else:
         first = {k: x[0] for k, x in loader.block(0, 1, rows=slice(0, 1)).arrays.items()}
@@ -100,6 +100,20 @@ def fingerprint(loader: Any) -> dict[str, Any]:
         name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(x.tobytes()):08x}' for name, x in first.items()
     }
     return {'examples': loader.examples, 'first example': told}
+
+
+def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Returns in words what differs between two fingerprints."""
+    changes = []
+    old, new = before['examples'], now['examples']
+    if old != new:
+        counts = ['a stream' if n is None else f'{n:,} examples' for n in (old, new)]
+        changes.append(f'{counts[0]} before, {counts[1]} now')
+    first, other = before['first example'], now['first example']
+    fields = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+    if fields:
+        changes.append(f'the first example differs in {", ".join(fields)}')
+    return changes
 
 
 def device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from trainer import startup
+from trainer.batch_sizes import BatchSizes
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
@@ -40,6 +41,7 @@ class Parts:
     Attributes:
         experiment: what is trained.
         workdir: the run's directory, or None: then nothing is written.
+        batch_sizes: those of the run so far, and that of the experiment.
     """
 
     def __init__(self, experiment: Experiment, workdir: str | None = None):
@@ -49,8 +51,15 @@ class Parts:
             experiment: from `trainer.experiment.build`.
             workdir: where checkpoints, metrics and results go; None leaves no trace.
         """
-        self.experiment = experiment
         self.workdir = None if workdir is None else Workdir(workdir)
+        self.batch_sizes = BatchSizes.of_run(self.workdir, experiment.clock.batch_size)
+        self._refusal: UserError | None = None
+        try:
+            # Here and not when the training starts: what it compiles depends on it.
+            experiment = experiment.after(self.batch_sizes.parts)
+        except UserError as error:
+            self._refusal = error  # An evaluation needs nothing of it.
+        self.experiment = experiment
         self._events = Events.of(experiment)
         self._warned = False
 
@@ -135,6 +144,21 @@ class Parts:
             }
         )
 
+    def check_batch_sizes(self) -> None:
+        """Checks that the run can go on with the batch size of the experiment.
+
+        Raises:
+            UserError: if its schedules or its loader cannot, or if the run went on elsewhere.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+        now = BatchSizes.of_run(self.workdir, self.experiment.clock.batch_size)
+        if now != self.batch_sizes and self.workdir is not None:
+            raise UserError(
+                f'the run in {self.workdir.path} has had batches of another size since this '
+                'Trainer was made; make another one'
+            )
+
     def compile(self) -> list[Program]:
         """Starts compiling what training calls; checks the evaluations while that goes on.
 
@@ -168,12 +192,15 @@ class Parts:
 
     def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
         """Returns training batches from a position on, each of so many steps as `calls` says."""
-        data = self.experiment.data
+        data, batch_size = self.experiment.data, self.experiment.clock.batch_size
+        if start < self.batch_sizes.parts[-1][0] and not hasattr(data, 'restore'):
+            # From an older checkpoint: as if the run went on from there.
+            data = data.after(self.batch_sizes.going_on(start, batch_size).parts)
         return Prefetcher.on_mesh(
             data.block,
             calls,
             self.mesh,
-            self.experiment.clock.batch_size,
+            batch_size,
             start=start,
             depth=self.experiment.prefetch,
             release=getattr(data, 'close', None),  # A loader may have threads or processes to end.

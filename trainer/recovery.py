@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from trainer import failure
+from trainer.batch_sizes import place_in_other_data, resized
 from trainer.checkpoint.errors import CheckpointError, SaveError
 from trainer.checkpoint.storable import check_storable
 from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.consumed import Consumed
+from trainer.inputs import data_changes, fingerprint
 from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
 from trainer.parts import Parts
@@ -81,13 +84,14 @@ class Recovery:
         self._called = now()
         self._parts.check_agreement()
         latest, checkpoints = self._latest(), self._parts.checkpoints
-        if workdir is None or checkpoints is None:
-            return
-        if latest is None:
-            workdir.check_not_lost()
+        if workdir is None or checkpoints is None or latest is None:
+            if workdir is not None:
+                workdir.check_not_lost()
+            self._parts.check_batch_sizes()
             return
         if not self._allow_config_change:
             workdir.check_same_run(experiment.config, experiment.schedule_steps)
+        self._parts.check_batch_sizes()
         if latest > experiment.total_steps:
             checkpoints.check_name(latest, checkpoints.meta(latest))
             raise UserError(
@@ -121,6 +125,7 @@ class Recovery:
         meta = checkpoints.meta(latest)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
             self._report.progress.message('The data begins anew: see --allow_config_change.')
+        self._tell_data_changes(latest, meta)
         state = self._parts.examined(state, meta.get('health'))
         self._restore_early_stopping(meta)
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
@@ -145,6 +150,9 @@ class Recovery:
             workdir.unmark_saved()
         if changes and step > 0:
             self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
+        before = self._parts.batch_sizes.changed_at(step)
+        if before is not None:
+            self._report.progress.message(resized(self._parts, step, before))
         self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
 
     def count(self, batches: Prefetcher, step: int) -> None:
@@ -172,6 +180,9 @@ class Recovery:
                 **self._measured(step),
                 **self._consumed.meta(),
                 **health.kept(state.health),
+                'batch_sizes': self._parts.batch_sizes.parts,
+                'examples': self._parts.batch_sizes.examples(step),
+                'data': self._fingerprint,
                 'versions': versions(),
                 'config': diff.to_jsonable(self._parts.experiment.config),
             }
@@ -331,6 +342,22 @@ class Recovery:
             'directory is lost. Start it again, in a directory that stays.',
             may_pass=False,
         )
+
+    @functools.cached_property
+    def _fingerprint(self) -> dict[str, Any] | None:
+        """What tells the training data from other data; None of a loader that has no first one."""
+        data = self._parts.experiment.data
+        return fingerprint(data) if hasattr(data, 'first') else None
+
+    def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Says that the data is not what it was when a checkpoint was saved."""
+        before, now = meta.get('data'), self._fingerprint
+        if not before or not now or not (changes := data_changes(before, now)):
+            return
+        text = f'Warning: the training data has changed: {"; ".join(changes)}.'
+        if before['examples'] != now['examples']:
+            text += ' ' + place_in_other_data(self._parts, step, before['examples'])
+        self._report.progress.message(text)
 
     def _latest(self) -> int | None:
         return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()

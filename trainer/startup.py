@@ -130,16 +130,16 @@ def warn_of_what_never_comes(experiment: Experiment) -> None:
     if experiment.profile is not None and experiment.profile.start >= total:
         late.append('config.profile')
     for name, capture in experiment.captures.items():
-        period = capture.every.period_steps
-        if period is not None and period > total:
+        first = capture.every.next_due(0)
+        if first is not None and first > total:
             late.append(f'config.capture.{name}')
     if late:
         _log.warning('%s: never comes in a run of %d steps', ', '.join(late), total)
     if (early := experiment.early_stopping) is not None:
         name = early.metric.split('/')[1]
         every = experiment.evals[name].every
-        period = experiment.clock.period(every, path=f'config.evals.{name}.every').period_steps
-        if period is None or period >= total:
+        first = experiment.clock.period(every, path=f'config.evals.{name}.every').next_due(0)
+        if first is None or first >= total:
             _log.warning(
                 'config.early_stopping: evaluation %r does not run before the end, so nothing '
                 'can stop earlier',
@@ -240,7 +240,8 @@ def summary(parts: Parts, step: int) -> str:
         f'state     {human_bytes(bytes_per_device(state))} on each device',
         f'batch     {batch} rows, {batch // shards} on each device',
         f'length    {experiment.total_steps:,} steps'
-        + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else ''),
+        + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else '')
+        + (' of the present batch size' if per_epoch and experiment.clock.progress else ''),
         f'workdir   {workdir}',
         f'start     {_start(experiment, step)}',
     ]

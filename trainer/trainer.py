@@ -90,9 +90,11 @@ class Trainer(Parts):
         """
         super().__init__(experiment, workdir)
         screen = None if processes.is_primary() else Nowhere()
-        ensemble = experiment.ensemble
+        # Not the one given: a run that has had other batch sizes has another length.
+        total, batch_size = self.experiment.total_steps, self.experiment.clock.batch_size
+        ensemble = self.experiment.ensemble
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
-        self.report = Reporter(experiment.total_steps, experiment.clock.batch_size, screen, members)
+        self.report = Reporter(total, batch_size, screen, members)
         self._probes = Probes(self, self.report)
         self._hooks_begun = False
         self._stop, self._given_stop = StopRequest(), stop

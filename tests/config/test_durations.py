@@ -8,7 +8,7 @@ from fractions import Fraction
 import jax
 import pytest
 
-from trainer.config.durations import Clock, Duration, Periodic, is_duration, resolve
+from trainer.config.durations import Clock, Duration, Periodic, Progress, is_duration, resolve
 from trainer.config.errors import UserError
 from trainer.step.train_step import is_due
 
@@ -148,3 +148,68 @@ def test_two_keys_of_one_step_are_an_error() -> None:
         resolve(node, CLOCK, 'config.optimizer.learning_rate')
     with pytest.raises(UserError, match=r"500 and '50%' are both step 500"):
         resolve({500: 1, '50%': 2}, CLOCK, 'x')
+
+
+SIZES = ((0, 32), (13, 50), (17, 8), (40, 100))
+
+
+def clock_of(sizes: tuple[tuple[int, int], ...], *, epoch: int = 250) -> Clock:
+    """The clock of a run whose batches had these sizes, of which it consumes every row."""
+    batch_size = sizes[-1][1]
+    marks = [(Fraction(step), Fraction(consumed(sizes, step), batch_size)) for step, _ in sizes]
+    return Clock(
+        batch_size=batch_size,
+        steps_per_epoch=Fraction(epoch, batch_size),
+        total_steps=60,
+        progress=Progress(tuple(marks)),
+    )
+
+
+def consumed(sizes: tuple[tuple[int, int], ...], step: int) -> int:
+    """Returns the examples of so many steps, added one by one."""
+    return sum([size for first, size in sizes if first <= number][-1] for number in range(step))
+
+
+@pytest.mark.parametrize('period', ['1 epochs', '0.3 epochs', '77 examples', '7.5%', '1 examples'])
+def test_events_count_examples_across_batch_sizes(period: str) -> None:
+    clock = clock_of(SIZES)
+    examples = {
+        '1 epochs': Fraction(250), '0.3 epochs': Fraction(75), '77 examples': Fraction(77),
+        '7.5%': Fraction(75, 1000) * consumed(SIZES, 60), '1 examples': Fraction(1),
+    }[period]  # fmt: skip
+    periodic = clock.period(Duration.parse(period), path='x')
+    done = [consumed(SIZES, step) for step in range(62)]
+    expected = [s for s in range(1, 61) if done[s] // examples > done[s - 1] // examples]
+    assert [step for step in range(1, 61) if periodic.due(step)] == expected
+    for step in range(50):
+        assert periodic.next_due(step) == next(due for due in [*expected, 61] if due > step)
+    # The compiled form knows the present part only, and its first step is always due.
+    traced = jax.jit(lambda step: is_due(periodic, step))
+    assert traced(41)
+    present = [step for step in range(42, 61) if traced(step)]
+    assert present == [step for step in expected if step >= 42]
+
+
+def test_steps_are_steps_whatever_the_batch_size() -> None:
+    clock = clock_of(SIZES)
+    assert clock.period(Duration.parse('7 steps'), path='x') == Periodic(Fraction(7))
+    assert clock.step_after(Duration.parse('50 steps'), path='x') == 50
+    assert clock.steps(Duration.parse('50 steps'), path='x') == 50
+
+
+@pytest.mark.parametrize('examples', [1, 32, 33, 416, 417, 616, 700, 800, 801, 5000])
+def test_a_length_ends_at_the_step_that_completes_it(examples: int) -> None:
+    step = clock_of(SIZES).step_after(Duration.parse(f'{examples} examples'), path='x')
+    assert consumed(SIZES, step - 1) < examples <= consumed(SIZES, step)
+
+
+def test_what_is_over_at_a_change_is_due_at_the_step_after() -> None:
+    """The rest of an epoch that is dropped: it ends between two steps, and nothing is lost."""
+    marks = ((0, 0), (7, Fraction(7, 2)), (7, 4))
+    progress = Progress(tuple((Fraction(a), Fraction(b)) for a, b in marks))
+    periodic = Periodic(Fraction(4), progress)
+    assert [step for step in range(1, 20) if periodic.due(step)] == [8, 11, 15, 19]
+    assert periodic.next_due(7) == 8
+    assert progress.step_of(Fraction(4)) == 7
+    assert is_due(periodic, 8)
+    assert [step for step in range(9, 20) if is_due(periodic, step)] == [11, 15, 19]

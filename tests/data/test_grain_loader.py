@@ -105,6 +105,21 @@ def test_equal_with_any_option(options: dict[str, Any]) -> None:
     loader.close()
 
 
+@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+def test_equal_after_batches_of_another_size(remainder: str) -> None:
+    sizes = ((0, 20), (1, 5), (5, 12))
+    loader = GrainLoader(source=images(), remainder=remainder, **RANDOM)
+    plain = TrainLoader(source=images(), remainder=remainder, **RANDOM).after(sizes)
+    loader.block(0, 2)
+    after = loader.after(sizes)
+    for start, count in ((5, 3), (8, 4), (6, 1)):
+        assert_equal(after.block(start, count), plain.block(start, count))
+    assert after.marks == plain.marks
+    np.testing.assert_array_equal(after.first['image'], plain.first['image'])
+    after.close()
+    loader.close()
+
+
 def test_a_block_is_its_own_memory() -> None:
     """The devices may still read it when Grain has long reused what it was handed over in."""
     loader = GrainLoader(source=images(), workers=1, **RANDOM)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 from typing import Any
 
@@ -315,3 +316,28 @@ def test_the_name_of_the_mask_is_taken() -> None:
         EvalLoader(source=source, batch_size=2).block(0, 1)
     with pytest.raises(ValueError, match="a field of the batch is named '_mask'"):
         TrainLoader(source=source, batch_size=2, remainder='pad').block(0, 1)
+
+
+@pytest.mark.parametrize('sizes', [((0, 2), (3, 4)), ((0, 8), (3, 4)), ((0, 2), (1, 5), (3, 4))])
+def test_batches_after_others_are_those_of_their_examples(sizes: Any) -> None:
+    """Augmented as they would have been, whatever the sizes before; positions are still steps."""
+    loader = TrainLoader(source=images(), batch_size=4, transforms=RANDOM, seed=3)
+    after = loader.after(sizes)
+    consumed = sum((stop - start) * size for (start, size), (stop, _) in itertools.pairwise(sizes))
+    one = TrainLoader(source=images(), batch_size=1, transforms=RANDOM, seed=3)
+    expected, found = one.block(consumed, 4 * 9), after.block(3, 9)
+    for name, x in found.arrays.items():
+        np.testing.assert_array_equal(x.reshape(36, *x.shape[2:]), expected.arrays[name][:, 0])
+    np.testing.assert_array_equal(after.block(7, 2).ids, found.ids[4:6])
+    assert (after.spec, after.steps_per_epoch) == (loader.spec, loader.steps_per_epoch)
+    assert loader.marks == after.after(((0, 4),)).marks == ()
+    np.testing.assert_array_equal(after.after(((0, 4),)).block(0, 5).ids, loader.block(0, 5).ids)
+
+
+def test_the_first_example_is_the_source_s() -> None:
+    for shuffle in (True, False):
+        loader = TrainLoader(source=images(), batch_size=4, seed=3, shuffle=shuffle)
+        assert loader.first['label'].tolist() == [0]
+        assert loader.first['image'].shape == (1, 6, 5, 1)
+        later = loader.after(((0, 2), (7, 4)))
+        np.testing.assert_array_equal(later.first['image'], loader.first['image'])

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
 import data.order
-from data.order import Order, epoch_order, even_split
+from data.order import Order, after, epoch_order, even_split
 
 GOLDEN = [
     [4, 5, 7, 0, 9, 2, 6, 1, 8, 3],
@@ -158,3 +160,81 @@ def test_mistakes() -> None:
         with pytest.raises(ValueError, match='both must be positive'):
             Order(examples=examples, batch_size=batch_size)
     assert Order(examples=4, batch_size=4, remainder='drop').steps_per_epoch == 1
+
+
+SIZES = {
+    'one change': ((0, 4), (5, 8)),
+    'smaller': ((0, 8), (3, 2)),
+    'several': ((0, 4), (3, 8), (5, 2), (11, 3)),
+    'within an epoch and within its rest': ((0, 3), (1, 2), (2, 5), (3, 1)),
+}
+
+
+@pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize('examples', [10, 16, 23])
+def test_batches_of_another_size_carry_on(
+    examples: int, sizes: tuple[tuple[int, int], ...]
+) -> None:
+    """The rows of all batches, one after the other, are those of a run with one batch size."""
+    whole = Order(examples=examples, batch_size=1).rows(0, 400)
+    ids, epochs = rows_of(Order(examples=examples, batch_size=sizes[-1][1]), sizes, steps=40)
+    np.testing.assert_array_equal(ids, whole[0].ravel()[: len(ids)])
+    np.testing.assert_array_equal(epochs, whole[1].ravel()[: len(ids)])
+
+
+@pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize('examples', [10, 16, 23])
+@pytest.mark.parametrize('remainder', ['pad', 'drop'])
+def test_an_epoch_ends_in_batches_of_another_size(
+    remainder: str, examples: int, sizes: tuple[tuple[int, int], ...]
+) -> None:
+    order = Order(examples=examples, batch_size=sizes[-1][1], remainder=remainder)
+    ids, epochs = rows_of(order, sizes, steps=40)
+    assert (np.diff(epochs) >= 0).all()
+    for epoch in range(epochs[-1]):
+        seen = [i for i in ids[epochs == epoch].tolist() if i >= 0]
+        shuffled = epoch_order(examples, 0, epoch).tolist()
+        assert seen == shuffled[: len(seen)]
+        if remainder == 'pad':
+            assert len(seen) == examples
+        else:
+            assert -1 not in ids
+            assert examples - len(seen) < max(size for _, size in sizes)
+
+
+def rows_of(
+    order: Order, sizes: tuple[tuple[int, int], ...], *, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns ids and epochs of the rows of a run that has had these batch sizes."""
+    ids, epochs = [], []
+    for number, (start, size) in enumerate(sizes, start=1):
+        stop = sizes[number][0] if number < len(sizes) else steps
+        sized = dataclasses.replace(order, batch_size=size)
+        found = after(sized, sizes[:number])[0].rows(start, stop - start)
+        ids.append(found[0].ravel())
+        epochs.append(found[1].ravel())
+    return np.concatenate(ids), np.concatenate(epochs)
+
+
+@pytest.mark.parametrize('sizes', SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+def test_what_is_consumed_by_a_step_goes_with_its_rows(
+    remainder: str, sizes: tuple[tuple[int, int], ...]
+) -> None:
+    order = Order(examples=23, batch_size=sizes[-1][1], remainder=remainder)
+    moved, marks = after(order, sizes)
+    assert marks == tuple(sorted(marks))
+    for step in range(sizes[-1][0] + 1, 40):
+        epochs = moved.rows(step - 1, 1)[1]
+        assert epochs.max() <= moved.epochs(step) <= epochs.max() + 1
+        assert moved.epochs(step - 1) < moved.epochs(step)
+    assert marks[-1][1] == moved.epochs(math.ceil(marks[-1][0])) * order.steps_per_epoch - (
+        math.ceil(marks[-1][0]) - marks[-1][0]
+    )
+
+
+def test_an_order_without_changes_has_no_marks() -> None:
+    order = Order(examples=23, batch_size=4)
+    assert after(order, ((0, 4),)) == (order, ())
+    # And one that had some begins again.
+    assert after(after(order, ((0, 3), (5, 4)))[0], ((0, 4),)) == (order, ())

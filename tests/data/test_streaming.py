@@ -16,6 +16,7 @@ from data.reader import part_of
 from data.sources import ArraySource
 from data.stages import Filter, LongerThan, Map, Pack, Split
 from data.streaming import StreamEvalLoader, StreamLoader
+from data.transforms import PerExample
 
 
 class Documents:
@@ -118,6 +119,34 @@ def test_a_restored_stream_goes_on_exactly(kind: str, opened: list[Any]) -> None
         assert blocks[step - 1].states is not None
         again.restore(step, json.loads(json.dumps(blocks[step - 1].states[0])))
         equal(again.block(step, 1), blocks[step])
+
+
+def add_noise(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    return {**example, 'noise': rng.integers(0, 2**31)}
+
+
+def test_batches_after_others_are_those_of_their_examples(opened: list[Any]) -> None:
+    """Three of four and then of six: what random transforms draw is what they would have drawn."""
+
+    def loader(batch_size: int) -> StreamLoader:
+        opened.append(
+            StreamLoader(
+                source=Counter(50), batch_size=batch_size, transforms=(PerExample(fn=add_noise),)
+            )
+        )
+        return opened[-1]
+
+    whole, first, then = loader(1).block(0, 48), loader(4), loader(6)
+    states = first.block(0, 3).states
+    assert states is not None
+    after = then.after(((0, 4), (3, 6)))
+    opened.append(after)
+    after.restore(3, states[-1])
+    found = after.block(3, 6)
+    for name, x in found.arrays.items():
+        np.testing.assert_array_equal(x.ravel(), whole.arrays[name].ravel()[12:])
+    assert after.marks == ((0, 0), (3, 2))
+    assert then.marks == then.after(((0, 6),)).marks == ()
 
 
 def test_blocks_of_any_length_hold_the_same_batches(opened: list[Any]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 import re
@@ -72,44 +73,91 @@ def is_duration(value: object) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
+class Progress:
+    """What a run has consumed by each step, in batches of its present size.
+
+    Attributes:
+        marks: (step, batches), ascending from (0, 0); straight in between, and one batch in each
+            step after the last. Two of one step are a jump: what a step has at its end is less.
+    """
+
+    marks: tuple[tuple[Fraction, Fraction], ...]
+
+    def at(self, step: int) -> Fraction:
+        """Returns the batches by the end of a step."""
+        return self._line(Fraction(step), 0, 1)
+
+    def step_of(self, batches: Fraction) -> Fraction:
+        """Returns the step, perhaps a fraction, at which so many batches are consumed."""
+        return self._line(batches, 1, 0)
+
+    @property
+    def ahead(self) -> Fraction:
+        """What to add to a step after the last mark to get its batches."""
+        step, batches = self.marks[-1]
+        return batches - step
+
+    def _line(self, x: Fraction, of: int, to: int) -> Fraction:
+        last = max(bisect.bisect_left([mark[of] for mark in self.marks], x) - 1, 0)
+        begin = self.marks[last]
+        slope = Fraction(1)
+        if last + 1 < len(self.marks):
+            end = self.marks[last + 1]
+            slope = (end[to] - begin[to]) / (end[of] - begin[of])
+        return begin[to] + (x - begin[of]) * slope
+
+
+@dataclasses.dataclass(frozen=True)
 class Periodic:
     """An event that fires whenever the run crosses a multiple of its period.
 
     Attributes:
         period_steps: exact period, perhaps a fraction of a step; None never fires.
+        progress: of a run that has had other batch sizes, what counts in the place of its steps.
     """
 
     period_steps: Fraction | None
+    progress: Progress | None = None
 
     def due(self, step: int) -> bool:
         """Whether step number `step` (1 is the first) crosses a multiple of the period."""
         period = self.period_steps
-        return period is not None and step // period > (step - 1) // period
+        return period is not None and self._at(step) // period > self._at(step - 1) // period
 
     def next_due(self, step: int) -> int | None:
         """Returns the first due step after `step`, or None."""
         period = self.period_steps
         if period is None:
             return None
-        return max(step + 1, math.ceil((step // period + 1) * period))
+        then = (self._at(step) // period + 1) * period
+        if self.progress is not None:
+            then = self.progress.step_of(then)
+        return max(step + 1, math.ceil(then))
+
+    def _at(self, step: int) -> Fraction | int:
+        return step if self.progress is None else self.progress.at(step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clock:
     """Turns durations into steps.
 
+    Of a run that has had other batch sizes, steps count as steps, and everything else as examples.
+
     Attributes:
         batch_size: rows of a global batch.
         steps_per_epoch: exact; None for a source without length.
         total_steps: length of the run; None while that is being worked out.
+        progress: of a run that has had other batch sizes.
     """
 
     batch_size: int
     steps_per_epoch: Fraction | None
     total_steps: int | None = None
+    progress: Progress | None = None
 
     def exact_steps(self, duration: Duration, *, path: str) -> Fraction:
-        """Returns the exact number of steps.
+        """Returns the exact number of steps of the present batch size.
 
         Raises:
             UserError: for epochs of a source without length, a percentage of an unknown total, or
@@ -124,20 +172,35 @@ class Clock:
                 raise UserError(f'{path}: {duration}: the source has no length; count in steps')
             return duration.value * self.steps_per_epoch
         if duration.unit == 'percent' and self.total_steps is not None:
-            return duration.value * self.total_steps / 100
+            total = (
+                self.total_steps if self.progress is None else self.progress.at(self.total_steps)
+            )
+            return duration.value * total / 100
         raise UserError(
             f"{path}: '{duration}' is not a length of time here; count in steps or epochs"
         )
 
+    def batches(self, step: int) -> Fraction:
+        """Returns what the run has consumed by a step, in batches of the present size."""
+        return Fraction(step) if self.progress is None else self.progress.at(step)
+
     def steps(self, duration: Duration, *, path: str) -> int:
-        """Returns the number of steps; a fraction of a step counts as one."""
+        """Returns the number of steps of the present size; a fraction of a step counts as one."""
         return math.ceil(self.exact_steps(duration, path=path))
+
+    def step_after(self, duration: Duration, *, path: str) -> int:
+        """Returns the step of the run by which a duration from its start has passed."""
+        steps = self.exact_steps(duration, path=path)
+        if self.progress is not None and duration.unit != 'steps':
+            steps = self.progress.step_of(steps)
+        return math.ceil(steps)
 
     def period(self, duration: Duration, *, path: str) -> Periodic:
         """Returns the periodic event of that period."""
         if duration.unit == 'never':
             return Periodic(None)
-        return Periodic(self.exact_steps(duration, path=path))
+        counted = None if duration.unit == 'steps' else self.progress
+        return Periodic(self.exact_steps(duration, path=path), counted)
 
 
 def resolve(node: Any, clock: Clock, path: str) -> tuple[Any, dict[str, int]]:

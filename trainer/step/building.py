@@ -14,7 +14,7 @@ from trainer.config import durations, objects, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
-from trainer.step import rates, varied
+from trainer.step import by_examples, rates, varied
 from trainer.step.context import StepFunction, default_step
 from trainer.step.optimizer import Group, Optimizer, RegexMask
 
@@ -94,6 +94,8 @@ def _freezing(made: Optimizer, section: OptimizerSection) -> Optimizer:
 def _one_optimizer(
     section: OptimizerSection | GroupSection, clock: Clock, path: str, numbers: Mapping[str, Any]
 ) -> tuple[Optimizer, dict[str, int]]:
+    by_example = by_examples.found(section.node, path, clock) if clock.progress else []
+    moved = functools.partial(by_examples.moved, schedules=by_example, clock=clock)
     node, steps = durations.resolve(section.node, clock, path)
     _check_warmups(node, path)
     _check_counts(node, steps, path)
@@ -107,8 +109,8 @@ def _one_optimizer(
         node['mask'] = RegexMask(_patterns(section.decay_mask))
     prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
     mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
-    base = varied.injected(node, path, mine, prefix=prefix) if mine else None
-    node, learning_rate = rates.made(varied.placed(node, mine), path)
+    base = varied.injected(node, path, mine, prefix=prefix, changed=moved) if mine else None
+    node, learning_rate = rates.made(moved(varied.placed(node, mine)), path)
     if base is None:
         base = targets.instantiate(node, path)
         _check_made(base, node, path)

@@ -90,22 +90,22 @@ def made(node: Node, path: str) -> tuple[Node, Schedule | dict[str, Schedule] | 
 def _named(node: Any, keys: paths.Keys, path: str) -> Iterator[_Rate]:
     """Yields the arguments `learning_rate` of the targets below a node."""
     if not isinstance(node, Mapping) or 'target' not in node:
-        for key, value in _items(node):
+        for key, value in items(node):
             yield from _named(value, [*keys, key], path)
         return
-    parameters, names = _parameters(node, path)
+    known, names = parameters(node, path)
     at = next((k for k, name in names.items() if name == 'learning_rate'), None)
     if at is not None and paths.get(node, list(at)) is not None:
         yield _Rate(owner=keys, places=([*keys, *at],))
         return
-    default = parameters['learning_rate'].default if 'learning_rate' in parameters else None
+    default = known['learning_rate'].default if 'learning_rate' in known else None
     if at is None and default is not None and _is_number(default):
         yield _Rate(owner=keys, default=default)
         return
-    every = _calls_for_an_update(node, names)
+    every = calls_for_an_update(node, names)
     if every is None:
         return
-    for key, value in _items(node):
+    for key, value in items(node):
         for rate in _named(value, [*keys, key], path):
             yield dataclasses.replace(rate, every=rate.every * every)
 
@@ -123,45 +123,44 @@ def _scales(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys
     """Yields the factors below a node: where, whether it is a schedule, and calls for an update."""
     every = 1
     if isinstance(node, Mapping) and 'target' in node:
-        _, names = _parameters(node, path)
+        _, names = parameters(node, path)
         target = str(node['target'])
         for at, name in names.items():
             if (target.rpartition(':')[2], name) in _SCALES:
                 yield [*keys, *at], name == 'step_size_fn', 1
                 return
-        counted = _calls_for_an_update(node, names)
+        counted = calls_for_an_update(node, names)
         if counted is None or target.endswith(_PARTITIONS):
             return
         every = counted
-    for key, value in _items(node):
+    for key, value in items(node):
         for found, scheduled, inner in _scales(value, [*keys, key], path):
             yield found, scheduled, inner * every
 
 
-def _items(node: Any) -> Iterator[tuple[Any, Any]]:
+def items(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields what is directly below a node, with its key."""
     if isinstance(node, Mapping):
         yield from node.items()
     elif type(node) in (tuple, list):
         yield from enumerate(node)
 
 
-def _parameters(
+def parameters(
     node: Mapping[str, Any], path: str
 ) -> tuple[Mapping[str, inspect.Parameter], dict[Place, str]]:
     """Returns the parameters of a node's target, and the name of what stands at each place."""
-    parameters, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
-    by_position = [
-        p.name for p in parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY
-    ]
+    known, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
+    by_position = [p.name for p in known.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
     names: dict[Place, str] = {
         ('args', index): name
         for index, (name, _) in enumerate(zip(by_position, node.get('args', ()), strict=False))
     }
     names.update({(key,): key for key in node if key not in targets.RESERVED})
-    return parameters, names
+    return known, names
 
 
-def _calls_for_an_update(node: Mapping[str, Any], names: Mapping[Place, str]) -> int | None:
+def calls_for_an_update(node: Mapping[str, Any], names: Mapping[Place, str]) -> int | None:
     """Returns how many calls of an optimizer make an update, None if that changes."""
     if not str(node['target']).endswith(':MultiSteps'):
         return 1

@@ -30,3 +30,8 @@ def rsqrt(peak_value: float, warmup_steps: int) -> optax.Schedule:
 def scaled(schedule: optax.Schedule, factor: float) -> optax.Schedule:
     """Returns a schedule times a factor, which the members of an ensemble may have several of."""
     return lambda count: factor * schedule(count)
+
+
+def moved(schedule: optax.Schedule, by: float) -> optax.Schedule:
+    """Returns a schedule that is at update 0 where another is at update `by`."""
+    return lambda count: schedule(count + by)

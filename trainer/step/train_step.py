@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -277,12 +279,22 @@ def _new_if(condition: jax.Array, new: TrainState, old: TrainState) -> TrainStat
 
 
 def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
-    """Returns `periodic.due(step)` for a traced step; true throughout where int32 cannot tell."""
-    period = periodic.period_steps
+    """Returns `periodic.due(step)` for a traced step; true throughout where int32 cannot tell.
+
+    Of a run that has had other batch sizes it holds for the steps of the present one, and is true
+    until the progress of these is one batch in each step.
+    """
+    period, progress = periodic.period_steps, periodic.progress
     if period is None:
         return jnp.zeros((), bool)
-    num, den = period.numerator, period.denominator
-    if num * den >= 2**31:
+    ahead = Fraction(0) if progress is None else progress.ahead
+    den = math.lcm(period.denominator, ahead.denominator)
+    num, plus = int(period * den), int(ahead * den)
+    if num * (den + 1) >= 2**31:
         return jnp.ones((), bool)
-    # step crosses a multiple of num / den exactly if step * den mod num is less than den.
-    return (step % num) * den % num < den
+    # step + ahead crosses a multiple of num / den exactly if (step + ahead) * den mod num is less
+    # than den.
+    due = ((step % num) * den + plus % num) % num < den
+    if progress is None:
+        return due
+    return due | (step <= math.ceil(progress.marks[-1][0]) + 1)

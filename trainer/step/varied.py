@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +37,12 @@ def placed(node: Node, values: Values) -> Node:
 
 
 def injected(
-    node: Node, where: str, values: Values, *, prefix: str = ''
+    node: Node,
+    where: str,
+    values: Values,
+    *,
+    prefix: str = '',
+    changed: Callable[[Node], Node] = lambda node: node,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of a node, with these numbers in its state.
 
@@ -46,13 +51,15 @@ def injected(
         where: its config path, for messages.
         values: first values.
         prefix: what the names in the state begin with: no two optimizers of a run may share one.
+        changed: what else becomes of the node once the numbers are in it.
     """
     names = {name_of(prefix + path): path for path in values}
 
     def make(**numbers: Any) -> optax.GradientTransformation:
         inner = {names[name]: number for name, number in numbers.items()}
         with _one_program(where, inner):
-            return _in_its_dtypes(targets.instantiate(placed(node, inner), where), where, inner)
+            made = targets.instantiate(changed(placed(node, inner)), where)
+            return _in_its_dtypes(made, where, inner)
 
     make(**{name: values[path] for name, path in names.items()})  # Or it would refuse them later.
     # What `optax.inject_hyperparams` reads the names from.

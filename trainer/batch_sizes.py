@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which batch sizes a run has had: from them follows what a step is in examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.manager import Checkpoints
+from trainer.checkpoint.retention import Retention
+from trainer.workdir import Workdir
+
+if TYPE_CHECKING:
+    from trainer.parts import Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """The batch sizes of a run.
+
+    Attributes:
+        parts: (first step, batch size) of each part of the run, from step 0 on.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of_run(cls, workdir: Workdir | None, batch_size: int) -> BatchSizes:
+        """Returns those of a run that goes on in a work directory, the last one as given."""
+        fresh = cls(((0, batch_size),))
+        if workdir is None:
+            return fresh
+        checkpoints = Checkpoints(workdir.checkpoints, Retention())
+        latest = checkpoints.latest()
+        if latest is None:
+            return fresh
+        try:
+            meta = checkpoints.meta(latest)
+        except CheckpointError:
+            return fresh  # Restoring it fails with the reason.
+        return cls.of_checkpoint(meta, batch_size).going_on(latest, batch_size)
+
+    @classmethod
+    def of_checkpoint(cls, meta: Mapping[str, Any], batch_size: int) -> BatchSizes:
+        """Returns those that a checkpoint has kept; of an older one that of its config."""
+        if 'batch_sizes' in meta:
+            return cls(tuple((step, size) for step, size in meta['batch_sizes']))
+        return cls(((0, meta.get('config', {}).get('data', {}).get('batch_size', batch_size)),))
+
+    def going_on(self, step: int, batch_size: int) -> BatchSizes:
+        """Returns those of a run that goes on from a step in batches of this size."""
+        parts = tuple(part for part in self.parts if part[0] < step)
+        if parts and parts[-1][1] == batch_size:
+            return BatchSizes(parts)
+        return BatchSizes((*parts, (step, batch_size)))
+
+    def changed_at(self, step: int) -> int | None:
+        """Returns the size before, if the present one begins at this step and not with the run."""
+        first, _ = self.parts[-1]
+        return self.parts[-2][1] if first == step and len(self.parts) > 1 else None
+
+    def examples(self, step: int) -> int:
+        """Returns the number of rows that the steps up to this one have consumed."""
+        ends = (*(first for first, _ in self.parts[1:]), step)
+        starts = zip(self.parts, ends, strict=True)
+        return sum((end - first) * size for (first, size), end in starts)
+
+
+def resized(parts: Parts, step: int, before: int) -> str:
+    """Returns what a run says of itself that goes on from `step` with another batch size."""
+    experiment = parts.experiment
+    clock, total = experiment.clock, experiment.total_steps
+    lines = [
+        f'config.data.batch_size {before} -> {clock.batch_size}: the run goes on at step {step:,}, '
+        f'after {parts.batch_sizes.examples(step):,} examples{_epochs(parts, step)}, and ends at '
+        f'step {total:,}{_epochs(parts, total)}. Steps count on; everything else counts examples.'
+    ]
+    if experiment.schedule_steps:
+        now, end = (float(clock.batches(at)) for at in (step, total))
+        lines.append(
+            f'Schedules in epochs, examples or % continue where they were: from step {step:,} to '
+            f'{total:,} they take the values of steps {now:,.6g} to {end:,.6g} of a run with batch '
+            f'size {clock.batch_size}. Those in steps continue at step {step:,}.'
+        )
+    return '\n'.join(lines)
+
+
+def place_in_other_data(parts: Parts, step: int, before: int | None) -> str:
+    """Returns where a run goes on whose training data has another length than before."""
+    data = parts.experiment.data
+    if before is None or data.examples is None:
+        return ''
+    return (
+        f'The run goes on after {parts.batch_sizes.examples(step):,} examples'
+        f'{_epochs(parts, step)}, in the order of {data.examples:,}: in the current '
+        'epoch some examples come again and others are left out.'
+    )
+
+
+def _epochs(parts: Parts, step: int) -> str:
+    clock = parts.experiment.clock
+    if clock.steps_per_epoch is None:
+        return ''
+    return f' ({float(clock.batches(step) / clock.steps_per_epoch):,.6g} epochs)'
