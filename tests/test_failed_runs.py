@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tests import command
-from trainer.checkpoint.manager import CheckpointError
+from trainer.checkpoint.manager import CheckpointError, Checkpoints
+from trainer.checkpoint.retention import Retention
 from trainer.config.errors import UserError
 from trainer.events import Event
 from trainer.experiment import load_and_build
@@ -91,7 +92,11 @@ def test_a_hook_that_fails(tmp_path: pathlib.Path) -> None:
     found = command.result(tmp_path)
     error = found.pop('error')
     assert found.pop('metrics')['train/loss'] > 0
-    assert found == {'status': 'failed', 'step': 20, 'digest': None, 'data_digest': None}
+    # The steps until then were saved before the run ended.
+    checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention())
+    assert checkpoints.latest() == 20
+    digests = {name: checkpoints.meta(20)[name] for name in ('digest', 'data_digest')}
+    assert found == {'status': 'failed', 'step': 20, **digests}
     where = error.pop('where')
     assert where.startswith(f'{__file__}:')
     assert where.endswith(' in fail')
@@ -154,7 +159,8 @@ def test_mistakes_of_the_user_and_interrupts(tmp_path: pathlib.Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer_in(tmp_path, 'interrupt').fit()
     found = command.result(tmp_path)
-    assert (found['status'], found['step']) == ('interrupted', 10)
+    # It went on from step 10, which was saved when the hook before refused.
+    assert (found['status'], found['step']) == ('interrupted', 20)
     assert run_json(tmp_path)['status'] == 'interrupted'
 
 

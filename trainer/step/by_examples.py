@@ -35,7 +35,7 @@ def found(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
     Raises:
         UserError: naming the key to set, if a duration cannot be counted in examples.
     """
-    return list(_found(node, [], path, clock, every=1))
+    return list(_found(node, [], path, clock))
 
 
 def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
@@ -52,9 +52,7 @@ def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
     return node
 
 
-def _found(
-    value: Any, keys: paths.Keys, path: str, clock: Clock, every: int | None
-) -> Iterator[paths.Keys]:
+def _found(value: Any, keys: paths.Keys, path: str, clock: Clock) -> Iterator[paths.Keys]:
     if _counts_examples(value):
         raise UserError(
             f'{path}.{paths.join(keys)}: {value!r} is another number of steps now that '
@@ -63,26 +61,22 @@ def _found(
         )
     if isinstance(value, Mapping) and 'target' in value:
         _, names = rates.parameters(value, f'{path}.{paths.join(keys)}'.rstrip('.'))
-        updates = rates.calls_for_an_update(value, names)
-        every = None if updates is None or every is None else every * updates
     else:
         names = {}
     for at, item in _items(value):
         inner = [*keys, *at]
         if names.get(at) in _RATES and isinstance(item, Mapping):
-            if _check_schedule(item, inner, path, clock, every):
+            if _check_schedule(item, inner, path, clock):
                 yield inner
         else:
-            yield from _found(item, inner, path, clock, every)
+            yield from _found(item, inner, path, clock)
 
 
-def _check_schedule(
-    schedule: Any, keys: paths.Keys, path: str, clock: Clock, every: int | None
-) -> bool:
+def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) -> bool:
     """Whether a schedule counts examples.
 
     Raises:
-        UserError: if a part of it counts steps, or it is called for some of the steps only.
+        UserError: if a part of it counts steps.
     """
     leaves = list(_leaves(schedule, keys, ''))
     where = next((at for at, _, value in leaves if _counts_examples(value)), None)
@@ -98,11 +92,6 @@ def _check_schedule(
                 'Now that config.data.batch_size has changed, one schedule cannot count both. '
                 f"Write '{examples} examples', which is what the run consumes by step {count:,}"
             )
-    if every != 1:
-        raise UserError(
-            f'{example}: this schedule counts the updates of optax:MultiSteps, which cannot follow '
-            'the change of config.data.batch_size; write its durations in steps'
-        )
     return True
 
 

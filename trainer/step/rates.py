@@ -102,7 +102,7 @@ def _named(node: Any, keys: paths.Keys, path: str) -> Iterator[_Rate]:
     if at is None and default is not None and _is_number(default):
         yield _Rate(owner=keys, default=default)
         return
-    every = calls_for_an_update(node, names)
+    every = _calls_for_an_update(node, names)
     if every is None:
         return
     for key, value in items(node):
@@ -129,7 +129,7 @@ def _scales(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys
             if (target.rpartition(':')[2], name) in _SCALES:
                 yield [*keys, *at], name == 'step_size_fn', 1
                 return
-        counted = calls_for_an_update(node, names)
+        counted = _calls_for_an_update(node, names)
         if counted is None or target.endswith(_PARTITIONS):
             return
         every = counted
@@ -160,7 +160,7 @@ def parameters(
     return known, names
 
 
-def calls_for_an_update(node: Mapping[str, Any], names: Mapping[Place, str]) -> int | None:
+def _calls_for_an_update(node: Mapping[str, Any], names: Mapping[Place, str]) -> int | None:
     """Returns how many calls of an optimizer make an update, None if that changes."""
     if not str(node['target']).endswith(':MultiSteps'):
         return 1
