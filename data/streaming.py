@@ -268,10 +268,10 @@ class StreamEvalLoader(_Loader):
         examples = [x for x in (reader.next() for _ in held) if x is not None]
         real = len(examples)
         ids = np.full(len(held), PADDING)
-        batch = {name: np.repeat(x, len(held), axis=0) for name, x in self.first.items()}
+        batch = {name: np.repeat(x, len(held) - real, axis=0) for name, x in self.first.items()}
         if examples:
             read = self._batch(examples, self._position * self._rows + held[:real])
             ids[:real] = numbers(read)
-            for name, x in read.items():
-                batch[name][:real] = x
+            # Not written into rows of the first example: its text may be the shorter one.
+            batch = {name: np.concatenate([x, batch[name]]) for name, x in read.items()}
         return {**batch, MASK: ids != PADDING}, ids

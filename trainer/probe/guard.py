@@ -126,7 +126,8 @@ class Guard:
         rows = parts.experiment.clock.batch_size
         calls = itertools.repeat(1, stop - start)
         block = parts.experiment.data.block
-        return Prefetcher.on_mesh(block, calls, parts.mesh, rows, start=start)
+        fields = parts.programs.fields
+        return Prefetcher.on_mesh(block, calls, parts.mesh, rows, fields=fields, start=start)
 
     @functools.cached_property
     def _look(self) -> Any:
@@ -147,7 +148,7 @@ class Guard:
             return {}  # A step of the user's own has gradients of its own.
         gradients = Gradients(
             model=experiment.model,
-            task=experiment.task,
+            task=self._forward.task,
             optimizer=experiment.optimizer,
             seed=experiment.seed,
             accumulate=experiment.accumulate,

@@ -14,7 +14,6 @@ from trainer.prefetch import Prefetcher
 from trainer.probe.capture import Captures
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.guard import Guard
-from trainer.startup import abstract_batch
 from trainer.step.state import TrainState
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ class Probes:
             UserError: for a pattern that matches nothing.
         """
         if self._captures is not None:
-            spec = abstract_batch(self._parts.experiment.data.spec)
-            self._captures.prepare(self._parts.programs.abstract, spec)
+            programs = self._parts.programs
+            self._captures.prepare(programs.abstract, programs.fields.shapes)
 
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""
@@ -89,7 +88,8 @@ class Probes:
 
     @functools.cached_property
     def _forward(self) -> Forward:
-        return Forward.of(self._parts.experiment, self._parts.mesh)
+        parts = self._parts
+        return Forward.of(parts.experiment, parts.mesh, parts.programs.task)
 
     @functools.cached_property
     def _captures(self) -> Captures | None:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
+from trainer.step.batch import plain
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
@@ -67,6 +68,7 @@ class Gradients:
 
         Of several losses, each parameter gets the gradient of the one that drives it.
         """
+        batch = plain(batch)
         scale = jnp.ones((), jnp.float32) if state.loss_scale is None else state.loss_scale.scale
         if self.accumulate == 1:
             whole = self._forward(state, batch, 0)

@@ -9,11 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.modules.bound import BoundModel
+from trainer.step.batch import (
+    Batch,
+    HostField,
+    Kept,
+    Unsent,
+    is_recording,
+    naming_host_fields,
+    note_weights,
+    plain,
+)
+from trainer.step.fields import MASK as MASK
 from trainer.step.metrics import broadcast_weights, mean_collection
+from trainer.step.needed import compute_only_needed
 from trainer.step.tasks import (
     METRIC_WEIGHTS,
     ONLY_LOSS,
@@ -22,9 +36,6 @@ from trainer.step.tasks import (
     as_output,
     named_twice,
 )
-
-# The loader's mark of real rows in a padded batch: bool, (batch,).
-MASK = '_mask'
 
 Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
@@ -38,11 +49,15 @@ class TaskRunner:
         metrics: the collection class. It is read from the task once: a property that makes a new
             class at every access would change the type of the state.
         transforms: run over a batch on the devices, before the task sees it.
+        kept: the fields that stay on the host.
+        is_weighted: whether the task returns weights; None where that is not known yet.
     """
 
     task: Callable[..., Any]
     metrics: type[clu.metrics.Collection] | None
     transforms: tuple[Transform, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    is_weighted: bool | None = None
 
     @classmethod
     def of(cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()) -> TaskRunner:
@@ -62,28 +77,127 @@ class TaskRunner:
             raise UserError(named_twice(f'{task!r}', 'metric', name))
         return cls(task, metrics, tuple(transforms))
 
-    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the batch as the task sees it: without the mask, and transformed."""
-        seen: Mapping[str, Any] = {name: x for name, x in batch.items() if name != MASK}
+    def without(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TaskRunner:
+        """Returns the runner for batches some of whose fields stay on the host."""
+        return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
+
+    def whole(self, batch: Mapping[str, Any], reader: str) -> Batch:
+        """Returns a batch as the loader has it, with the mask, for a reader that is no task."""
+        fields = plain(batch)
+        rest, unsent = self._hidden(fields)
+        rest.update({name: Unsent(name) for name in unsent})
+        origins = {name: frozenset({name}) for name in fields}
+        return Batch({**fields, **rest}, reader, origins=origins)
+
+    def prepared(self, batch: Mapping[str, Any], *, passing: bool = False) -> Batch:
+        """Returns the batch as the task sees it: without the mask, and transformed.
+
+        Args:
+            batch: arrays (rows, ...).
+            passing: the task may pass on fields that stay on the host.
+        """
+        fields = {name: x for name, x in plain(batch).items() if name != MASK}
+        hidden, unsent = self._hidden(fields)
+        if not self.transforms:
+            seen = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
+            origins = {name: frozenset({name}) for name in fields}
+            return Batch(seen, 'the task', origins=origins, passing=passing)
+        rows = next((x.shape[0] for x in plain(batch).values()), None)
+        # A transform that passes all fields on must find them; what is made of these is left out.
+        zeros = {
+            name: jnp.zeros((kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.held)
+            for name, kept in unsent.items()
+        }
+        made = self._transformed({**fields, **zeros}, hidden)
+        origins = {}
+        if zeros or is_recording():
+            origins = self._origins({**fields, **zeros}, hidden)
+        missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
+        return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
+
+    def _hidden(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Kept]]:
+        """Returns the fields that can only be passed on, and those that were not read."""
+        kept = [each for each in self.kept if each.name not in fields]
+        hidden = {each.name: HostField(each) for each in kept if each.held is None}
+        return hidden, {each.name: each for each in kept if each.held is not None}
+
+    def _transformed(self, fields: Mapping[str, Any], hidden: dict[str, Any]) -> dict[str, Any]:
+        seen: Mapping[str, Any] = {**fields, **hidden}
         for transform in self.transforms:
-            seen = transform(_Batch(seen, f'the device transform {transform}'))
-        return _Batch(seen, 'the task')
+            with naming_host_fields(hidden):
+                seen = transform(Batch(seen, f'the device transform {transform}', passing=True))
+        return dict(seen)
+
+    def _origins(
+        self, fields: Mapping[str, Any], hidden: dict[str, Any]
+    ) -> dict[str, frozenset[str]]:
+        """Returns which fields of the loader's batch each transformed one is computed from."""
+
+        def run(fields: Mapping[str, Any]) -> dict[str, Any]:
+            made = self._transformed(fields, hidden)
+            return {name: x for name, x in made.items() if not isinstance(x, HostField)}
+
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
+        closed, outputs = jax.make_jaxpr(run, return_shape=True)(shapes)
+        named = zip(closed.jaxpr.invars, sorted(fields), strict=True)
+        of = {id(x): frozenset({name}) for x, name in named}
+        nothing: frozenset[str] = frozenset()
+        for equation in closed.jaxpr.eqns:
+            mixed = nothing.union(*(of.get(id(x), nothing) for x in equation.invars))
+            of.update({id(x): mixed for x in equation.outvars})
+        origins: dict[str, frozenset[str]] = {}
+        paths = jax.tree_util.tree_leaves_with_path(outputs)
+        for (path, _), x in zip(paths, closed.jaxpr.outvars, strict=True):
+            name = path[0].key
+            origins[name] = origins.get(name, nothing) | of.get(id(x), nothing)
+        return origins
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
         """Returns the task's output with `weights` always set, and 0 where a row is padding.
 
         Named losses have weights by name, an entry for the metrics among them.
+
+        A row whose weights are all 0 touches nothing, whatever it holds: 0 times a gradient that is
+        not finite would be no 0. So the task runs again on a batch that has a row which counts in
+        the place of each such row. Of the first run only the weights are used, and the compiler
+        drops the rest of it.
         """
-        result = self.task(model, self.prepared(batch))
+        back = model.remember() if isinstance(model, BoundModel) else lambda: None
+        fields = plain(batch)
+        if self.is_weighted:
+            weighing = compute_only_needed(lambda x: self._run(model, x)[1], fields)
+        else:
+            output, weighing = self._run(model, fields)
+            if weighing is None:
+                return output
+        note_weights()
+        back()
+        output, _ = self._run(model, _with_living_rows(fields, _is_alive(weighing.counted)))
+        metrics = output.metrics if weighing.metrics is None else weighing.metrics
+        return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
+
+    def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, _Weighing | None]:
+        """Returns the task's output with weights, and what these are if the task gives any."""
+        seen = self.prepared(batch)
+        with naming_host_fields(seen):
+            result = self.task(model, seen)
         output = as_output(result, averaged=self.metrics is None)
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
         if not isinstance(loss, Mapping):
-            return dataclasses.replace(output, weights=_set_weights(given, loss, mask))
+            weights: Any = _set_weights(given, loss, mask)
+            weighing = None if given is None else _Weighing(weights, (weights,), None)
+            return dataclasses.replace(output, weights=weights), weighing
         # The metrics count the rows of any of the losses: all have the same.
         values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
         by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
         weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
-        return dataclasses.replace(output, weights=weights)
+        weighing = None
+        if given is not None and set(loss) <= set(by_name):
+            # Metrics whose weights are left out count all rows, also those of no loss.
+            counted = tuple(weights[name] for name in by_name)
+            metrics = None if METRIC_WEIGHTS in by_name else dict(output.metrics)
+            weighing = _Weighing(weights, counted, metrics)
+        return dataclasses.replace(output, weights=weights), weighing
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns accumulators that have seen nothing, for outputs like this (abstract) one."""
@@ -116,6 +230,45 @@ def _set_weights(given: Any, loss: jax.Array, mask: jax.Array | None) -> jax.Arr
     return jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
 
 
+@flax.struct.dataclass
+class _Weighing:
+    """What is used of a task's first run.
+
+    Attributes:
+        weights: as in a `TaskOutput`, set.
+        counted: those by which a row counts or not.
+        metrics: those of the output, where they count all rows; or else None.
+    """
+
+    weights: Any
+    counted: tuple[jax.Array, ...]
+    metrics: Any
+
+
+def _is_alive(weights: Sequence[jax.Array]) -> jax.Array:
+    """Returns which rows have a weight that is not 0, bool (batch,)."""
+    counts = [(x != 0).reshape(x.shape[0], -1).any(-1) for x in weights]
+    return jnp.stack(counts).any(0)
+
+
+def _with_living_rows(fields: Mapping[str, Any], is_alive: jax.Array) -> dict[str, Any]:
+    """Returns the batch with the first row that counts in the place of those that do not.
+
+    Not with zeros, by whose norm a model might divide; zeros only where no row counts.
+    """
+    rows = jnp.arange(is_alive.shape[0])
+    chosen = (rows == jnp.argmax(is_alive)) & is_alive
+
+    def safe(x: Any) -> jax.Array:
+        shape = (-1, *(1,) * (x.ndim - 1))
+        # A masked sum and no index: rows that are spread over devices stay where they are.
+        alone = jnp.where(chosen.reshape(shape), x, jnp.zeros((), x.dtype))
+        row = alone.any(0) if x.dtype == bool else alone.sum(0, dtype=x.dtype)
+        return jnp.where(is_alive.reshape(shape), x, row)
+
+    return {name: x if name == MASK else safe(x) for name, x in fields.items()}
+
+
 def inverse(weight: jax.Array) -> jax.Array:
     """Returns 1 / weight, and 0 for a batch without any weight (all padding), never NaN."""
     return jnp.where(weight != 0, 1.0 / jnp.where(weight != 0, weight, 1.0), 0.0)
@@ -133,7 +286,8 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
     for name, loss in by_name(output.loss).items():
         mine = weights[name] if isinstance(weights, Mapping) else weights
         full = broadcast_weights(jnp.asarray(mine), loss.shape)
-        totals[name] = jnp.sum(loss.astype(jnp.float32) * full)
+        # What does not count may be anything: 0 x NaN is no 0.
+        totals[name] = jnp.sum(jnp.where(full != 0, loss.astype(jnp.float32) * full, 0.0))
         sums[name] = full.sum()
     return totals, sums
 
@@ -141,22 +295,6 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
 def penalty_sum(output: TaskOutput) -> jax.Array:
     """Returns the float32 sum of the penalties."""
     return sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
-
-
-class _Batch(dict[str, Any]):
-    """A batch that says what it holds when its reader asks for something else."""
-
-    def __init__(self, fields: Mapping[str, Any], reader: str):
-        super().__init__(fields)
-        self._reader = reader
-
-    def __missing__(self, name: str) -> Any:
-        fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in self.items())
-        raise UserError(
-            f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
-            'Name the field in its arguments, or rename it with a transform '
-            '(data.transforms:Rename).'
-        )
 
 
 def is_metric(node: Any) -> bool:
