@@ -134,7 +134,7 @@ class HostField:
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise self.error()
 
-    __jax_array__ = __array__ = __getitem__ = __len__ = __iter__ = __contains__ = _refuse
+    __array__ = __getitem__ = __len__ = __iter__ = __contains__ = _refuse
     __bool__ = __int__ = __float__ = __index__ = __abs__ = __neg__ = __pos__ = __invert__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
     __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _refuse

@@ -16,19 +16,17 @@ from trainer.step.batch import Kept
 # The loader's mark of real rows in a padded batch: bool, (batch,).
 MASK = '_mask'
 
-# Kinds of numpy dtypes: objects, bytes, text, dates and durations.
-_NOT_NUMBERS = 'OSUMm'
+# Numpy's codes for floating-point numbers of more than 64 bits, real and complex.
+_LONG = 'gG'
 
 
 def device_dtype(dtype: Any) -> np.dtype[Any] | None:
-    """Returns the dtype in which devices hold values of a dtype, None if they cannot."""
+    """Returns the dtype in which devices hold values of a dtype, None if they cannot: no numbers."""
     dtype = np.dtype(dtype)
-    if dtype.kind in _NOT_NUMBERS:
+    is_number = dtype == bool or jax.dtypes.issubdtype(dtype, np.number)
+    if dtype.kind == 'm' or dtype.char in _LONG or not is_number:
         return None
-    try:
-        return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
-    except TypeError:  # Records, and numbers of more than 64 bits.
-        return None
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
