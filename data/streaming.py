@@ -243,6 +243,11 @@ class StreamEvalLoader(_Loader):
         super().__init__(pipeline, transforms, max(batch_size, padded_to or 0), seed=0)
         self.rows = self._rows
 
+    @property
+    def spec(self) -> dict[str, ArraySpec]:
+        """Shape (batch dimension first) and dtype of each array of a global batch."""
+        return {**super().spec, MASK: ArraySpec((self._rows,), np.dtype(bool))}
+
     def block(self, start: int, count: int, rows: Rows = ALL) -> Block:
         """Returns the batches [start, start + count), `_mask` among the arrays.
 

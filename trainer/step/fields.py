@@ -21,9 +21,9 @@ _LONG = 'gG'
 
 
 def device_dtype(dtype: Any) -> np.dtype[Any] | None:
-    """Returns the dtype in which devices hold values of a dtype, None if they cannot: no numbers."""
+    """Returns the dtype in which devices hold values of a dtype, None if they cannot."""
     dtype = np.dtype(dtype)
-    is_number = dtype == bool or jax.dtypes.issubdtype(dtype, np.number)
+    is_number = dtype.kind == 'b' or jax.dtypes.issubdtype(dtype, np.number)
     if dtype.kind == 'm' or dtype.char in _LONG or not is_number:
         return None
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
@@ -92,8 +92,8 @@ class Fields:
         Raises:
             UserError: for a value that does not fit, naming its example.
         """
-        # A transform of the user's own may give a field that the first batch did not have.
-        return {n: self._fitting(n, x, ids) for n, x in arrays.items() if n in self.sent}
+        sent = self.sent | {MASK}
+        return {n: self._fitting(n, x, ids) for n, x in arrays.items() if n in sent}
 
     def _fitting(self, name: str, x: np.ndarray, ids: np.ndarray) -> np.ndarray:
         to = device_dtype(x.dtype)
