@@ -162,6 +162,8 @@ class Prefetcher:
         Args:
             position: of a batch that was handed out; those before it are let go.
         """
+        if not self._host:
+            return {}
         self._kept = [each for each in self._kept if each[1] > position]
         start, _, arrays = self._kept[0]
         return {name: x[position - start] for name, x in arrays.items()}

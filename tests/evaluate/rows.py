@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from data.sources import Arrays, ArraySource
-from trainer.step.tasks import Classification
+from trainer.step.tasks import Classification, TaskOutput
 
 FIRST = 2**40
 HOST = ('id', 'share', 'name', 'raw')
@@ -49,6 +50,14 @@ class Numbered(Classification):
 
     def predict(self, model: Any, batch: Any) -> dict[str, Any]:
         return {**super().predict(model, batch), **{name: batch[name] for name in HOST}}
+
+
+class Weighted(Numbered):
+    """Half of the rows count."""
+
+    def __call__(self, model: Any, batch: Any) -> TaskOutput:
+        output = super().__call__(model, batch)
+        return dataclasses.replace(output, weights=batch['x'][:, 0] > 0)
 
 
 class Computing(Classification):

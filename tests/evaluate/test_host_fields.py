@@ -54,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     'a step of its own': {'step': {'ref': f'{HERE}:by_hand'}},
     'from threads': {'data__loader': {'target': 'data.grain_loader:GrainLoader'}},
     'an ensemble': {'ensemble': {'size': 2}},
+    'a weighted ensemble': {'ensemble': {'size': 2}, 'task__target': f'{HERE}:Weighted'},
     'streams': {
         'data__loader': {'target': 'data.streaming:StreamLoader'},
         'evals__test__data__loader': {'target': 'data.streaming:StreamEvalLoader'},

@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
+from trainer import startup
 from trainer.config.errors import UserError
 from trainer.evaluate.step import EvalStep
 from trainer.modules import functional
@@ -257,6 +258,39 @@ def test_random_numbers_and_collections_are_those_of_one_call() -> None:
     assert int(b.collections['counts']['calls']) == 2
 
 
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        return nn.Dense(4)(nn.BatchNorm(use_running_average=not train)(x))
+
+
+def unweighted(model: Any, batch: Any) -> jax.Array:
+    return (model(batch['x']) ** 2).mean(-1)
+
+
+@pytest.mark.parametrize(
+    ('task', 'model', 'padded', 'why'),
+    [
+        (unweighted, Normed, True, "(config.data.remainder='pad')"),
+        (cross_entropy, Normed, False, '(a task that returns weights)'),
+        (cross_entropy, Normed, True, "(config.data.remainder='pad' and a task that returns"),
+        (unweighted, Normed, False, None),
+        (cross_entropy, Net, True, None),
+    ],
+)
+def test_batch_statistics_are_warned_of(
+    task: Any, model: Any, padded: bool, why: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = {**batch_of(1.0), **({MASK: np.ones(ROWS, bool)} if padded else {})}
+    startup.warn_of_rows_that_do_not_count(programs(task, model(), batch=batch))
+    assert (why in caplog.text) if why else not caplog.text
+
+
+def test_batch_statistics_are_finite_whatever_a_row_holds() -> None:
+    program = programs(cross_entropy, Normed())
+    same(stepped(program, batch_of(1.0)), stepped(program, batch_of(np.nan)))
+
+
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('layer', [nn.Dense, nn.remat(nn.Dense)])
 def test_the_forward_pass_is_not_in_the_program_twice(accumulate: int, layer: Any) -> None:
@@ -300,6 +334,26 @@ def test_named_losses_without_weights_for_metrics_count_all_rows() -> None:
     expected = Net().apply(variables.variables, batch['x'])[:, 0].mean()
     state = stepped(program, batch, steps=1)
     assert compute_metrics(state.metrics)['task']['first'] == pytest.approx(float(expected), 1e-4)
+
+
+def test_rows_of_the_task_s_own_are_left_alone() -> None:
+    """One loss for each number of a row, flattened: nothing says which row one belongs to."""
+
+    def task(model: Any, batch: Any) -> TaskOutput:
+        errors = (model(batch['x']) - batch['targets']) ** 2
+        return TaskOutput(loss=errors.ravel(), weights=jnp.repeat(batch['weight'], 4))
+
+    program = programs(task)
+    assert program.task.is_weighted is False
+    assert np.isfinite(jax.tree.leaves(stepped(program, batch_of(1.0)).params)[0]).all()
+
+
+def test_weights_of_another_length_are_an_error() -> None:
+    def task(model: Any, batch: Any) -> TaskOutput:
+        return TaskOutput(loss=model(batch['x'])[:, 0], weights=batch['weight'][1:])
+
+    with pytest.raises(ValueError, match=r'weights of shape \(15,\) do not fit values of shape'):
+        programs(task)
 
 
 def test_weights_must_fit() -> None:

@@ -164,14 +164,16 @@ class TaskRunner:
         """
         back = model.remember() if isinstance(model, BoundModel) else lambda: None
         fields = plain(batch)
+        weighing = None
         if self.is_weighted:
             weighing = compute_only_needed(lambda x: self._run(model, x)[1], fields)
-        else:
+            back()
+        if weighing is None:
             output, weighing = self._run(model, fields)
             if weighing is None:
                 return output
+            back()
         note_weights()
-        back()
         output, _ = self._run(model, _with_living_rows(fields, _is_alive(weighing.counted)))
         metrics = output.metrics if weighing.metrics is None else weighing.metrics
         return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
@@ -183,21 +185,25 @@ class TaskRunner:
             result = self.task(model, seen)
         output = as_output(result, averaged=self.metrics is None)
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
+        counted: Sequence[jax.Array]
+        metrics = None
         if not isinstance(loss, Mapping):
             weights: Any = _set_weights(given, loss, mask)
-            weighing = None if given is None else _Weighing(weights, (weights,), None)
-            return dataclasses.replace(output, weights=weights), weighing
-        # The metrics count the rows of any of the losses: all have the same.
-        values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
-        by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
-        weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
-        weighing = None
-        if given is not None and set(loss) <= set(by_name):
+            counted = [weights]
+        else:
+            # The metrics count the rows of any of the losses: all have the same.
+            values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
+            by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
+            weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
+            counted = [weights[name] for name in {**dict.fromkeys(loss), **by_name}]
             # Metrics whose weights are left out count all rows, also those of no loss.
-            counted = tuple(weights[name] for name in by_name)
             metrics = None if METRIC_WEIGHTS in by_name else dict(output.metrics)
-            weighing = _Weighing(weights, counted, metrics)
-        return dataclasses.replace(output, weights=weights), weighing
+        output = dataclasses.replace(output, weights=weights)
+        # A task may make rows of its own, such as one for each token, of which nothing is known.
+        rows = {x.shape[0] for x in plain(batch).values()}
+        if given is None or any({*jnp.shape(x)[:1]} != rows for x in counted):
+            return output, None
+        return output, _Weighing(weights, tuple(counted), metrics)
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns accumulators that have seen nothing, for outputs like this (abstract) one."""
@@ -257,7 +263,8 @@ def _with_living_rows(fields: Mapping[str, Any], is_alive: jax.Array) -> dict[st
     Not with zeros, by whose norm a model might divide; zeros only where no row counts.
     """
     rows = jnp.arange(is_alive.shape[0])
-    chosen = (rows == jnp.argmax(is_alive)) & is_alive
+    # No argmax, for which every device would be sent all of it.
+    chosen = rows == jnp.where(is_alive, rows, len(rows)).min()
 
     def safe(x: Any) -> jax.Array:
         shape = (-1, *(1,) * (x.ndim - 1))
