@@ -169,7 +169,7 @@ def numbers(arrays: Arrays) -> np.ndarray:
 
 
 def _content(x: np.ndarray) -> bytes:
-    """Returns up to so many bytes of a value, the same in whichever batch it stands."""
+    """Returns up to so many bytes of a value, the same in any batch."""
     if x.dtype.kind in _TEXT:  # Whose width is that of the longest one in the batch.
         return repr(x.tolist()).encode()[:_MOST_HASHED]
     flat = np.ascontiguousarray(x).reshape(-1)

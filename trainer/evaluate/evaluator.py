@@ -26,9 +26,10 @@ from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
-from trainer.step.batch import HostFieldError, recording
+from trainer.step.batch import recording
 from trainer.step.ensemble import mean_and_each
 from trainer.step.fields import Fields
+from trainer.step.host_field import HostFieldError
 from trainer.step.program import Program
 from trainer.step.state import TrainState, describe
 from trainer.step.task_runner import MASK, compute_metrics

@@ -13,8 +13,9 @@ import numpy as np
 from trainer.evaluate.step import EvalStep
 from trainer.parallel import processes
 from trainer.parallel.mesh import ProcessRows
-from trainer.step.batch import HostField, HostFieldError, recording
+from trainer.step.batch import recording
 from trainer.step.fields import Fields
+from trainer.step.host_field import HostField, HostFieldError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

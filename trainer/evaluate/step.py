@@ -12,7 +12,7 @@ import jax
 from trainer.modules import Functional
 from trainer.modules.bound import BoundModel
 from trainer.modules.rng import Keys
-from trainer.step.batch import naming_host_fields
+from trainer.step.host_field import naming_host_fields
 from trainer.step.metrics import Count
 from trainer.step.task_runner import MASK, TaskRunner, merge_metrics
 from trainer.step.tasks import TaskOutput

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.step.batch import Kept
+from trainer.step.host_field import Kept
 
 # The loader's mark of real rows in a padded batch: bool, (batch,).
 MASK = '_mask'

@@ -22,9 +22,10 @@ from trainer.config.errors import UserError
 from trainer.modules.nnx_bridge import names_for_rules
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
 from trainer.parallel.sharding import Rule, named_axes, param_specs
-from trainer.step.batch import Kept, plain, recording
+from trainer.step.batch import plain, recording
 from trainer.step.ensemble import EnsembleStep
 from trainer.step.fields import Fields
+from trainer.step.host_field import HostFieldError, Kept
 from trainer.step.state import TrainState, changes, describe
 from trainer.step.task_runner import TaskRunner
 from trainer.step.train_step import TrainStep
@@ -313,6 +314,8 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
     try:
         # A function of its own: what JAX has traced before would read nothing.
         return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
+    except HostFieldError as error:
+        raise UserError(f'config.data: {error}') from error
     except UserError:
         raise
     except Exception as error:

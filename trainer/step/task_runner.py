@@ -9,25 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
-from trainer.step.batch import (
-    Batch,
-    HostField,
-    Kept,
-    Unsent,
-    is_recording,
-    naming_host_fields,
-    note_weights,
-    plain,
-)
+from trainer.step.batch import Batch, Unsent, is_recording, note_weights, plain
 from trainer.step.fields import MASK as MASK
+from trainer.step.host_field import HostField, Kept, naming_host_fields
 from trainer.step.metrics import broadcast_weights, mean_collection
-from trainer.step.needed import compute_only_needed
 from trainer.step.tasks import (
     METRIC_WEIGHTS,
     ONLY_LOSS,
@@ -36,8 +26,13 @@ from trainer.step.tasks import (
     as_output,
     named_twice,
 )
-
-Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+from trainer.step.transformed import Transform, origins_of, transformed
+from trainer.step.weightless import (
+    Weighing,
+    alive_rows,
+    compute_only_needed,
+    with_living_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +103,10 @@ class TaskRunner:
             name: jnp.zeros((kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.held)
             for name, kept in unsent.items()
         }
-        made = self._transformed({**fields, **zeros}, hidden)
+        made = transformed(self.transforms, {**fields, **zeros}, hidden)
         origins = {}
         if zeros or is_recording():
-            origins = self._origins({**fields, **zeros}, hidden)
+            origins = origins_of(self.transforms, {**fields, **zeros}, hidden)
         missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
         return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
 
@@ -120,37 +115,6 @@ class TaskRunner:
         kept = [each for each in self.kept if each.name not in fields]
         hidden = {each.name: HostField(each) for each in kept if each.held is None}
         return hidden, {each.name: each for each in kept if each.held is not None}
-
-    def _transformed(self, fields: Mapping[str, Any], hidden: dict[str, Any]) -> dict[str, Any]:
-        seen: Mapping[str, Any] = {**fields, **hidden}
-        for transform in self.transforms:
-            with naming_host_fields(hidden):
-                seen = transform(Batch(seen, f'the device transform {transform}', passing=True))
-        return dict(seen)
-
-    def _origins(
-        self, fields: Mapping[str, Any], hidden: dict[str, Any]
-    ) -> dict[str, frozenset[str]]:
-        """Returns which fields of the loader's batch each transformed one is computed from."""
-
-        def run(fields: Mapping[str, Any]) -> dict[str, Any]:
-            made = self._transformed(fields, hidden)
-            return {name: x for name, x in made.items() if not isinstance(x, HostField)}
-
-        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
-        closed, outputs = jax.make_jaxpr(run, return_shape=True)(shapes)
-        named = zip(closed.jaxpr.invars, sorted(fields), strict=True)
-        of = {id(x): frozenset({name}) for x, name in named}
-        nothing: frozenset[str] = frozenset()
-        for equation in closed.jaxpr.eqns:
-            mixed = nothing.union(*(of.get(id(x), nothing) for x in equation.invars))
-            of.update({id(x): mixed for x in equation.outvars})
-        origins: dict[str, frozenset[str]] = {}
-        paths = jax.tree_util.tree_leaves_with_path(outputs)
-        for (path, _), x in zip(paths, closed.jaxpr.outvars, strict=True):
-            name = path[0].key
-            origins[name] = origins.get(name, nothing) | of.get(id(x), nothing)
-        return origins
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
         """Returns the task's output with `weights` always set, and 0 where a row is padding.
@@ -174,11 +138,11 @@ class TaskRunner:
                 return output
             back()
         note_weights()
-        output, _ = self._run(model, _with_living_rows(fields, _is_alive(weighing.counted)))
+        output, _ = self._run(model, with_living_rows(fields, alive_rows(weighing.counted)))
         metrics = output.metrics if weighing.metrics is None else weighing.metrics
         return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
 
-    def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, _Weighing | None]:
+    def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
         """Returns the task's output with weights, and what these are if the task gives any."""
         seen = self.prepared(batch)
         with naming_host_fields(seen):
@@ -195,15 +159,17 @@ class TaskRunner:
             values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
             by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
             weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
-            counted = [weights[name] for name in {**dict.fromkeys(loss), **by_name}]
-            # Metrics whose weights are left out count all rows, also those of no loss.
+            # A loss whose weights are left out counts all rows.
+            given = given if set(loss) <= set(by_name) else None
+            counted = [weights[name] for name in by_name]
+            # And so do metrics: theirs are those of the first run.
             metrics = None if METRIC_WEIGHTS in by_name else dict(output.metrics)
         output = dataclasses.replace(output, weights=weights)
         # A task may make rows of its own, such as one for each token, of which nothing is known.
         rows = {x.shape[0] for x in plain(batch).values()}
         if given is None or any({*jnp.shape(x)[:1]} != rows for x in counted):
             return output, None
-        return output, _Weighing(weights, tuple(counted), metrics)
+        return output, Weighing(weights, tuple(counted), metrics)
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns accumulators that have seen nothing, for outputs like this (abstract) one."""
@@ -234,46 +200,6 @@ def _set_weights(given: Any, loss: jax.Array, mask: jax.Array | None) -> jax.Arr
     if mask is not None:
         weights = weights * broadcast_weights(mask, weights.shape)
     return jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
-
-
-@flax.struct.dataclass
-class _Weighing:
-    """What is used of a task's first run.
-
-    Attributes:
-        weights: as in a `TaskOutput`, set.
-        counted: those by which a row counts or not.
-        metrics: those of the output, where they count all rows; or else None.
-    """
-
-    weights: Any
-    counted: tuple[jax.Array, ...]
-    metrics: Any
-
-
-def _is_alive(weights: Sequence[jax.Array]) -> jax.Array:
-    """Returns which rows have a weight that is not 0, bool (batch,)."""
-    counts = [(x != 0).reshape(x.shape[0], -1).any(-1) for x in weights]
-    return jnp.stack(counts).any(0)
-
-
-def _with_living_rows(fields: Mapping[str, Any], is_alive: jax.Array) -> dict[str, Any]:
-    """Returns the batch with the first row that counts in the place of those that do not.
-
-    Not with zeros, by whose norm a model might divide; zeros only where no row counts.
-    """
-    rows = jnp.arange(is_alive.shape[0])
-    # No argmax, for which every device would be sent all of it.
-    chosen = rows == jnp.where(is_alive, rows, len(rows)).min()
-
-    def safe(x: Any) -> jax.Array:
-        shape = (-1, *(1,) * (x.ndim - 1))
-        # A masked sum and no index: rows that are spread over devices stay where they are.
-        alone = jnp.where(chosen.reshape(shape), x, jnp.zeros((), x.dtype))
-        row = alone.any(0) if x.dtype == bool else alone.sum(0, dtype=x.dtype)
-        return jnp.where(is_alive.reshape(shape), x, row)
-
-    return {name: x if name == MASK else safe(x) for name, x in fields.items()}
 
 
 def inverse(weight: jax.Array) -> jax.Array:
