@@ -353,7 +353,7 @@ def test_weights_of_another_length_are_an_error() -> None:
         return TaskOutput(loss=model(batch['x'])[:, 0], weights=batch['weight'][1:])
 
     with pytest.raises(ValueError, match=r'weights of shape \(15,\) do not fit values of shape'):
-        programs(task)
+        _ = programs(task).step
 
 
 def test_weights_must_fit() -> None:
