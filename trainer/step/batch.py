@@ -118,7 +118,8 @@ class Batch(dict[str, Any]):
         names = self._origins.get(name, frozenset())
         if isinstance(value, HostField):
             if not self._passing:
-                raise value.error(self._reader)
+                rest = [n for n, x in dict.items(self) if not isinstance(x, HostField)]
+                raise value.error(self._reader, tuple(rest))
             names = frozenset({value.name})
         if (reads := _reads.get()) is not None:
             reads.names |= names

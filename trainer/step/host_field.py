@@ -65,15 +65,20 @@ class HostField:
         """Number of values of a global batch."""
         return math.prod(self.shape)
 
-    def error(self, reader: str = '') -> HostFieldError:
-        """Returns what is said where something computes with it."""
+    def error(self, reader: str = '', others: tuple[str, ...] = ()) -> HostFieldError:
+        """Returns what is said where something computes with it.
+
+        Args:
+            reader: what does.
+            others: names of the fields that devices can hold, where they are known.
+        """
         reads = f'{reader} reads batch[{self.name!r}], and ' if reader else ''
         return HostFieldError(
             self.name,
             f'{reads}no device can hold what the batch has in {self.name!r} of {self.dtype}. Make '
             "numbers of it in the data's `transforms`, or do not read it: what nothing reads stays "
-            'on the host, and `predict` may return it as it is. To leave it out altogether, name '
-            "the fields that stay in {'target': 'data.transforms:Keep', 'keys': (...)}",
+            'on the host, and `predict` may return it as it is. To leave it out altogether: '
+            f"{{'target': 'data.transforms:Keep', 'keys': {others or '(...)'}}}",
         )
 
     def __repr__(self) -> str:
