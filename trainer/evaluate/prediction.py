@@ -59,9 +59,14 @@ class Prediction:
                     if error.name not in opaque:
                         raise
                     opaque = opaque - {error.name}
-                except Exception:
+                except Exception as error:
                     # What libraries say of an object that they do not know comes in many forms.
                     if not opaque & reads.names:
+                        if text := sorted(reads.names - fields.sent):
+                            error.add_note(
+                                f'predict can only return {", ".join(text)} of the batch as it is: '
+                                'no device can hold it'
+                            )
                         raise
                     opaque = opaque - reads.names
         sent = sent.only(reads.names)

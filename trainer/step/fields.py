@@ -121,9 +121,10 @@ class Fields:
         is_real = ids[tuple(places[:, : ids.ndim].T)] >= 0
         place = tuple(places[is_real.argmax()])
         limits = np.iinfo(to) if to.kind in 'iu' else np.finfo(to)
+        how = ' (an id or a hash of 64 bits as two fields of 32)' if to.kind in 'iu' else ''
         raise UserError(
             f'{self.where}: the field {name!r} of example {ids[place[: ids.ndim]]} holds '
             f'{x[place]}, and devices hold {x.dtype} as {to}, from {limits.min} to {limits.max}. '
-            "Make it fit in the data's `transforms` (an id or a hash of 64 bits as two fields of "
-            '32), or do not read it in the task: what nothing reads stays on the host as it is'
+            f"Make it fit in the data's `transforms`{how}, or do not read it in the task: what "
+            'nothing reads stays on the host as it is'
         )
