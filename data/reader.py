@@ -16,6 +16,9 @@ from .sources import Arrays
 # Of each field, for an example's number: enough to tell examples apart, and cheap for images.
 _MOST_HASHED = 4096
 
+# Kinds of dtypes whose values have no width of their own, and what they are called.
+_TEXT = {'U': 'text', 'S': 'bytes', 'O': 'object'}
+
 
 class Reader:
     """The part of a stream that one of several readers takes.
@@ -141,7 +144,16 @@ def stack(examples: Sequence[Arrays]) -> Arrays:
                 f'a batch needs examples of one shape; the stream gave {_told(first)}, and then '
                 f'{_told(example)}. Pack, pad or cut them in a stage (data.stages)'
             )
-    return {name: np.stack([example[name] for example in examples]) for name in first}
+    return {name: _stacked([example[name] for example in examples]) for name in first}
+
+
+def _stacked(values: list[Any]) -> np.ndarray:
+    if isinstance(values[0], np.ndarray | np.generic):
+        return np.stack(values)
+    objects = np.empty(len(values), object)
+    for row, value in enumerate(values):  # Not at once: numpy would look into lists.
+        objects[row] = value
+    return objects
 
 
 def numbers(arrays: Arrays) -> np.ndarray:
@@ -151,14 +163,28 @@ def numbers(arrays: Arrays) -> np.ndarray:
     for row in range(rows):
         value = 0
         for name in sorted(arrays):
-            flat = np.ascontiguousarray(arrays[name][row]).reshape(-1)
-            value = zlib.crc32(flat[: -(-_MOST_HASHED // flat.itemsize)].tobytes(), value)
+            value = zlib.crc32(_content(np.asarray(arrays[name][row])), value)
         found[row] = value
     return found
 
 
+def _content(x: np.ndarray) -> bytes:
+    """Returns up to so many bytes of a value, the same in any batch."""
+    if x.dtype.kind in _TEXT:  # Whose width is that of the longest one in the batch.
+        return repr(x.tolist()).encode()[:_MOST_HASHED]
+    flat = np.ascontiguousarray(x).reshape(-1)
+    return flat[: -(-_MOST_HASHED // flat.itemsize)].tobytes()
+
+
 def _told(example: Arrays) -> str:
-    return ', '.join(f'{name}: {x.dtype}{list(x.shape)}' for name, x in sorted(example.items()))
+    return ', '.join(f'{name}: {_kind(x)}' for name, x in sorted(example.items()))
+
+
+def _kind(x: Any) -> str:
+    """Returns dtype and shape; text of any length is of one dtype."""
+    if not isinstance(x, np.ndarray | np.generic):
+        return 'object[]'
+    return f'{_TEXT.get(x.dtype.kind, x.dtype)}{list(x.shape)}'
 
 
 def _number(value: Any) -> Any:

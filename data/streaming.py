@@ -269,6 +269,11 @@ class StreamEvalLoader(_Loader):
         super().__init__(pipeline, transforms, max(batch_size, padded_to or 0), seed=0)
         self.rows = self._rows
 
+    @property
+    def spec(self) -> dict[str, ArraySpec]:
+        """Shape (batch dimension first) and dtype of each array of a global batch."""
+        return {**super().spec, MASK: ArraySpec((self._rows,), np.dtype(bool))}
+
     def block(self, start: int, count: int, rows: Rows = ALL) -> Block:
         """Returns the batches [start, start + count), `_mask` among the arrays.
 
@@ -294,10 +299,10 @@ class StreamEvalLoader(_Loader):
         examples = [x for x in (reader.next() for _ in held) if x is not None]
         real = len(examples)
         ids = np.full(len(held), PADDING)
-        batch = {name: np.repeat(x, len(held), axis=0) for name, x in self.first.items()}
+        batch = {name: np.repeat(x, len(held) - real, axis=0) for name, x in self.first.items()}
         if examples:
             read = self._batch(examples, self._position * self._rows + held[:real])
             ids[:real] = numbers(read)
-            for name, x in read.items():
-                batch[name][:real] = x
+            # Not written into rows of the first example: its text may be the shorter one.
+            batch = {name: np.concatenate([x, batch[name]]) for name, x in read.items()}
         return {**batch, MASK: ids != PADDING}, ids

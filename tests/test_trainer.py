@@ -52,6 +52,10 @@ class Torn:
         }
 
 
+def read_captions(model: Any, batch: Any) -> Any:
+    return model(batch['image'])[:, 0] + batch['caption']
+
+
 class Captioned(Torn):
     """A source with a field of text."""
 
@@ -191,12 +195,18 @@ def test_an_error_of_the_source_arrives_with_its_own_traceback() -> None:
 
 
 def test_a_field_of_text_is_named() -> None:
+    """Only where something reads it."""
     captioned = {'target': f'{__name__}:Captioned', 'bad': -1}
-    with pytest.raises(UserError, match=r"the batch has in 'caption' of <U7.*'image', 'label'"):
-        trainer_in(None, data__source=captioned).fit()
+    reading = {'ref': f'{__name__}:read_captions'}
+    says = r"config.data: the task reads .* 'caption' of <U7.*'image', 'label'"
+    with pytest.raises(UserError, match=says):
+        trainer_in(None, data__source=captioned, task=reading).fit()
     split = {'evals__test__data__source': captioned}
     with pytest.raises(UserError, match=r"config.evals.test: .* 'caption' of <U7"):
-        trainer_in(None, **split).fit()
+        trainer_in(None, **split, evals__test__task=reading).fit()
+    trainer = trainer_in(None, data__source=captioned, **split)
+    assert trainer.fit().status == 'finished'
+    assert trainer.programs.fields.sent == {'image', 'label'}
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

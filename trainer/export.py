@@ -25,11 +25,11 @@ from jax.sharding import AxisType
 
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
-from trainer.evaluate.step import EMA, EvalStep
+from trainer.evaluate.prediction import Prediction
+from trainer.evaluate.step import EMA
 from trainer.observe.table import nbytes
 from trainer.parallel.host import fetch
 from trainer.parallel.sharding import named_axes
-from trainer.startup import abstract_batch
 from trainer.step.state import TrainState
 from trainer.step.task_runner import MASK
 from trainer.transfer import safetensors
@@ -80,12 +80,23 @@ def write(
         UserError: if the task has no predictions, or the directory cannot be written.
     """
     check_alone()
-    evaluator.check_predicts()
+    prediction = evaluator.prediction(state)
     variables = fetch(evaluator.variables(state))
     kept = {name: tree for name, tree in variables.items() if name != EMA}
     within = nbytes(kept) <= most_within
-    predict = _Predict(evaluator.step, int(state.step), variables if within else None)
-    spec = {n: s for n, s in abstract_batch(evaluator.loader.spec).items() if n != MASK}
+    predict = _Predict(prediction, int(state.step), variables if within else None)
+    spec = {n: s for n, s in prediction.fields.shapes.items() if n != MASK}
+    if not spec:
+        raise UserError(
+            f'config.evals.{evaluator.name}: predict computes nothing from the batch, so there is '
+            'no function to export'
+        )
+    if prediction.passed:
+        _log.warning(
+            'left out of the exported function, because predict only passes on what the caller '
+            'has: %s',
+            ', '.join(sorted(prediction.passed)),
+        )
     # Of one device: what the model says of a larger mesh is not for those who call the function.
     alone = jax.make_mesh(
         (1,) * len(axes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes),
@@ -122,8 +133,10 @@ def check_alone() -> None:
 class _Predict:
     """The predictions of a batch, of some of its fields: the rest is not looked at."""
 
-    def __init__(self, step: EvalStep, count: int, variables: Any, unused: Fields | None = None):
-        self.step, self.count, self.variables = step, count, variables
+    def __init__(
+        self, prediction: Prediction, count: int, variables: Any, unused: Fields | None = None
+    ):
+        self.prediction, self.count, self.variables = prediction, count, variables
         self.unused = unused or {}
 
     def __call__(self, *args: Any) -> dict[str, jax.Array]:
@@ -133,11 +146,11 @@ class _Predict:
         rows = next(iter(batch.values())).shape[0]
         fill = {n: jnp.zeros((rows, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
         whole = {**batch, **fill, MASK: jnp.ones(rows, bool)}
-        outputs = self.step.predict(variables, jnp.int32(self.count), jnp.int32(0), whole)
+        outputs = self.prediction(variables, jnp.int32(self.count), jnp.int32(0), whole)
         return {name: x for name, x in outputs.items() if name != MASK}
 
     def without(self, unused: Fields) -> _Predict:
-        return _Predict(self.step, self.count, self.variables, unused)
+        return _Predict(self.prediction, self.count, self.variables, unused)
 
 
 def _exported(

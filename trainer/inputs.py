@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from trainer.config import targets
 from trainer.config.durations import Duration
 from trainer.config.errors import UserError
@@ -97,7 +99,7 @@ def fingerprint(loader: Any) -> dict[str, Any]:
     else:
         first = {k: x[0] for k, x in loader.block(0, 1, rows=slice(0, 1)).arrays.items()}
     told = {
-        name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(x.tobytes()):08x}' for name, x in first.items()
+        name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(_content(x)):08x}' for name, x in first.items()
     }
     return {'examples': loader.examples, 'first example': told}
 
@@ -114,6 +116,11 @@ def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     if fields:
         changes.append(f'the first example differs in {", ".join(fields)}')
     return changes
+
+
+def _content(x: np.ndarray) -> bytes:
+    # The bytes of an array of objects are addresses, which differ from process to process.
+    return repr(x.tolist()).encode() if x.dtype.hasobject else x.tobytes()
 
 
 def device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:

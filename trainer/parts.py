@@ -91,10 +91,9 @@ class Parts:
         train_step: TrainStep | EnsembleStep = member
         if experiment.ensemble is not None:
             train_step = EnsembleStep.of(member, experiment.ensemble, self.mesh)
-        spec = startup.abstract_batch(experiment.data.spec)
         programs = Programs(
             train_step,
-            spec,
+            experiment.data.spec,
             self.mesh,
             sharding=experiment.sharding,
             fused=experiment.steps_per_call,
@@ -103,6 +102,7 @@ class Parts:
         combinations.check(experiment.optimizer, opt_state, ema=experiment.ema_decay is not None)
         combinations.warn_of_eval_point(experiment.optimizer, opt_state)
         startup.warn_of_slices(experiment, programs.abstract)
+        startup.warn_of_rows_that_do_not_count(programs)
         startup.warn_of_idle_axes(experiment, programs.abstract, self.mesh)
         return programs
 
@@ -201,6 +201,7 @@ class Parts:
             calls,
             self.mesh,
             batch_size,
+            fields=self.programs.fields,
             start=start,
             depth=self.experiment.prefetch,
             release=getattr(data, 'close', None),  # A loader may have threads or processes to end.

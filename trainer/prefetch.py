@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.parallel.mesh import ProcessRows, batch_sharding
+from trainer.step.fields import Fields
 
 # One gather serves many steps, because what costs is Python's work per call. A block that outgrows
 # the cores' caches costs more than it saves; for one that takes long the loop waits, and `close`.
@@ -58,6 +59,8 @@ class Prefetcher:
         sharding: NamedSharding,
         *,
         rows: ProcessRows | None = None,
+        fields: Fields | None = None,
+        host: Sequence[str] = (),
         start: int = 0,
         depth: int = 2,
         release: Callable[[], None] | None = None,
@@ -69,6 +72,8 @@ class Prefetcher:
             calls: the number of steps of each item, in order; its end is the end of the iteration.
             sharding: where the arrays of one step go.
             rows: which rows of a global batch a block holds, if not all.
+            fields: those that go to the devices; None for all that a block holds.
+            host: names of fields that `on_host` returns.
             start: position of the first batch.
             depth: number of blocks that are kept ready.
             release: called by `close` when no block is asked for any more.
@@ -79,6 +84,9 @@ class Prefetcher:
         self._release = release
         self._sharding = sharding
         self.rows = rows
+        self._fields = fields
+        self._host = tuple(host)
+        self._kept: list[tuple[int, int, dict[str, np.ndarray]]] = []
         # The memory of a lone CPU device is the host's: the compiled call reads numpy arrays as
         # they are, and a transfer of each would only take the interpreter's lock from the loop.
         devices = sharding.mesh.devices
@@ -102,24 +110,24 @@ class Prefetcher:
         *,
         start: int = 0,
         depth: int = 2,
-        release: Callable[[], None] | None = None,
+        **options: Any,
     ) -> Prefetcher:
         """Returns the batches of a loader, of which each process reads what its devices hold.
 
         Args:
             block: of a loader: `block(start, count, rows=...)`.
-            calls: as in the constructor, like `start`, `depth` and `release`.
+            calls: as in the constructor, like `start`, `depth` and the options.
             mesh: the device mesh.
             batch_rows: rows of a global batch.
             start: position of the first batch.
             depth: number of blocks that are kept ready.
-            release: called by `close` when no block is asked for any more.
+            **options: `fields`, `host` and `release`.
         """
         sharding, rows = batch_sharding(mesh), None
         if jax.process_count() > 1:
             rows = ProcessRows.of(mesh, batch_rows)
             block = functools.partial(block, rows=rows.held)
-        return cls(block, calls, sharding, rows=rows, start=start, depth=depth, release=release)
+        return cls(block, calls, sharding, rows=rows, start=start, depth=depth, **options)
 
     def __iter__(self) -> Iterator[tuple[int, Batch]]:
         return self._batches
@@ -148,6 +156,18 @@ class Prefetcher:
         self._handed_out = kept
         return taken
 
+    def on_host(self, position: int) -> dict[str, np.ndarray]:
+        """Returns the fields that were asked for of a batch, as its block has them: (rows, ...).
+
+        Args:
+            position: of a batch that was handed out; those before it are let go.
+        """
+        if not self._host:
+            return {}
+        self._kept = [each for each in self._kept if each[1] > position]
+        start, _, arrays = self._kept[0]
+        return {name: x[position - start] for name, x in arrays.items()}
+
     def close(self) -> None:
         """Ends the iteration, and the thread as soon as it is done with its block; waits for it."""
         self._stopped.set()
@@ -171,8 +191,10 @@ class Prefetcher:
                 return
             if isinstance(item, BaseException):
                 raise item
-            start, ids, states, batches = item
+            start, ids, states, kept, batches = item
             self._handed_out.append((start, ids, states))
+            if self._host:
+                self._kept.append((start, start + len(ids), kept))
             if not self._thread.ident:
                 cost.add(waited, time.thread_time() - worked, len(ids))
                 if cost.is_high:
@@ -201,7 +223,11 @@ class Prefetcher:
             block = self._block(start, steps)
             in_time = _BLOCK_SECS * steps / max(time.perf_counter() - began, 1e-9)
             states = getattr(block, 'states', None) or ()
-            yield start, block.ids, states, self._place(block.arrays, counts)
+            kept = {name: block.arrays[name] for name in self._host}
+            arrays = block.arrays
+            if self._fields is not None:
+                arrays = self._fields.placed(arrays, block.ids)
+            yield start, block.ids, states, kept, self._place(arrays, counts)
             start += steps
             fitting = min(_BLOCK_BYTES // _batch_bytes(block), int(in_time))
             limit = min(2 * limit, _BLOCK_STEPS, max(1, fitting))

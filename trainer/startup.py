@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -19,35 +18,14 @@ from trainer.modules.bound import param_path
 from trainer.observe.table import bytes_per_device, human_bytes, parameter_table
 from trainer.parallel.mesh import BATCH_AXES, batch_shards
 from trainer.parallel.sharding import logical_rules
+from trainer.step.fields import MASK
+from trainer.step.program import Programs
 from trainer.step.state import TrainState
 
 if TYPE_CHECKING:
     from trainer.parts import Parts
 
 _log = logging.getLogger('trainer')
-
-# Kinds of numpy dtypes: objects, bytes, text, dates and durations.
-_NOT_NUMBERS = 'OSUMm'
-
-
-def abstract_batch(spec: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns a loader's spec as JAX shapes, in the dtypes that the devices will hold.
-
-    Raises:
-        UserError: naming fields that no device can hold, such as text.
-    """
-    foreign = [f'{n!r} of {s.dtype}' for n, s in spec.items() if s.dtype.kind in _NOT_NUMBERS]
-    if foreign:
-        kept = [n for n, s in spec.items() if s.dtype.kind not in _NOT_NUMBERS]
-        raise UserError(
-            f'no device can hold what the batch has in {" and ".join(foreign)}. Make numbers of it '
-            "in the data's `transforms`, or leave it out with "
-            f"{{'target': 'data.transforms:Keep', 'keys': {tuple(kept)}}}"
-        )
-    return {
-        name: jax.ShapeDtypeStruct(s.shape, jax.dtypes.canonicalize_dtype(s.dtype))
-        for name, s in spec.items()
-    }
 
 
 def check_batch(experiment: Experiment, shards: int) -> None:
@@ -74,6 +52,23 @@ def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
             'the model has batch statistics and config.accumulate=%d: each slice is normalised by '
             'its own, so the update is not quite that of the whole batch',
             experiment.accumulate,
+        )
+
+
+def warn_of_rows_that_do_not_count(programs: Programs) -> None:
+    """Says that batch statistics count rows whose weight is 0, where there may be some."""
+    if 'batch_stats' not in programs.abstract.collections:
+        return
+    why = []
+    if MASK in programs.fields.sent:
+        why.append("config.data.remainder='pad'")
+    if programs.task.is_weighted:
+        why.append('a task that returns weights')
+    if why:
+        _log.warning(
+            'the model has batch statistics, and rows may not count (%s): in the statistics such a '
+            'row counts as one more of a row that does',
+            ' and '.join(why),
         )
 
 
@@ -204,7 +199,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def explain_out_of_memory(parts: Parts, error: Exception) -> str:
     """Returns what fills a device's memory, and what would help."""
-    state, spec = parts.programs.abstract, parts.experiment.data.spec
+    state, spec = parts.programs.abstract, parts.programs.fields.shapes
     batch = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec.values())
     lines = [
         'the device is out of memory.',

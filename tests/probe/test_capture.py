@@ -25,7 +25,6 @@ from trainer.probe import measures
 from trainer.probe.capture import Captures
 from trainer.probe.forward import Forward
 from trainer.probe.gradients import of_next_step
-from trainer.startup import abstract_batch
 from trainer.trainer import Trainer
 
 EVERYTHING = {'all': {'match': '.*', 'what': ('summary', 'histogram', 'file')}}
@@ -198,7 +197,7 @@ def test_what_is_not_due_is_not_measured(tmp_path: pathlib.Path) -> None:
     run = Trainer(made, str(tmp_path))
     state = run.init_state()
     captures = Captures(made.captures, Forward.of(made, run.mesh), None)
-    batch = abstract_batch(made.data.spec)
+    batch = run.programs.fields.shapes
 
     def names(due: list[str]) -> str:
         measure = captures._measuring([made.captures[name] for name in due])

@@ -12,7 +12,6 @@ import pytest
 from tests import command
 from tests.command import ROOT
 from tests.probe.models import build, linen, of_nnx
-from trainer import startup
 from trainer.experiment import Experiment, load_and_build
 from trainer.plan import flops
 from trainer.probe import modules
@@ -23,7 +22,7 @@ from trainer.trainer import Trainer
 
 def table(made: Experiment) -> dict[str, Row]:
     trainer = Trainer(made)
-    spec = startup.abstract_batch(made.data.spec)
+    spec = trainer.programs.fields.shapes
     forward = Forward.of(made, trainer.mesh)
     return {row.path: row for row in modules.rows(forward, trainer.programs.abstract, spec)}
 

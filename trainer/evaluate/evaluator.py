@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import operator
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
 from trainer.evaluate.ensemble import EnsembleEvalStep
+from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.experiment import Experiment
 from trainer.inputs import Evaluation
@@ -25,9 +27,11 @@ from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.prefetch import Prefetcher
-from trainer.startup import abstract_batch
+from trainer.step.batch import recording
 from trainer.step.checks import complain
+from trainer.step.fields import Fields
 from trainer.step.health import SIGNS
+from trainer.step.host_field import HostFieldError
 from trainer.step.measured import (
     Measured,
     check_computes,
@@ -90,6 +94,10 @@ class Evaluator:
         self._empty: Callable[[], Any] | None = None
         self._on_trial: Measured | None = None
         self.step = step
+        # What `prepare` finds out: the fields that are read, and the step for batches of these.
+        self._fields: Fields | None = None
+        self._counting = step
+        self._predicts: Prediction | None = None
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
         self._use_ema = use_ema
@@ -157,11 +165,18 @@ class Evaluator:
     def _output_shapes(self, state: TrainState) -> Any:
         shapes = None
         try:
-            shapes = abstract_batch(self.loader.spec)
-            with self._tracing():
+            fields = self._all_fields
+            shapes = fields.shapes
+            step, task = self.step, self.step.task
+            step = dataclasses.replace(step, task=task.without(fields.kept()))
+            with self._tracing(), recording() as reads:
                 # Whatever is evaluated has the shapes of the parameters.
                 variables = {**state.variables, EMA: state.average}
-                return self.step.output_shapes(variables, shapes)
+                output = step.output_shapes(variables, shapes)
+            self._fields = fields.only(reads.names)
+            task = task.without(self._fields.kept(), reads.weighted)
+            self._counting = dataclasses.replace(step, task=task)
+            return output
         except UserError as error:
             raise UserError(f'config.evals.{self.name}: {error}') from error
         except Exception as error:
@@ -170,6 +185,10 @@ class Evaluator:
                 batch = ', '.join(f'{name}: {describe(x)}' for name, x in shapes.items())
                 error.add_note(f'Its task {self.step.task.task!r} was called on the batch {batch}')
             raise
+
+    @functools.cached_property
+    def _all_fields(self) -> Fields:
+        return Fields.of(self.loader.spec, f'config.evals.{self.name}.data')
 
     def check_metric(self, name: str, path: str) -> None:
         """Checks that `run` will return a metric of this name; `prepare` must have been called.
@@ -213,7 +232,7 @@ class Evaluator:
             self.prepare(state)
         assert self._empty is not None
         variables, totals = self.variables(state), self._empty()
-        with self._batches(max_batches) as batches:
+        with self._batches(max_batches, fields=self._fields) as batches:
             for index, batch in self._until_the_end(batches):
                 if should_stop():
                     raise Stopped
@@ -240,18 +259,38 @@ class Evaluator:
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
         """Yields the task's predictions for each batch, without the padding.
 
+        A field of the batch that the task returns as it is comes back as the loader has it, also
+        text and integers of 64 bits.
+
         Raises:
             UserError: if the task has no method `predict`.
         """
-        self.check_predicts()
-        variables = self.variables(state)
-        with self._batches() as batches:
+        variables, prediction = self.variables(state), self.prediction(state)
+        host = tuple(set(prediction.passed.values()))
+        with self._batches(fields=prediction.fields, host=host) as batches:
             for index, batch in self._until_the_end(batches):
                 with self._tracing(), self._telling_its_mode():
                     outputs = self._predict(variables, state.step, np.int32(index), batch)
                 outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
-                yield {name: x[mask] for name, x in outputs.items()}
+                outputs.update(prediction.whole(batches.on_host(index), batches.rows))
+                yield {name: outputs[name][mask] for name in sorted(outputs)}
+
+    def prediction(self, state: TrainState) -> Prediction:
+        """Returns what `predict` does with a batch.
+
+        Raises:
+            UserError: if the task has no method `predict`, or computes with what no device holds.
+        """
+        self.check_predicts()
+        if self._predicts is None:
+            try:
+                with self._tracing(), self._telling_its_mode():
+                    variables = self.variables(state)
+                    self._predicts = Prediction.of(self.step, self._all_fields, variables)
+            except HostFieldError as error:
+                raise UserError(f'config.evals.{self.name}: {error}') from error
+        return self._predicts
 
     @contextlib.contextmanager
     def _telling_its_mode(self) -> Iterator[None]:
@@ -294,7 +333,7 @@ class Evaluator:
         name = f'the step of evaluation {self.name!r}'
         return Program(
             name,
-            self.step,
+            self._counting,
             args,
             tracing=self._tracing,
             donate_argnums=0,
@@ -303,14 +342,15 @@ class Evaluator:
 
     @functools.cached_property
     def _predict(self) -> Callable[..., Any]:
-        return jax.jit(self.step.predict, out_shardings=replicated(self._mesh))
+        assert self._predicts is not None
+        return jax.jit(functools.partial(self._predicts), out_shardings=replicated(self._mesh))
 
-    def _batches(self, most: int | None = None) -> Prefetcher:
+    def _batches(self, most: int | None = None, **options: Any) -> Prefetcher:
         known = [n for n in (self.loader.num_batches, most) if n is not None]
         calls = itertools.repeat(1, min(known)) if known else itertools.repeat(1)
         release = getattr(self.loader, 'close', None)
         return Prefetcher.on_mesh(
-            self.loader.block, calls, self._mesh, self.loader.rows, release=release
+            self.loader.block, calls, self._mesh, self.loader.rows, release=release, **options
         )
 
     def _until_the_end(self, batches: Prefetcher) -> Iterator[tuple[int, Any]]:

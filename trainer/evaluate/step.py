@@ -15,6 +15,7 @@ from trainer.modules.bound import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.checks import run_checks
 from trainer.step.health import SIGNS, Signs
+from trainer.step.host_field import naming_host_fields
 from trainer.step.metrics import Count
 from trainer.step.task_runner import MASK, TaskRunner, merge_metrics
 from trainer.step.tasks import TaskOutput
@@ -39,7 +40,8 @@ class EvalStep:
 
     def output_shapes(self, variables: Any, batch: Any) -> TaskOutput:
         """Returns the shapes of the task's output, from arrays or their shapes."""
-        return jax.eval_shape(self._output, variables, batch, 0, 0)
+        # A function of its own: what JAX has traced before would read nothing.
+        return jax.eval_shape(lambda *args: self._output(*args), variables, batch, 0, 0)
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, for outputs of these shapes."""
@@ -73,11 +75,16 @@ class EvalStep:
 
     def predict(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
-    ) -> dict[str, jax.Array]:
-        """Returns the task's predictions for all rows of a batch, and their mask."""
+    ) -> dict[str, Any]:
+        """Returns the task's predictions for all rows of a batch, and their mask.
+
+        A field that stays on the host is a `HostField` among them.
+        """
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
-        outputs = task.predict(self._bind(variables, keys), self.task.prepared(batch))
+        seen = self.task.prepared(batch, passing=True)
+        with naming_host_fields(seen):
+            outputs = task.predict(self._bind(variables, keys), seen)
         return {**outputs, MASK: batch[MASK]}
 
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:

@@ -95,6 +95,20 @@ class BoundModel(abc.ABC):
         """
         return self._calls.intermediates
 
+    def remember(self) -> Callable[[], None]:
+        """Returns a function that takes back what the calls from here on have left behind."""
+        calls, tap = self._calls, self._calls.tap
+        before = dataclasses.replace(calls, collections=dict(calls.collections))
+        back = None if tap is None else tap.remember()
+
+        def forget() -> None:
+            calls.collections = dict(before.collections)
+            calls.count, calls.intermediates = before.count, before.intermediates
+            if back is not None:
+                back()
+
+        return forget
+
     def attach(self, tap: Tap) -> None:
         """Lets a tap look into all calls from here on, those of the views included."""
         self._calls.tap = tap

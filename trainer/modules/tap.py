@@ -142,6 +142,20 @@ class Tap:
             flat.update(traverse_util.flatten_dict(dict(made)))
             self.perturbations = traverse_util.unflatten_dict(flat)
 
+    def remember(self) -> Callable[[], None]:
+        """Returns a function that takes back what is recorded from here on."""
+        found, sown, called = list(self.found), list(self.sown), dict(self.called)
+        perturbations, order = self.perturbations, self._order
+
+        def forget() -> None:
+            # The same objects: who reads them may have them already.
+            self.found[:], self.sown[:] = found, sown
+            self.called.clear()
+            self.called.update(called)
+            self.perturbations, self._order = perturbations, order
+
+        return forget
+
     def keep(self, intermediates: Mapping[str, Any]) -> dict[str, Any]:
         """Takes its own out of what a call has left, and returns the rest."""
         found, sown = {}, {}

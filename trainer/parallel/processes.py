@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import socket
 import sys
 import traceback
@@ -166,10 +167,14 @@ def gather(value: Any) -> list[Any]:
     """Returns the JSON value of every process, in their order; all of them must call it."""
     if jax.process_count() == 1:
         return [value]
-    text = json.dumps(value).encode()
-    longest = _gather(np.array([len(text)], np.uint32)).max()
-    padded = np.frombuffer(text.ljust(longest), np.uint8)
-    return [json.loads(row.tobytes()) for row in _gather(padded)]
+    return [json.loads(text) for text in _gather_bytes(json.dumps(value).encode())]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Returns the value of every process, such as arrays of any dtype; all of them must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    return [pickle.loads(content) for content in _gather_bytes(pickle.dumps(value))]
 
 
 def sum_over_processes(value: int) -> int:
@@ -178,6 +183,12 @@ def sum_over_processes(value: int) -> int:
         return value
     halves = _gather(np.array([value >> 32, value & 0xFFFFFFFF], np.uint32))
     return sum((int(high) << 32) + int(low) for high, low in halves) % 2**64
+
+
+def _gather_bytes(content: bytes) -> list[bytes]:
+    sizes = _gather(np.array([len(content)], np.uint32))[:, 0]
+    padded = np.frombuffer(content.ljust(sizes.max()), np.uint8)
+    return [row[:size].tobytes() for row, size in zip(_gather(padded), sizes, strict=True)]
 
 
 def _gather(row: np.ndarray) -> np.ndarray:

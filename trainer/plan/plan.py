@@ -84,7 +84,7 @@ def make(parts: Parts) -> Plan:
     experiment, programs = parts.experiment, parts.programs
     startup.check_batch(experiment, batch_shards(parts.mesh))
     state, mesh = programs.abstract, dict(parts.mesh.shape)
-    shards, spec = batch_shards(parts.mesh), experiment.data.spec
+    shards, spec = batch_shards(parts.mesh), programs.fields.shapes
     step = programs.step
     found, complete = collectives.find(step.ready().as_text() or '', mesh)
     kinds = {

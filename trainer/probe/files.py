@@ -10,17 +10,23 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
+from trainer.config.errors import UserError
+
 
 def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
     """Writes the file, whole or not at all, and returns its bytes.
 
-    Unlike `numpy.savez` it takes any name, and any kind of path.
+    Unlike `numpy.savez` it takes any name, and any kind of path. Objects that are all text or all
+    bytes are written as numpy's own text or bytes, which `numpy.load` reads without `allow_pickle`.
+
+    Raises:
+        UserError: for an array of other objects.
     """
     content = io.BytesIO()
     with zipfile.ZipFile(content, 'w') as file:
         for name, array in arrays.items():
             with file.open(f'{name}.npy', 'w', force_zip64=True) as entry:
-                np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
+                np.lib.format.write_array(entry, _plain(name, array), allow_pickle=False)
     temporary = path.parent / f'.{path.name}.tmp'
     try:
         temporary.write_bytes(content.getbuffer())
@@ -29,3 +35,21 @@ def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
         temporary.unlink(missing_ok=True)
         raise
     return content.getbuffer().nbytes
+
+
+def _plain(name: str, array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    if not array.dtype.hasobject:
+        return array
+    items = array.ravel().tolist()
+    for kind in (str, bytes):
+        if all(type(item) is kind for item in items):
+            # Padded with zeros, so those at an end of an item would be lost.
+            written = np.array(items, kind).reshape(array.shape)
+            if written.ravel().tolist() == items:
+                return written
+    kinds = ', '.join(sorted({type(item).__name__ for item in items}))
+    raise UserError(
+        f'{name!r} holds objects of Python ({kinds}), and a file holds arrays of numbers or of '
+        'text. Make text of them, such as JSON, in the `transforms` of the data'
+    )

@@ -48,11 +48,17 @@ class Forward:
     sharding: tuple[Rule, ...]
 
     @classmethod
-    def of(cls, experiment: Experiment, mesh: Mesh) -> Forward:
-        """Returns the forward pass of an experiment's train step."""
+    def of(cls, experiment: Experiment, mesh: Mesh, task: TaskRunner | None = None) -> Forward:
+        """Returns the forward pass of an experiment's train step.
+
+        Args:
+            experiment: what is trained.
+            mesh: the device mesh.
+            task: the experiment's, for batches some of whose fields stay on the host.
+        """
         return cls(
             model=experiment.model,
-            task=experiment.task,
+            task=task or experiment.task,
             seed=experiment.seed,
             accumulate=experiment.accumulate,
             mesh=mesh,

@@ -57,7 +57,8 @@ def of_next_step(parts: Parts, state: TrainState, match: Sequence[str] = ()) -> 
         data.restore(step, None)
     with parts.batches(step, [1]) as batches:
         (_, batch), *_ = batches
-        return gradients(Forward.of(parts.experiment, parts.mesh), state, batch, match)
+        forward = Forward.of(parts.experiment, parts.mesh, parts.programs.task)
+        return gradients(forward, state, batch, match)
 
 
 def gradients(

@@ -16,7 +16,6 @@ from trainer.observe.table import count
 from trainer.plan import flops
 from trainer.probe.forward import Batch, Forward
 from trainer.probe.measures import floats
-from trainer.startup import abstract_batch
 from trainer.step.ensemble import member_state
 from trainer.step.state import TrainState
 
@@ -50,8 +49,8 @@ class Row:
 
 def describe(parts: Parts) -> str:
     """Returns the table of an experiment's model, or of one member of an ensemble."""
-    spec = abstract_batch(parts.experiment.data.spec)
-    forward = Forward.of(parts.experiment, parts.mesh)
+    spec = parts.programs.fields.shapes
+    forward = Forward.of(parts.experiment, parts.mesh, parts.programs.task)
     if parts.experiment.ensemble is None:
         return table(rows(forward, parts.programs.abstract, spec))
     one = jax.eval_shape(lambda state: member_state(state, 0), parts.programs.abstract)

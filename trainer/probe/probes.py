@@ -16,7 +16,6 @@ from trainer.probe.forward import Batch, Forward
 from trainer.probe.guard import Guard
 from trainer.probe.replay import Look, Replay
 from trainer.probe.watch import Watch
-from trainer.startup import abstract_batch
 from trainer.step.state import TrainState
 
 if TYPE_CHECKING:
@@ -43,8 +42,8 @@ class Probes:
             UserError: for a pattern that matches nothing.
         """
         if self._captures is not None:
-            spec = abstract_batch(self._parts.experiment.data.spec)
-            self._captures.prepare(self._parts.programs.abstract, spec)
+            programs = self._parts.programs
+            self._captures.prepare(programs.abstract, programs.fields.shapes)
 
         if self._watch is not None:
             _ = self._parts.programs.sweep
@@ -127,7 +126,8 @@ class Probes:
 
     @functools.cached_property
     def _forward(self) -> Forward:
-        return Forward.of(self._parts.experiment, self._parts.mesh)
+        parts = self._parts
+        return Forward.of(parts.experiment, parts.mesh, parts.programs.task)
 
     @functools.cached_property
     def _captures(self) -> Captures | None:

@@ -22,7 +22,6 @@ from trainer.parallel.mesh import batch_shards
 from trainer.prefetch import Prefetcher
 from trainer.probe.explain import each_finite, explain, flags
 from trainer.probe.forward import Batch, Forward
-from trainer.startup import abstract_batch
 from trainer.step.checks import Check
 from trainer.step.context import default_step
 from trainer.step.ensemble import member_state
@@ -136,7 +135,7 @@ class Look:
         state = self._parts.programs.abstract
         if self._parts.experiment.ensemble is not None:
             state = jax.eval_shape(lambda stacked: member_state(stacked, 0), state)
-        spec = abstract_batch(self._parts.experiment.data.spec)
+        spec = self._parts.programs.fields.shapes
 
         def run(state: TrainState, batch: Batch) -> TaskOutput:
             return self._forward(Tap(), state, batch, slices=1)[0]
@@ -160,7 +159,7 @@ class Look:
             return {}  # A step of the user's own has gradients of its own.
         gradients = Gradients(
             model=experiment.model,
-            task=experiment.task,
+            task=self._forward.task,
             optimizer=experiment.optimizer,
             seed=experiment.seed,
             accumulate=experiment.accumulate,
@@ -175,4 +174,5 @@ def read_again(parts: Parts, start: int, stop: int) -> Prefetcher:
     rows = parts.experiment.clock.batch_size
     calls = itertools.repeat(1, stop - start)
     block = parts.experiment.data.block
-    return Prefetcher.on_mesh(block, calls, parts.mesh, rows, start=start)
+    fields = parts.programs.fields
+    return Prefetcher.on_mesh(block, calls, parts.mesh, rows, fields=fields, start=start)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
+from trainer.step.batch import plain
 from trainer.step.checks import run_checks
 from trainer.step.health import SIGNS, Signs
 from trainer.step.metrics import WeightedMean
@@ -72,6 +73,7 @@ class Gradients:
         halves are float32, for what a loss scale has kept would vanish again in float16; those of
         complex parameters point uphill, which is the conjugate of what JAX returns.
         """
+        batch = plain(batch)
         scale = jnp.ones((), jnp.float32) if state.loss_scale is None else state.loss_scale.scale
         if self.accumulate == 1:
             whole = self._forward(state, batch, 0)

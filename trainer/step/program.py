@@ -22,8 +22,12 @@ from trainer.config.errors import UserError
 from trainer.modules.nnx_bridge import names_for_rules
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
 from trainer.parallel.sharding import Rule, named_axes, param_specs
+from trainer.step.batch import plain, recording
 from trainer.step.ensemble import EnsembleStep
+from trainer.step.fields import Fields
+from trainer.step.host_field import HostFieldError, Kept
 from trainer.step.state import TrainState, changes, describe
+from trainer.step.task_runner import TaskRunner
 from trainer.step.train_step import TrainStep
 
 _log = logging.getLogger('trainer')
@@ -159,6 +163,7 @@ class Programs:
 
     Attributes:
         abstract: the state's shapes, dtypes and shardings.
+        fields: those of a batch that the step reads, which go to the devices.
     """
 
     def __init__(
@@ -174,18 +179,23 @@ class Programs:
 
         Args:
             train_step: the step's functions.
-            spec: shape and dtype of each array of a global batch.
+            spec: shape and dtype of each field of a global batch, as the loader has it.
             mesh: the device mesh.
             sharding: rules that cut parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
         """
         self._mesh = mesh
-        self._spec = spec
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
-        alone = train_step.member if isinstance(train_step, EnsembleStep) else train_step
-        with self._tracing():
-            named = _init_shapes(alone, spec)
+        whole = Fields.of(spec, 'config.data')
+        self._shapes = whole.shapes
+        train_step = _with_task(train_step, whole.kept())
+        self._first_step = train_step
+        with self._tracing(), recording() as reads:
+            named = _init_shapes(_alone(train_step), self._shapes)
+        self.fields = whole.only(reads.names)
+        train_step = _with_task(train_step, self.fields.kept(), reads.weighted)
+        alone = _alone(train_step)
         shapes = meta.unbox(named)
         with names_for_rules():
             names = nn.get_partition_spec(named.params)
@@ -237,7 +247,7 @@ class Programs:
         """The first state: `() -> state`, every leaf born on the devices that hold it."""
         return Program(
             'the program that makes the state',
-            lambda: self._train_step.init(self._spec),
+            lambda: self._first_step.init(self._shapes),
             (),
             tracing=self._tracing,
             out_shardings=self._shardings,
@@ -295,11 +305,16 @@ class Programs:
         """Accumulators that have seen nothing: `() -> metrics`."""
         return Program(
             'the program that makes empty accumulators',
-            lambda: self._train_step.empty_metrics(self.abstract, self._spec),
+            lambda: self._train_step.empty_metrics(self.abstract, self.fields.shapes),
             (),
             tracing=self._tracing,
             out_shardings=replicated(self._mesh),
         )
+
+    @property
+    def task(self) -> TaskRunner:
+        """The task of the step, for batches with these fields."""
+        return _alone(self._train_step).task
 
     @property
     def _shardings(self) -> Any:
@@ -308,14 +323,32 @@ class Programs:
     def _batch(self, sharding: NamedSharding, leading: tuple[int, ...] = ()) -> dict[str, Any]:
         return {
             name: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=sharding)
-            for name, s in self._spec.items()
+            for name, s in self.fields.shapes.items()
         }
+
+
+def _alone(train_step: TrainStep | EnsembleStep) -> TrainStep:
+    return train_step.member if isinstance(train_step, EnsembleStep) else train_step
+
+
+def _with_task(
+    train_step: Any, kept: Sequence[Kept], is_weighted: bool | None = None
+) -> TrainStep | EnsembleStep:
+    """Returns the step for batches some of whose fields stay on the host."""
+    alone = _alone(train_step)
+    alone = dataclasses.replace(alone, task=alone.task.without(kept, is_weighted))
+    if not isinstance(train_step, EnsembleStep):
+        return alone
+    return dataclasses.replace(train_step, member=alone)
 
 
 def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
     """Returns the shapes of `named_init`; whatever the model objects to, the batch is shown too."""
     try:
-        return jax.eval_shape(train_step.named_init, spec)
+        # A function of its own: what JAX has traced before would read nothing.
+        return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
+    except HostFieldError as error:
+        raise UserError(f'config.data: {error}') from error
     except UserError:
         raise
     except Exception as error:
@@ -334,7 +367,7 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
             ) from error
         task, seen = train_step.task, spec
         with contextlib.suppress(Exception):  # It may be a transform that has failed.
-            seen = jax.eval_shape(lambda batch: dict(task.prepared(batch)), spec)
+            seen = jax.eval_shape(lambda batch: plain(task.prepared(batch)), spec)
         batch = ', '.join(f'{name}: {describe(x)}' for name, x in seen.items())
         error.add_note(f'The task {task.task!r} was called with the batch {batch}')
         raise

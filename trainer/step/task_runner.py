@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.modules.bound import BoundModel
+from trainer.step.batch import Batch, Unsent, is_recording, note_weights, plain
+from trainer.step.fields import MASK as MASK
+from trainer.step.host_field import HostField, Kept, naming_host_fields
 from trainer.step.measured import check_accumulates, metrics_by_name
 from trainer.step.metrics import broadcast_weights, mean_collection
 from trainer.step.tasks import (
@@ -23,11 +27,13 @@ from trainer.step.tasks import (
     as_output,
     named_twice,
 )
-
-# The loader's mark of real rows in a padded batch: bool, (batch,).
-MASK = '_mask'
-
-Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+from trainer.step.transformed import Transform, origins_of, transformed
+from trainer.step.weightless import (
+    Weighing,
+    alive_rows,
+    compute_only_needed,
+    with_living_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +45,15 @@ class TaskRunner:
         metrics: the collection class. It is read from the task once: a property that makes a new
             class at every access would change the type of the state.
         transforms: run over a batch on the devices, before the task sees it.
+        kept: the fields that stay on the host.
+        is_weighted: whether the task returns weights; None where that is not known yet.
     """
 
     task: Callable[..., Any]
     metrics: type[clu.metrics.Collection] | None
     transforms: tuple[Transform, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    is_weighted: bool | None = None
 
     @classmethod
     def of(cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()) -> TaskRunner:
@@ -63,28 +73,104 @@ class TaskRunner:
             raise UserError(named_twice(f'{task!r}', 'metric', name))
         return cls(task, metrics, tuple(transforms))
 
-    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the batch as the task sees it: without the mask, and transformed."""
-        seen: Mapping[str, Any] = {name: x for name, x in batch.items() if name != MASK}
-        for transform in self.transforms:
-            seen = transform(_Batch(seen, f'the device transform {transform}'))
-        return _Batch(seen, 'the task')
+    def without(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TaskRunner:
+        """Returns the runner for batches some of whose fields stay on the host."""
+        return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
+
+    def whole(self, batch: Mapping[str, Any], reader: str) -> Batch:
+        """Returns a batch as the loader has it, with the mask, for a reader that is no task."""
+        fields = plain(batch)
+        rest, unsent = self._hidden(fields)
+        rest.update({name: Unsent(name) for name in unsent})
+        origins = {name: frozenset({name}) for name in fields}
+        return Batch({**fields, **rest}, reader, origins=origins)
+
+    def prepared(self, batch: Mapping[str, Any], *, passing: bool = False) -> Batch:
+        """Returns the batch as the task sees it: without the mask, and transformed.
+
+        Args:
+            batch: arrays (rows, ...).
+            passing: the task may pass on fields that stay on the host.
+        """
+        fields = {name: x for name, x in plain(batch).items() if name != MASK}
+        hidden, unsent = self._hidden(fields)
+        if not self.transforms:
+            seen = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
+            origins = {name: frozenset({name}) for name in fields}
+            return Batch(seen, 'the task', origins=origins, passing=passing)
+        rows = next((x.shape[0] for x in plain(batch).values()), None)
+        # A transform that passes all fields on must find them; what is made of these is left out.
+        zeros = {
+            name: jnp.zeros((kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.held)
+            for name, kept in unsent.items()
+        }
+        made = transformed(self.transforms, {**fields, **zeros}, hidden)
+        origins = {}
+        if zeros or is_recording():
+            origins = origins_of(self.transforms, {**fields, **zeros}, hidden)
+        missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
+        return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
+
+    def _hidden(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Kept]]:
+        """Returns the fields that can only be passed on, and those that were not read."""
+        kept = [each for each in self.kept if each.name not in fields]
+        hidden = {each.name: HostField(each) for each in kept if each.held is None}
+        return hidden, {each.name: each for each in kept if each.held is not None}
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
         """Returns the task's output with `weights` always set, and 0 where a row is padding.
 
         Named losses have weights by name, an entry for the metrics among them.
+
+        A row whose weights are all 0 touches nothing, whatever it holds: 0 times a gradient that is
+        not finite would be no 0. So the task runs again on a batch that has a row which counts in
+        the place of each such row. Of the first run only the weights are used, and the compiler
+        drops the rest of it.
         """
-        result = self.task(model, self.prepared(batch))
+        back = model.remember() if isinstance(model, BoundModel) else lambda: None
+        fields = plain(batch)
+        weighing = None
+        if self.is_weighted:
+            weighing = compute_only_needed(lambda x: self._run(model, x)[1], fields)
+            back()
+        if weighing is None:
+            output, weighing = self._run(model, fields)
+            if weighing is None:
+                return output
+            back()
+        note_weights()
+        output, _ = self._run(model, with_living_rows(fields, alive_rows(weighing.counted)))
+        metrics = output.metrics if weighing.metrics is None else weighing.metrics
+        return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
+
+    def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
+        """Returns the task's output with weights, and what these are if the task gives any."""
+        seen = self.prepared(batch)
+        with naming_host_fields(seen):
+            result = self.task(model, seen)
         output = as_output(result, averaged=self.metrics is None)
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
+        counted: Sequence[jax.Array]
+        metrics = None
         if not isinstance(loss, Mapping):
-            return dataclasses.replace(output, weights=_set_weights(given, loss, mask))
-        # The metrics count the rows of any of the losses: all have the same.
-        values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
-        by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
-        weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
-        return dataclasses.replace(output, weights=weights)
+            weights: Any = _set_weights(given, loss, mask)
+            counted = [weights]
+        else:
+            # The metrics count the rows of any of the losses: all have the same.
+            values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
+            by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
+            weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
+            # A loss whose weights are left out counts all rows.
+            given = given if set(loss) <= set(by_name) else None
+            counted = [weights[name] for name in by_name]
+            # And so do metrics: theirs are those of the first run.
+            metrics = None if METRIC_WEIGHTS in by_name else dict(output.metrics)
+        output = dataclasses.replace(output, weights=weights)
+        # A task may make rows of its own, such as one for each token, of which nothing is known.
+        rows = {x.shape[0] for x in plain(batch).values()}
+        if given is None or any({*jnp.shape(x)[:1]} != rows for x in counted):
+            return output, None
+        return output, Weighing(weights, tuple(counted), metrics)
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns accumulators that have seen nothing, for outputs like this (abstract) one.
@@ -140,7 +226,8 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
     for name, loss in by_name(output.loss).items():
         mine = weights[name] if isinstance(weights, Mapping) else weights
         full = broadcast_weights(jnp.asarray(mine), loss.shape)
-        totals[name] = jnp.sum(loss.astype(jnp.float32) * full)
+        # What does not count may be anything: 0 x NaN is no 0.
+        totals[name] = jnp.sum(jnp.where(full != 0, loss.astype(jnp.float32) * full, 0.0))
         sums[name] = full.sum()
     return totals, sums
 
@@ -148,22 +235,6 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
 def penalty_sum(output: TaskOutput) -> jax.Array:
     """Returns the float32 sum of the penalties."""
     return sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
-
-
-class _Batch(dict[str, Any]):
-    """A batch that says what it holds when its reader asks for something else."""
-
-    def __init__(self, fields: Mapping[str, Any], reader: str):
-        super().__init__(fields)
-        self._reader = reader
-
-    def __missing__(self, name: str) -> Any:
-        fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in self.items())
-        raise UserError(
-            f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
-            'Name the field in its arguments, or rename it with a transform '
-            '(data.transforms:Rename).'
-        )
 
 
 def is_metric(node: Any) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -20,6 +21,7 @@ from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
 from trainer.step import eval_point
+from trainer.step.batch import recording
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
 from trainer.step.health import (
@@ -92,11 +94,10 @@ class TrainStep:
         self.optimizer.check_learning_rates()
         # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
-        variables = dict(
-            self.model.init(
-                self.task.task, self.task.prepared(batch), Keys(seed=self.seed, mode='init')
-            )
-        )
+        with recording():  # What is read here, of zeros, need not be there in a step.
+            seen = self.task.prepared(batch)
+            keys = Keys(seed=self.seed, mode='init')
+            variables = dict(self.model.init(self.task.task, seen, keys))
         named = variables.pop('params')
         self.optimizer.check_statistics(meta.unbox(variables))
         state = TrainState(
@@ -145,7 +146,12 @@ class TrainStep:
         # The metrics of the state that is being made are not known yet, and not needed.
         state = dataclasses.replace(state, metrics=None)
         if self.function is not default_step:
-            return empty_like(jax.eval_shape(self._step, state, batch)[1])
+            with contextlib.suppress(Exception):
+                # Captures and the guard run the task, whatever the function reads.
+                self._gradients.empty_metrics(state, batch)
+            # A function of its own: what JAX has traced before would read nothing.
+            shapes = jax.eval_shape(lambda s, b: self._step(s, b), state, batch)
+            return empty_like(shapes[1])
         empty = self._gradients.empty_metrics(state, batch)
         del empty[SIGNS]
         empty['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
@@ -161,6 +167,8 @@ class TrainStep:
 
     def _step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
         context = StepContext(self, state)
+        if self.function is not default_step:
+            batch = self.task.whole(batch, 'the function of config.step')
         result = self.function(state, batch, context)
         context.check_used()
         new, metrics = result if self.function is default_step else checked(state, result)

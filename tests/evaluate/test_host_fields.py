@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields that nothing reads stay on the host, and `predict` passes them on unchanged."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from tests import command
+from tests.evaluate import rows
+from tests.evaluate.rows import HOST, Rows
+from tests.parallel import group
+from trainer import export
+from trainer.config.errors import UserError
+from trainer.experiment import Experiment, load_and_build
+from trainer.inputs import fingerprint
+from trainer.probe.files import write_npz
+from trainer.trainer import Trainer
+
+CONFIG = str(command.ROOT / 'tests' / 'evaluate' / 'rows.py')
+HERE = 'tests.evaluate.rows'
+CENTRED = str([{'target': f'{HERE}:constant', 'function': 'centred'}])
+
+
+def build(**options: Any) -> Experiment:
+    return load_and_build(CONFIG, **options)
+
+
+def predicted(trainer: Trainer, state: Any) -> dict[str, np.ndarray]:
+    batches = list(trainer.predict('test', state))
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def check_rows(found: dict[str, np.ndarray], names: tuple[str, ...] = HOST) -> None:
+    """The fields are those of the source, in its order and in its own dtypes."""
+    expected = Rows(77).gather(np.arange(77))
+    for name in names:
+        assert found[name].dtype == expected[name].dtype, name
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    'plain': {},
+    'in slices, padded': {'accumulate': 2, 'data__remainder': 'pad'},
+    'several steps a call': {'steps_per_call': 4},
+    'transformed on the devices': {
+        'data__device_transforms': CENTRED, 'evals__test__data__device_transforms': CENTRED,
+    },
+    'a step of its own': {'step': {'ref': f'{HERE}:by_hand'}},
+    'from threads': {'data__loader': {'target': 'data.grain_loader:GrainLoader'}},
+    'an ensemble': {'ensemble': {'size': 2}},
+    'a weighted ensemble': {'ensemble': {'size': 2}, 'task__target': f'{HERE}:Weighted'},
+    'streams': {
+        'data__loader': {'target': 'data.streaming:StreamLoader'},
+        'evals__test__data__loader': {'target': 'data.streaming:StreamEvalLoader'},
+    },
+    'captured and guarded': {
+        'guard__non_finite': 'stop',
+        'capture': {'all': {'match': '.*', 'every': '6 steps'}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', RUNS)
+def test_a_run_sends_what_is_read_and_predicts_with_the_rest(name: str) -> None:
+    trainer = Trainer(build(**RUNS[name]))
+    result = trainer.fit()
+    mask = {'_mask'} if 'data__remainder' in RUNS[name] else set()
+    assert trainer.programs.fields.sent == {'x', 'label', *mask}
+    evaluator = trainer.evaluators['test']
+    assert evaluator.prediction(result.state).fields.sent == {'x', '_mask'}
+    assert result.metrics['eval/test/examples'] == 77
+    assert np.isfinite(result.metrics['eval/test/loss'])
+    found = predicted(trainer, result.state)
+    assert found['class'].shape == (77,)
+    check_rows(found)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_what_is_not_read_is_no_argument_of_the_program(devices: int) -> None:
+    if devices == 1:
+        finished = command.run(f'--config={CONFIG}', '--mode=dry_run', '--workdir=runs/none')
+        assert finished.code == 0, finished.err
+        return
+    trainer = Trainer(build())
+    with trainer.batches(0, [1, 1]) as batches:
+        for _, batch in batches:
+            assert {n: x.dtype for n, x in batch.items()} == {'x': 'float32', 'label': 'int32'}
+            assert all(isinstance(x, jax.Array) for x in batch.values())
+
+
+def test_a_field_that_is_computed_with_is_sent_and_comes_back_as_it_was() -> None:
+    trainer = Trainer(build(task__target=f'{HERE}:Computing', evals__test__every='never'))
+    state = trainer.init_state()
+    prediction = trainer.evaluators['test'].prediction(state)
+    assert prediction.fields.sent == {'x', 'label', '_mask'}
+    found = predicted(trainer, state)
+    check_rows(found, ('label',))
+    np.testing.assert_array_equal(found['doubled'], 2 * found['label'])
+
+
+def test_a_value_that_is_computed_with_and_does_not_fit() -> None:
+    trainer = Trainer(build(task__target=f'{HERE}:Wrong'))
+    with pytest.raises(UserError, match=rf"evals.test.data: the field 'id' of example 0.*{2**40},"):
+        predicted(trainer, trainer.init_state())
+
+
+def test_a_label_that_does_not_fit_ends_the_run(tmp_path: pathlib.Path) -> None:
+    finished = command.run(
+        f'--config={CONFIG}', f'--workdir={tmp_path}', f'--config.data.source.label={2**33 + 1}'
+    )
+    assert finished.code == 2, finished.err
+    assert "config.data: the field 'label' of example 50 holds 8589934593" in finished.err
+    assert 'Traceback' not in finished.err
+
+
+def test_a_step_that_looks_at_all_fields() -> None:
+    with pytest.raises(UserError, match=r"the function of config.step reads batch\['"):
+        _ = Trainer(build(step={'ref': f'{HERE}:everything'})).programs
+
+
+def test_the_command_writes_what_is_passed_on(tmp_path: pathlib.Path) -> None:
+    args = (f'--config={CONFIG}', f'--workdir={tmp_path}')
+    assert command.run(*args, '--config.train_for=2steps').code == 0
+    finished = command.run(*args, '--config.train_for=2steps', '--mode=predict')
+    assert finished.code == 0, finished.err
+    with np.load(tmp_path / 'predictions_test_2.npz') as file:
+        found = dict(file)
+    check_rows(found, ('id', 'share', 'name'))
+    assert found['raw'].tolist() == Rows(77).gather(np.arange(77))['raw'].tolist()
+
+
+@pytest.mark.slow
+def test_two_processes_predict_what_one_does(tmp_path: pathlib.Path) -> None:
+    config = (f'--config={CONFIG}', '--config.train_for=2steps')
+    for mode in ('train', 'predict'):
+        running = group.start(2, tmp_path, f'--mode={mode}', config=config, devices=2)
+        codes, _, errors = group.finish(running)
+        assert codes == [0, 0], errors
+    with np.load(tmp_path / 'predictions_test_2.npz') as file:
+        found = dict(file)
+    assert found['class'].shape == (77,)
+    check_rows(found, ('id', 'share', 'name'))
+
+
+def test_objects_that_are_no_text_cannot_be_written(tmp_path: pathlib.Path) -> None:
+    path = epath.Path(tmp_path) / 'a.npz'
+    texts = np.array([['a', 'longer'], ['', 'é']], object)
+    ends = np.array([b'a\0', b'b'], object)
+    write_npz(path, {'texts': texts})
+    with np.load(path) as file:
+        np.testing.assert_array_equal(file['texts'], texts)
+    for wrong in (np.array([{}, None], object), ends):
+        with pytest.raises(UserError, match="'x' holds objects of Python"):
+            write_npz(path, {'x': wrong})
+
+
+def test_an_exported_function_leaves_out_what_is_passed_on(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(build())
+    state = trainer.init_state()
+    evaluator, axes = trainer.evaluators['test'], tuple(trainer.mesh.shape)
+    about = export.write(evaluator, state, epath.Path(tmp_path), axes=axes, platforms=('cpu',))
+    assert set(about['batch']) == {'x'} and set(about['outputs']) == {'class', 'probability'}
+    assert 'only passes on what the caller has: id, name, raw, share' in caplog.text
+    nothing = Trainer(build(task__target=f'{HERE}:OnlyIds'))
+    with pytest.raises(UserError, match='predict computes nothing'):
+        export.write(nothing.evaluators['test'], state, epath.Path(tmp_path), axes=axes)
+
+
+def test_fingerprints_of_objects_are_of_their_values() -> None:
+    """Not of their addresses, which differ between processes."""
+    a, b = (fingerprint(build(data__shuffle=False).data) for _ in range(2))
+    assert a == b
+    other = fingerprint(build(data__shuffle=False, data__source__seed=1).data)
+    assert other['first example']['x'] != a['first example']['x']
+    assert other['first example']['raw'] == a['first example']['raw']
+
+
+def test_text_longer_than_that_of_the_first_example_is_whole() -> None:
+    """A stream pads with its first example, whose text may be the shortest."""
+    loader = {'target': 'data.streaming:StreamEvalLoader'}
+    trainer = Trainer(build(evals__test__data__loader=loader))
+    blocks = [trainer.evaluators['test'].loader.block(i, 1).arrays['name'][0] for i in range(3)]
+    assert blocks[2].tolist()[:13] == [f'number {i}' for i in range(64, 77)]
+    assert set(blocks[2].tolist()[13:]) == {'number 0'}
+    assert rows.FIRST == 2**40

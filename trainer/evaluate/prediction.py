@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `predict` computes on the devices, and which fields it passes on from the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer.evaluate.step import EvalStep
+from trainer.parallel import processes
+from trainer.parallel.mesh import ProcessRows
+from trainer.step.batch import recording
+from trainer.step.fields import Fields
+from trainer.step.host_field import HostField, HostFieldError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The predictions of a task, split into what is computed and what is passed on.
+
+    A field that devices cannot hold, or only in fewer bits, may be returned as it is: its rows come
+    from the host, in their own dtype. One that is computed with goes to the devices.
+
+    Attributes:
+        step: one batch of the evaluation; its task knows which fields stay on the host.
+        fields: those that go to the devices.
+        passed: of outputs that are a field passed on: output name to field name.
+    """
+
+    step: EvalStep
+    fields: Fields
+    passed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, step: EvalStep, fields: Fields, variables: Any) -> Prediction:
+        """Finds out, by tracing, what the task's `predict` does with the fields.
+
+        Args:
+            step: one batch of the evaluation.
+            fields: all that a device can hold are those that are sent.
+            variables: arrays or their shapes.
+
+        Raises:
+            UserError: if something is computed with a field that no device can hold.
+        """
+        opaque = fields.narrowed
+        while True:
+            sent = fields.only(fields.sent - opaque)
+            made = cls(step=_with(step, sent, opaque), fields=sent, passed={})
+            with recording() as reads:
+                try:
+                    passed = made._trace(variables)
+                    break
+                except HostFieldError as error:
+                    if error.name not in opaque:
+                        raise
+                    opaque = opaque - {error.name}
+                except Exception as error:
+                    # What libraries say of an object that they do not know comes in many forms.
+                    if not opaque & reads.names:
+                        if text := sorted(reads.names - fields.sent):
+                            error.add_note(
+                                f'predict can only return {", ".join(text)} of the batch as it is: '
+                                'no device can hold it'
+                            )
+                        raise
+                    opaque = opaque - reads.names
+        sent = sent.only(reads.names)
+        return cls(step=_with(step, sent, opaque), fields=sent, passed=passed)
+
+    def __call__(
+        self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
+    ) -> dict[str, jax.Array]:
+        """Returns what is computed for all rows of a batch, and their mask."""
+        outputs = self.step.predict(variables, step, index, batch)
+        passed = self._passed(outputs, batch)
+        return {name: x for name, x in outputs.items() if name not in passed}
+
+    def whole(
+        self, rows: Mapping[str, np.ndarray], held: ProcessRows | None
+    ) -> dict[str, np.ndarray]:
+        """Returns the outputs that are passed on, for all rows of a global batch.
+
+        All processes must call it.
+
+        Args:
+            rows: the fields that are passed on, as this process has read them.
+            held: which rows these are, None for all.
+        """
+        if held is None or not self.passed:
+            return {output: rows[field] for output, field in self.passed.items()}
+        mine = (held.held[held.owned], {name: x[held.owned] for name, x in rows.items()})
+        parts = processes.gather_objects(mine)
+        order = np.argsort(np.concatenate([places for places, _ in parts]))
+        whole = {name: np.concatenate([some[name] for _, some in parts])[order] for name in rows}
+        return {output: whole[field] for output, field in self.passed.items()}
+
+    def _trace(self, variables: Any) -> dict[str, str]:
+        found: dict[str, str] = {}
+
+        def run(*args: Any) -> Any:
+            outputs = self.step.predict(*args)
+            found.update(self._passed(outputs, args[-1]))
+            return {name: x for name, x in outputs.items() if name not in found}
+
+        jax.eval_shape(run, variables, np.int32(0), np.int32(0), self.fields.shapes)
+        return found
+
+    def _passed(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, str]:
+        found = {}
+        for name, x in outputs.items():
+            if isinstance(x, HostField):
+                found[name] = x.name
+            for field in self.fields.narrowed & batch.keys():
+                if x is batch[field]:  # Computed with elsewhere, and passed on as it is.
+                    found[name] = field
+        return found
+
+
+def _with(step: EvalStep, sent: Fields, opaque: Iterable[str]) -> EvalStep:
+    return dataclasses.replace(step, task=step.task.without(sent.kept(opaque)))

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields of a batch that stay on the host, as traced functions see them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from trainer.config.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A field of the batch that stays on the host.
+
+    Attributes:
+        name: of the field.
+        shape: of a global batch, (rows, ...).
+        dtype: in which the loader has it.
+        held: the dtype in which a device would hold it; None where a task gets a `HostField`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    held: np.dtype[Any] | None
+
+
+class HostFieldError(UserError):
+    """Something was computed with a field that is not on the devices.
+
+    Attributes:
+        name: of the field.
+    """
+
+    def __init__(self, name: str, message: str):
+        super().__init__(message)
+        self.name = name
+
+
+class HostField:
+    """What a task gets of a field that stays on the host: it can be passed on, and no more.
+
+    Attributes:
+        name: of the field in the batch.
+        shape: of a global batch.
+        dtype: of its values on the host.
+    """
+
+    def __init__(self, kept: Kept):
+        self.name, self.shape, self.dtype = kept.name, kept.shape, kept.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of values of a global batch."""
+        return math.prod(self.shape)
+
+    def error(self, reader: str = '', others: tuple[str, ...] = ()) -> HostFieldError:
+        """Returns what is said where something computes with it.
+
+        Args:
+            reader: what does.
+            others: names of the fields that devices can hold, where they are known.
+        """
+        reads = f'{reader} reads batch[{self.name!r}], and ' if reader else ''
+        return HostFieldError(
+            self.name,
+            f'{reads}no device can hold what the batch has in {self.name!r} of {self.dtype}. Make '
+            "numbers of it in the data's `transforms`, or do not read it: what nothing reads stays "
+            'on the host, and `predict` may return it as it is. To leave it out altogether: '
+            f"{{'target': 'data.transforms:Keep', 'keys': {others or '(...)'}}}",
+        )
+
+    def __repr__(self) -> str:
+        return f'HostField({self.name!r})'
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_'):
+            raise AttributeError(name)
+        raise self.error()
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise self.error()
+
+    __array__ = __getitem__ = __len__ = __iter__ = __contains__ = _refuse
+    __bool__ = __int__ = __float__ = __index__ = __abs__ = __neg__ = __pos__ = __invert__ = _refuse
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _refuse
+    __and__ = __or__ = __xor__ = __lshift__ = __rshift__ = __matmul__ = __divmod__ = _refuse
+    __rand__ = __ror__ = __rxor__ = __rlshift__ = __rrshift__ = __rmatmul__ = _refuse
+
+
+@contextlib.contextmanager
+def naming_host_fields(fields: dict[str, Any]) -> Iterator[None]:
+    """Says which field is meant where JAX refuses a `HostField` among these."""
+    try:
+        yield
+    except TypeError as error:
+        hidden = [x for x in dict.values(fields) if isinstance(x, HostField)]
+        if hidden and HostField.__name__ in str(error):
+            raise hidden[0].error() from error
+        raise
