@@ -22,6 +22,7 @@ from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
+from trainer.probe import products
 from trainer.probe.probes import Probes
 from trainer.step import varied
 from trainer.step.ensemble import EnsembleStep, member_state
@@ -137,12 +138,15 @@ class Parts:
                 or an evaluation of an empty split.
         """
         startup.check_batch(self.experiment, batch_shards(self.mesh))
-        if not self._warned:
+        first = not self._warned
+        if first:
             self._warned = True
             startup.warn_of_what_never_comes(self.experiment)
             startup.warn_of_wrong_gradients(self.programs.abstract, self.mesh)
         programs = [self.programs.fused] if self.experiment.steps_per_call > 1 else []
         programs.append(self.programs.step)
+        if first:
+            products.warn_of_other_dtypes(self.programs, self.experiment.model)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.programs.abstract)
         for path, metric in startup.watched_metrics(self.experiment).items():
