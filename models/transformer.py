@@ -63,8 +63,8 @@ class Attention(nn.Module):
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
         if self.cache_length:
             key, value = self._kept('keys', key, start), self._kept('values', value, start)
-        # Probabilities of bfloat16 would not sum up to 1, so the softmax is in float32. What comes of
-        # it is cast back: it would make float32 of the product with the values and of all after it.
+        # Probabilities of bfloat16 would not sum up to 1: the softmax is in float32. Its result is
+        # cast back, for it would make float32 of the next product and of all that follows.
         weights = nn.dot_product_attention_weights(
             query, key, mask=mask, force_fp32_for_softmax=True
         ).astype(value.dtype)

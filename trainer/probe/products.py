@@ -21,10 +21,10 @@ from trainer.step.program import Programs
 
 _log = logging.getLogger('trainer')
 
-# Share of a model's operations in a wider dtype from which on a run says so. Matrix units do 8 to 16
-# times as many operations in a half as in float32, so a tenth takes about as long as all the rest.
-# What is in float32 on purpose (a router, angles of positions, a head of some classes) is mostly far
-# below that; promotion reaches everything after its cause, and is mostly far above.
+# Share of a model's operations in a wider dtype from which on a run says so. Matrix units do 8 to
+# 16 times as many operations in a half as in float32: a tenth takes about as long as all the rest.
+# What is in float32 on purpose (a router, angles of positions, a head of some classes) is mostly
+# far below that; promotion reaches everything after its cause, and is mostly far above.
 _SHARE = 0.1
 
 
