@@ -115,7 +115,8 @@ def test_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
     assert text == (
         "config.precision.compute=bfloat16, but 75 % of the model's operations (matrix products "
         'and convolutions) are float32, first in pair_0/wide. An array or a module of float32 '
-        'before it makes all that follows float32: cast its result back, as in y.astype(x.dtype)'
+        'there or before it makes what follows float32; cast its result back, as in '
+        'y.astype(x.dtype)'
     )
 
 

@@ -66,8 +66,8 @@ def warn_of_other_dtypes(programs: Programs, model: Functional) -> None:
     first = next(iter(named or wide))
     _log.warning(
         "config.precision.compute=%s, but %.0f %% of the model's operations (matrix products and "
-        'convolutions) are %s, first in %s. An array or a module of %s before it makes all that '
-        'follows %s: cast its result back, as in y.astype(x.dtype)',
+        'convolutions) are %s, first in %s. An array or a module of %s there or before it makes '
+        'what follows %s; cast its result back, as in y.astype(x.dtype)',
         asked.name, 100 * share, first.dtype, first.module or ROOT, first.dtype, first.dtype,
     )  # fmt: skip
 
