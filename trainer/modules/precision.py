@@ -24,7 +24,7 @@ class Precision:
 
     The model is called with its parameters and floating-point inputs cast to `compute`; modules
     that name no dtype of their own then compute in it. Other collections (batch statistics) are not
-    cast: they are kept in float32.
+    cast: they are kept in float32. Nothing is cast in the call that makes the parameters.
 
     Attributes:
         params: of the parameters and the optimizer's slots.
