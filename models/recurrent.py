@@ -35,7 +35,7 @@ class Seq2Seq(nn.Module):
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
         def cell(units: int) -> nn.OptimizedLSTMCell:
-            return nn.OptimizedLSTMCell(units, **dtypes)
+            return nn.OptimizedLSTMCell(units, recurrent_kernel_init=_orthogonal, **dtypes)
 
         self.embed = nn.Embed(self.vocab_size, self.hidden, **dtypes)
         self.encoder = nn.Bidirectional(
@@ -92,3 +92,9 @@ class Seq2Seq(nn.Module):
         carry = jax.tree.map(lambda *both: jnp.concatenate(both, -1), *carries)
         # After an empty text Flax gives the carry of the whole padding.
         return jax.tree.map(lambda x: jnp.where(lengths[:, None] > 0, x, 0), carry)
+
+
+def _orthogonal(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **rest: Any) -> jax.Array:
+    """Returns orthogonal columns; in a half too, for which there is no decomposition."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return nn.initializers.orthogonal()(key, shape, wide, **rest).astype(dtype)

@@ -15,9 +15,11 @@ import optax
 import pytest
 from flax import nnx
 
+from models.transformer import Attention
 from tests import command
 from tests.command import ROOT
 from tests.probe.models import build
+from tests.readme import TEXTS
 from tests.test_configs import SHORT
 from trainer.experiment import Experiment, load_and_build
 from trainer.parts import Parts
@@ -118,6 +120,27 @@ def test_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
         'there or before it makes what follows float32; cast its result back, as in '
         'y.astype(x.dtype)'
     )
+
+
+class Uncast(Attention):
+    """The attention of a transformer whose softmax makes float32 of what follows."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+        shape = (*x.shape[:2], self.heads, -1)
+        names = ('query', 'key', 'value')
+        each = (nn.Dense(x.shape[-1], name=name)(x).reshape(shape) for name in names)
+        y = nn.dot_product_attention(*each, mask=mask, force_fp32_for_softmax=True)
+        return nn.Dense(x.shape[-1], name='out')(y.reshape(x.shape))
+
+
+def test_what_the_readme_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('models.transformer.Attention', Uncast)
+    made = load_and_build(str(ROOT / 'configs' / 'lm.py'), precision=HALF)
+    programs = Parts(made).programs
+    text = products.describe(programs, made.model, programs.jaxpr(made.model))
+    [shown] = [text for text in TEXTS if text.startswith('config.precision.compute')]
+    assert text == ' '.join(shown.split())
 
 
 def own_step(state: Any, batch: Any, ctx: StepContext) -> Any:

@@ -52,24 +52,36 @@ def warn_of_other_dtypes(programs: Programs, model: Functional) -> None:
         programs: of the training.
         model: their model.
     """
-    if model.precision.compute is None:
+    compute = model.precision.compute
+    if compute is None or jnp.dtype(compute).itemsize >= 4:
         return
+    text = describe(programs, model, programs.step.jaxpr())
+    if text is not None:
+        _log.warning('%s', text)
+
+
+def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
+    """Returns what there is to say of a step, None if it computes in what is asked for.
+
+    Args:
+        programs: of the training.
+        model: their model, of a `precision.compute`.
+        jaxpr: what JAX traces of the step.
+    """
     asked = jnp.dtype(model.precision.compute)
-    if asked.itemsize >= 4:
-        return
-    operations = in_model(programs.step.jaxpr())
+    operations = in_model(jaxpr)
     wide = wider(operations, asked)
     share = sum(wide.values()) / max(1.0, sum(operations.values()))
     if share < _SHARE:
-        return
+        return None
     named = wider(in_model(programs.jaxpr(Tapped(model, Tap()))), asked)
     first = next(iter(named or wide))
-    _log.warning(
-        "config.precision.compute=%s, but %.0f %% of the model's operations (matrix products and "
-        'convolutions) are %s, first in %s. An array or a module of %s there or before it makes '
-        'what follows %s; cast its result back, as in y.astype(x.dtype)',
-        asked.name, 100 * share, first.dtype, first.module or ROOT, first.dtype, first.dtype,
-    )  # fmt: skip
+    return (
+        f"config.precision.compute={asked.name}, but {100 * share:.0f} % of the model's operations "
+        f'(matrix products and convolutions) are {first.dtype}, first in {first.module or ROOT}. '
+        f'An array or a module of {first.dtype} there or before it makes what follows '
+        f'{first.dtype}; cast its result back, as in y.astype(x.dtype)'
+    )
 
 
 def in_model(jaxpr: Any) -> dict[Place, float]:
