@@ -171,7 +171,7 @@ class TextClassifier(nn.Module):
     """Classes of texts, from the mean of an encoder's vectors.
 
     Attributes:
-        encoder: an `Encoder`.
+        encoder: an `Encoder`; the head has its dtypes.
         num_classes: number of logits.
         dropout_rate: of the mean, in training.
         pad_token: marks padding.
@@ -185,7 +185,11 @@ class TextClassifier(nn.Module):
     def setup(self) -> None:
         """Makes the parts."""
         self.dropout = nn.Dropout(self.dropout_rate)
-        self.head = nn.Dense(self.num_classes)
+        self.head = nn.Dense(
+            self.num_classes,
+            dtype=getattr(self.encoder, 'dtype', None),
+            param_dtype=getattr(self.encoder, 'param_dtype', jnp.float32),
+        )
 
     def features(self, tokens: jax.Array, train: bool = False) -> jax.Array:
         """Returns (batch, width), what the head gets; of a frozen encoder it can be kept."""

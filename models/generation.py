@@ -62,8 +62,9 @@ def _generate(
     key: jax.Array | None,
     temperature: float,
 ) -> jax.Array:
-    shapes = jax.eval_shape(decoder.init, jax.random.key(0), prompt)['cache']
-    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    # By a call and not by `init`, which has parameters of its own, perhaps of another dtype.
+    _, shapes = jax.eval_shape(lambda: decoder.apply({'params': params}, prompt, mutable=['cache']))
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes['cache'])
 
     def following(cache: Any, tokens: jax.Array, key: jax.Array | None) -> tuple[Any, jax.Array]:
         variables = {'params': params, 'cache': cache}

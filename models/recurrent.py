@@ -35,7 +35,7 @@ class Seq2Seq(nn.Module):
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
         def cell(units: int) -> nn.OptimizedLSTMCell:
-            return nn.OptimizedLSTMCell(units, **dtypes)
+            return nn.OptimizedLSTMCell(units, recurrent_kernel_init=_orthogonal, **dtypes)
 
         self.embed = nn.Embed(self.vocab_size, self.hidden, **dtypes)
         self.encoder = nn.Bidirectional(
@@ -84,7 +84,17 @@ class Seq2Seq(nn.Module):
         return step(self, (self._read(inputs, lengths), start), None)[1]
 
     def _read(self, inputs: jax.Array, lengths: jax.Array) -> Any:
-        carries, _ = self.encoder(self.embed(inputs), seq_lengths=lengths)
+        x = self.embed(inputs)
+        # Flax begins in the dtype of the parameters as they are kept; float32 would stay float32.
+        zeros = jnp.zeros((x.shape[0], self.hidden), x.dtype)
+        start = ((zeros, zeros), (zeros, zeros))
+        carries, _ = self.encoder(x, seq_lengths=lengths, initial_carry=start)
         carry = jax.tree.map(lambda *both: jnp.concatenate(both, -1), *carries)
         # After an empty text Flax gives the carry of the whole padding.
         return jax.tree.map(lambda x: jnp.where(lengths[:, None] > 0, x, 0), carry)
+
+
+def _orthogonal(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **rest: Any) -> jax.Array:
+    """Returns orthogonal columns; in a half too, for which there is no decomposition."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return nn.initializers.orthogonal()(key, shape, wide, **rest).astype(dtype)

@@ -63,9 +63,12 @@ class Attention(nn.Module):
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
         if self.cache_length:
             key, value = self._kept('keys', key, start), self._kept('values', value, start)
-        # Probabilities of bfloat16 would not sum up to 1.
-        y = nn.dot_product_attention(query, key, value, mask=mask, force_fp32_for_softmax=True)
-        y = y.reshape(x.shape)
+        # Probabilities of bfloat16 would not sum up to 1: the softmax is in float32. Its result is
+        # cast back, for it would make float32 of the next product and of all that follows.
+        weights = nn.dot_product_attention_weights(
+            query, key, mask=mask, force_fp32_for_softmax=True
+        ).astype(value.dtype)
+        y = jnp.einsum('...hqk,...khd->...qhd', weights, value).reshape(x.shape)
         return nn.Dense(width, kernel_init=_named(init, 'heads', 'embed'), name='out', **dtypes)(y)
 
     def _kept(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:
@@ -73,8 +76,10 @@ class Attention(nn.Module):
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
         cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
         if not self.is_initializing():
-            cache.value = jax.lax.dynamic_update_slice(cache.value, new, (0, start, 0, 0))
-        return cache.value
+            # A cache that was made before the parameters were cast is of another dtype.
+            kept = new.astype(cache.value.dtype)
+            cache.value = jax.lax.dynamic_update_slice(cache.value, kept, (0, start, 0, 0))
+        return cache.value.astype(new.dtype)
 
 
 class Block(nn.Module):

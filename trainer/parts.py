@@ -24,6 +24,7 @@ from trainer.parallel import processes
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
+from trainer.probe import products
 from trainer.probe.probes import Probes
 from trainer.step import combinations, eval_point, health, varied
 from trainer.step.ensemble import EnsembleStep, member_state
@@ -170,7 +171,8 @@ class Parts:
                 or an evaluation of an empty split.
         """
         startup.check_batch(self.experiment, batch_shards(self.mesh))
-        if not self._warned:
+        first = not self._warned
+        if first:
             self._warned = True
             startup.warn_of_what_never_comes(self.experiment)
             startup.warn_of_best(self.experiment, self._events)
@@ -182,6 +184,8 @@ class Parts:
             programs.append(self.programs.fused)
         programs.append(self.programs.step)
         check_row(self.programs.abstract.metrics)
+        if first:
+            products.warn_of_other_dtypes(self.programs, self.experiment.model)
         for evaluator in self.evaluators.values():
             evaluator.prepare(self.programs.abstract)
         for path, metric in startup.watched_metrics(self.experiment).items():

@@ -114,5 +114,7 @@ def test_operations_by_place() -> None:
             y = jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)
         return jax.lax.scan(lambda c, _: (c @ x, None), y, None, length=5)[0]
 
-    found = flops.by_place(jax.make_jaxpr(function)(jax.numpy.ones((4, 4))), modules._module, 'out')
+    found = flops.by_place(
+        jax.make_jaxpr(function)(jax.numpy.ones((4, 4))), modules.module_of, 'out'
+    )
     assert found == {'a/b': 2 * 128, 'out': 5 * 128}

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from models.mlp import MLP
 from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.modules import functional
 from trainer.modules.precision import Precision
+from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.parallel.sharding import FSDP, Rule
 from trainer.step.loss_scale import LossScale
@@ -107,6 +109,55 @@ def test_the_model_computes_in_the_asked_dtype() -> None:
     # Neither batch statistics nor any other variable changes its dtype by it.
     kept = (state.params, state.opt_state[0].trace, state.collections)
     assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype('float32')}
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
+        return x + nn.Dense(x.shape[-1])(x), None
+
+
+class Scanned(nn.Module):
+    """Begins a scan over layers with its input, and one over places with zeros of its dtype."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        split = {'params': True}
+        layers = nn.scan(Residual, variable_axes={'params': 0}, split_rngs=split, length=2)
+        x, _ = layers()(x)
+
+        def read(cell: nn.Module, state: jax.Array, x: jax.Array) -> Any:
+            state = nn.tanh(cell(jnp.concatenate([state, x[:, None]], -1)))
+            return state, None
+
+        along = nn.scan(read, variable_broadcast='params', split_rngs={'params': False}, in_axes=1)
+        x, _ = along(nn.Dense(4), jnp.zeros((len(x), 4), x.dtype), x)
+        SEEN['state'] = x.dtype
+        return x
+
+
+@pytest.mark.parametrize('precision', [BF16, F16])
+@pytest.mark.parametrize('bridged', [False, True])
+def test_a_scan_begins_in_the_dtype_that_it_goes_on_in(precision: Precision, bridged: bool) -> None:
+    """Also while the parameters are made, which are float32."""
+
+    def of_linen(rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.bridge.ToNNX(Scanned(), rngs=rngs)
+
+    model = functional(of_linen if bridged else Scanned(), precision)
+
+    def task(model: Any, batch: Any) -> jax.Array:
+        return model(batch['x'])
+
+    def run(batch: Any) -> Any:
+        variables = model.init(task, batch, Keys(seed=0, mode='init'))
+        first = SEEN['state']
+        output = task(model.bind(variables, Keys(seed=0, mode='eval')), batch)
+        assert (first, SEEN['state']) == (jnp.dtype('float32'), jnp.dtype(precision.compute))
+        return variables['params'], output
+
+    found = jax.eval_shape(run, batch_of())
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype('float32')}
 
 
 def test_parameters_and_what_follows_them() -> None:

@@ -23,6 +23,10 @@ _log = logging.getLogger('trainer')
 class Functional(Protocol):
     """A model as functions of its variables."""
 
+    @property
+    def precision(self) -> Precision:
+        """The dtypes of its parameters, its computation and its output."""
+
     def init(
         self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys
     ) -> Mapping[str, Any]:

@@ -150,7 +150,7 @@ class BoundModel(abc.ABC):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's `__call__` and returns its output."""
-        return self._apply((), args, kwargs)
+        return self._call((), args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith('_'):
@@ -166,6 +166,10 @@ class BoundModel(abc.ABC):
         view = copy.copy(self)
         view._params = params
         return view
+
+    def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+        with self._precision.calling():
+            return self._apply(steps, args, kwargs)
 
     @abc.abstractmethod
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
@@ -184,7 +188,7 @@ class _Method:
     _steps: Steps = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model._apply(self._steps, args, kwargs)
+        return self._model._call(self._steps, args, kwargs)
 
     def __getattr__(self, name: str) -> _Method:
         if name.startswith('_'):

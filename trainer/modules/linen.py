@@ -161,8 +161,8 @@ class _InitModel(LinenModel):
         return self
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        args, kwargs = self._precision.for_compute((args, kwargs))
-
+        # The inputs are not cast: beside parameters that are just made, a scan over layers would
+        # begin with a half and go on with float32.
         def run(rngs: dict[str, jax.Array]) -> Any:
             # A task may read what is sown; the state never holds it.
             mutable = nn.DenyList((tap.PERTURBATIONS,))

@@ -227,7 +227,7 @@ class _LazyModel(NNXModel):
         return _plain(getattr(self._lazy, name, None))
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        args, kwargs = self._precision.for_compute((args, kwargs))
+        # The inputs are not cast: the parameters that are made meanwhile are not, either.
         kwargs = self._with_rngs(self._lazy, steps, args, kwargs)
         run = _runner(steps, training=False)
         outputs: list[Any] = []

@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# The scope of what a model computes whose dtype is asked for, and how it shows in a name stack:
+# 'transpose(jvp(model))/Dense_0'.
+_SCOPE = 'model'
+_IN_SCOPE = re.compile(rf'(?:^|[/(]){_SCOPE}(?:[/)]|$)')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +24,7 @@ class Precision:
 
     The model is called with its parameters and floating-point inputs cast to `compute`; modules
     that name no dtype of their own then compute in it. Other collections (batch statistics) are not
-    cast: they are kept in float32.
+    cast: they are kept in float32. Nothing is cast in the call that makes the parameters.
 
     Attributes:
         params: of the parameters; what an optimizer keeps for halves is float32.
@@ -37,6 +44,10 @@ class Precision:
         """Returns the floating-point leaves in the dtype that the model computes in."""
         return _cast(tree, self.compute)
 
+    def calling(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context of a call of the model: `in_call` knows what is traced in it."""
+        return contextlib.nullcontext() if self.compute is None else jax.named_scope(_SCOPE)
+
     def like(self, updates: Any, before: Mapping[str, Any]) -> Any:
         """Returns collections that a call has changed, in the dtypes that they had."""
         if self.compute is None:
@@ -52,6 +63,14 @@ class Precision:
 
 
 AS_IS = Precision()
+
+
+def in_call(equation: Any) -> bool:
+    """Whether an equation of a jaxpr is of a model's call, or of the gradient through one.
+
+    One in a jaxpr within another (the body of a loop) is so too if the equation around it is.
+    """
+    return _IN_SCOPE.search(str(equation.source_info.name_stack)) is not None
 
 
 def at_least_float32(x: Any) -> Any:

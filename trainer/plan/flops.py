@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, TypeVar
 
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+Place = TypeVar('Place', bound=Hashable)
+
+# What counts as an operation.
+PRODUCTS = ('dot_general', 'conv_general_dilated')
 
 
 def count(jaxpr: Any) -> float:
@@ -20,18 +25,18 @@ def count(jaxpr: Any) -> float:
     Args:
         jaxpr: a jaxpr, closed or not, of whole arrays and not of a device's part.
     """
-    return sum(by_place(jaxpr, lambda equation, around: '').values())
+    return sum(by_place(jaxpr, lambda equation, around: '', '').values())
 
 
-def by_place(jaxpr: Any, place: Callable[[Any, str], str], around: str = '') -> dict[str, float]:
-    """Returns the operations that `count` sums up, by place.
+def by_place(jaxpr: Any, place: Callable[[Any, Place], Place], around: Place) -> dict[Place, float]:
+    """Returns the operations that `count` sums up, by place, in the order in which places occur.
 
     Args:
         jaxpr: see `count`.
         place: where an equation stands, from itself and the place of the equation around it.
         around: the place of the whole.
     """
-    totals: dict[str, float] = collections.defaultdict(float)
+    totals: dict[Place, float] = collections.defaultdict(float)
     for equation in getattr(jaxpr, 'jaxpr', jaxpr).eqns:
         name, here = equation.primitive.name, place(equation, around)
         inner = [by_place(each, place, here) for each in _inside(equation.params)]

@@ -80,7 +80,7 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
     for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
         for x in record['seen'][:1]:
             shapes.setdefault(path, ' x '.join(map(str, x.shape)) or 'scalar')
-    operations = flops.by_place(jaxpr, _module, TASK)
+    operations = flops.by_place(jaxpr, module_of, TASK)
     parameters = _by_owner(state.params, tap.called)
     # In the order of the calls: `called` has a module before its parts.
     paths = dict.fromkeys((*tap.called, *parameters, *operations))
@@ -130,7 +130,7 @@ def _by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:
     return owned
 
 
-def _module(equation: Any, around: str) -> str:
-    """Returns the path of the innermost module that an equation stands in."""
+def module_of(equation: Any, around: str) -> str:
+    """Returns the path of the innermost module that an equation of a tapped call stands in."""
     scopes = _SCOPE.findall(str(equation.source_info.name_stack))
     return scopes[-1].replace('|', '/') if scopes else around

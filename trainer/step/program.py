@@ -311,6 +311,20 @@ class Programs:
             out_shardings=replicated(self._mesh),
         )
 
+    def jaxpr(self, model: Any) -> Any:
+        """Returns what JAX traces of one update by another model of the same variables.
+
+        Args:
+            model: called as `model.bind(...)`, such as a `trainer.modules.tap.Tapped`.
+        """
+        step = self._train_step
+        if isinstance(step, EnsembleStep):
+            step = dataclasses.replace(step, member=dataclasses.replace(step.member, model=model))
+        else:
+            step = dataclasses.replace(step, model=model)
+        with self._tracing():
+            return jax.make_jaxpr(step)(self.abstract, self._batch(batch_sharding(self._mesh)))
+
     @property
     def task(self) -> TaskRunner:
         """The task of the step, for batches with these fields."""

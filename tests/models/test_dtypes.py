@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every product of every model that comes with the trainer is in the half that is asked for."""
+
+from __future__ import annotations
+
+import itertools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from models.bert import Encoder, SentenceEncoder, TextClassifier
+from models.cnn import CNN
+from models.cnn_nnx import CNN as NNXCNN
+from models.generation import generate
+from models.mlp import MLP
+from models.mlp_nnx import MLP as NNXMLP
+from models.norm import GroupedBatchNorm
+from models.recurrent import Seq2Seq
+from models.resnet import ResNet
+from models.transformer import Transformer
+from tests.command import ROOT
+from trainer.modules import functional
+from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.rng import Keys
+from trainer.plan import flops
+from trainer.step.optimizer import Optimizer
+from trainer.step.program import Programs
+from trainer.step.task_runner import TaskRunner
+from trainer.step.train_step import TrainStep
+
+# How a model comes to compute in a half: precision, what the module is given, and the half.
+WAYS: dict[str, tuple[Precision, dict[str, Any], str]] = {
+    'cast-bfloat16': (Precision(compute='bfloat16', output='float32'), {}, 'bfloat16'),
+    'cast-float16': (Precision(compute='float16', output='float32'), {}, 'float16'),
+    'kept-bfloat16': (Precision(params='bfloat16', output='float32'), {}, 'bfloat16'),
+    'own-bfloat16': (AS_IS, {'dtype': jnp.bfloat16}, 'bfloat16'),
+    'own-float16': (AS_IS, {'dtype': jnp.float16}, 'float16'),
+    'all-bfloat16': (AS_IS, {'dtype': jnp.bfloat16, 'param_dtype': jnp.bfloat16}, 'bfloat16'),
+}
+CAST = [name for name in WAYS if name.startswith('cast')]
+# All of them, some left out of the default suite.
+SOME = [
+    pytest.param(name, marks=pytest.mark.slow if name in ('own-float16', 'all-bfloat16') else ())
+    for name in WAYS
+]
+
+
+def tokens(rows: int = 2) -> Any:
+    return np.random.default_rng(0).integers(1, 11, (rows, 8), np.int32)
+
+
+def images(size: int = 8, channels: int = 1) -> Any:
+    return np.random.default_rng(0).normal(size=(4, size, size, channels)).astype('f4')
+
+
+def of_products(equation: Any, around: str) -> str:
+    """Returns the dtypes of the operands of a product, '' for another equation."""
+    kinds = sorted({operand.aval.dtype.name for operand in equation.invars})
+    return ' x '.join(kinds) if equation.primitive.name in flops.PRODUCTS else ''
+
+
+def dtypes(
+    module: Any,
+    precision: Precision,
+    *args: Any,
+    mode: str = 'train',
+    call: Callable[..., Any] = lambda model, *args, **kwargs: model(*args, **kwargs),
+    **kwargs: Any,
+) -> set[str]:
+    """Returns the dtypes of all products of a forward pass, and in training of the backward one."""
+    model = functional(module, precision)
+
+    def task(bound: Any, batch: Any) -> jax.Array:
+        return jnp.asarray(call(bound, *batch[0], **batch[1]), jnp.float32).sum()
+
+    def init(batch: Any) -> Any:
+        return nn.meta.unbox(dict(model.init(task, batch, Keys(seed=0, mode='init'))))
+
+    def loss(params: Any, rest: Any, batch: Any) -> jax.Array:
+        keys = Keys(seed=0, mode=mode, step=jnp.int32(0))  # type: ignore[arg-type]
+        return task(model.bind({'params': params, **rest}, keys), batch)
+
+    batch = (args, kwargs)
+    rest = jax.eval_shape(init, batch)
+    params = rest.pop('params')
+    run = jax.grad(loss) if mode == 'train' else loss
+    return set(flops.by_place(jax.make_jaxpr(run)(params, rest, batch), of_products, ''))
+
+
+def transformer(**options: Any) -> Transformer:
+    return Transformer(vocab_size=11, layers=2, width=8, heads=2, max_length=8, **options)
+
+
+def encoder(**options: Any) -> Encoder:
+    return Encoder(vocab_size=11, layers=1, width=8, heads=2, max_length=8, **options)
+
+
+def seq2seq(**options: Any) -> Seq2Seq:
+    return Seq2Seq(vocab_size=11, hidden=4, **options)
+
+
+LOOPED = [{'remat': remat} for remat in ('none', 'full', 'dots_saveable')]
+SCANNED = [{'scan_layers': True, 'unroll': unroll, **each} for unroll in (1, 2) for each in LOOPED]
+PACKED: dict[str, Any] = {
+    'segments': np.array([[1, 1, 1, 2, 2, 2, 2, 0]] * 2, np.int32),
+    'positions': np.array([[0, 1, 2, 0, 1, 2, 3, 0]] * 2, np.int32),
+}
+
+
+@pytest.mark.parametrize('way', SOME)
+@pytest.mark.parametrize('form', [LOOPED, SCANNED], ids=['looped', 'scanned'])
+def test_transformer(form: list[dict[str, Any]], way: str) -> None:
+    """All forms of the layers, with dropout and packed rows."""
+    precision, own, half = WAYS[way]
+    for options in form:
+        model = transformer(dropout_rate=0.1, **options, **own)
+        assert dtypes(model, precision, tokens(), **PACKED) == {half}, options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('way', WAYS)
+def test_every_combination_of_a_transformer_s_options(way: str) -> None:
+    precision, own, half = WAYS[way]
+    combined = itertools.product((*LOOPED, *SCANNED), (0.0, 0.1), ({}, PACKED))
+    for options, dropout_rate, packed in combined:
+        model = transformer(dropout_rate=dropout_rate, **options, **own)
+        found = dtypes(model, precision, tokens(), **packed)
+        assert found == {half}, (options, dropout_rate, bool(packed))
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('half', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('own', [False, True])
+def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
+    """It is in the half too; one that was made beside float32 parameters serves as well."""
+    model = transformer(scan_layers=scan_layers, dtype=jnp.dtype(half) if own else None)
+    decoder = model.clone(decode=True)
+    variables = nn.meta.unbox(decoder.init(jax.random.key(0), tokens()))
+    cast = half if not own else 'float32'
+    params = jax.tree.map(lambda x: x.astype(cast), variables['params'])
+
+    def step(cache: dict[str, Any]) -> Any:
+        return decoder.apply({'params': params, **cache}, tokens()[:, :1], mutable=['cache'])
+
+    made = jax.eval_shape(lambda: step({})[1])
+    assert {x.dtype for x in jax.tree.leaves(made) if x.ndim > 1} == {jnp.dtype(half)}
+    for cache in (made, {'cache': variables['cache']}):
+        jaxpr, (logits, after) = jax.make_jaxpr(step, return_shape=True)(cache)
+        assert set(flops.by_place(jaxpr, of_products, '')) == {half}
+        assert logits.dtype == jnp.dtype(half)
+        kept = jax.tree.map(lambda new, old: new.dtype == old.dtype, after, dict(cache))
+        assert all(jax.tree.leaves(kept))
+    if not (own or scan_layers):
+        prompt = jnp.asarray(tokens()[:, :3])
+        found = generate(model, params, prompt, 3)
+        row = jnp.concatenate([prompt, found], axis=1)
+        logits = jax.jit(model.apply)({'params': params}, row)
+        assert np.array_equal(found, logits[:, 2:-1].argmax(-1))
+
+
+@pytest.mark.parametrize('way', SOME)
+def test_recurrent(way: str) -> None:
+    """The states that are carried from token to token as well, from the first one on."""
+    precision, own, half = WAYS[way]
+    lengths = np.array([3, 0], np.int32)
+    model = seq2seq(dropout_rate=0.1, **own)
+    assert dtypes(model, precision, tokens(), lengths, tokens()) == {half}
+
+    def written(bound: Any, inputs: Any, lengths: Any) -> Any:
+        bound(inputs, lengths, inputs)  # It makes the parameters.
+        return bound.greedy(inputs, lengths, 4)
+
+    assert dtypes(model, precision, tokens(), lengths, mode='eval', call=written) == {half}
+
+    def state(equation: Any, around: None) -> None:
+        if equation.primitive.name == 'scan':
+            first = equation.params['num_consts']
+            carry = equation.invars[first : first + equation.params['num_carry']]
+            carried.extend(x.aval.dtype for x in carry)
+
+    inputs = (tokens(), lengths, tokens())
+    params = model.init(jax.random.key(0), *inputs)['params']
+    params = jax.tree.map(lambda x: x if own else x.astype(half), params)
+    carried: list[Any] = []
+    jaxpr = jax.make_jaxpr(lambda params: model.apply({'params': params}, *inputs))(params)
+    flops.by_place(jaxpr, state, None)
+    # Two texts are read, one is written, each with two states.
+    assert [x.name for x in carried if jnp.issubdtype(x, jnp.floating)] == 6 * [half]
+
+
+@pytest.mark.parametrize('way', SOME)
+def test_bert(way: str) -> None:
+    precision, own, half = WAYS[way]
+    named = {'mask': tokens() > 3, 'token_types': tokens() % 2}
+    made = encoder(dropout_rate=0.1, **own)
+    assert dtypes(made, precision, tokens(), **named) == {half}
+    for mode in ('train', 'eval'):
+        for model in (SentenceEncoder(made), TextClassifier(made, dropout_rate=0.1)):
+            assert dtypes(model, precision, tokens(), mode=mode) == {half}
+
+
+RESNETS = list(itertools.product(('basic', 'bottleneck'), ('large', 'small'), (1, 2)))
+
+
+@pytest.mark.parametrize('way', ['cast-bfloat16', 'cast-float16', 'own-bfloat16'])
+@pytest.mark.parametrize(('block', 'stem', 'groups'), RESNETS)
+def test_resnet(block: Any, stem: Any, groups: int, way: str) -> None:
+    precision, own, half = WAYS[way]
+    sizes: dict[str, Any] = dict(stages=(1, 1), features=4, num_classes=10)
+    model = ResNet(block=block, stem=stem, norm_groups=groups, **sizes, **own)
+    for mode in ('train', 'eval'):
+        assert dtypes(model, precision, images(16, 3), mode=mode) == {half}
+
+
+class Normed(nn.Module):
+    """Between two dense layers a normalisation of groups."""
+
+    @nn.compact
+    def __call__(self, x: Any, train: bool = False) -> Any:
+        norm = GroupedBatchNorm(use_running_average=not train, groups=2)
+        return nn.Dense(4)(norm(nn.Dense(8)(x)))
+
+
+NNX_OPTIONS: dict[str, Any] = {'inputs': 64, 'features': (8, 8, 4)}
+FOLLOWING: dict[str, Any] = {
+    'cnn': CNN(dropout_rate=0.1),
+    'cnn_nnx': lambda rngs: NNXCNN(dropout_rate=0.1, size=8, rngs=rngs),
+    'mlp': MLP((8, 8, 4), dropout_rate=0.1),
+    'mlp_norm': MLP((8, 8, 4), batch_norm=True),
+    'mlp_nnx': lambda rngs: NNXMLP(dropout_rate=0.1, **NNX_OPTIONS, rngs=rngs),
+    'mlp_nnx_norm': lambda rngs: NNXMLP(batch_norm=True, **NNX_OPTIONS, rngs=rngs),
+    'norm': Normed(),
+}
+
+
+@pytest.mark.parametrize('way', CAST)
+@pytest.mark.parametrize('name', FOLLOWING)
+def test_models_without_a_dtype_of_their_own(name: str, way: str) -> None:
+    precision, _, half = WAYS[way]
+    for mode in ('train', 'eval'):
+        assert dtypes(FOLLOWING[name], precision, images(), mode=mode) == {half}
+
+
+def test_each_file_of_models_is_here() -> None:
+    files = {path.stem for path in (ROOT / 'models').glob('*.py')} - {'__init__'}
+    text = pathlib.Path(__file__).read_text()
+    assert all(f'from models.{name} import' in text for name in files)
+
+
+# Of seven options with two values, each pair of values in one of eight rows.
+OPTIONS = ('scan_layers', 'remat', 'dropout', 'packed', 'float16', 'own', 'slices')
+PAIRWISE = [
+    [a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c] for a, b, c in itertools.product((0, 1), repeat=3)
+]
+# Of the default suite: layers that are scanned over, in both halves.
+QUICK = ([1, 0, 1, 0, 1, 0, 1], [1, 1, 0, 1, 0, 0, 1])
+
+
+def test_the_rows_have_every_pair() -> None:
+    for one, two in itertools.combinations(range(len(OPTIONS)), 2):
+        assert {(row[one], row[two]) for row in PAIRWISE} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def trained(module: Any, precision: Precision, task: Any, batch: Any, **options: Any) -> None:
+    """Makes a step; every parameter that it changes becomes another finite number."""
+    step = TrainStep(
+        model=functional(module, precision), task=TaskRunner.of(task), seed=0,
+        optimizer=Optimizer(base=optax.sgd(0.1)), **options,
+    )  # fmt: skip
+    types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ('data',), types, devices=jax.devices()[:1])
+    spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}
+    programs = Programs(step, spec, mesh)
+    state = programs.init()
+    before = jax.tree.map(np.array, state.params)
+    state = programs.step(state, batch)
+    changes = jax.tree.leaves(
+        jax.tree.map(lambda new, old: np.abs(np.asarray(new) - old).max(), state.params, before)
+    )
+    assert all(np.isfinite(x) for x in changes)
+    # In a fresh ResNet, what is before a scale of 0 has no gradient.
+    assert sum(x > 0 for x in changes) > 0.5 * len(changes)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
+
+
+@pytest.mark.parametrize(
+    'row',
+    [pytest.param(row, marks=() if row in QUICK else pytest.mark.slow) for row in PAIRWISE],
+    ids=lambda row: ''.join(map(str, row)),
+)
+def test_a_step_of_a_transformer(row: list[int]) -> None:
+    given = dict(zip(OPTIONS, row, strict=True))
+    half = 'float16' if given['float16'] else 'bfloat16'
+    model = transformer(
+        scan_layers=bool(given['scan_layers']),
+        remat='full' if given['remat'] else 'none',
+        dropout_rate=0.1 * given['dropout'],
+        dtype=jnp.dtype(half) if given['own'] else None,
+    )
+    precision = Precision(compute=None if given['own'] else half, output='float32')
+    batch = {'tokens': tokens(4)}
+    if given['packed']:
+        batch.update({name: np.repeat(x, 2, 0) for name, x in PACKED.items()})
+
+    def task(model: Any, batch: Any) -> jax.Array:
+        rest = {name: x for name, x in batch.items() if name != 'tokens'}
+        loss = optax.softmax_cross_entropy_with_integer_labels
+        return loss(model(batch['tokens'], **rest).astype(jnp.float32), batch['tokens'])
+
+    scale = 2.0**10 if given['float16'] else None
+    trained(model, precision, task, batch, accumulate=1 + given['slices'], loss_scale=scale)
+
+
+OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    'bert': (TextClassifier(encoder(dropout_rate=0.1)), (tokens(),)),
+    'recurrent': (seq2seq(), (tokens(), np.array([3, 1], np.int32), tokens())),
+    'resnet': (ResNet(stages=(1, 1), features=4, num_classes=4, stem='small', norm_groups=2),
+               (images(8, 3),)),
+    **{name: (module, (images(),)) for name, module in FOLLOWING.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(x, marks=() if x == 'mlp_nnx_norm' else pytest.mark.slow) for x in OTHERS],
+)
+def test_a_step_of_another_model(name: str) -> None:
+    module, inputs = OTHERS[name]
+    half = ('bfloat16', 'float16')[list(OTHERS).index(name) % 2]
+    batch = {f'x{index}': x for index, x in enumerate(inputs)}
+
+    def task(model: Any, batch: Any) -> jax.Array:
+        output = model(*(batch[name] for name in sorted(batch)))
+        # Of each row something else, or a normalisation takes the gradient away.
+        aim = jnp.arange(output.size, dtype=jnp.float32).reshape(output.shape) % 7
+        return (output - aim) ** 2
+
+    scale = 2.0**10 if half == 'float16' else None
+    trained(module, Precision(compute=half, output='float32'), task, batch, loss_scale=scale)
