@@ -205,8 +205,8 @@ def test_members_of_an_ensemble(tmp_path: pathlib.Path) -> None:
     assert set(np.load(tmp_path / 'metrics' / 'train_4.npz')) == {
         'confusion', 'member_0/confusion', 'member_1/confusion',
     }  # fmt: skip
-    assert 'member_1  ' in shown(trainer)
-    assert 'recall/share/few' in shown(trainer).split('member_1  ')[1]
+    assert 'recall/share/few' in shown(trainer).split('member 1 (seed 1)  ')[-1]
+    assert 'member 1 (seed 1)  ' in shown(trainer)
 
 
 def test_without_a_work_directory_a_line_tells_of_them() -> None:
