@@ -198,7 +198,10 @@ class Workdir:
             UserError: if there are metrics and a checkpoint was committed, but none is there.
         """
         metrics = self.path / 'metrics.jsonl'
-        if (self.path / _SAVED).exists() and metrics.exists():
+        result = self._read('result.json') or {}
+        # A copy of the directory may be without the marker, and an older run has none.
+        was_saved = (self.path / _SAVED).exists() or result.get('digest') is not None
+        if was_saved and metrics.exists():
             raise UserError(
                 f'{self.path} has the metrics of a run that was saved, but there is no checkpoint '
                 f'in {self.checkpoints}. Put it back, name another --workdir, or remove {metrics} '

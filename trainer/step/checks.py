@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integers of a batch that must lie in a range, such as labels: checked inside the step."""
+"""Values of a batch that must be in a range, such as labels: checked inside the step."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ class Check:
     """What the values of a field of the batch may be.
 
     Attributes:
-        values: int (batch, ...).
+        values: (batch, ...), integers or floats.
         low: the smallest that may be there.
         high: the largest.
         ignored: a value that may be there, too, or None.
+        why: where the range comes from, and what to do: the end of the message.
     """
 
     values: jax.Array
     low: int = flax.struct.field(pytree_node=False)
     high: int = flax.struct.field(pytree_node=False)
     ignored: int | None = flax.struct.field(pytree_node=False, default=None)
+    why: str = flax.struct.field(pytree_node=False, default='Fix the data')
 
     def fails(self, values: Any) -> Any:
-        """Returns for each value whether it is out of the range."""
-        values = values.astype(np.int64 if isinstance(values, np.ndarray) else jnp.int32)
-        bad = (values < self.low) | (values > self.high)
+        """Returns for each value whether it is out of the range; NaN is."""
+        if not jnp.issubdtype(values.dtype, jnp.inexact):
+            # A range of bytes cannot be compared with a number that no byte holds.
+            values = values.astype(np.int64 if isinstance(values, np.ndarray) else jnp.int32)
+        bad = ~((values >= self.low) & (values <= self.high))
         return bad if self.ignored is None else bad & (values != self.ignored)
 
 
@@ -44,10 +48,10 @@ def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, ja
             weights does.
 
     Returns:
-        1 + the number of the first check that fails, in the order of the names, 0 for none; and a
-        value that is out of its range: int32 scalars.
+        1 + the number of the first check that fails, in the order of the names, 0 for none: int32
+        scalar; and a value that is out of its range: float32 scalar.
     """
-    number = value = jnp.zeros((), jnp.int32)
+    number, value = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     for index, (_, check) in enumerate(sorted(checks.items()), start=1):
         values = check.values
         counts = jnp.zeros(values.shape[:1], bool)
@@ -62,9 +66,8 @@ def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, ja
 
 
 def _pick(values: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Returns the smallest of the wanted values, int32."""
-    largest = jnp.iinfo(jnp.int32).max
-    return jnp.min(jnp.where(wanted, values.astype(jnp.int32), largest), initial=largest)
+    """Returns the smallest of the wanted values, float32."""
+    return jnp.min(jnp.where(wanted, values.astype(jnp.float32), jnp.inf), initial=jnp.inf)
 
 
 def complain(
@@ -72,7 +75,7 @@ def complain(
     when: str,
     checks: Mapping[str, Check],
     number: int,
-    value: int,
+    value: float,
     blocks: Iterable[Any],
 ) -> str:
     """Returns what is said of a value that is out of its range.
@@ -89,19 +92,19 @@ def complain(
     example = _find_example(name, check, value, blocks)
     at = when if example is None else f'example {example} {when}'
     return (
-        f'{where}: batch[{name!r}] holds {value} ({at}); expected {check.low} to {check.high}, for '
-        f'the model returns {check.high - check.low + 1} logits. Fix the data or the number of '
-        "outputs; a value that marks examples without a label is named by the task's ignore_label"
+        f'{where}: batch[{name!r}] holds {value:.9g} ({at}); expected {check.low} to {check.high}. '
+        f'{check.why}'
     )
 
 
-def _find_example(name: str, check: Check, value: int, blocks: Iterable[Any]) -> int | None:
+def _find_example(name: str, check: Check, value: float, blocks: Iterable[Any]) -> int | None:
     """Returns the id of the first example that holds the value."""
     for block in blocks:
         if name not in block.arrays:
             return None
         values = np.asarray(block.arrays[name])
-        bad = (values == value) & check.fails(values)
+        # As the devices have seen it: rounded.
+        bad = (values.astype(np.float32) == np.float32(value)) & check.fails(values)
         rows = bad.reshape(*block.ids.shape, -1).any(-1) & (block.ids >= 0)
         if rows.any():
             return int(block.ids[rows][0])

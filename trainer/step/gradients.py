@@ -55,6 +55,13 @@ class Gradients:
     accumulate: int = 1
     shards: int = 1
 
+    def check_labels(self, state: TrainState, batch: Mapping[str, jax.Array]) -> Signs:
+        """Returns what the task's checks find in a batch, without a gradient."""
+        keys = Keys(seed=self.seed, mode='train', step=state.step)
+        output, _ = self._run_task(state.params, state, plain(batch), keys)
+        label, value = run_checks(output.checks, output.weights)
+        return Signs(jnp.zeros((), jnp.float32), label, value)
+
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns empty accumulators of what comes with the gradients."""
         output = self._output_shapes(state, batch)

@@ -60,7 +60,7 @@ class Health:
     @classmethod
     def of(cls, params: Any, opt_state: Any) -> Health:
         """Returns the health of a state that training starts from."""
-        known = [_count(x) for x in floats((params, opt_state))]
+        known = count_each((params, opt_state))
         return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array(known, jnp.int32)]))
 
     @property
@@ -75,8 +75,8 @@ class Health:
 
     @property
     def value(self) -> jax.Array:
-        """The label that was found: int32 (...)."""
-        return self.packed[..., _VALUE]
+        """The label that was found: float32 (...)."""
+        return jax.lax.bitcast_convert_type(self.packed[..., _VALUE], jnp.float32)
 
     @property
     def skips(self) -> jax.Array:
@@ -94,7 +94,7 @@ class Health:
         return self.bad_step > 0
 
     def flagged(
-        self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: int | jax.Array = 0
+        self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: float | jax.Array = 0
     ) -> Health:
         """Returns the health after a check; what was found first stays.
 
@@ -104,7 +104,8 @@ class Health:
             step: number of the step, from 1.
             value: of a label.
         """
-        found = jnp.stack([jnp.asarray(x, jnp.int32) for x in (step, kind, value)])
+        bits = jax.lax.bitcast_convert_type(jnp.asarray(value, jnp.float32), jnp.int32)
+        found = jnp.stack([jnp.asarray(x, jnp.int32) for x in (step, kind, bits)])
         packed = jnp.concatenate([found, self.packed[_SKIPS:]])
         return Health(jnp.where(bad & ~self.is_bad, packed, self.packed))
 
@@ -140,7 +141,7 @@ class Signs(clu.metrics.Metric):
     Attributes:
         losses: float32 scalar that is finite exactly if all losses and penalties are.
         label: int32 scalar, 1 + the number of the first check that failed; 0 for none.
-        value: int32 scalar, the value that failed.
+        value: float32 scalar, the value that failed.
     """
 
     losses: jax.Array
@@ -150,8 +151,7 @@ class Signs(clu.metrics.Metric):
     @classmethod
     def empty(cls) -> Signs:
         """Returns the signs of nothing."""
-        zero = jnp.zeros((), jnp.int32)
-        return cls(jnp.zeros((), jnp.float32), zero, zero)
+        return cls(*(jnp.zeros((), kind) for kind in (jnp.float32, jnp.int32, jnp.float32)))
 
     def merge(self, other: Signs) -> Signs:
         """Returns the signs of both."""
@@ -290,6 +290,11 @@ def _count(x: jax.Array) -> jax.Array:
     # Counted in float32: a very large array must not count around to 0.
     count = jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
     return jnp.minimum(count, 2.0**30).astype(jnp.int32)
+
+
+def count_each(tree: Any) -> list[jax.Array]:
+    """Returns for each float leaf of a tree the number of elements that are not finite."""
+    return [_count(x) for x in floats(tree)]
 
 
 def floats(tree: Any) -> list[jax.Array]:

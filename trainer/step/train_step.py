@@ -174,7 +174,7 @@ class TrainStep:
         new, metrics = result if self.function is default_step else checked(state, result)
         collections = self.optimizer.held(state.collections, new.collections)
         new = dataclasses.replace(new, collections=collections)
-        signs = metrics.pop(SIGNS, None) or signs_of(metrics)
+        signs = metrics.pop(SIGNS, None) or self._signs(state, batch, metrics)
         if self.watches and self.function is not default_step:  # Which has done so in its update.
             new = watch(state, new, signs)
         if self.watches and self.sweeps:
@@ -182,6 +182,18 @@ class TrainStep:
             undone = unless_bad(health, new, state) if self.undoes else new
             new = dataclasses.replace(undone, health=health)
         return new, metrics
+
+    def _signs(self, state: TrainState, batch: Mapping[str, Any], metrics: Any) -> Signs:
+        """Returns the signs of a function that has not called `ctx.gradients`.
+
+        Its losses are among its metrics. The labels are those of the task, whose model the compiler
+        drops again: their range follows from its shape alone.
+        """
+        signs = signs_of(metrics)
+        with contextlib.suppress(Exception):  # A function of its own may make nothing of the task.
+            checked = self._gradients.check_labels(state, batch)
+            signs = dataclasses.replace(signs, label=checked.label, value=checked.value)
+        return signs
 
     def update(
         self, state: TrainState, grads: Any, collections: Any, signs: Signs | None = None
