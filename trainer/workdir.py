@@ -180,6 +180,12 @@ class Workdir:
             return True  # Not to be read now, but there.
         return isinstance(run, dict) and run.get('id') == self._start
 
+    def forget_failure(self) -> None:
+        """Removes the result of an earlier start that has failed: this one's may be another."""
+        with contextlib.suppress(OSError, UserError):
+            if (self.result() or {}).get('status') in ('failed', 'diverged'):
+                (self.path / 'result.json').unlink()
+
     def mark_saved(self) -> None:
         """Notes that a checkpoint was committed here; a start without one is then an error."""
         with contextlib.suppress(OSError):

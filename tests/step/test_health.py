@@ -280,3 +280,43 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
 def test_no_member_left() -> None:
     with pytest.raises(NonFiniteError, match='no member of the ensemble is left'):
         Trainer(ensemble((2e38, 3e38))).fit()
+
+
+def twice(state: Any, batch: Any, ctx: Any) -> Any:
+    """Two updates, whose metrics are nested; the second one is bad in the fifth step."""
+    grads, _, first = ctx.gradients(state, batch)
+    state, _ = ctx.update(state, grads)
+    grads, _, second = ctx.gradients(state, batch)
+    grads = jax.tree.map(lambda g: jnp.where(state.step == 5, jnp.nan, g), grads)
+    state, _ = ctx.update(state, grads)
+    return state, {'first': first['task'], 'inner': {'second': second}}
+
+
+@pytest.mark.parametrize('sweeps', [False, True])
+def test_several_updates_are_one_step(sweeps: bool) -> None:
+    made = build(PLAIN, step={'ref': f'{__name__}:twice'})
+    states = run(made, 7, sweeps=sweeps)
+    if sweeps:
+        assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (5, GRADIENT)
+        assert all(same(state, states[4]) for state in states[5:])
+    with pytest.raises(NonFiniteError, match='First non-finite step: 5'):
+        Trainer(made).fit()
+
+
+def test_an_overflow_of_a_batch_is_for_the_loss_scale() -> None:
+    """One loss that is not finite: skipped and counted."""
+    made = build(linen(bad=1), precision={'compute': 'float16'}, train_for='20 steps')
+    result = Trainer(made).fit()
+    assert result.status == 'finished'
+    assert result.metrics['train/skipped_updates'] >= 1
+
+
+@pytest.mark.parametrize('sweeps', [False, True])
+def test_optimizers_that_replace_what_is_not_finite(sweeps: bool) -> None:
+    chain = {
+        'target': 'optax:chain',
+        'args': ({'target': 'optax:zero_nans'}, {'target': 'optax:sgd', 'learning_rate': 0.01}),
+    }
+    states = run(build(linen(bad=1, how='gradient'), optimizer=chain), STEP + 2, sweeps=sweeps)
+    assert not states[-1].health.is_bad
+    assert np.isfinite(states[-1].params['first']['bias']).all()

@@ -91,6 +91,8 @@ class StopRequest:
 def _leave(number: int) -> None:
     name = signal.Signals(number).name
     _say(f'\n{name}: stopped before the first step; nothing is lost.\n')
+    status = 'preempted' if number == signal.SIGTERM else 'interrupted'
+    last_words.say(status, f'{name} before the first step')
     # Not an exception: it would come out of the middle of any import, and the threads that compile
     # would be waited for.
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):

@@ -7,7 +7,7 @@ devices have it anyway or before something is kept, and says what was found.
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -83,19 +83,29 @@ class Watch:
             state: at this step; sound by definition.
             place: where a stream is, or None.
         """
-        self._pending, self._kept = None, self._keep(step, state, place)
+        self._pending, self._next = None, None
+        self._kept = self._keep(step, state, place)
+        self._named.clear()
 
     def note(self, step: int, state: TrainState, place: Any) -> None:
         """Takes a state; `poll` looks at it once its step is done. Arguments as of `begin`."""
+        if self._pending is not None and jax.process_count() > 1:
+            self._judge(self._pending, state)
+            self._kept = self._next
         self._pending = self._parts.programs.sweep(state)
         self._next = self._keep(step, state, place)
 
     def poll(self, state: TrainState) -> None:
         """Looks at what was noted, if its step is done; does not wait.
 
+        Several processes do so at the next event: each would find it ready at another step, and
+        what finds the cause needs them all.
+
         Raises:
             NonFiniteError: if the run is not sound; see `check`.
         """
+        if jax.process_count() > 1:
+            return
         if self._pending is not None and self._pending.packed.is_ready():  # type: ignore[attr-defined]
             pending, self._pending = self._pending, None
             self._judge(pending, state)
@@ -151,14 +161,31 @@ class Watch:
         )
 
     def _stop(self, kind: int, bad_step: int, state: TrainState) -> NoReturn:
-        saved = 'no checkpoint was saved'
+        self._end_reading()
+        saved, late = 'no checkpoint was saved', None
         if (checkpoints := self._parts.checkpoints) is not None:
-            with contextlib.suppress(CheckpointError):  # Which is reported where the run ends.
+            try:
                 checkpoints.wait()
+            except CheckpointError as error:
+                late = error
             if (newest := checkpoints.latest()) is not None:
                 saved = f'the newest checkpoint is of step {newest:,}'
-        explained = self._explain(kind, bad_step, state)
-        raise NonFiniteError(f'the run has diverged; {saved}.\n{explained}')
+        try:
+            explained = self._explain(kind, bad_step, state)
+        except Exception as error:  # Such as for want of memory: the run has diverged all the same.
+            explained = (
+                f'{_WHAT[kind].capitalize()} is not finite at step {bad_step:,}; where that began '
+                f'was not found ({type(error).__name__}: {str(error).splitlines()[:1]}).'
+            )
+        found = NonFiniteError(f'the run has diverged; {saved}.\n{explained}')
+        if late is not None:
+            found.add_note(f'A save in the background had failed too: {late}')
+        raise found
+
+    def _end_reading(self) -> None:
+        """Ends the run's own reading: a loader that both read may mix up their places."""
+        if self.batches is not None:
+            self.batches.close()
 
     def _explain(self, kind: int, bad_step: int, state: TrainState) -> str:
         """Returns in which step something was first not finite, and where."""
@@ -171,9 +198,7 @@ class Watch:
                 'that float16 cannot hold, above 65,504.'
             )
         if self._kept is not None and self._kept.state is not None:
-            return self._replay.find(
-                self._kept, bad_step, self._is_bad, running=self.batches, ends=True
-            )
+            return self._replay.find(self._kept, bad_step, self._is_bad, ends=True)
         on_cpu = not self._parts.programs.sweeps
         params, known = len(lib.floats(state.params)), state.health.known
         if kind in (lib.PARAMETER, lib.SLOT):
@@ -209,16 +234,18 @@ class Watch:
         if hasattr(data, 'restore'):
             if self._kept is None or (self._kept.place is None and self._kept.step > 0):
                 return None
-            if self.batches is not None:
-                self.batches.close()
             start = self._kept.step
             data.restore(start, self._kept.place)
-        with read_again(self._parts, start, step) as batches:
-            return [batch for _, batch in batches][-1]
+        with read_again(self._parts, start, step, ends=True) as batches:
+            # The last one, and not a list: the devices would hold all of them.
+            return collections.deque(batches, maxlen=1)[0][1]
 
     def _refuse(self, number: int, value: float, step: int) -> NoReturn:
+        self._end_reading()
         data = self._parts.experiment.data
         blocks = [] if hasattr(data, 'restore') else [data.block(step - 1, 1)]
+        if hasattr(data, 'close'):
+            data.close()
         checks = self._look.checks
         raise UserError(complain('config.task', f'in step {step:,}', checks, number, value, blocks))
 

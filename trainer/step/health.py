@@ -9,7 +9,7 @@ hold it: no save commits while it is set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import clu.metrics
@@ -164,6 +164,20 @@ class Signs(clu.metrics.Metric):
         )
 
 
+def take_signs(metrics: Any) -> tuple[Any, list[Signs]]:
+    """Returns metrics without the signs among them, at any depth, and these."""
+    if not isinstance(metrics, Mapping):
+        return metrics, []
+    rest, found = {}, []
+    for name, value in metrics.items():
+        if name == SIGNS:
+            found.append(value)
+        else:
+            rest[name], more = take_signs(value)
+            found += more
+    return rest, found
+
+
 def signs_of(metrics: Any) -> Signs:
     """Returns the signs of a step that gives none, from the means that it calls a loss."""
     leaves = jax.tree_util.tree_leaves_with_path(
@@ -187,8 +201,8 @@ def check_signs(state: TrainState, signs: Signs) -> Health:
     assert state.health is not None
     step, label = state.step + 1, signs.label
     health = state.health.flagged(label > 0, LABELS + label - 1, step, signs.value)
-    if copes(state.opt_state):
-        return health
+    if copes(state.opt_state) or state.loss_scale is not None:
+        return health  # The gradients of such a loss are not finite: see `check_gradients`.
     return health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
 
 
@@ -244,14 +258,25 @@ def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
     """
     assert after.health is not None
     early = check_signs(before, signs)
-    return unless_bad(choose(early.is_bad, early, after.health), after, before)
+    health = choose(early.is_bad, early, after.health)
+    # However many updates the function makes, this is one step.
+    step = jnp.where(health.is_bad & ~early.is_bad, before.step + 1, health.bad_step)
+    health = Health(health.packed.at[_BAD_STEP].set(step))
+    return unless_bad(health, after, before)
 
 
 def copes(opt_state: Any) -> bool:
     """Whether an optimizer has a rule of its own for gradients that are not finite."""
-    kind = optax.ApplyIfFiniteState
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
-    return any(isinstance(node, kind) for node in nodes)
+    kinds = (optax.ApplyIfFiniteState, optax.ZeroNansState, optax.MultiStepsState)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    for node in nodes:
+        if isinstance(node, optax.MultiStepsState):
+            # It may skip them, too; or what it wraps has a rule.
+            if jax.tree.leaves(node.skip_state) or copes(node.inner_opt_state):
+                return True
+        elif isinstance(node, kinds):
+            return True
+    return False
 
 
 def all_finite(tree: Any, *, whole: bool = False) -> jax.Array:
