@@ -84,6 +84,11 @@ def resized(parts: Parts, step: int, before: int) -> str:
             f'{total:,} they take the values of steps {now:,.6g} to {end:,.6g} of a run with batch '
             f'size {clock.batch_size}. Those in steps continue at step {step:,}.'
         )
+    elif experiment.optimizer.learning_rates is not None:
+        lines.append(
+            f'A schedule with plain numbers counts steps: it continues at step {step:,} '
+            f'and is at {total:,} when the run ends.'
+        )
     return '\n'.join(lines)
 
 
