@@ -91,8 +91,8 @@ def test_two_epochs_and_two_more(
     assert times({0: flat}) == {4: EXAMPLES}
     assert len([i for row in seen.values() for i in row]) - 4 * EXAMPLES < sizes[1]
     assert (
-        f'config.data.batch_size {sizes[0]} -> {sizes[1]}: the run goes on at step {ends[0]}, '
-        f'after 512 examples (2 epochs), and ends at step {ends[1]}'
+        f'config.data.batch_size {sizes[0]} -> {sizes[1]}: resuming at step {ends[0]}, '
+        f'after 512 examples (2 epochs); the run ends at step {ends[1]}'
     ) in out
     # At the ends of the epochs, whatever their steps are.
     first = [EXAMPLES // sizes[0], 2 * EXAMPLES // sizes[0]]
@@ -297,8 +297,7 @@ def test_a_schedule_goes_on_by_examples(
     )
     out = capsys.readouterr().out
     assert (
-        'from step 12 to 22 they take the values of steps 6 to 16 of a run with batch size 64'
-        in out
+        'in steps 12 to 22 they have the values of steps 6 to 16 of a run with batch size 64' in out
     )
 
 
@@ -363,7 +362,7 @@ def test_what_no_schedule_can_follow_is_refused(tmp_path: pathlib.Path) -> None:
     }  # fmt: skip
     more: dict[str, Any] = {'optimizer': every, 'evals': {}}
     trainer_in(tmp_path, data__batch_size=32, **more).fit()
-    with pytest.raises(UserError, match=r"every_k_schedule: '0\.25 epochs' is another number of"):
+    with pytest.raises(UserError, match=r"every_k_schedule: '0\.25 epochs' is a different number"):
         trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', **more).fit()
 
 
@@ -446,7 +445,7 @@ def test_a_profile_begins_by_examples() -> None:
 def test_a_run_that_went_on_elsewhere_is_refused(tmp_path: pathlib.Path) -> None:
     early = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', evals={})
     trainer_in(tmp_path, data__batch_size=32, evals={}).fit()
-    with pytest.raises(UserError, match='batches of another size since this Trainer was made'):
+    with pytest.raises(UserError, match='has changed since this Trainer was created'):
         early.fit()
 
 
@@ -468,5 +467,5 @@ def test_a_loader_that_cannot_go_on_says_so(tmp_path: pathlib.Path) -> None:
     more = {'data__loader': {'target': f'{__name__}:Counting'}, 'evals': {}}
     trainer_in(tmp_path, data__batch_size=32, **more).fit()
     longer = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', **more)
-    with pytest.raises(UserError, match=r'Counting cannot go on .* of 32 examples'):
+    with pytest.raises(UserError, match=r'Counting cannot resume .* batch size was 32'):
         longer.fit()

@@ -292,7 +292,7 @@ def test_a_save_that_fails_too(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match='the hook does not like it') as error:
         trainer.fit()
     text = full_text(error.value)
-    assert text.startswith('the hook does not like it\nAnd the state of step 10 could not be saved')
+    assert text.startswith('the hook does not like it\nThe state of step 10 could not be saved')
     assert 'checkpoints' in text
 
 

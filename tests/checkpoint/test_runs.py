@@ -136,5 +136,5 @@ def test_a_step_by_another_name_is_not_believed(trained: pathlib.Path, how: str)
     assert done.code == 65
     assert done.err == (
         f'Error: {other} is not the checkpoint of step 50: its metadata says 60 and its state '
-        'says 60. It was copied, renamed or linked. Give it back its name, or remove it.\n'
+        'says 60. It was copied, renamed or linked. Restore its name, or delete it.\n'
     )

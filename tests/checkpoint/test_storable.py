@@ -182,7 +182,7 @@ def test_a_temporary_directory_that_cannot_be_written_is_no_verdict(
 
 
 def test_two_arrays_for_one_place_are_found_before_the_first_step(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match=r"both are named 'params\.Dense_0\.bias'"):
+    with pytest.raises(UserError, match=r"both map to 'params\.Dense_0\.bias'"):
         trainer_in(tmp_path, 'Clash').fit()
     assert not (tmp_path / 'metrics.jsonl').exists()
     # Where nothing is saved, nothing is in the way.

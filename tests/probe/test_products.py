@@ -116,8 +116,8 @@ def test_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
     assert share == 75
     assert text == (
         "config.precision.compute=bfloat16, but 75 % of the model's operations (matrix products "
-        'and convolutions) are float32, first in pair_0/wide. An array or a module of float32 '
-        'there or before it makes what follows float32; cast its result back, as in '
+        'and convolutions) are float32, first in pair_0/wide. A float32 array or module there or '
+        'earlier promotes everything after it to float32; cast its result back, as in '
         'y.astype(x.dtype)'
     )
 

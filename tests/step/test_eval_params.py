@@ -243,7 +243,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     'other shapes': (
         {**SGD, 'eval_params': {'ref': f'{__name__}:other_shapes'}},
-        r'must return parameters like those that it is given.*Dense_0/bias',
+        r'must return parameters with the same paths and shapes.*Dense_0/bias',
     ),
     'no function of two': (
         {**SGD, 'eval_params': {'ref': 'optax:global_norm'}},

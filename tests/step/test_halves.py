@@ -150,7 +150,7 @@ def test_a_checkpoint_whose_slots_are_halves_is_explained(tmp_path: pathlib.Path
         tiny.trainer(tmp_path / 'old', **options).fit()
     text = str(error.value)
     assert 'opt_state/0/mu/Dense_0/kernel: bfloat16[16, 4] in the checkpoint, float32' in text
-    assert 'The optimizer state of parameters in half precision is float32 now.' in text
+    assert 'The optimizer state of half-precision parameters is now kept in float32.' in text
     # What it says works.
     source = {'path': str(tmp_path / 'old'), 'step': 7, 'optimizer': True}
     assert f'config.init_from=dict(path={source["path"]!r}, step=7, optimizer=True)' in text

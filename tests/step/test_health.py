@@ -108,7 +108,7 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
     with pytest.raises(NonFiniteError) as caught:  # And at the events of a run on a CPU.
         Trainer(made).fit()
     assert 'First non-finite step: 6.' in str(caught.value)
-    assert 'it is the update that is not' in str(caught.value)
+    assert 'but the update is not' in str(caught.value)
 
 
 @pytest.mark.parametrize('sweeps', [False, True])
@@ -224,5 +224,5 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
 
 
 def test_no_member_left() -> None:
-    with pytest.raises(NonFiniteError, match='no member of the ensemble is left'):
+    with pytest.raises(NonFiniteError, match='all members of the ensemble have diverged'):
         Trainer(ensemble((2e38, 3e38))).fit()

@@ -64,7 +64,7 @@ def test_a_label_out_of_its_range(bad: int, options: dict[str, Any]) -> None:
         made.fit()
     said = str(caught.value)
     assert f"config.task: batch['label'] holds {bad} (example 37 in step " in said
-    assert 'expected 0 to 3, for the model returns 4 logits' in said
+    assert 'expected 0 to 3, because the model returns 4 logits' in said
 
 
 def test_a_label_of_an_evaluation() -> None:
@@ -107,9 +107,9 @@ def test_labels_for_each_class_may_be_missing() -> None:
 @pytest.mark.parametrize(
     ('train', 'task', 'message'),
     [
-        ({'column': True}, {}, r'is int32\[8, 1\], and the model returns \[8, 4\].*A column has'),
+        ({'column': True}, {}, r'is int32\[8, 1\], and the model .*\[8, 4\].*one dimension too'),
         ({'column': True, 'dtype': 'float32'}, {}, r'is float32\[8, 1\], and the model'),
-        ({'dtype': 'float32'}, {}, 'is float32.*Numbers of classes are integers'),
+        ({'dtype': 'float32'}, {}, 'is float32.*Class indices must be integers'),
         ({'column': True}, {'loss': 'sigmoid'}, r'is int32\[8, 1\]'),
         ({}, {'top_k': (2, 9)}, 'config.task.top_k: 9 of 4 classes'),
     ],

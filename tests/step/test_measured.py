@@ -138,7 +138,7 @@ def test_what_is_neither_number_nor_array_nor_dict(value: Any, kind: str) -> Non
 def test_two_values_of_one_name() -> None:
     for one, two in [({'a/b': 1}, {'a': {'b': 2}}), ({'a': np.eye(2)}, {'a': 1})]:
         row = Measured(one)
-        with pytest.raises(UserError, match='two values are both called'):
+        with pytest.raises(UserError, match='two values are named'):
             row.update_with(Measured(two))
 
 

@@ -109,11 +109,11 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         r'config\.optimizer\.clip_norm: it would clip',
     ),
-    'ema': (multi(ADAM), {'ema': {'decay': 0.9}}, r'config\.ema: the average would move'),
+    'ema': (multi(ADAM), {'ema': {'decay': 0.9}}, r'config\.ema: the average would be'),
     'durations': (
         multi({**SGD, 'learning_rate': {**DECAY, 'transition_steps': '100%'}}),
         {},
-        r'config\.optimizer\.opt\.learning_rate\.transition_steps: a duration is in steps',
+        r'config\.optimizer\.opt\.learning_rate\.transition_steps: a duration is converted',
     ),
     'durations by position': (
         {'groups': {'all': {

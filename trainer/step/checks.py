@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integers of a batch that must lie in a range, such as labels: checked inside the step."""
+"""Range checks of integers in a batch, such as labels, inside the step."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 
 @flax.struct.dataclass
 class Check:
-    """What the values of a field of the batch may be.
+    """The allowed range of a field of the batch.
 
     Attributes:
         values: int (batch, ...).
-        low: the smallest that may be there.
+        low: the smallest allowed value.
         high: the largest.
-        ignored: a value that may be there, too, or None.
+        ignored: one more allowed value, or None.
     """
 
     values: jax.Array
@@ -36,16 +36,16 @@ class Check:
 
 
 def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns what the checks find in the rows that count.
+    """Runs the checks on all rows with a nonzero weight.
 
     Args:
         checks: by batch key.
-        weights: of the task's output, (batch, ...) or several such: a row counts if any of its
-            weights does.
+        weights: of the task's output, (batch, ...) or several such: a row is checked if any of
+            its weights is not 0.
 
     Returns:
-        1 + the number of the first check that fails, in the order of the names, 0 for none; and a
-        value that is out of its range: int32 scalars.
+        1 + the index of the first check that fails, in order of the names, 0 for none; and a value
+        out of its range: int32 scalars.
     """
     number = value = jnp.zeros((), jnp.int32)
     for index, (_, check) in enumerate(sorted(checks.items()), start=1):
@@ -56,13 +56,13 @@ def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, ja
         bad = (check.fails(values) & counts.reshape(-1, *[1] * (values.ndim - 1))).ravel()
         first = bad.any() & (number == 0)
         number = jnp.where(first, index, number)
-        # By a sum and not by its place: the batch may be spread over devices.
+        # With a sum and not by index: the batch may be sharded.
         value = jnp.where(first, _pick(values.ravel(), bad), value)
     return number, value
 
 
 def _pick(values: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Returns the smallest of the wanted values, int32."""
+    """Returns the smallest of the selected values, int32."""
     largest = jnp.iinfo(jnp.int32).max
     return jnp.min(jnp.where(wanted, values.astype(jnp.int32), largest), initial=largest)
 
@@ -75,23 +75,23 @@ def complain(
     value: int,
     blocks: Iterable[Any],
 ) -> str:
-    """Returns what is said of a value that is out of its range.
+    """Returns the message for a value out of its range.
 
     Args:
         where: config path of the task.
         when: such as 'in step 12'.
-        checks: by batch key; their values do not matter.
-        number: of the check that has failed, in the order of the names.
-        value: that was found.
-        blocks: of the loader, among whose rows the value is; it may have been changed since.
+        checks: by batch key; their `values` are not used.
+        number: index of the failed check, in order of the names.
+        value: the one found.
+        blocks: of the loader, with the rows to search; a transform may have changed the value.
     """
     name, check = sorted(checks.items())[number]
     example = _find_example(name, check, value, blocks)
     at = when if example is None else f'example {example} {when}'
     return (
-        f'{where}: batch[{name!r}] holds {value} ({at}); expected {check.low} to {check.high}, for '
-        f'the model returns {check.high - check.low + 1} logits. Fix the data or the number of '
-        "outputs; a value that marks examples without a label is named by the task's ignore_label"
+        f'{where}: batch[{name!r}] holds {value} ({at}); expected {check.low} to {check.high}, '
+        f'because the model returns {check.high - check.low + 1} logits. Fix the data or the '
+        "number of outputs; if the value marks unlabeled examples, set the task's ignore_label"
     )
 
 

@@ -123,7 +123,7 @@ class Answer:
         checks = {
             self.targets: Check(jnp.where(counts, targets, 0), 0, logits.shape[-1] - 1),
         }
-        # What does not count may be any number, and its loss NaN.
+        # Ignored positions may have any token, and a NaN loss.
         loss = jnp.where(counts, loss, 0.0).sum(-1)
         return TaskOutput(loss=loss, metrics={'exact_match': right}, checks=checks)
 
