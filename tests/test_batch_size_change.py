@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that goes on with another batch size counts examples: data, events and schedules."""
+"""A run that resumes with another batch size counts examples: data, events and schedules."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_a_second_resume_is_exact(remainder: str, tmp_path: pathlib.Path) -> Non
         workdir = tmp_path / name
         trainer_in(workdir, data__batch_size=32, **more).fit(max_steps=13)
         for number, stop in enumerate(stops):
-            # After the change it is the run of that config, and needs no permission.
+            # After the change the run has that config, and needs no flag.
             trainer_in(workdir, allow=number == 0, data__batch_size=48, **more).fit(max_steps=stop)
         results[name] = command.result(workdir)
         found[name] = {
@@ -223,7 +223,7 @@ def test_a_second_resume_is_exact(remainder: str, tmp_path: pathlib.Path) -> Non
 def test_the_digest_proves_rows_of_steps(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
-    """Also across a change: a sum over (step, row, example), of which each can be said again."""
+    """Also across a change: a sum over (step, row, example) that can be recomputed."""
     for size, total in ((32, '1 epochs'), (96, '2 epochs')):
         trainer_in(tmp_path, data__batch_size=size, train_for=total, evals={}).fit()
     words = [
@@ -450,7 +450,7 @@ def test_a_run_that_went_on_elsewhere_is_refused(tmp_path: pathlib.Path) -> None
 
 
 class Counting:
-    """A loader of somebody's own that knows one batch size."""
+    """A user's own loader that supports only one batch size."""
 
     def __init__(
         self, *, source: Any, batch_size: int, transforms: Any, seed: int, shuffle: bool,

@@ -144,7 +144,7 @@ def test_a_copied_step_is_not_trained_on(tmp_path: pathlib.Path) -> None:
     before = files(tmp_path)
     with pytest.raises(CheckpointError, match=r'step 30: its metadata says 20 and its state says'):
         trainer_in(tmp_path, evals={}).fit()
-    # Nor is the run called too long for what the name says.
+    # Nor does the name make the run seem too long.
     with pytest.raises(CheckpointError, match=r'step 30: its metadata says 20\. It was copied'):
         trainer_in(tmp_path, evals={}, train_for='25 steps').fit()
     assert files(tmp_path) == before
@@ -199,7 +199,7 @@ def test_another_start_in_the_same_place_is_noticed_at_the_end(tmp_path: pathlib
 
 
 def restart(event: Event) -> None:
-    """What a second run does where the file system knows no locks."""
+    """Like a second run on a file system without locks."""
     if event.kind == 'save':
         Workdir(event.workdir or '').begin({}, {}, {})
 
@@ -237,9 +237,9 @@ def test_the_first_save_that_is_committed_is_noted(tmp_path: pathlib.Path) -> No
     assert noted[2:] == [(30, True), (40, True), (50, True)]
 
 
-# ---- data that is not what it was --------------------------------------------------------------
+# ---- data that has changed ---------------------------------------------------------------------
 
-# What the files of a data set hold may change between two starts.
+# The content of a data set, which may change between two starts.
 DATASET = {'examples': 640, 'brightness': 0}
 
 
@@ -265,7 +265,7 @@ def dataset(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def out_of(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], steps: int) -> str:
-    """Trains up to a step and returns what that says."""
+    """Trains up to a step and returns the output."""
     capsys.readouterr()
     source = {'target': f'{__name__}:Images'}
     result = trainer_in(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said at the start of a run about its config."""
+"""Warnings about the config at the start of a run."""
 
 from __future__ import annotations
 

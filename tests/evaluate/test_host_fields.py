@@ -175,7 +175,7 @@ def test_an_exported_function_leaves_out_what_is_passed_on(
 
 
 def test_fingerprints_of_objects_are_of_their_values() -> None:
-    """Not of their addresses, which differ between processes."""
+    """Not computed from addresses, which differ between processes."""
     a, b = (fingerprint(build(data__shuffle=False).data) for _ in range(2))
     assert a == b
     other = fingerprint(build(data__shuffle=False, data__source__seed=1).data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which fields go to the devices, and how a batch notes what is read."""
+"""Which fields are sent to the devices, and how a batch records reads."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def arrays() -> dict[str, jax.Array]:
 
 
 def reads(read: Callable[[Any], Any], *transforms: Any) -> set[str]:
-    """What a task has read that does this with its batch; there is no text in it."""
+    """Names of the fields that a task reads; the batch has no text."""
     made = runner(read, *transforms, kept=())
     with recording() as found:
         jax.eval_shape(lambda batch: (made.task(None, made.prepared(batch)), ())[1], arrays())

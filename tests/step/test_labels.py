@@ -75,7 +75,7 @@ def test_a_label_of_an_evaluation() -> None:
 
 
 def test_a_label_to_ignore() -> None:
-    """It counts neither in the loss nor in the accuracy, smoothing or not."""
+    """It counts in neither the loss nor the accuracy, with or without smoothing."""
     task = {'target': 'trainer.step.tasks:Classification', 'ignore_label': -1}
     result = trainer({'bad': -1}, {'bad': -1}, task=task).fit()
     assert result.status == 'finished'

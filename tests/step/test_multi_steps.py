@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optax:MultiSteps`: what is right beside it, and what is refused in favour of `accumulate`."""
+"""`optax:MultiSteps`: keys that work with it, and those refused in favour of `accumulate`."""
 
 from __future__ import annotations
 
