@@ -60,7 +60,8 @@ def test_a_fit_after_one_that_failed_knows_nothing_of_it(tmp_path: pathlib.Path)
     # As if another run had saved the step before, which knows nothing of the one that is gone.
     assert trainer.checkpoints is not None
     shutil.rmtree(trainer.checkpoints.directory / '30')
-    (tmp_path / 'twice' / '.saved').unlink()
+    for name in ('.saved', 'result.json'):
+        (tmp_path / 'twice' / name).unlink()
     again = trainer.fit()
     assert KNOWN_AT_START[-1] == {}
     whole = trainer_in(tmp_path / 'once').fit()

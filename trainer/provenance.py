@@ -162,7 +162,8 @@ class Lookout:
             if self._code is None:
                 self._then = act
                 return
-        act(self._code)
+        with contextlib.suppress(OSError):
+            act(self._code)
 
     def _look(self) -> None:
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +63,8 @@ class Recovery:
         # An own one: two runs of one experiment count for themselves.
         early = parts.experiment.early_stopping
         self.early_stopping = None if early is None else dataclasses.replace(early)
+        # What tells the training data from other data; None of a loader that has no first example.
+        self._fingerprint: dict[str, Any] | None = None
         # Without a work directory the next call goes on from here.
         self._paused: tuple[TrainState, int] | None = None
         # True from `open` to `end`: a failure in between is one of the run.
@@ -107,6 +108,7 @@ class Recovery:
         if self._paused is not None:
             self._consumed.go_on(self._paused[1])
             return self._paused
+        self._look_at_data()
         latest, checkpoints = self._latest(), self._parts.checkpoints
         if checkpoints is None or latest is None:
             if checkpoints is not None:
@@ -142,6 +144,7 @@ class Recovery:
         run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
         changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
         self._running, self._failed = True, False
+        workdir.forget_failure()
         if self._code is not None:
             self._code.then(workdir.keep_code)
         if step > 0:
@@ -285,14 +288,16 @@ class Recovery:
                 error.add_note(f'A save in the background failed too: {late!r}')
         with contextlib.suppress(Exception):  # The pending row may be of a step that failed.
             self._report.flush_ready()
-        with contextlib.suppress(OSError):
+        # Whatever fails from here on, the disk or a library, must not hide the first error.
+        with contextlib.suppress(Exception):
             self._report.close()
-        if (workdir := self._parts.workdir) is not None:
-            # The disk may be what failed.
-            with contextlib.suppress(OSError, UserError):
+        try:
+            with contextlib.suppress(Exception):
                 self._record(failure.status(error), failure.describe(error, self._report.step))
+        finally:
             self._running = False
-            workdir.release()
+            if self._parts.workdir is not None:
+                self._parts.workdir.release()
 
     def record_exit(self, status: str, message: str) -> None:
         """Records how the run ends, when the process is about to exit.
@@ -317,9 +322,9 @@ class Recovery:
                 return
             workdir.claim()
         step, metrics = int(error['step']), dict(self._report.latest)
-        workdir.write_result(status, step, *self._saved_digests(step), metrics, error)
-        workdir.end_run(status, step)
         self._failed = True
+        workdir.end_run(status, step)
+        workdir.write_result(status, step, *self._saved_digests(step), metrics, error)
 
     def _saved_digests(self, step: int) -> tuple[str | None, str | None]:
         """Returns the digests of state and data at a step, if it is saved."""
@@ -342,11 +347,14 @@ class Recovery:
             may_pass=False,
         )
 
-    @functools.cached_property
-    def _fingerprint(self) -> dict[str, Any] | None:
-        """Identifies the training data; None for a loader without `first`."""
+    def _look_at_data(self) -> None:
+        """Takes the fingerprint of the training data, for the checkpoints.
+
+        Before anything else reads it: a save must not read a source that the run is reading.
+        """
         data = self._parts.experiment.data
-        return fingerprint(data) if hasattr(data, 'first') else None
+        if self._parts.checkpoints is not None and hasattr(type(data), 'first'):
+            self._fingerprint = fingerprint(data)
 
     def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:
         """Warns if the data has changed since a checkpoint was saved."""

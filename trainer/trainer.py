@@ -140,8 +140,10 @@ class Trainer(Parts):
             try:
                 self._rescue(error)
             finally:
-                self._recovery.abandon(error)
-                self._notify_failed(error)
+                try:
+                    self._recovery.abandon(error)
+                finally:
+                    self._notify_failed(error)
             raise
         finally:
             self._reached = None
@@ -338,15 +340,25 @@ class Trainer(Parts):
             **more,
         )
         self._hooks_begun = kind != 'end'
+        if kind != 'end':
+            for hook in self.experiment.hooks.values():
+                hook(event)
+            return
+        # All of them hear of the end, whatever one of them makes of it.
+        errors = []
         for hook in self.experiment.hooks.values():
-            hook(event)
+            try:
+                hook(event)
+            except Exception as error:
+                errors.append(error)
+        for late in errors[1:] if event.error is None else errors:
+            _log.warning("a hook failed at the 'end' of this run: %s", failure.summary(late))
+        if errors and event.error is None:
+            raise errors[0]
 
     def _notify_failed(self, error: BaseException) -> None:
         """Calls the hooks at the end of a failed run; if one of them fails, it warns."""
         if not self._hooks_begun:
             return
-        try:
-            status, text = failure.status(error), failure.summary(error)
-            self._notify('end', self.report.step, None, status=status, error=text)
-        except Exception as late:
-            _log.warning("a hook failed at the 'end' of this run: %s", failure.summary(late))
+        status, text = failure.status(error), failure.summary(error)
+        self._notify('end', self.report.step, None, status=status, error=text)

@@ -180,6 +180,12 @@ class Workdir:
             return True  # It exists, but cannot be read now.
         return isinstance(run, dict) and run.get('id') == self._start
 
+    def forget_failure(self) -> None:
+        """Removes the result of an earlier start that has failed: this one's may be another."""
+        with contextlib.suppress(OSError, UserError):
+            if (self.result() or {}).get('status') in ('failed', 'diverged'):
+                (self.path / 'result.json').unlink()
+
     def mark_saved(self) -> None:
         """Notes that a checkpoint was committed here; a start without one is then an error."""
         with contextlib.suppress(OSError):
@@ -198,7 +204,10 @@ class Workdir:
             UserError: if there are metrics and a checkpoint was committed, but none is left.
         """
         metrics = self.path / 'metrics.jsonl'
-        if (self.path / _SAVED).exists() and metrics.exists():
+        result = self._read('result.json') or {}
+        # A copy of the directory may be without the marker, and an older run has none.
+        was_saved = (self.path / _SAVED).exists() or result.get('digest') is not None
+        if was_saved and metrics.exists():
             raise UserError(
                 f'{self.path} has the metrics of a run that saved checkpoints, but there are none '
                 f'in {self.checkpoints}. Restore them, use another --workdir, or delete {metrics} '

@@ -111,6 +111,60 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
     assert 'but the update is not' in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ('model', 'optimizer', 'said'),
+    [
+        (linen(bad=1), {}, f'Last finite step: {STEP - 1}. First non-finite step: {STEP}.'),
+        (linen(bad=1), {}, 'The first module whose output is not finite is layer_1'),
+        (
+            PLAIN, {'learning_rate': {'ref': f'{__name__}:broken_rate'}},
+            'The loss of step 7 is not finite, because a parameter was not when it began: '
+            'Dense_0/bias, Dense_0/kernel. First non-finite step: 6, in its update.',
+        ),
+        (PLAIN, {'target': f'{__name__}:overflowing'}, 'became non-finite by step 10: sum.'),
+    ],
+)  # fmt: skip
+def test_without_a_copy_to_run_again(
+    model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a large state: the step is named by what the flag and the state show."""
+    monkeypatch.setattr('trainer.probe.watch._MOST_KEPT_BYTES', 0)
+    default = {'target': 'optax:sgd', 'learning_rate': 0.01}
+    if 'target' in optimizer:
+        default = {}
+    with pytest.raises(NonFiniteError) as caught:
+        Trainer(build(model, optimizer={**default, **optimizer})).fit()
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ('model', 'optimizer', 'said'),
+    [
+        (
+            linen(bad=1, how='gradient'), {},
+            f'First non-finite step: {STEP}.\nThe loss and the output of every module are finite, '
+            'the gradients are not: ',
+        ),
+        (
+            PLAIN, {'learning_rate': {'ref': f'{__name__}:broken_rate'}},
+            'A parameter became non-finite in step 6: Dense_0/bias, Dense_0/kernel.',
+        ),
+    ],
+)  # fmt: skip
+def test_where_each_step_looks_at_all(
+    model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run of an accelerator, which keeps no copies."""
+    monkeypatch.setattr('trainer.probe.watch._MOST_KEPT_BYTES', 0)
+    default = {'target': 'optax:sgd', 'learning_rate': 0.01}
+    trainer = Trainer(build(model, optimizer={**default, **optimizer}))
+    programs = trainer.programs
+    programs._train_step = dataclasses.replace(programs._train_step, sweeps=True)
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.fit()
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize('sweeps', [False, True])
 def test_what_was_not_finite_at_the_start_does_not_count(sweeps: bool) -> None:
     made = build({**PLAIN, 'masked': True}, train_for='12 steps')
@@ -174,7 +228,7 @@ def test_a_loss_scale_that_finds_no_place(scale: float, skips: int, step: int) -
     )  # fmt: skip
     with pytest.raises(NonFiniteError) as caught:
         Trainer(made).fit()
-    assert f'a gradient is not finite at step {step};' in str(caught.value)
+    assert f'The gradients of step {step} are not finite' in str(caught.value)
     assert f'has skipped {skips} updates in a row' in str(caught.value)
 
 
@@ -195,7 +249,7 @@ def test_a_step_of_ones_own() -> None:
     states = run(made, 8)
     assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (5, LOSS)
     assert all(same(state, states[4]) for state in states[5:])
-    with pytest.raises(NonFiniteError, match='the loss is not finite at step 5'):
+    with pytest.raises(NonFiniteError, match='First non-finite step: 5'):
         Trainer(made).fit()
 
 
@@ -226,3 +280,43 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
 def test_no_member_left() -> None:
     with pytest.raises(NonFiniteError, match='all members of the ensemble have diverged'):
         Trainer(ensemble((2e38, 3e38))).fit()
+
+
+def twice(state: Any, batch: Any, ctx: Any) -> Any:
+    """Two updates, whose metrics are nested; the second one is bad in the fifth step."""
+    grads, _, first = ctx.gradients(state, batch)
+    state, _ = ctx.update(state, grads)
+    grads, _, second = ctx.gradients(state, batch)
+    grads = jax.tree.map(lambda g: jnp.where(state.step == 5, jnp.nan, g), grads)
+    state, _ = ctx.update(state, grads)
+    return state, {'first': first['task'], 'inner': {'second': second}}
+
+
+@pytest.mark.parametrize('sweeps', [False, True])
+def test_several_updates_are_one_step(sweeps: bool) -> None:
+    made = build(PLAIN, step={'ref': f'{__name__}:twice'})
+    states = run(made, 7, sweeps=sweeps)
+    if sweeps:
+        assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (5, GRADIENT)
+        assert all(same(state, states[4]) for state in states[5:])
+    with pytest.raises(NonFiniteError, match='First non-finite step: 5'):
+        Trainer(made).fit()
+
+
+def test_an_overflow_of_a_batch_is_for_the_loss_scale() -> None:
+    """One loss that is not finite: skipped and counted."""
+    made = build(linen(bad=1), precision={'compute': 'float16'}, train_for='20 steps')
+    result = Trainer(made).fit()
+    assert result.status == 'finished'
+    assert result.metrics['train/skipped_updates'] >= 1
+
+
+@pytest.mark.parametrize('sweeps', [False, True])
+def test_optimizers_that_replace_what_is_not_finite(sweeps: bool) -> None:
+    chain = {
+        'target': 'optax:chain',
+        'args': ({'target': 'optax:zero_nans'}, {'target': 'optax:sgd', 'learning_rate': 0.01}),
+    }
+    states = run(build(linen(bad=1, how='gradient'), optimizer=chain), STEP + 2, sweeps=sweeps)
+    assert not states[-1].health.is_bad
+    assert np.isfinite(states[-1].params['first']['bias']).all()

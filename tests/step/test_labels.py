@@ -64,7 +64,7 @@ def test_a_label_out_of_its_range(bad: int, options: dict[str, Any]) -> None:
         made.fit()
     said = str(caught.value)
     assert f"config.task: batch['label'] holds {bad} (example 37 in step " in said
-    assert 'expected 0 to 3, because the model returns 4 logits' in said
+    assert 'expected 0 to 3. The model returns 4 logits.' in said
 
 
 def test_a_label_of_an_evaluation() -> None:
@@ -119,6 +119,54 @@ def test_shapes_and_kinds(train: dict[str, Any], task: dict[str, Any], message: 
     with pytest.raises(UserError) as caught:
         trainer(train, train, task=task).fit()
     assert re.search(message, str(caught.value), re.S), caught.value
+
+
+def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
+    """A step that uses nothing of the trainer's own, and calls its loss otherwise."""
+    loss, grads = jax.value_and_grad(lambda p: ctx.loss(ctx.task(ctx.bind(p), batch)))(state.params)
+    params = jax.tree.map(lambda p, g: p - 0.01 * g, state.params, grads)
+    return state.replace(params=params), {'objective': loss}
+
+
+def test_a_step_of_ones_own() -> None:
+    with pytest.raises(UserError, match=r'holds 9 \(example 37 in step'):
+        trainer({'bad': 9}, step={'ref': f'{__name__}:by_hand'}, evals={}).fit()
+
+
+@pytest.mark.parametrize(('loss', 'bad'), [('sigmoid', 7.0), ('sigmoid', -1), ('softmax', -1.0)])
+def test_labels_for_each_class_are_between_no_and_yes(loss: str, bad: float) -> None:
+    labels = jnp.zeros((3, 4)).at[:, 1].set(1).at[2, 2].set(bad)
+    output = Classification(loss=loss)(lambda x: x, {'image': jnp.ones((3, 4)), 'label': labels})
+    number, value = run_checks(output.checks, jnp.ones(3))
+    assert (int(number), float(value)) == (1, bad)
+    labels = labels.at[2, 2].set(0.5)
+    output = Classification(loss=loss)(lambda x: x, {'image': jnp.ones((3, 4)), 'label': labels})
+    assert run_checks(output.checks, jnp.ones(3))[0] == 0
+
+
+def test_integers_for_each_class_are_probabilities_too() -> None:
+    labels = jax.nn.one_hot(jnp.array([1, 2, 0]), 4)
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(3, 4)), jnp.float32)
+    losses = [
+        Classification()(lambda x: x, {'image': logits, 'label': labels.astype(kind)}).loss
+        for kind in (jnp.float32, jnp.int32, bool)
+    ]
+    np.testing.assert_array_equal(losses[0], losses[1])
+    np.testing.assert_array_equal(losses[0], losses[2])
+
+
+def test_a_label_to_ignore_must_be_possible() -> None:
+    batch = {'image': jnp.zeros((3, 4)), 'label': jnp.array([0, 255, 1], jnp.uint8)}
+    with pytest.raises(UserError, match='ignore_label: -1 is never there'):
+        Classification(ignore_label=-1)(lambda x: x, batch)
+    output = Classification(ignore_label=255)(lambda x: x, batch)
+    assert output.weights.tolist() == [1, 0, 1]
+
+
+def test_the_softmax_of_one_logit() -> None:
+    batch = {'image': jnp.zeros((3, 1)), 'label': jnp.zeros((3, 1))}
+    with pytest.raises(UserError, match='the softmax of one is always 1'):
+        Classification()(lambda x: x, batch)
 
 
 def test_one_logit_takes_no_number_of_a_class() -> None:

@@ -363,3 +363,41 @@ def test_weights_must_fit() -> None:
 
     with pytest.raises(UserError, match='returns weights for'):
         programs(task)
+
+
+class Scaled(nn.Module):
+    """Divides by the norm of a row, which a row of zeros does not survive."""
+
+    batch_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if self.batch_norm:
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.5)(x)
+        return nn.Dense(4)(x / jnp.linalg.norm(x, axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_where_no_row_counts_nothing_moves(accumulate: int) -> None:
+    """Neither parameters nor statistics of a batch, or of a slice, all of whose rows weigh 0."""
+    batch = batch_of(1.0)
+    batch['weight'] = np.zeros_like(batch['weight'])
+    if accumulate == 2:
+        batch['weight'][: ROWS // 2] = 1
+    made = programs(cross_entropy, Scaled(batch_norm=True), accumulate=accumulate)
+    before = made.init()
+    after = stepped(made, batch, steps=1)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
+    if accumulate == 1:
+        old, new = ((state.params, state.collections) for state in (before, after))
+        jax.tree.map(np.testing.assert_array_equal, old, new)
+        return
+    # As if the first slice were all that there is.
+    half = {name: x[: ROWS // 2] for name, x in batch.items()}
+    expected = stepped(programs(cross_entropy, Scaled(batch_norm=True), batch=half), half, steps=1)
+    for a, b in zip(
+        jax.tree.leaves((after.params, after.collections)),
+        jax.tree.leaves((expected.params, expected.collections)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -130,9 +130,13 @@ class Periodic:
         if period is None:
             return None
         then = (self._at(step) // period + 1) * period
-        if self.progress is not None:
-            then = self.progress.step_of(then)
-        return max(step + 1, math.ceil(then))
+        if self.progress is None:
+            return max(step + 1, math.ceil(then))
+        # A change of batch size may leave out the rest of an epoch, and with it the multiple.
+        following = max(step + 1, math.ceil(self.progress.step_of(then)))
+        while not self.due(following):
+            following += 1
+        return following
 
     def _at(self, step: int) -> Fraction | int:
         return step if self.progress is None else self.progress.at(step)

@@ -255,7 +255,7 @@ class Evaluator:
         count = self.loader.num_batches
         blocks = () if count is None else (self.loader.block(i, 1) for i in range(count))
         path = f'config.evals.{self.name}'
-        number, value = int(signs.label) - 1, int(signs.value)
+        number, value = int(signs.label) - 1, float(signs.value)
         raise UserError(complain(path, 'of its split', checks, number, value, blocks))
 
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:

@@ -10,6 +10,7 @@ import warnings
 
 from etils import epath
 
+from trainer.config.errors import full_text
 from trainer.observe.progress import CLEAR
 
 _SCREEN = 'trainer.screen'
@@ -89,9 +90,9 @@ def record(text: str) -> None:
 
 
 def record_error(error: BaseException) -> None:
-    """Writes the error that ended a run: to `log.txt` as printed, with traceback to `debug.log`."""
-    if hasattr(error, 'exit_code'):  # The message is enough.
-        record(f'Error: {error}')
+    """Writes what ended a run: to `log.txt` as on the screen, its traceback to `debug.log` too."""
+    if hasattr(error, 'exit_code'):  # Its text says all.
+        record(f'Error: {full_text(error)}')
     else:
         logging.getLogger(_SCREEN).info('The run has failed:', exc_info=error)
     logging.getLogger().error('the run has failed', exc_info=error)

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from trainer.config import diff
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, full_text
 from trainer.parallel.rendezvous import EXIT_PEER_FAILED, meet
 from trainer.parallel.watch import PeerWatch, connect
 
@@ -212,7 +212,7 @@ def ending_together(watch: PeerWatch) -> Iterator[None]:
         watch.close()
     except BaseException as error:
         if isinstance(error, UserError):
-            print(f'Error: {error}', file=sys.stderr)
+            print(f'Error: {full_text(error)}', file=sys.stderr)
             code = error.exit_code
         else:
             watch.blame()

@@ -91,8 +91,10 @@ class StopRequest:
 def _leave(number: int) -> None:
     name = signal.Signals(number).name
     _say(f'\n{name}: stopped before the first step; nothing is lost.\n')
-    # Not an exception: it could be raised inside any import, and the interpreter would wait for the
-    # compiling threads.
+    status = 'preempted' if number == signal.SIGTERM else 'interrupted'
+    last_words.say(status, f'{name} before the first step')
+    # Not an exception: it would come out of the middle of any import, and the threads that compile
+    # would be waited for.
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
         sys.stdout.flush()
     os._exit(EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED)

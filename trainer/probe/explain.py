@@ -45,6 +45,11 @@ def explain(
             f'{_in_batch(_not(batch))}. Typical causes: a label that is not below the number of '
             'classes, or the logarithm of 0.'
         )
+    if not grads:
+        return (
+            'The loss and the output of every module are finite: it is what config.step makes of '
+            'them that is not. Look at its gradients and its update.'
+        )
     if wrong := _not(grads):
         more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
         return (

@@ -73,17 +73,15 @@ class Replay:
         stop: int,
         is_bad: Callable[[TrainState], bool],
         *,
-        running: Prefetcher | None = None,
         ends: bool = False,
     ) -> str:
         """Describes the first step up to `stop` with a non-finite value, and where it is.
 
         Args:
-            kept: a finite state.
-            stop: number of a step after which the state is not finite.
-            is_bad: whether a state is not finite.
-            running: the batches of the run, if it still reads any.
-            ends: whether the run ends here, so that a stream may be reread.
+            kept: a sound state.
+            stop: number of a step after which the state is not.
+            is_bad: whether a state is not sound.
+            ends: whether the run ends here, and no longer reads its data.
         """
         step, state, data = kept.step, kept.state, self._parts.experiment.data
         assert state is not None
@@ -93,10 +91,8 @@ class Replay:
                     f'Last known finite step: {step:,}. Where it began is unknown: the data is '
                     'a stream, which cannot be reread during the run.'
                 )
-            if running is not None:
-                running.close()
             data.restore(step, kept.place)
-        with read_again(self._parts, step, stop) as batches:
+        with read_again(self._parts, step, stop, ends=ends) as batches:
             for number, (_, batch) in enumerate(batches, start=step + 1):
                 look = self._look(state, batch)
                 empty = self._parts.programs.empty_metrics()
@@ -168,11 +164,20 @@ class Look:
         return gradients(state, batch)[0]
 
 
-def read_again(parts: Parts, start: int, stop: int) -> Prefetcher:
-    """Returns the batches of the steps from `start` up to `stop`, independent of the run's own."""
-    # The run may continue, so the loader is not closed.
+def read_again(parts: Parts, start: int, stop: int, *, ends: bool) -> Prefetcher:
+    """Returns the batches of the steps from `start` up to `stop`, read again.
+
+    Args:
+        parts: the run's data and mesh.
+        start: position of the first one.
+        stop: position behind the last one.
+        ends: whether the run no longer reads its data, so that the loader is closed afterwards.
+    """
+    release = getattr(parts.experiment.data, 'close', None) if ends else None
     rows = parts.experiment.clock.batch_size
     calls = itertools.repeat(1, stop - start)
     block = parts.experiment.data.block
     fields = parts.programs.fields
-    return Prefetcher.on_mesh(block, calls, parts.mesh, rows, fields=fields, start=start)
+    return Prefetcher.on_mesh(
+        block, calls, parts.mesh, rows, fields=fields, start=start, release=release
+    )

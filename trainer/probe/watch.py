@@ -7,7 +7,7 @@ available anyway or before a state is saved, and reports what was found.
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,10 +18,11 @@ import numpy as np
 
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config.errors import UserError
+from trainer.modules.bound import param_path
 from trainer.observe.table import nbytes
 from trainer.parallel.host import fetch
 from trainer.prefetch import Prefetcher
-from trainer.probe.explain import UPDATE_ALONE, each_finite, explain
+from trainer.probe.explain import explain
 from trainer.probe.guard import NonFiniteError
 from trainer.probe.replay import Kept, Look, Replay, read_again
 from trainer.step import health as lib
@@ -82,19 +83,29 @@ class Watch:
             state: at this step; finite by definition.
             place: position of a stream, or None.
         """
-        self._pending, self._kept = None, self._keep(step, state, place)
+        self._pending, self._next = None, None
+        self._kept = self._keep(step, state, place)
+        self._named.clear()
 
     def note(self, step: int, state: TrainState, place: Any) -> None:
-        """Notes a state; `poll` checks it once its step is done. Arguments as for `begin`."""
+        """Takes a state; `poll` looks at it once its step is done. Arguments as of `begin`."""
+        if self._pending is not None and jax.process_count() > 1:
+            self._judge(self._pending, state)
+            self._kept = self._next
         self._pending = self._parts.programs.sweep(state)
         self._next = self._keep(step, state, place)
 
     def poll(self, state: TrainState) -> None:
         """Checks the noted state, if its step is done; does not wait.
 
+        Several processes do so at the next event: each would find it ready at another step, and
+        what finds the cause needs them all.
+
         Raises:
             NonFiniteError: if the run has diverged; see `check`.
         """
+        if jax.process_count() > 1:
+            return
         if self._pending is not None and self._pending.packed.is_ready():  # type: ignore[attr-defined]
             pending, self._pending = self._pending, None
             self._judge(pending, state)
@@ -124,12 +135,12 @@ class Watch:
 
     def _judge(self, health: Health, state: TrainState) -> None:
         packed = np.atleast_2d(fetch(health.packed))
-        bad_step, kind, value = packed[:, 0], packed[:, 1], packed[:, 2]
+        bad_step, kind, value = packed[:, 0], packed[:, 1], packed[:, 2].view(np.float32)
         bad = np.flatnonzero(bad_step)
         if not len(bad):
             return
         for each in bad[kind[bad] >= lib.LABELS]:
-            self._refuse(int(kind[each]) - lib.LABELS, int(value[each]), int(bad_step[each]))
+            self._refuse(int(kind[each]) - lib.LABELS, float(value[each]), int(bad_step[each]))
         if self._parts.experiment.ensemble is None:
             self._stop(int(kind[0]), int(bad_step[0]), state)
         for member in bad:
@@ -150,41 +161,64 @@ class Watch:
         )
 
     def _stop(self, kind: int, bad_step: int, state: TrainState) -> NoReturn:
-        saved = 'no checkpoint was saved'
+        self._end_reading()
+        saved, late = 'no checkpoint was saved', None
         if (checkpoints := self._parts.checkpoints) is not None:
-            with contextlib.suppress(CheckpointError):  # Reported when the run ends.
+            try:
                 checkpoints.wait()
+            except CheckpointError as error:
+                late = error
             if (newest := checkpoints.latest()) is not None:
                 saved = f'the newest checkpoint is of step {newest:,}'
-        raise NonFiniteError(
-            f'the run has diverged: {_WHAT[kind]} is not finite at step {bad_step:,}; {saved}.\n'
-            + self._explain(kind, bad_step, state)
-        )
+        try:
+            explained = self._explain(kind, bad_step, state)
+        except Exception as error:  # Such as for want of memory: the run has diverged all the same.
+            explained = (
+                f'{_WHAT[kind].capitalize()} is not finite at step {bad_step:,}; where that began '
+                f'was not found ({type(error).__name__}: {str(error).splitlines()[:1]}).'
+            )
+        found = NonFiniteError(f'the run has diverged; {saved}.\n{explained}')
+        if late is not None:
+            found.add_note(f'A save in the background had failed too: {late}')
+        raise found
+
+    def _end_reading(self) -> None:
+        """Ends the run's own reading: a loader that both read may mix up their places."""
+        if self.batches is not None:
+            self.batches.close()
 
     def _explain(self, kind: int, bad_step: int, state: TrainState) -> str:
+        """Returns in which step something was first not finite, and where."""
+        assert state.health is not None
         if kind == lib.GRADIENT and state.loss_scale is not None:
-            assert state.health is not None
             skips, scale = fetch((state.health.skips, state.loss_scale.scale))
             return (
-                f'The loss scale has skipped {int(skips)} updates in a row, and is down to '
-                f'{float(scale):g}. Look for values above 65,504, which float16 cannot represent.'
+                f'The gradients of step {bad_step:,} are not finite: the loss scale has skipped '
+                f'{int(skips)} updates in a row, and is down to {float(scale):g}. Look for values '
+                'that float16 cannot hold, above 65,504.'
             )
         if self._kept is not None and self._kept.state is not None:
-            return self._replay.find(
-                self._kept, bad_step, self._is_bad, running=self.batches, ends=True
-            )
+            return self._replay.find(self._kept, bad_step, self._is_bad, ends=True)
+        on_cpu = not self._parts.programs.sweeps
+        params, known = len(lib.floats(state.params)), state.health.known
         if kind in (lib.PARAMETER, lib.SLOT):
-            tree = state.params if kind == lib.PARAMETER else state.opt_state
-            return f'{UPDATE_ALONE} Not finite: {_first_bad(tree)}.'
+            when = f'by step {bad_step:,}' if on_cpu else f'in step {bad_step:,}'
+            bad = _first_bad(state.params, known[:params])
+            bad = bad or _first_bad(state.opt_state, known[params:])
+            return f'{_WHAT[kind].capitalize()} became non-finite {when}: {bad}.'
+        if on_cpu and (bad := _first_bad(state.params, known[:params])):
+            # Of the update before, for the loss that the parameters had until then was finite.
+            return (
+                f'The loss of step {bad_step:,} is not finite, because a parameter was not when it '
+                f'began: {bad}. First non-finite step: {bad_step - 1:,}, in its update.'
+            )
+        steps = f'Last finite step: {bad_step - 1:,}. First non-finite step: {bad_step:,}.'
         batch = self._batch(bad_step)
         if batch is None:
-            return 'Where it began is unknown: the data is a stream that cannot be reread.'
-        # The bad step has changed nothing in the state but the step number.
+            return f'{steps}\nThe data is a stream, and its batch cannot be read again.'
+        # The state is as the bad step has found it, but for the number of the step.
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
-        return (
-            f'Last finite step: {bad_step - 1:,}. First non-finite step: {bad_step:,}.\n'
-            + explain(*fetch(self._look(before, batch)))
-        )
+        return f'{steps}\n{explain(*fetch(self._look(before, batch)))}'
 
     def is_sound(self, state: TrainState) -> bool:
         """Waits for a state, and returns whether it is finite; for an ensemble, any member's."""
@@ -200,22 +234,31 @@ class Watch:
         if hasattr(data, 'restore'):
             if self._kept is None or (self._kept.place is None and self._kept.step > 0):
                 return None
-            if self.batches is not None:
-                self.batches.close()
             start = self._kept.step
             data.restore(start, self._kept.place)
-        with read_again(self._parts, start, step) as batches:
-            return [batch for _, batch in batches][-1]
+        with read_again(self._parts, start, step, ends=True) as batches:
+            # The last one, and not a list: the devices would hold all of them.
+            return collections.deque(batches, maxlen=1)[0][1]
 
-    def _refuse(self, number: int, value: int, step: int) -> NoReturn:
+    def _refuse(self, number: int, value: float, step: int) -> NoReturn:
+        self._end_reading()
         data = self._parts.experiment.data
         blocks = [] if hasattr(data, 'restore') else [data.block(step - 1, 1)]
+        if hasattr(data, 'close'):
+            data.close()
         checks = self._look.checks
         raise UserError(complain('config.task', f'in step {step:,}', checks, number, value, blocks))
 
 
-def _first_bad(tree: Any) -> str:
-    """Returns the paths of the first leaves that are not finite."""
-    flags = fetch(jax.jit(each_finite)(tree))
-    bad = [path for path, fine in flags.items() if not fine]
+def _first_bad(tree: Any, known: Any) -> str:
+    """Returns the paths of the first leaves that are not finite, '' if all are.
+
+    Args:
+        tree: parameters, or an optimizer's state.
+        known: for each float leaf, the number of elements that do not count.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    paths = [param_path(path) for path, x in leaves if lib.floats(x)]
+    counts = fetch(jax.jit(lib.count_each)(tree))
+    bad = [path for path, n, k in zip(paths, counts, fetch(known), strict=True) if n > k]
     return ', '.join(bad[:3]) + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Range checks of integers in a batch, such as labels, inside the step."""
+"""Values of a batch that must be in a range, such as labels: checked inside the step."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Probabilities may be off by rounding.
+_ROUNDING = 1e-3
+
 
 @flax.struct.dataclass
 class Check:
     """The allowed range of a field of the batch.
 
     Attributes:
-        values: int (batch, ...).
-        low: the smallest allowed value.
+        values: (batch, ...), integers or floats.
+        low: the smallest that may be there.
         high: the largest.
-        ignored: one more allowed value, or None.
+        ignored: a value that may be there, too, or None.
+        why: where the range comes from, and what to do: the end of the message.
     """
 
     values: jax.Array
     low: int = flax.struct.field(pytree_node=False)
     high: int = flax.struct.field(pytree_node=False)
     ignored: int | None = flax.struct.field(pytree_node=False, default=None)
+    why: str = flax.struct.field(pytree_node=False, default='Fix the data')
 
     def fails(self, values: Any) -> Any:
-        """Returns for each value whether it is out of the range."""
-        values = values.astype(np.int64 if isinstance(values, np.ndarray) else jnp.int32)
-        bad = (values < self.low) | (values > self.high)
+        """Returns for each value whether it is out of the range; NaN is."""
+        if not jnp.issubdtype(values.dtype, jnp.inexact):
+            # A range of bytes cannot be compared with a number that no byte holds.
+            values = values.astype(np.int64 if isinstance(values, np.ndarray) else jnp.int32)
+        slack = 0 if not jnp.issubdtype(values.dtype, jnp.inexact) else _ROUNDING
+        bad = ~((values >= self.low - slack) & (values <= self.high + slack))
         return bad if self.ignored is None else bad & (values != self.ignored)
 
 
@@ -44,10 +52,10 @@ def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, ja
             its weights is not 0.
 
     Returns:
-        1 + the index of the first check that fails, in order of the names, 0 for none; and a value
-        out of its range: int32 scalars.
+        1 + the number of the first check that fails, in the order of the names, 0 for none: int32
+        scalar; and a value that is out of its range: float32 scalar.
     """
-    number = value = jnp.zeros((), jnp.int32)
+    number, value = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     for index, (_, check) in enumerate(sorted(checks.items()), start=1):
         values = check.values
         counts = jnp.zeros(values.shape[:1], bool)
@@ -62,9 +70,9 @@ def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, ja
 
 
 def _pick(values: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Returns the smallest of the selected values, int32."""
-    largest = jnp.iinfo(jnp.int32).max
-    return jnp.min(jnp.where(wanted, values.astype(jnp.int32), largest), initial=largest)
+    """Returns the smallest of the wanted values, float32."""
+    # NaN, if that is what is wrong, comes through.
+    return jnp.min(jnp.where(wanted, values.astype(jnp.float32), jnp.inf), initial=jnp.inf)
 
 
 def complain(
@@ -72,7 +80,7 @@ def complain(
     when: str,
     checks: Mapping[str, Check],
     number: int,
-    value: int,
+    value: float,
     blocks: Iterable[Any],
 ) -> str:
     """Returns the message for a value out of its range.
@@ -88,20 +96,22 @@ def complain(
     name, check = sorted(checks.items())[number]
     example = _find_example(name, check, value, blocks)
     at = when if example is None else f'example {example} {when}'
+    shown = f'{value:.0f}' if value.is_integer() else f'{value:.9g}'
     return (
-        f'{where}: batch[{name!r}] holds {value} ({at}); expected {check.low} to {check.high}, '
-        f'because the model returns {check.high - check.low + 1} logits. Fix the data or the '
-        "number of outputs; if the value marks unlabeled examples, set the task's ignore_label"
+        f'{where}: batch[{name!r}] holds {shown} ({at}); expected {check.low} to {check.high}. '
+        f'{check.why}'
     )
 
 
-def _find_example(name: str, check: Check, value: int, blocks: Iterable[Any]) -> int | None:
+def _find_example(name: str, check: Check, value: float, blocks: Iterable[Any]) -> int | None:
     """Returns the id of the first example that holds the value."""
     for block in blocks:
         if name not in block.arrays:
             return None
         values = np.asarray(block.arrays[name])
-        bad = (values == value) & check.fails(values)
+        # As the devices have seen it: rounded.
+        same = np.isclose(values.astype(np.float32), value, rtol=1e-6, atol=0, equal_nan=True)
+        bad = same & check.fails(values)
         rows = bad.reshape(*block.ids.shape, -1).any(-1) & (block.ids >= 0)
         if rows.any():
             return int(block.ids[rows][0])

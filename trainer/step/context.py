@@ -13,6 +13,7 @@ default one, which is such a function too::
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ import optax
 from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
 from trainer.modules.rng import Keys
-from trainer.step.health import SIGNS, Signs
+from trainer.step.health import SIGNS, Signs, take_signs
 from trainer.step.measured import check_accumulates
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
@@ -56,7 +57,13 @@ class StepContext:
     @property
     def task(self) -> TaskRunner:
         """The task, as `task(model, batch) -> TaskOutput`: weights set, 0 for rows of padding."""
+        self._called.add('task')
         return self.train_step.task
+
+    @property
+    def runs_task(self) -> bool:
+        """Whether the function has asked for the task so far."""
+        return 'task' in self._called
 
     @property
     def optimizer(self) -> Optimizer:
@@ -166,8 +173,10 @@ def default_step(
     return state, {**metrics, **more}
 
 
-def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any]]:
+def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any], Signs | None]:
     """Returns what a function of the user's returned, fit to go into the next step.
+
+    The signs are those of its calls of `ctx.gradients`, if their metrics are among its own.
 
     However many updates the function makes, `step` goes up by one: it counts batches.
 
@@ -183,7 +192,9 @@ def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any]
     found = changes(before, after)
     if found:
         raise UserError(f'config.step: the function changed the shapes of the state: {found}')
-    return after, _as_metrics(result[1])
+    metrics, signs = take_signs(result[1])
+    merged = functools.reduce(lambda a, b: a.merge(b), signs) if signs else None
+    return after, _as_metrics(metrics), merged
 
 
 def empty_like(metrics: Any) -> Any:

@@ -17,6 +17,7 @@ from trainer.modules.rng import Keys
 from trainer.step.batch import plain
 from trainer.step.checks import run_checks
 from trainer.step.health import SIGNS, Signs
+from trainer.step.loss_scale import choose
 from trainer.step.metrics import WeightedMean
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
@@ -54,6 +55,13 @@ class Gradients:
     seed: int | jax.Array
     accumulate: int = 1
     shards: int = 1
+
+    def check_labels(self, state: TrainState, batch: Mapping[str, jax.Array]) -> Signs:
+        """Returns what the task's checks find in a batch, without a gradient."""
+        keys = Keys(seed=self.seed, mode='train', step=state.step)
+        output, _ = self._run_task(state.params, state, plain(batch), keys)
+        label, value = run_checks(output.checks, output.weights)
+        return Signs(jnp.zeros((), jnp.float32), label, value)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns empty accumulators of what comes with the gradients."""
@@ -141,6 +149,9 @@ class Gradients:
         values, pullback, (output, collections, weights) = jax.vjp(
             losses, state.params, has_aux=True
         )
+        # Rows that do not count leave nothing behind, and nor does a slice that has no others.
+        counts = sum(weights.values()) != 0
+        collections = choose(counts, collections, state.collections)
         return _Forward(pullback, values, output, collections, weights)
 
     def _measure(self, forward: _Forward) -> dict[str, Any]:
@@ -194,7 +205,12 @@ class _Forward:
         One backward pass for each call; the compiler drops what nothing reads.
         """
         factors = {each: jnp.float32(loss if each == name else 0.0) for each in self.weights}
-        return self.pullback((factors, jnp.float32(penalty)))[0]
+        grads = self.pullback((factors, jnp.float32(penalty)))[0]
+        if name is None:
+            return grads
+        # Where no row counts there is none that could stand in for the others, whatever they hold.
+        counts = self.weights[name] != 0
+        return jax.tree.map(lambda g: jnp.where(counts, g, jnp.zeros_like(g)), grads)
 
 
 def _uphill(grad: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -9,7 +9,7 @@ it: nothing is saved while it is set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import clu.metrics
@@ -60,7 +60,7 @@ class Health:
     @classmethod
     def of(cls, params: Any, opt_state: Any) -> Health:
         """Returns the health of a state that training starts from."""
-        known = [_count(x) for x in floats((params, opt_state))]
+        known = count_each((params, opt_state))
         return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array(known, jnp.int32)]))
 
     @property
@@ -75,8 +75,8 @@ class Health:
 
     @property
     def value(self) -> jax.Array:
-        """The label that was found: int32 (...)."""
-        return self.packed[..., _VALUE]
+        """The label that was found: float32 (...)."""
+        return jax.lax.bitcast_convert_type(self.packed[..., _VALUE], jnp.float32)
 
     @property
     def skips(self) -> jax.Array:
@@ -94,7 +94,7 @@ class Health:
         return self.bad_step > 0
 
     def flagged(
-        self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: int | jax.Array = 0
+        self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: float | jax.Array = 0
     ) -> Health:
         """Returns the health after a check; the first finding is kept.
 
@@ -104,7 +104,8 @@ class Health:
             step: number of the step, from 1.
             value: of a label.
         """
-        found = jnp.stack([jnp.asarray(x, jnp.int32) for x in (step, kind, value)])
+        bits = jax.lax.bitcast_convert_type(jnp.asarray(value, jnp.float32), jnp.int32)
+        found = jnp.stack([jnp.asarray(x, jnp.int32) for x in (step, kind, bits)])
         packed = jnp.concatenate([found, self.packed[_SKIPS:]])
         return Health(jnp.where(bad & ~self.is_bad, packed, self.packed))
 
@@ -139,8 +140,8 @@ class Signs(clu.metrics.Metric):
 
     Attributes:
         losses: float32 scalar that is finite exactly if all losses and penalties are.
-        label: int32 scalar, 1 + the index of the first check that failed; 0 for none.
-        value: int32 scalar, the value that failed.
+        label: int32 scalar, 1 + the number of the first check that failed; 0 for none.
+        value: float32 scalar, the value that failed.
     """
 
     losses: jax.Array
@@ -150,8 +151,7 @@ class Signs(clu.metrics.Metric):
     @classmethod
     def empty(cls) -> Signs:
         """Returns the signs of nothing."""
-        zero = jnp.zeros((), jnp.int32)
-        return cls(jnp.zeros((), jnp.float32), zero, zero)
+        return cls(*(jnp.zeros((), kind) for kind in (jnp.float32, jnp.int32, jnp.float32)))
 
     def merge(self, other: Signs) -> Signs:
         """Returns the signs of both."""
@@ -162,6 +162,20 @@ class Signs(clu.metrics.Metric):
             label=jnp.where(mine, self.label, other.label),
             value=jnp.where(mine, self.value, other.value),
         )
+
+
+def take_signs(metrics: Any) -> tuple[Any, list[Signs]]:
+    """Returns metrics without the signs among them, at any depth, and these."""
+    if not isinstance(metrics, Mapping):
+        return metrics, []
+    rest, found = {}, []
+    for name, value in metrics.items():
+        if name == SIGNS:
+            found.append(value)
+        else:
+            rest[name], more = take_signs(value)
+            found += more
+    return rest, found
 
 
 def signs_of(metrics: Any) -> Signs:
@@ -187,8 +201,8 @@ def check_signs(state: TrainState, signs: Signs) -> Health:
     assert state.health is not None
     step, label = state.step + 1, signs.label
     health = state.health.flagged(label > 0, LABELS + label - 1, step, signs.value)
-    if copes(state.opt_state):
-        return health
+    if copes(state.opt_state) or state.loss_scale is not None:
+        return health  # The gradients of such a loss are not finite: see `check_gradients`.
     return health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
 
 
@@ -244,14 +258,25 @@ def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
     """
     assert after.health is not None
     early = check_signs(before, signs)
-    return unless_bad(choose(early.is_bad, early, after.health), after, before)
+    health = choose(early.is_bad, early, after.health)
+    # However many updates the function makes, this is one step.
+    step = jnp.where(health.is_bad & ~early.is_bad, before.step + 1, health.bad_step)
+    health = Health(health.packed.at[_BAD_STEP].set(step))
+    return unless_bad(health, after, before)
 
 
 def copes(opt_state: Any) -> bool:
-    """Whether an optimizer has its own rule for non-finite gradients."""
-    kind = optax.ApplyIfFiniteState
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
-    return any(isinstance(node, kind) for node in nodes)
+    """Whether an optimizer has a rule of its own for gradients that are not finite."""
+    kinds = (optax.ApplyIfFiniteState, optax.ZeroNansState, optax.MultiStepsState)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
+    for node in nodes:
+        if isinstance(node, optax.MultiStepsState):
+            # It may skip them, too; or what it wraps has a rule.
+            if jax.tree.leaves(node.skip_state) or copes(node.inner_opt_state):
+                return True
+        elif isinstance(node, kinds):
+            return True
+    return False
 
 
 def all_finite(tree: Any, *, whole: bool = False) -> jax.Array:
@@ -290,6 +315,11 @@ def _count(x: jax.Array) -> jax.Array:
     # Counted in float32: for a very large array, an integer count could wrap around to 0.
     count = jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
     return jnp.minimum(count, 2.0**30).astype(jnp.int32)
+
+
+def count_each(tree: Any) -> list[jax.Array]:
+    """Returns for each float leaf of a tree the number of elements that are not finite."""
+    return [_count(x) for x in floats(tree)]
 
 
 def floats(tree: Any) -> list[jax.Array]:

@@ -60,7 +60,8 @@ class NextToken:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         hits = {'accuracy': logits.argmax(-1) == targets}
         counted = jnp.where(counts != 0, targets, 0)
-        checks = {self.tokens: Check(counted, 0, logits.shape[-1] - 1)}
+        vocabulary = logits.shape[-1]
+        checks = {self.tokens: Check(counted, 0, vocabulary - 1, why=_vocabulary(vocabulary))}
         return TaskOutput(loss=loss, weights=counts, metrics=hits, checks=checks)
 
     def combine(self, logits: jax.Array) -> jax.Array:
@@ -120,10 +121,10 @@ class Answer:
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         given = logits.argmax(-1) if model.training else model.greedy(*asked, targets.shape[1])
         right = ((given == targets) | ~counts).all(-1)
-        checks = {
-            self.targets: Check(jnp.where(counts, targets, 0), 0, logits.shape[-1] - 1),
-        }
-        # Ignored positions may have any token, and a NaN loss.
+        vocabulary = logits.shape[-1]
+        counted = jnp.where(counts, targets, 0)
+        checks = {self.targets: Check(counted, 0, vocabulary - 1, why=_vocabulary(vocabulary))}
+        # What does not count may be any number, and its loss NaN.
         loss = jnp.where(counts, loss, 0.0).sum(-1)
         return TaskOutput(loss=loss, metrics={'exact_match': right}, checks=checks)
 
@@ -131,6 +132,10 @@ class Answer:
         """Returns the answer that the model writes, int (batch, length)."""
         count = batch[self.targets].shape[1]
         return {'answer': model.greedy(batch[self.inputs], batch[self.lengths], count)}
+
+
+def _vocabulary(size: int) -> str:
+    return f'The model returns {size} logits: fix the tokens, or its vocab_size'
 
 
 def _next(x: jax.Array) -> jax.Array:

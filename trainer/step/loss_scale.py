@@ -64,13 +64,6 @@ class LossScale:
         )
 
 
-def all_finite(tree: Any) -> jax.Array:
-    """Returns a bool scalar: whether all floats in a value are finite; true for one without any."""
-    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')]
-    finite = [jnp.isfinite(x).all() for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.stack(finite).all() if finite else jnp.ones((), bool)
-
-
 def choose(condition: jax.Array, new: Any, old: Any) -> Any:
     """Returns `new` where the scalar condition holds, `old` otherwise, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

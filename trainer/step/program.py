@@ -210,6 +210,12 @@ class Programs:
             self.abstract = train_step.stacked(self.abstract, mesh)
             self._train_step = dataclasses.replace(train_step, member=alone)
 
+    @property
+    def sweeps(self) -> bool:
+        """Whether each step looks at all values for what is not finite: see `TrainStep`."""
+        alone = self._train_step
+        return alone.member.sweeps if isinstance(alone, EnsembleStep) else alone.sweeps
+
     @functools.cached_property
     def step(self) -> Program:
         """One update: `(state, batch) -> state`, donating the state; compiles in the background."""

@@ -190,8 +190,8 @@ class Classification:
         logits = jnp.asarray(model(batch[self.inputs]), jnp.float32)
         labels = batch[self.label]
         self._check_shapes(logits, labels)
-        if labels.dtype == bool and labels.ndim < logits.ndim:
-            labels = labels.astype(jnp.int32)
+        # Before they are compared with a number that their dtype may not hold.
+        labels = labels.astype(jnp.int32 if labels.ndim < logits.ndim else jnp.float32)
         ignored = None if self.ignore_label is None else labels == self.ignore_label
         safe = labels if ignored is None else jnp.where(ignored, 0, labels)
         measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
@@ -223,6 +223,11 @@ class Classification:
                 f'expected integers {list(logits.shape[:-1])} (class indices) or '
                 f'{list(logits.shape)} (one value per class){hint}'
             )
+        if self.loss == 'softmax' and classes == 1:
+            raise UserError(
+                f'config.task: the model returns {list(logits.shape)}, one logit for each example, '
+                "and the softmax of one is always 1. Use loss='sigmoid' for a yes or no"
+            )
         if self.loss == 'sigmoid' and numbers and not whole and classes == 1:
             raise UserError(
                 f'config.task: the model returns {list(logits.shape)}, and {name} is {kind}. With '
@@ -233,6 +238,11 @@ class Classification:
                 f'config.task.top_k: {max(self.top_k)} of {classes} classes; the model returns '
                 f'{list(logits.shape)}'
             )
+        if self.ignore_label is not None and integers and not _holds(labels, self.ignore_label):
+            raise UserError(
+                f'config.task.ignore_label: {self.ignore_label} is never there, for {name} is '
+                f'{kind}; name a value that its dtype holds, or convert it in a transform'
+            )
         if whole and self.ignore_label is not None and self.loss == 'softmax':
             raise UserError(
                 f'config.task.ignore_label requires class indices; {name} has one value per class. '
@@ -241,9 +251,14 @@ class Classification:
 
     def _checks(self, logits: jax.Array, labels: jax.Array) -> dict[str, Check]:
         if labels.ndim == logits.ndim:
-            return {}
-        highest = logits.shape[-1] - 1
-        return {self.label: Check(labels, 0, highest, ignored=self.ignore_label)}
+            why = 'A label for each class is between no and yes: fix the data, or set ignore_label'
+            return {self.label: Check(labels, 0, 1, ignored=self.ignore_label, why=why)}
+        classes = logits.shape[-1]
+        why = (
+            f'The model returns {classes} logits. Fix the data or the number of outputs; a value '
+            'that marks examples without a label goes into config.task.ignore_label'
+        )
+        return {self.label: Check(labels, 0, classes - 1, ignored=self.ignore_label, why=why)}
 
     def _softmax(
         self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
@@ -296,6 +311,14 @@ class Classification:
         return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
 
 
+def _holds(labels: jax.Array, value: int) -> bool:
+    """Whether integers or booleans may have a value."""
+    if labels.dtype == bool:
+        return value in (0, 1)
+    info = jnp.iinfo(labels.dtype)
+    return bool(info.min <= value <= info.max)
+
+
 def _and_weights(counts: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Returns the weights where `counts` is true, and 0 elsewhere: float32 in its shape."""
     given = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
@@ -342,13 +365,13 @@ class Regression:
         """Returns per-example errors.
 
         Raises:
-            ValueError: if the shapes of output and target differ.
+            UserError: if the shapes of output and target differ.
         """
         prediction, wanted = jnp.asarray(model(batch[self.inputs])), batch[self.targets]
         if prediction.shape != wanted.shape:
-            raise ValueError(
-                f'the model returned shape {prediction.shape}, the field {self.targets!r} has '
-                f'{wanted.shape}: broadcasting would average over pairs'
+            raise UserError(
+                f'config.task: the model returned shape {prediction.shape}, the field '
+                f'{self.targets!r} has {wanted.shape}: broadcasting would average over pairs'
             )
 
         def per_example(values: jax.Array) -> jax.Array:

@@ -170,17 +170,37 @@ class TrainStep:
             batch = self.task.whole(batch, 'the function of config.step')
         result = self.function(state, batch, context)
         context.check_used()
-        new, metrics = result if self.function is default_step else checked(state, result)
+        signs: Signs | None = None
+        if self.function is default_step:
+            new, metrics = result
+            signs = metrics.pop(SIGNS)
+        else:
+            new, metrics, signs = checked(state, result)
         collections = self.optimizer.held(state.collections, new.collections)
         new = dataclasses.replace(new, collections=collections)
-        signs = metrics.pop(SIGNS, None) or signs_of(metrics)
-        if self.watches and self.function is not default_step:  # Its update has done so.
+        if self.watches and self.function is not default_step:  # Which does so in its update.
+            if signs is None:
+                signs = self._signs(state, batch, metrics, labels=context.runs_task)
             new = watch(state, new, signs)
         if self.watches and self.sweeps:
             health = self.sweep(new)
             undone = unless_bad(health, new, state) if self.undoes else new
             new = dataclasses.replace(undone, health=health)
         return new, metrics
+
+    def _signs(
+        self, state: TrainState, batch: Mapping[str, Any], metrics: Any, *, labels: bool
+    ) -> Signs:
+        """Returns the signs of a function that has not called `ctx.gradients`.
+
+        Its losses are among its metrics. The labels are those of the task, whose model the compiler
+        drops again: their range follows from its shape alone.
+        """
+        signs = signs_of(metrics)
+        if not labels:
+            return signs
+        found = self._gradients.check_labels(state, batch)
+        return dataclasses.replace(signs, label=found.label, value=found.value)
 
     def update(
         self, state: TrainState, grads: Any, collections: Any, signs: Signs | None = None
