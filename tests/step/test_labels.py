@@ -157,7 +157,7 @@ def test_integers_for_each_class_are_probabilities_too() -> None:
 
 def test_a_label_to_ignore_must_be_possible() -> None:
     batch = {'image': jnp.zeros((3, 4)), 'label': jnp.array([0, 255, 1], jnp.uint8)}
-    with pytest.raises(UserError, match='ignore_label: -1 is never there'):
+    with pytest.raises(UserError, match='ignore_label: -1 cannot occur'):
         Classification(ignore_label=-1)(lambda x: x, batch)
     output = Classification(ignore_label=255)(lambda x: x, batch)
     assert output.weights.tolist() == [1, 0, 1]

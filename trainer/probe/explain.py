@@ -47,8 +47,8 @@ def explain(
         )
     if not grads:
         return (
-            'The loss and the output of every module are finite: it is what config.step makes of '
-            'them that is not. Look at its gradients and its update.'
+            'The loss and the output of every module are finite, but the result of config.step is '
+            'not. Check its gradients and its update.'
         )
     if wrong := _not(grads):
         more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''

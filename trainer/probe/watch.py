@@ -172,14 +172,14 @@ class Watch:
                 saved = f'the newest checkpoint is of step {newest:,}'
         try:
             explained = self._explain(kind, bad_step, state)
-        except Exception as error:  # Such as for want of memory: the run has diverged all the same.
+        except Exception as error:  # Such as out of memory: report the divergence all the same.
             explained = (
                 f'{_WHAT[kind].capitalize()} is not finite at step {bad_step:,}; where that began '
                 f'was not found ({type(error).__name__}: {str(error).splitlines()[:1]}).'
             )
         found = NonFiniteError(f'the run has diverged; {saved}.\n{explained}')
         if late is not None:
-            found.add_note(f'A save in the background had failed too: {late}')
+            found.add_note(f'A save in the background failed too: {late}')
         raise found
 
     def _end_reading(self) -> None:
@@ -195,7 +195,7 @@ class Watch:
             return (
                 f'The gradients of step {bad_step:,} are not finite: the loss scale has skipped '
                 f'{int(skips)} updates in a row, and is down to {float(scale):g}. Look for values '
-                'that float16 cannot hold, above 65,504.'
+                'above 65,504, which float16 cannot represent.'
             )
         if self._kept is not None and self._kept.state is not None:
             return self._replay.find(self._kept, bad_step, self._is_bad, ends=True)
@@ -215,7 +215,7 @@ class Watch:
         steps = f'Last finite step: {bad_step - 1:,}. First non-finite step: {bad_step:,}.'
         batch = self._batch(bad_step)
         if batch is None:
-            return f'{steps}\nThe data is a stream, and its batch cannot be read again.'
+            return f'{steps}\nThe data is a stream, and its batch cannot be reread.'
         # The state is as the bad step has found it, but for the number of the step.
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
         return f'{steps}\n{explain(*fetch(self._look(before, batch)))}'

@@ -240,8 +240,8 @@ class Classification:
             )
         if self.ignore_label is not None and integers and not _holds(labels, self.ignore_label):
             raise UserError(
-                f'config.task.ignore_label: {self.ignore_label} is never there, for {name} is '
-                f'{kind}; name a value that its dtype holds, or convert it in a transform'
+                f'config.task.ignore_label: {self.ignore_label} cannot occur, because {name} is '
+                f'{kind}; use a value of that dtype, or convert the labels in a transform'
             )
         if whole and self.ignore_label is not None and self.loss == 'softmax':
             raise UserError(
@@ -256,7 +256,7 @@ class Classification:
         classes = logits.shape[-1]
         why = (
             f'The model returns {classes} logits. Fix the data or the number of outputs; a value '
-            'that marks examples without a label goes into config.task.ignore_label'
+            'that marks unlabeled examples belongs in config.task.ignore_label'
         )
         return {self.label: Check(labels, 0, classes - 1, ignored=self.ignore_label, why=why)}
 
