@@ -14,8 +14,8 @@ class DataDigest:
     """Sum modulo 2^64 of mix(step, row, example id) over all rows of all consumed batches.
 
     Equal for any division of the rows over processes and of the steps over calls, and different as
-    soon as one example stands in another row or step. A step is the one of the run, also after a
-    change of the batch size: the digest proves which sizes it had, and where each began.
+    soon as one example is in another row or step. Steps are those of the run, also after a change
+    of the batch size, so the digest also covers which sizes were used, and from which step on.
     """
 
     def __init__(self) -> None:

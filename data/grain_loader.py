@@ -99,7 +99,7 @@ class GrainLoader:
 
     @property
     def marks(self) -> Marks:
-        """Of a run that has had other batch sizes, what it had consumed by which step."""
+        """What a run whose batch size has changed had consumed by which step."""
         return self._loader.marks
 
     @property
@@ -108,7 +108,7 @@ class GrainLoader:
         return self._loader.first
 
     def after(self, batch_sizes: Sequence[tuple[int, int]]) -> GrainLoader:
-        """Returns the loader of a run that has had other batch sizes: see `TrainLoader.after`."""
+        """Returns the loader of a run whose batch size has changed: see `TrainLoader.after`."""
         loader = copy.copy(self)
         loader._loader, loader._stream = self._loader.after(batch_sizes), None
         return loader

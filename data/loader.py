@@ -41,12 +41,12 @@ class TrainLoader:
     """Training batches as a pure function of their position.
 
     A row of padding (`remainder='pad'`) holds the example of its batch's first row, and `_mask` is
-    false there. Not zeros: whoever divides by a row's norm would get NaN, and 0 x NaN is no 0.
+    false there. Not zeros: dividing by the norm of such a row gives NaN, and 0 x NaN is not 0.
 
     Attributes:
         batch_size: rows of a global batch.
         steps_per_epoch: a fraction only where batches run across epoch borders.
-        marks: of a run that has had other batch sizes, what it had consumed by which step.
+        marks: for a run whose batch size has changed, what it had consumed by which step.
     """
 
     marks: Marks = ()
@@ -118,9 +118,9 @@ class TrainLoader:
         return {name: x[0] for name, x in arrays.items()}
 
     def after(self, batch_sizes: Sequence[tuple[int, int]]) -> TrainLoader:
-        """Returns the loader of a run that has had other batch sizes before.
+        """Returns the loader of a run whose batch size has changed.
 
-        It goes on where the batches before have ended, by examples; positions stay steps.
+        It continues after the examples that were consumed before; positions remain steps.
 
         Args:
             batch_sizes: (first step, batch size) of each part of the run, from step 0 on; the last
@@ -128,7 +128,7 @@ class TrainLoader:
         """
         loader = copy.copy(self)
         order, loader.marks = after(self._order, batch_sizes)
-        if self._repeat is None:  # Or else the batches that are repeated are still the first ones.
+        if self._repeat is None:  # Otherwise the repeated batches are still the first ones.
             loader._order = order
         return loader
 

@@ -15,7 +15,7 @@ import numpy as np
 
 PADDING = -1
 
-# (step, what a run had consumed by then, in batches of its present size), ascending.
+# (step, what a run had consumed by then, in batches of its current size), ascending.
 Marks = tuple[tuple[Fraction, Fraction], ...]
 
 
@@ -64,13 +64,13 @@ def even_split(examples: int, parts: int) -> list[range]:
 
 @dataclasses.dataclass(frozen=True)
 class Since:
-    """Where a run stood when it went on in batches of another size.
+    """The position at which a run resumed with another batch size.
 
     Attributes:
-        step: the first one with the new size.
-        epoch: that was under way.
-        done: its examples that were consumed before.
-        epochs: what the run had consumed, a part of an epoch by the steps that this was cut into.
+        step: the first step with the new size.
+        epoch: the current epoch.
+        done: examples of that epoch that were already consumed.
+        epochs: epochs consumed, with the current one counted in the steps that it was split into.
     """
 
     step: int = 0
@@ -90,7 +90,7 @@ class Order:
         shuffle: False keeps the source's order in every epoch.
         remainder: 'carry' runs batches across epoch borders, 'pad' fills an epoch's last batch up
             with padding, 'drop' leaves it out.
-        since: where batches of this size begin; steps before it are not known here.
+        since: where batches of this size begin; steps before it are unknown here.
     """
 
     examples: int
@@ -135,9 +135,9 @@ class Order:
         return np.concatenate(pieces).reshape(shape), epochs.reshape(shape)
 
     def resized(self, step: int, batch_size: int) -> Order:
-        """Returns the order of a run that goes on from `step` in batches of another size.
+        """Returns the order of a run that resumes at `step` with another batch size.
 
-        The rest of the epoch that is under way comes first, without an example that it has had.
+        The rest of the current epoch comes first, without examples that were already consumed.
         """
         epoch, row = divmod(step * self.batch_size + self._shift, self._rows_per_epoch)
         done = row
@@ -156,12 +156,12 @@ class Order:
 
     @property
     def steps_left(self) -> Fraction:
-        """Batches from `since` to the end of the epoch that was under way."""
+        """Batches from `since` to the end of the epoch that was current there."""
         return Fraction(self._rows_left, self.batch_size)
 
     @property
     def _shift(self) -> int:
-        """Rows of this run before step 0, had all of its batches been of this size."""
+        """Rows of this run before step 0, if all of its batches had this size."""
         end = (self.since.epoch + 1) * self._rows_per_epoch
         return end - self._rows_left - self.since.step * self.batch_size
 
@@ -196,7 +196,7 @@ class Order:
                 order, rows = order[self.since.done :], self._rows_left
             missing = max(rows - len(order), 0)
             order = np.concatenate([order, np.full(missing, PADDING)])[:rows]
-            # What was consumed in batches of another size is not read here.
+            # Batches of another size were consumed before; they are not read here.
             before = np.full(self._rows_per_epoch - rows, PADDING)
             return np.concatenate([before, order]) if len(before) else order
 
@@ -215,7 +215,7 @@ class Order:
 
 
 def after(order: Order, batch_sizes: Sequence[tuple[int, int]]) -> tuple[Order, Marks]:
-    """Returns the order of a run that has had other batch sizes, and what it did by when.
+    """Returns the order of a run whose batch size has changed, and its marks.
 
     Args:
         order: without a history.
@@ -229,7 +229,7 @@ def after(order: Order, batch_sizes: Sequence[tuple[int, int]]) -> tuple[Order, 
         since = order.since
         marks = [mark for mark in marks if mark[0] <= step]
         marks.append((Fraction(step), since.epochs))
-        # Where the rest of an epoch is padded or dropped, its steps are longer or shorter.
+        # If the rest of an epoch is padded or dropped, its steps cover less or more of it.
         marks.append((step + order.steps_left, Fraction(since.epoch + 1)))
     if len(batch_sizes) == 1:
         return order, ()

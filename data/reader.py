@@ -16,7 +16,7 @@ from .sources import Arrays
 # Of each field, for an example's number: enough to tell examples apart, and cheap for images.
 _MOST_HASHED = 4096
 
-# Kinds of dtypes whose values have no width of their own, and what they are called.
+# Kinds of dtypes whose values have no fixed width, and their names.
 _TEXT = {'U': 'text', 'S': 'bytes', 'O': 'object'}
 
 
@@ -151,7 +151,7 @@ def _stacked(values: list[Any]) -> np.ndarray:
     if isinstance(values[0], np.ndarray | np.generic):
         return np.stack(values)
     objects = np.empty(len(values), object)
-    for row, value in enumerate(values):  # Not at once: numpy would look into lists.
+    for row, value in enumerate(values):  # One by one: otherwise numpy would look into lists.
         objects[row] = value
     return objects
 
@@ -169,8 +169,8 @@ def numbers(arrays: Arrays) -> np.ndarray:
 
 
 def _content(x: np.ndarray) -> bytes:
-    """Returns up to so many bytes of a value, the same in any batch."""
-    if x.dtype.kind in _TEXT:  # Whose width is that of the longest one in the batch.
+    """Returns a limited number of bytes of a value, the same in any batch."""
+    if x.dtype.kind in _TEXT:  # Its width is that of the longest text in the batch.
         return repr(x.tolist()).encode()[:_MOST_HASHED]
     flat = np.ascontiguousarray(x).reshape(-1)
     return flat[: -(-_MOST_HASHED // flat.itemsize)].tobytes()
@@ -181,7 +181,7 @@ def _told(example: Arrays) -> str:
 
 
 def _kind(x: Any) -> str:
-    """Returns dtype and shape; text of any length is of one dtype."""
+    """Returns dtype and shape; text of any length has the same dtype."""
     if not isinstance(x, np.ndarray | np.generic):
         return 'object[]'
     return f'{_TEXT.get(x.dtype.kind, x.dtype)}{list(x.shape)}'

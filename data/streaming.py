@@ -88,15 +88,15 @@ class _Loader:
 class StreamLoader(_Loader):
     """Training batches of a stream, pass after pass, with no end.
 
-    A batch is not a function of its position alone: where the stream stands goes into the
-    checkpoint. Each process reads a part of its own, so a run goes on exactly only with as many
-    processes as before.
+    A batch is not a function of its position alone: the position of the stream is saved in the
+    checkpoint. Each process reads its own part, so a run resumes exactly only with the same number
+    of processes.
 
     Attributes:
         batch_size: rows of a global batch.
         examples: None, for the length of a stream is not known.
         steps_per_epoch: None, for the same reason.
-        marks: of a run that has had other batch sizes, what it had consumed by which step.
+        marks: for a run whose batch size has changed, what it had consumed by which step.
     """
 
     examples = None
@@ -150,11 +150,11 @@ class StreamLoader(_Loader):
         self.batch_size = batch_size
         self._repeat = repeat_batch
         self._kept: Block | None = None
-        # Examples of this run before position 0, had all of its batches been of this size.
+        # Examples of this run before position 0, if all of its batches had this size.
         self._shift = 0
 
     def after(self, batch_sizes: Sequence[tuple[int, int]]) -> StreamLoader:
-        """Returns the loader of a run that has had other batch sizes before; `restore` places it.
+        """Returns the loader of a run whose batch size has changed; `restore` sets its position.
 
         Args:
             batch_sizes: (first step, batch size) of each part of the run, from step 0 on; the last
@@ -303,6 +303,6 @@ class StreamEvalLoader(_Loader):
         if examples:
             read = self._batch(examples, self._position * self._rows + held[:real])
             ids[:real] = numbers(read)
-            # Not written into rows of the first example: its text may be the shorter one.
+            # Not assigned into copies of the first example: its text may be shorter.
             batch = {name: np.concatenate([x, batch[name]]) for name, x in read.items()}
         return {**batch, MASK: ids != PADDING}, ids

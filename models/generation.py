@@ -62,7 +62,7 @@ def _generate(
     key: jax.Array | None,
     temperature: float,
 ) -> jax.Array:
-    # By a call and not by `init`, which has parameters of its own, perhaps of another dtype.
+    # By a call and not by `init`, which creates new parameters, perhaps of another dtype.
     _, shapes = jax.eval_shape(lambda: decoder.apply({'params': params}, prompt, mutable=['cache']))
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes['cache'])
 

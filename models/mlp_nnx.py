@@ -48,7 +48,7 @@ class MLP(nnx.Module):
         x = x.reshape((x.shape[0], -1))
         for i, dropout in enumerate(self.dropout):
             x = self.dense[i](x)
-            # Where the statistics are float32 and the inputs are not, NNX returns float32.
+            # If the statistics are float32 and the inputs are not, NNX returns float32.
             x = self.norm[i](x).astype(x.dtype) if self.norm else x
             x = dropout(self.activation(x))
         return self.dense[-1](x)

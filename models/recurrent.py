@@ -85,7 +85,7 @@ class Seq2Seq(nn.Module):
 
     def _read(self, inputs: jax.Array, lengths: jax.Array) -> Any:
         x = self.embed(inputs)
-        # Flax begins in the dtype of the parameters as they are kept; float32 would stay float32.
+        # Flax starts in the dtype of the stored parameters; float32 would stay float32.
         zeros = jnp.zeros((x.shape[0], self.hidden), x.dtype)
         start = ((zeros, zeros), (zeros, zeros))
         carries, _ = self.encoder(x, seq_lengths=lengths, initial_carry=start)
@@ -95,6 +95,6 @@ class Seq2Seq(nn.Module):
 
 
 def _orthogonal(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **rest: Any) -> jax.Array:
-    """Returns orthogonal columns; in a half too, for which there is no decomposition."""
+    """Returns orthogonal columns; also in half precision, where JAX has no QR decomposition."""
     wide = jnp.promote_types(dtype, jnp.float32)
     return nn.initializers.orthogonal()(key, shape, wide, **rest).astype(dtype)

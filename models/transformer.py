@@ -63,8 +63,8 @@ class Attention(nn.Module):
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
         if self.cache_length:
             key, value = self._kept('keys', key, start), self._kept('values', value, start)
-        # Probabilities of bfloat16 would not sum up to 1: the softmax is in float32. Its result is
-        # cast back, for it would make float32 of the next product and of all that follows.
+        # bfloat16 probabilities would not sum up to 1, so the softmax is in float32. Its result is
+        # cast back: otherwise it would promote the next product and everything after it.
         weights = nn.dot_product_attention_weights(
             query, key, mask=mask, force_fp32_for_softmax=True
         ).astype(value.dtype)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
         cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
         if not self.is_initializing():
-            # A cache that was made before the parameters were cast is of another dtype.
+            # A cache that was created before the parameters were cast has another dtype.
             kept = new.astype(cache.value.dtype)
             cache.value = jax.lax.dynamic_update_slice(cache.value, kept, (0, start, 0, 0))
         return cache.value.astype(new.dtype)

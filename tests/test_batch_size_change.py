@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that goes on with another batch size counts examples: data, events and schedules."""
+"""A run that resumes with another batch size counts examples: data, events and schedules."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_two_epochs_and_two_more(
     assert times({0: flat}) == {4: EXAMPLES}
     assert len([i for row in seen.values() for i in row]) - 4 * EXAMPLES < sizes[1]
     assert (
-        f'config.data.batch_size {sizes[0]} -> {sizes[1]}: the run goes on at step {ends[0]}, '
-        f'after 512 examples (2 epochs), and ends at step {ends[1]}'
+        f'config.data.batch_size {sizes[0]} -> {sizes[1]}: resuming at step {ends[0]}, '
+        f'after 512 examples (2 epochs); the run ends at step {ends[1]}'
     ) in out
     # At the ends of the epochs, whatever their steps are.
     first = [EXAMPLES // sizes[0], 2 * EXAMPLES // sizes[0]]
@@ -207,7 +207,7 @@ def test_a_second_resume_is_exact(remainder: str, tmp_path: pathlib.Path) -> Non
         workdir = tmp_path / name
         trainer_in(workdir, data__batch_size=32, **more).fit(max_steps=13)
         for number, stop in enumerate(stops):
-            # After the change it is the run of that config, and needs no permission.
+            # After the change the run has that config, and needs no flag.
             trainer_in(workdir, allow=number == 0, data__batch_size=48, **more).fit(max_steps=stop)
         results[name] = command.result(workdir)
         found[name] = {
@@ -223,7 +223,7 @@ def test_a_second_resume_is_exact(remainder: str, tmp_path: pathlib.Path) -> Non
 def test_the_digest_proves_rows_of_steps(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
-    """Also across a change: a sum over (step, row, example), of which each can be said again."""
+    """Also across a change: a sum over (step, row, example) that can be recomputed."""
     for size, total in ((32, '1 epochs'), (96, '2 epochs')):
         trainer_in(tmp_path, data__batch_size=size, train_for=total, evals={}).fit()
     words = [
@@ -297,8 +297,7 @@ def test_a_schedule_goes_on_by_examples(
     )
     out = capsys.readouterr().out
     assert (
-        'from step 12 to 22 they take the values of steps 6 to 16 of a run with batch size 64'
-        in out
+        'in steps 12 to 22 they have the values of steps 6 to 16 of a run with batch size 64' in out
     )
 
 
@@ -363,7 +362,7 @@ def test_what_no_schedule_can_follow_is_refused(tmp_path: pathlib.Path) -> None:
     }  # fmt: skip
     more: dict[str, Any] = {'optimizer': every, 'evals': {}}
     trainer_in(tmp_path, data__batch_size=32, **more).fit()
-    with pytest.raises(UserError, match=r"every_k_schedule: '0\.25 epochs' is another number of"):
+    with pytest.raises(UserError, match=r"every_k_schedule: '0\.25 epochs' is a different number"):
         trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', **more).fit()
 
 
@@ -446,12 +445,12 @@ def test_a_profile_begins_by_examples() -> None:
 def test_a_run_that_went_on_elsewhere_is_refused(tmp_path: pathlib.Path) -> None:
     early = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', evals={})
     trainer_in(tmp_path, data__batch_size=32, evals={}).fit()
-    with pytest.raises(UserError, match='batches of another size since this Trainer was made'):
+    with pytest.raises(UserError, match='has changed since this Trainer was created'):
         early.fit()
 
 
 class Counting:
-    """A loader of somebody's own that knows one batch size."""
+    """A user's own loader that supports only one batch size."""
 
     def __init__(
         self, *, source: Any, batch_size: int, transforms: Any, seed: int, shuffle: bool,
@@ -468,5 +467,5 @@ def test_a_loader_that_cannot_go_on_says_so(tmp_path: pathlib.Path) -> None:
     more = {'data__loader': {'target': f'{__name__}:Counting'}, 'evals': {}}
     trainer_in(tmp_path, data__batch_size=32, **more).fit()
     longer = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', **more)
-    with pytest.raises(UserError, match=r'Counting cannot go on .* of 32 examples'):
+    with pytest.raises(UserError, match=r'Counting cannot resume .* batch size was 32'):
         longer.fit()

@@ -104,7 +104,7 @@ def test_a_hook_that_fails(tmp_path: pathlib.Path) -> None:
     run = run_json(tmp_path)
     assert (run['status'], run['step']) == ('failed', 20)
     assert run['start'] <= run['end']
-    # The next start does not take it for one that has ended, and its result replaces this one.
+    # The next start does not treat it as finished, and overwrites its result.
     trainer_in(tmp_path).fit()
     found = command.result(tmp_path)
     assert (found['status'], 'error' in found) == ('finished', False)
@@ -136,7 +136,7 @@ def test_a_source_that_fails(tmp_path: pathlib.Path) -> None:
     assert lines[0] == f'record {BROKEN} is torn'
     assert lines[-1] == '...'
     assert len(lines) < 12
-    # All rows up to the step that was reached are there, but for one that is not done.
+    # All rows up to the last step are there, except for unfinished ones.
     logged = [json.loads(line)['step'] for line in (tmp_path / 'metrics.jsonl').open()]
     assert logged == list(range(1, len(logged) + 1))
     assert found['step'] - len(logged) in (0, 1)
@@ -159,7 +159,7 @@ def test_mistakes_of_the_user_and_interrupts(tmp_path: pathlib.Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer_in(tmp_path, 'interrupt').fit()
     found = command.result(tmp_path)
-    # It went on from step 10, which was saved when the hook before refused.
+    # It resumed from step 10, which was saved when the earlier hook failed.
     assert (found['status'], found['step']) == ('interrupted', 20)
     assert run_json(tmp_path)['status'] == 'interrupted'
 
@@ -198,7 +198,7 @@ def test_a_paused_run_is_one_and_a_running_one_too(tmp_path: pathlib.Path) -> No
 
 
 def test_last_words(tmp_path: pathlib.Path) -> None:
-    """Of a process that ends at once; here it goes on, and its end replaces them."""
+    """Written when a process exits at once; here it continues, and its end replaces them."""
     SAID.clear()
     trainer_in(tmp_path, 'leave').fit()
     assert [(each['status'], each['step'], each['run']) for each in SAID] == [

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What hooks are given, and when."""
+"""The events that hooks get, and when."""
 
 from __future__ import annotations
 

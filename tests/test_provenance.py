@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of the code that it ran."""
+"""What a run records of its code."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def test_changes_and_untracked_files(tmp_path: pathlib.Path) -> None:
     assert (about['dirty'], about['diff']) == (True, 'code.diff')
     assert about['untracked'][:2] == ['new 000.py', 'new 001.py']
     assert len(about['untracked']) + about['untracked_left_out'] == 150
-    # It brings the commit to what ran.
+    # Applying it to the commit gives the code that ran.
     diff = tmp_path / 'code.diff'
     diff.write_bytes(found.diffs['code.diff'])
     git(repo, 'checkout', '-q', '.')
     git(repo, 'apply', str(diff))
     assert (repo / 'model.py').read_text() == 'one = 2\n'
-    # A commit in another window is not in the way of it, nor it of a commit.
+    # It and a concurrent commit do not block each other.
     (repo / '.git' / 'index.lock').write_text('')
     assert provenance.look(repo, None).about['git']['dirty'] is True
 
@@ -103,7 +103,7 @@ def test_the_repository_of_the_config(tmp_path: pathlib.Path) -> None:
     assert found.about['config_git']['diff'] == 'config.diff'
     assert list(found.diffs) == ['config.diff']
     assert 'config_git' not in provenance.look(mine, mine / 'configs' / 'mnist.py').about
-    # That of the trainer's own configs is said of the trainer.
+    # For the trainer's own configs, it is recorded under `trainer`.
     assert 'config_git' not in provenance.look(mine, ROOT / 'configs' / 'mnist.py').about
 
 
@@ -178,7 +178,7 @@ def test_a_run_says_what_code_it_ran(
     assert run['devices']['count'] == 8
     assert run['devices']['platform'] == 'cpu'
     assert run['devices']['processes'] == 1
-    # A later start of clean code: what is there is that of the last one.
+    # A later start with clean code: the files are those of the last start.
     git(repo, 'checkout', '-q', '.')
     trainer_in(workdir).fit()
     assert run_json(workdir)['git']['dirty'] is False
@@ -202,7 +202,7 @@ def test_a_run_does_not_wait_for_a_slow_git(
     assert asked.is_set()
     run = run_json(tmp_path)
     assert (run['status'], 'git' in run) == ('paused', False)
-    # What comes after the run does not write into files that may be another's by then.
+    # After the run, nothing is written to files that may belong to another one by then.
     (tmp_path / 'code.diff').write_text('of another run')
     answer.set()
     for thread in threading.enumerate():

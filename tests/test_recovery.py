@@ -145,7 +145,7 @@ def test_a_copied_step_is_not_trained_on(tmp_path: pathlib.Path) -> None:
     before = files(tmp_path)
     with pytest.raises(CheckpointError, match=r'step 30: its metadata says 20 and its state says'):
         trainer_in(tmp_path, evals={}).fit()
-    # Nor is the run called too long for what the name says.
+    # Nor does the name make the run seem too long.
     with pytest.raises(CheckpointError, match=r'step 30: its metadata says 20\. It was copied'):
         trainer_in(tmp_path, evals={}, train_for='25 steps').fit()
     assert files(tmp_path) == before
@@ -185,7 +185,7 @@ def test_a_directory_that_is_deleted_is_no_finished_run(
     hooks = {'delete': {'ref': f'{__name__}:delete'}}
     options = {'evals': {}, 'log__tensorboard': False, 'hooks': hooks}
     trainer = trainer_in(workdir, **options, checkpoint__every=every)
-    pattern = f'{workdir} was deleted while this run was training in it.* at step {noticed},'
+    pattern = f'{workdir} was deleted during this run.* at step {noticed};'
     with pytest.raises(SaveError, match=pattern):
         trainer.fit()
     assert not workdir.exists()
@@ -194,13 +194,13 @@ def test_a_directory_that_is_deleted_is_no_finished_run(
 
 def test_another_start_in_the_same_place_is_noticed_at_the_end(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path, evals={}, hooks={'spoil': {'ref': f'{__name__}:restart'}})
-    with pytest.raises(SaveError, match=r'another start has written over its run\.json'):
+    with pytest.raises(SaveError, match=r'another run has overwritten its run\.json'):
         trainer.fit()
     assert not (tmp_path / 'result.json').exists()
 
 
 def restart(event: Event) -> None:
-    """What a second run does where the file system knows no locks."""
+    """Like a second run on a file system without locks."""
     if event.kind == 'save':
         Workdir(event.workdir or '').begin({}, {}, {})
 
@@ -210,7 +210,7 @@ def test_checkpoints_that_are_gone_do_not_cost_the_metrics(tmp_path: pathlib.Pat
     trainer_in(tmp_path, evals={}, train_for='60 steps').fit()
     shutil.rmtree(tmp_path / 'checkpoints')
     before = files(tmp_path)
-    with pytest.raises(UserError, match='the metrics of a run that was saved, but there is no'):
+    with pytest.raises(UserError, match='the metrics of a run that saved checkpoints, but'):
         trainer_in(tmp_path, evals={}).fit()
     assert files(tmp_path) == before
     # As it says: without them it starts from the beginning, and may be killed at once again.
@@ -238,9 +238,9 @@ def test_the_first_save_that_is_committed_is_noted(tmp_path: pathlib.Path) -> No
     assert noted[2:] == [(30, True), (40, True), (50, True)]
 
 
-# ---- data that is not what it was --------------------------------------------------------------
+# ---- data that has changed ---------------------------------------------------------------------
 
-# What the files of a data set hold may change between two starts.
+# The content of a data set, which may change between two starts.
 DATASET = {'examples': 640, 'brightness': 0}
 
 
@@ -266,7 +266,7 @@ def dataset(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def out_of(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], steps: int) -> str:
-    """Trains up to a step and returns what that says."""
+    """Trains up to a step and returns the output."""
     capsys.readouterr()
     source = {'target': f'{__name__}:Images'}
     result = trainer_in(
@@ -289,8 +289,8 @@ def test_changed_data_gives_one_warning(
     dataset['examples'] = 800
     assert (
         'Warning: the training data has changed: 640 examples before, 800 examples now. The run '
-        'goes on after 1,280 examples (1.6 epochs), in the order of 800: in the '
-        'current epoch some examples come again and others are left out.\n'
+        'resumes after 1,280 examples (1.6 epochs), in the order of the new data (800 examples): '
+        'in the current epoch, some examples are repeated and others skipped.\n'
     ) in out_of(tmp_path, capsys, 41)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever ends a run, the steps that were done are kept; and Ctrl-C in a notebook is no error."""
+"""Whatever ends a run, completed steps are saved; and Ctrl-C in a notebook is not an error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trainer.trainer import Result, Trainer
 
 Hook = Callable[[Event], None]
 
-# What goes wrong, while it is there.
+# The faults to raise, while set.
 FAULTS: set[str] = set()
 
 
@@ -38,7 +38,7 @@ def no_faults() -> None:
 
 
 def flaky_transform(batch: dict[str, Any]) -> dict[str, Any]:
-    """Of an evaluation: raises in its second call, as the first is that of the start."""
+    """In an evaluation: raises in its second call, because the first is at the start."""
     if 'evaluation' in FAULTS and 'begun' in FAULTS:
         raise OSError('the storage is gone')
     FAULTS.add('begun')
@@ -68,7 +68,7 @@ class Flaky:
 
 @flax.struct.dataclass
 class Fragile(WeightedMean):
-    """A metric that is computed of nothing, and of nothing else."""
+    """A metric that can be computed only without data."""
 
     def compute(self) -> Any:
         if 'metric' in FAULTS and self.weight > 0:
@@ -240,7 +240,7 @@ def test_a_hook_that_raises(
     with pytest.raises(type(error)):
         trainer.fit()
     assert meta(trainer, step)['evaluated'] == evaluated
-    # The same trainer goes on, too.
+    # The same trainer can resume, too.
     assert trainer.fit().status == 'finished'
     assert ending(tmp_path) == undisturbed
 
@@ -281,7 +281,7 @@ def test_a_start_that_fails_leaves_what_was_there() -> None:
 
 
 def test_a_save_that_fails_too(tmp_path: pathlib.Path) -> None:
-    """Both are said, also of an error that is printed without a traceback."""
+    """Both are reported, even for an error that is printed without a traceback."""
 
     def hook(event: Event) -> None:
         if event.kind == 'log':
@@ -292,7 +292,7 @@ def test_a_save_that_fails_too(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match='the hook does not like it') as error:
         trainer.fit()
     text = full_text(error.value)
-    assert text.startswith('the hook does not like it\nAnd the state of step 10 could not be saved')
+    assert text.startswith('the hook does not like it\nThe state of step 10 could not be saved')
     assert 'checkpoints' in text
 
 
@@ -344,7 +344,7 @@ def test_an_interrupt_ends_fit_and_the_next_call_goes_on(
 def test_an_interrupt_without_a_work_directory() -> None:
     trainer = trainer_in(None, interrupting('log', 20))
     first = trainer.fit()
-    # Before the evaluation that is due there, which the next call runs.
+    # Before the evaluation due there, which the next call runs.
     assert (first.status, first.step, 'eval/test/loss' in first.metrics) == (
         'interrupted', 20, False,
     )  # fmt: skip

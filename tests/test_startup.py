@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said at the start of a run about its config."""
+"""Warnings about the config at the start of a run."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_nothing_can_be_best(caplog: pytest.LogCaptureFixture) -> None:
     text = warned(caplog, evals__test__final=False)
     assert text == (
         f'config.checkpoint.best: no checkpoint can be the best. {EVERY} have no step in common '
-        'before the end of this run (50 steps), and a checkpoint is judged by an evaluation of its '
-        "own step: set --config.checkpoint.every='30 steps', or leave out "
+        'before the end of this run (50 steps), and a checkpoint is judged by an evaluation at the '
+        "same step: set --config.checkpoint.every='30 steps', or leave out "
         'config.evals.test.final=False'
     )
 

@@ -104,7 +104,7 @@ def test_the_starts_of_a_run(tmp_path: pathlib.Path) -> None:
     workdir.begin({}, {}, {'pid': 3})
     assert starts(tmp_path) == [('preempted', 30)] * 2 + [('failed', None), ('running', None)]
     workdir.release()
-    workdir.end_run('finished', 40)  # It is another's by now.
+    workdir.end_run('finished', 40)  # It belongs to another run by now.
     assert starts(tmp_path)[-1] == ('running', None)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which batch sizes a run has had: from them follows what a step is in examples."""
+"""The batch sizes that a run has used: they convert steps to examples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BatchSizes:
 
     @classmethod
     def of_run(cls, workdir: Workdir | None, batch_size: int) -> BatchSizes:
-        """Returns those of a run that goes on in a work directory, the last one as given."""
+        """Returns the batch sizes of a run that resumes in a work directory, with this one last."""
         fresh = cls(((0, batch_size),))
         if workdir is None:
             return fresh
@@ -39,25 +39,25 @@ class BatchSizes:
         try:
             meta = checkpoints.meta(latest)
         except CheckpointError:
-            return fresh  # Restoring it fails with the reason.
+            return fresh  # Restoring will fail and report the reason.
         return cls.of_checkpoint(meta, batch_size).going_on(latest, batch_size)
 
     @classmethod
     def of_checkpoint(cls, meta: Mapping[str, Any], batch_size: int) -> BatchSizes:
-        """Returns those that a checkpoint has kept; of an older one that of its config."""
+        """Returns the batch sizes stored in a checkpoint; in an older one, that of its config."""
         if 'batch_sizes' in meta:
             return cls(tuple((step, size) for step, size in meta['batch_sizes']))
         return cls(((0, meta.get('config', {}).get('data', {}).get('batch_size', batch_size)),))
 
     def going_on(self, step: int, batch_size: int) -> BatchSizes:
-        """Returns those of a run that goes on from a step in batches of this size."""
+        """Returns the batch sizes of a run that resumes at a step with this batch size."""
         parts = tuple(part for part in self.parts if part[0] < step)
         if parts and parts[-1][1] == batch_size:
             return BatchSizes(parts)
         return BatchSizes((*parts, (step, batch_size)))
 
     def changed_at(self, step: int) -> int | None:
-        """Returns the size before, if the present one begins at this step and not with the run."""
+        """Returns the previous size if the current one begins at this step, but not at step 0."""
         first, _ = self.parts[-1]
         return self.parts[-2][1] if first == step and len(self.parts) > 1 else None
 
@@ -69,20 +69,21 @@ class BatchSizes:
 
 
 def resized(parts: Parts, step: int, before: int) -> str:
-    """Returns what a run says of itself that goes on from `step` with another batch size."""
+    """Returns the message of a run that resumes at `step` with another batch size."""
     experiment = parts.experiment
     clock, total = experiment.clock, experiment.total_steps
     lines = [
-        f'config.data.batch_size {before} -> {clock.batch_size}: the run goes on at step {step:,}, '
-        f'after {parts.batch_sizes.examples(step):,} examples{_epochs(parts, step)}, and ends at '
-        f'step {total:,}{_epochs(parts, total)}. Steps count on; everything else counts examples.'
+        f'config.data.batch_size {before} -> {clock.batch_size}: resuming at step {step:,}, '
+        f'after {parts.batch_sizes.examples(step):,} examples{_epochs(parts, step)}; the run ends '
+        f'at step {total:,}{_epochs(parts, total)}. Step numbers continue; everything else counts '
+        'examples.'
     ]
     if experiment.schedule_steps:
         now, end = (float(clock.batches(at)) for at in (step, total))
         lines.append(
-            f'Schedules in epochs, examples or % continue where they were: from step {step:,} to '
-            f'{total:,} they take the values of steps {now:,.6g} to {end:,.6g} of a run with batch '
-            f'size {clock.batch_size}. Those in steps continue at step {step:,}.'
+            f'Schedules in epochs, examples or % continue where they were: in steps {step:,} to '
+            f'{total:,} they have the values of steps {now:,.6g} to {end:,.6g} of a run with batch '
+            f'size {clock.batch_size}. Schedules in steps continue at step {step:,}.'
         )
     elif experiment.optimizer.learning_rates is not None:
         lines.append(
@@ -93,14 +94,14 @@ def resized(parts: Parts, step: int, before: int) -> str:
 
 
 def place_in_other_data(parts: Parts, step: int, before: int | None) -> str:
-    """Returns where a run goes on whose training data has another length than before."""
+    """Describes where a run resumes whose training data has another length than before."""
     data = parts.experiment.data
     if before is None or data.examples is None:
         return ''
     return (
-        f'The run goes on after {parts.batch_sizes.examples(step):,} examples'
-        f'{_epochs(parts, step)}, in the order of {data.examples:,}: in the current '
-        'epoch some examples come again and others are left out.'
+        f'The run resumes after {parts.batch_sizes.examples(step):,} examples'
+        f'{_epochs(parts, step)}, in the order of the new data ({data.examples:,} examples): in '
+        'the current epoch, some examples are repeated and others skipped.'
     )
 
 

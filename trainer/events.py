@@ -19,19 +19,19 @@ class Event:
     """What a hook is called with: `hook(event)`.
 
     Attributes:
-        kind: 'start', 'log', 'eval', 'save' or 'end'. One 'end' follows each 'start', whatever
-            happens in between.
+        kind: 'start', 'log', 'eval', 'save' or 'end'. Each 'start' is followed by one 'end', even
+            if the run fails.
         step: number of completed updates.
         state: the state at this step. It is donated to the next step: copy what you keep. None at
             the end of a run that failed.
         metrics: flat name to value: the newest of every metric of the run so far.
         workdir: the run's directory, or None.
-        row: at 'log' and 'eval' what `metrics.jsonl` has just got: 'step', and values by flat name.
-            A value that is not finite is one here, and null there. Empty at the other events.
+        row: at 'log' and 'eval' the row just written to `metrics.jsonl`: 'step', and values by flat
+            name. NaN and infinity are null in the file. Empty at other events.
         evaluation: at 'eval' its name in `config.evals`.
-        config: the resolved config, plain; not to be changed.
+        config: the resolved config, plain; do not change it.
         status: at 'end' that of `trainer.trainer.Result`, 'failed' or 'diverged'.
-        error: at 'end' of a run that failed, what it failed of: 'ValueError: ...'.
+        error: at the 'end' of a failed run, its error: 'ValueError: ...'.
     """
 
     kind: str

@@ -74,7 +74,7 @@ class Experiment:
         init_from: where the weights of a fresh run come from, or None.
         surgery: what is done to them before they must fit the model.
         hooks: called with each `Event`, by name.
-        timed: returns the fields that depend on how long the steps of a loader are.
+        timed: returns the fields that depend on how many examples a loader's steps consume.
     """
 
     name: str
@@ -112,30 +112,30 @@ class Experiment:
     timed: Callable[[Any], Mapping[str, Any]] = dataclasses.field(repr=False)
 
     def after(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
-        """Returns the experiment of a run that has had other batch sizes before.
+        """Returns the experiment of a run whose batch size has changed.
 
-        Its data goes on where the batches before have ended; what is not counted in steps is
-        counted in examples.
+        Its data continues after the batches consumed so far; everything that is not given in steps
+        counts examples.
 
         Args:
-            batch_sizes: (first step, batch size) of each part of the run, the last one this one's.
+            batch_sizes: (first step, batch size) of each part of the run, this experiment's last.
 
         Raises:
-            UserError: if the loader cannot go on, or a schedule cannot follow.
+            UserError: if the loader cannot resume, or a schedule cannot be adjusted.
         """
         if len(batch_sizes) == 1 and not getattr(self.data, 'marks', ()):
             return self
         before = batch_sizes[-2][1] if len(batch_sizes) > 1 else batch_sizes[-1][1]
         if not hasattr(self.data, 'after'):
             raise UserError(
-                f'config.data.batch_size: {type(self.data).__name__} cannot go on with a run whose '
-                f'batches were of {before} examples: it has no method `after`, as '
-                'data.loader:TrainLoader does. Go back to that size'
+                f'config.data.batch_size: {type(self.data).__name__} cannot resume a run whose '
+                f'batch size was {before}: it has no method `after`, unlike '
+                'data.loader:TrainLoader. Use the old batch size, or add the method'
             )
         try:
             data = self.data.after(batch_sizes)
         except ValueError as error:
-            raise UserError(f'config.data, after batches of {before} examples: {error}') from error
+            raise UserError(f'config.data, after batch size {before}: {error}') from error
         return dataclasses.replace(self, data=data, **self.timed(data))
 
 

@@ -93,8 +93,8 @@ def write(
         )
     if prediction.passed:
         _log.warning(
-            'left out of the exported function, because predict only passes on what the caller '
-            'has: %s',
+            'left out of the exported function, because predict returns these fields of the batch '
+            'unchanged: %s',
             ', '.join(sorted(prediction.passed)),
         )
     # Of one device: what the model says of a larger mesh is not for those who call the function.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ended a run that did not end by itself."""
+"""Describes errors that end a run, for files and hooks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_LINE = 500
 
 
 def status(error: BaseException) -> str:
-    """Returns how a run has ended of an error: 'failed', or what the error itself says."""
+    """Returns the status of a run that an error ended: 'failed', or the error's own `status`."""
     if isinstance(error, KeyboardInterrupt):  # In a notebook, where no handler asks for a save.
         return 'interrupted'
     return str(getattr(error, 'status', 'failed'))
@@ -38,13 +38,13 @@ def describe(error: BaseException, step: int) -> dict[str, Any]:
 
 
 def summary(error: BaseException) -> str:
-    """Returns 'ValueError: what it says', in one line."""
+    """Returns 'ValueError: its message', in one line."""
     first = next(iter(str(error).splitlines()), '')[:_MAX_LINE]
     return f'{type(error).__name__}: {first}' if first else type(error).__name__
 
 
 def _where(error: BaseException) -> str | None:
-    """Returns 'file.py:10 in f': the innermost frame that is not an installed library's."""
+    """Returns 'file.py:10 in f': the innermost frame outside of installed libraries."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if 'site-packages' not in pathlib.Path(f.filename).parts]
     frame = next(reversed(own or frames), None)

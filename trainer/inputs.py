@@ -105,7 +105,7 @@ def fingerprint(loader: Any) -> dict[str, Any]:
 
 
 def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Returns in words what differs between two fingerprints."""
+    """Describes the differences between two fingerprints."""
     changes = []
     old, new = before['examples'], now['examples']
     if old != new:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == '__main__':
-    # Before all other imports, which take seconds: a signal may come in the middle of them.
+    # Before all other imports, which take seconds: a signal may arrive during them.
     from trainer.observe import streams
     from trainer.parallel import signals
 
@@ -104,7 +104,7 @@ flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_val
 flags.DEFINE_bool('help', False, 'Show this and the keys of the config.', flag_values=_FLAGS)
 
 
-# A process whose save has failed gives its other threads so long to end.
+# How long a process whose save has failed waits for its other threads.
 _GRACE_SECS = 5.0
 
 # Flags that only some of the modes read.
@@ -190,10 +190,10 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
 
 
 def _end_soon(code: int) -> None:
-    """Sees to it that the process ends, though threads of a failed save may wait for minutes.
+    """Ends the process soon, although threads of a failed save may wait for minutes.
 
-    Where none does, the interpreter is the first to end. Else what others have registered with
-    `atexit` does not run: that comes after the end of all threads.
+    If no thread waits, the interpreter exits normally before this does. Otherwise, functions
+    registered with `atexit` do not run: they would run after the end of all threads.
     """
 
     def work() -> None:

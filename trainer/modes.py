@@ -73,7 +73,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         UserError: for what the config or the work directory does not allow.
     """
     _enable_compile_cache()
-    # Processes that wait for this one are to hear of a signal, and to stop together with it.
+    # Processes that wait for this one must receive the signal too, and stop together with it.
     starting, stop.starting = stop.starting, False
     try:
         watch = processes.join(command.cluster)
@@ -139,7 +139,7 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
         raise
     finally:
         if stop.signal is not None:
-            logfile.record(f'{signal.Signals(stop.signal).name} was received')
+            logfile.record(f'received {signal.Signals(stop.signal).name}')
     return 0 if result.status in ('finished', 'stopped_early') else stop.exit_code
 
 

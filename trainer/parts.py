@@ -42,7 +42,7 @@ class Parts:
     Attributes:
         experiment: what is trained.
         workdir: the run's directory, or None: then nothing is written.
-        batch_sizes: those of the run so far, and that of the experiment.
+        batch_sizes: those of the run so far, and the experiment's.
     """
 
     def __init__(self, experiment: Experiment, workdir: str | None = None):
@@ -56,10 +56,10 @@ class Parts:
         self.batch_sizes = BatchSizes.of_run(self.workdir, experiment.clock.batch_size)
         self._refusal: UserError | None = None
         try:
-            # Here and not when the training starts: what it compiles depends on it.
+            # Here and not when training starts: the compiled programs depend on it.
             experiment = experiment.after(self.batch_sizes.parts)
         except UserError as error:
-            self._refusal = error  # An evaluation needs nothing of it.
+            self._refusal = error  # Raised in training only: evaluations do not need it.
         self.experiment = experiment
         self._events = Events.of(experiment)
         self._warned = False
@@ -146,18 +146,18 @@ class Parts:
         )
 
     def check_batch_sizes(self) -> None:
-        """Checks that the run can go on with the batch size of the experiment.
+        """Checks that the run can resume with the batch size of the experiment.
 
         Raises:
-            UserError: if its schedules or its loader cannot, or if the run went on elsewhere.
+            UserError: if its schedules or its loader cannot, or if another Trainer has changed it.
         """
         if self._refusal is not None:
             raise self._refusal
         now = BatchSizes.of_run(self.workdir, self.experiment.clock.batch_size)
         if now != self.batch_sizes and self.workdir is not None:
             raise UserError(
-                f'the run in {self.workdir.path} has had batches of another size since this '
-                'Trainer was made; make another one'
+                f'the batch size of the run in {self.workdir.path} has changed since this Trainer '
+                'was created; create a new one'
             )
 
     def compile(self) -> list[Program]:
@@ -198,7 +198,7 @@ class Parts:
         """Returns training batches from a position on, each of so many steps as `calls` says."""
         data, batch_size = self.experiment.data, self.experiment.clock.batch_size
         if start < self.batch_sizes.parts[-1][0] and not hasattr(data, 'restore'):
-            # From an older checkpoint: as if the run went on from there.
+            # From an older checkpoint: as if the run resumed from there.
             data = data.after(self.batch_sizes.going_on(start, batch_size).parts)
         return Prefetcher.on_mesh(
             data.block,
@@ -257,7 +257,7 @@ class Parts:
         return self.checkpoints.restore(found, self.programs.abstract)
 
     def examined(self, state: TrainState, kept: Any = None) -> TrainState:
-        """Returns a restored state with the health that training goes on from.
+        """Returns a restored state with the health to resume from.
 
         Args:
             state: of a checkpoint.
@@ -290,7 +290,7 @@ class Parts:
         """Returns the user's own model with trained variables in it, to call in a notebook.
 
         It is in evaluation mode: a Linen module as a bound Klinen model (`trainer.modules.klinen`),
-        an NNX module as it is. Its parameters are those that are evaluated.
+        an NNX module unchanged. Its parameters are those that are evaluated.
 
         Args:
             state: whose variables; by default the newest checkpoint's.
@@ -300,7 +300,7 @@ class Parts:
             UserError: for an ensemble without a member.
         """
         if self.experiment.ensemble is not None and member is None:
-            raise UserError('model: an ensemble has many; name one, as in model(member=0)')
+            raise UserError('model: choose a member of the ensemble, as in model(member=0)')
         state = self.restore() if state is None else state
         state = dataclasses.replace(state, params=self.eval_params(state))
         if self.experiment.ensemble is not None:

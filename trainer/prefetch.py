@@ -65,14 +65,14 @@ class Prefetcher:
         depth: int = 2,
         release: Callable[[], None] | None = None,
     ):
-        """Starts the thread, or leaves that to the iteration where batches need no transfer.
+        """Starts the thread; without a transfer, the iteration starts it.
 
         Args:
             block: `block(start, count)` returns `.arrays` of shape (count, rows, ...) and `.ids`.
             calls: the number of steps of each item, in order; its end is the end of the iteration.
             sharding: where the arrays of one step go.
-            rows: which rows of a global batch a block holds, if not all.
-            fields: those that go to the devices; None for all that a block holds.
+            rows: which rows of a global batch a block has, if not all.
+            fields: those that are sent to the devices; None for all of a block.
             host: names of fields that `on_host` returns.
             start: position of the first batch.
             depth: number of blocks that are kept ready.
@@ -112,7 +112,7 @@ class Prefetcher:
         depth: int = 2,
         **options: Any,
     ) -> Prefetcher:
-        """Returns the batches of a loader, of which each process reads what its devices hold.
+        """Returns the batches of a loader; each process reads the rows of its own devices.
 
         Args:
             block: of a loader: `block(start, count, rows=...)`.
@@ -157,10 +157,10 @@ class Prefetcher:
         return taken
 
     def on_host(self, position: int) -> dict[str, np.ndarray]:
-        """Returns the fields that were asked for of a batch, as its block has them: (rows, ...).
+        """Returns the `host` fields of a batch, as its block has them: (rows, ...).
 
         Args:
-            position: of a batch that was handed out; those before it are let go.
+            position: of a batch that was handed out; earlier ones are released.
         """
         if not self._host:
             return {}

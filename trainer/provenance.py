@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which code a run ran: the user's repositories, and the trainer's own version.
+"""Records which code a run used: the user's repositories, and the trainer's own version.
 
-git is asked in a thread with time limits, so that no repository, however large or slow its disk,
+git runs in a thread with time limits, so that no repository, however large or slow its disk,
 stops or delays a run.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 _DISTRIBUTION = 'jax-config-trainer'
 _HERE = pathlib.Path(__file__).resolve().parent
 _TIMEOUT_SECS = 20.0
-# A larger diff is not the code's: a data file was changed.
+# A larger diff is not code: a data file was changed.
 _MAX_DIFF_BYTES = 1 << 20
 _MAX_STATUS_BYTES = 1 << 22
 _MAX_NAMES = 100
@@ -35,9 +35,9 @@ class Repository:
         directory: its root.
         commit: the one that is checked out; None before the first.
         branch: None for a detached head.
-        dirty: whether tracked files differ from the commit; None if git took too long to say.
+        dirty: whether tracked files differ from the commit; None if git took too long.
         untracked: files and directories that git neither tracks nor ignores.
-        diff: of the tracked files, perhaps cut.
+        diff: of the tracked files, possibly truncated.
     """
 
     directory: str
@@ -48,7 +48,7 @@ class Repository:
     diff: bytes = b''
 
     def about(self, diff: str | None = None) -> dict[str, Any]:
-        """Returns what `run.json` says of it.
+        """Returns its entry in `run.json`.
 
         Args:
             diff: name of the file that holds the diff.
@@ -72,7 +72,7 @@ class Code:
     """The code of a run.
 
     Attributes:
-        about: fields of `run.json`: 'git', 'config_git' where that is another, 'trainer'.
+        about: fields of `run.json`: 'git', 'config_git' if that is a different one, 'trainer'.
         diffs: file name to content.
     """
 
@@ -108,11 +108,11 @@ def look(directory: pathlib.Path, config: pathlib.Path | None) -> Code:
 
 
 def repository(directory: pathlib.Path) -> Repository | None:
-    """Returns the repository of a directory, None outside of git or where git does not answer."""
+    """Returns the repository of a directory, None outside of git or if git does not answer."""
     root = _root(directory)
     if root is None:
         return None
-    # One command for all: in a large repository it is the walk over the files that takes the time.
+    # One command for all: in a large repository, the walk over the files dominates.
     text = _git(root, 'status', '--porcelain=v2', '--branch', '-z', limit=_MAX_STATUS_BYTES)
     if text is None:
         head = _git(root, 'rev-parse', '--verify', '-q', 'HEAD')
@@ -138,7 +138,7 @@ def trainer_version() -> dict[str, Any]:
     """Returns the version of the trainer, and its commit if it runs from a checkout."""
     about: dict[str, Any] = {'version': _version(), 'commit': None}
     root = _root(_HERE)
-    # A virtual environment may be inside a repository of the user's.
+    # A virtual environment may be inside one of the user's repositories.
     if root is not None and _is_trainer(root):
         text = _git(root, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
         about['commit'] = text.decode().strip() if text else None
@@ -168,7 +168,7 @@ class Lookout:
     def _look(self) -> None:
         try:
             code = look(*self._where)
-        except Exception as error:  # Whatever it is, it is no reason to end a run.
+        except Exception as error:  # Never a reason to end a run.
             code = Code(about={'git': None, 'git_error': repr(error)}, diffs={})
         with self._lock:
             self._code, act = code, self._then
@@ -194,9 +194,9 @@ def _diff(root: pathlib.Path) -> bytes:
 
 
 def _git(directory: pathlib.Path, *words: str, limit: int = 1 << 16) -> bytes | None:
-    """Returns what git prints, cut after `limit` bytes; None if it fails or takes too long."""
-    # The monitor is a process of git's own that would keep our pipe open, and the locks are those
-    # that a commit in another window needs.
+    """Returns git's output, truncated at `limit` bytes; None if it fails or takes too long."""
+    # git's file system monitor would keep our pipe open, and its optional locks could block a
+    # commit in another window.
     command = ['git', '--no-optional-locks', '-c', 'core.fsmonitor=false', *words]
     try:
         process = subprocess.Popen(

@@ -67,7 +67,7 @@ class Recovery:
         self._fingerprint: dict[str, Any] | None = None
         # Without a work directory the next call goes on from here.
         self._paused: tuple[TrainState, int] | None = None
-        # From `open` to `end`: what fails then is a run, and before and after it a call.
+        # True from `open` to `end`: a failure in between is one of the run.
         self._running = False
         self._failed = False
         self._called = now()
@@ -77,9 +77,9 @@ class Recovery:
         """Refuses a work directory whose checkpoints are of another run, or of a longer one.
 
         Raises:
-            UserError: naming what differs, unless that is allowed; or the step that is already
-                behind the end of this run; or what the processes of the run do not agree on; or
-                that the checkpoints of a run that had some are gone.
+            UserError: naming what differs, unless that is allowed; or the checkpoint's step, if it
+                is after the end of this run; or what the processes of the run do not agree on; or
+                that the checkpoints of a run that had saved are missing.
         """
         workdir, experiment = self._parts.workdir, self._parts.experiment
         self._called = now()
@@ -114,7 +114,7 @@ class Recovery:
             if checkpoints is not None:
                 check_storable(self._parts.programs.abstract.durable)
             self._report.restore(0, {}, ())
-            # An earlier call may have failed, and has left behind what it had counted.
+            # An earlier call may have failed and left its counts behind.
             self._consumed.restart()
             self._restore_early_stopping({})
             return self._parts.init_state(), 0
@@ -134,8 +134,8 @@ class Recovery:
         return state, latest
 
     def open(self, step: int) -> None:
-        """Opens the run's files over those of the run that goes on from `step`."""
-        # The next step takes its buffers: whatever happens, it is used once.
+        """Opens the run's files over those of the run that resumes from `step`."""
+        # The next step donates its buffers: it can be used only once.
         self._paused = None
         workdir, experiment = self._parts.workdir, self._parts.experiment
         if workdir is None or not processes.is_primary():
@@ -224,9 +224,9 @@ class Recovery:
         *,
         is_sound: Callable[[TrainState], bool],
     ) -> None:
-        """Saves what an error that ends the run would cost; without a work directory, keeps it.
+        """Saves the completed steps when an error ends the run; keeps them without a directory.
 
-        Evaluations that were due at this step and have not run are left to the next start.
+        Evaluations that were due at this step and have not run will run at the next start.
 
         Args:
             step: number of completed updates.
@@ -247,10 +247,10 @@ class Recovery:
                 checkpoints.close()
                 self._report.progress.message(f'Saved at step {step:,} before the run ends.')
         except Exception as late:
-            error.add_note(f'And the state of step {step:,} could not be saved: {late}')
+            error.add_note(f'The state of step {step:,} could not be saved either: {late}')
 
     def remember(self, step: int, state: TrainState) -> None:
-        """Keeps the state for the next call, if there is no work directory that could."""
+        """Keeps the state for the next call, if there is no work directory to save it in."""
         if self._parts.checkpoints is None and not _is_gone(state):
             self._paused = (state, step)
 
@@ -261,11 +261,10 @@ class Recovery:
         error: BaseException,
         is_sound: Callable[[TrainState], bool],
     ) -> bool:
-        """Whether a run that an error ends may save its state; another start would go on from it.
+        """Whether a run that an error ends may save its state, which the next start resumes from.
 
-        Not what the guard has stopped, nor what a failed step has taken or left; and what has just
-        failed to be saved gets no other try. Of several processes only one may have failed, and a
-        save waits for all.
+        Not if the guard has stopped it, if a failed step has donated its buffers, or if a save has
+        just failed. Nor with several processes: a save needs all, and only one may have failed.
         """
         if isinstance(error, (CheckpointError, NonFiniteError)):
             return False
@@ -280,14 +279,14 @@ class Recovery:
     def abandon(self, error: BaseException) -> None:
         """Closes what is open when the run fails, and writes `result.json`.
 
-        A save on its way gets there before.
+        A save in progress is completed first.
         """
         if self._parts.checkpoints is not None:
             try:
                 self._parts.checkpoints.close()
             except Exception as late:
-                error.add_note(f'A save in the background had failed too: {late!r}')
-        with contextlib.suppress(Exception):  # The row that waits may be of a step that failed.
+                error.add_note(f'A save in the background failed too: {late!r}')
+        with contextlib.suppress(Exception):  # The pending row may be of a step that failed.
             self._report.flush_ready()
         # Whatever fails from here on, the disk or a library, must not hide the first error.
         with contextlib.suppress(Exception):
@@ -301,7 +300,7 @@ class Recovery:
                 self._parts.workdir.release()
 
     def record_exit(self, status: str, message: str) -> None:
-        """Writes how the run ends when the process is about to, with no time for more.
+        """Records how the run ends, when the process is about to exit.
 
         Args:
             status: for `result.json`.
@@ -311,14 +310,14 @@ class Recovery:
         self._record(status, {'type': None, 'message': message, 'where': None, 'step': step})
 
     def _record(self, status: str, error: Mapping[str, Any]) -> None:
-        """Writes the end of a run that has begun here, or that has failed to."""
+        """Records the end of a run that has begun here, or has failed to begin."""
         workdir = self._parts.workdir
         if workdir is None or not processes.is_primary():
             return
-        if not workdir.is_this_run():  # It was deleted, or is another start's.
+        if not workdir.is_this_run():  # It was deleted, or belongs to another run now.
             return
         if not self._running:
-            # What an earlier run has left is left as it was.
+            # The files of an earlier run do not change.
             if not (self._failed or workdir.is_fresh()):
                 return
             workdir.claim()
@@ -337,14 +336,14 @@ class Recovery:
         return None, None
 
     def _check_workdir(self, step: int) -> None:
-        """Makes sure that the directory has not been deleted; all processes must call it."""
+        """Checks that the directory has not been deleted; all processes must call it."""
         workdir = self._parts.workdir
         if workdir is None or not processes.sum_over_processes(not workdir.is_this_run()):
             return
         raise SaveError(
-            f'{workdir.path} was deleted while this run was training in it, or another start has '
-            f'written over its run.json. The run ends at step {step:,}, and what is gone with the '
-            'directory is lost. Start it again, in a directory that stays.',
+            f'{workdir.path} was deleted during this run, or another run has overwritten its '
+            f'run.json. This run ends at step {step:,}; deleted files are lost. Start it again in '
+            'a directory of its own that nothing deletes.',
             may_pass=False,
         )
 
@@ -358,7 +357,7 @@ class Recovery:
             self._fingerprint = fingerprint(data)
 
     def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:
-        """Says that the data is not what it was when a checkpoint was saved."""
+        """Warns if the data has changed since a checkpoint was saved."""
         before, now = meta.get('data'), self._fingerprint
         if not before or not now or not (changes := data_changes(before, now)):
             return
@@ -383,5 +382,5 @@ class Recovery:
 
 
 def _is_gone(state: TrainState) -> bool:
-    """Whether a step has taken the state's buffers."""
+    """Whether the state's buffers were donated to a step."""
     return any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))

@@ -56,7 +56,7 @@ def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
 
 
 def warn_of_rows_that_do_not_count(programs: Programs) -> None:
-    """Says that batch statistics count rows whose weight is 0, where there may be some."""
+    """Warns that batch statistics count rows of weight 0, if there may be any."""
     if 'batch_stats' not in programs.abstract.collections:
         return
     why = []
@@ -66,8 +66,8 @@ def warn_of_rows_that_do_not_count(programs: Programs) -> None:
         why.append('a task that returns weights')
     if why:
         _log.warning(
-            'the model has batch statistics, and rows may not count (%s): in the statistics such a '
-            'row counts as one more of a row that does',
+            'the model has batch statistics, and rows may have weight 0 (%s): in the statistics, '
+            'each such row counts as a copy of a row with nonzero weight',
             ' and '.join(why),
         )
 
@@ -143,9 +143,9 @@ def warn_of_what_never_comes(experiment: Experiment) -> None:
 
 
 def warn_of_best(experiment: Experiment, events: Events) -> None:
-    """Says where `config.checkpoint.best` finds too few steps that are evaluated and saved.
+    """Warns if `config.checkpoint.best` has too few steps that are both evaluated and saved.
 
-    A checkpoint is judged by an evaluation of its own step.
+    A checkpoint is judged by an evaluation at the same step.
     """
     metric = experiment.retention.best_metric
     if metric is None:
@@ -154,7 +154,7 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
     evals, save = events.evals[name], events.save
     at_end, first = name in events.evals_due(total), evals.next_due(0)
     if at_end and (first is None or first >= total):
-        return  # There is one evaluation, and its step is saved.
+        return  # The only evaluation is at the end, which is saved.
     if _meet_before(evals, save, total):
         return
     periods = (
@@ -171,7 +171,7 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
         fix += f', or leave out config.evals.{name}.final=False'
     _log.warning(
         'config.checkpoint.best: %s. %s and %s have no step in common before the end of this run '
-        '(%d steps), and a checkpoint is judged by an evaluation of its own step: %s',
+        '(%d steps), and a checkpoint is judged by an evaluation at the same step: %s',
         'only the last checkpoint can be the best' if at_end else 'no checkpoint can be the best',
         *periods,
         total,
@@ -180,7 +180,7 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
 
 
 def _meet_before(one: Periodic, other: Periodic, end: int) -> bool:
-    """Whether two events are due at one step before `end`."""
+    """Whether two events are due at the same step before `end`."""
     if one.period_steps is None or other.period_steps is None:
         return False
     rare, often = sorted((one, other), key=lambda each: each.period_steps or 0, reverse=True)
@@ -236,7 +236,7 @@ def summary(parts: Parts, step: int) -> str:
         f'batch     {batch} rows, {batch // shards} on each device',
         f'length    {experiment.total_steps:,} steps'
         + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else '')
-        + (' of the present batch size' if per_epoch and experiment.clock.progress else ''),
+        + (' at the current batch size' if per_epoch and experiment.clock.progress else ''),
         f'workdir   {workdir}',
         f'start     {_start(experiment, step)}',
     ]

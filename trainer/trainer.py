@@ -60,13 +60,13 @@ class Trainer(Parts):
         trainer.evaluate()
 
     It never ends the process, and the only signal that it handles is Ctrl-C, while `fit` trains in
-    the main thread: see `trainer.parallel.signals.interruptible`. All others are left to
-    `trainer.main`. What it works with, and all that is not training, is in `trainer.parts`.
+    the main thread: see `trainer.parallel.signals.interruptible`. `trainer.main` handles all
+    others. Its building blocks, and everything but training, are in `trainer.parts`.
 
     Attributes:
         experiment: what is trained.
         workdir: the run's directory, or None: then nothing is written.
-        report: what the run has told so far.
+        report: the run's rows and messages so far.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Trainer(Parts):
             workdir: where checkpoints, metrics and results go; None for a run that leaves no trace.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the
                 current batch of an evaluation. Without one, Ctrl-C does so.
-            allow_config_change: go on with a run although the config makes it another one.
+            allow_config_change: resume even though the config makes it a different run.
             overrides: the command line's, for `run.json`.
         """
         super().__init__(experiment, workdir)
         screen = None if processes.is_primary() else Nowhere()
-        # Not the one given: a run that has had other batch sizes has another length.
+        # Not the given one: a run whose batch size has changed has another length.
         total, batch_size = self.experiment.total_steps, self.experiment.clock.batch_size
         ensemble = self.experiment.ensemble
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
@@ -98,7 +98,7 @@ class Trainer(Parts):
         self._probes = Probes(self, self.report)
         self._hooks_begun = False
         self._stop, self._given_stop = StopRequest(), stop
-        # What a rescue would save: the last step that was completed.
+        # What `_rescue` saves: the last completed step.
         self._reached: tuple[int, TrainState] | None = None
         self._recovery = Recovery(
             self, self.report, allow_config_change=allow_config_change, overrides=overrides
@@ -114,19 +114,19 @@ class Trainer(Parts):
         self._recovery.check()
 
     def fit(self, *, max_steps: int | None = None) -> Result:
-        """Trains until `train_for`, going on from the newest checkpoint of the work directory.
+        """Trains until `train_for`, resuming from the newest checkpoint of the work directory.
 
         Ctrl-C, or the stop button of a notebook, ends it after the current step with status
-        'interrupted'; the next call goes on from there. Where an evaluation, a hook or the data
-        fails, the steps that are done are saved first.
+        'interrupted'; the next call resumes from there. If an evaluation, a hook or the data
+        fails, the completed steps are saved first.
 
         Args:
             max_steps: return after this many updates of this call, without a final evaluation; the
-                next call goes on from there, and takes the state of this one's result with it.
+                next call resumes from there, and donates the state in this call's result.
 
         Raises:
-            UserError: for a work directory of another or a longer run, and for what only shows
-                now, such as a batch that does not divide over the mesh.
+            UserError: for a work directory of another or a longer run, and for mistakes that show
+                only now, such as a batch that does not divide over the mesh.
         """
         self._stop = self._given_stop or StopRequest()
         try:
@@ -153,7 +153,7 @@ class Trainer(Parts):
         if self._given_stop is None:
             until_end.enter_context(signals.interruptible(self._stop))
         if self._evaluate_due(step, state):
-            # The last run ended before them, and saved this step without.
+            # The last run ended before these evaluations, and saved this step without them.
             self._recovery.amend(step)
         due = self._events.next_due(step)
         with self.batches(step, self._calls(step, max_steps)) as batches:
@@ -239,7 +239,7 @@ class Trainer(Parts):
         return Result(status=status, step=step, metrics=dict(self.report.latest), state=state)
 
     def _rescue(self, error: BaseException) -> None:
-        """Keeps the state of the last step that was completed, before an error ends the run."""
+        """Keeps the state of the last completed step, before an error ends the run."""
         if self._reached is None:
             return
         if isinstance(error, KeyboardInterrupt) and self._stop.signal == signal.SIGINT:
@@ -317,7 +317,7 @@ class Trainer(Parts):
     def _save(self, step: int, state: TrainState) -> None:
         if self.checkpoints is None:
             return
-        # Rows first: they show what the check may end the run for.
+        # Rows first: they show why the check may end the run.
         self.report.flush()
         self._probes.check(state)
         if self._recovery.save(step, state):
@@ -327,7 +327,7 @@ class Trainer(Parts):
         if not self.experiment.hooks:
             return
         if kind == 'log':
-            # The row waits for its step; a hook is given row and state of the same one.
+            # Waits for the row's step, so that a hook gets row and state of the same step.
             self.report.flush()
         event = Event(
             kind=kind,
@@ -357,7 +357,7 @@ class Trainer(Parts):
             raise errors[0]
 
     def _notify_failed(self, error: BaseException) -> None:
-        """Tells the hooks of the end of a run that failed; those that fail now are warned of."""
+        """Calls the hooks at the end of a failed run; if one of them fails, it warns."""
         if not self._hooks_begun:
             return
         status, text = failure.status(error), failure.summary(error)

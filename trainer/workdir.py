@@ -26,7 +26,7 @@ from trainer.provenance import Code
 # A file whose presence says that a checkpoint was committed.
 _SAVED = '.saved'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
-# What `run.json` keeps of each start, and of how many.
+# The fields of each start in `run.json`, and the maximum number of starts.
 _START_FIELDS = ('status', 'from_step', 'step', 'start', 'end', 'command', 'host', 'pid')
 _MAX_STARTS = 100
 _DIFFS = ('code.diff', 'config.diff')
@@ -50,7 +50,7 @@ class Workdir:
         self._claim: Any = None
         self._run: dict[str, Any] | None = None
         self._starts: list[dict[str, Any]] = []
-        # The thread that looks at the code writes run.json too.
+        # The thread that records the code writes run.json too.
         self._lock = threading.Lock()
         self._start: str | None = None
 
@@ -147,11 +147,11 @@ class Workdir:
                 self._write_run()
 
     def end_run(self, status: str, step: int) -> None:
-        """Writes into `run.json` how a run has ended."""
+        """Writes to `run.json` how a run has ended."""
         self.update_run(status=status, step=step, end=now())
 
     def keep_code(self, code: Code) -> None:
-        """Writes what code a run runs: into `run.json`, and diffs as files of their own."""
+        """Records the code of a run: in `run.json`, with diffs in separate files."""
         with self._lock:
             if self._run is None:  # The run has ended before git has answered.
                 return
@@ -159,17 +159,17 @@ class Workdir:
                 path = self.path / name
                 if name in code.diffs:
                     path.write_bytes(code.diffs[name])
-                else:  # It is that of an earlier start.
+                else:  # Left by an earlier start.
                     path.unlink(missing_ok=True)
             self._run.update(code.about)
             self._write_run()
 
     def is_fresh(self) -> bool:
-        """Whether the directory is there, and no run has begun in it."""
+        """Whether the directory exists, and no run has begun in it."""
         return self.path.exists() and not (self.path / 'config.json').exists()
 
     def is_this_run(self) -> bool:
-        """Whether `run.json` is still what `begin` has written, if it was called here."""
+        """Whether `run.json` is still the one written by `begin`, if that was called here."""
         if self._start is None:
             return True
         try:
@@ -177,7 +177,7 @@ class Workdir:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError):
-            return True  # Not to be read now, but there.
+            return True  # It exists, but cannot be read now.
         return isinstance(run, dict) and run.get('id') == self._start
 
     def forget_failure(self) -> None:
@@ -192,16 +192,16 @@ class Workdir:
             (self.path / _SAVED).write_text('')
 
     def unmark_saved(self) -> None:
-        """Takes the note away: a run starts from the beginning."""
+        """Removes that note: a run starts from scratch."""
         (self.path / _SAVED).unlink(missing_ok=True)
 
     def check_not_lost(self) -> None:
-        """Refuses to start from the beginning where a run was that has saved.
+        """Refuses to start from scratch in the directory of a run that has saved.
 
-        One that was killed before its first save has metrics too, and starts again.
+        A run that was killed before its first save has metrics too, and may start again.
 
         Raises:
-            UserError: if there are metrics and a checkpoint was committed, but none is there.
+            UserError: if there are metrics and a checkpoint was committed, but none is left.
         """
         metrics = self.path / 'metrics.jsonl'
         result = self._read('result.json') or {}
@@ -209,9 +209,9 @@ class Workdir:
         was_saved = (self.path / _SAVED).exists() or result.get('digest') is not None
         if was_saved and metrics.exists():
             raise UserError(
-                f'{self.path} has the metrics of a run that was saved, but there is no checkpoint '
-                f'in {self.checkpoints}. Put it back, name another --workdir, or remove {metrics} '
-                'to start from the beginning.'
+                f'{self.path} has the metrics of a run that saved checkpoints, but there are none '
+                f'in {self.checkpoints}. Restore them, use another --workdir, or delete {metrics} '
+                'to start from scratch.'
             )
 
     def config_changes(self, config: Any, resolved: Mapping[str, int]) -> list[diff.Change]:
@@ -260,7 +260,7 @@ class Workdir:
     ) -> None:
         """Writes `result.json`: how the run ended, and digests of its state and of its data.
 
-        A metric that is not finite becomes null: JSON has no word for it.
+        A metric that is not finite becomes null: JSON cannot represent it.
 
         Args:
             status: see `trainer.trainer.Result`; 'failed' and 'diverged' too.
@@ -289,7 +289,7 @@ class Workdir:
         except (OSError, ValueError, TypeError, AttributeError):
             return []
         for each in starts:
-            if each.get('status') == 'running':  # It was killed before it could say how it ended.
+            if each.get('status') == 'running':  # It was killed before it could record its end.
                 each['status'] = 'failed'
         return starts[-_MAX_STARTS + 1 :]
 
@@ -322,7 +322,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_run(overrides: Mapping[str, str]) -> dict[str, Any]:
-    """Returns what `run.json` says of a start: command, overrides, versions, devices, host."""
+    """Returns the `run.json` fields of a start: command, overrides, versions, devices, host."""
     devices = jax.devices()
     return {
         'command': [sys.executable, *sys.argv],
@@ -340,5 +340,5 @@ def describe_run(overrides: Mapping[str, str]) -> dict[str, Any]:
 
 
 def now() -> str:
-    """Returns the time as files say it: ISO 8601, UTC."""
+    """Returns the time as written to files: ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

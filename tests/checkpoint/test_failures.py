@@ -213,7 +213,7 @@ def spoil(event: Any) -> None:
 
 
 def spoil_and_stay(event: Any) -> None:
-    """Spoils the saves as `spoil` does, and starts a thread that waits for much too long."""
+    """Breaks saves like `spoil`, and starts a thread that waits for much too long."""
     if event.kind == 'start':
         threading.Thread(target=time.sleep, args=(300,)).start()
     spoil(event)

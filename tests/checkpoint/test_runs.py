@@ -115,7 +115,7 @@ def test_many_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize('how', ['copied', 'linked', 'renamed'])
 def test_a_step_by_another_name_is_not_believed(trained: pathlib.Path, how: str) -> None:
-    """The digest is that of its arrays; only the number of updates is not that of the name."""
+    """The digest matches the arrays; only the step does not match the directory name."""
     checkpoints = trained / 'checkpoints'
     other, held = checkpoints / '50', checkpoints / '60'
     make = {
@@ -136,5 +136,5 @@ def test_a_step_by_another_name_is_not_believed(trained: pathlib.Path, how: str)
     assert done.code == 65
     assert done.err == (
         f'Error: {other} is not the checkpoint of step 50: its metadata says 60 and its state '
-        'says 60. It was copied, renamed or linked. Give it back its name, or remove it.\n'
+        'says 60. It was copied, renamed or linked. Restore its name, or delete it.\n'
     )

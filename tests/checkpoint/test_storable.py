@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States that Orbax does not store as they are: made to fit, or found before the first step."""
+"""States that Orbax cannot store unchanged: converted, or refused before the first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.transfer.opening import open_tree
 
 
 class WithEmpty(nn.Module):
-    """Has parameters without elements, as a part that is switched off has."""
+    """Has parameters without elements, like a part that is switched off."""
 
     features: Any = None
     rows: int = 0
@@ -39,7 +39,7 @@ class WithEmpty(nn.Module):
 
 
 class Clash(nn.Module):
-    """Has two parameters that Orbax names alike."""
+    """Has two parameters whose Orbax names collide."""
 
     features: Any = None
 
@@ -182,10 +182,10 @@ def test_a_temporary_directory_that_cannot_be_written_is_no_verdict(
 
 
 def test_two_arrays_for_one_place_are_found_before_the_first_step(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match=r"both are named 'params\.Dense_0\.bias'"):
+    with pytest.raises(UserError, match=r"both map to 'params\.Dense_0\.bias'"):
         trainer_in(tmp_path, 'Clash').fit()
     assert not (tmp_path / 'metrics.jsonl').exists()
-    # Where nothing is saved, nothing is in the way.
+    # Without a work directory nothing is saved, so nothing is refused.
     assert trainer_in(None, 'Clash').fit(max_steps=1).step == 1
 
 

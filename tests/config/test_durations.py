@@ -154,7 +154,7 @@ SIZES = ((0, 32), (13, 50), (17, 8), (40, 100))
 
 
 def clock_of(sizes: tuple[tuple[int, int], ...], *, epoch: int = 250) -> Clock:
-    """The clock of a run whose batches had these sizes, of which it consumes every row."""
+    """The clock of a run with these batch sizes that consumes every row."""
     batch_size = sizes[-1][1]
     marks = [(Fraction(step), Fraction(consumed(sizes, step), batch_size)) for step, _ in sizes]
     return Clock(
@@ -166,7 +166,7 @@ def clock_of(sizes: tuple[tuple[int, int], ...], *, epoch: int = 250) -> Clock:
 
 
 def consumed(sizes: tuple[tuple[int, int], ...], step: int) -> int:
-    """Returns the examples of so many steps, added one by one."""
+    """Returns the examples of a number of steps, added one by one."""
     return sum([size for first, size in sizes if first <= number][-1] for number in range(step))
 
 
@@ -183,7 +183,7 @@ def test_events_count_examples_across_batch_sizes(period: str) -> None:
     assert [step for step in range(1, 61) if periodic.due(step)] == expected
     for step in range(50):
         assert periodic.next_due(step) == next(due for due in [*expected, 61] if due > step)
-    # The compiled form knows the present part only, and its first step is always due.
+    # The compiled form knows only the current part, and its first step is always due.
     traced = jax.jit(lambda step: is_due(periodic, step))
     assert traced(41)
     present = [step for step in range(42, 61) if traced(step)]

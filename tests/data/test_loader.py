@@ -320,7 +320,7 @@ def test_the_name_of_the_mask_is_taken() -> None:
 
 @pytest.mark.parametrize('sizes', [((0, 2), (3, 4)), ((0, 8), (3, 4)), ((0, 2), (1, 5), (3, 4))])
 def test_batches_after_others_are_those_of_their_examples(sizes: Any) -> None:
-    """Augmented as they would have been, whatever the sizes before; positions are still steps."""
+    """Augmentation does not depend on earlier batch sizes; positions are still steps."""
     loader = TrainLoader(source=images(), batch_size=4, transforms=RANDOM, seed=3)
     after = loader.after(sizes)
     consumed = sum((stop - start) * size for (start, size), (stop, _) in itertools.pairwise(sizes))

@@ -205,7 +205,7 @@ def test_an_epoch_ends_in_batches_of_another_size(
 def rows_of(
     order: Order, sizes: tuple[tuple[int, int], ...], *, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns ids and epochs of the rows of a run that has had these batch sizes."""
+    """Returns ids and epochs of the rows of a run with these batch sizes."""
     ids, epochs = [], []
     for number, (start, size) in enumerate(sizes, start=1):
         stop = sizes[number][0] if number < len(sizes) else steps
@@ -236,5 +236,5 @@ def test_what_is_consumed_by_a_step_goes_with_its_rows(
 def test_an_order_without_changes_has_no_marks() -> None:
     order = Order(examples=23, batch_size=4)
     assert after(order, ((0, 4),)) == (order, ())
-    # And one that had some begins again.
+    # And one that had other sizes begins again.
     assert after(after(order, ((0, 3), (5, 4)))[0], ((0, 4),)) == (order, ())

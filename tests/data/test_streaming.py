@@ -126,7 +126,7 @@ def add_noise(example: dict[str, Any], rng: np.random.Generator) -> dict[str, An
 
 
 def test_batches_after_others_are_those_of_their_examples(opened: list[Any]) -> None:
-    """Three of four and then of six: what random transforms draw is what they would have drawn."""
+    """Three batches of 4, then of 6: random transforms draw the same numbers."""
 
     def loader(batch_size: int) -> StreamLoader:
         opened.append(

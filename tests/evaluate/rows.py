@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data with ids of 64 bits and text beside what a task reads, for the tests and their config."""
+"""Data with 64-bit ids and text that no task reads, for the tests and their config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOST = ('id', 'share', 'name', 'raw')
 
 
 class Rows(ArraySource):
-    """Four classes of points, each with what only a person reads.
+    """Four classes of points, with fields that only a person reads.
 
     Fields: x, float32; label, int64; id, int64 beyond 32 bits; share, float64 beyond float32; name,
     text; raw, bytes as objects.
@@ -46,7 +46,7 @@ class Rows(ArraySource):
 
 
 class Numbered(Classification):
-    """Its predictions have the fields beside them."""
+    """Returns the fields together with the predictions."""
 
     def predict(self, model: Any, batch: Any) -> dict[str, Any]:
         return {**super().predict(model, batch), **{name: batch[name] for name in HOST}}
@@ -69,7 +69,7 @@ class Computing(Classification):
 
 
 class Wrong(Classification):
-    """Computes with ids that devices cannot hold."""
+    """Computes with ids that devices cannot store."""
 
     def predict(self, model: Any, batch: Any) -> dict[str, Any]:
         return {'class': model(batch['x']).argmax(-1), 'group': batch['id'] % 7}
@@ -83,7 +83,7 @@ class OnlyIds(Classification):
 
 
 def centred(batch: Any) -> dict[str, Any]:
-    """A device transform that passes all fields on."""
+    """A device transform that passes on all fields."""
     return {**batch, 'x': batch['x'] - jnp.mean(batch['x'])}
 
 

@@ -156,7 +156,7 @@ def test_objects_that_are_no_text_cannot_be_written(tmp_path: pathlib.Path) -> N
     with np.load(path) as file:
         np.testing.assert_array_equal(file['texts'], texts)
     for wrong in (np.array([{}, None], object), ends):
-        with pytest.raises(UserError, match="'x' holds objects of Python"):
+        with pytest.raises(UserError, match="'x' holds Python objects"):
             write_npz(path, {'x': wrong})
 
 
@@ -168,14 +168,14 @@ def test_an_exported_function_leaves_out_what_is_passed_on(
     evaluator, axes = trainer.evaluators['test'], tuple(trainer.mesh.shape)
     about = export.write(evaluator, state, epath.Path(tmp_path), axes=axes, platforms=('cpu',))
     assert set(about['batch']) == {'x'} and set(about['outputs']) == {'class', 'probability'}
-    assert 'only passes on what the caller has: id, name, raw, share' in caplog.text
+    assert 'returns these fields of the batch unchanged: id, name, raw, share' in caplog.text
     nothing = Trainer(build(task__target=f'{HERE}:OnlyIds'))
     with pytest.raises(UserError, match='predict computes nothing'):
         export.write(nothing.evaluators['test'], state, epath.Path(tmp_path), axes=axes)
 
 
 def test_fingerprints_of_objects_are_of_their_values() -> None:
-    """Not of their addresses, which differ between processes."""
+    """Not computed from addresses, which differ between processes."""
     a, b = (fingerprint(build(data__shuffle=False).data) for _ in range(2))
     assert a == b
     other = fingerprint(build(data__shuffle=False, data__source__seed=1).data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics that are no numbers: dicts are flattened, arrays go to files, the rest is refused."""
+"""Metrics that are not numbers: dicts are flattened, arrays go to files, others are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = str(ROOT / 'configs' / 'mnist_mlp.py')
 
 @flax.struct.dataclass
 class Confusion(clu.metrics.Metric):
-    """How often each class is taken for each."""
+    """How often each class is predicted for each label."""
 
     counts: jax.Array
 
@@ -51,7 +51,7 @@ class Confusion(clu.metrics.Metric):
 
 @flax.struct.dataclass
 class Recall(Confusion):
-    """Of each class and of all, and nothing of no data."""
+    """Per class and overall; fails without data."""
 
     def compute(self) -> Any:
         total = int(self.counts.sum())
@@ -221,7 +221,7 @@ def test_without_a_work_directory_a_line_tells_of_them() -> None:
         ('Unusable', "the metric 'scores' computes list; expected a number, an array"),
         ('Collecting', "the metric 'scores' is a clu.metrics.CollectingMetric"),
         ('Spread', "the metric 'scores' cannot be computed, whatever the data: TypeError"),
-        ('Clashing', "two values are both called 'scores/a/b'"),
+        ('Clashing', "two values are named 'scores/a/b'"),
     ],
 )
 def test_what_cannot_be_a_metric_is_refused_at_the_start(
@@ -241,16 +241,16 @@ def test_what_cannot_be_a_metric_is_refused_at_the_start(
 def test_a_name_that_an_ensemble_gives_to_its_members() -> None:
     named = {'evals__test__task': task('ClashingInEnsembles')}
     trainer = trainer_in(None, ensemble__size=2, **named)
-    with pytest.raises(UserError, match="two values are both called 'member_0/members'"):
+    with pytest.raises(UserError, match="two values are named 'member_0/members'"):
         trainer.fit()
     assert trainer_in(None, train_for='1 step', **named).fit().status == 'finished'
 
 
 def test_an_array_decides_nothing() -> None:
     best = {'metric': 'eval/test/confusion', 'mode': 'max'}
-    # Whatever cannot be computed of nothing would leave open what there is.
+    # A metric that cannot be computed without data would leave the available names unknown.
     trainer = trainer_in(None, evals__test__task=task('JustConfused'), checkpoint__best=best)
-    with pytest.raises(UserError, match=r"best.metric: 'confusion' of .* is no number but int32"):
+    with pytest.raises(UserError, match=r"best.metric: 'confusion' of .* is not a number but int"):
         trainer.fit()
 
 

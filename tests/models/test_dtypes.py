@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every product of every model that comes with the trainer is in the half that is asked for."""
+"""Every product of every shipped model is in the requested half precision."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from trainer.step.program import Programs
 from trainer.step.task_runner import TaskRunner
 from trainer.step.train_step import TrainStep
 
-# How a model comes to compute in a half: precision, what the module is given, and the half.
+# Ways to compute in half precision: `precision`, arguments of the module, and the dtype.
 WAYS: dict[str, tuple[Precision, dict[str, Any], str]] = {
     'cast-bfloat16': (Precision(compute='bfloat16', output='float32'), {}, 'bfloat16'),
     'cast-float16': (Precision(compute='float16', output='float32'), {}, 'float16'),
@@ -74,7 +74,7 @@ def dtypes(
     call: Callable[..., Any] = lambda model, *args, **kwargs: model(*args, **kwargs),
     **kwargs: Any,
 ) -> set[str]:
-    """Returns the dtypes of all products of a forward pass, and in training of the backward one."""
+    """Returns the dtypes of all products of a forward pass, and of the backward one in training."""
     model = functional(module, precision)
 
     def task(bound: Any, batch: Any) -> jax.Array:
@@ -139,7 +139,7 @@ def test_every_combination_of_a_transformer_s_options(way: str) -> None:
 @pytest.mark.parametrize('half', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('own', [False, True])
 def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
-    """It is in the half too; one that was made beside float32 parameters serves as well."""
+    """It is in half precision too; one that was created for float32 parameters works as well."""
     model = transformer(scan_layers=scan_layers, dtype=jnp.dtype(half) if own else None)
     decoder = model.clone(decode=True)
     variables = nn.meta.unbox(decoder.init(jax.random.key(0), tokens()))
@@ -167,7 +167,7 @@ def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
 
 @pytest.mark.parametrize('way', SOME)
 def test_recurrent(way: str) -> None:
-    """The states that are carried from token to token as well, from the first one on."""
+    """Including the states that are carried from token to token, from the first one on."""
     precision, own, half = WAYS[way]
     lengths = np.array([3, 0], np.int32)
     model = seq2seq(dropout_rate=0.1, **own)
@@ -285,7 +285,7 @@ def trained(module: Any, precision: Precision, task: Any, batch: Any, **options:
         jax.tree.map(lambda new, old: np.abs(np.asarray(new) - old).max(), state.params, before)
     )
     assert all(np.isfinite(x) for x in changes)
-    # In a fresh ResNet, what is before a scale of 0 has no gradient.
+    # In a fresh ResNet, everything before a scale of 0 has zero gradient.
     assert sum(x > 0 for x in changes) > 0.5 * len(changes)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
 
@@ -338,7 +338,7 @@ def test_a_step_of_another_model(name: str) -> None:
 
     def task(model: Any, batch: Any) -> jax.Array:
         output = model(*(batch[name] for name in sorted(batch)))
-        # Of each row something else, or a normalisation takes the gradient away.
+        # A different weight per row; otherwise a normalisation cancels the gradient.
         aim = jnp.arange(output.size, dtype=jnp.float32).reshape(output.shape) % 7
         return (output - aim) ** 2
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The screen shows our own lines only and is kept; the libraries' chatter has a file of its own."""
+"""The screen shows only our own lines and is logged; library messages go to a separate file."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Signals that come before the first step: during imports, in the config, while it is traced."""
+"""Signals before the first step: during imports, in the config, during tracing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONFIG = 'import slow\ndef get_config():\n    slow.wait()\n'
 
 
 def catches(process: subprocess.Popen[str]) -> bool:
-    """Whether the process has a handler of its own for SIGUSR1, which is the last one set."""
+    """Whether the process has a handler for SIGUSR1, the last one to be installed."""
     lines = pathlib.Path(f'/proc/{process.pid}/status').read_text().splitlines()
     (caught,) = (int(line.split()[1], 16) for line in lines if line.startswith('SigCgt'))
     return bool(caught & 1 << signal.SIGUSR1 - 1)
@@ -73,7 +73,7 @@ def stages(where: pathlib.Path) -> dict[str, tuple[list[str], Callable[..., bool
 
 
 def stopped(where: pathlib.Path, stage: str, number: signal.Signals) -> tuple[int, str]:
-    """Sends a signal when the process has come so far; returns its exit code and what it says."""
+    """Sends a signal when the process has got that far; returns its exit code and output."""
     options, reached = stages(where)[stage]
     config = '--config=waits.py' if options == ['config'] else command.MLP
     process = start(where, *(o for o in options if o != 'config'), config=config)
@@ -90,7 +90,7 @@ def stopped(where: pathlib.Path, stage: str, number: signal.Signals) -> tuple[in
 
 @pytest.mark.parametrize('stage', ['first lines', 'jax', 'config', 'tracing', 'orbax', 'start'])
 def test_a_sigterm_before_the_first_step(tmp_path: pathlib.Path, stage: str) -> None:
-    """42 says: start it again. Nothing was done yet that could be lost."""
+    """42 means: start it again. No work is lost yet."""
     code, err = stopped(tmp_path, stage, signal.SIGTERM)
     assert (code, err) == (42, '\nSIGTERM: stopped before the first step; nothing is lost.\n')
     assert not list((tmp_path / 'run').glob('checkpoints/*'))
@@ -145,7 +145,7 @@ def test_which_command_lines_train(words: list[str], expected: bool) -> None:
 
 
 def test_the_first_lines_need_little() -> None:
-    """What is imported before the handlers are there is a time without them."""
+    """Importing anything before the handlers are installed would leave a gap."""
     code = (
         'import sys; before = set(sys.modules)\n'
         'from trainer.parallel import signals\n'

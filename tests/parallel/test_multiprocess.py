@@ -168,12 +168,12 @@ def test_a_killed_process_ends_the_others(
     assert time.monotonic() - began < 60
     assert codes[number] == -signal.SIGKILL
     assert codes[1 - number] == 75, errors
-    assert f'process {number} of 2 has ended before its time' in errors[1 - number]
+    assert f'process {number} of 2 has ended unexpectedly' in errors[1 - number]
     assert 'Traceback' not in errors[1 - number]
     if number == 1:  # Else the process that writes is the one that was killed.
         result = command.result(tmp_path)
         assert result['status'] == 'failed'
-        assert 'process 1 of 2 has ended before its time' in result['error']['message']
+        assert 'process 1 of 2 has ended unexpectedly' in result['error']['message']
         assert json.loads((tmp_path / 'run.json').read_text())['status'] == 'failed'
     train(2, tmp_path, *LONG)
     for name in ('digest', 'data_digest'):

@@ -97,7 +97,7 @@ def test_an_update_alone() -> None:
     )  # fmt: skip
     found = message(made)
     assert 'First non-finite step: 6.' in found
-    assert 'it is the update that is not' in found
+    assert 'but the update is not' in found
 
 
 def broken_rate(step: Any) -> Any:
@@ -136,7 +136,7 @@ def test_a_bad_batch() -> None:
     found = message(made)
     assert 'not finite is first, number 1 of' in found
     assert found.endswith(
-        'already was not (and so is image in the batch), while its parameters were finite.'
+        'was already non-finite (and so is image in the batch); its parameters were finite.'
     )
 
 
@@ -163,7 +163,7 @@ def test_a_warning_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert (result.status, result.step) == ('finished', 40)
     out = capsys.readouterr().out
     assert out.count('not finite is layer_2') == 1
-    assert out.index('The run goes on.') > out.index('not finite is layer_2')
+    assert out.index('Training continues.') > out.index('not finite is layer_2')
 
 
 def test_a_sound_run_is_what_it_was_without() -> None:
@@ -211,12 +211,12 @@ def test_a_stream_is_read_again(resumes: bool, tmp_path: pathlib.Path) -> None:
         Trainer(made, str(tmp_path)).fit(max_steps=3)
     found = message(made, tmp_path)
     assert 'Last finite step: 5. First non-finite step: 6.' in found
-    assert 'it is the update that is not' in found
+    assert 'but the update is not' in found
 
 
 def test_a_stream_that_goes_on_is_not_read_again(capsys: pytest.CaptureFixture[str]) -> None:
     assert Trainer(stream(guard={'non_finite': 'warn'})).fit().step == 12
-    assert 'Where it began is not known: the data is a stream' in capsys.readouterr().out
+    assert 'Where it began is unknown: the data is a stream' in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run says it where a model does not compute in the half that its config asks for."""
+"""A run warns if a model does not compute in the half precision of its config."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ONES = np.ones(16, np.float32)
 
 
 class Promoting(nn.Module):
-    """Adds an array of float32 behind a layer, and counts how often it is called."""
+    """Adds a float32 array after a layer, and counts its calls."""
 
     layers: int = 3
     promotes: bool = True
@@ -76,7 +76,7 @@ class NNXPromoting(nnx.Module):
 
 
 class Backwards(nn.Module):
-    """The forward products are of halves, and only what flows back is not."""
+    """The forward products are in half precision; only the backward ones are not."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -116,14 +116,14 @@ def test_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
     assert share == 75
     assert text == (
         "config.precision.compute=bfloat16, but 75 % of the model's operations (matrix products "
-        'and convolutions) are float32, first in pair_0/wide. An array or a module of float32 '
-        'there or before it makes what follows float32; cast its result back, as in '
+        'and convolutions) are float32, first in pair_0/wide. A float32 array or module there or '
+        'earlier promotes everything after it to float32; cast its result back, as in '
         'y.astype(x.dtype)'
     )
 
 
 class Uncast(Attention):
-    """The attention of a transformer whose softmax makes float32 of what follows."""
+    """The attention of a transformer whose softmax promotes what follows to float32."""
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0) -> jax.Array:
@@ -195,7 +195,7 @@ def test_the_way_back_alone(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_whole_step_is_where_it_looks() -> None:
-    """What it finds of the model is all that the gradient has, with and without slices."""
+    """It finds all operations of the gradient, with and without slices."""
     for options in ({}, {'accumulate': 2}, {'ensemble': {'size': 2}}):
         made = experiment(linen(scans=True), **options)
         programs = Parts(made).programs
@@ -266,7 +266,7 @@ def test_it_is_said_once_in_a_run(tmp_path: pathlib.Path, caplog: pytest.LogCapt
 @pytest.mark.parametrize('half', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('name', SHORT)
 def test_configs(name: str, half: str) -> None:
-    """Of the models that come with the trainer every product is in the half."""
+    """Every product of the shipped models is in half precision."""
     path = str(ROOT / 'configs' / f'{name}.py')
     made = load_and_build(path, precision={'compute': half}, **SHORT[name])
     found = products.in_model(Parts(made).programs.jaxpr(made.model))

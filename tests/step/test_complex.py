@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Complex parameters go downhill, and are as long as they are."""
+"""Complex parameters are optimized correctly, and norms include imaginary parts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SGD = {'target': 'optax:sgd', 'learning_rate': 0.1}
 
 
 class Complex(nn.Module):
-    """How far numbers are from where they should be; a real one is among them."""
+    """Distance of parameters from their targets; one of them is real."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +48,7 @@ def distances(model: Any, batch: Any) -> TaskOutput:
 
 
 def by_jax(state: Any, batch: Any, ctx: Any) -> Any:
-    """A step that is made of the parts of the default one."""
+    """A custom step made of the parts of the default one."""
     grads, collections, metrics = ctx.gradients(state, batch)
     updates, opt_state = ctx.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -124,7 +124,7 @@ def test_a_complex_parameter_goes_downhill(name: str) -> None:
     ids=lambda node: node['target'],
 )  # fmt: skip
 def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
-    """It does what it does for the real and the imaginary parts as parameters of their own."""
+    """Same result as with real and imaginary parts as separate parameters."""
     clip = None if node['target'].endswith('MultiSteps') else 1.0
     made = trainer(optimizer={**node, 'clip_norm': clip}, train_for='40 steps')
     state = made.fit().state
@@ -159,7 +159,7 @@ def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
 
 
 def test_slots_are_complex_and_where_the_parameter_is(tmp_path: pathlib.Path) -> None:
-    """They have its path, its shape and its sharding, and go with it into another run."""
+    """Slots have the parameter's path, shape and sharding, and are loaded with it."""
     adam = {'target': 'optax:adam', 'learning_rate': 0.05}
     cut = {'target': 'trainer.parallel.sharding:ByPath', 'rules': (('kernel', (None, 'fsdp')),)}
     options: dict[str, Any] = {
@@ -184,7 +184,7 @@ def test_slots_are_complex_and_where_the_parameter_is(tmp_path: pathlib.Path) ->
 
 
 def test_complex_weights_do_not_become_real_ones(tmp_path: pathlib.Path) -> None:
-    """In a file of weights they are what they are, and a real parameter does not take them."""
+    """A weights file keeps them complex; loading one into a real parameter is an error."""
     held = {'params/z': GOAL, 'params/w': np.float32(2)}
     safetensors.write(tmp_path / 'complex.safetensors', held)
     read = safetensors.read(tmp_path / 'complex.safetensors')

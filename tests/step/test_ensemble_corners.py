@@ -24,7 +24,7 @@ from trainer.trainer import Trainer
 @pytest.mark.slow
 @pytest.mark.parametrize('steps_per_call', [1, 5])
 def test_half_precision_parameters(steps_per_call: int) -> None:
-    """The numbers and the slots are float32, and stay so: each program compiles once."""
+    """Hyperparameters and slots are and stay float32: each program compiles once."""
     # With an average of squares and a trace of updates, which the rate is a factor of.
     optimizer = {'target': 'optax:rmsprop', 'learning_rate': 1e-3, 'momentum': 0.5}
     options = {'precision': {'params': 'bfloat16'}, 'steps_per_call': steps_per_call}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optimizer.eval_params`: what is evaluated of an optimizer that keeps a point of its own."""
+"""`optimizer.eval_params`: evaluation parameters that differ from the training parameters."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def found(state: TrainState) -> list[contrib.ScheduleFreeState]:
 
 
 def averaged(state: TrainState) -> Any:
-    """Returns what optax's own function makes of the state of a lone schedule-free optimizer."""
+    """Returns the result of optax's own function for a single schedule-free optimizer."""
     (free,) = found(state)
     params = jax.tree.map(lambda x: x.astype(jnp.float32), state.params)
     return contrib.schedule_free_eval_params(free, params)
@@ -116,7 +116,7 @@ def test_the_best_checkpoint_is_that_of_the_average(tmp_path: pathlib.Path) -> N
 
 
 def test_frozen_parameters_and_groups() -> None:
-    """Each group has its own optimizer, and its own point; what is frozen stays."""
+    """Each group has its own optimizer and evaluation parameters; frozen ones do not change."""
     groups = {
         'kernels': {**FREE, 'params': '.*/kernel', 'clip_norm': 1.0},
         'biases': {**SGD, 'params': '.*/bias'},
@@ -154,7 +154,7 @@ def test_the_moving_average_has_its_own_evaluation() -> None:
 
 @pytest.mark.parametrize('vary', [{}, {'optimizer': {'learning_rate': (1.0, 0.3)}}])
 def test_members_of_an_ensemble(vary: dict[str, Any]) -> None:
-    """Also where their numbers are in the state, around that of the optimizer."""
+    """Also if hyperparameters are in the state, which wraps that of the optimizer."""
     trainer = tiny.trainer(optimizer=FREE, ensemble={'size': 2, 'vary': vary})
     result = trainer.fit()
     points = [averaged(member_state(result.state, index)) for index in range(2)]
@@ -243,7 +243,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     'other shapes': (
         {**SGD, 'eval_params': {'ref': f'{__name__}:other_shapes'}},
-        r'must return parameters like those that it is given.*Dense_0/bias',
+        r'must return parameters with the same paths and shapes.*Dense_0/bias',
     ),
     'no function of two': (
         {**SGD, 'eval_params': {'ref': 'optax:global_norm'}},

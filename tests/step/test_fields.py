@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which fields go to the devices, and how a batch notes what is read."""
+"""Which fields are sent to the devices, and how a batch records reads."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_an_error(
         placed(x)
     message = str(info.value)
     assert f"config.data: the field 'x' of example {example} holds {x[(*place, 2)]}," in message
-    assert f'hold {dtype} as {device_dtype(x.dtype)}' in message
+    assert f'store {dtype} as {device_dtype(x.dtype)}' in message
 
 
 def test_a_real_example_is_named_rather_than_padding() -> None:
@@ -102,7 +102,7 @@ def arrays() -> dict[str, jax.Array]:
 
 
 def reads(read: Callable[[Any], Any], *transforms: Any) -> set[str]:
-    """What a task has read that does this with its batch; there is no text in it."""
+    """Names of the fields that a task reads; the batch has no text."""
     made = runner(read, *transforms, kept=())
     with recording() as found:
         jax.eval_shape(lambda batch: (made.task(None, made.prepared(batch)), ())[1], arrays())
@@ -163,7 +163,8 @@ def test_through_transforms_only_what_is_read_is_made_of_counts() -> None:
 )
 @pytest.mark.parametrize('transforms', [(), (lambda batch: {**batch, 'x': batch['x'] + 1},)])
 def test_text_that_is_read_is_an_error(read: Any, transforms: Any) -> None:
-    with pytest.raises(UserError, match=r"the task reads batch\['name'\].*no device.*<U3"):
+    message = r"the task reads batch\['name'\] of dtype <U3, which devices cannot store"
+    with pytest.raises(UserError, match=message):
         jax.eval_shape(lambda batch: runner(read, *transforms)(None, batch), arrays())
 
 
@@ -179,19 +180,19 @@ def test_text_that_is_read_is_an_error(read: Any, transforms: Any) -> None:
     ],
 )
 def test_a_transform_that_computes_with_text_is_an_error(transform: Any) -> None:
-    with pytest.raises(UserError, match=r"in 'name' of <U3"):
+    with pytest.raises(UserError, match=r"batch\['name'\] of dtype <U3"):
         runner(None, transform)(None, arrays())
 
 
 def test_a_field_that_is_read_later_but_not_at_the_start() -> None:
     fields = Fields.of(SPEC, '').only({'x'})
     made = runner(lambda model, batch: batch['label'], kept=fields.kept())
-    with pytest.raises(UserError, match=r"reads batch\['label'\] now, and did not"):
+    with pytest.raises(UserError, match=r"reads batch\['label'\], but did not"):
         made(None, {'x': jnp.zeros((4, 3))})
     through = runner(
         lambda model, batch: batch['y'], lambda b: {**b, 'y': b['label'] + 1}, kept=fields.kept()
     )
-    with pytest.raises(UserError, match=r"reads batch\['y'\] now, and did not"):
+    with pytest.raises(UserError, match=r"reads batch\['y'\], but did not"):
         through(None, {'x': jnp.zeros((4, 3))})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers of halves work in float32; and parameters that no gradient can change."""
+"""Optimizers of half-precision parameters work in float32; integer parameters are refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ('name', 'dtype'), [*((name, 'float16') for name in OPTIMIZERS), ('adam', 'bfloat16')]
 )
 def test_an_optimizer_trains_halves(name: str, dtype: str) -> None:
-    """Adam's eps of 1e-8 is 0 in float16: where a gradient was 0, the update was not a number."""
+    """Adam's eps of 1e-8 is 0 in float16: for a zero gradient, the update was NaN."""
     optimizer, options = OPTIMIZERS[name]
     made = tiny.trainer(
         optimizer=optimizer,
@@ -110,7 +110,7 @@ def test_an_update_is_that_of_float32_and_rounded_once(dtype: str) -> None:
 
 @pytest.mark.parametrize('accumulate', [1, 4])
 def test_small_gradients_of_float16_survive_the_loss_scale(accumulate: int) -> None:
-    """What the scale has kept from vanishing would vanish again if it were divided in float16."""
+    """Gradients saved by the loss scale would underflow if they were unscaled in float16."""
     made = tiny.trainer(
         model={'target': f'{__name__}:Faint'}, task={'ref': f'{__name__}:faint'}, evals={},
         precision={'params': 'float16', 'compute': 'float16', 'loss_scale': 2.0**14},
@@ -150,8 +150,8 @@ def test_a_checkpoint_whose_slots_are_halves_is_explained(tmp_path: pathlib.Path
         tiny.trainer(tmp_path / 'old', **options).fit()
     text = str(error.value)
     assert 'opt_state/0/mu/Dense_0/kernel: bfloat16[16, 4] in the checkpoint, float32' in text
-    assert 'The optimizer state of parameters in half precision is float32 now.' in text
-    # What it says works.
+    assert 'The optimizer state of half-precision parameters is now kept in float32.' in text
+    # The advice in the message works.
     source = {'path': str(tmp_path / 'old'), 'step': 7, 'optimizer': True}
     assert f'config.init_from=dict(path={source["path"]!r}, step=7, optimizer=True)' in text
     start = tiny.trainer(init_from=source, **options).init_state()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step that is not finite: found on the devices, and not trained on."""
+"""Non-finite steps: detected on the devices, and not trained on."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
     with pytest.raises(NonFiniteError) as caught:  # And at the events of a run on a CPU.
         Trainer(made).fit()
     assert 'First non-finite step: 6.' in str(caught.value)
-    assert 'it is the update that is not' in str(caught.value)
+    assert 'but the update is not' in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_loss_scale_that_finds_no_place(scale: float, skips: int, step: int) -
 
 
 def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
-    """A step that uses nothing of the trainer's own."""
+    """A step that uses nothing from the trainer."""
 
     def loss_fn(params: Any) -> Any:
         return ctx.loss(ctx.task(ctx.bind(params), batch))
@@ -259,7 +259,7 @@ def ensemble(rates: tuple[float, ...], **overrides: Any) -> Any:
 
 
 def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
-    """It is left as it was and named, and the others train on as if it were not there."""
+    """It keeps its state and is reported; the others train as if it were not there."""
     made = ensemble((0.01, 3e38, 0.02))
     trainer = Trainer(made, str(tmp_path))
     result = trainer.fit()
@@ -278,7 +278,7 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
 
 
 def test_no_member_left() -> None:
-    with pytest.raises(NonFiniteError, match='no member of the ensemble is left'):
+    with pytest.raises(NonFiniteError, match='all members of the ensemble have diverged'):
         Trainer(ensemble((2e38, 3e38))).fit()
 
 

@@ -75,7 +75,7 @@ def test_a_label_of_an_evaluation() -> None:
 
 
 def test_a_label_to_ignore() -> None:
-    """It counts neither in the loss nor in the accuracy, smoothing or not."""
+    """It counts in neither the loss nor the accuracy, with or without smoothing."""
     task = {'target': 'trainer.step.tasks:Classification', 'ignore_label': -1}
     result = trainer({'bad': -1}, {'bad': -1}, task=task).fit()
     assert result.status == 'finished'
@@ -107,9 +107,9 @@ def test_labels_for_each_class_may_be_missing() -> None:
 @pytest.mark.parametrize(
     ('train', 'task', 'message'),
     [
-        ({'column': True}, {}, r'is int32\[8, 1\], and the model returns \[8, 4\].*A column has'),
+        ({'column': True}, {}, r'is int32\[8, 1\], and the model .*\[8, 4\].*one dimension too'),
         ({'column': True, 'dtype': 'float32'}, {}, r'is float32\[8, 1\], and the model'),
-        ({'dtype': 'float32'}, {}, 'is float32.*Numbers of classes are integers'),
+        ({'dtype': 'float32'}, {}, 'is float32.*Class indices must be integers'),
         ({'column': True}, {'loss': 'sigmoid'}, r'is int32\[8, 1\]'),
         ({}, {'top_k': (2, 9)}, 'config.task.top_k: 9 of 4 classes'),
     ],
@@ -157,7 +157,7 @@ def test_integers_for_each_class_are_probabilities_too() -> None:
 
 def test_a_label_to_ignore_must_be_possible() -> None:
     batch = {'image': jnp.zeros((3, 4)), 'label': jnp.array([0, 255, 1], jnp.uint8)}
-    with pytest.raises(UserError, match='ignore_label: -1 is never there'):
+    with pytest.raises(UserError, match='ignore_label: -1 cannot occur'):
         Classification(ignore_label=-1)(lambda x: x, batch)
     output = Classification(ignore_label=255)(lambda x: x, batch)
     assert output.weights.tolist() == [1, 0, 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What metrics may compute, and what is refused before the first step."""
+"""Values that metrics may compute, and those refused before the first step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.step.measured import (
 
 @flax.struct.dataclass
 class Total(clu.metrics.Metric):
-    """A sum, of which subclasses make something else."""
+    """A sum; subclasses change parts of it."""
 
     total: jax.Array
 
@@ -42,7 +42,7 @@ class Total(clu.metrics.Metric):
 
 @flax.struct.dataclass
 class Share(Total):
-    """Cannot be computed of nothing."""
+    """Cannot be computed without data."""
 
     def compute(self) -> Any:
         return 1 / float(self.total)
@@ -138,7 +138,7 @@ def test_what_is_neither_number_nor_array_nor_dict(value: Any, kind: str) -> Non
 def test_two_values_of_one_name() -> None:
     for one, two in [({'a/b': 1}, {'a': {'b': 2}}), ({'a': np.eye(2)}, {'a': 1})]:
         row = Measured(one)
-        with pytest.raises(UserError, match='two values are both called'):
+        with pytest.raises(UserError, match='two values are named'):
             row.update_with(Measured(two))
 
 
@@ -169,7 +169,7 @@ def test_a_metric_may_fail_to_compute_anything_of_nothing(metric: Any, found: An
     [
         (Broken, "'x' cannot be computed, whatever the data: AttributeError: .*totl"),
         (Words, "'x/grade' computes str"),
-        # clu 0.0.12 calls jnp.clip with names that JAX has no more.
+        # clu 0.0.12 calls jnp.clip with argument names that JAX has removed.
         (clu.metrics.Std.from_output('loss'), "'x' cannot be computed, whatever the data: TypeErr"),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`optax:MultiSteps`: what is right beside it, and what is refused in favour of `accumulate`."""
+"""`optax:MultiSteps`: keys that work with it, and those refused in favour of `accumulate`."""
 
 from __future__ import annotations
 
@@ -109,11 +109,11 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         r'config\.optimizer\.clip_norm: it would clip',
     ),
-    'ema': (multi(ADAM), {'ema': {'decay': 0.9}}, r'config\.ema: the average would move'),
+    'ema': (multi(ADAM), {'ema': {'decay': 0.9}}, r'config\.ema: the average would be'),
     'durations': (
         multi({**SGD, 'learning_rate': {**DECAY, 'transition_steps': '100%'}}),
         {},
-        r'config\.optimizer\.opt\.learning_rate\.transition_steps: a duration is in steps',
+        r'config\.optimizer\.opt\.learning_rate\.transition_steps: a duration is converted',
     ),
     'durations by position': (
         {'groups': {'all': {

@@ -118,7 +118,7 @@ class Residual(nn.Module):
 
 
 class Scanned(nn.Module):
-    """Begins a scan over layers with its input, and one over places with zeros of its dtype."""
+    """Scans over layers starting with its input, and over positions with zeros of its dtype."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A row of weight 0 touches no parameter, no metric and no other row, whatever it holds."""
+"""A row of weight 0 affects no parameter, no metric and no other row, whatever its values."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def two_losses(model: Any, batch: Any) -> TaskOutput:
 
 
 def by_logits(model: Any, batch: Any) -> TaskOutput:
-    """Weights that the model's own output decides upon: what is not finite does not count."""
+    """Weights computed from the model's output: non-finite rows do not count."""
     logits = model(batch['x'])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
     return TaskOutput(loss=loss, weights=jnp.isfinite(logits).all(-1) & (batch['weight'] > 0))
@@ -171,7 +171,7 @@ def test_on_eight_devices() -> None:
 
 
 def test_the_update_is_that_of_the_rows_that_count() -> None:
-    """Against the gradient of a batch that does not have the others at all."""
+    """Compared with the gradient of a batch without the other rows."""
     program, batch = programs(cross_entropy), batch_of(np.nan)
     params = jax.device_get(program.init().params)
     live = {name: np.delete(x, DEAD, axis=0) for name, x in batch.items()}
@@ -201,7 +201,7 @@ def test_a_batch_of_which_no_row_counts() -> None:
 
 
 def test_tokens() -> None:
-    """A row whose tokens all count nothing; in another one only some do, and those are trained."""
+    """One row has only tokens of weight 0; another has some, and the rest are trained."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 7, (8, 6)).astype(np.int32)
     weight = (rng.uniform(size=(8, 6)) > 0.3).astype(np.float32)
@@ -307,7 +307,7 @@ def test_the_forward_pass_is_not_in_the_program_twice(accumulate: int, layer: An
 
     without, given = of(unweighted), of(cross_entropy)
     assert given[0] == without[0] > 0
-    # The cost of putting rows in the place of others is small beside a product.
+    # Replacing rows costs little compared to a product.
     assert without[1] < given[1] < 1.3 * without[1]
     assert given[2] == without[2] > 0
 
@@ -338,7 +338,7 @@ def test_named_losses_without_weights_for_metrics_count_all_rows() -> None:
 
 
 def test_rows_of_the_task_s_own_are_left_alone() -> None:
-    """One loss for each number of a row, flattened: nothing says which row one belongs to."""
+    """One loss per number of a row, flattened: its row is unknown."""
 
     def task(model: Any, batch: Any) -> TaskOutput:
         errors = (model(batch['x']) - batch['targets']) ** 2

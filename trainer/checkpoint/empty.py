@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays without elements: Orbax stores none, so they are described beside the others."""
+"""Arrays without elements: Orbax does not store them, so the metadata describes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEY = 'empty'
 
 
 def is_empty(leaf: Any) -> bool:
-    """Whether an array, or what describes one, has no elements."""
+    """Whether an array, or its abstract shape, has no elements."""
     return math.prod(leaf.shape) == 0
 
 
@@ -28,7 +28,7 @@ def without(tree: Any) -> Any:
 
 
 def described(tree: Any) -> dict[str, Any]:
-    """Returns what is added to the JSON of a checkpoint: nothing, if no array is empty."""
+    """Returns the entry for a checkpoint's metadata; an empty dict if no array is empty."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     found = [(names_of(path), _stored_form(leaf)) for path, leaf in leaves if is_empty(leaf)]
     lines = [[names, str(leaf.dtype), list(leaf.shape)] for names, leaf in found]
@@ -36,7 +36,7 @@ def described(tree: Any) -> dict[str, Any]:
 
 
 def stored(meta: Mapping[str, Any]) -> dict[Names, jax.ShapeDtypeStruct]:
-    """Returns the empty arrays of a checkpoint by the names on their paths, from its JSON."""
+    """Returns the empty arrays of a checkpoint by path names, from its metadata."""
     return {
         tuple(names): jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
         for names, dtype, shape in meta.get(_KEY, ())
@@ -44,7 +44,7 @@ def stored(meta: Mapping[str, Any]) -> dict[Names, jax.ShapeDtypeStruct]:
 
 
 def make(leaf: Any) -> jax.Array:
-    """Returns an empty array of a shape, dtype and sharding."""
+    """Returns an empty array with the shape, dtype and sharding of a leaf."""
     sharding = getattr(leaf, 'sharding', None)
     if is_key(leaf):
         kinds: list[Any] = []
@@ -58,15 +58,15 @@ def make(leaf: Any) -> jax.Array:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether it is an array of typed keys."""
+    """Whether it is an array of typed random keys."""
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _stored_form(leaf: Any) -> Any:
-    """Returns the shape and dtype that are stored: of a typed key those of its data."""
+    """Returns the shape and dtype that are stored: for a typed key, those of its data."""
     return jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
 
 
 def names_of(path: tuple[Any, ...]) -> Names:
-    """Returns the names on a path of keys, which agree for tuples with field names and dicts."""
+    """Returns the names along a key path; named tuples and dicts give the same names."""
     return tuple(param_path((key,)) for key in path)

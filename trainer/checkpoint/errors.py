@@ -17,10 +17,10 @@ class CheckpointError(Exception):
 
 
 class SaveError(CheckpointError):
-    """A save that failed; the checkpoints before it are as they were.
+    """A save that failed; earlier checkpoints are unchanged.
 
     Attributes:
-        may_pass: whether a later save may succeed without a change of anything.
+        may_pass: whether a later save may succeed without any change.
         occurred: whether a save has failed in this process.
     """
 

@@ -107,7 +107,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._damaged(step, first_line(error)) from error
         if not isinstance(meta, dict):
-            raise self._damaged(step, f'its metadata is a {type(meta).__name__}, no dict')
+            raise self._damaged(step, f'its metadata is a {type(meta).__name__}, not a dict')
         return meta
 
     # ---- reading -------------------------------------------------------------------------------
@@ -130,11 +130,11 @@ class Checkpoints:
         try:
             state = reading.read_state(directory, abstract, empty.stored(meta))
         except reading.OtherState as error:
-            advice = 'Go back to the config of that checkpoint, or name another --workdir.'
+            advice = 'Use the config of that checkpoint, or another --workdir.'
             if error.only_slots_in_half:
                 advice = (
-                    'The optimizer state of parameters in half precision is float32 now. Start '
-                    'another run from this one, which converts it: a new --workdir, and '
+                    'The optimizer state of half-precision parameters is now kept in float32. To '
+                    'convert it, start a new run from this one: a new --workdir, and '
                     f'config.init_from=dict(path={str(self.directory.parent)!r}, step={step}, '
                     'optimizer=True)'
                 )
@@ -153,15 +153,15 @@ class Checkpoints:
         return state
 
     def check_name(self, step: int, meta: Mapping[str, Any], state: Any = None) -> None:
-        """Makes sure that a checkpoint is the one that its directory's name says.
+        """Checks that a checkpoint belongs to the step that its directory is named after.
 
         Args:
             step: the name.
-            meta: what is stored beside the arrays.
+            meta: the metadata.
             state: the arrays, if they have been read.
 
         Raises:
-            CheckpointError: if it has been copied, renamed or linked, naming all the steps.
+            CheckpointError: if it was copied, renamed or linked, naming all the steps.
         """
         found = {'its metadata': meta.get('step', step)}
         if hasattr(state, 'step'):
@@ -170,7 +170,7 @@ class Checkpoints:
             steps = ' and '.join(f'{what} says {number}' for what, number in found.items())
             raise CheckpointError(
                 f'{self.directory / str(step)} is not the checkpoint of step {step}: {steps}. It '
-                'was copied, renamed or linked. Give it back its name, or remove it.'
+                'was copied, renamed or linked. Restore its name, or delete it.'
             )
 
     def digest(self, state: Any) -> str:
@@ -344,5 +344,5 @@ class Checkpoints:
 
 
 def _durable(state: Any) -> Any:
-    """Returns the part of a training state that is saved; of anything else, all of it."""
+    """Returns the part of a training state that is saved; anything else is saved as a whole."""
     return getattr(state, 'durable', state)

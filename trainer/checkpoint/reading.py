@@ -16,28 +16,28 @@ _SHOWN = 10
 
 
 class OtherState(Exception):
-    """A checkpoint holds other leaves than the run expects; the text has a line for each.
+    """A checkpoint has other leaves than the run expects; the text has a line for each.
 
     Attributes:
-        only_slots_in_half: whether all is the same but that an optimizer's state was kept in half
-            precision, as its parameters are.
+        only_slots_in_half: whether the only difference is that the optimizer state was kept in
+            half precision, like its parameters.
     """
 
     only_slots_in_half = False
 
 
 def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any]) -> Any:
-    """Returns the state that lies in a directory.
+    """Returns the state stored in a directory.
 
-    Leaves are found by their paths, so that containers without a leaf may differ.
+    Leaves are found by their paths, so containers without leaves may differ.
 
     Args:
         directory: where Orbax wrote the state.
         abstract: shape, dtype and sharding of each leaf.
-        empties: the leaves without elements that were saved, which are not in the directory.
+        empties: the saved leaves without elements, which are not in the directory.
 
     Raises:
-        OtherState: if a leaf is missing, is there too many, or has another shape or dtype.
+        OtherState: if a leaf is missing or unexpected, or has another shape or dtype.
     """
     import orbax.checkpoint as ocp
 
@@ -76,7 +76,7 @@ def _differences(stored: dict[Names, Any], wanted: dict[Names, Any]) -> list[str
 
 
 def _slots_in_half(stored: dict[Names, Any], wanted: dict[Names, Any]) -> int:
-    """Returns how many leaves of the optimizer's state are there in half of the wanted float32."""
+    """Counts the optimizer leaves that are stored in half precision but expected in float32."""
     pairs = [(stored[n], x) for n, x in wanted.items() if n[0] == 'opt_state' and n in stored]
     return sum(
         tuple(there.shape) == tuple(here.shape)

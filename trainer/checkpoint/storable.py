@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out before the first step whether the state of a run can be saved.
+"""Checks before the first step whether the state of a run can be saved.
 
-Orbax itself is asked, with a small array for each dtype and for each kind of name: a save of all
-leaves of a large model would take seconds.
+It saves one small array with Orbax for each dtype and each kind of name: saving all leaves of a
+large model would take seconds.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class _Question(NamedTuple):
 
 
 _CONTROL = _Question(_PLAIN, np.dtype('float32'))
-# What has been found out in this process: most runs ask the same.
+# Cache of this process: most runs ask the same questions.
 _accepted: set[_Question] = set()
 
 
 def check_storable(abstract: Any) -> None:
-    """Makes sure that a state can be saved, and read again.
+    """Checks that a state can be saved and restored.
 
-    With several processes only the names are looked at: a save is an affair of all of them.
+    With several processes only the names are checked: all of them must take part in a save.
 
     Args:
         abstract: the state, or its abstract shapes.
 
     Raises:
-        UserError: naming the leaves for which there is no place in a checkpoint.
+        UserError: naming the leaves that cannot be stored.
     """
     leaves = {
         empty.names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
@@ -57,28 +57,28 @@ def check_storable(abstract: Any) -> None:
         raise UserError(
             'the state of this run cannot be saved in a checkpoint:\n'
             + '\n'.join([*lines[:_SHOWN], *more])
-            + '\nChange the model or the optimizer that makes these arrays; nothing was trained.'
+            + '\nChange the model or optimizer that creates these arrays. Nothing was trained.'
         )
 
 
 def _same_place(leaves: Iterable[Names]) -> list[str]:
-    """Returns a line for each two leaves that Orbax would write to one place: 'a.b' and 'a', 'b'.
+    """Returns a line for each pair of leaves with the same Orbax name: 'a.b' and 'a', 'b'.
 
-    It would not say so, and only one of them would be there.
+    Orbax would silently keep only one of them.
     """
     seen: dict[str, Names] = {}
     lines = []
     for names in leaves:
         other = seen.setdefault('.'.join(names), names)
         if other != names:
-            lines.append(f'  {list(other)} and {list(names)}: both are named {".".join(names)!r}')
+            lines.append(f'  {list(other)} and {list(names)}: both map to {".".join(names)!r}')
     return lines
 
 
 def _refused(leaves: dict[Names, Any]) -> list[str]:
     asked: dict[_Question, Names] = {}
     for names, leaf in leaves.items():
-        # Of a typed key its data is stored, and nothing of an empty array.
+        # For a typed key its data is stored; an empty array is not stored.
         if not empty.is_key(leaf) and not empty.is_empty(leaf):
             asked.setdefault(_Question(_PLAIN, np.dtype(leaf.dtype)), names)
     for names in _odd(leaves):
@@ -88,7 +88,7 @@ def _refused(leaves: dict[Names, Any]) -> list[str]:
         _accepted.update(new)
         return []
     if _error([_CONTROL]) is not None:
-        return []  # It is not the state: nothing can be written to the temporary directory.
+        return []  # Not the state's fault: nothing can be written to the temporary directory.
     errors = {question: _error([question]) for question in new}
     return [
         f'  {"/".join(asked[question])} ({question.dtype}): {error}'
@@ -98,7 +98,7 @@ def _refused(leaves: dict[Names, Any]) -> list[str]:
 
 
 def _odd(leaves: Iterable[Names]) -> list[Names]:
-    """Returns some leaves that have between them all unusual characters, and the longest name."""
+    """Returns leaves that together cover all unusual characters and the longest name."""
     found: list[Names] = []
     seen: set[str] = set()
     for names in leaves:
@@ -111,7 +111,7 @@ def _odd(leaves: Iterable[Names]) -> list[Names]:
 
 
 def _error(questions: list[_Question]) -> str | None:
-    """Returns what goes wrong when arrays of these names and dtypes are saved and read again."""
+    """Returns the error, if any, of saving and restoring arrays of these names and dtypes."""
     tree: dict[str, Any] = {}
     for number, question in enumerate(questions):
         place = tree.setdefault(str(number), {})
@@ -135,5 +135,5 @@ def _error(questions: list[_Question]) -> str | None:
     except Exception as error:
         return first_line(error)
     finally:
-        SaveError.occurred = before  # No save of the run has failed.
+        SaveError.occurred = before  # This was not a save of the run.
     return None

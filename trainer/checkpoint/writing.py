@@ -90,8 +90,8 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
 
 
 def _async_options(options: Any) -> Any:
-    # Else all other threads of a save wait five minutes for a directory that could not be made, and
-    # the interpreter waits for them. Orbax means to take the choice away some day.
+    # Otherwise all other threads of a save wait five minutes for a directory that could not be
+    # created, and the interpreter waits for them. Orbax plans to remove this option.
     name = 'create_directories_asynchronously'
     known = name in {field.name for field in dataclasses.fields(options)}
     return options(**{name: False} if known else {})

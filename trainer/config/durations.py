@@ -74,11 +74,11 @@ def is_duration(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """What a run has consumed by each step, in batches of its present size.
+    """What a run has consumed by each step, in batches of its current size.
 
     Attributes:
-        marks: (step, batches), ascending from (0, 0); straight in between, and one batch in each
-            step after the last. Two of one step are a jump: what a step has at its end is less.
+        marks: (step, batches), ascending from (0, 0); linear in between, and one batch per step
+            after the last. Two marks at one step are a jump: the end of that step has the lower.
     """
 
     marks: tuple[tuple[Fraction, Fraction], ...]
@@ -88,12 +88,12 @@ class Progress:
         return self._line(Fraction(step), 0, 1)
 
     def step_of(self, batches: Fraction) -> Fraction:
-        """Returns the step, perhaps a fraction, at which so many batches are consumed."""
+        """Returns the (possibly fractional) step at which this many batches are consumed."""
         return self._line(batches, 1, 0)
 
     @property
     def ahead(self) -> Fraction:
-        """What to add to a step after the last mark to get its batches."""
+        """Offset that converts a step after the last mark to its batches."""
         step, batches = self.marks[-1]
         return batches - step
 
@@ -113,7 +113,7 @@ class Periodic:
 
     Attributes:
         period_steps: exact period, perhaps a fraction of a step; None never fires.
-        progress: of a run that has had other batch sizes, what counts in the place of its steps.
+        progress: for a run whose batch size has changed, what is counted instead of its steps.
     """
 
     period_steps: Fraction | None
@@ -146,13 +146,13 @@ class Periodic:
 class Clock:
     """Turns durations into steps.
 
-    Of a run that has had other batch sizes, steps count as steps, and everything else as examples.
+    If a run's batch size has changed, steps count as steps, and everything else as examples.
 
     Attributes:
         batch_size: rows of a global batch.
         steps_per_epoch: exact; None for a source without length.
         total_steps: length of the run; None while that is being worked out.
-        progress: of a run that has had other batch sizes.
+        progress: of a run whose batch size has changed; otherwise None.
     """
 
     batch_size: int
@@ -161,7 +161,7 @@ class Clock:
     progress: Progress | None = None
 
     def exact_steps(self, duration: Duration, *, path: str) -> Fraction:
-        """Returns the exact number of steps of the present batch size.
+        """Returns the exact number of steps of the current batch size.
 
         Raises:
             UserError: for epochs of a source without length, a percentage of an unknown total, or
@@ -185,15 +185,15 @@ class Clock:
         )
 
     def batches(self, step: int) -> Fraction:
-        """Returns what the run has consumed by a step, in batches of the present size."""
+        """Returns what the run has consumed by a step, in batches of the current size."""
         return Fraction(step) if self.progress is None else self.progress.at(step)
 
     def steps(self, duration: Duration, *, path: str) -> int:
-        """Returns the number of steps of the present size; a fraction of a step counts as one."""
+        """Returns the number of steps of the current size; a fraction of a step counts as one."""
         return math.ceil(self.exact_steps(duration, path=path))
 
     def step_after(self, duration: Duration, *, path: str) -> int:
-        """Returns the step of the run by which a duration from its start has passed."""
+        """Returns the step by which a duration from the start of the run has passed."""
         steps = self.exact_steps(duration, path=path)
         if self.progress is not None and duration.unit != 'steps':
             steps = self.progress.step_of(steps)

@@ -11,5 +11,5 @@ class UserError(Exception):
 
 
 def full_text(error: BaseException) -> str:
-    """Returns what is printed of an error without a traceback: its text and the notes to it."""
+    """Returns the text of an error and its notes, to print without a traceback."""
     return '\n'.join([str(error), *getattr(error, '__notes__', ())])

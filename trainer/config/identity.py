@@ -21,7 +21,7 @@ _FREE = (
     'profile', 'data.prefetch', 'early_stopping', 'data.loader.threads', 'data.loader.workers',
     'data.loader.ahead', 'data.loader.task_rows', 'capture', 'guard',
 )  # fmt: skip
-# Of a group, too: where a model is evaluated changes nothing in its training.
+# In groups too. The parameters that are evaluated do not affect training.
 _EVAL_PARAMS = re.compile(r'optimizer\.(groups\.[^.]+\.)?eval_params\b.*')
 _MAX_NAME = 100
 # What a name cannot hold, its separators among them: '-' between words, ',' and '=' of overrides.

@@ -21,12 +21,12 @@ class Override:
 
     Attributes:
         path: 'optimizer.learning_rate'.
-        place: where the value stands: `path`, or the object whose target `path` changes.
-        text: what stood after '='.
+        place: where the value is: `path`, or the object whose target `path` changes.
+        text: the text after '='.
         old: the value before, None if there was none.
         new: the value after.
-        filled: paths that the file leaves out and that got their defaults, beside what was set.
-        linked: values at other paths that follow by a reference, by path.
+        filled: paths that the file leaves out and that got their defaults.
+        linked: values at other paths that changed through a reference, by path.
         notes: lines to print.
     """
 
@@ -116,10 +116,10 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
 
 
 def _linked(config: ml_collections.ConfigDict, before: Any, place: str) -> dict[str, Any]:
-    """Returns the values at other paths than `place` that an assignment has set, by path."""
+    """Returns the values that an assignment has set at paths other than `place`, by path."""
     references = dict(_references(config, ''))
     mine = references.get(place)
-    # Also those that had this value before: what they hold comes from this assignment now.
+    # Also those that had this value before: their value now comes from this assignment.
     linked = {path: plain(ref) for path, ref in references.items() if ref is mine}
     linked.update({each.path: each.new for each in diff.diff(before, plain(config))})
     inside = (f'{place}.', f'{place}[')

@@ -54,8 +54,8 @@ class EvalDataSection:
 class EvalSection:
     """`config.evals.<name>`: an evaluation, when it runs and on which parameters.
 
-    With `ema` on their moving average; otherwise on what `config.optimizer.eval_params` makes of
-    them, where it is set.
+    With `ema`, on their moving average; otherwise on what `config.optimizer.eval_params` returns,
+    if it is set.
     """
 
     data: EvalDataSection
@@ -82,8 +82,8 @@ class GroupSection:
 class OptimizerSection:
     """`config.optimizer`: our own keys; all others go to its target.
 
-    `eval_params` names a function of the target's state and the parameters; what it returns is
-    evaluated, predicted with and exported in place of the parameters.
+    `eval_params` names a function (state of the target, parameters) -> parameters; its result is
+    used instead of the parameters in evaluations, predictions and exports.
     """
 
     clip_norm: float | None = None
@@ -107,10 +107,9 @@ class EmaSection:
 class PrecisionSection:
     """`config.precision`: the dtypes of parameters, computation and output.
 
-    What an optimizer keeps for parameters in half precision is float32.
-    Without `compute` the model computes in what its modules say. The output is float32 unless
-    something else is asked for. `loss_scale` is the first value of a dynamic loss scale; float16
-    has one of 65,536 by itself, and 0 is none.
+    The optimizer state of half-precision parameters is float32. Without `compute`, modules use
+    their own dtypes. The output is float32 by default. `loss_scale` is the initial value of a
+    dynamic loss scale; with float16 it defaults to 65,536, and 0 turns it off.
     """
 
     params: Dtype = 'float32'

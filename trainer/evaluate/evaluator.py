@@ -73,12 +73,12 @@ class Evaluator:
         Args:
             name: the evaluation's name.
             step: one batch.
-            loader: batches of one static shape, with a mask: see `data.loader.EvalLoader`; without
-                a length, see `data.streaming.StreamEvalLoader`.
+            loader: batches of one static shape, with a mask: see `data.loader.EvalLoader`, and for
+                data without a length `data.streaming.StreamEvalLoader`.
             mesh: the device mesh.
             sharding: the rules that names of activations follow.
             use_ema: evaluate the moving average of the parameters.
-            params: otherwise, the parameters of a state that are evaluated.
+            params: otherwise, returns the parameters of a state that are evaluated.
 
         Raises:
             UserError: if the split is empty.
@@ -94,7 +94,7 @@ class Evaluator:
         self._empty: Callable[[], Any] | None = None
         self._on_trial: Measured | None = None
         self.step = step
-        # What `prepare` finds out: the fields that are read, and the step for batches of these.
+        # Set by `prepare`: the fields that are read, and the step for batches of these.
         self._fields: Fields | None = None
         self._counting = step
         self._predicts: Prediction | None = None
@@ -126,9 +126,9 @@ class Evaluator:
         return cls(name, step, loader, mesh, sharding=sharding, use_ema=spec.ema, params=params)
 
     def prepare(self, state: TrainState) -> None:
-        """Makes ready what `run` needs, so that a mistake shows before the training begins.
+        """Prepares `run`, so that mistakes are found before training begins.
 
-        Reads and transforms one batch and works out the task's shapes; nothing is compiled.
+        Reads and transforms one batch and traces the task's shapes; nothing is compiled.
 
         Args:
             state: the state that will be evaluated, or its shapes.
@@ -153,7 +153,7 @@ class Evaluator:
 
     @contextlib.contextmanager
     def _naming_it(self) -> Iterator[None]:
-        """Says of an error in the metrics which evaluation they are of."""
+        """Adds the name of the evaluation to errors in its metrics."""
         try:
             yield
         except UserError as error:
@@ -205,7 +205,9 @@ class Evaluator:
             return
         if name in found.arrays:
             kind = describe(found.arrays[name])
-            raise UserError(f'{path}: {name!r} of evaluation {self.name!r} is no number but {kind}')
+            raise UserError(
+                f'{path}: {name!r} of evaluation {self.name!r} is not a number but {kind}'
+            )
         have = ', '.join(found)
         raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
 
@@ -218,11 +220,11 @@ class Evaluator:
     ) -> Measured:
         """Returns the metrics over the split, `examples` (the number of them) included.
 
-        Metrics that are no numbers are in its `arrays`.
+        Metrics that are not numbers are in its `arrays`.
 
         Args:
             state: what to evaluate.
-            max_batches: stop after so many batches, for a rehearsal.
+            max_batches: stop after this many batches, for a dry run.
             should_stop: asked before each batch.
 
         Raises:
@@ -259,8 +261,8 @@ class Evaluator:
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
         """Yields the task's predictions for each batch, without the padding.
 
-        A field of the batch that the task returns as it is comes back as the loader has it, also
-        text and integers of 64 bits.
+        A field of the batch that the task returns unchanged is as the loader has it, including
+        text and 64-bit integers.
 
         Raises:
             UserError: if the task has no method `predict`.
@@ -280,7 +282,8 @@ class Evaluator:
         """Returns what `predict` does with a batch.
 
         Raises:
-            UserError: if the task has no method `predict`, or computes with what no device holds.
+            UserError: if the task has no method `predict`, or computes with a field that devices
+                cannot store.
         """
         self.check_predicts()
         if self._predicts is None:
@@ -369,7 +372,7 @@ class Evaluator:
 def summarise(totals: Any) -> Measured:
     """Returns flat host values of an evaluation's accumulators, fetched in one transfer.
 
-    Of an ensemble also the means over its members ('members/loss') and each one's
+    For an ensemble, also the means over its members ('members/loss') and the values of each
     ('member_0/loss').
     """
     computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != SIGNS}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `predict` computes on the devices, and which fields it passes on from the host."""
+"""Splits `predict` into what devices compute and the fields that it returns unchanged."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from trainer.step.host_field import HostField, HostFieldError
 class Prediction:
     """The predictions of a task, split into what is computed and what is passed on.
 
-    A field that devices cannot hold, or only in fewer bits, may be returned as it is: its rows come
-    from the host, in their own dtype. One that is computed with goes to the devices.
+    A field that devices cannot store, or only in fewer bits, may be returned unchanged: its rows
+    come from the host, in their own dtype. A field that is computed with is sent to the devices.
 
     Attributes:
         step: one batch of the evaluation; its task knows which fields stay on the host.
-        fields: those that go to the devices.
-        passed: of outputs that are a field passed on: output name to field name.
+        fields: those that are sent to the devices.
+        passed: outputs that are an unchanged field: output name to field name.
     """
 
     step: EvalStep
@@ -41,11 +41,11 @@ class Prediction:
 
         Args:
             step: one batch of the evaluation.
-            fields: all that a device can hold are those that are sent.
+            fields: with all that a device can store marked as sent.
             variables: arrays or their shapes.
 
         Raises:
-            UserError: if something is computed with a field that no device can hold.
+            UserError: if something is computed with a field that devices cannot store.
         """
         opaque = fields.narrowed
         while True:
@@ -60,12 +60,12 @@ class Prediction:
                         raise
                     opaque = opaque - {error.name}
                 except Exception as error:
-                    # What libraries say of an object that they do not know comes in many forms.
+                    # Libraries raise all kinds of errors for an object of an unknown type.
                     if not opaque & reads.names:
                         if text := sorted(reads.names - fields.sent):
                             error.add_note(
-                                f'predict can only return {", ".join(text)} of the batch as it is: '
-                                'no device can hold it'
+                                f'predict can only return {", ".join(text)} of the batch '
+                                'unchanged: devices cannot store it'
                             )
                         raise
                     opaque = opaque - reads.names
@@ -89,7 +89,7 @@ class Prediction:
 
         Args:
             rows: the fields that are passed on, as this process has read them.
-            held: which rows these are, None for all.
+            held: indices of these rows, None for all.
         """
         if held is None or not self.passed:
             return {output: rows[field] for output, field in self.passed.items()}
@@ -116,7 +116,7 @@ class Prediction:
             if isinstance(x, HostField):
                 found[name] = x.name
             for field in self.fields.narrowed & batch.keys():
-                if x is batch[field]:  # Computed with elsewhere, and passed on as it is.
+                if x is batch[field]:  # Used elsewhere too, and returned unchanged.
                     found[name] = field
         return found
 

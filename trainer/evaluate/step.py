@@ -40,7 +40,7 @@ class EvalStep:
 
     def output_shapes(self, variables: Any, batch: Any) -> TaskOutput:
         """Returns the shapes of the task's output, from arrays or their shapes."""
-        # A function of its own: what JAX has traced before would read nothing.
+        # A new function object: with a cached trace, no reads would be recorded.
         return jax.eval_shape(lambda *args: self._output(*args), variables, batch, 0, 0)
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:

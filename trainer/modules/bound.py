@@ -96,7 +96,7 @@ class BoundModel(abc.ABC):
         return self._calls.intermediates
 
     def remember(self) -> Callable[[], None]:
-        """Returns a function that takes back what the calls from here on have left behind."""
+        """Returns a function that undoes the side effects of all calls from here on."""
         calls, tap = self._calls, self._calls.tap
         before = dataclasses.replace(calls, collections=dict(calls.collections))
         back = None if tap is None else tap.remember()

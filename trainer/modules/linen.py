@@ -161,8 +161,8 @@ class _InitModel(LinenModel):
         return self
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        # The inputs are not cast: beside parameters that are just made, a scan over layers would
-        # begin with a half and go on with float32.
+        # The inputs are not cast: with the new float32 parameters, the carry of a scan over layers
+        # would start in half precision and become float32.
         def run(rngs: dict[str, jax.Array]) -> Any:
             # A task may read what is sown; the state never holds it.
             mutable = nn.DenyList((tap.PERTURBATIONS,))

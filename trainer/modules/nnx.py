@@ -227,7 +227,7 @@ class _LazyModel(NNXModel):
         return _plain(getattr(self._lazy, name, None))
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        # The inputs are not cast: the parameters that are made meanwhile are not, either.
+        # The inputs are not cast: parameters created in this call are not cast either.
         kwargs = self._with_rngs(self._lazy, steps, args, kwargs)
         run = _runner(steps, training=False)
         outputs: list[Any] = []

@@ -83,7 +83,7 @@ def _telling_roots(training: bool) -> Callable[..., Any]:
         module, name = context.module, context.method_name
         layer = name == '__call__' and mode.is_layer(module)
         if layer or not isinstance(module.parent, nn.Module):
-            # Around a scan over layers Flax calls what is no method of the module: a lambda.
+            # Around a scan over layers Flax calls a lambda, not a method of the module.
             target = module if name == '__call__' else getattr(module, name, None)
             if target is not None:
                 args, kwargs = mode.with_flags(target, args, kwargs, training)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# The scope of what a model computes whose dtype is asked for, and how it shows in a name stack:
+# The scope around a model's call if `compute` is set, and how it appears in a name stack, such as
 # 'transpose(jvp(model))/Dense_0'.
 _SCOPE = 'model'
 _IN_SCOPE = re.compile(rf'(?:^|[/(]){_SCOPE}(?:[/)]|$)')
@@ -20,16 +20,16 @@ _IN_SCOPE = re.compile(rf'(?:^|[/(]){_SCOPE}(?:[/)]|$)')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """In which dtypes parameters are kept, the model computes, and the task reads its output.
+    """The dtypes of a model's parameters, computation and output.
 
     The model is called with its parameters and floating-point inputs cast to `compute`; modules
-    that name no dtype of their own then compute in it. Other collections (batch statistics) are not
-    cast: they are kept in float32. Nothing is cast in the call that makes the parameters.
+    without an explicit dtype then compute in it. Other collections (batch statistics) are not
+    cast: they stay in float32. Nothing is cast in the call that creates the parameters.
 
     Attributes:
-        params: of the parameters; what an optimizer keeps for halves is float32.
+        params: of the parameters; the optimizer state of half-precision ones is float32.
         compute: of the model's calls; None casts nothing.
-        output: of what the model returns; losses and metrics follow it. None casts nothing.
+        output: of the model's output, which losses and metrics follow. None casts nothing.
     """
 
     params: Any = None
@@ -45,7 +45,7 @@ class Precision:
         return _cast(tree, self.compute)
 
     def calling(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context of a call of the model: `in_call` knows what is traced in it."""
+        """Returns the context of a call of the model; `in_call` detects what is traced in it."""
         return contextlib.nullcontext() if self.compute is None else jax.named_scope(_SCOPE)
 
     def like(self, updates: Any, before: Mapping[str, Any]) -> Any:
@@ -66,9 +66,9 @@ AS_IS = Precision()
 
 
 def in_call(equation: Any) -> bool:
-    """Whether an equation of a jaxpr is of a model's call, or of the gradient through one.
+    """Whether an equation of a jaxpr belongs to a model's call, or to its gradient.
 
-    One in a jaxpr within another (the body of a loop) is so too if the equation around it is.
+    An equation in an inner jaxpr (the body of a loop) also does if the outer equation does.
     """
     return _IN_SCOPE.search(str(equation.source_info.name_stack)) is not None
 

@@ -143,12 +143,12 @@ class Tap:
             self.perturbations = traverse_util.unflatten_dict(flat)
 
     def remember(self) -> Callable[[], None]:
-        """Returns a function that takes back what is recorded from here on."""
+        """Returns a function that removes everything recorded from here on."""
         found, sown, called = list(self.found), list(self.sown), dict(self.called)
         perturbations, order = self.perturbations, self._order
 
         def forget() -> None:
-            # The same objects: who reads them may have them already.
+            # The same objects: readers may already hold references to them.
             self.found[:], self.sown[:] = found, sown
             self.called.clear()
             self.called.update(called)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves in writing: its screen in `log.txt`, the libraries' chatter in `debug.log`."""
+"""Log files of a run: the screen output in `log.txt`, library messages in `debug.log`."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def keep_stdout_for_python() -> None:
 
 
 def route(directory: epath.PathLike | None, process: int = 0) -> None:
-    """Sends what is said of a run to files.
+    """Sends the log of a run to files.
 
-    `log.txt` gets what stays on the screen, with our own warnings and the error that ends the run;
-    `debug.log` all Python logging and warnings. Our own warnings also go to the screen.
+    `log.txt` gets the screen output, with our own warnings and the error that ends the run;
+    `debug.log` all Python logging and warnings. Our own warnings are also printed.
 
     Args:
         directory: the run's directory, or None for no files.
@@ -85,7 +85,7 @@ def route(directory: epath.PathLike | None, process: int = 0) -> None:
 
 
 def record(text: str) -> None:
-    """Writes to `log.txt` what was printed on the screen by other means."""
+    """Writes to `log.txt` text that was printed elsewhere."""
     logging.getLogger(_SCREEN).info(text)
 
 
@@ -99,7 +99,7 @@ def record_error(error: BaseException) -> None:
 
 
 class _Lines(logging.Formatter):
-    """Lines of the screen with the time before them."""
+    """Screen output with a timestamp on each line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         kind = 'Warning: ' if record.levelno == logging.WARNING else ''
@@ -111,7 +111,7 @@ class _Lines(logging.Formatter):
 
 
 class _File(logging.FileHandler):
-    """A file that costs nothing but its own lines when it cannot be written."""
+    """A log file that warns once and is then ignored if it cannot be written."""
 
     _failed = False
 
@@ -132,7 +132,7 @@ def _open(path: epath.Path, formatter: logging.Formatter) -> logging.Handler:
 
 
 def _say_lost(path: str, error: BaseException | None) -> None:
-    print(f'Warning: {path} cannot be written ({error}); the run goes on', file=sys.stderr)
+    print(f'Warning: {path} cannot be written ({error}); continuing without it', file=sys.stderr)
 
 
 def _to_screen() -> logging.Handler:

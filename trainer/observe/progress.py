@@ -13,7 +13,7 @@ from typing import TextIO
 Screen = TextIO | io.TextIOBase
 
 _log = logging.getLogger('trainer')
-# What stays on the screen, for the run's log: see `trainer.observe.logfile`.
+# Receives the screen output, without the live line: see `trainer.observe.logfile`.
 _record = logging.getLogger('trainer.screen')
 _record.propagate = False
 _REFRESH_SECS = 0.2

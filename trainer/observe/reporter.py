@@ -40,9 +40,9 @@ from trainer.step.task_runner import compute_metrics
 class Reporter:
     """Collects the rows of a run and shows them.
 
-    A row of training holds means over all steps since the row before it; `train/data_wait_secs` is
-    the mean time that a step waited for its batch. Only learning rates and norms are those of the
-    row's own step.
+    A training row holds means over all steps since the previous row; `train/data_wait_secs` is the
+    mean time that a step waited for its batch. Only learning rates and norms are the values at the
+    row's step.
 
     Attributes:
         step: number of updates that have been dispatched.
@@ -65,7 +65,7 @@ class Reporter:
             total_steps: length of the run.
             batch_size: rows of the global batch, for examples per second.
             stream: the user's screen; standard output by default.
-            members: of an ensemble, what each of them is: 'seed 3, optimizer.learning_rate 0.1'.
+            members: descriptions of an ensemble's members: 'seed 3, optimizer.learning_rate 0.1'.
         """
         self.step = 0
         self.row: dict[str, float] = {}
@@ -140,7 +140,7 @@ class Reporter:
         self.progress.tick(step)
 
     def flush_ready(self) -> None:
-        """Writes the row that waits, if its step is done."""
+        """Writes the pending row, if its step is done."""
         if self._pending is not None and self._pending.is_ready():
             self.flush()
 
@@ -177,7 +177,7 @@ class Reporter:
         kept = self._keep(f'eval_{name}_{step}', arrays)
         row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
         self._add(step, row)
-        # Last: an evaluation whose row is not there has not run.
+        # Last: an evaluation without a row counts as not run.
         self._evaluated.add((name, step))
         shown = {key: value for key, value in metrics.items() if not is_of_member(key)}
         self.progress.message(f'eval {name} at step {step:,}: {_listed(shown)}{kept}')
@@ -201,7 +201,7 @@ class Reporter:
         self._writer.sync()
 
     def _keep(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
-        """Writes arrays to a file in `metrics/`, and returns what a line says of them."""
+        """Writes arrays to a file in `metrics/`, and returns their part of the printed line."""
         if not arrays:
             return ''
         shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_of_member(n)]
@@ -251,7 +251,7 @@ def flat_row(metrics: Any) -> Measured:
     if isinstance(metrics, PerMember):
         rows = [_flat(each) for each in computed]
         row = mean_and_each(rows)
-        # The mean of several learning rates is one that no member has.
+        # No member has the mean of several learning rates.
         for name in rows[0]:
             if name.split('/')[0] == 'learning_rate' and len({each[name] for each in rows}) > 1:
                 del row[name]
@@ -264,7 +264,7 @@ def check_row(metrics: Any) -> None:
     """Checks that a row can be made of a step's accumulators, from their shapes.
 
     Raises:
-        UserError: naming the metric that cannot be in a row or in a file.
+        UserError: naming the metric that cannot be written to a row or a file.
     """
     lone = metrics
     if isinstance(metrics, PerMember):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The standard streams of a process; imported before all else, so of the standard library only."""
+"""The standard streams of a process; imported first, so it uses only the standard library."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import sys
 
 
 def open_closed_streams() -> None:
-    """Gives a process that was started with `>&-` an output that leads nowhere.
+    """Opens /dev/null for standard streams that are closed, as with `>&-`.
 
-    Else the next file that it opens would take the number of standard output, and whatever a C++
-    library prints.
+    Otherwise the next file that is opened would get the descriptor of standard output, and with it
+    whatever a C++ library prints.
     """
     for number, name in enumerate(('stdin', 'stdout', 'stderr')):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # Takes the lowest number that is free: this one.
+            os.open(os.devnull, os.O_RDWR)  # Gets the lowest free descriptor: this one.
             setattr(sys, name, open(number, 'w' if number else 'r'))  # noqa: SIM115

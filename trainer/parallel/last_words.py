@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process writes down when it is about to end at once, by `os._exit`."""
+"""Lets a process record its end before it exits at once, by `os._exit`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-# A disk that hangs may be the reason for the end.
+# A hanging disk may be the reason for the exit.
 _LIMIT_SECS = 1.0
 _speakers: list[Callable[[str, str], None]] = []
 
@@ -17,9 +17,9 @@ def registered(speak: Callable[[str, str], None], *, stay: bool = False) -> Iter
     """While the context is open, `say` calls `speak(status, message)`.
 
     Args:
-        speak: what writes them down.
-        stay: also after an error: one of several processes may have failed for want of another, and
-            finds that out a moment later.
+        speak: records them.
+        stay: keep it registered after an error: a process may fail because another one has, and
+            find that out a moment later.
     """
     _speakers.append(speak)
     try:
@@ -33,7 +33,7 @@ def registered(speak: Callable[[str, str], None], *, stay: bool = False) -> Iter
 
 
 def say(status: str, message: str) -> None:
-    """Lets runs write how they end; comes back within a second, whatever they meet.
+    """Calls the registered functions; returns within a second, even if they hang.
 
     Args:
         status: for `result.json`.
@@ -45,7 +45,7 @@ def say(status: str, message: str) -> None:
             with contextlib.suppress(Exception):
                 each(status, message)
 
-    # In another thread: a lock that it needs may be held by the one that a signal has interrupted.
+    # In another thread: the thread that a signal has interrupted may hold a lock that it needs.
     thread = threading.Thread(target=speak, name='last-words', daemon=True)
     thread.start()
     thread.join(_LIMIT_SECS)

@@ -171,7 +171,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Returns the value of every process, such as arrays of any dtype; all of them must call it."""
+    """Returns the values of all processes, such as arrays of any dtype; all must call it."""
     if jax.process_count() == 1:
         return [value]
     return [pickle.loads(content) for content in _gather_bytes(pickle.dumps(value))]

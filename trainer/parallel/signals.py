@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C as a wish to stop after the current step, with everything saved.
+"""SIGTERM and Ctrl-C request a stop after the current step, with everything saved.
 
-Before the first step there is nothing to save, and they end the process at once. SIGUSR1 is the
-question where a process is; it answers and goes on.
+Before the first step there is nothing to save, and they end the process at once. On SIGUSR1 a
+process prints its stacks and continues.
 
-The command line imports this module before all others: it needs nothing but the standard library,
-and little of that.
+The command line imports this module before all others: it needs only a little of the standard
+library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXIT_PREEMPTED = 42
 
 
 class StopRequest:
-    """What a signal handler leaves for the loop to find.
+    """A stop request that a signal handler sets and the training loop polls.
 
     Attributes:
         signal: the number of the first signal that arrived, or None.
@@ -35,7 +35,7 @@ class StopRequest:
     """
 
     def __init__(self, signal: int | None = None, *, starting: bool = False):
-        """Makes a request that only a handler or a caller fulfils."""
+        """Makes a request that a handler or a caller sets."""
         self.signal = signal
         self.shared = False
         self.starting = starting
@@ -128,21 +128,20 @@ def install() -> StopRequest:
 
 @contextlib.contextmanager
 def interruptible(request: StopRequest) -> Iterator[None]:
-    """Lets a Ctrl-C inside the block ask for a stop where it would raise KeyboardInterrupt.
+    """Makes Ctrl-C inside the block request a stop instead of raising KeyboardInterrupt.
 
-    That exception may come in the middle of a step or of a save, where nothing could be kept. The
-    second Ctrl-C raises it. The handler before is back after the block, whatever ends it. A handler
-    that is not Python's own stays, and so does any in another thread than the main one and in one
-    of several processes.
+    That exception could be raised in the middle of a step or a save, and lose the state. A second
+    Ctrl-C does raise it. The previous handler is restored after the block. Nothing changes if the
+    program has its own handler, outside of the main thread, and with several processes.
 
     Args:
-        request: gets the signal.
+        request: receives the signal.
     """
     before = signal.getsignal(signal.SIGINT)
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request.signal is not None:
-            # Put back here too: this may come just before the end of the block.
+            # Restored here too: this may happen just before the end of the block.
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt
         request.signal = number
@@ -167,7 +166,7 @@ def _is_one_of_several() -> bool:
 
 
 def trains(argv: Sequence[str]) -> bool:
-    """Whether a command line looks like that of a training, before its flags can be parsed."""
+    """Whether a command line looks like training, before its flags can be parsed."""
     modes = ['train']
     for word, following in zip(argv, [*argv[1:], ''], strict=True):
         name, equals, value = word.lstrip('-').partition('=')

@@ -95,9 +95,9 @@ class PeerWatch:
         elif said:
             time.sleep(_GRACE_SECS)
         message = (
-            f'process {number} of {self._count} has ended before its time, and process '
-            f'{self._number} cannot go on without it. The same command starts from the newest '
-            'checkpoint.'
+            f'process {number} of {self._count} has ended unexpectedly, and process '
+            f'{self._number} cannot continue without it. Run the same command again to resume from '
+            'the newest checkpoint.'
         )
         # Not print: the main thread may hold the lock of the stream.
         os.write(sys.stderr.fileno(), f'Error: {message}\n'.encode())

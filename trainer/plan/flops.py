@@ -12,7 +12,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 
 Place = TypeVar('Place', bound=Hashable)
 
-# What counts as an operation.
+# The primitives that are counted.
 PRODUCTS = ('dot_general', 'conv_general_dilated')
 
 
@@ -29,11 +29,11 @@ def count(jaxpr: Any) -> float:
 
 
 def by_place(jaxpr: Any, place: Callable[[Any, Place], Place], around: Place) -> dict[Place, float]:
-    """Returns the operations that `count` sums up, by place, in the order in which places occur.
+    """Returns the operations that `count` sums up, by place, in order of first occurrence.
 
     Args:
         jaxpr: see `count`.
-        place: where an equation stands, from itself and the place of the equation around it.
+        place: the place of an equation, given the equation and the place of the enclosing one.
         around: the place of the whole.
     """
     totals: dict[Place, float] = collections.defaultdict(float)

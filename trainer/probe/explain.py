@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of a step in which something is not finite."""
+"""Explains where in a step values first became non-finite."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from trainer.modules.tap import ROOT, in_order, is_float
 from trainer.step.health import all_finite
 
 UPDATE_ALONE = (
-    'The loss and all gradients are finite: it is the update that is not. Look at the learning '
-    'rate and the optimizer.'
+    'The loss and all gradients are finite, but the update is not. Check the learning rate and '
+    'the optimizer.'
 )
 
 
 def explain(
     found: list[Any], loss: bool, grads: Mapping[str, bool], batch: Mapping[str, bool]
 ) -> str:
-    """Returns what was the first thing in a step that was not finite.
+    """Describes the first non-finite value of a step.
 
     Args:
         found: the flags of each call of each module, from a `Tap`.
         loss: whether the losses are finite.
-        grads: whether the gradient of each parameter is, by path.
-        batch: whether each field of the batch is, by name.
+        grads: whether the gradient of each parameter is finite, by path.
+        batch: whether each field of the batch is finite, by name.
     """
     calls = in_order(found)
     bad = next((number for number, call in enumerate(calls) if not call.seen['output']), None)
@@ -37,34 +37,34 @@ def explain(
         name = call.name if call.path else f'{ROOT}, the model itself'
         return (
             f'The first module whose output is not finite is {name}, number {bad + 1} of '
-            f'{len(calls)} in the order of the calls: {_blame(call.seen, _not(batch))}'
+            f'{len(calls)} in call order: {_blame(call.seen, _not(batch))}'
         )
     if not loss:
         return (
-            'The output of every module is finite, and the loss is not: it is the task '
-            f'that makes it so{_in_batch(_not(batch))}. A label that is not below the number of '
-            'classes does, or the logarithm of 0.'
+            'The output of every module is finite, but the loss is not: look at the task'
+            f'{_in_batch(_not(batch))}. Typical causes: a label that is not below the number of '
+            'classes, or the logarithm of 0.'
         )
     if not grads:
         return (
-            'The loss and the output of every module are finite: it is what config.step makes of '
-            'them that is not. Look at its gradients and its update.'
+            'The loss and the output of every module are finite, but the result of config.step is '
+            'not. Check its gradients and its update.'
         )
     if wrong := _not(grads):
         more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
         return (
-            'The loss and the output of every module are finite, the gradients are not: '
-            f'{", ".join(wrong[:5])}{more}. Look for what has no derivative where it was '
-            'computed: a square root or a norm of zero, a division that `where` hides.'
+            'The loss and the output of every module are finite, but the gradients are not: '
+            f'{", ".join(wrong[:5])}{more}. Look for an operation without a finite derivative at '
+            'its input: the square root or norm of zero, or a division masked by `where`.'
         )
     return UPDATE_ALONE
 
 
 def _blame(flags: Mapping[str, Any], fields: Sequence[str]) -> str:
     if not flags['variables']:
-        return 'its parameters, or statistics, already were not.'
+        return 'its parameters or statistics were already non-finite.'
     if not flags['input']:
-        return f'its input already was not{_in_batch(fields)}, while its parameters were finite.'
+        return f'its input was already non-finite{_in_batch(fields)}; its parameters were finite.'
     return 'its input and its parameters were finite.'
 
 
@@ -77,7 +77,7 @@ def _not(flags: Mapping[str, bool]) -> list[str]:
 
 
 def flags(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
-    """Returns what `explain` reads of a call of a module."""
+    """Returns the flags of one call of a module that `explain` uses."""
     return {
         'output': all_finite(output),
         'input': all_finite(inputs),

@@ -16,8 +16,8 @@ from trainer.config.errors import UserError
 def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
     """Writes the file, whole or not at all, and returns its bytes.
 
-    Unlike `numpy.savez` it takes any name, and any kind of path. Objects that are all text or all
-    bytes are written as numpy's own text or bytes, which `numpy.load` reads without `allow_pickle`.
+    Unlike `numpy.savez` it accepts any name and any kind of path. Object arrays of only text or
+    only bytes are written as numpy text or bytes, which `numpy.load` reads without `allow_pickle`.
 
     Raises:
         UserError: for an array of other objects.
@@ -44,12 +44,12 @@ def _plain(name: str, array: np.ndarray) -> np.ndarray:
     items = array.ravel().tolist()
     for kind in (str, bytes):
         if all(type(item) is kind for item in items):
-            # Padded with zeros, so those at an end of an item would be lost.
+            # numpy pads with zeros, so zeros at the end of an item would be lost.
             written = np.array(items, kind).reshape(array.shape)
             if written.ravel().tolist() == items:
                 return written
     kinds = ', '.join(sorted({type(item).__name__ for item in items}))
     raise UserError(
-        f'{name!r} holds objects of Python ({kinds}), and a file holds arrays of numbers or of '
-        'text. Make text of them, such as JSON, in the `transforms` of the data'
+        f'{name!r} holds Python objects ({kinds}), but only arrays of numbers or text can be '
+        "written. Convert them to text, such as JSON, in the data's `transforms`"
     )

@@ -54,7 +54,7 @@ class Forward:
         Args:
             experiment: what is trained.
             mesh: the device mesh.
-            task: the experiment's, for batches some of whose fields stay on the host.
+            task: that of the programs, if some fields of the batch stay on the host.
         """
         return cls(
             model=experiment.model,

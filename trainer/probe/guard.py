@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.guard.non_finite='warn'`: says once where a value is not finite; the run continues."""
+"""`config.guard.non_finite='warn'`: reports once where a value is not finite, and continues."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Guard:
     """Checks a run at each of its events, and explains what is not finite."""
 
     def __init__(self, replay: Replay):
-        """Keeps nothing yet.
+        """Makes a guard without a kept state.
 
         Args:
-            replay: runs steps again.
+            replay: reruns steps.
         """
         self._replay = replay
         self._kept: Kept | None = None
@@ -37,11 +37,11 @@ class Guard:
         self._sound = jax.jit(all_finite)
 
     def keep(self, step: int, state: TrainState) -> None:
-        """Keeps a copy of a state that is sound."""
+        """Keeps a copy of a finite state."""
         self._kept = self._replay.keep(step, state)
 
     def check(self, step: int, state: TrainState, row: Mapping[str, float]) -> str | None:
-        """Keeps the state if it is sound.
+        """Keeps the state if it is finite.
 
         Args:
             step: number of completed updates.
@@ -49,7 +49,7 @@ class Guard:
             row: the newest value of each metric, by flat name.
 
         Returns:
-            What the user should know, once.
+            A message for the user, once.
         """
         if self._done:
             return None
@@ -62,7 +62,7 @@ class Guard:
         what = f'{bad[0]} of step {step:,} is' if bad else f'a parameter after step {step:,} is'
         found = self._replay.find(self._kept, step, self._is_bad)
         self._kept = None
-        return f'config.guard: {what} not finite.\n{found}\nThe run goes on.'
+        return f'config.guard: {what} not finite.\n{found}\nTraining continues.'
 
     def _is_bad(self, state: TrainState) -> bool:
         return bool(non_finite(flat_row(state.metrics))) or not self._is_sound(state)

@@ -131,6 +131,6 @@ def _by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:
 
 
 def module_of(equation: Any, around: str) -> str:
-    """Returns the path of the innermost module that an equation of a tapped call stands in."""
+    """Returns the path of the innermost module that contains an equation of a tapped call."""
     scopes = _SCOPE.findall(str(equation.source_info.name_stack))
     return scopes[-1].replace('|', '/') if scopes else around

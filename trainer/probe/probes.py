@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Monitors that look at a run at its events: captures, and what is not finite."""
+"""Monitors that run at a run's events: captures and the non-finite guard."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Probes:
         self._report = report
 
     def prepare(self) -> None:
-        """Checks `config.capture` against the model, and starts compiling what looks at states.
+        """Checks `config.capture` against the model, and starts compiling the monitors' programs.
 
         Raises:
             UserError: for a pattern that matches nothing.
@@ -56,12 +56,12 @@ class Probes:
             self._watch.begin(step, state, self._place(step))
 
     def follow(self, batches: Prefetcher) -> None:
-        """Takes the batches that the run reads from here on."""
+        """Sets the batches that the run reads from here on."""
         if self._watch is not None:
             self._watch.batches = batches
 
     def poll(self, state: TrainState) -> None:
-        """Looks at what the last event has left, if the devices have it; does not wait.
+        """Checks results of the last event if the devices have computed them; does not wait.
 
         Raises:
             NonFiniteError: see `config.guard`.
@@ -75,7 +75,7 @@ class Probes:
         return self._watch is None or self._watch.is_sound(state)
 
     def check(self, state: TrainState) -> None:
-        """Waits for a state, and makes sure that it may be evaluated and saved.
+        """Waits for a state, and checks that it may be evaluated and saved.
 
         Raises:
             NonFiniteError: see `config.guard`.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a model computes in the dtype that `config.precision.compute` asks for.
+"""Checks whether a model computes in the dtype of `config.precision.compute`.
 
-One array of float32 (a constant, a softmax whose result is not cast back) makes float32 of all that
-follows, and nothing shows it but the time that a step takes.
+One float32 array (a constant, a softmax whose result is not cast back) promotes everything after
+it, which otherwise shows only in the time of a step.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from trainer.step.program import Programs
 
 _log = logging.getLogger('trainer')
 
-# Share of a model's operations in a wider dtype from which on a run says so. Matrix units do 8 to
-# 16 times as many operations in a half as in float32: a tenth takes about as long as all the rest.
-# What is in float32 on purpose (a router, angles of positions, a head of some classes) is mostly
-# far below that; promotion reaches everything after its cause, and is mostly far above.
+# Share of a model's operations in a wider dtype from which on a run warns. Matrix units are 8 to 16
+# times faster in half precision than in float32: a tenth takes about as long as all the rest.
+# Intended float32 (a router, position angles, a head of a few classes) is usually far below that;
+# promotion affects everything after its cause, and is usually far above.
 _SHARE = 0.1
 
 
 class Place(NamedTuple):
-    """Where an equation stands.
+    """Where an equation belongs.
 
     Attributes:
-        called: whether it is of the model: not of the task, the optimizer, a norm or a metric.
-        module: path of the innermost module, where a tap names them.
+        called: whether to the model, and not to the task, the optimizer, a norm or a metric.
+        module: path of the innermost module, if a tap names them.
         dtype: the widest of the operands of a product, '' for another equation.
     """
 
@@ -43,10 +43,10 @@ class Place(NamedTuple):
 
 
 def warn_of_other_dtypes(programs: Programs, model: Functional) -> None:
-    """Says it if much of the train step is not computed in the half that is asked for.
+    """Warns if much of the train step is not computed in `config.precision.compute`.
 
-    What JAX has traced of the step anyway is read, which takes milliseconds; it is traced a second
-    time only to name the module.
+    It reads the jaxpr of the step, which takes milliseconds; the step is traced a second time only
+    to name the module.
 
     Args:
         programs: of the training.
@@ -61,12 +61,12 @@ def warn_of_other_dtypes(programs: Programs, model: Functional) -> None:
 
 
 def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
-    """Returns what there is to say of a step, None if it computes in what is asked for.
+    """Returns the warning for a step, None if it computes in the requested dtype.
 
     Args:
         programs: of the training.
-        model: their model, of a `precision.compute`.
-        jaxpr: what JAX traces of the step.
+        model: their model, with a `precision.compute`.
+        jaxpr: of the step.
     """
     asked = jnp.dtype(model.precision.compute)
     operations = in_model(jaxpr)
@@ -79,13 +79,13 @@ def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
     return (
         f"config.precision.compute={asked.name}, but {100 * share:.0f} % of the model's operations "
         f'(matrix products and convolutions) are {first.dtype}, first in {first.module or ROOT}. '
-        f'An array or a module of {first.dtype} there or before it makes what follows '
+        f'A {first.dtype} array or module there or earlier promotes everything after it to '
         f'{first.dtype}; cast its result back, as in y.astype(x.dtype)'
     )
 
 
 def in_model(jaxpr: Any) -> dict[Place, float]:
-    """Returns the floating-point operations of a model's products, in the order of the places.
+    """Returns the floating-point operations of a model's products, in order of occurrence.
 
     Args:
         jaxpr: of a step or a part of it; the model has a `Precision` with `compute`.
@@ -95,7 +95,7 @@ def in_model(jaxpr: Any) -> dict[Place, float]:
 
 
 def wider(operations: dict[Place, float], dtype: Any) -> dict[Place, float]:
-    """Returns what of these is in a wider dtype."""
+    """Returns the operations in a wider dtype."""
     size = jnp.dtype(dtype).itemsize
     return {place: n for place, n in operations.items() if jnp.dtype(place.dtype).itemsize > size}
 
@@ -104,10 +104,10 @@ def _place(equation: Any, around: Place) -> Place:
     called, module = around.called or in_call(equation), module_of(equation, around.module)
     if equation.primitive.name not in flops.PRODUCTS:
         return Place(called, module)
-    # Complex ones have no half, and integers are as they are meant.
+    # There are no complex halves, and integers are intended.
     dtypes = [operand.aval.dtype for operand in equation.invars]
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
     if len(floats) < len(dtypes):
         return Place()
-    # Of two that differ the compiler converts the narrower one.
+    # If the two differ, the compiler converts the narrower one.
     return Place(called, module, max(floats, key=lambda dtype: dtype.itemsize).name)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the steps since a sound state again, to find where something is first not finite.
+"""Reruns the steps since a finite state, to find where a value is first not finite.
 
-The numbers of a run are looked at late, when every later step has spread the damage. Training is a
-function of the state and of the position in the data, so it can be run again, one step at a time.
+A run is checked late, when later steps have spread the non-finite values. Training is a function of
+the state and of the position in the data, so it can be rerun one step at a time.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A state that steps can be run again from.
+    """A state from which steps can be rerun.
 
     Attributes:
         step: number of completed updates.
         state: a copy, or None: then only the place is known.
-        place: where a stream was, None for data that is a function of the position.
+        place: position of a stream, None for data that is a function of the step.
     """
 
     step: int
@@ -50,14 +50,14 @@ class Kept:
 
 
 class Replay:
-    """Keeps copies of states, and runs the steps after one again."""
+    """Keeps copies of states, and reruns the steps after one."""
 
     def __init__(self, parts: Parts, look: Look):
-        """Keeps nothing yet.
+        """Makes a replay; nothing is kept yet.
 
         Args:
             parts: the run's programs and data.
-            look: finds where in a step something is not finite.
+            look: finds where in a step a value is not finite.
         """
         self._parts = parts
         self._look = look
@@ -75,7 +75,7 @@ class Replay:
         *,
         ends: bool = False,
     ) -> str:
-        """Returns in which step up to `stop` something is first not finite, and where.
+        """Describes the first step up to `stop` with a non-finite value, and where it is.
 
         Args:
             kept: a sound state.
@@ -88,8 +88,8 @@ class Replay:
         if hasattr(data, 'restore'):
             if not ends or (kept.place is None and step > 0):
                 return (
-                    f'Last finite step known: {step:,}. Where it began is not known: the data is '
-                    'a stream, which cannot be read again while the run goes on.'
+                    f'Last known finite step: {step:,}. Where it began is unknown: the data is '
+                    'a stream, which cannot be reread during the run.'
                 )
             data.restore(step, kept.place)
         with read_again(self._parts, step, stop, ends=ends) as batches:
@@ -103,16 +103,16 @@ class Replay:
                         + explain(*fetch(look))
                     )
         return (
-            f'Last finite step: {step:,}. When the {stop - step:,} steps since were run again, '
-            'all values were finite: they are not deterministic.'
+            f'Last finite step: {step:,}. When the {stop - step:,} steps since then were rerun, '
+            'all values were finite: these steps are not deterministic.'
         )
 
 
 class Look:
-    """Runs a step's forward and backward pass again, and flags what is not finite in them."""
+    """Reruns a step's forward and backward pass, and flags what is not finite in them."""
 
     def __init__(self, parts: Parts, forward: Forward):
-        """Compiles nothing yet.
+        """Nothing is compiled yet.
 
         Args:
             parts: the run's programs and data.
@@ -122,7 +122,7 @@ class Look:
         self._forward = forward
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        """Returns what `explain` reads, on the devices, for a state and the batch of its step."""
+        """Returns the input of `explain`, on the devices, for a state and the batch of its step."""
         return self._compiled(state, batch)
 
     @property
@@ -152,7 +152,7 @@ class Look:
     def _gradients(self, state: TrainState, batch: Batch) -> Any:
         experiment = self._parts.experiment
         if experiment.step is not default_step:
-            return {}  # A step of the user's own has gradients of its own.
+            return {}  # A custom step computes its own gradients.
         gradients = Gradients(
             model=experiment.model,
             task=self._forward.task,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.guard.non_finite='stop'`: ends a run whose step has found that it is not sound.
+"""`config.guard.non_finite='stop'`: ends a run when its step has found a non-finite value.
 
-The check itself is in the step (`trainer.step.health`). Here the host reads its result, when the
-devices have it anyway or before something is kept, and says what was found.
+The check itself is in the step (`trainer.step.health`). Here the host reads its result, when it is
+available anyway or before a state is saved, and reports what was found.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ _WHAT = {
 }
 
 
-# Up to this size of a state the watch keeps copies on CPUs, to run steps again.
+# On CPUs, copies of states up to this size are kept, to rerun steps.
 _MOST_KEPT_BYTES = 2**28
 
 
 class Watch:
-    """Reads the health of a run, and ends the run if it is not sound.
+    """Reads the health of a run, and ends the run if it has diverged.
 
-    On an accelerator every step looks at all values, and leaves the state as it found it. On a CPU
-    a step looks at its loss, and the rest is looked at here, at the run's events; so there copies
-    of small states are kept, to name the step and the module all the same.
+    On an accelerator every step checks all values, and a bad step does not change the state. On a
+    CPU a step checks only its loss, and the rest is checked here, at the run's events; so copies
+    of small states are kept there, to name the step and the module all the same.
 
     Attributes:
         batches: those that the run reads, or None.
     """
 
     def __init__(self, parts: Parts, look: Look, say: Callable[[str], None]):
-        """Has seen nothing yet.
+        """Makes a watch; `begin` starts it.
 
         Args:
             parts: the run's programs, data and checkpoints.
-            look: finds where in a step something is not finite.
+            look: finds where in a step a value is not finite.
             say: shows a message to the user.
         """
         self.batches: Prefetcher | None = None
@@ -70,18 +70,18 @@ class Watch:
         self._replay = Replay(parts, look)
         self._say = say
         self._pending: Health | None = None
-        # The newest state that is known to be sound, and one of which that is not known yet.
+        # The newest state known to be finite, and one that is not checked yet.
         self._kept: Kept | None = None
         self._next: Kept | None = None
         self._named: set[int] = set()
 
     def begin(self, step: int, state: TrainState, place: Any) -> None:
-        """Takes the state that the run starts from.
+        """Sets the state that the run starts from.
 
         Args:
             step: number of completed updates.
-            state: at this step; sound by definition.
-            place: where a stream is, or None.
+            state: at this step; finite by definition.
+            place: position of a stream, or None.
         """
         self._pending, self._next = None, None
         self._kept = self._keep(step, state, place)
@@ -96,13 +96,13 @@ class Watch:
         self._next = self._keep(step, state, place)
 
     def poll(self, state: TrainState) -> None:
-        """Looks at what was noted, if its step is done; does not wait.
+        """Checks the noted state, if its step is done; does not wait.
 
         Several processes do so at the next event: each would find it ready at another step, and
         what finds the cause needs them all.
 
         Raises:
-            NonFiniteError: if the run is not sound; see `check`.
+            NonFiniteError: if the run has diverged; see `check`.
         """
         if jax.process_count() > 1:
             return
@@ -112,14 +112,14 @@ class Watch:
             self._kept = self._next
 
     def check(self, state: TrainState) -> None:
-        """Waits for the state's step, and makes sure that it is sound.
+        """Waits for the state's step, and checks that it is finite.
 
         Args:
             state: after the step.
 
         Raises:
-            NonFiniteError: if a value is not finite, naming the step and where it began; of an
-                ensemble if no member is sound.
+            NonFiniteError: if a value is not finite, naming the step and where it began; for an
+                ensemble, if all members have diverged.
             UserError: if a label is out of its range.
         """
         self._pending = None
@@ -127,7 +127,7 @@ class Watch:
         self._kept = self._next or self._kept
 
     def _keep(self, step: int, state: TrainState, place: Any) -> Kept | None:
-        """Returns a copy of a state where steps may have to be run again, and else its place."""
+        """Returns a copy of a state if steps may have to be rerun, otherwise only its place."""
         on_cpu = self._parts.mesh.devices.flat[0].platform == 'cpu'
         if not on_cpu or nbytes(state) > _MOST_KEPT_BYTES:
             return Kept(step, None, place)
@@ -146,7 +146,7 @@ class Watch:
         for member in bad:
             self._name(int(member), int(kind[member]), int(bad_step[member]))
         if len(bad) == len(bad_step):
-            raise NonFiniteError('no member of the ensemble is left: all have diverged.')
+            raise NonFiniteError('all members of the ensemble have diverged.')
 
     def _name(self, member: int, kind: int, step: int) -> None:
         if member in self._named:
@@ -156,8 +156,8 @@ class Watch:
         assert ensemble is not None
         self._say(
             f'Warning: member {member} ({ensemble.describe(member)}) has diverged: {_WHAT[kind]} '
-            f'is not finite in step {step:,}. It stays as it was before that step; the others '
-            'train on.'
+            f'is not finite in step {step:,}. It keeps its state from before that step; the other '
+            'members continue training.'
         )
 
     def _stop(self, kind: int, bad_step: int, state: TrainState) -> NoReturn:
@@ -172,14 +172,14 @@ class Watch:
                 saved = f'the newest checkpoint is of step {newest:,}'
         try:
             explained = self._explain(kind, bad_step, state)
-        except Exception as error:  # Such as for want of memory: the run has diverged all the same.
+        except Exception as error:  # Such as out of memory: report the divergence all the same.
             explained = (
                 f'{_WHAT[kind].capitalize()} is not finite at step {bad_step:,}; where that began '
                 f'was not found ({type(error).__name__}: {str(error).splitlines()[:1]}).'
             )
         found = NonFiniteError(f'the run has diverged; {saved}.\n{explained}')
         if late is not None:
-            found.add_note(f'A save in the background had failed too: {late}')
+            found.add_note(f'A save in the background failed too: {late}')
         raise found
 
     def _end_reading(self) -> None:
@@ -195,7 +195,7 @@ class Watch:
             return (
                 f'The gradients of step {bad_step:,} are not finite: the loss scale has skipped '
                 f'{int(skips)} updates in a row, and is down to {float(scale):g}. Look for values '
-                'that float16 cannot hold, above 65,504.'
+                'above 65,504, which float16 cannot represent.'
             )
         if self._kept is not None and self._kept.state is not None:
             return self._replay.find(self._kept, bad_step, self._is_bad, ends=True)
@@ -215,13 +215,13 @@ class Watch:
         steps = f'Last finite step: {bad_step - 1:,}. First non-finite step: {bad_step:,}.'
         batch = self._batch(bad_step)
         if batch is None:
-            return f'{steps}\nThe data is a stream, and its batch cannot be read again.'
+            return f'{steps}\nThe data is a stream, and its batch cannot be reread.'
         # The state is as the bad step has found it, but for the number of the step.
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
         return f'{steps}\n{explain(*fetch(self._look(before, batch)))}'
 
     def is_sound(self, state: TrainState) -> bool:
-        """Waits for a state, and returns whether it is sound; of an ensemble, any member's."""
+        """Waits for a state, and returns whether it is finite; for an ensemble, any member's."""
         health = self._parts.programs.sweep(state)
         return not np.all(fetch(health.is_bad))
 
@@ -229,7 +229,7 @@ class Watch:
         return not self.is_sound(state)
 
     def _batch(self, step: int) -> Any:
-        """Returns the batch of a step, read again; None if it cannot be."""
+        """Rereads the batch of a step; None if that is impossible."""
         data, start = self._parts.experiment.data, step - 1
         if hasattr(data, 'restore'):
             if self._kept is None or (self._kept.place is None and self._kept.step > 0):

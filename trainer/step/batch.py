@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch as a task sees it: a dict that notes which fields are read, and knows those left out.
+"""A batch as a task sees it: a dict that records which fields are read.
 
-What nothing reads is not sent to the devices. Which fields those are shows when shapes are traced,
-before anything is compiled: see `recording`.
+Fields that nothing reads are not sent to the devices. They are found by tracing the shapes, before
+anything is compiled: see `recording`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from trainer.step.host_field import HostField
 
 @dataclasses.dataclass
 class Reads:
-    """What a task was seen to do.
+    """What a task has read and returned.
 
     Attributes:
-        names: the fields of the batch that it has read, or that what it has read is made of.
+        names: the fields of the batch that it has read, directly or through device transforms.
         weighted: whether it has returned weights.
     """
 
@@ -37,7 +37,7 @@ _reads: contextvars.ContextVar[Reads | None] = contextvars.ContextVar('reads', d
 
 @contextlib.contextmanager
 def recording() -> Iterator[Reads]:
-    """Yields what tasks that are traced meanwhile are seen to do; what is around notes nothing."""
+    """Records what tasks do that are traced in the block; an outer block does not record it."""
     reads = Reads()
     token = _reads.set(reads)
     try:
@@ -47,19 +47,19 @@ def recording() -> Iterator[Reads]:
 
 
 def is_recording() -> bool:
-    """Whether anything asks what is read."""
+    """Whether reads are being recorded."""
     return _reads.get() is not None
 
 
 def note_weights() -> None:
-    """Notes that a task has returned weights."""
+    """Records that a task has returned weights."""
     if (reads := _reads.get()) is not None:
         reads.weighted = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Unsent:
-    """In the place of a field that was not read when the shapes were traced.
+    """Placeholder for a field that was not read when the shapes were traced.
 
     Attributes:
         name: of the field.
@@ -69,11 +69,11 @@ class Unsent:
 
 
 class Batch(dict[str, Any]):
-    """The fields of a batch by name; it says what it holds when its reader asks for another one.
+    """The fields of a batch by name; a missing field is an error that lists those there are.
 
-    Every way to a value goes through `__getitem__`, also that of `dict(batch)` and `f(**batch)`,
-    which take the shortcut of a plain dict unless `__iter__` is overridden. To JAX it is a pytree,
-    and to take it apart is to read all of it.
+    Every access to a value goes through `__getitem__`, including `dict(batch)` and `f(**batch)`,
+    which bypass it unless `__iter__` is overridden. It is a JAX pytree; flattening it reads all
+    fields.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class Batch(dict[str, Any]):
         origins: Mapping[str, frozenset[str]] | None = None,
         passing: bool = False,
     ):
-        """Takes the fields.
+        """Wraps the fields.
 
         Args:
             fields: arrays, `HostField` and `Unsent`, by name.
-            reader: who reads them, for messages.
-            origins: which fields of the loader's batch each one is made of; what has none is not
-                noted as read.
-            passing: hand out a `HostField` to be passed on; to read one is an error otherwise.
+            reader: description of the code that reads them, for messages.
+            origins: the fields of the loader's batch that each one is computed from; reads of
+                fields without an entry are not recorded.
+            passing: return a `HostField`, to be passed on; otherwise reading one is an error.
         """
         super().__init__(fields)
         self._reader = reader
@@ -111,9 +111,8 @@ class Batch(dict[str, Any]):
         value = super().__getitem__(name)
         if isinstance(value, Unsent):
             raise UserError(
-                f'{self._reader} reads batch[{value.name!r}] now, and did not when its shapes were '
-                'traced at the start, so the field is not on the devices. Which fields are read '
-                'must not change from one call to the next'
+                f'{self._reader} reads batch[{value.name!r}], but did not when it was traced at '
+                'the start, so the field is not on the devices. Read the same fields in every call'
             )
         names = self._origins.get(name, frozenset())
         if isinstance(value, HostField):
@@ -160,7 +159,7 @@ class Batch(dict[str, Any]):
         return name, self.pop(name)
 
     def setdefault(self, name: str, default: Any = None) -> Any:
-        """Returns the field, put there if the batch has none of that name."""
+        """Returns the field, after adding it if the batch has none of that name."""
         if name not in self:
             self[name] = default
         return self[name]
@@ -186,6 +185,6 @@ jax.tree_util.register_pytree_with_keys(Batch, _flatten, _unflatten)
 
 
 def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what of a batch is on the devices, as a plain dict; nothing counts as read."""
+    """Returns the fields of a batch that are on the devices as a plain dict, without reading."""
     fields = dict.items(batch) if isinstance(batch, dict) else batch.items()
     return {name: x for name, x in fields if not isinstance(x, (HostField, Unsent))}

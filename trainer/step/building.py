@@ -127,12 +127,12 @@ def _one_optimizer(
 
 
 def _eval_params(node: Node | None, path: str, *, injected: bool) -> Any:
-    """Returns the function of an optimizer's state and parameters that is named, None without.
+    """Returns the `eval_params` function of an optimizer, or None.
 
     Args:
         node: names it.
         path: of the optimizer.
-        injected: whether the optimizer's state is within that which holds its numbers.
+        injected: whether the optimizer state is wrapped by one that has its hyperparameters.
     """
     if node is None:
         return None
@@ -152,7 +152,7 @@ def _of_injected(function: Any, state: Any, params: Any) -> Any:
 
 
 def _check_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
-    """Checks that no duration is within what counts updates, and not the steps of the run."""
+    """Checks that no duration is inside optax:MultiSteps, which counts updates and not steps."""
     if isinstance(node, (tuple, list)):
         for index, value in enumerate(node):
             _check_counts(value, steps, f'{path}[{index}]')
@@ -163,9 +163,9 @@ def _check_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
         within = [where for where in mine if where != f'{path}.every_k_schedule']
         if within:
             raise UserError(
-                f'{within[0]}: a duration is in steps of the run, and what is within '
-                'optax:MultiSteps counts its updates, one of several steps. Use config.accumulate '
-                'in its place, or give the number of updates'
+                f'{within[0]}: a duration is converted to training steps, but optax:MultiSteps '
+                'makes one update per several steps, and the optimizer inside counts updates. Use '
+                'config.accumulate instead, or give the number of updates'
             )
     for key, value in node.items():
         _check_counts(value, steps, f'{path}.{key}')

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rate schedules of a run that goes on in batches of another size.
+"""Learning rate schedules of a run that resumes with another batch size.
 
-Optax's schedules are functions of the number of updates. One whose durations are epochs, examples
-or parts of the run is one of the examples, in batches of the present size; so it is called with
-what the run has consumed, in such batches, in the place of its updates.
+Optax's schedules are functions of the number of updates. If the durations of a schedule are epochs,
+examples or percentages of the run, it is called with the number of examples consumed, in batches of
+the current size, instead of the number of updates.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from trainer.config.errors import UserError
 from trainer.config.sections import Node
 from trainer.step import rates
 
-# The arguments of optimizers that are learning rates.
+# Names of optimizer arguments that are learning rates.
 _RATES = ('learning_rate', 'step_size_fn')
-# How the arguments of schedules are called that count updates.
+# Names of schedule arguments that count updates.
 _COUNTS = ('step', 'begin', 'boundar')
 
 
 def found(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
-    """Returns where the schedules of an optimizer are that count examples.
+    """Returns the paths of an optimizer's schedules that count examples.
 
     Args:
-        node: names the optimizer, durations as they were given.
+        node: names the optimizer, with durations as given in the config.
         path: its config path.
-        clock: of a run that has had other batch sizes.
+        clock: of a run whose batch size has changed.
 
     Raises:
         UserError: naming the key to set, if a duration cannot be counted in examples.
@@ -39,11 +39,11 @@ def found(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
 
 
 def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
-    """Returns an optimizer's node whose schedules at these places count examples."""
+    """Returns an optimizer's node whose schedules at these paths count examples."""
     if clock.progress is None:
         return node
     ahead = clock.progress.ahead
-    # As an integer where it is one: a schedule may read a table.
+    # As an integer if it is one: a schedule may index a table.
     by = ahead.numerator if ahead.denominator == 1 else float(ahead)
     for keys in schedules:
         schedule = paths.get(node, keys)
@@ -55,9 +55,9 @@ def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
 def _found(value: Any, keys: paths.Keys, path: str, clock: Clock) -> Iterator[paths.Keys]:
     if _counts_examples(value):
         raise UserError(
-            f'{path}.{paths.join(keys)}: {value!r} is another number of steps now that '
-            'config.data.batch_size has changed, and it is no part of a learning rate, which could '
-            'follow; write it in steps'
+            f'{path}.{paths.join(keys)}: {value!r} is a different number of steps now that '
+            'config.data.batch_size has changed, and only learning rate schedules can be adjusted; '
+            'write it in steps'
         )
     if isinstance(value, Mapping) and 'target' in value:
         _, names = rates.parameters(value, f'{path}.{paths.join(keys)}'.rstrip('.'))
@@ -76,7 +76,7 @@ def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) ->
     """Whether a schedule counts examples.
 
     Raises:
-        UserError: if a part of it counts steps.
+        UserError: if another part of it counts steps.
     """
     leaves = list(_leaves(schedule, keys, ''))
     where = next((at for at, _, value in leaves if _counts_examples(value)), None)
@@ -89,7 +89,7 @@ def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) ->
             examples = math.ceil(clock.batches(count) * clock.batch_size)
             raise UserError(
                 f'{path}.{paths.join(at)}: {value!r} counts steps, and {example} counts examples. '
-                'Now that config.data.batch_size has changed, one schedule cannot count both. '
+                'Now that config.data.batch_size has changed, a schedule cannot mix the two. '
                 f"Write '{examples} examples', which is what the run consumes by step {count:,}"
             )
     return True
@@ -109,7 +109,7 @@ def _updates(name: str, value: Any) -> int:
 
 
 def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Keys, str, Any]]:
-    """Yields each leaf of a schedule, and each key that is no name: where, of what, and it."""
+    """Yields (path, argument name, value) of each leaf of a schedule, and of numeric keys."""
     names: dict[rates.Place, str] = {}
     if isinstance(value, Mapping) and 'target' in value:
         _, names = rates.parameters(value, paths.join(keys))
@@ -117,7 +117,7 @@ def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Key
         key, where = at[-1], [*keys, *at]
         is_argument = at in names or isinstance(value, tuple | list)
         if not is_argument and (isinstance(key, int) or durations.is_duration(key)):
-            # Of a table, whose keys count and whose values do not.
+            # A table: its keys count updates, its values do not.
             yield where, 'boundaries', key
             inner = ''
         else:
@@ -129,7 +129,7 @@ def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Key
 
 
 def _items(value: Any) -> Iterator[tuple[rates.Place, Any]]:
-    """Yields what is directly below a node; positional arguments one by one."""
+    """Yields the direct children of a node; positional arguments one by one."""
     for key, item in rates.items(value):
         if key == 'args' and 'target' in value:
             yield from (((key, index), each) for index, each in enumerate(item))

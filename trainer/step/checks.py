@@ -17,7 +17,7 @@ _ROUNDING = 1e-3
 
 @flax.struct.dataclass
 class Check:
-    """What the values of a field of the batch may be.
+    """The allowed range of a field of the batch.
 
     Attributes:
         values: (batch, ...), integers or floats.
@@ -44,12 +44,12 @@ class Check:
 
 
 def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns what the checks find in the rows that count.
+    """Runs the checks on all rows with a nonzero weight.
 
     Args:
         checks: by batch key.
-        weights: of the task's output, (batch, ...) or several such: a row counts if any of its
-            weights does.
+        weights: of the task's output, (batch, ...) or several such: a row is checked if any of
+            its weights is not 0.
 
     Returns:
         1 + the number of the first check that fails, in the order of the names, 0 for none: int32
@@ -64,7 +64,7 @@ def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, ja
         bad = (check.fails(values) & counts.reshape(-1, *[1] * (values.ndim - 1))).ravel()
         first = bad.any() & (number == 0)
         number = jnp.where(first, index, number)
-        # By a sum and not by its place: the batch may be spread over devices.
+        # With a sum and not by index: the batch may be sharded.
         value = jnp.where(first, _pick(values.ravel(), bad), value)
     return number, value
 
@@ -83,15 +83,15 @@ def complain(
     value: float,
     blocks: Iterable[Any],
 ) -> str:
-    """Returns what is said of a value that is out of its range.
+    """Returns the message for a value out of its range.
 
     Args:
         where: config path of the task.
         when: such as 'in step 12'.
-        checks: by batch key; their values do not matter.
-        number: of the check that has failed, in the order of the names.
-        value: that was found.
-        blocks: of the loader, among whose rows the value is; it may have been changed since.
+        checks: by batch key; their `values` are not used.
+        number: index of the failed check, in order of the names.
+        value: the one found.
+        blocks: of the loader, with the rows to search; a transform may have changed the value.
     """
     name, check = sorted(checks.items())[number]
     example = _find_example(name, check, value, blocks)

@@ -122,9 +122,9 @@ class StepContext:
         """Returns the gradients of the default step, accumulated in slices if the config says so.
 
         Returns:
-            Gradients like `state.params` (of halves in float32; of complex parameters pointing
-            uphill, which is the conjugate of what `jax.grad` returns), the collections that the
-            forward pass made, and the task's metrics.
+            Gradients like `state.params` (float32 for half-precision parameters; for complex ones
+            the conjugate of what `jax.grad` returns), the collections of the forward pass, and the
+            task's metrics.
         """
         self._called.add('gradients')
         return self.train_step.gradients(state, batch)
@@ -157,8 +157,8 @@ class StepContext:
             state: the state before.
             grads: pytree like its parameters, as `gradients` returns it.
             collections: all other variables, if they change.
-            signs: what the forward pass has shown: saves the check after the step a pass over the
-                state.
+            signs: of the forward pass; with them, the check after the step needs no second pass
+                over the state.
         """
         collections = state.collections if collections is None else collections
         return self.train_step.update(state, grads, collections, signs)
@@ -201,7 +201,7 @@ def empty_like(metrics: Any) -> Any:
     """Returns accumulators that have seen nothing, for (abstract) metrics.
 
     Raises:
-        UserError: naming a metric whose accumulators change their shape.
+        UserError: naming a metric whose accumulators change shape.
     """
     empty = jax.tree.map(lambda metric: type(metric).empty(), metrics, is_leaf=is_metric)
     check_accumulates(empty, metrics)

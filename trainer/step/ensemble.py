@@ -136,7 +136,8 @@ class EnsembleStep:
     def of(cls, step: TrainStep, ensemble: Ensemble, mesh: Mesh) -> EnsembleStep:
         """Returns the step of an ensemble's members on a mesh, from that of a lone model."""
         first = {path: each[0] for path, each in ensemble.values.items()}
-        # A member that diverges is left as it was: the others train on, and are evaluated with it.
+        # A member that diverges keeps its last state; the others continue, and it is evaluated with
+        # them.
         member = dataclasses.replace(step, seed=ensemble.seeds[0], sweeps=True, undoes=True)
         if first:
             member = dataclasses.replace(member, optimizer=ensemble.optimizer(first))
@@ -163,7 +164,7 @@ class EnsembleStep:
         return jax.vmap(self.member.examine, in_axes=(_DIMS,))(_unwrapped(state))
 
     def sweep(self, state: TrainState) -> Health:
-        """Returns the health of each member, which every step has looked at."""
+        """Returns the health of each member, which every step has checked."""
         assert state.health is not None
         return jax.tree.map(jnp.copy, state.health)
 
@@ -212,7 +213,7 @@ class EnsembleStep:
 
             return jax.tree.map(one, tree)
 
-        # Metrics and health are fetched whole.
+        # Metrics and health are fetched in one piece, so they are replicated.
         axes = {name: None if name in ('metrics', 'health') else self.axis for name in _PARTS}
         parts = {name: stack(axis, getattr(alone, name)) for name, axis in axes.items()}
         return _wrapped(dataclasses.replace(alone, **parts))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model is evaluated whose optimizer keeps another point than that of its parameters.
+"""Evaluation parameters of optimizers whose training parameters are not meant for evaluation.
 
-A schedule-free optimizer takes gradients at one point and is judged at another, their average;
-`config.optimizer.eval_params` names the function that works it out of the optimizer's state.
+A schedule-free optimizer computes gradients at one point and is evaluated at another, an average;
+`config.optimizer.eval_params` names the function that computes it from the optimizer state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.step.optimizer import Optimizer
 
 
 def is_named(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, or that of one of its groups, says at which point it is evaluated."""
+    """Whether an optimizer, or that of one of its groups, has `eval_params`."""
     groups = [group.optimizer for group in optimizer.groups.values()]
     return any(each.eval_params is not None for each in (optimizer, *groups))
 
@@ -30,12 +30,12 @@ def evaluated(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
     """Returns the parameters that are evaluated, in the dtypes of the parameters.
 
     Args:
-        optimizer: says which.
-        params: those that the gradients are taken at.
+        optimizer: has `eval_params`, or its groups have.
+        params: the training parameters.
         opt_state: of `optimizer.transformation(params)`.
 
     Raises:
-        UserError: if `eval_params` does not take this optimizer's state, or returns something else.
+        UserError: if `eval_params` fails with this optimizer's state, or returns something else.
     """
     found = _evaluated(optimizer, views.in_float32(params), opt_state)
     return jax.tree.map(lambda old, new: new.astype(old.dtype), params, found)
@@ -64,7 +64,7 @@ def _evaluated(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
 
 
 def _filled(some: Any, rest: Any) -> Any:
-    """Returns a tree with what is masked out of `some` from `rest`."""
+    """Returns `some` with its masked leaves taken from `rest`."""
     return jax.tree.map(lambda x, y: y if _is_masked(x) else x, some, rest, is_leaf=_is_masked)
 
 
@@ -73,7 +73,7 @@ def _is_masked(x: Any) -> bool:
 
 
 def _asked(optimizer: Optimizer, params: Any, state: Any) -> Any:
-    """Returns what `eval_params` makes of the state and the parameters that its target sees."""
+    """Calls `eval_params` with the state and the parameters as the target sees them."""
     assert optimizer.eval_params is not None
     where = f'{optimizer.path}.eval_params'
     mine = views.split(params)
@@ -84,15 +84,15 @@ def _asked(optimizer: Optimizer, params: Any, state: Any) -> Any:
         raise UserError(
             f'{where}: {optimizer.eval_params!r} was called with the state of the optimizer '
             f'({type(state).__name__}) and the parameters, and failed: {type(error).__name__}: '
-            f'{error}. Name a function (state, parameters) -> parameters for this optimizer'
+            f'{error}. Give a function (state, parameters) -> parameters for this optimizer'
             + (', and accumulate with config.accumulate, not optax:MultiSteps' * accumulates)
         ) from error
     expected, given = _by_path(mine), _by_path(found)
     if expected != given:
         paths = [path for path in {**expected, **given} if expected.get(path) != given.get(path)]
         raise UserError(
-            f'{where}: {optimizer.eval_params!r} must return parameters like those that it is '
-            f'given, and returned others at {", ".join(paths[:5])}'
+            f'{where}: {optimizer.eval_params!r} must return parameters with the same paths and '
+            f'shapes as those it is given, but differs at {", ".join(paths[:5])}'
         )
     return views.merged(jax.tree.map(jnp.asarray, found))
 
@@ -112,6 +112,6 @@ def adversarial(state: contrib.SAMState, params: Any) -> Any:
 
 
 def holds(opt_state: Any, kind: type | tuple[type, ...]) -> bool:
-    """Whether the state of some optimizer within another's is of this type."""
+    """Whether an optimizer state contains a state of this type."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return any(isinstance(x, kind) for x in nodes)

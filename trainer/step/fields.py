@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which fields of a loader's batches go to the devices, in which dtypes, and if they fit there."""
+"""The fields of a loader's batches: which are sent to the devices, in which dtypes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONG = 'gG'
 
 
 def device_dtype(dtype: Any) -> np.dtype[Any] | None:
-    """Returns the dtype in which devices hold values of a dtype, None if they cannot."""
+    """Returns the dtype in which devices store values of a dtype, None if they cannot."""
     dtype = np.dtype(dtype)
     is_number = dtype.kind == 'b' or jax.dtypes.issubdtype(dtype, np.number)
     if dtype.kind == 'm' or dtype.char in _LONG or not is_number:
@@ -31,12 +31,12 @@ def device_dtype(dtype: Any) -> np.dtype[Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """The fields of a loader's batches, and which of them go to the devices.
+    """The fields of a loader's batches, and which of them are sent to the devices.
 
     Attributes:
         where: config path of the data, for messages.
         spec: shape (batch dimension first) and dtype of each field, as the loader has it.
-        sent: names of those that go to the devices.
+        sent: names of those that are sent to the devices.
     """
 
     where: str
@@ -45,12 +45,12 @@ class Fields:
 
     @classmethod
     def of(cls, spec: Mapping[str, Any], where: str) -> Fields:
-        """Returns all fields that a device can hold as those that are sent."""
+        """Returns the fields, with all that devices can store marked as sent."""
         held = frozenset(n for n, s in spec.items() if device_dtype(s.dtype) is not None)
         return cls(where, spec, held)
 
     def only(self, names: Iterable[str]) -> Fields:
-        """Returns the fields of which those with these names are sent, and the mask."""
+        """Returns the fields with only these names, and the mask, marked as sent."""
         return dataclasses.replace(self, sent=self.sent & {*names, MASK})
 
     @property
@@ -64,7 +64,7 @@ class Fields:
 
     @property
     def narrowed(self) -> frozenset[str]:
-        """Names of those that devices hold in fewer bits than the loader, sent or not."""
+        """Names of those that devices store in fewer bits than the loader, sent or not."""
         held = {name: device_dtype(s.dtype) for name, s in self.spec.items()}
         return frozenset(n for n, to in held.items() if to not in (None, self.spec[n].dtype))
 
@@ -72,7 +72,7 @@ class Fields:
         """Returns those that stay on the host.
 
         Args:
-            opaque: names of those that a task gets as a `HostField` although a device could hold
+            opaque: names of those that a task gets as a `HostField` although devices could store
                 their dtype.
         """
         opaque = frozenset(opaque)
@@ -106,7 +106,7 @@ class Fields:
             return x.astype(to)
         with np.errstate(over='ignore'):
             converted = x.astype(to)
-        # What is infinite before is no fault of the conversion.
+        # Values that were infinite before are not errors of the conversion.
         if not np.isfinite(converted).all():
             overflown = ~np.isfinite(converted) & np.isfinite(x)
             if overflown.any():
@@ -117,14 +117,14 @@ class Fields:
         self, name: str, x: np.ndarray, wrong: np.ndarray, to: np.dtype[Any], ids: np.ndarray
     ) -> None:
         places = np.argwhere(wrong)
-        # Padding repeats a real row, whose number is the better one to name.
+        # Padding repeats a real row; name that one.
         is_real = ids[tuple(places[:, : ids.ndim].T)] >= 0
         place = tuple(places[is_real.argmax()])
         limits = np.iinfo(to) if to.kind in 'iu' else np.finfo(to)
-        how = ' (an id or a hash of 64 bits as two fields of 32)' if to.kind in 'iu' else ''
+        how = ' (a 64-bit id or hash to two 32-bit fields)' if to.kind in 'iu' else ''
         raise UserError(
             f'{self.where}: the field {name!r} of example {ids[place[: ids.ndim]]} holds '
-            f'{x[place]}, and devices hold {x.dtype} as {to}, from {limits.min} to {limits.max}. '
-            f"Make it fit in the data's `transforms`{how}, or do not read it in the task: what "
-            'nothing reads stays on the host as it is'
+            f'{x[place]}, but devices store {x.dtype} as {to} ({limits.min} to {limits.max}). '
+            f"Convert it in the data's `transforms`{how}, or do not read it in the task: fields "
+            'that are not read stay on the host unchanged'
         )

@@ -77,9 +77,9 @@ class Gradients:
     ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Returns the gradient, the new collections and this batch's metrics.
 
-        Of several losses, each parameter gets the gradient of the one that drives it. Gradients of
-        halves are float32, for what a loss scale has kept would vanish again in float16; those of
-        complex parameters point uphill, which is the conjugate of what JAX returns.
+        With several losses, each parameter gets the gradient of its own loss. Gradients of
+        half-precision parameters are float32: after unscaling, small ones would underflow in
+        float16. Those of complex parameters are the conjugate of what JAX returns.
         """
         batch = plain(batch)
         scale = jnp.ones((), jnp.float32) if state.loss_scale is None else state.loss_scale.scale
@@ -189,7 +189,7 @@ class _Forward:
         pullback: from cotangents of (each loss's weighted sum, the penalties' sum) to gradients.
         values: each loss's weighted sum, and the penalties' sum.
         output: of the task.
-        collections: as the pass has left them.
+        collections: after the pass.
         weights: the sum of each loss's weights.
     """
 
@@ -214,7 +214,7 @@ class _Forward:
 
 
 def _uphill(grad: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """Returns what an optimizer takes for the gradient of a parameter, from what JAX returns."""
+    """Converts a gradient of JAX to the one that optimizers expect (conjugate, unscaled)."""
     grad = grad.astype(at_least_float32(grad))
     grad = grad if scale is None else grad / scale
     return grad.conj() if jnp.iscomplexobj(grad) else grad

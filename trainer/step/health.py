@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds what is not finite inside the step, and keeps it from being trained on.
+"""Detects non-finite values inside the step, and stops updates from then on.
 
-The flag is sticky and part of the state: from the first bad step on every update is a no-op. The
-host reads it when it reads a row of metrics anyway, so no step waits for it. Checkpoints do not
-hold it: no save commits while it is set.
+The flag is sticky and part of the state: from the first bad step on, every update is a no-op. The
+host reads it together with a row of metrics, so no step waits for it. Checkpoints do not contain
+it: nothing is saved while it is set.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from trainer.step.metrics import WeightedMean
 if TYPE_CHECKING:
     from trainer.step.state import TrainState
 
-# What was found first; a label outside its range is LABELS + the number of its check.
+# The kind of the first finding; a label out of range is LABELS + the index of its check.
 LOSS, GRADIENT, PARAMETER, SLOT, LABELS = 1, 2, 3, 4, 8
 
 # Updates in a row that a loss scale may skip.
 MOST_SKIPS = 50
 
-# Where the signs of a batch travel among the metrics of a step.
+# The key of a batch's signs among the metrics of a step.
 SIGNS = '_signs'
 
-# What a step must not change once updates have stopped.
+# Fields that a step must not change once updates have stopped.
 _FROZEN = ('params', 'opt_state', 'collections', 'ema', 'loss_scale')
 
 _BAD_STEP, _KIND, _VALUE, _SKIPS, _KNOWN = range(5)
@@ -47,12 +47,12 @@ _SMALL = 2**17
 
 @flax.struct.dataclass
 class Health:
-    """Whether a run is sound, and if not, since when and why.
+    """Whether a run is healthy, and if not, since when and why.
 
     Attributes:
         packed: int32 (4 + leaves,): the properties below, and for each parameter and each leaf of
-            the optimizer state how many elements were not finite at the start (a mask of -inf),
-            which do not count. One array: each costs a small model's step microseconds.
+            the optimizer state the number of elements that were not finite at the start (a mask of
+            -inf), which are ignored. One array, because each one costs microseconds per step.
     """
 
     packed: jax.Array
@@ -65,7 +65,7 @@ class Health:
 
     @property
     def bad_step(self) -> jax.Array:
-        """The first step (from 1) that was not sound; 0 for none: int32 (...)."""
+        """The first bad step (from 1); 0 for none: int32 (...)."""
         return self.packed[..., _BAD_STEP]
 
     @property
@@ -96,7 +96,7 @@ class Health:
     def flagged(
         self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: float | jax.Array = 0
     ) -> Health:
-        """Returns the health after a check; what was found first stays.
+        """Returns the health after a check; the first finding is kept.
 
         Args:
             bad: bool scalar, whether the check has found something.
@@ -115,9 +115,9 @@ class Health:
 
 
 def kept(health: Health | None) -> dict[str, Any]:
-    """Returns what a checkpoint keeps in its metadata of a health that is not that of a new run.
+    """Returns the checkpoint metadata of a health that differs from that of a new run.
 
-    A member of an ensemble may have stopped, and a loss scale may be in the middle of its skips.
+    A member of an ensemble may have stopped, and the loss scale may have skipped recent updates.
     """
     if health is None:
         return {}
@@ -126,7 +126,7 @@ def kept(health: Health | None) -> dict[str, Any]:
 
 
 def restored(health: Health, kept: Any) -> Health:
-    """Returns the health of a restored state with what `kept` has returned when it was saved."""
+    """Returns the health of a restored state, given what `kept` returned when it was saved."""
     if kept is None:
         return health
     packed = np.array(fetch(health.packed))
@@ -136,7 +136,7 @@ def restored(health: Health, kept: Any) -> Health:
 
 @flax.struct.dataclass
 class Signs(clu.metrics.Metric):
-    """What a forward pass shows of a batch, merged over its slices like a metric.
+    """Findings of a forward pass, merged over the slices of a batch like a metric.
 
     Attributes:
         losses: float32 scalar that is finite exactly if all losses and penalties are.
@@ -157,7 +157,7 @@ class Signs(clu.metrics.Metric):
         """Returns the signs of both."""
         mine = self.label > 0
         return Signs(
-            # Never finite again: infinities of both signs give NaN.
+            # Never becomes finite again: infinities of both signs give NaN.
             losses=self.losses + other.losses,
             label=jnp.where(mine, self.label, other.label),
             value=jnp.where(mine, self.value, other.value),
@@ -179,7 +179,7 @@ def take_signs(metrics: Any) -> tuple[Any, list[Signs]]:
 
 
 def signs_of(metrics: Any) -> Signs:
-    """Returns the signs of a step that gives none, from the means that it calls a loss."""
+    """Returns the signs of a step that returns none, from its metrics named as losses."""
     leaves = jax.tree_util.tree_leaves_with_path(
         metrics, is_leaf=lambda node: isinstance(node, WeightedMean)
     )
@@ -209,9 +209,9 @@ def check_signs(state: TrainState, signs: Signs) -> Health:
 def check_gradients(state: TrainState, health: Health, finite: jax.Array) -> Health:
     """Returns the health after a backward pass.
 
-    A loss scale finds its place by gradients that are not finite: these are skipped and counted,
-    and bad only if the scale cannot get smaller, or after `MOST_SKIPS` in a row. An optimizer that
-    has a rule of its own for them may use it.
+    A dynamic loss scale adapts by overflows: these are skipped and counted, and bad only if the
+    scale cannot shrink any more, or after `MOST_SKIPS` in a row. An optimizer with its own rule for
+    non-finite gradients applies that.
 
     Args:
         state: before the update.
@@ -249,7 +249,7 @@ def unless_bad(health: Health, new: TrainState, old: TrainState) -> TrainState:
 
 
 def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
-    """Returns the state after a step of the user's own, unless its forward pass was not sound.
+    """Returns the state after a custom step, or the old one if its forward pass was bad.
 
     Args:
         before: the state before the step.
@@ -291,9 +291,9 @@ def all_finite(tree: Any, *, whole: bool = False) -> jax.Array:
 
 
 def _any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> jax.Array:
-    """Returns whether more elements are not finite than are known.
+    """Returns whether more elements are not finite than at the start.
 
-    Small arrays share one kernel where no device holds only a part of one.
+    Small arrays share one kernel if none of them is sharded.
     """
     joined: list[int] = []
     alone: list[int] = []
@@ -312,7 +312,7 @@ def _any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> 
 
 def _count(x: jax.Array) -> jax.Array:
     """Returns the number of elements that are not finite, int32, at most 2^30."""
-    # Counted in float32: a very large array must not count around to 0.
+    # Counted in float32: for a very large array, an integer count could wrap around to 0.
     count = jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
     return jnp.minimum(count, 2.0**30).astype(jnp.int32)
 
@@ -323,6 +323,6 @@ def count_each(tree: Any) -> list[jax.Array]:
 
 
 def floats(tree: Any) -> list[jax.Array]:
-    """Returns the leaves that can be anything but finite."""
+    """Returns the leaves that can be non-finite."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')]
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]

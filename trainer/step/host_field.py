@@ -22,7 +22,7 @@ class Kept:
         name: of the field.
         shape: of a global batch, (rows, ...).
         dtype: in which the loader has it.
-        held: the dtype in which a device would hold it; None where a task gets a `HostField`.
+        held: the dtype in which devices would store it; None if a task gets a `HostField`.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Kept:
 
 
 class HostFieldError(UserError):
-    """Something was computed with a field that is not on the devices.
+    """Code computed with a field that is not on the devices.
 
     Attributes:
         name: of the field.
@@ -44,7 +44,7 @@ class HostFieldError(UserError):
 
 
 class HostField:
-    """What a task gets of a field that stays on the host: it can be passed on, and no more.
+    """Stands for a field that stays on the host: it can be passed on, but not computed with.
 
     Attributes:
         name: of the field in the batch.
@@ -66,18 +66,19 @@ class HostField:
         return math.prod(self.shape)
 
     def error(self, reader: str = '', others: tuple[str, ...] = ()) -> HostFieldError:
-        """Returns what is said where something computes with it.
+        """Returns the error for code that computes with it.
 
         Args:
-            reader: what does.
-            others: names of the fields that devices can hold, where they are known.
+            reader: description of that code.
+            others: names of the fields that devices can store, if they are known.
         """
-        reads = f'{reader} reads batch[{self.name!r}], and ' if reader else ''
+        reader = reader or 'a transform or the task'
         return HostFieldError(
             self.name,
-            f'{reads}no device can hold what the batch has in {self.name!r} of {self.dtype}. Make '
-            "numbers of it in the data's `transforms`, or do not read it: what nothing reads stays "
-            'on the host, and `predict` may return it as it is. To leave it out altogether: '
+            f'{reader} reads batch[{self.name!r}] of dtype {self.dtype}, which devices cannot '
+            "store. Convert it to numbers in the data's `transforms`, or do not read it: fields "
+            'that are not read stay on the host, and `predict` may return them unchanged. To drop '
+            'the field: '
             f"{{'target': 'data.transforms:Keep', 'keys': {others or '(...)'}}}",
         )
 
@@ -106,7 +107,7 @@ class HostField:
 
 @contextlib.contextmanager
 def naming_host_fields(fields: dict[str, Any]) -> Iterator[None]:
-    """Says which field is meant where JAX refuses a `HostField` among these."""
+    """Names the field when JAX rejects a `HostField` among these."""
     try:
         yield
     except TypeError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What metrics compute: numbers for a row, arrays for a file, and what can be neither."""
+"""Computed metrics: numbers for a row, arrays for a file, and checks that they are either."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.step.state import changes, describe
 
-# Errors of the code itself, whatever the values. Any other may be that of a metric without data.
+# Errors of the code itself, for any values. Other errors may be due to a metric without data.
 _BROKEN = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)
 
 
 class Measured(dict[str, float]):
-    """Numbers by flat name, such as a row of metrics holds, and beside them arrays.
+    """Numbers by flat name, as in a row of metrics, and arrays.
 
     Attributes:
-        arrays: what has not exactly one element, by flat name.
+        arrays: values that do not have exactly one element, by flat name.
     """
 
     def __init__(self, computed: Mapping[Any, Any] | None = None):
-        """Takes what metrics have computed: see `add`."""
+        """Takes computed metrics: see `add`."""
         super().__init__()
         self.arrays: dict[str, np.ndarray] = {}
         for name, value in (computed or {}).items():
             self.add(str(name), value)
 
     def add(self, name: str, value: Any) -> None:
-        """Adds a value under a name; each of a dict, which may hold dicts, under 'name/key'.
+        """Adds a value under a name; the values of a (nested) dict under 'name/key'.
 
         Args:
             name: flat name.
@@ -49,9 +49,7 @@ class Measured(dict[str, float]):
                 self.add(f'{name}/{key}', each)
             return
         if name in self or name in self.arrays:
-            raise UserError(
-                f'two values are both called {name!r} in a row of metrics; give one another name'
-            )
+            raise UserError(f'two values are named {name!r} in a row of metrics; rename one')
         if not isinstance(value, (int, float)):
             array = _as_array(name, value)
             if array.size != 1:
@@ -61,12 +59,12 @@ class Measured(dict[str, float]):
         self[name] = int(value) if isinstance(value, bool) else value
 
     def update_with(self, other: Measured, prefix: str = '') -> None:
-        """Adds all that another one holds, its names behind a prefix."""
+        """Adds all values of another one, with a prefix to their names."""
         for name, value in {**other, **other.arrays}.items():
             self.add(prefix + name, value)
 
     def named(self, prefix: str) -> Measured:
-        """Returns the same with the numbers' names behind a prefix; arrays keep theirs."""
+        """Returns a copy with a prefix to the names of numbers; arrays keep their names."""
         result = Measured({prefix + name: value for name, value in self.items()})
         result.arrays = self.arrays
         return result
@@ -76,7 +74,7 @@ def _as_array(name: str, value: Any) -> np.ndarray:
     """Returns a numeric array in a dtype that numpy itself knows."""
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         kind, is_lone = value.dtype, np.size(value) == 1
-        # A row has no complex numbers, and a file of numpy no bfloat16.
+        # Rows cannot have complex numbers, and numpy files cannot have bfloat16.
         if any(jnp.issubdtype(kind, each) for each in (np.bool_, np.integer, np.floating)):
             return np.asarray(value, np.float32) if kind.kind == 'V' else np.asarray(value)
         if jnp.issubdtype(kind, np.complexfloating) and not is_lone:
@@ -91,7 +89,7 @@ def _as_array(name: str, value: Any) -> np.ndarray:
 def mean_and_each(members: Sequence[Measured]) -> Measured:
     """Returns the mean of each value over the members, and 'member_<i>/<name>' for each of them.
 
-    What not all have, or not in one shape, has no mean.
+    Values that some members lack, or that differ in shape, have no mean.
     """
     row = Measured()
     for name in members[0]:
@@ -107,7 +105,7 @@ def mean_and_each(members: Sequence[Measured]) -> Measured:
 
 
 def is_of_member(name: str) -> bool:
-    """Whether a name is that of a value of one member of an ensemble."""
+    """Whether a name belongs to a value of a single ensemble member."""
     return re.match(r'member_\d+/', name) is not None
 
 
@@ -115,7 +113,7 @@ def is_of_member(name: str) -> bool:
 
 
 def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
-    """Returns the metrics of a tree, those of its collections among them, each with its name."""
+    """Returns the metrics of a tree, including those of its collections, with their names."""
     leaves = jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda x: isinstance(x, clu.metrics.Metric)
     )
@@ -124,7 +122,7 @@ def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
 
 
 def check_accumulates(empty: Any, new: Any) -> None:
-    """Checks that metrics stay of one shape however many batches they see.
+    """Checks that metrics keep their shapes however many batches they see.
 
     Args:
         empty: tree of metrics that have seen nothing.
@@ -137,24 +135,24 @@ def check_accumulates(empty: Any, new: Any) -> None:
         if isinstance(before, clu.metrics.CollectingMetric):
             raise UserError(
                 f'the metric {name!r} is a clu.metrics.CollectingMetric: it gathers all examples '
-                'on the host and cannot accumulate on the devices, where metrics are arrays whose '
-                'shapes stay. Use one that adds up sums or counts, such as the hits above each of '
-                'a hundred thresholds'
+                'on the host and cannot accumulate on the devices, where metrics are arrays of '
+                'fixed shape. Use one that accumulates sums or counts, such as the hits above each '
+                'of a hundred thresholds'
             )
         after = jax.eval_shape(lambda a, b: a.merge(b), before, one)
         grown = changes(_shapes(before), _shapes(after))
         if grown:
             raise UserError(
-                f'the metric {name!r} cannot accumulate on the devices: its merge() returns other '
-                f'shapes than its empty() has ({grown})'
+                f'the metric {name!r} cannot accumulate on the devices: its merge() returns '
+                f'shapes other than those of its empty() ({grown})'
             )
 
 
 def check_computes(metrics: Any) -> None:
-    """Checks that each metric computes what a row or a file can hold, from its shapes alone.
+    """Checks that the result of each metric can be written to a row or a file, from shapes alone.
 
-    A metric may well fail to compute anything of no data, but not for a reason that data cannot
-    change. So it is tried with zeros, and then with ones.
+    Without data, a metric may fail to compute, but not for a reason that is independent of the
+    data. So it is tried with zeros, and then with ones.
 
     Args:
         metrics: tree of metrics, arrays or their shapes.
@@ -172,20 +170,20 @@ def check_computes(metrics: Any) -> None:
             kind = type(errors[0]).__name__
             raise UserError(
                 f'the metric {name!r} cannot be computed, whatever the data: {kind}: {errors[0]}. '
-                'Correct its compute(), or leave it out'
+                'Fix its compute(), or remove the metric'
             ) from errors[0]
         _raise_if_sure(errors)
 
 
 def compute_on_trial(compute: Callable[[Any], Measured], metrics: Any) -> Measured | None:
-    """Returns what `compute` makes of metrics that are all zeros or all ones, None if nothing.
+    """Returns `compute` of metrics that are all zeros or all ones, None if both fail.
 
     Args:
         compute: of a tree of metrics.
         metrics: such a tree, arrays or their shapes.
 
     Raises:
-        UserError: that of `compute`, if it raises one of either.
+        UserError: that of `compute`, if either raises one.
     """
     found: list[Measured] = []
     _raise_if_sure(_errors(lambda x: found.append(compute(x)), metrics))
@@ -193,13 +191,13 @@ def compute_on_trial(compute: Callable[[Any], Measured], metrics: Any) -> Measur
 
 
 def _errors(act: Callable[[Any], object], metrics: Any) -> list[Exception]:
-    """Returns what `act` raises of zeros and then of ones; ends at the first that it can take."""
+    """Returns the errors of `act` with zeros and then ones; stops at the first success."""
     errors: list[Exception] = []
     for fill in (np.zeros, np.ones):
         try:
             filled = jax.tree.map(lambda x, fill=fill: fill(x.shape, x.dtype), metrics)
         except TypeError:
-            return []  # Keys of random numbers, which numpy does not know.
+            return []  # Random keys, which numpy does not support.
         try:
             with np.errstate(all='ignore'), warnings.catch_warnings(action='ignore'):
                 act(filled)
@@ -215,5 +213,5 @@ def _raise_if_sure(errors: Sequence[Exception]) -> None:
 
 
 def _shapes(tree: Any) -> Any:
-    """Returns the shapes alone: a sum of another dtype than zero's costs one more compile."""
+    """Returns shapes without dtypes: a change of dtype only costs another compilation."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), tree)

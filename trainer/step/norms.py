@@ -93,7 +93,7 @@ def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def _real(x: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns real arrays with the same sum of squares: of complex numbers their two parts."""
+    """Returns real arrays with the same sum of squares: both parts of a complex array."""
     return (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
 
 

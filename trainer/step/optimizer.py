@@ -64,7 +64,7 @@ class Optimizer:
         freeze_statistics: patterns of whole paths of other variables that keep their values, such
             as the running mean of a normalisation. In training it still normalises with the batch.
         lr_multipliers: (pattern, factor) pairs; the first match counts, all must be covered.
-        eval_params: makes the parameters that are evaluated of the state of `base` and the
+        eval_params: computes the parameters to evaluate from the state of `base` and the
             parameters; None evaluates the parameters themselves.
         path: where it stands in the config, for messages.
     """
@@ -129,19 +129,19 @@ class Optimizer:
     def transformation(self, params: Any) -> optax.GradientTransformation:
         """Returns the complete transformation for these parameters (abstract ones will do).
 
-        What it keeps for halves is float32, and so are the updates that it returns for them; those
-        of complex parameters are complex, and it takes the conjugate of what `jax.grad` returns.
+        Its state and updates for half-precision parameters are float32. For complex parameters,
+        updates are complex, and it expects the conjugate of what `jax.grad` returns.
 
         Raises:
             UserError: if a pattern matches no parameter, a multiplier is missing for one, or one
-                does not belong to exactly one group; if a parameter is no number that a gradient
-                can change.
+                does not belong to exactly one group; if a parameter is neither floating-point nor
+                complex.
         """
         views.check_numbers(params)
         return views.of_float32(self._bare(params), params)
 
     def _bare(self, params: Any) -> optax.GradientTransformation:
-        """Returns the transformation without a view of halves; `state_of_base` looks into it."""
+        """Returns the transformation without the float32 view, as `state_of_base` expects it."""
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
         if self.base is None:
             parts.append(self._grouped(params))
@@ -160,7 +160,7 @@ class Optimizer:
         return optax.multi_transform({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
 
     def state_of_base(self, opt_state: Any) -> Any:
-        """Returns the state of `base`, or of the groups, within that of the transformation."""
+        """Returns the state of `base`, or of the groups, from that of the transformation."""
         if self.freeze:
             opt_state = opt_state.inner_states['trained'].inner_state
         if self.clip_norm is None and not self.lr_multipliers:

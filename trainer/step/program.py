@@ -163,7 +163,7 @@ class Programs:
 
     Attributes:
         abstract: the state's shapes, dtypes and shardings.
-        fields: those of a batch that the step reads, which go to the devices.
+        fields: those of a batch that the step reads, which are sent to the devices.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Programs:
         sharding: Sequence[Rule] = (),
         fused: int = 1,
     ):
-        """Works out the shapes; nothing is compiled before it is used.
+        """Traces the shapes; programs are compiled at their first use.
 
         Args:
             train_step: the step's functions.
@@ -286,7 +286,7 @@ class Programs:
 
     @functools.cached_property
     def sweep(self) -> Program:
-        """The health of a state after a look at its parameters and slots: `state -> health`."""
+        """The health of a state, checking its parameters and slots: `state -> health`."""
         return Program(
             'the program that looks for what is not finite',
             self._train_step.sweep,
@@ -318,7 +318,7 @@ class Programs:
         )
 
     def jaxpr(self, model: Any) -> Any:
-        """Returns what JAX traces of one update by another model of the same variables.
+        """Returns the jaxpr of one update with another model of the same variables.
 
         Args:
             model: called as `model.bind(...)`, such as a `trainer.modules.tap.Tapped`.
@@ -354,7 +354,7 @@ def _alone(train_step: TrainStep | EnsembleStep) -> TrainStep:
 def _with_task(
     train_step: Any, kept: Sequence[Kept], is_weighted: bool | None = None
 ) -> TrainStep | EnsembleStep:
-    """Returns the step for batches some of whose fields stay on the host."""
+    """Returns the step for batches with fields that stay on the host."""
     alone = _alone(train_step)
     alone = dataclasses.replace(alone, task=alone.task.without(kept, is_weighted))
     if not isinstance(train_step, EnsembleStep):
@@ -365,7 +365,7 @@ def _with_task(
 def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
     """Returns the shapes of `named_init`; whatever the model objects to, the batch is shown too."""
     try:
-        # A function of its own: what JAX has traced before would read nothing.
+        # A new function object: with a cached trace, no reads would be recorded.
         return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
     except HostFieldError as error:
         raise UserError(f'config.data: {error}') from error

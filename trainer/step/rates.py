@@ -139,7 +139,7 @@ def _scales(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys
 
 
 def items(node: Any) -> Iterator[tuple[Any, Any]]:
-    """Yields what is directly below a node, with its key."""
+    """Yields the direct children of a node, with their keys."""
     if isinstance(node, Mapping):
         yield from node.items()
     elif type(node) in (tuple, list):

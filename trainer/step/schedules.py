@@ -33,5 +33,5 @@ def scaled(schedule: optax.Schedule, factor: float) -> optax.Schedule:
 
 
 def moved(schedule: optax.Schedule, by: float) -> optax.Schedule:
-    """Returns a schedule that is at update 0 where another is at update `by`."""
+    """Returns a schedule whose value at update 0 is that of another one at update `by`."""
     return lambda count: schedule(count + by)

@@ -26,9 +26,9 @@ class TrainState:
         collections: every other variable collection of the model, by name ('batch_stats', ...).
         metrics: accumulators since the last log row; saved, so that a resumed run writes the rows
             that the uninterrupted one would have written.
-        ema: moving average of `params`, of halves in float32; or None.
+        ema: moving average of `params`, in float32 for half-precision ones; or None.
         loss_scale: the dynamic loss scale, or None.
-        health: whether the run is sound so far; None where nothing is checked, and in checkpoints.
+        health: whether the run is healthy; None if that is not checked, and in checkpoints.
     """
 
     step: jax.Array
@@ -42,7 +42,7 @@ class TrainState:
 
     @property
     def durable(self) -> TrainState:
-        """The state as a checkpoint holds it: what is saved has been found sound."""
+        """The state as in a checkpoint, without health: only healthy states are saved."""
         return dataclasses.replace(self, health=None)
 
     @property

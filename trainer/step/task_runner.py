@@ -46,7 +46,7 @@ class TaskRunner:
             class at every access would change the type of the state.
         transforms: run over a batch on the devices, before the task sees it.
         kept: the fields that stay on the host.
-        is_weighted: whether the task returns weights; None where that is not known yet.
+        is_weighted: whether the task returns weights; None if that is not known yet.
     """
 
     task: Callable[..., Any]
@@ -74,11 +74,11 @@ class TaskRunner:
         return cls(task, metrics, tuple(transforms))
 
     def without(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TaskRunner:
-        """Returns the runner for batches some of whose fields stay on the host."""
+        """Returns the runner for batches with fields that stay on the host."""
         return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
 
     def whole(self, batch: Mapping[str, Any], reader: str) -> Batch:
-        """Returns a batch as the loader has it, with the mask, for a reader that is no task."""
+        """Returns a batch as the loader has it, with the mask, for a reader that is not a task."""
         fields = plain(batch)
         rest, unsent = self._hidden(fields)
         rest.update({name: Unsent(name) for name in unsent})
@@ -99,7 +99,7 @@ class TaskRunner:
             origins = {name: frozenset({name}) for name in fields}
             return Batch(seen, 'the task', origins=origins, passing=passing)
         rows = next((x.shape[0] for x in plain(batch).values()), None)
-        # A transform that passes all fields on must find them; what is made of these is left out.
+        # A transform that passes on all fields must find them; fields made from these are omitted.
         zeros = {
             name: jnp.zeros((kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.held)
             for name, kept in unsent.items()
@@ -122,10 +122,10 @@ class TaskRunner:
 
         Named losses have weights by name, an entry for the metrics among them.
 
-        A row whose weights are all 0 touches nothing, whatever it holds: 0 times a gradient that is
-        not finite would be no 0. So the task runs again on a batch that has a row which counts in
-        the place of each such row. Of the first run only the weights are used, and the compiler
-        drops the rest of it.
+        A row whose weights are all 0 affects nothing, whatever its values: 0 times a non-finite
+        gradient would not be 0. So the task runs again on a batch in which each such row is
+        replaced by a row with nonzero weight. Only the weights of the first run are used, and the
+        compiler drops the rest of it.
         """
         back = model.remember() if isinstance(model, BoundModel) else lambda: None
         fields = plain(batch)
@@ -144,7 +144,7 @@ class TaskRunner:
         return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
 
     def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
-        """Returns the task's output with weights, and what these are if the task gives any."""
+        """Returns the task's output with weights set, and those that the task returned, if any."""
         seen = self.prepared(batch)
         with naming_host_fields(seen):
             result = self.task(model, seen)
@@ -156,17 +156,17 @@ class TaskRunner:
             weights: Any = _set_weights(given, loss, mask)
             counted = [weights]
         else:
-            # The metrics count the rows of any of the losses: all have the same.
+            # The metrics count the rows of any of the losses: all have the same rows.
             values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
             by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
             weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
-            # A loss whose weights are left out counts all rows.
+            # A loss without weights counts all rows.
             given = given if set(loss) <= set(by_name) else None
             counted = [weights[name] for name in by_name]
-            # And so do metrics: theirs are those of the first run.
+            # So do metrics: theirs are those of the first run.
             metrics = None if METRIC_WEIGHTS in by_name else dict(output.metrics)
         output = dataclasses.replace(output, weights=weights)
-        # A task may make rows of its own, such as one for each token, of which nothing is known.
+        # A task may return its own kind of rows, such as one per token, with unknown weights.
         rows = {x.shape[0] for x in plain(batch).values()}
         if given is None or any({*jnp.shape(x)[:1]} != rows for x in counted):
             return output, None
@@ -176,7 +176,7 @@ class TaskRunner:
         """Returns accumulators that have seen nothing, for outputs like this (abstract) one.
 
         Raises:
-            UserError: naming a metric whose accumulators change their shape.
+            UserError: naming a metric whose accumulators change shape.
         """
         empty = self._collection(output).empty()
         check_accumulates(empty, jax.eval_shape(self.measure, output))
@@ -226,7 +226,7 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
     for name, loss in by_name(output.loss).items():
         mine = weights[name] if isinstance(weights, Mapping) else weights
         full = broadcast_weights(jnp.asarray(mine), loss.shape)
-        # What does not count may be anything: 0 x NaN is no 0.
+        # Values of weight 0 may be anything: 0 x NaN is not 0.
         totals[name] = jnp.sum(jnp.where(full != 0, loss.astype(jnp.float32) * full, 0.0))
         sums[name] = full.sum()
     return totals, sums

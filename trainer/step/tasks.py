@@ -54,13 +54,13 @@ class TaskOutput:
     Attributes:
         loss: (batch, ...) loss values, one per example (or per token); or several such by name,
             each a Python identifier. They are reported as `<name>_loss`.
-        weights: (batch,) or the shape of `loss`; None counts all alike. With named losses either
-            shared, or by name; what is left out counts all alike, and the entry 'metrics' holds the
+        weights: (batch,) or the shape of `loss`; None weights all equally. With named losses either
+            shared, or by name; a missing name weights all equally, and the entry 'metrics' has the
             weights of the metrics.
         metrics: what the task's metrics are made from; without a `metrics` attribute on the task,
             each is averaged with the weights of the loss.
         penalties: named scalars added to the loss once, such as an L2 term; to each of several.
-        checks: by batch key, values that end the run if one is out of its range.
+        checks: by batch key, values that end the run if one is out of range.
     """
 
     loss: jax.Array | Mapping[str, jax.Array]
@@ -139,7 +139,7 @@ def named_twice(who: str, kind: str, name: str) -> str:
 class Classification:
     """Cross-entropy over classes: one of them (softmax), or each for itself (sigmoid).
 
-    A label that is no class ends the run, naming the example, unless it is `ignore_label`.
+    A label outside the classes ends the run, naming the example, unless it is `ignore_label`.
 
     Attributes:
         inputs: batch key of the model's input.
@@ -150,8 +150,8 @@ class Classification:
             whose mean is the accuracy.
         label_smoothing: mass moved from the label to all classes, in [0, 1).
         top_k: also report `top{k}_accuracy` for each of these k.
-        ignore_label: a label that stands for none, such as -1: what has it counts in no loss and in
-            no metric. With 'sigmoid' and labels for each class it leaves out that class.
+        ignore_label: the label of unlabeled examples, such as -1, which are left out of losses and
+            metrics. With 'sigmoid' and labels for each class, only that class is left out.
     """
 
     inputs: str = 'image'
@@ -198,7 +198,7 @@ class Classification:
         loss, hits = measure(logits, safe, ignored)
         weights = None if self.weight is None else batch[self.weight]
         if ignored is not None:
-            # Of labels for each class, an example counts if any of them does.
+            # With labels for each class, an example counts if any of them does.
             counts = ~ignored if ignored.ndim < logits.ndim else ~ignored.all(-1)
             weights = _and_weights(counts, weights)
         return TaskOutput(
@@ -206,7 +206,7 @@ class Classification:
         )
 
     def _check_shapes(self, logits: jax.Array, labels: jax.Array) -> None:
-        """Checks once, while the step is traced, that labels can be those of the logits."""
+        """Checks while the step is traced that shapes and dtypes of labels and logits fit."""
         whole = labels.shape == logits.shape and logits.ndim > 1
         numbers = labels.shape == logits.shape[:-1]
         integers = not jnp.issubdtype(labels.dtype, jnp.inexact)
@@ -215,13 +215,13 @@ class Classification:
         if not whole and not (numbers and integers):
             hint = ''
             if labels.shape == (*logits.shape[:-1], 1):
-                hint = '. A column has a dimension too many: remove it in a transform of the data'
+                hint = '. The labels have one dimension too many: remove it in a data transform'
             elif numbers:
-                hint = '. Numbers of classes are integers: convert them in a transform of the data'
+                hint = '. Class indices must be integers: convert them in a data transform'
             raise UserError(
                 f'config.task: {name} is {kind}, and the model returns {list(logits.shape)}: '
-                f'expected integers {list(logits.shape[:-1])}, the number of the class, or '
-                f'{list(logits.shape)}, one value for each class{hint}'
+                f'expected integers {list(logits.shape[:-1])} (class indices) or '
+                f'{list(logits.shape)} (one value per class){hint}'
             )
         if self.loss == 'softmax' and classes == 1:
             raise UserError(
@@ -240,13 +240,13 @@ class Classification:
             )
         if self.ignore_label is not None and integers and not _holds(labels, self.ignore_label):
             raise UserError(
-                f'config.task.ignore_label: {self.ignore_label} is never there, for {name} is '
-                f'{kind}; name a value that its dtype holds, or convert it in a transform'
+                f'config.task.ignore_label: {self.ignore_label} cannot occur, because {name} is '
+                f'{kind}; use a value of that dtype, or convert the labels in a transform'
             )
         if whole and self.ignore_label is not None and self.loss == 'softmax':
             raise UserError(
-                f'config.task.ignore_label goes with numbers of classes; {name} has one value for '
-                "each class. Give such examples the weight 0, or use loss='sigmoid'"
+                f'config.task.ignore_label requires class indices; {name} has one value per class. '
+                "Give such examples weight 0, or use loss='sigmoid'"
             )
 
     def _checks(self, logits: jax.Array, labels: jax.Array) -> dict[str, Check]:
@@ -256,7 +256,7 @@ class Classification:
         classes = logits.shape[-1]
         why = (
             f'The model returns {classes} logits. Fix the data or the number of outputs; a value '
-            'that marks examples without a label goes into config.task.ignore_label'
+            'that marks unlabeled examples belongs in config.task.ignore_label'
         )
         return {self.label: Check(labels, 0, classes - 1, ignored=self.ignore_label, why=why)}
 
@@ -320,7 +320,7 @@ def _holds(labels: jax.Array, value: int) -> bool:
 
 
 def _and_weights(counts: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Returns the weights where something counts, and 0 elsewhere: float32 in its shape."""
+    """Returns the weights where `counts` is true, and 0 elsewhere: float32 in its shape."""
     given = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     return counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))
 

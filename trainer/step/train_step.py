@@ -58,15 +58,14 @@ class TrainStep:
         ema_decay: decay of the moving average of the parameters, or None for no average.
         loss_scale: first value of the dynamic loss scale, or None for none.
         shards: number of devices that a batch's rows are spread over.
-        whole: for each parameter whether every device holds all of it; None: unknown.
+        whole: for each parameter whether it is replicated on every device; None: unknown.
         log: when rows are logged; where that is known, norms are computed for those steps only.
         last_step: of the run; its row is logged too.
-        watches: whether updates stop where something is not finite: see `health`.
-        sweeps: whether each step looks at all gradients, parameters and slots for that, and not
-            only at the loss. On a CPU that would cost a tenth of a small model's step; there the
-            trainer looks at them at its events.
-        undoes: whether an update that is not finite is taken back, for which the old values are
-            kept until it is known.
+        watches: whether updates stop when a value is not finite: see `health`.
+        sweeps: whether each step checks all gradients, parameters and slots for that, and not only
+            the loss. On a CPU that would cost a tenth of a small model's step; there the trainer
+            checks them at its events.
+        undoes: whether a non-finite update is undone; the old values are kept until it is checked.
     """
 
     model: Functional
@@ -94,7 +93,7 @@ class TrainStep:
         self.optimizer.check_learning_rates()
         # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
-        with recording():  # What is read here, of zeros, need not be there in a step.
+        with recording():  # Fields read here, from zeros, need not be read in a step.
             seen = self.task.prepared(batch)
             keys = Keys(seed=self.seed, mode='init')
             variables = dict(self.model.init(self.task.task, seen, keys))
@@ -134,7 +133,7 @@ class TrainStep:
         return Health.of(state.params, state.opt_state)
 
     def sweep(self, state: TrainState) -> Health:
-        """Returns the health of a state, after a look at its parameters and slots."""
+        """Returns the health of a state, checking its parameters and slots."""
         return check_state(state, whole=self._is_whole)
 
     def eval_params(self, state: TrainState) -> Any:
@@ -147,9 +146,9 @@ class TrainStep:
         state = dataclasses.replace(state, metrics=None)
         if self.function is not default_step:
             with contextlib.suppress(Exception):
-                # Captures and the guard run the task, whatever the function reads.
+                # Captures and the guard run the task, whatever the custom step reads.
                 self._gradients.empty_metrics(state, batch)
-            # A function of its own: what JAX has traced before would read nothing.
+            # A new function object: with a cached trace, no reads would be recorded.
             shapes = jax.eval_shape(lambda s, b: self._step(s, b), state, batch)
             return empty_like(shapes[1])
         empty = self._gradients.empty_metrics(state, batch)
@@ -307,10 +306,10 @@ def _new_if(condition: jax.Array, new: TrainState, old: TrainState) -> TrainStat
 
 
 def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
-    """Returns `periodic.due(step)` for a traced step; true throughout where int32 cannot tell.
+    """Returns `periodic.due(step)` for a traced step; always true if int32 cannot represent it.
 
-    Of a run that has had other batch sizes it holds for the steps of the present one, and is true
-    until the progress of these is one batch in each step.
+    If the batch size has changed, it is exact for steps of the current size once each step is one
+    batch, and true before that.
     """
     period, progress = periodic.period_steps, periodic.progress
     if period is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device transforms: what they make of a batch, and of which fields."""
+"""Device transforms: their result, and the fields that it is computed from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def transformed(
     Args:
         transforms: run in this order.
         fields: arrays (rows, ...).
-        hidden: fields that stay on the host, which a transform can only pass on.
+        hidden: fields that stay on the host, which transforms can only pass on.
     """
     seen: Mapping[str, Any] = {**fields, **hidden}
     for transform in transforms:

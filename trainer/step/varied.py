@@ -51,7 +51,7 @@ def injected(
         where: its config path, for messages.
         values: first values.
         prefix: what the names in the state begin with: no two optimizers of a run may share one.
-        changed: what else becomes of the node once the numbers are in it.
+        changed: applied to the node once the numbers are in it.
     """
     names = {name_of(prefix + path): path for path in values}
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an optimizer sees the parameters: halves in float32, a complex number as two real ones.
+"""How an optimizer sees the parameters: halves in float32, complex numbers as two real ones.
 
-In float16 the `eps` of Adam is 0, and so are the squares of small gradients; in bfloat16 a sum
-loses small terms. And few optimizers are right for complex numbers: their squares and signs are
-meant for real ones.
+In float16, Adam's `eps` and the squares of small gradients underflow to 0; in bfloat16, sums lose
+small terms. And few optimizers are correct for complex numbers: their squares and signs assume real
+ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.modules.precision import at_least_float32
 
 
 class RealAndImaginary(NamedTuple):
-    """What an optimizer sees of a complex parameter, of its gradient, or of what it keeps for it.
+    """The real view of a complex parameter, its gradient, or its optimizer state.
 
     Attributes:
         real: the real part.
@@ -32,17 +32,17 @@ class RealAndImaginary(NamedTuple):
 
 
 def is_pair(x: Any) -> bool:
-    """Whether this is what an optimizer sees of one complex array."""
+    """Whether this is the real view of a complex array."""
     return isinstance(x, RealAndImaginary)
 
 
 def is_complex(x: Any) -> bool:
-    """Whether an array, or its shape, is of complex numbers."""
+    """Whether an array, or its abstract shape, is complex."""
     return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
 def in_float32(tree: Any) -> Any:
-    """Returns the tree with its halves in float32."""
+    """Returns the tree with half-precision leaves in float32."""
     return jax.tree.map(lambda x: x.astype(at_least_float32(x)), tree)
 
 
@@ -52,7 +52,7 @@ def split(tree: Any) -> Any:
 
 
 def merged(tree: Any) -> Any:
-    """Returns the tree with complex arrays for pairs; undoes `split`."""
+    """Returns the tree with pairs merged to complex arrays; undoes `split`."""
     return jax.tree.map(_merge, tree, is_leaf=is_pair)
 
 
@@ -61,14 +61,14 @@ def _merge(x: Any) -> Any:
         return x
     floats = [hasattr(part, 'dtype') and jnp.issubdtype(part.dtype, jnp.floating) for part in x]
     if not all(floats):
-        return x  # Counts, or masked out.
+        return x  # A count, or masked out.
     return jax.lax.complex(*(part.astype(at_least_float32(part)) for part in x))
 
 
 def of_float32(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
-    """Returns an optimizer that works in float32 where these parameters are halves.
+    """Returns an optimizer that works in float32 for half-precision parameters.
 
-    Its updates are float32, too: `optax.apply_updates` adds them in float32, and rounds the sum.
+    Its updates are float32, too: `optax.apply_updates` adds in float32, and rounds the sum.
     """
     if not any(x.dtype != at_least_float32(x) for x in jax.tree.leaves(params)):
         return tx
@@ -84,10 +84,10 @@ def of_float32(tx: optax.GradientTransformation, params: Any) -> optax.GradientT
 
 
 def of_real_numbers(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
-    """Returns an optimizer that sees the complex ones among these parameters as two real ones.
+    """Returns an optimizer that sees each complex parameter as two real ones.
 
-    Like `optax.contrib.split_real_and_imaginary`, but what it keeps for a complex parameter is
-    complex as well: its slots have the parameter's path, shape and sharding.
+    Like `optax.contrib.split_real_and_imaginary`, but its state for a complex parameter is complex
+    too: slots have the parameter's path, shape and sharding.
     """
     if not any(map(is_complex, jax.tree.leaves(params))):
         return tx
@@ -104,11 +104,11 @@ def of_real_numbers(tx: optax.GradientTransformation, params: Any) -> optax.Grad
 
 
 def check_numbers(params: Any) -> None:
-    """Checks that the parameters are numbers that a gradient can change.
+    """Checks that all parameters are floating-point or complex.
 
     Raises:
-        UserError: naming those that are not, such as integers; frozen ones too, for gradients are
-            taken with respect to all of 'params'.
+        UserError: naming those that are not, such as integers; frozen ones too, because gradients
+            are taken with respect to all of 'params'.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     other = [
@@ -120,7 +120,7 @@ def check_numbers(params: Any) -> None:
         more = f' and {len(other) - 5} more' if len(other) > 5 else ''
         raise UserError(
             f'the model keeps {", ".join(other[:5])}{more} among its parameters, which must be '
-            'floating-point or complex: the gradient is taken with respect to all of them, also to '
+            'floating-point or complex: gradients are taken with respect to all of them, including '
             'those in config.optimizer.freeze. Keep it in another collection: '
             "self.variable('constants', NAME, ...) in a Linen module, a subclass of nnx.Variable "
             'other than nnx.Param in an NNX one'

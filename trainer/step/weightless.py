@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows whose weights are all 0, and how they are kept from touching anything."""
+"""Keeps rows whose weights are all 0 from affecting anything."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from trainer.step.fields import MASK
 
 @flax.struct.dataclass
 class Weighing:
-    """What is used of a task's first run.
+    """The results of a task's first run that are used.
 
     Attributes:
         weights: as in a `TaskOutput`, set.
-        counted: those by which a row counts or not.
-        metrics: those of the output, where they count all rows; or else None.
+        counted: the weights that decide whether a row counts.
+        metrics: those of the output, if they count all rows; otherwise None.
     """
 
     weights: Any
@@ -36,17 +36,17 @@ def alive_rows(weights: Sequence[jax.Array]) -> jax.Array:
 
 
 def with_living_rows(fields: Mapping[str, Any], is_alive: jax.Array) -> dict[str, Any]:
-    """Returns the batch with the first row that counts in the place of those that do not.
+    """Returns the batch with all rows that do not count replaced by the first one that does.
 
-    Not with zeros, by whose norm a model might divide; zeros only where no row counts.
+    Not by zeros: a model might divide by their norm. Zeros only if no row counts.
     """
     rows = jnp.arange(is_alive.shape[0])
-    # No argmax, for which every device would be sent all of it.
+    # No argmax: it would gather the whole array on every device.
     chosen = rows == jnp.where(is_alive, rows, len(rows)).min()
 
     def safe(x: Any) -> jax.Array:
         shape = (-1, *(1,) * (x.ndim - 1))
-        # A masked sum and no index: rows that are spread over devices stay where they are.
+        # A masked sum and no indexing: sharded rows stay on their devices.
         alone = jnp.where(chosen.reshape(shape), x, jnp.zeros((), x.dtype))
         row = alone.any(0) if x.dtype == bool else alone.sum(0, dtype=x.dtype)
         return jnp.where(is_alive.reshape(shape), x, row)
@@ -57,8 +57,8 @@ def with_living_rows(fields: Mapping[str, Any], is_alive: jax.Array) -> dict[str
 def compute_only_needed(function: Callable[[Any], Any], argument: Any) -> Any:
     """Returns `function(argument)` without the operations that its result does not need.
 
-    The compiler would drop them too, but for what has an effect (a print), collectives and counts
-    of operations. Of a loop or a compiled function all or nothing is needed.
+    The compiler would drop them too, but not effects (a print) or collectives, and they would be
+    counted as operations. A loop or a compiled function is kept or dropped as a whole.
 
     Args:
         function: returns a pytree of arrays, and may use traced values from outside.

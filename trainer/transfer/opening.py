@@ -281,7 +281,7 @@ def _orbax(directory: epath.Path) -> Leaves:
 
 
 def _without_elements(directory: epath.Path) -> Leaves:
-    """Returns the arrays that Orbax does not store, where a checkpoint of ours says which."""
+    """Returns the arrays that Orbax does not store, as listed in our own checkpoints."""
     step = directory.parent
     if directory.name != 'state' or not step.name.isdigit():
         return {}
@@ -289,7 +289,7 @@ def _without_elements(directory: epath.Path) -> Leaves:
         meta = Checkpoints(step.parent, Retention()).meta(int(step.name))
         empties = empty.stored(meta)
     except (CheckpointError, ValueError, TypeError, AttributeError):
-        return {}  # Of another program.
+        return {}  # Written by another program.
     return {keys: HostLeaf(np.zeros(x.shape, x.dtype)) for keys, x in empties.items()}
 
 
