@@ -198,7 +198,7 @@ def test_a_field_of_text_is_named() -> None:
     """Only where something reads it."""
     captioned = {'target': f'{__name__}:Captioned', 'bad': -1}
     reading = {'ref': f'{__name__}:read_captions'}
-    says = r"config.data: the task reads .* 'caption' of <U7.*'image', 'label'"
+    says = r"config.data: the task reads batch.'caption'. of dtype <U7.*'image', 'label'"
     with pytest.raises(UserError, match=says):
         trainer_in(None, data__source=captioned, task=reading).fit()
     split = {'evals__test__data__source': captioned}

@@ -21,6 +21,7 @@ from trainer.experiment import Experiment
 from trainer.inputs import fingerprint
 from trainer.observe.reporter import check_row
 from trainer.parallel import processes
+from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
@@ -260,13 +261,18 @@ class Parts:
         """Returns a restored state with the health to resume from.
 
         Args:
-            state: of a checkpoint.
+            state: fresh, or of a checkpoint.
             kept: what `health.kept` returned when it was saved.
         """
-        if self.programs.abstract.health is None:
+        abstract = self.programs.abstract.health
+        if abstract is None:
             return state
-        fresh = self.programs.examine(state.durable)
-        return dataclasses.replace(state, health=health.restored(fresh, kept))
+        clean = jax.device_put(np.zeros(abstract.packed.shape, np.int32), abstract.packed.sharding)
+        state = dataclasses.replace(state, health=health.Health(clean))
+        found = health.Health(clean)
+        if self.experiment.ensemble is not None or fetch(self.programs.sweep(state).kind):
+            found = self.programs.examine(state.durable)  # Mostly there is nothing to count.
+        return dataclasses.replace(state, health=health.restored(found, kept))
 
     def as_configured(self, state: TrainState) -> TrainState:
         """Returns a restored state with the numbers that `config.ensemble.vary` has now."""

@@ -117,7 +117,7 @@ class Recovery:
             # An earlier call may have failed and left its counts behind.
             self._consumed.restart()
             self._restore_early_stopping({})
-            return self._parts.init_state(), 0
+            return self._parts.examined(self._parts.init_state()), 0
         if self._parts.workdir is not None and processes.is_primary():
             # A run that goes on there would delete what is read here.
             self._parts.workdir.claim()

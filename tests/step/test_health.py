@@ -52,7 +52,10 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     function = trainer.programs._train_step
     if sweeps:  # As on an accelerator.
         function = dataclasses.replace(function, sweeps=True)
-    step, state = jax.jit(lambda state, batch: function(state, batch)), trainer.init_state()
+    step, state = (
+        jax.jit(lambda state, batch: function(state, batch)),
+        trainer.examined(trainer.init_state()),
+    )
     states = [state]
     with trainer.batches(0, [1] * steps) as batches:
         for _, batch in batches:
@@ -142,7 +145,7 @@ def test_without_a_copy_to_run_again(
     [
         (
             linen(bad=1, how='gradient'), {},
-            f'First non-finite step: {STEP}.\nThe loss and the output of every module are finite, '
+            f'First non-finite step: {STEP}.\nThe loss and the output of every module are finite, but '
             'the gradients are not: ',
         ),
         (

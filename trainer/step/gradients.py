@@ -149,10 +149,13 @@ class Gradients:
         values, pullback, (output, collections, weights) = jax.vjp(
             losses, state.params, has_aux=True
         )
-        # Rows that do not count leave nothing behind, and nor does a slice that has no others.
-        counts = sum(weights.values()) != 0
-        collections = choose(counts, collections, state.collections)
-        return _Forward(pullback, values, output, collections, weights)
+        # Before the task has been traced it is not known.
+        is_weighted = self.task.is_weighted is not False
+        if is_weighted:
+            # Rows that do not count leave nothing behind, nor does a slice that has no others.
+            counts = sum(weights.values()) != 0
+            collections = choose(counts, collections, state.collections)
+        return _Forward(pullback, values, output, collections, weights, is_weighted)
 
     def _measure(self, forward: _Forward) -> dict[str, Any]:
         output = forward.output
@@ -191,6 +194,7 @@ class _Forward:
         output: of the task.
         collections: after the pass.
         weights: the sum of each loss's weights.
+        is_weighted: whether the task gives weights.
     """
 
     pullback: Callable[..., tuple[Any]]
@@ -198,6 +202,7 @@ class _Forward:
     output: TaskOutput
     collections: dict[str, Any]
     weights: dict[str, jax.Array]
+    is_weighted: bool
 
     def pull(self, name: str | None, loss: Any, penalty: Any) -> Any:
         """Returns the gradient of loss x (the sum of the named loss) + penalty x (penalties).
@@ -206,7 +211,7 @@ class _Forward:
         """
         factors = {each: jnp.float32(loss if each == name else 0.0) for each in self.weights}
         grads = self.pullback((factors, jnp.float32(penalty)))[0]
-        if name is None:
+        if name is None or not self.is_weighted:
             return grads
         # Where no row counts there is none that could stand in for the others, whatever they hold.
         counts = self.weights[name] != 0

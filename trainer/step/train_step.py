@@ -123,9 +123,7 @@ class TrainStep:
             opt_state=opt_state,
             # A copy: two leaves of one donated state must not share a buffer.
             ema=None if self.ema_decay is None else jax.tree.map(_average_of, params),
-            health=self.examine(dataclasses.replace(state, opt_state=opt_state))
-            if self.watches
-            else None,
+            health=Health.clean(params, opt_state) if self.watches else None,
         )
 
     def examine(self, state: TrainState) -> Health:
