@@ -202,7 +202,7 @@ def test_a_field_of_text_is_named() -> None:
     with pytest.raises(UserError, match=says):
         trainer_in(None, data__source=captioned, task=reading).fit()
     split = {'evals__test__data__source': captioned}
-    with pytest.raises(UserError, match=r"config.evals.test: .* 'caption' of <U7"):
+    with pytest.raises(UserError, match=r"config.evals.test: .*'caption'. of dtype <U7"):
         trainer_in(None, **split, evals__test__task=reading).fit()
     trainer = trainer_in(None, data__source=captioned, **split)
     assert trainer.fit().status == 'finished'

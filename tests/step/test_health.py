@@ -145,8 +145,8 @@ def test_without_a_copy_to_run_again(
     [
         (
             linen(bad=1, how='gradient'), {},
-            f'First non-finite step: {STEP}.\nThe loss and the output of every module are finite, but '
-            'the gradients are not: ',
+            f'First non-finite step: {STEP}.\nThe loss and the output of every module are finite, '
+            'but the gradients are not: ',
         ),
         (
             PLAIN, {'learning_rate': {'ref': f'{__name__}:broken_rate'}},
