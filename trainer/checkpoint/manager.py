@@ -130,7 +130,7 @@ class Checkpoints:
         try:
             state = reading.read_state(directory, abstract, empty.stored(meta))
         except reading.OtherState as error:
-            advice = 'Use the config of that checkpoint, or another --workdir.'
+            advice = 'Go back to the config of that checkpoint, or name another --workdir.'
             if error.only_slots_in_half:
                 advice = (
                     'The optimizer state of half-precision parameters is now kept in float32. To '
