@@ -2,19 +2,24 @@
 """CPU time of a training step beside another checkout of this project.
 
     python tests/benchmarks/beside.py /path/to/other mlp --pairs=15
+    python tests/benchmarks/beside.py /path/to/other mlp --passes
 
 Both train in processes of their own, and run in turn: while one is measured, the other is stopped.
 What counts is the CPU time of the whole process for each step: loop, input, rows and program. It
-prints the median of the ratios (this checkout / the other) with its 90 % interval.
+prints the median of the ratios (this checkout / the other) with its 90 % interval. `--passes` counts
+the kernels of the compiled step that read or write arrays of the shape of the largest parameter:
+passes over that parameter, its gradient, and its optimizer state.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import math
 import mmap
 import os
 import pathlib
+import re
 import signal
 import struct
 import subprocess
@@ -27,6 +32,8 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = {'mlp': 'mnist_mlp.py', 'cnn': 'mnist.py', 'lm': 'lm.py'}
 STEPS = struct.Struct('q')
+INSTRUCTION = re.compile(r' +(?:ROOT )?%\S+ = (\S+) ([\w\-]+)\((.*?)\)')
+KERNELS = ('fusion', 'copy', 'dot', 'custom-call', 'reduce', 'convolution')
 
 
 def work(config: str, counter: str, overrides: list[str]) -> None:
@@ -49,6 +56,32 @@ def work(config: str, counter: str, overrides: list[str]) -> None:
 
         trainer.report.stepped = count  # type: ignore[method-assign]
         trainer.fit()
+
+
+def count_passes(config: str) -> None:
+    """Prints the number of such kernels, by kind."""
+    import jax
+
+    from trainer.experiment import load_and_build
+    from trainer.trainer import Trainer
+
+    trainer = Trainer(load_and_build(config, evals={}))
+    largest = max(jax.tree.leaves(trainer.programs.abstract.params), key=lambda x: x.size)
+    shape = f'f32[{",".join(map(str, largest.shape))}]'
+    text = trainer.programs.step.ready().as_text()
+    entry = text[text.index('ENTRY') :]
+    # Where the shape of each value is, to know what a kernel reads.
+    made = {m[1]: m[2] for m in re.finditer(r'%([\w.\-]+) = (\S+) ', entry)}
+    kinds = collections.Counter()
+    for line in re.findall(r'^ +(?:ROOT )?%[\w.\-]+ = .*$', entry, re.M):
+        parts = INSTRUCTION.match(line)
+        if parts is None:
+            continue
+        result, kind, operands = parts.groups()
+        touched = [result, *(made.get(name, '') for name in re.findall(r'%([\w.\-]+)', operands))]
+        if kind in KERNELS and any(x.startswith(shape) for x in touched):
+            kinds[kind] += 1
+    print(f'{sum(kinds.values())} passes over {shape}: {dict(kinds)}')
 
 
 class Worker:
@@ -115,7 +148,15 @@ def main() -> None:
     parser.add_argument('--pairs', type=int, default=15)
     parser.add_argument('--secs', type=float, default=3.0)
     parser.add_argument('--steps', type=int, default=5, help='least number of steps in a turn')
+    parser.add_argument('--passes', action='store_true')
     args = parser.parse_args()
+    if args.passes:
+        for tree in (ROOT, args.other.resolve()):
+            env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(tree)}
+            print(f'{tree}: ', end='', flush=True)
+            command = [sys.executable, __file__, '--count', args.which]
+            subprocess.run(command, cwd=tree, env=env, check=True)
+        return
     workers = [Worker(tree, args.which, args.overrides) for tree in (ROOT, args.other.resolve())]
     try:
         for worker in workers:
@@ -135,7 +176,9 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    if sys.argv[1] == '--work':
+    if sys.argv[1] == '--count':
+        count_passes(f'configs/{CONFIGS[sys.argv[2]]}')
+    elif sys.argv[1] == '--work':
         work(f'configs/{CONFIGS[sys.argv[3]]}', sys.argv[2], sys.argv[4:])
     else:
         main()
