@@ -6,7 +6,8 @@
 
 Both train in processes of their own, and run in turn: while one is measured, the other is stopped.
 What counts is the CPU time of the whole process for each step: loop, input, rows and program. It
-prints the median of the ratios (this checkout / the other) with its 90 % interval. `--passes` counts
+prints the median of the ratios (this checkout / the other) with its 90 % interval. `--passes`
+counts
 the kernels of the compiled step that read or write arrays of the shape of the largest parameter:
 passes over that parameter, its gradient, and its optimizer state.
 """
