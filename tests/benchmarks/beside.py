@@ -6,10 +6,10 @@
 
 Both train in processes of their own, and run in turn: while one is measured, the other is stopped.
 What counts is the CPU time of the whole process for each step: loop, input, rows and program. It
-prints the median of the ratios (this checkout / the other) with its 90 % interval. `--passes`
-counts
-the kernels of the compiled step that read or write arrays of the shape of the largest parameter:
-passes over that parameter, its gradient, and its optimizer state.
+prints the median of the ratios (this checkout / the other) with its 90 % interval.
+
+With `--passes` it counts the kernels of the compiled step that read or write an array of the shape
+of the largest parameter: passes over it, its gradient and its optimizer state.
 """
 
 from __future__ import annotations
