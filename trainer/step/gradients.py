@@ -30,6 +30,7 @@ from trainer.step.task_runner import (
     penalty_sum,
 )
 from trainer.step.tasks import TaskOutput
+from trainer.step.weightless import compute_only_needed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +60,12 @@ class Gradients:
     def check_labels(self, state: TrainState, batch: Mapping[str, jax.Array]) -> Signs:
         """Returns what the task's checks find in a batch, without a gradient."""
         keys = Keys(seed=self.seed, mode='train', step=state.step)
-        output, _ = self._run_task(state.params, state, plain(batch), keys)
-        label, value = run_checks(output.checks, output.weights)
+
+        def check(fields: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            output, _ = self._run_task(state.params, state, fields, keys)
+            return run_checks(output.checks, output.weights)
+
+        label, value = compute_only_needed(check, plain(batch))
         return Signs(jnp.zeros((), jnp.float32), label, value)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
