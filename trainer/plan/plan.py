@@ -26,6 +26,7 @@ _KINDS_OF_STATE = {
     'average': 'ema',
     'collections': 'collections',
     'metrics': 'metrics',
+    'health': 'health',
 }
 
 
