@@ -230,7 +230,7 @@ class Trainer(Parts):
     def _end(self, step: int, state: TrainState) -> Result:
         """Final save and result."""
         self.report.flush()
-        self._probes.check(state)
+        self._probes.check(step, state)
         status = self._status(step)
         self._save(step, state)
         self._recovery.end(status, step, state)
@@ -286,7 +286,7 @@ class Trainer(Parts):
         # What is still queued is the steps' time, not the evaluation's.
         self.report.flush()
         jax.block_until_ready(state.step)
-        self._probes.check(state)
+        self._probes.check(step, state)
         evaluator = self.evaluators[name]
         compiled = evaluator.compile_secs
         with self.report.time.spent('eval'):
@@ -319,7 +319,7 @@ class Trainer(Parts):
             return
         # Rows first: they show why the check may end the run.
         self.report.flush()
-        self._probes.check(state)
+        self._probes.check(step, state)
         if self._recovery.save(step, state):
             self._notify('save', step, state)
 

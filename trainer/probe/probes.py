@@ -74,15 +74,15 @@ class Probes:
         """Waits for a state, and returns whether it may be saved; see `check`."""
         return self._watch is None or self._watch.is_sound(state)
 
-    def check(self, state: TrainState) -> None:
-        """Waits for a state, and checks that it may be evaluated and saved.
+    def check(self, step: int, state: TrainState) -> None:
+        """Waits for the state of a step, and checks that it may be evaluated and saved.
 
         Raises:
             NonFiniteError: see `config.guard`.
             UserError: if a label is out of its range.
         """
         if self._watch is not None:
-            self._watch.check(state)
+            self._watch.check(step, state)
 
     def run(
         self, batches: Prefetcher, batch: Batch, step: int, state: TrainState, *, stacked: bool

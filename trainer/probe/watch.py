@@ -73,6 +73,7 @@ class Watch:
         # The newest state known to be finite, and one that is not checked yet.
         self._kept: Kept | None = None
         self._next: Kept | None = None
+        self._checked: int | None = None
         self._named: set[int] = set()
 
     def begin(self, step: int, state: TrainState, place: Any) -> None:
@@ -83,7 +84,7 @@ class Watch:
             state: at this step; finite by definition.
             place: position of a stream, or None.
         """
-        self._pending, self._next = None, None
+        self._pending = self._next = self._checked = None
         self._kept = self._keep(step, state, place)
         self._named.clear()
 
@@ -111,22 +112,27 @@ class Watch:
             self._judge(pending, state)
             self._kept = self._next
 
-    def check(self, state: TrainState) -> None:
-        """Waits for the state's step, and checks that it is finite.
+    def check(self, step: int, state: TrainState) -> None:
+        """Waits for the state's step, and checks that it is finite; once for each step.
 
         Args:
-            state: after the step.
+            step: number of completed updates.
+            state: at this step.
 
         Raises:
             NonFiniteError: if a value is not finite, naming the step and where it began; for an
                 ensemble, if all members have diverged.
             UserError: if a label is out of its range.
         """
-        self._pending = None
-        self._judge(self._parts.programs.sweep(state), state)
-        self._kept = self._next or self._kept
+        if step == self._checked:
+            return
+        health, self._pending = self._pending, None
+        if health is None or self._next is None or self._next.step != step:
+            health = self._parts.programs.sweep(state)
+        self._judge(health, state)
+        self._kept, self._checked = self._next or self._kept, step
 
-    def _keep(self, step: int, state: TrainState, place: Any) -> Kept | None:
+    def _keep(self, step: int, state: TrainState, place: Any) -> Kept:
         """Returns a copy of a state if steps may have to be rerun, otherwise only its place."""
         on_cpu = self._parts.mesh.devices.flat[0].platform == 'cpu'
         if not on_cpu or nbytes(state) > _MOST_KEPT_BYTES:
