@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -44,6 +45,10 @@ _WHAT = {
 # On CPUs, copies of states up to this size are kept, to rerun steps.
 _MOST_KEPT_BYTES = 2**28
 
+# Time between two looks at states that are neither evaluated nor saved: a look costs as much as a
+# few steps of a small model.
+_LEAST_SECS = 1.0
+
 
 class Watch:
     """Reads the health of a run, and ends the run if it has diverged.
@@ -75,6 +80,7 @@ class Watch:
         self._next: Kept | None = None
         self._checked: int | None = None
         self._named: set[int] = set()
+        self._taken = 0.0
 
     def begin(self, step: int, state: TrainState, place: Any) -> None:
         """Sets the state that the run starts from.
@@ -89,8 +95,15 @@ class Watch:
         self._named.clear()
 
     def note(self, step: int, state: TrainState, place: Any) -> None:
-        """Takes a state; `poll` looks at it once its step is done. Arguments as of `begin`."""
-        if self._pending is not None and jax.process_count() > 1:
+        """Takes a state, if the last one was long ago; `poll` looks at it once its step is done.
+
+        Arguments as of `begin`. Several processes take every one: their clocks differ.
+        """
+        several, now = jax.process_count() > 1, time.monotonic()
+        if now < self._taken + _LEAST_SECS and not several:
+            return
+        self._taken = now
+        if self._pending is not None and several:
             self._judge(self._pending, state)
             self._kept = self._next
         self._pending = self._parts.programs.sweep(state)

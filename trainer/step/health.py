@@ -36,8 +36,8 @@ MOST_SKIPS = 50
 # The key of a batch's signs among the metrics of a step.
 SIGNS = '_signs'
 
-# Fields that a step must not change once updates have stopped.
-_FROZEN = ('params', 'opt_state', 'collections', 'ema', 'loss_scale')
+# Fields of a state that an update does not change once updates have stopped.
+_FROZEN = ('params', 'collections', 'ema', 'loss_scale')
 
 _BAD_STEP, _KIND, _VALUE, _SKIPS, _KNOWN = range(5)
 
@@ -109,10 +109,15 @@ class Health:
             step: number of the step, from 1.
             value: of a label.
         """
+        first = bad & ~self.is_bad
         bits = jax.lax.bitcast_convert_type(jnp.asarray(value, jnp.float32), jnp.int32)
-        found = jnp.stack([jnp.asarray(x, jnp.int32) for x in (step, kind, bits)])
-        packed = jnp.concatenate([found, self.packed[_SKIPS:]])
-        return Health(jnp.where(bad & ~self.is_bad, packed, self.packed))
+        # One number at a time: the compiler then sees what `is_bad` depends on, and updates do not
+        # wait for the whole array.
+        found = [
+            jnp.where(first, new, self.packed[index])[None]
+            for index, new in zip((_BAD_STEP, _KIND, _VALUE), (step, kind, bits), strict=True)
+        ]
+        return Health(jnp.concatenate([*found, self.packed[_SKIPS:]]))
 
     def skipping(self, skips: jax.Array) -> Health:
         """Returns the health with another number of skipped updates."""
@@ -258,19 +263,31 @@ def check_state(state: TrainState, *, whole: bool = False) -> Health:
     return health.flagged(bad_slots, SLOT, state.step)
 
 
-def unless_bad(health: Health, new: TrainState, old: TrainState) -> TrainState:
-    """Returns the new state, with the values of the old one where updates have stopped."""
-    kept = {name: choose(health.is_bad, getattr(old, name), getattr(new, name)) for name in _FROZEN}
-    return dataclasses.replace(new, health=health, **kept)
+def unless_bad(
+    health: Health, new: TrainState, old: TrainState, *, slots: bool = True
+) -> TrainState:
+    """Returns the new state, with the values of the old one where updates have stopped.
+
+    Args:
+        health: of the new state.
+        new: the state after an update.
+        old: the state before it.
+        slots: whether that includes the optimizer state.
+    """
+    fields = (*_FROZEN, 'opt_state') if slots else _FROZEN
+    return dataclasses.replace(new.keeping(health.is_bad, old, fields), health=health)
 
 
-def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
+def watch(
+    before: TrainState, after: TrainState, signs: Signs, *, slots: bool = True
+) -> TrainState:
     """Returns the state after a custom step, or the old one if its forward pass was bad.
 
     Args:
         before: the state before the step.
         after: the state after it.
         signs: of its forward pass.
+        slots: as in `unless_bad`.
     """
     assert after.health is not None
     early = check_signs(before, signs)
@@ -278,7 +295,7 @@ def watch(before: TrainState, after: TrainState, signs: Signs) -> TrainState:
     # However many updates the function makes, this is one step.
     step = jnp.where(health.is_bad & ~early.is_bad, before.step + 1, health.bad_step)
     health = Health(health.packed.at[_BAD_STEP].set(step))
-    return unless_bad(health, after, before)
+    return unless_bad(health, after, before, slots=slots)
 
 
 def copes(opt_state: Any) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -12,7 +13,7 @@ import optax
 
 from trainer.modules.bound import param_path
 from trainer.step.health import Health
-from trainer.step.loss_scale import LossScale
+from trainer.step.loss_scale import LossScale, choose
 
 
 @flax.struct.dataclass
@@ -56,6 +57,17 @@ class TrainState:
         if self.ema is None:
             return None
         return jax.tree.map(_in_dtype_of, self.params, self.ema)
+
+    def keeping(self, condition: jax.Array, old: TrainState, fields: Sequence[str]) -> TrainState:
+        """Returns the state with the values of another in some fields where a condition holds.
+
+        Args:
+            condition: bool scalar.
+            old: the other state.
+            fields: names of those fields.
+        """
+        kept = {name: choose(condition, getattr(old, name), getattr(self, name)) for name in fields}
+        return dataclasses.replace(self, **kept)
 
     def apply_gradients(
         self, *, grads: Any, tx: optax.GradientTransformation, **changes: Any
