@@ -278,9 +278,7 @@ def unless_bad(
     return dataclasses.replace(new.keeping(health.is_bad, old, fields), health=health)
 
 
-def watch(
-    before: TrainState, after: TrainState, signs: Signs, *, slots: bool = True
-) -> TrainState:
+def watch(before: TrainState, after: TrainState, signs: Signs, *, slots: bool = True) -> TrainState:
     """Returns the state after a custom step, or the old one if its forward pass was bad.
 
     Args:
