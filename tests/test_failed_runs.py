@@ -233,3 +233,28 @@ def test_the_files_of_a_command_that_fails(tmp_path: pathlib.Path) -> None:
     for chatter in ('absl', 'orbax'):
         assert chatter in debug
         assert chatter not in log
+
+
+class Missing(Broken):
+    """A source that cannot be opened."""
+
+    def __init__(self) -> None:
+        raise OSError('the disk is gone')
+
+
+def test_a_source_that_cannot_be_opened(tmp_path: pathlib.Path) -> None:
+    source = f'--config.data.source={json.dumps({"target": f"{__name__}:Missing"})}'
+    done = command.run(command.MLP, source, f'--workdir={tmp_path / "new"}')
+    assert done.code == 1
+    assert (tmp_path / 'new' / 'log.txt').read_text().rstrip().endswith('the disk is gone')
+    result = command.result(tmp_path / 'new')
+    assert (result['status'], result['step']) == ('failed', 0)
+    assert result['error']['message'] == 'the disk is gone'
+    # Nothing of an earlier run is lost.
+    command.train(tmp_path / 'old', '--config.train_for=5steps')
+    before = command.result(tmp_path / 'old')
+    assert command.run(command.MLP, source, f'--workdir={tmp_path / "old"}').code == 1
+    assert command.result(tmp_path / 'old') == before
+    # And a new one starts where there was none.
+    command.train(tmp_path / 'new', '--config.train_for=5steps')
+    assert command.result(tmp_path / 'new')['status'] == 'finished'

@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from trainer import startup
+from trainer import failure, startup
 from trainer.checkpoint import manager as checkpoint
 from trainer.checkpoint.manager import CheckpointError
 from trainer.config import diff, identity
 from trainer.config.errors import UserError, full_text
 from trainer.config.loading import LoadedConfig
 from trainer.dry_run import rehearse
-from trainer.experiment import build
+from trainer.experiment import Experiment, build
 from trainer.observe import logfile
 from trainer.observe.progress import Nowhere
 from trainer.parallel import last_words, processes, signals
@@ -85,7 +85,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         return _run(loaded, command, stop)
     stop.share()
     logfile.keep_stdout_for_python()
-    with processes.ending_together(watch):
+    with processes.ending_together(watch, stop):
         if processes.is_primary():
             return _run(loaded, command, stop)
         with contextlib.redirect_stdout(Nowhere()):
@@ -94,7 +94,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
 
 def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     logfile.quiet_absl()
-    experiment = build(loaded)
+    experiment = _build(loaded, command)
     if command.mode != 'train':
         signals.uninstall()  # Again: where processes have joined, JAX has a handler of its own.
     trainer = Trainer(
@@ -120,6 +120,28 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         logfile.record(text)
         print(text, file=sys.stderr)
         return 1
+
+
+def _build(loaded: LoadedConfig, command: Command) -> Experiment:
+    """Builds the experiment; if the user's code fails there, the work directory says why."""
+    try:
+        return build(loaded)
+    except UserError:
+        raise
+    except Exception as error:
+        if command.mode == 'train':
+            with contextlib.suppress(OSError):
+                _record_no_start(Workdir(command.workdir), error)
+        raise
+
+
+def _record_no_start(workdir: Workdir, error: Exception) -> None:
+    workdir.make()
+    logfile.route(workdir.path, jax.process_index())
+    logfile.record_error(error)
+    if processes.is_primary() and workdir.is_fresh():
+        described = failure.describe(error, 0)
+        workdir.write_result('failed', 0, None, None, {}, described)
 
 
 def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:

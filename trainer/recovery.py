@@ -28,6 +28,9 @@ from trainer.step import health
 from trainer.step.state import TrainState
 from trainer.workdir import describe_run, now, versions
 
+# How long a failed process waits for the others to fail in the same way.
+_RESCUE_SECS = 10
+
 
 class Recovery:
     """Starts a run from what the last one kept, and keeps what the next one needs.
@@ -198,8 +201,15 @@ class Recovery:
             self._report.sync()
             self._parts.checkpoints.amend(step, self._measured(step))
 
-    def end(self, status: str, step: int, state: TrainState) -> None:
-        """Waits for the saves, and writes `result.json` if the run is not merely paused."""
+    def end(self, status: str, step: int, state: TrainState, *, failed: bool = False) -> None:
+        """Waits for the saves, and writes `result.json` if the run is not merely paused.
+
+        Args:
+            status: of the run.
+            step: number of completed updates.
+            state: at this step.
+            failed: whether an error of this process, which `abandon` records, is raised next.
+        """
         checkpoints, workdir = self._parts.checkpoints, self._parts.workdir
         if checkpoints is None or workdir is None:
             self._paused = (state, step)
@@ -212,7 +222,7 @@ class Recovery:
             data_digest = self._consumed.digest()
             if processes.is_primary():
                 workdir.write_result(status, step, digest, data_digest, metrics)
-        self._running = self._failed = False
+        self._running, self._failed = False, failed
         workdir.end_run(status, step)
         workdir.release()
 
@@ -264,11 +274,14 @@ class Recovery:
         """Whether a run that an error ends may save its state, which the next start resumes from.
 
         Not if the guard has stopped it, if a failed step has donated its buffers, or if a save has
-        just failed. Nor with several processes: a save needs all, and only one may have failed.
+        just failed. Nor if only some of several processes have failed here: a save needs all.
         """
         if isinstance(error, (CheckpointError, NonFiniteError)):
             return False
-        if step == 0 or jax.process_count() > 1 or _is_gone(state):
+        checkpoints = self._parts.checkpoints
+        if step == 0 or _is_gone(state) or (checkpoints is not None and checkpoints.has(step)):
+            return False
+        if not processes.all_arrive(f'rescue at step {step}', _RESCUE_SECS):
             return False
         try:
             jax.block_until_ready(state)

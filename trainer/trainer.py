@@ -6,17 +6,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-from trainer import failure, startup
+from trainer import startup
 from trainer.evaluate.evaluator import Stopped
-from trainer.events import Event
 from trainer.experiment import Experiment
+from trainer.hooks import Hooks
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
@@ -27,8 +26,6 @@ from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
 from trainer.recovery import Recovery
 from trainer.step.state import TrainState
-
-_log = logging.getLogger('trainer')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +93,7 @@ class Trainer(Parts):
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
         self.report = Reporter(total, batch_size, screen, members)
         self._probes = Probes(self, self.report)
-        self._hooks_begun = False
+        self._hooks = Hooks(self, self.report)
         self._stop, self._given_stop = StopRequest(), stop
         # What `_rescue` saves: the last completed step.
         self._reached: tuple[int, TrainState] | None = None
@@ -143,7 +140,7 @@ class Trainer(Parts):
                 try:
                     self._recovery.abandon(error)
                 finally:
-                    self._notify_failed(error)
+                    self._hooks.end_failed(error)
             raise
         finally:
             self._reached = None
@@ -199,7 +196,7 @@ class Trainer(Parts):
                 program.ready()
         self._probes.begin(step, state)
         report.begin(step)
-        self._stop.starting = False  # From here on a signal has something to save.
+        self._stop.starting = self._stop.at_end = False  # Now a signal has something to save.
         return state, step
 
     def _run_events(
@@ -215,7 +212,9 @@ class Trainer(Parts):
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.total_steps:
             # Its row is fetched when it is there: see Reporter.
-            self.report.log(step, state.metrics)
+            health = None if self.experiment.ensemble is None else state.health
+            stopped = None if health is None else health.is_bad
+            self.report.log(step, state.metrics, stopped=stopped)
             self._recovery.check_saves()
             if log_due:  # Or else a longer run goes on counting where this one left off.
                 state = dataclasses.replace(state, metrics=self.programs.empty_metrics())
@@ -233,8 +232,11 @@ class Trainer(Parts):
         self._probes.check(step, state)
         status = self._status(step)
         self._save(step, state)
-        self._recovery.end(status, step, state)
-        self._notify('end', step, state, status=status)
+        self._recovery.end(status, step, state, failed=self._hooks.error is not None)
+        self._stop.at_end = True
+        if self._hooks.error is not None:
+            raise self._hooks.error
+        self._hooks.end(step, state, status)
         self.report.end(status, step)
         return Result(status=status, step=step, metrics=dict(self.report.latest), state=state)
 
@@ -323,42 +325,5 @@ class Trainer(Parts):
         if self._recovery.save(step, state):
             self._notify('save', step, state)
 
-    def _notify(self, kind: str, step: int, state: TrainState | None, **more: Any) -> None:
-        if not self.experiment.hooks:
-            return
-        if kind == 'log':
-            # Waits for the row's step, so that a hook gets row and state of the same step.
-            self.report.flush()
-        event = Event(
-            kind=kind,
-            step=step,
-            state=state,
-            metrics=dict(self.report.latest),
-            workdir=None if self.workdir is None else str(self.workdir.path),
-            row=self.report.row if kind in ('log', 'eval') else {},
-            config=self.experiment.config,
-            **more,
-        )
-        self._hooks_begun = kind != 'end'
-        if kind != 'end':
-            for hook in self.experiment.hooks.values():
-                hook(event)
-            return
-        # All of them hear of the end, whatever one of them makes of it.
-        errors = []
-        for hook in self.experiment.hooks.values():
-            try:
-                hook(event)
-            except Exception as error:
-                errors.append(error)
-        for late in errors[1:] if event.error is None else errors:
-            _log.warning("a hook failed at the 'end' of this run: %s", failure.summary(late))
-        if errors and event.error is None:
-            raise errors[0]
-
-    def _notify_failed(self, error: BaseException) -> None:
-        """Calls the hooks at the end of a failed run; if one of them fails, it warns."""
-        if not self._hooks_begun:
-            return
-        status, text = failure.status(error), failure.summary(error)
-        self._notify('end', self.report.step, None, status=status, error=text)
+    def _notify(self, kind: str, step: int, state: TrainState, **more: Any) -> None:
+        self._hooks.call(kind, step, state, self._stop, **more)

@@ -269,6 +269,10 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
     assert out.count('member 1 (seed 1, optimizer.learning_rate 3e+38) has diverged') == 1
     bad = int(result.state.health.bad_step[1])
     assert result.state.health.bad_step.tolist() == [0, bad, 0] and bad > 0
+    # Its values count no more in the means over the members.
+    row = result.metrics
+    each = [row[f'train/member_{member}/loss'] for member in (0, 2)]
+    assert row['train/loss'] == pytest.approx(np.mean(each)) and np.isfinite(each).all()
     sound = Trainer(ensemble((0.01, 0.015, 0.02))).fit().state
     for member in (0, 2):
         assert same(member_state(result.state, member), member_state(sound, member))

@@ -144,20 +144,27 @@ class Reporter:
         if self._pending is not None and self._pending.is_ready():
             self.flush()
 
-    def log(self, step: int, metrics: Any) -> None:
-        """Takes the accumulators of a log event; `flush` or a later `stepped` writes their row."""
+    def log(self, step: int, metrics: Any, *, stopped: Any = None) -> None:
+        """Takes the accumulators of a log event; `flush` or a later `stepped` writes their row.
+
+        Args:
+            step: number of completed updates.
+            metrics: the accumulators.
+            stopped: of an ensemble, bool (members,): which have diverged. They are left out of the
+                means over its members.
+        """
         self.flush()
         (before, waited), secs = self._waited, self.time.get('data wait')
         self._waited = (step, secs)
-        self._pending = _Pending(step, metrics, (secs - waited) / (step - before))
+        self._pending = _Pending(step, (metrics, stopped), (secs - waited) / (step - before))
 
     def flush(self) -> None:
         """Writes the row that waits, if one does; blocks until its step is done."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
-        step, metrics = pending.step, fetch(pending.metrics)
-        row = flat_row(metrics)
+        step = pending.step
+        row = flat_row(*fetch(pending.values))
         # Read now, when the step is known to be done, and not when it was dispatched.
         (began_step, began), self._mark = self._mark, (step, self._busy())
         steps, secs = step - began_step, self._mark[1] - began
@@ -231,26 +238,30 @@ class Reporter:
 class _Pending:
     """A row whose step may not be done yet."""
 
-    def __init__(self, step: int, metrics: Any, data_wait_secs: float):
+    def __init__(self, step: int, values: Any, data_wait_secs: float):
         self.step = step
-        self.metrics = metrics
+        self.values = values
         self.data_wait_secs = data_wait_secs
         # One call of a program makes them all.
-        self._one = next((x for x in jax.tree.leaves(metrics) if isinstance(x, jax.Array)), None)
+        self._one = next((x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)), None)
 
     def is_ready(self) -> bool:
         return self._one is None or self._one.is_ready()  # type: ignore[attr-defined]
 
 
-def flat_row(metrics: Any) -> Measured:
+def flat_row(metrics: Any, stopped: Any = None) -> Measured:
     """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer.
 
     Of an ensemble the means over its members, and under 'train/member_<i>/...' those of each.
+
+    Args:
+        metrics: the accumulators.
+        stopped: of an ensemble, bool (members,): which to leave out of the means; not if all are.
     """
     computed = compute_metrics(fetch(metrics))
     if isinstance(metrics, PerMember):
         rows = [_flat(each) for each in computed]
-        row = mean_and_each(rows)
+        row = mean_and_each(rows, leave_out=() if stopped is None else np.flatnonzero(stopped))
         # No member has the mean of several learning rates.
         for name in rows[0]:
             if name.split('/')[0] == 'learning_rate' and len({each[name] for each in rows}) > 1:

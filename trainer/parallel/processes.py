@@ -26,6 +26,7 @@ import numpy as np
 from trainer.config import diff
 from trainer.config.errors import UserError, full_text
 from trainer.parallel.rendezvous import EXIT_PEER_FAILED, meet
+from trainer.parallel.signals import StopRequest
 from trainer.parallel.watch import PeerWatch, connect
 
 
@@ -185,6 +186,19 @@ def sum_over_processes(value: int) -> int:
     return sum((int(high) << 32) + int(low) for high, low in halves) % 2**64
 
 
+def all_arrive(where: str, timeout_secs: int) -> bool:
+    """Returns whether all processes call this with the same text within some seconds."""
+    if jax.process_count() == 1:
+        return True
+    from orbax.checkpoint.multihost import get_barrier_sync_fn
+
+    try:
+        get_barrier_sync_fn()(key=where, timeout_ms=1000 * timeout_secs)
+    except Exception:  # Of the runtime, for want of time or because another one is gone.
+        return False
+    return True
+
+
 def _gather_bytes(content: bytes) -> list[bytes]:
     sizes = _gather(np.array([len(content)], np.uint32))[:, 0]
     padded = np.frombuffer(content.ljust(sizes.max()), np.uint8)
@@ -199,18 +213,22 @@ def _gather(row: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def ending_together(watch: PeerWatch) -> Iterator[None]:
+def ending_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
     """Ends this process at once when what runs inside fails, or when another process is gone.
 
     An ordinary exit would wait for the others, who wait in a collective for this process.
 
     Args:
         watch: from `join`.
+        stop: of the run.
     """
     try:
         yield
         watch.close()
     except BaseException as error:
+        if stop.at_end:
+            watch.close()
+            raise
         if isinstance(error, UserError):
             print(f'Error: {full_text(error)}', file=sys.stderr)
             code = error.exit_code

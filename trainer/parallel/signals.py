@@ -32,6 +32,7 @@ class StopRequest:
         signal: the number of the first signal that arrived, or None.
         shared: whether several processes must stop at the same poll.
         starting: whether there is nothing to save yet, so that a signal ends the process at once.
+        at_end: whether all processes have ended the run in order, so that none waits for another.
     """
 
     def __init__(self, signal: int | None = None, *, starting: bool = False):
@@ -39,6 +40,7 @@ class StopRequest:
         self.signal = signal
         self.shared = False
         self.starting = starting
+        self.at_end = False
         self._polls = 0
         self._agreed = False
 
@@ -58,6 +60,12 @@ class StopRequest:
             if self._agreed and self.signal is None:
                 self.signal = signal.SIGTERM
         return self._agreed
+
+    def ask(self) -> bool:
+        """Asks all processes to stop after the same step; returns whether there are several."""
+        if self.shared:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return self.shared
 
     def share(self) -> None:
         """From now on several processes stop together; `jax.distributed` must be initialised."""
