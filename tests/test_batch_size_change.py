@@ -14,7 +14,7 @@ import pytest
 
 from data.digest import DataDigest
 from data.order import PADDING, combine
-from tests import command
+from tests import command, small
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
@@ -28,16 +28,9 @@ LATER = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 156}
 
 
 def trainer_in(workdir: pathlib.Path | None, *, allow: bool = True, **overrides: Any) -> Trainer:
-    options = {
-        'train_for': '2 epochs',
-        'data__source__limit': EXAMPLES,
-        'evals__test__data__source__limit': 100,
-        'checkpoint__every': 'never',
-        'log__every': '1 steps',
-    }
-    config = str(ROOT / 'configs' / 'mnist_mlp.py')
-    experiment = load_and_build(config, **{**options, **overrides})
-    return Trainer(experiment, None if workdir is None else str(workdir), allow_config_change=allow)
+    options: dict[str, Any] = {'train_for': '2 epochs', 'log__every': '1 steps'}
+    options |= {'data__source__limit': EXAMPLES, 'evals__test__every': '1 epochs'}
+    return small.trainer_in(workdir, allow=allow, **{**options, **overrides})
 
 
 def rows(workdir: pathlib.Path, name: str) -> dict[int, float]:

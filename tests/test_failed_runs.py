@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests import command
+from tests import command, small
 from trainer.checkpoint.manager import CheckpointError, Checkpoints
 from trainer.checkpoint.retention import Retention
 from trainer.config.errors import UserError
 from trainer.events import Event
-from trainer.experiment import load_and_build
 from trainer.parallel import last_words
 from trainer.probe.guard import NonFiniteError
 from trainer.trainer import Trainer
@@ -69,17 +68,11 @@ def leave(event: Event) -> None:
 
 
 def trainer_in(workdir: pathlib.Path, hook: str | None = None, **overrides: Any) -> Trainer:
-    options = {
-        'train_for': '40 steps',
-        'data__source__limit': 640,
-        'evals__test__data__source__limit': 100,
-        'evals__test__every': 'never',
-        'log__every': '10 steps',
-    }
+    options: dict[str, Any] = {'train_for': '40 steps', 'evals__test__every': 'never'}
+    options['checkpoint__every'] = '1 epochs'
     if hook is not None:
         options['hooks'] = {'hook': {'ref': f'{__name__}:{hook}'}}
-    path = str(command.ROOT / 'configs' / 'mnist_mlp.py')
-    return Trainer(load_and_build(path, **{**options, **overrides}), str(workdir))
+    return small.trainer_in(workdir, **{**options, **overrides})
 
 
 def run_json(workdir: pathlib.Path) -> dict[str, Any]:

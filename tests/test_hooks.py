@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.command import ROOT, result
+from tests import small
+from tests.command import result
 from trainer.events import Event
-from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
 SEEN: list[tuple[Event, int | None]] = []
@@ -32,17 +32,8 @@ def none_seen() -> None:
 
 
 def trainer_in(workdir: pathlib.Path | None, **overrides: Any) -> Trainer:
-    options = {
-        'train_for': '50 steps',
-        'data__source__limit': 640,
-        'evals__test__data__source__limit': 100,
-        'evals__test__every': '20 steps',
-        'checkpoint__every': '25 steps',
-        'log__every': '10 steps',
-        'hooks': {'see': {'ref': f'{__name__}:see'}},
-    }
-    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
-    return Trainer(experiment, None if workdir is None else str(workdir))
+    options = {'checkpoint__every': '25 steps', 'hooks': {'see': {'ref': f'{__name__}:see'}}}
+    return small.trainer_in(workdir, **{**options, **overrides})
 
 
 def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:

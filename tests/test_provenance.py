@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from tests import small
 from tests.command import ROOT
 from trainer import provenance
-from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
 
@@ -154,13 +154,7 @@ def run_json(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def trainer_in(workdir: pathlib.Path) -> Trainer:
-    options = {
-        'train_for': '4 steps',
-        'data__source__limit': 64,
-        'evals__test__data__source__limit': 64,
-    }
-    path = str(ROOT / 'configs' / 'mnist_mlp.py')
-    return Trainer(load_and_build(path, **options), str(workdir))
+    return small.trainer_in(workdir, train_for='4 steps')
 
 
 def test_a_run_says_what_code_it_ran(

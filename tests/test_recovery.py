@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.command import ROOT, wait_for
+from tests import small
+from tests.command import wait_for
 from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.manager import CheckpointError
 from trainer.config.errors import UserError
 from trainer.events import Event
-from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 from trainer.workdir import Workdir
 
@@ -34,17 +34,8 @@ def fail(event: Event) -> None:
 
 
 def trainer_in(workdir: pathlib.Path | None, **overrides: Any) -> Trainer:
-    options = {
-        'train_for': '50 steps',
-        'data__source__limit': 640,
-        'evals__test__data__source__limit': 100,
-        'evals__test__every': '20 steps',
-        'checkpoint__every': 'never',
-        'log__every': '10 steps',
-        'hooks': {'fail': {'ref': f'{__name__}:fail'}},
-    }
-    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
-    return Trainer(experiment, None if workdir is None else str(workdir))
+    options = {'hooks': {'fail': {'ref': f'{__name__}:fail'}}}
+    return small.trainer_in(workdir, **{**options, **overrides})
 
 
 def files(workdir: pathlib.Path) -> dict[str, bytes]:

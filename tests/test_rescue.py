@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import signal
@@ -17,10 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.command import CLOCK, ROOT
+from tests import small
+from tests.command import CLOCK
 from trainer.config.errors import UserError, full_text
 from trainer.events import Event
-from trainer.experiment import load_and_build
 from trainer.probe.guard import NonFiniteError
 from trainer.step.metrics import WeightedMean
 from trainer.step.tasks import Classification
@@ -102,18 +101,9 @@ def failing_task(model: Any, batch: Any) -> Any:
 def trainer_in(
     workdir: pathlib.Path | None, hook: Hook | None = None, *, devices: int = 1, **overrides: Any
 ) -> Trainer:
-    options = {
-        'train_for': '50 steps',
-        'data__source__limit': 640,
-        'evals__test__data__source__limit': 100,
-        'evals__test__every': '20 steps',
-        'checkpoint__every': 'never',
-        'log__every': '10 steps',
-    }
-    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
+    trainer = small.trainer_in(workdir, **overrides)
     if hook is not None:
-        experiment = dataclasses.replace(experiment, hooks={'mine': hook})
-    trainer = Trainer(experiment, None if workdir is None else str(workdir))
+        trainer.experiment.hooks['mine'] = hook
     # On one CPU device the loop itself reads the data; on several a thread does.
     kind = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((devices,), ('data',), kind, devices=jax.devices()[:devices])

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trainer whose runs take about a second."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from tests.command import ROOT
+from trainer.experiment import load_and_build
+from trainer.trainer import Trainer
+
+_OPTIONS = {
+    'train_for': '50 steps',
+    'data__source__limit': 640,
+    'evals__test__data__source__limit': 100,
+    'evals__test__every': '20 steps',
+    'checkpoint__every': 'never',
+    'log__every': '10 steps',
+}
+
+
+def trainer_in(workdir: pathlib.Path | None, *, allow: bool = False, **overrides: Any) -> Trainer:
+    """Returns a trainer of a small MLP.
+
+    Args:
+        workdir: of its runs, or None.
+        allow: whether its config may differ from that of the run in there.
+        **overrides: of the config, with '__' for dots.
+    """
+    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**_OPTIONS, **overrides})
+    directory = None if workdir is None else str(workdir)
+    return Trainer(experiment, directory, allow_config_change=allow)
