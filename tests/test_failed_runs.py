@@ -248,6 +248,10 @@ def test_a_source_that_cannot_be_opened(tmp_path: pathlib.Path) -> None:
     before = command.result(tmp_path / 'old')
     assert command.run(command.MLP, source, f'--workdir={tmp_path / "old"}').code == 1
     assert command.result(tmp_path / 'old') == before
+    # Nor is the error, where nothing can be written.
+    (tmp_path / 'file').touch()
+    done = command.run(command.MLP, source, f'--workdir={tmp_path / "file"}')
+    assert done.code == 1 and 'the disk is gone' in done.err
     # And a new one starts where there was none.
     command.train(tmp_path / 'new', '--config.train_for=5steps')
     assert command.result(tmp_path / 'new')['status'] == 'finished'

@@ -7,8 +7,11 @@ import logging
 from typing import Any
 
 from trainer import failure
+from trainer.config.errors import UserError
 from trainer.events import Event
 from trainer.observe.reporter import Reporter
+from trainer.parallel import processes
+from trainer.parallel.rendezvous import EXIT_PEER_FAILED
 from trainer.parallel.signals import StopRequest
 from trainer.parts import Parts
 from trainer.step.state import TrainState
@@ -16,14 +19,20 @@ from trainer.step.state import TrainState
 _log = logging.getLogger('trainer')
 
 
+class PeerHookError(UserError):
+    """A hook has failed in another process, and all have stopped for it with everything saved."""
+
+    exit_code = EXIT_PEER_FAILED
+
+
 class Hooks:
     """The hooks of a run.
 
-    A hook that fails ends the run. Where several processes can agree on a step to stop at, that is
-    where: one of them alone cannot save.
+    A hook that fails ends the run. One process alone cannot save, so several stop after a step that
+    all agree on, and the other hooks are called until then.
 
     Attributes:
-        error: the error of the hook that failed, once the processes were asked to stop for it.
+        error: that of the first hook that failed, if the processes were asked to stop for it.
     """
 
     def __init__(self, parts: Parts, report: Reporter):
@@ -34,6 +43,7 @@ class Hooks:
             report: the run's rows.
         """
         self.error: Exception | None = None
+        self._hooks = dict(parts.experiment.hooks)
         self._parts = parts
         self._report = report
         self._begun = False
@@ -48,19 +58,45 @@ class Hooks:
             stop: asked to stop if a hook fails, where that stops several processes.
             **more: other attributes of the event.
         """
-        hooks = self._parts.experiment.hooks
-        if not hooks or self.error is not None:
+        if not self._hooks:
             return
         if kind == 'start':
             self._begun = True
         event = self._event(kind, step, state, **more)
-        try:
-            for hook in hooks.values():
+        for name, hook in list(self._hooks.items()):
+            try:
                 hook(event)
-        except Exception as error:
-            if not stop.ask():
-                raise
-            self.error = error
+            except Exception as error:
+                if not stop.ask():
+                    raise
+                _log.warning('config.hooks.%s failed at step %d', name, step, exc_info=error)
+                self.error = self.error or error
+                del self._hooks[name]
+
+    def raise_late(self, step: int) -> None:
+        """Raises the error of a hook for which the processes have stopped; all must call it.
+
+        Args:
+            step: at which they have.
+
+        Raises:
+            PeerHookError: where only hooks of other processes have failed.
+        """
+        mine = None if self.error is None else failure.summary(self.error)
+        found = enumerate(processes.gather(mine) if self._parts.experiment.hooks else ())
+        others = [f'process {number}: {text}' for number, text in found if text is not None]
+        if self.error is not None:
+            raise self.error
+        if others:
+            raise PeerHookError(
+                f'a hook has failed in another process, and all stopped at step {step:,}. '
+                f'{"; ".join(others)}'
+            )
+
+    def note_on(self, error: BaseException) -> None:
+        """Adds to an error that a hook had failed before it."""
+        if self.error is not None and self.error is not error:
+            error.add_note(f'A hook had failed before: {failure.summary(self.error)}')
 
     def end(
         self, step: int, state: TrainState | None, status: str, error: str | None = None
@@ -78,7 +114,7 @@ class Hooks:
         self._begun = False
         event = self._event('end', step, state, status=status, error=error)
         errors = []
-        for hook in self._parts.experiment.hooks.values():
+        for hook in self._hooks.values():
             try:
                 hook(event)
             except Exception as found:

@@ -130,7 +130,7 @@ def _build(loaded: LoadedConfig, command: Command) -> Experiment:
         raise
     except Exception as error:
         if command.mode == 'train':
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # Such as a disk that is full, too.
                 _record_no_start(Workdir(command.workdir), error)
         raise
 

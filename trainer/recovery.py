@@ -28,9 +28,6 @@ from trainer.step import health
 from trainer.step.state import TrainState
 from trainer.workdir import describe_run, now, versions
 
-# How long a failed process waits for the others to fail in the same way.
-_RESCUE_SECS = 10
-
 
 class Recovery:
     """Starts a run from what the last one kept, and keeps what the next one needs.
@@ -201,15 +198,8 @@ class Recovery:
             self._report.sync()
             self._parts.checkpoints.amend(step, self._measured(step))
 
-    def end(self, status: str, step: int, state: TrainState, *, failed: bool = False) -> None:
-        """Waits for the saves, and writes `result.json` if the run is not merely paused.
-
-        Args:
-            status: of the run.
-            step: number of completed updates.
-            state: at this step.
-            failed: whether an error of this process, which `abandon` records, is raised next.
-        """
+    def end(self, status: str, step: int, state: TrainState) -> None:
+        """Waits for the saves, and writes `result.json` if the run is not merely paused."""
         checkpoints, workdir = self._parts.checkpoints, self._parts.workdir
         if checkpoints is None or workdir is None:
             self._paused = (state, step)
@@ -222,7 +212,7 @@ class Recovery:
             data_digest = self._consumed.digest()
             if processes.is_primary():
                 workdir.write_result(status, step, digest, data_digest, metrics)
-        self._running, self._failed = False, failed
+        self._running = self._failed = False
         workdir.end_run(status, step)
         workdir.release()
 
@@ -236,7 +226,8 @@ class Recovery:
     ) -> None:
         """Saves the completed steps when an error ends the run; keeps them without a directory.
 
-        Evaluations that were due at this step and have not run will run at the next start.
+        Evaluations that were due at this step and have not run will run at the next start. All
+        processes must call it.
 
         Args:
             step: number of completed updates.
@@ -274,14 +265,10 @@ class Recovery:
         """Whether a run that an error ends may save its state, which the next start resumes from.
 
         Not if the guard has stopped it, if a failed step has donated its buffers, or if a save has
-        just failed. Nor if only some of several processes have failed here: a save needs all.
+        just failed, in any process.
         """
-        if isinstance(error, (CheckpointError, NonFiniteError)):
-            return False
-        checkpoints = self._parts.checkpoints
-        if step == 0 or _is_gone(state) or (checkpoints is not None and checkpoints.has(step)):
-            return False
-        if not processes.all_arrive(f'rescue at step {step}', _RESCUE_SECS):
+        failed = isinstance(error, (CheckpointError, NonFiniteError))
+        if processes.sum_over_processes(step == 0 or failed or _is_gone(state)):
             return False
         try:
             jax.block_until_ready(state)

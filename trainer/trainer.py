@@ -27,6 +27,9 @@ from trainer.probe.probes import Probes
 from trainer.recovery import Recovery
 from trainer.step.state import TrainState
 
+# How long a process that fails waits for the others to fail too.
+_MEETING_SECS = 10
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
@@ -95,6 +98,7 @@ class Trainer(Parts):
         self._probes = Probes(self, self.report)
         self._hooks = Hooks(self, self.report)
         self._stop, self._given_stop = StopRequest(), stop
+        self._fits = 0
         # What `_rescue` saves: the last completed step.
         self._reached: tuple[int, TrainState] | None = None
         self._recovery = Recovery(
@@ -126,6 +130,7 @@ class Trainer(Parts):
                 only now, such as a batch that does not divide over the mesh.
         """
         self._stop = self._given_stop or StopRequest()
+        self._hooks, self._fits = Hooks(self, self.report), self._fits + 1
         try:
             several = jax.process_count() > 1
             with (
@@ -134,6 +139,7 @@ class Trainer(Parts):
             ):
                 return self._fit(max_steps, until_end)
         except BaseException as error:
+            self._hooks.note_on(error)
             try:
                 self._rescue(error)
             finally:
@@ -196,7 +202,7 @@ class Trainer(Parts):
                 program.ready()
         self._probes.begin(step, state)
         report.begin(step)
-        self._stop.starting = self._stop.at_end = False  # Now a signal has something to save.
+        self._stop.starting = False  # From here on a signal has something to save.
         return state, step
 
     def _run_events(
@@ -232,22 +238,28 @@ class Trainer(Parts):
         self._probes.check(step, state)
         status = self._status(step)
         self._save(step, state)
-        self._recovery.end(status, step, state, failed=self._hooks.error is not None)
-        self._stop.at_end = True
-        if self._hooks.error is not None:
-            raise self._hooks.error
+        self._hooks.raise_late(step)
+        self._recovery.end(status, step, state)
         self._hooks.end(step, state, status)
         self.report.end(status, step)
         return Result(status=status, step=step, metrics=dict(self.report.latest), state=state)
 
     def _rescue(self, error: BaseException) -> None:
         """Keeps the state of the last completed step, before an error ends the run."""
-        if self._reached is None:
+        if self._reached is None or not self._all_failed(self._reached[0]):
             return
         if isinstance(error, KeyboardInterrupt) and self._stop.signal == signal.SIGINT:
             self._recovery.remember(*self._reached)  # The second Ctrl-C: at once.
         else:
             self._recovery.rescue(*self._reached, error, is_sound=self._probes.is_sound)
+
+    def _all_failed(self, step: int) -> bool:
+        """Whether all processes end with an error at this step: one alone cannot save."""
+        if jax.process_count() > 1:
+            place = f'failed at step {step} in call {self._fits}'
+            self._stop.all_failed = processes.all_arrive(place, _MEETING_SECS)
+            return self._stop.all_failed
+        return True
 
     def _calls(self, step: int, max_steps: int | None) -> Iterator[int]:
         """Yields how many updates each call of a program makes; none if a stop came early."""

@@ -100,6 +100,26 @@ def test_an_update_alone() -> None:
     assert 'but the update is not' in found
 
 
+@pytest.mark.parametrize(('secs', 'looks'), [(0.0, list(range(1, 13))), (1e9, [1, 5, 10, 12])])
+def test_when_a_state_is_looked_at(
+    secs: float, looks: list[int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Now and then, and before each save."""
+    monkeypatch.setattr('trainer.probe.watch._LEAST_SECS', secs)
+    options = {'train_for': '12 steps', 'log__every': '1 steps', 'checkpoint__every': '5 steps'}
+    trainer = Trainer(build(linen(), guard=STOP, **options), str(tmp_path))
+    seen: list[int] = []
+    sweep = trainer.programs.sweep
+
+    def counting(state: Any) -> Any:
+        seen.append(int(state.step))
+        return sweep(state)
+
+    vars(trainer.programs)['sweep'] = counting
+    trainer.fit()
+    assert [step for step in seen if step] == looks
+
+
 def broken_rate(step: Any) -> Any:
     return jax.numpy.where(step == 5, jax.numpy.inf, 0.01)
 

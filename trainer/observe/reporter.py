@@ -242,7 +242,7 @@ class _Pending:
         self.step = step
         self.values = values
         self.data_wait_secs = data_wait_secs
-        # One call of a program makes them all.
+        # The metrics are of one call of a program, and the rest follows it.
         self._one = next((x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)), None)
 
     def is_ready(self) -> bool:
@@ -265,7 +265,7 @@ def flat_row(metrics: Any, stopped: Any = None) -> Measured:
         # No member has the mean of several learning rates.
         for name in rows[0]:
             if name.split('/')[0] == 'learning_rate' and len({each[name] for each in rows}) > 1:
-                del row[name]
+                row.pop(name, None)
     else:
         row = _flat(computed)
     return row.named('train/')

@@ -187,7 +187,12 @@ def sum_over_processes(value: int) -> int:
 
 
 def all_arrive(where: str, timeout_secs: int) -> bool:
-    """Returns whether all processes call this with the same text within some seconds."""
+    """Returns whether all processes call this within some seconds.
+
+    Args:
+        where: the same text in all of them, and another one at each call.
+        timeout_secs: how long to wait for the others.
+    """
     if jax.process_count() == 1:
         return True
     from orbax.checkpoint.multihost import get_barrier_sync_fn
@@ -226,7 +231,7 @@ def ending_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
         yield
         watch.close()
     except BaseException as error:
-        if stop.at_end:
+        if stop.all_failed:
             watch.close()
             raise
         if isinstance(error, UserError):

@@ -32,7 +32,8 @@ class StopRequest:
         signal: the number of the first signal that arrived, or None.
         shared: whether several processes must stop at the same poll.
         starting: whether there is nothing to save yet, so that a signal ends the process at once.
-        at_end: whether all processes have ended the run in order, so that none waits for another.
+        all_failed: whether all processes end with an error at the same step, so that none waits in
+            a collective for another.
     """
 
     def __init__(self, signal: int | None = None, *, starting: bool = False):
@@ -40,7 +41,7 @@ class StopRequest:
         self.signal = signal
         self.shared = False
         self.starting = starting
-        self.at_end = False
+        self.all_failed = False
         self._polls = 0
         self._agreed = False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -54,8 +55,9 @@ class Watch:
     """Reads the health of a run, and ends the run if it has diverged.
 
     On an accelerator every step checks all values, and a bad step does not change the state. On a
-    CPU a step checks only its loss, and the rest is checked here, at the run's events; so copies
-    of small states are kept there, to name the step and the module all the same.
+    CPU a step checks only its loss. The rest is checked here, once a second and before a state is
+    evaluated or saved; copies of small states are kept, to name the step and the module all the
+    same.
 
     Attributes:
         batches: those that the run reads, or None.
@@ -80,7 +82,7 @@ class Watch:
         self._next: Kept | None = None
         self._checked: int | None = None
         self._named: set[int] = set()
-        self._taken = 0.0
+        self._taken = -math.inf
 
     def begin(self, step: int, state: TrainState, place: Any) -> None:
         """Sets the state that the run starts from.
@@ -95,9 +97,10 @@ class Watch:
         self._named.clear()
 
     def note(self, step: int, state: TrainState, place: Any) -> None:
-        """Takes a state, if the last one was long ago; `poll` looks at it once its step is done.
+        """Takes a state; `poll` looks at it once its step is done.
 
-        Arguments as of `begin`. Several processes take every one: their clocks differ.
+        Not if one was taken less than a second ago; several processes take every one, because their
+        clocks differ. Arguments as of `begin`.
         """
         several, now = jax.process_count() > 1, time.monotonic()
         if now < self._taken + _LEAST_SECS and not several:
@@ -235,7 +238,7 @@ class Watch:
         batch = self._batch(bad_step)
         if batch is None:
             return f'{steps}\nThe data is a stream, and its batch cannot be reread.'
-        # The state is as the bad step has found it, but for the number of the step.
+        # Parameters are as the bad step has found them, but the number of the step is not.
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
         return f'{steps}\n{explain(*fetch(self._look(before, batch)))}'
 

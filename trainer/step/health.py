@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detects non-finite values inside the step, and stops updates from then on.
 
-The flag is sticky and part of the state: from the first bad step on, every update is a no-op. The
-host reads it together with a row of metrics, so no step waits for it. Checkpoints do not contain
+The flag is sticky and part of the state: from the first bad step on, updates change no parameter.
+The host reads it after some of the steps, and no step waits for that. Checkpoints do not contain
 it: nothing is saved while it is set.
 """
 

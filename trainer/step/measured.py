@@ -97,10 +97,10 @@ def mean_and_each(members: Sequence[Measured], leave_out: Container[int] = ()) -
     """
     counted = [each for index, each in enumerate(members) if index not in leave_out] or members
     row = Measured()
-    for name in members[0]:
-        if all(name in each for each in members):
+    for name in counted[0]:
+        if all(name in each for each in counted):
             row.add(name, float(np.mean([each[name] for each in counted])))
-    for name, first in members[0].arrays.items():
+    for name, first in counted[0].arrays.items():
         every = [each.arrays.get(name) for each in counted]
         if all(x is not None and x.shape == first.shape for x in every):
             row.add(name, np.mean([np.asarray(x, np.float64) for x in every], axis=0))

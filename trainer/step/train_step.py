@@ -62,10 +62,10 @@ class TrainStep:
         log: when rows are logged; where that is known, norms are computed for those steps only.
         last_step: of the run; its row is logged too.
         watches: whether updates stop when a value is not finite: see `health`.
-        sweeps: whether each step checks all gradients, parameters and slots for that, and not only
-            the loss, and whether slots stay as they are, too, once updates have stopped. On a CPU
-            that would cost a third of a small model's step; there the trainer checks them at its
-            events, and a bad state is not used any more.
+        sweeps: whether each step checks all gradients, parameters and slots for that, and slots
+            stay as they are once updates have stopped. On a CPU that would cost a third of a small
+            model's step. There a step checks its loss, and the trainer checks the rest now and
+            then, and before it evaluates or saves a state.
         undoes: whether a non-finite update is undone; the old values are kept until it is checked.
     """
 
