@@ -67,6 +67,27 @@ def test_a_label_out_of_its_range(bad: int, options: dict[str, Any]) -> None:
     assert 'expected 0 to 3. The model returns 4 logits.' in said
 
 
+def same(example: dict[str, Any]) -> dict[str, Any]:
+    return example
+
+
+def of(loader: str) -> dict[str, Any]:
+    stages = ({'target': 'data.stages:Map', 'fn': {'ref': f'{__name__}:same'}},)
+    return {'target': f'data.streaming:{loader}', 'stages': stages}
+
+
+def test_a_label_of_a_stream() -> None:
+    """Its examples have no numbers; the row in its batch is named."""
+    made = trainer(
+        {'bad': -1, 'at': 37}, data__loader=of('StreamLoader'), checkpoint__every='never'
+    )
+    with pytest.raises(UserError, match=r'holds -1 \(row \d of batch 0 in step \d'):
+        made.fit()
+    made = trainer({}, {'bad': 9, 'at': 37}, evals__test__data__loader=of('StreamEvalLoader'))
+    with pytest.raises(UserError, match=r'holds 9 \(row 5 of batch 2 of its split\)'):
+        made.fit()
+
+
 def test_a_label_of_an_evaluation() -> None:
     with pytest.raises(
         UserError, match=r"config\.evals\.test: batch\['label'\] holds -1 \(example 5"

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -253,10 +253,16 @@ class Evaluator:
         output = self._output_shapes(state)
         checks = (output[0] if isinstance(output, tuple) else output).checks
         count = self.loader.num_batches
-        blocks = () if count is None else (self.loader.block(i, 1) for i in range(count))
+        numbers = itertools.count() if count is None else range(count)
+        blocks: Iterable[Any] = (self.loader.block(i, 1) for i in numbers)
+        if count is None:  # Behind the end of a stream there is padding.
+            blocks = itertools.takewhile(lambda block: (block.ids >= 0).any(), blocks)
         path = f'config.evals.{self.name}'
         number, value = int(signs.label) - 1, float(signs.value)
-        raise UserError(complain(path, 'of its split', checks, number, value, blocks))
+        numbered = count is not None
+        raise UserError(
+            complain(path, 'of its split', checks, number, value, blocks, numbered=numbered)
+        )
 
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
         """Yields the task's predictions for each batch, without the padding.

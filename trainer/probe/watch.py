@@ -252,24 +252,42 @@ class Watch:
 
     def _batch(self, step: int) -> Any:
         """Rereads the batch of a step; None if that is impossible."""
-        data, start = self._parts.experiment.data, step - 1
-        if hasattr(data, 'restore'):
-            if self._kept is None or (self._kept.place is None and self._kept.step > 0):
-                return None
-            start = self._kept.step
-            data.restore(start, self._kept.place)
+        start: int | None = step - 1
+        if hasattr(self._parts.experiment.data, 'restore'):
+            start = self._rewound()
+        if start is None:
+            return None
         with read_again(self._parts, start, step, ends=True) as batches:
             # The last one, and not a list: the devices would hold all of them.
             return collections.deque(batches, maxlen=1)[0][1]
 
     def _refuse(self, number: int, value: float, step: int) -> NoReturn:
         self._end_reading()
-        data = self._parts.experiment.data
-        blocks = [] if hasattr(data, 'restore') else [data.block(step - 1, 1)]
+        data, streamed = (
+            self._parts.experiment.data,
+            hasattr(self._parts.experiment.data, 'restore'),
+        )
+        blocks = self._streamed(step) if streamed else [data.block(step - 1, 1)]
+        checks, when = self._look.checks, f'in step {step:,}'
+        found = complain('config.task', when, checks, number, value, blocks, numbered=not streamed)
         if hasattr(data, 'close'):
             data.close()
-        checks = self._look.checks
-        raise UserError(complain('config.task', f'in step {step:,}', checks, number, value, blocks))
+        raise UserError(found)
+
+    def _streamed(self, step: int) -> list[Any]:
+        """Returns the block of a step of a stream, read again; nothing if that is impossible."""
+        start = self._rewound()
+        if start is None:
+            return []
+        blocks = (self._parts.experiment.data.block(i, 1) for i in range(start, step))
+        return list(collections.deque(blocks, maxlen=1))
+
+    def _rewound(self) -> int | None:
+        """Takes a stream back to the last known place, and returns its step; None if unknown."""
+        if self._kept is None or (self._kept.place is None and self._kept.step > 0):
+            return None
+        self._parts.experiment.data.restore(self._kept.step, self._kept.place)
+        return self._kept.step
 
 
 def _first_bad(tree: Any, known: Any) -> str:

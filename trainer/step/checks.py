@@ -82,6 +82,8 @@ def complain(
     number: int,
     value: float,
     blocks: Iterable[Any],
+    *,
+    numbered: bool = True,
 ) -> str:
     """Returns the message for a value out of its range.
 
@@ -92,10 +94,11 @@ def complain(
         number: index of the failed check, in order of the names.
         value: the one found.
         blocks: of the loader, with the rows to search; a transform may have changed the value.
+        numbered: whether examples have numbers; those of a stream have none.
     """
     name, check = sorted(checks.items())[number]
-    example = _find_example(name, check, value, blocks)
-    at = when if example is None else f'example {example} {when}'
+    place = _find_example(name, check, value, blocks, numbered=numbered)
+    at = f'{place} {when}' if place else when
     shown = f'{value:.0f}' if value.is_integer() else f'{value:.9g}'
     return (
         f'{where}: batch[{name!r}] holds {shown} ({at}); expected {check.low} to {check.high}. '
@@ -103,16 +106,23 @@ def complain(
     )
 
 
-def _find_example(name: str, check: Check, value: float, blocks: Iterable[Any]) -> int | None:
-    """Returns the id of the first example that holds the value."""
+def _find_example(
+    name: str, check: Check, value: float, blocks: Iterable[Any], *, numbered: bool
+) -> str:
+    """Returns 'example 37' or 'row 5 of batch 2' for the first one with the value, or ''."""
+    batches = 0
     for block in blocks:
         if name not in block.arrays:
-            return None
+            return ''
         values = np.asarray(block.arrays[name])
         # As the devices have seen it: rounded.
         same = np.isclose(values.astype(np.float32), value, rtol=1e-6, atol=0, equal_nan=True)
         bad = same & check.fails(values)
         rows = bad.reshape(*block.ids.shape, -1).any(-1) & (block.ids >= 0)
         if rows.any():
-            return int(block.ids[rows][0])
-    return None
+            batch, row = np.argwhere(rows)[0]
+            if numbered:
+                return f'example {block.ids[batch, row]}'
+            return f'row {row} of batch {batches + batch}'
+        batches += len(rows)
+    return ''
