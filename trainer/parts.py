@@ -255,7 +255,20 @@ class Parts:
             raise UserError(
                 f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
             )
-        return self.checkpoints.restore(found, self.programs.abstract)
+        state = self.checkpoints.restore(found, self.programs.abstract)
+        stopped = self.checkpoints.meta(found).get('health')
+        if stopped is None or (clean := self._clean_health()) is None:
+            return state
+        # An evaluation leaves out members that had diverged.
+        return dataclasses.replace(state, health=health.restored(clean, stopped))
+
+    def _clean_health(self) -> health.Health | None:
+        """Returns the health of a finite state; None if the run does not look at it."""
+        abstract = self.programs.abstract.health
+        if abstract is None:
+            return None
+        zeros = np.zeros(abstract.packed.shape, np.int32)
+        return health.Health(jax.device_put(zeros, abstract.packed.sharding))
 
     def examined(self, state: TrainState, kept: Any = None) -> TrainState:
         """Returns a restored state with the health to resume from.
@@ -264,12 +277,10 @@ class Parts:
             state: fresh, or of a checkpoint.
             kept: what `health.kept` returned when it was saved.
         """
-        abstract = self.programs.abstract.health
-        if abstract is None:
+        found = self._clean_health()
+        if found is None:
             return state
-        clean = jax.device_put(np.zeros(abstract.packed.shape, np.int32), abstract.packed.sharding)
-        state = dataclasses.replace(state, health=health.Health(clean))
-        found = health.Health(clean)
+        state = dataclasses.replace(state, health=found)
         if self.experiment.ensemble is not None or fetch(self.programs.sweep(state).kind):
             found = self.programs.examine(state.durable)  # Mostly there is nothing to count.
         return dataclasses.replace(state, health=health.restored(found, kept))

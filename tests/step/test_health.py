@@ -282,6 +282,29 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
     assert same(member_state(longer, 1), member_state(result.state, 1))
 
 
+def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib.Path) -> None:
+    source = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 100}
+    to_float = {'target': 'data.transforms:ToFloat', 'key': 'image'}
+    data = {'source': source, 'batch_size': 50, 'device_transforms': (to_float,)}
+    evals = {'test': {'every': '20 steps', 'data': data}}
+    trainer = Trainer(ensemble((0.01, 3e38, 0.02), evals=evals), str(tmp_path))
+    result = trainer.fit()
+    assert trainer.evaluators['test'].compiles == 1
+    found = {name: x for name, x in result.metrics.items() if name.startswith('eval/')}
+    # The seeds of members 0 and 2, without the one between them.
+    two = {'size': 2, 'vary': {'seed': (0, 2), 'optimizer': {'learning_rate': (0.01, 0.02)}}}
+    sound = Trainer(build(PLAIN, ensemble=two, evals=evals)).fit().metrics
+    for name in ('loss', 'accuracy', 'members/loss', 'members/accuracy'):
+        assert found[f'eval/test/{name}'] == pytest.approx(sound[f'eval/test/{name}'], rel=1e-5)
+    assert not np.isfinite(found['eval/test/member_1/loss'])
+    # Nor in other modes, which restore the state.
+    state = Trainer(ensemble((0.01, 3e38, 0.02), evals=evals), str(tmp_path)).restore()
+    again = trainer.evaluate(state)['test']
+    assert again['loss'] == pytest.approx(found['eval/test/loss'], rel=1e-6)
+    for batch in trainer.evaluators['test'].predict(state):
+        assert np.isfinite(batch['probability']).all()
+
+
 def test_no_member_left() -> None:
     with pytest.raises(NonFiniteError, match='all members of the ensemble have diverged'):
         Trainer(ensemble((2e38, 3e38))).fit()

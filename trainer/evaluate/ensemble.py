@@ -28,10 +28,13 @@ class EnsembleEvalStep(EvalStep):
     Attributes:
         seeds: of each member.
         axis: mesh axis that the members are spread over, or None.
+        counted: indices of the members that make up the ensemble; empty for all. Each member is
+            evaluated for itself in any case.
     """
 
     seeds: tuple[int, ...]
     axis: str | None = None
+    counted: tuple[int, ...] = ()
 
     def output_shapes(self, variables: Any, batch: Any) -> Any:
         """Returns the shapes of the task's output for the ensemble and for a member."""
@@ -82,4 +85,5 @@ class EnsembleEvalStep(EvalStep):
             ema=variables.get(EMA),
             combine=getattr(self.task.task, 'combine', mean),
             axis=self.axis,
+            counted=self.counted,
         )

@@ -90,7 +90,8 @@ class Evaluator:
             )
         self.name = name
         self.loader = loader
-        self._program: Program | None = None
+        # By the members that count, of an ensemble.
+        self._programs: dict[tuple[int, ...], Program] = {}
         self._empty: Callable[[], Any] | None = None
         self._on_trial: Measured | None = None
         self.step = step
@@ -233,17 +234,36 @@ class Evaluator:
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
+        counted = self._leave_out_stopped(state)
         variables, totals = self.variables(state), self._empty()
         with self._batches(max_batches, fields=self._fields) as batches:
             for index, batch in self._until_the_end(batches):
                 if should_stop():
                     raise Stopped
                 args = (totals, variables, state.step, np.int32(index), batch)
-                self._program = self._program or self._compile(args)
-                totals = self._program(*args)
+                if counted not in self._programs:
+                    self._programs[counted] = self._compile(args)
+                totals = self._programs[counted](*args)
         self._check_labels(totals, state)
         with self._naming_it():
-            return summarise(totals)
+            return summarise(totals, counted)
+
+    def _leave_out_stopped(self, state: TrainState) -> tuple[int, ...]:
+        """Sets which members make up an ensemble, and returns them; empty for all.
+
+        Those that have diverged do not, unless all have. A change compiles the step again.
+        """
+        if not isinstance(self.step, EnsembleEvalStep) or state.health is None:
+            return ()
+        sound = np.flatnonzero(~fetch(state.health.is_bad))
+        counted = () if len(sound) == len(self.step.seeds) else tuple(map(int, sound))
+        if counted != self.step.counted:
+            assert isinstance(self._counting, EnsembleEvalStep)
+            self.step = dataclasses.replace(self.step, counted=counted)
+            self._counting = dataclasses.replace(self._counting, counted=counted)
+            self._predicts = None
+            vars(self).pop('_predict', None)
+        return counted
 
     def _check_labels(self, totals: Any, state: TrainState) -> None:
         """Raises a UserError if a label of the split was out of its range."""
@@ -292,6 +312,7 @@ class Evaluator:
                 cannot store.
         """
         self.check_predicts()
+        self._leave_out_stopped(state)
         if self._predicts is None:
             try:
                 with self._tracing(), self._telling_its_mode():
@@ -331,12 +352,12 @@ class Evaluator:
     @property
     def compiles(self) -> int:
         """Number of compilations so far."""
-        return 0 if self._program is None else self._program.compiles
+        return sum(program.compiles for program in self._programs.values())
 
     @property
     def compile_secs(self) -> float:
         """Time that the compilations so far took."""
-        return 0.0 if self._program is None else self._program.compile_secs
+        return sum(program.compile_secs for program in self._programs.values())
 
     def _compile(self, args: tuple[Any, ...]) -> Program:
         name = f'the step of evaluation {self.name!r}'
@@ -375,17 +396,21 @@ class Evaluator:
             yield index, batch
 
 
-def summarise(totals: Any) -> Measured:
+def summarise(totals: Any, counted: Sequence[int] = ()) -> Measured:
     """Returns flat host values of an evaluation's accumulators, fetched in one transfer.
 
     For an ensemble, also the means over its members ('members/loss') and the values of each
     ('member_0/loss').
+
+    Args:
+        totals: the accumulators.
+        counted: indices of the members that count in those means; empty for all.
     """
     computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != SIGNS}))
     row = Measured(computed['task'])
     row.add('examples', computed['examples'])
     if 'members' in computed:
-        every = mean_and_each([Measured(each) for each in computed['members']])
+        every = mean_and_each([Measured(each) for each in computed['members']], counted)
         for name, value in {**every, **every.arrays}.items():
             row.add(name if is_of_member(name) else f'members/{name}', value)
     return row

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.modules import Functional
@@ -38,6 +39,7 @@ class EnsembleModel(BoundModel):
         ema: Any = None,
         combine: Combine,
         axis: str | None = None,
+        counted: Sequence[int] = (),
     ):
         """Binds; nothing runs before a call.
 
@@ -50,6 +52,7 @@ class EnsembleModel(BoundModel):
             combine: makes one output of those of the module's own call, stacked over the members;
                 outputs of its methods and parts are averaged.
             axis: mesh axis that the members are spread over, or None.
+            counted: indices of the members whose outputs are combined; empty for all.
         """
         collections = {name: value for name, value in variables.items() if name != 'params'}
         super().__init__(variables['params'], Calls(collections), keys, ema=ema)
@@ -57,6 +60,7 @@ class EnsembleModel(BoundModel):
         self._seeds = seeds
         self._combine = combine
         self._axis = axis
+        self._counted = np.array(counted or range(len(seeds)))
 
     def _field(self, name: str) -> Any:
         first = jax.tree.map(lambda x: x[0], self.variables)
@@ -77,6 +81,8 @@ class EnsembleModel(BoundModel):
 
         made = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
         outputs, self._calls.collections, sown = made
+        if len(self._counted) < len(self._seeds):
+            outputs, sown = jax.tree.map(lambda x: x[self._counted], (outputs, sown))
         self._calls.intermediates = jax.tree.map(_mean_of_floats, sown).value
         self._calls.count += 1
         if not steps:

@@ -261,7 +261,7 @@ def flat_row(metrics: Any, stopped: Any = None) -> Measured:
     computed = compute_metrics(fetch(metrics))
     if isinstance(metrics, PerMember):
         rows = [_flat(each) for each in computed]
-        row = mean_and_each(rows, leave_out=() if stopped is None else np.flatnonzero(stopped))
+        row = mean_and_each(rows, () if stopped is None else np.flatnonzero(~stopped))
         # No member has the mean of several learning rates.
         for name in rows[0]:
             if name.split('/')[0] == 'learning_rate' and len({each[name] for each in rows}) > 1:

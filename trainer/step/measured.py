@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
@@ -86,22 +86,22 @@ def _as_array(name: str, value: Any) -> np.ndarray:
     )
 
 
-def mean_and_each(members: Sequence[Measured], leave_out: Container[int] = ()) -> Measured:
+def mean_and_each(members: Sequence[Measured], counted: Iterable[int] = ()) -> Measured:
     """Returns the mean of each value over the members, and 'member_<i>/<name>' for each of them.
 
     Values that some members lack, or that differ in shape, have no mean.
 
     Args:
         members: the values of each.
-        leave_out: indices of members that do not count in the means, unless that is all of them.
+        counted: indices of the members that count in the means; empty for all.
     """
-    counted = [each for index, each in enumerate(members) if index not in leave_out] or members
+    those = [members[index] for index in counted] or members
     row = Measured()
-    for name in counted[0]:
-        if all(name in each for each in counted):
-            row.add(name, float(np.mean([each[name] for each in counted])))
-    for name, first in counted[0].arrays.items():
-        every = [each.arrays.get(name) for each in counted]
+    for name in those[0]:
+        if all(name in each for each in those):
+            row.add(name, float(np.mean([each[name] for each in those])))
+    for name, first in those[0].arrays.items():
+        every = [each.arrays.get(name) for each in those]
         if all(x is not None and x.shape == first.shape for x in every):
             row.add(name, np.mean([np.asarray(x, np.float64) for x in every], axis=0))
     for index, each in enumerate(members):
