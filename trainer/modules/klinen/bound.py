@@ -18,6 +18,10 @@ from flax import errors, traverse_util
 from trainer.modules import linen, mode
 from trainer.modules.klinen import intermediates, rngs
 from trainer.modules.klinen.definition import Definition
+from trainer.modules.pmap_axes import PmapAxes
+
+# One for all models: what is said of an axis, is said once.
+pmap_axes = PmapAxes()
 
 # A gradient with respect to a whole model is of its parameters, and of the collections that are
 # there to have gradients: what `perturb` adds, and the scales of fp8 layers. Statistics, caches and
@@ -97,7 +101,8 @@ class Binding:
             )
 
         try:
-            output, changed = rngs.run(call, self.rng, self.definition.streams)
+            with pmap_axes.calling():
+                output, changed = rngs.run(call, self.rng, self.definition.streams)
         except errors.ModifyScopeVariableError as error:
             error.add_note(
                 'A Klinen model does not change when it is called. Call y, model = '

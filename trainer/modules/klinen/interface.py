@@ -14,7 +14,7 @@ import jax
 
 from trainer.modules import mode
 from trainer.modules.klinen import intermediates, rngs
-from trainer.modules.klinen.bound import Binding, bound
+from trainer.modules.klinen.bound import Binding, bound, pmap_axes
 from trainer.modules.klinen.definition import Definition
 from trainer.modules.klinen.intermediates import Intermediates
 
@@ -45,7 +45,9 @@ class Interface:
         lazy = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
         init = module.lazy_init if lazy else module.init
         mutable = nn.DenyList((intermediates.COLLECTION, 'perturbations'))
-        return self.with_variables(init(keys, *args, method=call, mutable=mutable, **kwargs))
+        with pmap_axes.calling():
+            variables = init(keys, *args, method=call, mutable=mutable, **kwargs)
+        return self.with_variables(variables)
 
     def with_variables(self, variables: Mapping[str, Any]) -> Self:
         """Returns a copy that is bound to variables from elsewhere, such as a checkpoint.
