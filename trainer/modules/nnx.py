@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.config.errors import UserError
-from trainer.modules import mode, nnx_bridge, nnx_tap, pmap_axes
+from trainer.modules import foreign, mode, nnx_bridge, nnx_tap, pmap_axes
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.nnx_parts import (
     INTERMEDIATES,
@@ -106,12 +106,17 @@ class NNX:
             return Parts(*jax.eval_shape(split))
 
     def _made(self, keys: Keys) -> nnx.Module:
-        made = self.make(nnx.Rngs(**{name: keys.stream(name) for name in _STREAMS}))
+        rngs = nnx.Rngs(**{name: keys.stream(name) for name in _STREAMS})
+        try:
+            # By name where it has one: a class may take it by name alone.
+            make: Any = self.make
+            made = make(rngs=rngs) if foreign.takes_rngs(make) else make(rngs)
+        except Exception as error:
+            if (reason := foreign.failed(self.make, error)) is None:
+                raise
+            raise UserError(reason) from error
         if not isinstance(made, nnx.Module):
-            raise UserError(
-                f'config.model: expected a module of flax.linen or flax.nnx, got a function that '
-                f'returns {type(made).__name__}'
-            )
+            raise UserError(foreign.made_instead(self.make, made))
         mark_arrays(made)
         return made
 

@@ -130,7 +130,7 @@ def watching(module: Any) -> Iterator[None]:
 
 
 @functools.cache
-def _nnx_norms() -> tuple[type, ...]:
+def _nnx_norms() -> Any:
     from flax import nnx
 
     return tuple(getattr(nnx, name) for name in _NORMS)
