@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-
 _OF_JAX = 'JAX has removed its internal frames'
 
 
