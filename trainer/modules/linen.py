@@ -15,7 +15,7 @@ from flax import errors, traverse_util
 from flax.core.scope import subtract_filters
 
 from trainer.config.errors import UserError
-from trainer.modules import mode, tap
+from trainer.modules import flat_init, mode, tap
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.pmap_axes import PmapAxes
 from trainer.modules.precision import AS_IS, Precision
@@ -106,7 +106,7 @@ class LinenModel(BoundModel):
         return getattr(self._module, name) if name in mode.fields(self._module) else None
 
     def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        with self._pmap_axes.calling():
+        with self._pmap_axes.calling(), flat_init.unconstrained():
             return super()._call(steps, args, kwargs)
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.config.errors import UserError
-from trainer.modules import foreign, mode, nnx_bridge, nnx_tap, pmap_axes
+from trainer.modules import flat_init, foreign, mode, nnx_bridge, nnx_tap, pmap_axes
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.nnx_parts import (
     INTERMEDIATES,
@@ -166,7 +166,7 @@ class NNXModel(BoundModel):
         return jax.random.split(key, shape) if shape else key
 
     def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        with self._axes.calling():
+        with self._axes.calling(), flat_init.unconstrained():
             return super()._call(steps, args, kwargs)
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:

@@ -42,6 +42,9 @@ _UNKNOWN_AXIS = re.compile(r'Resource axis: (\w+) of .* is not found in mesh')
 # And that a module or a task names an axis of `jax.pmap`, of which there is none.
 _UNBOUND_AXIS = re.compile(r'unbound axis name: (\w+)')
 
+# And that a sharding is for an array of more dimensions.
+_WRONG_RANK = re.compile(r'.*spec=(.*)\) is only valid for values of rank .* a value of rank (\d+)')
+
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
 
 
@@ -381,6 +384,14 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
             ) from error
         if isinstance(error, NameError) and (unbound := _UNBOUND_AXIS.search(str(error))):
             raise UserError(_of_unbound(unbound[1], error)) from error
+        if wrong := _WRONG_RANK.search(str(error)):
+            raise UserError(
+                f'the model or the task asks for the sharding {wrong[1]} of an array that has '
+                f'{wrong[2]} dimensions{place(error)}. Give a mesh axis, or None, for each '
+                'dimension that the array has there; names of a parameter that is initialised in '
+                'another shape go around the reshaped one: '
+                'box.replace_boxed(box.value.reshape(shape))'
+            ) from error
         task, seen = train_step.task, spec
         with contextlib.suppress(Exception):  # It may be a transform that has failed.
             seen = jax.eval_shape(lambda batch: plain(task.prepared(batch)), spec)
