@@ -46,6 +46,10 @@ class Binding:
     collections: Mapping[str, Any]
     rng: rngs.Rng | None = None
     training: bool = True
+    _parts: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), '_parts': {}}
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -132,12 +136,23 @@ class Binding:
 
     def attribute(self, name: str) -> Any:
         """Returns a field, a property or what `setup` has made; modules come bound."""
+        if name in intermediates.fields(self.definition.module):
+            raise intermediates.unset(self.definition.module, name)
         value = getattr(self.linen(), name)
         if not any(intermediates.modules_in(value)):
             return value
         return intermediates.map_modules(getattr(self.linen(told=False), name), self._part)
 
     def _part(self, part: nn.Module) -> Any:
+        """Returns a part as a bound model: one object for one that stands in several places."""
+        assert part.scope is not None
+        # From `vars`: to ask the part itself would run its setup.
+        key = part.scope.path, type(part), vars(part).get('training', True)
+        if key not in self._parts:
+            self._parts[key] = self._make_part(part)
+        return self._parts[key]
+
+    def _make_part(self, part: nn.Module) -> Any:
         module, variables = part.unbind()
         assert part.scope is not None
         variables = _with_shared(part, module, variables)
