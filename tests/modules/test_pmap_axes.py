@@ -254,8 +254,9 @@ def test_all_that_a_run_does(
         platforms=['cpu'],
     )['outputs']  # fmt: skip
     assert len(notices(caplog)) == 1
-    if model is Net:
-        run.model(result.state)(jnp.ones((2, 8)), train=False)
+    again = run.model(result.state)
+    x = np.random.default_rng(1).normal(size=(3, 8)).astype('f4')
+    assert np.isfinite(again(x, train=False) if model is Net else again(x)).all()
 
 
 class Averaging(nn.Module):

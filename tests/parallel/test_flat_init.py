@@ -143,3 +143,19 @@ def test_names_that_do_not_fit() -> None:
     wrong = r"sharding P\('data', None, None\) of an array that has 2 dimensions \(.*test_flat_init"
     with pytest.raises(UserError, match=wrong):
         specs({'target': 'OwnInit'})
+
+
+class StartsFrom(nn.Module):
+    """Has a module in a field whose name is that of an initialiser."""
+
+    state_init: nn.Module
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.remat(nn.Dense)(4)(self.state_init(x))
+
+
+def test_a_module_by_the_name_of_an_initialiser() -> None:
+    layer = {'target': 'flax.linen:Dense', 'features': 8}
+    found, _ = specs({'target': 'StartsFrom', 'state_init': layer})
+    assert found['state_init/kernel'] == P()

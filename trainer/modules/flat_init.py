@@ -37,17 +37,20 @@ def _intercept(
     before = {
         name: value
         for name in mode.fields(module)
-        if name.endswith('_init') and callable(value := getattr(module, name))
+        if name.endswith('_init') and _is_function(value := getattr(module, name))
     }
     try:
         for name, value in before.items():
-            if not isinstance(value, _Flat):
-                # Not by assignment: modules are frozen in a call.
-                object.__setattr__(module, name, _Flat(value))
+            # Not by assignment: modules are frozen in a call.
+            object.__setattr__(module, name, _Flat(value))
         return following(*args, **kwargs)
     finally:
         for name, value in before.items():
             object.__setattr__(module, name, value)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, (nn.Module, type, _Flat))
 
 
 @dataclasses.dataclass(frozen=True)

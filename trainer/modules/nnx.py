@@ -94,7 +94,9 @@ class NNX:
     def for_notebook(self, variables: Variables) -> nnx.Module:
         """Returns the module with these variables in it, in evaluation mode."""
         model = NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))
-        return model._module(0, model.params)
+        module = model._module(0, model.params)
+        self.axes.take_out(module)
+        return module
 
     @functools.cached_property
     def _parts(self) -> Parts:

@@ -37,6 +37,13 @@ class PmapAxes:
 
     def __init__(self) -> None:
         self._noted: set[Any] = set()
+        self._paths: set[str] = set()
+
+    def take_out(self, module: Any) -> None:
+        """Takes the axes out of those parts of an NNX module whose calls were without them."""
+        for path, node in _norms_with_axes(module):
+            if path in self._paths:
+                node.axis_name = None
 
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
@@ -49,8 +56,11 @@ class PmapAxes:
             _current.reset(token)
 
     @contextlib.contextmanager
-    def left_out(self, module: Any, path: str) -> Iterator[None]:
+    def left_out(self, module: Any, path: str) -> Iterator[list[Any]]:
         """Leaves out the names that are bound nowhere while a module of normalisation is called.
+
+        Yields:
+            The names.
 
         Raises:
             UserError: if the module averages over groups of devices.
@@ -59,7 +69,7 @@ class PmapAxes:
         names = given if isinstance(given, (tuple, list)) else (given,)
         missing = [name for name in names if _is_missing(name)]
         if not missing:
-            yield
+            yield missing
             return
         where = f'{path or "the model"} ({type(module).__name__})'
         if module.axis_index_groups is not None:
@@ -75,7 +85,7 @@ class PmapAxes:
         # Not by assignment: modules are frozen in a call.
         object.__setattr__(module, 'axis_name', rest or None)
         try:
-            yield
+            yield missing
         finally:
             object.__setattr__(module, 'axis_name', given)
 
@@ -110,23 +120,27 @@ class PmapAxes:
 @contextlib.contextmanager
 def watching(module: Any) -> Iterator[None]:
     """Is around calls of an NNX module within `PmapAxes.calling`, or changes nothing."""
-    from flax import nnx
-
-    nodes: Iterable[tuple[Any, Any]] = nnx.iter_graph(module)
-    norms = [
-        (path, node)
-        for path, node in nodes
-        if isinstance(node, _nnx_norms()) and node.axis_name is not None
-    ]
+    norms = _norms_with_axes(module)
     kinds: list[Any] = [type(node) for _, node in norms]
     try:
         for (path, node), kind in zip(norms, kinds, strict=True):
-            watched = _leaving_out(kind, '/'.join(map(str, path)))
-            object.__setattr__(node, '__class__', watched)
+            object.__setattr__(node, '__class__', _leaving_out(kind, path))
         yield
     finally:
         for (_, node), kind in zip(norms, kinds, strict=True):
             object.__setattr__(node, '__class__', kind)
+
+
+def _norms_with_axes(module: Any) -> list[tuple[str, Any]]:
+    """Returns the normalisation layers of an NNX module that name an axis, by path."""
+    from flax import nnx
+
+    nodes: Iterable[tuple[Any, Any]] = nnx.iter_graph(module)
+    return [
+        ('/'.join(map(str, path)), node)
+        for path, node in nodes
+        if isinstance(node, _nnx_norms()) and node.axis_name is not None
+    ]
 
 
 @functools.cache
@@ -146,7 +160,9 @@ def _leaving_out(kind: Any, path: str) -> Any:
         axes = _current.get(None)
         if axes is None or self.axis_name is None:
             return kind.__call__(self, *args, **kwargs)
-        with axes.left_out(self, path):
+        with axes.left_out(self, path) as missing:
+            if missing:
+                axes._paths.add(path)
             return kind.__call__(self, *args, **kwargs)
 
     return subclass(kind, call)
