@@ -71,7 +71,7 @@ def test_intermediates_of_a_call() -> None:
 
 
 class Unset(knn.Module):
-    """Reads a value, if it is told to, before the call has kept one."""
+    """Reads a value, if asked to, before the call has kept one."""
 
     value: knn.Intermediate[jax.Array] = dataclasses.field(init=False)
 

@@ -110,7 +110,7 @@ def _may_take_rngs(maker: Any) -> bool:
 
 
 def _is_nnx_class(kind: type) -> bool:
-    nnx = sys.modules.get('flax.nnx')  # Whoever has made such a class has imported it.
+    nnx = sys.modules.get('flax.nnx')  # Such a class has imported it.
     return nnx is not None and issubclass(kind, nnx.Module)
 
 

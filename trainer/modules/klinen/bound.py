@@ -144,7 +144,7 @@ class Binding:
         return intermediates.map_modules(getattr(self.linen(told=False), name), self._part)
 
     def _part(self, part: nn.Module) -> Any:
-        """Returns a part as a bound model: one object for one that stands in several places."""
+        """Returns a part as a bound model: one object for one used in several places."""
         assert part.scope is not None
         # From `vars`: to ask the part itself would run its setup.
         key = part.scope.path, type(part), vars(part).get('training', True)
