@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from trainer.early_stopping import EarlyStopping
 from trainer.events import Event
 from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
 from trainer.modules import Functional, functional
+from trainer.modules.foreign import refusal_of_class
 from trainer.modules.precision import AS_IS, Precision
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
@@ -148,6 +150,7 @@ def build(loaded: LoadedConfig) -> Experiment:
     """
     config = loading.plain(loaded.config)
     sections = schema.read(config)
+    _check_model(sections.model)
     _check_targets(sections)
 
     data = train_loader(sections)
@@ -236,6 +239,24 @@ def _check_targets(sections: Sections) -> None:
             _check_below(getattr(sections, field.name), f'config.{field.name}')
     building.check_optimizer(sections.optimizer)
     building.check_step(sections.step)
+
+
+def _check_model(node: Any) -> None:
+    """Refuses a model of another library, and a function of inputs, by what they are."""
+    if not isinstance(node, Mapping) or 'target' not in node:
+        return
+    target = objects.resolve(node['target'], 'config.model.target')
+    if (reason := refusal_of_class(target)) is not None:
+        raise UserError(reason)
+    try:
+        targets.check(node, 'config.model')
+    except UserError as error:
+        if inspect.isroutine(target) and ' is missing: ' in str(error):
+            raise UserError(
+                f'{error}. A function that is the target of config.model makes the model: it is '
+                'called once, with the other keys of config.model, and not with inputs'
+            ) from error
+        raise
 
 
 def _check_below(value: Any, path: str) -> None:

@@ -249,10 +249,17 @@ def test_a_layer_of_groups_is_one_layer() -> None:
     np.testing.assert_allclose(outputs[:2], one, rtol=1e-4, atol=1e-5)
 
 
-def test_an_axis_of_pmap() -> None:
-    """C7: what a step over one batch does not need, it does not have; the message says so."""
-    with pytest.raises(UserError, match=r"names the axis 'batch' .*Leave axis_name out.* groups"):
-        programs(MLP(axis_name='batch'))
+def test_an_axis_of_pmap(caplog: pytest.LogCaptureFixture) -> None:
+    """C7: a step over one batch does not need it: the statistics are those of the global batch."""
+    x = {'x': rows()}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        stepped(programs(MLP(axis_name='batch')), x).variables,
+        stepped(programs(MLP()), x).variables,
+    )
+    assert "names the axis 'batch' of jax.pmap" in caplog.text
+    with pytest.raises(UserError, match=r'groups of devices .*models.norm:GroupedBatchNorm'):
+        programs(MLP(axis_name='batch', groups=[[0, 1]]))
 
 
 def test_statistics_under_vmap() -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import array_types, enp
 from flax import errors
 
 from tests.modules.examples import same
@@ -71,8 +72,11 @@ def test_a_model_is_bound_and_called() -> None:
     assert same(model.decoder(model.encoder(X)), model(X))
     with pytest.raises(ValueError, match=r'first call model = model\.init_bind'):
         original(X)
-    with pytest.raises(ValueError, match=r'first call model = model\.init_bind'):
-        _ = original.params
+    with pytest.raises(errors.CallCompactUnboundModuleError, match=r'not bound .* before calling'):
+        original(X)
+    for read in ('params', 'rngs', 'variables'):
+        with pytest.raises(ValueError, match=r'first call model = model\.init_bind'):
+            getattr(original, read)
 
 
 class Composed(knn.Module):
@@ -189,6 +193,76 @@ def test_init_takes_a_seed_shapes_and_a_method() -> None:
     seeded, keyed = MLP().init_bind(7, X), MLP().init_bind({'params': jax.random.key(7)}, X)
     assert same(seeded(X), keyed(X))
     assert set(Setup().init_bind(RNG, X, method='encode').params) == {'dense'}
+
+
+@dataclasses.dataclass
+class Spec:
+    """An array spec of a library that is not JAX."""
+
+    shape: Any
+    dtype: Any
+
+
+def test_init_takes_any_object_with_a_shape_and_a_dtype() -> None:
+    kernel = MLP().init_bind(RNG, X).params['Dense_0']['kernel']
+    own = Spec((2, 64), np.float64)
+    etils = array_types.f32[(2, 64)]
+    for spec in (own, etils, enp.ArraySpec(shape=(2, 64), dtype=np.dtype('float32'))):
+        assert same(MLP().init_bind(RNG, spec).params['Dense_0']['kernel'], kernel)
+    for wrong in (array_types.f32['batch 64'], Spec(3, 'f4'), Spec((2, 64), 'single precision')):
+        with pytest.raises(TypeError, match=r'init_bind: .* expected sizes that are numbers and'):
+            MLP().init_bind(RNG, wrong)
+    key = jax.ShapeDtypeStruct((), RNG.dtype)
+    assert not Drawing().init_bind(RNG, key).params
+
+
+class Drawing(knn.Module):
+    """Takes a key."""
+
+    @nn.compact
+    def __call__(self, key: jax.Array) -> jax.Array:
+        return jax.random.normal(key, (3,))
+
+
+@dataclasses.dataclass
+class Wrapper:
+    """A key with methods, as Kauldron's is."""
+
+    rng: jax.Array
+
+
+@dataclasses.dataclass
+class ArrayLike:
+    """What JAX takes for an array."""
+
+    value: jax.Array
+
+    def __jax_array__(self) -> jax.Array:
+        return self.value
+
+
+def test_keys_in_objects_around_them() -> None:
+    expected = noisy().with_rng(RNG)
+    for wrap in (Wrapper, ArrayLike):
+        model = AutoEncoder(encoder=Noisy(), decoder=Noisy()).init_bind(wrap(RNG), X)
+        assert same(model.with_rng(wrap(RNG))(X), expected(X))
+        streams = {'dropout': wrap(RNG2)}
+        assert same(model.with_rng(streams)(X), expected.with_rng({'dropout': RNG2})(X))
+    with pytest.raises(TypeError, match='got Wrapper'):
+        noisy().with_rng(Wrapper('no key'))  # type: ignore[arg-type]
+
+
+def test_the_keys_of_a_model() -> None:
+    """They are there by stream, and lead to the same numbers if they are given back."""
+    model = noisy()
+    assert model.rngs == {}
+    assert model.encoder.rngs == {}
+    model = model.with_rng(RNG)
+    assert 'dropout' in model.rngs
+    assert same(model.with_rng(model.rngs)(X), model(X))
+    assert same(model.encoder.with_rng(model.encoder.rngs)(X), model.encoder(X))
+    jax.tree.map(lambda a, b: same(a, b) or pytest.fail('differs'), model.rngs, model.eval().rngs)
+    assert model.with_rng({'dropout': RNG2}).rngs == {'dropout': RNG2}
 
 
 def test_the_same_call_gives_the_same() -> None:

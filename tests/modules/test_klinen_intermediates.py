@@ -55,7 +55,8 @@ def test_intermediates_of_a_call() -> None:
     assert len(tmp_values) == 2
     assert same(tmp_values[1], model.encoder(X))
     assert same(tmp_values[0], model.encoder.childs[0](X))
-    assert model.encoder.tmp_values == []
+    with pytest.raises(AttributeError, match=r'Sequential\.tmp_values .* inside module functions'):
+        _ = model.encoder.tmp_values
     with pytest.raises(AttributeError, match='there are: tmp_values, childs'):
         _ = intermediates.encoder.kernel
     assert dir(intermediates) == ['decoder', 'encoder']
@@ -67,6 +68,31 @@ def test_intermediates_of_a_call() -> None:
         y, found = call(X)
         assert same(y, plain)
         assert same(found.encoder.tmp_values[0], tmp_values[0])
+
+
+class Unset(knn.Module):
+    """Reads a value, if asked to, before the call has kept one."""
+
+    value: knn.Intermediate[jax.Array] = dataclasses.field(init=False)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, early: bool = False) -> jax.Array:
+        if early:
+            return self.value
+        self.value = nn.Dense(2)(x)
+        return self.value
+
+
+def test_a_value_that_is_not_there() -> None:
+    """It is read in the call alone, and only once it is set; no call before has left one."""
+    model = Unset().init_bind(RNG, X)
+    assert same(model(X), model.call_with_intermediates(X)[1].value)
+    with pytest.raises(AttributeError, match=r'Unset\.value .* not set during the call'):
+        model(X, early=True)
+    for outside in (model, Unset()):
+        with pytest.raises(AttributeError, match=r'Unset\.value .* inside module functions'):
+            _ = outside.value
+    assert not hasattr(model, 'value')
 
 
 def test_captures_do_not_nest_and_are_of_one_model() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import flax.linen as nn
@@ -94,6 +95,25 @@ def test_a_part_takes_what_it_shares_with_it() -> None:
     assert same(model.decoder.tables['main'][0](ids), model.encoder(ids))
     leaves = jax.tree.leaves(model.decoder)
     assert sum(leaf.size for leaf in leaves) == 4 * 4 + 4 + 10 * 4
+
+
+def test_a_part_in_two_places_is_one_object() -> None:
+    """It is the same one each time that it is read, of one model; a copy has its own."""
+    shared = MLP()
+    model = knn.Sequential([MLP(), shared, shared]).init_bind(RNG, X)
+    assert model.layers[1] is model.layers[2]
+    assert model.layers[1] is not model.layers[0]
+    assert model.layers[0] is model.layers[0]
+    evaluated = model.eval()
+    assert evaluated.layers[1] is evaluated.layers[2]
+    assert evaluated.layers[1] is not model.layers[1]
+    assert not evaluated.layers[1].training and model.layers[1].training
+    again = pickle.loads(pickle.dumps(model))
+    assert again.layers[1] is again.layers[2]
+    assert same(again(X), model(X))
+    doubled = jax.tree.map(lambda x: 2 * x, model)
+    kernel = model.layers[1].params['Dense_0']['kernel']
+    assert same(doubled.layers[1].params['Dense_0']['kernel'], 2 * kernel)
 
 
 def test_sharing_is_part_of_the_structure() -> None:

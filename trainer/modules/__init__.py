@@ -7,11 +7,12 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 
 from trainer.config.errors import UserError
+from trainer.modules import foreign
 from trainer.modules.bound import BoundModel
 from trainer.modules.linen import Linen
 from trainer.modules.precision import AS_IS, Precision
@@ -49,7 +50,7 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
             Linen it always does.
 
     Raises:
-        TypeError: if `module` is of no module system that is supported.
+        TypeError: if `module` is of no module system that is supported, or makes no module.
         UserError: if it is a Klinen model that holds variables.
     """
     from flax import linen as nn
@@ -72,13 +73,11 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
                 type(module).__name__,
             )
         module = functools.partial(_copied, module)
-    if callable(module):
-        from trainer.modules.nnx import NNX
+    if (reason := foreign.refusal(module)) is not None:
+        raise TypeError(reason)
+    from trainer.modules.nnx import NNX
 
-        return NNX(module, precision, named)
-    raise TypeError(
-        'config.model: expected a module of flax.linen or flax.nnx, got ' + type(module).__name__
-    )
+    return NNX(cast(Callable[..., Any], module), precision, named)
 
 
 def _copied(module: Any, rngs: Any) -> Any:

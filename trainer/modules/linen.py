@@ -15,8 +15,9 @@ from flax import errors, traverse_util
 from flax.core.scope import subtract_filters
 
 from trainer.config.errors import UserError
-from trainer.modules import mode, tap
+from trainer.modules import flat_init, mode, tap
 from trainer.modules.bound import BoundModel, Calls, Steps
+from trainer.modules.pmap_axes import PmapAxes
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 from trainer.modules.streams import Streams
@@ -37,10 +38,12 @@ class Linen:
     Attributes:
         module: the module.
         precision: the dtypes of its parameters, its computation and its output.
+        pmap_axes: leaves axes of `jax.pmap` out of its normalisation layers.
     """
 
     module: nn.Module
     precision: Precision = AS_IS
+    pmap_axes: PmapAxes = dataclasses.field(default_factory=PmapAxes, compare=False, repr=False)
 
     def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
         """Returns fresh variables of everything that `task` calls on this batch.
@@ -53,13 +56,20 @@ class Linen:
             batch: arrays with the training batch's shapes; the values do not matter.
             keys: the keys of mode 'init'.
         """
-        bound = _InitModel(self.module, keys, self.precision)
+        bound = _InitModel(self.module, keys, self.precision, self.pmap_axes)
         task(bound, batch)
         return {**bound.variables, 'params': self.precision.for_params(bound.params)}
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> LinenModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
-        return LinenModel(self.module, variables, keys, ema=ema, precision=self.precision)
+        return LinenModel(
+            self.module,
+            variables,
+            keys,
+            ema=ema,
+            precision=self.precision,
+            pmap_axes=self.pmap_axes,
+        )
 
     def for_notebook(self, variables: Variables) -> Any:
         """Returns the module as a Klinen model that holds these variables, in evaluation mode."""
@@ -79,12 +89,14 @@ class LinenModel(BoundModel):
         *,
         ema: Any = None,
         precision: Precision = AS_IS,
+        pmap_axes: PmapAxes | None = None,
     ):
         """Binds; nothing runs before a call."""
         collections = {name: value for name, value in variables.items() if name != 'params'}
         calls = Calls(collections)
         super().__init__(variables['params'], calls, keys, ema=ema, precision=precision)
         self._module = mode.set_fields(module, self.training)
+        self._pmap_axes = pmap_axes or PmapAxes()
         # Shared with the views, as the calls are.
         # The stream 'default' is what NNX modules inside ask for: without it they get a constant.
         known, never = ({'dropout'}, ()) if self.training else ((), _TRAIN_ONLY_STREAMS)
@@ -92,6 +104,10 @@ class LinenModel(BoundModel):
 
     def _field(self, name: str) -> Any:
         return getattr(self._module, name) if name in mode.fields(self._module) else None
+
+    def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+        with self._pmap_axes.calling(), flat_init.unconstrained():
+            return super()._call(steps, args, kwargs)
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         calls = self._calls
@@ -149,8 +165,8 @@ class LinenModel(BoundModel):
 class _InitModel(LinenModel):
     """A model without variables yet: each call makes those that are still missing."""
 
-    def __init__(self, module: nn.Module, keys: Keys, precision: Precision):
-        super().__init__(module, {'params': {}}, keys, precision=precision)
+    def __init__(self, module: nn.Module, keys: Keys, precision: Precision, pmap_axes: PmapAxes):
+        super().__init__(module, {'params': {}}, keys, precision=precision, pmap_axes=pmap_axes)
         self._streams = Streams({'params', 'dropout', 'default'})
 
     def stop_gradient(self, pattern: str) -> LinenModel:

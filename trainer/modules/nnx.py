@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.config.errors import UserError
-from trainer.modules import mode, nnx_bridge, nnx_tap
+from trainer.modules import flat_init, foreign, mode, nnx_bridge, nnx_tap, pmap_axes
 from trainer.modules.bound import BoundModel, Calls, Steps
 from trainer.modules.nnx_parts import (
     INTERMEDIATES,
@@ -28,6 +28,7 @@ from trainer.modules.nnx_parts import (
     overlaid,
     values,
 )
+from trainer.modules.pmap_axes import PmapAxes
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 
@@ -48,11 +49,13 @@ class NNX:
         make: makes the module; it is traced, so that no parameter is ever made twice.
         precision: the dtypes of its parameters, its computation and its output.
         named: whether what its parts compute carries their names in traces.
+        axes: leaves axes of `jax.pmap` out of its normalisation layers.
     """
 
     make: Callable[[nnx.Rngs], nnx.Module]
     precision: Precision = AS_IS
     named: bool = False
+    axes: PmapAxes = dataclasses.field(default_factory=PmapAxes, repr=False)
 
     def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
         """Returns fresh variables.
@@ -68,7 +71,7 @@ class NNX:
             module = self._made(keys)
             named = values(module, boxed=True)
             if nnx_bridge.linen_parts(module):
-                task(_LazyModel(module, keys, self.precision), batch)
+                task(_LazyModel(module, keys, self.precision, self.axes), batch)
                 # What the first input has shaped is known from here on.
                 self.__dict__['_parts'] = Parts.of(module)
                 # The call is for the shapes: what it has moved is left as it was made.
@@ -79,13 +82,21 @@ class NNX:
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> NNXModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
         return NNXModel(
-            self._parts, variables, keys, ema=ema, precision=self.precision, named=self.named
+            self._parts,
+            variables,
+            keys,
+            ema=ema,
+            precision=self.precision,
+            named=self.named,
+            axes=self.axes,
         )
 
     def for_notebook(self, variables: Variables) -> nnx.Module:
         """Returns the module with these variables in it, in evaluation mode."""
         model = NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))
-        return model._module(0, model.params)
+        module = model._module(0, model.params)
+        self.axes.take_out(module)
+        return module
 
     @functools.cached_property
     def _parts(self) -> Parts:
@@ -97,12 +108,17 @@ class NNX:
             return Parts(*jax.eval_shape(split))
 
     def _made(self, keys: Keys) -> nnx.Module:
-        made = self.make(nnx.Rngs(**{name: keys.stream(name) for name in _STREAMS}))
+        rngs = nnx.Rngs(**{name: keys.stream(name) for name in _STREAMS})
+        try:
+            # By name where it has one: a class may take it by name alone.
+            make: Any = self.make
+            made = make(rngs=rngs) if foreign.takes_rngs(make) else make(rngs)
+        except Exception as error:
+            if (reason := foreign.failed(self.make, error)) is None:
+                raise
+            raise UserError(reason) from error
         if not isinstance(made, nnx.Module):
-            raise UserError(
-                f'config.model: expected a module of flax.linen or flax.nnx, got a function that '
-                f'returns {type(made).__name__}'
-            )
+            raise UserError(foreign.made_instead(self.make, made))
         mark_arrays(made)
         return made
 
@@ -119,6 +135,7 @@ class NNXModel(BoundModel):
         ema: Any = None,
         precision: Precision = AS_IS,
         named: bool = False,
+        axes: PmapAxes | None = None,
     ):
         """Binds; nothing runs before a call."""
         collections = {name: value for name, value in variables.items() if name != 'params'}
@@ -127,6 +144,7 @@ class NNXModel(BoundModel):
         )
         self._parts = parts
         self._named = named
+        self._axes = axes or PmapAxes()
 
     def _field(self, name: str) -> Any:
         return _plain(getattr(self._module(0, self.params), name, None))
@@ -149,6 +167,10 @@ class NNXModel(BoundModel):
             key = jax.random.fold_in(key, number)
         return jax.random.split(key, shape) if shape else key
 
+    def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+        with self._axes.calling(), flat_init.unconstrained():
+            return super()._call(steps, args, kwargs)
+
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         calls = self._calls
         args, kwargs = self._precision.for_compute((args, kwargs))
@@ -161,7 +183,7 @@ class NNXModel(BoundModel):
             looking = nnx_tap.watch(module, calls.tap)
         elif self._named:
             looking = nnx_tap.watch(module, nnx_tap.Names())
-        with looking, warnings.catch_warnings():
+        with pmap_axes.watching(module), looking, warnings.catch_warnings():
             # `nnx.capture`, which it wants around a call that sows, breaks scans and bridges.
             warnings.filterwarnings('ignore', r"\s*Using 'Module\.", DeprecationWarning)
             if bridges := nnx_bridge.linen_parts(module):
@@ -210,8 +232,8 @@ class NNXModel(BoundModel):
 class _LazyModel(NNXModel):
     """A model some of whose modules have no parameters before their first input."""
 
-    def __init__(self, module: nnx.Module, keys: Keys, precision: Precision):
-        super().__init__(Parts(None, None), {'params': {}}, keys, precision=precision)
+    def __init__(self, module: nnx.Module, keys: Keys, precision: Precision, axes: PmapAxes):
+        super().__init__(Parts(None, None), {'params': {}}, keys, precision=precision, axes=axes)
         nnx_bridge.switch(module, self.training)
         self._lazy = module
         self._keep()
@@ -237,7 +259,8 @@ class _LazyModel(NNXModel):
             nnx.bridge.lazy_init(initial, lambda m: outputs.append(run(m, args, kwargs)))
 
         bridges = nnx_bridge.linen_parts(self._lazy)
-        nnx_bridge.run_with_linen(init, bridges, training=False)
+        with pmap_axes.watching(self._lazy):
+            nnx_bridge.run_with_linen(init, bridges, training=False)
         self._calls.intermediates = nnx.to_pure_dict(nnx.pop(self._lazy, INTERMEDIATES))
         self._keep()
         return self._precision.for_output(outputs[0])

@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 
 from trainer.config.errors import UserError
-from trainer.modules import mode
+from trainer.modules import mode, pmap_axes
 
 # What a call in training may change within a Linen module; in evaluation only intermediates.
 _IN_TRAINING = nn.DenyList(('params', 'perturbations'))
@@ -129,7 +129,8 @@ def telling_nnx(training: bool) -> Iterator[None]:
             switch(inner, training)
             bound = functools.partial(method, inner)
             args, kwargs = mode.with_flags(bound, args, kwargs, training)
-            return bound(*args, **kwargs)
+            with pmap_axes.watching(inner):
+                return bound(*args, **kwargs)
 
         return call
 

@@ -130,3 +130,14 @@ def mark_arrays(module: nnx.Module) -> None:
             for name, value in list(vars(node).items()):
                 if isinstance(value, jax.core.Tracer) and not nnx.is_data(value):
                     setattr(node, name, nnx.data(value))
+
+
+def subclass(kind: Any, call: Callable[..., Any]) -> Any:
+    """Returns a class that does what a class of modules does, but for `__call__`."""
+    names = {'__call__': call, '__module__': kind.__module__, '__qualname__': kind.__qualname__}
+    # The base comes second: a user's `__init_subclass__` is not to see a class of ours.
+    made: Any = type(kind)(kind.__name__, (nnx.Module,), names, pytree=kind._pytree__is_pytree)
+    made.__bases__ = (kind,)
+    for name in [name for name in vars(made) if name.startswith('_pytree__')]:
+        delattr(made, name)  # What NNX has noted of the class; that of `kind` counts.
+    return made

@@ -18,6 +18,7 @@ import jax
 from flax import nnx, traverse_util
 from flax.errors import TraceContextError
 
+from trainer.modules.nnx_parts import subclass
 from trainer.modules.tap import NAME, Tap
 
 _current: contextvars.ContextVar[Tap] = contextvars.ContextVar('tap')
@@ -106,13 +107,7 @@ def _watched(kind: Any, path: str) -> Any:
                 setattr(self, NAME, nnx.Intermediate((*before, record)))
         return output
 
-    names = {'__call__': call, '__module__': kind.__module__, '__qualname__': kind.__qualname__}
-    # The base comes second: a user's `__init_subclass__` is not to see a class of ours.
-    made: Any = type(kind)(kind.__name__, (nnx.Module,), names, pytree=kind._pytree__is_pytree)
-    made.__bases__ = (kind,)
-    for name in [name for name in vars(made) if name.startswith('_pytree__')]:
-        delattr(made, name)  # What NNX has noted of the class; that of `kind` counts.
-    return made
+    return subclass(kind, call)
 
 
 def _loops() -> int:

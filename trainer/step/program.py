@@ -19,6 +19,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
+from trainer.config.objects import place
 from trainer.modules.nnx_bridge import names_for_rules
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
 from trainer.parallel.sharding import Rule, named_axes, param_specs
@@ -40,6 +41,9 @@ _UNKNOWN_AXIS = re.compile(r'Resource axis: (\w+) of .* is not found in mesh')
 
 # And that a module or a task names an axis of `jax.pmap`, of which there is none.
 _UNBOUND_AXIS = re.compile(r'unbound axis name: (\w+)')
+
+# And that a sharding is for an array of more dimensions.
+_WRONG_RANK = re.compile(r'.*spec=(.*)\) is only valid for values of rank .* a value of rank (\d+)')
 
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
 
@@ -379,11 +383,14 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
                 f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
             ) from error
         if isinstance(error, NameError) and (unbound := _UNBOUND_AXIS.search(str(error))):
+            raise UserError(_of_unbound(unbound[1], error)) from error
+        if wrong := _WRONG_RANK.search(str(error)):
             raise UserError(
-                f'the model or the task names the axis {unbound[1]!r} of jax.pmap, and there is '
-                'none: a step is one program over the whole batch, on any number of devices. Leave '
-                'axis_name out: the statistics of nn.BatchNorm are those of the global batch '
-                'already; for statistics of groups of rows use models.norm:GroupedBatchNorm'
+                f'the model or the task asks for the sharding {wrong[1]} of an array that has '
+                f'{wrong[2]} dimensions{place(error)}. Give a mesh axis, or None, for each '
+                'dimension that the array has there; names of a parameter that is initialised in '
+                'another shape go around the reshaped one: '
+                'box.replace_boxed(box.value.reshape(shape))'
             ) from error
         task, seen = train_step.task, spec
         with contextlib.suppress(Exception):  # It may be a transform that has failed.
@@ -391,6 +398,20 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
         batch = ', '.join(f'{name}: {describe(x)}' for name, x in seen.items())
         error.add_note(f'The task {task.task!r} was called with the batch {batch}')
         raise
+
+
+def _of_unbound(axis: str, error: NameError) -> str:
+    """Returns what is said of a collective over an axis that no transformation has bound."""
+    mesh = jax.sharding.get_abstract_mesh()
+    of = 'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
+    return (
+        f'the model or the task names the axis {axis!r} {of}{place(error)}, and there is none '
+        'here: a step is one program over the whole batch, on any number of devices. Take the '
+        f'collective out, or leave axis_name={axis!r} out: a mean over the batch is that of the '
+        'global batch already, so are gradients, metrics and the statistics of normalisation '
+        'layers. For statistics of groups of rows use models.norm:GroupedBatchNorm; an axis of '
+        'your own is bound by jax.vmap(..., axis_name=...)'
+    )
 
 
 def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -18,6 +18,10 @@ from flax import errors, traverse_util
 from trainer.modules import linen, mode
 from trainer.modules.klinen import intermediates, rngs
 from trainer.modules.klinen.definition import Definition
+from trainer.modules.pmap_axes import PmapAxes
+
+# One for all models: what is said of an axis, is said once.
+pmap_axes = PmapAxes()
 
 # A gradient with respect to a whole model is of its parameters, and of the collections that are
 # there to have gradients: what `perturb` adds, and the scales of fp8 layers. Statistics, caches and
@@ -42,6 +46,10 @@ class Binding:
     collections: Mapping[str, Any]
     rng: rngs.Rng | None = None
     training: bool = True
+    _parts: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), '_parts': {}}
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -97,7 +105,8 @@ class Binding:
             )
 
         try:
-            output, changed = rngs.run(call, self.rng, self.definition.streams)
+            with pmap_axes.calling():
+                output, changed = rngs.run(call, self.rng, self.definition.streams)
         except errors.ModifyScopeVariableError as error:
             error.add_note(
                 'A Klinen model does not change when it is called. Call y, model = '
@@ -127,12 +136,23 @@ class Binding:
 
     def attribute(self, name: str) -> Any:
         """Returns a field, a property or what `setup` has made; modules come bound."""
+        if name in intermediates.fields(self.definition.module):
+            raise intermediates.unset(self.definition.module, name)
         value = getattr(self.linen(), name)
         if not any(intermediates.modules_in(value)):
             return value
         return intermediates.map_modules(getattr(self.linen(told=False), name), self._part)
 
     def _part(self, part: nn.Module) -> Any:
+        """Returns a part as a bound model: one object for one used in several places."""
+        assert part.scope is not None
+        # From `vars`: to ask the part itself would run its setup.
+        key = part.scope.path, type(part), vars(part).get('training', True)
+        if key not in self._parts:
+            self._parts[key] = self._make_part(part)
+        return self._parts[key]
+
+    def _make_part(self, part: nn.Module) -> Any:
         module, variables = part.unbind()
         assert part.scope is not None
         variables = _with_shared(part, module, variables)

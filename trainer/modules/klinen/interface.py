@@ -11,10 +11,11 @@ from typing import Any, Self, TypeVar
 
 import flax.linen as nn
 import jax
+from flax import errors
 
 from trainer.modules import mode
-from trainer.modules.klinen import intermediates, rngs
-from trainer.modules.klinen.bound import Binding, bound
+from trainer.modules.klinen import intermediates, rngs, specs
+from trainer.modules.klinen.bound import Binding, bound, pmap_axes
 from trainer.modules.klinen.definition import Definition
 from trainer.modules.klinen.intermediates import Intermediates
 
@@ -31,8 +32,10 @@ class Interface:
         """Returns a copy that is bound to fresh variables, made by one call of the module.
 
         Args:
-            rng: a key or a seed, as Linen's `init` takes it, or a dict of these by stream.
-            *args: of the call: arrays, whose values do not matter, or `jax.ShapeDtypeStruct`s.
+            rng: a key or a seed, as Linen's `init` takes it, or a dict of these by stream. A key
+                may be an object that has one as `__jax_array__()` or `rng`.
+            *args: of the call: arrays, whose values do not matter, or `jax.ShapeDtypeStruct`s and
+                other objects with a shape and a dtype, such as the specs of etils.
             method: the name of the method to call instead of `__call__`.
             **kwargs: of the call.
         """
@@ -41,11 +44,14 @@ class Interface:
             keys = {**rngs.known(keys, made.definition.streams), 'params': keys}
         module = made.definition.told(made.training)
         call = mode.method(_steps(method), made.training)
+        args, kwargs = jax.tree.map(specs.as_spec, (args, kwargs))
         leaves = jax.tree.leaves((args, kwargs))
         lazy = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
         init = module.lazy_init if lazy else module.init
         mutable = nn.DenyList((intermediates.COLLECTION, 'perturbations'))
-        return self.with_variables(init(keys, *args, method=call, mutable=mutable, **kwargs))
+        with pmap_axes.calling():
+            variables = init(keys, *args, method=call, mutable=mutable, **kwargs)
+        return self.with_variables(variables)
 
     def with_variables(self, variables: Mapping[str, Any]) -> Self:
         """Returns a copy that is bound to variables from elsewhere, such as a checkpoint.
@@ -88,6 +94,11 @@ class Interface:
     def params(self) -> Any:
         """The nested dict of parameters."""
         return _binding(self).params
+
+    @property
+    def rngs(self) -> dict[str, jax.Array]:
+        """The keys by stream that `with_rng` has given; a part folds them with its path."""
+        return dict(rngs.known(_binding(self).rng, _binding(self).definition.streams))
 
     @property
     def variables(self) -> Any:
@@ -187,11 +198,20 @@ def _binding(model: Any) -> Binding:
     return binding
 
 
-def unbound(model: Any) -> ValueError:
+class UnboundError(errors.CallCompactUnboundModuleError, ValueError):
+    """A model is called, or read, that has no variables yet."""
+
+    def __init__(self, message: str):
+        """Has a message of its own, unlike the error of Linen."""
+        Exception.__init__(self, message)
+
+
+def unbound(model: Any) -> UnboundError:
     """Returns the error of a model that has no variables yet."""
-    return ValueError(
+    return UnboundError(
         f'{type(model).__name__} is not bound to parameters: first call model = '
-        'model.init_bind(rng, *args), or model.with_variables(variables)'
+        'model.init_bind(rng, *args), or model.with_variables(variables), before calling it or '
+        'reading its parameters'
     )
 
 

@@ -116,6 +116,20 @@ def _fields(cls: Any) -> tuple[str, ...]:
     return tuple(f.name for f in every if not f.init and is_marked(f, cls))
 
 
+def unset(module: nn.Module, name: str) -> AttributeError:
+    """Returns the error of a field `Intermediate` that has no value where it is read."""
+    where = f'{type(module).__name__}.{name}'
+    if module.scope is None:
+        return AttributeError(
+            f'{where} is a knn.Intermediate: it can only be accessed inside module functions. What '
+            'a call has kept is in kept of y, kept = model.call_with_intermediates(x)'
+        )
+    return AttributeError(
+        f'{where} is a knn.Intermediate without a default. Attribute was not set during the call '
+        'before it was read'
+    )
+
+
 def keep(
     following: Callable[..., Any],
     args: tuple[Any, ...],

@@ -88,6 +88,8 @@ class Module(Interface, nn.Module):
         try:
             return super().__getattr__(name)  # type: ignore[misc]
         except AttributeError as error:
+            if name in intermediates.fields(self):
+                raise intermediates.unset(self, name) from error
             if self.scope is None and type(self).setup is not nn.Module.setup:
                 raise _NotYetError(
                     f'{type(self).__name__} has no {name!r}; what its setup makes is there after '

@@ -78,6 +78,10 @@ def _of_stream(key: jax.Array, name: str) -> jax.Array:
 
 
 def _key(given: Any) -> jax.Array:
+    wrapped = given
+    if not isinstance(given, (jax.Array, np.ndarray)):  # Perhaps an object around a key.
+        given = given.__jax_array__() if hasattr(given, '__jax_array__') else given
+        given = getattr(given, 'rng', given)
     kind, ndim = getattr(given, 'dtype', None), getattr(given, 'ndim', None)
     is_number = kind is not None and jax.dtypes.issubdtype(kind, np.integer)
     if isinstance(given, int) or (is_number and ndim == 0):
@@ -86,7 +90,7 @@ def _key(given: Any) -> jax.Array:
     is_key = kind is not None and jax.dtypes.issubdtype(kind, jax.dtypes.prng_key)
     if is_key or (kind == np.uint32 and ndim):
         return given
-    got = type(given).__name__ if kind is None else f'an array {kind} {given.shape}'
+    got = type(wrapped).__name__ if kind is None else f'an array {kind} {given.shape}'
     raise TypeError(
         f'rng: expected a key such as jax.random.key(0), a seed, or a dict of these by stream, got '
         f'{got}'

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is no model is refused by what it is, before anything is made of it or compiles."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.modules.learning import learned, trainer
+from trainer.config.errors import UserError, full_text
+from trainer.modules import functional
+
+
+class Callable4:
+    """An object whose call takes an example, as a module of Equinox is."""
+
+    def __init__(self) -> None:
+        self.weight = np.ones((8, 4))
+
+    def __call__(self, x: Any) -> Any:
+        return x @ self.weight
+
+
+def of_library(package: str, base: type = object) -> Any:
+    """Returns a class that is derived from one of another library's."""
+    return type('Net', (type('Module', (base,), {'__module__': f'{package}.core'}),), {})
+
+
+equinox = of_library('equinox', Callable4)
+torch = of_library('torch', Callable4)
+
+
+class Wrapper:
+    """A model that keeps its module apart from its parameters, as those of transformers do."""
+
+    module_class = nn.Dense
+
+    def __init__(self) -> None:
+        self.module = nn.Dense(4)
+
+    def __call__(self, inputs: Any, params: Any = None, dropout_rng: Any = None) -> Any:
+        return self.module.apply({'params': params}, inputs)
+
+
+class Transformed(NamedTuple):
+    """Two functions, as `haiku.transform` returns them."""
+
+    init: Any
+    apply: Any
+
+
+def _init(key: Any, x: Any) -> dict[str, jax.Array]:
+    return {'w': 0.1 * jax.random.normal(key, (x.shape[-1], 4))}
+
+
+def transformed() -> Transformed:
+    return Transformed(_init, lambda params, key, x: x @ params['w'])
+
+
+def forward(x: Any) -> Any:
+    return jnp.tanh(x)
+
+
+def with_params(params: Any, x: Any) -> Any:
+    return x @ params
+
+
+def makes_linen(rngs: Any) -> nn.Module:
+    return nn.Dense(4)
+
+
+def makes_foreign(rngs: Any) -> Any:
+    return equinox()
+
+
+def makes_without() -> nn.Module:
+    return nn.Dense(4)
+
+
+jitted = jax.jit(forward)
+bound = functools.partial(with_params, 1)
+instance = Callable4()
+linen_class = nn.Dense
+array = np.ones(3)
+tree = {'w': array}
+
+EXPECTED = r'expected a module of flax\.linen or flax\.nnx, got '
+REFUSED = {
+    'target:Callable4': rf'^config\.model: {EXPECTED}Callable4\. Write the model as a module',
+    'target:equinox': rf'^config\.model\.target: {EXPECTED}the class Net of Equinox\.',
+    'target:torch': rf'{EXPECTED}the class Net of PyTorch\..*config\.init_from reads',
+    'target:transformed': rf'{EXPECTED}Transformed\.',
+    'target:Wrapper': rf'{EXPECTED}Wrapper\. Its attribute `module` is a Flax module \(Dense\)',
+    'target:makes_foreign': rf'{EXPECTED}a function that returns Net of Equinox',
+    'target:makes_linen': r'a function of `rngs` that returns Dense, a module of flax\.linen',
+    'target:forward': r'model\.x is missing: .*called once, with the other keys .*not with inputs',
+    'ref:instance': rf'{EXPECTED}Callable4\.',
+    'ref:Callable4': rf'{EXPECTED}the class Callable4\.',
+    'ref:Wrapper': r'Its `module_class` is a Flax module: .* name flax\.linen\.linear:Dense',
+    'ref:forward': rf'{EXPECTED}the function forward\(x\)\. A model has parameters',
+    'ref:jitted': rf'{EXPECTED}the function forward\(x',
+    'ref:bound': rf'{EXPECTED}the function with_params\(x',
+    'ref:with_params': rf'{EXPECTED}the function with_params\(params',
+    'ref:makes_without': rf'{EXPECTED}the function makes_without\(\).*config\.model\.target name',
+    'ref:linen_class': r'got the class Dense of flax\.linen modules; config\.model\.target makes',
+    'ref:array': rf'{EXPECTED}ndarray\.',
+    'ref:tree': rf'{EXPECTED}dict\.',
+}
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_is_no_model(name: str) -> None:
+    key, _, attribute = name.partition(':')
+    with pytest.raises(UserError, match=REFUSED[name]) as caught:
+        trainer({key: f'{__name__}:{attribute}'}).programs  # noqa: B018
+    assert '\n' not in full_text(caught.value)
+
+
+def test_what_haiku_makes_is_wrapped_in_linen() -> None:
+    """As the message says of it."""
+    made = type('Transformed', (Transformed,), {'__module__': 'haiku._src.transform'})
+    with pytest.raises(TypeError, match=r'got Transformed of Haiku\..* self\.param\("net", net.i'):
+        functional(made(*transformed()))
+    learned({'target': f'{__name__}:OfHaiku'}, steps=100)
+
+
+class OfHaiku(nn.Module):
+    """Keeps the parameters of another library's functions."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        net = transformed()
+        params = self.param('net', net.init, x)
+        return net.apply(params, None, x)
+
+
+class OnlyByName(nnx.Linear):
+    """A class that takes `rngs` by its name alone."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        super().__init__(8, 4, rngs=rngs)
+
+
+class Factory:
+    """An object that makes a module."""
+
+    def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
+        return nnx.Linear(8, 4, rngs=rngs)
+
+
+def of_one(streams: nnx.Rngs) -> nnx.Module:
+    return nnx.Linear(8, 4, rngs=streams)
+
+
+factory = Factory()
+part = functools.partial(nnx.Linear, 8, 4)
+by_key = functools.partial(OnlyByName)
+
+
+@pytest.mark.parametrize('name', ['OnlyByName', 'factory', 'of_one', 'part', 'by_key'])
+def test_what_makes_a_module(name: str) -> None:
+    parameters = trainer({'ref': f'{__name__}:{name}'}).programs.abstract.params
+    assert parameters['kernel'].shape == (8, 4)
+
+
+def test_a_maker_that_fails_says_how() -> None:
+    def make(streams: Any) -> Any:
+        return nnx.Linear(8, 'four', rngs=streams)  # type: ignore[arg-type]
+
+    def named(rngs: Any) -> Any:
+        raise ZeroDivisionError('of its own')
+
+    from trainer.modules.rng import Keys
+
+    with pytest.raises(UserError, match=r'got the function make\(streams.*called with `rngs`: '):
+        functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+    with pytest.raises(ZeroDivisionError):
+        functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names of the dimensions of parameters that are initialised flat, as `nn.DenseGeneral` does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from tests.modules.learning import trainer
+from trainer.config.errors import UserError
+
+INIT = nn.initializers.lecun_normal()
+
+
+class Attention(nn.Module):
+    """Attention whose kernels are named as nanodo's are: by their final dimensions."""
+
+    names: tuple[str | None, ...] = ('data', None, None)
+    logical: bool = False
+    named: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        naming: Any = nn.with_logical_partitioning if self.logical else nn.with_partitioning
+
+        def init(names: Any) -> Any:
+            return naming(INIT, names) if self.named else INIT
+
+        y = nn.MultiHeadDotProductAttention(
+            2, kernel_init=init(self.names), out_kernel_init=init(self.names[::-1]),
+        )(x[:, None])  # fmt: skip
+        return nn.DenseGeneral((4,), kernel_init=init((self.names[0], None)))(y[:, 0])
+
+
+class Scanned(nn.Module):
+    """The same in layers that are stacked."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layers = nn.scan(
+            Layer, length=2, variable_axes={'params': 0}, split_rngs={'params': True},
+            metadata_params={nn.PARTITION_NAME: None},
+        )  # fmt: skip
+        return nn.Dense(4)(layers()(x, None)[0])
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> Any:
+        kernel_init = nn.with_partitioning(INIT, ('data', None, None))
+        return nn.DenseGeneral((2, 4), kernel_init=kernel_init)(x).reshape(x.shape), None
+
+
+class Bridged(nnx.Module):
+    """The same in a module of NNX."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linen = nnx.bridge.ToNNX(Attention(), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linen(x)
+
+
+class BridgedWrongNames(nnx.Module):
+    """A wrong name in a module of Linen within one of NNX."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.linen = nnx.bridge.ToNNX(WrongNames(), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linen(x)
+
+
+def specs(model: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Any]:
+    run = trainer({**model, 'target': f'{__name__}:{model["target"]}'}, steps=4, **options)
+    result = run.fit()
+    found = jax.tree_util.tree_leaves_with_path(result.state.params)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): value.sharding.spec
+        for path, value in found
+    }, result
+
+
+@pytest.mark.parametrize('logical', [False, True])
+def test_names_of_the_final_shape(logical: bool) -> None:
+    """The parameters are cut as they say, and have the values that they have without names."""
+    options: dict[str, Any] = {}
+    model: dict[str, Any] = {'target': 'Attention'}
+    if logical:
+        model |= {'logical': True, 'names': ('embed', 'heads', None)}
+        rules = (('embed', 'data'), ('heads', None))
+        options['sharding'] = ({'target': 'trainer.parallel.sharding:ByName', 'rules': rules},)
+    found, result = specs(model, **options)
+    attention = 'MultiHeadDotProductAttention_0'
+    assert found[f'{attention}/query/kernel'] == P('data', None, None)
+    assert found[f'{attention}/out/kernel'] == P(None, None, 'data')
+    plain = trainer({'target': f'{__name__}:Attention', 'named': False}, steps=4).fit()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+        jax.device_get(result.state.params),
+        jax.device_get(plain.state.params),
+    )
+
+
+def test_in_stacked_layers_and_bridges() -> None:
+    kernel = specs({'target': 'Scanned'})[0]['ScanLayer_0/DenseGeneral_0/kernel']
+    assert kernel == P(None, 'data', None, None)
+    found, _ = specs({'target': 'Bridged'})
+    assert found['linen/MultiHeadDotProductAttention_0/query/kernel'] == P('data', None, None)
+
+
+class WrongNames(nn.Module):
+    """Names more dimensions than a parameter has."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(4, kernel_init=nn.with_partitioning(INIT, ('data', None, None)))(x)
+
+
+class OwnInit(nn.Module):
+    """Takes the box off a flat parameter itself."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def init(rng: jax.Array, shape: Any) -> Any:
+            box = nn.with_partitioning(INIT, ('data', None, None))(rng, (8, 4))
+            return box.replace_boxed(box.unbox().reshape(shape))
+
+        return x @ self.param('kernel', init, (8, 2, 2)).reshape(8, 4)
+
+
+def test_names_that_do_not_fit() -> None:
+    with pytest.raises(UserError, match='gives 3 dimensions to Dense_0/kernel, which has shape'):
+        specs({'target': 'WrongNames'})
+    with pytest.raises(UserError, match=r"are named \('data', None, None\) of .* shape \(8, 4\)"):
+        specs({'target': 'BridgedWrongNames'})
+    wrong = r"sharding P\('data', None, None\) of an array that has 2 dimensions \(.*test_flat_init"
+    with pytest.raises(UserError, match=wrong):
+        specs({'target': 'OwnInit'})
+
+
+class StartsFrom(nn.Module):
+    """Has a module in a field whose name is that of an initialiser."""
+
+    state_init: nn.Module
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.remat(nn.Dense)(4)(self.state_init(x))
+
+
+def test_a_module_by_the_name_of_an_initialiser() -> None:
+    layer = {'target': 'flax.linen:Dense', 'features': 8}
+    found, _ = specs({'target': 'StartsFrom', 'state_init': layer})
+    assert found['state_init/kernel'] == P()

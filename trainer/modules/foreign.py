@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is no model: said in words, before it is called as if it made one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import Any
+
+import flax.linen as nn
+
+from trainer.config import targets
+
+# Other libraries by the package of their classes: what a user calls them, and what to do.
+_LIBRARIES = {
+    'equinox': ('Equinox', ''),
+    'haiku': (
+        'Haiku',
+        ', or call it from a Linen module: params = self.param("net", net.init, x); return '
+        'net.apply(params, None, x)',
+    ),
+    'torch': ('PyTorch', '; config.init_from reads the weights of a PyTorch model into it'),
+    'transformers': ('transformers', ''),
+    'keras': ('Keras', ''),
+    'tensorflow': ('TensorFlow', ''),
+    'sonnet': ('Sonnet', ''),
+    'objax': ('Objax', ''),
+    'penzai': ('Penzai', ''),
+    'sklearn': ('scikit-learn', ''),
+}
+_EXPECTED = 'expected a module of flax.linen or flax.nnx'
+
+
+def refusal(given: Any) -> str | None:
+    """Returns why something that is no module makes none either, or None where it may make one.
+
+    What makes an NNX module is its class, or a function of `rngs`; a function whose argument has
+    another name is only known when it is called.
+
+    Args:
+        given: what `config.model` has given.
+    """
+    called = given
+    while isinstance(called, functools.partial):
+        called = called.func
+    if inspect.isroutine(inspect.unwrap(called)):
+        return None if _may_take_rngs(given) else f'config.model: {_of_function(given)}'
+    if isinstance(called, type):
+        return None if _is_nnx_class(called) else f'config.model: {_of_class(called)}'
+    # Any object may have a call; that of a foreign model takes its inputs.
+    if callable(given) and takes_rngs(given) and not _library(type(called)):
+        return None
+    return f'config.model: {_of_object(called)}'
+
+
+def refusal_of_class(target: Any) -> str | None:
+    """Returns why a target that is a class of another library makes no model, before it is called.
+
+    Args:
+        target: what `config.model.target` names.
+    """
+    is_class = isinstance(target, type) and not _is_nnx_class(target)
+    if is_class and not issubclass(target, nn.Module) and _library(target):
+        return f'config.model.target: {_of_class(target)}'
+    return None
+
+
+def made_instead(maker: Any, made: Any) -> str:
+    """Returns the message for a function of `rngs` that has made no NNX module."""
+    if isinstance(made, nn.Module):
+        return (
+            f'config.model: expected a module of flax.nnx, got a function of `rngs` that returns '
+            f'{type(made).__name__}, a module of flax.linen. Make it in a function without the '
+            'argument `rngs`'
+        )
+    if not takes_rngs(maker):
+        return f'config.model: {_of_function(maker)}'
+    said = _of_object(made).removeprefix(_EXPECTED)
+    return f'config.model: {_EXPECTED}{said.replace("got ", "got a function that returns ", 1)}'
+
+
+def failed(maker: Any, error: Exception) -> str | None:
+    """Returns what is said of a function that failed with random streams as its argument.
+
+    Returns:
+        None for a function that takes `rngs`: then the error is its own.
+    """
+    if takes_rngs(maker):
+        return None
+    said = str(error).partition('\n')[0]
+    return f'config.model: {_of_function(maker)} (called with `rngs`: {said})'
+
+
+def takes_rngs(maker: Any) -> bool:
+    """Whether a callable has an argument `rngs`."""
+    return 'rngs' in targets.arguments(maker)[0]
+
+
+def _may_take_rngs(maker: Any) -> bool:
+    if takes_rngs(maker):
+        return True
+    try:
+        inspect.signature(maker).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # It has no signature.
+        return True
+    return True
+
+
+def _is_nnx_class(kind: type) -> bool:
+    nnx = sys.modules.get('flax.nnx')  # Such a class has imported it.
+    return nnx is not None and issubclass(kind, nnx.Module)
+
+
+def _library(kind: type) -> str | None:
+    """Returns the package of another library that a class or a base of it is of."""
+    packages = [base.__module__.partition('.')[0] for base in kind.__mro__]
+    return next((package for package in packages if package in _LIBRARIES), None)
+
+
+def _of_object(given: Any) -> str:
+    kind, library = type(given), _library(type(given))
+    said = f'{_EXPECTED}, got {kind.__name__}'
+    if library is not None:
+        said += f' of {_LIBRARIES[library][0]}'
+    inner = getattr(given, 'module', None)
+    if isinstance(inner, nn.Module) or _is_nnx_class(type(inner)):
+        return (
+            f'{said}. Its attribute `module` is a Flax module ({type(inner).__name__}): let '
+            'config.model.target name a function that returns that attribute, and load the weights '
+            'with config.init_from'
+        )
+    return f'{said}. {_what_to_do(library)}'
+
+
+def _of_class(kind: type) -> str:
+    if issubclass(kind, nn.Module):
+        return (
+            f'expected a module, got the class {kind.__name__} of flax.linen modules; '
+            'config.model.target makes a module of it'
+        )
+    library = _library(kind)
+    of = f' of {_LIBRARIES[library][0]}' if library else ''
+    inner = getattr(kind, 'module_class', None)
+    if isinstance(inner, type) and issubclass(inner, nn.Module):
+        return (
+            f'{_EXPECTED}, got the class {kind.__name__}{of}. Its `module_class` is a Flax module: '
+            f'let config.model.target name {inner.__module__}:{inner.__name__}, or a function that '
+            'returns one, and load the weights with config.init_from'
+        )
+    return f'{_EXPECTED}, got the class {kind.__name__}{of}. {_what_to_do(library)}'
+
+
+def _of_function(given: Any) -> str:
+    called = given
+    while isinstance(called, functools.partial):
+        called = called.func
+    name = getattr(called, '__name__', None) or repr(called)
+    try:
+        name += f'({", ".join(inspect.signature(given).parameters)})'
+    except (TypeError, ValueError):
+        name += '(...)'
+    return (
+        f'{_EXPECTED}, got the function {name}. A model has parameters: write it as a module, or '
+        'let config.model.target name a function that returns one (of NNX: a function of `rngs`)'
+    )
+
+
+def _what_to_do(library: str | None) -> str:
+    extra = _LIBRARIES[library][1] if library else ''
+    return f'Write the model as a module of Flax{extra}'

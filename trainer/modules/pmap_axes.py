@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisation that names an axis of `jax.pmap`, in a program that has no such axis.
+
+Under `pmap` each device sees its part of the batch, and `BatchNorm(axis_name='batch')` averages the
+statistics over the parts. A step is one program over the whole batch: the statistics of a call are
+already those that this average gives, so the name is left out of the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from trainer.config.errors import UserError
+
+_log = logging.getLogger('trainer')
+
+_current: contextvars.ContextVar[PmapAxes] = contextvars.ContextVar('pmap_axes')
+
+_NORMS = ('BatchNorm', 'LayerNorm', 'RMSNorm', 'GroupNorm', 'InstanceNorm')
+_LINEN = tuple(getattr(nn, name) for name in _NORMS)
+# Flax's own methods. A lifted class, such as `nn.vmap(nn.BatchNorm, axis_name=...)`, overrides one:
+# it binds the axis, and then calls the one of Flax.
+_METHODS = {inspect.unwrap(norm.__call__).__code__ for norm in _LINEN}
+
+
+class PmapAxes:
+    """Leaves axis names of `pmap` out of normalisation, and says so once for each name."""
+
+    def __init__(self) -> None:
+        self._noted: set[Any] = set()
+        self._paths: set[str] = set()
+
+    def take_out(self, module: Any) -> None:
+        """Takes the axes out of those parts of an NNX module whose calls were without them."""
+        for path, node in _norms_with_axes(module):
+            if path in self._paths:
+                node.axis_name = None
+
+    @contextlib.contextmanager
+    def calling(self) -> Iterator[None]:
+        """Is around the calls of a model."""
+        token = _current.set(self)
+        try:
+            with nn.intercept_methods(self._intercept):
+                yield
+        finally:
+            _current.reset(token)
+
+    @contextlib.contextmanager
+    def left_out(self, module: Any, path: str) -> Iterator[list[Any]]:
+        """Leaves out the names that are bound nowhere while a module of normalisation is called.
+
+        Yields:
+            The names.
+
+        Raises:
+            UserError: if the module averages over groups of devices.
+        """
+        given = module.axis_name
+        names = given if isinstance(given, (tuple, list)) else (given,)
+        missing = [name for name in names if _is_missing(name)]
+        if not missing:
+            yield missing
+            return
+        where = f'{path or "the model"} ({type(module).__name__})'
+        if module.axis_index_groups is not None:
+            raise UserError(
+                f'config.model: {where} normalises by groups of devices (axis_index_groups='
+                f'{module.axis_index_groups!r}) of the axis {missing[0]!r} of jax.pmap, and there '
+                'is no such axis: a step is one program over the whole batch. Leave '
+                'axis_index_groups out for statistics of the global batch, or use '
+                'models.norm:GroupedBatchNorm for statistics of groups of rows'
+            )
+        self._note(missing, where)
+        rest = tuple(name for name in names if name not in missing)
+        # Not by assignment: modules are frozen in a call.
+        object.__setattr__(module, 'axis_name', rest or None)
+        try:
+            yield missing
+        finally:
+            object.__setattr__(module, 'axis_name', given)
+
+    def _note(self, names: list[Any], where: str) -> None:
+        new = [name for name in names if name not in self._noted]
+        if new:
+            self._noted.update(new)
+            _log.warning(
+                'config.model: %s names the axis %s of jax.pmap, and there is none. The name is '
+                'ignored, here and in other normalisation layers: a step is one program over the '
+                'whole batch, so their statistics are those of the global batch',
+                where,
+                ', '.join(map(repr, new)),
+            )
+
+    def _intercept(
+        self,
+        following: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        method = getattr(context.orig_method, 'func', context.orig_method)
+        is_norm = isinstance(module, _LINEN) and getattr(method, '__code__', None) in _METHODS
+        if not is_norm or module.axis_name is None:
+            return following(*args, **kwargs)
+        with self.left_out(module, '/'.join(map(str, module.path))):
+            return following(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def watching(module: Any) -> Iterator[None]:
+    """Is around calls of an NNX module within `PmapAxes.calling`, or changes nothing."""
+    norms = _norms_with_axes(module)
+    kinds: list[Any] = [type(node) for _, node in norms]
+    try:
+        for (path, node), kind in zip(norms, kinds, strict=True):
+            object.__setattr__(node, '__class__', _leaving_out(kind, path))
+        yield
+    finally:
+        for (_, node), kind in zip(norms, kinds, strict=True):
+            object.__setattr__(node, '__class__', kind)
+
+
+def _norms_with_axes(module: Any) -> list[tuple[str, Any]]:
+    """Returns the normalisation layers of an NNX module that name an axis, by path."""
+    from flax import nnx
+
+    nodes: Iterable[tuple[Any, Any]] = nnx.iter_graph(module)
+    return [
+        ('/'.join(map(str, path)), node)
+        for path, node in nodes
+        if isinstance(node, _nnx_norms()) and node.axis_name is not None
+    ]
+
+
+@functools.cache
+def _nnx_norms() -> Any:
+    from flax import nnx
+
+    return tuple(getattr(nnx, name) for name in _NORMS)
+
+
+@functools.cache
+def _leaving_out(kind: Any, path: str) -> Any:
+    """Returns a class that does what `kind` does, without the names of axes that are missing."""
+    from trainer.modules.nnx_parts import subclass
+
+    @functools.wraps(kind.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        axes = _current.get(None)
+        if axes is None or self.axis_name is None:
+            return kind.__call__(self, *args, **kwargs)
+        with axes.left_out(self, path) as missing:
+            if missing:
+                axes._paths.add(path)
+            return kind.__call__(self, *args, **kwargs)
+
+    return subclass(kind, call)
+
+
+def _is_missing(name: Any) -> bool:
+    """Whether no transformation around has bound an axis, and the mesh has none of this name."""
+    if name in jax.sharding.get_abstract_mesh().axis_names:
+        return False
+    try:
+        jax.lax.axis_size(name)
+    except NameError:
+        return True
+    return False
