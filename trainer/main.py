@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from trainer.checkpoint.errors import SaveError
-from trainer.config import identity, loading, overrides, show
+from trainer.config import identity, loading, overrides, schema, show, synonyms
 from trainer.config.errors import UserError, full_text
 from trainer.observe import logfile
 from trainer.parallel import signals
@@ -150,6 +150,9 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         raise UserError('--config is missing: name a config file, as in --config=configs/mnist.py')
     loaded = loading.load(spec)
     applied = overrides.apply(loaded.config, assignments)
+    if not (_FLAGS.help or _FLAGS.helpconfig):
+        # Here and not in `build` alone, which needs JAX: a wrong key is said at once, in any mode.
+        schema.read(loading.plain(loaded.config))
     for override in applied:
         for note in override.notes:
             print(note, file=sys.stderr)

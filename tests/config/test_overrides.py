@@ -40,7 +40,7 @@ def test_types_are_those_of_the_default() -> None:
     'assignment',
     [
         'seed=3.0', 'seed=true', 'optimizer.learning_rate=fast', 'optimizer.nesterov=2',
-        'train_for=5', 'model.features=(1, 2, 3)', 'model.features=(1, 2.5)', 'model.features=3',
+        'train_for=5', 'model.features=(1, 2, "3")', 'model.features=(1, 2.5)', 'model.features=3',
         'vars.pairs=((1, 2), 3)', 'data.transforms[2].padding=1', 'data.batch_size="a"',
         'optimizer=sgd', 'data.remainder=none',
     ],
@@ -295,9 +295,11 @@ def test_a_new_evaluation_may_come_whole() -> None:
 
 def test_a_key_that_comes_with_the_new_target_is_not_told_as_dropped() -> None:
     (override,) = overrides.apply(
-        config(), [('optimizer', '{"target": "optax:adam", "momentum": 0.5}')]
+        config(), [('optimizer', '{"target": "optax:rmsprop", "momentum": 0.5}')]
     )
     assert override.notes == ()
+    with pytest.raises(UserError, match=r'optimizer\.momentum: optax:adam takes no such argument'):
+        applied('optimizer={"target": "optax:adam", "momentum": 0.5}')
 
 
 def test_never_is_a_word_like_any_other_outside_of_durations() -> None:

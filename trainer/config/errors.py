@@ -10,6 +10,25 @@ class UserError(Exception):
     exit_code = 2
 
 
+def shown(value: object, limit: int = 100) -> str:
+    """Returns the repr of a value for a message, shortened in the middle beyond `limit` characters.
+
+    A text of the command line may have thousands of characters.
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits; a dict in itself.
+        return f'a very long {type(value).__name__}'
+    return shortened(text, limit)
+
+
+def shortened(text: str, limit: int = 100) -> str:
+    """Returns a text whose middle is left out if it has more than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    return f'{text[: limit * 2 // 3]}...{text[-limit // 6 :]} ({len(text):,} characters)'
+
+
 def full_text(error: BaseException) -> str:
     """Returns the text of an error and its notes, to print without a traceback."""
     return '\n'.join([str(error), *getattr(error, '__notes__', ())])

@@ -16,7 +16,7 @@ from ml_collections import config_dict
 
 from trainer import bundled
 from trainer.config import objects, suggest
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
 
 
@@ -159,7 +159,7 @@ def _check_values(node: Any, path: str) -> None:
         name += getattr(node, '__qualname__', 'Name')
         raise UserError(
             f'{path}: a config holds numbers, strings, None, dicts, tuples and lists, got '
-            f'{node!r}; write a plain number, or name an object, as in dict(ref={name!r})'
+            f'{shown(node)}; write a plain number, or name an object, as in dict(ref={name!r})'
         )
 
 
@@ -183,7 +183,7 @@ def check_vars(config: ml_collections.ConfigDict) -> None:
     if 'vars' not in config:
         return
     if not isinstance(config.vars, ml_collections.ConfigDict):
-        raise UserError(f'config.vars: expected a dict, got {config.vars!r}')
+        raise UserError(f'config.vars: expected a dict, got {shown(config.vars)}')
     used: set[int] = set()
     for key, value in config.items(preserve_field_references=True):
         if key != 'vars':

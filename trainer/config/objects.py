@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from trainer.config import suggest
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 
 # Packages that come with the trainer, and may be hidden by the user's own of the same name.
 _BUNDLED = ('models', 'data', 'configs')
@@ -38,7 +38,7 @@ def resolve(name: object, path: str) -> Any:
         UserError: if the name is malformed, missing, or its module fails to import.
     """
     if not isinstance(name, str) or name.count(':') != 1 or not all(name.split(':')):
-        raise UserError(f"{path}: expected 'package.module:Name', got {name!r}{_with_colon(name)}")
+        raise UserError(f"{path}: expected 'package.module:Name', got {shown(name)}{_with_colon(name)}")
     module_name, _, attribute = name.partition(':')
     error: UserError | None = None
     for candidate in _candidates(module_name):
@@ -113,7 +113,7 @@ def _is_library(filename: str) -> bool:
 def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> str:
     near = suggest.nearest(attribute, [n for n in dir(module) if not n.startswith('_')])
     hint = f' Did you mean {name.partition(":")[0]}:{near}?' if near else ''
-    return f'{path}: {name!r}: the module has no {attribute!r}.{hint}'
+    return f'{path}: {shown(name)}: the module has no {shown(attribute)}.{hint}'
 
 
 def _no_module(module_name: str, name: str, path: str) -> str:
@@ -127,4 +127,4 @@ def _no_module(module_name: str, name: str, path: str) -> str:
         siblings = [m.name for m in pkgutil.iter_modules()]
     near = suggest.nearest(module_name, siblings)
     hint = f' Did you mean {near}:{name.partition(":")[2]}?' if near else ''
-    return f'{path}: {name!r}: there is no module {module_name!r}.{hint}'
+    return f'{path}: {shown(name)}: there is no module {shown(module_name)}.{hint}'
