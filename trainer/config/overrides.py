@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,23 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
         else:
             assignments.append((name.removeprefix('-config.'), value))
     return spec, assignments, rest
+
+
+def from_python(value: Any, path: str) -> str:
+    """Returns a value as it is written on the command line.
+
+    Raises:
+        UserError: for what a config cannot hold.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        return value
+    if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:  # A number of numpy or JAX.
+        value = value.item()
+    literals.check_depth(value, f'config.{path}')
+    literals.check(value, f'config.{path}', paths.parse(path))
+    return repr(value) if value == value else 'NaN'
 
 
 def apply(

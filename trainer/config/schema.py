@@ -13,7 +13,7 @@ from typing import Any, Literal
 from trainer.config import suggest, synonyms
 from trainer.config.durations import Duration
 from trainer.config.errors import UserError, shown
-from trainer.config.sections import Node, Sections
+from trainer.config.sections import Node, PrecisionSection, Sections
 
 Keys = Sequence[str | int]
 
@@ -138,7 +138,12 @@ def _check_given(node: Any, path: str) -> None:
 
 def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any]) -> Any:
     if not isinstance(config, Mapping):
-        raise UserError(f'{path}: expected a section (a dict), got {shown(config)}')
+        keys = ', '.join(fields(section))
+        meant = synonyms.VALUES.get(config) if isinstance(config, str) else None
+        hint = f'. Did you mean {path}.compute={meant}?' if section is PrecisionSection and meant else ''
+        raise UserError(
+            f'{path}: expected a section (a dict) with keys of {keys}; got {shown(config)}{hint}'
+        )
     known = fields(section)
     unknown = {key: value for key, value in config.items() if key not in known}
     if unknown and not takes_any_key(section):

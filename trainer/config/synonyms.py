@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # Values that have another name here.
@@ -123,13 +123,24 @@ def hint(
         config: the plain config.
         exists: whether a path of the config is held, or may be set.
     """
-    for lead in _LEADS.get(word.lower().replace('-', '_'), ()):
+    for lead in leads(word):
         if not _is_path(lead):
             return f'{lead}.' if not lead.startswith('--') else f'Write {lead}.'
         found = _named(lead, config)
         if found is not None and exists(config, found):
             return f'Did you mean config.{found}?'
     return None
+
+
+def among(word: str, names: Sequence[str]) -> str | None:
+    """Returns the one of some names that the word of another framework stands for, or None."""
+    ends = [lead.rpartition('.')[2] for lead in leads(word) if _is_path(lead)]
+    return next((end for end in ends if end in names), None)
+
+
+def leads(word: str) -> tuple[str, ...]:
+    """Returns what a word of another framework leads to: paths, flags and sentences."""
+    return _LEADS.get(word.lower().replace('-', '_'), ())
 
 
 def _is_path(lead: str) -> bool:

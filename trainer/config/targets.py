@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import objects, suggest
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, shortened, shown
 
 # Arguments that the framework or the module system gives, so a config need not.
 FRAMEWORK_SUPPLIED = frozenset({'rngs', 'train', 'training', 'is_training', 'deterministic'})
@@ -146,7 +146,7 @@ def _hint(given: Mapping[str, Any], path: str) -> str:
     """Says where a number was given as text, or a dict names no object."""
     for key, value in given.items():
         if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?', value):
-            unit = f'a length of time has a unit ({value} steps), ' if value.isdigit() else ''
+            unit = f'a length of time has a unit ({shortened(value, 30)} steps), ' if value.isdigit() else ''
             return f'\n{path}.{key} is the text {shown(value)}: {unit}a number has no quotation marks'
         if isinstance(value, Mapping) and not {'target', 'ref'} & set(value):
             return f"\n{path}.{key} is a dict that names no object: it has no 'target'"
@@ -161,7 +161,8 @@ def _said(error: Exception) -> str:
         said = f'{error}{objects.place(error)}'
     else:
         said = objects.last_line(error)
-    return '\n'.join([said, *getattr(error, '__notes__', ())])
+    # It may repeat what it was given, however long that is.
+    return '\n'.join([shortened(said, 400), *getattr(error, '__notes__', ())])
 
 
 def accepted(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:

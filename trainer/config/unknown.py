@@ -32,6 +32,9 @@ def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
     fixed, complete = reach.repaired(whole, keys) if close else ([], False)
     if complete and fixed[depth] == close:
         return _no_key(path, _did_you_mean(f'config.{paths.join(fixed)}'))
+    place = f'config.{paths.join(keys[:depth])}'
+    if depth == len(keys) - 1 and (mine := synonyms.among(str(keys[depth]), siblings)):
+        return _no_key(path, _did_you_mean(f'{place}.{mine}'))
     if hint := synonyms.hint(str(keys[-1]), whole, _may_have):
         return _no_key(path, hint)
     known = _known(whole)
@@ -43,7 +46,10 @@ def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
     last = [p for p in known if p.rpartition('.')[2] == keys[-1]]
     if not last and len(fixed) > depth:  # Some wrong names were replaced, not all.
         return _no_key(path, _did_you_mean(f'config.{paths.join(fixed)}'))
-    return _no_key(path, _did_you_mean(suggest.nearest_path(path, last or known)))
+    found = suggest.nearest_path(path, last or known)
+    if found == place and siblings:  # Only the section is right.
+        return _no_key(path, f'{place} has: {", ".join(siblings)}.')
+    return _no_key(path, _did_you_mean(found))
 
 
 def _known(whole: Mapping[str, Any]) -> list[str]:

@@ -41,6 +41,8 @@ def parse(
     """
     value = literals.literal(text)
     literals.check_depth(value, path)
+    if isinstance(value, float) and not isinstance(old, str) and not _wants_text(hint):
+        literals.check(value, path, keys, text)
     try:
         new = convert(value, text, old, hint, path, annotation)
     except UserError as error:
@@ -67,10 +69,17 @@ def convert(
     Raises:
         UserError: if it is no value of that type.
     """
-    if hint is not None and not isinstance(value, Mapping):
+    if hint is not None and (not isinstance(value, Mapping) or _is_scalar(hint)):
         return _for_hint(text, value, hint, path)
-    if old is None or old is schema.REQUIRED or isinstance(value, Mapping):
+    if old is None or old is schema.REQUIRED:
         return value
+    if isinstance(value, Mapping):
+        if isinstance(old, Mapping) or {'target', 'ref'} & set(value):
+            return value
+        raise UserError(
+            f'{path}: expected {type(old).__name__}, as {shown(old)} is, or a dict that names an '
+            f"object (with 'target' or 'ref'); got {shown(text)}"
+        )
     return _like(text, value, old, path, annotation)
 
 
@@ -85,6 +94,10 @@ def _for_hint(text: str, value: Any, hint: Any, path: str) -> Any:
         value = tuple(value)
     checked = schema.check(value, hint, path, {})
     return str(checked) if isinstance(checked, Duration) else checked
+
+
+def _is_scalar(hint: Any) -> bool:
+    return schema.without_none(hint) in (int, float, str, bool, Duration)
 
 
 def _wants_text(hint: Any) -> bool:
