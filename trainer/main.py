@@ -233,7 +233,7 @@ def _parse_flags(argv: Sequence[str]) -> None:
     except flags.UnrecognizedFlagError as error:
         hint = synonyms.hint(error.flagname, {}, lambda *_: True) or ''
         hint = hint.replace('mean config.', 'mean --config.')
-        raise UserError(f'{error} {hint}' if hint else f'{error}. See --help.') from error
+        raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
         raise UserError(f'{error}. See --help.') from error
     if _FLAGS.workdir == '' or (_FLAGS.workdir or '').startswith('-'):

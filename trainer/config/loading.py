@@ -15,7 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import bundled
-from trainer.config import objects, suggest
+from trainer.config import config_arguments, objects, suggest
 from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
 
@@ -58,7 +58,17 @@ def load(spec: str) -> LoadedConfig:
         hint = ''
         if 'dots in field names' in str(error):
             hint = "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}"
-        raise UserError(f'{path}: get_config failed: {objects.last_line(error)}{hint}') from error
+        said = f'{path}: get_config failed: {objects.last_line(error)}'
+        if args:
+            hint += config_arguments.describe(arg, config_arguments.known(get_config))
+        if args and isinstance(error, LookupError) and error.args == (arg,):
+            said = f'{path}: get_config does not know the argument {shown(arg)}.'
+        if hint.startswith(' It') and not said.endswith('.'):
+            said += '.'
+        raise UserError(f'{said}{hint}') from error
+    if config is None and args:
+        hint = config_arguments.describe(arg, config_arguments.known(get_config))
+        raise UserError(f'{path}: get_config returns nothing for the argument {shown(arg)}.{hint}')
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
@@ -134,7 +144,7 @@ def _arguments(
     """Returns what `get_config` is called with: the text behind the colon, if it takes any."""
     signature = inspect.signature(get_config)
     if arg and not signature.parameters:
-        raise UserError(f'{path}: get_config() takes no argument, got {arg!r}')
+        raise UserError(f'{path}: get_config() takes no argument, got {shown(arg)}')
     args = (arg,) if arg is not None and signature.parameters else ()
     try:
         signature.bind(*args)

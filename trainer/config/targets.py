@@ -162,7 +162,7 @@ def _said(error: Exception) -> str:
     else:
         said = objects.last_line(error)
     # It may repeat what it was given, however long that is.
-    return '\n'.join([shortened(said, 400), *getattr(error, '__notes__', ())])
+    return '\n'.join([shortened(said, 300), *getattr(error, '__notes__', ())])
 
 
 def accepted(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:
