@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from trainer.checkpoint.errors import SaveError
-from trainer.config import identity, loading, overrides, schema, show, synonyms
+from trainer.config import identity, loading, overrides, places, schema, show, synonyms
 from trainer.config.errors import UserError, full_text
 from trainer.observe import logfile
 from trainer.parallel import signals
@@ -171,7 +171,9 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     from trainer import modes
     from trainer.parallel.processes import Cluster
 
-    workdir = _FLAGS.workdir or identity.default_workdir(loaded, applied)
+    workdir = identity.default_workdir(loaded, applied)
+    if _FLAGS.workdir:
+        workdir = places.expand(_FLAGS.workdir, '--workdir')
     command = modes.Command(
         mode=_FLAGS.mode,
         workdir=workdir,

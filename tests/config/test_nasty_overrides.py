@@ -93,7 +93,20 @@ def test_what_is_let_through_is_built_or_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    'value', [{1: 2}, {None: 1}, {'__class__': 1}, {(1, 2): 3}, [{True: 1}], float('inf'), {1, 2}, b'x', lambda: 1, object(), 10**400]
+    'value',
+    [
+        {1: 2},
+        {None: 1},
+        {'__class__': 1},
+        {(1, 2): 3},
+        [{True: 1}],
+        float('inf'),
+        {1, 2},
+        b'x',
+        lambda: 1,
+        object(),
+        10**400,
+    ],
 )
 def test_from_python(value: Any) -> None:
     for key in ('model', 'seed', 'mesh', 'evals', 'data__loader', 'optimizer__groups'):

@@ -15,7 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import bundled
-from trainer.config import config_arguments, objects, suggest
+from trainer.config import config_arguments, objects, places, suggest
 from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
 
@@ -103,7 +103,7 @@ def plain(node: Any) -> Any:
 
 
 def _find(text: str) -> pathlib.Path:
-    path = pathlib.Path(text)
+    path = pathlib.Path(places.expand(text, '--config'))
     for candidate in (path, *(pathlib.Path(root) / path for root in bundled.__path__)):
         if candidate.is_file():
             return candidate

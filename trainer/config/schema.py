@@ -140,7 +140,11 @@ def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any
     if not isinstance(config, Mapping):
         keys = ', '.join(fields(section))
         meant = synonyms.VALUES.get(config) if isinstance(config, str) else None
-        hint = f'. Did you mean {path}.compute={meant}?' if section is PrecisionSection and meant else ''
+        hint = (
+            f'. Did you mean {path}.compute={meant}?'
+            if section is PrecisionSection and meant
+            else ''
+        )
         raise UserError(
             f'{path}: expected a section (a dict) with keys of {keys}; got {shown(config)}{hint}'
         )

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+
 @dataclasses.dataclass(frozen=True)
 class Elements:
     """The elements of a sequence.

@@ -19,7 +19,9 @@ _SCHEDULE = (
     '\'{"target": "optax:warmup_cosine_decay_schedule", "init_value": 0, "peak_value": 0.1, '
     '"warmup_steps": "5%", "decay_steps": "100%"}\''
 )
-_DECAY = 'Weight decay is an argument of the optimizer: --config.optimizer.target=optax:adamw has it'
+_DECAY = (
+    'Weight decay is an argument of the optimizer: --config.optimizer.target=optax:adamw has it'
+)
 _PRECISION = '--config.precision.compute=bfloat16 (and precision.params, precision.output)'
 
 # Each line: the words, then what they lead to. A path (of a config that has it), or else a text.

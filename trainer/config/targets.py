@@ -146,8 +146,14 @@ def _hint(given: Mapping[str, Any], path: str) -> str:
     """Says where a number was given as text, or a dict names no object."""
     for key, value in given.items():
         if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?', value):
-            unit = f'a length of time has a unit ({shortened(value, 30)} steps), ' if value.isdigit() else ''
-            return f'\n{path}.{key} is the text {shown(value)}: {unit}a number has no quotation marks'
+            unit = (
+                f'a length of time has a unit ({shortened(value, 30)} steps), '
+                if value.isdigit()
+                else ''
+            )
+            return (
+                f'\n{path}.{key} is the text {shown(value)}: {unit}a number has no quotation marks'
+            )
         if isinstance(value, Mapping) and not {'target', 'ref'} & set(value):
             return f"\n{path}.{key} is a dict that names no object: it has no 'target'"
     return ''

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -109,9 +108,7 @@ def _number_of(value: Any) -> Any:
     return _INFINITIES.get(value, value) if isinstance(value, str) else value
 
 
-def _like(
-    text: str, value: Any, old: Any, path: str, annotation: Annotation = unannotated
-) -> Any:
+def _like(text: str, value: Any, old: Any, path: str, annotation: Annotation = unannotated) -> Any:
     """Returns a literal as a value of the type of `old`."""
     if isinstance(old, bool):
         return _bool(text, path)
@@ -217,9 +214,7 @@ def _is_an_option(value: Any, hint: Any) -> bool:
     return hint is not None and hint is not Any
 
 
-def _each(
-    value: Sequence[Any], likes: Sequence[Sequence[Any]], path: str, kind: type[Any]
-) -> Any:
+def _each(value: Sequence[Any], likes: Sequence[Sequence[Any]], path: str, kind: type[Any]) -> Any:
     pairs = zip(value, likes, strict=True)
     return kind(_like_one_of(x, like, f'{path}[{i}]') for i, (x, like) in enumerate(pairs))
 
