@@ -3,5 +3,5 @@
 
 import pkgutil
 
-# A folder `models` of the user's without an `__init__.py` holds modules of this package too, after ours.
+# The modules of the user's own `models`, if it has no `__init__.py`, are found too, after ours.
 __path__ = pkgutil.extend_path(__path__, __name__)

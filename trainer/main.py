@@ -29,7 +29,7 @@ from absl import flags
 
 from trainer.checkpoint.errors import SaveError
 from trainer.config import identity, loading, overrides, places, schema, show, synonyms
-from trainer.config.errors import UserError, full_text
+from trainer.config.errors import UserError, full_text, shortened, shown
 from trainer.observe import logfile
 from trainer.parallel import signals
 from trainer.plan.devices import KINDS as DEVICE_KINDS
@@ -237,7 +237,7 @@ def _parse_flags(argv: Sequence[str]) -> None:
         hint = hint.replace('mean config.', 'mean --config.')
         raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
-        raise UserError(f'{error}. See --help.') from error
+        raise UserError(f'{shortened(str(error), 400)}. See --help.') from error
     if _FLAGS.workdir == '' or (_FLAGS.workdir or '').startswith('-'):
         raise UserError(f'--workdir needs a value, got {_FLAGS.workdir!r}')
     for name, modes in _ONLY_WITH.items():
@@ -250,7 +250,7 @@ def _parse_flags(argv: Sequence[str]) -> None:
         raise UserError(f'--platforms: expected some of {", ".join(PLATFORMS)}, got {given}')
     if words:
         raise UserError(
-            f'{words[0]!r} is not a flag; overrides are written --config.key=value. See --help.'
+            f'{shown(words[0])} is not a flag; overrides are written --config.key=value. See --help.'
         )
 
 

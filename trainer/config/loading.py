@@ -105,10 +105,14 @@ def plain(node: Any) -> Any:
 def _find(text: str) -> pathlib.Path:
     path = pathlib.Path(places.expand(text, '--config'))
     for candidate in (path, *(pathlib.Path(root) / path for root in bundled.__path__)):
-        if candidate.is_file():
-            return candidate
-        if candidate.is_dir():
-            raise UserError(f'--config: {text!r} is a directory; name a file in it')
+        try:
+            if candidate.is_file():
+                return candidate
+            is_directory = candidate.is_dir()
+        except OSError as error:  # A name that is too long, a folder that may not be read.
+            raise UserError(f'--config: {shown(text)}: {error.strerror or error}') from error
+        if is_directory:
+            raise UserError(f'--config: {shown(text)} is a directory; name a file in it')
     hint = ''
     # As it is, or one of `configs` by its name alone, or as a module is named.
     stem = path.name.removesuffix('.py').split('.')[-1]
@@ -117,7 +121,7 @@ def _find(text: str) -> pathlib.Path:
         files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
         near = suggest.nearest(guess.name, files)
         hint = hint or (f' Did you mean {guess.parent / near}?' if near else '')
-    raise UserError(f'--config: there is no file {text!r}.{hint}')
+    raise UserError(f'--config: there is no file {shown(text)}.{hint}')
 
 
 def _get_config(path: pathlib.Path) -> Callable[..., Any]:

@@ -44,6 +44,18 @@ def alike(values: Sequence[Any]) -> bool:
     return len({_kind(value) for value in values}) <= 1
 
 
+def same_lengths(one: Any, other: Any) -> bool:
+    """Whether two sequences have as many elements, at every depth."""
+    if not isinstance(one, (tuple, list)) or not isinstance(other, (tuple, list)):
+        return not isinstance(one, (tuple, list)) and not isinstance(other, (tuple, list))
+    return len(one) == len(other) and all(map(same_lengths, one, other))
+
+
+def is_list(hint: Any) -> bool:
+    """Whether an annotation asks for a list."""
+    return any((typing.get_origin(each) or each) is list for each in _options(hint))
+
+
 def describe(hint: Any) -> str:
     """Returns an annotation as its user reads it: 'tuple[int, int]'."""
     return inspect.formatannotation(hint)

@@ -71,6 +71,8 @@ def convert(
     if hint is not None and (not isinstance(value, Mapping) or _is_scalar(hint)):
         return _for_hint(text, value, hint, path)
     if old is None or old is schema.REQUIRED:
+        if isinstance(value, (tuple, list)) and sequences.elements(annotation()) is not None:
+            return _annotated(text, value, (), annotation(), path)
         return value
     if isinstance(value, Mapping):
         if isinstance(old, Mapping) or {'target', 'ref'} & set(value):
@@ -110,6 +112,10 @@ def _number_of(value: Any) -> Any:
 
 def _like(text: str, value: Any, old: Any, path: str, annotation: Annotation = unannotated) -> Any:
     """Returns a literal as a value of the type of `old`."""
+    if isinstance(value, (tuple, list)) and not isinstance(old, (tuple, list, Mapping, bool)):
+        # `int | Sequence[int]`: a size for all, or one for each.
+        if sequences.elements(annotation()) is not None:
+            return _annotated(text, value, (), annotation(), path)
     if isinstance(old, bool):
         return _bool(text, path)
     if isinstance(old, Mapping):
@@ -155,7 +161,7 @@ def _number(text: str, value: Any, old: Any, path: str) -> Any:
 
 def _sequence(text: str, value: Any, old: Any, path: str, annotation: Annotation) -> Any:
     """Returns a literal as a sequence like `old`; how long it may be, the annotation says."""
-    if isinstance(value, (tuple, list)) and len(value) == len(old):
+    if sequences.same_lengths(value, old):
         try:
             return _each(value, [(x,) for x in old], path, type(old))
         except UserError:
@@ -188,7 +194,8 @@ def _annotated(text: str, value: Any, old: Any, hint: Any, path: str) -> Any:
             f'{path}: expected {count} element{"s" if count != 1 else ""} '
             f'({sequences.describe(hint)}), got {len(value)}: {shown(text)}'
         )
-    return type(old)(
+    kind = list if isinstance(old, list) or sequences.is_list(hint) else tuple
+    return kind(
         _element(x, kind, old, f'{path}[{i}]')
         for i, (x, kind) in enumerate(zip(value, wanted.of(len(value)), strict=True))
     )
@@ -199,6 +206,8 @@ def _element(value: Any, hint: Any, others: Sequence[Any], path: str) -> Any:
     if isinstance(value, (tuple, list)) and sequences.elements(hint) is not None:
         like = next((x for x in others if isinstance(x, (tuple, list))), ())
         return _annotated(literals.written(value), value, like, hint, path)
+    if is_duration(value) and path.startswith('config.optimizer.'):
+        return value
     # Where the file has durations or objects instead of numbers, they say what is right.
     if hint in (int, float, str, bool) and all(_is_an_option(x, hint) for x in others):
         return schema.check(value, hint, path, {})
