@@ -250,7 +250,8 @@ def _parse_flags(argv: Sequence[str]) -> None:
         raise UserError(f'--platforms: expected some of {", ".join(PLATFORMS)}, got {given}')
     if words:
         raise UserError(
-            f'{shown(words[0])} is not a flag; overrides are written --config.key=value. See --help.'
+            f'{shown(words[0])} is not a flag; overrides are written --config.key=value. '
+            'See --help.'
         )
 
 

@@ -85,7 +85,7 @@ def _of_one(hint: Any) -> Elements | None:
         return Elements(args[:1] or (Any,), fixed=False)
     if hasattr(origin, '_fields'):  # A named tuple.
         return Elements((Any,) * len(origin._fields), fixed=True)
-    if not args and hint is not tuple[()]:
+    if not args and hint != tuple[()]:
         return Elements((Any,), fixed=False)
     if args and args[-1] is Ellipsis:
         return Elements(args[:1], fixed=False)

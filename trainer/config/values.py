@@ -112,10 +112,10 @@ def _number_of(value: Any) -> Any:
 
 def _like(text: str, value: Any, old: Any, path: str, annotation: Annotation = unannotated) -> Any:
     """Returns a literal as a value of the type of `old`."""
-    if isinstance(value, (tuple, list)) and not isinstance(old, (tuple, list, Mapping, bool)):
+    many = isinstance(value, (tuple, list)) and not isinstance(old, (tuple, list, Mapping, bool))
+    if many and sequences.elements(annotation()) is not None:
         # `int | Sequence[int]`: a size for all, or one for each.
-        if sequences.elements(annotation()) is not None:
-            return _annotated(text, value, (), annotation(), path)
+        return _annotated(text, value, (), annotation(), path)
     if isinstance(old, bool):
         return _bool(text, path)
     if isinstance(old, Mapping):
