@@ -57,12 +57,12 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
     return node
 
 
-def check_given(config: Any, given: Mapping[Any, Any], keys: paths.Keys) -> None:
-    """Checks the names of a dict that was given for a path, as those of a path are checked.
+def check_given(config: Any, given: Any, keys: paths.Keys) -> None:
+    """Checks the names in a dict or list that was given for a path, as the names of a path.
 
     Args:
-        config: the config, with the dict in it.
-        given: the dict.
+        config: the config, with the value in it.
+        given: the dict, tuple or list.
         keys: the path.
 
     Raises:

@@ -123,7 +123,7 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
         new = _merge(old, new, keys, notes)
     before, place = plain(config), paths.join(keys)
     paths.store(config, keys, new)
-    if isinstance(given, Mapping):
+    if isinstance(given, (Mapping, tuple, list)):
         lookup.check_given(config, given, keys)
     return Override(
         path=path,

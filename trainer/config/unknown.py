@@ -32,7 +32,7 @@ def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
     fixed, complete = reach.repaired(whole, keys) if close else ([], False)
     if complete and fixed[depth] == close:
         return _no_key(path, _did_you_mean(f'config.{paths.join(fixed)}'))
-    place = f'config.{paths.join(keys[:depth])}'
+    place = f'config.{paths.join(keys[:depth])}'.removesuffix('.')
     if depth == len(keys) - 1 and (mine := synonyms.among(str(keys[depth]), siblings)):
         return _no_key(path, _did_you_mean(f'{place}.{mine}'))
     if hint := synonyms.hint(str(keys[-1]), whole, _may_have):
