@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer import watched
 from trainer.checkpoint.manager import Retention
-from trainer.config import loading, objects, schema, targets
+from trainer.config import literals, loading, objects, schema, targets
 from trainer.config.durations import Clock, Duration, Progress
 from trainer.config.errors import UserError, shown
 from trainer.config.loading import LoadedConfig
@@ -147,6 +147,7 @@ def build(loaded: LoadedConfig) -> Experiment:
             not fit.
     """
     config = loading.plain(loaded.config)
+    literals.check(config, 'config', [])
     sections = schema.read(config)
     _check_targets(sections)
 

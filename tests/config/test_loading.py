@@ -87,6 +87,10 @@ def test_the_line_of_an_error_is_the_users(tmp_path: pathlib.Path) -> None:
         ('(1, dict(b=object()))', r'config\.a\[1\]\.b: a config holds'),
         ('__import__("fractions").Fraction', r"config\.a: .*dict\(ref='fractions:Fraction'\)"),
         ('__import__("numpy").int64(3)', r'config\.a: .*write a plain number'),
+        ('{1: 2, "b": 3}', 'a dict of the config has names and other keys'),
+        ('({None: 1},)', r'config\.a\[0\]: expected names as the keys of a dict, .*got None'),
+        ('({"__class__": 1},)', r"config\.a\[0\]: '__class__' cannot be the name of a key"),
+        ('10**400', r'config\.a: 10000.* does not fit 64 bits'),
     ],
 )
 def test_what_a_config_cannot_hold(tmp_path: pathlib.Path, value: str, message: str) -> None:

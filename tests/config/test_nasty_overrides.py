@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import pathlib
 import random
 from typing import Any
 
+import ml_collections
+import numpy as np
 import pytest
 
 from trainer import experiment
@@ -127,3 +130,29 @@ def test_from_python(value: Any) -> None:
     for key in ('model', 'seed', 'mesh', 'evals', 'data__loader', 'optimizer__groups'):
         with pytest.raises(UserError):
             experiment.load_and_build(CONFIG, **{key: value})
+
+
+def test_numbers_of_numpy_and_paths_from_python() -> None:
+    values = {'optimizer__learning_rate': np.float32(0.5), 'seed': np.int64(3)}
+    built = experiment.load_and_build(CONFIG, **values)
+    assert built.config['optimizer']['learning_rate'] == 0.5
+    assert type(built.config['optimizer']['learning_rate']) is float
+    assert built.config['seed'] == 3
+    path = pathlib.Path('runs') / 'a'
+    built = experiment.load_and_build(CONFIG, init_from__path=path)
+    assert built.config['init_from'] == {'path': 'runs/a'}
+    part = ml_collections.ConfigDict(dict(momentum=0.5))
+    built = experiment.load_and_build(CONFIG, optimizer=part)
+    assert built.config['optimizer']['momentum'] == 0.5
+
+
+def test_a_config_that_python_has_made() -> None:
+    for path, value in ((), None), ((), {1: 2}), (('model',), {1: 2}), (('evals',), {1: {}}):
+        config = loading.load(CONFIG)
+        node = config.config
+        for key in path:
+            node = node[key]
+        with node.unlocked(), node.ignore_type():
+            node[3] = value
+        with pytest.raises(UserError):
+            experiment.build(config)

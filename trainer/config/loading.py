@@ -15,7 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import bundled
-from trainer.config import config_arguments, objects, places, suggest
+from trainer.config import config_arguments, literals, objects, places, suggest
 from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
 
@@ -75,8 +75,10 @@ def load(spec: str) -> LoadedConfig:
             f'{type(config).__name__}'
         )
     try:
+        plain(config)
         check_vars(config)
         _check_values(plain(config), 'config')
+        literals.check(plain(config), 'config', [])
         config = _unshared(config)
     except RecursionError as error:
         raise UserError(f'{path}: a dict of the config contains itself') from error
@@ -94,7 +96,11 @@ def plain(node: Any) -> Any:
         except config_dict.RequiredValueError:
             return REQUIRED
     if isinstance(node, ml_collections.ConfigDict):
-        return {k: plain(v) for k, v in node.items(preserve_field_references=True)}
+        try:
+            items = node.items(preserve_field_references=True)
+        except TypeError as error:  # Items come in the order of their keys.
+            raise UserError(f'a dict of the config has names and other keys: {error}') from error
+        return {k: plain(v) for k, v in items}
     if isinstance(node, dict):
         return {key: plain(value) for key, value in node.items()}
     if isinstance(node, (tuple, list)):

@@ -84,6 +84,7 @@ def from_python(value: Any, path: str) -> str:
         value = os.fspath(value)
     if isinstance(value, str):
         return value
+    value = plain(value)
     if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:  # A number of numpy or JAX.
         value = value.item()
     literals.check_depth(value, f'config.{path}')

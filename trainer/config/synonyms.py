@@ -13,7 +13,7 @@ VALUES = {
     'float': 'float32', 'single': 'float32', 'full': 'float32',
 }  # fmt: skip
 
-_LENGTH = "--config.train_for='10 epochs' or '2000 steps'"
+_LENGTH = '--config.train_for=10epochs, or 2000steps'
 _SCHEDULE = (
     'A schedule is an object in the place of the learning rate: --config.optimizer.learning_rate='
     '\'{"target": "optax:warmup_cosine_decay_schedule", "init_value": 0, "peak_value": 0.1, '
@@ -29,16 +29,17 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('lr learning_rate lrate eta base_lr max_lr initial_lr peak_lr', ('optimizer.learning_rate',)),
     (
         'epochs num_epochs n_epochs nb_epoch max_epochs num_train_epochs total_epochs',
-        (_LENGTH,),
+        (_LENGTH, 'log.every'),
     ),
     (
         'steps max_steps num_steps n_steps total_steps train_steps num_train_steps training_steps '
         'num_training_steps iterations max_iters num_iterations max_iterations',
-        (_LENGTH,),
+        (_LENGTH, 'log.every'),
     ),
+    ('interval freq frequency period', ('log.every',)),
     ('wd weight_decay l2 l2_reg', ('optimizer.weight_decay', _DECAY)),
     ('momentum', ('optimizer.momentum',)),
-    ('betas', ('optimizer.b1', "--config.optimizer.b1 and b2, of optimizers like optax:adam")),
+    ('betas', ('optimizer.b1', '--config.optimizer.b1 and b2, of optimizers like optax:adam')),
     ('b1 beta1 beta_1 adam_beta1', ('optimizer.b1',)),
     ('b2 beta2 beta_2 adam_beta2', ('optimizer.b2',)),
     ('eps epsilon adam_epsilon', ('optimizer.eps',)),
@@ -66,7 +67,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         'eval_every eval_steps eval_interval eval_freq val_every val_check_interval '
         'validation_steps eval_strategy evaluation_strategy check_val_every_n_epoch',
-        ('evals.*.every', "--config.evals.NAME.every='1 epochs'"),
+        ('evals.*.every', '--config.evals.NAME.every=1epochs'),
     ),
     (
         'clip grad_clip clip_grad gradient_clip grad_clip_norm clip_grad_norm max_grad_norm '
