@@ -31,6 +31,7 @@ class Shaped:
         rates: tuple[float, ...] = (1.0, 0.5),
         names: str | Sequence[str] = 'a',
         empty: Sequence[str] = (),
+        words=('a', 'b'),  # type: ignore[no-untyped-def]
         unknown: NoSuchType = (1, 2),  # type: ignore[name-defined]  # noqa: F821
     ): ...
 
@@ -48,7 +49,7 @@ def changed(path: str, text: str, target: str = 'Shaped') -> Any:
     model = dict(
         target=f'{__name__}:{target}', kernel=3, sizes=[1], pair=(1, 2), free=(1, 2),
         mixed=(1, 0.5), pairs=((1, 2),), perhaps=None, rates=(1, 0.5), names='a', empty=(),
-        unknown=(1, 2),
+        words=('a', 'b'), unknown=(1, 2),
     )  # fmt: skip
     config = ml_collections.ConfigDict(dict(model=model))
     overrides.apply(config, [(path, text)])
@@ -68,6 +69,7 @@ def changed(path: str, text: str, target: str = 'Shaped') -> Any:
         ('perhaps', '(1, 2)', [1, 2]),
         ('rates', '(0.5, 1, 2)', (0.5, 1.0, 2.0)),
         ('names', '("a", "b")', ('a', 'b')),
+        ('words', '("x", "y", {"ref": "a:b"})', ('x', 'y', {'ref': 'a:b'})),
         ('empty', '["x"]', ('x',)),
     ],
 )
@@ -89,6 +91,9 @@ def test_another_length(path: str, text: str, value: Any) -> None:
         ('kernel', '(3, "a")', r"\[1\]: expected int, got 'a'"),
         ('perhaps', '(1, None)', r'\[1\]: expected int, got None'),
         ('rates', '(1, 2, "x")', r"\[2\]: expected float, got 'x'"),
+        ('words', '("x", ["y"])', r"\[1\]: expected str, as 'a' is, got \['y'\]"),
+        ('words', '("x", None)', r'\[1\]: expected str, .* got None'),
+        ('words', '({"y": 1},)', r'\[0\]: expected str, .* got \{'),
         ('empty', '(1,)', r'\[0\]: expected str, got 1'),
     ],
 )

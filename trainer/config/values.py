@@ -75,13 +75,17 @@ def convert(
             return _annotated(text, value, (), annotation(), path)
         return value
     if isinstance(value, Mapping):
-        if isinstance(old, Mapping) or {'target', 'ref'} & set(value):
+        if isinstance(old, Mapping) or _names_object(value):
             return value
         raise UserError(
             f'{path}: expected {type(old).__name__}, as {shown(old)} is, or a dict that names an '
             f"object (with 'target' or 'ref'); got {shown(text)}"
         )
     return _like(text, value, old, path, annotation)
+
+
+def _names_object(value: Mapping[Any, Any]) -> bool:
+    return 'target' in value or 'ref' in value
 
 
 def _for_hint(text: str, value: Any, hint: Any, path: str) -> Any:
@@ -231,9 +235,11 @@ def _each(value: Sequence[Any], likes: Sequence[Sequence[Any]], path: str, kind:
 def _like_one_of(value: Any, likes: Sequence[Any], path: str) -> Any:
     """Returns an element as a value of the type of the first of `likes` that it fits."""
     for index, like in enumerate(likes):
-        if isinstance(like, Mapping) and isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (isinstance(like, Mapping) or _names_object(value)):
             return value
         try:
+            if isinstance(like, str) and not isinstance(value, (str, int, float)):
+                raise UserError(f'{path}: expected str, as {shown(like)} is, got {shown(value)}')
             return _like(literals.written(value), value, like, path)
         except UserError:
             if index == len(likes) - 1:
