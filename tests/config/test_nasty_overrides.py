@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import random
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from trainer import experiment
-from trainer.config import loading, overrides, schema
+from trainer.config import loading, overrides, schema, show
 from trainer.config.errors import UserError
 
 CONFIG = 'configs/mnist_mlp.py'
@@ -99,6 +100,17 @@ def test_several_at_once(seed: int) -> None:
     for _ in range(100):
         count = chosen.randint(2, 3)
         refused([(chosen.choice(PATHS), chosen.choice(VALUES)) for _ in range(count)])
+
+
+def test_what_is_listed_while_a_section_is_wrong() -> None:
+    """`--helpconfig` and the hints read the config before it is checked."""
+    for path in PATHS:
+        for value in ('{"a": 1}', '{"ref": 1, "target": 2}', '{"a": {"b": [3]}}'):
+            config = loading.load(CONFIG)
+            with contextlib.suppress(UserError):
+                overrides.apply(config.config, [(path, value)])
+                assert 'train_for' in show.helpconfig(loading.plain(config.config))
+                overrides.apply(config.config, [('no_such_key', '1')])
 
 
 def test_what_is_let_through_is_built_or_refused() -> None:

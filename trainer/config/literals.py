@@ -14,7 +14,7 @@ from trainer.config.errors import UserError, shortened, shown
 
 # Deeper than any real config; it keeps what walks a config from running out of stack.
 MAX_DEPTH = 50
-_MAX_NAME = 100
+_MAX_NAME = 200
 
 
 def literal(text: str) -> Any:

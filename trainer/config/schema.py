@@ -121,8 +121,10 @@ def _defaults(
         elif inner is not None and isinstance(config[field.name], Mapping):
             yield from _defaults(inner, config[field.name], f'{path}.')
         elif typing.get_origin(hint) is dict and _is_section(typing.get_args(hint)[1]):
-            for name, value in config[field.name].items():
-                yield from _defaults(typing.get_args(hint)[1], value, f'{path}.{name}.')
+            given = config[field.name]
+            for name, value in given.items() if isinstance(given, Mapping) else ():
+                if isinstance(value, Mapping):
+                    yield from _defaults(typing.get_args(hint)[1], value, f'{path}.{name}.')
 
 
 def _check_given(node: Any, path: str) -> None:
