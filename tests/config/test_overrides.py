@@ -362,6 +362,11 @@ def test_a_number_that_overflows_is_not_infinity(text: str) -> None:
         changed.model.hidden_scale = None
         with pytest.raises(UserError, match=rf'^config\.{path}: {text} is too large for a float'):
             overrides.apply(changed, [(path, text)])
+    for beside in ('Infinity', '1'):
+        with pytest.raises(UserError, match=r'^config\.vars\.numbers\[\d\]: .* is too large'):
+            changed = config()
+            changed.vars.numbers = [0.5, 0.5]
+            overrides.apply(changed, [('vars.numbers', f'[{beside}, {text}]')])
     with pytest.raises(UserError, match='is too large for a float'):
         applied(f'optimizer={{"learning_rate": {text}}}')
     assert applied(f'data.source.split={text}')['data']['source']['split'] == text

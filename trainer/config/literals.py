@@ -6,7 +6,7 @@ from __future__ import annotations
 import ast
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.config import schema
@@ -46,40 +46,58 @@ def check_depth(value: Any, path: str) -> None:
     raise UserError(f'{path}: expected at most {MAX_DEPTH} levels of nesting, got {shown(value)}')
 
 
-def check(value: Any, path: str, keys: Sequence[str | int], text: str = 'inf') -> None:
+def check(value: Any, path: str, keys: Sequence[str | int]) -> None:
     """Checks that a config can hold a value.
 
     Args:
         value: the value.
         path: 'config.a.b', for messages.
         keys: the same path as keys.
-        text: how the value was written.
 
     Raises:
-        UserError: for a key that is no name, a number that is too large, or a value of another
+        UserError: for a key that is no name, an integer that is too large, or a value of another
             kind.
     """
     if isinstance(value, Mapping):
         check_names(value, path, keys)
         for key, inner in value.items():
-            check(inner, f'{path}.{key}', [*keys, key], text)
+            check(inner, f'{path}.{key}', [*keys, key])
     elif isinstance(value, (tuple, list)):
         for index, inner in enumerate(value):
-            check(inner, f'{path}[{index}]', [*keys, index], text)
-    elif isinstance(value, float):
-        if math.isinf(value) and 'inf' not in text.lower():
-            raise UserError(
-                f'{path}: {shortened(text)} is too large for a float (the largest is 1.8e308); '
-                'for infinity write Infinity'
-            )
+            check(inner, f'{path}[{index}]', [*keys, index])
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**64:
             raise UserError(f'{path}: {shown(value)} does not fit 64 bits')
-    elif value is not None and value is not schema.REQUIRED and not isinstance(value, str):
+    elif not (value is None or value is schema.REQUIRED or isinstance(value, (float, str))):
         raise UserError(
             f'{path}: expected a number, text, None, dict, tuple or list, got '
             f'{type(value).__name__} {shown(value)}'
         )
+
+
+def check_overflow(value: Any, text: str, path: str) -> None:
+    """Checks that a value is infinite only where its text says so.
+
+    Raises:
+        UserError: for 1e400, which Python reads as infinity.
+    """
+    infinite = [where for where, number in _floats(value, path) if math.isinf(number)]
+    if len(infinite) > text.lower().count('inf'):
+        raise UserError(
+            f'{infinite[0]}: {shortened(text)} is too large for a float (the largest is 1.8e308); '
+            'for infinity write Infinity'
+        )
+
+
+def _floats(node: Any, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _floats(value, f'{path}.{key}')
+    elif isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            yield from _floats(value, f'{path}[{index}]')
+    elif isinstance(node, float):
+        yield path, node
 
 
 def check_names(node: Mapping[Any, Any], path: str, keys: Sequence[str | int]) -> None:

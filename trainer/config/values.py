@@ -41,14 +41,15 @@ def parse(
     value = literals.literal(text)
     literals.check_depth(value, path)
     if isinstance(value, float) and not isinstance(old, str) and not _wants_text(hint):
-        literals.check(value, path, keys, text)
+        literals.check_overflow(value, text, path)
     try:
         new = convert(value, text, old, hint, path, annotation)
     except UserError as error:
         if isinstance(value, str) and text.startswith(('{', '[', '(')):
             raise UserError(f'{error}\n{_UNREADABLE}') from error
         raise
-    literals.check(new, path, keys, text)
+    literals.check_overflow(new, text, path)
+    literals.check(new, path, keys)
     return new
 
 
