@@ -14,7 +14,7 @@ import pytest
 
 from trainer import experiment
 from trainer.config import loading, overrides, schema, show
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, full_text
 
 CONFIG = 'configs/mnist_mlp.py'
 MAX_CHARACTERS = 600
@@ -100,6 +100,15 @@ def test_several_at_once(seed: int) -> None:
     for _ in range(100):
         count = chosen.randint(2, 3)
         refused([(chosen.choice(PATHS), chosen.choice(VALUES)) for _ in range(count)])
+
+
+def test_a_line_that_repeats_a_long_value_is_shortened() -> None:
+    """In what is printed, from wherever it comes."""
+    error = UserError('first\n' + 'x' * 20_000 + '\nlast')
+    error.add_note('y' * 20_000)
+    text = full_text(error)
+    assert text.startswith('first\nxxx') and '\nlast\nyyy' in text
+    assert len(text) < 5000
 
 
 def test_what_is_listed_while_a_section_is_wrong() -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+_LONGEST_LINE = 2000
+
 
 class UserError(Exception):
     """What was given, what was expected, where, and how to mend it: the complete text to print."""
@@ -30,5 +32,9 @@ def shortened(text: str, limit: int = 100) -> str:
 
 
 def full_text(error: BaseException) -> str:
-    """Returns the text of an error and its notes, to print without a traceback."""
-    return '\n'.join([str(error), *getattr(error, '__notes__', ())])
+    """Returns the text of an error and its notes, to print without a traceback.
+
+    A line that repeats a value of thousands of characters is shortened.
+    """
+    text = '\n'.join([str(error), *getattr(error, '__notes__', ())])
+    return '\n'.join(shortened(line, _LONGEST_LINE) for line in text.split('\n'))
