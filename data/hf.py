@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .sources import RandomAccessSource
@@ -127,6 +127,9 @@ def _load(path: str, *, split: str | None, **options: Any) -> Any:
             "the package 'datasets' of Hugging Face is not installed: "
             "pip install 'jax-config-trainer[hf]'"
         ) from error
+    path = os.path.expanduser(path)
+    if options.get('data_files') is not None:
+        options['data_files'] = _expanded(options['data_files'])
     saved = os.path.join(path, 'dataset_info.json'), os.path.join(path, 'dataset_dict.json')
     try:
         if any(map(os.path.exists, saved)):
@@ -142,6 +145,15 @@ def _load(path: str, *, split: str | None, **options: Any) -> Any:
     if isinstance(found, dict):
         raise ValueError(f'split: name one of {", ".join(found)}')
     return found
+
+
+def _expanded(files: Any) -> Any:
+    """Returns file names, a sequence or a dict of them, with the home directory for '~'."""
+    if isinstance(files, Mapping):
+        return {split: _expanded(each) for split, each in files.items()}
+    if isinstance(files, (list, tuple)):
+        return [_expanded(each) for each in files]
+    return os.path.expanduser(files)
 
 
 def _fields(items: Any, keys: Sequence[str] | None) -> Any:

@@ -23,5 +23,5 @@ class Npz(ArraySource):
         Raises:
             ValueError: if the lengths differ or there is nothing.
         """
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(os.path.expanduser(path), allow_pickle=False) as arrays:
             super().__init__(dict(arrays), limit=limit)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from .sources import RandomAccessSource
@@ -36,6 +37,7 @@ class TFDS(RandomAccessSource):
         methods = tfds.decode.DeserializeMethod
         method = methods.DESERIALIZE_AND_DECODE if keys is None else methods.RAW_BYTES
         try:
+            data_dir = None if data_dir is None else os.path.expanduser(data_dir)
             items = tfds.data_source(
                 name, split=split, data_dir=data_dir, download=False, deserialize_method=method
             )

@@ -108,11 +108,17 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add('--account')
     add('--name', default='train', help='of the job (default: train)')
     add('--save_secs', type=positive, default=120, help='how long a save may take (default: 120)')
-    add('--chdir', default=os.getcwd(), help='where the job runs (default: here)')
-    add('--output', default='slurm-%j.out', help='log, relative to --chdir (default: %(default)s)')
+    home = os.path.expanduser  # The script quotes its paths, so its shell does not.
+    add('--chdir', type=home, default=os.getcwd(), help='where the job runs (default: here)')
+    add(
+        '--output',
+        type=home,
+        default='slurm-%j.out',
+        help='log, relative to --chdir (default: %(default)s)',
+    )
     add('--setup', action='append', default=[], help='shell line to run first; may be repeated')
     add('--sbatch', action='append', default=[], help='further option of sbatch; may be repeated')
-    add('--python', default=common.python(), help='default: %(default)s')
+    add('--python', type=home, default=common.python(), help='default: %(default)s')
     add('--submit', action='store_true', help='submit the script; without it, print it')
     add('--dry_run', action='store_true', help='with --submit: print what would be submitted')
     args = parser.parse_args(own)
@@ -134,7 +140,9 @@ def _check(parser: common.Parser, args: argparse.Namespace, trainer: Sequence[st
             parser.error(f'--sbatch={option}: expected an option of sbatch, as in --sbatch=--mem=0')
     workdir = common.flag(trainer, 'workdir') or 'runs'
     if '://' not in workdir:
-        place = pathlib.Path(os.path.normpath(os.path.join(args.chdir, workdir)))
+        place = pathlib.Path(
+            os.path.normpath(os.path.join(args.chdir, os.path.expanduser(workdir)))
+        )
         if args.nodes > 1 and any(place.is_relative_to(local) for local in _LOCAL):
             parser.error(
                 f'the work directory {place} is one that each node has for itself: name a shared '

@@ -15,9 +15,9 @@ from typing import Any
 
 from trainer import watched
 from trainer.checkpoint.manager import Retention
-from trainer.config import loading, objects, schema, targets
+from trainer.config import literals, loading, objects, schema, targets
 from trainer.config.durations import Clock, Duration, Progress
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 from trainer.config.loading import LoadedConfig
 from trainer.config.sections import PrecisionSection, Sections
 from trainer.early_stopping import EarlyStopping
@@ -149,6 +149,7 @@ def build(loaded: LoadedConfig) -> Experiment:
             not fit.
     """
     config = loading.plain(loaded.config)
+    literals.check(config, 'config', [])
     sections = schema.read(config)
     _check_model(sections.model)
     _check_targets(sections)
@@ -225,7 +226,7 @@ def load_and_build(spec: str, **overrides: Any) -> Experiment:
 
     loaded = loading.load(spec)
     assignments = [
-        (path.replace('__', '.'), value if isinstance(value, str) else repr(value))
+        (path.replace('__', '.'), override_lib.from_python(value, path.replace('__', '.')))
         for path, value in overrides.items()
     ]
     override_lib.apply(loaded.config, assignments)
@@ -267,6 +268,11 @@ def _check_below(value: Any, path: str) -> None:
         for name, item in value.items():
             _check_below(item, f'{path}.{name}')
     elif path.endswith('.loader'):
+        if 'target' not in value:
+            raise UserError(
+                f"{path}: expected a dict with 'target', a class like data.loader:TrainLoader that "
+                f'is given the source; got {shown(value)}'
+            )
         objects.resolve(value['target'], f'{path}.target')
     else:
         targets.check(value, path)

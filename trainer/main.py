@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from trainer.checkpoint.errors import SaveError
-from trainer.config import identity, loading, overrides, show
-from trainer.config.errors import UserError, full_text
+from trainer.config import identity, loading, overrides, places, schema, show, synonyms
+from trainer.config.errors import UserError, full_text, shortened, shown
 from trainer.observe import logfile
 from trainer.parallel import signals
 from trainer.plan.devices import KINDS as DEVICE_KINDS
@@ -150,6 +150,9 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         raise UserError('--config is missing: name a config file, as in --config=configs/mnist.py')
     loaded = loading.load(spec)
     applied = overrides.apply(loaded.config, assignments)
+    if not (_FLAGS.help or _FLAGS.helpconfig):
+        # Here and not in `build` alone, which needs JAX: a wrong key is said at once, in any mode.
+        schema.read(loading.plain(loaded.config))
     for override in applied:
         for note in override.notes:
             print(note, file=sys.stderr)
@@ -168,7 +171,9 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     from trainer import modes
     from trainer.parallel.processes import Cluster
 
-    workdir = _FLAGS.workdir or identity.default_workdir(loaded, applied)
+    workdir = identity.default_workdir(loaded, applied)
+    if _FLAGS.workdir:
+        workdir = places.expand(_FLAGS.workdir, '--workdir')
     command = modes.Command(
         mode=_FLAGS.mode,
         workdir=workdir,
@@ -227,8 +232,12 @@ def _parse_flags(argv: Sequence[str]) -> None:
         _FLAGS[name].unparse()  # What an earlier call of `main` was given.
     try:
         words = _FLAGS(list(argv))[1:]
+    except flags.UnrecognizedFlagError as error:
+        hint = synonyms.hint(error.flagname, {}, lambda *_: True) or ''
+        hint = hint.replace('mean config.', 'mean --config.')
+        raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
-        raise UserError(f'{error}. See --help.') from error
+        raise UserError(f'{shortened(str(error), 400)}. See --help.') from error
     if _FLAGS.workdir == '' or (_FLAGS.workdir or '').startswith('-'):
         raise UserError(f'--workdir needs a value, got {_FLAGS.workdir!r}')
     for name, modes in _ONLY_WITH.items():
@@ -241,7 +250,8 @@ def _parse_flags(argv: Sequence[str]) -> None:
         raise UserError(f'--platforms: expected some of {", ".join(PLATFORMS)}, got {given}')
     if words:
         raise UserError(
-            f'{words[0]!r} is not a flag; overrides are written --config.key=value. See --help.'
+            f'{shown(words[0])} is not a flag; overrides are written --config.key=value. '
+            'See --help.'
         )
 
 

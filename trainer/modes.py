@@ -18,7 +18,7 @@ from etils import epath
 from trainer import failure, startup
 from trainer.checkpoint import manager as checkpoint
 from trainer.checkpoint.manager import CheckpointError
-from trainer.config import diff, identity
+from trainer.config import diff, identity, places
 from trainer.config.errors import UserError, full_text
 from trainer.config.loading import LoadedConfig
 from trainer.dry_run import rehearse
@@ -324,8 +324,18 @@ def _workdir(trainer: Trainer) -> Workdir:
 
 def _enable_compile_cache() -> None:
     """Keeps compiled programs on disk: the second start of a program does not wait for XLA."""
-    if not os.environ.get('JAX_COMPILATION_CACHE_DIR'):
-        home = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    given, home = os.environ.get('JAX_COMPILATION_CACHE_DIR'), places.cache_directory()
+    if given:
+        given = places.expand(given, 'JAX_COMPILATION_CACHE_DIR')
+        jax.config.update('jax_compilation_cache_dir', given)
+    elif home is not None:
         jax.config.update('jax_compilation_cache_dir', os.path.join(home, 'jax-config-trainer'))
+    else:  # A directory that all users can write to is no place for programs.
+        print(
+            'There is no home directory: compiled programs are not kept for the next start. '
+            'Set JAX_COMPILATION_CACHE_DIR to keep them.',
+            file=sys.stderr,
+        )
+        return
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from trainer.config import diff, identity
+from trainer.config import diff, identity, places
 from trainer.config.errors import UserError
 from trainer.provenance import Code
 
@@ -46,7 +46,7 @@ class Workdir:
 
     def __init__(self, path: epath.PathLike):
         """Names the directory; nothing is read or written yet."""
-        self.path = epath.Path(path)
+        self.path = epath.Path(places.expand(path, 'workdir'))
         self._claim: Any = None
         self._run: dict[str, Any] | None = None
         self._starts: list[dict[str, Any]] = []

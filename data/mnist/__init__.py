@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import os
 import pathlib
 import zlib
 
@@ -44,7 +45,7 @@ class MNIST(ArraySource):
         """
         if split not in _FILES:
             raise ValueError(f'split: {split!r} is none of {", ".join(_FILES)}')
-        root = _DIRECTORY if directory is None else pathlib.Path(directory)
+        root = _DIRECTORY if directory is None else pathlib.Path(os.path.expanduser(directory))
         read = _shared if directory is None else _read
         images = read(root / f'{_FILES[split]}-images-idx3-ubyte.gz', header=16)
         labels = read(root / f'{_FILES[split]}-labels-idx1-ubyte.gz', header=8)

@@ -87,6 +87,10 @@ def test_the_line_of_an_error_is_the_users(tmp_path: pathlib.Path) -> None:
         ('(1, dict(b=object()))', r'config\.a\[1\]\.b: a config holds'),
         ('__import__("fractions").Fraction', r"config\.a: .*dict\(ref='fractions:Fraction'\)"),
         ('__import__("numpy").int64(3)', r'config\.a: .*write a plain number'),
+        ('{1: 2, "b": 3}', 'a dict of the config has names and other keys'),
+        ('({None: 1},)', r'config\.a\[0\]: expected names as the keys of a dict, .*got None'),
+        ('({"__class__": 1},)', r"config\.a\[0\]: '__class__' cannot be the name of a key"),
+        ('10**400', r'config\.a: 10000.* does not fit 64 bits'),
     ],
 )
 def test_what_a_config_cannot_hold(tmp_path: pathlib.Path, value: str, message: str) -> None:
@@ -116,3 +120,50 @@ def test_a_merge_gives_a_required_placeholder_its_value(tmp_path: pathlib.Path) 
     assert loading.plain(config)['model'] == {
         'target': 'models.cnn:CNN', 'hidden': 7, 'dropout_rate': None, 'num_classes': 3,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'body',
+    [
+        'width = SIZES[arg]',
+        'width = {"small": 1, "large": 2}[arg.lower()]',
+        'width = dict(small=1, large=2)[arg]',
+        'assert arg in SIZES, arg',
+        'assert arg in SIZES.keys(), arg',
+        'assert arg in ("small", "large")',
+        'size = arg or "small"\n    if size not in SIZES: raise ValueError("no such size")',
+        'if arg == "small": pass\n    elif "large" == arg: pass\n    else: raise ValueError(arg)',
+        'match arg:\n        case "small" | "large": pass\n        case _: raise ValueError(arg)',
+        'match arg:\n        case "small": return 1\n        case "large": return 2\n    return',
+    ],
+)
+def test_a_wrong_argument_comes_with_those_that_are_right(
+    tmp_path: pathlib.Path, body: str
+) -> None:
+    text = (
+        f'SIZES = {{"small": 1, "large": 2}}\ndef get_config(arg=""):\n    {body}\n    return 1\n'
+    )
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text, ':larg')
+    message = str(error.value)
+    assert message.startswith(f'{tmp_path / "mine.py"}: get_config ')
+    assert message.endswith("It knows 'small', 'large'. Did you mean 'large'?")
+    assert '\n' not in message
+
+
+def test_an_argument_by_its_annotation(tmp_path: pathlib.Path) -> None:
+    text = (
+        'from __future__ import annotations\nfrom typing import Literal\n'
+        'def get_config(arg: Literal["a", "b"] = "a"):\n    return {}[arg]\n'
+    )
+    with pytest.raises(UserError, match=r"does not know the argument 'c'\. It knows 'a', 'b'\.$"):
+        load(tmp_path, text, ':c')
+
+
+def test_an_argument_of_any_kind_has_no_list(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r'failed: ValueError: .*\(.*mine\.py, line 2\)$'):
+        load(tmp_path, 'def get_config(arg):\n    return int(arg)\n', ':c')
+    # What fails for another reason, with an argument that is right, is not its fault.
+    text = 'def get_config(arg):\n    return {"a": 1 / 0}[arg]\n'
+    with pytest.raises(UserError, match=r'ZeroDivisionError: .*line 2\)$'):
+        load(tmp_path, text, ':a')

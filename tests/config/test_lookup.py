@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from tests.config.examples import applied, config, referencing
-from trainer.config import loading, overrides, schema
+from trainer.config import loading, overrides, schema, synonyms, unknown
 from trainer.config.errors import UserError
 
 
@@ -81,3 +83,130 @@ def test_a_wrong_key_of_the_file_is_compared_with_the_fixed_keys() -> None:
     changed['checkpoint'] = {'keep_lst': 3}
     with pytest.raises(UserError, match=r'keep_lst is .* mean config\.checkpoint\.keep_last\?'):
         schema.read(changed)
+
+
+@pytest.mark.parametrize(
+    ('path', 'meant'),
+    [
+        ('modle.x', 'Did you mean config.model?'),
+        ('chekpoint.nothing_like_it', 'Did you mean config.checkpoint?'),
+        ('data.sorce.splt', 'Did you mean config.data.source.split?'),
+        ('data.nothing_like_it', 'config.data has: '),
+        ('modle.learning_rate', 'Did you mean config.optimizer.learning_rate?'),
+    ],
+)
+def test_the_first_wrong_name_of_a_path(path: str, meant: str) -> None:
+    with pytest.raises(UserError) as error:
+        applied(f'{path}=1')
+    assert str(error.value).startswith(f'config.{path}: there is no such key.')
+    assert meant in str(error.value)
+
+
+def test_a_long_path_costs_no_time() -> None:
+    """Each of its names was once looked for at each depth."""
+    start = time.perf_counter()
+    for head in ('model', 'modle', 'data.source', 'nothing_like_it', 'ensemble'):
+        for depth in (10, 45, 60, 200):
+            with pytest.raises(UserError) as error:
+                applied(f'{head}{".name" * depth}=1')
+            assert len(str(error.value)) < 500
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ('given', 'path', 'meant'),
+    [
+        ('checkpoint={"evry": 1}', 'checkpoint.evry', 'Did you mean config.checkpoint.every?'),
+        ('guard={"nosuch": 1}', 'guard.nosuch', 'config.guard has: non_finite.'),
+        ('model={"items": 1}', 'model.items', 'models.mlp:MLP takes no such argument. It takes:'),
+        ('data={"source": {"splt": "a"}}', 'data.source.splt', 'mean config.data.source.split?'),
+        (
+            'optimizer.learning_rate={"target": "optax:linear_schedule", "init_vale": 1}',
+            'optimizer.learning_rate.init_vale',
+            'Did you mean config.optimizer.learning_rate.init_value?',
+        ),
+        (
+            'data.transforms=[{"target": "data.transforms:ToFloat", "kye": "image"}]',
+            'data.transforms[0].kye',
+            'data.transforms:ToFloat takes no such argument. It takes: key, ',
+        ),
+        (
+            'evals={"a": {"data": {"sauce": 1}}}',
+            'evals.a.data.sauce',
+            'Did you mean config.evals.a.data.source?',
+        ),
+    ],
+)
+def test_a_wrong_name_within_a_dict(given: str, path: str, meant: str) -> None:
+    with pytest.raises(UserError) as error:
+        applied(given)
+    assert str(error.value).startswith(f'config.{path}: ')
+    assert meant in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('path', 'hint'),
+    [
+        ('lr', 'Did you mean config.optimizer.learning_rate?'),
+        ('optimizer.lr', 'Did you mean config.optimizer.learning_rate?'),
+        ('training.lr', 'Did you mean config.optimizer.learning_rate?'),
+        ('Epochs', 'Write --config.train_for=10epochs, or 2000steps.'),
+        ('max_steps', 'Write --config.train_for=10epochs, or 2000steps.'),
+        ('wd', '--config.optimizer.target=optax:adamw has it.'),
+        ('bs', 'Did you mean config.data.batch_size?'),
+        ('evals.test.data.bs', 'Did you mean config.evals.test.data.batch_size?'),
+        ('optimizer.warmup_steps', '"warmup_steps": "5%"'),
+        ('ckpt', 'Did you mean config.checkpoint.every?'),
+        ('save-every', 'Did you mean config.checkpoint.every?'),
+        ('eval_every', 'Did you mean config.evals.test.every?'),
+        ('max_grad_norm', 'Did you mean config.optimizer.clip_norm?'),
+        ('gradient_accumulation_steps', 'Did you mean config.accumulate?'),
+        ('bf16', 'Write --config.precision.compute=bfloat16'),
+        ('model.dtype', 'Write --config.precision.compute=bfloat16'),
+        ('output_dir', 'Write --workdir=DIRECTORY.'),
+    ],
+)
+def test_words_of_other_frameworks(path: str, hint: str) -> None:
+    changed = config()
+    changed.evals = dict(test=dict(data=dict(source=dict(target='data.mnist:MNIST', split='a'))))
+    with pytest.raises(UserError) as error:
+        overrides.apply(changed, [(path, '1')])
+    assert str(error.value).startswith(f'config.{path}: there is no such key. ')
+    assert hint in str(error.value)
+
+
+def test_weight_decay_of_an_optimizer_that_has_it() -> None:
+    changed = config()
+    changed.optimizer = dict(target='optax:adamw', learning_rate=0.1)
+    for word, meant in (('wd', 'weight_decay'), ('optimizer.beta1', 'b1')):
+        with pytest.raises(UserError, match=rf'Did you mean config\.optimizer\.{meant}\?'):
+            overrides.apply(changed, [(word, '1')])
+
+
+def test_every_path_that_a_word_leads_to_exists() -> None:
+    changed = loading.plain(config())
+    changed['evals'] = {'test': {'data': {'source': {'target': 'data.mnist:MNIST'}}}}
+    changed['optimizer'] = {'target': 'optax:adamw', 'learning_rate': 0.1}
+    for words, leads in synonyms._TABLE:
+        for lead in leads:
+            if synonyms._is_path(lead) and lead != 'optimizer.momentum':  # Which adamw has not.
+                assert synonyms.hint(words.split()[0], changed, unknown._may_have), lead
+    words = [word for line, _ in synonyms._TABLE for word in line.split()]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize(
+    ('given', 'hint'),
+    [
+        ('precision.compute=bf16', "Did you mean 'bfloat16'?"),
+        ('precision={"compute": "fp16"}', "Did you mean 'float16'?"),
+        ('precision=bf16', 'Did you mean config.precision.compute=bfloat16?'),
+    ],
+)
+def test_values_of_other_frameworks(given: str, hint: str) -> None:
+    with pytest.raises(UserError) as error:
+        changed = config()
+        path, _, text = given.partition('=')
+        overrides.apply(changed, [(path, text)])
+        schema.read({k: v for k, v in loading.plain(changed).items() if k != 'vars'})
+    assert hint in str(error.value)

@@ -40,7 +40,7 @@ def test_types_are_those_of_the_default() -> None:
     'assignment',
     [
         'seed=3.0', 'seed=true', 'optimizer.learning_rate=fast', 'optimizer.nesterov=2',
-        'train_for=5', 'model.features=(1, 2, 3)', 'model.features=(1, 2.5)', 'model.features=3',
+        'train_for=5', 'model.features=(1, 2, "3")', 'model.features=(1, 2.5)', 'model.features=3',
         'vars.pairs=((1, 2), 3)', 'data.transforms[2].padding=1', 'data.batch_size="a"',
         'optimizer=sgd', 'data.remainder=none',
     ],
@@ -295,9 +295,11 @@ def test_a_new_evaluation_may_come_whole() -> None:
 
 def test_a_key_that_comes_with_the_new_target_is_not_told_as_dropped() -> None:
     (override,) = overrides.apply(
-        config(), [('optimizer', '{"target": "optax:adam", "momentum": 0.5}')]
+        config(), [('optimizer', '{"target": "optax:rmsprop", "momentum": 0.5}')]
     )
     assert override.notes == ()
+    with pytest.raises(UserError, match=r'optimizer\.momentum: optax:adam takes no such argument'):
+        applied('optimizer={"target": "optax:adam", "momentum": 0.5}')
 
 
 def test_never_is_a_word_like_any_other_outside_of_durations() -> None:
@@ -351,3 +353,84 @@ def test_a_wrong_group_name_is_a_typo_unless_it_begins_a_new_one() -> None:
         with pytest.raises(UserError, match=f'Did you mean .*groups.generator.{key}\\?'):
             changed(f'genrator.{key}', value)
     assert set(changed('other.params', 'D.*')) == {'generator', 'other'}
+
+
+@pytest.mark.parametrize('text', ['1e400', '-1e400', '1e309'])
+def test_a_number_that_overflows_is_not_infinity(text: str) -> None:
+    for path in ('optimizer.learning_rate', 'optimizer.clip_norm', 'seed', 'model.hidden_scale'):
+        changed = config()
+        changed.model.hidden_scale = None
+        with pytest.raises(UserError, match=rf'^config\.{path}: {text} is too large for a float'):
+            overrides.apply(changed, [(path, text)])
+    for beside in ('Infinity', '1'):
+        with pytest.raises(UserError, match=r'^config\.vars\.numbers\[\d\]: .* is too large'):
+            changed = config()
+            changed.vars.numbers = [0.5, 0.5]
+            overrides.apply(changed, [('vars.numbers', f'[{beside}, {text}]')])
+    with pytest.raises(UserError, match='is too large for a float'):
+        applied(f'optimizer={{"learning_rate": {text}}}')
+    assert applied(f'data.source.split={text}')['data']['source']['split'] == text
+
+
+@pytest.mark.parametrize('text', ['inf', 'Infinity', '-inf', '-Infinity'])
+def test_infinity_as_such(text: str) -> None:
+    for path in ('optimizer.learning_rate', 'optimizer.clip_norm'):
+        assert applied(f'{path}={text}')['optimizer'][path.partition('.')[2]] == float(text)
+
+
+@pytest.mark.parametrize(
+    ('path', 'text'),
+    [
+        ('seed', '9' * 400),
+        ('optimizer.learning_rate', '9' * 400),
+        ('optimizer.clip_norm', '9' * 400),
+        ('model.features', f'(64, {"9" * 400})'),
+        ('model.features', '0x' + 'f' * 5000),
+        ('data.source', 'x' * 20_000),
+        ('train_for', 'x' * 20_000),
+        ('data.remainder', 'x' * 20_000),
+        ('model.target', 'x' * 20_000),
+        ('optimizer.nesterov', 'x' * 20_000),
+        ('model', '{"' + 'x' * 20_000 + '": 1}'),
+    ],
+)
+def test_long_values_are_shortened(path: str, text: str) -> None:
+    with pytest.raises(UserError) as error:
+        applied(f'{path}={text}')
+    assert len(str(error.value)) < 400
+
+
+def test_the_numbers_of_an_argument_may_be_keys() -> None:
+    """As the boundaries of a schedule, which are whole numbers; but not beside names."""
+    schedule = '{"target": "optax:piecewise_constant_schedule", "init_value": 0.1}'
+    rate = f'optimizer.learning_rate={schedule}'
+    path = 'optimizer.learning_rate.boundaries_and_scales'
+    new = applied(rate, f'{path}={{1000: 0.1, 2000: 0.5}}', f'{path}={{2000: 0.2}}')
+    scales = new['optimizer']['learning_rate']['boundaries_and_scales']
+    assert scales == {1000: 0.1, 2000: 0.2}
+    with pytest.raises(UserError, match=r'expected names as the keys .*, got 1000 beside names'):
+        applied(rate, f'{path}={{"1 epochs": 0.1}}', f'{path}={{1000: 0.2}}')
+    for wrong in ('{None: 1}', '{True: 1}', '{(1, 2): 1}'):
+        with pytest.raises(UserError, match=r'expected names as the keys'):
+            applied(rate, f'{path}={wrong}')
+
+
+def test_a_structure_that_training_refuses_is_refused_without_jax() -> None:
+    code = (
+        'import sys\n'
+        'from trainer import main\n'
+        'from trainer.parallel.signals import StopRequest\n'
+        'for given in (\'checkpoint={"evry": 1}\', \'guard={"nosuch": 1}\', \'seed={"a": 1}\',\n'
+        '              \'hooks={"h": 3}\', \'evals={"new": {}}\', \'mesh={"data": "a"}\'):\n'
+        "    for mode in ('config', 'train', 'plan'):\n"
+        "        argv = ['x', '--config=configs/mnist_mlp.py', f'--config.{given}']\n"
+        "        argv += [f'--mode={mode}']\n"
+        '        assert main.main(argv, StopRequest()) == 2, (given, mode)\n'
+        "assert not {'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == ''
+    assert len(finished.stderr.splitlines()) == 18

@@ -105,6 +105,19 @@ def test_times_of_every_form_are_taken(time: str) -> None:
     assert f'--time={time}' in directives(launch(f'--time={time}', '--', CONFIG).stdout)
 
 
+def test_the_home_directory_in_paths(tmp_path: pathlib.Path) -> None:
+    """The script quotes its paths; only the trainer's own arguments are left to the trainer."""
+    done = launch(
+        '--chdir=~/a b', '--output=~/x.log', '--python=~/venv/bin/python', '--', CONFIG,
+        '--workdir=~/run', env={'HOME': str(tmp_path)},
+    )  # fmt: skip
+    assert {f"--chdir='{tmp_path}/a b'", f'--output={tmp_path}/x.log'} <= set(
+        directives(done.stdout)
+    )
+    assert f'{tmp_path}/venv/bin/python -m trainer.main' in done.stdout
+    assert "'--workdir=~/run'" in done.stdout
+
+
 def test_dry_run_submits_nothing(tmp_path: pathlib.Path) -> None:
     done = launch('--submit', '--dry_run', '--', CONFIG, env={'PATH': str(tmp_path)})
     assert done.returncode == 0

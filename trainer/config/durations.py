@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 
 _UNITS = {
     'step': 'steps', 'steps': 'steps', 'epoch': 'epochs', 'epochs': 'epochs',
@@ -46,13 +46,13 @@ class Duration:
         match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
         if match is None or match[2] not in _UNITS:
             raise UserError(
-                f'{path or "a duration"}: {text!r} is not a duration; write a number and a unit, '
-                "such as '10 epochs', '2000 steps', '60000 examples', '5%' or 'never'"
+                f'{path or "a duration"}: {shown(text)} is not a duration; write a number and a '
+                "unit, such as '10 epochs', '2000 steps', '60000 examples', '5%' or 'never'"
             )
         # As a float first: the digits of '1e999999999' fill the memory.
         if not 0 < float(match[1]) < math.inf:
             raise UserError(
-                f"{path or 'a duration'}: {text!r} must be positive and finite, or 'never'"
+                f"{path or 'a duration'}: {shown(text)} must be positive and finite, or 'never'"
             )
         return cls(Fraction(match[1]), _UNITS[match[2]])
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 _OF_JAX = 'JAX has removed its internal frames'
+_LONGEST_LINE = 2000
 
 
 class UserError(Exception):
@@ -12,8 +13,31 @@ class UserError(Exception):
     exit_code = 2
 
 
+def shown(value: object, limit: int = 100) -> str:
+    """Returns the repr of a value for a message, shortened in the middle beyond `limit` characters.
+
+    A text of the command line may have thousands of characters.
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # An integer of thousands of digits; a dict in itself.
+        return f'a very long {type(value).__name__}'
+    return shortened(text, limit)
+
+
+def shortened(text: str, limit: int = 100) -> str:
+    """Returns a text whose middle is left out if it has more than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    return f'{text[: limit * 2 // 3]}...{text[-limit // 6 :]} ({len(text):,} characters)'
+
+
 def full_text(error: BaseException) -> str:
-    """Returns the text of an error and its notes, to print without a traceback."""
-    notes = getattr(error, '__notes__', ())
+    """Returns the text of an error and its notes, to print without a traceback.
+
+    A line that repeats a value of thousands of characters is shortened.
+    """
     # JAX notes on whatever leaves a traced function that its traceback is short.
-    return '\n'.join([str(error), *(note for note in notes if _OF_JAX not in note)])
+    notes = (note for note in getattr(error, '__notes__', ()) if _OF_JAX not in note)
+    text = '\n'.join([str(error), *notes])
+    return '\n'.join(shortened(line, _LONGEST_LINE) for line in text.split('\n'))

@@ -15,8 +15,8 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import bundled
-from trainer.config import objects, suggest
-from trainer.config.errors import UserError
+from trainer.config import config_arguments, literals, objects, places, suggest
+from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
 
 
@@ -58,15 +58,27 @@ def load(spec: str) -> LoadedConfig:
         hint = ''
         if 'dots in field names' in str(error):
             hint = "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}"
-        raise UserError(f'{path}: get_config failed: {objects.last_line(error)}{hint}') from error
+        said = f'{path}: get_config failed: {objects.last_line(error)}'
+        if args:
+            hint += config_arguments.describe(arg, config_arguments.known(get_config))
+        if args and isinstance(error, LookupError) and error.args == (arg,):
+            said = f'{path}: get_config does not know the argument {shown(arg)}.'
+        if hint.startswith(' It') and not said.endswith('.'):
+            said += '.'
+        raise UserError(f'{said}{hint}') from error
+    if config is None and args:
+        hint = config_arguments.describe(arg, config_arguments.known(get_config))
+        raise UserError(f'{path}: get_config returns nothing for the argument {shown(arg)}.{hint}')
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
             f'{type(config).__name__}'
         )
     try:
+        plain(config)
         check_vars(config)
         _check_values(plain(config), 'config')
+        literals.check(plain(config), 'config', [])
         config = _unshared(config)
     except RecursionError as error:
         raise UserError(f'{path}: a dict of the config contains itself') from error
@@ -84,7 +96,11 @@ def plain(node: Any) -> Any:
         except config_dict.RequiredValueError:
             return REQUIRED
     if isinstance(node, ml_collections.ConfigDict):
-        return {k: plain(v) for k, v in node.items(preserve_field_references=True)}
+        try:
+            items = node.items(preserve_field_references=True)
+        except TypeError as error:  # Items come in the order of their keys.
+            raise UserError(f'a dict of the config has names and other keys: {error}') from error
+        return {k: plain(v) for k, v in items}
     if isinstance(node, dict):
         return {key: plain(value) for key, value in node.items()}
     if isinstance(node, (tuple, list)):
@@ -93,12 +109,16 @@ def plain(node: Any) -> Any:
 
 
 def _find(text: str) -> pathlib.Path:
-    path = pathlib.Path(text)
+    path = pathlib.Path(places.expand(text, '--config'))
     for candidate in (path, *(pathlib.Path(root) / path for root in bundled.__path__)):
-        if candidate.is_file():
-            return candidate
-        if candidate.is_dir():
-            raise UserError(f'--config: {text!r} is a directory; name a file in it')
+        try:
+            if candidate.is_file():
+                return candidate
+            is_directory = candidate.is_dir()
+        except OSError as error:  # A name that is too long, a folder that may not be read.
+            raise UserError(f'--config: {shown(text)}: {error.strerror or error}') from error
+        if is_directory:
+            raise UserError(f'--config: {shown(text)} is a directory; name a file in it')
     hint = ''
     # As it is, or one of `configs` by its name alone, or as a module is named.
     stem = path.name.removesuffix('.py').split('.')[-1]
@@ -107,7 +127,7 @@ def _find(text: str) -> pathlib.Path:
         files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
         near = suggest.nearest(guess.name, files)
         hint = hint or (f' Did you mean {guess.parent / near}?' if near else '')
-    raise UserError(f'--config: there is no file {text!r}.{hint}')
+    raise UserError(f'--config: there is no file {shown(text)}.{hint}')
 
 
 def _get_config(path: pathlib.Path) -> Callable[..., Any]:
@@ -134,7 +154,7 @@ def _arguments(
     """Returns what `get_config` is called with: the text behind the colon, if it takes any."""
     signature = inspect.signature(get_config)
     if arg and not signature.parameters:
-        raise UserError(f'{path}: get_config() takes no argument, got {arg!r}')
+        raise UserError(f'{path}: get_config() takes no argument, got {shown(arg)}')
     args = (arg,) if arg is not None and signature.parameters else ()
     try:
         signature.bind(*args)
@@ -159,7 +179,7 @@ def _check_values(node: Any, path: str) -> None:
         name += getattr(node, '__qualname__', 'Name')
         raise UserError(
             f'{path}: a config holds numbers, strings, None, dicts, tuples and lists, got '
-            f'{node!r}; write a plain number, or name an object, as in dict(ref={name!r})'
+            f'{shown(node)}; write a plain number, or name an object, as in dict(ref={name!r})'
         )
 
 
@@ -183,7 +203,7 @@ def check_vars(config: ml_collections.ConfigDict) -> None:
     if 'vars' not in config:
         return
     if not isinstance(config.vars, ml_collections.ConfigDict):
-        raise UserError(f'config.vars: expected a dict, got {config.vars!r}')
+        raise UserError(f'config.vars: expected a dict, got {shown(config.vars)}')
     used: set[int] = set()
     for key, value in config.items(preserve_field_references=True):
         if key != 'vars':

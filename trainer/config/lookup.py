@@ -5,20 +5,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
 
-from trainer.config import objects, paths, schema, suggest, targets
+from trainer.config import objects, paths, reach, schema, targets, unknown
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
 
-# A new evaluation, or group, begins with this key; any other key of an unknown one is a typo.
-_FIRST_KEYS: dict[tuple[str | int, ...], str] = {
-    ('evals',): 'data',
-    ('optimizer', 'groups'): 'params',
-}
 # Annotations that say what a text of the command line means: `int`, `float | None`,
 # `Sequence[int]`, `tuple[str, ...]`. All others leave it to the target.
 _PLAIN_TYPES: dict[str, Any] = {
@@ -55,11 +50,47 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
             node = node[key]
         elif isinstance(node, Mapping) and key in node:
             node = node[key]
-        elif _may_be_set(node, keys, depth):
+        elif reach.may_be_set(node, keys, depth):
             return None
         else:
-            raise UserError(_unknown(config, keys, depth))
+            raise UserError(unknown.message(plain(config), keys, depth))
     return node
+
+
+def check_given(config: Any, given: Any, keys: paths.Keys) -> None:
+    """Checks the names in a dict or list that was given for a path, as the names of a path.
+
+    Args:
+        config: the config, with the value in it.
+        given: the dict, tuple or list.
+        keys: the path.
+
+    Raises:
+        UserError: for a name that nothing reads.
+    """
+    _check_names(plain(config), given, keys)
+
+
+def _check_names(whole: Mapping[str, Any], given: Any, keys: paths.Keys) -> None:
+    if isinstance(given, (tuple, list)):
+        for index, inner in enumerate(given):
+            _check_names(whole, inner, [*keys, index])
+    if not isinstance(given, Mapping):
+        return
+    node, section = paths.get(whole, keys), schema.section_at(keys)
+    is_object = isinstance(node, Mapping) and 'target' in node
+    for key, inner in given.items():
+        inside = [*keys, key]
+        known = key in targets.RESERVED or key == 'ref'
+        if section is not None and not schema.takes_any_key(section):
+            known = key in schema.fields(section)
+        elif not known and (is_object or section is not None):
+            known = not is_object or reach.may_be_set(node, inside, len(keys))
+        elif not is_object:
+            known = True  # A dict of anything.
+        if not known:
+            raise UserError(unknown.message(whole, inside, len(keys)))
+        _check_names(whole, inner, inside)
 
 
 def argument_type(node: Any, key: str | int, path: str) -> Any:
@@ -94,6 +125,23 @@ def _annotation(parameter: inspect.Parameter) -> str:
     return given if isinstance(given, str) else inspect.formatannotation(given)
 
 
+def annotation(node: Any, key: str | int, path: str) -> Any:
+    """Returns the annotation of an argument of an object, None if it has none that is a type.
+
+    Args:
+        node: the object's dict; anything else has no arguments.
+        key: the argument.
+        path: of the object, for messages.
+    """
+    parameter = _parameter(node, key, path)
+    if parameter is None or parameter.annotation is inspect.Parameter.empty:
+        return None
+    if not isinstance(parameter.annotation, str):
+        return parameter.annotation
+    target = objects.resolve(node['target'], f'{path}.target')
+    return targets.evaluated(parameter.annotation, target)
+
+
 def _parameter(node: Any, key: str | int, path: str) -> inspect.Parameter | None:
     if not isinstance(node, Mapping | ml_collections.ConfigDict) or 'target' not in node:
         return None
@@ -111,71 +159,3 @@ def placeholder_type(config: Any, keys: paths.Keys) -> type | None:
     value = dict(parent.items(preserve_field_references=True))[keys[-1]]
     is_empty = isinstance(value, ml_collections.FieldReference) and value.empty()
     return value.get_type() if is_empty and value.get_type() is not type(None) else None
-
-
-def _may_be_set(node: Any, keys: paths.Keys, depth: int) -> bool:
-    """Whether a key that the file leaves out exists: a fixed key, or an argument of a target."""
-    if schema.type_at(keys) is not None:
-        first = _FIRST_KEYS.get(tuple(keys[:depth]))
-        return first is None or keys[depth + 1 : depth + 2] in ([], [first])
-    is_object = isinstance(node, Mapping) and 'target' in node
-    if not is_object or depth != len(keys) - 1 or not isinstance(keys[depth], str):
-        return False
-    where = f'config.{paths.join(keys[:depth])}'
-    key = str(keys[depth])
-    return key == 'args' or key in targets.accepted(node['target'], {key: None}, where)
-
-
-def _unknown(config: Any, keys: paths.Keys, depth: int) -> str:
-    """The message for a path that nothing reads, with the one that was probably meant."""
-    whole = plain(config)
-    path, word = f'config.{paths.join(keys)}', str(keys[depth])
-    unset = [*schema.defaults(whole), *schema.optional(whole)]
-    known = [*suggest.paths(whole, 'config'), *(f'config.{p}' for p, _, _ in unset)]
-    parent = paths.get(whole, keys[:depth])
-    if isinstance(parent, Mapping) and 'target' in parent:
-        return _unknown_argument(parent, keys, depth, known)
-    if isinstance(parent, Mapping) and depth < len(keys) - 1:
-        # One wrong word on the way: mend that word and keep the rest.
-        siblings = [p.split('.')[depth] for p, _, _ in unset if p.count('.') >= depth]
-        close = suggest.nearest(word, [*parent, *siblings])
-        if close and _exists(config, keys, depth, close):
-            return _did_you_mean(path, _replaced(keys, depth, close))
-    return _did_you_mean(path, suggest.nearest_path(path, known))
-
-
-def _unknown_argument(
-    node: Mapping[str, Any], keys: paths.Keys, depth: int, known: Sequence[str]
-) -> str:
-    path, place = f'config.{paths.join(keys)}', f'config.{paths.join(keys[:depth])}'
-    target = objects.resolve(node['target'], f'{place}.target')
-    names = targets.told(targets.arguments(target)[0])
-    close = suggest.nearest(str(keys[depth]), [*names, *node], cutoff=0.75)
-    if close:
-        return _did_you_mean(path, _replaced(keys, depth, close))
-    found = suggest.nearest_path(path, [*known, *(f'{place}.{name}' for name in names)])
-    if found is None or path.startswith(f'{found}.'):
-        return f'{path}: {node["target"]} takes no such argument. It takes: {", ".join(names)}.'
-    return _did_you_mean(path, found)
-
-
-def _exists(config: Any, keys: paths.Keys, depth: int, word: str) -> bool:
-    if word == keys[depth]:
-        return False
-    mended = [*keys[:depth], word, *keys[depth + 1 :]]
-    try:
-        value = value_at(config, mended)
-    except UserError:
-        return False
-    # A mapping (`evals`, `hooks`, `mesh`) takes any name: that a new one fits proves nothing.
-    fixed_or_argument = schema.type_at(mended) is None or schema.section_at(mended[:-1])
-    return value is not None or bool(fixed_or_argument)
-
-
-def _replaced(keys: paths.Keys, depth: int, word: str) -> str:
-    return f'config.{paths.join([*keys[:depth], word, *keys[depth + 1 :]])}'
-
-
-def _did_you_mean(path: str, found: str | None) -> str:
-    hint = f'Did you mean {found}?' if found else 'See --helpconfig for all keys.'
-    return f'{path}: there is no such key. {hint}'

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.util
@@ -15,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from trainer.config import suggest
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 
 # Packages that come with the trainer, and may be hidden by the user's own of the same name.
 _BUNDLED = ('models', 'data', 'configs')
@@ -38,12 +39,15 @@ def resolve(name: object, path: str) -> Any:
         UserError: if the name is malformed, missing, or its module fails to import.
     """
     if not isinstance(name, str) or name.count(':') != 1 or not all(name.split(':')):
-        raise UserError(f"{path}: expected 'package.module:Name', got {name!r}{_with_colon(name)}")
+        raise UserError(
+            f"{path}: expected 'package.module:Name', got {shown(name)}{_with_colon(name)}"
+        )
     module_name, _, attribute = name.partition(':')
     error: UserError | None = None
     for candidate in _candidates(module_name):
         try:
             module = _import(candidate, path)
+            _check_not_hidden(candidate, attribute, path)
             return functools.reduce(getattr, attribute.split('.'), module)
         except AttributeError:
             error = error or UserError(_no_attribute(module, attribute, name, path))
@@ -85,6 +89,40 @@ def _import(module_name: str, path: str) -> ModuleType:
         raise UserError(_failed_import(module_name, error, path)) from error
 
 
+def _check_not_hidden(module_name: str, attribute: str, path: str) -> None:
+    """Checks that a module of ours is not taken for one of the user's with the same name.
+
+    A folder `models` without an `__init__.py` comes after our package of that name.
+
+    Raises:
+        UserError: if the user's file defines the attribute.
+    """
+    package, _, rest = module_name.partition('.')
+    if package not in _BUNDLED or not rest:
+        return
+    for folder in list(getattr(sys.modules.get(package), '__path__', ()))[1:]:
+        file = os.path.join(folder, *rest.split('.')) + '.py'
+        mine = getattr(sys.modules[module_name], '__file__', None)
+        if os.path.exists(os.path.join(folder, '__init__.py')) or not os.path.isfile(file):
+            continue
+        if file != mine and attribute.split('.')[0] in _defined(file):
+            raise UserError(
+                f'{path}: {module_name}:{attribute} is in {file} too, which is hidden by {mine}; '
+                f'add an empty {os.path.join(folder, "__init__.py")}, or rename the file'
+            )
+
+
+def _defined(file: str) -> set[str]:
+    """Returns the names of the classes and functions of a file, without running it."""
+    try:
+        with open(file, 'rb') as opened:
+            body = ast.parse(opened.read()).body
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return {node.name for node in body if isinstance(node, kinds)}
+
+
 def _failed_import(module_name: str, error: BaseException, path: str) -> str:
     return f'{path}: importing {module_name} failed: {last_line(error)}'
 
@@ -113,7 +151,7 @@ def _is_library(filename: str) -> bool:
 def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> str:
     near = suggest.nearest(attribute, [n for n in dir(module) if not n.startswith('_')])
     hint = f' Did you mean {name.partition(":")[0]}:{near}?' if near else ''
-    return f'{path}: {name!r}: the module has no {attribute!r}.{hint}'
+    return f'{path}: {shown(name)}: the module has no {shown(attribute)}.{hint}'
 
 
 def _no_module(module_name: str, name: str, path: str) -> str:
@@ -127,4 +165,4 @@ def _no_module(module_name: str, name: str, path: str) -> str:
         siblings = [m.name for m in pkgutil.iter_modules()]
     near = suggest.nearest(module_name, siblings)
     hint = f' Did you mean {near}:{name.partition(":")[2]}?' if near else ''
-    return f'{path}: {name!r}: there is no module {module_name!r}.{hint}'
+    return f'{path}: {shown(name)}: there is no module {shown(module_name)}.{hint}'

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from trainer.config import diff, lookup, paths, schema, targets, values
+from trainer.config import diff, literals, lookup, paths, schema, targets, values
 from trainer.config.durations import is_duration
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shortened, shown
 from trainer.config.loading import plain
 
 
@@ -61,15 +63,33 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
         if not equals:
             value = next(words, '--')
         if (not equals and value.startswith('--')) or (name == '-config' and not value):
-            flag = word.partition('=')[0]
+            flag = shortened(word.partition('=')[0])
             raise UserError(f'{flag} needs a value: {flag}=...')
         if name == '-config':
             if spec not in (None, value):
-                raise UserError(f'--config is given twice: {spec} and {value}')
+                raise UserError(f'--config is given twice: {shown(spec)} and {shown(value)}')
             spec = value
         else:
             assignments.append((name.removeprefix('-config.'), value))
     return spec, assignments, rest
+
+
+def from_python(value: Any, path: str) -> str:
+    """Returns a value as it is written on the command line.
+
+    Raises:
+        UserError: for what a config cannot hold.
+    """
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(value, str):
+        return value
+    value = plain(value)
+    if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:  # A number of numpy or JAX.
+        value = value.item()
+    literals.check_depth(value, f'config.{path}')
+    literals.check(value, f'config.{path}', paths.parse(path))
+    return repr(value) if value == value else 'NaN'
 
 
 def apply(
@@ -89,20 +109,23 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
     filled = _fill(config, keys)
     old = lookup.value_at(config, keys)
     hint = schema.type_at(keys) or lookup.placeholder_type(config, keys)
-    like = old
+    like, annotation = old, values.unannotated
     if hint is None:
-        node, place = paths.get(config, keys[:-1]), f'config.{paths.join(keys[:-1])}'
-        like, hint = _argument(node, keys[-1], old, text, place)
-    new = values.parse(text, like, hint, f'config.{path}')
+        node = paths.get(config, keys[:-1])
+        like, hint, annotation = _argument(node, keys[-1], old, text, keys[:-1])
+    new = values.parse(text, like, hint, keys, f'config.{path}', annotation)
     if isinstance(new, Mapping):
         new = paths.nested(new)  # A ConfigDict takes no key with a dot.
-    notes: list[str] = []
+        literals.check(new, f'config.{path}', keys)
+    given, notes = new, list[str]()
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
         keys, new, old = keys[:-1], {'target': new}, plain(paths.get(config, keys[:-1]))
     if isinstance(new, Mapping) and isinstance(old, Mapping):
-        new = _merge(old, new, f'config.{paths.join(keys)}', notes)
+        new = _merge(old, new, keys, notes)
     before, place = plain(config), paths.join(keys)
     paths.store(config, keys, new)
+    if isinstance(given, (Mapping, tuple, list)):
+        lookup.check_given(config, given, keys)
     return Override(
         path=path,
         place=place,
@@ -148,46 +171,54 @@ def _fill(config: ml_collections.ConfigDict, keys: paths.Keys) -> tuple[str, ...
     return ()
 
 
-def _merge(old: Mapping[str, Any], new: Mapping[str, Any], path: str, notes: list[str]) -> Any:
+def _merge(
+    old: Mapping[str, Any], new: Mapping[str, Any], keys: paths.Keys, notes: list[str]
+) -> Any:
     """Returns `old` updated by `new` at every depth; a new target keeps what it accepts."""
     if not new or 'ref' in new or 'ref' in old:
         # An empty dict clears. A reference has no other keys: it replaces, and is replaced.
         return dict(new)
+    path = f'config.{paths.join(keys)}'
     kept = dict(old)
     if 'target' in new and 'target' in old and new['target'] != old['target']:
-        section = schema.section_at(paths.parse(path.removeprefix('config.')))
+        section = schema.section_at(keys)
         ours = schema.fields(section) if section is not None else {}
         fits = targets.accepted(new['target'], kept, path) | set(ours)
         kept = {key: value for key, value in kept.items() if key in fits}
         dropped = [key for key in old if key not in (*kept, *new)]
         notes.extend(f'{path}.{key} dropped: {new["target"]} does not take it' for key in dropped)
+    literals.check_names({**kept, **new}, path, keys)
     for key, value in new.items():
-        before = kept.get(key)
+        before, inner_keys = kept.get(key), [*keys, key]
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            kept[key] = _merge(before, value, f'{path}.{key}', notes)
+            kept[key] = _merge(before, value, inner_keys, notes)
             continue
-        text = values.written(value)
+        text, annotation = literals.written(value), values.unannotated
         # A merged key is held to the same types as one set by its own path.
-        inner = schema.type_at(paths.parse(f'{path}.{key}'.removeprefix('config.')))
+        inner = schema.type_at(inner_keys)
         if inner is None:
-            before, inner = _argument({**kept, **new}, key, before, text, path)
-        kept[key] = values.convert(value, text, before, inner, f'{path}.{key}')
+            before, inner, annotation = _argument({**kept, **new}, key, before, text, keys)
+        kept[key] = values.convert(value, text, before, inner, f'{path}.{key}', annotation)
     return kept
 
 
-def _argument(node: Any, key: str | int, old: Any, text: str, path: str) -> tuple[Any, Any]:
-    """Returns what a new value of an argument is held to: a value like it, and a type.
+def _argument(
+    node: Any, key: str | int, old: Any, text: str, keys: paths.Keys
+) -> tuple[Any, Any, values.Annotation]:
+    """Returns what a new value of an argument is held to: a value like it, a type, an annotation.
 
     Args:
         node: the object's dict.
         key: the argument.
         old: its value now.
         text: the new value as it was written.
-        path: of the object.
+        keys: path of the object.
     """
+    path = f'config.{paths.join(keys)}'
+    annotation = functools.partial(lookup.annotation, node, key, path)
     if old is None:
-        steps = path.startswith('config.optimizer') and is_duration(text)
-        return None, None if steps else lookup.argument_type(node, key, path)
-    if values.literal(text) is None and lookup.takes_none(node, key, path):
-        return None, None
-    return old, None
+        steps = keys[:1] == ['optimizer'] and is_duration(text)
+        return None, None if steps else lookup.argument_type(node, key, path), annotation
+    if literals.literal(text) is None and lookup.takes_none(node, key, path):
+        return None, None, annotation
+    return old, None, annotation

@@ -10,12 +10,13 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from trainer.config import diff
-from trainer.config.errors import UserError
+from trainer.config import diff, literals
+from trainer.config.errors import UserError, shortened, shown
 from trainer.config.loading import plain
 
 _KEY = re.compile(r'([^.\[\]]+)|\[(-?\d+)\]')
 Keys = list[str | int]
+_LONGEST = 500
 
 
 def parse(path: str) -> Keys:
@@ -24,9 +25,18 @@ def parse(path: str) -> Keys:
     Raises:
         UserError: if the text is no path.
     """
-    keys: Keys = [int(m[2]) if m[2] else m[1] for m in _KEY.finditer(path)]
-    if not keys or join(keys) != path:
-        raise UserError(f'--config.{path}: not a path such as a.b or a.b[1].c')
+    short = f'--config.{shortened(path)}'
+    try:
+        keys: Keys = [int(m[2]) if m[2] else m[1] for m in _KEY.finditer(path)]
+    except ValueError as error:  # An index of thousands of digits.
+        raise UserError(f'{short}: not a path such as a.b or a.b[1].c') from error
+    if not keys or join(keys) != path or len(path) > _LONGEST:
+        raise UserError(f'{short}: not a path such as a.b or a.b[1].c')
+    if len(keys) > literals.MAX_DEPTH:
+        raise UserError(f'{short}: {len(keys)} keys; no config is nested so deep')
+    for key in keys:
+        if isinstance(key, str):
+            literals.check_name(key, short)
     return keys
 
 
@@ -62,8 +72,8 @@ def _joined(one: Mapping[Any, Any], other: Mapping[Any, Any], before: Keys) -> d
             whole[key] = _joined(whole[key], value, keys)
         else:
             raise UserError(
-                f'{join(keys)!r} is given twice, {whole[key]!r} and {value!r}: by a key with dots '
-                'and by nested ones. Leave one of them out'
+                f'{shown(join(keys))} is given twice, {shown(whole[key])} and {shown(value)}: by a '
+                'key with dots and by nested ones. Leave one of them out'
             )
     return whole
 

@@ -10,10 +10,10 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from trainer.config import suggest
+from trainer.config import suggest, synonyms
 from trainer.config.durations import Duration
-from trainer.config.errors import UserError
-from trainer.config.sections import Node, Sections
+from trainer.config.errors import UserError, shown
+from trainer.config.sections import Node, PrecisionSection, Sections
 
 Keys = Sequence[str | int]
 
@@ -121,8 +121,10 @@ def _defaults(
         elif inner is not None and isinstance(config[field.name], Mapping):
             yield from _defaults(inner, config[field.name], f'{path}.')
         elif typing.get_origin(hint) is dict and _is_section(typing.get_args(hint)[1]):
-            for name, value in config[field.name].items():
-                yield from _defaults(typing.get_args(hint)[1], value, f'{path}.{name}.')
+            given = config[field.name]
+            for name, value in given.items() if isinstance(given, Mapping) else ():
+                if isinstance(value, Mapping):
+                    yield from _defaults(typing.get_args(hint)[1], value, f'{path}.{name}.')
 
 
 def _check_given(node: Any, path: str) -> None:
@@ -138,7 +140,16 @@ def _check_given(node: Any, path: str) -> None:
 
 def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any]) -> Any:
     if not isinstance(config, Mapping):
-        raise UserError(f'{path}: expected a section (a dict), got {config!r}')
+        keys = ', '.join(fields(section))
+        meant = synonyms.VALUES.get(config) if isinstance(config, str) else None
+        hint = (
+            f'. Did you mean {path}.compute={meant}?'
+            if section is PrecisionSection and meant
+            else ''
+        )
+        raise UserError(
+            f'{path}: expected a section (a dict) with keys of {keys}; got {shown(config)}{hint}'
+        )
     known = fields(section)
     unknown = {key: value for key, value in config.items() if key not in known}
     if unknown and not takes_any_key(section):
@@ -184,20 +195,37 @@ def check(value: Any, hint: Any, path: str, whole: Mapping[str, Any]) -> Any:
         return _read_section(hint, value, path, whole)
     if origin is Literal:
         if value not in args:
-            raise UserError(f'{path}: {value!r} is none of {", ".join(map(repr, args))}')
+            meant = synonyms.VALUES.get(value) if isinstance(value, str) else None
+            hint = f'. Did you mean {meant!r}?' if meant in args else ''
+            raise UserError(f'{path}: {shown(value)} is none of {", ".join(map(repr, args))}{hint}')
         return value
     if origin is dict and isinstance(value, Mapping):
+        wrong = [key for key in value if not isinstance(key, str)]
+        if wrong:
+            raise UserError(f'{path}: expected names as keys, got {shown(wrong[0])}')
         return {k: check(v, args[1], f'{path}.{k}', whole) for k, v in value.items()}
     if origin is tuple and isinstance(value, (tuple, list)):
         return _check_tuple(value, args, path, whole)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return to_float(value, path)
     is_bool = isinstance(value, bool)
     if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UserError(f'{path}: {value} does not fit 64 bits')
+        raise UserError(f'{path}: {shown(value)} does not fit 64 bits')
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == is_bool:
         return value
-    raise UserError(f'{path}: expected {describe(hint)}, got {value!r}')
+    raise UserError(f'{path}: expected {describe(hint)}, got {shown(value)}')
+
+
+def to_float(value: float, path: str) -> float:
+    """Returns a number as a float.
+
+    Raises:
+        UserError: for an integer that is too large.
+    """
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise UserError(f'{path}: {shown(value)} is too large for a float') from error
 
 
 def describe(hint: Any) -> str:
@@ -232,14 +260,14 @@ def _check_union(value: Any, args: Sequence[Any], path: str, whole: Mapping[str,
             if inside or len(options) == 1:
                 raise
     expected = ' or '.join(describe(option) for option in options)
-    raise UserError(f'{path}: expected {expected}, got {value!r}')
+    raise UserError(f'{path}: expected {expected}, got {shown(value)}')
 
 
 def _check_node(value: Any, path: str) -> Node:
     if not isinstance(value, Mapping) or not ('target' in value or 'ref' in value):
         raise UserError(
             f"{path}: expected an object, a dict with 'target' (or 'ref') = 'package.module:Name', "
-            f'got {value!r}'
+            f'got {shown(value)}'
         )
     return dict(value)
 
@@ -249,7 +277,7 @@ def _check_tuple(
 ) -> tuple[Any, ...]:
     hints = args[:1] * len(value) if args[-1] is Ellipsis else args
     if len(hints) != len(value):
-        raise UserError(f'{path}: expected {len(hints)} elements, got {len(value)}: {value!r}')
+        raise UserError(f'{path}: expected {len(hints)} elements, got {len(value)}: {shown(value)}')
     pairs = enumerate(zip(value, hints, strict=True))
     return tuple(check(v, h, f'{path}[{i}]', whole) for i, (v, h) in pairs)
 

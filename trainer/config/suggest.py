@@ -7,6 +7,9 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+# Names of so few characters are all alike.
+_SHORT = 3
+
 
 def paths(node: Any, prefix: str) -> Iterator[str]:
     """Yields every path of a plain config: 'config.model', 'config.data.transforms[0].key', ..."""
@@ -37,7 +40,9 @@ def nearest_path(path: str, candidates: Iterable[str]) -> str | None:
     last = path.rpartition('.')[2]
     alike = by_last.get(last) or [
         candidate
-        for word in difflib.get_close_matches(last, by_last)
+        for word in (
+            difflib.get_close_matches(last, by_last, cutoff=0.7) if len(last) > _SHORT else ()
+        )
         for candidate in by_last[word]
     ]
     beginnings = [c for group in by_last.values() for c in group if path.startswith(f'{c}.')]

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
+import sys
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import objects, suggest
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shortened, shown
 
 # Arguments that the framework or the module system gives, so a config need not.
 FRAMEWORK_SUPPLIED = frozenset({'rngs', 'train', 'training', 'is_training', 'deterministic'})
@@ -44,6 +48,24 @@ def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
         more, open_ended = arguments(inner)
         parameters = {**more, **parameters}
     return parameters, open_ended
+
+
+def evaluated(annotation: str, target: Any) -> Any:
+    """Returns the type that the text of an annotation names where its target was defined.
+
+    None if that cannot be found out.
+    """
+    while isinstance(target, functools.partial):
+        target = target.func
+    target = inspect.unwrap(target) if callable(target) else target
+    # The fields of a dataclass may come from a base in another module.
+    owners = target.__mro__ if inspect.isclass(target) else (target,)
+    for owner in owners:
+        scope = vars(sys.modules.get(getattr(owner, '__module__', ''), typing))
+        holder = types.SimpleNamespace(__annotations__={'it': annotation})
+        with contextlib.suppress(Exception):  # Whatever the evaluation of a text raises.
+            return typing.get_type_hints(holder, globalns=scope)['it']
+    return None
 
 
 def told(parameters: Mapping[str, Any]) -> list[str]:
@@ -124,8 +146,14 @@ def _hint(given: Mapping[str, Any], path: str) -> str:
     """Says where a number was given as text, or a dict names no object."""
     for key, value in given.items():
         if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?', value):
-            unit = f'a length of time has a unit ({value} steps), ' if value.isdigit() else ''
-            return f'\n{path}.{key} is the text {value!r}: {unit}a number has no quotation marks'
+            unit = (
+                f'a length of time has a unit ({shortened(value, 30)} steps), '
+                if value.isdigit()
+                else ''
+            )
+            return (
+                f'\n{path}.{key} is the text {shown(value)}: {unit}a number has no quotation marks'
+            )
         if isinstance(value, Mapping) and not {'target', 'ref'} & set(value):
             return f"\n{path}.{key} is a dict that names no object: it has no 'target'"
     return ''
@@ -139,7 +167,8 @@ def _said(error: Exception) -> str:
         said = f'{error}{objects.place(error)}'
     else:
         said = objects.last_line(error)
-    return '\n'.join([said, *getattr(error, '__notes__', ())])
+    # It may repeat what it was given, however long that is.
+    return '\n'.join([shortened(said, 300), *getattr(error, '__notes__', ())])
 
 
 def accepted(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:
@@ -160,7 +189,7 @@ def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path}.target: {node['target']} is not callable; to name it, use 'ref'")
     parameters, open_ended = arguments(target)
     if not isinstance(node.get('args', ()), (tuple, list)):
-        raise UserError(f'{path}.args: expected a tuple, got {node["args"]!r}')
+        raise UserError(f'{path}.args: expected a tuple, got {shown(node["args"])}')
     keys = [key for key in node if key not in RESERVED]
     unknown = [key for key in keys if key not in parameters]
     if unknown and not (open_ended and node.get('accepts_any')):
@@ -196,7 +225,7 @@ def _unknown_argument(target: Any, node: Mapping[str, Any], key: str, path: str)
         hint = f'It takes: {", ".join(takes)}.'
     else:
         hint = _takes_no_names(target, node, key, path)
-    return f'{path}.{key}: {node["target"]} takes no argument {key!r}. {hint}'
+    return f'{path}.{key}: {node["target"]} takes no argument {shown(key)}. {hint}'
 
 
 def _takes_no_names(target: Any, node: Mapping[str, Any], key: str, path: str) -> str:

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import ast
-import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trainer.config import schema
+from trainer.config import literals, schema, sequences
 from trainer.config.durations import Duration, is_duration
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 
 # The shell takes quotes away: --config.mesh={"data": 2} arrives as {data: 2}.
 _UNREADABLE = (
@@ -18,34 +17,45 @@ _UNREADABLE = (
     "written as in '{\"a\": 1}', a tuple as in '(1, 2)'."
 )
 _BOOLS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}
+_INFINITIES = {'inf': math.inf, '+inf': math.inf, '-inf': -math.inf}
+
+# Returns the annotation of the argument that a value is for, None if there is none. Finding it
+# imports the target, so it is asked only where the value now does not say enough.
+Annotation = Callable[[], Any]
 
 
-def literal(text: str) -> Any:
-    """Returns the JSON or Python literal that a text is, or the text itself."""
-    for parse in (json.loads, ast.literal_eval):
-        try:
-            return parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return text
+def unannotated() -> Any:
+    """The annotation of what has none."""
+    return None
 
 
-def parse(text: str, old: Any, hint: Any, path: str) -> Any:
+def parse(
+    text: str, old: Any, hint: Any, keys: Sequence[str | int], path: str,
+    annotation: Annotation = unannotated,
+) -> Any:  # fmt: skip
     """Returns the value of a text of the command line for a key.
 
     Raises:
-        UserError: as `convert`.
+        UserError: as `convert`, and for what a config cannot hold.
     """
-    value = literal(text)
+    value = literals.literal(text)
+    literals.check_depth(value, path)
+    if isinstance(value, float) and not isinstance(old, str) and not _wants_text(hint):
+        literals.check_overflow(value, text, path)
     try:
-        return convert(value, text, old, hint, path)
+        new = convert(value, text, old, hint, path, annotation)
     except UserError as error:
         if isinstance(value, str) and text.startswith(('{', '[', '(')):
             raise UserError(f'{error}\n{_UNREADABLE}') from error
         raise
+    literals.check_overflow(new, text, path)
+    literals.check(new, path, keys)
+    return new
 
 
-def convert(value: Any, text: str, old: Any, hint: Any, path: str) -> Any:
+def convert(
+    value: Any, text: str, old: Any, hint: Any, path: str, annotation: Annotation = unannotated
+) -> Any:
     """Returns a literal as a value of the type that a key has.
 
     Args:
@@ -54,20 +64,36 @@ def convert(value: Any, text: str, old: Any, hint: Any, path: str) -> Any:
         old: the key's value now; None if it has none.
         hint: the key's type if it is a fixed key, else None.
         path: 'config.a.b', for messages.
+        annotation: of the argument that the key is.
 
     Raises:
         UserError: if it is no value of that type.
     """
-    if hint is not None and not isinstance(value, Mapping):
+    if hint is not None and (not isinstance(value, Mapping) or _is_scalar(hint)):
         return _for_hint(text, value, hint, path)
-    if old is None or old is schema.REQUIRED or isinstance(value, Mapping):
+    if old is None or old is schema.REQUIRED:
+        if isinstance(value, (tuple, list)) and sequences.elements(annotation()) is not None:
+            return _annotated(text, value, (), annotation(), path)
         return value
-    return _like(text, value, old, path)
+    if isinstance(value, Mapping):
+        if isinstance(old, Mapping) or _names_object(value):
+            return value
+        raise UserError(
+            f'{path}: expected {type(old).__name__}, as {shown(old)} is, or a dict that names an '
+            f"object (with 'target' or 'ref'); got {shown(text)}"
+        )
+    return _like(text, value, old, path, annotation)
+
+
+def _names_object(value: Mapping[Any, Any]) -> bool:
+    return 'target' in value or 'ref' in value
 
 
 def _for_hint(text: str, value: Any, hint: Any, path: str) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and _wants_text(hint):
         value = text
+    if schema.without_none(hint) is float:
+        value = _number_of(value)
     if value is not None and schema.without_none(hint) is bool:
         return _bool(text, path)
     if isinstance(value, list):
@@ -76,29 +102,42 @@ def _for_hint(text: str, value: Any, hint: Any, path: str) -> Any:
     return str(checked) if isinstance(checked, Duration) else checked
 
 
+def _is_scalar(hint: Any) -> bool:
+    return schema.without_none(hint) in (int, float, str, bool, Duration)
+
+
 def _wants_text(hint: Any) -> bool:
     return hint is str or hint is Duration
 
 
-def _like(text: str, value: Any, old: Any, path: str) -> Any:
+def _number_of(value: Any) -> Any:
+    """Returns infinity for 'inf', which is no literal; other values as they are."""
+    return _INFINITIES.get(value, value) if isinstance(value, str) else value
+
+
+def _like(text: str, value: Any, old: Any, path: str, annotation: Annotation = unannotated) -> Any:
     """Returns a literal as a value of the type of `old`."""
+    many = isinstance(value, (tuple, list)) and not isinstance(old, (tuple, list, Mapping, bool))
+    if many and sequences.elements(annotation()) is not None:
+        # `int | Sequence[int]`: a size for all, or one for each.
+        return _annotated(text, value, (), annotation(), path)
     if isinstance(old, bool):
         return _bool(text, path)
     if isinstance(old, Mapping):
         # A schedule may become a number; everything else that is an object stays one.
         if isinstance(value, (int, float)) or value is None:
             return value
-        raise UserError(f'{path}: expected a dict or a number, got {text!r}')
+        raise UserError(f'{path}: expected a dict or a number, got {shown(text)}')
     if isinstance(old, str):
         return _text(text, value, old, path)
     if isinstance(old, (tuple, list)):
-        return _sequence(text, value, old, path)
+        return _sequence(text, value, old, path, annotation)
     return _number(text, value, old, path)
 
 
 def _bool(text: str, path: str) -> bool:
     if text.lower() not in _BOOLS:
-        raise UserError(f'{path}: expected true or false, got {text!r}')
+        raise UserError(f'{path}: expected true or false, got {shown(text)}')
     return _BOOLS[text.lower()]
 
 
@@ -113,34 +152,97 @@ def _text(text: str, value: Any, old: str, path: str) -> Any:
 
 
 def _number(text: str, value: Any, old: Any, path: str) -> Any:
+    if isinstance(old, float):
+        value = _number_of(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(old, float) and is_number:
-        return float(value)
+        return schema.to_float(value, path)
     if isinstance(old, int) and is_number and isinstance(value, int):
         return value
     if isinstance(old, int) and is_duration(text) and path.startswith('config.optimizer.'):
         return text
-    raise UserError(f'{path}: expected {type(old).__name__}, got {text!r}')
+    raise UserError(f'{path}: expected {type(old).__name__}, got {shown(text)}')
 
 
-def _sequence(text: str, value: Any, old: Any, path: str) -> Any:
+def _sequence(text: str, value: Any, old: Any, path: str, annotation: Annotation) -> Any:
+    """Returns a literal as a sequence like `old`; how long it may be, the annotation says."""
+    if sequences.same_lengths(value, old):
+        try:
+            return _each(value, [(x,) for x in old], path, type(old))
+        except UserError:
+            if sequences.elements(annotation()) is None:
+                raise
+    hint = annotation()
     if not isinstance(value, (tuple, list)):
-        raise UserError(f'{path}: expected a {type(old).__name__} like {old!r}, got {text!r}')
-    fixed = isinstance(old, tuple) and any(not isinstance(x, (str, Mapping)) for x in old)
-    if fixed and len(value) != len(old):
+        if _is_an_option(value, hint):
+            return value
+        kind = type(old).__name__
+        raise UserError(f'{path}: expected a {kind} like {shown(old)}, got {shown(text)}')
+    wanted = sequences.elements(hint)
+    if wanted is not None:
+        return _annotated(text, value, old, hint, path)
+    if not isinstance(old, list) and not sequences.alike(old) and len(value) != len(old):
         raise UserError(
-            f'{path}: expected {len(old)} elements, as in {old!r}, got {len(value)}: {text!r}'
+            f'{path}: expected {len(old)} elements, as in {shown(old)}, got {len(value)}: '
+            f'{shown(text)}'
         )
-    patterns = old if fixed else (old[0],) * len(value) if old else value
-    elements = [
-        x
-        if isinstance(p, Mapping) and isinstance(x, Mapping)
-        else _like(written(x), x, p, f'{path}[{i}]')
-        for i, (x, p) in enumerate(zip(value, patterns, strict=True))
-    ]
-    return type(old)(elements)
+    return _each(value, [old[:1]] * len(value), path, type(old))
 
 
-def written(value: Any) -> str:
-    """Returns a literal as a text of the command line."""
-    return value if isinstance(value, str) else repr(value)
+def _annotated(text: str, value: Any, old: Any, hint: Any, path: str) -> Any:
+    """Returns a literal as the sequence that an annotation describes."""
+    wanted = sequences.elements(hint)
+    assert wanted is not None
+    if wanted.fixed and len(value) != len(wanted.hints):
+        count = len(wanted.hints)
+        raise UserError(
+            f'{path}: expected {count} element{"s" if count != 1 else ""} '
+            f'({sequences.describe(hint)}), got {len(value)}: {shown(text)}'
+        )
+    kind = list if isinstance(old, list) or sequences.is_list(hint) else tuple
+    return kind(
+        _element(x, kind, old, f'{path}[{i}]')
+        for i, (x, kind) in enumerate(zip(value, wanted.of(len(value)), strict=True))
+    )
+
+
+def _element(value: Any, hint: Any, others: Sequence[Any], path: str) -> Any:
+    """Returns an element as its annotation wants it, or like one of the elements until now."""
+    if isinstance(value, (tuple, list)) and sequences.elements(hint) is not None:
+        like = next((x for x in others if isinstance(x, (tuple, list))), ())
+        return _annotated(literals.written(value), value, like, hint, path)
+    if is_duration(value) and path.startswith('config.optimizer.'):
+        return value
+    # Where the file has durations or objects instead of numbers, they say what is right.
+    if hint in (int, float, str, bool) and all(_is_an_option(x, hint) for x in others):
+        return schema.check(value, hint, path, {})
+    return _like_one_of(value, others, path)
+
+
+def _is_an_option(value: Any, hint: Any) -> bool:
+    """Whether a value has a type that an annotation (`int | Sequence[int]`) allows."""
+    try:
+        schema.check(value, hint, '', {})
+    except UserError:
+        return False
+    return hint is not None and hint is not Any
+
+
+def _each(value: Sequence[Any], likes: Sequence[Sequence[Any]], path: str, kind: type[Any]) -> Any:
+    pairs = zip(value, likes, strict=True)
+    return kind(_like_one_of(x, like, f'{path}[{i}]') for i, (x, like) in enumerate(pairs))
+
+
+def _like_one_of(value: Any, likes: Sequence[Any], path: str) -> Any:
+    """Returns an element as a value of the type of the first of `likes` that it fits."""
+    for index, like in enumerate(likes):
+        if isinstance(value, Mapping) and (isinstance(like, Mapping) or _names_object(value)):
+            return value
+        try:
+            if isinstance(like, str) and not isinstance(value, (str, int, float)):
+                raise UserError(f'{path}: expected str, as {shown(like)} is, got {shown(value)}')
+            return _like(literals.written(value), value, like, path)
+        except UserError:
+            if index == len(likes) - 1:
+                raise
+    return value

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.config import paths, suggest
 from trainer.config.durations import Clock
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 from trainer.config.sections import GroupSection, OptimizerSection, Sections
 from trainer.step import building
 from trainer.step.ensemble import Ensemble
@@ -97,7 +97,7 @@ def _check_values(path: str, values: Any, size: int) -> None:
     if not fits or not all(isinstance(x, kind) and not isinstance(x, bool) for x in values):
         raise UserError(
             f'{_VARY}.{path}: expected a tuple of {size} {"integers" if whole else "numbers"}, one '
-            f'for each member (config.ensemble.size), got {values!r}'
+            f'for each member (config.ensemble.size), got {shown(values)}'
         )
 
 

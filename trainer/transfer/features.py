@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from trainer.config import places
 from trainer.config.errors import UserError
 from trainer.parallel import processes
 from trainer.parts import Parts
@@ -82,7 +83,7 @@ def precompute(
     batches = list(parts.predict(evaluation, state))
     arrays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
     if processes.is_primary():
-        file = epath.Path(path)
+        file = epath.Path(places.expand(path, 'precompute'))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_npz(file, arrays)
     return arrays

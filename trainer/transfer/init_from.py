@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from trainer.config import targets
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 from trainer.config.sections import InitFromSection
 from trainer.convert import flax_optim, from_torch, pre_linen
 from trainer.transfer import layout
@@ -68,7 +68,9 @@ class InitFrom:
         for name in ('include', 'exclude', 'rename', 'flatten'):
             for entry in getattr(self, name):
                 if name in _PAIRS and (isinstance(entry, str) or len(entry) != 2):
-                    raise UserError(f'{self.where}{name}: expected {_PAIRS[name]}, got {entry!r}')
+                    raise UserError(
+                        f'{self.where}{name}: expected {_PAIRS[name]}, got {shown(entry)}'
+                    )
                 pattern = entry if isinstance(entry, str) else entry[0]
                 try:
                     re.compile(pattern)
@@ -203,7 +205,7 @@ def _pairs(entry: Any, index: int) -> Sequence[tuple[str, str]]:
     named = targets.instantiate(entry, path)
     is_list = isinstance(named, (tuple, list))
     if not is_list or not all(isinstance(p, tuple) and len(p) == 2 for p in named):
-        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {named!r}')
+        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {shown(named)}')
     return named
 
 

@@ -15,6 +15,7 @@ from flax.traverse_util import unflatten_dict
 from trainer.checkpoint import empty
 from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
 from trainer.checkpoint.writing import step_directories
+from trainer.config import places
 from trainer.config.errors import UserError
 from trainer.convert import torch_file
 from trainer.transfer import safetensors
@@ -151,7 +152,7 @@ def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
     Raises:
         UserError: if there is none, or none of that step.
     """
-    path = path.expanduser() if hasattr(path, 'expanduser') else path
+    path = epath.Path(places.expand(path, 'config.init_from.path'))
     if not path.exists():
         raise UserError(f'{path}: there is no such file or directory')
     if '://' not in str(path):

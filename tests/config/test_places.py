@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paths with '~', and folders that are packages without an `__init__.py`."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data.mnist import MNIST
+from data.npz import Npz
+from tests.command import ROOT
+from trainer.config import loading, places
+from trainer.config.errors import UserError
+from trainer.transfer import opening
+from trainer.workdir import Workdir
+
+CONFIG = 'import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()\n'
+
+
+@pytest.fixture
+def home(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A home directory, and another one that is the current directory."""
+    (tmp_path / 'home').mkdir()
+    (tmp_path / 'here').mkdir()
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    monkeypatch.chdir(tmp_path / 'here')
+    return tmp_path / 'home'
+
+
+def test_the_home_directory_wherever_a_path_is_named(home: pathlib.Path) -> None:
+    (home / 'mine.py').write_text(CONFIG)
+    np.savez(home / 'x.npz', a=np.zeros((3, 1)))
+    assert loading.load('~/mine.py').path == home / 'mine.py'
+    Workdir('~/runs/a').make()
+    assert (home / 'runs' / 'a').is_dir()
+    assert len(Npz('~/x.npz')) == 3
+    assert str(opening.locate(opening.epath.Path('~/x.npz'))) == str((home / 'x.npz').resolve())
+    with pytest.raises(ValueError, match=str(home / 'none')):
+        MNIST('train', directory='~/none')
+    assert not list(pathlib.Path.cwd().iterdir())
+
+
+def test_paths_without_a_home_directory_stay_what_they_are() -> None:
+    for path in ('runs/a', '/runs/~', './~/a', 'gs://bucket/~a'):
+        assert places.expand(path, 'workdir') == path
+
+
+def test_a_home_directory_that_does_not_exist(home: pathlib.Path) -> None:
+    for act in (Workdir, loading.load, lambda path: opening.locate(opening.epath.Path(path))):
+        with pytest.raises(UserError, match=r"directory ~no_such_user is not known .*'\./~no_such"):
+            act('~no_such_user/x')  # type: ignore[operator]
+    assert not list(pathlib.Path.cwd().iterdir())
+
+
+def test_the_compile_cache_needs_a_home_directory(home: pathlib.Path) -> None:
+    """A user without HOME and without an entry in the list of users, as in some containers."""
+    code = (
+        'import jax, os, pwd\n'
+        'def missing(number): raise KeyError(number)\n'
+        'pwd.getpwuid = missing\n'
+        'from trainer import modes\n'
+        'def cache(**env):\n'
+        '    os.environ.update(env)\n'
+        '    modes._enable_compile_cache()\n'
+        '    print(jax.config.jax_compilation_cache_dir)\n'
+        'cache()\n'
+        'jax.jit(lambda x: x + 1)(1)\n'
+        f'cache(HOME={str(home)!r})\n'
+        "cache(JAX_COMPILATION_CACHE_DIR='~/cache')\n"
+    )
+    left_out = ('HOME', 'XDG_CACHE_HOME', 'JAX_COMPILATION_CACHE_DIR')
+    env = {key: value for key, value in os.environ.items() if key not in left_out}
+    finished = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, timeout=120,
+        env={**env, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu'},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    default, given = f'{home}/.cache/jax-config-trainer', f'{home}/cache'
+    assert finished.stdout.splitlines() == ['None', default, given]
+    assert finished.stderr.count('There is no home directory') == 1
+    assert not list(pathlib.Path.cwd().iterdir())
+
+
+def test_folders_without_an_init_file(tmp_path: pathlib.Path) -> None:
+    """Beside our packages of the same names; what both have is not taken for the other."""
+    for package in ('models', 'data'):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / 'mine.py').write_text('class Mine: ...\n')
+    (tmp_path / 'models' / 'mlp.py').write_text('class MLP: ...\nclass Other: ...\n')
+    code = (
+        'from trainer.config import errors, objects\n'
+        "for name in ('models.mine:Mine', 'data.mine:Mine', 'models.cnn:CNN', 'models.mlp:MLP',\n"
+        "             'models.mlp:Other'):\n"
+        '    try:\n'
+        "        print(objects.resolve(name, 'x').__name__)\n"
+        '    except errors.UserError as error:\n'
+        '        print(error)\n'
+    )
+    finished = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    *found, one, other = finished.stdout.splitlines()
+    assert found == ['Mine', 'Mine', 'CNN']
+    file = tmp_path / 'models' / 'mlp.py'
+    for line, name in ((one, 'MLP'), (other, 'Other')):
+        assert line.startswith(f'x: models.mlp:{name} is in {file} too, which is hidden by ')
+        assert f'add an empty {tmp_path / "models" / "__init__.py"}' in line

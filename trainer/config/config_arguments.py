@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which arguments a `get_config(arg)` knows, as far as its source says so."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+from trainer.config import suggest
+from trainer.config.errors import shortened, shown
+
+# More than these are not listed.
+_MOST = 20
+
+
+def known(get_config: Callable[..., Any]) -> list[str]:
+    """Returns the texts that a function compares its argument with, or looks it up in.
+
+    By its annotation (`Literal['small', 'big']`), comparisons (`arg == 'small'`, `arg in SIZES`),
+    dicts (`SIZES[arg]`) and `match`. Empty if it does none of that.
+    """
+    parameter = next(iter(inspect.signature(get_config).parameters), None)
+    if parameter is None:
+        return []
+    try:
+        hint = typing.get_type_hints(get_config).get(parameter)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(get_config)))
+    except Exception:  # The annotations and the source are the user's; this only helps a message.
+        return []
+    if typing.get_origin(hint) is Literal:
+        return _texts(typing.get_args(hint))
+    scope = _Scope(parameter, tree, getattr(get_config, '__globals__', {}))
+    return list(dict.fromkeys(text for node in ast.walk(tree) for text in scope.of(node)))
+
+
+def describe(arg: str, names: list[str]) -> str:
+    """Returns ' It knows: small, big. Did you mean big?', or '' if nothing is known."""
+    if not names or arg in names:
+        return ''
+    near = suggest.nearest(arg, names)
+    more = f' and {len(names) - _MOST} more' if len(names) > _MOST else ''
+    listed = shortened(', '.join(map(shown, names[:_MOST])), 300)
+    return f' It knows {listed}{more}.' + (f' Did you mean {near!r}?' if near else '')
+
+
+class _Scope:
+    """Finds the texts that a parameter of a function is compared with."""
+
+    def __init__(self, parameter: str, tree: ast.AST, names: Mapping[str, Any]):
+        self._names = {parameter}
+        self._values = dict(names)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                if self._is_argument(node.value):  # size = arg or 'small'
+                    self._names.add(node.targets[0].id)
+                self._values[node.targets[0].id] = self._value(node.value)
+
+    def of(self, node: ast.AST) -> Iterator[str]:
+        """Yields those of one node of the source."""
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            sides = (node.left, node.comparators[0])
+            if isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
+                for one, other in (sides, sides[::-1]):
+                    if self._is_argument(one):
+                        yield from _texts([self._value(other)])
+            elif isinstance(node.ops[0], (ast.In, ast.NotIn)) and self._is_argument(sides[0]):
+                yield from _texts(self._value(sides[1]))
+        elif isinstance(node, ast.Subscript) and self._is_argument(node.slice):
+            yield from _texts(self._value(node.value))
+        elif isinstance(node, ast.Match) and self._is_argument(node.subject):
+            for case in node.cases:
+                yield from _texts(self._value(each) for each in _patterns(case.pattern))
+
+    def _is_argument(self, node: ast.AST) -> bool:
+        """Whether a node is the argument, perhaps in lower case or with a default (`or`)."""
+        if isinstance(node, ast.BoolOp):
+            return self._is_argument(node.values[0])
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args:
+            return self._is_argument(node.func.value)
+        return isinstance(node, ast.Name) and node.id in self._names
+
+    def _value(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Name):
+            return self._values.get(node.id)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.keywords:
+            return [each.arg for each in node.keywords]  # dict(small=..., big=...)
+        if isinstance(node, ast.Dict):
+            return [self._value(key) for key in node.keys if key is not None]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            return self._value(node.func.value)  # SIZES.keys()
+        if isinstance(node, (ast.Tuple, ast.List, ast.Set)):
+            return [self._value(each) for each in node.elts]
+        return node.value if isinstance(node, ast.Constant) else None
+
+
+def _patterns(pattern: ast.AST) -> Iterator[ast.AST]:
+    return (node.value for node in ast.walk(pattern) if isinstance(node, ast.MatchValue))
+
+
+def _texts(values: Any) -> list[str]:
+    """Returns the texts among some values; of a dict, its keys."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        return []
+    return [value for value in values if isinstance(value, str)]

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a text of the command line says, and which of that a config can hold."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trainer.config import schema
+from trainer.config.errors import UserError, shortened, shown
+
+# Deeper than any real config; it keeps what walks a config from running out of stack.
+MAX_DEPTH = 50
+_MAX_NAME = 200
+
+
+def literal(text: str) -> Any:
+    """Returns the JSON or Python literal that a text is, or the text itself."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def written(value: Any) -> str:
+    """Returns a literal as a text of the command line."""
+    return value if isinstance(value, str) else shown(value, limit=100_000)
+
+
+def check_depth(value: Any, path: str) -> None:
+    """Checks that a value is not nested deeper than a config can be.
+
+    Raises:
+        UserError: if it is.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for node in level for inner in _children(node)]
+        if not level:
+            return
+    raise UserError(f'{path}: expected at most {MAX_DEPTH} levels of nesting, got {shown(value)}')
+
+
+def check(value: Any, path: str, keys: Sequence[str | int]) -> None:
+    """Checks that a config can hold a value.
+
+    Args:
+        value: the value.
+        path: 'config.a.b', for messages.
+        keys: the same path as keys.
+
+    Raises:
+        UserError: for a key that is no name, an integer that is too large, or a value of another
+            kind.
+    """
+    if isinstance(value, Mapping):
+        check_names(value, path, keys)
+        for key, inner in value.items():
+            check(inner, f'{path}.{key}', [*keys, key])
+    elif isinstance(value, (tuple, list)):
+        for index, inner in enumerate(value):
+            check(inner, f'{path}[{index}]', [*keys, index])
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise UserError(f'{path}: {shown(value)} does not fit 64 bits')
+    elif not (value is None or value is schema.REQUIRED or isinstance(value, (float, str))):
+        raise UserError(
+            f'{path}: expected a number, text, None, dict, tuple or list, got '
+            f'{type(value).__name__} {shown(value)}'
+        )
+
+
+def check_overflow(value: Any, text: str, path: str) -> None:
+    """Checks that a value is infinite only where its text says so.
+
+    Raises:
+        UserError: for 1e400, which Python reads as infinity.
+    """
+    infinite = [where for where, number in _floats(value, path) if math.isinf(number)]
+    if len(infinite) > text.lower().count('inf'):
+        raise UserError(
+            f'{infinite[0]}: {shortened(text)} is too large for a float (the largest is 1.8e308); '
+            'for infinity write Infinity'
+        )
+
+
+def _floats(node: Any, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _floats(value, f'{path}.{key}')
+    elif isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            yield from _floats(value, f'{path}[{index}]')
+    elif isinstance(node, float):
+        yield path, node
+
+
+def check_names(node: Mapping[Any, Any], path: str, keys: Sequence[str | int]) -> None:
+    """Checks the keys of a dict: names, or, in an argument, numbers (boundaries of a schedule).
+
+    Raises:
+        UserError: for any other key.
+    """
+    numbers = [key for key in node if isinstance(key, (int, float)) and not isinstance(key, bool)]
+    others = [key for key in node if not isinstance(key, str) and key not in numbers]
+    # The sections, and what names an object, have names; only an argument may have numbers.
+    hint = schema.type_at(keys)
+    free = hint is None or hint is object
+    wrong = others or ([] if free and len(numbers) == len(node) else numbers)
+    if wrong:
+        mixed = ' beside names' if free and not others else ''
+        raise UserError(
+            f'{path}: expected names as the keys of a dict, as in {{"name": 1}}, got '
+            f'{shown(wrong[0])}{mixed}'
+        )
+    for key in node:
+        if isinstance(key, str):
+            check_name(key, path)
+
+
+def check_name(key: str, path: str) -> None:
+    """Checks that a key of a dict can be one of a config.
+
+    Raises:
+        UserError: for '', `__class__` and the like, and what is longer than any name.
+    """
+    if not key or len(key) > _MAX_NAME or (key.startswith('__') and key.endswith('__')):
+        raise UserError(f'{path}: {shown(key)} cannot be the name of a key')
+
+
+def _children(node: Any) -> Sequence[Any]:
+    if isinstance(node, Mapping):
+        return list(node.values())
+    return node if isinstance(node, (tuple, list)) else ()

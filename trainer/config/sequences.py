@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many elements a tuple or list may have, by the annotation of the argument that it is."""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Elements:
+    """The elements of a sequence.
+
+    Attributes:
+        hints: the type of each; a single one, of all of them, if there may be any number.
+        fixed: whether there must be exactly as many.
+    """
+
+    hints: tuple[Any, ...]
+    fixed: bool
+
+    def of(self, count: int) -> tuple[Any, ...]:
+        """Returns the types of so many elements."""
+        return self.hints if self.fixed else self.hints * count
+
+
+def elements(hint: Any) -> Elements | None:
+    """Returns what an annotation says of the elements; None if it names no kind of sequence.
+
+    `Sequence[int]`, `list[int]`, `tuple[int, ...]` and `tuple` have any number of elements,
+    `tuple[int, int]` has two. Of a union, a sequence of any length counts first.
+    """
+    found = [each for each in map(_of_one, _options(hint)) if each is not None]
+    return min(found, key=lambda each: each.fixed, default=None)
+
+
+def alike(values: Sequence[Any]) -> bool:
+    """Whether elements are of one kind, so that there may be more or fewer of them."""
+    return len({_kind(value) for value in values}) <= 1
+
+
+def same_lengths(one: Any, other: Any) -> bool:
+    """Whether two sequences have as many elements, at every depth."""
+    if not isinstance(one, (tuple, list)) or not isinstance(other, (tuple, list)):
+        return not isinstance(one, (tuple, list)) and not isinstance(other, (tuple, list))
+    return len(one) == len(other) and all(map(same_lengths, one, other))
+
+
+def is_list(hint: Any) -> bool:
+    """Whether an annotation asks for a list."""
+    return any((typing.get_origin(each) or each) is list for each in _options(hint))
+
+
+def describe(hint: Any) -> str:
+    """Returns an annotation as its user reads it: 'tuple[int, int]'."""
+    return inspect.formatannotation(hint)
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Mapping
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(_kind, value))
+    return type(value)
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _of_one(hint: Any) -> Elements | None:
+    origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if not isinstance(origin, type) or not issubclass(origin, collections.abc.Iterable):
+        return None
+    if issubclass(origin, (str, bytes, Mapping)):
+        return None
+    if not issubclass(origin, tuple):
+        return Elements(args[:1] or (Any,), fixed=False)
+    if hasattr(origin, '_fields'):  # A named tuple.
+        return Elements((Any,) * len(origin._fields), fixed=True)
+    if not args and hint != tuple[()]:
+        return Elements((Any,), fixed=False)
+    if args and args[-1] is Ellipsis:
+        return Elements(args[:1], fixed=False)
+    return Elements(args, fixed=True)

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What other frameworks call the keys of a config: the one table of their words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+# Values that have another name here.
+VALUES = {
+    'bf16': 'bfloat16', 'fp16': 'float16', 'half': 'float16', 'f16': 'float16',
+    'bf16-mixed': 'bfloat16', '16-mixed': 'float16', 'fp32': 'float32', 'f32': 'float32',
+    'float': 'float32', 'single': 'float32', 'full': 'float32',
+}  # fmt: skip
+
+_LENGTH = '--config.train_for=10epochs, or 2000steps'
+_SCHEDULE = (
+    'A schedule is an object in the place of the learning rate: --config.optimizer.learning_rate='
+    '\'{"target": "optax:warmup_cosine_decay_schedule", "init_value": 0, "peak_value": 0.1, '
+    '"warmup_steps": "5%", "decay_steps": "100%"}\''
+)
+_DECAY = (
+    'Weight decay is an argument of the optimizer: --config.optimizer.target=optax:adamw has it'
+)
+_PRECISION = '--config.precision.compute=bfloat16 (and precision.params, precision.output)'
+
+# Each line: the words, then what they lead to. A path (of a config that has it), or else a text.
+_TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ('lr learning_rate lrate eta base_lr max_lr initial_lr peak_lr', ('optimizer.learning_rate',)),
+    (
+        'epochs num_epochs n_epochs nb_epoch max_epochs num_train_epochs total_epochs',
+        (_LENGTH, 'log.every'),
+    ),
+    (
+        'steps max_steps num_steps n_steps total_steps train_steps num_train_steps training_steps '
+        'num_training_steps iterations max_iters num_iterations max_iterations',
+        (_LENGTH, 'log.every'),
+    ),
+    ('interval freq frequency period', ('log.every',)),
+    ('wd weight_decay l2 l2_reg', ('optimizer.weight_decay', _DECAY)),
+    ('momentum', ('optimizer.momentum',)),
+    ('betas', ('optimizer.b1', '--config.optimizer.b1 and b2, of optimizers like optax:adam')),
+    ('b1 beta1 beta_1 adam_beta1', ('optimizer.b1',)),
+    ('b2 beta2 beta_2 adam_beta2', ('optimizer.b2',)),
+    ('eps epsilon adam_epsilon', ('optimizer.eps',)),
+    ('opt optim optimiser', ('optimizer.target',)),
+    (
+        'batch bs batchsize train_batch_size global_batch_size per_device_train_batch_size '
+        'micro_batch_size',
+        ('data.batch_size',),
+    ),
+    (
+        'eval_batch_size val_batch_size test_batch_size per_device_eval_batch_size',
+        ('evals.*.data.batch_size', '--config.evals.NAME.data.batch_size=512'),
+    ),
+    (
+        'warmup warmup_steps num_warmup_steps warmup_epochs warmup_ratio lr_schedule lr_scheduler '
+        'lr_scheduler_type schedule scheduler decay lr_decay',
+        (_SCHEDULE,),
+    ),
+    (
+        'ckpt checkpoints checkpointing save_every save_steps save_interval save_freq ckpt_every '
+        'checkpoint_every checkpoint_interval checkpoint_every_steps save_strategy',
+        ('checkpoint.every',),
+    ),
+    ('save_total_limit max_to_keep max_checkpoints save_top_k keep', ('checkpoint.keep_last',)),
+    (
+        'eval_every eval_steps eval_interval eval_freq val_every val_check_interval '
+        'validation_steps eval_strategy evaluation_strategy check_val_every_n_epoch',
+        ('evals.*.every', '--config.evals.NAME.every=1epochs'),
+    ),
+    (
+        'clip grad_clip clip_grad gradient_clip grad_clip_norm clip_grad_norm max_grad_norm '
+        'max_norm clipnorm global_clipnorm gradient_clip_val gradient_clip_norm',
+        ('optimizer.clip_norm',),
+    ),
+    (
+        'gradient_accumulation_steps grad_accumulation_steps gradient_accumulation grad_accum '
+        'grad_accum_steps accum_steps accumulation_steps accumulate_grad_batches '
+        'accumulate_steps every_k_schedule',
+        ('accumulate',),
+    ),
+    (
+        'bf16 fp16 fp32 amp half dtype param_dtype compute_dtype mixed_precision use_bf16 use_fp16 '
+        'half_precision policy jmp torch_dtype',
+        (_PRECISION,),
+    ),
+    ('loss_scale loss_scaling dynamic_loss_scale', ('precision.loss_scale',)),
+    ('log_every logging_steps log_steps log_interval log_freq print_every log_every_n_steps '
+     'log_every_steps report_every', ('log.every',)),
+    ('random_seed manual_seed rng_seed rng prng_seed', ('seed',)),
+    (
+        'pretrained pretrained_path load_from restore_from init_checkpoint init_from_checkpoint '
+        'model_name_or_path weights',
+        ('init_from.path',),
+    ),
+    (
+        'resume resume_from resume_from_checkpoint auto_resume',
+        ('The same command resumes; --config.init_from.path=DIRECTORY takes weights only',),
+    ),
+    (
+        'workdir work_dir output_dir out_dir logdir log_dir save_dir checkpoint_dir ckpt_dir '
+        'default_root_dir exp_dir run_dir',
+        ('--workdir=DIRECTORY',),
+    ),
+    ('ema_decay ema_rate polyak', ('ema.decay',)),
+    ('patience early_stopping_patience', ('early_stopping.patience',)),
+    ('monitor metric_for_best_model', ('checkpoint.best.metric',)),
+    ('dataset train_dataset train_data train_set', ('data.source',)),
+    ('val_dataset eval_dataset test_dataset valid validation val', ('evals',)),
+    ('loss loss_fn criterion objective', ('task',)),
+    ('callbacks callback', ('hooks',)),
+    ('arch network net architecture backbone', ('model.target',)),
+    ('gpus num_gpus num_devices n_gpu mesh_shape dp tp fsdp', ('mesh',)),
+)  # fmt: skip
+_LEADS = {word: leads for words, leads in _TABLE for word in words.split()}
+
+
+def hint(
+    word: str, config: Mapping[str, Any], exists: Callable[[Mapping[str, Any], str], bool]
+) -> str | None:
+    """Returns what leads from the word of another framework to ours, None if it is none of them.
+
+    Args:
+        word: the last key of a path.
+        config: the plain config.
+        exists: whether a path of the config is held, or may be set.
+    """
+    for lead in leads(word):
+        if not _is_path(lead):
+            return f'{lead}.' if not lead.startswith('--') else f'Write {lead}.'
+        found = _named(lead, config)
+        if found is not None and exists(config, found):
+            return f'Did you mean config.{found}?'
+    return None
+
+
+def among(word: str, names: Sequence[str]) -> str | None:
+    """Returns the one of some names that the word of another framework stands for, or None."""
+    ends = [lead.rpartition('.')[2] for lead in leads(word) if _is_path(lead)]
+    return next((end for end in ends if end in names), None)
+
+
+def leads(word: str) -> tuple[str, ...]:
+    """Returns what a word of another framework leads to: paths, flags and sentences."""
+    return _LEADS.get(word.lower().replace('-', '_'), ())
+
+
+def _is_path(lead: str) -> bool:
+    return not lead.startswith('--') and ' ' not in lead
+
+
+def _named(path: str, config: Mapping[str, Any]) -> str | None:
+    """Returns a path with the first evaluation for its '*', None if there is none."""
+    if '*' not in path:
+        return path
+    evals = config.get('evals')
+    return path.replace('*', next(iter(evals))) if isinstance(evals, Mapping) and evals else None
