@@ -131,9 +131,9 @@ def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> Non
 @pytest.mark.parametrize(
     ('task', 'message'),
     [
-        (lambda model, batch: model(batch['image']).sum(), 'returned a scalar'),
-        (lambda model, batch: None, 'this one returned NoneType'),
-        (lambda model, batch: (1, 2, 3), 'this one returned tuple'),
+        (lambda model, batch: model(batch['image']).sum(), 'is a scalar'),
+        (lambda model, batch: None, 'returned None'),
+        (lambda model, batch: (1, 2, 3), r'returned \(int, int, int\)'),
         (
             lambda model, batch: (model(batch['image']).sum(-1), {'acc': jnp.ones(())}),
             r"the metric 'acc' of the task: expected an array with one value for each example",

@@ -247,7 +247,8 @@ class Optimizer:
             raise UserError(
                 f'the task returns the losses {", ".join(names)}, and {self.path}.groups does not '
                 "say what each one trains: groups={'NAME': dict(target=..., params='REGEX', "
-                f'loss={names[0]!r}), ...}}'
+                f'loss={names[0]!r}), ...}}. A dict means several losses; for one loss and its '
+                'metrics return (loss, dict of metrics)'
             )
         for name, group in self.groups.items():
             if group.loss not in (names or (None,)):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from trainer.config.errors import UserError
 from trainer.modules.bound import BoundModel
+from trainer.step import returned
 from trainer.step.batch import Batch, Unsent, is_recording, note_weights, plain
 from trainer.step.fields import MASK as MASK
 from trainer.step.host_field import HostField, Kept, naming_host_fields
@@ -70,7 +71,7 @@ class TaskRunner:
             raise UserError(f'the task {task!r} must take (model, batch): {error}') from error
         metrics = getattr(task, 'metrics', None)
         for name in OWN_NAMES & set(getattr(metrics, '__dataclass_fields__', ())):
-            raise UserError(named_twice(f'{task!r}', 'metric', name))
+            raise UserError(f'the task {returned.name_of(task)} {named_twice("metric", name)}')
         return cls(task, metrics, tuple(transforms))
 
     def without(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TaskRunner:
@@ -148,7 +149,7 @@ class TaskRunner:
         seen = self.prepared(batch)
         with naming_host_fields(seen):
             result = self.task(model, seen)
-        output = as_output(result, averaged=self.metrics is None)
+        output = self._as_output(result, batch.get(MASK))
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
         counted: Sequence[jax.Array]
         metrics = None
@@ -171,6 +172,16 @@ class TaskRunner:
         if given is None or any({*jnp.shape(x)[:1]} != rows for x in counted):
             return output, None
         return output, Weighing(weights, tuple(counted), metrics)
+
+    def _as_output(self, result: Any, mask: jax.Array | None) -> TaskOutput:
+        try:
+            output = as_output(result, averaged=self.metrics is None)
+            if mask is not None:
+                for loss in by_name(output.loss).values():
+                    returned.check_rows(loss, mask)
+            return output
+        except UserError as error:
+            raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns accumulators that have seen nothing, for outputs like this (abstract) one.
