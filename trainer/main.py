@@ -27,6 +27,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from trainer import traces
 from trainer.checkpoint.errors import SaveError
 from trainer.config import identity, loading, overrides, show
 from trainer.config.errors import UserError, full_text
@@ -260,6 +261,7 @@ def _usage() -> str:
 
 if __name__ == '__main__':
     code = 1
+    traces.install(logfile.other_frames)
     try:
         code = main(sys.argv, STOP)
     finally:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+# What JAX's own note names, which says nothing of the error.
+_JAXS = 'JAX_TRACEBACK_FILTERING'
+
 
 class UserError(Exception):
     """What was given, what was expected, where, and how to mend it: the complete text to print."""
@@ -12,4 +15,9 @@ class UserError(Exception):
 
 def full_text(error: BaseException) -> str:
     """Returns the text of an error and its notes, to print without a traceback."""
-    return '\n'.join([str(error), *getattr(error, '__notes__', ())])
+    return '\n'.join([str(error), *notes_of(error)])
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Returns the notes of an error, without that of JAX about frames that it leaves out."""
+    return [note for note in getattr(error, '__notes__', ()) if _JAXS not in note]

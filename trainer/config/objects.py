@@ -116,11 +116,11 @@ def last_line(error: BaseException) -> str:
 def place(error: BaseException) -> str:
     """Returns ' (file.py, line 3)', the last of the user's lines that led to an error, or ''."""
     raised = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in raised if not _is_library(frame.filename)]
+    frames = [frame for frame in raised if not is_library(frame.filename)]
     return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
 
 
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
     """Whether a file is Python's, an installed package's or this package's, not the user's."""
     folders = tuple(os.path.join(folder, '') for folder in _LIBRARIES)
     return filename.startswith(('<frozen', *folders))

@@ -19,6 +19,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
+from trainer.modules import seen
 from trainer.modules.nnx_bridge import names_for_rules
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
 from trainer.parallel.sharding import Rule, named_axes, param_specs
@@ -26,6 +27,7 @@ from trainer.step.batch import plain, recording
 from trainer.step.ensemble import EnsembleStep
 from trainer.step.fields import Fields
 from trainer.step.host_field import HostFieldError, Kept
+from trainer.step.returned import name_of
 from trainer.step.state import TrainState, changes, describe
 from trainer.step.task_runner import TaskRunner
 from trainer.step.train_step import TrainStep
@@ -365,8 +367,9 @@ def _with_task(
 def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
     """Returns the shapes of `named_init`; whatever the model objects to, the batch is shown too."""
     try:
-        # A new function object: with a cached trace, no reads would be recorded.
-        return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
+        with seen.explaining():
+            # A new function object: with a cached trace, no reads would be recorded.
+            return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
     except HostFieldError as error:
         raise UserError(f'config.data: {error}') from error
     except UserError:
@@ -385,11 +388,11 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
                 'axis_name out: the statistics of nn.BatchNorm are those of the global batch '
                 'already; for statistics of groups of rows use models.norm:GroupedBatchNorm'
             ) from error
-        task, seen = train_step.task, spec
+        task, fields = train_step.task, spec
         with contextlib.suppress(Exception):  # It may be a transform that has failed.
-            seen = jax.eval_shape(lambda batch: plain(task.prepared(batch)), spec)
-        batch = ', '.join(f'{name}: {describe(x)}' for name, x in seen.items())
-        error.add_note(f'The task {task.task!r} was called with the batch {batch}')
+            fields = jax.eval_shape(lambda batch: plain(task.prepared(batch)), spec)
+        batch = ', '.join(f'{name}: {describe(x)}' for name, x in fields.items())
+        error.add_note(f'The task {name_of(task.task)} was called with the batch {batch}')
         raise
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.modules.seen import describe
 
 _FORMS = (
     'A task returns the loss of each example, (batch, ...); or (loss, dict of metrics); or a '
@@ -26,18 +27,6 @@ _NO_MEAN = (
     'a task returns one loss for each example, (batch, ...), not their mean: leave out .mean() or '
     '.sum() over the batch. The step averages, exactly for any mask and any number of devices'
 )
-
-
-def describe(value: Any) -> str:
-    """Returns '(float32[], dict)' for a pair of a scalar and a dict; arrays by dtype and shape."""
-    if isinstance(value, (jax.Array, np.ndarray)):
-        return f'{value.dtype}{list(value.shape)}'
-    if type(value) in (tuple, list):
-        items = ', '.join(map(describe, value))
-        return f'({items})' if isinstance(value, tuple) else f'[{items}]'
-    if isinstance(value, Mapping):
-        return '{' + ', '.join(f'{name!r}: {describe(x)}' for name, x in value.items()) + '}'
-    return 'None' if value is None else type(value).__name__
 
 
 def name_of(task: Any) -> str:

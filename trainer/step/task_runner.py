@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.modules import seen
 from trainer.modules.bound import BoundModel
 from trainer.step import returned
 from trainer.step.batch import Batch, Unsent, is_recording, note_weights, plain
@@ -96,9 +97,10 @@ class TaskRunner:
         fields = {name: x for name, x in plain(batch).items() if name != MASK}
         hidden, unsent = self._hidden(fields)
         if not self.transforms:
-            seen = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
+            given = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
             origins = {name: frozenset({name}) for name in fields}
-            return Batch(seen, 'the task', origins=origins, passing=passing)
+            seen.restart()
+            return Batch(given, 'the task', origins=origins, passing=passing)
         rows = next((x.shape[0] for x in plain(batch).values()), None)
         # A transform that passes on all fields must find them; fields made from these are omitted.
         zeros = {
@@ -110,6 +112,7 @@ class TaskRunner:
         if zeros or is_recording():
             origins = origins_of(self.transforms, {**fields, **zeros}, hidden)
         missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
+        seen.restart()  # What transforms have read is not of the task.
         return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
 
     def _hidden(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Kept]]:
@@ -146,9 +149,9 @@ class TaskRunner:
 
     def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
         """Returns the task's output with weights set, and those that the task returned, if any."""
-        seen = self.prepared(batch)
-        with naming_host_fields(seen):
-            result = self.task(model, seen)
+        fields = self.prepared(batch)
+        with naming_host_fields(fields):
+            result = self.task(model, fields)
         output = self._as_output(result, batch.get(MASK))
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
         counted: Sequence[jax.Array]
