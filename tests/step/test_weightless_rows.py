@@ -363,7 +363,7 @@ def test_weights_must_fit() -> None:
     def task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=model(batch['x'])[:, 0], weights={'a': batch['weight']})
 
-    with pytest.raises(UserError, match='returns weights for'):
+    with pytest.raises(UserError, match='returned weights for'):
         programs(task)
 
 
