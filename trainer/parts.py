@@ -241,8 +241,8 @@ class Parts:
             raise UserError('restore: this trainer has no work directory')
         if step == 'best' and self.experiment.retention.best_metric is None:
             raise UserError(
-                'which checkpoint is the best is told by a metric, and this config names none: '
-                'set --config.checkpoint.best.metric, such as eval/NAME/accuracy'
+                "step 'best' needs a metric, and this config names none: add "
+                '--config.checkpoint.best.metric=eval/NAME/accuracy'
             )
         if self.workdir is not None and not self.workdir.path.exists():
             raise UserError(f'there is no run in {self.workdir.path}')

@@ -103,6 +103,15 @@ def test_what_to_write_instead(value: Any, says: str) -> None:
     assert 'pathlib:' not in text and '\n' not in text and len(text) < 500
 
 
+def test_the_name_of_a_target() -> None:
+    for key, value, name in (
+        ('target', nn.Dense, 'flax.linen:Dense'),
+        ('ref', nn.relu, 'jax.nn:relu'),
+    ):
+        with pytest.raises(UserError, match=rf"config\.a\.{key}: .*; write its name: '{name}'"):
+            loading.check_values({'a': {key: value}}, 'config')
+
+
 @pytest.mark.parametrize(
     'value', [Color.RED, slice(0, 3), range(1, 9, 2), 1 + 2j, nn.relu, optax.adam]
 )

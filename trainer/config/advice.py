@@ -25,8 +25,16 @@ _MOST = 100
 _FEW = 8
 
 
-def advice(value: Any) -> str:
-    """Returns how to write a value, as a half sentence: "write it as text: '/a/b'"."""
+def advice(value: Any, path: str = '') -> str:
+    """Returns how to write a value, as a half sentence: "write it as text: '/a/b'".
+
+    Args:
+        value: that a config cannot hold.
+        path: where it is in the config: a target or ref is a name already.
+    """
+    is_plain = hasattr(value, '__qualname__') and '<' not in value.__qualname__
+    if path.endswith(('.target', '.ref')) and is_plain and _name(value).count(':') == 1:
+        return f'write its name: {_name(value)!r}'
     for kinds, say in _KINDS:
         if isinstance(value, kinds):
             return say(value)

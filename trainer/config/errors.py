@@ -8,7 +8,7 @@ _JAXS = 'JAX_TRACEBACK_FILTERING'
 
 
 class UserError(Exception):
-    """What was given, what was expected, where, and how to mend it: the complete text to print."""
+    """What was given, what was expected, where, and how to fix it: the complete text to print."""
 
     exit_code = 2
 

@@ -161,7 +161,7 @@ def check_values(node: Any, path: str) -> None:
     elif not (node is None or node is REQUIRED or isinstance(node, (bool, int, float, str))):
         raise UserError(
             f'{path}: a config holds numbers, strings, None, dicts, tuples and lists, got '
-            f'{advice.short(node)}; {advice.advice(node)}'
+            f'{advice.short(node)}; {advice.advice(node, path)}'
         )
 
 

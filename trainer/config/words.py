@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import objects, suggest
+from trainer.config.advice import short
 from trainer.config.errors import UserError
 
 # A word means what the first of these calls so that has the argument's default, too. In other
@@ -67,7 +68,7 @@ def _no_function(value: Any, default: Any, path: str, near: list[str]) -> str:
     what = 'class' if inspect.isclass(default) else 'function'
     name = _public_name(default)
     like = f' such as {name} (its default)' if name else ''
-    text = f'{path}: expected a {what}{like}, got {value!r}.'
+    text = f'{path}: expected a {what}{like}, got {short(value)}.'
     if near:
         return f'{text} Did you mean {" or ".join(map(repr, near))}?'
     key, name = _elsewhere(str(value))
@@ -126,14 +127,14 @@ def _is_called(value: Any) -> bool:
 def _dtype(value: Any, default: Any, path: str) -> Any:
     """Returns a dtype by name as the kind of object that the default is."""
     if not isinstance(value, str):
-        raise UserError(f"{path}: expected a dtype such as 'bfloat16', got {value!r}")
+        raise UserError(f"{path}: expected a dtype such as 'bfloat16', got {short(value)}")
     try:
         np.dtype(value)
     except (TypeError, ValueError) as error:
         known = ['bfloat16', 'float16', 'float32', 'float64', *np.sctypeDict]
         near = suggest.nearest(value, [str(name) for name in known])
         hint = f'Did you mean {near!r}?' if near else "Write 'bfloat16', 'float16' or 'float32'."
-        raise UserError(f'{path}: {value!r} is not a dtype. {hint}') from error
+        raise UserError(f'{path}: {short(value)} is not a dtype. {hint}') from error
     for home in _homes_of(default):
         return getattr(home, value, value)
     return value

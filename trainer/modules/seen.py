@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ import jax
 from trainer.config.errors import UserError
 
 _MOST = 4
+# Of a long list, or of a large dict.
+_SHOWN = 8
 
 
 @dataclasses.dataclass
@@ -131,8 +134,10 @@ def describe(value: Any) -> str:
     if hasattr(value, 'dtype') and hasattr(value, 'shape'):
         return f'{value.dtype}{list(value.shape)}'
     if type(value) in (tuple, list):
-        items = ', '.join(map(describe, value))
+        items = ', '.join(map(describe, value[:_SHOWN])) + (', ...' if len(value) > _SHOWN else '')
         return f'({items})' if isinstance(value, tuple) else f'[{items}]'
     if isinstance(value, Mapping):
-        return '{' + ', '.join(f'{name!r}: {describe(x)}' for name, x in value.items()) + '}'
+        some = itertools.islice(value.items(), _SHOWN)
+        items = ', '.join(f'{name!r}: {describe(x)}' for name, x in some)
+        return '{' + items + (', ...' if len(value) > _SHOWN else '') + '}'
     return repr(value) if value is None or isinstance(value, bool) else type(value).__name__

@@ -211,7 +211,7 @@ class Optimizer:
                 f'{self.path}.groups: every parameter belongs to exactly one group.'
                 + (f'\nIn none: {_some(missing)}.' if missing else '')
                 + (f'\nIn several: {_some(shared)}.' if shared else '')
-                + '\nMend the patterns `params` of the groups'
+                + '\nChange the patterns `params` of the groups'
                 + (f', or name what shall stay as it is in {self.path}.freeze.' if missing else '.')
             )
         return {path: names[0] for path, names in found.items()}

@@ -124,7 +124,7 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
 
 def named_twice(kind: str, name: str) -> str:
     """Returns what is said of a name that would hide another in a row of metrics."""
-    return f'names a {kind} {name!r}, which a row of metrics has already; give it another name'
+    return f'names a {kind} {name!r}, a name that every row of metrics has already; choose another'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
