@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -99,6 +100,28 @@ def test_what_a_task_should_return(task: Any, message: str) -> None:
     text = told(task)
     assert text.startswith('the task tests.step.test_returned:<lambda> returned ')
     assert message in text
+
+
+def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger('trainer').propagate = True
+
+    def pairs(model: Any, batch: Any) -> Any:
+        return (model(batch['x'])[:, :1] - batch['label']) ** 2
+
+    def rows(model: Any, batch: Any) -> Any:
+        return (model(batch['x'])[:, 0] - batch['label']) ** 2
+
+    def sequence(model: Any, batch: Any) -> Any:
+        return batch['x'] ** 2
+
+    for _ in range(2):
+        jax.eval_shape(lambda batch: TaskRunner.of(pairs)(lambda x: x, batch), BATCH)
+        jax.eval_shape(lambda batch: TaskRunner.of(rows)(lambda x: x, batch), BATCH)
+        long = {**BATCH, 'x': jax.ShapeDtypeStruct((32, 32), jnp.float32)}
+        jax.eval_shape(lambda batch: TaskRunner.of(sequence)(lambda x: x, batch), long)
+    [message] = caplog.messages
+    assert 'pairs returned the loss float32[32, 32] of a batch of 32 rows' in message
+    assert 'arrays of the shapes [32, 1] and [32] broadcast to pairs' in message
 
 
 def test_rows_that_are_not_those_of_the_batch() -> None:

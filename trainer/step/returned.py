@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.modules.seen import describe
+
+_log = logging.getLogger('trainer')
+_warned: set[str] = set()
 
 _FORMS = (
     'A task returns the loss of each example, (batch, ...); or (loss, dict of metrics); or a '
@@ -105,6 +109,31 @@ def check_rows(loss: Any, mask: jax.Array) -> None:
             f'returned the loss {describe(loss)} of a batch of {mask.shape[0]} rows, some of which '
             f'may be padding: expected one loss for each row, [{mask.shape[0]}, ...]'
         )
+
+
+def warn_of_pairs(loss: Any, batch: Mapping[str, Any], task: Any) -> None:
+    """Warns once of a loss for each pair of examples, which broadcasting makes by mistake.
+
+    Args:
+        loss: of the task.
+        batch: arrays (rows, ...); a field of (rows, rows, ...) explains such a loss.
+        task: whose loss.
+    """
+    shapes = [jnp.shape(x) for x in batch.values()]
+    rows = next((shape[0] for shape in shapes if shape), 1)
+    pairs = (rows, rows)
+    if rows == 1 or jnp.shape(loss)[:2] != pairs or pairs in [x[:2] for x in shapes]:
+        return
+    name = name_of(task)
+    if name in _warned:  # It is traced several times, and again for each evaluation.
+        return
+    _warned.add(name)
+    _log.warning(
+        'the task %s returned the loss %s of a batch of %d rows, a value for each pair of '
+        'examples. If that is not meant: arrays of the shapes [%d, 1] and [%d] broadcast to pairs; '
+        'reshape one of them',
+        *(name, describe(loss), rows, rows, rows),
+    )
 
 
 def check_differentiable(loss: Any) -> None:

@@ -152,7 +152,7 @@ class TaskRunner:
         fields = self.prepared(batch)
         with naming_host_fields(fields):
             result = self.task(model, fields)
-        output = self._as_output(result, batch.get(MASK))
+        output = self._as_output(result, batch)
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
         counted: Sequence[jax.Array]
         metrics = None
@@ -176,12 +176,14 @@ class TaskRunner:
             return output, None
         return output, Weighing(weights, tuple(counted), metrics)
 
-    def _as_output(self, result: Any, mask: jax.Array | None) -> TaskOutput:
+    def _as_output(self, result: Any, batch: Mapping[str, Any]) -> TaskOutput:
+        mask = batch.get(MASK)
         try:
             output = as_output(result, averaged=self.metrics is None)
-            if mask is not None:
-                for loss in by_name(output.loss).values():
+            for loss in by_name(output.loss).values():
+                if mask is not None:
                     returned.check_rows(loss, mask)
+                returned.warn_of_pairs(loss, plain(batch), self.task)
             return output
         except UserError as error:
             raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
