@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 from tests import command
@@ -27,6 +28,8 @@ class Net(nn.Module):
     init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     dtype: Any = jnp.float32
     name_of_dtype: str = 'float32'
+    part: nn.Module | None = None
+    optimizer: optax.GradientTransformation | None = None
 
 
 def made(name: str, value: Any) -> Any:
@@ -71,6 +74,9 @@ def test_what_a_word_means(name: str, value: Any, meant: Any) -> None:
         ('norm', 'BatchNrom', r"expected a class .*Did you mean 'BatchNorm'"),
         ('init', 'lecun_normal', r"dict\(target='flax\.linen\.initializers:lecun_normal'\)"),
         ('init', 'zeros', r"dict\(ref='flax\.linen\.initializers:zeros'\)"),
+        ('part', 'Dense', r"expected an object, got 'Dense'.*dict\(target='flax\.linen:Dense'"),
+        ('part', 'mine', r"dict\(target='package\.module:name', \.\.\.\)"),
+        ('optimizer', 'adam', r"expected an object, got 'adam'.*dict\(target='optax:adam', \.\."),
         ('dtype', 'bf16', "'bf16' is not a dtype. Did you mean 'bfloat16'"),
     ],
 )

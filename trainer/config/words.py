@@ -23,8 +23,10 @@ _HOMES = ('jax.nn', 'flax.linen', 'flax.nnx', 'jax.numpy', 'optax')
 # Where functions are made: a word there is the name of a target, and not of a ref.
 _MAKERS = ('flax.linen.initializers', 'flax.nnx.initializers', 'jax.nn.initializers')
 
-# Annotations of what is called, and of dtypes.
+# Annotations of what is called, of dtypes, and of objects that are made.
 _CALLED = {'Callable', 'type', 'Type', 'Initializer', 'ModuleDef'}
+_MADE = {'Module', 'GradientTransformation', 'GradientTransformationExtraArgs', 'Schedule'}
+_NONE = {'None', 'NoneType'}
 _DTYPES = {'Dtype', 'DType', 'dtype', 'DTypeLike', 'SupportsDType'}
 
 
@@ -44,6 +46,8 @@ def meant(value: Any, parameter: inspect.Parameter, path: str) -> Any:
     kinds = _kinds(parameter.annotation)
     if _is_dtype(parameter.default) or kinds & _DTYPES:
         return _dtype(value, parameter.default, path)
+    if kinds & _MADE and kinds <= _MADE | _NONE:
+        raise UserError(_no_object(value, path))
     if 'str' in kinds or not (_is_called(parameter.default) or _only_called(kinds)):
         return value
     return _function(value, parameter.default, path, must=_only_called(kinds))
@@ -75,6 +79,14 @@ def _no_function(value: Any, default: Any, path: str, near: list[str]) -> str:
     how = f'dict({key}={name!r})'
     shell = f'--{path}=\'{{"{key}": "{name}"}}\''
     return f'{text} Name it by its module, as in {how}; on the command line, {shell}'
+
+
+def _no_object(value: Any, path: str) -> str:
+    _, name = _elsewhere(str(value))
+    return (
+        f'{path}: expected an object, got {short(value)}. Describe how it is made, as in '
+        f'dict(target={name!r}, ...)'
+    )
 
 
 def _elsewhere(word: str) -> tuple[str, str]:
@@ -151,7 +163,7 @@ def _is_dtype(default: Any) -> bool:
 
 
 def _only_called(kinds: set[str]) -> bool:
-    return bool(kinds & _CALLED) and kinds <= _CALLED | {'None', 'NoneType'}
+    return bool(kinds & _CALLED) and kinds <= _CALLED | _NONE
 
 
 def _kinds(annotation: Any) -> set[str]:
