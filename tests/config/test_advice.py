@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a config file is told that holds what a config cannot hold, and that the advice works."""
+"""What is said of values that a config cannot hold, and that the advice works."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task is told that returns something else than it should."""
+"""What is said of a task that returns something else than it should."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def flax_example(model: Any, batch: Any) -> Any:
     return loss.mean(), logits
 
 
-def told(task: Callable[..., Any], **more: Any) -> str:
-    """Returns what a task is told for what it returns of a batch."""
+def message_for(task: Callable[..., Any], **more: Any) -> str:
+    """Returns what is said of what a task returns of a batch."""
     runner = TaskRunner.of(task)
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda batch: runner(lambda x: x, batch), {**BATCH, **more})
@@ -44,7 +44,7 @@ def told(task: Callable[..., Any], **more: Any) -> str:
 
 
 def test_a_mean_and_logits() -> None:
-    text = told(flax_example)
+    text = message_for(flax_example)
     assert text.startswith(
         'the task tests.step.test_returned:flax_example returned (float32[], float32[32, 10]). The '
         'first item must be the loss of each example, (batch, ...), not their mean, and the second '
@@ -97,7 +97,7 @@ def test_a_mean_and_logits() -> None:
     ],
 )
 def test_what_a_task_should_return(task: Any, message: str) -> None:
-    text = told(task)
+    text = message_for(task)
     assert text.startswith('the task tests.step.test_returned:<lambda> returned ')
     assert message in text
 
@@ -126,7 +126,7 @@ def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> No
 
 def test_rows_that_are_not_those_of_the_batch() -> None:
     mask = {MASK: jax.ShapeDtypeStruct((32,), jnp.bool_)}
-    assert '[10] of a batch of 32 rows' in told(lambda m, b: m(b['x']).sum(0), **mask)
+    assert '[10] of a batch of 32 rows' in message_for(lambda m, b: m(b['x']).sum(0), **mask)
 
 
 @pytest.mark.parametrize(

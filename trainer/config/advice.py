@@ -162,7 +162,7 @@ def _of_object(value: Any) -> str:
 
 
 def _dtype_name(value: Any) -> str | None:
-    """Returns 'float32' for a dtype, or a class that stands for one; None for anything else."""
+    """Returns 'float32' for a dtype, or a class that represents one; None for anything else."""
     if isinstance(value, np.dtype):
         return value.name
     if inspect.isclass(value) and issubclass(value, np.generic):

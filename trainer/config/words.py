@@ -31,7 +31,7 @@ _DTYPES = {'Dtype', 'DType', 'dtype', 'DTypeLike', 'SupportsDType'}
 
 
 def meant(value: Any, parameter: inspect.Parameter, path: str) -> Any:
-    """Returns the function, class or dtype that a word stands for; any other value as it is.
+    """Returns the function, class or dtype that a word names; any other value as it is.
 
     Args:
         value: of a config, for the parameter.
@@ -153,7 +153,7 @@ def _dtype(value: Any, default: Any, path: str) -> Any:
 
 
 def _is_dtype(default: Any) -> bool:
-    """Whether a default is a dtype, or a class that stands for one, as `jnp.float32` does."""
+    """Whether a default is a dtype, or a class that represents one, as `jnp.float32` does."""
     if default is inspect.Parameter.empty:
         return False
     if inspect.isclass(default) and issubclass(default, np.generic):
