@@ -9,11 +9,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_collections
 import optax
 import pytest
 
 from tests import command
-from trainer.config import targets, values
+from trainer.config import loading, overrides, targets
 from trainer.config.errors import UserError
 
 
@@ -96,13 +97,26 @@ def test_a_target_without_its_module(name: str, meant: str) -> None:
 
 
 def test_a_word_in_place_of_an_object() -> None:
-    ref, target = {'ref': 'flax.linen:relu'}, {'target': 'optax:constant_schedule', 'value': 1.0}
-    assert values.parse('gelu', ref, None, 'config.x') == {'ref': 'flax.linen:gelu'}
-    assert values.parse('jax.numpy:sin', ref, None, 'config.x') == {'ref': 'jax.numpy:sin'}
-    with pytest.raises(UserError, match=r'optax:constant_schedule now.*--config\.x\.target=pack'):
-        values.parse('linear', target, None, 'config.x')
+    assert overridden('model.activation', 'gelu') == {'ref': 'flax.linen:gelu'}
+    assert overridden('model.activation', 'jax.numpy:sin') == {'ref': 'jax.numpy:sin'}
+    with pytest.raises(UserError, match=r'optax:constant_schedule now.*--config\.optimizer\.lear'):
+        overridden('optimizer.learning_rate', 'linear')
     with pytest.raises(UserError, match=r"got 'cosine'\. A schedule is an object, as in"):
-        values.parse('cosine', 0.1, None, 'config.optimizer.learning_rate')
+        overridden('optimizer.learning_rate', 'cosine', learning_rate=0.1)
+
+
+def overridden(path: str, text: str, **changes: Any) -> Any:
+    """Returns the value that a path has after an override."""
+    rate = {'target': 'optax:constant_schedule', 'value': 1.0}
+    config = ml_collections.ConfigDict(
+        {
+            'model': {'target': 'models.mlp:MLP', 'activation': {'ref': 'flax.linen:relu'}},
+            'optimizer': {'target': 'optax:sgd', 'learning_rate': rate, **changes},
+        }
+    )
+    overrides.apply(config, [(path, text)])
+    section, key = path.split('.')
+    return loading.plain(config)[section][key]
 
 
 def test_the_word_of_a_command_line() -> None:
