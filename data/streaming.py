@@ -68,7 +68,7 @@ class _Loader:
             self.close()
         elif start != self._position or moved:
             raise RuntimeError(
-                f'a stream is read in order: it stands at batch {self._position}, and was asked '
+                f'a stream is read in order: it is at batch {self._position}, and was asked '
                 f'for batch {start}'
             )
         self._reader = self._reader or Reader(self._pipeline, part)

@@ -81,7 +81,7 @@ def test_which_values_are_better_follows_from_the_name(metric: str, mode: str) -
 
 @pytest.mark.parametrize('key', ['early_stopping', 'checkpoint__best'])
 def test_a_name_that_does_not_tell_which_values_are_better(key: str) -> None:
-    message = rf"config.{key.replace('__', '.')}.mode: say whether smaller or .* 'bleu' are better"
+    message = rf"config.{key.replace('__', '.')}.mode is missing: .* values of 'bleu' are"
     with pytest.raises(UserError, match=message):
         build(**{key: {'metric': 'eval/test/bleu'}})
     build(**{key: {'metric': 'eval/test/bleu', 'mode': 'max'}})
@@ -91,8 +91,8 @@ def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None
     late = {'every': 'never', 'data': {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}}
     Trainer(build(evals__late=late)).fit()
     said = capsys.readouterr().out
-    assert said.count('early stopping: eval/test/loss has got no better than') == 1
-    assert "in 2 evaluations (mode 'min', patience 1)" in said
+    assert said.count('early stopping: eval/test/loss has not improved on') == 1
+    assert "for 2 evaluations (mode 'min', patience 1)" in said
 
 
 def build(**overrides: Any) -> Experiment:

@@ -55,8 +55,8 @@ CNN = '--config=configs/mnist.py'
         ),
         (
             (CNN, '--config.checkpoint.best.metric=eval/test/acuracy'),
-            "config.checkpoint.best.mode: say whether smaller or larger values of 'acuracy' are "
-            "better, 'min' or 'max'; or did you mean 'accuracy'?",
+            "config.checkpoint.best.metric: is 'acuracy' one of your own metrics? Then set "
+            "config.checkpoint.best.mode to 'min' or 'max'. Or did you mean 'accuracy'?",
         ),
         (
             (CNN, '--config.early_stopping={"metric": "eval/test/loss/x", "mode": "min"}'),

@@ -63,6 +63,8 @@ def test_stopped_runs_save_first(
     assert interrupted(workdir, number, 10) == code
     stopped = command.result(workdir)
     assert stopped['status'] == {42: 'preempted', 130: 'interrupted'}[code]
+    log = (workdir / 'log.txt').read_text().splitlines()
+    assert any(line.endswith('Run the same command again to continue.') for line in log)
     assert 0 < stopped['step'] < 6000
     again = command.train(workdir, *LENGTH)
     assert f'resumed from step {stopped["step"]:,}' in again.out

@@ -98,7 +98,7 @@ def test_a_stream_without_a_place_begins_anew_if_it_may(
     capsys.readouterr()
     result = Trainer(build(), str(tmp_path), allow_config_change=True).fit()
     assert (result.status, result.step) == ('finished', 40)
-    assert 'The data begins anew' in capsys.readouterr().out
+    assert 'The data restarts from the beginning' in capsys.readouterr().out
 
 
 def is_small(example: dict[str, Any]) -> bool:

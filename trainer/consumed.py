@@ -93,9 +93,9 @@ class Consumed:
             return True
         if not begin_anew:
             raise UserError(
-                f'the data of this run cannot go on where it stood at step {step:,}: {problem}\n'
-                'With --allow_config_change it begins anew: examples that this pass has seen come '
-                'again.'
+                f'the data of this run cannot resume at step {step:,}: {problem}\n'
+                'With --allow_config_change it restarts from the beginning: examples that this '
+                'pass has used are used again.'
             )
         self._state = None
         self._data.restore(step, None)

@@ -43,7 +43,7 @@ class EarlyStopping:
             return f'early stopping: {self.metric} was never a number'
         times = '1 evaluation' if self.count == 1 else f'{self.count} evaluations'
         return (
-            f'early stopping: {self.metric} has got no better than {self.best:.6g} in {times} '
+            f'early stopping: {self.metric} has not improved on {self.best:.6g} for {times} '
             f'(mode {self.mode!r}, patience {self.patience})'
         )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.durations import Periodic
+from trainer.step import donated
 
 if TYPE_CHECKING:
     from trainer.experiment import Experiment
@@ -22,8 +23,8 @@ class Event:
         kind: 'start', 'log', 'eval', 'save' or 'end'. Each 'start' is followed by one 'end', even
             if the run fails.
         step: number of completed updates.
-        state: the state at this step. It is donated to the next step: copy what you keep. None at
-            the end of a run that failed.
+        state: the state at this step. It is donated to the next step: keep a copy, such as
+            `jax.tree.map(jnp.copy, event.state)`. None at the end of a run that failed.
         metrics: flat name to value: the newest of every metric of the run so far.
         workdir: the run's directory, or None.
         row: at 'log' and 'eval' the row just written to `metrics.jsonl`: 'step', and values by flat
@@ -44,6 +45,12 @@ class Event:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     status: str | None = None
     error: str | None = None
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name == 'state':  # Of an event that a hook has kept.
+            donated.check(value, 'event.state')
+        return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

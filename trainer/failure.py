@@ -7,6 +7,8 @@ import pathlib
 import traceback
 from typing import Any
 
+from trainer import traces
+
 _MAX_LINES = 8
 _MAX_LINE = 500
 
@@ -44,7 +46,9 @@ def summary(error: BaseException) -> str:
 
 
 def _where(error: BaseException) -> str | None:
-    """Returns 'file.py:10 in f': the innermost frame outside of installed libraries."""
+    """Returns 'file.py:10 in f': the user's innermost frame, or else the program's own."""
+    if (own_place := traces.own_place(error)) is not None:
+        return own_place
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if 'site-packages' not in pathlib.Path(f.filename).parts]
     frame = next(reversed(own or frames), None)

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from trainer import traces
 from trainer.checkpoint.errors import SaveError
 from trainer.config import identity, loading, overrides, places, schema, show, synonyms
 from trainer.config.errors import UserError, full_text, shortened, shown
@@ -54,7 +55,7 @@ flags.DEFINE_string(
 flags.DEFINE_bool(
     'allow_config_change',
     False,
-    'Go on with a run although its config has changed.',
+    'Resume even though the config has changed.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_string(
@@ -64,14 +65,14 @@ flags.DEFINE_string(
     flag_values=_FLAGS,
 )
 flags.DEFINE_integer('num_processes', None, 'How many processes there are.', flag_values=_FLAGS)
-flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', flag_values=_FLAGS)
+flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.', flag_values=_FLAGS)
 flags.DEFINE_integer(
     'init_timeout', 300, 'Seconds to wait for the other processes.', flag_values=_FLAGS
 )
 flags.DEFINE_integer(
     'heartbeat_timeout',
     100,
-    'A process that is silent for so many seconds counts as dead.',
+    'Seconds without a heartbeat after which a process is considered dead.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_integer(
@@ -85,7 +86,7 @@ flags.DEFINE_enum(
     'device_kind',
     None,
     DEVICE_KINDS,
-    'With --mode=plan: whose memory and speed the step is held against.',
+    'With --mode=plan: the accelerator whose memory and speed the plan is compared with.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_list(
@@ -270,6 +271,7 @@ def _usage() -> str:
 
 if __name__ == '__main__':
     code = 1
+    traces.install(logfile.other_frames)
     try:
         code = main(sys.argv, STOP)
     finally:

@@ -162,6 +162,8 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     finally:
         if stop.signal is not None:
             logfile.record(f'received {signal.Signals(stop.signal).name}')
+    if result.status in ('interrupted', 'preempted'):
+        trainer.report.progress.message('Run the same command again to continue.')
     return 0 if result.status in ('finished', 'stopped_early') else stop.exit_code
 
 
@@ -286,7 +288,7 @@ def _export(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     about = export.write(
         evaluator, state, directory, axes=tuple(trainer.mesh.shape), platforms=command.platforms
     )
-    print(f'{directory}: the task of evaluation {evaluator.name!r} at step {about["step"]:,}')
+    print(f'exported step {about["step"]:,} to {directory}: predictions of evals.{evaluator.name}')
     print(
         f'  {export.FUNCTION}({", ".join(about["arguments"])}) for {", ".join(about["platforms"])}'
     )

@@ -27,7 +27,7 @@ from trainer.parallel.sharding import check_rules
 from trainer.prefetch import Prefetcher
 from trainer.probe import products
 from trainer.probe.probes import Probes
-from trainer.step import combinations, eval_point, health, varied
+from trainer.step import combinations, donated, eval_point, health, varied
 from trainer.step.ensemble import EnsembleStep, member_state
 from trainer.step.measured import Measured
 from trainer.step.program import Program, Programs
@@ -241,8 +241,8 @@ class Parts:
             raise UserError('restore: this trainer has no work directory')
         if step == 'best' and self.experiment.retention.best_metric is None:
             raise UserError(
-                'which checkpoint is the best is told by a metric, and this config names none: '
-                'set --config.checkpoint.best.metric, such as eval/NAME/accuracy'
+                "step 'best' needs a metric, and this config names none: add "
+                '--config.checkpoint.best.metric=eval/NAME/accuracy'
             )
         if self.workdir is not None and not self.workdir.path.exists():
             raise UserError(f'there is no run in {self.workdir.path}')
@@ -318,7 +318,7 @@ class Parts:
         """
         if self.experiment.ensemble is not None and member is None:
             raise UserError('model: choose a member of the ensemble, as in model(member=0)')
-        state = self.restore() if state is None else state
+        state = self._usable(state, 'model(state)')
         state = dataclasses.replace(state, params=self.eval_params(state))
         if self.experiment.ensemble is not None:
             assert member is not None
@@ -331,7 +331,7 @@ class Parts:
         Args:
             state: what to evaluate; by default the newest checkpoint.
         """
-        state = self.restore() if state is None else state
+        state = self._usable(state, 'evaluate(state)')
         return {name: evaluator.run(state) for name, evaluator in self.evaluators.items()}
 
     def predict(
@@ -346,5 +346,10 @@ class Parts:
         Raises:
             UserError: if the task has no method `predict`.
         """
-        state = self.restore() if state is None else state
+        state = self._usable(state, 'predict(state)')
         return self.evaluators[evaluation].predict(state)
+
+    def _usable(self, state: TrainState | None, what: str) -> TrainState:
+        """Returns a state, or the newest checkpoint's; refuses one that is gone."""
+        donated.check(state, what)
+        return self.restore() if state is None else state

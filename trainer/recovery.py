@@ -126,7 +126,7 @@ class Recovery:
             state = self._parts.as_configured(state)
         meta = checkpoints.meta(latest)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
-            self._report.progress.message('The data begins anew: see --allow_config_change.')
+            self._report.progress.message('The data restarts from the beginning.')
         self._tell_data_changes(latest, meta)
         state = self._parts.examined(state, meta.get('health'))
         self._restore_early_stopping(meta)

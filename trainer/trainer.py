@@ -25,6 +25,7 @@ from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
 from trainer.probe.probes import Probes
 from trainer.recovery import Recovery
+from trainer.step import donated
 from trainer.step.state import TrainState
 
 # How long a process that fails waits for the others to fail too.
@@ -40,13 +41,19 @@ class Result:
             'interrupted' (Ctrl-C, or the stop button of a notebook) or 'paused' (`max_steps`).
         step: number of completed updates.
         metrics: the newest value of each metric, by its flat name ('eval/test/accuracy').
-        state: the state at `step`.
+        state: the state at `step`; gone once another call of `fit` has donated it to a step.
     """
 
     status: str
     step: int
     metrics: Mapping[str, float]
-    state: TrainState
+    state: TrainState = dataclasses.field(repr=False)  # Thousands of numbers.
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name == 'state':
+            donated.check(value, 'result.state')
+        return value
 
 
 class Trainer(Parts):
@@ -140,6 +147,7 @@ class Trainer(Parts):
                 return self._fit(max_steps, until_end)
         except BaseException as error:
             self._hooks.note_on(error)
+            donated.explain(error)
             try:
                 self._rescue(error)
             finally:

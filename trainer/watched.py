@@ -68,9 +68,14 @@ def _watched(
     mode = given.mode or _better(parts[-1])
     if mode is None:
         near = suggest.nearest(parts[-1], _USUAL)
+        if near:
+            raise UserError(
+                f'{path}.metric: is {parts[-1]!r} one of your own metrics? Then set {path}.mode to '
+                f"'min' or 'max'. Or did you mean {near!r}?"
+            )
         raise UserError(
-            f'{path}.mode: say whether smaller or larger values of {parts[-1]!r} are better, '
-            f"'min' or 'max'" + (f'; or did you mean {near!r}?' if near else '')
+            f"{path}.mode is missing: set it to 'max' if larger values of {parts[-1]!r} are "
+            "better, to 'min' if smaller ones are"
         )
     return given.metric, mode
 

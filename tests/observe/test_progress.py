@@ -211,7 +211,7 @@ def test_a_closed_pipe_costs_the_output_and_not_the_run(tmp_path: pathlib.Path) 
         assert process.wait(timeout=120) == 0, err
         if process.stderr:
             process.stderr.close()
-            assert re.fullmatch(r'Warning: the output goes nowhere any more \(.*\); .*\n', err)
+            assert re.fullmatch(r'Warning: standard output is closed \(.*\); .*\n', err)
         assert command.result(workdir)['status'] == 'finished'
 
 

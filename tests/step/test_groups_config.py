@@ -95,7 +95,7 @@ SGD = {'target': 'optax:sgd', 'learning_rate': 0.1, 'params': '.*'}
     ('optimizer', 'message'),
     [
         ({'groups': {'a': SGD}, 'target': 'optax:adam'}, 'config.optimizer.target: with '),
-        ({'groups': {'a': SGD}, 'decay_mask': '.*'}, 'stands there, as in .*groups.a.decay_mask'),
+        ({'groups': {'a': SGD}, 'decay_mask': '.*'}, 'belongs there, as in .*groups.a.decay_mask'),
         ({'groups': {'a': {'params': '.*'}}}, 'config.optimizer.groups.a.target is missing'),
         ({'groups': {'a': {'target': 'optax:sgd', 'learning_rate': 1.0}}}, 'a.params is missing'),
         ({'groups': {'a': {**SGD, 'momentun': 0.9}}}, 'Did you mean .*groups.a.momentum?'),

@@ -326,7 +326,7 @@ def test_a_rate_that_is_not_known_is_said(
         (
             {'target': 'optax:cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': 10},
             r'optimizer\.target: optax:cosine_decay_schedule makes no optimizer.*'
-            r'a schedule stands in config\.optimizer\.learning_rate',
+            r'a schedule belongs in config\.optimizer\.learning_rate',
         ),
         (
             {'target': 'optax:inject_hyperparams', 'inner_factory': {'ref': 'optax:adam'}},

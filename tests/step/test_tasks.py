@@ -89,7 +89,7 @@ def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
 )
 def test_no_name_hides_another(extra: dict[str, Any], name: str) -> None:
     """A metric called 'weights' would be those of all means."""
-    with pytest.raises(UserError, match=f'names a {name}, which a row of metrics has already'):
+    with pytest.raises(UserError, match=f'names a {name}, a name that every row of metrics'):
         as_output(TaskOutput(**{'loss': jnp.ones(4), **extra}))
     as_output(TaskOutput(loss=jnp.ones(4), metrics={'l1': jnp.ones(4)}, penalties={'l2': 1.0}))
 
@@ -108,7 +108,7 @@ class Own:
 
 
 def test_names_of_a_collection_are_those_that_it_reports() -> None:
-    with pytest.raises(UserError, match="names a metric 'examples', which a row of metrics has"):
+    with pytest.raises(UserError, match="names a metric 'examples', a name that every row"):
         TaskRunner.of(Own('examples'))
     experiment = dataclasses.replace(mlp().experiment, task=TaskRunner.of(Own('mean')))
     Trainer(experiment).init_state()
@@ -131,9 +131,9 @@ def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> Non
 @pytest.mark.parametrize(
     ('task', 'message'),
     [
-        (lambda model, batch: model(batch['image']).sum(), 'returned a scalar'),
-        (lambda model, batch: None, 'this one returned NoneType'),
-        (lambda model, batch: (1, 2, 3), 'this one returned tuple'),
+        (lambda model, batch: model(batch['image']).sum(), 'is a scalar'),
+        (lambda model, batch: None, 'returned None'),
+        (lambda model, batch: (1, 2, 3), r'returned \(int, int, int\)'),
         (
             lambda model, batch: (model(batch['image']).sum(-1), {'acc': jnp.ones(())}),
             r"the metric 'acc' of the task: expected an array with one value for each example",

@@ -351,5 +351,5 @@ def test_a_part_that_is_made_in_training_only_is_told() -> None:
 
 
 def test_a_task_that_averages_is_told_not_to() -> None:
-    with pytest.raises(UserError, match='returned a scalar'):
+    with pytest.raises(UserError, match='is a scalar'):
         programs(MLP((8, 10)), task=lambda model, batch: model(batch['image']).mean()).init()

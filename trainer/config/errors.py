@@ -8,7 +8,7 @@ _LONGEST_LINE = 2000
 
 
 class UserError(Exception):
-    """What was given, what was expected, where, and how to mend it: the complete text to print."""
+    """What was given, what was expected, where, and how to fix it: the complete text to print."""
 
     exit_code = 2
 
@@ -37,7 +37,10 @@ def full_text(error: BaseException) -> str:
 
     A line that repeats a value of thousands of characters is shortened.
     """
-    # JAX notes on whatever leaves a traced function that its traceback is short.
-    notes = (note for note in getattr(error, '__notes__', ()) if _OF_JAX not in note)
-    text = '\n'.join([str(error), *notes])
+    text = '\n'.join([str(error), *notes_of(error)])
     return '\n'.join(shortened(line, _LONGEST_LINE) for line in text.split('\n'))
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Returns the notes of an error, without that of JAX about frames that it leaves out."""
+    return [note for note in getattr(error, '__notes__', ()) if _OF_JAX not in note]

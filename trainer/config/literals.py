@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.config import schema
+from trainer.config import advice, schema
 from trainer.config.errors import UserError, shortened, shown
 
 # Deeper than any real config; it keeps what walks a config from running out of stack.
@@ -71,7 +71,7 @@ def check(value: Any, path: str, keys: Sequence[str | int]) -> None:
     elif not (value is None or value is schema.REQUIRED or isinstance(value, (float, str))):
         raise UserError(
             f'{path}: expected a number, text, None, dict, tuple or list, got '
-            f'{type(value).__name__} {shown(value)}'
+            f'{type(value).__name__} {shown(value)}; {advice.advice(value, path)}'
         )
 
 

@@ -15,7 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import bundled
-from trainer.config import config_arguments, literals, objects, places, suggest
+from trainer.config import advice, config_arguments, literals, objects, places, suggest
 from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
 
@@ -77,7 +77,7 @@ def load(spec: str) -> LoadedConfig:
     try:
         plain(config)
         check_vars(config)
-        _check_values(plain(config), 'config')
+        check_values(plain(config), 'config')
         literals.check(plain(config), 'config', [])
         config = _unshared(config)
     except RecursionError as error:
@@ -103,7 +103,7 @@ def plain(node: Any) -> Any:
         return {k: plain(v) for k, v in items}
     if isinstance(node, dict):
         return {key: plain(value) for key, value in node.items()}
-    if isinstance(node, (tuple, list)):
+    if type(node) in (tuple, list):  # And no object that is a tuple, such as an optimizer.
         return type(node)(plain(value) for value in node)
     return node
 
@@ -166,20 +166,22 @@ def _arguments(
     return args
 
 
-def _check_values(node: Any, path: str) -> None:
-    """Checks that a plain config can be written as JSON, so that a run can be compared with it."""
+def check_values(node: Any, path: str) -> None:
+    """Checks that a plain config can be written as JSON, so that a run can be compared with it.
+
+    Raises:
+        UserError: naming a value that cannot, and what to write in its place.
+    """
     if isinstance(node, dict):
         for key, value in node.items():
-            _check_values(value, f'{path}.{key}')
-    elif isinstance(node, (tuple, list)):
+            check_values(value, f'{path}.{key}')
+    elif type(node) in (tuple, list):
         for index, value in enumerate(node):
-            _check_values(value, f'{path}[{index}]')
+            check_values(value, f'{path}[{index}]')
     elif not (node is None or node is REQUIRED or isinstance(node, (bool, int, float, str))):
-        name = f'{getattr(node, "__module__", "package.module")}:'
-        name += getattr(node, '__qualname__', 'Name')
         raise UserError(
             f'{path}: a config holds numbers, strings, None, dicts, tuples and lists, got '
-            f'{shown(node)}; write a plain number, or name an object, as in dict(ref={name!r})'
+            f'{advice.short(node)}; {advice.advice(node, path)}'
         )
 
 

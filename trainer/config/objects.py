@@ -21,6 +21,9 @@ from trainer.config.errors import UserError, shown
 # Packages that come with the trainer, and may be hidden by the user's own of the same name.
 _BUNDLED = ('models', 'data', 'configs')
 
+# Where a name without a module is looked for, to say which module was probably meant.
+_KNOWN = ('optax', 'trainer.step.tasks', 'jax.nn', 'flax.linen', 'optax.contrib')
+
 # Where the code lies that is not the user's, for the line of an error.
 _LIBRARIES = (
     *(sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
@@ -58,13 +61,26 @@ def resolve(name: object, path: str) -> Any:
 
 
 def _with_colon(name: object) -> str:
-    """Returns a hint, if the last dot of a name should be a colon."""
+    """Returns a hint, if the last dot of a name should be a colon, or its module is missing."""
     module_name, _, attribute = str(name).rpartition('.')
+    if not module_name and attribute.isidentifier():
+        return _in_known_module(attribute)
     try:
         found = importlib.util.find_spec(module_name)
     except (ImportError, ValueError):
         found = None
     return '' if found is None else f'. Did you mean {module_name}:{attribute}?'
+
+
+def _in_known_module(word: str) -> str:
+    for place in _KNOWN:
+        try:
+            found = getattr(importlib.import_module(place), word, None)
+        except ImportError:
+            continue
+        if callable(found):
+            return f'. Did you mean {place}:{word}?'
+    return ''
 
 
 class _NoModuleError(Exception):
@@ -138,11 +154,11 @@ def last_line(error: BaseException) -> str:
 def place(error: BaseException) -> str:
     """Returns ' (file.py, line 3)', the last of the user's lines that led to an error, or ''."""
     raised = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in raised if not _is_library(frame.filename)]
+    frames = [frame for frame in raised if not is_library(frame.filename)]
     return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
 
 
-def _is_library(filename: str) -> bool:
+def is_library(filename: str) -> bool:
     """Whether a file is Python's, an installed package's or this package's, not the user's."""
     folders = tuple(os.path.join(folder, '') for folder in _LIBRARIES)
     return filename.startswith(('<frozen', *folders))

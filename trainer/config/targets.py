@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config import objects, suggest
+from trainer.config import objects, suggest, words
 from trainer.config.errors import UserError, shortened, shown
 
 # Arguments that the framework or the module system gives, so a config need not.
@@ -129,8 +129,10 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     args = instantiate(tuple(node.get('args', ())), f'{path}.args', supplied)
     given = {k: v for k, v in node.items() if k not in RESERVED}
     kwargs = {k: instantiate(v, f'{path}.{k}', supplied) for k, v in given.items()}
+    known, _ = arguments(target)
+    for key in set(given) & set(known):
+        kwargs[key] = words.meant(kwargs[key], known[key], f'{path}.{key}')
     if supplied:
-        known, _ = arguments(target)
         kwargs = {**{k: v for k, v in supplied.items() if k in known}, **kwargs}
     try:
         return target(*args, **kwargs)
@@ -207,7 +209,15 @@ def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
         and p.name not in {*keys, *positional, *FRAMEWORK_SUPPLIED}
     ]
     if missing:
-        raise UserError(f'{path}.{missing[0]} is missing: {node["target"]} has no default for it')
+        hint = ''
+        if inspect.isroutine(target) and not keys and not positional:
+            hint = f". To pass the function itself, write dict(ref='{node['target']}')"
+        raise UserError(
+            f'{path}.{missing[0]} is missing: {node["target"]} has no default for it{hint}'
+        )
+    for key in keys:
+        if key in parameters:
+            words.meant(node[key], parameters[key], f'{path}.{key}')
 
 
 def _unknown_argument(target: Any, node: Mapping[str, Any], key: str, path: str) -> str:

@@ -127,7 +127,14 @@ def _like(text: str, value: Any, old: Any, path: str, annotation: Annotation = u
         # A schedule may become a number; everything else that is an object stays one.
         if isinstance(value, (int, float)) or value is None:
             return value
-        raise UserError(f'{path}: expected a dict or a number, got {shown(text)}')
+        if set(old) == {'ref'} and isinstance(value, str) and value.isidentifier():
+            # Another function of the same module: what is there says whether it has one.
+            return {'ref': f'{old["ref"].partition(":")[0]}:{value}'}
+        if set(old) == {'ref'} and isinstance(value, str) and ':' in value:
+            return {'ref': value}
+        raise UserError(
+            f'{path}: expected a dict or a number, got {shown(text)}{_in_object(old, path)}'
+        )
     if isinstance(old, str):
         return _text(text, value, old, path)
     if isinstance(old, (tuple, list)):
@@ -161,7 +168,21 @@ def _number(text: str, value: Any, old: Any, path: str) -> Any:
         return value
     if isinstance(old, int) and is_duration(text) and path.startswith('config.optimizer.'):
         return text
-    raise UserError(f'{path}: expected {type(old).__name__}, got {shown(text)}')
+    hint = ''
+    if path.endswith('learning_rate') and isinstance(value, str):
+        hint = (
+            '. A schedule is an object, as in \'{"target": "optax:cosine_decay_schedule", '
+            '"init_value": 0.1, "decay_steps": "100%"}\''
+        )
+    raise UserError(f'{path}: expected {type(old).__name__}, got {shown(text)}{hint}')
+
+
+def _in_object(old: Mapping[str, Any], path: str) -> str:
+    """Says how to choose another object, or to change an argument of the present one."""
+    kind = next((key for key in ('target', 'ref') if key in old), None)
+    if kind is None:
+        return ''
+    return f'. It is {old[kind]} now; to choose another, set --{path}.{kind}=package.module:Name'
 
 
 def _sequence(text: str, value: Any, old: Any, path: str, annotation: Annotation) -> Any:

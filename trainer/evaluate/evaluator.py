@@ -22,6 +22,7 @@ from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.experiment import Experiment
 from trainer.inputs import Evaluation
+from trainer.modules import seen
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards, replicated
@@ -40,6 +41,7 @@ from trainer.step.measured import (
     mean_and_each,
 )
 from trainer.step.program import Program
+from trainer.step.returned import name_of
 from trainer.step.state import TrainState, describe
 from trainer.step.task_runner import MASK, compute_metrics
 
@@ -170,7 +172,7 @@ class Evaluator:
             shapes = fields.shapes
             step, task = self.step, self.step.task
             step = dataclasses.replace(step, task=task.without(fields.kept()))
-            with self._tracing(), recording() as reads:
+            with self._tracing(), recording() as reads, seen.explaining():
                 # Whatever is evaluated has the shapes of the parameters.
                 variables = {**state.variables, EMA: state.average}
                 output = step.output_shapes(variables, shapes)
@@ -184,7 +186,8 @@ class Evaluator:
             error.add_note(f'This happened at the first batch of config.evals.{self.name}')
             if shapes is not None:
                 batch = ', '.join(f'{name}: {describe(x)}' for name, x in shapes.items())
-                error.add_note(f'Its task {self.step.task.task!r} was called on the batch {batch}')
+                name = name_of(self.step.task.task)
+                error.add_note(f'Its task {name} was called with the batch {batch}')
             raise
 
     @functools.cached_property
@@ -315,7 +318,7 @@ class Evaluator:
         self._leave_out_stopped(state)
         if self._predicts is None:
             try:
-                with self._tracing(), self._telling_its_mode():
+                with self._tracing(), self._telling_its_mode(), seen.explaining():
                     variables = self.variables(state)
                     self._predicts = Prediction.of(self.step, self._all_fields, variables)
             except HostFieldError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from trainer.config.errors import UserError
+from trainer.modules import seen
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 
@@ -168,8 +169,13 @@ class BoundModel(abc.ABC):
         return view
 
     def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+        name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
+        call = seen.note_call(name, args, kwargs)
         with self._precision.calling():
-            return self._apply(steps, args, kwargs)
+            output = self._apply(steps, args, kwargs)
+        if call is not None:
+            call.output = seen.describe(output)
+        return output
 
     @abc.abstractmethod
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ def switch(module: Any, training: bool) -> None:
         raise UserError(
             f'config.model: {type(module).__name__}.{name} is not the method `{name}()` of an NNX '
             'module, which switches its mode. Give what it holds another name, or let the call '
-            'take it (`train`), which is then told'
+            'take the mode as an argument (`train`)'
         )
     method(module)
 

@@ -10,6 +10,7 @@ import warnings
 
 from etils import epath
 
+from trainer import traces
 from trainer.config.errors import full_text
 from trainer.observe.progress import CLEAR
 
@@ -90,12 +91,18 @@ def record(text: str) -> None:
 
 
 def record_error(error: BaseException) -> None:
-    """Writes what ended a run: to `log.txt` as on the screen, its traceback to `debug.log` too."""
+    """Writes what ended a run: to `log.txt` as on the screen, to `debug.log` with all frames."""
     if hasattr(error, 'exit_code'):  # Its text says all.
         record(f'Error: {full_text(error)}')
     else:
-        logging.getLogger(_SCREEN).info('The run has failed:', exc_info=error)
+        record(f'The run has failed:\n{traces.shorten(error, elsewhere=other_frames())}')
     logging.getLogger().error('the run has failed', exc_info=error)
+
+
+def other_frames() -> str:
+    """Returns where the frames of a traceback are that the screen does not show."""
+    files = [h.baseFilename for h in logging.getLogger().handlers if isinstance(h, _File)]
+    return f'see {files[0]}' if files else traces.SHOWN
 
 
 class _Lines(logging.Formatter):

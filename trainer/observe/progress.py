@@ -99,7 +99,7 @@ class Progress:
             # As under `| head`. A run is worth more than its lines, and its rows are in a file.
             self._live = self._open = False
             _discard(self._stream)
-            _log.warning('the output goes nowhere any more (%s); the run goes on', error)
+            _log.warning('standard output is closed (%s); the run continues', error)
 
     def _columns(self) -> int:
         try:

@@ -15,7 +15,6 @@ import os
 import pickle
 import socket
 import sys
-import traceback
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainer import traces
 from trainer.config import diff
 from trainer.config.errors import UserError, full_text
 from trainer.parallel.rendezvous import EXIT_PEER_FAILED, meet
@@ -239,7 +239,7 @@ def ending_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
             code = error.exit_code
         else:
             watch.blame()
-            traceback.print_exc()
+            print(traces.shorten(error), file=sys.stderr)
             code = 1
         sys.stderr.flush()
         sys.stdout.flush()

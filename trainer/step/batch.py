@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from trainer.config.errors import UserError
+from trainer.modules import seen
 from trainer.step.host_field import HostField
 
 
@@ -122,6 +123,7 @@ class Batch(dict[str, Any]):
             names = frozenset({value.name})
         if (reads := _reads.get()) is not None:
             reads.names |= names
+        seen.note_field(name, value)
         return value
 
     def __iter__(self) -> Iterator[str]:

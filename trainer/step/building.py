@@ -50,7 +50,7 @@ def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIM
     if given:
         raise UserError(
             f'{path}.{given[0]}: with {path}.groups each group has an optimizer of its own, and '
-            f'this key stands there, as in {path}.groups.{next(iter(groups))}.{given[0]}'
+            f'this key belongs there, as in {path}.groups.{next(iter(groups))}.{given[0]}'
         )
 
 
@@ -182,7 +182,7 @@ def _check_made(made: Any, node: Node, path: str) -> None:
             'numbers that config.ensemble.vary names are in the state'
         )
     elif callable(made):
-        mend += f'; a schedule stands in {path}.learning_rate'
+        mend += f'; a schedule belongs in {path}.learning_rate'
     raise UserError(
         f'{path}.target: {node["target"]} makes no optimizer, with methods `init` and `update`, '
         f'but {made!r:.200}. {mend}'

@@ -219,7 +219,7 @@ def _as_metrics(metrics: Any) -> dict[str, Any]:
     for name, value in metrics.items():
         whole = name in ('task', 'penalties', 'norms') and not isinstance(value, Mapping)
         if name in MEASURED or (whole and not isinstance(value, clu.metrics.Collection)):
-            raise UserError(named_twice('config.step: the function', 'metric', name))
+            raise UserError(f'config.step: the function {named_twice("metric", name)}')
     return {name: _as_metric(name, value) for name, value in metrics.items()}
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
+from trainer.step import returned
 from trainer.step.batch import plain
 from trainer.step.checks import run_checks
 from trainer.step.health import SIGNS, Signs
@@ -186,6 +187,7 @@ class Gradients:
         bound = self.model.bind({'params': params, **state.collections}, keys, ema=state.average)
         output = self.task(bound, batch)
         self.optimizer.check_losses(output.loss)
+        returned.check_differentiable(output.loss)
         return output, bound.collections
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.modules.combine import mean_softmax
+from trainer.step import returned
 from trainer.step.checks import Check
 from trainer.step.metrics import mean_collection
 from trainer.step.tasks import Batch, TaskOutput
@@ -47,7 +48,7 @@ class NextToken:
     def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
         """Returns losses and hits (batch, length)."""
         tokens = batch[self.tokens]
-        logits = jnp.asarray(self._logits(model, batch), jnp.float32)
+        logits = self._logits(model, batch).astype(jnp.float32)
         targets = _next(tokens)
         counts = jnp.ones_like(tokens, jnp.float32)
         if self.segments is not None:
@@ -74,11 +75,12 @@ class NextToken:
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
         """Returns the most probable next token at each position, int (batch, length)."""
-        return {'next': jnp.asarray(self._logits(model, batch)).argmax(-1)}
+        return {'next': self._logits(model, batch).argmax(-1)}
 
-    def _logits(self, model: Callable[..., Any], batch: Batch) -> Any:
+    def _logits(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
         named = {'segments': self.segments, 'positions': self.positions}
-        return model(batch[self.tokens], **{k: batch[v] for k, v in named.items() if v is not None})
+        given = {k: batch[v] for k, v in named.items() if v is not None}
+        return returned.array(model(batch[self.tokens], **given), self, 'logits')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +118,7 @@ class Answer:
         """Returns losses and hits (batch,)."""
         targets = batch[self.targets]
         asked = (batch[self.inputs], batch[self.lengths])
-        logits = jnp.asarray(model(*asked, targets), jnp.float32)
+        logits = returned.array(model(*asked, targets), self, 'logits').astype(jnp.float32)
         counts = jnp.cumsum(targets == self.end, axis=1) - (targets == self.end) == 0
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         given = logits.argmax(-1) if model.training else model.greedy(*asked, targets.shape[1])

@@ -211,7 +211,7 @@ class Optimizer:
                 f'{self.path}.groups: every parameter belongs to exactly one group.'
                 + (f'\nIn none: {_some(missing)}.' if missing else '')
                 + (f'\nIn several: {_some(shared)}.' if shared else '')
-                + '\nMend the patterns `params` of the groups'
+                + '\nChange the patterns `params` of the groups'
                 + (f', or name what shall stay as it is in {self.path}.freeze.' if missing else '.')
             )
         return {path: names[0] for path, names in found.items()}
@@ -247,7 +247,8 @@ class Optimizer:
             raise UserError(
                 f'the task returns the losses {", ".join(names)}, and {self.path}.groups does not '
                 "say what each one trains: groups={'NAME': dict(target=..., params='REGEX', "
-                f'loss={names[0]!r}), ...}}'
+                f'loss={names[0]!r}), ...}}. A dict means several losses; for one loss and its '
+                'metrics return (loss, dict of metrics)'
             )
         for name, group in self.groups.items():
             if group.loss not in (names or (None,)):

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
 from trainer.config.objects import place
+from trainer.modules import seen
 from trainer.modules.nnx_bridge import names_for_rules
 from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
 from trainer.parallel.sharding import Rule, named_axes, param_specs
@@ -27,6 +28,7 @@ from trainer.step.batch import plain, recording
 from trainer.step.ensemble import EnsembleStep
 from trainer.step.fields import Fields
 from trainer.step.host_field import HostFieldError, Kept
+from trainer.step.returned import name_of
 from trainer.step.state import TrainState, changes, describe
 from trainer.step.task_runner import TaskRunner
 from trainer.step.train_step import TrainStep
@@ -369,8 +371,9 @@ def _with_task(
 def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
     """Returns the shapes of `named_init`; whatever the model objects to, the batch is shown too."""
     try:
-        # A new function object: with a cached trace, no reads would be recorded.
-        return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
+        with seen.explaining():
+            # A new function object: with a cached trace, no reads would be recorded.
+            return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
     except HostFieldError as error:
         raise UserError(f'config.data: {error}') from error
     except UserError:
@@ -392,11 +395,11 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
                 'another shape go around the reshaped one: '
                 'box.replace_boxed(box.value.reshape(shape))'
             ) from error
-        task, seen = train_step.task, spec
+        task, fields = train_step.task, spec
         with contextlib.suppress(Exception):  # It may be a transform that has failed.
-            seen = jax.eval_shape(lambda batch: plain(task.prepared(batch)), spec)
-        batch = ', '.join(f'{name}: {describe(x)}' for name, x in seen.items())
-        error.add_note(f'The task {task.task!r} was called with the batch {batch}')
+            fields = jax.eval_shape(lambda batch: plain(task.prepared(batch)), spec)
+        batch = ', '.join(f'{name}: {describe(x)}' for name, x in fields.items())
+        error.add_note(f'The task {name_of(task.task)} was called with the batch {batch}')
         raise
 
 

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.modules import seen
 from trainer.modules.bound import BoundModel
+from trainer.step import returned
 from trainer.step.batch import Batch, Unsent, is_recording, note_weights, plain
 from trainer.step.fields import MASK as MASK
 from trainer.step.host_field import HostField, Kept, naming_host_fields
@@ -70,7 +72,7 @@ class TaskRunner:
             raise UserError(f'the task {task!r} must take (model, batch): {error}') from error
         metrics = getattr(task, 'metrics', None)
         for name in OWN_NAMES & set(getattr(metrics, '__dataclass_fields__', ())):
-            raise UserError(named_twice(f'{task!r}', 'metric', name))
+            raise UserError(f'the task {returned.name_of(task)} {named_twice("metric", name)}')
         return cls(task, metrics, tuple(transforms))
 
     def without(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TaskRunner:
@@ -95,9 +97,10 @@ class TaskRunner:
         fields = {name: x for name, x in plain(batch).items() if name != MASK}
         hidden, unsent = self._hidden(fields)
         if not self.transforms:
-            seen = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
+            given = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
             origins = {name: frozenset({name}) for name in fields}
-            return Batch(seen, 'the task', origins=origins, passing=passing)
+            seen.restart()
+            return Batch(given, 'the task', origins=origins, passing=passing)
         rows = next((x.shape[0] for x in plain(batch).values()), None)
         # A transform that passes on all fields must find them; fields made from these are omitted.
         zeros = {
@@ -109,6 +112,7 @@ class TaskRunner:
         if zeros or is_recording():
             origins = origins_of(self.transforms, {**fields, **zeros}, hidden)
         missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
+        seen.restart()  # What transforms have read is not of the task.
         return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
 
     def _hidden(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Kept]]:
@@ -145,10 +149,10 @@ class TaskRunner:
 
     def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
         """Returns the task's output with weights set, and those that the task returned, if any."""
-        seen = self.prepared(batch)
-        with naming_host_fields(seen):
-            result = self.task(model, seen)
-        output = as_output(result, averaged=self.metrics is None)
+        fields = self.prepared(batch)
+        with naming_host_fields(fields):
+            result = self.task(model, fields)
+        output = self._as_output(result, batch)
         loss, given, mask = output.loss, output.weights, batch.get(MASK)
         counted: Sequence[jax.Array]
         metrics = None
@@ -171,6 +175,18 @@ class TaskRunner:
         if given is None or any({*jnp.shape(x)[:1]} != rows for x in counted):
             return output, None
         return output, Weighing(weights, tuple(counted), metrics)
+
+    def _as_output(self, result: Any, batch: Mapping[str, Any]) -> TaskOutput:
+        mask = batch.get(MASK)
+        try:
+            output = as_output(result, averaged=self.metrics is None)
+            for loss in by_name(output.loss).values():
+                if mask is not None:
+                    returned.check_rows(loss, mask)
+                returned.warn_of_pairs(loss, plain(batch), self.task)
+            return output
+        except UserError as error:
+            raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns accumulators that have seen nothing, for outputs like this (abstract) one.

@@ -23,6 +23,7 @@ import optax
 
 from trainer.config.errors import UserError
 from trainer.modules.combine import mean_sigmoid, mean_softmax
+from trainer.step import returned
 from trainer.step.checks import Check
 from trainer.step.metrics import mean_collection
 
@@ -80,23 +81,16 @@ def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:
 
     Raises:
         UserError: if it is none of TaskOutput, values, or (values, metrics); if a loss is a scalar:
-            the step averages, not the task; if names do not fit.
+            the step averages, not the task; if kinds, shapes or names do not fit. Its text goes on
+            from the name of the task.
     """
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         result = TaskOutput(loss=result[0], metrics=result[1])
     elif isinstance(result, (jax.Array, Mapping)):
         result = TaskOutput(loss=result)
     if not isinstance(result, TaskOutput):
-        raise UserError(
-            'a task returns loss values of shape (batch, ...), (values, dict of metrics) or a '
-            f'TaskOutput; this one returned {type(result).__name__}'
-        )
-    values = result.loss.values() if isinstance(result.loss, Mapping) else [result.loss]
-    if any(jnp.ndim(value) == 0 for value in values):
-        raise UserError(
-            'a task returns one loss value per example, this one returned a scalar: leave the mean '
-            'to the step, so that it is exact for any batch, mask and number of devices'
-        )
+        raise UserError(returned.refusal(result))
+    returned.check(result.loss, result.weights, result.metrics, result.penalties)
     _check_names(result, averaged)
     return result
 
@@ -105,34 +99,32 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
     loss, weights = output.loss, output.weights
     names = tuple(loss) if isinstance(loss, Mapping) else ()
     if isinstance(loss, Mapping) and not names:
-        raise UserError('the task returns an empty dict of losses')
+        raise UserError('returned an empty dict of losses')
     for name in names:
         if not str(name).isidentifier() or name == METRIC_WEIGHTS:
             raise UserError(
-                f'the task names a loss {name!r}. A name is a Python identifier, for the loss is '
+                f'names a loss {name!r}. A name is a Python identifier, for the loss is '
                 f"reported as '<name>_loss', and not {METRIC_WEIGHTS!r}"
             )
     for name in weights if isinstance(weights, Mapping) else ():
         if not names or name not in (*names, METRIC_WEIGHTS):
             raise UserError(
-                f'the task returns weights for {name!r}; it names '
+                f'returned weights for {name!r}; it names '
                 + (f'the losses {", ".join(names)}' if names else 'no losses')
             )
     taken = {*_GIVEN, *(f'{name}_{kind}' for name in names for kind in ('loss', 'weights'))}
     reported = taken | OWN_NAMES
     for name in output.metrics:
         if name in (reported if averaged else taken):
-            raise UserError(named_twice('the task', 'metric', name))
+            raise UserError(named_twice('metric', name))
     for name in output.penalties:
         if name in reported | (set(output.metrics) if averaged else set()):
-            raise UserError(named_twice('the task', 'penalty', name))
+            raise UserError(named_twice('penalty', name))
 
 
-def named_twice(who: str, kind: str, name: str) -> str:
+def named_twice(kind: str, name: str) -> str:
     """Returns what is said of a name that would hide another in a row of metrics."""
-    return (
-        f'{who} names a {kind} {name!r}, which a row of metrics has already; give it another name'
-    )
+    return f'names a {kind} {name!r}, a name that every row of metrics has already; choose another'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +179,7 @@ class Classification:
         Raises:
             UserError: if the labels do not fit the logits.
         """
-        logits = jnp.asarray(model(batch[self.inputs]), jnp.float32)
+        logits = self._logits(model, batch)
         labels = batch[self.label]
         self._check_shapes(logits, labels)
         # Before they are compared with a number that their dtype may not hold.
@@ -204,6 +196,10 @@ class Classification:
         return TaskOutput(
             loss=loss, weights=weights, metrics=hits, checks=self._checks(logits, labels)
         )
+
+    def _logits(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
+        output = model(batch[self.inputs])
+        return returned.array(output, self, 'logits').astype(jnp.float32)
 
     def _check_shapes(self, logits: jax.Array, labels: jax.Array) -> None:
         """Checks while the step is traced that shapes and dtypes of labels and logits fit."""
@@ -305,7 +301,7 @@ class Classification:
 
         With 'sigmoid' the answer and the probability of each class: (batch, ..., classes).
         """
-        logits = jnp.asarray(model(batch[self.inputs]), jnp.float32)
+        logits = self._logits(model, batch)
         if self.loss == 'sigmoid':
             return {'classes': logits > 0, 'probabilities': jax.nn.sigmoid(logits)}
         return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
@@ -367,7 +363,7 @@ class Regression:
         Raises:
             UserError: if the shapes of output and target differ.
         """
-        prediction, wanted = jnp.asarray(model(batch[self.inputs])), batch[self.targets]
+        prediction, wanted = self._prediction(model, batch), batch[self.targets]
         if prediction.shape != wanted.shape:
             raise UserError(
                 f'config.task: the model returned shape {prediction.shape}, the field '
@@ -384,4 +380,7 @@ class Regression:
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
         """Returns the model's output for each example."""
-        return {'prediction': jnp.asarray(model(batch[self.inputs]))}
+        return {'prediction': self._prediction(model, batch)}
+
+    def _prediction(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
+        return returned.array(model(batch[self.inputs]), self, 'prediction')

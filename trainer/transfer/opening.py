@@ -259,8 +259,8 @@ def _best(path: epath.Path) -> int:
     best = config.get('checkpoint', {}).get('best')
     if not best:
         raise UserError(
-            f"{path}: which checkpoint is the best is told by the run's checkpoint.best, and that "
-            "run has none; name a step, or 'latest'"
+            f"{path}: step 'best' needs the run's checkpoint.best, and that run has none; name a "
+            "step, or 'latest'"
         )
     retention = Retention(best_metric=best['metric'], best_mode=best.get('mode', 'max'))
     found = Checkpoints(path, retention).best()

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of values that a config cannot hold, and that the advice works."""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import decimal
+import enum
+import fractions
+import functools
+import pathlib
+import re
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from trainer.config import advice, loading, targets
+from trainer.config.errors import UserError
+
+HERE = __name__
+
+
+class Color(enum.Enum):
+    RED = 1
+    BOTH = (1, 2)
+
+
+class Pair(NamedTuple):
+    first: int
+    second: int
+
+
+def makes() -> Any:
+    def made() -> None: ...
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ('value', 'says'),
+    [
+        (
+            lambda x: x,
+            "give it a name: define it as a function in a module, and write dict(ref='pack",
+        ),
+        (pathlib.Path('/a/b'), "write it as text: '/a/b'"),
+        (Color.RED, f"write its value, 1, or its name, 'RED', or .*ref='{HERE}:Color.RED'"),
+        (Color.BOTH, "write its name, 'BOTH', or name the member"),
+        (np.ones(2), 'write a tuple or a list: [1.0, 1.0]'),
+        (jnp.ones(2), 'write a tuple or a list: [1.0, 1.0]'),
+        (np.ones(100), "make it in a function: dict(target='package.module:make')"),
+        (np.float32(0.5), 'write a plain number: 0.5'),
+        (np.int64(3), 'write a plain number: 3'),
+        (np.bool_(True), 'write a plain number: True'),
+        (jnp.int32(4), 'write a plain number: 4'),
+        (fractions.Fraction(1, 2), 'write a plain number: 0.5'),
+        (decimal.Decimal('0.5'), 'write a plain number: 0.5'),
+        (jax.random.key(0), 'write a seed, a plain integer'),
+        (jnp.bfloat16, "write the name of the dtype: 'bfloat16'"),
+        (np.float32, "write the name of the dtype: 'float32'"),
+        (np.dtype('int8'), "write the name of the dtype: 'int8'"),
+        (
+            optax.adam(0.1),
+            "describe the call that makes it: dict(target='optax:adam', learning_rate",
+        ),
+        (optax.adam, "name it: dict(ref='optax:adam'), or, .*dict(target='optax:adam', ...)"),
+        (
+            optax.constant_schedule(1.0),
+            "call that makes it: dict(target='optax:constant_schedule', .",
+        ),
+        (
+            nn.initializers.lecun_normal(),
+            "dict(target='jax.nn.initializers:variance_scaling', ...)",
+        ),
+        (nn.relu, "name it: dict(ref='jax.nn:relu')"),
+        (nn.Dense, "name it: dict(ref='flax.linen:Dense')"),
+        (nn.Dense(3), "describe how it is made: dict(target='flax.linen:Dense', ...)"),
+        (Pair(1, 2), f"dict(target='{HERE}:Pair', ...) with first, second"),
+        (makes(), f"describe the call that makes it: dict(target='{HERE}:makes', ...)"),
+        ('a'.upper, "write a function of a module that calls it: dict(ref='package.module:name')"),
+        ({2, 1}, 'write a tuple, whose order is always the same: (1, 2)'),
+        (frozenset('ab'), "whose order is always the same: ('a', 'b')"),
+        (b'abc', "write text: 'abc'"),
+        (datetime.date(2026, 1, 2), "write text: '2026-01-02'"),
+        (re.compile('a.*'), "write the pattern as text: 'a.*'"),
+        (np, "name what it is to be of the module: dict(ref='numpy:name')"),
+        (iter('ab'), "write a tuple, or name what makes it: dict(target='package.module:name')"),
+        (object(), "describe how it is made: dict(target='builtins:object', ...)"),
+    ],
+)
+def test_what_to_write_instead(value: Any, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        loading.check_values(loading.plain({'a': (1, {'b': value})}), 'config')
+    text = str(error.value)
+    assert re.fullmatch(r'config\.a\[1\]\.b: a config holds [^;]*, got .*; .*', text)
+    assert re.search(re.escape(says).replace(r'\.\*', '.*'), text), text
+    assert 'pathlib:' not in text and '\n' not in text and len(text) < 500
+
+
+def test_the_name_of_a_target() -> None:
+    for key, value, name in (
+        ('target', nn.Dense, 'flax.linen:Dense'),
+        ('ref', nn.relu, 'jax.nn:relu'),
+    ):
+        with pytest.raises(UserError, match=rf"config\.a\.{key}: .*; write its name: '{name}'"):
+            loading.check_values({'a': {key: value}}, 'config')
+
+
+@pytest.mark.parametrize(
+    'value', [Color.RED, slice(0, 3), range(1, 9, 2), 1 + 2j, nn.relu, optax.adam]
+)
+def test_the_advice_gives_the_same_object(value: Any) -> None:
+    assert instantiated(value) == value
+
+
+def test_the_advice_for_a_partial() -> None:
+    made = instantiated(functools.partial(nn.Dense, 3, use_bias=False))
+    assert isinstance(made, functools.partial)
+    assert (made.func, made.args, made.keywords) == (nn.Dense, (3,), {'use_bias': False})
+
+
+def instantiated(value: Any) -> Any:
+    """Returns what the first dict that the advice names makes."""
+    text = advice.advice(value)
+    text = text[text.index('dict(') :]
+    ends = (end for end in range(1, len(text) + 1) if is_call(text[:end]))
+    return targets.instantiate(eval(text[: next(ends)]), 'config.x')
+
+
+def is_call(text: str) -> bool:
+    try:
+        return isinstance(ast.parse(text, mode='eval').body, ast.Call)
+    except SyntaxError:
+        return False
+
+
+def test_what_the_config_file_defines_must_move(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / 'own.py'
+    path.write_text(
+        'import enum, ml_collections\n'
+        'class Kind(enum.Enum):\n    A = (1,)\n'
+        'def double(x):\n    return 2 * x\n'
+        'def get_config(arg):\n'
+        '    return ml_collections.ConfigDict({"a": {"kind": Kind.A, "double": double}[arg]})\n'
+    )
+    with pytest.raises(UserError, match=r'not in the config file, and write dict\(ref=.*:double'):
+        loading.load(f'{path}:double')
+    with pytest.raises(UserError, match=r"its name, 'A', .*dict\(ref='package\.module:Kind\.A'\)"):
+        loading.load(f'{path}:kind')

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A function, class or dtype that is given by a word: what it means, or what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+import pytest
+
+from tests import command
+from trainer.config import loading, overrides, targets
+from trainer.config.errors import UserError
+
+
+class Net(nn.Module):
+    """Arguments of every kind that takes a function or a dtype."""
+
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    unsaid: Any = nn.relu
+    either: str | Callable[..., Any] = nn.relu
+    maybe: Callable[..., Any] | None = None
+    norm: Any = nn.LayerNorm
+    init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    dtype: Any = jnp.float32
+    name_of_dtype: str = 'float32'
+    part: nn.Module | None = None
+    optimizer: optax.GradientTransformation | None = None
+
+
+def made(name: str, value: Any) -> Any:
+    node = {'target': f'{__name__}:Net', name: value}
+    targets.check(node, 'config.model')
+    return getattr(targets.instantiate(node, 'config.model'), name)
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'meant'),
+    [
+        ('activation', 'gelu', nn.gelu),
+        ('activation', 'jax.numpy:sin', jnp.sin),
+        ('activation', {'ref': 'jax.numpy:sin'}, jnp.sin),
+        ('unsaid', 'gelu', nn.gelu),
+        ('unsaid', 'own word', 'own word'),
+        ('either', 'gelu', 'gelu'),
+        ('maybe', None, None),
+        ('norm', 'RMSNorm', nn.RMSNorm),
+        ('dtype', 'bfloat16', jnp.bfloat16),
+        ('name_of_dtype', 'bf16', 'bf16'),
+    ],
+)
+def test_what_a_word_means(name: str, value: Any, meant: Any) -> None:
+    assert made(name, value) is meant or made(name, value) == meant
+
+
+@pytest.mark.parametrize(
+    ('name', 'value', 'message'),
+    [
+        (
+            'activation',
+            'gleu',
+            r"a function such as jax\.nn:relu .*, got 'gleu'.*'glu' or",
+        ),
+        ('activation', 'jax.nn.gelu', "Did you mean 'gelu'"),
+        ('activation', 'jax.nn:gleu', 'the module has no'),
+        ('activation', 'sin', r"dict\(ref='jax\.numpy:sin'\); .*'\{\"ref\": \"jax\.numpy:sin\"\}'"),
+        ('activation', 3, 'expected a function .*, got 3'),
+        ('activation', {'target': 'jax.nn:gelu'}, r"itself, write dict\(ref='jax\.nn:gelu'\)"),
+        ('maybe', 'mine', r"expected a function, got 'mine'.*dict\(ref='package\.module:name'\)"),
+        ('norm', 'BatchNrom', r"expected a class .*Did you mean 'BatchNorm'"),
+        ('init', 'lecun_normal', r"dict\(target='flax\.linen\.initializers:lecun_normal'\)"),
+        ('init', 'zeros', r"dict\(ref='flax\.linen\.initializers:zeros'\)"),
+        ('part', 'Dense', r"expected an object, got 'Dense'.*dict\(target='flax\.linen:Dense'"),
+        ('part', 'mine', r"dict\(target='package\.module:name', \.\.\.\)"),
+        ('optimizer', 'adam', r"expected an object, got 'adam'.*dict\(target='optax:adam', \.\."),
+        ('dtype', 'bf16', "'bf16' is not a dtype. Did you mean 'bfloat16'"),
+    ],
+)
+def test_a_word_that_means_nothing(name: str, value: Any, message: str) -> None:
+    for check in (targets.check, targets.instantiate):
+        with pytest.raises(UserError, match=rf'config\.model\.{name}.*: .*{message}'):
+            check({'target': f'{__name__}:Net', name: value}, 'config.model')
+
+
+@pytest.mark.parametrize(
+    ('name', 'meant'),
+    [('adam', 'optax:adam'), ('Regression', 'trainer.step.tasks:Regression')],
+)
+def test_a_target_without_its_module(name: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"got '{name}'\. Did you mean {meant}\?"):
+        targets.check({'target': name}, 'config.x')
+
+
+def test_a_word_in_place_of_an_object() -> None:
+    assert overridden('model.activation', 'gelu') == {'ref': 'flax.linen:gelu'}
+    assert overridden('model.activation', 'jax.numpy:sin') == {'ref': 'jax.numpy:sin'}
+    with pytest.raises(UserError, match=r'optax:constant_schedule now.*--config\.optimizer\.lear'):
+        overridden('optimizer.learning_rate', 'linear')
+    with pytest.raises(UserError, match=r"got 'cosine'\. A schedule is an object, as in"):
+        overridden('optimizer.learning_rate', 'cosine', learning_rate=0.1)
+
+
+def overridden(path: str, text: str, **changes: Any) -> Any:
+    """Returns the value that a path has after an override."""
+    rate = {'target': 'optax:constant_schedule', 'value': 1.0}
+    config = ml_collections.ConfigDict(
+        {
+            'model': {'target': 'models.mlp:MLP', 'activation': {'ref': 'flax.linen:relu'}},
+            'optimizer': {'target': 'optax:sgd', 'learning_rate': rate, **changes},
+        }
+    )
+    overrides.apply(config, [(path, text)])
+    section, key = path.split('.')
+    return loading.plain(config)[section][key]
+
+
+def test_the_word_of_a_command_line() -> None:
+    done = command.run(command.MLP, '--config.model.activation=gelu', '--mode=summary')
+    assert done.code == 0, done.err
+    done = command.run(command.MLP, '--config.model.activation=gleu', '--mode=summary')
+    assert (done.code, done.err.count('\n')) == (2, 1)
+    assert 'config.model.activation: expected a function' in done.err

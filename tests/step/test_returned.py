@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of a task that returns something else than it should."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from tests.small import trainer_in
+from trainer.config.errors import UserError
+from trainer.step.language import NextToken
+from trainer.step.task_runner import MASK, TaskRunner
+from trainer.step.tasks import Classification, Regression, TaskOutput
+
+BATCH = {
+    'x': jax.ShapeDtypeStruct((32, 10), jnp.float32),
+    'label': jax.ShapeDtypeStruct((32,), jnp.int32),
+}
+NO_MEAN = 'one loss for each example, (batch, ...), not their mean: leave out .mean()'
+
+
+def flax_example(model: Any, batch: Any) -> Any:
+    """Returns what the loss functions of Flax's examples return."""
+    logits = model(batch['x'])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
+    return loss.mean(), logits
+
+
+def message_for(task: Callable[..., Any], **more: Any) -> str:
+    """Returns what is said of what a task returns of a batch."""
+    runner = TaskRunner.of(task)
+    with pytest.raises(UserError) as error:
+        jax.eval_shape(lambda batch: runner(lambda x: x, batch), {**BATCH, **more})
+    return str(error.value)
+
+
+def test_a_mean_and_logits() -> None:
+    text = message_for(flax_example)
+    assert text.startswith(
+        'the task tests.step.test_returned:flax_example returned (float32[], float32[32, 10]). The '
+        'first item must be the loss of each example, (batch, ...), not their mean, and the second '
+        'a dict of metrics with one value for each example: '
+    )
+    assert text.endswith("return loss, {'accuracy': logits.argmax(-1) == labels}")
+
+
+@pytest.mark.parametrize(
+    ('task', 'message'),
+    [
+        (
+            lambda m, b: (m(b['x']).sum(-1), m(b['x'])),
+            '(float32[32], float32[32, 10]). The first item must be the loss of each example, '
+            '(batch, ...), and the second a dict of metrics',
+        ),
+        (
+            lambda m, b: (m(b['x']).mean(), (m(b['x']), {'mean': m(b['x'])})),
+            "(float32[], (float32[32, 10], {'mean': float32[32, 10]})). The first item",
+        ),
+        (
+            lambda m, b: m(b['x']).mean(),
+            f'a loss that is a scalar, float32[]: a task returns {NO_MEAN}',
+        ),
+        (lambda m, b: (m(b['x']).mean(), {}), NO_MEAN),
+        (lambda m, b: TaskOutput(loss=m(b['x']).mean()), NO_MEAN),
+        (lambda m, b: {'a': m(b['x']).mean()}, "the loss 'a' that is a scalar, float32[]"),
+        (lambda m, b: {'a': m(b['x']).mean()}, 'one loss and its metrics are (loss, dict)'),
+        (lambda m, b: {'a': m(b['x']), 'aux': {}}, "the loss 'aux' that is {}: expected an array"),
+        (lambda m, b: None, 'returned None. Is a return statement missing?'),
+        (lambda m, b: (1, 2, 3), 'returned (int, int, int). A task returns the loss of each'),
+        (lambda m, b: [m(b['x']), {}], 'returned [float32[32, 10], {}]. The first item'),
+        (lambda m, b: 0.5, f'returned float. A task returns {NO_MEAN}'),
+        (
+            lambda m, b: np.zeros(32),
+            'returned float64[32]. What numpy has computed has no gradient',
+        ),
+        (
+            lambda m, b: TaskOutput(loss=m(b['x']).sum(-1), weights=jnp.ones(10)),
+            'weights that are float32[10] for a loss of float32[32]: expected [32], one for each',
+        ),
+        (
+            lambda m, b: TaskOutput(loss=m(b['x']).sum(-1), metrics=m(b['x'])),
+            'metrics that are float32[32, 10]: expected a dict',
+        ),
+        (
+            lambda m, b: TaskOutput(loss=m(b['x']).sum(-1), penalties={'l2': m(b['x'])}),
+            "the penalty 'l2' that is float32[32, 10]: expected a scalar",
+        ),
+    ],
+)
+def test_what_a_task_should_return(task: Any, message: str) -> None:
+    text = message_for(task)
+    assert text.startswith('the task tests.step.test_returned:<lambda> returned ')
+    assert message in text
+
+
+def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger('trainer').propagate = True
+
+    def pairs(model: Any, batch: Any) -> Any:
+        return (model(batch['x'])[:, :1] - batch['label']) ** 2
+
+    def rows(model: Any, batch: Any) -> Any:
+        return (model(batch['x'])[:, 0] - batch['label']) ** 2
+
+    def sequence(model: Any, batch: Any) -> Any:
+        return batch['x'] ** 2
+
+    for _ in range(2):
+        jax.eval_shape(lambda batch: TaskRunner.of(pairs)(lambda x: x, batch), BATCH)
+        jax.eval_shape(lambda batch: TaskRunner.of(rows)(lambda x: x, batch), BATCH)
+        long = {**BATCH, 'x': jax.ShapeDtypeStruct((32, 32), jnp.float32)}
+        jax.eval_shape(lambda batch: TaskRunner.of(sequence)(lambda x: x, batch), long)
+    [message] = caplog.messages
+    assert 'pairs returned the loss float32[32, 32] of a batch of 32 rows' in message
+    assert 'arrays of the shapes [32, 1] and [32] broadcast to pairs' in message
+
+
+def test_rows_that_are_not_those_of_the_batch() -> None:
+    mask = {MASK: jax.ShapeDtypeStruct((32,), jnp.bool_)}
+    assert '[10] of a batch of 32 rows' in message_for(lambda m, b: m(b['x']).sum(0), **mask)
+
+
+@pytest.mark.parametrize(
+    ('task', 'message'),
+    [
+        (lambda m, b: m(b['image']).argmax(-1), 'a loss that is int32[32], which has no gradient'),
+        (lambda m, b: m(b['image']).sum(-1) + 1j, 'a loss that is complex64[32]: expected real'),
+        (
+            lambda m, b: {'loss': m(b['image']).sum(-1), 'logits': m(b['image'])},
+            'the losses loss, logits, and config.optimizer.groups does not say',
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_minimised(task: Any, message: str) -> None:
+    experiment = dataclasses.replace(trainer_in(None).experiment, task=TaskRunner.of(task))
+    with pytest.raises(UserError, match=re.escape(message)):
+        type(trainer_in(None))(experiment).compile()
+
+
+@pytest.mark.parametrize(
+    'task',
+    [Classification(inputs='x'), Regression(inputs='x', targets='x'), NextToken(tokens='label')],
+)
+def test_a_model_that_returns_more_than_an_array(task: Any) -> None:
+    with pytest.raises(UserError) as error:
+        task(
+            lambda x: (jnp.ones((32, 10)), {}),
+            {'x': jnp.ones((32, 10)), 'label': jnp.ones((32, 2))},
+        )
+    assert 'config.task: the model returned (float32[32, 10], {}), and trainer.step.' in str(
+        error.value
+    )
+    assert 'expects one array' in str(error.value)

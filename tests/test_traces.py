@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors in the user's code: their frame last and whole, and what the task was doing."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from tests import command, small
+from trainer import failure, traces
+from trainer.config.errors import UserError, full_text
+
+HERE = __name__
+
+
+class Net(nn.Module):
+    """Multiplies what does not fit."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        hidden = nn.Dense(5)(x.reshape((x.shape[0], -1)))
+        weight = self.param('weight', nn.initializers.ones, (7, 3))
+        return jnp.dot(
+            hidden,
+            weight,
+        )
+
+
+def mismatched(model: Any, batch: Any) -> Any:
+    logits = model(batch['image'])
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits,
+        batch['label'][:, None, None],
+    )
+
+
+class Predicting:
+    """A task that fails in `predict` alone."""
+
+    def __call__(self, model: Any, batch: Any) -> Any:
+        return model(batch['image']).sum(-1)
+
+    def predict(self, model: Any, batch: Any) -> Any:
+        return {'x': model(batch['image']) - jnp.ones(7)}
+
+
+def notes_of(raised: pytest.ExceptionInfo[Exception]) -> list[str]:
+    return getattr(raised.value, '__notes__', [])
+
+
+def test_a_shape_error_names_the_output_of_the_model_and_the_label() -> None:
+    trainer = small.trainer_in(None, task={'ref': f'{HERE}:mismatched'})
+    with pytest.raises(ValueError, match='dimensions') as raised:
+        trainer.compile()
+    assert notes_of(raised)[-3:] == [
+        'model(float32[32, 28, 28, 1]) has returned float32[32, 10]',
+        "Of the batch, the task has also read batch['label']: int32[32]",
+        f'The task {HERE}:mismatched was called with the batch image: float32[32, 28, 28, 1], '
+        'label: int32[32]',
+    ]
+    shown = traces.shorten(raised.value).splitlines()
+    assert shown[0] == 'Traceback (most recent call last):'
+    assert shown[1].endswith(f'frames of libraries are left out: {traces.SHOWN}]')
+    assert [line for line in shown if line.startswith('  File')][1:] == [shown[4]]
+    first = mismatched.__code__.co_firstlineno
+    assert shown[4:] == [
+        f'  File "{__file__}", line {first + 2}, in mismatched',
+        '    return optax.softmax_cross_entropy_with_integer_labels(',
+        '        logits,',
+        "        batch['label'][:, None, None],",
+        '    )',
+        f'ValueError: {raised.value}',
+        *notes_of(raised)[-3:],
+    ]
+    assert failure.describe(raised.value, 0)['where'] == f'{__file__}:{first + 2} in mismatched'
+
+
+def test_a_shape_error_inside_of_the_model() -> None:
+    with pytest.raises(TypeError, match='contracting') as raised:
+        small.trainer_in(None, model={'target': f'{HERE}:Net'}).compile()
+    assert 'model(float32[32, 28, 28, 1]) has not returned' in notes_of(raised)
+    shown = traces.shorten(raised.value).splitlines()
+    last = max(number for number, line in enumerate(shown) if line.startswith('  File'))
+    assert shown[last].endswith('in __call__')
+    assert shown[last + 1 : last + 5] == [
+        '    return jnp.dot(', '        hidden,', '        weight,', '    )',
+    ]  # fmt: skip
+
+
+def test_a_shape_error_in_an_evaluation_and_in_its_predictions() -> None:
+    task = {'ref': f'{HERE}:mismatched'}
+    with pytest.raises(ValueError, match='dimensions') as raised:
+        small.trainer_in(None, evals__test__task=task).compile()
+    notes = '\n'.join(notes_of(raised))
+    assert 'has returned float32[512, 10]' in notes and "batch['label']: int32[512]" in notes
+    assert f'Its task {HERE}:mismatched was called with the batch image: ' in notes
+    trainer = small.trainer_in(None, task={'target': f'{HERE}:Predicting'})
+    with pytest.raises(ValueError, match='ncompatible shapes') as raised:
+        next(iter(trainer.predict('test', trainer.init_state())))
+    assert 'has returned float32[512, 10]' in '\n'.join(notes_of(raised))
+
+
+def test_what_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode() -> None:
+        try:
+            json.loads('{')
+        except ValueError as error:
+            raise KeyError('no "a"') from error
+
+    with pytest.raises(KeyError) as raised:
+        decode()
+    raised.value.add_note('a note')
+    shown = traces.shorten(raised.value)
+    # What it was raised from has frames of ours, too; the frames of json do not show.
+    assert shown.count('Traceback (most recent call last):') == 2 and 'and then:' in shown
+    assert "json.loads('{')" in shown and 'decoder.py' not in shown
+    assert shown.endswith('KeyError: \'no "a"\'\na note')
+    monkeypatch.setenv('JAX_TRACEBACK_FILTERING', 'off')
+    assert 'decoder.py' in traces.shorten(raised.value)
+    monkeypatch.delenv('JAX_TRACEBACK_FILTERING')
+    # Without a frame of the user all of it shows: the fault is not theirs.
+    error = raised.value.__cause__
+    assert error is not None and error.__traceback__ is not None
+    inside = error.with_traceback(error.__traceback__.tb_next)
+    assert 'decoder.py' in traces.shorten(inside)
+
+
+def test_a_message_has_no_note_of_jax() -> None:
+    def fail(x: Any) -> Any:
+        raise UserError('wrong')
+
+    with pytest.raises(UserError) as raised:
+        jax.jit(fail)(1)
+    raised.value.add_note('for example')
+    assert full_text(raised.value) == 'wrong\nfor example'
+
+
+def test_the_files_and_the_screen_of_a_task_that_fails(tmp_path: pathlib.Path) -> None:
+    done = command.run(
+        command.MLP, f'--config.task={{"ref": "{HERE}:mismatched"}}', f'--workdir={tmp_path}'
+    )
+    assert done.code == 1
+    log, debug = (tmp_path / 'log.txt').read_text(), (tmp_path / 'debug.log').read_text()
+    shown = done.err[done.err.index('Traceback') :].splitlines()
+    assert len(shown) == 11
+    assert shown[1].endswith(f'see {tmp_path}/debug.log]') and shown[2].endswith('in mismatched')
+    assert all(line in log for line in shown)
+    assert 'trainer/step/program.py' in debug and 'trainer/step/program.py' not in log
+    assert command.result(tmp_path)['error']['where'].endswith('in mismatched')

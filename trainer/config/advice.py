@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to write in a config in the place of a value that it cannot hold."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import fractions
+import functools
+import inspect
+import math
+import numbers
+import os
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+# Where a function or class of a library is looked for under a public name; its own package, too.
+_PUBLIC = ('jax.nn', 'jax.numpy', 'flax.linen', 'flax.nnx', 'optax', 'jax.nn.initializers')
+_MOST = 100
+_FEW = 8
+
+
+def advice(value: Any, path: str = '') -> str:
+    """Returns how to write a value, as a half sentence: "write it as text: '/a/b'".
+
+    Args:
+        value: that a config cannot hold.
+        path: where it is in the config: a target or ref is a name already.
+    """
+    is_plain = hasattr(value, '__qualname__') and '<' not in value.__qualname__
+    if path.endswith(('.target', '.ref')) and is_plain and _name(value).count(':') == 1:
+        return f'write its name: {_name(value)!r}'
+    for kinds, say in _KINDS:
+        if isinstance(value, kinds):
+            return say(value)
+    if _dtype_name(value) is not None:
+        return f'write the name of the dtype: {_dtype_name(value)!r}'
+    if inspect.isclass(value) or (callable(value) and hasattr(value, '__qualname__')):
+        return _of_function(value)
+    if hasattr(value, 'dtype') and hasattr(value, 'shape'):
+        return _of_array(value)
+    if isinstance(value, tuple):  # A named one, as optimizers are.
+        return _of_tuple(value)
+    return _of_object(value)
+
+
+def short(value: Any) -> str:
+    """Returns the repr of a value in one line, cut off where it becomes long."""
+    text = re.sub(r'\s+', ' ', repr(value))
+    return text if len(text) <= _MOST else f'{text[:_MOST]}... ({type(value).__name__})'
+
+
+def _of_path(path: os.PathLike[str]) -> str:
+    return f'write it as text: {str(path)!r}'
+
+
+def _of_member(member: enum.Enum) -> str:
+    whole = f'{_name(type(member))}.{member.name}'
+    plain = isinstance(member.value, (bool, int, float, str))
+    value = f'its value, {member.value!r}, or ' if plain else ''
+    return f'write {value}its name, {member.name!r}, or name the member: dict(ref={whole!r})'
+
+
+def _of_partial(made: functools.partial[Any]) -> str:
+    given = ''.join(f', {key}={short(x)}' for key, x in made.keywords.items())
+    args = f'dict(ref={_name(made.func)!r}),' + ''.join(f' {short(x)},' for x in made.args)
+    return (
+        f"write dict(target='functools:partial', args=({args.rstrip(',')},){given}, "
+        'accepts_any=True), or name a function of a module: dict(ref=...)'
+    )
+
+
+def _of_call(value: Any) -> str:
+    """Of a value whose repr is the call of its class: slice(0, 3, None), range(0, 3)."""
+    args = value.__reduce__()[1]
+    return f"write dict(target='builtins:{type(value).__name__}', args={args!r})"
+
+
+def _of_complex(value: complex) -> str:
+    return f"write dict(target='builtins:complex', args=({value.real!r}, {value.imag!r}))"
+
+
+def _of_set(value: Any) -> str:
+    return f'write a tuple, whose order is always the same: {short(tuple(sorted(value, key=repr)))}'
+
+
+def _of_bytes(value: bytes) -> str:
+    return f'write text: {short(value.decode(errors="replace"))}'
+
+
+def _of_number(value: Any) -> str:
+    whole = isinstance(value, numbers.Integral)
+    return f'write a plain number: {int(value) if whole else float(value)!r}'
+
+
+def _of_time(value: Any) -> str:
+    return f"write text: {str(value)!r}. A length of the run is '10 epochs' or '2000 steps'"
+
+
+def _of_module(value: types.ModuleType) -> str:
+    return f'name what it is to be of the module: dict(ref={value.__name__ + ":name"!r})'
+
+
+def _of_pattern(value: re.Pattern[Any]) -> str:
+    return f'write the pattern as text: {value.pattern!r}'
+
+
+def _of_iterator(value: Any) -> str:
+    return "write a tuple, or name what makes it: dict(target='package.module:name')"
+
+
+def _of_function(value: Any) -> str:
+    kind, module = 'class' if inspect.isclass(value) else 'function', value.__module__ or ''
+    own = module.startswith('_config_')
+    if value.__qualname__.endswith('<lambda>') and (own or '<locals>' not in value.__qualname__):
+        return (
+            'give it a name: define it as a function in a module, and write '
+            "dict(ref='package.module:name')"
+        )
+    if not module or (getattr(value, '__self__', None) is not None and module != 'builtins'):
+        return "write a function of a module that calls it: dict(ref='package.module:name')"
+    if own:
+        return (
+            f'define the {kind} in a module that can be imported, not in the config file, and '
+            f"write dict(ref='package.module:{value.__name__}')"
+        )
+    if '<locals>' in value.__qualname__:
+        outer = _named(module, value.__qualname__.partition('.<locals>')[0])
+        return f'describe the call that makes it: dict(target={outer!r}, ...)'
+    name = _name(value)
+    return f'name it: dict(ref={name!r}), or, to have it called, dict(target={name!r}, ...)'
+
+
+def _of_array(value: Any) -> str:
+    if str(value.dtype).startswith('key<'):
+        return 'write a seed, a plain integer'
+    if value.shape == ():
+        return f'write a plain number: {value.item()!r}'
+    if math.prod(value.shape) <= _FEW:
+        return f'write a tuple or a list: {np.asarray(value).tolist()!r}'
+    return "make it in a function: dict(target='package.module:make'), or in the data"
+
+
+def _of_tuple(value: Any) -> str:
+    """Of a named tuple; of those of optax it is not known which call has made them."""
+    if type(value).__module__.partition('.')[0] == 'optax':
+        return (
+            "describe the call that makes it: dict(target='optax:adam', learning_rate=0.001), or "
+            "dict(target='optax:chain', args=(...))"
+        )
+    fields = ', '.join(getattr(value, '_fields', ()))
+    return f'describe how it is made: dict(target={_name(type(value))!r}, ...) with {fields}'
+
+
+def _of_object(value: Any) -> str:
+    return f'describe how it is made: dict(target={_name(type(value))!r}, ...), with its arguments'
+
+
+def _dtype_name(value: Any) -> str | None:
+    """Returns 'float32' for a dtype, or a class that represents one; None for anything else."""
+    if isinstance(value, np.dtype):
+        return value.name
+    if inspect.isclass(value) and issubclass(value, np.generic):
+        return np.dtype(value).name
+    found = getattr(value, 'dtype', None) if inspect.isclass(value) else None
+    return found.name if isinstance(found, np.dtype) else None
+
+
+def _name(value: Any) -> str:
+    """Returns the name that a ref or target has for a function or class, public if there is one."""
+    module, name = getattr(value, '__module__', None), getattr(value, '__qualname__', None)
+    return _named(module, name) if module and name else 'package.module:name'
+
+
+def _named(module: str, name: str) -> str:
+    """Returns 'optax:adam' for what is defined in 'optax._src.alias': where it is public."""
+    if module.startswith('_config_'):  # The config file itself, which nothing can import.
+        return f'package.module:{name}'
+    value, parts = _attribute(module, name), module.split('.')
+    parents = ['.'.join(parts[:count]) for count in range(1, len(parts))]
+    for place in (*(p for p in parents if '._' not in p), *_PUBLIC):
+        if value is not None and _attribute(place, name) is value:
+            return f'{place}:{name}'
+    return f'{module}:{name}'
+
+
+def _attribute(module: str, name: str) -> Any:
+    found: Any = sys.modules.get(module)
+    for part in name.split('.'):
+        found = getattr(found, part, None)
+    return found
+
+
+_KINDS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
+    (enum.Enum, _of_member),
+    (os.PathLike, _of_path),
+    (functools.partial, _of_partial),
+    ((slice, range), _of_call),
+    ((set, frozenset), _of_set),
+    ((bytes, bytearray), _of_bytes),
+    ((datetime.date, datetime.time, datetime.timedelta), _of_time),
+    (types.ModuleType, _of_module),
+    (re.Pattern, _of_pattern),
+    (Iterator, _of_iterator),
+    (fractions.Fraction, _of_number),
+    (complex, _of_complex),
+    (numbers.Number, _of_number),
+)

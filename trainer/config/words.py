@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Functions, classes and dtypes that a config gives by a word, as in `activation='gelu'`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from trainer.config import objects, suggest
+from trainer.config.advice import short
+from trainer.config.errors import UserError
+
+# A word means what the first of these calls so that has the argument's default, too. In other
+# modules the neighbours of a function do not do the same job: those of an initializer make one.
+_HOMES = ('jax.nn', 'flax.linen', 'flax.nnx', 'jax.numpy', 'optax')
+
+# Where functions are made: a word there is the name of a target, and not of a ref.
+_MAKERS = ('flax.linen.initializers', 'flax.nnx.initializers', 'jax.nn.initializers')
+
+# Annotations of what is called, of dtypes, and of objects that are made.
+_CALLED = {'Callable', 'type', 'Type', 'Initializer', 'ModuleDef'}
+_MADE = {'Module', 'GradientTransformation', 'GradientTransformationExtraArgs', 'Schedule'}
+_NONE = {'None', 'NoneType'}
+_DTYPES = {'Dtype', 'DType', 'dtype', 'DTypeLike', 'SupportsDType'}
+
+
+def meant(value: Any, parameter: inspect.Parameter, path: str) -> Any:
+    """Returns the function, class or dtype that a word names; any other value as it is.
+
+    Args:
+        value: of a config, for the parameter.
+        parameter: of a target.
+        path: config path of the value, for messages.
+
+    Raises:
+        UserError: if the parameter takes a function or a dtype, and the value names none.
+    """
+    if not isinstance(value, (str, bool, int, float)):
+        return value
+    kinds = _kinds(parameter.annotation)
+    if _is_dtype(parameter.default) or kinds & _DTYPES:
+        return _dtype(value, parameter.default, path)
+    if kinds & _MADE and kinds <= _MADE | _NONE:
+        raise UserError(_no_object(value, path))
+    if 'str' in kinds or not (_is_called(parameter.default) or _only_called(kinds)):
+        return value
+    return _function(value, parameter.default, path, must=_only_called(kinds))
+
+
+def _function(value: Any, default: Any, path: str, *, must: bool) -> Any:
+    homes = _homes_of(default)
+    if isinstance(value, str):
+        for home in homes:
+            found = getattr(home, value, None)
+            if _is_called(found) and inspect.isclass(found) == inspect.isclass(default):
+                return found
+        if re.fullmatch(r'[\w.]+:[\w.]+', value):
+            return objects.resolve(value, path)
+    near = _near(value, homes, inspect.isclass(default)) if isinstance(value, str) else []
+    if not must and not near:
+        return value  # The target may know what to do with it.
+    raise UserError(_no_function(value, default, path, near))
+
+
+def _no_function(value: Any, default: Any, path: str, near: list[str]) -> str:
+    what = 'class' if inspect.isclass(default) else 'function'
+    name = _public_name(default)
+    like = f' such as {name} (its default)' if name else ''
+    text = f'{path}: expected a {what}{like}, got {short(value)}.'
+    if near:
+        return f'{text} Did you mean {" or ".join(map(repr, near))}?'
+    key, name = _elsewhere(str(value))
+    how = f'dict({key}={name!r})'
+    shell = f'--{path}=\'{{"{key}": "{name}"}}\''
+    return f'{text} Name it by its module, as in {how}; on the command line, {shell}'
+
+
+def _no_object(value: Any, path: str) -> str:
+    _, name = _elsewhere(str(value))
+    return (
+        f'{path}: expected an object, got {short(value)}. Describe how it is made, as in '
+        f'dict(target={name!r}, ...)'
+    )
+
+
+def _elsewhere(word: str) -> tuple[str, str]:
+    """Returns 'ref' or 'target', and the full name of what a word may be, or an example of one."""
+    word = word.rpartition('.')[2]
+    for place in (*_MAKERS, *_HOMES):
+        found = getattr(sys.modules.get(place), word, None)
+        if found is not None and callable(found):
+            makes = place in _MAKERS and 'key' not in inspect.signature(found).parameters
+            return ('target' if makes else 'ref'), f'{place}:{word}'
+    return 'ref', 'package.module:name'
+
+
+def _near(word: str, homes: list[Any], is_class: bool) -> list[str]:
+    """Returns names in one of the modules that are like a word, or that end it: 'nn.gelu'."""
+    word = word.rpartition('.')[2]
+    for home in homes:
+        names = [name for name, each in _public(home) if inspect.isclass(each) == is_class]
+        if word in names:
+            return [word]
+        if near := difflib.get_close_matches(word, names, n=3, cutoff=0.7):
+            return near
+    return []
+
+
+def _homes_of(default: Any) -> list[Any]:
+    """Returns the modules that have a function or class under its own name."""
+    if not _is_called(default):
+        return []
+    modules = [sys.modules[name] for name in _HOMES if name in sys.modules]
+    return [m for m in modules if any(each is default for _, each in _public(m))][:1]
+
+
+def _public_name(default: Any) -> str | None:
+    for home in _homes_of(default):
+        return next(f'{home.__name__}:{n}' for n, each in _public(home) if each is default)
+    return None
+
+
+def _public(module: Any) -> Iterator[tuple[str, Any]]:
+    for name, each in list(vars(module).items()):
+        if not name.startswith('_') and _is_called(each):
+            yield name, each
+
+
+def _is_called(value: Any) -> bool:
+    return callable(value) and value is not inspect.Parameter.empty
+
+
+def _dtype(value: Any, default: Any, path: str) -> Any:
+    """Returns a dtype by name as the kind of object that the default is."""
+    if not isinstance(value, str):
+        raise UserError(f"{path}: expected a dtype such as 'bfloat16', got {short(value)}")
+    try:
+        np.dtype(value)
+    except (TypeError, ValueError) as error:
+        known = ['bfloat16', 'float16', 'float32', 'float64', *np.sctypeDict]
+        near = suggest.nearest(value, [str(name) for name in known])
+        hint = f'Did you mean {near!r}?' if near else "Write 'bfloat16', 'float16' or 'float32'."
+        raise UserError(f'{path}: {short(value)} is not a dtype. {hint}') from error
+    for home in _homes_of(default):
+        return getattr(home, value, value)
+    return value
+
+
+def _is_dtype(default: Any) -> bool:
+    """Whether a default is a dtype, or a class that represents one, as `jnp.float32` does."""
+    if default is inspect.Parameter.empty:
+        return False
+    if inspect.isclass(default) and issubclass(default, np.generic):
+        return True
+    of_class = inspect.isclass(default) and isinstance(getattr(default, 'dtype', None), np.dtype)
+    return of_class or isinstance(default, np.dtype)
+
+
+def _only_called(kinds: set[str]) -> bool:
+    return bool(kinds & _CALLED) and kinds <= _CALLED | _NONE
+
+
+def _kinds(annotation: Any) -> set[str]:
+    """Returns {'Callable', 'None'} for the annotation `Callable[..., Any] | None`."""
+    if annotation is inspect.Parameter.empty:
+        return set()
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    while union := re.fullmatch(r'(?:typing\.)?(?:Optional|Union)\[(.*)\]', text.strip()):
+        text = union[1]
+    before = None
+    while before != text:
+        before, text = text, re.sub(r'\[[^\[\]]*\]', '', text)
+    return {part.strip().rpartition('.')[2] for part in re.split(r'[|,]', text)}

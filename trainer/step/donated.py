@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States whose arrays were donated to a later step: how that shows, and what to do instead."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+
+# How JAX says that an array is gone: as an argument of a function, or read.
+_JAXS = re.compile(r'has been deleted|deleted or donated')
+
+_ADVICE = (
+    'Each step reuses the memory of the state before it (donation), so a state is gone once '
+    'training continues. Keep a copy: jax.tree.map(jnp.copy, state) on the devices, or '
+    'jax.device_get(state) on the host'
+)
+
+
+class DonatedError(RuntimeError):
+    """A state is used that was donated to a later step."""
+
+
+def is_gone(state: Any) -> bool:
+    """Whether arrays of a state, or of any pytree, were donated to a step."""
+    return any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
+
+
+def check(state: Any, what: str) -> None:
+    """Checks that a state can still be used.
+
+    Args:
+        state: or its shapes, or None.
+        what: such as 'event.state', for the message.
+
+    Raises:
+        DonatedError: if its arrays were donated to a step.
+    """
+    if is_gone(state):
+        raise DonatedError(f'{what}: the arrays of this state are gone. {_ADVICE}')
+
+
+def explain(error: BaseException) -> None:
+    """Adds to JAX's error about an array that is gone why it is, and what to do."""
+    is_jaxs = isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, DonatedError)
+    if is_jaxs and _JAXS.search(str(error)):
+        error.add_note(f'It probably belongs to a state that a hook or a notebook kept. {_ADVICE}')
