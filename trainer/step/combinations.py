@@ -10,8 +10,8 @@ import optax
 from optax import contrib
 
 from trainer.config.errors import UserError
-from trainer.step.eval_point import holds
 from trainer.step.optimizer import Optimizer
+from trainer.step.views import holds
 
 _log = logging.getLogger('trainer')
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What optimizers take beside gradients: the loss, and a function that computes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from trainer.config.errors import UserError
+from trainer.step.state import TrainState
+from trainer.step.views import holds
+
+_WHERE = 'config.optimizer'
+# How Python says that a function was not given an argument, or cannot take one.
+_MISSING = re.compile(r'missing \d+ required (?:keyword-only|positional) arguments?: (.*)')
+_REFUSED = 'unexpected keyword argument'
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss that gradients are of.
+
+    Attributes:
+        value: float32 scalar, that of the whole batch, without a loss scale; of several losses a
+            dict of scalars.
+        function: computes it at other parameters: on the same batch, with the same random keys.
+    """
+
+    value: Any
+    function: Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerLoss:
+    """The values of several losses; a leaf, which no mask for parameters applies to."""
+
+    values: Mapping[str, Any]
+
+
+def arguments(objective: Objective | None, grads: Any, state: TrainState) -> dict[str, Any]:
+    """Returns the extra arguments that an optimizer in this state is given, by optax's names.
+
+    `value`, `grad` and `value_fn` go to all: optax drops them where they are not wanted. Other
+    names go only to those that are known to want them, because line searches refuse them.
+    """
+    if objective is None:
+        return {}
+    value, function = objective.value, objective.function
+    if holds(state.opt_state, contrib.SAMState):  # Refuses all others.
+        return {'grad_fn': lambda params, _: _gradient(function, params)}
+    if isinstance(value, Mapping):
+        value = _PerLoss(value)
+    extra = {'value': value, 'grad': grads, 'value_fn': function}
+    return {**extra, 'obj_fn': function} if holds(state.opt_state, contrib.HutchinsonState) else extra
+
+
+def _gradient(function: Callable[[Any], Any], params: Any) -> Any:
+    def one(params: Any) -> Any:
+        value = function(params)
+        if isinstance(value, Mapping):
+            raise UserError(
+                f'{_WHERE}: optax.contrib:sam with opaque_mode computes gradients of one loss, and '
+                f'the task returns {", ".join(value)}. Leave opaque_mode out'
+            )
+        return value
+
+    return jax.grad(one)(params)
+
+
+def of_loss(tx: optax.GradientTransformation, name: str | None) -> optax.GradientTransformation:
+    """Returns an optimizer that is given the value of one of several losses, and its function."""
+    if name is None:
+        return tx
+    inner = optax.with_extra_args_support(tx)
+
+    def pick(argument: str, given: Any) -> Any:
+        if isinstance(given, _PerLoss):
+            return given.values[name]
+        if argument in ('value_fn', 'obj_fn'):
+            return lambda params: given(params)[name]
+        return given
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        mine = {argument: pick(argument, given) for argument, given in more.items()}
+        return inner.update(updates, state, params, **mine)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def updated(
+    tx: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: TrainState,
+    extra: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """Returns the updates and the optimizer's state after them.
+
+    Raises:
+        UserError: if the optimizer needs more than it is given, or fails.
+    """
+    try:
+        try:
+            return tx.update(grads, state.opt_state, state.params, **extra)
+        except TypeError as error:
+            # Some take a fixed set of extra arguments, or none, against optax's convention.
+            if not extra or _REFUSED not in str(error):
+                raise
+            return tx.update(grads, state.opt_state, state.params)
+    except UserError:
+        raise
+    except Exception as error:
+        said = _explained(error, state, extra)
+        if said is None:
+            raise
+        raise UserError(said) from error
+
+
+def _explained(error: Exception, state: TrainState, extra: Mapping[str, Any]) -> str | None:
+    """Returns the message for an optimizer that failed; None if the error itself is better."""
+    missing = _MISSING.search(str(error)) if isinstance(error, TypeError) else None
+    if missing is None:
+        if not _is_in_optax(error):
+            return None
+        return (
+            f'{_WHERE}: the optimizer failed: {type(error).__name__}: {error}. It is given the '
+            'gradient of the batch, its own state, the parameters, and value, grad and value_fn. '
+            'If it needs something else, call it in a step of your own: config.step'
+        )
+    names = missing[1].replace("'", '')
+    if holds(state.opt_state, optax.MultiStepsState):
+        return (
+            f'{_WHERE}: it needs {names}, which optax:MultiSteps cannot give it: that makes one '
+            'update of several batches. Use config.accumulate instead of optax:MultiSteps'
+        )
+    if not extra:
+        return (
+            f'{_WHERE}: it needs {names}, and which loss these gradients are of is not known: '
+            'config.step calls ctx.gradients not at all, or more than once. Give it to ctx.update '
+            f'by name: ctx.update(state, grads, {names.split(",")[0].split(" ")[0]}=...)'
+        )
+    return (
+        f'{_WHERE}: it needs {names}, which the trainer does not compute. Give it in a step of '
+        'your own (config.step): ctx.update(state, grads, '
+        f'{names.split(",")[0].split(" ")[0]}=...)'
+    )
+
+
+def _is_in_optax(error: Exception) -> bool:
+    """Whether optax raised an error, or called what did in JAX."""
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = [str(frame.f_globals.get('__name__')).partition('.')[0] for frame, _ in frames]
+    outside = [module for module in modules if module not in ('jax', 'jaxlib', 'numpy', 'functools')]
+    return bool(outside) and outside[-1] in ('optax', 'chex')
