@@ -98,7 +98,7 @@ class Gradients:
                 {name: whole.pull(name, factor, scale) for name, factor in factors.items()}
             )
             collections, metrics = whole.collections, self._measure(whole)
-            value = _mean_loss(*whole.values, whole.weights)
+            value = _mean_loss(whole.values, whole.weights)
         else:
             grads, collections, metrics, value = self._accumulate(state, batch, scale)
         scaled = state.loss_scale is not None
@@ -127,7 +127,7 @@ class Gradients:
         """Returns the loss that the gradient is of, at other parameters."""
         if self.accumulate == 1:
             sums, (_, _, weights) = self._sums(params, state, batch, 0)
-            return _mean_loss(*sums, weights)
+            return _mean_loss(sums, weights)
 
         def body(collections: Any, item: Any) -> tuple[Any, Any]:
             index, rows = item
@@ -214,7 +214,8 @@ class Gradients:
         if not self._is_weighted:
             return collections
         # Rows that do not count leave nothing behind, nor does a slice that has no others.
-        return choose(sum(weights.values()) != 0, collections, state.collections)
+        counts = sum(weights.values(), jnp.float32(0)) != 0
+        return choose(counts, collections, state.collections)
 
     def _measure(self, forward: _Forward) -> dict[str, Any]:
         output = forward.output
@@ -277,8 +278,14 @@ class _Forward:
         return jax.tree.map(lambda g: jnp.where(counts, g, jnp.zeros_like(g)), grads)
 
 
-def _mean_loss(totals: Mapping[str, Any], penalty: Any, weights: Mapping[str, Any]) -> Any:
-    """Returns the loss that gradients are of, float32; of several losses a dict by name."""
+def _mean_loss(sums: tuple[Any, Any], weights: Mapping[str, jax.Array]) -> Any:
+    """Returns the loss that gradients are of, float32; of several losses a dict by name.
+
+    Args:
+        sums: each loss's weighted sum, and the penalties' sum.
+        weights: each loss's sum of weights.
+    """
+    totals, penalty = sums
     values = {name: totals[name] * inverse(weights[name]) + penalty for name in totals}
     return values[ONLY_LOSS] if list(values) == [ONLY_LOSS] else values
 
@@ -286,7 +293,7 @@ def _mean_loss(totals: Mapping[str, Any], penalty: Any, weights: Mapping[str, An
 def _mean_loss_of_slices(totals: Any, penalties: Any, weights: Any) -> Any:
     """Returns the loss of a batch from what its slices gave, (slices,) each."""
     totals, weights = jax.tree.map(lambda x: x.sum(0), (totals, weights))
-    return _mean_loss(totals, penalties.mean(0), weights)
+    return _mean_loss((totals, penalties.mean(0)), weights)
 
 
 def _uphill(grad: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -58,7 +58,9 @@ def arguments(objective: Objective | None, grads: Any, state: TrainState) -> dic
     if isinstance(value, Mapping):
         value = _PerLoss(value)
     extra = {'value': value, 'grad': grads, 'value_fn': function}
-    return {**extra, 'obj_fn': function} if holds(state.opt_state, contrib.HutchinsonState) else extra
+    return (
+        {**extra, 'obj_fn': function} if holds(state.opt_state, contrib.HutchinsonState) else extra
+    )
 
 
 def _gradient(function: Callable[[Any], Any], params: Any) -> Any:
@@ -156,5 +158,7 @@ def _is_in_optax(error: Exception) -> bool:
     """Whether optax raised an error, or called what did in JAX."""
     frames = traceback.walk_tb(error.__traceback__)
     modules = [str(frame.f_globals.get('__name__')).partition('.')[0] for frame, _ in frames]
-    outside = [module for module in modules if module not in ('jax', 'jaxlib', 'numpy', 'functools')]
+    outside = [
+        module for module in modules if module not in ('jax', 'jaxlib', 'numpy', 'functools')
+    ]
     return bool(outside) and outside[-1] in ('optax', 'chex')

@@ -159,8 +159,11 @@ class Optimizer:
         labels = jax.tree.map(
             lambda frozen: 'frozen' if frozen else 'trained', RegexMask(self.freeze)(params)
         )
-        parts = {'trained': tx, 'frozen': optax.set_to_zero()}
-        return optax.multi_transform(parts, labels, mask_compatible_extra_args=True)
+        return optax.multi_transform(
+            {'trained': tx, 'frozen': optax.set_to_zero()},
+            labels,
+            mask_compatible_extra_args=True,
+        )
 
     def state_of_base(self, opt_state: Any) -> Any:
         """Returns the state of `base`, or of the groups, from that of the transformation."""

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -40,8 +40,8 @@ from trainer.step.metrics import Last
 from trainer.step.norms import norms
 from trainer.step.objective import Objective, updated
 from trainer.step.optimizer import Optimizer
-from trainer.step.step_sizes import learning_rates
 from trainer.step.state import TrainState
+from trainer.step.step_sizes import learning_rates
 from trainer.step.task_runner import TaskRunner, merge_metrics
 
 
