@@ -105,52 +105,66 @@ def updated(
     """Returns the updates and the optimizer's state after them.
 
     Raises:
-        UserError: if the optimizer needs more than it is given, or fails.
+        UserError: if the optimizer needs more than it is given, or fails within optax.
     """
     try:
-        try:
-            return tx.update(grads, state.opt_state, state.params, **extra)
-        except TypeError as error:
-            # Some take a fixed set of extra arguments, or none, against optax's convention.
-            if not extra or _REFUSED not in str(error):
-                raise
-            return tx.update(grads, state.opt_state, state.params)
+        return _call(tx, grads, state, extra)
     except UserError:
         raise
     except Exception as error:
-        said = _explained(error, state, extra)
-        if said is None:
+        missing = _MISSING.search(str(error)) if isinstance(error, TypeError) else None
+        if missing is not None:
+            said = _what_is_missing(missing[1].replace("'", ''), state, extra)
+        elif _is_in_optax(error):
+            said = (
+                f'the optimizer failed: {type(error).__name__}: {error}. It is given the gradient '
+                'of the batch, its own state, the parameters, and value, grad and value_fn. If it '
+                'needs something else, call it in a step of your own: config.step'
+            )
+        else:
             raise
-        raise UserError(said) from error
+        raise UserError(f'{_WHERE}: {said}') from error
 
 
-def _explained(error: Exception, state: TrainState, extra: Mapping[str, Any]) -> str | None:
-    """Returns the message for an optimizer that failed; None if the error itself is better."""
-    missing = _MISSING.search(str(error)) if isinstance(error, TypeError) else None
-    if missing is None:
-        if not _is_in_optax(error):
-            return None
-        return (
-            f'{_WHERE}: the optimizer failed: {type(error).__name__}: {error}. It is given the '
-            'gradient of the batch, its own state, the parameters, and value, grad and value_fn. '
-            'If it needs something else, call it in a step of your own: config.step'
-        )
-    names = missing[1].replace("'", '')
+def _call(
+    tx: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: TrainState,
+    extra: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    try:
+        return tx.update(grads, state.opt_state, state.params, **extra)
+    except TypeError as error:
+        if not extra or _REFUSED not in str(error):
+            raise
+        refusal = error
+    # Against optax's convention, some take no other extra arguments than their own.
+    try:
+        return tx.update(grads, state.opt_state, state.params)
+    except TypeError as error:
+        if _MISSING.search(str(error)) is None:
+            raise
+        raise UserError(
+            f'{_WHERE}: {refusal}. What takes extra arguments in its update must accept those of '
+            'others too (**extra_args): see optax.GradientTransformationExtraArgs'
+        ) from error
+
+
+def _what_is_missing(names: str, state: TrainState, extra: Mapping[str, Any]) -> str:
+    example = f'ctx.update(state, grads, {re.split(r"[ ,]", names)[0]}=...)'
     if holds(state.opt_state, optax.MultiStepsState):
         return (
-            f'{_WHERE}: it needs {names}, which optax:MultiSteps cannot give it: that makes one '
-            'update of several batches. Use config.accumulate instead of optax:MultiSteps'
+            f'it needs {names}, which optax:MultiSteps cannot give it: that makes one update of '
+            'several batches. Use config.accumulate instead of optax:MultiSteps'
         )
     if not extra:
         return (
-            f'{_WHERE}: it needs {names}, and which loss these gradients are of is not known: '
-            'config.step calls ctx.gradients not at all, or more than once. Give it to ctx.update '
-            f'by name: ctx.update(state, grads, {names.split(",")[0].split(" ")[0]}=...)'
+            f'it needs {names}, and it is not known which loss these gradients are of: config.step '
+            f'makes them without ctx.gradients, or of several calls. Pass it by name: {example}'
         )
     return (
-        f'{_WHERE}: it needs {names}, which the trainer does not compute. Give it in a step of '
-        'your own (config.step): ctx.update(state, grads, '
-        f'{names.split(",")[0].split(" ")[0]}=...)'
+        f'it needs {names}, which the trainer does not compute. Pass it by name in a step of your '
+        f'own (config.step): {example}'
     )
 
 
