@@ -100,6 +100,10 @@ COURSES: dict[str, dict[str, Any]] = {
     'sharded and accumulated': {'mesh': {'fsdp': 8}, 'sharding': 'fsdp', 'accumulate': 2},
     'partly frozen': {'optimizer': {**LOOKS, 'freeze': 'Dense_0/.*'}},
     'clipped': {'optimizer': {**LOOKS, 'clip_norm': 0.1}},
+    'masked by optax': {'optimizer': {
+        'target': 'optax:masked', 'inner': LOOKS, 'mask_compatible_extra_args': True,
+        'mask': {'ref': 'tests.step.perceptron:kernels'},
+    }},
     'within a chain': {'optimizer': chain({'target': 'optax:clip', 'max_delta': 1.0}, LOOKS)},
     'fused': {'steps_per_call': 3},
 }  # fmt: skip
@@ -347,6 +351,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     'another form': (
         {'optimizer': {'target': 'optax:flatten', 'inner': LBFGS}}, r'the optimizer failed: ',
+    ),
+    'beside what refuses it': (
+        {'optimizer': chain({'target': 'optax.contrib:sam', 'optimizer': ADAM,
+                             'adv_optimizer': {'target': 'optax:sgd', 'learning_rate': 0.1}},
+                            {'target': 'optax.contrib:reduce_on_plateau'})},
+        r'needs value, and optax\.contrib:sam refuses it',
+    ),
+    'masked by optax alone': (
+        {'optimizer': {'target': 'optax:masked', 'inner': LBFGS,
+                       'mask': {'ref': 'tests.step.perceptron:kernels'}}},
+        r'(?s)the optimizer failed: .*mask_compatible_extra_args=True',
     ),
     'a loss scale': (
         {'optimizer': LBFGS, 'precision': {'compute': 'float16'}},

@@ -116,11 +116,7 @@ def updated(
         if missing is not None:
             said = _what_is_missing(missing[1].replace("'", ''), state, extra)
         elif _is_in_optax(error):
-            said = (
-                f'the optimizer failed: {type(error).__name__}: {error}. It is given the gradient '
-                'of the batch, its own state, the parameters, and value, grad and value_fn. If it '
-                'needs something else, call it in a step of your own: config.step'
-            )
+            said = _failure(error, state)
         else:
             raise
         raise UserError(f'{_WHERE}: {said}') from error
@@ -150,12 +146,31 @@ def _call(
         ) from error
 
 
+def _failure(error: Exception, state: TrainState) -> str:
+    masks = (
+        'optax:masked and optax:partition pass grad on to a part of the parameters with '
+        'mask_compatible_extra_args=True. '
+    )
+    text = str(error).rstrip('. ')
+    return (
+        f'the optimizer failed: {type(error).__name__}: {text}. It is given the gradient of the '
+        'batch, its own state, the parameters, and value, grad and value_fn. '
+        + masks * holds(state.opt_state, optax.MaskedState)
+        + 'If it needs something else, call it in a step of your own: config.step'
+    )
+
+
 def _what_is_missing(names: str, state: TrainState, extra: Mapping[str, Any]) -> str:
     example = f'ctx.update(state, grads, {re.split(r"[ ,]", names)[0]}=...)'
     if holds(state.opt_state, optax.MultiStepsState):
         return (
             f'it needs {names}, which optax:MultiSteps cannot give it: that makes one update of '
             'several batches. Use config.accumulate instead of optax:MultiSteps'
+        )
+    if holds(state.opt_state, contrib.SAMState):
+        return (
+            f'it needs {names}, and optax.contrib:sam refuses it, which gets the same arguments as '
+            'what it is chained with. Leave one of the two out'
         )
     if not extra:
         return (
