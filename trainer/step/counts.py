@@ -59,7 +59,7 @@ def check(node: Node, steps: Mapping[str, int], path: str) -> None:
     Args:
         node: names the optimizer; durations are steps already.
         steps: the steps of each duration by config path.
-        path: where the node stands.
+        path: of the node.
 
     Raises:
         UserError: for one of 0 where something must happen, and where something else than steps is
@@ -105,7 +105,7 @@ def _check_inner_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
 
 
 def _arguments(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys, str, Any]]:
-    """Yields where each argument of the targets below a node stands, its name and its value."""
+    """Yields the place of each argument of the targets below a node, its name and its value."""
     if isinstance(node, Mapping) and 'target' in node:
         _, names = rates.parameters(node, path)
         for at, name in names.items():
@@ -115,7 +115,7 @@ def _arguments(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.K
 
 
 def _owner(keys: paths.Keys) -> paths.Keys:
-    """Returns where the target stands that an argument belongs to."""
+    """Returns the place of the target that an argument belongs to."""
     return keys[:-2] if len(keys) > 1 and keys[-2] == 'args' else keys[:-1]
 
 

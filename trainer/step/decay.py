@@ -31,7 +31,7 @@ def masked(node: Node, path: str, mask: RegexMask) -> Node:
 
     Args:
         node: names the optimizer.
-        path: where it stands, for messages.
+        path: of the node, for messages.
         mask: which parameters decay.
 
     Raises:
@@ -63,7 +63,7 @@ def masked(node: Node, path: str, mask: RegexMask) -> Node:
 
 
 def _maskable(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys, str]]:
-    """Yields where optimizers stand that take a mask for their decay, and what they call it."""
+    """Yields the places of optimizers that take a mask for their decay, and its name there."""
     if isinstance(node, Mapping) and 'target' in node:
         known, _ = rates.parameters(node, path)
         name = next((each for each in _MASKS if each in known), None)
