@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -388,3 +389,27 @@ def test_what_an_optimizer_cannot_be_given_is_said(name: str) -> None:
     options, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         tiny.trainer(**ONE, **options).fit()
+
+
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        LBFGS,
+        chain(
+            ADAM,
+            {'target': 'optax.contrib:reduce_on_plateau', 'patience': 2, 'accumulation_size': 3},
+        ),
+    ],
+)
+def test_a_resumed_run_ends_bit_equal(optimizer: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    """What these keep of the losses is in the checkpoint."""
+    options = {'optimizer': optimizer, 'evals': {}}
+    whole = tiny.trainer(tmp_path / 'whole', **options).fit()
+    tiny.trainer(tmp_path / 'cut', **options).fit(max_steps=7)
+    cut = tiny.trainer(tmp_path / 'cut', **options).fit()
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(whole.state.durable),
+        jax.device_get(cut.state.durable),
+    )
+    assert whole.metrics['train/learning_rate'] == cut.metrics['train/learning_rate']
