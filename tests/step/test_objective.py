@@ -15,6 +15,7 @@ import pytest
 
 from tests.step import tiny
 from trainer.config.errors import UserError
+from trainer.step.health import Health, check_state
 from trainer.step.tasks import TaskOutput
 
 ADAM = {'target': 'optax:adam', 'learning_rate': 0.01}
@@ -413,3 +414,17 @@ def test_a_resumed_run_ends_bit_equal(optimizer: dict[str, Any], tmp_path: pathl
         jax.device_get(cut.state.durable),
     )
     assert whole.metrics['train/learning_rate'] == cut.metrics['train/learning_rate']
+
+
+def test_a_resumed_search_may_find_nothing_as_a_fresh_one_may() -> None:
+    """Optax says so by an infinite error, which is no sign that the run has failed."""
+    trainer = tiny.trainer(optimizer=LBFGS, evals={}, train_for='3 steps')
+    state = trainer.fit().state
+    search = state.opt_state[-1]
+    after = search._replace(info=search.info._replace(decrease_error=jnp.float32(jnp.inf)))
+    assert bool(jnp.isfinite(search.info.decrease_error))
+    healthy = state.replace(health=Health.of(state.params, state.opt_state))
+    failed = healthy.replace(opt_state=(*state.opt_state[:-1], after))
+    assert not bool(check_state(failed).is_bad)
+    broken = search._replace(grad=jax.tree.map(lambda g: g * jnp.nan, search.grad))
+    assert bool(check_state(healthy.replace(opt_state=(*state.opt_state[:-1], broken))).is_bad)
