@@ -204,6 +204,15 @@ def averaged(text: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, point)
 
 
+def plateaued(text: str) -> None:
+    trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
+    length = trainer.experiment.schedule_steps['config.optimizer.args[1].accumulation_size']
+    assert length == trainer.experiment.clock.steps_per_epoch
+    state = result.state.opt_state[1]
+    # The mean of the losses so far, or of a whole epoch.
+    assert float(state.avg_value) > 0 or float(state.best_value) < np.inf
+
+
 def watched(text: str) -> None:
     trainer, _ = fitted(built('mnist_mlp.py', text, {**MNIST, 'train_for': '7 steps'}), 'watched')
     assert trainer.experiment.early_stopping is not None
@@ -226,6 +235,7 @@ CASES: dict[str, Callable[..., None]] = {
     "compute='float16'": scaled,
     'early_stopping': watched,
     'eval_params': averaged,
+    'reduce_on_plateau': plateaued,
 }
 
 

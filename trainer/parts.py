@@ -28,6 +28,7 @@ from trainer.prefetch import Prefetcher
 from trainer.probe import products
 from trainer.probe.probes import Probes
 from trainer.step import combinations, donated, eval_point, health, varied
+from trainer.step.context import default_step
 from trainer.step.ensemble import EnsembleStep, member_state
 from trainer.step.measured import Measured
 from trainer.step.program import Program, Programs
@@ -101,7 +102,12 @@ class Parts:
             fused=experiment.steps_per_call,
         )
         opt_state = programs.abstract.opt_state
-        combinations.check(experiment.optimizer, opt_state, ema=experiment.ema_decay is not None)
+        combinations.check(
+            experiment.optimizer,
+            opt_state,
+            ema=experiment.ema_decay is not None,
+            own_step=experiment.step is not default_step,
+        )
         combinations.warn_of_eval_point(experiment.optimizer, opt_state)
         startup.warn_of_slices(experiment, programs.abstract)
         startup.warn_of_rows_that_do_not_count(programs)

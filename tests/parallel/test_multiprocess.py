@@ -242,3 +242,24 @@ def test_a_state_that_is_cut_over_processes(mesh: str, rule: str, tmp_path: path
     assert command.result(parts)['data_digest'] == command.result(whole)['data_digest']
     last = command.rows(parts)[-1], command.rows(whole)[-1]
     assert last[0] == pytest.approx(last[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_line_search_is_of_the_batch_of_all_processes(tmp_path: pathlib.Path) -> None:
+    """It takes the same steps as in one process, which is of the same rows."""
+    options = (
+        '--config.optimizer={"target": "optax:lbfgs", "learning_rate": null}',
+        '--config.train_for=4steps',
+        '--config.log.every=1steps',
+        '--config.checkpoint.every=never',
+    )
+    train(2, tmp_path / 'two', *options)
+    train(1, tmp_path / 'one', *options, devices=2)
+    mine, its = (
+        [row for row in command.rows(tmp_path / name) if 'train/loss' in row]
+        for name in ('two', 'one')
+    )
+    assert [row['step'] for row in mine] == [row['step'] for row in its] == [1, 2, 3, 4]
+    for a, b in zip(mine, its, strict=True):
+        for name in ('train/loss', 'train/learning_rate', 'train/update_norm'):
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name

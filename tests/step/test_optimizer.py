@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.step.optimizer import Optimizer, RegexMask
-from trainer.trainer import Trainer
 
 PARAMS = {
     'backbone': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)},
@@ -31,6 +31,14 @@ def updates(optimizer: Optimizer, steps: int = 1) -> tuple[Any, Any]:
         out, state = tx.update(GRADS, state, new)
         new = optax.apply_updates(new, out)
     return new, state
+
+
+def updates_without_gradients(optimizer: Optimizer) -> tuple[Any, Any]:
+    """Returns the parameters after one update of gradients that are 0, and the state."""
+    tx = optimizer.transformation(PARAMS)
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    out, state = tx.update(zeros, tx.init(PARAMS), PARAMS)
+    return optax.apply_updates(PARAMS, out), state
 
 
 @pytest.mark.parametrize('norm', [0.0, -1.0, float('nan')])
@@ -106,6 +114,79 @@ def test_decay_mask() -> None:
     np.testing.assert_allclose(out['head']['kernel'], -0.01 * 0.5, rtol=1e-6)
 
 
+ADAMW = {'target': 'optax:adamw', 'learning_rate': 0.1, 'weight_decay': 0.5}
+MASKED: dict[str, dict[str, Any]] = {
+    'adadelta': {'target': 'optax:adadelta', 'learning_rate': 0.1, 'weight_decay': 0.5},
+    'adafactor': {'target': 'optax:adafactor', 'learning_rate': 0.1, 'weight_decay_rate': 0.5},
+    'lars': {'target': 'optax:lars', 'learning_rate': 0.1, 'weight_decay': 0.5},
+    'lion': {'target': 'optax:lion', 'learning_rate': 0.1, 'weight_decay': 0.5},
+    'muon': {'target': 'optax.contrib:muon', 'learning_rate': 0.1, 'weight_decay': 0.5},
+    'galore': {'target': 'optax.contrib:galore', 'learning_rate': 0.1, 'weight_decay': 0.5,
+               'rank': 1},
+    'within a chain': {'target': 'optax:chain', 'args': ({'target': 'optax:clip', 'max_delta': 1.0},
+                                                         ADAMW)},
+    'within a wrapper': {'target': 'optax:apply_if_finite', 'inner': ADAMW,
+                         'max_consecutive_errors': 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', MASKED)
+def test_decay_masks_of_other_names(name: str) -> None:
+    """Of one kernel alone; without gradients, what changes has decayed."""
+    path = str(ROOT / 'configs' / 'mnist_mlp.py')
+    node = {**MASKED[name], 'decay_mask': 'head/kernel'}
+    new, _ = updates_without_gradients(load_and_build(path, optimizer=repr(node)).optimizer)
+    assert (new['head']['kernel'] < PARAMS['head']['kernel']).all()
+    for same in (('head', 'bias'), ('backbone', 'kernel'), ('backbone', 'bias')):
+        np.testing.assert_array_equal(new[same[0]][same[1]], PARAMS[same[0]][same[1]])
+
+
+def test_every_optimizer_of_optax_that_takes_a_decay_mask_is_known() -> None:
+    """Its argument has one of the two names, or it is a mask of something else."""
+    other = {'masked', 'freeze'}
+    for module in (optax, optax.contrib):
+        for name, made in vars(module).items():
+            if not inspect.isfunction(made):
+                continue
+            known = inspect.signature(made).parameters
+            masks = {each for each in known if each.endswith('mask')} - {'trust_ratio_mask'}
+            if masks and any('weight_decay' in each for each in known):
+                assert masks <= {'mask', 'weight_decay_mask'}, name
+            elif 'mask' in masks:
+                assert name in other, name
+
+
+@pytest.mark.parametrize(
+    ('node', 'message'),
+    [
+        ({'target': 'optax:sgd'}, r'optax:sgd has no weight decay to mask'),
+        ({'target': 'optax.contrib:prodigy'}, r'weight_decay is of all parameters. Use two groups'),
+        ({**ADAMW, 'mask': None}, r'decay_mask and config\.optimizer\.mask both'),
+        (
+            {'target': 'optax.contrib:muon', 'adam_weight_decay': 0.1},
+            r'adam_weight_decay: optax\.contrib:muon masks the weight decay of its matrices only',
+        ),
+        (
+            {'target': 'optax:masked', 'inner': {'target': 'optax:sgd', 'learning_rate': 0.1},
+             'mask': {'ref': 'tests.step.perceptron:kernels'}},
+            r'optax:masked has no weight decay to mask',
+        ),
+    ],
+)  # fmt: skip
+def test_decay_masks_that_would_mask_something_else(node: dict[str, Any], message: str) -> None:
+    node = {**node, 'decay_mask': '.*/kernel'}
+    if node['target'] != 'optax:masked':
+        node.setdefault('learning_rate', 0.1)
+    with pytest.raises(UserError, match=message):
+        load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(node))
+
+
+def test_a_decay_mask_without_decay_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    node = {'target': 'optax:adafactor', 'learning_rate': 0.1, 'decay_mask': '.*/kernel'}
+    load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(node))
+    assert 'decay_mask masks nothing: config.optimizer.weight_decay_rate is not set' in caplog.text
+
+
 @pytest.mark.parametrize(
     ('node', 'rates'),
     [
@@ -165,11 +246,3 @@ def test_a_schedule_within_a_chain_is_found() -> None:
     new, _ = updates(made, steps=3)
     alias, _ = updates(Optimizer(base=optax.sgd(made.learning_rate, momentum=0.9)), steps=3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), new, alias)
-
-
-def test_an_optimizer_that_asks_for_more_is_told_of_steps_of_ones_own() -> None:
-    plateau = {'target': 'optax.contrib:reduce_on_plateau'}
-    options = {'optimizer': {'target': 'optax:chain', 'args': (plateau,)}, 'train_for': '2 steps'}
-    made = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **options)
-    with pytest.raises(UserError, match=r'needs more than gradients.*config\.step'):
-        Trainer(made).fit()

@@ -176,6 +176,104 @@ def test_steps_that_a_short_run_does_not_tell_apart() -> None:
         load_and_build(CONFIG, optimizer__learning_rate=node, **options)
 
 
+def test_a_warm_up_that_is_left_out() -> None:
+    """'0%' is no step, as 0 is."""
+    node = {'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1}
+    expected = optax.warmup_cosine_decay_schedule(0.0, 0.1, 0, 50)
+    for nothing in ('0%', '0 steps', '0 epochs', '0.0%'):
+        assert_same(from_config({**node, 'warmup_steps': nothing, 'decay_steps': '100%'}), expected)
+    rate = {**node, 'warmup_steps': '5%', 'decay_steps': '100%'}
+    made = load_and_build(
+        CONFIG,
+        optimizer__learning_rate=rate, optimizer__learning_rate__warmup_steps='0%', **SMALL,
+    )  # fmt: skip
+    assert_same(made.optimizer.learning_rate, expected)
+    joined = {
+        'target': 'optax:join_schedules',
+        'schedules': (
+            {'target': 'optax:linear_schedule', 'init_value': 0.0, 'end_value': 0.1,
+             'transition_steps': '0%'},
+            {'target': 'optax:constant_schedule', 'value': 0.1},
+        ),
+        'boundaries': ('0%',),
+    }  # fmt: skip
+    assert_same(from_config(joined), optax.constant_schedule(0.1))
+
+
+@pytest.mark.parametrize(
+    ('node', 'message'),
+    [
+        (
+            {'target': 'optax:cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': '0%'},
+            'positive decay_steps, got decay_steps=0',
+        ),
+        (
+            {'target': 'optax:warmup_constant_schedule', 'init_value': 0.0, 'peak_value': 0.1,
+             'warmup_steps': '0%'},
+            r'warmup_steps is 0 steps, and optax:warmup_constant_schedule needs at least 1',
+        ),
+        (
+            {'target': 'optax:linear_schedule', 'args': (0.0, 0.1, '0%')},
+            r'learning_rate\.args\[2\] is 0 steps, and optax:linear_schedule needs at least 1',
+        ),
+    ],
+)  # fmt: skip
+def test_a_length_of_nothing_where_optax_needs_one(node: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_config(node)
+
+
+def test_other_durations_are_longer_than_nothing() -> None:
+    with pytest.raises(UserError, match=r"config\.log\.every: '0 steps' must be positive"):
+        load_and_build(CONFIG, log__every='0 steps')
+
+
+def test_steps_as_keys_in_json() -> None:
+    """JSON has no other keys than text."""
+    expected = optax.piecewise_constant_schedule(0.1, {30: 0.1, 40: 0.5})
+    text = (
+        '{"target": "optax:piecewise_constant_schedule", "init_value": 0.1, '
+        '"boundaries_and_scales": {"30": 0.1, "80%": 0.5}}'
+    )
+    made = load_and_build(CONFIG, optimizer__learning_rate=text, **SMALL)
+    assert_same(made.optimizer.learning_rate, expected)
+    by_position = {
+        'target': 'optax:piecewise_constant_schedule',
+        'args': (0.1, {'30': 0.1, 40: 0.5}),
+    }
+    assert_same(from_config(by_position), expected)
+    twice = {**by_position, 'args': (0.1, {'30': 0.1, 30: 0.5})}
+    with pytest.raises(UserError, match=r'learning_rate\.args\[1\]: step 30 is given twice'):
+        from_config(twice)
+
+
+def test_other_keys_of_digits_stay_text() -> None:
+    """Such as the labels of optimizers for some of the parameters each."""
+    sgd = {'target': 'optax:sgd', 'learning_rate': 0.1}
+    node = {
+        'target': 'optax:partition',
+        'transforms': {'0': sgd, '1': {**sgd, 'learning_rate': 0.2}},
+        'param_labels': {'ref': 'tests.step.perceptron:labels'},
+    }  # fmt: skip
+    made = load_and_build(CONFIG, optimizer=repr(node), **SMALL)
+    assert set(made.optimizer.learning_rates or ()) == {'0', '1'}
+
+
+def test_patience_counts_means_where_losses_are_averaged() -> None:
+    plateau = {
+        'target': 'optax.contrib:reduce_on_plateau', 'accumulation_size': '1 epoch',
+        'patience': '2 epochs',
+    }  # fmt: skip
+    sgd = {'target': 'optax:sgd', 'learning_rate': 0.1}
+    chain = {'target': 'optax:chain', 'args': (sgd, plateau)}
+    with pytest.raises(UserError, match=r'args\[1\]\.patience: .* counts means of so many steps'):
+        load_and_build(CONFIG, optimizer=repr(chain), **SMALL)
+    fine = {**chain, 'args': (sgd, {**plateau, 'patience': 2})}
+    assert load_and_build(CONFIG, optimizer=repr(fine), **SMALL).schedule_steps == {
+        'config.optimizer.args[1].accumulation_size': 5
+    }
+
+
 LEGACY: dict[str, tuple[dict[str, Any], Schedule]] = {
     'constant': ({'warmup_length': 2}, optax.warmup_constant_schedule(0.0, 0.1, 10)),
     'stepped': (

@@ -33,8 +33,13 @@ class Duration:
     unit: str
 
     @classmethod
-    def parse(cls, text: object, path: str = '') -> Duration:
+    def parse(cls, text: object, path: str = '', *, zero: bool = False) -> Duration:
         """Returns the duration that `text` names.
+
+        Args:
+            text: what is given.
+            path: where, for messages.
+            zero: whether '0%' is one too, as of a warm-up that is left out.
 
         Raises:
             UserError: if it names none, or one that is not positive.
@@ -50,9 +55,11 @@ class Duration:
                 "unit, such as '10 epochs', '2000 steps', '60000 examples', '5%' or 'never'"
             )
         # As a float first: the digits of '1e999999999' fill the memory.
-        if not 0 < float(match[1]) < math.inf:
+        number = float(match[1])
+        if not (0 < number < math.inf or (zero and number == 0)):
             raise UserError(
-                f"{path or 'a duration'}: {shown(text)} must be positive and finite, or 'never'"
+                f'{path or "a duration"}: {shown(text)} must be positive and finite'
+                + ('' if zero else ", or 'never'")
             )
         return cls(Fraction(match[1]), _UNITS[match[2]])
 
@@ -216,7 +223,7 @@ def resolve(node: Any, clock: Clock, path: str) -> tuple[Any, dict[str, int]]:
     found: dict[str, int] = {}
 
     def steps(value: str, where: str) -> int:
-        found[where] = clock.steps(Duration.parse(value, where), path=where)
+        found[where] = clock.steps(Duration.parse(value, where, zero=True), path=where)
         return found[where]
 
     def walk(value: Any, where: str) -> Any:

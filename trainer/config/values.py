@@ -151,9 +151,10 @@ def _bool(text: str, path: str) -> bool:
 def _text(text: str, value: Any, old: str, path: str) -> Any:
     # Of free strings, 'never' is a word like any other.
     if is_duration(old) and old != 'never':
-        if isinstance(value, int) and path.startswith('config.optimizer.'):
+        in_optimizer = path.startswith('config.optimizer.')
+        if isinstance(value, int) and in_optimizer:
             return value
-        return str(Duration.parse(text, path))
+        return str(Duration.parse(text, path, zero=in_optimizer))
     # Quotes are the shell's affair, but '"a"' means a.
     return value if isinstance(value, str) else text
 

@@ -14,7 +14,7 @@ from trainer.config import durations, objects, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
-from trainer.step import by_examples, rates, varied
+from trainer.step import by_examples, counts, decay, rates, varied
 from trainer.step.context import StepFunction, default_step
 from trainer.step.optimizer import Group, Optimizer, RegexMask
 
@@ -94,19 +94,14 @@ def _freezing(made: Optimizer, section: OptimizerSection) -> Optimizer:
 def _one_optimizer(
     section: OptimizerSection | GroupSection, clock: Clock, path: str, numbers: Mapping[str, Any]
 ) -> tuple[Optimizer, dict[str, int]]:
-    by_example = by_examples.found(section.node, path, clock) if clock.progress else []
+    given = counts.with_whole_keys(section.node, path)
+    by_example = by_examples.found(given, path, clock) if clock.progress else []
     moved = functools.partial(by_examples.moved, schedules=by_example, clock=clock)
-    node, steps = durations.resolve(section.node, clock, path)
+    node, steps = durations.resolve(given, clock, path)
     _check_warmups(node, path)
-    _check_counts(node, steps, path)
+    counts.check(node, steps, path)
     if section.decay_mask is not None:
-        parameters, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
-        if 'mask' not in parameters:
-            raise UserError(
-                f'{path}.decay_mask: {node["target"]} has no weight decay to mask (no argument '
-                "'mask'); optax:adamw has"
-            )
-        node['mask'] = RegexMask(_patterns(section.decay_mask))
+        node = decay.masked(node, path, RegexMask(_patterns(section.decay_mask)))
     prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
     mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
     base = varied.injected(node, path, mine, prefix=prefix, changed=moved) if mine else None
@@ -149,26 +144,6 @@ def _eval_params(node: Node | None, path: str, *, injected: bool) -> Any:
 
 def _of_injected(function: Any, state: Any, params: Any) -> Any:
     return function(state.inner_state, params)
-
-
-def _check_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
-    """Checks that no duration is inside optax:MultiSteps, which counts updates and not steps."""
-    if isinstance(node, (tuple, list)):
-        for index, value in enumerate(node):
-            _check_counts(value, steps, f'{path}[{index}]')
-    if not isinstance(node, Mapping):
-        return
-    if str(node.get('target')).endswith(':MultiSteps'):
-        mine = [where for where in steps if where.startswith(f'{path}.')]
-        within = [where for where in mine if where != f'{path}.every_k_schedule']
-        if within:
-            raise UserError(
-                f'{within[0]}: a duration is converted to training steps, but optax:MultiSteps '
-                'makes one update per several steps, and the optimizer inside counts updates. Use '
-                'config.accumulate instead, or give the number of updates'
-            )
-    for key, value in node.items():
-        _check_counts(value, steps, f'{path}.{key}')
 
 
 def _check_made(made: Any, node: Node, path: str) -> None:

@@ -96,13 +96,16 @@ def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) ->
 
 
 def _counts_examples(value: Any) -> bool:
-    return durations.is_duration(value) and Duration.parse(value).unit not in ('steps', 'never')
+    return durations.is_duration(value) and Duration.parse(value, zero=True).unit not in (
+        'steps',
+        'never',
+    )
 
 
 def _updates(name: str, value: Any) -> int:
     """Returns how many updates a leaf of a schedule counts; 0 if it counts none."""
     if durations.is_duration(value):
-        given = Duration.parse(value)
+        given = Duration.parse(value, zero=True)
         return math.ceil(given.value) if given.unit == 'steps' else 0
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return value if is_count and any(word in name for word in _COUNTS) else 0

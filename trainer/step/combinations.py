@@ -6,12 +6,13 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import jax
 import optax
 from optax import contrib
 
 from trainer.config.errors import UserError
-from trainer.step.eval_point import holds
 from trainer.step.optimizer import Optimizer
+from trainer.step.views import holds
 
 _log = logging.getLogger('trainer')
 
@@ -30,17 +31,22 @@ _ACCUMULATE = (
 )
 
 
-def check(optimizer: Optimizer, opt_state: Any, *, ema: bool) -> None:
-    """Checks that other keys work with an optimizer.
+def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, own_step: bool = False) -> None:
+    """Checks that the step can call an optimizer, and that other keys work with it.
 
     Args:
         optimizer: of the run.
         opt_state: its state, or the shapes of it.
         ema: whether the run keeps a moving average of the parameters.
+        own_step: whether `config.step` replaces the default step.
 
     Raises:
-        UserError: for keys that would not do what their names say.
+        UserError: for an optimizer that the step cannot call, and for keys that would not do what
+            their names say.
     """
+    for each, state in _parts(optimizer, opt_state):
+        if not each.groups:
+            _check_interface(each.path, state, own_step=own_step)
     if ema and holds(opt_state, optax.MultiStepsState):
         raise UserError(
             'config.ema: the average would be updated at every step, but optax:MultiSteps updates '
@@ -61,13 +67,31 @@ def check(optimizer: Optimizer, opt_state: Any, *, ema: bool) -> None:
             )
 
 
+def _check_interface(path: str, state: Any, *, own_step: bool) -> None:
+    """Checks that an optimizer takes gradients of the batch and one set of parameters."""
+    if holds(state, optax.LookaheadState):
+        raise UserError(
+            f'{path}: optax:lookahead needs two sets of parameters, fast and slow ones, and the '
+            'train state has one. Use its fast_optimizer alone; config.ema keeps an average of the '
+            'parameters, and evals.NAME.ema=True evaluates it'
+        )
+    if holds(state, contrib.DifferentiallyPrivateAggregateState) and not own_step:
+        raise UserError(
+            f'{path}: optax.contrib:dpsgd (differentially_private_aggregate) needs a gradient of '
+            'each example, and the default step computes that of the batch. Compute them in a step '
+            'of your own (config.step, with jax.vmap of jax.grad), and give them to ctx.update. '
+            'optax:noisy_sgd adds noise to the gradient of the batch, without a guarantee of '
+            'privacy'
+        )
+
+
 def warn_of_eval_point(optimizer: Optimizer, opt_state: Any) -> None:
     """Warns if an optimizer that needs `eval_params` has none."""
     for each, state in _parts(optimizer, opt_state):
         if each.groups or each.eval_params is not None:
             continue
         for kind, function in _ELSEWHERE.items():
-            if holds(state, kind):
+            if holds(state, kind) and not _is_opaque(state):
                 _log.warning(
                     '%s: evaluations use the training parameters, but this optimizer is meant to '
                     "be evaluated at others: set %s.eval_params=dict(ref='%s')",
@@ -75,6 +99,12 @@ def warn_of_eval_point(optimizer: Optimizer, opt_state: Any) -> None:
                     each.path,
                     function,
                 )
+
+
+def _is_opaque(state: Any) -> bool:
+    """Whether a state is that of `optax.contrib:sam` that keeps no adversarial step pending."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, contrib.SAMState))
+    return any(isinstance(x, contrib.SAMState) and x.cache is None for x in nodes)
 
 
 def _parts(optimizer: Optimizer, opt_state: Any) -> list[tuple[Optimizer, Any]]:

@@ -29,6 +29,7 @@ from trainer.modules.rng import Keys
 from trainer.step.health import SIGNS, Signs, take_signs
 from trainer.step.measured import check_accumulates
 from trainer.step.metrics import WeightedMean
+from trainer.step.objective import Objective, arguments
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState, changes, describe
 from trainer.step.task_runner import TaskRunner, inverse, is_metric, loss_sums, penalty_sum
@@ -53,6 +54,7 @@ class StepContext:
     train_step: TrainStep
     state: TrainState
     _called: set[str] = dataclasses.field(default_factory=set)
+    _objectives: list[tuple[Any, Objective]] = dataclasses.field(default_factory=list)
 
     @property
     def task(self) -> TaskRunner:
@@ -127,7 +129,9 @@ class StepContext:
             task's metrics.
         """
         self._called.add('gradients')
-        return self.train_step.gradients(state, batch)
+        grads, collections, metrics, objective = self.train_step.gradients(state, batch)
+        self._objectives.append((grads, objective))
+        return grads, collections, metrics
 
     def check_used(self) -> None:
         """Checks, after a step, that it did what the config asks of it.
@@ -150,6 +154,7 @@ class StepContext:
         collections: Mapping[str, Any] | None = None,
         *,
         signs: Signs | None = None,
+        **extra: Any,
     ) -> tuple[TrainState, dict[str, Any]]:
         """Returns the state after the optimizer's update and the moving average's, and metrics.
 
@@ -159,9 +164,21 @@ class StepContext:
             collections: all other variables, if they change.
             signs: of the forward pass; with them, the check after the step needs no second pass
                 over the state.
+            **extra: what the optimizer takes beside them, such as `value=loss`. By default what
+                `gradients` found: the loss (`value`), its gradient (`grad`) and the loss as a
+                function of the parameters (`value_fn`).
         """
         collections = state.collections if collections is None else collections
-        return self.train_step.update(state, grads, collections, signs)
+        extra = {**arguments(self._objective(grads), grads, state), **extra}
+        return self.train_step.update(state, grads, collections, signs, extra)
+
+    def _objective(self, grads: Any) -> Objective | None:
+        """Returns what these gradients are of; None if that is not known."""
+        leaves = jax.tree.leaves(grads)
+        for made, objective in self._objectives:
+            if [*map(id, leaves)] == [*map(id, jax.tree.leaves(made))]:
+                return objective
+        return self._objectives[0][1] if len(self._objectives) == 1 else None
 
 
 def default_step(

@@ -18,6 +18,7 @@ from trainer.config.errors import UserError
 from trainer.modules.bound import param_path
 from trainer.step import views
 from trainer.step.optimizer import Optimizer
+from trainer.step.views import holds
 
 
 def is_named(optimizer: Optimizer) -> bool:
@@ -109,9 +110,3 @@ def adversarial(state: contrib.SAMState, params: Any) -> Any:
     """
     there = state.steps_since_sync == 0
     return jax.tree.map(lambda now, kept: jnp.where(there, now, kept), params, state.cache)
-
-
-def holds(opt_state: Any, kind: type | tuple[type, ...]) -> bool:
-    """Whether an optimizer state contains a state of this type."""
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
-    return any(isinstance(x, kind) for x in nodes)

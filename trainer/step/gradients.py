@@ -11,15 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainer.config.errors import UserError
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
-from trainer.step import returned
+from trainer.step import returned, views
 from trainer.step.batch import plain
 from trainer.step.checks import run_checks
 from trainer.step.health import SIGNS, Signs
 from trainer.step.loss_scale import choose
 from trainer.step.metrics import WeightedMean
+from trainer.step.objective import Objective
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
 from trainer.step.task_runner import (
@@ -30,7 +32,7 @@ from trainer.step.task_runner import (
     merge_metrics,
     penalty_sum,
 )
-from trainer.step.tasks import TaskOutput
+from trainer.step.tasks import ONLY_LOSS, TaskOutput
 from trainer.step.weightless import compute_only_needed
 
 
@@ -80,8 +82,8 @@ class Gradients:
 
     def __call__(
         self, state: TrainState, batch: Mapping[str, jax.Array]
-    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """Returns the gradient, the new collections and this batch's metrics.
+    ) -> tuple[Any, dict[str, Any], dict[str, Any], Objective]:
+        """Returns the gradient, the new collections, this batch's metrics and the loss itself.
 
         With several losses, each parameter gets the gradient of its own loss. Gradients of
         half-precision parameters are float32: after unscaling, small ones would underflow in
@@ -96,15 +98,57 @@ class Gradients:
                 {name: whole.pull(name, factor, scale) for name, factor in factors.items()}
             )
             collections, metrics = whole.collections, self._measure(whole)
+            value = _mean_loss(whole.values, whole.weights)
         else:
-            grads, collections, metrics = self._accumulate(state, batch, scale)
+            grads, collections, metrics, value = self._accumulate(state, batch, scale)
         scaled = state.loss_scale is not None
         grads = jax.tree.map(lambda g: _uphill(g, scale if scaled else None), grads)
-        return grads, collections, metrics
+        return grads, collections, metrics, Objective(value, self._function(state, batch))
+
+    def _function(self, state: TrainState, batch: Mapping[str, jax.Array]) -> Callable[[Any], Any]:
+        """Returns the loss of this batch as a function of parameters as an optimizer sees them.
+
+        It draws the same random keys as the gradient did, and starts from the same collections.
+        """
+
+        def function(params: Any) -> Any:
+            if state.loss_scale is not None:
+                raise UserError(
+                    f'{self.optimizer.path}: this optimizer computes the loss at other parameters, '
+                    'as a line search does, and a dynamic loss scale (config.precision.loss_scale) '
+                    'covers the gradient of the step alone: theirs would vanish in float16. Use '
+                    'bfloat16, or set config.precision.loss_scale=0'
+                )
+            return self._loss(views.completed(params, state.params), state, batch)
+
+        return function
+
+    def _loss(self, params: Any, state: TrainState, batch: Mapping[str, jax.Array]) -> Any:
+        """Returns the loss that the gradient is of, at other parameters."""
+        if self.accumulate == 1:
+            sums, (_, _, weights) = self._sums(params, state, batch, 0)
+            return _mean_loss(sums, weights)
+
+        def body(collections: Any, item: Any) -> tuple[Any, Any]:
+            index, rows = item
+            one = dataclasses.replace(state, collections=collections)
+            sums, (_, collections, weights) = self._sums(params, one, rows, index)
+            return self._left(collections, weights, one), (*sums, weights)
+
+        _, sums = self._scan(body, state.collections, batch)
+        return _mean_loss_of_slices(*sums)
+
+    def _scan(self, body: Any, carry: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+        """Runs `body(carry, (index, rows))` over the slices of a batch."""
+        slices = split_rows(batch, self.accumulate, self.shards)
+        # Unrolled where the compiler's loops are slow: XLA's CPU convolutions crawl inside a scan.
+        unroll = self.accumulate if jax.default_backend() == 'cpu' else 1
+        indices = jnp.arange(self.accumulate)
+        return jax.lax.scan(body, carry, (indices, slices), unroll=unroll)
 
     def _accumulate(
         self, state: TrainState, batch: Mapping[str, jax.Array], scale: jax.Array
-    ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any], dict[str, Any], Any]:
         slices = split_rows(batch, self.accumulate, self.shards)
         first = jax.tree.map(lambda x: x[0], slices)
         losses = by_name(self._output_shapes(state, first).loss)
@@ -112,7 +156,7 @@ class Gradients:
         # values first keeps what flows back through the model as small as it is in one piece.
         counts = {name: self.accumulate * max(1, math.prod(x.shape)) for name, x in losses.items()}
 
-        def body(carry: Any, item: Any) -> tuple[Any, None]:
+        def body(carry: Any, item: Any) -> tuple[Any, Any]:
             grads, penalties, collections, metrics, weights = carry
             index, rows = item
             one = self._forward(dataclasses.replace(state, collections=collections), rows, index)
@@ -123,16 +167,14 @@ class Gradients:
                 penalties = jax.tree.map(jnp.add, penalties, mine)
             metrics = merge_metrics(metrics, self._measure(one))
             weights = jax.tree.map(jnp.add, weights, one.weights)
-            return (grads, penalties, one.collections, metrics, weights), None
+            sums = (*one.values, one.weights)
+            return (grads, penalties, one.collections, metrics, weights), sums
 
         # Sums of many small terms: bfloat16 would drop the later ones.
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, at_least_float32(p)), state.params)
         weights = {name: jnp.zeros((), jnp.float32) for name in counts}
         carry = (zeros, zeros, state.collections, self.empty_metrics(state, first), weights)
-        # Unrolled where the compiler's loops are slow: XLA's CPU convolutions crawl inside a scan.
-        unroll = self.accumulate if jax.default_backend() == 'cpu' else 1
-        indices = jnp.arange(self.accumulate)
-        carry, _ = jax.lax.scan(body, carry, (indices, slices), unroll=unroll)
+        carry, sums = self._scan(body, carry, batch)
         grads, penalties, collections, metrics, weights = carry
         rest = {name: count * inverse(weights[name]) for name, count in counts.items()}
         factors = {name: jax.tree.map(lambda _, x=x: x, zeros) for name, x in rest.items()}
@@ -142,26 +184,38 @@ class Gradients:
             self.optimizer.select(factors),
             penalties,
         )
-        return grads, collections, metrics
+        return grads, collections, metrics, _mean_loss_of_slices(*sums)
 
     def _forward(self, state: TrainState, batch: Mapping[str, jax.Array], index: Any) -> _Forward:
-        keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
-
-        def losses(params: Any) -> Any:
-            output, collections = self._run_task(params, state, batch, keys)
-            totals, weights = loss_sums(output)
-            return (totals, penalty_sum(output)), (output, collections, weights)
-
         values, pullback, (output, collections, weights) = jax.vjp(
-            losses, state.params, has_aux=True
+            lambda params: self._sums(params, state, batch, index), state.params, has_aux=True
         )
+        collections = self._left(collections, weights, state)
+        return _Forward(pullback, values, output, collections, weights, self._is_weighted)
+
+    def _sums(
+        self, params: Any, state: TrainState, batch: Mapping[str, jax.Array], index: Any
+    ) -> tuple[Any, Any]:
+        """Returns (each loss's weighted sum, the penalties'), (output, collections, weights)."""
+        keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
+        output, collections = self._run_task(params, state, batch, keys)
+        totals, weights = loss_sums(output)
+        return (totals, penalty_sum(output)), (output, collections, weights)
+
+    @property
+    def _is_weighted(self) -> bool:
         # Before the task has been traced it is not known.
-        is_weighted = self.task.is_weighted is not False
-        if is_weighted:
-            # Rows that do not count leave nothing behind, nor does a slice that has no others.
-            counts = sum(weights.values()) != 0
-            collections = choose(counts, collections, state.collections)
-        return _Forward(pullback, values, output, collections, weights, is_weighted)
+        return self.task.is_weighted is not False
+
+    def _left(
+        self, collections: dict[str, Any], weights: Mapping[str, jax.Array], state: TrainState
+    ) -> dict[str, Any]:
+        """Returns the collections that a forward pass leaves to the next one."""
+        if not self._is_weighted:
+            return collections
+        # Rows that do not count leave nothing behind, nor does a slice that has no others.
+        counts = sum(weights.values(), jnp.float32(0)) != 0
+        return choose(counts, collections, state.collections)
 
     def _measure(self, forward: _Forward) -> dict[str, Any]:
         output = forward.output
@@ -223,6 +277,24 @@ class _Forward:
         # Where no row counts there is none that could stand in for the others, whatever they hold.
         counts = self.weights[name] != 0
         return jax.tree.map(lambda g: jnp.where(counts, g, jnp.zeros_like(g)), grads)
+
+
+def _mean_loss(sums: tuple[Any, Any], weights: Mapping[str, jax.Array]) -> Any:
+    """Returns the loss that gradients are of, float32; of several losses a dict by name.
+
+    Args:
+        sums: each loss's weighted sum, and the penalties' sum.
+        weights: each loss's sum of weights.
+    """
+    totals, penalty = sums
+    values = {name: totals[name] * inverse(weights[name]) + penalty for name in totals}
+    return values[ONLY_LOSS] if list(values) == [ONLY_LOSS] else values
+
+
+def _mean_loss_of_slices(totals: Any, penalties: Any, weights: Any) -> Any:
+    """Returns the loss of a batch from what its slices gave, (slices,) each."""
+    totals, weights = jax.tree.map(lambda x: x.sum(0), (totals, weights))
+    return _mean_loss((totals, penalties.mean(0)), weights)
 
 
 def _uphill(grad: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -60,8 +60,9 @@ class Health:
     @classmethod
     def of(cls, params: Any, opt_state: Any) -> Health:
         """Returns the health of a state that training starts from, its elements counted."""
-        known = count_each((params, opt_state))
-        return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array(known, jnp.int32)]))
+        tree = (params, opt_state)
+        known = map(jnp.maximum, count_each(tree), _unsearched(tree))
+        return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array([*known], jnp.int32)]))
 
     @classmethod
     def clean(cls, params: Any, opt_state: Any) -> Health:
@@ -369,3 +370,17 @@ def floats(tree: Any) -> list[jax.Array]:
     """Returns the leaves that can be non-finite."""
     leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')]
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
+
+
+def _unsearched(tree: Any) -> list[int]:
+    """Returns 1 for each float leaf that is a number of a line search, which may find none."""
+    kinds = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+
+    def mark(node: Any) -> Any:
+        if isinstance(node, kinds):
+            return jax.tree.map(lambda x: int(not x.shape), node)
+        return 0
+
+    marks = jax.tree.map(mark, tree, is_leaf=lambda node: isinstance(node, kinds))
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(marks), strict=True)
+    return [number for x, number in pairs if floats(x)]

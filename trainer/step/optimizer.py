@@ -15,6 +15,7 @@ import optax
 from trainer.config.errors import UserError
 from trainer.modules.bound import param_path
 from trainer.step import views
+from trainer.step.objective import of_loss
 from trainer.step.tasks import ONLY_LOSS
 
 Schedule = Callable[[Any], Any]
@@ -126,7 +127,7 @@ class Optimizer:
             if shape != ():
                 raise UserError(f'{where} must be one number, and {rate!r} gives the shape {shape}')
 
-    def transformation(self, params: Any) -> optax.GradientTransformation:
+    def transformation(self, params: Any) -> optax.GradientTransformationExtraArgs:
         """Returns the complete transformation for these parameters (abstract ones will do).
 
         Its state and updates for half-precision parameters are float32. For complex parameters,
@@ -138,7 +139,8 @@ class Optimizer:
                 complex.
         """
         views.check_numbers(params)
-        return views.of_float32(self._bare(params), params)
+        tx = views.of_float32(self._bare(params), params)
+        return optax.with_extra_args_support(tx)
 
     def _bare(self, params: Any) -> optax.GradientTransformation:
         """Returns the transformation without the float32 view, as `state_of_base` expects it."""
@@ -157,7 +159,11 @@ class Optimizer:
         labels = jax.tree.map(
             lambda frozen: 'frozen' if frozen else 'trained', RegexMask(self.freeze)(params)
         )
-        return optax.multi_transform({'trained': tx, 'frozen': optax.set_to_zero()}, labels)
+        return optax.multi_transform(
+            {'trained': tx, 'frozen': optax.set_to_zero()},
+            labels,
+            mask_compatible_extra_args=True,
+        )
 
     def state_of_base(self, opt_state: Any) -> Any:
         """Returns the state of `base`, or of the groups, from that of the transformation."""
@@ -277,8 +283,12 @@ class Optimizer:
             )
 
         return optax.multi_transform(
-            {name: g.optimizer._bare(members(name)) for name, g in self.groups.items()},
+            {
+                name: of_loss(group.optimizer._bare(members(name)), group.loss)
+                for name, group in self.groups.items()
+            },
             labels,
+            mask_compatible_extra_args=True,
         )
 
 

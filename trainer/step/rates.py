@@ -22,6 +22,12 @@ _SCALES = (('scale', 'step_size'), ('scale_by_schedule', 'step_size_fn'))
 # Where something stands below a node.
 Place = tuple[str | int, ...]
 
+# Whose learning rate is a bound: each step computes a smaller one from the loss.
+_BOUNDED = (':momo', ':momo_adam')
+
+# Whose learning rate is 1 unless given; a line search scales that (see `step_sizes`).
+_LINE_SEARCHED = ':lbfgs'
+
 # Optimizers for some of the parameters each: what their parts do is not done one after the other.
 _PARTITIONS = (':multi_transform', ':partition', ':masked')
 
@@ -93,12 +99,17 @@ def _named(node: Any, keys: paths.Keys, path: str) -> Iterator[_Rate]:
         for key, value in items(node):
             yield from _named(value, [*keys, key], path)
         return
+    if str(node['target']).endswith(_BOUNDED):
+        return
     known, names = parameters(node, path)
     at = next((k for k, name in names.items() if name == 'learning_rate'), None)
     if at is not None and paths.get(node, list(at)) is not None:
         yield _Rate(owner=keys, places=([*keys, *at],))
         return
     default = known['learning_rate'].default if 'learning_rate' in known else None
+    if default is None and str(node['target']).endswith(_LINE_SEARCHED):
+        yield _Rate(owner=keys, default=1.0)
+        return
     if at is None and default is not None and _is_number(default):
         yield _Rate(owner=keys, default=default)
         return

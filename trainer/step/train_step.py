@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from trainer.config.durations import Periodic
-from trainer.config.errors import UserError
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
@@ -39,8 +38,10 @@ from trainer.step.health import (
 from trainer.step.loss_scale import LossScale, choose
 from trainer.step.metrics import Last
 from trainer.step.norms import norms
-from trainer.step.optimizer import Optimizer, Schedule
+from trainer.step.objective import Objective, updated
+from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
+from trainer.step.step_sizes import learning_rates
 from trainer.step.task_runner import TaskRunner, merge_metrics
 
 
@@ -153,7 +154,9 @@ class TrainStep:
         empty = self._gradients.empty_metrics(state, batch)
         del empty[SIGNS]
         empty['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
-        empty.update(self._learning_rates(lambda schedule: Last.empty()))
+        rates = functools.partial(learning_rates, self.optimizer)
+        known = jax.eval_shape(rates, state.opt_state, state.step)
+        empty.update(jax.tree.map(lambda _: Last.empty(), known))
         if state.loss_scale is not None:
             empty.update({name: Last.empty() for name in state.loss_scale.metrics()})
         return empty
@@ -202,19 +205,16 @@ class TrainStep:
         return dataclasses.replace(signs, label=found.label, value=found.value)
 
     def update(
-        self, state: TrainState, grads: Any, collections: Any, signs: Signs | None = None
+        self,
+        state: TrainState,
+        grads: Any,
+        collections: Any,
+        signs: Signs | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> tuple[TrainState, Any]:
         """Returns the state after the optimizer's update, and its norms and learning rates."""
         tx = self.optimizer.transformation(state.params)
-        try:
-            updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        except TypeError as error:
-            if 'required keyword' not in str(error):
-                raise
-            raise UserError(
-                f'config.optimizer: it needs more than gradients and parameters ({error}). Give it '
-                'what it needs in a step of your own: config.step'
-            ) from error
+        updates, opt_state = updated(tx, grads, state, extra or {})
         new = state.apply_updates(updates, opt_state=opt_state, collections=collections)
         if self.ema_decay is not None:
             towards = functools.partial(_towards, share=1.0 - self.ema_decay)
@@ -238,22 +238,13 @@ class TrainStep:
             health = check_gradients(state, health, finite)
             new = unless_bad(health, new, state, slots=self.sweeps)
         metrics['norms'] = self._norms(state, grads, updates, new.params)
-        metrics.update(
-            self._learning_rates(lambda schedule: Last.from_model_output(schedule(count)))
-        )
+        rates = learning_rates(self.optimizer, new.opt_state, count)
+        metrics.update(jax.tree.map(Last.from_model_output, rates))
         return new, metrics
 
     @property
     def _is_whole(self) -> bool:
         return self.whole is not None and all(jax.tree.leaves(self.whole))
-
-    def _learning_rates(self, measure: Callable[[Schedule], Last]) -> dict[str, Any]:
-        schedules = self.optimizer.learning_rates
-        if schedules is None:
-            return {}
-        if not isinstance(schedules, Mapping):
-            return {'learning_rate': measure(schedules)}
-        return {'learning_rate': {name: measure(each) for name, each in schedules.items()}}
 
     def _norms(self, state: TrainState, grads: Any, updates: Any, params: Any) -> dict[str, Last]:
         """Returns the norms of this update; each row holds those of its own step."""
@@ -273,8 +264,10 @@ class TrainStep:
         )
         return {name: Last.from_model_output(value) for name, value in values.items()}
 
-    def gradients(self, state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[Any, Any, Any]:
-        """Returns the gradient of the batch's loss, the new collections and the metrics."""
+    def gradients(
+        self, state: TrainState, batch: Mapping[str, jax.Array]
+    ) -> tuple[Any, Any, Any, Objective]:
+        """Returns the gradient of the batch's loss, the new collections, the metrics, the loss."""
         return self._gradients(state, batch)
 
     @functools.cached_property

@@ -78,6 +78,8 @@ def of_float32(tx: optax.GradientTransformation, params: Any) -> optax.GradientT
         return inner.init(in_float32(params))
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        if 'grad' in more:
+            more['grad'] = in_float32(more['grad'])
         return inner.update(in_float32(updates), state, in_float32(params), **more)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -97,10 +99,38 @@ def of_real_numbers(tx: optax.GradientTransformation, params: Any) -> optax.Grad
         return merged(inner.init(split(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
-        updates, state = inner.update(split(updates), split(state), split(params), **more)
+        updates, state = inner.update(split(updates), split(state), split(params), **split(more))
         return merged(updates), merged(state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def completed(tree: Any, params: Any) -> Any:
+    """Returns parameters for the model from those that an optimizer sees of them.
+
+    Args:
+        tree: like `params`, with pairs for complex numbers, float32 for halves, and those that the
+            optimizer does not train masked out.
+        params: all parameters of the model; what is masked out is taken from here.
+
+    Raises:
+        UserError: if it is another tree.
+    """
+
+    def complete(new: Any, old: jax.Array) -> jax.Array:
+        return old if isinstance(new, optax.MaskedNode) else _merge(new).astype(old.dtype)
+
+    def is_leaf(x: Any) -> bool:
+        return is_pair(x) or isinstance(x, optax.MaskedNode)
+
+    try:
+        return jax.tree.map(complete, tree, params, is_leaf=is_leaf)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            'config.optimizer: the optimizer computes the loss of parameters in another form than '
+            "the model's (optax:flatten makes one vector of them). Leave out what changes their "
+            f'form: {error}'
+        ) from error
 
 
 def check_numbers(params: Any) -> None:
@@ -125,3 +155,9 @@ def check_numbers(params: Any) -> None:
             "self.variable('constants', NAME, ...) in a Linen module, a subclass of nnx.Variable "
             'other than nnx.Param in an NNX one'
         )
+
+
+def holds(opt_state: Any, kind: type | tuple[type, ...]) -> bool:
+    """Whether an optimizer state contains a state of this type."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return any(isinstance(x, kind) for x in nodes)

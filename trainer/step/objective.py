@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What optimizers take beside gradients: the loss, and a function that computes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from trainer.config.errors import UserError
+from trainer.step.state import TrainState
+from trainer.step.views import holds
+
+_WHERE = 'config.optimizer'
+# How Python says that a function was not given an argument, or cannot take one.
+_MISSING = re.compile(r'missing \d+ required (?:keyword-only|positional) arguments?: (.*)')
+_REFUSED = 'unexpected keyword argument'
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss that gradients are of.
+
+    Attributes:
+        value: float32 scalar, that of the whole batch, without a loss scale; of several losses a
+            dict of scalars.
+        function: computes it at other parameters: on the same batch, with the same random keys.
+    """
+
+    value: Any
+    function: Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PerLoss:
+    """The values of several losses; a leaf, which no mask for parameters applies to."""
+
+    values: Mapping[str, Any]
+
+
+def arguments(objective: Objective | None, grads: Any, state: TrainState) -> dict[str, Any]:
+    """Returns the extra arguments that an optimizer in this state is given, by optax's names.
+
+    `value`, `grad` and `value_fn` go to all: optax drops them where they are not wanted. Other
+    names go only to those that are known to want them, because line searches refuse them.
+    """
+    if objective is None:
+        return {}
+    value, function = objective.value, objective.function
+    if holds(state.opt_state, contrib.SAMState):  # Refuses all others.
+        return {'grad_fn': lambda params, _: _gradient(function, params)}
+    if isinstance(value, Mapping):
+        value = _PerLoss(value)
+    extra = {'value': value, 'grad': grads, 'value_fn': function}
+    return (
+        {**extra, 'obj_fn': function} if holds(state.opt_state, contrib.HutchinsonState) else extra
+    )
+
+
+def _gradient(function: Callable[[Any], Any], params: Any) -> Any:
+    def one(params: Any) -> Any:
+        value = function(params)
+        if isinstance(value, Mapping):
+            raise UserError(
+                f'{_WHERE}: optax.contrib:sam with opaque_mode computes gradients of one loss, and '
+                f'the task returns {", ".join(value)}. Leave opaque_mode out'
+            )
+        return value
+
+    return jax.grad(one)(params)
+
+
+def of_loss(tx: optax.GradientTransformation, name: str | None) -> optax.GradientTransformation:
+    """Returns an optimizer that is given the value of one of several losses, and its function."""
+    if name is None:
+        return tx
+    inner = optax.with_extra_args_support(tx)
+
+    def pick(argument: str, given: Any) -> Any:
+        if isinstance(given, _PerLoss):
+            return given.values[name]
+        if argument in ('value_fn', 'obj_fn'):
+            return lambda params: given(params)[name]
+        return given
+
+    def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        mine = {argument: pick(argument, given) for argument, given in more.items()}
+        return inner.update(updates, state, params, **mine)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def updated(
+    tx: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: TrainState,
+    extra: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    """Returns the updates and the optimizer's state after them.
+
+    Raises:
+        UserError: if the optimizer needs more than it is given, or fails within optax.
+    """
+    try:
+        return _call(tx, grads, state, extra)
+    except UserError:
+        raise
+    except Exception as error:
+        missing = _MISSING.search(str(error)) if isinstance(error, TypeError) else None
+        if missing is not None:
+            said = _what_is_missing(missing[1].replace("'", ''), state, extra)
+        elif _is_in_optax(error):
+            said = _failure(error, state)
+        else:
+            raise
+        raise UserError(f'{_WHERE}: {said}') from error
+
+
+def _call(
+    tx: optax.GradientTransformationExtraArgs,
+    grads: Any,
+    state: TrainState,
+    extra: Mapping[str, Any],
+) -> tuple[Any, Any]:
+    try:
+        return tx.update(grads, state.opt_state, state.params, **extra)
+    except TypeError as error:
+        if not extra or _REFUSED not in str(error):
+            raise
+        refusal = error
+    # Against optax's convention, some take no other extra arguments than their own.
+    try:
+        return tx.update(grads, state.opt_state, state.params)
+    except TypeError as error:
+        if _MISSING.search(str(error)) is None:
+            raise
+        raise UserError(
+            f'{_WHERE}: {refusal}. What takes extra arguments in its update must accept those of '
+            'others too (**extra_args): see optax.GradientTransformationExtraArgs'
+        ) from error
+
+
+def _failure(error: Exception, state: TrainState) -> str:
+    masks = (
+        'optax:masked and optax:partition pass grad on to a part of the parameters with '
+        'mask_compatible_extra_args=True. '
+    )
+    text = str(error).rstrip('. ')
+    return (
+        f'the optimizer failed: {type(error).__name__}: {text}. It is given the gradient of the '
+        'batch, its own state, the parameters, and value, grad and value_fn. '
+        + masks * holds(state.opt_state, optax.MaskedState)
+        + 'If it needs something else, call it in a step of your own: config.step'
+    )
+
+
+def _what_is_missing(names: str, state: TrainState, extra: Mapping[str, Any]) -> str:
+    example = f'ctx.update(state, grads, {re.split(r"[ ,]", names)[0]}=...)'
+    if holds(state.opt_state, optax.MultiStepsState):
+        return (
+            f'it needs {names}, which optax:MultiSteps cannot give it: that makes one update of '
+            'several batches. Use config.accumulate instead of optax:MultiSteps'
+        )
+    if holds(state.opt_state, contrib.SAMState):
+        return (
+            f'it needs {names}, and optax.contrib:sam refuses it, which gets the same arguments as '
+            'what it is chained with. Leave one of the two out'
+        )
+    if not extra:
+        return (
+            f'it needs {names}, and it is not known which loss these gradients are of: config.step '
+            f'makes them without ctx.gradients, or of several calls. Pass it by name: {example}'
+        )
+    return (
+        f'it needs {names}, which the trainer does not compute. Pass it by name in a step of your '
+        f'own (config.step): {example}'
+    )
+
+
+def _is_in_optax(error: Exception) -> bool:
+    """Whether optax raised an error, or called what did in JAX."""
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = [str(frame.f_globals.get('__name__')).partition('.')[0] for frame, _ in frames]
+    outside = [
+        module for module in modules if module not in ('jax', 'jaxlib', 'numpy', 'functools')
+    ]
+    return bool(outside) and outside[-1] in ('optax', 'chex')

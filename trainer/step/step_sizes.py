@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The learning rates that an update was made with: the schedules', times what the state scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from trainer.step.optimizer import Optimizer
+
+# State types of transformations that scale the update by a number of their state, and its name.
+_FACTORS: dict[type, str] = {
+    contrib.ReduceLROnPlateauState: 'scale',
+    optax.ScaleByBacktrackingLinesearchState: 'learning_rate',
+    optax.ScaleByZoomLinesearchState: 'learning_rate',
+}
+
+
+def learning_rates(optimizer: Optimizer, opt_state: Any, count: Any) -> dict[str, Any]:
+    """Returns what a row says of the learning rates: nothing if they are not known.
+
+    Args:
+        optimizer: of the run.
+        opt_state: its state after the update.
+        count: number of updates before that one.
+    """
+    found = _rates(optimizer, opt_state, count)
+    return {} if found is None else {'learning_rate': found}
+
+
+def _rates(optimizer: Optimizer, opt_state: Any, count: Any) -> Any:
+    """Returns the learning rate, several by name, or None."""
+    state = optimizer.state_of_base(opt_state)
+    if optimizer.groups:
+        known: dict[str, Any] = {}
+        for name, group in optimizer.groups.items():
+            inner = state.inner_states[name].inner_state
+            rates = _rates(group.optimizer, inner, count)
+            if isinstance(rates, Mapping):
+                known.update({f'{name}/{part}': rate for part, rate in rates.items()})
+            elif rates is not None:
+                known[name] = rates
+        return known or None
+    schedules, factors = optimizer.learning_rate, _factors(state)
+    if isinstance(schedules, Mapping):
+        # Which of them a factor belongs to is not known: rather none than a wrong one.
+        return None if factors else {name: each(count) for name, each in schedules.items()}
+    if schedules is None:
+        return None
+    return math.prod(factors, start=schedules(count)) if factors else schedules(count)
+
+
+def _factors(state: Any) -> list[Any]:
+    kinds = tuple(_FACTORS)
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
+    return [getattr(node, _FACTORS[type(node)]) for node in nodes if isinstance(node, kinds)]
