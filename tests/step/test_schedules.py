@@ -239,10 +239,10 @@ def test_steps_as_keys_in_json() -> None:
     assert_same(made.optimizer.learning_rate, expected)
     by_position = {
         'target': 'optax:piecewise_constant_schedule',
-        'args': (0.1, {'30': 0.1, 40: 0.5}),
+        'args': (0.1, {'30': 0.1, '40': 0.5}),
     }
     assert_same(from_config(by_position), expected)
-    twice = {**by_position, 'args': (0.1, {'30': 0.1, 30: 0.5})}
+    twice = {**by_position, 'args': (0.1, {'30': 0.1, '030': 0.5})}
     with pytest.raises(UserError, match=r'learning_rate\.args\[1\]: step 30 is given twice'):
         from_config(twice)
 

@@ -62,7 +62,7 @@ def check(value: Any, path: str, keys: Sequence[str | int]) -> None:
         check_names(value, path, keys)
         for key, inner in value.items():
             check(inner, f'{path}.{key}', [*keys, key])
-    elif isinstance(value, (tuple, list)):
+    elif type(value) in (tuple, list):  # And not a named tuple, such as an optimizer.
         for index, inner in enumerate(value):
             check(inner, f'{path}[{index}]', [*keys, index])
     elif isinstance(value, int):
