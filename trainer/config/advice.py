@@ -17,8 +17,6 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
 # Where a function or class of a library is looked for under a public name; its own package, too.
 _PUBLIC = ('jax.nn', 'jax.numpy', 'flax.linen', 'flax.nnx', 'optax', 'jax.nn.initializers')
 _MOST = 100
@@ -142,7 +140,7 @@ def _of_array(value: Any) -> str:
     if value.shape == ():
         return f'write a plain number: {value.item()!r}'
     if math.prod(value.shape) <= _FEW:
-        return f'write a tuple or a list: {np.asarray(value).tolist()!r}'
+        return f'write a tuple or a list: {value.tolist()!r}'
     return "make it in a function: dict(target='package.module:make'), or in the data"
 
 
@@ -163,6 +161,8 @@ def _of_object(value: Any) -> str:
 
 def _dtype_name(value: Any) -> str | None:
     """Returns 'float32' for a dtype, or a class that represents one; None for anything else."""
+    import numpy as np  # Here: it takes a tenth of a second, and most commands never ask.
+
     if isinstance(value, np.dtype):
         return value.name
     if inspect.isclass(value) and issubclass(value, np.generic):

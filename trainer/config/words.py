@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from trainer.config import objects, suggest
 from trainer.config.advice import short
 from trainer.config.errors import UserError
@@ -138,6 +136,8 @@ def _is_called(value: Any) -> bool:
 
 def _dtype(value: Any, default: Any, path: str) -> Any:
     """Returns a dtype by name as the kind of object that the default is."""
+    import numpy as np
+
     if not isinstance(value, str):
         raise UserError(f"{path}: expected a dtype such as 'bfloat16', got {short(value)}")
     try:
@@ -154,6 +154,8 @@ def _dtype(value: Any, default: Any, path: str) -> Any:
 
 def _is_dtype(default: Any) -> bool:
     """Whether a default is a dtype, or a class that represents one, as `jnp.float32` does."""
+    import numpy as np  # Here: it takes a tenth of a second, and most commands never ask.
+
     if default is inspect.Parameter.empty:
         return False
     if inspect.isclass(default) and issubclass(default, np.generic):
