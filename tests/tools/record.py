@@ -158,7 +158,9 @@ def written(workdir: pathlib.Path) -> dict[str, Any]:
         found['result'] = {**result, 'metrics': steady(result['metrics'])}
     if (workdir / 'metrics.jsonl').exists():
         found['rows'] = [steady(json.loads(line)) for line in (workdir / 'metrics.jsonl').open()]
-    found['files'] = sorted({name(path) for path in workdir.iterdir()}) if workdir.exists() else []
+    names = {name(path) for path in workdir.iterdir()} if workdir.exists() else set()
+    # Whose code it was does not count.
+    found['files'] = sorted(names - {'code.diff'})
     for file in ('run.json', *(f'checkpoints/{step}/meta/metadata' for step in (10, 20))):
         if (workdir / file).exists():
             content = json.loads((workdir / file).read_text())
