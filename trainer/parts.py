@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer import startup
 from trainer.batch_sizes import BatchSizes
+from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
@@ -263,6 +264,9 @@ class Parts:
         Args:
             state: fresh, or of a checkpoint.
             kept: what `health.kept` returned when it was saved.
+
+        Raises:
+            CheckpointError: if that is of another shape.
         """
         abstract = self.programs.abstract.health
         if abstract is None:
@@ -272,7 +276,13 @@ class Parts:
         found = health.Health(clean)
         if self.experiment.ensemble is not None or fetch(self.programs.sweep(state).kind):
             found = self.programs.examine(state.durable)  # Mostly there is nothing to count.
-        return dataclasses.replace(state, health=health.restored(found, kept))
+        try:
+            return dataclasses.replace(state, health=health.restored(found, kept))
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' of its "
+                f'metadata: {error}. Remove its directory to resume from an older one.'
+            ) from error
 
     def as_configured(self, state: TrainState) -> TrainState:
         """Returns a restored state with the numbers that `config.ensemble.vary` has now."""
