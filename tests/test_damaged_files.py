@@ -189,6 +189,31 @@ def test_no_damage_ends_in_a_traceback(name: str, run: Trainer) -> None:
     assert outcomes['resumed'] > 0
 
 
+@pytest.mark.parametrize('name', FILES)
+def test_what_is_no_file_is_told(name: str, run: Trainer) -> None:
+    path = _path(run)
+    with _restored(path, FILES):
+        for make in (pathlib.Path.mkdir, lambda p: p.symlink_to(path / 'nowhere' / 'x')):
+            (path / name).unlink()
+            make(path / name)
+            with contextlib.suppress(UserError, CheckpointError):
+                _resume(run, with_arrays=False)
+            if (path / name).is_dir():
+                (path / name).rmdir()
+            else:
+                (path / name).unlink()
+            (path / name).write_text('')
+
+
+def test_the_name_of_a_holder_may_be_damaged(tmp_path: pathlib.Path) -> None:
+    holder = Workdir(tmp_path)
+    holder.claim()
+    (tmp_path / '.lock').write_bytes(b'\xff\xfe')
+    with pytest.raises(UserError, match='another run is training'):
+        Workdir(tmp_path).claim()
+    holder.release()
+
+
 def test_a_damaged_checkpoint_is_an_error_of_data(
     run: Trainer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

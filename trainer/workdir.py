@@ -67,7 +67,7 @@ class Workdir:
         if fcntl is None or self._claim is not None or '://' in str(self.path):
             return
         self.make()
-        file = open(self.path / '.lock', 'a+')  # noqa: SIM115
+        file = open(self.path / '.lock', 'a+', errors='replace')  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -335,7 +335,12 @@ class Workdir:
     def _write(self, name: str, value: Any) -> None:
         temporary = self.path / f'.{name}.tmp'
         temporary.write_text(json.dumps(value, indent=2) + '\n')
-        temporary.replace(self.path / name)
+        try:
+            temporary.replace(self.path / name)
+        except IsADirectoryError as error:
+            raise UserError(
+                f'{self.path / name} is a directory, where the run writes a file: move or delete it'
+            ) from error
 
 
 def _problem_of_result(found: Any) -> str | None:

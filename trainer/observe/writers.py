@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import logging
@@ -18,9 +19,12 @@ import numpy as np
 from etils import epath
 
 from trainer.config import json_text
+from trainer.config.errors import UserError
 
 _log = logging.getLogger('trainer')
 _FLUSH_SECS = 30.0
+# Errors of a path that is a directory, or a link that leads nowhere.
+_NO_FILE = (errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +72,23 @@ class MetricsFile:
             path: the file.
             resume_step: rows beyond this step, and a torn last line, are cut first; damaged lines
                 move to a file beside it.
+
+        Raises:
+            UserError: if there is something else than a file that can be written.
         """
         self._path = epath.Path(path)
-        cut_after(self._path, resume_step)
         self._resume_step = resume_step
-        self._resumed_names = _names_at(self._path, resume_step)
-        self._file = self._path.open('a')
+        try:
+            cut_after(self._path, resume_step)
+            self._resumed_names = _names_at(self._path, resume_step)
+            self._file = self._path.open('a')
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise UserError(
+                f'{path} cannot be opened: {error.strerror}. The run writes its metrics there: '
+                'expected a file, or nothing. Move or delete what is there.'
+            ) from error
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Appends one line, unless the run that goes on had written it before it was cut short."""
