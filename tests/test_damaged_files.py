@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.serialization
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -396,6 +397,25 @@ def test_no_damage_to_weights_ends_in_a_traceback(tmp_path: pathlib.Path) -> Non
             opening.open_raw(path)
         except UserError as error:
             assert 'x.safetensors' in str(error)
+            refused += 1
+    assert 0 < refused < len(damages)
+
+
+def test_no_damage_to_msgpack_ends_in_a_traceback(tmp_path: pathlib.Path) -> None:
+    chance = random.Random(13)
+    path = tmp_path / 'x.msgpack'
+    tree = {'a': {'w': np.ones((2, 3), np.float32), 'n': 3}, 'b': [np.ones(3, np.float16)]}
+    data = flax.serialization.msgpack_serialize(tree)
+    refused = 0
+    damages = [*_texts(data, chance), b'\x82\x01\x02\xa1a\x03']  # The last is {1: 2, 'a': 3}.
+    for damage in damages:
+        path.write_bytes(damage)
+        try:
+            for leaf in opening.open_tree(path).values():
+                assert isinstance(leaf.shape, tuple)
+            opening.open_raw(path)
+        except UserError as error:
+            assert 'x.msgpack' in str(error)
             refused += 1
     assert 0 < refused < len(damages)
 
