@@ -279,8 +279,9 @@ def _step_of(line: bytes) -> int | None:
 def _names_at(path: epath.Path, step: int) -> set[str]:
     """Returns the names of the values that the last rows, those of this step, hold."""
     names: set[str] = set()
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for row in map(json.loads, reversed(lines)):
+    # Not `splitlines`: a carriage return within a row is white space of JSON.
+    lines = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
+    for row in map(json_text.parse, reversed(lines)):
         if row['step'] != step:
             break
         names.update(row)
