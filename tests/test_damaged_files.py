@@ -9,6 +9,7 @@ import logging
 import pathlib
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,6 +132,10 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
     recovery.check()
     if with_arrays:
         recovery.start()
+        # The child that it forks holds the claim of the directory until it has become git.
+        for thread in threading.enumerate():
+            if thread.name == 'provenance':
+                thread.join(60)
     else:
         _use(recovery, report, checkpoints.meta(50, checked.OF_A_RUN))
     try:
