@@ -7,11 +7,17 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .sources import RandomAccessSource
+import numpy as np
+
+from . import columns
+from .sources import Arrays, ArraySpec
 
 
-class HuggingFace(RandomAccessSource):
-    """A split of a Hugging Face dataset, as numpy arrays."""
+class HuggingFace:
+    """A split of a Hugging Face dataset, as numpy arrays.
+
+    The type of a column decides on the dtype, as README.md lists.
+    """
 
     def __init__(
         self,
@@ -21,22 +27,80 @@ class HuggingFace(RandomAccessSource):
         keys: Sequence[str] | None = None,
         name: str | None = None,
         data_files: Any = None,
+        data_dir: str | None = None,
     ):
-        """Opens the split.
+        """Opens the split, and looks for missing values and for lists of several lengths.
 
         Args:
             path: a directory that `save_to_disk` has written; or what `datasets.load_dataset`
-                takes: a name, or 'parquet', 'json', 'csv' with `data_files`.
+                takes: a name, or 'parquet', 'json', 'csv', 'imagefolder' with `data_files` or
+                `data_dir`.
             split: 'train', 'test[:10%]', ...
-            keys: fields to read; by default all. All of them must be numbers or images.
+            keys: fields to read; by default all. The fields of a struct are named 'column.field'.
             name: which configuration of the dataset.
             data_files: files, patterns, or a dict of these by split.
+            data_dir: directory of the files.
 
         Raises:
-            ValueError: if the package is missing, or there is no such dataset, split or field.
+            ValueError: if the package is missing, if there is no such dataset, split or field, or
+                if a column holds what numpy cannot.
         """
-        items = _load(path, name=name, data_files=data_files, split=split, streaming=False)
-        super().__init__(_fields(items, keys).with_format('numpy'))
+        files = {'data_files': data_files, 'data_dir': data_dir}
+        items = _load(path, name=name, split=split, streaming=False, **files)
+        every = columns.of_schema(items.features.arrow_schema, items.features)
+        self._columns = columns.chosen(every, keys)
+        names = list(dict.fromkeys(column.top for column in self._columns))
+        self._items = items.select_columns(names).with_format('arrow')
+        if not len(items):
+            raise ValueError('the source is empty')
+        # A table of more rows than the dataset has others than the split's.
+        table = self._items.data
+        checked = self._columns if table.num_rows == len(items) else ()
+        found = [columns.check(c, table.column(c.top), self._columns) for c in checked]
+        self._differs = next(filter(None, found), None)
+        self._first = self[0]
+
+    @property
+    def spec(self) -> dict[str, ArraySpec]:
+        """Shape and dtype of each field of one example.
+
+        Raises:
+            ValueError: if the lists of a column differ in length; `source[index]` still reads them.
+        """
+        if self._differs:
+            raise ValueError(self._differs)
+        return {name: ArraySpec(x.shape, x.dtype) for name, x in self._first.items()}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Arrays:
+        """Returns one example; examples may differ in shape."""
+        return _one(self._read([index]))
+
+    def gather(self, indices: np.ndarray) -> Arrays:
+        """Returns the examples at `indices` (n,), stacked.
+
+        Raises:
+            ValueError: if an example has another shape or dtype than the first one.
+        """
+        spec = self.spec
+        if not len(indices):
+            return {name: np.zeros((0, *s.shape), s.dtype) for name, s in spec.items()}
+        arrays = self._read(indices.tolist())
+        for name, x in arrays.items():
+            first, is_text = spec[name], x.dtype.kind == 'U'
+            if x.shape[1:] != first.shape or not (is_text or x.dtype == first.dtype):
+                raise ValueError(
+                    f'{name!r} is {x.dtype} {x.shape[1:]}, of example 0 it is {first.dtype} '
+                    f'{first.shape}; a batch needs one shape and dtype: resize, crop or pad with '
+                    'Dataset.map and save_to_disk, or leave the field out of `keys`'
+                )
+        return arrays
+
+    def _read(self, indices: list[int]) -> Arrays:
+        table = self._items[indices]
+        return {c.name: columns.to_numpy(c, table.column(c.top)) for c in self._columns}
 
 
 class HuggingFaceStream:
@@ -54,22 +118,31 @@ class HuggingFaceStream:
         keys: Sequence[str] | None = None,
         name: str | None = None,
         data_files: Any = None,
+        data_dir: str | None = None,
     ):
         """Opens the split.
 
         Args:
-            path: what `datasets.load_dataset` takes: a name, or 'parquet', 'json', 'csv' with
-                `data_files`.
+            path: what `datasets.load_dataset` takes: a name, or 'parquet', 'json', 'csv',
+                'imagefolder' with `data_files` or `data_dir`.
             split: 'train', ...
-            keys: fields to read; by default all.
+            keys: fields to read; by default all. The fields of a struct are named 'column.field'.
             name: which configuration of the dataset.
             data_files: files, patterns, or a dict of these by split.
+            data_dir: directory of the files.
 
         Raises:
-            ValueError: if the package is missing, or there is no such dataset, split or field.
+            ValueError: if the package is missing, if there is no such dataset, split or field, or
+                if a column holds what numpy cannot.
         """
-        items = _load(path, name=name, data_files=data_files, split=split, streaming=True)
-        self._items = _fields(items, keys).with_format('numpy')
+        files = {'data_files': data_files, 'data_dir': data_dir}
+        items = _load(path, name=name, split=split, streaming=True, **files)
+        self._keys = keys
+        if items.features is not None:  # Otherwise its first example says what there is.
+            every = columns.of_schema(items.features.arrow_schema, items.features)
+            found = columns.chosen(every, keys)
+            items = items.select_columns(list(dict.fromkeys(column.top for column in found)))
+        self._items = items.with_format('arrow')
 
     def shard(self, index: int, count: int) -> Any:
         """Returns the files of reader `index` of `count`.
@@ -83,22 +156,25 @@ class HuggingFaceStream:
                 f'data_files: {count} processes read files of their own, and there are {files}; '
                 'split them up, or use data.hf:HuggingFace'
             )
-        return _Part(self._items, index, count)
+        return _Part(self._items, self._keys, index, count)
 
 
 class _Part:
-    def __init__(self, items: Any, index: int, count: int):
-        self._all = items, index, count
+    def __init__(self, items: Any, keys: Sequence[str] | None, index: int, count: int):
+        self._all = items, keys, index, count
 
     def __iter__(self) -> _Place:
-        items, index, count = self._all
+        items, keys, index, count = self._all
         # An object of its own, for a dataset counts in itself how far it was read.
-        return _Place(items.shard(num_shards=count, index=index))
+        return _Place(items.shard(num_shards=count, index=index), keys)
 
 
 class _Place:
-    def __init__(self, items: Any):
+    def __init__(self, items: Any, keys: Sequence[str] | None):
         self._items = items
+        self._keys = keys
+        self._schema: Any = None
+        self._columns: list[columns.Column] = []
         self._examples = iter(items)
         self._started = False
 
@@ -107,7 +183,14 @@ class _Place:
 
     def __next__(self) -> Any:
         self._started = True
-        return next(self._examples)
+        table = next(self._examples)
+        if self._schema is None or not table.schema.equals(self._schema):
+            # Each block of a JSON file has types of its own.
+            self._schema = table.schema
+            self._columns = columns.chosen(
+                columns.of_schema(table.schema, self._items.features), self._keys
+            )
+        return _one({c.name: columns.to_numpy(c, table.column(c.top)) for c in self._columns})
 
     def get_state(self) -> Any:
         return self._items.state_dict() if self._started else None
@@ -137,7 +220,14 @@ def _load(path: str, *, split: str | None, **options: Any) -> Any:
             found = found[split] if split is not None and isinstance(found, dict) else found
         else:
             found = datasets.load_dataset(path, split=split, **options)
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        NotImplementedError,
+        datasets.exceptions.DatasetsError,
+    ) as error:
         raise ValueError(
             f'path: {path!r}, split {split!r} cannot be opened: '
             + f'{type(error).__name__}: {error}'.splitlines()[0]
@@ -156,10 +246,6 @@ def _expanded(files: Any) -> Any:
     return os.path.expanduser(files)
 
 
-def _fields(items: Any, keys: Sequence[str] | None) -> Any:
-    if keys is None:
-        return items
-    unknown = sorted(set(keys) - set(items.column_names))
-    if unknown:
-        raise ValueError(f'keys: {unknown} are none of {", ".join(items.column_names)}')
-    return items.select_columns(list(keys))
+def _one(arrays: Arrays) -> Arrays:
+    """Returns the only row of each array, as an array even of text and bytes."""
+    return {name: x.reshape(x.shape[1:]) for name, x in arrays.items()}

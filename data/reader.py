@@ -36,6 +36,19 @@ class Reader:
         self._ended = False
         self._examples: Any = None
 
+    @classmethod
+    def at(cls, state: Any, pipeline: Pipeline) -> Reader:
+        """Returns the reader that stands at the place of a `state`.
+
+        Raises:
+            ValueError: if it is the place of another pipeline, or none.
+        """
+        if not _is_state(state):
+            raise ValueError(f'its place in the checkpoint is damaged: {state!r:.200}')
+        reader = cls(pipeline, tuple(state['part']))
+        reader.restore(state)
+        return reader
+
     def next(self) -> Arrays | None:
         """Returns the next example of this pass, None at its end."""
         if self._ended:
@@ -109,6 +122,18 @@ class Reader:
         examples, self._examples, self._ended = self._examples, None, False
         if examples is not None:
             examples.close()
+
+
+def _is_state(state: Any) -> bool:
+    """Whether it has the form of what `Reader.state` returns."""
+    kinds = {'part': list, 'epoch': int, 'any': bool, 'workers': int, 'place': object}
+    if not isinstance(state, dict) or not kinds.keys() <= state.keys():
+        return False
+    if not all(isinstance(state[key], kind) for key, kind in kinds.items()):
+        return False
+    part = state['part']
+    whole = len(part) == 2 and all(type(x) is int for x in part)
+    return whole and 0 <= part[0] < part[1] and state['epoch'] >= 0
 
 
 def part_of(rows: np.ndarray, total: int) -> tuple[int, int]:

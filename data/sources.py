@@ -48,7 +48,8 @@ def check_source(source: Source) -> None:
 
     Raises:
         TypeError: if it has no length or `gather`, or that returns no dict of arrays.
-        ValueError: if `gather` returns another number of rows.
+        ValueError: if `gather` returns another number of rows, or the source knows that its
+            examples differ in shape and raises this where its `spec` is read.
     """
     missing = [name for name in ('__len__', 'gather') if not hasattr(source, name)]
     if missing:
@@ -59,6 +60,7 @@ def check_source(source: Source) -> None:
         )
     if not len(source):
         return
+    getattr(source, 'spec', None)
     indices = np.array([len(source) - 1, 0, 0])
     try:
         arrays = source.gather(indices)

@@ -210,8 +210,7 @@ class StreamLoader(_Loader):
         self.close()
         self._position = position
         if state is not None:
-            self._reader = Reader(self._pipeline, tuple(state['part']))
-            self._reader.restore(state)
+            self._reader = Reader.at(state, self._pipeline)
 
     def _next(self, reader: Reader, count: int, held: np.ndarray) -> Block:
         made, states = [], []

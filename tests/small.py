@@ -10,7 +10,7 @@ from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
-_OPTIONS = {
+OPTIONS = {
     'train_for': '50 steps',
     'data__source__limit': 640,
     'evals__test__data__source__limit': 100,
@@ -28,6 +28,6 @@ def trainer_in(workdir: pathlib.Path | None, *, allow: bool = False, **overrides
         allow: whether its config may differ from that of the run in there.
         **overrides: of the config, with '__' for dots.
     """
-    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**_OPTIONS, **overrides})
+    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**OPTIONS, **overrides})
     directory = None if workdir is None else str(workdir)
     return Trainer(experiment, directory, allow_config_change=allow)

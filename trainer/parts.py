@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer import startup
 from trainer.batch_sizes import BatchSizes
+from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
@@ -282,6 +283,9 @@ class Parts:
         Args:
             state: fresh, or of a checkpoint.
             kept: what `health.kept` returned when it was saved.
+
+        Raises:
+            CheckpointError: if that is of another shape.
         """
         found = self._clean_health()
         if found is None:
@@ -289,7 +293,13 @@ class Parts:
         state = dataclasses.replace(state, health=found)
         if self.experiment.ensemble is not None or fetch(self.programs.sweep(state).kind):
             found = self.programs.examine(state.durable)  # Mostly there is nothing to count.
-        return dataclasses.replace(state, health=health.restored(found, kept))
+        try:
+            return dataclasses.replace(state, health=health.restored(found, kept))
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' of its "
+                f'metadata: {error}. Remove its directory to resume from an older one.'
+            ) from error
 
     def as_configured(self, state: TrainState) -> TrainState:
         """Returns a restored state with the numbers that `config.ensemble.vary` has now."""

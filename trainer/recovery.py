@@ -12,6 +12,7 @@ import jax
 
 from trainer import failure
 from trainer.batch_sizes import place_in_other_data, resized
+from trainer.checkpoint import checked
 from trainer.checkpoint.errors import CheckpointError, SaveError
 from trainer.checkpoint.storable import check_storable
 from trainer.config import diff
@@ -121,10 +122,11 @@ class Recovery:
         if self._parts.workdir is not None and processes.is_primary():
             # A run that goes on there would delete what is read here.
             self._parts.workdir.claim()
+        # Before the arrays, which can take minutes to read.
+        meta = checkpoints.meta(latest, checked.OF_A_RUN)
         state = self._parts.restore(latest)
         if self._allow_config_change:
             state = self._parts.as_configured(state)
-        meta = checkpoints.meta(latest)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
             self._report.progress.message('The data restarts from the beginning.')
         self._tell_data_changes(latest, meta)

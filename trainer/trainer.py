@@ -172,6 +172,7 @@ class Trainer(Parts):
             try:
                 for count, batch in batches:
                     program = self.programs.step if count == 1 else self.programs.fused
+                    self._profile.begin_step(step + count)
                     state = program(state, batch)
                     step += count
                     self._reached = step, state
@@ -313,7 +314,8 @@ class Trainer(Parts):
         compiled = evaluator.compile_secs
         with self.report.time.spent('eval'):
             try:
-                metrics = evaluator.run(state, should_stop=self._stopping)
+                with self._profile.evaluation(name):
+                    metrics = evaluator.run(state, should_stop=self._stopping)
             except Stopped:
                 # The next start runs it: the checkpoint of this step says what it lacks.
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from trainer.checkpoint.retention import Retention
+from trainer.checkpoint.retention import Retention, better_mode
 from trainer.config import suggest
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
@@ -65,7 +65,7 @@ def _watched(
             f'{path}.metric: {given.metric!r} is no metric of an evaluation'
             + (f'; expected {near}' if near else ', and this config has no evals')
         )
-    mode = given.mode or _better(parts[-1])
+    mode = given.mode or better_mode(parts[-1])
     if mode is None:
         near = suggest.nearest(parts[-1], _USUAL)
         if near:
@@ -78,10 +78,3 @@ def _watched(
             "better, to 'min' if smaller ones are"
         )
     return given.metric, mode
-
-
-def _better(name: str) -> str | None:
-    """Returns which values of a metric are better by its name; None where that does not tell."""
-    if name.endswith(('loss', 'error', 'perplexity')):
-        return 'min'
-    return 'max' if name.endswith('accuracy') else None

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -14,15 +15,16 @@ import secrets
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 from etils import epath
 
-from trainer.config import diff, identity, places
+from trainer.config import diff, identity, json_text, places
 from trainer.config.errors import UserError
 from trainer.provenance import Code
 
+_log = logging.getLogger('trainer')
 # A file whose presence says that a checkpoint was committed.
 _SAVED = '.saved'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
@@ -65,7 +67,7 @@ class Workdir:
         if fcntl is None or self._claim is not None or '://' in str(self.path):
             return
         self.make()
-        file = open(self.path / '.lock', 'a+')  # noqa: SIM115
+        file = open(self.path / '.lock', 'a+', errors='replace')  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -173,7 +175,7 @@ class Workdir:
         if self._start is None:
             return True
         try:
-            run = json.loads((self.path / 'run.json').read_text())
+            run = json_text.parse((self.path / 'run.json').read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError):
@@ -204,7 +206,7 @@ class Workdir:
             UserError: if there are metrics and a checkpoint was committed, but none is left.
         """
         metrics = self.path / 'metrics.jsonl'
-        result = self._read('result.json') or {}
+        result = self.result() or {}
         # A copy of the directory may be without the marker, and an older run has none.
         was_saved = (self.path / _SAVED).exists() or result.get('digest') is not None
         if was_saved and metrics.exists():
@@ -216,10 +218,10 @@ class Workdir:
 
     def config_changes(self, config: Any, resolved: Mapping[str, int]) -> list[diff.Change]:
         """Returns the differences to the config that this directory holds, if it holds one."""
-        old = self._read('config.json')
+        old = self._config()
         if old is None:
             return []
-        changes = diff.diff(diff.from_jsonable(old['config']), config)
+        changes = diff.diff(old['config'], config)
         # A schedule that ends with the run changes when the run gets longer, by no edit of its own.
         changes += [
             diff.Change(f'{path} (in steps)', before, resolved[path])
@@ -242,12 +244,23 @@ class Workdir:
             )
 
     def result(self) -> dict[str, Any] | None:
-        """Returns `result.json`, or None if no run has ended here; a null metric is a NaN."""
-        found = self._read('result.json')
-        if found is not None:
-            values = found['metrics'].items()
-            found['metrics'] = {name: math.nan if v is None else v for name, v in values}
-        return found
+        """Returns `result.json`, or None if no run has ended here; a null metric is a NaN.
+
+        A damaged one counts as none, with a warning: the run writes it again when it ends.
+        """
+        path = self.path / 'result.json'
+        if not path.exists():
+            return None
+        try:
+            found = json_text.parse(path.read_bytes())
+            if problem := _problem_of_result(found):
+                raise ValueError(problem)
+        except (OSError, ValueError) as error:
+            _log.warning('%s is damaged and ignored (%s)', path, error)
+            return None
+        values = found['metrics'].items()
+        found['metrics'] = {name: math.nan if v is None else v for name, v in values}
+        return cast(dict[str, Any], found)
 
     def write_result(
         self,
@@ -284,9 +297,10 @@ class Workdir:
     def _earlier_starts(self) -> list[dict[str, Any]]:
         path = self.path / 'run.json'
         try:
-            old = json.loads(path.read_text()) if path.exists() else {}
+            old = json_text.parse(path.read_bytes()) if path.exists() else {}
             starts = [dict(each) for each in old.get('starts', ())]
-        except (OSError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            _log.warning('%s is damaged: its list of earlier starts is lost (%s)', path, error)
             return []
         for each in starts:
             if each.get('status') == 'running':  # It was killed before it could record its end.
@@ -298,19 +312,49 @@ class Workdir:
         this = {name: run[name] for name in _START_FIELDS if name in run}
         self._write('run.json', {**run, 'starts': [*self._starts, this]})
 
-    def _read(self, name: str) -> Any:
-        path = self.path / name
+    def _config(self) -> dict[str, Any] | None:
+        """Returns `config.json`, the config in it restored; None if there is none."""
+        path = self.path / 'config.json'
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f'{path} is not valid JSON ({error}); delete or fix it') from error
+            found = json_text.parse(path.read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError(f'it is {json_text.name(found)}')
+            for key in ('config', 'resolved'):
+                if not isinstance(found.get(key), dict):
+                    raise ValueError(f'{key!r} is {json_text.name(found.get(key))}')
+            return {**found, 'config': diff.from_jsonable(found['config'])}
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f'{path} is damaged: {error}. Expected an object with the objects "config" and '
+                '"resolved", as a start of a run writes it. Restore it, or delete it: the config '
+                'of this run is then not compared with that of its last start.'
+            ) from error
 
     def _write(self, name: str, value: Any) -> None:
         temporary = self.path / f'.{name}.tmp'
         temporary.write_text(json.dumps(value, indent=2) + '\n')
-        temporary.replace(self.path / name)
+        try:
+            temporary.replace(self.path / name)
+        except IsADirectoryError as error:
+            raise UserError(
+                f'{self.path / name} is a directory, where the run writes a file: move or delete it'
+            ) from error
+
+
+def _problem_of_result(found: Any) -> str | None:
+    """Returns what is wrong with the value of `result.json`, or None."""
+    if not isinstance(found, dict):
+        return f'it is {json_text.name(found)}, not an object'
+    metrics = found.get('metrics')
+    values = metrics.values() if isinstance(metrics, dict) else ['']
+    is_right = {
+        'status': isinstance(found.get('status'), str),
+        'step': json_text.is_int(found.get('step')),
+        'metrics': all(v is None or json_text.is_number(v) for v in values),
+    }
+    return next((f'{key!r} is wrong' for key, right in is_right.items() if not right), None)
 
 
 def versions() -> dict[str, str]:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
+import itertools
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from tests.command import ROOT
@@ -70,6 +73,59 @@ def test_modules_of_nnx_have_names_while_they_are_traced(tmp_path: pathlib.Path)
         b'jvp(MLP)/' + part in traced(tmp_path / 'traced') for part in (b'dense_0', b'norm_0')
     )
     assert losses['traced'] == losses['plain']
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """What is named in the thread of the loop: nanoseconds, and the number of a step."""
+
+    name: str
+    step: int | None
+    start: float
+    end: float
+
+
+def names(directory: pathlib.Path) -> list[Named]:
+    """Returns the steps and evaluations of a trace, in their order."""
+    (file,) = (directory / 'profile').rglob('*.xplane.pb')
+    events = [
+        Named(e.name, dict(e.stats).get('step_num'), e.start_ns, e.start_ns + e.duration_ns)
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for e in line.events
+        if e.name == 'train' or e.name.startswith('eval ')
+    ]
+    return sorted(events, key=lambda event: event.start)
+
+
+@pytest.mark.parametrize(('calls', 'steps'), [(1, [5, 6, 7, 8, 9]), (4, [8, 9])])
+def test_steps_and_evaluations_are_named(
+    calls: int, steps: list[int], tmp_path: pathlib.Path
+) -> None:
+    """XProf derives the times of steps from these names; several in one call have the last's."""
+    source = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 64}
+    evals = {'test': {'every': '8 steps', 'data': {'source': source, 'batch_size': 64}}}
+    window = {'start': '4 steps', 'steps': 5}
+    Trainer(build(profile=window, evals=evals, steps_per_call=calls), str(tmp_path)).fit()
+    found = names(tmp_path)
+    assert [x.step for x in found if x.name == 'train'] == steps
+    at = steps.index(8) + 1
+    assert [x.name for x in found] == ['train'] * at + ['eval test', 'train']
+    for before, after in itertools.pairwise(found):
+        assert before.end <= after.start
+    if calls == 1:
+        # A step lasts until the next one begins, and not only as long as its call.
+        gaps = [after.start - before.end for before, after in itertools.pairwise(found[:at])]
+        assert np.median(gaps) <= np.median([x.end - x.start for x in found[:at]])
+
+
+def test_outside_of_a_window_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError('a step was named')
+
+    monkeypatch.setattr(jax.profiler, 'StepTraceAnnotation', refuse)
+    assert Trainer(build()).fit().step == 20
+    assert Trainer(build(profile={'start': '2 steps'})).fit().step == 20
 
 
 def test_a_run_that_ends_in_the_window_has_its_trace(tmp_path: pathlib.Path) -> None:

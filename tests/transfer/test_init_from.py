@@ -117,7 +117,7 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
         )).init_state()  # fmt: skip
         assert_same(new.variables, old.variables)
     tensors.write_bytes(tensors.read_bytes()[:-4])
-    with pytest.raises(UserError, match='no safetensors file, or was cut short'):
+    with pytest.raises(UserError, match='no safetensors file, or is damaged'):
         trainer(tmp_path, init_from={'path': str(tensors)}).init_state()
     file.write_bytes(b'no msgpack')
     with pytest.raises(UserError, match='no msgpack file of Flax'):

@@ -9,15 +9,16 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 from etils import epath
 
-from trainer.checkpoint import empty, reading, writing
+from trainer.checkpoint import checked, empty, reading, writing
 from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, may_pass
 from trainer.checkpoint.retention import Policy, Retention
+from trainer.config import json_text
 from trainer.config.errors import UserError
 from trainer.parallel.host import fetch
 from trainer.step import digest
@@ -96,19 +97,23 @@ class Checkpoints:
         """Returns the step with the best metric, or None if no checkpoint has one."""
         return self._retention.best(self.steps(), self._score)
 
-    def meta(self, step: int) -> dict[str, Any]:
+    def meta(self, step: int, needed: Sequence[str] = ()) -> dict[str, Any]:
         """Returns what was stored beside the arrays of a step, `digest` included.
 
+        Args:
+            step: of the checkpoint.
+            needed: keys that it must have, such as `checked.OF_A_RUN`.
+
         Raises:
-            CheckpointError: if it cannot be read.
+            CheckpointError: if it cannot be read, or has another form than it was written in.
         """
         try:
-            meta = json.loads(self._meta_file(step).read_text())
+            meta = json_text.parse(self._meta_file(step).read_bytes())
         except (OSError, ValueError) as error:
             raise self._damaged(step, first_line(error)) from error
-        if not isinstance(meta, dict):
-            raise self._damaged(step, f'its metadata is a {type(meta).__name__}, not a dict')
-        return meta
+        if problem := checked.problem(meta, needed):
+            raise self._damaged(step, problem)
+        return cast(dict[str, Any], meta)
 
     # ---- reading -------------------------------------------------------------------------------
 

@@ -11,6 +11,13 @@ from typing import Any
 from trainer.config.durations import Periodic
 
 
+def better_mode(name: str) -> str | None:
+    """Returns which values of a metric are better by its name; None where that does not tell."""
+    if name.endswith(('loss', 'error', 'perplexity')):
+        return 'min'
+    return 'max' if name.endswith('accuracy') else None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retention:
     """Which checkpoints are kept; the newest always are.

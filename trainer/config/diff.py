@@ -50,9 +50,15 @@ def to_jsonable(node: Any) -> Any:
 
 
 def from_jsonable(node: Any) -> Any:
-    """Undoes `to_jsonable`."""
+    """Undoes `to_jsonable`.
+
+    Raises:
+        ValueError: if a tuple is none.
+    """
     if isinstance(node, Mapping):
         if set(node) == {'__tuple__'}:
+            if not isinstance(node['__tuple__'], list):
+                raise ValueError(f'"__tuple__" is {node["__tuple__"]!r:.40}, not a list')
             return tuple(from_jsonable(value) for value in node['__tuple__'])
         return {key: from_jsonable(value) for key, value in node.items()}
     if isinstance(node, list):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -34,9 +35,34 @@ class Profile:
         self._window = window if directory is not None else None
         self._directory = directory
         self._running = False
+        # The name of the step that runs, while a trace is being taken.
+        self._name: jax.profiler.StepTraceAnnotation | None = None
+
+    def begin_step(self, step: int) -> None:
+        """Names the step that is dispatched next in a trace that is being taken.
+
+        XProf derives the times of steps from it. It ends where the next step or an event begins:
+        the call alone returns long before the devices are done.
+
+        Args:
+            step: number of completed updates after it; of several in one call, after the last.
+        """
+        if not self._running:
+            return
+        self._end_step()
+        self._name = jax.profiler.StepTraceAnnotation('train', step_num=step)
+        self._name.__enter__()
+
+    def evaluation(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """Returns the context of an evaluation: it is named in a trace that is being taken."""
+        if not self._running:
+            return contextlib.nullcontext()
+        return jax.profiler.TraceAnnotation(f'eval {name}')
 
     def stepped(self, step: int, state: Any) -> str | None:
-        """Is told of the steps at the window's borders; returns what the user should know.
+        """Is told of the steps with an event; returns what the user should know.
+
+        At the window's borders the trace begins and ends.
 
         Args:
             step: number of completed updates.
@@ -50,6 +76,7 @@ class Profile:
             self._running = True
         elif self._running and step >= self._window.stop:
             return self.close(state)
+        self._end_step()
         return None
 
     def close(self, state: Any = None) -> str | None:
@@ -58,5 +85,11 @@ class Profile:
             return None
         self._running = False
         jax.block_until_ready(state)
+        self._end_step()
         jax.profiler.stop_trace()
         return f'trace written to {self._directory}: tensorboard --logdir {self._directory}'
+
+    def _end_step(self) -> None:
+        if self._name is not None:
+            self._name.__exit__(None, None, None)
+            self._name = None

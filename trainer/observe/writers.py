@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import logging
@@ -17,8 +18,13 @@ from typing import IO, Any, Protocol
 import numpy as np
 from etils import epath
 
+from trainer.config import json_text
+from trainer.config.errors import UserError
+
 _log = logging.getLogger('trainer')
 _FLUSH_SECS = 30.0
+# Errors of a path that is a directory, or a link that leads nowhere.
+_NO_FILE = (errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +70,25 @@ class MetricsFile:
 
         Args:
             path: the file.
-            resume_step: rows beyond this step, and a torn last line, are cut first.
+            resume_step: rows beyond this step, and a torn last line, are cut first; damaged lines
+                move to a file beside it.
+
+        Raises:
+            UserError: if there is something else than a file that can be written.
         """
         self._path = epath.Path(path)
-        cut_after(self._path, resume_step)
         self._resume_step = resume_step
-        self._resumed_names = _names_at(self._path, resume_step)
-        self._file = self._path.open('a')
+        try:
+            cut_after(self._path, resume_step)
+            self._resumed_names = _names_at(self._path, resume_step)
+            self._file = self._path.open('a')
+        except OSError as error:
+            if error.errno not in _NO_FILE:
+                raise
+            raise UserError(
+                f'{path} cannot be opened: {error.strerror}. The run writes its metrics there: '
+                'expected a file, or nothing. Move or delete what is there.'
+            ) from error
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Appends one line, unless the run that goes on had written it before it was cut short."""
@@ -207,39 +225,70 @@ class Writers:
 
 
 def cut_after(path: epath.Path, step: int) -> None:
-    """Drops the rows beyond a step and a torn last line, atomically."""
+    """Drops the rows beyond a step and a torn last line, atomically.
+
+    Lines that are no rows, such as those of a torn page, move to a file beside it, with a warning.
+    """
     if not path.exists():
         return
-    text = path.read_text()
-    kept = ''.join(line for line in text.splitlines(keepends=True) if _is_row_up_to(line, step))
-    if kept != text:
+    data = path.read_bytes()
+    *lines, _ = data.split(b'\n')  # The last one is empty, or was torn.
+    kept, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        at = _step_of(line)
+        if at is None:
+            damaged.append((number, line))
+        elif at <= step:
+            kept.append(line)
+    if damaged:
+        _set_aside(path, damaged)
+    text = b''.join(line + b'\n' for line in kept)
+    if text != data:
         temporary = path.parent / f'.{path.name}.tmp'
-        with temporary.open('w') as file:
-            file.write(kept)
+        with temporary.open('wb') as file:
+            file.write(text)
             file.flush()
             _fsync(file)
         temporary.replace(path)
 
 
-def _is_row_up_to(line: str, step: int) -> bool:
+def _set_aside(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
+    """Appends lines to the file for damaged ones; it says which they were."""
+    aside = path.parent / f'{path.name}.damaged'
+    with aside.open('ab') as file:
+        file.write(b''.join(line + b'\n' for _, line in damaged))
+        file.flush()
+        _fsync(file)
+    numbers = ', '.join(str(number) for number, _ in damaged[:5])
+    which = f'line {numbers}' if len(damaged) == 1 else f'{len(damaged):,} lines ({numbers}'
+    if len(damaged) > 1:
+        which += ', ...)' if len(damaged) > 5 else ')'
+    _log.warning('%s is damaged: moved %s to %s', path, which, aside)
+
+
+def _step_of(line: bytes) -> int | None:
+    """Returns the step of a row; None if the line is none."""
     try:
-        return line.endswith('\n') and json.loads(line)['step'] <= step
-    except (ValueError, KeyError, TypeError):
-        return False
+        row = json_text.parse(line)
+    except ValueError:
+        return None
+    step = row.get('step') if isinstance(row, dict) else None
+    return step if json_text.is_int(step) else None
 
 
 def _names_at(path: epath.Path, step: int) -> set[str]:
     """Returns the names of the values that the last rows, those of this step, hold."""
     names: set[str] = set()
-    lines = path.read_text().splitlines() if path.exists() else []
-    for row in map(json.loads, reversed(lines)):
+    # Not `splitlines`: a carriage return within a row is white space of JSON.
+    lines = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
+    for row in map(json_text.parse, reversed(lines)):
         if row['step'] != step:
             break
         names.update(row)
     return names - {'step'}
 
 
-def _fsync(file: IO[str]) -> None:
+def _fsync(file: IO[Any]) -> None:
     # An object store has no descriptor: there the rows are safe when the file is closed.
     with contextlib.suppress(io.UnsupportedOperation):
         os.fsync(file.fileno())

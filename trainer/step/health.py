@@ -137,11 +137,18 @@ def kept(health: Health | None) -> dict[str, Any]:
 
 
 def restored(health: Health, kept: Any) -> Health:
-    """Returns the health of a restored state, given what `kept` returned when it was saved."""
+    """Returns the health of a restored state, given what `kept` returned when it was saved.
+
+    Raises:
+        ValueError: if that is of another shape.
+    """
     if kept is None:
         return health
     packed = np.array(fetch(health.packed))
-    packed[..., :_KNOWN] = kept
+    first = packed[..., :_KNOWN]
+    if np.shape(kept) != first.shape:
+        raise ValueError(f'expected the shape {first.shape}, got {np.shape(kept)}')
+    first[...] = kept
     return Health(jax.device_put(packed, health.packed.sharding))
 
 

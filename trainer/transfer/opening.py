@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,9 @@ from flax import serialization
 from flax.traverse_util import unflatten_dict
 
 from trainer.checkpoint import empty
-from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
+from trainer.checkpoint.errors import first_line
+from trainer.checkpoint.manager import CheckpointError, Checkpoints
+from trainer.checkpoint.retention import Retention, better_mode
 from trainer.checkpoint.writing import step_directories
 from trainer.config import places
 from trainer.config.errors import UserError
@@ -65,10 +68,14 @@ def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
             for keys, leaf in _orbax(directory).items()
         }
     if found.suffix == '.safetensors':
-        return {_split(name): HostLeaf(x) for name, x in safetensors.read(found).items()}
+        return _by_keys(found, safetensors.read(found))
     if torch_file.is_one(found):
-        return {_split(name): HostLeaf(x) for name, x in torch_file.read(found).items()}
-    leaves = jax.tree_util.tree_leaves_with_path(_msgpack(found))
+        return _by_keys(found, torch_file.read(found))
+    tree = _msgpack(found)
+    try:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+    except ValueError as error:  # Keys that cannot be put into an order.
+        raise UserError(f'{found} holds no tree of arrays: {first_line(error)}') from error
     numbers = ((path, np.asarray(x)) for path, x in leaves if not isinstance(x, (str, bytes)))
     return {keys_of(path): HostLeaf(x) for path, x in numbers}
 
@@ -262,7 +269,8 @@ def _best(path: epath.Path) -> int:
             f"{path}: step 'best' needs the run's checkpoint.best, and that run has none; name a "
             "step, or 'latest'"
         )
-    retention = Retention(best_metric=best['metric'], best_mode=best.get('mode', 'max'))
+    mode = best.get('mode') or better_mode(best['metric']) or 'max'
+    retention = Retention(best_metric=best['metric'], best_mode=mode)
     found = Checkpoints(path, retention).best()
     if found is None:
         raise UserError(f'{path}: no checkpoint there has the metric {best["metric"]!r}')
@@ -294,8 +302,24 @@ def _without_elements(directory: epath.Path) -> Leaves:
     return {keys: HostLeaf(np.zeros(x.shape, x.dtype)) for keys, x in empties.items()}
 
 
-def _split(name: str) -> tuple[str, ...]:
-    return tuple(re.split('[./]', name))
+def _by_keys(file: epath.Path, tensors: Mapping[str, np.ndarray]) -> Leaves:
+    """Returns tensors by the parts of their names.
+
+    Raises:
+        UserError: if two have one name, or one has the name of what another is in.
+    """
+    found: Leaves = {}
+    for name, x in tensors.items():
+        keys = tuple(re.split('[./]', name))
+        if keys in found:
+            raise UserError(f'{file}: two tensors are named {"/".join(keys)!r}')
+        found[keys] = HostLeaf(x)
+    for keys in found:
+        outer = next((keys[:i] for i in range(1, len(keys)) if keys[:i] in found), None)
+        if outer:
+            names = '/'.join(outer), '/'.join(keys)
+            raise UserError(f'{file}: {names[0]!r} is a tensor, and {names[1]!r} is inside it')
+    return found
 
 
 def _msgpack(file: epath.Path) -> Any:

@@ -7,6 +7,7 @@ slices stays on the disk.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from trainer.config import json_text
 from trainer.config.errors import UserError
 
 _DTYPES: dict[str, Any] = {
@@ -36,6 +38,8 @@ _DTYPES: dict[str, Any] = {
     'U8': np.uint8,
     'BOOL': np.bool_,
 }
+# As in the format's own library.
+_MOST_HEADER = 100_000_000
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 
 
@@ -43,18 +47,22 @@ def read(path: epath.PathLike) -> dict[str, np.ndarray]:
     """Returns the tensors by name.
 
     Raises:
-        UserError: if it is no such file, or one that was cut short.
+        UserError: if it is no such file, one that was cut short, or one whose header names no
+            tensors that are there.
     """
     file = epath.Path(path)
-    data = _bytes(file)
-    length = int.from_bytes(data[:8].tobytes(), 'little')
     try:
-        header = json.loads(data[8 : 8 + length].tobytes())
-        header.pop('__metadata__', None)
-        return {name: _tensor(data[8 + length :], entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        data = _bytes(file)
+    except OSError as error:
+        raise UserError(f'{file} cannot be read: {error.strerror or error}') from error
+    try:
+        header, start = _header(data)
+        tensors = {name: _tensor(name, data[start:], entry) for name, entry in header.items()}
+        _check_apart(header)
+        return tensors
+    except (ValueError, OverflowError) as error:
         raise UserError(
-            f'{file} is no safetensors file, or was cut short ({data.size:,} bytes): {error}'
+            f'{file} is no safetensors file, or is damaged ({data.size:,} bytes): {error}'
         ) from error
 
 
@@ -85,9 +93,50 @@ def _bytes(file: epath.Path) -> np.ndarray:
     return np.memmap(file, np.uint8, mode='r')
 
 
-def _tensor(data: np.ndarray, entry: Mapping[str, Any]) -> np.ndarray:
-    begin, end = entry['data_offsets']
-    dtype, shape = np.dtype(_DTYPES[entry['dtype']]), tuple(entry['shape'])
+def _header(data: np.ndarray) -> tuple[dict[str, Any], int]:
+    """Returns the entries of the tensors by name, and the place where their bytes begin."""
+    length = int.from_bytes(data[:8].tobytes(), 'little')
+    if data.size < 8 or length > data.size - 8:
+        raise ValueError(f'its header has {length:,} bytes, more than the file')
+    if length > _MOST_HEADER:
+        raise ValueError(f'its header has {length:,} bytes; the format allows {_MOST_HEADER:,}')
+    header = json_text.parse(data[8 : 8 + length].tobytes())
+    if not isinstance(header, dict):
+        raise ValueError(f'its header is {json_text.name(header)}, not an object')
+    header.pop('__metadata__', None)
+    return header, 8 + length
+
+
+def _tensor(name: str, data: np.ndarray, entry: Any) -> np.ndarray:
+    """Returns a view of the bytes of a tensor.
+
+    Raises:
+        ValueError: if the entry is none, or its bytes are not in the file.
+    """
+    keys = ('dtype', 'shape', 'data_offsets')
+    if not isinstance(entry, dict) or not all(key in entry for key in keys):
+        raise ValueError(f'{name!r} of its header is {entry!r:.60}; expected {", ".join(keys)}')
+    if not isinstance(entry['dtype'], str) or entry['dtype'] not in _DTYPES:
+        raise ValueError(
+            f'{name!r} has the dtype {entry["dtype"]!r:.60}; known are {", ".join(_DTYPES)}'
+        )
+    dtype, shape, place = np.dtype(_DTYPES[entry['dtype']]), entry['shape'], entry['data_offsets']
+    if not _are_counts(shape) or not _are_counts(place) or len(place) != 2:
+        raise ValueError(f'{name!r} has the shape {shape!r:.60} at the bytes {place!r:.60}')
+    begin, end = place
     if end > data.size or end - begin != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f'a tensor of shape {shape} lies at the bytes {begin} to {end}')
+        raise ValueError(f'{name!r}, {dtype} {tuple(shape)}, is at the bytes {begin} to {end}')
     return data[begin:end].view(dtype).reshape(shape)
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(json_text.is_int(x) and x >= 0 for x in values)
+
+
+def _check_apart(header: Mapping[str, Any]) -> None:
+    """Raises a ValueError if two tensors share bytes."""
+    places = sorted((*entry['data_offsets'], name) for name, entry in header.items())
+    filled = [place for place in places if place[1] > place[0]]
+    for (_, end, first), (begin, _, second) in itertools.pairwise(filled):
+        if begin < end:
+            raise ValueError(f'{first!r} and {second!r} share bytes')
