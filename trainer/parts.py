@@ -263,11 +263,11 @@ class Parts:
                 f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
             )
         state = self.checkpoints.restore(found, self.programs.abstract)
-        stopped = self.checkpoints.meta(found).get('health')
-        if stopped is None or (clean := self._clean_health()) is None:
+        kept = self.checkpoints.meta(found).get('health')
+        if kept is None:
             return state
-        # An evaluation leaves out members that had diverged.
-        return dataclasses.replace(state, health=health.restored(clean, stopped))
+        # Members that have diverged: an evaluation leaves them out.
+        return _with_health(state, self._clean_health(), kept)
 
     def _clean_health(self) -> health.Health | None:
         """Returns the health of a finite state; None if the run does not look at it."""
@@ -293,13 +293,7 @@ class Parts:
         state = dataclasses.replace(state, health=found)
         if self.experiment.ensemble is not None or fetch(self.programs.sweep(state).kind):
             found = self.programs.examine(state.durable)  # Mostly there is nothing to count.
-        try:
-            return dataclasses.replace(state, health=health.restored(found, kept))
-        except ValueError as error:
-            raise CheckpointError(
-                f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' of its "
-                f'metadata: {error}. Remove its directory to resume from an older one.'
-            ) from error
+        return _with_health(state, found, kept)
 
     def as_configured(self, state: TrainState) -> TrainState:
         """Returns a restored state with the numbers that `config.ensemble.vary` has now."""
@@ -369,3 +363,16 @@ class Parts:
         """Returns a state, or the newest checkpoint's; refuses one that is gone."""
         donated.check(state, what)
         return self.restore() if state is None else state
+
+
+def _with_health(state: TrainState, clean: health.Health | None, kept: Any) -> TrainState:
+    """Returns a state with its health, given what `health.kept` returned when it was saved."""
+    if clean is None:
+        return state
+    try:
+        return dataclasses.replace(state, health=health.restored(clean, kept))
+    except ValueError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' of its "
+            f'metadata: {error}. Remove its directory to resume from an older one.'
+        ) from error
