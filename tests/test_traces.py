@@ -119,7 +119,7 @@ def test_what_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     raised.value.add_note('a note')
     shown = traces.shorten(raised.value)
     # What it was raised from has frames of ours, too; the frames of json do not show.
-    assert shown.count('Traceback (most recent call last):') == 2 and 'and then:' in shown
+    assert shown.count('Traceback (most recent call last):') == 2 and 'direct cause of' in shown
     assert "json.loads('{')" in shown and 'decoder.py' not in shown
     assert shown.endswith('KeyError: \'no "a"\'\na note')
     monkeypatch.setenv('JAX_TRACEBACK_FILTERING', 'off')
@@ -130,6 +130,30 @@ def test_what_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error is not None and error.__traceback__ is not None
     inside = error.with_traceback(error.__traceback__.tb_next)
     assert 'decoder.py' in traces.shorten(inside)
+
+
+def test_what_a_traceback_keeps() -> None:
+    """The message of each error of a chain, those of a group, and a recursion once."""
+
+    def down(depth: int) -> None:
+        if depth:
+            down(depth - 1)
+        error = ValueError('of mine')
+        error.__cause__ = OSError('no space left')  # Raised in a library.
+        raise error
+
+    with pytest.raises(ValueError) as raised:
+        down(50)
+    shown = traces.shorten(raised.value)
+    assert 'OSError: no space left\n\nThe above exception was the direct cause' in shown
+    assert '[repeated 47 more times]' in shown and shown.count('in down') == 4
+
+    def several() -> None:
+        raise ExceptionGroup('two', [ValueError('one'), OSError('other')])
+
+    with pytest.raises(ExceptionGroup) as group:
+        several()
+    assert 'OSError: other' in traces.shorten(group.value)
 
 
 def test_a_message_has_no_note_of_jax() -> None:

@@ -37,7 +37,7 @@ class Event:
 
     kind: str
     step: int
-    state: Any
+    state: Any = dataclasses.field(repr=False, compare=False)
     metrics: Mapping[str, float]
     workdir: str | None
     row: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -25,7 +25,7 @@ from trainer.parts import Parts
 from trainer.prefetch import Prefetcher
 from trainer.probe.guard import NonFiniteError
 from trainer.provenance import Lookout
-from trainer.step import health
+from trainer.step import donated, health
 from trainer.step.state import TrainState
 from trainer.workdir import describe_run, now, versions
 
@@ -254,7 +254,7 @@ class Recovery:
 
     def remember(self, step: int, state: TrainState) -> None:
         """Keeps the state for the next call, if there is no work directory to save it in."""
-        if self._parts.checkpoints is None and not _is_gone(state):
+        if self._parts.checkpoints is None and not donated.is_gone(state):
             self._paused = (state, step)
 
     def _is_worth_keeping(
@@ -270,7 +270,7 @@ class Recovery:
         just failed, in any process.
         """
         failed = isinstance(error, (CheckpointError, NonFiniteError))
-        if processes.sum_over_processes(step == 0 or failed or _is_gone(state)):
+        if processes.sum_over_processes(step == 0 or failed or donated.is_gone(state)):
             return False
         try:
             jax.block_until_ready(state)
@@ -381,8 +381,3 @@ class Recovery:
     def _restore_early_stopping(self, meta: Mapping[str, Any]) -> None:
         if self.early_stopping is not None:
             self.early_stopping.restore(meta.get('early_stopping'))
-
-
-def _is_gone(state: TrainState) -> bool:
-    """Whether the state's buffers were donated to a step."""
-    return any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))

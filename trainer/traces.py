@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from trainer.config.errors import notes_of
@@ -16,6 +17,11 @@ from trainer.config.objects import is_library
 # The switch with which JAX, too, shows all of its frames.
 _SWITCH = 'JAX_TRACEBACK_FILTERING'
 _MOST_LINES = 12
+_MOST_REPEATS = 3
+
+# As Python says it.
+_CAUSED = 'The above exception was the direct cause of the following exception:'
+_DURING = 'During handling of the above exception, another exception occurred:'
 
 # Where the frames are that are left out, if they are in no file.
 SHOWN = f'{_SWITCH}=off shows them'
@@ -27,13 +33,19 @@ def shorten(error: BaseException, *, elsewhere: str = SHOWN) -> str:
     All of it, if no frame is the user's or if JAX_TRACEBACK_FILTERING=off is in the environment.
 
     Args:
-        error: what was raised; what it was raised from is shown too if it has frames of the user.
+        error: what was raised; what it was raised from is shown too.
         elsewhere: where the other frames are, for the line that says so.
     """
-    chain = [each for each in _chain(error) if _own(each) or each is error]
-    if os.environ.get(_SWITCH, '').lower() == 'off' or not any(map(_own, chain)):
+    chain = _chain(error)
+    is_whole = os.environ.get(_SWITCH, '').lower() == 'off'
+    groups = any(isinstance(each, BaseExceptionGroup) for each in chain)
+    if is_whole or groups or not any(map(_own, chain)):
         return ''.join(traceback.format_exception(error)).rstrip()
-    return '\n\nand then:\n\n'.join(_shown(each, elsewhere) for each in chain)
+    shown = _shown(chain[0], elsewhere)
+    for before, after in itertools.pairwise(chain):
+        how = _CAUSED if after.__cause__ is before else _DURING
+        shown += f'\n\n{how}\n\n{_shown(after, elsewhere)}'
+    return shown
 
 
 def install(elsewhere: Callable[[], str]) -> None:
@@ -56,14 +68,27 @@ def own_place(error: BaseException) -> str | None:
 
 def _shown(error: BaseException, elsewhere: str) -> str:
     frames, own = traceback.extract_tb(error.__traceback__), _own(error)
-    lines = ['Traceback (most recent call last):']
+    lines = ['Traceback (most recent call last):'] if own else []
     if len(own) < len(frames):
         lines.append(f'  [frames of libraries are left out: {elsewhere}]')
-    for frame in own:
+    for frame, repeats in _counted(own):
         lines.append(f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}')
         lines += [f'    {line}' for line in _statement(frame)]
+        if repeats:
+            lines.append(f'  [repeated {repeats} more times]')
     lines += [line.rstrip('\n') for line in _message(error)]
     return '\n'.join(lines)
+
+
+def _counted(
+    frames: Sequence[traceback.FrameSummary],
+) -> Iterator[tuple[traceback.FrameSummary, int]]:
+    """Yields frames, of a recursion the first few, and how many more of one there are."""
+    for _, group in itertools.groupby(frames, key=lambda f: (f.filename, f.lineno, f.name)):
+        same = list(group)
+        shown = same[:_MOST_REPEATS]
+        yield from ((frame, 0) for frame in shown[:-1])
+        yield shown[-1], len(same) - len(shown)
 
 
 def _message(error: BaseException) -> Iterator[str]:
@@ -94,7 +119,7 @@ def _chain(error: BaseException) -> list[BaseException]:
     """Returns what led to an error, as Python would show it, the error itself last."""
     found: list[BaseException] = []
     current: BaseException | None = error
-    while current is not None and current not in found:
+    while current is not None and not any(current is each for each in found):
         found.append(current)
         hidden = current.__cause__ is None and current.__suppress_context__
         current = None if hidden else current.__cause__ or current.__context__

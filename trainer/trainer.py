@@ -47,7 +47,7 @@ class Result:
     status: str
     step: int
     metrics: Mapping[str, float]
-    state: TrainState = dataclasses.field(repr=False)  # Thousands of numbers.
+    state: TrainState = dataclasses.field(repr=False, compare=False)  # Thousands of numbers.
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)

@@ -164,14 +164,33 @@ part = functools.partial(nnx.Linear, 8, 4)
 by_key = functools.partial(OnlyByName)
 
 
-@pytest.mark.parametrize('name', ['OnlyByName', 'factory', 'of_one', 'part', 'by_key'])
+@pytest.mark.parametrize(
+    'name', ['OnlyByName', 'factory', 'of_one', 'part', 'by_key', 'by_position', 'only_by_position']
+)
 def test_what_makes_a_module(name: str) -> None:
     parameters = trainer({'ref': f'{__name__}:{name}'}).programs.abstract.params
     assert parameters['kernel'].shape == (8, 4)
 
 
+class ByPosition:
+    """Another one, whose argument has a name of its own."""
+
+    def __call__(self, streams: nnx.Rngs) -> nnx.Module:
+        return nnx.Linear(8, 4, rngs=streams)
+
+
+def only_by_position(rngs: nnx.Rngs, /) -> nnx.Module:
+    return nnx.Linear(8, 4, rngs=rngs)
+
+
+by_position = ByPosition()
+
+
 def test_a_maker_that_fails_says_how() -> None:
     def make(streams: Any) -> Any:
+        return streams @ jnp.ones((8, 4))
+
+    def wrong(streams: Any) -> Any:
         return nnx.Linear(8, 'four', rngs=streams)  # type: ignore[arg-type]
 
     def named(rngs: Any) -> Any:
@@ -181,5 +200,8 @@ def test_a_maker_that_fails_says_how() -> None:
 
     with pytest.raises(UserError, match=r'got the function make\(streams.*called with `rngs`: '):
         functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+    with pytest.raises(TypeError) as raised:  # A mistake in the module, and not in what makes it.
+        functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+    assert not isinstance(raised.value, UserError)
     with pytest.raises(ZeroDivisionError):
         functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))

@@ -135,7 +135,7 @@ def no_loss(model: Any, batch: Any) -> jax.Array:
         ),
         (
             Optimizer(groups={'gen': group('generator/.*', GEN, 'gen')}), gan.task,
-            r'In none: discriminator/Dense_0/bias, .*\n.*or name what shall stay',
+            r'In none: discriminator/Dense_0/bias, .*\n.*or name what should stay',
         ),
         (
             Optimizer(groups={'all': group('.*', GEN)}), gan.task,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -312,6 +313,35 @@ def test_gradients_of_each_example_in_a_step_of_ones_own() -> None:
     assert result.status == 'finished'
 
 
+def warm() -> optax.GradientTransformationExtraArgs:
+    """Takes an argument of its own, and against the convention no other."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, temperature: float = 1.0) -> Any:
+        del params
+        return jax.tree.map(lambda g: -temperature * g, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+def give(state: Any, batch: Any, ctx: Any, temperature: float) -> Any:
+    grads, collections, metrics = ctx.gradients(state, batch)
+    state, more = ctx.update(state, grads, collections, temperature=temperature)
+    return state, {**metrics, **more}
+
+
+def giving(temperature: float) -> Any:
+    return functools.partial(give, temperature=temperature)
+
+
+def test_an_argument_of_the_users_own_is_not_dropped() -> None:
+    norms = []
+    for temperature in (0.25, 1.0):
+        step = {'target': f'{__name__}:giving', 'temperature': temperature}
+        made = tiny.trainer(optimizer={'target': f'{__name__}:warm'}, step=step, **ONE)
+        norms.append(made.fit().metrics['train/update_norm'])
+    assert norms[1] == pytest.approx(4 * norms[0])
+
+
 def wants_more() -> optax.GradientTransformationExtraArgs:
     """Takes what no trainer has."""
 
@@ -372,7 +402,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     'a step without the loss': (
         {'optimizer': POLYAK,
          'step': {'target': f'{__name__}:without_gradients', 'gives': False}},
-        r'it needs value, and it is not known which loss.*ctx\.update\(.*, value=\.\.\.\)',
+        r'it needs value, and config\.step does not pass.*ctx\.update\(.*, value=\.\.\.\)',
     ),
     'what is not computed': (
         {'optimizer': {'target': f'{__name__}:wants_more'}},

@@ -80,7 +80,7 @@ def test_a_mean_and_logits() -> None:
         (lambda m, b: 0.5, f'returned float. A task returns {NO_MEAN}'),
         (
             lambda m, b: np.zeros(32),
-            'returned float64[32]. What numpy has computed has no gradient',
+            'returned float64[32]. Values computed with numpy have no gradient',
         ),
         (
             lambda m, b: TaskOutput(loss=m(b['x']).sum(-1), weights=jnp.ones(10)),
@@ -122,6 +122,30 @@ def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> No
     [message] = caplog.messages
     assert 'pairs returned the loss float32[32, 32] of a batch of 32 rows' in message
     assert 'arrays of the shapes [32, 1] and [32] broadcast to pairs' in message
+
+
+@pytest.mark.parametrize('shape', [(32, 33), (32, 8, 8, 3)])
+def test_a_loss_of_as_many_parts_as_rows(
+    shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Next tokens of 32 texts, or 32 patches of 32 images."""
+    logging.getLogger('trainer').propagate = True
+
+    def parts(model: Any, batch: Any) -> Any:
+        return batch['x'].reshape(32, -1)[:, :32]
+
+    batch = {'x': jax.ShapeDtypeStruct(shape, jnp.float32)}
+    jax.eval_shape(lambda batch: TaskRunner.of(parts)(lambda x: x, batch), batch)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('weights', [2.0, 2, np.float32(2)])
+def test_one_weight_for_all_rows(weights: Any) -> None:
+    def task(model: Any, batch: Any) -> TaskOutput:
+        return TaskOutput(loss=batch['x'].sum(-1), weights=weights)
+
+    output = TaskRunner.of(task)(lambda x: x, {'x': jnp.ones((32, 3))})
+    assert output.weights.tolist() == [2.0] * 32
 
 
 def test_rows_that_are_not_those_of_the_batch() -> None:

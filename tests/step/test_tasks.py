@@ -89,7 +89,7 @@ def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
 )
 def test_no_name_hides_another(extra: dict[str, Any], name: str) -> None:
     """A metric called 'weights' would be those of all means."""
-    with pytest.raises(UserError, match=f'names a {name}, a name that every row of metrics'):
+    with pytest.raises(UserError, match=f'names a {name}, but every row of metrics already'):
         as_output(TaskOutput(**{'loss': jnp.ones(4), **extra}))
     as_output(TaskOutput(loss=jnp.ones(4), metrics={'l1': jnp.ones(4)}, penalties={'l2': 1.0}))
 
@@ -108,7 +108,7 @@ class Own:
 
 
 def test_names_of_a_collection_are_those_that_it_reports() -> None:
-    with pytest.raises(UserError, match="names a metric 'examples', a name that every row"):
+    with pytest.raises(UserError, match="names a metric 'examples', but every row"):
         TaskRunner.of(Own('examples'))
     experiment = dataclasses.replace(mlp().experiment, task=TaskRunner.of(Own('mean')))
     Trainer(experiment).init_state()

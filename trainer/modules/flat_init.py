@@ -34,6 +34,8 @@ def _intercept(
     context: nn.module.InterceptorContext,
 ) -> Any:
     module = context.module
+    if not isinstance(module, nn.DenseGeneral):
+        return following(*args, **kwargs)
     before = {
         name: value
         for name in mode.fields(module)

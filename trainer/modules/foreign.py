@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is no model: said in words, before it is called as if it made one."""
+"""Error messages for objects that are no models, before they are called as if they made one."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import sys
+import traceback
 from typing import Any
 
 import flax.linen as nn
 
 from trainer.config import targets
+from trainer.config.errors import UserError
 
 # Other libraries by the package of their classes: what a user calls them, and what to do.
 _LIBRARIES = {
@@ -41,15 +43,14 @@ def refusal(given: Any) -> str | None:
     Args:
         given: what `config.model` has given.
     """
-    called = given
-    while isinstance(called, functools.partial):
-        called = called.func
+    called = _without_partial(given)
     if inspect.isroutine(inspect.unwrap(called)):
         return None if _may_take_rngs(given) else f'config.model: {_of_function(given)}'
     if isinstance(called, type):
         return None if _is_nnx_class(called) else f'config.model: {_of_class(called)}'
-    # Any object may have a call; that of a foreign model takes its inputs.
-    if callable(given) and takes_rngs(given) and not _library(type(called)):
+    # Any object may have a call; that of a foreign model takes its inputs, and has parameters.
+    is_maker = callable(given) and not _library(type(called))
+    if is_maker and (takes_rngs(given) or (_may_take_rngs(given) and not _has_arrays(called))):
         return None
     return f'config.model: {_of_object(called)}'
 
@@ -75,26 +76,45 @@ def made_instead(maker: Any, made: Any) -> str:
             'argument `rngs`'
         )
     if not takes_rngs(maker):
-        return f'config.model: {_of_function(maker)}'
+        return f'config.model: {_of_maker(maker)}'
     said = _of_object(made).removeprefix(_EXPECTED)
     return f'config.model: {_EXPECTED}{said.replace("got ", "got a function that returns ", 1)}'
 
 
 def failed(maker: Any, error: Exception) -> str | None:
-    """Returns what is said of a function that failed with random streams as its argument.
+    """Returns the message for a function of inputs that failed with random streams in their place.
 
     Returns:
-        None for a function that takes `rngs`: then the error is its own.
+        None for an error of a function that makes a module.
     """
-    if takes_rngs(maker):
+    if takes_rngs(maker) or isinstance(error, UserError) or _is_in_a_module(error):
         return None
     said = str(error).partition('\n')[0]
-    return f'config.model: {_of_function(maker)} (called with `rngs`: {said})'
+    return f'config.model: {_of_maker(maker)} (called with `rngs`: {said})'
 
 
 def takes_rngs(maker: Any) -> bool:
     """Whether a callable has an argument `rngs`."""
     return 'rngs' in targets.arguments(maker)[0]
+
+
+def by_name(maker: Any) -> bool:
+    """Whether a callable takes the argument `rngs` by its name."""
+    argument = targets.arguments(maker)[0].get('rngs')
+    return argument is not None and argument.kind is not inspect.Parameter.POSITIONAL_ONLY
+
+
+def _has_arrays(given: Any) -> bool:
+    """Whether an object has arrays among its attributes, as a model has its parameters."""
+    values = getattr(given, '__dict__', {}).values()
+    return any(hasattr(x, 'shape') and hasattr(x, 'dtype') for x in values)
+
+
+def _is_in_a_module(error: Exception) -> bool:
+    """Whether an error came out of a module that was being made."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    makers = (frame.f_locals.get('self') for frame in frames if frame.f_code.co_name == '__init__')
+    return any(_is_nnx_class(type(maker)) or isinstance(maker, nn.Module) for maker in makers)
 
 
 def _may_take_rngs(maker: Any) -> bool:
@@ -153,10 +173,19 @@ def _of_class(kind: type) -> str:
     return f'{_EXPECTED}, got the class {kind.__name__}{of}. {_what_to_do(library)}'
 
 
+def _of_maker(given: Any) -> str:
+    called = _without_partial(given)
+    return _of_function(given) if inspect.isroutine(inspect.unwrap(called)) else _of_object(called)
+
+
+def _without_partial(given: Any) -> Any:
+    while isinstance(given, functools.partial):
+        given = given.func
+    return given
+
+
 def _of_function(given: Any) -> str:
-    called = given
-    while isinstance(called, functools.partial):
-        called = called.func
+    called = _without_partial(given)
     name = getattr(called, '__name__', None) or repr(called)
     try:
         name += f'({", ".join(inspect.signature(given).parameters)})'
@@ -164,7 +193,7 @@ def _of_function(given: Any) -> str:
         name += '(...)'
     return (
         f'{_EXPECTED}, got the function {name}. A model has parameters: write it as a module, or '
-        'let config.model.target name a function that returns one (of NNX: a function of `rngs`)'
+        'let config.model.target name a function that returns one (for NNX, a function of `rngs`)'
     )
 
 

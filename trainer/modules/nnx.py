@@ -112,7 +112,7 @@ class NNX:
         try:
             # By name where it has one: a class may take it by name alone.
             make: Any = self.make
-            made = make(rngs=rngs) if foreign.takes_rngs(make) else make(rngs)
+            made = make(rngs=rngs) if foreign.by_name(make) else make(rngs)
         except Exception as error:
             if (reason := foreign.failed(self.make, error)) is None:
                 raise

@@ -33,14 +33,18 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
         sizes[free[0]] = devices // fixed
     positive = bool(sizes) and min(sizes.values()) > 0
     if not positive or math.prod(sizes.values()) != devices:
-        mend = 'one of them may be -1 for the rest'
+        advice = 'one of them may be -1 for the rest'
         if len(free) > 1:
             # The default has an axis that the user may never have heard of.
-            mend = f'one of them may be -1 for the rest: give {" or ".join(free)} a size, such as '
-            mend += f'--config.mesh.{free[0]}=1 (an axis that is not given is that of the default)'
+            advice = (
+                f'one of them may be -1 for the rest: give {" or ".join(free)} a size, such as '
+            )
+            advice += (
+                f'--config.mesh.{free[0]}=1 (an axis that is not given is that of the default)'
+            )
         raise UserError(
             f'config.mesh: {dict(axes)} does not fit {devices} devices. The sizes must multiply to '
-            f'{devices}; {mend}.'
+            f'{devices}; {advice}.'
         )
     # Auto axes: Linen's partitioned initialisation fails under the default, Explicit ones.
     return jax.make_mesh(

@@ -263,10 +263,8 @@ class Watch:
 
     def _refuse(self, number: int, value: float, step: int) -> NoReturn:
         self._end_reading()
-        data, streamed = (
-            self._parts.experiment.data,
-            hasattr(self._parts.experiment.data, 'restore'),
-        )
+        data = self._parts.experiment.data
+        streamed = hasattr(data, 'restore')
         blocks = self._streamed(step) if streamed else [data.block(step - 1, 1)]
         checks, when = self._look.checks, f'in step {step:,}'
         found = complain('config.task', when, checks, number, value, blocks, numbered=not streamed)

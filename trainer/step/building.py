@@ -150,17 +150,17 @@ def _check_made(made: Any, node: Node, path: str) -> None:
     """Checks that a target has made an optimizer."""
     if all(callable(getattr(made, name, None)) for name in ('init', 'update')):
         return
-    mend = "Name one that does, such as 'optax:sgd'"
+    advice = "Name one that does, such as 'optax:sgd'"
     if str(node['target']).endswith(('inject_hyperparams', 'inject_stateful_hyperparams')):
-        mend = (
+        advice = (
             'It is not needed here: name the optimizer itself. The learning rate is logged, and '
             'numbers that config.ensemble.vary names are in the state'
         )
     elif callable(made):
-        mend += f'; a schedule belongs in {path}.learning_rate'
+        advice += f'; a schedule belongs in {path}.learning_rate'
     raise UserError(
         f'{path}.target: {node["target"]} makes no optimizer, with methods `init` and `update`, '
-        f'but {made!r:.200}. {mend}'
+        f'but {made!r:.200}. {advice}'
     )
 
 

@@ -164,21 +164,21 @@ class StepContext:
             collections: all other variables, if they change.
             signs: of the forward pass; with them, the check after the step needs no second pass
                 over the state.
-            **extra: what the optimizer takes beside them, such as `value=loss`. By default what
-                `gradients` found: the loss (`value`), its gradient (`grad`) and the loss as a
-                function of the parameters (`value_fn`).
+            **extra: what the optimizer takes in addition, such as `value=loss`. For gradients that
+                `gradients` returned it gets their loss (`value`), the gradient (`grad`) and the
+                loss as a function of the parameters (`value_fn`) without that.
         """
         collections = state.collections if collections is None else collections
-        extra = {**arguments(self._objective(grads), grads, state), **extra}
-        return self.train_step.update(state, grads, collections, signs, extra)
+        found = arguments(self._objective(grads), grads, state)
+        return self.train_step.update(state, grads, collections, signs, found=found, given=extra)
 
     def _objective(self, grads: Any) -> Objective | None:
-        """Returns what these gradients are of; None if that is not known."""
+        """Returns the loss of these gradients; None if `gradients` did not return them."""
         leaves = jax.tree.leaves(grads)
         for made, objective in self._objectives:
             if [*map(id, leaves)] == [*map(id, jax.tree.leaves(made))]:
                 return objective
-        return self._objectives[0][1] if len(self._objectives) == 1 else None
+        return None
 
 
 def default_step(

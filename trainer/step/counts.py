@@ -15,7 +15,7 @@ from trainer.step import rates
 # How annotations say that a dict's keys are whole numbers.
 _WHOLE_KEYS = re.compile(r'\b(?:dict|Dict|Mapping)\[int\b')
 
-# Lengths that a schedule of optax takes no 0 for: it keeps its first value for ever. Within
+# Lengths that a schedule of optax takes no 0 for: it keeps its first value forever. Within
 # `join_schedules` such a schedule may be left out by a boundary of 0.
 _NO_ZERO = (
     (':warmup_constant_schedule', 'warmup_steps'),
@@ -74,7 +74,7 @@ def check(node: Node, steps: Mapping[str, int], path: str) -> None:
         if value == 0 and where in steps and is_needed and not _is_joined(node, keys):
             raise UserError(
                 f'{where} is 0 steps, and {target} needs at least 1: with 0 it would keep its '
-                'first value for ever. Make it longer, or replace it by what comes after it'
+                'first value forever. Make it longer, or replace it by what comes after it'
             )
         of_means = target.endswith(':reduce_on_plateau') and name in _COUNT_MEANS
         if of_means and where in steps and owner.get('accumulation_size', 1) != 1:

@@ -44,7 +44,7 @@ def masked(node: Node, path: str, mask: RegexMask) -> Node:
         at = f'{path}.{paths.join(keys)}'.rstrip('.')
         mine = paths.get(node, keys)
         known, names = rates.parameters(mine, path)
-        given = {given: paths.get(mine, list(place)) for place, given in names.items()}
+        given = {each: paths.get(mine, list(place)) for place, each in names.items()}
         if name in given:
             raise UserError(
                 f'{path}.decay_mask and {at}.{name} both say what decays. Leave one of them out'

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 # How JAX says that an array is gone: as an argument of a function, or read.
-_JAXS = re.compile(r'has been deleted|deleted or donated')
+_JAXS = re.compile(r'(?:Array|Buffer) has been deleted|deleted or donated')
 
 _ADVICE = (
     'Each step reuses the memory of the state before it (donation), so a state is gone once '

@@ -280,7 +280,7 @@ class _Forward:
 
 
 def _mean_loss(sums: tuple[Any, Any], weights: Mapping[str, jax.Array]) -> Any:
-    """Returns the loss that gradients are of, float32; of several losses a dict by name.
+    """Returns the loss that is differentiated, float32; of several losses a dict by name.
 
     Args:
         sums: each loss's weighted sum, and the penalties' sum.

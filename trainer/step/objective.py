@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What optimizers take beside gradients: the loss, and a function that computes it."""
+"""What optimizers take in addition to gradients: the loss, and a function that computes it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from trainer.step.views import holds
 
 _WHERE = 'config.optimizer'
 # How Python says that a function was not given an argument, or cannot take one.
-_MISSING = re.compile(r'missing \d+ required (?:keyword-only|positional) arguments?: (.*)')
-_REFUSED = 'unexpected keyword argument'
+_MISSING = re.compile(r'update\w*\(\) missing \d+ required [\w-]+ arguments?: (.*)')
+_REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The loss that gradients are of.
+    """The loss that is differentiated.
 
     Attributes:
         value: float32 scalar, that of the whole batch, without a loss scale; of several losses a
@@ -100,21 +100,29 @@ def updated(
     tx: optax.GradientTransformationExtraArgs,
     grads: Any,
     state: TrainState,
-    extra: Mapping[str, Any],
+    found: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     """Returns the updates and the optimizer's state after them.
+
+    Args:
+        tx: the optimizer.
+        grads: of all parameters.
+        state: before the update.
+        found: extra arguments that `arguments` returned.
+        given: those that a step of the user's passes, which take precedence.
 
     Raises:
         UserError: if the optimizer needs more than it is given, or fails within optax.
     """
     try:
-        return _call(tx, grads, state, extra)
+        return _call(tx, grads, state, found, given)
     except UserError:
         raise
     except Exception as error:
         missing = _MISSING.search(str(error)) if isinstance(error, TypeError) else None
         if missing is not None:
-            said = _what_is_missing(missing[1].replace("'", ''), state, extra)
+            said = _what_is_missing(missing[1].replace("'", ''), state, found)
         elif _is_in_optax(error):
             said = _failure(error, state)
         else:
@@ -126,17 +134,19 @@ def _call(
     tx: optax.GradientTransformationExtraArgs,
     grads: Any,
     state: TrainState,
-    extra: Mapping[str, Any],
+    found: Mapping[str, Any],
+    given: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     try:
-        return tx.update(grads, state.opt_state, state.params, **extra)
+        return tx.update(grads, state.opt_state, state.params, **{**found, **given})
     except TypeError as error:
-        if not extra or _REFUSED not in str(error):
+        refused = _REFUSED.search(str(error))
+        if refused is None or refused[1] in given or refused[1] not in found:
             raise
         refusal = error
     # Against optax's convention, some take no other extra arguments than their own.
     try:
-        return tx.update(grads, state.opt_state, state.params)
+        return tx.update(grads, state.opt_state, state.params, **given)
     except TypeError as error:
         if _MISSING.search(str(error)) is None:
             raise
@@ -160,7 +170,7 @@ def _failure(error: Exception, state: TrainState) -> str:
     )
 
 
-def _what_is_missing(names: str, state: TrainState, extra: Mapping[str, Any]) -> str:
+def _what_is_missing(names: str, state: TrainState, found: Mapping[str, Any]) -> str:
     example = f'ctx.update(state, grads, {re.split(r"[ ,]", names)[0]}=...)'
     if holds(state.opt_state, optax.MultiStepsState):
         return (
@@ -172,10 +182,10 @@ def _what_is_missing(names: str, state: TrainState, extra: Mapping[str, Any]) ->
             f'it needs {names}, and optax.contrib:sam refuses it, which gets the same arguments as '
             'what it is chained with. Leave one of the two out'
         )
-    if not extra:
+    if not found:
         return (
-            f'it needs {names}, and it is not known which loss these gradients are of: config.step '
-            f'makes them without ctx.gradients, or of several calls. Pass it by name: {example}'
+            f'it needs {names}, and config.step does not pass the gradients that ctx.gradients '
+            f'returned. Pass it by name: {example}'
         )
     return (
         f'it needs {names}, which the trainer does not compute. Pass it by name in a step of your '

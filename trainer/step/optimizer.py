@@ -218,7 +218,11 @@ class Optimizer:
                 + (f'\nIn none: {_some(missing)}.' if missing else '')
                 + (f'\nIn several: {_some(shared)}.' if shared else '')
                 + '\nChange the patterns `params` of the groups'
-                + (f', or name what shall stay as it is in {self.path}.freeze.' if missing else '.')
+                + (
+                    f', or name what should stay unchanged in {self.path}.freeze.'
+                    if missing
+                    else '.'
+                )
             )
         return {path: names[0] for path, names in found.items()}
 

@@ -69,7 +69,7 @@ def refusal(result: Any) -> str:
     if _is_scalar(result):
         return text + _NO_MEAN.capitalize()
     if isinstance(result, np.ndarray):
-        return f'{text}What numpy has computed has no gradient: use jax.numpy'
+        return f'{text}Values computed with numpy have no gradient: use jax.numpy'
     return text + _FORMS
 
 
@@ -116,13 +116,16 @@ def warn_of_pairs(loss: Any, batch: Mapping[str, Any], task: Any) -> None:
 
     Args:
         loss: of the task.
-        batch: arrays (rows, ...); a field of (rows, rows, ...) explains such a loss.
+        batch: arrays (rows, ...); a field of (rows, rows, ...), or of one more, which next tokens
+            are taken from, explains such a loss.
         task: whose loss.
     """
     shapes = [jnp.shape(x) for x in batch.values()]
     rows = next((shape[0] for shape in shapes if shape), 1)
-    pairs = (rows, rows)
-    if rows == 1 or jnp.shape(loss)[:2] != pairs or pairs in [x[:2] for x in shapes]:
+    expected = {(rows, rows), (rows, rows + 1)}
+    # Images are patched, and what has more dimensions is of another kind.
+    is_explained = any(x[:2] in expected or len(x) > 2 for x in shapes)
+    if rows == 1 or jnp.shape(loss) != (rows, rows) or is_explained:
         return
     name = name_of(task)
     if name in _warned:  # It is traced several times, and again for each evaluation.
@@ -171,7 +174,8 @@ def _check_loss(name: str | None, values: Any, metrics: Any) -> None:
 
 
 def _check_weights(weights: Any, loss: Any) -> None:
-    shape = jnp.shape(weights) if isinstance(weights, (jax.Array, np.ndarray)) else None
+    is_number = isinstance(weights, (jax.Array, np.ndarray, int, float, np.generic))
+    shape = jnp.shape(weights) if is_number else None
     if shape is None or shape != jnp.shape(loss)[: len(shape)]:
         rows = list(jnp.shape(loss)[:1])
         raise UserError(

@@ -123,8 +123,10 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
 
 
 def named_twice(kind: str, name: str) -> str:
-    """Returns what is said of a name that would hide another in a row of metrics."""
-    return f'names a {kind} {name!r}, a name that every row of metrics has already; choose another'
+    """Returns the message for a name that would hide another in a row of metrics."""
+    return (
+        f'names a {kind} {name!r}, but every row of metrics already has that name; choose another'
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

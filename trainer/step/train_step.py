@@ -210,11 +210,13 @@ class TrainStep:
         grads: Any,
         collections: Any,
         signs: Signs | None = None,
-        extra: Mapping[str, Any] | None = None,
+        *,
+        found: Mapping[str, Any],
+        given: Mapping[str, Any],
     ) -> tuple[TrainState, Any]:
         """Returns the state after the optimizer's update, and its norms and learning rates."""
         tx = self.optimizer.transformation(state.params)
-        updates, opt_state = updated(tx, grads, state, extra or {})
+        updates, opt_state = updated(tx, grads, state, found, given)
         new = state.apply_updates(updates, opt_state=opt_state, collections=collections)
         if self.ema_decay is not None:
             towards = functools.partial(_towards, share=1.0 - self.ema_decay)
