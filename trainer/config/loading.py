@@ -57,7 +57,10 @@ def load(spec: str) -> LoadedConfig:
     except Exception as error:
         hint = ''
         if 'dots in field names' in str(error):
-            hint = "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}"
+            hint = (
+                "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in the place of "
+                "'12.5%' as a key, write a whole number of steps"
+            )
         said = f'{path}: get_config failed: {objects.last_line(error)}'
         if args:
             hint += config_arguments.describe(arg, config_arguments.known(get_config))
