@@ -13,6 +13,9 @@ VALUES = {
     'float': 'float32', 'single': 'float32', 'full': 'float32',
 }  # fmt: skip
 
+# The same of dtypes; a section knows fewer.
+DTYPES = {**VALUES, 'fp8': 'float8_e4m3fn', 'fp64': 'float64', 'f64': 'float64'}
+
 _LENGTH = '--config.train_for=10epochs, or 2000steps'
 _SCHEDULE = (
     'A schedule is an object in the place of the learning rate: --config.optimizer.learning_rate='
