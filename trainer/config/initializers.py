@@ -60,7 +60,9 @@ def named(value: Any, default: Any, path: str, *, must: bool) -> Any:
     name = meant or 'lecun_normal'
     place = names.get(name, PLACES[0])
     is_made = meant is None or makes(_functions(place)[name])
-    raise UserError(f'{text} {how_to_name("target" if is_made else "ref", f"{place}:{name}", path)}')
+    raise UserError(
+        f'{text} {how_to_name("target" if is_made else "ref", f"{place}:{name}", path)}'
+    )
 
 
 def how_to_name(key: str, name: str, path: str) -> str:

@@ -215,7 +215,7 @@ def _merge(
 def _argument(
     node: Any, key: str | int, old: Any, text: str, keys: paths.Keys
 ) -> tuple[Any, Any, values.Annotation]:
-    """Returns what a new value of an argument is held to: a value like it, a type, an annotation.
+    """Returns what a new value is checked against: a value like it, a type, an annotation.
 
     Args:
         node: the object's dict.
