@@ -69,7 +69,7 @@ def test_a_misspelt_variable() -> None:
         ('ema.decya', 'Did you mean config.ema.decay?'),
         ('seed.x', 'Did you mean config.seed?'),
         ('nothing_like_it', 'See --helpconfig for all keys.'),
-        ('checkpoint.mode', 'config.checkpoint has: '),
+        ('checkpoint.mode', 'Did you mean config.checkpoint.best.mode?'),
         ('optimizer.unheard_of', 'optax:sgd takes no such argument. It takes: learning_rate, '),
     ],
 )

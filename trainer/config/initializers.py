@@ -36,7 +36,7 @@ def named(value: Any, default: Any, path: str, *, must: bool) -> Any:
         value: of a config.
         default: of the argument that it is for.
         path: config path of the value, for messages.
-        must: whether anything else is wrong; otherwise a word that nothing has is returned as it is.
+        must: whether anything else is wrong; otherwise an unknown word is returned as it is.
 
     Raises:
         UserError: if the value names none, with how to write what it probably means.
