@@ -189,3 +189,8 @@ def test_an_argument_of_any_kind_has_no_list(tmp_path: pathlib.Path) -> None:
     text = 'def get_config(arg):\n    return {"a": 1 / 0}[arg]\n'
     with pytest.raises(UserError, match=r'ZeroDivisionError: .*line 2\)$'):
         load(tmp_path, text, ':a')
+
+
+def test_a_key_with_a_dot_in_a_file(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"Nest dicts instead.*'12\.5%' as a key, write a whole"):
+        load(tmp_path, returning('{"12.5%": 0.1}'))
