@@ -99,7 +99,7 @@ def test_what_a_word_means(name: str, value: Any, meant: Any) -> None:
         ('dtype', 'fp16', "'fp16' is not a dtype. Did you mean 'float16'"),
         ('dtype', 'fp8', "'fp8' is not a dtype. Did you mean 'float8_e4m3fn'"),
         ('dtype', 'jnp.bfloat16', "Did you mean 'bfloat16'"),
-        ('dtype', 'jax.numpy:sin', "'jax.numpy:sin' is not a dtype"),
+        ('dtype', 'jax.numpy:sin', "'jax.numpy:sin' is not a dtype. Write 'bfloat16'"),
         ('dtype', 'O', "'O' is not a dtype"),
         ('dtype', 3, "expected a dtype such as 'bfloat16', got 3"),
         ('dtype_or_any', 'fp16', "'fp16' is not a dtype. Did you mean 'float16'"),

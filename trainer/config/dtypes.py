@@ -75,6 +75,8 @@ def _hint(value: str) -> str:
 
     home = sys.modules.get('jax.numpy', np)
     known = [n for n, each in vars(home).items() if len(n) >= _SHORTEST and is_dtype(each)]
-    word = value.rpartition('.')[2].rpartition(':')[2]
-    near = synonyms.DTYPES.get(word) or suggest.nearest(word, ['bfloat16', *known])
+    word = value.rpartition('.')[2]
+    near = synonyms.DTYPES.get(word)
+    if near is None and ':' not in value:  # A full name has led to something else.
+        near = suggest.nearest(word, ['bfloat16', *known])
     return f'Did you mean {near!r}?' if near else "Write 'bfloat16', 'float16' or 'float32'."
