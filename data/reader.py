@@ -38,7 +38,7 @@ class Reader:
 
     @classmethod
     def at(cls, state: Any, pipeline: Pipeline) -> Reader:
-        """Returns the reader that stands at the place of a `state`.
+        """Returns the reader positioned at a `state`.
 
         Raises:
             ValueError: if it is the place of another pipeline, or none.

@@ -279,8 +279,8 @@ def test_damaged_lines_of_metrics_are_set_aside(
 ) -> None:
     path = tmp_path / 'metrics.jsonl'
     good = [b'{"step": %d,\r "train/loss": 1.0}' % step for step in (10, 20, 30)]
-    bad = [b'\x00\xff\xfe\x80', b'{"step": 1', b'[10]', b'{"step": "10"}', b'{"loss": 1}', b'']
-    path.write_bytes(b'\n'.join([good[0], *bad, *good[1:], b'{"step": 40']))
+    bad = [b'\x00\xff\xfe\x80', b'{"step": 1', b'[10]', b'{"step": "10"}', b'{"loss": 1}', b'7']
+    path.write_bytes(b'\n'.join([good[0], *bad, good[1], b'', good[2], b'{"step": 40']))
     with caplog.at_level(logging.WARNING, logger='trainer'):
         file = MetricsFile(path, resume_step=20)
     file.write(30, {'train/loss': 2.0})

@@ -152,8 +152,9 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     loaded = loading.load(spec)
     applied = overrides.apply(loaded.config, assignments)
     if not (_FLAGS.help or _FLAGS.helpconfig):
-        # Here and not in `build` alone, which needs JAX: a wrong key is said at once, in any mode.
-        schema.read(loading.plain(loaded.config))
+        # Here and not in `build` alone, which needs JAX: a wrong key is reported at once, in any
+        # mode. What has yet to be given is part of what `config` shows.
+        schema.read(loading.plain(loaded.config), complete=_FLAGS.mode != 'config')
     for override in applied:
         for note in override.notes:
             print(note, file=sys.stderr)

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainer.config import advice, loading, targets
+from trainer.config import advice, literals, loading, targets
 from trainer.config.errors import UserError
 
 HERE = __name__
@@ -96,9 +96,9 @@ def makes() -> Any:
 )
 def test_what_to_write_instead(value: Any, says: str) -> None:
     with pytest.raises(UserError) as error:
-        loading.check_values(loading.plain({'a': (1, {'b': value})}), 'config')
+        literals.check(loading.plain({'a': (1, {'b': value})}), 'config', [])
     text = str(error.value)
-    assert re.fullmatch(r'config\.a\[1\]\.b: a config holds [^;]*, got .*; .*', text)
+    assert re.fullmatch(r'config\.a\[1\]\.b: expected a number, text, [^;]*, got .*; .*', text)
     assert re.search(re.escape(says).replace(r'\.\*', '.*'), text), text
     assert 'pathlib:' not in text and '\n' not in text and len(text) < 500
 
@@ -109,7 +109,7 @@ def test_the_name_of_a_target() -> None:
         ('ref', nn.relu, 'jax.nn:relu'),
     ):
         with pytest.raises(UserError, match=rf"config\.a\.{key}: .*; write its name: '{name}'"):
-            loading.check_values({'a': {key: value}}, 'config')
+            literals.check({'a': {key: value}}, 'config', [])
 
 
 @pytest.mark.parametrize(

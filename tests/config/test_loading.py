@@ -7,6 +7,7 @@ import pathlib
 
 import pytest
 
+from tests import command
 from trainer.config import loading, overrides, schema, show
 from trainer.config.errors import UserError
 
@@ -83,8 +84,8 @@ def test_the_line_of_an_error_is_the_users(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ('value', 'message'),
     [
-        ('{1, 2}', r'config\.a: a config holds .*, got \{1, 2\}'),
-        ('(1, dict(b=object()))', r'config\.a\[1\]\.b: a config holds'),
+        ('{1, 2}', r'config\.a: expected a number, .*, got set \{1, 2\}'),
+        ('(1, dict(b=object()))', r'config\.a\[1\]\.b: expected a number'),
         ('__import__("fractions").Fraction', r"config\.a: .*dict\(ref='fractions:Fraction'\)"),
         ('__import__("numpy").int64(3)', r'config\.a: .*write a plain number'),
         ('{1: 2, "b": 3}', 'a dict of the config has names and other keys'),
@@ -103,6 +104,27 @@ def test_a_required_placeholder_must_be_given(tmp_path: pathlib.Path) -> None:
     assert '(required)' in show.helpconfig(loading.plain(config))
     with pytest.raises(UserError, match=r'config\.model\.hidden is required .*: --config\.model'):
         schema.read(loading.plain(config))
+
+
+def test_the_mode_config_shows_what_is_required(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / 'waiting.py'
+    file.write_text(
+        'import ml_collections\n\n\ndef get_config():\n'
+        '    config = ml_collections.ConfigDict({"model": {"target": "models.mlp:MLP"}})\n'
+        '    config.model.features = ml_collections.config_dict.required_placeholder(tuple)\n'
+        '    config.seed = ml_collections.config_dict.required_placeholder(int)\n'
+        '    for name in ("task", "data", "optimizer", "train_for"):\n'
+        '        config[name] = ml_collections.config_dict.required_placeholder(object)\n'
+        '    return config\n'
+    )
+    done = command.run(f'--config={file}', '--mode=config')
+    assert done.code == 0, done.err
+    assert done.out.count('(required)') == 6
+    done = command.run(f'--config={file}', '--mode=dry_run')
+    assert done.code == 2 and 'is required and has no value' in done.err
+    file.write_text(file.read_text().replace('config.seed', 'config.sed'))
+    done = command.run(f'--config={file}', '--mode=config')
+    assert done.code == 2 and 'config.sed is read by nothing' in done.err
 
 
 def test_a_placeholder_has_the_type_that_it_declares(tmp_path: pathlib.Path) -> None:
@@ -167,3 +189,8 @@ def test_an_argument_of_any_kind_has_no_list(tmp_path: pathlib.Path) -> None:
     text = 'def get_config(arg):\n    return {"a": 1 / 0}[arg]\n'
     with pytest.raises(UserError, match=r'ZeroDivisionError: .*line 2\)$'):
         load(tmp_path, text, ':a')
+
+
+def test_a_key_with_a_dot_in_a_file(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(UserError, match=r"Nest dicts instead.*'12\.5%' as a key, write a whole"):
+        load(tmp_path, returning('{"12.5%": 0.1}'))

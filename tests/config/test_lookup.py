@@ -69,6 +69,7 @@ def test_a_misspelt_variable() -> None:
         ('ema.decya', 'Did you mean config.ema.decay?'),
         ('seed.x', 'Did you mean config.seed?'),
         ('nothing_like_it', 'See --helpconfig for all keys.'),
+        ('checkpoint.mode', 'Did you mean config.checkpoint.best.mode?'),
         ('optimizer.unheard_of', 'optax:sgd takes no such argument. It takes: learning_rate, '),
     ],
 )
@@ -164,6 +165,12 @@ def test_a_wrong_name_within_a_dict(given: str, path: str, meant: str) -> None:
         ('bf16', 'Write --config.precision.compute=bfloat16'),
         ('model.dtype', 'Write --config.precision.compute=bfloat16'),
         ('output_dir', 'Write --workdir=DIRECTORY.'),
+        ('steps', 'Write --config.train_for=10epochs, or 2000steps.'),
+        ('model.seed', 'Did you mean config.seed?'),
+        ('optimizer.decay', 'Weight decay is an argument of the optimizer'),
+        ('mode', 'Write --mode=train'),
+        ('num_workers', '"data.grain_loader:GrainLoader", "workers": 4'),
+        ('data.num_workers', '"data.grain_loader:GrainLoader", "workers": 4'),
     ],
 )
 def test_words_of_other_frameworks(path: str, hint: str) -> None:
@@ -181,6 +188,21 @@ def test_weight_decay_of_an_optimizer_that_has_it() -> None:
     for word, meant in (('wd', 'weight_decay'), ('optimizer.beta1', 'b1')):
         with pytest.raises(UserError, match=rf'Did you mean config\.optimizer\.{meant}\?'):
             overrides.apply(changed, [(word, '1')])
+
+
+def test_a_sibling_may_be_what_a_foreign_word_means() -> None:
+    changed = config()
+    changed.data.loader = dict(target='data.grain_loader:GrainLoader', workers=2)
+    rate = dict(target='optax:exponential_decay', init_value=0.1, transition_steps=9)
+    changed.optimizer = dict(target='optax:adamw', learning_rate={**rate, 'decay_rate': 0.9})
+    for path, meant in (
+        ('num_workers', 'data.loader.workers'),
+        ('data.loader.num_workers', 'data.loader.workers'),
+        ('optimizer.decay', 'optimizer.weight_decay'),
+        ('optimizer.learning_rate.decay', 'optimizer.learning_rate.decay_rate'),
+    ):
+        with pytest.raises(UserError, match=rf'Did you mean config\.{meant}\?'):
+            overrides.apply(changed, [(path, '1')])
 
 
 def test_every_path_that_a_word_leads_to_exists() -> None:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import subprocess
 import sys
 from typing import Any
 
 import ml_collections
+import numpy as np
 import pytest
 
 from tests.command import ROOT
@@ -355,6 +357,14 @@ def test_a_wrong_group_name_is_a_typo_unless_it_begins_a_new_one() -> None:
     assert set(changed('other.params', 'D.*')) == {'generator', 'other'}
 
 
+@pytest.mark.parametrize('key', ['12.5%', '0.5 epochs', '1.5'])
+def test_a_dot_in_a_number_separates_no_names(key: str) -> None:
+    schedule = f'{{"target": "optax:x", "boundaries_and_scales": {{"{key}": 0.1}}}}'
+    path = r'config\.optimizer\.learning_rate\.boundaries_and_scales'
+    with pytest.raises(UserError, match=rf"^{path}: the key '{key}' .* whole number of steps"):
+        applied(f'optimizer.learning_rate={schedule}')
+
+
 @pytest.mark.parametrize('text', ['1e400', '-1e400', '1e309'])
 def test_a_number_that_overflows_is_not_infinity(text: str) -> None:
     for path in ('optimizer.learning_rate', 'optimizer.clip_norm', 'seed', 'model.hidden_scale'):
@@ -376,6 +386,28 @@ def test_a_number_that_overflows_is_not_infinity(text: str) -> None:
 def test_infinity_as_such(text: str) -> None:
     for path in ('optimizer.learning_rate', 'optimizer.clip_norm'):
         assert applied(f'{path}={text}')['optimizer'][path.partition('.')[2]] == float(text)
+    changed = config()
+    changed.vars.numbers = (0.5, 0.5)
+    overrides.apply(changed, [('vars.numbers', f'({text}, 1.0)')])
+    assert changed.vars.numbers == [float(text), 1.0]
+    assert applied(f'data.source.split={text}')['data']['source']['split'] == text
+
+
+def test_numbers_of_numpy_in_containers_from_python() -> None:
+    changed = config()
+    changed.vars.numbers = (0.5,) * 4
+    given = (np.float64(0.1), math.inf, math.nan, np.float32(2))
+    overrides.apply(changed, [('vars.numbers', overrides.from_python(given, 'vars.numbers'))])
+    new = changed.vars.numbers
+    assert (new[0], new[1], new[3]) == (0.1, math.inf, 2.0) and math.isnan(new[2])
+    assert {type(each) for each in new} == {float}
+    text = overrides.from_python({'learning_rate': np.float64(0.1)}, 'optimizer')
+    rate = applied(f'optimizer={text}')['optimizer']['learning_rate']
+    assert rate == 0.1 and type(rate) is float
+    changed.model.scale = None  # Of no type that is known.
+    for number in (math.inf, -math.inf):
+        overrides.apply(changed, [('model.scale', overrides.from_python(number, 'model.scale'))])
+        assert changed.model.scale == number
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -33,6 +34,9 @@ class Shaped:
         empty: Sequence[str] = (),
         words=('a', 'b'),  # type: ignore[no-untyped-def]
         unknown: NoSuchType = (1, 2),  # type: ignore[name-defined]  # noqa: F821
+        labels: Sequence[tuple[str, float]] = (('a', 0.5),),
+        either: Sequence[int | str] = (1,),
+        anything: Sequence[Any] = (1,),
     ): ...
 
 
@@ -49,7 +53,7 @@ def changed(path: str, text: str, target: str = 'Shaped') -> Any:
     model = dict(
         target=f'{__name__}:{target}', kernel=3, sizes=[1], pair=(1, 2), free=(1, 2),
         mixed=(1, 0.5), pairs=((1, 2),), perhaps=None, rates=(1, 0.5), names='a', empty=(),
-        words=('a', 'b'), unknown=(1, 2),
+        words=('a', 'b'), unknown=(1, 2), labels=(('a', 0.5),), either=(1,), anything=(1,),
     )  # fmt: skip
     config = ml_collections.ConfigDict(dict(model=model))
     overrides.apply(config, [(path, text)])
@@ -71,6 +75,12 @@ def changed(path: str, text: str, target: str = 'Shaped') -> Any:
         ('names', '("a", "b")', ('a', 'b')),
         ('words', '("x", "y", {"ref": "a:b"})', ('x', 'y', {'ref': 'a:b'})),
         ('empty', '["x"]', ('x',)),
+        ('labels', '(("head", 0.1), ("body", 1))', (('head', 0.1), ('body', 1.0))),
+        ('labels', '(("head", 0.1),)', (('head', 0.1),)),
+        ('either', '("a", 1)', ('a', 1)),
+        ('either', '("a",)', ('a',)),
+        ('anything', '("a", None, (1, 2), 0.5)', ('a', None, (1, 2), 0.5)),
+        ('rates', '(inf, -inf, 1)', (math.inf, -math.inf, 1.0)),
     ],
 )
 def test_another_length(path: str, text: str, value: Any) -> None:
@@ -94,6 +104,9 @@ def test_another_length(path: str, text: str, value: Any) -> None:
         ('words', '("x", ["y"])', r"\[1\]: expected str, as 'a' is, got \['y'\]"),
         ('words', '("x", None)', r'\[1\]: expected str, .* got None'),
         ('words', '({"y": 1},)', r'\[0\]: expected str, .* got \{'),
+        ('labels', '(("a", 1.0), ("b", "c"))', r"\[1\]\[1\]: expected float, got 'c'"),
+        ('labels', '(("a", 1.0), (2, 0.5))', r'\[1\]\[0\]: expected str, got 2'),
+        ('either', '("a", 1.5)', r'\[1\]: expected int or str, got 1\.5'),
         ('empty', '(1,)', r'\[0\]: expected str, got 1'),
     ],
 )

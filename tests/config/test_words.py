@@ -27,7 +27,12 @@ class Net(nn.Module):
     maybe: Callable[..., Any] | None = None
     norm: Any = nn.LayerNorm
     init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+    unsaid_init: Any = nn.initializers.zeros
+    bias_init: Callable[..., Any] = nn.initializers.zeros
     dtype: Any = jnp.float32
+    dtype_or_text: str | jnp.dtype = 'auto'
+    dtype_or_number: jnp.dtype | int | None = None
+    dtype_or_any: nn.dtypes.Dtype | None = None
     name_of_dtype: str = 'float32'
     part: nn.Module | None = None
     optimizer: optax.GradientTransformation | None = None
@@ -51,7 +56,18 @@ def made(name: str, value: Any) -> Any:
         ('maybe', None, None),
         ('norm', 'RMSNorm', nn.RMSNorm),
         ('dtype', 'bfloat16', jnp.bfloat16),
+        ('dtype', 'e', jnp.float16),
+        ('dtype', 'jax.numpy:bfloat16', jnp.bfloat16),
+        ('dtype_or_text', 'auto', 'auto'),
+        ('dtype_or_number', 8, 8),
+        ('dtype_or_any', 'bfloat16', 'bfloat16'),
         ('name_of_dtype', 'bf16', 'bf16'),
+        ('part', False, False),
+        ('maybe', False, False),
+        ('bias_init', 'ones', nn.initializers.ones),
+        ('bias_init', 'flax.linen.initializers:ones', nn.initializers.ones),
+        ('unsaid_init', 'ones', nn.initializers.ones),
+        ('unsaid_init', 'own word', 'own word'),
     ],
 )
 def test_what_a_word_means(name: str, value: Any, meant: Any) -> None:
@@ -79,6 +95,22 @@ def test_what_a_word_means(name: str, value: Any, meant: Any) -> None:
         ('part', 'mine', r"dict\(target='package\.module:name', \.\.\.\)"),
         ('optimizer', 'adam', r"expected an object, got 'adam'.*dict\(target='optax:adam', \.\."),
         ('dtype', 'bf16', "'bf16' is not a dtype. Did you mean 'bfloat16'"),
+        ('dtype', 'f16', "'f16' is not a dtype. Did you mean 'float16'"),
+        ('dtype', 'fp16', "'fp16' is not a dtype. Did you mean 'float16'"),
+        ('dtype', 'fp8', "'fp8' is not a dtype. Did you mean 'float8_e4m3fn'"),
+        ('dtype', 'jnp.bfloat16', "Did you mean 'bfloat16'"),
+        ('dtype', 'jax.numpy:sin', "'jax.numpy:sin' is not a dtype. Write 'bfloat16'"),
+        ('dtype', 'O', "'O' is not a dtype"),
+        ('dtype', 3, "expected a dtype such as 'bfloat16', got 3"),
+        ('dtype_or_any', 'fp16', "'fp16' is not a dtype. Did you mean 'float16'"),
+        ('part', 3, 'expected an object, got 3'),
+        ('bias_init', 'relu', "expected an initializer, got 'relu'"),
+        ('unsaid_init', 'relu', "expected an initializer, got 'relu'"),
+        ('init', 'relu', r"got 'relu'.*dict\(target='flax\.linen\.initializers:lecun_normal'\)"),
+        ('bias_init', 'normal', r"dict\(target='flax\.linen\.initializers:normal'\)"),
+        ('unsaid_init', 'normal', r"dict\(target='flax\.linen\.initializers:normal'\)"),
+        ('init', 'lecun_norml', r"mean 'lecun_normal'.*target='flax\.linen\.initializers:lecun"),
+        ('bias_init', 'zero', r"Did you mean 'zeros'\?"),
     ],
 )
 def test_a_word_that_means_nothing(name: str, value: Any, message: str) -> None:

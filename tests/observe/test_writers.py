@@ -68,6 +68,17 @@ def test_resume_cuts_later_rows_and_a_torn_line(tmp_path: pathlib.Path, torn: st
     assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
 
 
+def test_a_blank_line_is_no_damage(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"step": 1}\n\n  \n{"step": 2}\n')
+    cut_after(epath.Path(path), 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert not caplog.records
+    assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
+
+
 def test_a_file_that_needs_no_cut_is_not_rewritten(tmp_path: pathlib.Path) -> None:
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 3}\n')

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from trainer.config.errors import shown
 from trainer.config.json_text import is_int, is_number, name
 
 # What every checkpoint of a run has; a resume cannot do without it.
@@ -29,13 +30,8 @@ def problem(meta: Any, needed: Sequence[str] = ()) -> str | None:
         return f'its metadata lacks {", ".join(map(repr, missing))}'
     for key, (expected, is_right) in _FORMS.items():
         if key in meta and not is_right(meta[key]):
-            return f'{key!r} of its metadata is {_shown(meta[key])}, and not {expected}'
+            return f'{key!r} of its metadata is {shown(meta[key], limit=40)}, and not {expected}'
     return None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f'{text[:40]}...'
 
 
 def _count(value: Any) -> bool:

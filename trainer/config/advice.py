@@ -17,9 +17,10 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainer.config.errors import shown
+
 # Where a function or class of a library is looked for under a public name; its own package, too.
 _PUBLIC = ('jax.nn', 'jax.numpy', 'flax.linen', 'flax.nnx', 'optax', 'jax.nn.initializers')
-_MOST = 100
 _FEW = 8
 
 
@@ -47,12 +48,6 @@ def advice(value: Any, path: str = '') -> str:
     return _of_object(value)
 
 
-def short(value: Any) -> str:
-    """Returns the repr of a value in one line, cut off where it becomes long."""
-    text = re.sub(r'\s+', ' ', repr(value))
-    return text if len(text) <= _MOST else f'{text[:_MOST]}... ({type(value).__name__})'
-
-
 def _of_path(path: os.PathLike[str]) -> str:
     return f'write it as text: {str(path)!r}'
 
@@ -65,8 +60,8 @@ def _of_member(member: enum.Enum) -> str:
 
 
 def _of_partial(made: functools.partial[Any]) -> str:
-    given = ''.join(f', {key}={short(x)}' for key, x in made.keywords.items())
-    args = f'dict(ref={_name(made.func)!r}),' + ''.join(f' {short(x)},' for x in made.args)
+    given = ''.join(f', {key}={shown(x)}' for key, x in made.keywords.items())
+    args = f'dict(ref={_name(made.func)!r}),' + ''.join(f' {shown(x)},' for x in made.args)
     return (
         f"write dict(target='functools:partial', args=({args.rstrip(',')},){given}, "
         'accepts_any=True), or name a function of a module: dict(ref=...)'
@@ -84,11 +79,11 @@ def _of_complex(value: complex) -> str:
 
 
 def _of_set(value: Any) -> str:
-    return f'write a tuple, whose order is always the same: {short(tuple(sorted(value, key=repr)))}'
+    return f'write a tuple, whose order is always the same: {shown(tuple(sorted(value, key=repr)))}'
 
 
 def _of_bytes(value: bytes) -> str:
-    return f'write text: {short(value.decode(errors="replace"))}'
+    return f'write text: {shown(value.decode(errors="replace"))}'
 
 
 def _of_number(value: Any) -> str:

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from trainer.config.errors import shown
+
 ABSENT = '(absent)'
 
 
@@ -58,7 +60,7 @@ def from_jsonable(node: Any) -> Any:
     if isinstance(node, Mapping):
         if set(node) == {'__tuple__'}:
             if not isinstance(node['__tuple__'], list):
-                raise ValueError(f'"__tuple__" is {node["__tuple__"]!r:.40}, not a list')
+                raise ValueError(f'"__tuple__" is {shown(node["__tuple__"], limit=40)}, not a list')
             return tuple(from_jsonable(value) for value in node['__tuple__'])
         return {key: from_jsonable(value) for key, value in node.items()}
     if isinstance(node, list):

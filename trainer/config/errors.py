@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+
 _OF_JAX = 'JAX has removed its internal frames'
 _LONGEST_LINE = 2000
 
@@ -19,7 +21,8 @@ def shown(value: object, limit: int = 100) -> str:
     A text of the command line may have thousands of characters.
     """
     try:
-        text = repr(value)
+        # That of an array has several lines.
+        text = re.sub(r'\s*\n\s*', ' ', repr(value))
     except (ValueError, RecursionError):  # An integer of thousands of digits; a dict in itself.
         return f'a very long {type(value).__name__}'
     return shortened(text, limit)

@@ -16,15 +16,33 @@ from trainer.config.errors import UserError, shortened, shown
 MAX_DEPTH = 50
 _MAX_NAME = 200
 
+# Python has no literals for these; `repr` writes them as names.
+_NUMBERS = {'inf': math.inf, 'Infinity': math.inf, 'nan': math.nan, 'NaN': math.nan}
+
 
 def literal(text: str) -> Any:
-    """Returns the JSON or Python literal that a text is, or the text itself."""
-    for parse in (json.loads, ast.literal_eval):
+    """Returns the JSON or Python literal that a text is, or the text itself.
+
+    `inf` and `nan` are numbers, also within a tuple, list or dict.
+    """
+    for parse in (json.loads, _python):
         try:
             return parse(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return text
+
+
+def _python(text: str) -> Any:
+    tree = ast.parse(text.lstrip(' \t'), mode='eval')
+    return ast.literal_eval(_NamedNumbers().visit(tree))
+
+
+class _NamedNumbers(ast.NodeTransformer):
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id not in _NUMBERS:
+            return node
+        return ast.copy_location(ast.Constant(_NUMBERS[node.id]), node)
 
 
 def written(value: Any) -> str:
@@ -85,7 +103,7 @@ def check_overflow(value: Any, text: str, path: str) -> None:
     if len(infinite) > text.lower().count('inf'):
         raise UserError(
             f'{infinite[0]}: {shortened(text)} is too large for a float (the largest is 1.8e308); '
-            'for infinity write Infinity'
+            'for infinity write inf'
         )
 
 

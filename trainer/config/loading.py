@@ -15,7 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import bundled
-from trainer.config import advice, config_arguments, literals, objects, places, suggest
+from trainer.config import config_arguments, literals, objects, places, suggest
 from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
 
@@ -57,7 +57,10 @@ def load(spec: str) -> LoadedConfig:
     except Exception as error:
         hint = ''
         if 'dots in field names' in str(error):
-            hint = "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}"
+            hint = (
+                "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in the place of "
+                "'12.5%' as a key, write a whole number of steps"
+            )
         said = f'{path}: get_config failed: {objects.last_line(error)}'
         if args:
             hint += config_arguments.describe(arg, config_arguments.known(get_config))
@@ -77,7 +80,6 @@ def load(spec: str) -> LoadedConfig:
     try:
         plain(config)
         check_vars(config)
-        check_values(plain(config), 'config')
         literals.check(plain(config), 'config', [])
         config = _unshared(config)
     except RecursionError as error:
@@ -164,25 +166,6 @@ def _arguments(
             f"--config={path}:TEXT; write get_config(arg='') ({error})"
         ) from error
     return args
-
-
-def check_values(node: Any, path: str) -> None:
-    """Checks that a plain config can be written as JSON, so that a run can be compared with it.
-
-    Raises:
-        UserError: naming a value that cannot, and what to write in its place.
-    """
-    if isinstance(node, dict):
-        for key, value in node.items():
-            check_values(value, f'{path}.{key}')
-    elif type(node) in (tuple, list):
-        for index, value in enumerate(node):
-            check_values(value, f'{path}[{index}]')
-    elif not (node is None or node is REQUIRED or isinstance(node, (bool, int, float, str))):
-        raise UserError(
-            f'{path}: a config holds numbers, strings, None, dicts, tuples and lists, got '
-            f'{advice.short(node)}; {advice.advice(node, path)}'
-        )
 
 
 def _unshared(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -108,7 +108,7 @@ def _import(module_name: str, path: str) -> ModuleType:
 def _check_not_hidden(module_name: str, attribute: str, path: str) -> None:
     """Checks that a module of ours is not taken for one of the user's with the same name.
 
-    A folder `models` without an `__init__.py` comes after our package of that name.
+    A folder `models` without an `__init__.py` comes after our package of that name, in its path.
 
     Raises:
         UserError: if the user's file defines the attribute.
@@ -119,9 +119,7 @@ def _check_not_hidden(module_name: str, attribute: str, path: str) -> None:
     for folder in list(getattr(sys.modules.get(package), '__path__', ()))[1:]:
         file = os.path.join(folder, *rest.split('.')) + '.py'
         mine = getattr(sys.modules[module_name], '__file__', None)
-        if os.path.exists(os.path.join(folder, '__init__.py')) or not os.path.isfile(file):
-            continue
-        if file != mine and attribute.split('.')[0] in _defined(file):
+        if os.path.isfile(file) and file != mine and attribute.split('.')[0] in _defined(file):
             raise UserError(
                 f'{path}: {module_name}:{attribute} is in {file} too, which is hidden by {mine}; '
                 f'add an empty {os.path.join(folder, "__init__.py")}, or rename the file'

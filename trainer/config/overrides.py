@@ -85,11 +85,21 @@ def from_python(value: Any, path: str) -> str:
     if isinstance(value, str):
         return value
     value = plain(value)
-    if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:  # A number of numpy or JAX.
-        value = value.item()
     literals.check_depth(value, f'config.{path}')
+    value = _python_numbers(value)
     literals.check(value, f'config.{path}', paths.parse(path))
-    return repr(value) if value == value else 'NaN'
+    return repr(value)
+
+
+def _python_numbers(value: Any) -> Any:
+    """Returns a value with Python's numbers for those of numpy and JAX, at every depth."""
+    if isinstance(value, dict):
+        return {_python_numbers(key): _python_numbers(inner) for key, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(_python_numbers, value))
+    if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0:
+        return value.item()
+    return value
 
 
 def apply(
@@ -115,7 +125,7 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
         like, hint, annotation = _argument(node, keys[-1], old, text, keys[:-1])
     new = values.parse(text, like, hint, keys, f'config.{path}', annotation)
     if isinstance(new, Mapping):
-        new = paths.nested(new)  # A ConfigDict takes no key with a dot.
+        new = paths.nested(new, f'config.{path}')  # A ConfigDict takes no key with a dot.
         literals.check(new, f'config.{path}', keys)
     given, notes = new, list[str]()
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
@@ -205,7 +215,7 @@ def _merge(
 def _argument(
     node: Any, key: str | int, old: Any, text: str, keys: paths.Keys
 ) -> tuple[Any, Any, values.Annotation]:
-    """Returns what a new value of an argument is held to: a value like it, a type, an annotation.
+    """Returns what a new value is checked against: a value like it, a type, an annotation.
 
     Args:
         node: the object's dict.

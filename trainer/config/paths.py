@@ -11,6 +11,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer.config import diff, literals
+from trainer.config.durations import is_duration
 from trainer.config.errors import UserError, shortened, shown
 from trainer.config.loading import plain
 
@@ -46,19 +47,32 @@ def join(keys: Sequence[str | int]) -> str:
     return text.removeprefix('.')
 
 
-def nested(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a dict in which what stood at the key 'a.b' stands at 'b' of 'a'.
+def nested(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Returns a dict in which what was at the key 'a.b' is at 'b' of 'a'.
+
+    Args:
+        node: the dict.
+        path: 'config.a.b', for messages.
 
     Raises:
-        UserError: if something stands at both.
+        UserError: if something is at both, and for '12.5%', whose dot does not separate names.
     """
     whole: dict[str, Any] = {}
     for key, value in node.items():
-        inner = nested(value) if isinstance(value, Mapping) else value
+        if isinstance(key, str) and '.' in key and (is_duration(key) or _is_number(key)):
+            raise UserError(
+                f'{path}: the key {shown(key)} has a dot, which no key of a config may have; '
+                'write a whole number of steps'
+            )
+        inner = nested(value, f'{path}.{key}') if isinstance(value, Mapping) else value
         for name in reversed(key.split('.') if isinstance(key, str) else [key]):
             inner = {name: inner}
         whole = _joined(whole, inner, [])
     return whole
+
+
+def _is_number(text: str) -> bool:
+    return isinstance(literals.literal(text), (int, float))
 
 
 def _joined(one: Mapping[Any, Any], other: Mapping[Any, Any], before: Keys) -> dict[Any, Any]:

@@ -48,13 +48,13 @@ def may_be_set(node: Any, keys: Sequence[str | int], depth: int) -> bool:
 
 
 def names(node: Any, keys: Sequence[str | int]) -> list[str]:
-    """Returns the names that may stand in a container at a path: held, fixed, or arguments."""
+    """Returns the names that a container at a path may have: held, fixed, or arguments."""
     section = schema.section_at(keys)
     known = [key for key in node if isinstance(key, str)] if isinstance(node, Mapping) else []
     known += list(schema.fields(section)) if section is not None else []
     if isinstance(node, Mapping) and 'target' in node:
         target = objects.resolve(node['target'], f'config.{paths.join(keys)}.target')
-        known += targets.told(targets.arguments(target)[0])
+        known += targets.listed(targets.arguments(target)[0])
     return list(dict.fromkeys(known))
 
 

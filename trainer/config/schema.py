@@ -27,13 +27,18 @@ class _Required:
 REQUIRED = _Required()
 
 
-def read(config: Mapping[str, Any]) -> Sections:
+def read(config: Mapping[str, Any], *, complete: bool = True) -> Sections:
     """Returns the sections of a plain config, defaults filled in.
+
+    Args:
+        config: the plain config.
+        complete: whether placeholders that have no value yet are errors; else they stay `REQUIRED`.
 
     Raises:
         UserError: for a key that nothing reads, a required one that is missing, or a wrong type.
     """
-    _check_given(config, 'config')
+    if complete:
+        _check_given(config, 'config')
     return _read_section(Sections, config, 'config', config)
 
 
@@ -183,7 +188,7 @@ def check(value: Any, hint: Any, path: str, whole: Mapping[str, Any]) -> Any:
         UserError: if its type is another.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if hint is Any or value is REQUIRED:
         return value
     if origin in (types.UnionType, typing.Union):
         return _check_union(value, args, path, whole)

@@ -56,6 +56,16 @@ def is_list(hint: Any) -> bool:
     return any((typing.get_origin(each) or each) is list for each in _options(hint))
 
 
+def is_union(hint: Any) -> bool:
+    """Whether an annotation allows several types, as `int | str` does."""
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def is_plain(hint: Any) -> bool:
+    """Whether an annotation allows numbers, text and None only."""
+    return all(each in (int, float, str, bool, types.NoneType) for each in _options(hint))
+
+
 def describe(hint: Any) -> str:
     """Returns an annotation as its user reads it: 'tuple[int, int]'."""
     return inspect.formatannotation(hint)
@@ -70,9 +80,7 @@ def _kind(value: Any) -> Any:
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return typing.get_args(hint)
-    return (hint,)
+    return typing.get_args(hint) if is_union(hint) else (hint,)
 
 
 def _of_one(hint: Any) -> Elements | None:

@@ -52,5 +52,9 @@ def nearest_path(path: str, candidates: Iterable[str]) -> str | None:
 def did_you_mean(path: str, config: Mapping[str, Any], more: Iterable[str] = ()) -> str:
     """Returns 'Did you mean config.x.y?', or where to look; the config may hold the wrong path."""
     known = [p for p in (*paths(config, 'config'), *more) if p != path]
-    found = nearest_path(path, known)
+    return question(nearest_path(path, known))
+
+
+def question(found: str | None) -> str:
+    """Returns 'Did you mean config.x.y?', or where to look if nothing was found."""
     return f'Did you mean {found}?' if found else 'See --helpconfig for all keys.'

@@ -13,6 +13,9 @@ VALUES = {
     'float': 'float32', 'single': 'float32', 'full': 'float32',
 }  # fmt: skip
 
+# The same of dtypes; a section knows fewer.
+DTYPES = {**VALUES, 'fp8': 'float8_e4m3fn', 'fp64': 'float64', 'f64': 'float64'}
+
 _LENGTH = '--config.train_for=10epochs, or 2000steps'
 _SCHEDULE = (
     'A schedule is an object in the place of the learning rate: --config.optimizer.learning_rate='
@@ -21,6 +24,10 @@ _SCHEDULE = (
 )
 _DECAY = (
     'Weight decay is an argument of the optimizer: --config.optimizer.target=optax:adamw has it'
+)
+_LOADER = (
+    'Processes that read are an argument of a loader: --config.data.loader='
+    '\'{"target": "data.grain_loader:GrainLoader", "workers": 4}\''
 )
 _PRECISION = '--config.precision.compute=bfloat16 (and precision.params, precision.output)'
 
@@ -37,7 +44,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
         (_LENGTH, 'log.every'),
     ),
     ('interval freq frequency period', ('log.every',)),
-    ('wd weight_decay l2 l2_reg', ('optimizer.weight_decay', _DECAY)),
+    ('wd weight_decay l2 l2_reg decay', ('optimizer.weight_decay', _DECAY)),
     ('momentum', ('optimizer.momentum',)),
     ('betas', ('optimizer.b1', '--config.optimizer.b1 and b2, of optimizers like optax:adam')),
     ('b1 beta1 beta_1 adam_beta1', ('optimizer.b1',)),
@@ -55,7 +62,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         'warmup warmup_steps num_warmup_steps warmup_epochs warmup_ratio lr_schedule lr_scheduler '
-        'lr_scheduler_type schedule scheduler decay lr_decay',
+        'lr_scheduler_type schedule scheduler lr_decay',
         (_SCHEDULE,),
     ),
     (
@@ -88,7 +95,12 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('loss_scale loss_scaling dynamic_loss_scale', ('precision.loss_scale',)),
     ('log_every logging_steps log_steps log_interval log_freq print_every log_every_n_steps '
      'log_every_steps report_every', ('log.every',)),
-    ('random_seed manual_seed rng_seed rng prng_seed', ('seed',)),
+    ('seed random_seed manual_seed rng_seed rng prng_seed', ('seed',)),
+    ('mode run_mode', ('--mode=train (or eval, plan, ...), a flag and no key of the config',)),
+    (
+        'num_workers n_workers dataloader_num_workers loader_workers num_proc',
+        ('data.loader.workers', _LOADER),
+    ),
     (
         'pretrained pretrained_path load_from restore_from init_checkpoint init_from_checkpoint '
         'model_name_or_path weights',
@@ -136,9 +148,13 @@ def hint(
 
 
 def among(word: str, names: Sequence[str]) -> str | None:
-    """Returns the one of some names that the word of another framework stands for, or None."""
+    """Returns the one of some names that the word of another framework means there, or None.
+
+    That is ours, or another word for the same: of a model with `num_steps`, `steps` is that.
+    """
     ends = [lead.rpartition('.')[2] for lead in leads(word) if _is_path(lead)]
-    return next((end for end in ends if end in names), None)
+    same = [name for name in names if leads(word) and leads(name) == leads(word)]
+    return next((name for name in (*ends, *same) if name in names), None)
 
 
 def leads(word: str) -> tuple[str, ...]:

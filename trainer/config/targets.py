@@ -68,7 +68,7 @@ def evaluated(annotation: str, target: Any) -> Any:
     return None
 
 
-def told(parameters: Mapping[str, Any]) -> list[str]:
+def listed(parameters: Mapping[str, Any]) -> list[str]:
     """Returns the arguments that a message names: not what the framework or Linen supplies."""
     linens = {'parent', 'name'} if 'parent' in parameters else set()
     return [name for name in parameters if name not in FRAMEWORK_SUPPLIED | linens]
@@ -228,7 +228,7 @@ def _unknown_argument(target: Any, node: Mapping[str, Any], key: str, path: str)
             f'add {path}.accepts_any=True if it is right'
         )
     near = suggest.nearest(key, parameters)
-    takes = told(parameters)
+    takes = listed(parameters)
     if near:
         hint = f'Did you mean {path}.{near}?'
     elif takes:

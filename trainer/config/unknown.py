@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is said of a path that nothing reads: the one that was probably meant."""
+"""Messages for paths that nothing reads: which one was probably meant."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from trainer.config.errors import shortened
 # The path of an override may be long; a message is not.
 _LONGEST = 200
 
+# Flags of the command line, unless they are in a section: `checkpoint.mode` is something else.
+_ONLY_FLAGS = ('mode',)
+
 
 def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
-    """Returns the message for a path that nothing reads.
+    """Returns what to print of a path that nothing reads.
 
     Args:
         whole: the plain config.
@@ -28,28 +31,51 @@ def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
         whole = paths.changed(whole, keys[:depth], parent)
     is_object = isinstance(parent, Mapping) and 'target' in parent
     siblings = [name for name in reach.names(parent, keys[:depth]) if name != keys[depth]]
+    place = f'config.{paths.join(keys[:depth])}'.removesuffix('.')
+    # Before the names that look alike: `steps` means the length of the run, and not `step`.
+    if depth == len(keys) - 1 and (hint := _foreign(whole, keys, siblings)):
+        return _no_key(path, hint)
     close = suggest.nearest(str(keys[depth]), siblings, cutoff=0.75)
     fixed, complete = reach.repaired(whole, keys) if close else ([], False)
     if complete and fixed[depth] == close:
-        return _no_key(path, _did_you_mean(f'config.{paths.join(fixed)}'))
-    place = f'config.{paths.join(keys[:depth])}'.removesuffix('.')
-    if depth == len(keys) - 1 and (mine := synonyms.among(str(keys[depth]), siblings)):
-        return _no_key(path, _did_you_mean(f'{place}.{mine}'))
-    if hint := synonyms.hint(str(keys[-1]), whole, _may_have):
+        return _no_key(path, suggest.question(f'config.{paths.join(fixed)}'))
+    if hint := _hint(whole, keys):
         return _no_key(path, hint)
     known = _known(whole)
     if is_object:
         return _unknown_argument(parent, keys, depth, known)
     fixed, complete = reach.repaired(whole, keys)
     if complete:
-        return _no_key(path, _did_you_mean(f'config.{paths.join(fixed)}'))
+        return _no_key(path, suggest.question(f'config.{paths.join(fixed)}'))
     last = [p for p in known if p.rpartition('.')[2] == keys[-1]]
     if not last and len(fixed) > depth:  # Some wrong names were replaced, not all.
-        return _no_key(path, _did_you_mean(f'config.{paths.join(fixed)}'))
+        return _no_key(path, suggest.question(f'config.{paths.join(fixed)}'))
     found = suggest.nearest_path(path, last or known)
     if found == place and siblings:  # Only the section is right.
         return _no_key(path, f'{place} has: {", ".join(siblings)}.')
-    return _no_key(path, _did_you_mean(found))
+    return _no_key(path, suggest.question(found))
+
+
+def _foreign(whole: Mapping[str, Any], keys: paths.Keys, siblings: list[str]) -> str | None:
+    """Returns what leads from a last key that is a word of another framework to ours, or None."""
+    word, place = str(keys[-1]), f'config.{paths.join(keys[:-1])}'.removesuffix('.')
+    if not synonyms.leads(word):
+        return None
+    if mine := synonyms.among(word, siblings):
+        return suggest.question(f'{place}.{mine}')
+    inside = [p for p in _known(whole) if p.startswith(f'{place}.') and p.endswith(f'.{word}')]
+    if len(keys) > 1 and len(inside) == 1:
+        return suggest.question(inside[0])
+    beginning = [name for name in siblings if name.startswith(f'{word}_')]
+    if beginning and schema.section_at(keys[:-1]) is None:
+        return suggest.question(f'{place}.{beginning[0]}')
+    return _hint(whole, keys)
+
+
+def _hint(whole: Mapping[str, Any], keys: paths.Keys) -> str | None:
+    if len(keys) > 1 and keys[-1] in _ONLY_FLAGS:
+        return None
+    return synonyms.hint(str(keys[-1]), whole, _may_have)
 
 
 def _known(whole: Mapping[str, Any]) -> list[str]:
@@ -73,17 +99,13 @@ def _unknown_argument(
 ) -> str:
     path, place = f'config.{paths.join(keys)}', f'config.{paths.join(keys[:depth])}'
     target = objects.resolve(node['target'], f'{place}.target')
-    names = targets.told(targets.arguments(target)[0])
+    names = targets.listed(targets.arguments(target)[0])
     found = suggest.nearest_path(path, [*known, *(f'{place}.{name}' for name in names)])
     if found is None or path.startswith(f'{found}.'):
         path = shortened(path, _LONGEST)
         takes = shortened(', '.join(names), 300)
         return f'{path}: {node["target"]} takes no such argument. It takes: {takes}.'
-    return _no_key(path, _did_you_mean(found))
-
-
-def _did_you_mean(found: str | None) -> str:
-    return f'Did you mean {found}?' if found else 'See --helpconfig for all keys.'
+    return _no_key(path, suggest.question(found))
 
 
 def _no_key(path: str, hint: str) -> str:

@@ -17,7 +17,7 @@ _UNREADABLE = (
     "written as in '{\"a\": 1}', a tuple as in '(1, 2)'."
 )
 _BOOLS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}
-_INFINITIES = {'inf': math.inf, '+inf': math.inf, '-inf': -math.inf}
+_NUMBERS = {'inf': math.inf, '+inf': math.inf, '-inf': -math.inf, 'nan': math.nan}
 
 # Returns the annotation of the argument that a value is for, None if there is none. Finding it
 # imports the target, so it is asked only where the value now does not say enough.
@@ -111,8 +111,8 @@ def _wants_text(hint: Any) -> bool:
 
 
 def _number_of(value: Any) -> Any:
-    """Returns infinity for 'inf', which is no literal; other values as they are."""
-    return _INFINITIES.get(value, value) if isinstance(value, str) else value
+    """Returns the number for 'inf' and 'nan', which a dict has as texts; other values unchanged."""
+    return _NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
 def _like(text: str, value: Any, old: Any, path: str, annotation: Annotation = unannotated) -> Any:
@@ -222,9 +222,11 @@ def _annotated(text: str, value: Any, old: Any, hint: Any, path: str) -> Any:
             f'({sequences.describe(hint)}), got {len(value)}: {shown(text)}'
         )
     kind = list if isinstance(old, list) or sequences.is_list(hint) else tuple
+    # Of a fixed number of elements, each has a type of its own: that of the others says nothing.
+    apart = wanted.fixed and len(old) == len(wanted.hints)
     return kind(
-        _element(x, kind, old, f'{path}[{i}]')
-        for i, (x, kind) in enumerate(zip(value, wanted.of(len(value)), strict=True))
+        _element(x, inner, old[i : i + 1] if apart else old, f'{path}[{i}]')
+        for i, (x, inner) in enumerate(zip(value, wanted.of(len(value)), strict=True))
     )
 
 
@@ -236,7 +238,9 @@ def _element(value: Any, hint: Any, others: Sequence[Any], path: str) -> Any:
     if is_duration(value) and path.startswith('config.optimizer.'):
         return value
     # Where the file has durations or objects instead of numbers, they say what is right.
-    if hint in (int, float, str, bool) and all(_is_an_option(x, hint) for x in others):
+    if sequences.is_plain(hint) and all(_is_an_option(x, hint) for x in others):
+        return schema.check(value, hint, path, {})
+    if hint is Any or (sequences.is_union(hint) and _is_an_option(value, hint)):
         return schema.check(value, hint, path, {})
     return _like_one_of(value, others, path)
 

@@ -10,21 +10,21 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.config import objects, suggest
-from trainer.config.advice import short
-from trainer.config.errors import UserError
+from trainer.config import dtypes, initializers, objects
+from trainer.config.errors import UserError, shown
 
 # A word means what the first of these calls so that has the argument's default, too. In other
-# modules the neighbours of a function do not do the same job: those of an initializer make one.
+# modules the neighbours of a function do not do the same job.
 _HOMES = ('jax.nn', 'flax.linen', 'flax.nnx', 'jax.numpy', 'optax')
-
-# Where functions are made: a word there is the name of a target, and not of a ref.
-_MAKERS = ('flax.linen.initializers', 'flax.nnx.initializers', 'jax.nn.initializers')
 
 # Annotations of what is called, of dtypes, and of objects that are made.
 _CALLED = {'Callable', 'type', 'Type', 'Initializer', 'ModuleDef'}
 _MADE = {'Module', 'GradientTransformation', 'GradientTransformationExtraArgs', 'Schedule'}
 _NONE = {'None', 'NoneType'}
+# Text and numbers of what types an annotation names; JAX's annotation of dtypes includes texts.
+_NUMBERS: dict[type, tuple[str, ...]] = {
+    bool: ('bool',), int: ('int', 'float', 'complex'), float: ('float', 'complex')
+}  # fmt: skip
 _DTYPES = {'Dtype', 'DType', 'dtype', 'DTypeLike', 'SupportsDType'}
 
 
@@ -41,14 +41,26 @@ def meant(value: Any, parameter: inspect.Parameter, path: str) -> Any:
     """
     if not isinstance(value, (str, bool, int, float)):
         return value
-    kinds = _kinds(parameter.annotation)
-    if _is_dtype(parameter.default) or kinds & _DTYPES:
-        return _dtype(value, parameter.default, path)
+    kinds, default = _kinds(parameter.annotation), parameter.default
+    if _is_allowed(value, kinds):
+        return value
+    if dtypes.is_dtype(default) or kinds & _DTYPES:
+        must = dtypes.is_dtype(default) or kinds <= _DTYPES | _NONE
+        return dtypes.named(value, default, path, must=must)
     if kinds & _MADE and kinds <= _MADE | _NONE:
         raise UserError(_no_object(value, path))
-    if 'str' in kinds or not (_is_called(parameter.default) or _only_called(kinds)):
+    if not (_is_called(default) or _only_called(kinds)):
         return value
-    return _function(value, parameter.default, path, must=_only_called(kinds))
+    if 'Initializer' in kinds or initializers.is_of_library(default):
+        return initializers.named(value, default, path, must=_only_called(kinds))
+    return _function(value, default, path, must=_only_called(kinds))
+
+
+def _is_allowed(value: Any, kinds: set[str]) -> bool:
+    """Whether an annotation allows a text or number as such, or False for what is left out."""
+    if value is False and kinds & _NONE and not kinds & _DTYPES:
+        return True
+    return bool(kinds & {'str', *_NUMBERS.get(type(value), ())})
 
 
 def _function(value: Any, default: Any, path: str, *, must: bool) -> Any:
@@ -70,19 +82,17 @@ def _no_function(value: Any, default: Any, path: str, near: list[str]) -> str:
     what = 'class' if inspect.isclass(default) else 'function'
     name = _public_name(default)
     like = f' such as {name} (its default)' if name else ''
-    text = f'{path}: expected a {what}{like}, got {short(value)}.'
+    text = f'{path}: expected a {what}{like}, got {shown(value)}.'
     if near:
         return f'{text} Did you mean {" or ".join(map(repr, near))}?'
     key, name = _elsewhere(str(value))
-    how = f'dict({key}={name!r})'
-    shell = f'--{path}=\'{{"{key}": "{name}"}}\''
-    return f'{text} Name it by its module, as in {how}; on the command line, {shell}'
+    return f'{text} {initializers.how_to_name(key, name, path)}'
 
 
 def _no_object(value: Any, path: str) -> str:
     _, name = _elsewhere(str(value))
     return (
-        f'{path}: expected an object, got {short(value)}. Describe how it is made, as in '
+        f'{path}: expected an object, got {shown(value)}. Describe how it is made, as in '
         f'dict(target={name!r}, ...)'
     )
 
@@ -90,10 +100,10 @@ def _no_object(value: Any, path: str) -> str:
 def _elsewhere(word: str) -> tuple[str, str]:
     """Returns 'ref' or 'target', and the full name of what a word may be, or an example of one."""
     word = word.rpartition('.')[2]
-    for place in (*_MAKERS, *_HOMES):
+    for place in (*initializers.PLACES, *_HOMES):
         found = getattr(sys.modules.get(place), word, None)
         if found is not None and callable(found):
-            makes = place in _MAKERS and 'key' not in inspect.signature(found).parameters
+            makes = place in initializers.PLACES and initializers.makes(found)
             return ('target' if makes else 'ref'), f'{place}:{word}'
     return 'ref', 'package.module:name'
 
@@ -134,36 +144,6 @@ def _is_called(value: Any) -> bool:
     return callable(value) and value is not inspect.Parameter.empty
 
 
-def _dtype(value: Any, default: Any, path: str) -> Any:
-    """Returns a dtype by name as the kind of object that the default is."""
-    import numpy as np
-
-    if not isinstance(value, str):
-        raise UserError(f"{path}: expected a dtype such as 'bfloat16', got {short(value)}")
-    try:
-        np.dtype(value)
-    except (TypeError, ValueError) as error:
-        known = ['bfloat16', 'float16', 'float32', 'float64', *np.sctypeDict]
-        near = suggest.nearest(value, [str(name) for name in known])
-        hint = f'Did you mean {near!r}?' if near else "Write 'bfloat16', 'float16' or 'float32'."
-        raise UserError(f'{path}: {short(value)} is not a dtype. {hint}') from error
-    for home in _homes_of(default):
-        return getattr(home, value, value)
-    return value
-
-
-def _is_dtype(default: Any) -> bool:
-    """Whether a default is a dtype, or a class that represents one, as `jnp.float32` does."""
-    import numpy as np  # Here: it takes a tenth of a second, and most commands never ask.
-
-    if default is inspect.Parameter.empty:
-        return False
-    if inspect.isclass(default) and issubclass(default, np.generic):
-        return True
-    of_class = inspect.isclass(default) and isinstance(getattr(default, 'dtype', None), np.dtype)
-    return of_class or isinstance(default, np.dtype)
-
-
 def _only_called(kinds: set[str]) -> bool:
     return bool(kinds & _CALLED) and kinds <= _CALLED | _NONE
 
@@ -178,4 +158,6 @@ def _kinds(annotation: Any) -> set[str]:
     before = None
     while before != text:
         before, text = text, re.sub(r'\[[^\[\]]*\]', '', text)
-    return {part.strip().rpartition('.')[2] for part in re.split(r'[|,]', text)}
+    kinds = {part.strip().rpartition('.')[2] for part in re.split(r'[|,]', text)}
+    # The union that `DTypeLike` is short for, of which Flax makes one with Any.
+    return kinds - {'str', 'type', 'Any'} if 'SupportsDType' in kinds else kinds

@@ -60,7 +60,7 @@ class Profile:
         return jax.profiler.TraceAnnotation(f'eval {name}')
 
     def stepped(self, step: int, state: Any) -> str | None:
-        """Is told of the steps with an event; returns what the user should know.
+        """Handles steps with an event; returns what the user should know.
 
         At the window's borders the trace begins and ends.
 

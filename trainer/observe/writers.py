@@ -227,7 +227,7 @@ class Writers:
 def cut_after(path: epath.Path, step: int) -> None:
     """Drops the rows beyond a step and a torn last line, atomically.
 
-    Lines that are no rows, such as those of a torn page, move to a file beside it, with a warning.
+    Lines that are not rows, such as those of a torn page, move to a file beside it, with a warning.
     """
     if not path.exists():
         return
@@ -235,6 +235,8 @@ def cut_after(path: epath.Path, step: int) -> None:
     *lines, _ = data.split(b'\n')  # The last one is empty, or was torn.
     kept, damaged = [], []
     for number, line in enumerate(lines, 1):
+        if not line.strip():  # A blank line is no damage: an editor may have left it.
+            continue
         at = _step_of(line)
         if at is None:
             damaged.append((number, line))

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from trainer.config import json_text
-from trainer.config.errors import UserError
+from trainer.config.errors import UserError, shown
 
 _DTYPES: dict[str, Any] = {
     'C64': np.complex64,
@@ -115,14 +115,19 @@ def _tensor(name: str, data: np.ndarray, entry: Any) -> np.ndarray:
     """
     keys = ('dtype', 'shape', 'data_offsets')
     if not isinstance(entry, dict) or not all(key in entry for key in keys):
-        raise ValueError(f'{name!r} of its header is {entry!r:.60}; expected {", ".join(keys)}')
+        raise ValueError(
+            f'{name!r} of its header is {shown(entry, limit=60)}; expected {", ".join(keys)}'
+        )
     if not isinstance(entry['dtype'], str) or entry['dtype'] not in _DTYPES:
         raise ValueError(
-            f'{name!r} has the dtype {entry["dtype"]!r:.60}; known are {", ".join(_DTYPES)}'
+            f'{name!r} has the dtype {shown(entry["dtype"], limit=60)}; known are '
+            f'{", ".join(_DTYPES)}'
         )
     dtype, shape, place = np.dtype(_DTYPES[entry['dtype']]), entry['shape'], entry['data_offsets']
     if not _are_counts(shape) or not _are_counts(place) or len(place) != 2:
-        raise ValueError(f'{name!r} has the shape {shape!r:.60} at the bytes {place!r:.60}')
+        raise ValueError(
+            f'{name!r} has the shape {shown(shape, limit=60)} at the bytes {shown(place, limit=60)}'
+        )
     begin, end = place
     if end > data.size or end - begin != math.prod(shape) * dtype.itemsize:
         raise ValueError(f'{name!r}, {dtype} {tuple(shape)}, is at the bytes {begin} to {end}')
