@@ -202,11 +202,11 @@ def test_tokens_are_made_by_one_program() -> None:
     """It is compiled once for equal models, whatever the parameters and the temperature."""
     params = variables(Transformer(**SMALL))['params']
     prompt = jnp.asarray(TOKENS[:, :3])
-    before = _generate._cache_size()
+    _generate.clear_cache()  # Or JAX may drop an old program while it adds this one.
     for temperature in (0.5, 1.5):
         model = Transformer(**SMALL)
         generate(model, params, prompt, 2, key=KEY, temperature=temperature)
-    assert _generate._cache_size() == before + 1
+    assert _generate._cache_size() == 1
 
 
 def test_probabilities_of_halves_are_computed_in_float32() -> None:
