@@ -63,7 +63,7 @@ def test_the_best_needs_a_metric(trained: pathlib.Path) -> None:
     options = (command.MLP, *command.SMALL, f'--workdir={trained}', '--mode=eval')
     done = command.run(*options, '--step=best')
     assert done.code == 2
-    assert 'set --config.checkpoint.best.metric' in done.err
+    assert 'add --config.checkpoint.best.metric' in done.err
 
 
 def test_eval_of_a_step_that_is_not_there(trained: pathlib.Path) -> None:

@@ -218,7 +218,7 @@ def test_a_jump_is_refused(opened: list[Any]) -> None:
     loader = packed()
     opened.append(loader)
     loader.block(0, 2)
-    with pytest.raises(RuntimeError, match='stands at batch 2, and was asked for batch 5'):
+    with pytest.raises(RuntimeError, match='is at batch 2, and was asked for batch 5'):
         loader.block(5, 1)
     first = loader.block(0, 1)
     equal(first, packed().block(0, 1))

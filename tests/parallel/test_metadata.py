@@ -188,7 +188,7 @@ def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
         state, evaluator = trainer.init_state(), trainer.evaluators['test']
         metrics = evaluator.run(state)
         assert metrics['examples'] == 77
-        step = evaluator._program.ready()
+        (step,) = (program.ready() for program in evaluator._programs.values())
         batch = step.input_shardings[0][-1]
         assert first_dimensions(batch) <= {'data', ('data',)}
         assert all(x.is_fully_replicated for x in jax.tree.leaves(step.output_shardings))
