@@ -246,7 +246,7 @@ def test_surgery_that_does_not_lead_to_the_model(tmp_path: pathlib.Path) -> None
     resize = {'target': f'{OPERATION}:Resize', 'pattern': 'head/kernel', 'size': 5}
     with pytest.raises(UserError, match=r'head/kernel: float32\[12, 5\] there, float32\[12, 3\]'):
         trainer(tmp_path, init_from={'path': path}, surgery=(resize,)).init_state()
-    with pytest.raises(UserError, match=r"config\.surgery\[0\]\.sise"):
+    with pytest.raises(UserError, match=r'config\.surgery\[0\]\.sise'):
         trainer(tmp_path, surgery=({**resize, 'sise': 3},))
     rename = {'target': f'{OPERATION}:Rename', 'pattern': 'head', 'replacement': 'top'}
     with pytest.raises(

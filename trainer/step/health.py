@@ -112,13 +112,16 @@ class Health:
         """
         first = bad & ~self.is_bad
         bits = jax.lax.bitcast_convert_type(jnp.asarray(value, jnp.float32), jnp.int32)
-        # One number at a time: the compiler then sees what `is_bad` depends on, and updates do not
-        # wait for the whole array.
-        found = [
-            jnp.where(first, new, self.packed[index])[None]
-            for index, new in zip((_BAD_STEP, _KIND, _VALUE), (step, kind, bits), strict=True)
-        ]
-        return Health(jnp.concatenate([*found, self.packed[_SKIPS:]]))
+        found = [jnp.asarray(x, jnp.int32) for x in (step, kind, bits)]
+        if jax.device_count() == 1:
+            # One number at a time: the compiler then sees what `is_bad` depends on, and updates do
+            # not wait for the whole array. With several CPU devices they must: XLA runs collectives
+            # that do not depend on each other in any order, and a device that starts with the other
+            # one may block the rest forever.
+            found = [jnp.where(first, x, self.packed[i]) for i, x in enumerate(found)]
+            return Health(jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]]))
+        packed = jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]])
+        return Health(jnp.where(first, packed, self.packed))
 
     def skipping(self, skips: jax.Array) -> Health:
         """Returns the health with another number of skipped updates."""

@@ -219,12 +219,12 @@ class TaskRunner:
 
 
 def _set_weights(given: Any, loss: jax.Array, mask: jax.Array | None) -> jax.Array:
-    weights = jnp.asarray(1.0 if given is None else given, jnp.float32)
+    weights = jnp.ones(loss.shape[:1], jnp.float32) if given is None else jnp.asarray(given)
     if not weights.ndim:
         weights = jnp.broadcast_to(weights, loss.shape[:1])
     if mask is not None:
         weights = weights * broadcast_weights(mask, weights.shape)
-    return jax.lax.stop_gradient(weights)
+    return jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
 
 
 def inverse(weight: jax.Array) -> jax.Array:
