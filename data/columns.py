@@ -149,7 +149,7 @@ def check(column: Column, array: pa.ChunkedArray, columns: Sequence[Column]) -> 
         What differs from example to example, or None.
 
     Raises:
-        ValueError: if values are missing where the type has nothing that stands for them.
+        ValueError: if values are missing and the type has no value for that.
     """
     missing = 0
     lengths: dict[int, tuple[int, int]] = {}

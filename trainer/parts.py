@@ -263,11 +263,11 @@ class Parts:
                 f'no checkpoint {step!r} in {self.checkpoints.directory}; there: {have}'
             )
         state = self.checkpoints.restore(found, self.programs.abstract)
-        kept = self.checkpoints.meta(found).get('health')
-        if kept is None:
+        if self.experiment.ensemble is None:
             return state
-        # Members that have diverged: an evaluation leaves them out.
-        return _with_health(state, self._clean_health(), kept)
+        # An evaluation leaves out members that have diverged.
+        kept = self.checkpoints.meta(found).get('health')
+        return state if kept is None else _with_health(state, self._clean_health(), kept)
 
     def _clean_health(self) -> health.Health | None:
         """Returns the health of a finite state; None if the run does not look at it."""

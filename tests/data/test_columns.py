@@ -262,9 +262,9 @@ def test_missing_values_are_named_at_the_start(
         with pytest.raises(ValueError, match=message):
             TrainLoader(source=HuggingFace('parquet', **options), batch_size=1)
         return
-    told = _refusal('parquet', **options)
-    assert message in told
-    assert "keys=('y',)" in told
+    refusal = _refusal('parquet', **options)
+    assert message in refusal
+    assert "keys=('y',)" in refusal
     assert list(HuggingFace('parquet', **options, keys=('y',)).spec) == ['y']
 
 
@@ -275,9 +275,9 @@ def test_sounds_and_the_like_are_named(tmp_path: pathlib.Path) -> None:
     table = pa.table({'sound': stored, 'y': pa.array([1])})
     path = str(tmp_path / 'saved')
     datasets.Dataset(table.cast(features.arrow_schema)).save_to_disk(path)
-    told = _refusal(path)
-    assert "column 'sound': Audio is not read as arrays" in told
-    assert "keys=('y',)" in told
+    refusal = _refusal(path)
+    assert "column 'sound': Audio is not read as arrays" in refusal
+    assert "keys=('y',)" in refusal
     assert list(HuggingFace(path, keys=('y',)).spec) == ['y']
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import traceback
 from collections.abc import Callable, Mapping
@@ -116,7 +117,8 @@ def updated(
         UserError: if the optimizer needs more than it is given, or fails within optax.
     """
     try:
-        return _call(tx, grads, state, found, given)
+        update = functools.partial(tx.update, grads, state.opt_state, state.params)
+        return _call(update, found, given)
     except UserError:
         raise
     except Exception as error:
@@ -131,14 +133,10 @@ def updated(
 
 
 def _call(
-    tx: optax.GradientTransformationExtraArgs,
-    grads: Any,
-    state: TrainState,
-    found: Mapping[str, Any],
-    given: Mapping[str, Any],
+    update: Callable[..., tuple[Any, Any]], found: Mapping[str, Any], given: Mapping[str, Any]
 ) -> tuple[Any, Any]:
     try:
-        return tx.update(grads, state.opt_state, state.params, **{**found, **given})
+        return update(**{**found, **given})
     except TypeError as error:
         refused = _REFUSED.search(str(error))
         if refused is None or refused[1] in given or refused[1] not in found:
@@ -146,7 +144,7 @@ def _call(
         refusal = error
     # Against optax's convention, some take no other extra arguments than their own.
     try:
-        return tx.update(grads, state.opt_state, state.params, **given)
+        return update(**given)
     except TypeError as error:
         if _MISSING.search(str(error)) is None:
             raise
