@@ -15,7 +15,7 @@ import optax
 from optax import contrib
 
 from trainer.config.errors import UserError
-from trainer.modules.bound import param_path
+from trainer.modules.model_view import param_path
 from trainer.step import views
 from trainer.step.optimizer import Optimizer
 from trainer.step.views import holds
