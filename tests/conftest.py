@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Eight virtual CPU devices, and a compile cache of the test run's own."""
+"""Eight virtual CPU devices, a compile cache of the test run's own, and little memory."""
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import pathlib
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
+
+pytest_plugins = ('tests.crash',)
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them press.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,3 +42,12 @@ def temporary_files_go_with_the_others(tmp_path_factory: pytest.TempPathFactory)
         patch.setenv('TMPDIR', str(tmp_path_factory.mktemp('tmp')))
         patch.setattr(tempfile, 'tempdir', None)
         yield
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_programs_go_with_their_module() -> Iterator[None]:
+    """No other module calls them; kept, they fill gigabytes and the kernel's table of mappings."""
+    yield
+    if 'jax' in sys.modules:
+        sys.modules['jax'].clear_caches()
+        gc.collect()
