@@ -18,8 +18,11 @@ optimized=(
     tests/step/test_program.py tests/modes/test_plan.py
 )
 
+# A file stays in one process, where its tests share what they train once.
+pytest=(python -m pytest -n 2 --dist loadfile)
+
 if [[ "${1:-}" != --all ]]; then
-    exec python -m pytest -m 'not slow and not soak' "$@"
+    exec "${pytest[@]}" -m 'not slow and not soak' "$@"
 fi
 shift
 ruff check .
@@ -28,6 +31,6 @@ mypy
 bash tests/smoke.sh
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash tests/weights.sh || [[ $? == 3 ]]  # 3: they cannot be had here, which was said.
 if [[ $# == 0 ]]; then
-    JAX_DISABLE_MOST_OPTIMIZATIONS=0 python -m pytest -m 'not soak' "${optimized[@]}"
+    JAX_DISABLE_MOST_OPTIMIZATIONS=0 "${pytest[@]}" -m 'not soak' "${optimized[@]}"
 fi
-exec python -m pytest -m 'not soak' "$@"
+exec "${pytest[@]}" -m 'not soak' "$@"
