@@ -85,18 +85,7 @@ def write(
     kept = {name: tree for name, tree in variables.items() if name != EMA}
     within = nbytes(kept) <= most_within
     predict = _Predict(prediction, int(state.step), variables if within else None)
-    spec = {n: s for n, s in prediction.fields.shapes.items() if n != MASK}
-    if not spec:
-        raise UserError(
-            f'config.evals.{evaluator.name}: predict computes nothing from the batch, so there is '
-            'no function to export'
-        )
-    if prediction.passed:
-        _log.warning(
-            'left out of the exported function, because predict returns these fields of the batch '
-            'unchanged: %s',
-            ', '.join(sorted(prediction.passed)),
-        )
+    spec = _spec(prediction, evaluator.name)
     # Of one device: what the model says of a larger mesh is not for those who call the function.
     alone = jax.make_mesh(
         (1,) * len(axes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes),
@@ -122,6 +111,23 @@ def write(
     except OSError as error:
         raise UserError(f'{directory} cannot be written: {error.strerror or error}') from error
     return about
+
+
+def _spec(prediction: Prediction, evaluation: str) -> dict[str, Any]:
+    """Returns shape and dtype of the fields that the exported function takes."""
+    spec = {n: s for n, s in prediction.fields.shapes.items() if n != MASK}
+    if not spec:
+        raise UserError(
+            f'config.evals.{evaluation}: predict computes nothing from the batch, so there is '
+            'no function to export'
+        )
+    if prediction.passed:
+        _log.warning(
+            'left out of the exported function, because predict returns these fields of the batch '
+            'unchanged: %s',
+            ', '.join(sorted(prediction.passed)),
+        )
+    return spec
 
 
 def check_alone() -> None:
