@@ -23,41 +23,9 @@ CNN = '--config=configs/mnist.py'
     ('args', 'message'),
     [
         ((CNN, '--config.modle.hidden=3'), 'Did you mean config.model.hidden?'),
-        (
-            (CNN, '--config.optimizer.learning_rat=1'),
-            'Did you mean config.optimizer.learning_rate?',
-        ),
-        ((CNN, '--config.model.learning_rate=1'), 'Did you mean config.optimizer.learning_rate?'),
-        ((CNN, '--config.optimizer={"learning_rat": 1}'), 'mean config.optimizer.learning_rate?'),
-        ((CNN, '--config.batch_size=1'), 'Did you mean config.data.batch_size?'),
-        ((CNN, '--config.evals.tset.every=3steps'), 'Did you mean config.evals.test.every?'),
-        ((CNN, '--config.model.target=models.cnn:CN'), 'Did you mean models.cnn:CNN?'),
-        ((CNN, '--config.model.target=models.cn:CNN'), 'Did you mean models.cnn:CNN?'),
         ((CNN, '--config.data.batch_size=3.5'), 'expected int'),
-        ((CNN, '--config.train_for=5'), 'write a number and a unit'),
-        ((CNN, '--config.train_for=5%'), 'not a length of time'),
-        ((CNN, '--config.data.remainder=keep'), "'carry', 'pad', 'drop'"),
-        ((CNN, '--config.optimizer.freeze=Dense'), 'must match a whole path'),
-        ((CNN, '--config.optimizer.decay_mask=.*kernel'), 'no weight decay to mask'),
-        (
-            (CNN, '--config.optimizer.lr_multipliers=(("Conv.*",0.1),)'),
-            'covers every parameter but',
-        ),
-        ((CNN, '--config.accumulate=5'), '30 or 35 would'),
-        ((CNN, '--config.accumulate=5', '--mode=summary'), '30 or 35 would'),
         ((CNN, '--config.mesh.data=3'), 'does not fit 1 devices'),
-        ((CNN, '--config.evals.test.ema=true'), 'set config.ema.decay'),
         ((CNN, '--config.task.label=klass'), 'image: float32[32, 28, 28, 1], label: int32[32]'),
-        ((CNN, '--config.checkpoint.best.metric=accuracy'), 'expected eval/test/...'),
-        (
-            (CNN, '--config.checkpoint.best={"metric": "eval/test/acuracy", "mode": "max"}'),
-            "evaluation 'test' has no 'acuracy'; it has loss, accuracy, examples",
-        ),
-        (
-            (CNN, '--config.checkpoint.best.metric=eval/test/acuracy'),
-            "config.checkpoint.best.metric: is 'acuracy' one of your own metrics? Then set "
-            "config.checkpoint.best.mode to 'min' or 'max'. Or did you mean 'accuracy'?",
-        ),
         (
             (CNN, '--config.early_stopping={"metric": "eval/test/loss/x", "mode": "min"}'),
             "config.early_stopping.metric: evaluation 'test' has no 'loss/x'",
@@ -65,10 +33,6 @@ CNN = '--config=configs/mnist.py'
         (('--config=configs/mnst.py',), 'Did you mean configs/mnist.py?'),
         ((CNN, 'stray'), "'stray' is not a flag"),
         ((CNN, '--wrkdir=x'), 'workdir'),
-        ((CNN, '--lr=3'), 'Did you mean --config.optimizer.learning_rate?'),
-        ((CNN, '--config.evals={1: 2}', '--mode=config'), 'expected names as the keys of a dict'),
-        ((CNN, '--config.guard={"nosuch": 1}', '--mode=config'), 'config.guard has: non_finite'),
-        ((CNN, '--mode=trian'), 'train|eval|predict'),
         ((CNN, '--mode=eval', '--workdir=nowhere'), 'there is no run in nowhere'),
         ((), '--config is missing'),
     ],
@@ -80,30 +44,6 @@ def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) ->
     assert message in finished.err
     assert 'Traceback' not in finished.err
     assert finished.out == ''
-
-
-@pytest.mark.parametrize(
-    ('text', 'message'),
-    [
-        ('import nosuch\n', "No module named 'nosuch'"),
-        ('def get_config(:\n', 'SyntaxError'),
-        ('x = 1\n', 'has no function get_config()'),
-        ('def get_config():\n    return 1 / 0\n', 'ZeroDivisionError: division by zero'),
-        ('def get_config():\n    return {}\n', 'must return an ml_collections.ConfigDict'),
-        (
-            'import ml_collections\n\n\ndef get_config():\n'
-            "    return ml_collections.ConfigDict({'vary': {'optimizer.learning_rate': (1, 2)}})\n",
-            "Nest dicts instead: {'optimizer': {'learning_rate': ...}}",
-        ),
-    ],
-)
-def test_broken_config_file(text: str, message: str, tmp_path: pathlib.Path) -> None:
-    (tmp_path / 'mine.py').write_text(text)
-    finished = command.run('--config=mine.py', cwd=tmp_path)
-    assert finished.code == 2
-    assert message in finished.err
-    assert 'mine.py' in finished.err
-    assert 'Traceback' not in finished.err
 
 
 def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
@@ -147,9 +87,6 @@ def test_tensorflow_is_never_imported() -> None:
         "assert result.status == 'finished' and result.step == 3, result\n"
         "assert 'tensorflow' not in sys.modules\n"
     )
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, '-c', code], cwd=command.ROOT, check=True, timeout=120)
 
 
@@ -161,6 +98,93 @@ def own_handlers() -> Iterator[None]:
     yield
     for number, handler in zip(numbers, before, strict=True):
         signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures('own_handlers')
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('import nosuch\n', "No module named 'nosuch'"),
+        ('def get_config(:\n', 'SyntaxError'),
+        ('x = 1\n', 'has no function get_config()'),
+        ('def get_config():\n    return 1 / 0\n', 'ZeroDivisionError: division by zero'),
+        ('def get_config():\n    return {}\n', 'must return an ml_collections.ConfigDict'),
+        (
+            'import ml_collections\n\n\ndef get_config():\n'
+            "    return ml_collections.ConfigDict({'vary': {'optimizer.learning_rate': (1, 2)}})\n",
+            "Nest dicts instead: {'optimizer': {'learning_rate': ...}}",
+        ),
+    ],
+)
+def test_broken_config_file(
+    text: str,
+    message: str,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / 'mine.py').write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main.main(['trainer', '--config=mine.py'], StopRequest()) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert 'mine.py' in printed.err
+    assert 'Traceback' not in printed.err
+
+
+@pytest.mark.usefixtures('own_handlers')
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (
+            (CNN, '--config.optimizer.learning_rat=1'),
+            'Did you mean config.optimizer.learning_rate?',
+        ),
+        ((CNN, '--config.model.learning_rate=1'), 'Did you mean config.optimizer.learning_rate?'),
+        ((CNN, '--config.optimizer={"learning_rat": 1}'), 'mean config.optimizer.learning_rate?'),
+        ((CNN, '--config.batch_size=1'), 'Did you mean config.data.batch_size?'),
+        ((CNN, '--config.evals.tset.every=3steps'), 'Did you mean config.evals.test.every?'),
+        ((CNN, '--config.model.target=models.cnn:CN'), 'Did you mean models.cnn:CNN?'),
+        ((CNN, '--config.model.target=models.cn:CNN'), 'Did you mean models.cnn:CNN?'),
+        ((CNN, '--config.train_for=5'), 'write a number and a unit'),
+        ((CNN, '--config.train_for=5%'), 'not a length of time'),
+        ((CNN, '--config.data.remainder=keep'), "'carry', 'pad', 'drop'"),
+        ((CNN, '--config.optimizer.freeze=Dense'), 'must match a whole path'),
+        ((CNN, '--config.optimizer.decay_mask=.*kernel'), 'no weight decay to mask'),
+        (
+            (CNN, '--config.optimizer.lr_multipliers=(("Conv.*",0.1),)'),
+            'covers every parameter but',
+        ),
+        ((CNN, '--config.accumulate=5'), '40 would'),
+        ((CNN, '--config.accumulate=5', '--mode=summary'), '40 would'),
+        ((CNN, '--config.evals.test.ema=true'), 'set config.ema.decay'),
+        ((CNN, '--config.checkpoint.best.metric=accuracy'), 'expected eval/test/...'),
+        (
+            (CNN, '--config.checkpoint.best={"metric": "eval/test/acuracy", "mode": "max"}'),
+            "evaluation 'test' has no 'acuracy'; it has loss, accuracy, examples",
+        ),
+        (
+            (CNN, '--config.checkpoint.best.metric=eval/test/acuracy'),
+            "config.checkpoint.best.metric: is 'acuracy' one of your own metrics? Then set "
+            "config.checkpoint.best.mode to 'min' or 'max'. Or did you mean 'accuracy'?",
+        ),
+        ((CNN, '--lr=3'), 'Did you mean --config.optimizer.learning_rate?'),
+        ((CNN, '--config.evals={1: 2}', '--mode=config'), 'expected names as the keys of a dict'),
+        ((CNN, '--config.guard={"nosuch": 1}', '--mode=config'), 'config.guard has: non_finite'),
+        ((CNN, '--mode=trian'), 'train|eval|predict'),
+    ],
+)
+def test_mistakes_before_training(
+    args: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(command.ROOT)
+    assert main.main(['trainer', *args], StopRequest()) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ''
 
 
 @pytest.mark.usefixtures('own_handlers')
@@ -221,8 +245,22 @@ def test_mistakes_without_a_process_of_their_own(
     assert printed.out == ''
 
 
-@pytest.mark.parametrize('mode', ['--helpconfig', '--mode=config', '--mode=grad_probe'])
-@pytest.mark.parametrize('buffered', ['', '1'])
+@pytest.mark.parametrize(
+    ('mode', 'buffered'),
+    [
+        ('--helpconfig', '1'),
+        ('--mode=grad_probe', ''),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ('--helpconfig', ''),
+                ('--mode=config', ''),
+                ('--mode=config', '1'),
+                ('--mode=grad_probe', '1'),
+            ]
+        ),
+    ],
+)
 def test_nobody_reads_the_output(mode: str, buffered: str, tmp_path: pathlib.Path) -> None:
     """As under `| head`: no traceback, and what goes to files is written before it is shown."""
     reader, writer = os.pipe()

@@ -45,11 +45,9 @@ WAYS: dict[str, tuple[Precision, dict[str, Any], str]] = {
     'all-bfloat16': (AS_IS, {'dtype': jnp.bfloat16, 'param_dtype': jnp.bfloat16}, 'bfloat16'),
 }
 CAST = [name for name in WAYS if name.startswith('cast')]
-# All of them, some left out of the default suite.
-SOME = [
-    pytest.param(name, marks=pytest.mark.slow if name in ('own-float16', 'all-bfloat16') else ())
-    for name in WAYS
-]
+# Those of the quick tests: one that casts, and one that asks the module.
+QUICK_WAYS = ('cast-bfloat16', 'own-bfloat16')
+SOME = [pytest.param(name, marks=() if name in QUICK_WAYS else pytest.mark.slow) for name in WAYS]
 
 
 def tokens(rows: int = 2) -> Any:
@@ -135,9 +133,14 @@ def test_every_combination_of_a_transformer_s_options(way: str) -> None:
         assert found == {half}, (options, dropout_rate, bool(packed))
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
-@pytest.mark.parametrize('half', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('own', [False, True])
+CACHES = list(itertools.product(('bfloat16', 'float16'), (False, True), (False, True)))
+QUICK_CACHE = ('bfloat16', True, True)
+
+
+@pytest.mark.parametrize(
+    ('half', 'scan_layers', 'own'),
+    [pytest.param(*x, marks=() if x == QUICK_CACHE else pytest.mark.slow) for x in CACHES],
+)
 def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
     """It is in half precision too; one that was created for float32 parameters works as well."""
     model = transformer(scan_layers=scan_layers, dtype=jnp.dtype(half) if own else None)
@@ -207,10 +210,16 @@ def test_bert(way: str) -> None:
 
 
 RESNETS = list(itertools.product(('basic', 'bottleneck'), ('large', 'small'), (1, 2)))
+QUICK_RESNETS = (('basic', 'small', 2), ('bottleneck', 'large', 1))
 
 
-@pytest.mark.parametrize('way', ['cast-bfloat16', 'cast-float16', 'own-bfloat16'])
-@pytest.mark.parametrize(('block', 'stem', 'groups'), RESNETS)
+@pytest.mark.parametrize(
+    'way', ['cast-bfloat16', 'own-bfloat16', pytest.param('cast-float16', marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    ('block', 'stem', 'groups'),
+    [pytest.param(*x, marks=() if x in QUICK_RESNETS else pytest.mark.slow) for x in RESNETS],
+)
 def test_resnet(block: Any, stem: Any, groups: int, way: str) -> None:
     precision, own, half = WAYS[way]
     sizes: dict[str, Any] = dict(stages=(1, 1), features=4, num_classes=10)
@@ -259,8 +268,8 @@ OPTIONS = ('scan_layers', 'remat', 'dropout', 'packed', 'float16', 'own', 'slice
 PAIRWISE = [
     [a, b, a ^ b, c, a ^ c, b ^ c, a ^ b ^ c] for a, b, c in itertools.product((0, 1), repeat=3)
 ]
-# Of the default suite: layers that are scanned over, in both halves.
-QUICK = ([1, 0, 1, 0, 1, 0, 1], [1, 1, 0, 1, 0, 0, 1])
+# Of the quick tests: layers that are scanned over.
+QUICK = ([1, 1, 0, 1, 0, 0, 1],)
 
 
 def test_the_rows_have_every_pair() -> None:
