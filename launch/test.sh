@@ -19,7 +19,7 @@ optimized=(
 )
 
 # A file stays in one process, where its tests share what they train once.
-pytest=(python -m pytest -n 2 --dist loadfile)
+pytest=(python -m pytest -n 2 --dist loadfile --no-loadscope-reorder)
 
 if [[ "${1:-}" != --all ]]; then
     exec "${pytest[@]}" -m 'not slow and not soak' "$@"
@@ -32,5 +32,6 @@ bash tests/smoke.sh
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash tests/weights.sh || [[ $? == 3 ]]  # 3: they cannot be had here, which was said.
 if [[ $# == 0 ]]; then
     JAX_DISABLE_MOST_OPTIMIZATIONS=0 "${pytest[@]}" -m 'not soak' "${optimized[@]}"
+    set -- --budgets=check
 fi
 exec "${pytest[@]}" -m 'not soak' "$@"

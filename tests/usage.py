@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import resource
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 import pytest
 
 _BUDGETS = pathlib.Path(__file__).with_name('budgets.toml')
+# Where budgets.toml has the sum of the tests that are not slow.
+QUICK = 'quick tests'
 # The key of what a worker hands to the main process.
 _KEY = 'usage'
 
@@ -54,7 +57,10 @@ _over: list[str] = []
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Adds --budgets."""
     parser.addoption(
-        '--budgets', action='store_true', help='fail where files cost more than tests/budgets.toml'
+        '--budgets',
+        choices=['check', 'write'],
+        help='after a run of all tests: fail where a file cost more than tests/budgets.toml '
+        'allows, or write what each did cost there',
     )
 
 
@@ -74,12 +80,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[Any]:
     """Adds what a test uses, with its fixtures, to the usage of its file."""
-    before = _used()
+    before = used()
     try:
         return (yield)
     finally:
-        _files[_file(item)].add(_used())
-        _files[_file(item)].add(before, -1)
+        after = used()
+        for name in _names(item):
+            _files[name].add(after)
+            _files[name].add(before, -1)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -96,7 +104,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, 'workeroutput'):
         found = {name: dataclasses.asdict(usage) for name, usage in _files.items()}
         session.config.workeroutput[_KEY] = json.dumps(found)
-    elif session.config.getoption('budgets'):
+        return
+    chosen = session.config.getoption('budgets')
+    if chosen == 'write':
+        _BUDGETS.write_text(written(_files, _BUDGETS.read_text()))
+    elif chosen == 'check':
         _over.extend(excess(_files, budgets()))
         if _over and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -132,11 +144,36 @@ def excess(files: dict[str, Usage], budgets: dict[str, Any]) -> list[str]:
     return lines
 
 
+def written(files: dict[str, Usage], text: str) -> str:
+    """Returns the text of budgets.toml with other files in it: those above what all others may use.
+
+    Args:
+        files: what each file has used.
+        text: of budgets.toml.
+    """
+    head, other = text.split('[files]\n')[0], tomllib.loads(text)['other']
+    lines = ['[files]']
+    for name, usage in sorted(files.items(), key=lambda item: -item[1].cpu_secs):
+        numbers = {kind: math.ceil(x) for kind, x in dataclasses.asdict(usage).items()}
+        if any(numbers[kind] > other[kind] for kind in numbers):
+            values = ', '.join(f'{kind} = {x}' for kind, x in numbers.items())
+            lines.append(f'"{name}" = {{ {values} }}')
+    return head + '\n'.join(lines) + '\n'
+
+
 def _file(item: pytest.Item) -> str:
     return item.nodeid.split('::')[0]
 
 
-def _used() -> Usage:
+def _names(item: pytest.Item) -> Iterator[str]:
+    """Yields under which names the usage of a test counts."""
+    yield _file(item)
+    if item.get_closest_marker('slow') is None:
+        yield QUICK
+
+
+def used() -> Usage:
+    """Returns what this process has used so far."""
     _listen()
     parts = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     secs = sum(part.ru_utime + part.ru_stime for part in parts)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost of test files, and what it is held to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+
+from tests import usage
+from tests.command import ROOT
+from tests.usage import Usage
+
+BUDGETS = """# Why.
+[limits]
+cpu_secs = 3
+processes = 1.5
+programs = 1
+
+[other]
+cpu_secs = 10
+processes = 2
+programs = 5
+
+[files]
+"tests/test_gone.py" = { cpu_secs = 99, processes = 0, programs = 0 }
+"""
+
+
+def test_what_costs_more_than_others_is_written() -> None:
+    files = {
+        'tests/test_cheap.py': Usage(9.5, 2, 5),
+        'tests/test_a.py': Usage(10.5, 0, 1),
+        'tests/test_b.py': Usage(11, 3, 6),
+    }
+    assert usage.written(files, BUDGETS) == BUDGETS.split('"')[0] + (
+        '"tests/test_b.py" = { cpu_secs = 11, processes = 3, programs = 6 }\n'
+        '"tests/test_a.py" = { cpu_secs = 11, processes = 0, programs = 1 }\n'
+    )
+
+
+def test_each_number_is_held_to_its_limit() -> None:
+    limits = {'cpu_secs': 3, 'processes': 1.5, 'programs': 1}
+    other = {'cpu_secs': 10, 'processes': 2, 'programs': 5}
+    budgets = {'limits': limits, 'other': other, 'files': {'a': {**other, 'programs': 50}}}
+    files = {'a': Usage(30, 3, 50), 'b': Usage(30, 3, 5)}
+    assert usage.excess(files, budgets) == []
+    files = {'a': Usage(31, 3, 50), 'b': Usage(1, 4, 6)}
+    assert usage.excess(files, budgets) == [
+        'a: cpu_secs 31, of at most 30',
+        'b: processes 4, of at most 3',
+        'b: programs 6, of at most 5',
+    ]
+
+
+def test_each_file_with_a_budget_is_there() -> None:
+    for name in usage.budgets()['files'].keys() - {usage.QUICK}:
+        assert (ROOT / name).is_file(), f'{name} is gone: take it out of tests/budgets.toml'
+
+
+def test_processes_and_programs_are_counted() -> None:
+    """No list of events is promised: one that is renamed would count nothing."""
+    before = usage.used()
+    subprocess.run([sys.executable, '-c', 'sum(range(10**7))'], check=True)
+    between = usage.used()
+    jax.jit(lambda x: x + 41)(1)
+    after = usage.used()
+    assert between.processes - before.processes == 1
+    assert between.cpu_secs - before.cpu_secs > 0.05
+    assert after.programs - between.programs == 1
