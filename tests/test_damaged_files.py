@@ -23,6 +23,7 @@ from data.stream_pipeline import Pipeline
 from data.stream_reader import Reader
 from tests import small
 from tests.command import ROOT
+from tests.marks import slow_except
 from trainer import main
 from trainer.checkpoint import checked, empty
 from trainer.checkpoint.errors import CheckpointError
@@ -173,7 +174,7 @@ def _restored(directory: pathlib.Path, files: tuple[str, ...]) -> Iterator[None]
 FILES = ('config.json', 'run.json', 'result.json', 'metrics.jsonl', META)
 
 
-@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('name', slow_except(['config.json', 'metrics.jsonl'], FILES))
 def test_no_damage_ends_in_a_traceback(name: str, run: Trainer) -> None:
     chance, path = random.Random(13), _path(run)
     data = (path / name).read_bytes()

@@ -87,6 +87,7 @@ def test_a_name_that_does_not_tell_which_values_are_better(key: str) -> None:
     build(**{key: {'metric': 'eval/test/bleu', 'mode': 'max'}})
 
 
+@pytest.mark.slow
 def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
     late = {'every': 'never', 'data': {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}}
     Trainer(build(evals__late=late)).fit()
@@ -109,7 +110,7 @@ def build(**overrides: Any) -> Experiment:
     return load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
 
 
-@pytest.mark.parametrize('pauses', [(), (25,), (10, 5)])
+@pytest.mark.parametrize('pauses', [(), (25,), pytest.param((10, 5), marks=pytest.mark.slow)])
 def test_a_run_ends_early_and_goes_on_counting(
     pauses: tuple[int, ...], tmp_path: pathlib.Path
 ) -> None:

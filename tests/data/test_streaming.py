@@ -17,6 +17,7 @@ from data.stages import Filter, LongerThan, Map, Pack, Split
 from data.stream_reader import part_of
 from data.streaming import StreamEvalLoader, StreamLoader
 from data.transforms import PerExample
+from tests.marks import slow_except
 
 
 class Documents:
@@ -107,7 +108,7 @@ def opened() -> Iterator[list[Any]]:
         loader.close()
 
 
-@pytest.mark.parametrize('kind', LOADERS)
+@pytest.mark.parametrize('kind', slow_except(LOADERS.keys() - {'workers'}, LOADERS))
 def test_a_restored_stream_goes_on_exactly(kind: str, opened: list[Any]) -> None:
     """Through the ends of several passes, and with a place that went through a file."""
     whole = LOADERS[kind]()

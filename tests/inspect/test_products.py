@@ -19,6 +19,7 @@ from models.transformer import Attention
 from tests import command
 from tests.command import ROOT
 from tests.inspect.models import build
+from tests.marks import slow_except
 from tests.readme import TEXTS
 from tests.test_configs import SHORT
 from trainer.experiment import Experiment, load_and_build
@@ -134,6 +135,7 @@ class Uncast(Attention):
         return nn.Dense(x.shape[-1], name='out')(y.reshape(x.shape))
 
 
+@pytest.mark.slow
 def test_what_the_readme_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('models.transformer.Attention', Uncast)
     made = load_and_build(str(ROOT / 'configs' / 'lm.py'), precision=HALF)
@@ -168,14 +170,18 @@ HOWEVER: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize('options', HOWEVER, ids=lambda options: '-'.join(options))
+@pytest.mark.parametrize(
+    'options', slow_except([{'steps_per_call': 4}], HOWEVER), ids=lambda options: '-'.join(options)
+)
 def test_however_a_run_is_made(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     [text] = warnings(experiment(**options), caplog)
     assert '75 % of' in text and 'float32, first in pair_0/wide.' in text
     assert warnings(experiment(linen(promotes=False), **options), caplog) == []
 
 
-@pytest.mark.parametrize('options', [{}, *HOWEVER[:3:2]], ids=lambda options: '-'.join(options))
+@pytest.mark.parametrize(
+    'options', slow_except([{}], [{}, *HOWEVER[:3:2]]), ids=lambda options: '-'.join(options)
+)
 def test_layers_that_are_scanned_over(
     options: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,6 +200,7 @@ def test_the_way_back_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert 'first in head.' in text
 
 
+@pytest.mark.slow
 def test_the_whole_step_is_where_it_looks() -> None:
     """It finds all operations of the gradient, with and without slices."""
     for options in ({}, {'accumulate': 2}, {'ensemble': {'size': 2}}):
@@ -233,6 +240,7 @@ def test_no_false_alarm(name: str, caplog: pytest.LogCaptureFixture) -> None:
     assert warnings(experiment(**QUIET[name]), caplog) == []
 
 
+@pytest.mark.slow
 def test_products_of_the_optimizer_and_of_the_task_are_there() -> None:
     """So that leaving them out means something."""
     for name in ('muon', 'task'):
@@ -252,6 +260,7 @@ def test_nothing_is_traced_again(caplog: pytest.LogCaptureFixture) -> None:
         assert len(CALLS) - before == more
 
 
+@pytest.mark.slow
 def test_it_is_said_once_in_a_run(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = Trainer(experiment(train_for='2 steps'), tmp_path)
     with caplog.at_level(logging.WARNING, 'trainer'):
@@ -264,8 +273,8 @@ def test_it_is_said_once_in_a_run(tmp_path: pathlib.Path, caplog: pytest.LogCapt
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize('half', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('name', SHORT)
+@pytest.mark.parametrize('half', slow_except(['bfloat16'], ['bfloat16', 'float16']))
+@pytest.mark.parametrize('name', slow_except(['mnist_nnx', 'lm'], SHORT))
 def test_configs(name: str, half: str) -> None:
     """Every product of the shipped models is in half precision."""
     path = str(ROOT / 'configs' / f'{name}.py')

@@ -15,6 +15,7 @@ import pytest
 from flax.core import lift
 from flax.core import scope as scope_lib
 
+from tests.marks import slow_except
 from tests.modules.examples import X as INPUT
 from tests.modules.examples import bind
 from tests.modules.learning import learned
@@ -46,6 +47,7 @@ class Branches(nn.Module):
         return nn.Dense(4)(x.mean(0))
 
 
+@pytest.mark.slow
 def test_branches_by_vmap() -> None:
     """N3: shared parameters have no dimension of branches, separate ones have, and differ."""
     one = learned({'target': f'{__name__}:Branches', 'shared': True}).params['branches']
@@ -55,6 +57,7 @@ def test_branches_by_vmap() -> None:
     assert not np.allclose(three['kernel'][0], three['kernel'][1])
 
 
+@pytest.mark.slow
 def test_statistics_of_branches() -> None:
     """N3: each branch has its own, of what went through it."""
     state = learned({'target': f'{__name__}:Branches', 'batch_norm': True})
@@ -187,6 +190,7 @@ def test_what_is_computed_again_is_the_same(policy: Any) -> None:
     assert float(alone) == pytest.approx(float(value), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_not_kept() -> None:
     """N5: less memory for temporaries by the compiler's count; and it trains, with dropout."""
 
@@ -221,6 +225,7 @@ class Shift(nn.Module):
         return x + 0.1 * nn.tanh(nn.Dense(8)(x))
 
 
+@pytest.mark.slow
 def test_nested_scans() -> None:
     """N6: parameters have a dimension for each, they train, and the layers are those of a loop."""
     state = learned({'target': f'{__name__}:Deep'})
@@ -287,6 +292,7 @@ class Tied(nn.Module):
         return nn.Dense(4)(decode(encoder, hidden))
 
 
+@pytest.mark.slow
 def test_variables_that_are_changed_on_their_way() -> None:
     """N7: a causal kernel, and tied weights."""
     params = learned({'target': f'{__name__}:Causal'}).params
@@ -339,7 +345,7 @@ class Derivatives(nn.Module):
         return nn.Dense(4)(jnp.concatenate([y, slope], -1))
 
 
-@pytest.mark.parametrize('form', ['jvp', 'vjp', 'custom_vjp'])
+@pytest.mark.parametrize('form', slow_except(['custom_vjp'], ['jvp', 'vjp', 'custom_vjp']))
 def test_derivatives_within_a_module(form: str) -> None:
     """N8: forward and backward ones, and a gradient of one's own; each trains."""
     learned({'target': f'{__name__}:Derivatives', 'form': form})
@@ -388,6 +394,7 @@ class Choices(nn.Module):
         return nn.Dense(4)(jnp.concatenate([x, y], -1))
 
 
+@pytest.mark.slow
 def test_branches_and_loops_by_value() -> None:
     """N9: all branches have their parameters from the start; values say which one is taken."""
     params = learned({'target': f'{__name__}:Choices'}).params

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.marks import slow_except
 from tests.step import tiny
 from trainer.config.errors import UserError
 from trainer.step.health import Health, check_state
@@ -112,12 +113,7 @@ COURSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Which take longer than five seconds, and differ from a quick one by less.
-SLOW = ('accumulated', 'sharded and accumulated', 'fused')
-QUICK = [name for name in COURSES if name not in SLOW]
-
-
-@pytest.mark.parametrize('name', [*QUICK, *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW)])
+@pytest.mark.parametrize('name', slow_except(['weighted', 'sharded'], COURSES))
 def test_the_function_repeats_the_forward_pass(name: str) -> None:
     """At the same parameters the same loss and gradient: the same masks of dropout, all slices."""
     (seen,) = seen_by(**COURSES[name])
@@ -129,6 +125,7 @@ def test_the_function_repeats_the_forward_pass(name: str) -> None:
 HALF = {'precision': {'compute': 'float16', 'loss_scale': 8.0}}
 
 
+@pytest.mark.slow
 def test_the_value_is_the_loss_of_the_row() -> None:
     """That of the whole batch, however it is cut, without the loss scale."""
     for options in ({}, {'accumulate': 4}, HALF):
@@ -141,6 +138,7 @@ def test_the_value_is_the_loss_of_the_row() -> None:
         assert value == pytest.approx(result.metrics['train/loss'], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_each_group_sees_its_own_loss() -> None:
     groups = {
         'a': {**LOOKS, 'params': 'Dense_0/.*', 'loss': 'one'},
@@ -154,6 +152,7 @@ def test_each_group_sees_its_own_loss() -> None:
         assert seen.off < 1e-5
 
 
+@pytest.mark.slow
 def test_half_and_complex_parameters_are_completed() -> None:
     """An optimizer sees float32 and pairs; the model gets its own parameters again."""
     (seen,) = seen_by(precision={'params': 'bfloat16'})
@@ -176,6 +175,7 @@ def distance(model: Any, batch: Any) -> Any:
     return model(batch['x'])
 
 
+@pytest.mark.slow
 def test_a_line_search_goes_where_optax_goes() -> None:
     """Against optax's own loop, on batches of the whole data set."""
     data = {'source': tiny.SOURCE, 'batch_size': 256, 'shuffle': False}
@@ -229,12 +229,13 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', OPTIMIZERS)
+@pytest.mark.parametrize('name', slow_except(['polyak_sgd', 'backtracking'], OPTIMIZERS))
 def test_they_learn(name: str) -> None:
     result = tiny.trainer(optimizer=OPTIMIZERS[name], evals={}, train_for='30 steps').fit()
     assert result.metrics['train/loss'] < 0.6
 
 
+@pytest.mark.slow
 def test_the_logged_rate_is_the_applied_one(caplog: pytest.LogCaptureFixture) -> None:
     """What a plateau or a line search makes of it counts; a mere bound is not logged."""
     plateau = {'target': 'optax.contrib:reduce_on_plateau', 'patience': 1, 'factor': 0.5}
@@ -255,6 +256,7 @@ def test_the_logged_rate_is_the_applied_one(caplog: pytest.LogCaptureFixture) ->
     assert 'learning rate of config.optimizer is not known' in caplog.text
 
 
+@pytest.mark.slow
 def test_groups_log_their_own_factors() -> None:
     groups = {
         'a': {**LBFGS, 'params': 'Dense_0/.*'},
@@ -287,6 +289,7 @@ def of_each_example(state: Any, batch: Any, ctx: Any) -> Any:
     return ctx.update(state, grads)
 
 
+@pytest.mark.slow
 def test_a_step_of_ones_own_passes_the_loss_on() -> None:
     """What `ctx.gradients` found, or what it gives itself."""
     last = {}
@@ -307,6 +310,7 @@ def test_a_step_of_ones_own_passes_the_loss_on() -> None:
     assert tiny.trainer(optimizer=POLYAK, step=twice, **ONE).fit().status == 'finished'
 
 
+@pytest.mark.slow
 def test_gradients_of_each_example_in_a_step_of_ones_own() -> None:
     step = {'target': f'{__name__}:of_each_example'}
     result = tiny.trainer(optimizer=DPSGD, step=step, **ONE).fit()
@@ -425,7 +429,7 @@ def test_what_an_optimizer_cannot_be_given_is_said(name: str) -> None:
 @pytest.mark.parametrize(
     'optimizer',
     [
-        LBFGS,
+        pytest.param(LBFGS, marks=pytest.mark.slow),
         chain(
             ADAM,
             {'target': 'optax.contrib:reduce_on_plateau', 'patience': 2, 'accumulation_size': 3},
@@ -446,6 +450,7 @@ def test_a_resumed_run_ends_bit_equal(optimizer: dict[str, Any], tmp_path: pathl
     assert whole.metrics['train/learning_rate'] == cut.metrics['train/learning_rate']
 
 
+@pytest.mark.slow
 def test_a_resumed_search_may_find_nothing_as_a_fresh_one_may() -> None:
     """Optax says so by an infinite error, which is no sign that the run has failed."""
     trainer = tiny.trainer(optimizer=LBFGS, evals={}, train_for='3 steps')
