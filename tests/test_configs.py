@@ -35,7 +35,7 @@ SHORT: dict[str, dict[str, Any]] = {
 }
 
 
-# Left out of the default suite.
+# Not among the quick tests.
 LONG = {'addition', 'mnist_resnet'}
 
 # Whose weights come from elsewhere: tests/weights/test_finetune.py runs it.
