@@ -16,6 +16,7 @@ from data.digest import DataDigest
 from data.order import PADDING, combine
 from tests import command, small
 from tests.command import ROOT
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.inspect.gradient_probe import of_next_step
@@ -67,7 +68,7 @@ def times(seen: dict[int, list[int]]) -> dict[int, int]:
 
 @pytest.mark.parametrize(
     ('sizes', 'ends'),
-    [((32, 64), (16, 24)), ((64, 32), (8, 24)), ((32, 96), (16, 22))],
+    slow_after(1, [((32, 64), (16, 24)), ((64, 32), (8, 24)), ((32, 96), (16, 22))]),
     ids=['larger', 'smaller', 'no divisor'],
 )
 def test_two_epochs_and_two_more(
@@ -98,15 +99,18 @@ def test_two_epochs_and_two_more(
 
 @pytest.mark.parametrize(
     'data',
-    [
-        {},
-        {'steps_per_call': 3},
-        {'data__loader': {'target': 'data.grain_loader:GrainLoader', 'threads': 2}},
-        pytest.param(
-            {'data__source': {'target': 'data.mixture:Mixture', 'sources': (IMAGES, LATER)}},
-            marks=pytest.mark.slow,
-        ),
-    ],
+    slow_after(
+        1,
+        [
+            {},
+            {'steps_per_call': 3},
+            {'data__loader': {'target': 'data.grain_loader:GrainLoader', 'threads': 2}},
+            pytest.param(
+                {'data__source': {'target': 'data.mixture:Mixture', 'sources': (IMAGES, LATER)}},
+                marks=pytest.mark.slow,
+            ),
+        ],
+    ),
     ids=['plain', 'steps_per_call', 'grain', 'mixture'],
 )
 def test_three_sizes_and_stops_within_epochs(
@@ -132,7 +136,7 @@ def test_three_sizes_and_stops_within_epochs(
     assert list(rows(tmp_path, 'train/loss')) == [7, 12, 19, 32, 44]
 
 
-@pytest.mark.parametrize('limit', [250, 256])
+@pytest.mark.parametrize('limit', slow_after(1, [250, 256]))
 def test_a_padded_epoch_ends_with_its_own_examples(
     limit: int, tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
@@ -145,6 +149,7 @@ def test_a_padded_epoch_ends_with_its_own_examples(
     assert list(rows(tmp_path, 'eval/test/loss')) == [8, 14, 18]
 
 
+@pytest.mark.slow
 def test_of_an_epoch_that_drops_the_rest_is_what_is_left_less_than_a_batch(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
@@ -158,6 +163,7 @@ def test_of_an_epoch_that_drops_the_rest_is_what_is_left_less_than_a_batch(
     assert list(rows(tmp_path, 'eval/test/loss')) == [7, 13, 16]
 
 
+@pytest.mark.slow
 def test_an_epoch_whose_rest_is_dropped_is_over(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
@@ -170,6 +176,7 @@ def test_an_epoch_whose_rest_is_dropped_is_over(
     assert list(rows(tmp_path, 'eval/test/loss')) == [8, 11]
 
 
+@pytest.mark.slow
 def test_a_repeated_batch_is_the_first_one_of_the_new_size(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
@@ -187,6 +194,7 @@ def test_a_repeated_batch_is_the_first_one_of_the_new_size(
 # ---- exactness ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'remainder', ['carry', 'pad', pytest.param('drop', marks=pytest.mark.slow)]
 )
@@ -213,6 +221,7 @@ def test_a_second_resume_is_exact(remainder: str, tmp_path: pathlib.Path) -> Non
     assert found['whole'] == found['parts']
 
 
+@pytest.mark.slow
 def test_the_digest_proves_rows_of_steps(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
@@ -241,6 +250,7 @@ def test_a_checkpoint_that_kept_no_sizes_is_one_of_its_config(
     assert times(seen) == {4: EXAMPLES}
 
 
+@pytest.mark.slow
 def test_a_stream_goes_on_where_it_was(tmp_path: pathlib.Path, seen: dict[int, list[int]]) -> None:
     def train(workdir: pathlib.Path, batch_size: int, updates: int) -> None:
         experiment = load_and_build(
@@ -269,7 +279,7 @@ def cosine(part: float) -> float:
     return 0.1 * 0.5 * (1 + math.cos(math.pi * part))
 
 
-@pytest.mark.parametrize('group', [False, True])
+@pytest.mark.parametrize('group', slow_after(1, [False, True]))
 def test_a_schedule_goes_on_by_examples(
     group: bool, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,6 +304,7 @@ def test_a_schedule_goes_on_by_examples(
     )
 
 
+@pytest.mark.slow
 def test_a_schedule_in_steps_goes_on_by_steps(tmp_path: pathlib.Path) -> None:
     rate = {
         'target': 'optax:piecewise_constant_schedule', 'init_value': 0.1,
@@ -330,7 +341,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(('rate', 'message'), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(('rate', 'message'), slow_after(1, REFUSED.values()), ids=REFUSED)
 def test_a_schedule_of_steps_and_examples_is_refused(
     rate: dict[str, Any], message: str, tmp_path: pathlib.Path
 ) -> None:
@@ -377,6 +388,7 @@ def test_members_of_an_ensemble_go_on_by_examples(tmp_path: pathlib.Path) -> Non
 # ---- what else looks at steps ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_finished_and_a_shorter_one_refused(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, data__batch_size=32, evals={}).fit()
     shorter = trainer_in(tmp_path, data__batch_size=64, train_for='1 epochs', evals={})
@@ -395,6 +407,7 @@ def test_a_finished_run_is_finished_and_a_shorter_one_refused(tmp_path: pathlib.
     assert 'has already finished at step 16' in done.out
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_has_a_next_batch_too(tmp_path: pathlib.Path) -> None:
     kept = {'checkpoint__every': '1 epochs', 'checkpoint__keep_last': 9, 'evals': {}}
     trainer_in(tmp_path, data__batch_size=32, **kept).fit()
@@ -412,6 +425,7 @@ def test_an_older_checkpoint_has_a_next_batch_too(tmp_path: pathlib.Path) -> Non
     assert of_next_step(trainer, trainer.restore(8), ['Dense_0'])
 
 
+@pytest.mark.slow
 def test_checkpoints_are_kept_at_the_ends_of_epochs(tmp_path: pathlib.Path) -> None:
     kept = {
         'checkpoint__every': '0.5 epochs', 'checkpoint__keep_last': 1,
@@ -456,6 +470,7 @@ class Counting:
             setattr(self, name, getattr(self._inner, name))
 
 
+@pytest.mark.slow
 def test_a_loader_that_cannot_go_on_says_so(tmp_path: pathlib.Path) -> None:
     more = {'data__loader': {'target': f'{__name__}:Counting'}, 'evals': {}}
     trainer_in(tmp_path, data__batch_size=32, **more).fit()

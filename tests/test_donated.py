@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests import small
+from tests.marks import slow_after
 from trainer.config.errors import notes_of
 from trainer.observe import traces
 from trainer.run.events import Event
@@ -54,7 +55,7 @@ def hooked(hook: Callable[[Event], None]) -> Any:
     return small.trainer_in(None, hooks={'keep': {'ref': f'{__name__}:{hook.__name__}'}}, evals={})
 
 
-@pytest.mark.parametrize('hook', [keep_state, keep_until_the_end])
+@pytest.mark.parametrize('hook', slow_after(1, [keep_state, keep_until_the_end]))
 def test_a_hook_that_keeps_a_state(hook: Callable[[Event], None]) -> None:
     with pytest.raises(RuntimeError, match='deleted') as raised:
         hooked(hook).fit()
@@ -76,6 +77,7 @@ def test_a_hook_that_keeps_copies() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(KEPT[0].params))
 
 
+@pytest.mark.slow
 def test_the_state_of_a_result_after_another_fit() -> None:
     trainer = small.trainer_in(None)
     result = trainer.fit(max_steps=10)

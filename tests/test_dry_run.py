@@ -11,7 +11,15 @@ from tests import command
 from tests.evaluate.watched import override
 
 
-@pytest.mark.parametrize('extra', [(), ('--config.steps_per_call=7', '--config.ema.decay=0.9')])
+@pytest.mark.parametrize(
+    'extra',
+    [
+        (),
+        pytest.param(
+            ('--config.steps_per_call=7', '--config.ema.decay=0.9'), marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_one_of_everything(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> None:
     workdir = tmp_path / 'run'
     finished = command.run(
@@ -32,6 +40,7 @@ def test_one_of_everything(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> No
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_told() -> None:
     """Labels up to 9, and a model of five classes."""
     finished = command.run(

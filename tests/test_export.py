@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
 from tests import command
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.modes import export
@@ -69,7 +70,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', RUNS)
+@pytest.mark.parametrize('name', slow_after(1, RUNS))
 def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -> None:
     """M6: those of the trainer, of the fields that they are made from and no others."""
     trainer, state = trained(**RUNS[name])
@@ -110,6 +111,7 @@ def test_variables_are_written_exactly(tmp_path: pathlib.Path) -> None:
         jax.tree.map(np.testing.assert_array_equal, fresh.variables, state.variables)
 
 
+@pytest.mark.slow
 def test_large_variables_are_an_argument(tmp_path: pathlib.Path) -> None:
     trainer, state = trained()
     about, function = written(tmp_path, trainer, state, most_within=1000)
@@ -130,6 +132,7 @@ class Halves(nn.Module):
         return x if x.shape[0] > 100 else 2 * x
 
 
+@pytest.mark.slow
 def test_a_model_that_computes_with_the_number_of_rows(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -154,7 +157,7 @@ class Looks(nn.Module):
         return table[jnp.uint8(255 * x[:, 14, 14, 0])]
 
 
-@pytest.mark.parametrize('most_within', [0, export.MOST_WITHIN])
+@pytest.mark.parametrize('most_within', slow_after(1, [0, export.MOST_WITHIN]))
 def test_a_model_that_looks_up(most_within: int, tmp_path: pathlib.Path) -> None:
     trainer, state = trained(model={'target': f'{__name__}:Looks'})
     about, function = written(tmp_path, trainer, state, most_within=most_within)
@@ -203,6 +206,7 @@ def call_alone(directory: pathlib.Path, names: set[str]) -> subprocess.Completed
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
     """A process that has what `requires` names and no more makes the same predictions."""
     args = (command.MLP, *command.SMALL, f'--workdir={tmp_path}', '--config.train_for=5steps')
@@ -226,6 +230,7 @@ def plain(model: Any, batch: Any) -> jax.Array:
     return (model(batch['image']) ** 2).sum(-1)
 
 
+@pytest.mark.slow
 def test_mistakes(tmp_path: pathlib.Path) -> None:
     trainer, state = trained(task={'ref': f'{__name__}:plain'})
     with pytest.raises(UserError, match=r'evals.test: its task .* has no method predict'):

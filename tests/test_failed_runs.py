@@ -108,6 +108,7 @@ def test_a_hook_that_fails(tmp_path: pathlib.Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_step_that_was_saved_has_its_digests(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match='after the save'):
         trainer_in(tmp_path / 'failed', 'fail_saved', checkpoint__every='20 steps').fit()
@@ -144,6 +145,7 @@ def test_a_run_that_diverges(tmp_path: pathlib.Path) -> None:
     assert run_json(tmp_path)['status'] == 'diverged'
 
 
+@pytest.mark.slow
 def test_mistakes_of_the_user_and_interrupts(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError):
         trainer_in(tmp_path, 'refuse').fit()
@@ -157,6 +159,7 @@ def test_mistakes_of_the_user_and_interrupts(tmp_path: pathlib.Path) -> None:
     assert run_json(tmp_path)['status'] == 'interrupted'
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path).fit()
     before = (tmp_path / 'result.json').read_bytes(), (tmp_path / 'run.json').read_bytes()
@@ -180,6 +183,7 @@ def test_a_start_that_fails_in_an_empty_directory_says_so(tmp_path: pathlib.Path
     assert not (tmp_path / 'none').exists()
 
 
+@pytest.mark.slow
 def test_a_paused_run_is_one_and_a_running_one_too(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.fit(max_steps=10)
@@ -202,6 +206,7 @@ def test_last_words(tmp_path: pathlib.Path) -> None:
     assert command.result(tmp_path)['status'] == 'finished'
 
 
+@pytest.mark.slow
 def test_the_files_of_a_command_that_fails(tmp_path: pathlib.Path) -> None:
     hook = f'--config.hooks={{"hook": {{"ref": "{__name__}:fail"}}}}'
     args = ('--config.train_for=40steps', '--config.log.every=10steps')
@@ -235,6 +240,7 @@ class Missing(Broken):
         raise OSError('the disk is gone')
 
 
+@pytest.mark.slow
 def test_a_source_that_cannot_be_opened(tmp_path: pathlib.Path) -> None:
     source = f'--config.data.source={json.dumps({"target": f"{__name__}:Missing"})}'
     done = command.run(command.MLP, source, f'--workdir={tmp_path / "new"}')

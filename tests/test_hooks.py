@@ -60,6 +60,7 @@ def test_a_hook_is_given_each_row_as_it_was_written(tmp_path: pathlib.Path) -> N
         assert {**event.metrics, **event.row} == {**event.metrics, 'step': step} or not event.row
 
 
+@pytest.mark.slow
 def test_a_hook_is_given_rows_without_a_work_directory_and_of_several_calls() -> None:
     trainer = trainer_in(None, steps_per_call=4)
     trainer.fit(max_steps=13)
@@ -90,6 +91,7 @@ def test_the_hooks_of_a_failed_run_are_given_its_end(tmp_path: pathlib.Path) -> 
     assert kinds().count(('end', 30)) == 1
 
 
+@pytest.mark.slow
 def test_a_hook_that_fails_of_the_end_does_not_hide_why_the_run_failed(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,12 +104,14 @@ def test_a_hook_that_fails_of_the_end_does_not_hide_why_the_run_failed(
     assert "a hook failed at the 'end' of this run: ValueError: no end at 20" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_that_never_began_has_no_end_for_hooks(tmp_path: pathlib.Path) -> None:
     with pytest.raises(Exception, match='do not divide'):
         trainer_in(tmp_path, accumulate=7).fit()
     assert SEEN == []
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_finished_when_a_hook_fails_of_its_end(
     tmp_path: pathlib.Path,
 ) -> None:

@@ -52,6 +52,7 @@ def test_a_clean_repository(tmp_path: pathlib.Path) -> None:
     assert 'config_git' not in found.about
 
 
+@pytest.mark.slow
 def test_changes_and_untracked_files(tmp_path: pathlib.Path) -> None:
     repo = made(tmp_path / 'repo')
     (repo / 'model.py').write_text('one = 2\n')
@@ -94,6 +95,7 @@ def test_repositories_that_say_little(tmp_path: pathlib.Path) -> None:
     assert (about['commit'], about['branch']) == (git(repo, 'rev-parse', 'HEAD'), None)
 
 
+@pytest.mark.slow
 def test_the_repository_of_the_config(tmp_path: pathlib.Path) -> None:
     mine, its = made(tmp_path / 'mine'), made(tmp_path / 'its')
     (its / 'model.py').write_text('one = 3\n')

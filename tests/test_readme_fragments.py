@@ -278,6 +278,7 @@ def test_fine_tuning(encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert 'eval test at step 3' in finished.out
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path: pathlib.Path) -> None:
     """The command, as each of them is started; they meet, and the first one speaks."""
     [line] = [text.strip() for text in TEXTS if '--coordinator' in text]

@@ -43,6 +43,7 @@ def files(workdir: pathlib.Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_fit_after_one_that_failed_knows_nothing_of_it(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path / 'twice')
     FAIL_AT.append(30)
@@ -80,6 +81,7 @@ def test_calls_in_turn_count_on(tmp_path: pathlib.Path) -> None:
     assert results['one']['digest'] == results['three']['digest']
 
 
+@pytest.mark.slow
 def test_the_time_told_is_that_of_the_last_call() -> None:
     trainer = trainer_in(None)
     trainer.fit(max_steps=25)
@@ -129,6 +131,7 @@ def test_the_final_evaluation_belongs_to_the_last_checkpoint(tmp_path: pathlib.P
     assert 'eval/test/loss' in last['metrics']
 
 
+@pytest.mark.slow
 def test_a_copied_step_is_not_trained_on(tmp_path: pathlib.Path) -> None:
     checkpoints = tmp_path / 'checkpoints'
     trainer_in(tmp_path, evals={}).fit(max_steps=20)
@@ -144,6 +147,7 @@ def test_a_copied_step_is_not_trained_on(tmp_path: pathlib.Path) -> None:
     assert trainer_in(tmp_path, evals={}).fit().step == 50
 
 
+@pytest.mark.slow
 def test_a_state_that_counts_otherwise_than_its_name(tmp_path: pathlib.Path) -> None:
     """Metadata that was edited, too, does not make it another step."""
     checkpoints = tmp_path / 'checkpoints'
@@ -167,6 +171,7 @@ def delete(event: Event) -> None:
         shutil.rmtree(event.workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('every', 'noticed'), [('20 steps', 40), ('never', 50)])
 def test_a_directory_that_is_deleted_is_no_finished_run(
     tmp_path: pathlib.Path, every: str, noticed: int
@@ -196,6 +201,7 @@ def restart(event: Event) -> None:
         Workdir(event.workdir or '').begin({}, {}, {})
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_gone_do_not_cost_the_metrics(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, evals={}).fit()
     trainer_in(tmp_path, evals={}, train_for='60 steps').fit()
@@ -213,6 +219,7 @@ def test_checkpoints_that_are_gone_do_not_cost_the_metrics(tmp_path: pathlib.Pat
     assert trainer_in(tmp_path, evals={}).fit().step == 50
 
 
+@pytest.mark.slow
 def test_the_first_save_that_is_committed_is_noted(tmp_path: pathlib.Path) -> None:
     """A process that is killed later leaves the note, one that is killed before does not."""
     noted = []
@@ -267,6 +274,7 @@ def out_of(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], steps: int
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_changed_data_gives_one_warning(
     tmp_path: pathlib.Path, dataset: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +293,7 @@ def test_changed_data_gives_one_warning(
     ) in out_of(tmp_path, capsys, 41)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_knows_nothing_of_its_data_is_no_warning(
     tmp_path: pathlib.Path, dataset: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:

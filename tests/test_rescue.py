@@ -18,6 +18,7 @@ import pytest
 
 from tests import small
 from tests.command import CLOCK
+from tests.marks import slow_after
 from trainer.config.errors import UserError, full_text
 from trainer.inspect.warn_guard import NonFiniteError
 from trainer.run.events import Event
@@ -160,6 +161,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
 # ---- errors ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_raises(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -179,6 +181,7 @@ def test_an_evaluation_that_raises(
     assert ending(tmp_path / 'run') == whole(tmp_path, **transform)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', ['task', 'evals__test__task'])
 def test_a_metric_that_cannot_be_computed(tmp_path: pathlib.Path, where: str) -> None:
     options = {where: {'target': f'{__name__}:Measuring'}, 'evals__test__every': '10 steps'}
@@ -196,6 +199,7 @@ def test_a_metric_that_cannot_be_computed(tmp_path: pathlib.Path, where: str) ->
     assert trainer.fit().status == 'finished'
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_shape(tmp_path: pathlib.Path) -> None:
     """No step can take it, and none has."""
     trainer = trainer_in(tmp_path, data__source={'target': f'{__name__}:Flaky'}, evals={})
@@ -212,11 +216,14 @@ def test_a_batch_of_another_shape(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ('error', 'kind', 'step', 'evaluated'),
-    [
-        (RuntimeError('no'), 'log', 40, []),
-        (UserError('no'), 'eval', 40, ['test']),
-        (SystemExit(3), 'eval', 50, ['test']),
-    ],
+    slow_after(
+        1,
+        [
+            (RuntimeError('no'), 'log', 40, []),
+            (UserError('no'), 'eval', 40, ['test']),
+            (SystemExit(3), 'eval', 50, ['test']),
+        ],
+    ),
 )
 def test_a_hook_that_raises(
     tmp_path: pathlib.Path,
@@ -235,7 +242,7 @@ def test_a_hook_that_raises(
     assert ending(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize(('calls', 'devices'), [(1, 1), (4, 8)])
+@pytest.mark.parametrize(('calls', 'devices'), slow_after(1, [(1, 1), (4, 8)]))
 def test_a_source_that_raises(tmp_path: pathlib.Path, calls: int, devices: int) -> None:
     source: dict[str, Any] = {'data__source': {'target': f'{__name__}:Flaky'}}
     source.update(steps_per_call=calls, devices=devices)
@@ -251,6 +258,7 @@ def test_a_source_that_raises(tmp_path: pathlib.Path, calls: int, devices: int) 
     assert ending(tmp_path / 'run') == whole(tmp_path, **source)
 
 
+@pytest.mark.slow
 def test_without_a_work_directory_the_next_call_goes_on() -> None:
     trainer = trainer_in(None, raising(RuntimeError('no'), 'log', 20))
     with pytest.raises(RuntimeError):
@@ -262,6 +270,7 @@ def test_without_a_work_directory_the_next_call_goes_on() -> None:
     jax.tree.map(np.testing.assert_array_equal, rest.state.params, once.state.params)
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_leaves_what_was_there() -> None:
     trainer = trainer_in(None, raising(RuntimeError('no'), 'start', 20))
     trainer.fit(max_steps=20)
@@ -300,6 +309,7 @@ def test_no_state_of_a_step_that_failed_is_saved(tmp_path: pathlib.Path) -> None
     meta(trainer, 20)
 
 
+@pytest.mark.slow
 def test_no_state_that_the_guard_has_stopped_is_saved(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(
         tmp_path, optimizer__learning_rate=1e38, evals={}, guard__non_finite='stop'
@@ -313,7 +323,7 @@ def test_no_state_that_the_guard_has_stopped_is_saved(tmp_path: pathlib.Path) ->
 # ---- Ctrl-C ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('calls', [1, 7])
+@pytest.mark.parametrize('calls', slow_after(1, [1, 7]))
 def test_an_interrupt_ends_fit_and_the_next_call_goes_on(
     tmp_path: pathlib.Path, undisturbed: tuple[Any, ...], calls: int
 ) -> None:
@@ -331,6 +341,7 @@ def test_an_interrupt_ends_fit_and_the_next_call_goes_on(
         assert ending(tmp_path) == undisturbed
 
 
+@pytest.mark.slow
 def test_an_interrupt_without_a_work_directory() -> None:
     trainer = trainer_in(None, interrupting('log', 20))
     first = trainer.fit()
@@ -344,6 +355,7 @@ def test_an_interrupt_without_a_work_directory() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_second_interrupt_raises_at_once(tmp_path: pathlib.Path) -> None:
     handler = signal.getsignal(signal.SIGINT)
     trainer = trainer_in(tmp_path, interrupting('log', 30, presses=2))
@@ -358,6 +370,7 @@ def test_the_second_interrupt_raises_at_once(tmp_path: pathlib.Path) -> None:
     assert trainer.fit(max_steps=1).step == 31
 
 
+@pytest.mark.slow
 def test_a_handler_of_the_callers_own_stays(tmp_path: pathlib.Path) -> None:
     """If it raises, what raises is an error like any other."""
     seen = []
@@ -377,6 +390,7 @@ def test_a_handler_of_the_callers_own_stays(tmp_path: pathlib.Path) -> None:
     meta(trainer, 30)
 
 
+@pytest.mark.slow
 def test_in_another_thread_nothing_is_handled() -> None:
     handlers, results = [], []
 

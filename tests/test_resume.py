@@ -71,6 +71,7 @@ def test_stopped_runs_save_first(
     assert_same_run(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_run_says_where_it_is_and_goes_on(tmp_path: pathlib.Path) -> None:
     process = command.start(command.MLP, *command.SMALL, f'--workdir={tmp_path}', *LENGTH)
     command.wait_for(command.rows_written(tmp_path, 1))
@@ -117,6 +118,7 @@ def test_a_schedule_to_the_end_refuses_a_longer_run(tmp_path: pathlib.Path) -> N
     assert allowed.code == 0, allowed.err
 
 
+@pytest.mark.slow
 def test_another_config_is_refused_and_what_changed_is_shown(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / 'run'
     command.train(workdir, '--config.train_for=10steps')
@@ -130,6 +132,7 @@ def test_another_config_is_refused_and_what_changed_is_shown(tmp_path: pathlib.P
     assert 'log.every' in harmless.out
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_where_its_config_is_another(whole: pathlib.Path) -> None:
     args = ('--mode=eval', f'--workdir={whole}', *LENGTH, '--config.optimizer.momentum=0.5')
     finished = command.run(command.MLP, *command.SMALL, *args)

@@ -207,6 +207,7 @@ def test_parameters_of_a_module() -> None:
     np.testing.assert_allclose(found, output, rtol=ROUNDING, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_what_the_checkpoint_guide_saves(tmp_path: pathlib.Path) -> None:
     """H1: its array and its layer after one step of SGD, before a checkpoint and after it."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.command import CLOCK, ROOT
+from tests.marks import slow_after
 from trainer.checkpoint import digest
 from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
 from trainer.config.errors import UserError
@@ -127,6 +128,7 @@ def test_rows_hold_what_was_promised(tmp_path: pathlib.Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_in_a_notebook(tmp_path: pathlib.Path) -> None:
     """Stops and goes on, evaluates and predicts; without a work directory it leaves no trace."""
     trainer = trainer_in(tmp_path / 'run')
@@ -159,7 +161,7 @@ def test_ema_evaluation_reads_the_average() -> None:
     assert plain['eval/test/loss'] < 1.9
 
 
-@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+@pytest.mark.parametrize('remainder', slow_after(1, ['carry', 'pad', 'drop']))
 def test_fused_steps_end_where_single_ones_do(tmp_path: pathlib.Path, remainder: str) -> None:
     """Events stay exact although no multiple of 7 meets them, and the state is bit-equal."""
     ends = []
@@ -187,6 +189,7 @@ def test_overfits_one_batch() -> None:
     assert metrics['train/loss'] < 0.01
 
 
+@pytest.mark.slow
 def test_an_error_of_the_source_arrives_with_its_own_traceback() -> None:
     trainer = trainer_in(None, data__source={'target': f'{__name__}:Torn', 'bad': 333})
     with pytest.raises(OSError, match='record 333 is torn') as error:
@@ -194,6 +197,7 @@ def test_an_error_of_the_source_arrives_with_its_own_traceback() -> None:
     assert any(frame.name == 'gather' for frame in error.traceback)
 
 
+@pytest.mark.slow
 def test_a_field_of_text_is_named() -> None:
     """Only where something reads it."""
     captioned = {'target': f'{__name__}:Captioned', 'bad': -1}
@@ -324,6 +328,7 @@ def raise_after_save(event: Event) -> None:
         raise RuntimeError('the hook failed')
 
 
+@pytest.mark.slow
 def test_a_save_on_its_way_survives_an_error_of_the_run(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path, hooks={'bad': {'ref': f'{__name__}:raise_after_save'}})
     with pytest.raises(RuntimeError, match='the hook failed'):
@@ -333,6 +338,7 @@ def test_a_save_on_its_way_survives_an_error_of_the_run(tmp_path: pathlib.Path) 
     assert again.fit().status == 'finished'
 
 
+@pytest.mark.slow
 def test_only_a_step_that_was_evaluated_can_be_best(tmp_path: pathlib.Path) -> None:
     """Saves every 10 steps, evaluations every 20: step 30 must not inherit the score of 20."""
     trainer = trainer_in(
@@ -345,6 +351,7 @@ def test_only_a_step_that_was_evaluated_can_be_best(tmp_path: pathlib.Path) -> N
     assert trainer.checkpoints.steps() == [20, 50]
 
 
+@pytest.mark.slow
 def test_a_run_shorter_than_its_log_interval_has_a_row(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, log__every='1000 steps', evals__test__every='never').fit()
     train = [row for row in rows(tmp_path) if 'train/loss' in row]

@@ -219,6 +219,7 @@ def spoil_and_stay(event: Any) -> None:
     spoil(event)
 
 
+@pytest.mark.slow
 def test_a_process_whose_save_has_failed_waits_for_no_thread(tmp_path: pathlib.Path) -> None:
     hooks = f'--config.hooks={{"spoil": {{"ref": "{__name__}:spoil_and_stay"}}}}'
     ended = command.run(

@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from tests import command
+from tests.marks import slow_after
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
@@ -42,7 +43,9 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in files}
 
 
-@pytest.mark.parametrize(('name', 'step'), [('best', 20), ('20', 20), ('60', 60), ('latest', 60)])
+@pytest.mark.parametrize(
+    ('name', 'step'), slow_after(1, [('best', 20), ('20', 20), ('60', 60), ('latest', 60)])
+)
 def test_eval_of_a_step(trained: pathlib.Path, name: str, step: int) -> None:
     """It finds the numbers that the run found at that step, and leaves the directory as it was."""
     before = contents(trained)
@@ -59,6 +62,7 @@ def test_eval_of_a_step(trained: pathlib.Path, name: str, step: int) -> None:
     assert contents(trained) == before
 
 
+@pytest.mark.slow
 def test_the_best_needs_a_metric(trained: pathlib.Path) -> None:
     options = (command.MLP, *command.SMALL, f'--workdir={trained}', '--mode=eval')
     done = command.run(*options, '--step=best')
@@ -66,6 +70,7 @@ def test_the_best_needs_a_metric(trained: pathlib.Path) -> None:
     assert 'add --config.checkpoint.best.metric' in done.err
 
 
+@pytest.mark.slow
 def test_eval_of_a_step_that_is_not_there(trained: pathlib.Path) -> None:
     done = run_mode(trained, '--mode=eval', '--step=40')
     assert done.code == 2
@@ -113,7 +118,7 @@ def test_many_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
         command.wait_for(lambda: threads() <= before)
 
 
-@pytest.mark.parametrize('how', ['copied', 'linked', 'renamed'])
+@pytest.mark.parametrize('how', slow_after(1, ['copied', 'linked', 'renamed']))
 def test_a_step_by_another_name_is_not_believed(trained: pathlib.Path, how: str) -> None:
     """The digest matches the arrays; only the step does not match the directory name."""
     checkpoints = trained / 'checkpoints'

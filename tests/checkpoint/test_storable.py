@@ -15,6 +15,7 @@ import pytest
 
 from tests import command
 from tests.checkpoint.examples import abstract, state
+from tests.marks import slow_after
 from trainer.checkpoint import storable
 from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.manager import Checkpoints, Retention
@@ -107,11 +108,14 @@ def test_they_are_made_with_their_sharding(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize(
     ('wanted', 'line'),
-    [
-        (jnp.zeros((0, 3)), 'none: float32[3, 0] in the checkpoint, float32[0, 3] in this run'),
-        (jnp.zeros(2), 'none: float32[3, 0] in the checkpoint, float32[2] in this run'),
-        (None, 'none: float32[3, 0] in the checkpoint, absent in this run'),
-    ],
+    slow_after(
+        1,
+        [
+            (jnp.zeros((0, 3)), 'none: float32[3, 0] in the checkpoint, float32[0, 3] in this run'),
+            (jnp.zeros(2), 'none: float32[3, 0] in the checkpoint, float32[2] in this run'),
+            (None, 'none: float32[3, 0] in the checkpoint, absent in this run'),
+        ],
+    ),
 )
 def test_another_state_is_called_so_and_not_damaged(
     tmp_path: pathlib.Path, wanted: Any, line: str
@@ -181,6 +185,7 @@ def test_a_temporary_directory_that_cannot_be_written_is_no_verdict(
     assert storable._accepted == set()
 
 
+@pytest.mark.slow
 def test_two_arrays_for_one_place_are_found_before_the_first_step(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"both map to 'params\.Dense_0\.bias'"):
         trainer_in(tmp_path, 'Clash').fit()

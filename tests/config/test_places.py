@@ -57,6 +57,7 @@ def test_a_home_directory_that_does_not_exist(home: pathlib.Path) -> None:
     assert not list(pathlib.Path.cwd().iterdir())
 
 
+@pytest.mark.slow
 def test_the_compile_cache_needs_a_home_directory(home: pathlib.Path) -> None:
     """A user without HOME and without an entry in the list of users, as in some containers."""
     code = (
@@ -116,6 +117,7 @@ def test_another_package_of_the_same_name_is_not_part_of_ours(tmp_path: pathlib.
     assert finished.stdout.splitlines() == expected
 
 
+@pytest.mark.slow
 def test_folders_without_an_init_file(tmp_path: pathlib.Path) -> None:
     """Beside our packages of the same names; what both have is not taken for the other."""
     for package in ('models', 'data'):

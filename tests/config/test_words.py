@@ -151,6 +151,7 @@ def overridden(path: str, text: str, **changes: Any) -> Any:
     return loading.plain(config)[section][key]
 
 
+@pytest.mark.slow
 def test_the_word_of_a_command_line() -> None:
     done = command.run(command.MLP, '--config.model.activation=gelu', '--mode=summary')
     assert done.code == 0, done.err

@@ -15,6 +15,7 @@ import pytest
 
 from data.sources import Arrays, ArraySource
 from tests.command import ROOT
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.trainer import Trainer
@@ -181,12 +182,13 @@ def test_a_train_source_that_is_none(source: dict[str, Any], message: str) -> No
         build(data__source=source)
 
 
-@pytest.mark.parametrize(('source', 'message'), SOURCES)
+@pytest.mark.parametrize(('source', 'message'), slow_after(1, SOURCES))
 def test_an_eval_source_that_is_none(source: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f'^config.evals.test.data.*{message}'):
         Trainer(build(evals__test__data__source=source)).fit()
 
 
+@pytest.mark.slow
 def test_empty_splits() -> None:
     empty = here('Rows', length=0)
     with pytest.raises(UserError, match=r'^config.data: .*Rows is empty; name a split or files'):
@@ -200,6 +202,7 @@ class Broken(Rows):
         raise ValueError('operands could not be broadcast together')
 
 
+@pytest.mark.slow
 def test_an_error_inside_gather_keeps_its_traceback() -> None:
     experiment = build(data__source=here('Broken'))
     with pytest.raises(ValueError, match='operands could not') as error:
@@ -216,12 +219,13 @@ class Shrinking(Rows):
         return {**arrays, 'label': arrays['label'][:-1]} if 33 in indices else arrays
 
 
+@pytest.mark.slow
 def test_a_source_that_returns_too_little_later() -> None:
     with pytest.raises(ValueError, match=r"source Shrinking returned 'label' in the shape"):
         Trainer(build(data__source=here('Shrinking'))).fit()
 
 
-@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
+@pytest.mark.parametrize('remainder', slow_after(1, ['carry', 'pad', 'drop']))
 def test_a_batch_larger_than_the_source(remainder: str) -> None:
     options = {
         'data__source__limit': 5,

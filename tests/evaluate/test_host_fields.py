@@ -14,6 +14,7 @@ from etils import epath
 from tests import command
 from tests.evaluate import rows
 from tests.evaluate.rows import HOST, Rows
+from tests.marks import slow_after
 from tests.parallel import group
 from trainer.build.data import fingerprint
 from trainer.config.errors import UserError
@@ -66,7 +67,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', RUNS)
+@pytest.mark.parametrize('name', slow_after(1, RUNS))
 def test_a_run_sends_what_is_read_and_predicts_with_the_rest(name: str) -> None:
     trainer = Trainer(build(**RUNS[name]))
     result = trainer.fit()
@@ -81,7 +82,7 @@ def test_a_run_sends_what_is_read_and_predicts_with_the_rest(name: str) -> None:
     check_rows(found)
 
 
-@pytest.mark.parametrize('devices', [1, 8])
+@pytest.mark.parametrize('devices', slow_after(1, [1, 8]))
 def test_what_is_not_read_is_no_argument_of_the_program(devices: int) -> None:
     if devices == 1:
         finished = command.run(f'--config={CONFIG}', '--mode=dry_run', '--workdir=runs/none')
@@ -124,6 +125,7 @@ def test_a_step_that_looks_at_all_fields() -> None:
         _ = Trainer(build(step={'ref': f'{HERE}:everything'})).programs
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_is_passed_on(tmp_path: pathlib.Path) -> None:
     args = (f'--config={CONFIG}', f'--workdir={tmp_path}')
     assert command.run(*args, '--config.train_for=2steps').code == 0

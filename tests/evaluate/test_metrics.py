@@ -17,6 +17,7 @@ import pytest
 
 from tests import command
 from tests.command import ROOT
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.modes.dry_run import rehearse
@@ -188,6 +189,7 @@ def arrays_of(folder: pathlib.Path, step: int) -> np.ndarray:
     return np.load(folder / f'eval_test_{step}.npz')['confusion']
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(
         tmp_path, ensemble__size=2, train_for='4 steps',
@@ -209,6 +211,7 @@ def test_members_of_an_ensemble(tmp_path: pathlib.Path) -> None:
     assert 'member 1 (seed 1)  ' in shown(trainer)
 
 
+@pytest.mark.slow
 def test_without_a_work_directory_a_line_tells_of_them() -> None:
     trainer = trainer_in(None, train_for='4 steps', evals__test__task=task('Confused'))
     trainer.fit()
@@ -217,12 +220,15 @@ def test_without_a_work_directory_a_line_tells_of_them() -> None:
 
 @pytest.mark.parametrize(
     ('name', 'message'),
-    [
-        ('Unusable', "the metric 'scores' computes list; expected a number, an array"),
-        ('Collecting', "the metric 'scores' is a clu.metrics.CollectingMetric"),
-        ('Spread', "the metric 'scores' cannot be computed, whatever the data: TypeError"),
-        ('Clashing', "two values are named 'scores/a/b'"),
-    ],
+    slow_after(
+        1,
+        [
+            ('Unusable', "the metric 'scores' computes list; expected a number, an array"),
+            ('Collecting', "the metric 'scores' is a clu.metrics.CollectingMetric"),
+            ('Spread', "the metric 'scores' cannot be computed, whatever the data: TypeError"),
+            ('Clashing', "two values are named 'scores/a/b'"),
+        ],
+    ),
 )
 def test_what_cannot_be_a_metric_is_refused_at_the_start(
     tmp_path: pathlib.Path, name: str, message: str
@@ -238,6 +244,7 @@ def test_what_cannot_be_a_metric_is_refused_at_the_start(
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_a_name_that_an_ensemble_gives_to_its_members() -> None:
     named = {'evals__test__task': task('ClashingInEnsembles')}
     trainer = trainer_in(None, ensemble__size=2, **named)
@@ -246,6 +253,7 @@ def test_a_name_that_an_ensemble_gives_to_its_members() -> None:
     assert trainer_in(None, train_for='1 step', **named).fit().status == 'finished'
 
 
+@pytest.mark.slow
 def test_an_array_decides_nothing() -> None:
     best = {'metric': 'eval/test/confusion', 'mode': 'max'}
     # A metric that cannot be computed without data would leave the available names unknown.

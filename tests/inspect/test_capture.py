@@ -16,6 +16,7 @@ from tensorboardX.proto import event_pb2
 
 from tests.inspect.models import build, linen, of_nnx
 from tests.inspect.program import computation
+from tests.marks import slow_after
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
@@ -66,14 +67,14 @@ def test_what_is_captured_is_what_the_model_computes(tmp_path: pathlib.Path) -> 
 
 @pytest.mark.parametrize(
     ('model', 'names'),
-    [
+    slow_after(1, [
         (linen(), [n for k in LAYERS for n in (f'{k}/dense', k)]),
         (of_nnx(), [n for k in range(4) for n in (f'layers/{k}/dense', f'layers/{k}')]),
         (linen(scans=True), [
             n for k in range(4)
             for n in (f'layers/layer/dense[{k}]', f'layers/layer[{k}]', f'layers/mark[{k}]')
         ]),
-    ],
+    ]),
     ids=['linen', 'nnx', 'scan'],
 )  # fmt: skip
 def test_the_modules_have_names(model: Any, names: list[str], tmp_path: pathlib.Path) -> None:
@@ -114,6 +115,7 @@ def events(workdir: pathlib.Path) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_histograms_are_for_tensorboard(tmp_path: pathlib.Path) -> None:
     capture = {'a': {'match': 'layer_1', 'what': ('histogram', 'file'), 'rows': 32}}
     Trainer(build(linen(), capture=capture, train_for='10 steps'), str(tmp_path)).fit()
@@ -129,6 +131,7 @@ def test_histograms_are_for_tensorboard(tmp_path: pathlib.Path) -> None:
     assert not rows(tmp_path)
 
 
+@pytest.mark.slow
 def test_files_are_bounded(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     capture = {'a': {'match': 'last', 'what': ('file',), 'rows': 3, 'keep': 2, 'every': '5 steps'}}
     Trainer(build(linen(), capture=capture), str(tmp_path)).fit()
@@ -140,6 +143,7 @@ def test_files_are_bounded(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     assert 'and at most 2 of them' in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_what_is_sown(accumulate: int, tmp_path: pathlib.Path) -> None:
     """1.K4, 1.K6: by its name, whatever module it stands in."""
@@ -175,6 +179,7 @@ def test_times_and_resume(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(*files)
 
 
+@pytest.mark.slow
 def test_files_of_a_future_that_was_undone(tmp_path: pathlib.Path) -> None:
     """A run that goes on from before them removes later files, and keeps its own."""
     capture = {'a': {'match': 'last', 'what': ('file',), 'keep': 2, 'every': '5 steps'}}
@@ -287,6 +292,7 @@ def on_rows(model: Any, batch: Any) -> Any:
     return (model(batch['image'].reshape(len(batch['image']), -1)[:, :4]) ** 2).sum(-1)
 
 
+@pytest.mark.slow
 def test_branches_are_left_alone(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     """What surrounds them is captured, and a word says what is not."""
     made = build(
@@ -301,6 +307,7 @@ def test_branches_are_left_alone(tmp_path: pathlib.Path, caplog: pytest.LogCaptu
     assert names == {'last', '(model)'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'names'),
     [

@@ -16,6 +16,7 @@ import pytest
 from tests import command
 from tests.command import ROOT
 from tests.inspect.models import STEP, build, linen, of_nnx
+from tests.marks import slow_after
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
@@ -43,7 +44,7 @@ def test_the_layer_of_a_planted_nan(k: int) -> None:
     assert found.endswith('its input and its parameters were finite.')
 
 
-@pytest.mark.parametrize('k', [0, 2])
+@pytest.mark.parametrize('k', slow_after(1, [0, 2]))
 def test_the_layer_of_a_planted_nan_in_nnx(k: int) -> None:
     """1.K6."""
     found = message(build(of_nnx(bad=k), guard=STOP))
@@ -51,7 +52,7 @@ def test_the_layer_of_a_planted_nan_in_nnx(k: int) -> None:
     assert f'not finite is layers/{k}, number {2 * k + 3} of' in found
 
 
-@pytest.mark.parametrize('k', [1, 2])
+@pytest.mark.parametrize('k', slow_after(1, [1, 2]))
 def test_the_layer_of_a_planted_nan_within_a_scan(k: int) -> None:
     """1.K6: the layers of a stack are told apart."""
     found = message(build(linen(bad=k, scans=True), guard=STOP))
@@ -60,14 +61,17 @@ def test_the_layer_of_a_planted_nan_within_a_scan(k: int) -> None:
 
 @pytest.mark.parametrize(
     'options',
-    [
-        {'steps_per_call': 4},
-        {'accumulate': 2},
-        {'mesh': {'data': 2, 'fsdp': 4}, 'sharding': 'fsdp'},
-        {'checkpoint__every': '15 steps'},
-        {'precision': {'compute': 'bfloat16'}},
-        {'ema': {'decay': 0.9}},
-    ],
+    slow_after(
+        1,
+        [
+            {'steps_per_call': 4},
+            {'accumulate': 2},
+            {'mesh': {'data': 2, 'fsdp': 4}, 'sharding': 'fsdp'},
+            {'checkpoint__every': '15 steps'},
+            {'precision': {'compute': 'bfloat16'}},
+            {'ema': {'decay': 0.9}},
+        ],
+    ),
     ids=lambda options: '-'.join(options),
 )
 def test_it_is_found_however_a_run_is_made(options: dict[str, Any], tmp_path: Any) -> None:
@@ -81,7 +85,7 @@ def test_it_is_found_however_a_run_is_made(options: dict[str, Any], tmp_path: An
     assert checkpoints is not None and not checkpoints.steps()  # None with the damage.
 
 
-@pytest.mark.parametrize('model', [linen, of_nnx])
+@pytest.mark.parametrize('model', slow_after(1, [linen, of_nnx]))
 def test_a_gradient_alone(model: Any) -> None:
     found = message(build(model(bad=1, how='gradient'), guard=STOP))
     assert f'First non-finite step: {STEP}.' in found
@@ -100,7 +104,9 @@ def test_an_update_alone() -> None:
     assert 'but the update is not' in found
 
 
-@pytest.mark.parametrize(('secs', 'looks'), [(0.0, list(range(1, 13))), (1e9, [1, 5, 10, 12])])
+@pytest.mark.parametrize(
+    ('secs', 'looks'), slow_after(1, [(0.0, list(range(1, 13))), (1e9, [1, 5, 10, 12])])
+)
 def test_when_a_state_is_looked_at(
     secs: float, looks: list[int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +145,7 @@ class Images:
         return {'image': image, 'label': np.zeros(len(indices), np.int32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('target', ['models.mlp:MLP', 'models.mlp_nnx:MLP'])
 def test_statistics_that_a_call_spoils(target: str) -> None:
     """They are blamed if the call has found them so, and not if it has left them so."""
@@ -186,6 +193,7 @@ def test_a_warning_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.index('Training continues.') > out.index('not finite is layer_2')
 
 
+@pytest.mark.slow
 def test_a_sound_run_is_what_it_was_without() -> None:
     plain, guarded = (Trainer(build(linen(), **more)).fit() for more in ({}, {'guard': STOP}))
     assert jax.tree.all(
@@ -234,6 +242,7 @@ def test_a_stream_is_read_again(resumes: bool, tmp_path: pathlib.Path) -> None:
     assert 'but the update is not' in found
 
 
+@pytest.mark.slow
 def test_a_stream_that_goes_on_is_not_read_again(capsys: pytest.CaptureFixture[str]) -> None:
     assert Trainer(stream(guard={'non_finite': 'warn'})).fit().step == 12
     assert 'Where it began is unknown: the data is a stream' in capsys.readouterr().out

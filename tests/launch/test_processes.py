@@ -187,6 +187,7 @@ def test_ctrl_c_is_passed_on_and_a_second_one_kills(tmp_path: pathlib.Path) -> N
     assert (code, out) == (130, '')
 
 
+@pytest.mark.slow
 def test_each_says_where_it_is_and_goes_on(tmp_path: pathlib.Path) -> None:
     program = """
 import faulthandler
@@ -302,6 +303,7 @@ def test_dry_run_prints_commands_that_run() -> None:
     assert shown.returncode == 0, shown.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_of_the_trainer_train_as_one(tmp_path: pathlib.Path) -> None:
     trainer = (command.MLP, *command.SMALL, '--config.train_for=3steps', f'--workdir={tmp_path}')
     process = subprocess.Popen(

@@ -151,6 +151,7 @@ def quiet(model: Any, batch: Any) -> TaskOutput:
     return TaskOutput(loss=loss, penalties={'features': jnp.square(features).mean()})
 
 
+@pytest.mark.slow
 def test_what_a_field_keeps_comes_to_the_task(tmp_path: pathlib.Path) -> None:
     """K12: in training, evaluation and captures; who does not ask has the program without it."""
     trainer = trainer_of(

@@ -161,6 +161,7 @@ def losses(made: Experiment, tmp_path: pathlib.Path) -> list[float]:
     return [row['train/loss'] for row in rows if 'train/loss' in row]
 
 
+@pytest.mark.slow
 def test_05_a_vae(tmp_path: pathlib.Path) -> None:
     """X10: the KL loss comes to the task as an intermediate; the noise follows the run's seed."""
     made = experiment('VAE', plain(reconstruction))

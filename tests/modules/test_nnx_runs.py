@@ -63,6 +63,7 @@ def test_the_moving_average_is_evaluated() -> None:
     assert found['average']['loss'] != found['test']['loss']
 
 
+@pytest.mark.slow
 def test_several_steps_in_one_call(tmp_path: pathlib.Path) -> None:
     """With dropout, whose masks must be those of single steps."""
     rows = []

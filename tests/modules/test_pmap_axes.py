@@ -17,6 +17,7 @@ from etils import epath
 from flax import nnx
 from flax.core import FrozenDict
 
+from tests.marks import slow_after
 from tests.modules.learning import trainer
 from trainer import klinen as knn
 from trainer.config.errors import UserError
@@ -166,7 +167,7 @@ FORMS: dict[str, tuple[Callable[[Any], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', FORMS)
+@pytest.mark.parametrize('name', slow_after(2, FORMS))
 def test_wherever_a_layer_is(name: str, caplog: pytest.LogCaptureFixture) -> None:
     check(*FORMS[name], caplog)
 
@@ -238,6 +239,7 @@ class NetNNX(nnx.Module):
         return self.layers(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', [Net, NetNNX])
 def test_all_that_a_run_does(
     model: type, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
@@ -279,7 +281,7 @@ class AveragingNNX(nnx.Module):
         return jax.lax.pmean(self.linear(x), 'batch')
 
 
-@pytest.mark.parametrize('name', ['Averaging', 'AveragingNNX'])
+@pytest.mark.parametrize('name', slow_after(1, ['Averaging', 'AveragingNNX']))
 def test_other_collectives_are_refused(name: str) -> None:
     run = trainer({'target': f'{__name__}:{name}'}, steps=4)
     with pytest.raises(UserError, match=r"'batch' of jax.pmap \(.*test_pmap_axes.py, line \d+\)"):

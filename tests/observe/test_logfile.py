@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests import command
 
 SCRIPT = """
@@ -94,6 +96,7 @@ def test_the_screen_shows_our_own_warnings_and_nothing_else(tmp_path: pathlib.Pa
     assert log[-1][20:] == 'ValueError: a mistake'
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_costs_one_line(tmp_path: pathlib.Path) -> None:
     (tmp_path / 'log.txt').symlink_to('/dev/full')
     (tmp_path / 'debug.log').mkdir()
@@ -114,6 +117,7 @@ def test_a_file_that_cannot_be_written_costs_one_line(tmp_path: pathlib.Path) ->
     assert warning == 'Warning: w'
 
 
+@pytest.mark.slow
 def test_on_a_terminal_a_warning_first_clears_the_live_line() -> None:
     script = (
         'import logging; from trainer.observe import logfile; logfile.route(None); '

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.command import ROOT
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.trainer import Trainer
@@ -34,7 +35,7 @@ def names_matter() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures('names_matter')
-@pytest.mark.parametrize('calls', [1, 8])
+@pytest.mark.parametrize('calls', slow_after(1, [1, 8]))
 def test_a_window_of_a_run(
     calls: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,6 +58,7 @@ def traced(directory: pathlib.Path) -> bytes:
     return file.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('names_matter')
 def test_modules_of_nnx_have_names_while_they_are_traced(tmp_path: pathlib.Path) -> None:
     """Forward and backward; without a window the program is that of the module as it is."""
@@ -98,7 +100,7 @@ def names(directory: pathlib.Path) -> list[Named]:
     return sorted(events, key=lambda event: event.start)
 
 
-@pytest.mark.parametrize(('calls', 'steps'), [(1, [5, 6, 7, 8, 9]), (4, [8, 9])])
+@pytest.mark.parametrize(('calls', 'steps'), slow_after(1, [(1, [5, 6, 7, 8, 9]), (4, [8, 9])]))
 def test_steps_and_evaluations_are_named(
     calls: int, steps: list[int], tmp_path: pathlib.Path
 ) -> None:
@@ -119,6 +121,7 @@ def test_steps_and_evaluations_are_named(
         assert np.median(gaps) <= np.median([x.end - x.start for x in found[:at]])
 
 
+@pytest.mark.slow
 def test_outside_of_a_window_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError('a step was named')
@@ -128,6 +131,7 @@ def test_outside_of_a_window_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert Trainer(build(profile={'start': '2 steps'})).fit().step == 20
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_the_window_has_its_trace(tmp_path: pathlib.Path) -> None:
     Trainer(build(profile={'start': '18 steps', 'steps': 100}), str(tmp_path)).fit()
     assert list((tmp_path / 'profile').rglob('*.xplane.pb'))

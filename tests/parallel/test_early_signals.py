@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 
 from tests import command
+from tests.marks import slow_after
 from trainer.parallel import signals
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc')
@@ -88,7 +89,9 @@ def stopped(where: pathlib.Path, stage: str, number: signal.Signals) -> tuple[in
     return process.returncode, err
 
 
-@pytest.mark.parametrize('stage', ['first lines', 'jax', 'config', 'tracing', 'orbax', 'start'])
+@pytest.mark.parametrize(
+    'stage', slow_after(1, ['first lines', 'jax', 'config', 'tracing', 'orbax', 'start'])
+)
 def test_a_sigterm_before_the_first_step(tmp_path: pathlib.Path, stage: str) -> None:
     """42 means: start it again. No work is lost yet."""
     code, err = stopped(tmp_path, stage, signal.SIGTERM)
@@ -96,12 +99,13 @@ def test_a_sigterm_before_the_first_step(tmp_path: pathlib.Path, stage: str) -> 
     assert not list((tmp_path / 'run').glob('checkpoints/*'))
 
 
-@pytest.mark.parametrize('stage', ['first lines', 'jax', 'tracing'])
+@pytest.mark.parametrize('stage', slow_after(1, ['first lines', 'jax', 'tracing']))
 def test_a_ctrl_c_before_the_first_step(tmp_path: pathlib.Path, stage: str) -> None:
     code, err = stopped(tmp_path, stage, signal.SIGINT)
     assert (code, err) == (130, '\nSIGINT: stopped before the first step; nothing is lost.\n')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_what_saves_nothing_ends_as_by_default(
     tmp_path: pathlib.Path, number: signal.Signals
@@ -113,6 +117,7 @@ def test_what_saves_nothing_ends_as_by_default(
     assert (process.returncode, out, err) == (-number, '', '')
 
 
+@pytest.mark.slow
 def test_the_question_where_it_is_ends_nothing(tmp_path: pathlib.Path) -> None:
     process = start(tmp_path, config='--config=waits.py')
     try:

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from tests.marks import slow_after
 from tests.modules.learning import trainer
 from trainer.config.errors import UserError
 
@@ -87,7 +88,7 @@ def specs(model: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Any]:
     }, result
 
 
-@pytest.mark.parametrize('logical', [False, True])
+@pytest.mark.parametrize('logical', slow_after(1, [False, True]))
 def test_names_of_the_final_shape(logical: bool) -> None:
     """The parameters are cut as they say, and have the values that they have without names."""
     options: dict[str, Any] = {}
@@ -108,6 +109,7 @@ def test_names_of_the_final_shape(logical: bool) -> None:
     )
 
 
+@pytest.mark.slow
 def test_in_stacked_layers_and_bridges() -> None:
     kernel = specs({'target': 'Scanned'})[0]['ScanLayer_0/DenseGeneral_0/kernel']
     assert kernel == P(None, 'data', None, None)

@@ -66,6 +66,7 @@ def test_only_the_first_process_writes(two_by_two: tuple[pathlib.Path, list[str]
     assert (devices['count'], devices['processes']) == (4, 2)
 
 
+@pytest.mark.slow
 def test_the_data_order_is_that_of_one_process(
     two_by_two: tuple[pathlib.Path, list[str]], one_by_four: pathlib.Path
 ) -> None:

@@ -12,6 +12,7 @@ import threading
 
 import pytest
 
+from tests.marks import slow_after
 from trainer.parallel import processes
 from trainer.parallel.handshake import meet
 
@@ -66,6 +67,7 @@ def test_three_processes_meet_agree_and_add_up():
     assert all(f'sum {total}' in output for output in outputs)
 
 
+@pytest.mark.slow
 def test_a_disagreement_names_the_process_and_the_item():
     port = free_port()
     codes, outputs = finish(start(port, 3, 0), start(port, 3, 1), start(port, 3, 2, item='b'))
@@ -73,6 +75,7 @@ def test_a_disagreement_names_the_process_and_the_item():
     assert all("process 2:\n  data  'a' -> 'b'\n" in output for output in outputs)
 
 
+@pytest.mark.slow
 def test_a_missing_peer_is_named_by_those_who_came():
     port = free_port()
     codes, outputs = finish(start(port, 3, 0, timeout=3), start(port, 3, 2, timeout=3))
@@ -81,7 +84,7 @@ def test_a_missing_peer_is_named_by_those_who_came():
         assert 'process 1 of 3 did not come within 3 s' in output
 
 
-@pytest.mark.parametrize('number', [0, 1])
+@pytest.mark.parametrize('number', slow_after(1, [0, 1]))
 def test_a_process_that_dies_before_jax_has_connected_it_is_named(number):
     """There JAX would wait for it until the time is over, and abort."""
     port = free_port()
@@ -99,12 +102,14 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert all(f'process {number} of 3 has ended unexpectedly' in o for o in outputs), outputs
 
 
+@pytest.mark.slow
 def test_a_missing_first_process_is_named():
     codes, outputs = finish(start(free_port(), 2, 1, timeout=2))
     assert codes == [75]
     assert 'process 1 did not reach process 0' in outputs[0]
 
 
+@pytest.mark.slow
 def test_processes_of_different_counts_or_equal_numbers_are_refused():
     port = free_port()
     codes, outputs = finish(start(port, 2, 0), start(port, 3, 1))

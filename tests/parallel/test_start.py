@@ -25,6 +25,7 @@ def agree_not(workdir: pathlib.Path, expected: str, *args: str, **options: objec
     assert not (workdir / 'metrics.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_another_config_is_named(tmp_path: pathlib.Path) -> None:
     other = {1: '--config.optimizer.learning_rate=0.5'}
     expected = 'process 1:\n  config.optimizer.learning_rate  0.01 -> 0.5\n'

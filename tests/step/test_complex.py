@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from tests import command
+from tests.marks import slow_after
 from tests.step import tiny
 from trainer.config.errors import UserError
 from trainer.modules.precision import Precision
@@ -92,7 +93,7 @@ def trainer(workdir: pathlib.Path | None = None, **options: Any) -> Any:
     return tiny.trainer(workdir, **options)
 
 
-@pytest.mark.parametrize('name', OPTIONS)
+@pytest.mark.parametrize('name', slow_after(2, OPTIONS))
 def test_a_complex_parameter_goes_downhill(name: str) -> None:
     """A step of 0.1 along the gradient of the square leaves 0.8 of the way, in all directions."""
     state = jax.device_get(trainer(**OPTIONS[name]).fit().state)
@@ -109,7 +110,7 @@ def test_a_complex_parameter_goes_downhill(name: str) -> None:
 
 @pytest.mark.parametrize(
     'node',
-    [
+    slow_after(2, [
         {'target': 'optax:adam', 'learning_rate': 0.05},
         {'target': 'optax:adamw', 'learning_rate': 0.05, 'weight_decay': 1.0, 'decay_mask': 'w'},
         {'target': 'optax:lion', 'learning_rate': 0.05},
@@ -120,7 +121,7 @@ def test_a_complex_parameter_goes_downhill(name: str) -> None:
             'target': 'optax.contrib:schedule_free_adamw', 'learning_rate': 0.05,
             'eval_params': {'ref': 'optax.contrib:schedule_free_eval_params'},
         },
-    ],
+    ]),
     ids=lambda node: node['target'],
 )  # fmt: skip
 def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
@@ -158,6 +159,7 @@ def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
         np.testing.assert_allclose(found, point['real'] + 1j * point['imag'], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_slots_are_complex_and_where_the_parameter_is(tmp_path: pathlib.Path) -> None:
     """Slots have the parameter's path, shape and sharding, and are loaded with it."""
     adam = {'target': 'optax:adam', 'learning_rate': 0.05}

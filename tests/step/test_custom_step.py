@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.command import CLOCK, ROOT
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
@@ -66,7 +67,10 @@ def test_the_same_step_gives_the_same_run(tmp_path: pathlib.Path, options: Any) 
 
 
 @pytest.mark.parametrize(
-    'step', [{'ref': 'tests.step.steps:by_hand'}, {'target': 'tests.step.steps:make_by_hand'}]
+    'step',
+    slow_after(
+        1, [{'ref': 'tests.step.steps:by_hand'}, {'target': 'tests.step.steps:make_by_hand'}]
+    ),
 )
 def test_a_step_written_by_hand_gives_the_same_parameters(
     tmp_path: pathlib.Path, step: dict[str, str]
@@ -103,6 +107,7 @@ def test_arguments_metrics_and_resume(tmp_path: pathlib.Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_scalars_are_means_over_the_steps_since_the_last_row(tmp_path: pathlib.Path) -> None:
     each = trainer(tmp_path / 'each', step=SAM, log__every='1 step', train_for='10 steps')
     each.fit()
@@ -112,6 +117,7 @@ def test_scalars_are_means_over_the_steps_since_the_last_row(tmp_path: pathlib.P
     np.testing.assert_allclose(means, np.reshape(norms, (2, 5)).mean(1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_step_counts_batches_however_many_updates_are_made() -> None:
     state = trainer(step={'ref': 'tests.step.steps:twice'}, optimizer__target='optax:adam').fit()
     assert int(state.state.step) == 30

@@ -13,6 +13,7 @@ import pytest
 import scipy.special
 
 from tests import command
+from tests.marks import slow_after
 from trainer.config import loading, overrides
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
@@ -85,10 +86,13 @@ COURSES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     'name',
-    [
-        pytest.param(name, marks=() if name in ('dropout', 'batch_stats') else pytest.mark.slow)
-        for name in COURSES
-    ],
+    slow_after(
+        1,
+        [
+            pytest.param(name, marks=() if name in ('dropout', 'batch_stats') else pytest.mark.slow)
+            for name in COURSES
+        ],
+    ),
 )
 def test_a_member_takes_the_course_of_a_run_alone(name: str) -> None:
     """I1: members differ pairwise, and each of them is the run with its seed and its number."""
@@ -204,6 +208,7 @@ def probabilities(trainer: Trainer, state: TrainState, batch: Any) -> np.ndarray
     return scipy.special.softmax(np.asarray(logits, np.float64), axis=-1)
 
 
+@pytest.mark.slow
 def test_predictions_are_of_the_mean_of_probabilities() -> None:
     """I3, I4: in evaluations and predictions, over each example once."""
     state, trainer = trained(ensemble=ensemble(optimizer={'learning_rate': RATES}))
@@ -228,6 +233,7 @@ def test_predictions_are_of_the_mean_of_probabilities() -> None:
     np.testing.assert_allclose(predicted['probability'], together.max(-1), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'devices',
     [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests import command
+from tests.marks import slow_after
 from tests.step.test_ensemble import RATES, ensemble, experiment, trained
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
@@ -79,6 +80,7 @@ def test_what_members_sow_has_a_mean() -> None:
     assert found['member_0/loss'] != pytest.approx(found['member_1/loss'], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_changed_numbers_count(tmp_path: pathlib.Path) -> None:
     """A run that may go on under other numbers does, from what it has learned so far."""
 
@@ -96,7 +98,9 @@ def test_changed_numbers_count(tmp_path: pathlib.Path) -> None:
     assert rows[-1]['train/member_1/learning_rate'] == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize('metric', ['eval/test/members/loss', 'eval/test/member_1/loss'])
+@pytest.mark.parametrize(
+    'metric', slow_after(1, ['eval/test/members/loss', 'eval/test/member_1/loss'])
+)
 def test_metrics_of_members_choose_and_stop(metric: str, tmp_path: pathlib.Path) -> None:
     made = experiment(
         ensemble=ensemble(), early_stopping={'metric': metric, 'min_delta': 1e9},
@@ -119,14 +123,17 @@ def test_a_schedule_is_not_replaced() -> None:
 
 @pytest.mark.parametrize(
     ('optimizer', 'vary', 'who'),
-    [
-        ({'nesterov': True}, {'nesterov': (1, 0)}, r'config\.optimizer decides.* nesterov'),
-        (
-            {'target': 'optax:adafactor'},
-            {'min_dim_size_to_factor': (8, 16)},
-            r'config\.optimizer decides.* min_dim_size_to_factor',
-        ),
-    ],
+    slow_after(
+        1,
+        [
+            ({'nesterov': True}, {'nesterov': (1, 0)}, r'config\.optimizer decides.* nesterov'),
+            (
+                {'target': 'optax:adafactor'},
+                {'min_dim_size_to_factor': (8, 16)},
+                r'config\.optimizer decides.* min_dim_size_to_factor',
+            ),
+        ],
+    ),
 )
 def test_what_must_be_known_to_be_compiled(
     optimizer: dict[str, Any], vary: dict[str, Any], who: str

@@ -17,6 +17,7 @@ from etils import epath
 from flax import serialization
 from optax import contrib
 
+from tests.marks import slow_after
 from tests.step import tiny
 from trainer.config import identity
 from trainer.config.errors import UserError
@@ -71,7 +72,7 @@ COMBINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize('name', COMBINED)
+@pytest.mark.parametrize('name', slow_after(1, COMBINED))
 def test_the_average_is_evaluated(name: str) -> None:
     optimizer, options = COMBINED[name]
     trainer = tiny.trainer(optimizer=optimizer, **options)
@@ -84,6 +85,7 @@ def test_the_average_is_evaluated(name: str) -> None:
     assert trainer.programs.step.compiles == trainer.programs.eval_params.compiles == 1
 
 
+@pytest.mark.slow
 def test_predictions_and_exports_too(tmp_path: pathlib.Path) -> None:
     trainer = tiny.trainer(tmp_path, optimizer=FREE)
     state = trainer.fit().state
@@ -98,6 +100,7 @@ def test_predictions_and_exports_too(tmp_path: pathlib.Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_that_of_the_average(tmp_path: pathlib.Path) -> None:
     trainer = tiny.trainer(
         tmp_path,
@@ -115,6 +118,7 @@ def test_the_best_checkpoint_is_that_of_the_average(tmp_path: pathlib.Path) -> N
     assert trainer.checkpoints.best() == min(losses, key=lambda step: losses[step])
 
 
+@pytest.mark.slow
 def test_frozen_parameters_and_groups() -> None:
     """Each group has its own optimizer and evaluation parameters; frozen ones do not change."""
     groups = {
@@ -152,7 +156,7 @@ def test_the_moving_average_has_its_own_evaluation() -> None:
     )
 
 
-@pytest.mark.parametrize('vary', [{}, {'optimizer': {'learning_rate': (1.0, 0.3)}}])
+@pytest.mark.parametrize('vary', slow_after(1, [{}, {'optimizer': {'learning_rate': (1.0, 0.3)}}]))
 def test_members_of_an_ensemble(vary: dict[str, Any]) -> None:
     """Also if hyperparameters are in the state, which wraps that of the optimizer."""
     trainer = tiny.trainer(optimizer=FREE, ensemble={'size': 2, 'vary': vary})
@@ -173,6 +177,7 @@ def test_members_of_an_ensemble(vary: dict[str, Any]) -> None:
     assert result.metrics['eval/test/loss'] == pytest.approx(float(losses.mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_nnx() -> None:
     trainer = tiny.trainer(optimizer=FREE, model={'target': f'{tiny.__name__}:NNXNet'})
     state = trainer.fit().state
@@ -181,6 +186,7 @@ def test_nnx() -> None:
     assert float(jnp.abs(model.body.kernel[...] - state.params['body']['kernel']).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_halves_are_averaged_in_float32() -> None:
     trainer = tiny.trainer(optimizer=FREE, precision={'params': 'bfloat16'})
     state = trainer.fit().state
@@ -212,6 +218,7 @@ SAM = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sam_is_evaluated_without_its_adversarial_step(caplog: pytest.LogCaptureFixture) -> None:
     named = {**SAM, 'eval_params': {'ref': 'trainer.step.eval_point:adversarial'}}
     trainer = tiny.trainer(optimizer=named)

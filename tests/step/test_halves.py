@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.marks import slow_after
 from tests.step import tiny
 from trainer.config.errors import UserError
 from trainer.step.optimizer import Optimizer
@@ -46,7 +47,8 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    ('name', 'dtype'), [*((name, 'float16') for name in OPTIMIZERS), ('adam', 'bfloat16')]
+    ('name', 'dtype'),
+    slow_after(2, [*((name, 'float16') for name in OPTIMIZERS), ('adam', 'bfloat16')]),
 )
 def test_an_optimizer_trains_halves(name: str, dtype: str) -> None:
     """Adam's eps of 1e-8 is 0 in float16: for a zero gradient, the update was NaN."""
@@ -108,7 +110,7 @@ def test_an_update_is_that_of_float32_and_rounded_once(dtype: str) -> None:
     jax.tree.map(np.testing.assert_array_equal, state, other)
 
 
-@pytest.mark.parametrize('accumulate', [1, 4])
+@pytest.mark.parametrize('accumulate', slow_after(1, [1, 4]))
 def test_small_gradients_of_float16_survive_the_loss_scale(accumulate: int) -> None:
     """Gradients saved by the loss scale would underflow if they were unscaled in float16."""
     made = tiny.trainer(
@@ -134,6 +136,7 @@ def faint(model: Any, batch: Any) -> jax.Array:
     return 2e-8 * model(batch['x']).astype(jnp.float32)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_whose_slots_are_halves_is_explained(tmp_path: pathlib.Path) -> None:
     options: dict[str, Any] = {'optimizer': ADAM, 'precision': {'params': 'bfloat16'}}
     made = tiny.trainer(tmp_path / 'old', **options)
@@ -200,6 +203,7 @@ def test_integers_among_the_parameters_are_named(name: str, freeze: str | None) 
     assert 'config.optimizer.freeze' in str(error.value)
 
 
+@pytest.mark.slow
 def test_integers_in_a_collection_of_their_own_stay() -> None:
     state = tiny.trainer(model={'target': f'{__name__}:Apart'}).fit().state
     np.testing.assert_array_equal(state.collections['constants']['order'], np.arange(8))

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from tests.inspect.models import STEP, build, linen
+from tests.marks import slow_after
 from trainer.ensemble.step import member_state
 from trainer.inspect.warn_guard import NonFiniteError
 from trainer.step.health import GRADIENT, LOSS, PARAMETER, SLOT
@@ -62,7 +63,7 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     return states
 
 
-@pytest.mark.parametrize('sweeps', [False, True])
+@pytest.mark.parametrize('sweeps', slow_after(1, [False, True]))
 def test_a_loss_stops_updates(sweeps: bool) -> None:
     states = run(build(linen(bad=1)), STEP + 3, sweeps=sweeps)
     for number, state in enumerate(states):
@@ -97,10 +98,16 @@ def overflowing() -> optax.GradientTransformation:
 
 @pytest.mark.parametrize(
     ('optimizer', 'kind'),
-    [
-        ({'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}}, PARAMETER),
-        ({'target': f'{__name__}:overflowing'}, SLOT),
-    ],
+    slow_after(
+        1,
+        [
+            (
+                {'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
+                PARAMETER,
+            ),
+            ({'target': f'{__name__}:overflowing'}, SLOT),
+        ],
+    ),
 )
 def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
     made = build(PLAIN, optimizer=optimizer)
@@ -114,7 +121,7 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
 
 @pytest.mark.parametrize(
     ('model', 'optimizer', 'said'),
-    [
+    slow_after(1, [
         (linen(bad=1), {}, f'Last finite step: {STEP - 1}. First non-finite step: {STEP}.'),
         (linen(bad=1), {}, 'The first module whose output is not finite is layer_1'),
         (
@@ -123,7 +130,7 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
             'Dense_0/bias, Dense_0/kernel. First non-finite step: 6, in its update.',
         ),
         (PLAIN, {'target': f'{__name__}:overflowing'}, 'became non-finite by step 10: sum.'),
-    ],
+    ]),
 )  # fmt: skip
 def test_without_a_copy_to_run_again(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
@@ -140,7 +147,7 @@ def test_without_a_copy_to_run_again(
 
 @pytest.mark.parametrize(
     ('model', 'optimizer', 'said'),
-    [
+    slow_after(1, [
         (
             linen(bad=1, how='gradient'), {},
             f'First non-finite step: {STEP}.\nThe loss and the output of every module are finite, '
@@ -150,7 +157,7 @@ def test_without_a_copy_to_run_again(
             PLAIN, {'learning_rate': {'ref': f'{__name__}:broken_rate'}},
             'A parameter became non-finite in step 6: Dense_0/bias, Dense_0/kernel.',
         ),
-    ],
+    ]),
 )  # fmt: skip
 def test_where_each_step_looks_at_all(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
@@ -166,7 +173,7 @@ def test_where_each_step_looks_at_all(
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize('sweeps', [False, True])
+@pytest.mark.parametrize('sweeps', slow_after(1, [False, True]))
 def test_what_was_not_finite_at_the_start_does_not_count(sweeps: bool) -> None:
     made = build({**PLAIN, 'masked': True}, train_for='12 steps')
     state = run(made, 3, sweeps=sweeps)[-1]
@@ -175,6 +182,7 @@ def test_what_was_not_finite_at_the_start_does_not_count(sweeps: bool) -> None:
     assert Trainer(made).fit().status == 'finished'
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_it_too(tmp_path: pathlib.Path) -> None:
     made = build({**PLAIN, 'masked': True}, train_for='6 steps')
     Trainer(made, str(tmp_path)).fit(max_steps=3)
@@ -192,6 +200,7 @@ def test_no_checkpoint_of_a_diverged_run(tmp_path: pathlib.Path) -> None:
     assert trainer.checkpoints is not None and trainer.checkpoints.latest() == 5
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_copes_may_do_so() -> None:
     inner = {'target': 'optax:sgd', 'learning_rate': 0.01}
     made = build(
@@ -220,7 +229,9 @@ def _steep(x: Any) -> Any:
 _steep.defvjp(lambda x: (x, None), lambda _, g: (jnp.full_like(g, jnp.inf),))
 
 
-@pytest.mark.parametrize(('scale', 'skips', 'step'), [(2.0**60, 50, 50), (4.0, 3, 3)])
+@pytest.mark.parametrize(
+    ('scale', 'skips', 'step'), slow_after(1, [(2.0**60, 50, 50), (4.0, 3, 3)])
+)
 def test_a_loss_scale_that_finds_no_place(scale: float, skips: int, step: int) -> None:
     """After 50 skips in a row, or when the scale cannot get smaller."""
     made = build(
@@ -245,6 +256,7 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
     return state.replace(params=params), {'loss': loss}
 
 
+@pytest.mark.slow
 def test_a_step_of_ones_own() -> None:
     made = build(PLAIN, step={'ref': f'{__name__}:by_hand'})
     states = run(made, 8)
@@ -259,6 +271,7 @@ def ensemble(rates: tuple[float, ...], **overrides: Any) -> Any:
     return build(PLAIN, ensemble={'size': len(rates), 'vary': vary}, **overrides)
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     """It keeps its state and is reported; the others train as if it were not there."""
     made = ensemble((0.01, 3e38, 0.02))
@@ -282,6 +295,7 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
     assert same(member_state(longer, 1), member_state(result.state, 1))
 
 
+@pytest.mark.slow
 def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib.Path) -> None:
     source = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 100}
     to_float = {'target': 'data.transforms:ToFloat', 'key': 'image'}
@@ -305,6 +319,7 @@ def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib
         assert np.isfinite(batch['probability']).all()
 
 
+@pytest.mark.slow
 def test_no_member_left() -> None:
     with pytest.raises(NonFiniteError, match='all members of the ensemble have diverged'):
         Trainer(ensemble((2e38, 3e38))).fit()
@@ -320,6 +335,7 @@ def twice(state: Any, batch: Any, ctx: Any) -> Any:
     return state, {'first': first['task'], 'inner': {'second': second}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sweeps', [False, True])
 def test_several_updates_are_one_step(sweeps: bool) -> None:
     made = build(PLAIN, step={'ref': f'{__name__}:twice'})

@@ -76,6 +76,7 @@ def of(loader: str) -> dict[str, Any]:
     return {'target': f'data.streaming:{loader}', 'stages': stages}
 
 
+@pytest.mark.slow
 def test_a_label_of_a_stream() -> None:
     """Its examples have no numbers; the row in its batch is named."""
     made = trainer(
@@ -149,6 +150,7 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
     return state.replace(params=params), {'objective': loss}
 
 
+@pytest.mark.slow
 def test_a_step_of_ones_own() -> None:
     with pytest.raises(UserError, match=r'holds 9 \(example 37 in step'):
         trainer({'bad': 9}, step={'ref': f'{__name__}:by_hand'}, evals={}).fit()

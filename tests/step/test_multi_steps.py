@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.marks import slow_after
 from tests.step import tiny
 from trainer.config.errors import UserError
 
@@ -44,7 +45,7 @@ RIGHT: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', RIGHT)
+@pytest.mark.parametrize('name', slow_after(1, RIGHT))
 def test_an_update_of_two_steps_is_that_of_two_slices(name: str) -> None:
     """The order of the examples is the same, and so is every update; schedules count updates."""
     ours, theirs = RIGHT[name]
@@ -71,6 +72,7 @@ def overflowing(model: Any, batch: Any) -> jax.Array:
     return (model(batch['x']) ** 2).mean(-1)  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_none_of_those_of_an_update() -> None:
     """Under a loss scale: accumulated gradients and count stay; the rate is that of the count."""
     schedule = {**DECAY, 'transition_steps': 100}

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from tests import command
+from tests.marks import slow_after
 from tests.step import perceptron
 from trainer.experiment import load_and_build
 from trainer.run.events import Event
@@ -144,7 +145,7 @@ DROP_IN = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', DROP_IN)
+@pytest.mark.parametrize('name', slow_after(2, DROP_IN))
 def test_drop_in_replacements(name: str) -> None:
     """F6, F8: they train from a config, and their rate is known to the log."""
     trainer = perceptron.trainer(DROP_IN[name])

@@ -19,6 +19,7 @@ from flax import nnx
 
 from models.mlp import MLP
 from tests.command import ROOT
+from tests.marks import slow_after
 from trainer.experiment import load_and_build
 from trainer.modules import functional
 from trainer.modules.precision import Precision
@@ -243,7 +244,7 @@ def test_the_scale_doubles_after_so_many_finite_steps() -> None:
     assert float(after(ready, jnp.array(True)).scale) == 2.0**127
 
 
-@pytest.mark.parametrize('accumulate', [1, 4])
+@pytest.mark.parametrize('accumulate', slow_after(1, [1, 4]))
 def test_the_scale_leaves_the_update_alone(accumulate: int) -> None:
     """In float32 a power of two scales exactly: not a bit of the parameters changes."""
     plain = train(programs(Watched(), Precision(), accumulate=accumulate))
@@ -294,7 +295,7 @@ def test_slices_overflow_no_earlier_than_the_whole() -> None:
     assert 10 < highest(1) <= highest(4) <= highest(1) + 2
 
 
-@pytest.mark.parametrize('precision', [BF16, F16])
+@pytest.mark.parametrize('precision', slow_after(1, [BF16, F16]))
 def test_sharded_runs_agree(precision: Precision) -> None:
     """Two by four devices, parameters cut in four, one overflow: the state of one device."""
     options: Any = dict(loss_scale=2.0**10, ema_decay=0.9)

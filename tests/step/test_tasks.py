@@ -175,6 +175,7 @@ def test_a_task_with_in_batch_negatives_cannot_be_accumulated() -> None:
         mlp(task=target, accumulate=4)
 
 
+@pytest.mark.slow
 def test_batch_statistics_of_slices_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger('trainer').propagate = True
     mlp(accumulate=4).fit()

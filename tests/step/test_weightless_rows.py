@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import summarise
 from trainer.evaluate.step import EvalStep
@@ -148,7 +149,7 @@ TASKS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', TASKS)
+@pytest.mark.parametrize('name', slow_after(1, TASKS))
 def test_what_a_row_of_weight_0_holds_changes_nothing(name: str) -> None:
     task, model, options = TASKS[name]
     program = programs(task, model, **options)
@@ -161,6 +162,7 @@ def test_what_a_row_of_weight_0_holds_changes_nothing(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_on_eight_devices() -> None:
     program = programs(cross_entropy, devices=8)
     expected = stepped(program, batch_of(1.0), devices=8)
@@ -244,6 +246,7 @@ def test_evaluation(fill: float) -> None:
     assert metrics['loss'] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_random_numbers_and_collections_are_those_of_one_call() -> None:
     """Weights of 1 change nothing, dropout included."""
 
@@ -292,8 +295,8 @@ def test_batch_statistics_are_finite_whatever_a_row_holds() -> None:
     same(stepped(program, batch_of(1.0)), stepped(program, batch_of(np.nan)))
 
 
-@pytest.mark.parametrize('accumulate', [1, 2])
-@pytest.mark.parametrize('layer', [nn.Dense, nn.remat(nn.Dense)])
+@pytest.mark.parametrize('accumulate', slow_after(1, [1, 2]))
+@pytest.mark.parametrize('layer', slow_after(1, [nn.Dense, nn.remat(nn.Dense)]))
 def test_the_forward_pass_is_not_in_the_program_twice(accumulate: int, layer: Any) -> None:
     def of(task: Callable[..., Any]) -> tuple[float, float, int]:
         step = programs(task, Net(layer=layer), accumulate=accumulate).step
@@ -379,7 +382,7 @@ class Scaled(nn.Module):
         return nn.Dense(4)(x / jnp.linalg.norm(x, axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize('accumulate', slow_after(1, [1, 2]))
 def test_where_no_row_counts_nothing_moves(accumulate: int) -> None:
     """Neither parameters nor statistics of a batch, or of a slice, all of whose rows weigh 0."""
     batch = batch_of(1.0)

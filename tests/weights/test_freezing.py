@@ -13,6 +13,7 @@ import optax
 import pytest
 from flax import traverse_util
 
+from tests.marks import slow_after
 from tests.weights.examples import assert_same, flat, pretrained, trainer
 from trainer.config.errors import UserError
 
@@ -41,11 +42,11 @@ def head_only(learning_rate: float) -> optax.GradientTransformation:
 
 @pytest.mark.parametrize(
     'options',
-    [
+    slow_after(1, [
         {'task': {'ref': f'{__name__}:stopped'}},
         {'optimizer__freeze': 'backbone/.*'},
         {'optimizer__target': f'{__name__}:head_only'},
-    ],
+    ]),
     ids=['stop_gradient', 'freeze', 'multi_transform'],
 )  # fmt: skip
 def test_three_ways_to_freeze(tmp_path: pathlib.Path, options: dict[str, Any]) -> None:
@@ -68,7 +69,9 @@ NNX = {
 
 
 @pytest.mark.parametrize(
-    ('options', 'frozen'), [({}, 'backbone/.*'), (NNX, '(dense|norm)/0/.*')], ids=['linen', 'nnx']
+    ('options', 'frozen'),
+    slow_after(1, [({}, 'backbone/.*'), (NNX, '(dense|norm)/0/.*')]),
+    ids=['linen', 'nnx'],
 )
 def test_statistics_of_a_frozen_part(
     tmp_path: pathlib.Path, options: dict[str, Any], frozen: str

@@ -22,6 +22,7 @@ from trainer.weights.leaves import HostLeaf, in_slots_of
 FOUR = {'model__classes': 4, 'data__source__classes': 4}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ours_on_the_devices_of_the_state(tmp_path: pathlib.Path) -> None:
     """G3, C9: parameters and batch statistics, cut as the new run cuts them; a fresh optimizer."""
     path, old = pretrained(tmp_path)
@@ -41,6 +42,7 @@ def test_a_checkpoint_of_ours_on_the_devices_of_the_state(tmp_path: pathlib.Path
     assert new.fit().step == 10
 
 
+@pytest.mark.slow
 def test_the_moving_average_starts_at_what_was_loaded(tmp_path: pathlib.Path) -> None:
     path, old = pretrained(tmp_path, ema={'decay': 0.5})
     new = trainer(tmp_path, init_from={'path': path, 'ema': True}, ema={'decay': 0.9}).init_state()
@@ -54,6 +56,7 @@ def test_the_moving_average_starts_at_what_was_loaded(tmp_path: pathlib.Path) ->
         trainer(tmp_path, init_from={'path': path, 'ema': True}).init_state()
 
 
+@pytest.mark.slow
 def test_only_at_a_fresh_start(tmp_path: pathlib.Path) -> None:
     """A resumed run does not even look for the weights it once started from."""
     path, _ = pretrained(tmp_path)
@@ -268,6 +271,7 @@ def test_frozen_backbone_and_new_head(tmp_path: pathlib.Path) -> None:
     assert shapes == [(4,), (4,), (12, 4), (12, 4)]  # Adam's moments, of the head alone
 
 
+@pytest.mark.slow
 def test_differential_learning_rates_from_loaded_weights(tmp_path: pathlib.Path) -> None:
     """G5: with plain SGD the first update of the backbone is a tenth of what it would be."""
     path, old = pretrained(tmp_path)
