@@ -159,7 +159,7 @@ def swept(text: str) -> None:
 def spread(text: str) -> None:
     made = built('mnist_mlp.py', text, {**MNIST, 'ensemble.size': 4})
     trainer = Trainer(made)
-    assert dict(trainer.mesh.shape) == {'ensemble': 4, 'data': 2}
+    assert dict(trainer.set_up().mesh.shape) == {'ensemble': 4, 'data': 2}
     kernel = trainer.init_state().params['Dense_0']['kernel']
     assert kernel.sharding.spec[0] == 'ensemble'
 
@@ -172,7 +172,7 @@ def one_member(text: str) -> None:
 
 def cut(text: str) -> None:
     trainer = Trainer(built('mnist_mlp.py', text, MNIST))
-    assert dict(trainer.mesh.shape) == {'data': 2, 'fsdp': 4}
+    assert dict(trainer.set_up().mesh.shape) == {'data': 2, 'fsdp': 4}
     assert 'fsdp' in trainer.init_state().params['Dense_0']['kernel'].sharding.spec
 
 
@@ -187,14 +187,14 @@ def packed(text: str) -> None:
 
 def halves(text: str) -> None:
     trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
-    assert 'bf16' in str(trainer.programs.step.jaxpr())
+    assert 'bf16' in str(trainer.set_up().programs.step.jaxpr())
 
 
 def scaled(text: str) -> None:
     trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
     assert trainer.experiment.loss_scale == 1024
     assert result.metrics['train/loss_scale'] == 1024
-    assert 'f16' in str(trainer.programs.step.jaxpr())
+    assert 'f16' in str(trainer.set_up().programs.step.jaxpr())
 
 
 def averaged(text: str) -> None:

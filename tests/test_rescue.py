@@ -19,8 +19,8 @@ import pytest
 from tests import small
 from tests.command import CLOCK
 from trainer.config.errors import UserError, full_text
-from trainer.inspect.warn_guard import NonFiniteError
-from trainer.run.events import Event
+from trainer.hooks import Event
+from trainer.run.failure import NonFiniteError
 from trainer.tasks.metrics import WeightedMean
 from trainer.tasks.task import Classification
 from trainer.trainer import Result, Trainer

@@ -17,6 +17,7 @@ from trainer.build import captures as probes
 from trainer.build import ensemble as members
 from trainer.build import monitors
 from trainer.build import optimizer as building
+from trainer.build.captures import Capture
 from trainer.build.data import Evaluation, device_transforms, evaluation, positive, train_loader
 from trainer.build.early_stopping import EarlyStopping
 from trainer.checkpoint.manager import Retention
@@ -26,13 +27,12 @@ from trainer.config.errors import UserError, shown
 from trainer.config.loading import LoadedConfig
 from trainer.config.sections import PrecisionSection, Sections
 from trainer.ensemble.step import Ensemble
-from trainer.inspect.capture import Capture
+from trainer.hooks import Event
 from trainer.modules import Functional, functional
 from trainer.modules.foreign import refusal_of_class
 from trainer.modules.precision import AS_IS, Precision
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
-from trainer.run.events import Event
 from trainer.step.context import StepFunction
 from trainer.step.optimizer import Optimizer
 from trainer.tasks.runner import TaskRunner

@@ -19,7 +19,7 @@ from tests.inspect.models import STEP, build, linen, of_nnx
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
-from trainer.inspect.warn_guard import NonFiniteError
+from trainer.run.failure import NonFiniteError
 from trainer.trainer import Trainer
 
 STOP: dict[str, Any] = {'non_finite': 'stop'}
@@ -109,13 +109,13 @@ def test_when_a_state_is_looked_at(
     options = {'train_for': '12 steps', 'log__every': '1 steps', 'checkpoint__every': '5 steps'}
     trainer = Trainer(build(linen(), guard=STOP, **options), str(tmp_path))
     seen: list[int] = []
-    sweep = trainer.programs.sweep
+    sweep = trainer.set_up().programs.sweep
 
     def counting(state: Any) -> Any:
         seen.append(int(state.step))
         return sweep(state)
 
-    vars(trainer.programs)['sweep'] = counting
+    vars(trainer.set_up().programs)['sweep'] = counting
     trainer.fit()
     assert [step for step in seen if step] == looks
 

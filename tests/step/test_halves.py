@@ -68,7 +68,7 @@ def test_an_optimizer_trains_halves(name: str, dtype: str) -> None:
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
     kept = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.inexact)]
     assert kept and {x.dtype for x in kept} == {jnp.dtype('float32')}
-    assert made.programs.step.compiles == 1
+    assert made.set_up().programs.step.compiles == 1
 
 
 def test_slots_follow_the_sharding_of_their_parameters() -> None:
@@ -77,7 +77,7 @@ def test_slots_follow_the_sharding_of_their_parameters() -> None:
         optimizer=ADAM, precision={'params': 'bfloat16'}, sharding=rule,
         mesh={'data': 2, 'fsdp': 4},
     )  # fmt: skip
-    abstract = made.programs.abstract
+    abstract = made.set_up().programs.abstract
     for slots in (abstract.opt_state[0].mu, abstract.opt_state[0].nu):
         kernel = slots['Dense_1']['kernel']
         assert kernel.dtype == jnp.float32

@@ -3,37 +3,63 @@
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.capture import Captures
 from trainer.inspect.forward import Batch, Forward
-from trainer.inspect.replay import Look, Replay
+from trainer.inspect.replay import Look, Reader, Replay
 from trainer.inspect.stop_guard import Watch
 from trainer.inspect.warn_guard import Guard
-from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
+from trainer.run.reporter import Reporter
+from trainer.run.setup import Run, Setup
 from trainer.step.state import TrainState
 
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
 
-
-class Probes:
+class Monitors:
     """The captures and the guard of a run."""
 
-    def __init__(self, parts: Parts, report: Reporter | None = None):
-        """Makes nothing yet.
+    def __init__(self, run: Run, setup: Setup, report: Reporter):
+        """Makes the monitors that the config asks for; nothing is compiled yet.
 
         Args:
-            parts: the run's programs, mesh, data and work directory.
+            run: whose experiment, data, checkpoints and work directory.
+            setup: its mesh and programs.
             report: gets what is found.
         """
-        self._parts = parts
+        experiment, programs = run.experiment, setup.programs
+        self._programs = programs
+        self._checkpoints = run.checkpoints
         self._report = report
+        self._captures: Captures | None = None
+        self._guard: Guard | None = None
+        self._watch: Watch | None = None
+        forward = Forward.of(experiment, setup.mesh, programs.task)
+        if experiment.captures:
+            writes = run.workdir is not None and processes.is_primary()
+            directory = run.workdir.path if run.workdir and writes else None
+            self._captures = Captures(experiment.captures, forward, directory)
+        reader = Reader(
+            data=experiment.data,
+            mesh=setup.mesh,
+            batch_size=experiment.clock.batch_size,
+            fields=programs.fields,
+        )
+        look = Look(experiment, setup, forward)
+        if experiment.guard == 'warn':
+            self._guard = Guard(Replay(programs, reader, look))
+        if experiment.guard == 'stop':
+            self._watch = Watch(
+                programs,
+                reader,
+                look,
+                ensemble=experiment.ensemble,
+                checkpoints=run.checkpoints,
+                say=report.progress.message,
+            )
 
     def prepare(self) -> None:
         """Checks `config.capture` against the model, and starts compiling the monitors' programs.
@@ -42,11 +68,9 @@ class Probes:
             UserError: for a pattern that matches nothing.
         """
         if self._captures is not None:
-            programs = self._parts.programs
-            self._captures.prepare(programs.abstract, programs.fields.shapes)
-
+            self._captures.prepare(self._programs.abstract, self._programs.fields.shapes)
         if self._watch is not None:
-            _ = self._parts.programs.sweep
+            _ = self._programs.sweep
 
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""
@@ -99,7 +123,6 @@ class Probes:
         Raises:
             NonFiniteError: see `config.guard`.
         """
-        assert self._report is not None
         if self._guard is not None:
             self._report.flush()
             message = self._guard.check(step, state, self._report.latest)
@@ -119,33 +142,7 @@ class Probes:
 
     def _place(self, step: int) -> Any:
         """Returns where a stream stood at the checkpoint that the run starts from."""
-        if self._parts.checkpoints is None or not self._parts.checkpoints.has(step):
+        if self._checkpoints is None or not self._checkpoints.has(step):
             return None
-        states = self._parts.checkpoints.meta(step).get('data_states')
+        states = self._checkpoints.meta(step).get('data_states')
         return states[jax.process_index()] if states else None
-
-    @functools.cached_property
-    def _forward(self) -> Forward:
-        parts = self._parts
-        return Forward.of(parts.experiment, parts.mesh, parts.programs.task)
-
-    @functools.cached_property
-    def _captures(self) -> Captures | None:
-        captures, workdir = self._parts.experiment.captures, self._parts.workdir
-        if not captures:
-            return None
-        writes = workdir is not None and processes.is_primary()
-        return Captures(captures, self._forward, workdir.path if workdir and writes else None)
-
-    @functools.cached_property
-    def _guard(self) -> Guard | None:
-        if self._parts.experiment.guard != 'warn':
-            return None
-        return Guard(Replay(self._parts, Look(self._parts, self._forward)))
-
-    @functools.cached_property
-    def _watch(self) -> Watch | None:
-        if self._parts.experiment.guard != 'stop':
-            return None
-        say = self._report.progress.message if self._report else print
-        return Watch(self._parts, Look(self._parts, self._forward), say)

@@ -19,9 +19,9 @@ from trainer.experiment import Experiment
 from trainer.observe.progress import duration
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
-from trainer.run import startup
-from trainer.run.setup import Parts
+from trainer.run import banner
 from trainer.tasks.metrics import not_finite
+from trainer.trainer import Trainer
 
 
 def rehearse(experiment: Experiment, workdir: str) -> None:
@@ -32,21 +32,22 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         workdir: where; nothing in it is read or written.
 
     Raises:
-        UserError: if a loss is no number, and for all that `Parts.compile` refuses.
+        UserError: if a loss is no number, and for all that `Trainer.compile` refuses.
     """
-    dry = Parts(experiment)
+    dry = Trainer(experiment)
     programs = dry.compile()
-    check_storable(dry.programs.abstract)
-    print(startup.summary(dry, 0))
+    setup = dry.set_up()
+    check_storable(setup.programs.abstract)
+    print(banner.summary(dry.run, setup, 0))
     for program in programs:
         program.ready()
         print(f'{program.name}: compiled in {duration(program.compile_secs)}')
     with dry.batches(0, [1]) as batches:
         (_, batch), *_ = batches
-        state = dry.programs.step(dry.init_state(), batch)
+        state = setup.programs.step(dry.init_state(), batch)
     _check_finite(state.metrics)
     print('train: one step is fine')
-    for name, evaluator in dry.evaluators.items():
+    for name, evaluator in setup.evaluators.items():
         evaluator.run(state, max_batches=1)
         print(f'eval {name}: one batch is fine')
     with _directory(workdir) as directory:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is derived once before the loop: shapes, checks, and the summary that the user sees."""
+"""Checks and warnings at the start of a run: what does not fit, and what will never happen."""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -15,15 +14,13 @@ from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.input.fields import MASK
 from trainer.modules.model_view import param_path
-from trainer.observe.table import bytes_per_device, human_bytes, parameter_table
-from trainer.parallel.mesh import BATCH_AXES, batch_shards
+from trainer.parallel.mesh import BATCH_AXES
 from trainer.parallel.sharding import logical_rules
 from trainer.run.events import Events
+from trainer.step import combinations
+from trainer.step.context import default_step
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
 
 _log = logging.getLogger('trainer')
 
@@ -43,6 +40,25 @@ def check_batch(experiment: Experiment, shards: int) -> None:
         f'config.data.batch_size: {rows} rows do not divide over {shards} devices x '
         f'{experiment.accumulate} accumulation slices; {near} would'
     )
+
+
+def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> None:
+    """Checks what the traced state shows, and warns of what is suspicious in it.
+
+    Raises:
+        UserError: if the optimizer's state does not fit other keys of the config.
+    """
+    state = programs.abstract
+    combinations.check(
+        experiment.optimizer,
+        state.opt_state,
+        ema=experiment.ema_decay is not None,
+        own_step=experiment.step is not default_step,
+    )
+    combinations.warn_of_eval_point(experiment.optimizer, state.opt_state)
+    warn_of_slices(experiment, state)
+    warn_of_rows_that_do_not_count(programs)
+    warn_of_idle_axes(experiment, state, mesh)
 
 
 def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
@@ -192,73 +208,9 @@ def _meet_before(one: Periodic, other: Periodic, end: int) -> bool:
     return False
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the runtime failed for want of memory; the CPU backend says so in words only."""
-    return 'RESOURCE_EXHAUSTED' in str(error) or 'Out of memory' in str(error)
-
-
-def explain_out_of_memory(parts: Parts, error: Exception) -> str:
-    """Returns what fills a device's memory, and what would help."""
-    state, spec = parts.programs.abstract, parts.programs.fields.shapes
-    batch = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec.values())
-    lines = [
-        'the device is out of memory.',
-        f'  state        {human_bytes(bytes_per_device(state))} on each device (parameters '
-        f'{human_bytes(bytes_per_device(state.params))}, '
-        f'optimizer {human_bytes(bytes_per_device(state.opt_state))})',
-        f'  batch        {human_bytes(batch / batch_shards(parts.mesh))} on each device',
-    ]
-    temporary = parts.programs.step.temporary_bytes()
-    if temporary is not None:
-        lines.append(f'  temporaries  {human_bytes(temporary)} in the train step')
-    lines += [
-        'A smaller config.data.batch_size or a larger config.accumulate shrinks the temporaries; '
-        'a smaller model or a leaner optimizer shrinks the state.',
-        f'The runtime said: {str(error).splitlines()[0].split(": ")[-1]}',
-    ]
-    return '\n'.join(lines)
-
-
-def summary(parts: Parts, step: int) -> str:
-    """Returns what a run that starts at `step` says of itself."""
-    experiment, state = parts.experiment, parts.programs.abstract
-    devices = jax.devices()
-    shards = batch_shards(parts.mesh)
-    mesh = ' x '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
-    per_epoch = experiment.clock.steps_per_epoch
-    batch = experiment.clock.batch_size
-    workdir = 'none (nothing is written)' if parts.workdir is None else parts.workdir.path
-    lines = [
-        parameter_table(state.params, state.collections),
-        '',
-        f'devices   {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh {mesh}',
-        f'state     {human_bytes(bytes_per_device(state))} on each device',
-        f'batch     {batch} rows, {batch // shards} on each device',
-        f'length    {experiment.total_steps:,} steps'
-        + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else '')
-        + (' at the current batch size' if per_epoch and experiment.clock.progress else ''),
-        f'workdir   {workdir}',
-        f'start     {_start(experiment, step)}',
-    ]
-    if (ensemble := experiment.ensemble) is not None:
-        members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
-        lines += [f'ensemble  {ensemble.size} members', *(f'  {member}' for member in members)]
-    return '\n'.join(lines)
-
-
 def watched_metrics(experiment: Experiment) -> dict[str, str]:
     """Returns the metrics that decide something, by the config path that names each."""
     early, best = experiment.early_stopping, experiment.retention.best_metric
     found = {'config.early_stopping.metric': early.metric if early else None}
     found['config.checkpoint.best.metric'] = best
     return {path: metric for path, metric in found.items() if metric is not None}
-
-
-def _start(experiment: Experiment, step: int) -> str:
-    if step > 0:
-        return f'resumed from step {step:,}'
-    weights = experiment.init_from
-    if weights is None:
-        return 'from the beginning'
-    member = '' if weights.member is None else f'member {weights.member} of '
-    return f'from the beginning, with weights of {member}{weights.path}'
