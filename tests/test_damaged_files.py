@@ -124,7 +124,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
     checkpoints.best()
     BatchSizes.of_run(workdir, 64)
     for read in (
-        lambda: workdir.config_changes(experiment.config, experiment.schedule_steps),
+        lambda: workdir.config_changes(experiment.origin.config, experiment.origin.schedule_steps),
         lambda: opening.locate(workdir.path, 'best'),
         workdir.check_not_lost,
     ):

@@ -76,8 +76,8 @@ def test_more_may_be_better() -> None:
 def test_which_values_are_better_follows_from_the_name(metric: str, mode: str) -> None:
     name = f'eval/test/{metric}'
     made = build(early_stopping={'metric': name}, checkpoint__best={'metric': name})
-    assert made.early_stopping is not None and made.early_stopping.mode == mode
-    assert made.retention.best_mode == mode
+    assert made.training.early_stopping is not None and made.training.early_stopping.mode == mode
+    assert made.saving.retention.best_mode == mode
 
 
 @pytest.mark.parametrize('key', ['early_stopping', 'checkpoint__best'])

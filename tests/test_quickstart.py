@@ -25,10 +25,10 @@ def test_the_config_has_its_numbers() -> None:
     sizes = {name: sum(x.size for x in jax.tree.leaves(layer)) for name, layer in params.items()}
     assert sizes == LAYERS
     assert sum(sizes.values()) == 824_458
-    optimizer = experiment.config['optimizer']
+    optimizer = experiment.origin.config['optimizer']
     assert (optimizer['learning_rate'], optimizer['momentum']) == (0.01, 0.9)
     assert (experiment.clock.batch_size, experiment.clock.steps_per_epoch) == (32, 1875)
-    assert experiment.total_steps == 18_750
+    assert experiment.training.total_steps == 18_750
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_retention_keeps_last_best_and_every_nth(tmp_path: pathlib.Path) -> None
     trainer = trainer_in(tmp_path, checkpoint__keep_every='40 steps')
     retention = Retention(
         keep_last=2,
-        keep_every=trainer.experiment.retention.keep_every,
+        keep_every=trainer.experiment.saving.retention.keep_every,
         best_metric='eval/test/accuracy',
     )
     checkpoints = Checkpoints(tmp_path / 'c', retention)

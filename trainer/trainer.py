@@ -109,7 +109,7 @@ class Trainer:
         screen = None if processes.is_primary() else Nowhere()
         ensemble = experiment.ensemble
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
-        total, batch_size = experiment.total_steps, experiment.clock.batch_size
+        total, batch_size = experiment.training.total_steps, experiment.clock.batch_size
         self.report = Reporter(total, batch_size, screen, members)
         self._events = self.run.events
         self._setup: Setup | None = None
@@ -271,7 +271,7 @@ class Trainer:
         self._tell(self._profile.stepped(step, state))
         self._recovery.count(batches, step)
         log_due = self._events.log.due(step)
-        if log_due or step == self.experiment.total_steps:
+        if log_due or step == self.experiment.training.total_steps:
             # Its row is fetched when it is there: see Reporter.
             health = None if self.experiment.ensemble is None else state.health
             stopped = None if health is None else health.is_bad
@@ -318,13 +318,13 @@ class Trainer:
 
     def _calls(self, step: int, max_steps: int | None) -> Iterator[int]:
         """Yields how many updates each call of a program makes; none if a stop came early."""
-        total, most = self.experiment.total_steps, self.experiment.steps_per_call
+        total, most = self.experiment.training.total_steps, self.experiment.training.steps_per_call
         last = total if max_steps is None else min(total, step + max_steps)
         stopped = self._stopping() or self._stopped_early
         return self._events.calls(step, step if stopped else last, most)
 
     def _status(self, step: int) -> str:
-        at_end = step == self.experiment.total_steps
+        at_end = step == self.experiment.training.total_steps
         owed = self._events.final if self._stopped_early else self._events.evals_due(step)
         if (at_end or self._stopped_early) and all(self.report.has_eval(n, step) for n in owed):
             return 'finished' if at_end else 'stopped_early'
@@ -378,7 +378,7 @@ class Trainer:
     def _profile(self) -> Profile:
         writes = self.workdir is not None and processes.is_primary()
         directory = self.workdir.path / 'profile' if self.workdir and writes else None
-        return Profile(self.experiment.profile, directory)
+        return Profile(self.experiment.logging.profile, directory)
 
     def _tell(self, message: str | None) -> None:
         if message is not None:
@@ -416,7 +416,7 @@ class Trainer:
                 or an evaluation of an empty split.
         """
         experiment = self.experiment
-        checks.check_batch(experiment, batch_shards(make_mesh(experiment.mesh)))
+        checks.check_batch(experiment, batch_shards(make_mesh(experiment.devices.mesh)))
         setup = self.set_up()
         programs, state = setup.programs, setup.programs.abstract
         first, self._compiled = not self._compiled, True
@@ -427,7 +427,7 @@ class Trainer:
         started = []
         if eval_point.is_named(experiment.optimizer):
             started.append(programs.eval_params)
-        if experiment.steps_per_call > 1:
+        if experiment.training.steps_per_call > 1:
             started.append(programs.fused)
         started.append(programs.step)
         check_row(state.metrics)

@@ -121,7 +121,7 @@ def test_in_a_dict_and_from_python() -> None:
         assert built.config['model']['features'] == (128, 64, 10)
         built = experiment.load_and_build(MLP, model={'features': given})
         assert built.config['model']['features'] == (128, 64, 10)
-    assert experiment.load_and_build(MLP, model__features='[10]').config['model']['features'] == (
+    assert experiment.load_and_build(MLP, model__features='[10]').origin.config['model']['features'] == (
         10,
     )
     with pytest.raises(UserError, match=r'features\[1\]: expected int, got 0\.5'):

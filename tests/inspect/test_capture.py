@@ -196,11 +196,11 @@ def test_what_is_not_due_is_not_measured(tmp_path: pathlib.Path) -> None:
     )
     run = Trainer(made, str(tmp_path))
     state = run.init_state()
-    captures = Captures(made.captures, Forward.of(made, run.set_up().mesh), None)
+    captures = Captures(made.logging.captures, Forward.of(made, run.set_up().mesh), None)
     batch = run.set_up().programs.fields.shapes
 
     def names(due: list[str]) -> str:
-        measure = captures._measuring([made.captures[name] for name in due])
+        measure = captures._measuring([made.logging.captures[name] for name in due])
         return str(captures._forward.shapes(measure, state.replace(metrics=None), batch))
 
     assert 'first' in names(['often']) and 'last' not in names(['often'])

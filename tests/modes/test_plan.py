@@ -26,7 +26,8 @@ from trainer.trainer import Trainer
 def trainer(name: str, mesh: dict[str, int], **options: Any) -> Trainer:
     common = {'train_for': '20 steps', 'evals': {}, 'ema__decay': 0.9}
     experiment = load_and_build(str(ROOT / 'configs' / f'{name}.py'), **{**common, **options})
-    return Trainer(dataclasses.replace(experiment, mesh=mesh))
+    devices = dataclasses.replace(experiment.devices, mesh=mesh)
+    return Trainer(dataclasses.replace(experiment, devices=devices))
 
 
 def planned_for(made: Trainer) -> Plan:

@@ -89,7 +89,8 @@ def experiment(kind: str, **options: Any) -> Experiment:
 
 def on_mesh(made: Experiment, mesh: Mapping[str, int]) -> Experiment:
     # Axes of size 1 cut nothing: the same rules fit every mesh.
-    return dataclasses.replace(made, mesh={'data': 1, 'fsdp': 1, 'model': 1, **mesh})
+    devices = dataclasses.replace(made.devices, mesh={'data': 1, 'fsdp': 1, 'model': 1, **mesh})
+    return dataclasses.replace(made, devices=devices)
 
 
 def train(trainer: Trainer) -> tuple[Any, list[float]]:

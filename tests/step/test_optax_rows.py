@@ -77,7 +77,7 @@ OPTIMIZERS: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
 def fitted(name: str, index: int) -> tuple[float, Any]:
     """Returns the accuracy on the test split and the parameters after the epoch."""
     trainer = perceptron.trainer(OPTIMIZERS[name][1][index])
-    assert trainer.experiment.total_steps == 469
+    assert trainer.experiment.training.total_steps == 469
     state = trainer.fit().state
     return trainer.evaluate(state)['test']['accuracy'], jax.device_get(state.params)
 

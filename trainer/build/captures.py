@@ -36,7 +36,7 @@ class Capture:
         return any(re.fullmatch(pattern, path or ROOT) for pattern in self.match)
 
 
-def captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
+def build_captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
     """Returns what `config.capture` asks for, by name.
 
     Raises:

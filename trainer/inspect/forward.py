@@ -58,9 +58,9 @@ class Forward:
             model=experiment.model,
             task=task or experiment.task,
             seed=experiment.seed,
-            accumulate=experiment.accumulate,
+            accumulate=experiment.training.accumulate,
             mesh=mesh,
-            sharding=experiment.sharding,
+            sharding=experiment.devices.sharding,
         )
 
     def __call__(

@@ -38,10 +38,10 @@ class Monitors:
         self._guard: Guard | None = None
         self._watch: Watch | None = None
         forward = Forward.of(experiment, setup.mesh, programs.task)
-        if experiment.captures:
+        if experiment.logging.captures:
             writes = run.workdir is not None and processes.is_primary()
             directory = run.workdir.path if run.workdir and writes else None
-            self._captures = Captures(experiment.captures, forward, directory)
+            self._captures = Captures(experiment.logging.captures, forward, directory)
         reader = Reader(
             data=experiment.data,
             mesh=setup.mesh,
@@ -49,9 +49,9 @@ class Monitors:
             fields=programs.fields,
         )
         look = Look(experiment, setup, forward)
-        if experiment.guard == 'warn':
+        if experiment.training.guard == 'warn':
             self._guard = Guard(Replay(programs, reader, look))
-        if experiment.guard == 'stop':
+        if experiment.training.guard == 'stop':
             self._watch = Watch(
                 programs,
                 reader,

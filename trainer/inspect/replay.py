@@ -199,7 +199,7 @@ class Look:
             task=self._forward.task,
             optimizer=experiment.optimizer,
             seed=experiment.seed,
-            accumulate=experiment.accumulate,
+            accumulate=experiment.training.accumulate,
             shards=batch_shards(self._mesh),
         )
         return gradients(state, batch)[0]

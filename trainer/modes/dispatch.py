@@ -169,12 +169,15 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 
 def _already_done(trainer: Trainer) -> bool:
     """Whether the work directory holds the finished run, which is then said."""
-    workdir, total = _workdir(trainer), trainer.experiment.total_steps
+    workdir, total = _workdir(trainer), trainer.experiment.training.total_steps
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     result = workdir.result() if latest is not None else None
     if result is None or result['step'] != latest:
         return False
-    early = trainer.experiment.early_stopping is not None and result['status'] == 'stopped_early'
+    early = (
+        trainer.experiment.training.early_stopping is not None
+        and result['status'] == 'stopped_early'
+    )
     if not early and (latest != total or result['status'] != 'finished'):
         return False
     why = f' ({result["status"]})' if early else ''
@@ -316,7 +319,9 @@ _MODES: dict[str, Callable[[Trainer, Command, StopRequest], int]] = {
 def _restore(trainer: Trainer, command: Command) -> TrainState:
     """Returns the state of the checkpoint; says where the config is not that of its run."""
     experiment = trainer.experiment
-    changes = _workdir(trainer).config_changes(experiment.config, experiment.schedule_steps)
+    changes = _workdir(trainer).config_changes(
+        experiment.origin.config, experiment.origin.schedule_steps
+    )
     if changes := identity.identity_changes(changes):
         print(f'The config is not that of the run:\n{diff.format_diff(changes)}', file=sys.stderr)
     return trainer.restore(command.step)

@@ -51,7 +51,7 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         evaluator.run(state, max_batches=1)
         print(f'eval {name}: one batch is fine')
     with _directory(workdir) as directory:
-        checkpoints = Checkpoints(directory, experiment.retention)
+        checkpoints = Checkpoints(directory, experiment.saving.retention)
         checkpoints.save(1, state, {})
         checkpoints.close()
     print(f'a save is fine: {human_bytes(nbytes(state))}')

@@ -19,7 +19,7 @@ def check(run: Run, setup: Setup) -> None:
     splits = {name: fingerprint(e.loader) for name, e in setup.evaluators.items()}
     processes.check_agreement(
         {
-            'config': run.experiment.config,
+            'config': run.experiment.origin.config,
             'versions': versions(),
             'data': fingerprint(run.experiment.data),
             'data of evals': splits,

@@ -26,7 +26,7 @@ def summary(run: Run, setup: Setup, step: int) -> str:
         f'devices   {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh {mesh}',
         f'state     {human_bytes(bytes_per_device(state))} on each device',
         f'batch     {batch} rows, {batch // shards} on each device',
-        f'length    {experiment.total_steps:,} steps'
+        f'length    {experiment.training.total_steps:,} steps'
         + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else '')
         + (' at the current batch size' if per_epoch and experiment.clock.progress else ''),
         f'workdir   {workdir}',
@@ -41,7 +41,7 @@ def summary(run: Run, setup: Setup, step: int) -> str:
 def _start(experiment: Experiment, step: int) -> str:
     if step > 0:
         return f'resumed from step {step:,}'
-    weights = experiment.init_from
+    weights = experiment.start.weights
     if weights is None:
         return 'from the beginning'
     member = '' if weights.member is None else f'member {weights.member} of '

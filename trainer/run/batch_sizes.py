@@ -68,14 +68,14 @@ class BatchSizes:
 
 def resized(experiment: Experiment, sizes: BatchSizes, step: int, before: int) -> str:
     """Returns the message of a run that resumes at `step` with another batch size."""
-    clock, total = experiment.clock, experiment.total_steps
+    clock, total = experiment.clock, experiment.training.total_steps
     lines = [
         f'config.data.batch_size {before} -> {clock.batch_size}: resuming at step {step:,}, '
         f'after {sizes.examples(step):,} examples{_epochs(experiment, step)}; the run ends '
         f'at step {total:,}{_epochs(experiment, total)}. Step numbers continue; everything else '
         'counts examples.'
     ]
-    if experiment.schedule_steps:
+    if experiment.origin.schedule_steps:
         now, end = (float(clock.batches(at)) for at in (step, total))
         lines.append(
             f'Schedules in epochs, examples or % continue where they were: in steps {step:,} to '

@@ -31,14 +31,14 @@ def check_batch(experiment: Experiment, shards: int) -> None:
     Raises:
         UserError: naming batch sizes that would.
     """
-    rows, parts = experiment.clock.batch_size, shards * experiment.accumulate
+    rows, parts = experiment.clock.batch_size, shards * experiment.training.accumulate
     if rows % parts == 0:
         return
     below, above = rows // parts * parts, -(-rows // parts) * parts
     near = f'{above}' if below == 0 else f'{below} or {above}'
     raise UserError(
         f'config.data.batch_size: {rows} rows do not divide over {shards} devices x '
-        f'{experiment.accumulate} accumulation slices; {near} would'
+        f'{experiment.training.accumulate} accumulation slices; {near} would'
     )
 
 
@@ -52,7 +52,7 @@ def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> No
     combinations.check(
         experiment.optimizer,
         state.opt_state,
-        ema=experiment.ema_decay is not None,
+        ema=experiment.training.ema_decay is not None,
         own_step=experiment.step is not default_step,
     )
     combinations.warn_of_eval_point(experiment.optimizer, state.opt_state)
@@ -63,11 +63,11 @@ def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> No
 
 def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
     """Says that batch statistics are those of slices, where a batch is cut into some."""
-    if experiment.accumulate > 1 and 'batch_stats' in state.collections:
+    if experiment.training.accumulate > 1 and 'batch_stats' in state.collections:
         _log.warning(
             'the model has batch statistics and config.accumulate=%d: each slice is normalised by '
             'its own, so the update is not quite that of the whole batch',
-            experiment.accumulate,
+            experiment.training.accumulate,
         )
 
 
@@ -94,7 +94,7 @@ def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> 
     Axes that rules by name mention are left out, for activations may be cut over them.
     """
     used = set(BATCH_AXES)
-    for _, axes in logical_rules(experiment.sharding):
+    for _, axes in logical_rules(experiment.devices.sharding):
         used.update((axes,) if isinstance(axes, str) else axes or ())
     for leaf in jax.tree.leaves(state):
         for axes in leaf.sharding.spec:
@@ -136,17 +136,17 @@ def warn_of_wrong_gradients(state: TrainState, mesh: Mesh) -> None:
 
 def warn_of_what_never_comes(experiment: Experiment) -> None:
     """Says which keys ask for something that this run is too short for."""
-    total = experiment.total_steps
+    total = experiment.training.total_steps
     late = []
-    if experiment.profile is not None and experiment.profile.start >= total:
+    if experiment.logging.profile is not None and experiment.logging.profile.start >= total:
         late.append('config.profile')
-    for name, capture in experiment.captures.items():
+    for name, capture in experiment.logging.captures.items():
         first = capture.every.next_due(0)
         if first is not None and first > total:
             late.append(f'config.capture.{name}')
     if late:
         _log.warning('%s: never comes in a run of %d steps', ', '.join(late), total)
-    if (early := experiment.early_stopping) is not None:
+    if (early := experiment.training.early_stopping) is not None:
         name = early.metric.split('/')[1]
         every = experiment.evals[name].every
         first = experiment.clock.period(every, path=f'config.evals.{name}.every').next_due(0)
@@ -163,10 +163,10 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
 
     A checkpoint is judged by an evaluation at the same step.
     """
-    metric = experiment.retention.best_metric
+    metric = experiment.saving.retention.best_metric
     if metric is None:
         return
-    name, total = metric.split('/')[1], experiment.total_steps
+    name, total = metric.split('/')[1], experiment.training.total_steps
     evals, save = events.evals[name], events.save
     at_end, first = name in events.evals_due(total), evals.next_due(0)
     if at_end and (first is None or first >= total):
@@ -175,7 +175,7 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
         return
     periods = (
         f'config.evals.{name}.every={str(experiment.evals[name].every)!r}',
-        f'config.checkpoint.every={str(experiment.save_every)!r}',
+        f'config.checkpoint.every={str(experiment.saving.every)!r}',
     )
     wanted = periods[0].partition('=')[2]
     fix = f'set --config.checkpoint.every={wanted}'
@@ -210,7 +210,7 @@ def _meet_before(one: Periodic, other: Periodic, end: int) -> bool:
 
 def watched_metrics(experiment: Experiment) -> dict[str, str]:
     """Returns the metrics that decide something, by the config path that names each."""
-    early, best = experiment.early_stopping, experiment.retention.best_metric
+    early, best = experiment.training.early_stopping, experiment.saving.retention.best_metric
     found = {'config.early_stopping.metric': early.metric if early else None}
     found['config.checkpoint.best.metric'] = best
     return {path: metric for path, metric in found.items() if metric is not None}

@@ -38,16 +38,16 @@ class Events:
         """Returns the events of an experiment."""
         clock = experiment.clock
         return cls(
-            log=clock.period(experiment.log_every, path='config.log.every'),
+            log=clock.period(experiment.logging.every, path='config.log.every'),
             evals={
                 name: clock.period(spec.every, path=f'config.evals.{name}.every')
                 for name, spec in experiment.evals.items()
             },
-            save=clock.period(experiment.save_every, path='config.checkpoint.every'),
+            save=clock.period(experiment.saving.every, path='config.checkpoint.every'),
             final=frozenset(name for name, spec in experiment.evals.items() if spec.final),
-            profile=experiment.profile,
-            captures=tuple(capture.every for capture in experiment.captures.values()),
-            total_steps=experiment.total_steps,
+            profile=experiment.logging.profile,
+            captures=tuple(capture.every for capture in experiment.logging.captures.values()),
+            total_steps=experiment.training.total_steps,
         )
 
     def evals_due(self, step: int) -> list[str]:

@@ -142,6 +142,6 @@ class Hooks:
             metrics=dict(self._report.latest),
             workdir=None if self._workdir is None else str(self._workdir.path),
             row=self._report.row if kind in ('log', 'eval') else {},
-            config=self._experiment.config,
+            config=self._experiment.origin.config,
             **more,
         )

@@ -29,8 +29,8 @@ def init_state(experiment: Experiment, programs: Programs) -> TrainState:
     """
     return start(
         programs.init(),
-        experiment.init_from,
-        experiment.surgery,
+        experiment.start.weights,
+        experiment.start.surgery,
         restarted=lambda state: programs.restarted(state),
         members=experiment.ensemble is not None,
     )
@@ -51,7 +51,7 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
     checkpoints, experiment = run.checkpoints, run.experiment
     if checkpoints is None:
         raise UserError('restore: this trainer has no work directory')
-    if step == 'best' and experiment.retention.best_metric is None:
+    if step == 'best' and experiment.saving.retention.best_metric is None:
         raise UserError(
             "step 'best' needs a metric, and this config names none: add "
             '--config.checkpoint.best.metric=eval/NAME/accuracy'

@@ -63,7 +63,7 @@ class Recovery:
         self._allow_config_change = allow_config_change
         self._overrides = dict(overrides or {})
         self._consumed = Consumed(run.experiment.data)
-        rule = run.experiment.early_stopping
+        rule = run.experiment.training.early_stopping
         self.early_stopping = None if rule is None else Patience(rule)
         # What tells the training data from other data; None of a loader that has no first example.
         self._fingerprint: dict[str, Any] | None = None
@@ -92,13 +92,13 @@ class Recovery:
             self._check_batch_sizes()
             return
         if not self._allow_config_change:
-            workdir.check_same_run(experiment.config, experiment.schedule_steps)
+            workdir.check_same_run(experiment.origin.config, experiment.origin.schedule_steps)
         self._check_batch_sizes()
-        if latest > experiment.total_steps:
+        if latest > experiment.training.total_steps:
             checkpoints.check_name(latest, checkpoints.meta(latest))
             raise UserError(
                 f'{workdir.path} is at step {latest:,}, but config.train_for asks for '
-                f'{experiment.total_steps:,} steps. Name another --workdir, or a longer '
+                f'{experiment.training.total_steps:,} steps. Name another --workdir, or a longer '
                 '--config.train_for.'
             )
 
@@ -106,7 +106,7 @@ class Recovery:
         """Returns the state that the run starts from, restored or fresh, and its step."""
         experiment = self._run.experiment
         if self._run.workdir is not None and processes.is_primary():
-            self._code = Lookout(self._run.experiment.path)
+            self._code = Lookout(self._run.experiment.origin.path)
         if self._paused is not None:
             self._consumed.go_on(self._paused[1])
             return self._paused
@@ -145,7 +145,7 @@ class Recovery:
             return
         workdir.claim()
         run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
-        changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
+        changes = workdir.begin(experiment.origin.config, experiment.origin.schedule_steps, run)
         self._running, self._failed = True, False
         workdir.forget_failure()
         if self._code is not None:
@@ -159,7 +159,7 @@ class Recovery:
         before = self._run.batch_sizes.changed_at(step)
         if before is not None:
             self._report.progress.message(resized(experiment, self._run.batch_sizes, step, before))
-        self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
+        self._report.open(workdir.path, step, tensorboard=experiment.logging.tensorboard)
 
     def count(self, batches: Prefetcher, step: int) -> None:
         """Counts the batches that the run has consumed up to a step."""
@@ -190,7 +190,7 @@ class Recovery:
                 'examples': self._run.batch_sizes.examples(step),
                 'data': self._fingerprint,
                 'versions': versions(),
-                'config': diff.to_jsonable(self._run.experiment.config),
+                'config': diff.to_jsonable(self._run.experiment.origin.config),
             }
             checkpoints.save(step, state, meta)
         return True

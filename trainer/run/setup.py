@@ -88,7 +88,9 @@ def open_run(experiment: Experiment, workdir: str | None) -> Run:
         refusal = error
     checkpoints = None
     if directory is not None:
-        checkpoints = Checkpoints(directory.checkpoints, experiment.retention, directory.mark_saved)
+        checkpoints = Checkpoints(
+            directory.checkpoints, experiment.saving.retention, directory.mark_saved
+        )
     return Run(
         experiment=experiment,
         workdir=directory,
@@ -111,14 +113,14 @@ def set_up(run: Run, mesh: Mesh | None = None) -> Setup:
             empty.
     """
     experiment = run.experiment
-    mesh = make_mesh(experiment.mesh) if mesh is None else mesh
-    check_rules(experiment.sharding, mesh)
+    mesh = make_mesh(experiment.devices.mesh) if mesh is None else mesh
+    check_rules(experiment.devices.sharding, mesh)
     programs = Programs(
         _train_step(run, mesh),
         experiment.data.spec,
         mesh,
-        sharding=experiment.sharding,
-        fused=experiment.steps_per_call,
+        sharding=experiment.devices.sharding,
+        fused=experiment.training.steps_per_call,
     )
     checks.check_programs(experiment, programs, mesh)
     params = functools.partial(eval_params, experiment, programs)
@@ -128,7 +130,7 @@ def set_up(run: Run, mesh: Mesh | None = None) -> Setup:
             _eval_step(experiment, spec, mesh),
             spec.loader(_padded(spec.batch_size, batch_shards(mesh))),
             mesh,
-            sharding=experiment.sharding,
+            sharding=experiment.devices.sharding,
             use_ema=spec.ema,
             params=params,
         )
@@ -177,13 +179,13 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
         optimizer=experiment.optimizer,
         seed=experiment.seed,
         function=experiment.step,
-        accumulate=experiment.accumulate,
-        ema_decay=experiment.ema_decay,
-        loss_scale=experiment.loss_scale,
+        accumulate=experiment.training.accumulate,
+        ema_decay=experiment.training.ema_decay,
+        loss_scale=experiment.training.loss_scale,
         shards=batch_shards(mesh),
         log=run.events.log,
-        last_step=experiment.total_steps,
-        watches=experiment.guard == 'stop',
+        last_step=experiment.training.total_steps,
+        watches=experiment.training.guard == 'stop',
         sweeps=mesh.devices.flat[0].platform != 'cpu',
     )
     if experiment.ensemble is None:
