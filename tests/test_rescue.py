@@ -21,9 +21,10 @@ from tests.command import CLOCK
 from trainer.config.errors import UserError, full_text
 from trainer.hooks import Event
 from trainer.run.failure import NonFiniteError
+from trainer.run.result import Result
 from trainer.tasks.metrics import WeightedMean
 from trainer.tasks.task import Classification
-from trainer.trainer import Result, Trainer
+from trainer.trainer import Trainer
 
 Hook = Callable[[Event], None]
 

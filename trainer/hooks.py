@@ -26,7 +26,7 @@ class Event:
             name. NaN and infinity are null in the file. Empty at other events.
         evaluation: at 'eval' its name in `config.evals`.
         config: the resolved config, plain; do not change it.
-        status: at 'end' that of `trainer.trainer.Result`, 'failed' or 'diverged'.
+        status: at 'end' that of `trainer.run.result.Result`, 'failed' or 'diverged'.
         error: at the 'end' of a failed run, its error: 'ValueError: ...'.
     """
 

@@ -30,40 +30,25 @@ from trainer.run import agreement, banner, checks
 from trainer.run.hook_calls import Hooks
 from trainer.run.reporter import Reporter, check_row
 from trainer.run.restore import init_state, restore
+from trainer.run.result import Result
 from trainer.run.resume import Recovery
-from trainer.run.setup import Setup, eval_params, open_run, set_up, training_batches
+from trainer.run.setup import (
+    Setup,
+    eval_params,
+    open_run,
+    prepare_evaluators,
+    set_up,
+    start_compiling,
+    training_batches,
+)
 from trainer.run.workdir import Workdir
-from trainer.step import donated, eval_point
+from trainer.step import donated
 from trainer.step.programs import Program
 from trainer.step.state import TrainState
 from trainer.tasks.measured import Measured
 
 # How long a process that fails waits for the others to fail too.
 _MEETING_SECS = 10
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """How a call of `fit` ended.
-
-    Attributes:
-        status: 'finished', 'stopped_early' (`config.early_stopping`), 'preempted' (SIGTERM),
-            'interrupted' (Ctrl-C, or the stop button of a notebook) or 'paused' (`max_steps`).
-        step: number of completed updates.
-        metrics: the newest value of each metric, by its flat name ('eval/test/accuracy').
-        state: the state at `step`; gone once another call of `fit` has donated it to a step.
-    """
-
-    status: str
-    step: int
-    metrics: Mapping[str, float]
-    state: TrainState = dataclasses.field(repr=False, compare=False)  # Thousands of numbers.
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name == 'state':
-            donated.check(value, 'result.state')
-        return value
 
 
 class Trainer:
@@ -418,26 +403,15 @@ class Trainer:
         experiment = self.experiment
         checks.check_batch(experiment, batch_shards(make_mesh(experiment.devices.mesh)))
         setup = self.set_up()
-        programs, state = setup.programs, setup.programs.abstract
+        programs = setup.programs
         first, self._compiled = not self._compiled, True
         if first:
-            checks.warn_of_what_never_comes(experiment)
-            checks.warn_of_best(experiment, self._events)
-            checks.warn_of_wrong_gradients(state, setup.mesh)
-        started = []
-        if eval_point.is_named(experiment.optimizer):
-            started.append(programs.eval_params)
-        if experiment.training.steps_per_call > 1:
-            started.append(programs.fused)
-        started.append(programs.step)
-        check_row(state.metrics)
+            checks.warn_at_start(experiment, self._events, programs.abstract, setup.mesh)
+        started = start_compiling(experiment, programs)
+        check_row(programs.abstract.metrics)
         if first:
             products.warn_of_other_dtypes(programs, experiment.model)
-        for evaluator in setup.evaluators.values():
-            evaluator.prepare(state)
-        for path, metric in checks.watched_metrics(experiment).items():
-            _, evaluation, name = metric.split('/', 2)
-            setup.evaluators[evaluation].check_metric(name, path)
+        prepare_evaluators(experiment, setup)
         self._watching().prepare()
         return started
 

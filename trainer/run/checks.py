@@ -61,6 +61,13 @@ def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> No
     warn_of_idle_axes(experiment, state, mesh)
 
 
+def warn_at_start(experiment: Experiment, events: Events, state: TrainState, mesh: Mesh) -> None:
+    """Warns of what this run asks for in vain, and of gradients that may be wrong."""
+    warn_of_what_never_comes(experiment)
+    warn_of_best(experiment, events)
+    warn_of_wrong_gradients(state, mesh)
+
+
 def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
     """Says that batch statistics are those of slices, where a batch is cut into some."""
     if experiment.training.accumulate > 1 and 'batch_stats' in state.collections:

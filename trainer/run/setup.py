@@ -29,7 +29,7 @@ from trainer.run.batch_sizes import BatchSizes
 from trainer.run.events import Events
 from trainer.run.workdir import Workdir
 from trainer.step import eval_point
-from trainer.step.programs import Programs
+from trainer.step.programs import Program, Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import TrainStep
 
@@ -137,6 +137,30 @@ def set_up(run: Run, mesh: Mesh | None = None) -> Setup:
         for name, spec in experiment.evals.items()
     }
     return Setup(mesh=mesh, programs=programs, evaluators=evaluators)
+
+
+def start_compiling(experiment: Experiment, programs: Programs) -> list[Program]:
+    """Returns the programs that training calls, which compile in the background from here on."""
+    started = []
+    if eval_point.is_named(experiment.optimizer):
+        started.append(programs.eval_params)
+    if experiment.training.steps_per_call > 1:
+        started.append(programs.fused)
+    started.append(programs.step)
+    return started
+
+
+def prepare_evaluators(experiment: Experiment, setup: Setup) -> None:
+    """Traces the evaluations, so that mistakes in them are found before training begins.
+
+    Raises:
+        UserError: if a task or a metric does not fit, or a metric that the config names is missing.
+    """
+    for evaluator in setup.evaluators.values():
+        evaluator.prepare(setup.programs.abstract)
+    for path, metric in checks.watched_metrics(experiment).items():
+        _, evaluation, name = metric.split('/', 2)
+        setup.evaluators[evaluation].check_metric(name, path)
 
 
 def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -> Prefetcher:
