@@ -6,10 +6,10 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from trainer.build.data import positive
 from trainer.config.durations import Clock, Periodic
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
-from trainer.build.data import positive
 from trainer.modules.recorder import ROOT
 
 
