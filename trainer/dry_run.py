@@ -21,6 +21,7 @@ from trainer.observe.progress import duration
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
 from trainer.parts import Parts
+from trainer.probe.probes import Probes
 from trainer.step.metrics import not_finite
 
 
@@ -32,9 +33,11 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         workdir: where; nothing in it is read or written.
 
     Raises:
-        UserError: if a loss is no number, and for all that `Parts.compile` refuses.
+        UserError: if a loss is no number or a label out of its range, and for all that
+            `Parts.compile` refuses.
     """
     dry = Parts(experiment)
+    probes = Probes(dry)
     programs = dry.compile()
     check_storable(dry.programs.abstract)
     print(startup.summary(dry, 0))
@@ -43,7 +46,10 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         print(f'{program.name}: compiled in {duration(program.compile_secs)}')
     with dry.batches(0, [1]) as batches:
         (_, batch), *_ = batches
-        state = dry.programs.step(dry.init_state(), batch)
+        state = dry.init_state()
+        probes.begin(0, state)
+        state = dry.programs.step(state, batch)
+    probes.check_labels(state)
     _check_finite(state.metrics)
     print('train: one step is fine')
     for name, evaluator in dry.evaluators.items():
@@ -61,7 +67,7 @@ def _check_finite(metrics: Any) -> None:
     if bad := [name for name in not_finite(metrics) if name.endswith('loss')]:
         raise UserError(
             f'one step works, but train/{bad[0]} is not finite. Do the labels fit the number of '
-            'classes? Train with --config.guard.non_finite=stop to see which module it comes from'
+            'classes? --mode=train names the module it comes from'
         )
 
 

@@ -89,7 +89,8 @@ class Parts:
             shards=shards,
             log=self._events.log,
             last_step=experiment.total_steps,
-            watches=experiment.guard == 'stop',
+            watches=True,
+            stops=experiment.guard == 'stop',
             sweeps=self.mesh.devices.flat[0].platform != 'cpu',
         )
         train_step: TrainStep | EnsembleStep = member

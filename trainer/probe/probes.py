@@ -45,20 +45,17 @@ class Probes:
             programs = self._parts.programs
             self._captures.prepare(programs.abstract, programs.fields.shapes)
 
-        if self._watch is not None:
-            _ = self._parts.programs.sweep
+        _ = self._parts.programs.sweep
 
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""
         if self._guard is not None:
             self._guard.keep(step, state)
-        if self._watch is not None:
-            self._watch.begin(step, state, self._place(step))
+        self._watch.begin(step, state, self._place(step))
 
     def follow(self, batches: Prefetcher) -> None:
         """Sets the batches that the run reads from here on."""
-        if self._watch is not None:
-            self._watch.batches = batches
+        self._watch.batches = batches
 
     def poll(self, state: TrainState) -> None:
         """Checks results of the last event if the devices have computed them; does not wait.
@@ -67,12 +64,11 @@ class Probes:
             NonFiniteError: see `config.guard`.
             UserError: if a label is out of its range.
         """
-        if self._watch is not None:
-            self._watch.poll(state)
+        self._watch.poll(state)
 
     def is_sound(self, state: TrainState) -> bool:
         """Waits for a state, and returns whether it may be saved; see `check`."""
-        return self._watch is None or self._watch.is_sound(state)
+        return self._watch.is_sound(state)
 
     def check(self, step: int, state: TrainState) -> None:
         """Waits for the state of a step, and checks that it may be evaluated and saved.
@@ -81,8 +77,15 @@ class Probes:
             NonFiniteError: see `config.guard`.
             UserError: if a label is out of its range.
         """
-        if self._watch is not None:
-            self._watch.check(step, state)
+        self._watch.check(step, state)
+
+    def check_labels(self, state: TrainState) -> None:
+        """Waits for a state, and checks the labels that its steps have found.
+
+        Raises:
+            UserError: if one is out of its range.
+        """
+        self._watch.check_labels(state)
 
     def run(
         self, batches: Prefetcher, batch: Batch, step: int, state: TrainState, *, stacked: bool
@@ -98,15 +101,17 @@ class Probes:
 
         Raises:
             NonFiniteError: see `config.guard`.
+            UserError: if a label is out of its range.
         """
         assert self._report is not None
         if self._guard is not None:
             self._report.flush()
+            # First: a label out of range would explain what the guard finds.
+            self._watch.check(step, state)
             message = self._guard.check(step, state, self._report.latest)
             if message is not None:
                 self._report.progress.message(message)
-        if self._watch is not None:
-            self._watch.note(step, state, batches.state)
+        self._watch.note(step, state, batches.state)
         due = self._captures.due(step) if self._captures is not None else []
         if due and self._captures is not None:
             # What is still queued is the steps' time, not the capture's.
@@ -144,8 +149,6 @@ class Probes:
         return Guard(Replay(self._parts, Look(self._parts, self._forward)))
 
     @functools.cached_property
-    def _watch(self) -> Watch | None:
-        if self._parts.experiment.guard != 'stop':
-            return None
+    def _watch(self) -> Watch:
         say = self._report.progress.message if self._report else print
         return Watch(self._parts, Look(self._parts, self._forward), say)
