@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     digits = config.vars.get_ref('digits')
 
     config.model = dict(target='models.recurrent:Seq2Seq', vocab_size=12, hidden=64)
-    config.task = dict(target='trainer.step.language:Answer')
+    config.task = dict(target='trainer.tasks.language:Answer')
     config.optimizer = dict(
         target='optax:adam',
         learning_rate=dict(

@@ -36,7 +36,7 @@ def get_config() -> ml_collections.ConfigDict:
         exclude='head/.*',  # It is new.
         rename=(dict(ref='models.bert:HUGGING_FACE'), ('^', 'encoder/')),
     )
-    config.task = dict(target='trainer.step.tasks:Classification', inputs='tokens')
+    config.task = dict(target='trainer.tasks.task:Classification', inputs='tokens')
     config.optimizer = dict(
         target='optax:adamw',
         learning_rate=dict(

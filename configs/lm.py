@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = dict(
         target='models.transformer:Transformer', layers=4, width=256, heads=4, max_length=128
     )
-    config.task = dict(target='trainer.step.tasks:Classification', inputs='inputs', label='targets')
+    config.task = dict(target='trainer.tasks.task:Classification', inputs='inputs', label='targets')
     config.optimizer = dict(
         target='optax:adamw',
         learning_rate=dict(

@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
         target='models.transformer:Transformer', layers=4, width=256, heads=4, max_length=128
     )
     config.task = dict(
-        target='trainer.step.language:NextToken',
+        target='trainer.tasks.language:NextToken',
         segments='tokens_segment_ids',
         positions='tokens_positions',
     )

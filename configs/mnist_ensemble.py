@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.ensemble = dict(size=5)  # Member i is the run with the seed 0 + i.
 
     config.model = dict(target='models.mlp:MLP', features=(64, 10))
-    config.task = dict(target='trainer.step.tasks:Classification')
+    config.task = dict(target='trainer.tasks.task:Classification')
     config.optimizer = dict(target='optax:sgd', learning_rate=0.01, momentum=0.9)
 
     to_float = dict(target='data.transforms:ToFloat', key='image')

@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_for = '10 epochs'
 
     config.model = dict(target='models.cnn_nnx:CNN', num_classes=10)
-    config.task = dict(target='trainer.step.tasks:Classification')
+    config.task = dict(target='trainer.tasks.task:Classification')
     config.optimizer = dict(target='optax:sgd', learning_rate=0.01, momentum=0.9)
 
     to_float = dict(target='data.transforms:ToFloat', key='image')

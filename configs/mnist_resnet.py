@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.model = dict(
         target='models.resnet:ResNet', stages=(1, 1, 1), features=32, num_classes=10
     )
-    config.task = dict(target='trainer.step.tasks:Classification', label_smoothing=0.1)
+    config.task = dict(target='trainer.tasks.task:Classification', label_smoothing=0.1)
     config.optimizer = dict(
         target='optax:adamw',
         learning_rate=dict(
@@ -49,7 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
         device_transforms=(to_float,),
         batch_size=500,
     )
-    plain = dict(target='trainer.step.tasks:Classification')
+    plain = dict(target='trainer.tasks.task:Classification')
     config.evals = dict(
         test=dict(every='1 epochs', task=plain, data=test),
         test_ema=dict(every='1 epochs', task=plain, data=test, ema=True),

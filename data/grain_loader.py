@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from .blame import describe
 from .digest import DataDigest
 from .loader import Block, TrainLoader
 from .order import PADDING, Marks
+from .record_errors import describe
 from .sources import Arrays, ArraySpec, Source
 from .workers import WorkerError, portable, prefetched
 

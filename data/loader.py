@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
-from .blame import blame
 from .digest import DataDigest
 from .order import PADDING, Marks, Order, after
+from .record_errors import blame
 from .sources import Arrays, ArraySpec, Source, check_rows, check_source
 
 # Marks the real rows of a batch that may be padded: bool, (batch,).

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .blame import describe as describe_in
+from .record_errors import describe as describe_in
 from .sources import Arrays, ArraySpec, Source, check_source
 
 

@@ -15,7 +15,7 @@ optimized=(
     tests/test_configs.py tests/test_trainer.py tests/test_resume.py tests/test_loss_curve.py
     tests/parallel/test_memory.py tests/parallel/test_strategies.py
     tests/step/test_train_step.py tests/step/test_custom_step.py tests/step/test_precision.py
-    tests/step/test_program.py tests/plan/test_plan.py
+    tests/step/test_program.py tests/modes/test_plan.py
 )
 
 if [[ "${1:-}" != --all ]]; then

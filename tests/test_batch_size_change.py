@@ -18,7 +18,7 @@ from tests import command, small
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.probe.gradients import of_next_step
+from trainer.inspect.gradient_probe import of_next_step
 from trainer.trainer import Trainer
 
 EXAMPLES = 256

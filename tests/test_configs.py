@@ -38,7 +38,7 @@ SHORT: dict[str, dict[str, Any]] = {
 # Left out of the default suite.
 LONG = {'addition', 'mnist_resnet'}
 
-# Whose weights come from elsewhere: tests/convert/test_finetune.py runs it.
+# Whose weights come from elsewhere: tests/weights/test_finetune.py runs it.
 WEIGHTS = {'docstrings'}
 
 

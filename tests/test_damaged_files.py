@@ -18,13 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.pipeline import Pipeline
-from data.reader import Reader
 from data.sources import ArraySource
+from data.stream_pipeline import Pipeline
+from data.stream_reader import Reader
 from tests import small
 from tests.command import ROOT
 from trainer import main
-from trainer.batch_sizes import BatchSizes
 from trainer.checkpoint import checked, empty
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config import json_text
@@ -33,11 +32,13 @@ from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
 from trainer.observe.writers import MetricsFile
 from trainer.parallel.signals import StopRequest
-from trainer.recovery import Recovery
+from trainer.run.batch_sizes import BatchSizes
+from trainer.run.resume import Recovery
+from trainer.run.workdir import Workdir
 from trainer.step import health
 from trainer.trainer import Trainer
-from trainer.transfer import opening, safetensors
-from trainer.workdir import Workdir
+from trainer.weights import read as opening
+from trainer.weights import safetensors
 
 META = 'checkpoints/50/meta/metadata'
 OPTIONS = {

@@ -21,12 +21,12 @@ from flax.traverse_util import flatten_dict
 from jax import export as jax_export
 
 from tests import command
-from trainer import export
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
+from trainer.modes import export
 from trainer.step.state import TrainState
 from trainer.trainer import Trainer
-from trainer.transfer import safetensors
+from trainer.weights import safetensors
 
 CONFIG = str(command.ROOT / 'configs' / 'mnist_mlp.py')
 

@@ -14,9 +14,9 @@ from tests import command, small
 from trainer.checkpoint.manager import CheckpointError, Checkpoints
 from trainer.checkpoint.retention import Retention
 from trainer.config.errors import UserError
-from trainer.events import Event
+from trainer.inspect.warn_guard import NonFiniteError
 from trainer.parallel import last_words
-from trainer.probe.guard import NonFiniteError
+from trainer.run.events import Event
 from trainer.trainer import Trainer
 
 BROKEN = 500

@@ -241,8 +241,8 @@ def test_prefetching_keeps_the_order() -> None:
     """M2: Flax's iterator and ours give the same batches, ours as sharded global arrays."""
     from flax import jax_utils
 
+    from trainer.input.prefetch import Prefetcher
     from trainer.parallel.mesh import make_mesh
-    from trainer.prefetch import Prefetcher
 
     devices = jax.local_device_count()
     batches = [{'x': np.full((devices, 2), i, np.float32)} for i in range(5)]

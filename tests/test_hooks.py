@@ -12,7 +12,7 @@ import pytest
 
 from tests import small
 from tests.command import result
-from trainer.events import Event
+from trainer.run.events import Event
 from trainer.trainer import Trainer
 
 SEEN: list[tuple[Event, int | None]] = []

@@ -139,7 +139,7 @@ def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> N
 
 def test_tensorflow_is_never_imported() -> None:
     code = (
-        'import sys, trainer.modes\n'
+        'import sys, trainer.modes.dispatch\n'
         'from trainer.experiment import load_and_build\n'
         'from trainer.trainer import Trainer\n'
         "experiment = load_and_build('configs/mnist_mlp.py', train_for='3 steps')\n"

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from data.loader import Block
-from trainer.prefetch import Prefetcher
+from trainer.input.prefetch import Prefetcher
 
 ROWS = 8
 

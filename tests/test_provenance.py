@@ -14,7 +14,7 @@ import pytest
 
 from tests import small
 from tests.command import ROOT
-from trainer import provenance
+from trainer.run import provenance
 from trainer.trainer import Trainer
 
 

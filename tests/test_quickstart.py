@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests import command
-from trainer import startup
 from trainer.experiment import load_and_build
+from trainer.run import startup
 from trainer.trainer import Trainer
 
 CNN = '--config=configs/mnist.py'

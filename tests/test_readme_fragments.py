@@ -24,7 +24,7 @@ from tests.readme import BLOCKS, FRAGMENTS, OVERRIDES, TEXTS, Project, needs, ru
 from trainer.config import loading, overrides, schema
 from trainer.experiment import Experiment, build
 from trainer.trainer import Trainer
-from trainer.transfer import safetensors
+from trainer.weights import safetensors
 
 
 @pytest.fixture(scope='module')

@@ -17,9 +17,9 @@ from tests.command import wait_for
 from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.manager import CheckpointError
 from trainer.config.errors import UserError
-from trainer.events import Event
+from trainer.run.events import Event
+from trainer.run.workdir import Workdir
 from trainer.trainer import Trainer
-from trainer.workdir import Workdir
 
 FAIL_AT: list[int] = []
 KNOWN_AT_START: list[dict[str, float]] = []

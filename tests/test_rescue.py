@@ -19,10 +19,10 @@ import pytest
 from tests import small
 from tests.command import CLOCK
 from trainer.config.errors import UserError, full_text
-from trainer.events import Event
-from trainer.probe.guard import NonFiniteError
-from trainer.step.metrics import WeightedMean
-from trainer.step.tasks import Classification
+from trainer.inspect.warn_guard import NonFiniteError
+from trainer.run.events import Event
+from trainer.tasks.metrics import WeightedMean
+from trainer.tasks.task import Classification
 from trainer.trainer import Result, Trainer
 
 Hook = Callable[[Event], None]

@@ -25,9 +25,9 @@ from flax.training import train_state
 from data.sources import ArraySource
 from trainer.config.loading import LoadedConfig
 from trainer.experiment import build
-from trainer.step.tasks import TaskOutput
+from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
-from trainer.transfer import restore
+from trainer.weights import restore
 
 # Whether a processor rounds between a product and its sum moves what layers give by as much as the
 # float32 spacing of their terms, which are below 1.

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.command import ROOT
-from trainer import startup
-from trainer.events import Events
 from trainer.experiment import load_and_build
+from trainer.run import startup
+from trainer.run.events import Events
 
 BEST = {'metric': 'eval/test/accuracy', 'mode': 'max'}
 EVERY = "config.evals.test.every='30 steps' and config.checkpoint.every='20 steps'"

@@ -18,7 +18,7 @@ from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.trainer import Trainer
-from trainer.transfer import restore
+from trainer.weights import restore
 
 TINY = {
     'model__layers': 1,

@@ -14,8 +14,9 @@ import optax
 import pytest
 
 from tests import command, small
-from trainer import failure, traces
 from trainer.config.errors import UserError, full_text
+from trainer.observe import traces
+from trainer.run import failure
 
 HERE = __name__
 
@@ -176,5 +177,5 @@ def test_the_files_and_the_screen_of_a_task_that_fails(tmp_path: pathlib.Path) -
     assert len(shown) == 11
     assert shown[1].endswith(f'see {tmp_path}/debug.log]') and shown[2].endswith('in mismatched')
     assert all(line in log for line in shown)
-    assert 'trainer/step/program.py' in debug and 'trainer/step/program.py' not in log
+    assert 'trainer/step/programs.py' in debug and 'trainer/step/programs.py' not in log
     assert command.result(tmp_path)['error']['where'].endswith('in mismatched')

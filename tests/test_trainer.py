@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from tests.command import CLOCK, ROOT
+from trainer.checkpoint import digest
 from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
 from trainer.config.errors import UserError
-from trainer.events import Event
 from trainer.experiment import Experiment, load_and_build
-from trainer.step import digest
+from trainer.run.events import Event
 from trainer.trainer import Trainer
 
 SEEN: list[tuple[str, int]] = []

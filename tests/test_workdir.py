@@ -12,8 +12,8 @@ import pytest
 from tests import command
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
+from trainer.run.workdir import Workdir
 from trainer.trainer import Trainer
-from trainer.workdir import Workdir
 
 
 def refuse(constant: str) -> None:

@@ -26,4 +26,4 @@ fi
 site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
 export PYTHONPATH="$site:$root/.weights"
 exec .venv/bin/python -m pytest -m 'not soak' \
-    tests/convert tests/transfer/test_init_from.py tests/models/test_resnet.py "$@"
+    tests/convert tests/weights/test_init_from.py tests/models/test_resnet.py "$@"

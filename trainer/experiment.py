@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to real objects, with `trainer.inputs` and `trainer.step.building`.
+"""From a config to real objects, with `trainer.build.data` and `trainer.build.optimizer`.
 
 `build` returns an `Experiment`; after it no code reads a config, and nothing is a name any more.
 """
@@ -13,30 +13,31 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainer import watched
+from trainer.build import captures as probes
+from trainer.build import ensemble as members
+from trainer.build import monitors
+from trainer.build import optimizer as building
+from trainer.build.data import Evaluation, device_transforms, evaluation, positive, train_loader
+from trainer.build.early_stopping import EarlyStopping
 from trainer.checkpoint.manager import Retention
 from trainer.config import literals, loading, objects, schema, targets
 from trainer.config.durations import Clock, Duration, Progress
 from trainer.config.errors import UserError, shown
 from trainer.config.loading import LoadedConfig
 from trainer.config.sections import PrecisionSection, Sections
-from trainer.early_stopping import EarlyStopping
-from trainer.events import Event
-from trainer.inputs import Evaluation, device_transforms, evaluation, positive, train_loader
+from trainer.ensemble.step import Ensemble
+from trainer.inspect.capture import Capture
 from trainer.modules import Functional, functional
 from trainer.modules.foreign import refusal_of_class
 from trainer.modules.precision import AS_IS, Precision
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
-from trainer.probe import building as probes
-from trainer.probe.capture import Capture
-from trainer.step import building, members
+from trainer.run.events import Event
 from trainer.step.context import StepFunction
-from trainer.step.ensemble import Ensemble
 from trainer.step.optimizer import Optimizer
-from trainer.step.task_runner import TaskRunner
-from trainer.transfer.init_from import InitFrom
-from trainer.transfer.surgery import Operation
+from trainer.tasks.runner import TaskRunner
+from trainer.weights.init_from import InitFrom
+from trainer.weights.surgery import Operation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,7 +178,7 @@ def build(loaded: LoadedConfig) -> Experiment:
         ema_decay=_ema_decay(sections),
         loss_scale=_loss_scale(sections.precision),
         steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
-        early_stopping=watched.early_stopping(sections),
+        early_stopping=monitors.early_stopping(sections),
         mesh=sections.mesh,
         sharding=_sharding(sections),
         log_every=log.every,
@@ -211,7 +212,7 @@ def _timed(sections: Sections, data: Any) -> dict[str, Any]:
         'ensemble': members.ensemble(sections, clock),
         'profile': _profile(sections, clock),
         'captures': probes.captures(sections, clock),
-        'retention': watched.retention(sections, clock),
+        'retention': monitors.retention(sections, clock),
     }
 
 

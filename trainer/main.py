@@ -27,13 +27,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from trainer import traces
 from trainer.checkpoint.errors import SaveError
 from trainer.config import identity, loading, overrides, places, schema, show, synonyms
 from trainer.config.errors import UserError, full_text, shortened, shown
-from trainer.observe import logfile
+from trainer.modes.plan.devices import KINDS as DEVICE_KINDS
+from trainer.observe import logfile, traces
 from trainer.parallel import signals
-from trainer.plan.devices import KINDS as DEVICE_KINDS
 
 MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'plan', 'grad_probe', 'export', 'config')
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -170,13 +169,13 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     logfile.quiet_environment()
     if _FLAGS.mode == 'plan':
         _use_virtual_devices(_FLAGS.devices)
-    from trainer import modes
+    from trainer.modes import dispatch
     from trainer.parallel.processes import Cluster
 
     workdir = identity.default_workdir(loaded, applied)
     if _FLAGS.workdir:
         workdir = places.expand(_FLAGS.workdir, '--workdir')
-    command = modes.Command(
+    command = dispatch.Command(
         mode=_FLAGS.mode,
         workdir=workdir,
         step=_FLAGS.step,
@@ -193,7 +192,7 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
             heartbeat_secs=_FLAGS.heartbeat_timeout,
         ),
     )
-    return modes.run(loaded, command, stop)
+    return dispatch.run(loaded, command, stop)
 
 
 def _end_soon(code: int) -> None:

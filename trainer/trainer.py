@@ -12,19 +12,19 @@ from typing import Any
 
 import jax
 
-from trainer import startup
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
-from trainer.hooks import Hooks
+from trainer.input.prefetch import Prefetcher
+from trainer.inspect.monitors import Probes
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
 from trainer.parallel import last_words, processes, signals
 from trainer.parallel.signals import StopRequest
-from trainer.parts import Parts
-from trainer.prefetch import Prefetcher
-from trainer.probe.probes import Probes
-from trainer.recovery import Recovery
+from trainer.run import startup
+from trainer.run.hook_calls import Hooks
+from trainer.run.resume import Recovery
+from trainer.run.setup import Parts
 from trainer.step import donated
 from trainer.step.state import TrainState
 
@@ -68,7 +68,7 @@ class Trainer(Parts):
 
     It never ends the process, and the only signal that it handles is Ctrl-C, while `fit` trains in
     the main thread: see `trainer.parallel.signals.interruptible`. `trainer.main` handles all
-    others. Its building blocks, and everything but training, are in `trainer.parts`.
+    others. Its building blocks, and everything but training, are in `trainer.run.setup`.
 
     Attributes:
         experiment: what is trained.

@@ -23,7 +23,7 @@ from tests.checkpoint.examples import abstract, state
 from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.manager import Checkpoints, Retention
 from trainer.config.durations import Periodic
-from trainer.transfer import restore
+from trainer.weights import restore
 
 TREE = {'a': np.arange(4.0), 'b': {'c': np.ones((2, 3))}}
 

@@ -22,7 +22,7 @@ from trainer.checkpoint.storable import check_storable
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
-from trainer.transfer.opening import open_tree
+from trainer.weights.read import open_tree
 
 
 class WithEmpty(nn.Module):

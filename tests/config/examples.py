@@ -16,7 +16,7 @@ def config() -> ml_collections.ConfigDict:
             seed=0,
             train_for='2 epochs',
             model=dict(target='models.mlp:MLP', features=(64, 10), dropout_rate=0.0),
-            task=dict(target='trainer.step.tasks:Classification', weight=None),
+            task=dict(target='trainer.tasks.task:Classification', weight=None),
             optimizer=dict(target='optax:sgd', learning_rate=0.1, momentum=0.9, nesterov=False),
             data=dict(
                 source=dict(target='data.mnist:MNIST', split='train'),

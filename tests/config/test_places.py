@@ -16,8 +16,8 @@ from data.npz import Npz
 from tests.command import ROOT
 from trainer.config import loading, places
 from trainer.config.errors import UserError
-from trainer.transfer import opening
-from trainer.workdir import Workdir
+from trainer.run.workdir import Workdir
+from trainer.weights import read
 
 CONFIG = 'import ml_collections\ndef get_config():\n    return ml_collections.ConfigDict()\n'
 
@@ -39,7 +39,7 @@ def test_the_home_directory_wherever_a_path_is_named(home: pathlib.Path) -> None
     Workdir('~/runs/a').make()
     assert (home / 'runs' / 'a').is_dir()
     assert len(Npz('~/x.npz')) == 3
-    assert str(opening.locate(opening.epath.Path('~/x.npz'))) == str((home / 'x.npz').resolve())
+    assert str(read.locate(read.epath.Path('~/x.npz'))) == str((home / 'x.npz').resolve())
     with pytest.raises(ValueError, match=str(home / 'none')):
         MNIST('train', directory='~/none')
     assert not list(pathlib.Path.cwd().iterdir())
@@ -51,7 +51,7 @@ def test_paths_without_a_home_directory_stay_what_they_are() -> None:
 
 
 def test_a_home_directory_that_does_not_exist(home: pathlib.Path) -> None:
-    for act in (Workdir, loading.load, lambda path: opening.locate(opening.epath.Path(path))):
+    for act in (Workdir, loading.load, lambda path: read.locate(read.epath.Path(path))):
         with pytest.raises(UserError, match=r"directory ~no_such_user is not known .*'\./~no_such"):
             act('~no_such_user/x')  # type: ignore[operator]
     assert not list(pathlib.Path.cwd().iterdir())
@@ -63,10 +63,10 @@ def test_the_compile_cache_needs_a_home_directory(home: pathlib.Path) -> None:
         'import jax, os, pwd\n'
         'def missing(number): raise KeyError(number)\n'
         'pwd.getpwuid = missing\n'
-        'from trainer import modes\n'
+        'from trainer.modes import dispatch\n'
         'def cache(**env):\n'
         '    os.environ.update(env)\n'
-        '    modes._enable_compile_cache()\n'
+        '    dispatch._enable_compile_cache()\n'
         '    print(jax.config.jax_compilation_cache_dir)\n'
         'cache()\n'
         'jax.jit(lambda x: x + 1)(1)\n'

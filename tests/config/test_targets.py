@@ -153,7 +153,7 @@ partial_of_open = functools.partial(anything, c=1)
         ('optax:sdg', 'optax:sgd'),
         ('optx:sgd', 'optax:sgd'),
         ('data.transfroms:ToFloat', 'data.transforms:ToFloat'),
-        ('trainer.step.task:Classification', 'trainer.step.tasks:Classification'),
+        ('trainer.tasks.tsk:Classification', 'trainer.tasks.task:Classification'),
     ],
 )
 def test_misspelt_names(name: str, fix: str) -> None:

@@ -121,7 +121,7 @@ def test_a_word_that_means_nothing(name: str, value: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     ('name', 'meant'),
-    [('adam', 'optax:adam'), ('Regression', 'trainer.step.tasks:Regression')],
+    [('adam', 'optax:adam'), ('Regression', 'trainer.tasks.task:Regression')],
 )
 def test_a_target_without_its_module(name: str, meant: str) -> None:
     with pytest.raises(UserError, match=rf"got '{name}'\. Did you mean {meant}\?"):

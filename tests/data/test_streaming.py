@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from data.loader import Block
-from data.reader import part_of
 from data.sources import ArraySource
 from data.stages import Filter, LongerThan, Map, Pack, Split
+from data.stream_reader import part_of
 from data.streaming import StreamEvalLoader, StreamLoader
 from data.transforms import PerExample
 

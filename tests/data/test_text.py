@@ -134,7 +134,7 @@ def test_a_transformer_learns_from_it() -> None:
         str(ROOT / 'configs' / 'mnist_mlp.py'),
         train_for='60 steps',
         model={'target': 'models.transformer:Transformer', 'layers': 1, 'width': 32, 'heads': 2},
-        task={'target': 'trainer.step.tasks:Classification', **task},
+        task={'target': 'trainer.tasks.task:Classification', **task},
         data={'source': source, 'batch_size': 16, 'device_transforms': ()},
         evals__test__data={
             'source': {**source, 'split': 'test', 'limit': 100},

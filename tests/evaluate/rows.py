@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from data.sources import Arrays, ArraySource
-from trainer.step.tasks import Classification, TaskOutput
+from trainer.tasks.task import Classification, TaskOutput
 
 FIRST = 2**40
 HOST = ('id', 'share', 'name', 'raw')

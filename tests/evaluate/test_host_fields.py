@@ -15,11 +15,11 @@ from tests import command
 from tests.evaluate import rows
 from tests.evaluate.rows import HOST, Rows
 from tests.parallel import group
-from trainer import export
+from trainer.build.data import fingerprint
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
-from trainer.inputs import fingerprint
-from trainer.probe.files import write_npz
+from trainer.modes import export
+from trainer.observe.npz import write_npz
 from trainer.trainer import Trainer
 
 CONFIG = str(command.ROOT / 'tests' / 'evaluate' / 'rows.py')

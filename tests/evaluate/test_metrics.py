@@ -18,10 +18,10 @@ import pytest
 from tests import command
 from tests.command import ROOT
 from trainer.config.errors import UserError
-from trainer.dry_run import rehearse
 from trainer.experiment import load_and_build
-from trainer.step.metrics import WeightedMean
-from trainer.step.tasks import Classification, TaskOutput
+from trainer.modes.dry_run import rehearse
+from trainer.tasks.metrics import WeightedMean
+from trainer.tasks.task import Classification, TaskOutput
 from trainer.trainer import Trainer
 
 CONFIG = str(ROOT / 'configs' / 'mnist_mlp.py')

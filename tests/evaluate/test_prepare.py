@@ -86,7 +86,7 @@ def test_a_batch_that_the_model_cannot_take() -> None:
 
 
 def test_a_field_that_the_batch_does_not_have() -> None:
-    task = {'target': 'trainer.step.tasks:Classification', 'label': 'klass'}
+    task = {'target': 'trainer.tasks.task:Classification', 'label': 'klass'}
     trainer = trainer_with(None, task=task)
     with pytest.raises(UserError, match=r"config\.evals\.test: the task asks for batch\['klass'\]"):
         trainer.fit()

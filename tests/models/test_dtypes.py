@@ -29,11 +29,11 @@ from tests.command import ROOT
 from trainer.modules import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
-from trainer.plan import flops
+from trainer.observe import flops
 from trainer.step.optimizer import Optimizer
-from trainer.step.program import Programs
-from trainer.step.task_runner import TaskRunner
+from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks.runner import TaskRunner
 
 # Ways to compute in half precision: `precision`, arguments of the module, and the dtype.
 WAYS: dict[str, tuple[Precision, dict[str, Any], str]] = {

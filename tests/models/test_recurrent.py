@@ -19,9 +19,9 @@ from trainer.experiment import load_and_build
 from trainer.modules import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
-from trainer.step.language import Answer
-from trainer.step.task_runner import TaskRunner
-from trainer.step.tasks import TaskOutput
+from trainer.tasks.language import Answer
+from trainer.tasks.runner import TaskRunner
+from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 MODEL = Seq2Seq(vocab_size=12, hidden=16)

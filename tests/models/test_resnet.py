@@ -17,7 +17,7 @@ from models.resnet import TORCHVISION, ResNet
 from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
-from trainer.transfer import restore
+from trainer.weights import restore
 
 X = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype('f4')
 SMALL = ResNet(stages=(1, 1), features=8, stem='small', num_classes=10)
@@ -105,8 +105,8 @@ def test_half_precision() -> None:
 def test_weights_of_pytorch() -> None:
     """1.L: a ResNet-18 with the names of torchvision gives what it gave there."""
     torch = pytest.importorskip('torch')
-    from tests.convert import torch_networks
-    from tests.convert.test_from_torch import first, scramble
+    from tests.weights import torch_networks
+    from tests.weights.test_from_torch import first, scramble
 
     theirs = scramble(torch_networks.ResNet())
     mine = ResNet(stages=(2, 2, 2, 2), num_classes=10)

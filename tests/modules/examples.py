@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from trainer.modules import functional
-from trainer.modules.bound import BoundModel
+from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 
 X = jnp.arange(12.0).reshape(3, 4)

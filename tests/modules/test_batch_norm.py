@@ -24,10 +24,10 @@ from trainer.modules import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.parallel.mesh import make_mesh
 from trainer.step.optimizer import Optimizer
-from trainer.step.program import Programs
+from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-from trainer.step.task_runner import MASK, TaskRunner
 from trainer.step.train_step import TrainStep
+from trainer.tasks.runner import MASK, TaskRunner
 
 DEVICES = jax.local_device_count()
 

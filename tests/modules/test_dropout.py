@@ -17,10 +17,10 @@ from trainer.modules.rng import Keys
 from trainer.parallel.mesh import make_mesh
 from trainer.parallel.sharding import ByPath
 from trainer.step.optimizer import Optimizer
-from trainer.step.program import Programs
-from trainer.step.task_runner import TaskRunner
-from trainer.step.tasks import TaskOutput
+from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks.runner import TaskRunner
+from trainer.tasks.task import TaskOutput
 
 
 class Net(nn.Module):

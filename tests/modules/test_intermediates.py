@@ -15,12 +15,12 @@ import optax
 import pytest
 
 from tests.command import ROOT
+from tests.inspect.program import computation
 from tests.modules.examples import X, bind, init, same
-from tests.probe.program import computation
 from trainer.experiment import load_and_build
 from trainer.modules import functional
 from trainer.modules.rng import Keys
-from trainer.step.tasks import TaskOutput
+from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 

@@ -20,7 +20,7 @@ from etils import array_types, enp
 from flax import errors
 
 from tests.modules.examples import same
-from trainer.modules import klinen as knn
+from trainer import klinen as knn
 
 X = jnp.linspace(-1.0, 1.0, 128).reshape(2, 64)
 RNG, RNG2 = jax.random.split(jax.random.key(0))

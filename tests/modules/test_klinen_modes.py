@@ -14,8 +14,8 @@ from flax import errors
 
 from tests.modules.examples import same
 from tests.modules.test_klinen import MLP, RNG, AutoEncoder, Noisy, X
+from trainer import klinen as knn
 from trainer.modules import functional
-from trainer.modules import klinen as knn
 
 
 def test_modes() -> None:

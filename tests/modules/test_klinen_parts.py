@@ -16,7 +16,7 @@ from flax import errors, nnx
 
 from tests.modules.examples import same
 from tests.modules.test_klinen import MLP, RNG, RNG2, AutoEncoder, Noisy, Setup, X
-from trainer.modules import klinen as knn
+from trainer import klinen as knn
 
 
 def test_parts_made_in_setup() -> None:

@@ -17,12 +17,12 @@ import pytest
 from flax import nnx
 
 from tests.command import ROOT
+from tests.inspect.program import computation
 from tests.modules.examples import X, bind, same
-from tests.probe.program import computation
+from trainer import klinen as knn
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.modules import klinen as knn
-from trainer.step.tasks import TaskOutput
+from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 
@@ -73,7 +73,7 @@ def model(name: str, features: str) -> dict[str, Any]:
     return {
         'target': f'{__name__}:{name}',
         'features': {'target': f'{__name__}:{features}'},
-        'head': {'target': 'trainer.modules.klinen:Dense', 'features': 10},
+        'head': {'target': 'trainer.klinen:Dense', 'features': 10},
     }
 
 

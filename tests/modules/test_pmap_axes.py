@@ -18,12 +18,12 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from tests.modules.learning import trainer
-from trainer import dry_run, export
+from trainer import klinen as knn
 from trainer.config.errors import UserError
+from trainer.modes import dry_run, export
+from trainer.modes.plan import plan
 from trainer.modules import functional
-from trainer.modules import klinen as knn
 from trainer.modules.rng import Keys
-from trainer.plan import plan
 
 NOTICE = "names the axis 'batch' of jax.pmap"
 X = np.random.default_rng(0).normal(1.0, 2.0, (8, 6)).astype('f4')

@@ -23,10 +23,10 @@ from trainer.experiment import build
 from trainer.modules import functional
 from trainer.parallel.mesh import make_mesh
 from trainer.step.optimizer import Optimizer
-from trainer.step.program import Programs
-from trainer.step.task_runner import TaskRunner
-from trainer.step.tasks import TaskOutput
+from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks.runner import TaskRunner
+from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 
@@ -68,7 +68,7 @@ def test_partial_in_a_config() -> None:
         'norm': {**partial, 'args': ({'ref': 'flax.linen:BatchNorm'},), 'momentum': 0.9,
                  'epsilon': 1e-5},
     }  # fmt: skip
-    config.task = {'target': 'trainer.step.tasks:Classification'}
+    config.task = {'target': 'trainer.tasks.task:Classification'}
     config.optimizer = {'target': 'optax:sgd', 'learning_rate': 0.1}
     config.data = {'source': {'target': f'{__name__}:Images'}, 'batch_size': 16}
     path = pathlib.Path(__file__)

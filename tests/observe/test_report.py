@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trainer.observe.report import TimeSpent
+from trainer.observe.time_spent import TimeSpent
 
 
 def test_time_adds_up_by_part_even_when_the_part_fails() -> None:

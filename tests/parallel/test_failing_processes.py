@@ -17,9 +17,9 @@ import pytest
 
 from tests import command
 from tests.parallel.group import finish, start
-from trainer.events import Event
-from trainer.step.metrics import WeightedMean
-from trainer.step.tasks import Classification
+from trainer.run.events import Event
+from trainer.tasks.metrics import WeightedMean
+from trainer.tasks.task import Classification
 
 SHORT = (
     '--config.train_for=60steps',

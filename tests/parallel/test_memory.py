@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 from tests import command
 from tests.command import ROOT
 from tests.parallel.test_strategies import MESHES, experiment, on_mesh
+from trainer.checkpoint import digest
 from trainer.observe.table import bytes_per_device
 from trainer.parallel.mesh import make_mesh
-from trainer.step import digest
 from trainer.trainer import Trainer
 
 WIDTH = 4096

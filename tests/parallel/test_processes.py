@@ -13,14 +13,14 @@ import threading
 import pytest
 
 from trainer.parallel import processes
-from trainer.parallel.rendezvous import meet
+from trainer.parallel.handshake import meet
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
 from trainer.config.errors import UserError
 from trainer.parallel import processes
-from trainer.parallel.rendezvous import PeerError, meet
+from trainer.parallel.handshake import PeerError, meet
 
 coordinator, count, number, timeout, item = sys.argv[1:]
 try:
@@ -87,7 +87,7 @@ def test_a_process_that_dies_before_jax_has_connected_it_is_named(number):
     port = free_port()
     dying = f"""
 import os, signal
-from trainer.parallel.rendezvous import meet
+from trainer.parallel.handshake import meet
 
 meet('127.0.0.1:{port}', 3, {number}, 60)
 os.kill(os.getpid(), signal.SIGKILL)

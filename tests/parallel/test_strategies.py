@@ -19,10 +19,10 @@ from flax import errors
 from jax.sharding import PartitionSpec as P
 
 from tests.command import ROOT
-from trainer import startup
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.observe.table import bytes_per_device, nbytes
+from trainer.run import startup
 from trainer.trainer import Trainer
 
 STEPS = 30

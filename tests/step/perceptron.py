@@ -46,7 +46,7 @@ def trainer(optimizer: dict[str, Any], **options: Any) -> Trainer:
     config = ml_collections.ConfigDict()
     config.train_for = '1 epoch'
     config.model = {'target': f'{__name__}:Perceptron'}
-    config.task = {'target': 'trainer.step.tasks:Classification'}
+    config.task = {'target': 'trainer.tasks.task:Classification'}
     config.optimizer = optimizer
     to_float = {'target': 'data.transforms:ToFloat'}
     source = {'target': 'data.mnist:MNIST'}

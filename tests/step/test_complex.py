@@ -19,8 +19,8 @@ from trainer.config.errors import UserError
 from trainer.modules.precision import Precision
 from trainer.step import norms
 from trainer.step.optimizer import Optimizer, RegexMask
-from trainer.step.tasks import TaskOutput
-from trainer.transfer import safetensors
+from trainer.tasks.task import TaskOutput
+from trainer.weights import safetensors
 
 GOAL = np.asarray([1 - 2j, -0.5 + 1j, 3j], np.complex64)
 START = np.full(3, 0.5 + 0.5j, np.complex64)

@@ -15,10 +15,10 @@ import scipy.special
 from tests import command
 from trainer.config import loading, overrides
 from trainer.config.errors import UserError
+from trainer.ensemble import hyperparams
+from trainer.ensemble.step import member_state
 from trainer.experiment import Experiment, build, load_and_build
-from trainer.modules.combine import mean, mean_sigmoid, mean_softmax
-from trainer.step import varied
-from trainer.step.ensemble import member_state
+from trainer.modules.ensemble_outputs import mean, mean_sigmoid, mean_softmax
 from trainer.step.state import TrainState
 from trainer.trainer import Trainer
 
@@ -133,7 +133,7 @@ def test_what_varies_is_in_the_state(tmp_path: pathlib.Path) -> None:
         digests.append(command.result(tmp_path / name)['digest'])
     assert digests[0] == digests[1]
     restored = Trainer(made, str(tmp_path / 'parts')).restore()
-    found = varied.read(restored.opt_state, ('learning_rate', 'momentum'))
+    found = hyperparams.read(restored.opt_state, ('learning_rate', 'momentum'))
     assert found['learning_rate'].tolist() == pytest.approx(RATES)
     assert found['momentum'].tolist() == pytest.approx([0.5, 0.9])
     rows = command.rows(tmp_path / 'whole')
@@ -306,7 +306,7 @@ def test_a_number_in_a_tuple() -> None:
         tx = optimizer.transformation(params)
         state = tx.init(params)
         np.testing.assert_allclose(tx.update(params, state, params)[0]['x'], [-rate] * 3, rtol=1e-6)
-        assert varied.read(state, ['args[1].learning_rate']) == {'args[1].learning_rate': rate}
+        assert hyperparams.read(state, ['args[1].learning_rate']) == {'args[1].learning_rate': rate}
     with pytest.raises(
         UserError, match=r'Did you mean config\.optimizer\.args\[1\]\.learning_rate'
     ):

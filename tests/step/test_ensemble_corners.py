@@ -14,10 +14,10 @@ import pytest
 from tests import command
 from tests.step.test_ensemble import RATES, ensemble, experiment, trained
 from trainer.config.errors import UserError
+from trainer.ensemble import hyperparams
+from trainer.ensemble.step import member_state
 from trainer.experiment import load_and_build
-from trainer.step import varied
-from trainer.step.ensemble import member_state
-from trainer.step.tasks import TaskOutput
+from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 
@@ -32,7 +32,7 @@ def test_half_precision_parameters(steps_per_call: int) -> None:
     state, trainer = trained(**options, optimizer=optimizer, ensemble=ensemble(**vary))
     program = trainer.programs.fused if steps_per_call > 1 else trainer.programs.step
     assert program.compiles == 1
-    found = varied.read(state.opt_state, ('learning_rate', 'decay'))
+    found = hyperparams.read(state.opt_state, ('learning_rate', 'decay'))
     assert found['decay'].tolist() == pytest.approx([0.999, 0.9], rel=1e-6)
     alone, _ = trained(**options, optimizer={**optimizer, 'decay': 0.999})
     slots = [x.dtype for x in jax.tree.leaves(alone.opt_state)]
@@ -90,7 +90,7 @@ def test_changed_numbers_count(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match='holds a run of another config'):
         trainer((0.2, 0.02)).fit()
     state = trainer((0.2, 0.02), allow=True).fit().state
-    found = varied.read(state.opt_state, ('learning_rate',))['learning_rate']
+    found = hyperparams.read(state.opt_state, ('learning_rate',))['learning_rate']
     assert found.tolist() == pytest.approx([0.2, 0.02])
     rows = command.rows(tmp_path)
     assert rows[-1]['train/member_1/learning_rate'] == pytest.approx(0.02)

@@ -18,10 +18,10 @@ from flax import serialization
 from optax import contrib
 
 from tests.step import tiny
-from trainer import export
 from trainer.config import identity
 from trainer.config.errors import UserError
-from trainer.step.ensemble import member_state
+from trainer.ensemble.step import member_state
+from trainer.modes import export
 from trainer.step.state import TrainState
 
 NAMED = {'ref': 'optax.contrib:schedule_free_eval_params'}

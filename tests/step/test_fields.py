@@ -13,10 +13,10 @@ import pytest
 
 from data.sources import ArraySpec
 from trainer.config.errors import UserError
-from trainer.step.batch import Batch, plain, recording
-from trainer.step.fields import Fields, device_dtype
-from trainer.step.host_field import HostField
-from trainer.step.task_runner import TaskRunner
+from trainer.input.fields import Fields, device_dtype
+from trainer.input.host_field import HostField
+from trainer.tasks.batch import Batch, plain, recording
+from trainer.tasks.runner import TaskRunner
 
 IDS = np.array([[5, 6], [-1, 7]])
 SPEC = {

@@ -14,9 +14,9 @@ import numpy as np
 import optax
 import pytest
 
-from tests.probe.models import STEP, build, linen
-from trainer.probe.guard import NonFiniteError
-from trainer.step.ensemble import member_state
+from tests.inspect.models import STEP, build, linen
+from trainer.ensemble.step import member_state
+from trainer.inspect.warn_guard import NonFiniteError
 from trainer.step.health import GRADIENT, LOSS, PARAMETER, SLOT
 from trainer.trainer import Trainer
 
@@ -135,7 +135,7 @@ def test_without_a_copy_to_run_again(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for a large state: the step is named by what the flag and the state show."""
-    monkeypatch.setattr('trainer.probe.watch._MOST_KEPT_BYTES', 0)
+    monkeypatch.setattr('trainer.inspect.stop_guard._MOST_KEPT_BYTES', 0)
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     if 'target' in optimizer:
         default = {}
@@ -162,7 +162,7 @@ def test_where_each_step_looks_at_all(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run of an accelerator, which keeps no copies."""
-    monkeypatch.setattr('trainer.probe.watch._MOST_KEPT_BYTES', 0)
+    monkeypatch.setattr('trainer.inspect.stop_guard._MOST_KEPT_BYTES', 0)
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     trainer = Trainer(build(model, optimizer={**default, **optimizer}))
     programs = trainer.programs

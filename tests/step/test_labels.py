@@ -16,9 +16,9 @@ from data.sources import ArraySource
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.step.checks import run_checks
-from trainer.step.language import NextToken
-from trainer.step.tasks import Classification
+from trainer.tasks.checks import run_checks
+from trainer.tasks.language import NextToken
+from trainer.tasks.task import Classification
 from trainer.trainer import Trainer
 
 WARN = {'guard': {'non_finite': 'warn'}}
@@ -100,7 +100,7 @@ def test_a_label_of_an_evaluation() -> None:
 
 def test_a_label_to_ignore() -> None:
     """It counts in neither the loss nor the accuracy, with or without smoothing."""
-    task = {'target': 'trainer.step.tasks:Classification', 'ignore_label': -1}
+    task = {'target': 'trainer.tasks.task:Classification', 'ignore_label': -1}
     result = trainer({'bad': -1}, {'bad': -1}, task=task).fit()
     assert result.status == 'finished'
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)), jnp.float32)
@@ -139,7 +139,7 @@ def test_labels_for_each_class_may_be_missing() -> None:
     ],
 )
 def test_shapes_and_kinds(train: dict[str, Any], task: dict[str, Any], message: str) -> None:
-    task = {'target': 'trainer.step.tasks:Classification', **task}
+    task = {'target': 'trainer.tasks.task:Classification', **task}
     with pytest.raises(UserError) as caught:
         trainer(train, train, task=task).fit()
     assert re.search(message, str(caught.value), re.S), caught.value

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from trainer.config.errors import UserError
-from trainer.step.measured import (
+from trainer.tasks.measured import (
     Measured,
     check_accumulates,
     check_computes,

@@ -17,10 +17,10 @@ import pytest
 
 from tests import command
 from tests.step import perceptron
-from trainer.events import Event
 from trainer.experiment import load_and_build
+from trainer.run.events import Event
 from trainer.step.state import TrainState
-from trainer.step.tasks import TaskOutput
+from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 AT = perceptron.__name__

@@ -27,10 +27,10 @@ from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.parallel.sharding import FSDP, Rule
 from trainer.step.loss_scale import LossScale
 from trainer.step.optimizer import Optimizer
-from trainer.step.program import Programs
-from trainer.step.task_runner import TaskRunner, compute_metrics
-from trainer.step.tasks import Classification, TaskOutput
+from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks.runner import TaskRunner, compute_metrics
+from trainer.tasks.task import Classification, TaskOutput
 from trainer.trainer import Trainer
 
 BF16 = Precision(compute='bfloat16', output='float32')

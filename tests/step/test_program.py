@@ -14,7 +14,7 @@ from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
 from trainer.step import norms, train_step
-from trainer.step import program as program_lib
+from trainer.step import programs as program_lib
 from trainer.trainer import Trainer
 
 MNIST = str(ROOT / 'configs' / 'mnist_mlp.py')

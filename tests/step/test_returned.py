@@ -17,9 +17,9 @@ import pytest
 
 from tests.small import trainer_in
 from trainer.config.errors import UserError
-from trainer.step.language import NextToken
-from trainer.step.task_runner import MASK, TaskRunner
-from trainer.step.tasks import Classification, Regression, TaskOutput
+from trainer.tasks.language import NextToken
+from trainer.tasks.runner import MASK, TaskRunner
+from trainer.tasks.task import Classification, Regression, TaskOutput
 
 BATCH = {
     'x': jax.ShapeDtypeStruct((32, 10), jnp.float32),

@@ -16,11 +16,12 @@ import pytest
 from flax.training import lr_schedule
 
 from tests import command
+from trainer.build import optimizer as building
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, OptimizerSection
 from trainer.experiment import load_and_build
-from trainer.step import building, schedules
+from trainer.step import schedules
 from trainer.step.optimizer import Optimizer
 from trainer.trainer import Trainer
 

@@ -16,9 +16,9 @@ import pytest
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.step.metrics import WeightedMean, not_finite
-from trainer.step.task_runner import TaskRunner, inverse, loss_sums
-from trainer.step.tasks import Classification, TaskOutput, as_output
+from trainer.tasks.metrics import WeightedMean, not_finite
+from trainer.tasks.runner import TaskRunner, inverse, loss_sums
+from trainer.tasks.task import Classification, TaskOutput, as_output
 from trainer.trainer import Trainer
 
 LOGITS = np.array([[2.0, -1.0, 0.5], [-3.0, 0.25, 0.125]], np.float32)
@@ -195,7 +195,7 @@ def test_regression_learns_from_a_config() -> None:
     result = mlp(
         train_for='300 steps',
         model__features=(16, 1),
-        task={'target': 'trainer.step.tasks:Regression', 'inputs': 'x', 'targets': 'y'},
+        task={'target': 'trainer.tasks.task:Regression', 'inputs': 'x', 'targets': 'y'},
         data__device_transforms=({'target': 'data.transforms:ToFloat'}, *fields),
         log__every='100 steps',
     ).fit()

@@ -18,10 +18,10 @@ from trainer.config.errors import UserError
 from trainer.modules import functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.optimizer import Optimizer
-from trainer.step.program import Programs
-from trainer.step.task_runner import TaskRunner, compute_metrics
-from trainer.step.tasks import Classification, TaskOutput
+from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks.runner import TaskRunner, compute_metrics
+from trainer.tasks.task import Classification, TaskOutput
 
 ROWS = 16
 Mesh = jax.sharding.Mesh

@@ -14,20 +14,20 @@ import optax
 import pytest
 from flax import nnx
 
-from trainer import startup
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import summarise
 from trainer.evaluate.step import EvalStep
 from trainer.modules import functional
+from trainer.observe import flops
 from trainer.parallel.mesh import batch_sharding, make_mesh
-from trainer.plan import flops
-from trainer.step.language import NextToken
+from trainer.run import startup
 from trainer.step.optimizer import Group, Optimizer
-from trainer.step.program import Programs
+from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-from trainer.step.task_runner import MASK, TaskRunner, compute_metrics
-from trainer.step.tasks import Classification, Regression, TaskOutput
 from trainer.step.train_step import TrainStep
+from trainer.tasks.language import NextToken
+from trainer.tasks.runner import MASK, TaskRunner, compute_metrics
+from trainer.tasks.task import Classification, Regression, TaskOutput
 
 ROWS = 16
 # Two in a row, the first and the last one; in slices of 4 rows each slice has one that counts.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from trainer.modules.bound import param_path
+from trainer.modules.model_view import param_path
 
 Names = tuple[str, ...]
 _KEY = 'empty'

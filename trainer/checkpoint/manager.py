@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 from etils import epath
 
-from trainer.checkpoint import checked, empty, reading, writing
+from trainer.checkpoint import checked, digest, empty, reading, writing
 from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, may_pass
 from trainer.checkpoint.retention import Policy, Retention
 from trainer.config import json_text
 from trainer.config.errors import UserError
 from trainer.parallel.host import fetch
-from trainer.step import digest
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp

@@ -22,7 +22,7 @@ from trainer.config.errors import UserError, shown
 _BUNDLED = ('models', 'data', 'configs')
 
 # Where a name without a module is looked for, to say which module was probably meant.
-_KNOWN = ('optax', 'trainer.step.tasks', 'jax.nn', 'flax.linen', 'optax.contrib')
+_KNOWN = ('optax', 'trainer.tasks.task', 'jax.nn', 'flax.linen', 'optax.contrib')
 
 # Where the code lies that is not the user's, for the line of an error.
 _LIBRARIES = (

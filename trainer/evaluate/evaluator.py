@@ -16,34 +16,34 @@ import numpy as np
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax.sharding import Mesh
 
+from trainer.build.data import Evaluation
 from trainer.config.errors import UserError
-from trainer.evaluate.ensemble import EnsembleEvalStep
+from trainer.ensemble.evaluate import EnsembleEvalStep
 from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.experiment import Experiment
-from trainer.inputs import Evaluation
+from trainer.input.fields import Fields
+from trainer.input.host_field import HostFieldError
+from trainer.input.prefetch import Prefetcher
 from trainer.modules import seen
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
-from trainer.prefetch import Prefetcher
-from trainer.step.batch import recording
-from trainer.step.checks import complain
-from trainer.step.fields import Fields
 from trainer.step.health import SIGNS
-from trainer.step.host_field import HostFieldError
-from trainer.step.measured import (
+from trainer.step.programs import Program
+from trainer.step.state import TrainState, describe
+from trainer.tasks.batch import recording
+from trainer.tasks.checks import complain
+from trainer.tasks.measured import (
     Measured,
     check_computes,
     compute_on_trial,
     is_of_member,
     mean_and_each,
 )
-from trainer.step.program import Program
-from trainer.step.returned import name_of
-from trainer.step.state import TrainState, describe
-from trainer.step.task_runner import MASK, compute_metrics
+from trainer.tasks.returned import name_of
+from trainer.tasks.runner import MASK, compute_metrics
 
 
 class Stopped(Exception):

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 
 from trainer.evaluate.step import EvalStep
+from trainer.input.fields import Fields
+from trainer.input.host_field import HostField, HostFieldError
 from trainer.parallel import processes
 from trainer.parallel.mesh import ProcessRows
-from trainer.step.batch import recording
-from trainer.step.fields import Fields
-from trainer.step.host_field import HostField, HostFieldError
+from trainer.tasks.batch import recording
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

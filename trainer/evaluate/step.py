@@ -10,15 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainer.input.host_field import naming_host_fields
 from trainer.modules import Functional
-from trainer.modules.bound import BoundModel
+from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
-from trainer.step.checks import run_checks
 from trainer.step.health import SIGNS, Signs
-from trainer.step.host_field import naming_host_fields
-from trainer.step.metrics import Count
-from trainer.step.task_runner import MASK, TaskRunner, merge_metrics
-from trainer.step.tasks import TaskOutput
+from trainer.tasks.checks import run_checks
+from trainer.tasks.metrics import Count
+from trainer.tasks.runner import MASK, TaskRunner, merge_metrics
+from trainer.tasks.task import TaskOutput
 
 # Where a task's `model.ema` travels among the variables.
 EMA = '_ema'

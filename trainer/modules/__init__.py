@@ -13,8 +13,8 @@ import jax
 
 from trainer.config.errors import UserError
 from trainer.modules import foreign
-from trainer.modules.bound import BoundModel
 from trainer.modules.linen import Linen
+from trainer.modules.model_view import BoundModel
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 
@@ -55,7 +55,7 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
     """
     from flax import linen as nn
 
-    klinen = sys.modules.get('trainer.modules.klinen.bound')  # Whoever has bound one imported it.
+    klinen = sys.modules.get('trainer.klinen.bound')  # Whoever has bound one imported it.
     if klinen is not None and isinstance(module, klinen.Bound):
         raise UserError(
             f'config.model: {type(module).__name__} is bound to variables, which a run would not '

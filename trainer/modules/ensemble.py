@@ -13,10 +13,10 @@ import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.modules import Functional
-from trainer.modules.bound import BoundModel, Calls, Steps
-from trainer.modules.carried import Carried
-from trainer.modules.combine import mean
+from trainer.modules.ensemble_outputs import mean
+from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.rng import Keys
+from trainer.modules.static_leaves import Carried
 
 Combine = Callable[[Any], Any]
 

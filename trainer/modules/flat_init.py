@@ -19,7 +19,7 @@ from flax import struct
 from flax.core import meta
 
 from trainer.config.errors import UserError
-from trainer.modules import mode
+from trainer.modules import train_flags
 
 
 def unconstrained() -> contextlib.AbstractContextManager[Any]:
@@ -38,7 +38,7 @@ def _intercept(
         return following(*args, **kwargs)
     before = {
         name: value
-        for name in mode.fields(module)
+        for name in train_flags.fields(module)
         if name.endswith('_init') and _is_function(value := getattr(module, name))
     }
     try:

@@ -15,12 +15,12 @@ from flax import errors, traverse_util
 from flax.core.scope import subtract_filters
 
 from trainer.config.errors import UserError
-from trainer.modules import flat_init, mode, tap
-from trainer.modules.bound import BoundModel, Calls, Steps
+from trainer.modules import flat_init, recorder, train_flags
+from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.pmap_axes import PmapAxes
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
-from trainer.modules.streams import Streams
+from trainer.modules.rng_streams import Streams
 
 Variables = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ Variables = Mapping[str, Any]
 _TRAIN_ONLY_STREAMS = frozenset({'dropout'})
 
 # Whoever has made a Klinen module has imported it.
-_KLINEN = 'trainer.modules.klinen.intermediates'
+_KLINEN = 'trainer.klinen.intermediates'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Linen:
 
     def for_notebook(self, variables: Variables) -> Any:
         """Returns the module as a Klinen model that holds these variables, in evaluation mode."""
-        from trainer.modules import klinen as knn
+        from trainer import klinen as knn
 
         return knn.bind(self.module, variables).eval()
 
@@ -95,7 +95,7 @@ class LinenModel(BoundModel):
         collections = {name: value for name, value in variables.items() if name != 'params'}
         calls = Calls(collections)
         super().__init__(variables['params'], calls, keys, ema=ema, precision=precision)
-        self._module = mode.set_fields(module, self.training)
+        self._module = train_flags.set_fields(module, self.training)
         self._pmap_axes = pmap_axes or PmapAxes()
         # Shared with the views, as the calls are.
         # The stream 'default' is what NNX modules inside ask for: without it they get a constant.
@@ -103,7 +103,7 @@ class LinenModel(BoundModel):
         self._streams = Streams({'default', *known}, frozenset(never))
 
     def _field(self, name: str) -> Any:
-        return getattr(self._module, name) if name in mode.fields(self._module) else None
+        return getattr(self._module, name) if name in train_flags.fields(self._module) else None
 
     def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         with self._pmap_axes.calling(), flat_init.unconstrained():
@@ -112,16 +112,16 @@ class LinenModel(BoundModel):
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         calls = self._calls
         # What nobody reads of the intermediates, the compiler drops.
-        given = calls.tap.collections if calls.tap else (tap.INTERMEDIATES,)
+        given = calls.tap.collections if calls.tap else (recorder.INTERMEDIATES,)
         mutable = sorted({*given, *(calls.collections if self.training else ())})
         args, kwargs = self._precision.for_compute((args, kwargs))
         variables = {**self.variables, 'params': self._precision.for_compute(self.params)}
         if calls.tap is not None and calls.tap.perturbations:
-            variables[tap.PERTURBATIONS] = calls.tap.perturbations
+            variables[recorder.PERTURBATIONS] = calls.tap.perturbations
         call, calls.count = calls.count, calls.count + 1
 
         def run(rngs: dict[str, jax.Array]) -> Any:
-            method = mode.method(steps, self.training)
+            method = train_flags.method(steps, self.training)
             with calls.tap.on_linen() if calls.tap else contextlib.nullcontext():
                 return _sowing(
                     lambda collections: self._module.apply(
@@ -141,10 +141,10 @@ class LinenModel(BoundModel):
                 f'what of them is used.\n{str(error).partition(chr(10))[0]}'
             ) from error
         updates = dict(updates)
-        calls.intermediates = _plain(updates.pop(tap.INTERMEDIATES, {}))
+        calls.intermediates = _plain(updates.pop(recorder.INTERMEDIATES, {}))
         if calls.tap is not None:
             calls.intermediates = calls.tap.keep(calls.intermediates)
-            if perturbations := updates.pop(tap.PERTURBATIONS, None):
+            if perturbations := updates.pop(recorder.PERTURBATIONS, None):
                 calls.tap.perturb_more(perturbations)
         self._check_structure(updates)
         calls.collections.update(self._precision.like(updates, calls.collections))
@@ -181,8 +181,8 @@ class _InitModel(LinenModel):
         # would start in half precision and become float32.
         def run(rngs: dict[str, jax.Array]) -> Any:
             # A task may read what is sown; the state never holds it.
-            mutable = nn.DenyList((tap.PERTURBATIONS,))
-            method = mode.method(steps, training=False)
+            mutable = nn.DenyList((recorder.PERTURBATIONS,))
+            method = train_flags.method(steps, training=False)
             return _sowing(
                 lambda collections: self._module.init_with_output(
                     rngs, *args, method=method, mutable=collections, **kwargs
@@ -192,7 +192,7 @@ class _InitModel(LinenModel):
 
         output, made = self._streams.run(run, self._keys.stream)
         made = dict(made)
-        self._calls.intermediates = _plain(made.pop(tap.INTERMEDIATES, {}))
+        self._calls.intermediates = _plain(made.pop(recorder.INTERMEDIATES, {}))
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
         flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}
@@ -216,12 +216,12 @@ def _sowing(apply: Callable[[Any], Any], mutable: Any) -> Any:
         except TypeError as error:
             if not branches_differ(error):
                 raise
-        return apply(subtract_filters(mutable, tap.INTERMEDIATES))
+        return apply(subtract_filters(mutable, recorder.INTERMEDIATES))
 
 
 def branches_differ(error: TypeError) -> bool:
     """Whether an error is of branches of `nn.cond` that leave other intermediates behind."""
-    return all(word in str(error) for word in ('branch', f"'{tap.INTERMEDIATES}'"))
+    return all(word in str(error) for word in ('branch', f"'{recorder.INTERMEDIATES}'"))
 
 
 def _plain(intermediates: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from trainer.config.errors import UserError
-from trainer.modules import flat_init, foreign, mode, nnx_bridge, nnx_tap, pmap_axes
-from trainer.modules.bound import BoundModel, Calls, Steps
+from trainer.modules import flat_init, foreign, nnx_bridge, nnx_recorder, pmap_axes, train_flags
+from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.nnx_parts import (
     INTERMEDIATES,
     Parts,
@@ -180,9 +180,9 @@ class NNXModel(BoundModel):
         run = functools.partial(_runner(steps, self.training), module, args, kwargs)
         looking: Any = contextlib.nullcontext()
         if calls.tap is not None:
-            looking = nnx_tap.watch(module, calls.tap)
+            looking = nnx_recorder.watch(module, calls.tap)
         elif self._named:
-            looking = nnx_tap.watch(module, nnx_tap.Names())
+            looking = nnx_recorder.watch(module, nnx_recorder.Names())
         with pmap_axes.watching(module), looking, warnings.catch_warnings():
             # `nnx.capture`, which it wants around a call that sows, breaks scans and bridges.
             warnings.filterwarnings('ignore', r"\s*Using 'Module\.", DeprecationWarning)
@@ -191,7 +191,7 @@ class NNXModel(BoundModel):
             else:
                 output = run()
         if calls.tap is not None:
-            nnx_tap.take_perturbations(module, calls.tap)
+            nnx_recorder.take_perturbations(module, calls.tap)
         calls.intermediates = nnx.to_pure_dict(nnx.pop(module, INTERMEDIATES))
         if calls.tap is not None:
             calls.intermediates = calls.tap.keep(calls.intermediates)
@@ -292,7 +292,7 @@ def _has_rngs(module: nnx.Module) -> bool:
 
 
 def _runner(steps: Steps, training: bool) -> Callable[..., Any]:
-    call = mode.method(steps, training)
+    call = train_flags.method(steps, training)
 
     def run(module: nnx.Module, args: Any, kwargs: Any) -> Any:
         return call(module, *args, **kwargs)

@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 
 from trainer.config.errors import UserError
-from trainer.modules import mode, pmap_axes
+from trainer.modules import pmap_axes, train_flags
 
 # What a call in training may change within a Linen module; in evaluation only intermediates.
 _IN_TRAINING = nn.DenyList(('params', 'perturbations'))
@@ -57,7 +57,7 @@ def run_with_linen(run: Callable[[], Any], parts: list[Any], training: bool) -> 
     """
     before = [part.to_nnx__module for part in parts]
     for part in parts:
-        part.to_nnx__module = mode.set_fields(part.to_nnx__module, training)
+        part.to_nnx__module = train_flags.set_fields(part.to_nnx__module, training)
     mutable: Any = _IN_TRAINING if training else _IN_EVALUATION
     try:
         with nn.intercept_methods(_telling_roots(training)):
@@ -81,12 +81,12 @@ def _telling_roots(training: bool) -> Callable[..., Any]:
         context: nn.module.InterceptorContext,
     ) -> Any:
         module, name = context.module, context.method_name
-        layer = name == '__call__' and mode.is_layer(module)
+        layer = name == '__call__' and train_flags.is_layer(module)
         if layer or not isinstance(module.parent, nn.Module):
             # Around a scan over layers Flax calls a lambda, not a method of the module.
             target = module if name == '__call__' else getattr(module, name, None)
             if target is not None:
-                args, kwargs = mode.with_flags(target, args, kwargs, training)
+                args, kwargs = train_flags.with_flags(target, args, kwargs, training)
         return following(*args, **kwargs)
 
     return intercept
@@ -128,7 +128,7 @@ def telling_nnx(training: bool) -> Iterator[None]:
         def call(inner: Any, *args: Any, **kwargs: Any) -> Any:
             switch(inner, training)
             bound = functools.partial(method, inner)
-            args, kwargs = mode.with_flags(bound, args, kwargs, training)
+            args, kwargs = train_flags.with_flags(bound, args, kwargs, training)
             with pmap_axes.watching(inner):
                 return bound(*args, **kwargs)
 

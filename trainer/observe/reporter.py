@@ -20,21 +20,21 @@ import numpy as np
 from etils import epath
 
 from trainer.config.errors import UserError
+from trainer.ensemble.step import PerMember
+from trainer.observe.npz import write_npz
 from trainer.observe.progress import Progress, Screen
-from trainer.observe.report import TimeSpent
+from trainer.observe.time_spent import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
-from trainer.probe.files import write_npz
-from trainer.step.ensemble import PerMember
-from trainer.step.measured import (
+from trainer.step.state import describe
+from trainer.tasks.measured import (
     Measured,
     check_computes,
     compute_on_trial,
     is_of_member,
     mean_and_each,
 )
-from trainer.step.state import describe
-from trainer.step.task_runner import compute_metrics
+from trainer.tasks.runner import compute_metrics
 
 
 class Reporter:

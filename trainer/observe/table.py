@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from trainer.modules.bound import param_path
+from trainer.modules.model_view import param_path
 
 
 def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:

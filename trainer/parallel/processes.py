@@ -22,12 +22,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer import traces
 from trainer.config import diff
 from trainer.config.errors import UserError, full_text
-from trainer.parallel.rendezvous import EXIT_PEER_FAILED, meet
+from trainer.observe import traces
+from trainer.parallel.handshake import EXIT_PEER_FAILED, meet
+from trainer.parallel.peer_watch import PeerWatch, connect
 from trainer.parallel.signals import StopRequest
-from trainer.parallel.watch import PeerWatch, connect
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from trainer.modules.bound import param_path
-from trainer.parallel import checks
-from trainer.parallel.checks import Axes
+from trainer.modules.model_view import param_path
+from trainer.parallel import sharding_checks
+from trainer.parallel.sharding_checks import Axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class FSDP:
 
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
         """Returns a spec with one dimension cut, or None."""
-        parts = checks.parts(self.axis, mesh, 'FSDP')
+        parts = sharding_checks.parts(self.axis, mesh, 'FSDP')
         fits = [size % parts == 0 and size > 0 for size in parameter.shape]
         if parameter.nbytes < self.min_bytes or not any(fits):
             return None
@@ -105,14 +105,14 @@ class ByPath:
     rules: Sequence[tuple[str, Sequence[Axes]]]
 
     def __post_init__(self) -> None:
-        checks.check_patterns(self.rules)
+        sharding_checks.check_patterns(self.rules)
 
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
         """Returns the spec of the first pattern that matches, or None."""
         for pattern, axes in self.rules:
             if re.fullmatch(pattern, parameter.path):
                 spec = PartitionSpec(*_as_axes(axes))
-                checks.check_spec(
+                sharding_checks.check_spec(
                     parameter.path, parameter.shape, spec, mesh, f'the pattern {pattern!r}'
                 )
                 return spec
@@ -134,7 +134,7 @@ class ByName:
     rules: Sequence[tuple[str, Axes]]
 
     def __post_init__(self) -> None:
-        checks.check_pairs(self.rules)
+        sharding_checks.check_pairs(self.rules)
 
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
         """Returns the spec of a parameter whose dimensions have names, None for any other."""
@@ -142,7 +142,7 @@ class ByName:
             return None
         spec = nn.logical_to_mesh_axes(parameter.names, self.logical_rules)
         assert spec is not None
-        checks.check_spec(
+        sharding_checks.check_spec(
             parameter.path, parameter.shape, spec, mesh, f'the names {parameter.names}'
         )
         return spec
@@ -168,13 +168,15 @@ def spec_of(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> Partitio
     for rule in rules:
         spec = rule(parameter, mesh)
         if spec is not None:
-            checks.check_spec(parameter.path, parameter.shape, spec, mesh, type(rule).__name__)
+            sharding_checks.check_spec(
+                parameter.path, parameter.shape, spec, mesh, type(rule).__name__
+            )
             return spec
     names = parameter.names or ()
     if not all(name is None or name in mesh.shape for name in names):
         return PartitionSpec()
     spec = PartitionSpec(*names)
-    checks.check_spec(parameter.path, parameter.shape, spec, mesh, 'the model')
+    sharding_checks.check_spec(parameter.path, parameter.shape, spec, mesh, 'the model')
     return spec
 
 
@@ -188,10 +190,10 @@ def check_rules(rules: Iterable[Rule], mesh: Mesh) -> None:
         if isinstance(rule, ByPath):
             for pattern, axes in rule.rules:
                 for each in _as_axes(axes):
-                    checks.parts(each, mesh, f'the pattern {pattern!r}')
+                    sharding_checks.parts(each, mesh, f'the pattern {pattern!r}')
         elif isinstance(rule, ByName):
             for name, each in rule.logical_rules:
-                checks.parts(each, mesh, f'the rule for {name!r}')
+                sharding_checks.parts(each, mesh, f'the rule for {name!r}')
 
 
 def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
@@ -209,7 +211,7 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
     paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for rule in rules:
         if isinstance(rule, ByPath):
-            checks.check_used([pattern for pattern, _ in rule.rules], paths)
+            sharding_checks.check_used([pattern for pattern, _ in rule.rules], paths)
 
     def find(path: tuple[Any, ...], leaf: Any, named: PartitionSpec | None) -> PartitionSpec:
         parameter = Parameter(

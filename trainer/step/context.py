@@ -24,16 +24,16 @@ import numpy as np
 import optax
 
 from trainer.config.errors import UserError
-from trainer.modules.bound import BoundModel
+from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.health import SIGNS, Signs, take_signs
-from trainer.step.measured import check_accumulates
-from trainer.step.metrics import WeightedMean
 from trainer.step.objective import Objective, arguments
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState, changes, describe
-from trainer.step.task_runner import TaskRunner, inverse, is_metric, loss_sums, penalty_sum
-from trainer.step.tasks import MEASURED, ONLY_LOSS, TaskOutput, named_twice
+from trainer.tasks.measured import check_accumulates
+from trainer.tasks.metrics import WeightedMean
+from trainer.tasks.runner import TaskRunner, inverse, is_metric, loss_sums, penalty_sum
+from trainer.tasks.task import MEASURED, ONLY_LOSS, TaskOutput, named_twice
 
 if TYPE_CHECKING:
     from trainer.step.train_step import TrainStep

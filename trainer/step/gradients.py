@@ -15,16 +15,17 @@ from trainer.config.errors import UserError
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
-from trainer.step import returned, views
-from trainer.step.batch import plain
-from trainer.step.checks import run_checks
+from trainer.step import views
 from trainer.step.health import SIGNS, Signs
 from trainer.step.loss_scale import choose
-from trainer.step.metrics import WeightedMean
 from trainer.step.objective import Objective
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
-from trainer.step.task_runner import (
+from trainer.tasks import returned
+from trainer.tasks.batch import plain
+from trainer.tasks.checks import run_checks
+from trainer.tasks.metrics import WeightedMean
+from trainer.tasks.runner import (
     TaskRunner,
     by_name,
     inverse,
@@ -32,8 +33,8 @@ from trainer.step.task_runner import (
     merge_metrics,
     penalty_sum,
 )
-from trainer.step.tasks import ONLY_LOSS, TaskOutput
-from trainer.step.weightless import compute_only_needed
+from trainer.tasks.task import ONLY_LOSS, TaskOutput
+from trainer.tasks.weightless import compute_only_needed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from trainer.modules.bound import param_path
+from trainer.modules.model_view import param_path
 from trainer.parallel.host import fetch
 from trainer.step.loss_scale import choose
-from trainer.step.metrics import WeightedMean
+from trainer.tasks.metrics import WeightedMean
 
 if TYPE_CHECKING:
     from trainer.step.state import TrainState

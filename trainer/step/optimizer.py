@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 
 from trainer.config.errors import UserError
-from trainer.modules.bound import param_path
+from trainer.modules.model_view import param_path
 from trainer.step import views
 from trainer.step.objective import of_loss
-from trainer.step.tasks import ONLY_LOSS
+from trainer.tasks.task import ONLY_LOSS
 
 Schedule = Callable[[Any], Any]
 

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import optax
 
-from trainer.modules.bound import param_path
+from trainer.modules.model_view import param_path
 from trainer.step.health import Health
 from trainer.step.loss_scale import LossScale, choose
 

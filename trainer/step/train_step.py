@@ -20,7 +20,6 @@ from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
 from trainer.step import eval_point, views
-from trainer.step.batch import recording
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
 from trainer.step.health import (
@@ -37,13 +36,14 @@ from trainer.step.health import (
     watch,
 )
 from trainer.step.loss_scale import LossScale, choose
-from trainer.step.metrics import Last
 from trainer.step.norms import norms
 from trainer.step.objective import Objective, updated
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
 from trainer.step.step_sizes import learning_rates
-from trainer.step.task_runner import TaskRunner, merge_metrics
+from trainer.tasks.batch import recording
+from trainer.tasks.metrics import Last
+from trainer.tasks.runner import TaskRunner, merge_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.config.errors import UserError
-from trainer.modules.bound import param_path
+from trainer.modules.model_view import param_path
 from trainer.modules.precision import at_least_float32
 
 

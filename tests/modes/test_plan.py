@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: what they say of a small model is what a run of it has."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests import command
+from tests.command import ROOT
+from trainer.experiment import load_and_build
+from trainer.modes.plan import devices, plan
+from trainer.modes.plan.plan import Plan
+from trainer.observe import flops
+from trainer.run.setup import Parts
+
+
+def parts(name: str, mesh: dict[str, int], **options: Any) -> Parts:
+    common = {'train_for': '20 steps', 'evals': {}, 'ema__decay': 0.9}
+    experiment = load_and_build(str(ROOT / 'configs' / f'{name}.py'), **{**common, **options})
+    return Parts(dataclasses.replace(experiment, mesh=mesh))
+
+
+LM = {'model__layers': 2, 'model__width': 64, 'model__max_length': 32, 'data__source__seq_len': 32}
+
+
+def held(tree: Any) -> int:
+    """Bytes on the first device of arrays that are really there."""
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'mesh', [{'data': 8, 'fsdp': 1, 'model': 1}, dict(data=2, fsdp=2, model=2)]
+)
+def test_the_state_is_that_of_a_run(mesh: dict[str, int]) -> None:
+    made = parts('lm', mesh, **LM)
+    planned, state = plan.make(made), made.init_state()
+    assert planned.state['parameters'] == held(state.params)
+    assert planned.state['optimizer'] == held(state.opt_state)
+    assert planned.state['average'] == planned.state['parameters']
+    assert sum(planned.state.values()) + 4 == held(state)  # The step's number is in no kind.
+    assert planned.state_in_all == sum(x.nbytes for x in jax.tree.leaves(state))
+    assert planned.devices == 8
+    assert planned.temporaries is not None and planned.temporaries > 0
+
+
+def test_data_parallelism_adds_up_the_gradients_and_no_more() -> None:
+    made = parts('mnist_mlp', {'data': 8})
+    planned = plan.make(made)
+    params = planned.state['parameters']
+    assert {(c.kind, c.axes) for c in planned.collectives} == {('all-reduce', ('data',))}
+    sums = sum(c.nbytes for c in planned.collectives)
+    # The gradients, and a few scalars of metrics.
+    assert params <= sums <= params + 64
+    assert planned.batch == 32 * (28 * 28 + 4) // 8
+    assert planned.all_counted
+
+
+def test_sharded_parameters_are_gathered() -> None:
+    options = {'sharding': ({'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 1024},)}
+    planned = plan.make(parts('mnist_mlp', {'fsdp': 8}, **options))
+    whole = plan.make(parts('mnist_mlp', {'data': 8}))
+    assert planned.state['parameters'] < 0.15 * whole.state['parameters']
+    assert planned.state_in_all == whole.state_in_all
+    assert {c.axes for c in planned.collectives} == {('fsdp',)}
+    assert 'all-gather' in {c.kind for c in planned.collectives}
+    assert planned.flops == whole.flops
+
+
+def test_one_device_sends_nothing() -> None:
+    made = parts('mnist_mlp', {'data': 1})
+    made.__dict__['mesh'] = jax.make_mesh(
+        (1,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
+    )
+    planned = plan.make(made)
+    assert planned.collectives == ()
+    assert 'no collectives' in plan.describe(planned)
+
+
+def test_operations_are_counted_in_loops_and_branches() -> None:
+    def product(x: jax.Array) -> jax.Array:
+        return x @ x  # 2 x 8 x 8 x 8 operations
+
+    one = 2 * 8**3
+    x = jnp.ones((8, 8))
+
+    def looped(x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda c, _: (product(c), None), x, None, length=5)[0]
+
+    def branched(x: jax.Array) -> jax.Array:
+        return jax.lax.cond(x.sum() > 0, lambda x: product(product(x)), product, x)
+
+    def again(x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: jax.checkpoint(product)(x).sum())(x)
+
+    for function, times in ((product, 1), (looped, 5), (branched, 2), (jax.jit(product), 1)):
+        assert flops.count(jax.make_jaxpr(function)(x)) == times * one
+    assert flops.count(jax.make_jaxpr(again)(x)) >= 2 * one
+    image, kernel = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 2, 6))
+
+    def convolved(image: jax.Array) -> jax.Array:
+        return nn.Conv(6, (3, 3), feature_group_count=2).apply(
+            {'params': {'kernel': kernel, 'bias': jnp.zeros(6)}}, image
+        )
+
+    assert flops.count(jax.make_jaxpr(convolved)(image)) == 2 * (2 * 9 * 9 * 6) * (3 * 3 * 2)
+
+
+def some(**changes: Any) -> Plan:
+    base = Plan(
+        mesh={'data': 8}, state={'parameters': 10**9, 'optimizer': 2 * 10**9},
+        state_in_all=3 * 10**9, rows=64, shards=8, batch=10**6, temporaries=10**9, flops=1e15,
+        collectives=(), all_counted=True, compile_secs=1.0,
+    )  # fmt: skip
+    return dataclasses.replace(base, **changes)
+
+
+def test_what_fits_and_what_does_not() -> None:
+    assert 'fits         4.0 GB of the 17.2 GB of a v5e' in plan.describe(some(), 'v5e')
+    wide = some(state={'parameters': 10**9, 'collections': 400})
+    lines = plan.describe(wide).splitlines()[2:8]
+    assert ' collections 400 B' in lines
+    assert {len(re.match(r' ?\w+( all)? +', line)[0]) for line in lines} == {13}
+    large = some(state={'parameters': 20 * 10**9}, state_in_all=20 * 10**9)
+    text = plan.describe(large, 'v5e')
+    assert text.splitlines()[2] == 'DOES NOT FIT 21.0 GB are needed, and a v5e has 17.2 GB'
+    assert '--config.sharding=fsdp --config.mesh=\'{"data": -1, "fsdp": 8}\'' in text
+    cut = some(state={'parameters': 20 * 10**9}, state_in_all=160 * 10**9)
+    assert 'more devices on the axes that cut it' in plan.describe(cut, 'v5e')
+    busy = plan.describe(some(temporaries=20 * 10**9), 'v5e')
+    assert '--config.accumulate=4' in busy and '--config.model.remat=full' in busy
+    # 1e15 operations on 8 devices of 197e12 in a second.
+    assert 'at least 635 ms for a step: compute 635 ms' in plan.describe(some(), 'v5e')
+
+
+def test_every_kind_of_device_has_sound_figures() -> None:
+    for kind in devices.KINDS.values():
+        assert kind.memory > 1e10 and kind.bandwidth > 1e11
+        assert 1e13 < kind.flops < 1e16 and kind.links > 1e10
+
+
+@pytest.mark.slow
+def test_from_the_command_line() -> None:
+    args = ('--config=configs/lm.py', '--mode=plan', '--config.model.layers=1')
+    mesh = '--config.mesh={"data": 4, "fsdp": 4}'
+    finished = command.run(*args, mesh, '--devices=16', '--config.data.batch_size=16')
+    assert finished.code == 0, finished.err
+    assert 'a step on 16 devices, mesh data 4 x fsdp 4 x model 1; nothing has run' in finished.out
+    for wrong, message in (
+        ((*args, mesh, '--devices=8'), 'does not fit 8 devices'),
+        ((*args, '--devices=16'), '16 would'),
+        (args, '--mode=plan needs --devices=N'),
+        ((*args, '--devices=8', '--device_kind=v5x'), 'v4|v5e'),
+    ):
+        finished = command.run(*wrong)
+        assert finished.code == 2 and message in finished.err, finished.err
+        assert 'Traceback' not in finished.err
+
+
+@pytest.mark.slow
+def test_a_billion_parameters_on_512_devices() -> None:
+    """The last row of the README's table; it must fit a laptop."""
+    table = [sys.executable, str(ROOT / 'tests' / 'benchmarks' / 'plan_table.py'), '--devices=512']
+    finished = subprocess.run(table, capture_output=True, text=True, timeout=180)
+    assert finished.returncode == 0, finished.stderr
+    row = finished.stdout.splitlines()[-1]
+    assert re.match(r'\| 512 \| data 64 x fsdp 8 \| 1\.7 GB \|', row), row
+    memory = re.search(r'(\S+) GiB', row)
+    assert memory is not None and float(memory[1]) < 8

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""1.L where PyTorch is not installed: weights of its layout, converted, beside numpy's layers."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from flax.core import meta
+
+from models.bert import HUGGING_FACE, Encoder, SentenceEncoder
+from tests.weights import numpy_layers as layers
+from tests.weights.examples import assert_same, trainer
+from tests.weights.networks import ViT
+from trainer.config.errors import UserError
+from trainer.weights import restore, safetensors
+
+AT = 'layer.'
+
+
+def given(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype('f4')
+
+
+def weights(shapes: dict[str, tuple[int, ...]], at: str = AT) -> dict[str, np.ndarray]:
+    """Returns a state_dict with values of its own for each name; scales and variances positive."""
+    made = {}
+    for seed, (name, shape) in enumerate(shapes.items(), start=1):
+        values = np.asarray(0.5 * given(*shape, seed=seed))
+        of_norm = len(shape) == 1 and name.endswith(('weight', 'running_var'))
+        made[at + name] = abs(values) + np.float32(0.5) if of_norm else values
+    return made
+
+
+def norm(features: int) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(('weight', 'bias'), (features,))
+
+
+def batch_norm(features: int) -> dict[str, tuple[int, ...]]:
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    return {**dict.fromkeys(names, (features,)), 'num_batches_tracked': ()}
+
+
+def linear(inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {'weight': (outputs, inputs), 'bias': (outputs,)}
+
+
+def below(**parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a module of several; '__' stands for '.'."""
+    return {
+        f'{at.replace("__", ".")}.{name}': shape
+        for at, shapes in parts.items()
+        for name, shape in shapes.items()
+    }
+
+
+def close(mine: Any, theirs: np.ndarray) -> None:
+    """Within 1e-5 of the largest value."""
+    assert mine.shape == theirs.shape
+    assert abs(np.asarray(mine) - theirs).max() <= 1e-5 * abs(theirs).max()
+
+
+def last(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, 1, -1)
+
+
+def first(x: np.ndarray) -> np.ndarray:
+    return np.moveaxis(x, -1, 1)
+
+
+def converted(module: nn.Module, tensors: dict[str, np.ndarray], x: Any, **options: Any) -> Any:
+    """Returns what the Flax module makes of `x` with those weights."""
+    variables = module.init(jax.random.key(0), x)
+    made = restore.torch_variables(tensors, variables, **options)
+    assert jax.tree.structure(made) == jax.tree.structure(meta.unbox(variables))
+    return module.apply(made, x)
+
+
+class Inner(nn.Module):
+    """Gives a layer a name: PyTorch's containers do so too."""
+
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ('mine', 'shapes', 'theirs', 'x'),
+    [
+        (nn.Dense(4), linear(4, 4), layers.linear, given(2, 5, 4)),
+        (nn.Dense(3, use_bias=False), {'weight': (3, 4)}, layers.linear, given(2, 4)),
+        (nn.LayerNorm(epsilon=1e-5), norm(6), layers.layer_norm, given(2, 3, 6)),
+        (nn.Embed(4, 4), {'weight': (4, 4)}, layers.embedding, np.array([[1, 2], [3, 0]])),
+        (nn.MultiHeadDotProductAttention(3),
+         {'in_proj_weight': (36, 12), 'in_proj_bias': (36,), **below(out_proj=linear(12, 12))},
+         lambda x, w, at: layers.self_attention(x, w, at, heads=3), given(2, 5, 12)),
+    ],
+    ids=['linear', 'no bias', 'layer norm', 'embedding', 'attention'],
+)  # fmt: skip
+def test_layers_with_the_channels_last(
+    mine: nn.Module, shapes: Any, theirs: Callable[..., np.ndarray], x: np.ndarray
+) -> None:
+    """1.L: a square matrix is transposed where it is a kernel, and not where it is a table."""
+    tensors = weights(shapes)
+    close(converted(Inner(mine), tensors, x), theirs(x, tensors, AT))
+
+
+@pytest.mark.parametrize(
+    ('mine', 'shapes', 'theirs', 'shape'),
+    [
+        (nn.Conv(4, (2, 3), padding='VALID'), {'weight': (4, 3, 2, 3), 'bias': (4,)},
+         layers.conv2d, (1, 6, 7, 3)),
+        (nn.Conv(4, (3, 3), strides=2, padding=1), {'weight': (4, 4, 3, 3), 'bias': (4,)},
+         lambda *args: layers.conv2d(*args, stride=2, padding=1), (1, 6, 6, 4)),
+        (nn.Conv(6, (3, 3), padding=1, feature_group_count=2, use_bias=False),
+         {'weight': (6, 2, 3, 3)}, lambda *args: layers.conv2d(*args, padding=1, groups=2),
+         (2, 5, 5, 4)),
+        (nn.ConvTranspose(5, (3, 3), strides=(2, 2), padding='VALID', transpose_kernel=True),
+         {'weight': (4, 5, 3, 3), 'bias': (5,)},
+         lambda *args: layers.conv_transpose2d(*args, stride=2), (1, 4, 5, 4)),
+        (nn.BatchNorm(use_running_average=True), batch_norm(3), layers.batch_norm, (2, 4, 4, 3)),
+    ],
+    ids=['window', 'stride', 'groups', 'transposed', 'batch norm'],
+)  # fmt: skip
+def test_layers_with_the_channels_first(
+    mine: nn.Module, shapes: Any, theirs: Callable[..., np.ndarray], shape: tuple[int, ...]
+) -> None:
+    """1.L: kernels, and running statistics."""
+    x, tensors = given(*shape), weights(shapes)
+    close(converted(Inner(mine), tensors, x), last(theirs(first(x), tensors, AT)))
+
+
+@pytest.mark.parametrize('count', [True, False])
+def test_pooling(count: bool) -> None:
+    """1.L: `count_include_pad`, and the maximum."""
+    x, pads = given(2, 6, 6, 3), ((1, 1), (1, 1))
+    theirs = layers.avg_pool2d(first(x), 3, stride=2, padding=1, count_include_pad=count)
+    close(nn.avg_pool(x, (3, 3), (2, 2), pads, count_include_pad=count), last(theirs))
+    theirs = layers.max_pool2d(first(x), 3, stride=2, padding=1)
+    close(nn.max_pool(x, (3, 3), (2, 2), pads), last(theirs))
+
+
+class Network(nn.Module):
+    """A convolution, its norm and a pooling, flattened for a dense layer as Flax has it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Conv(5, (3, 3), strides=2, padding=1, name='features_0')(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name='features_1')(x))
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        return nn.Dense(2, name='fc')(x.reshape(len(x), -1))
+
+
+NETWORK = weights(
+    below(
+        features__0={'weight': (5, 3, 3, 3), 'bias': (5,)},
+        features__1=batch_norm(5),
+        fc=linear(5 * 8 * 8, 2),
+    ),
+    at='',
+)
+NAMES = (('^features/', 'features_'),)
+FLATTEN = (('fc', (5, 8, 8)),)
+
+
+def network(x: np.ndarray) -> np.ndarray:
+    """The same by PyTorch's rules: flattened with the channels first."""
+    y = layers.conv2d(first(x), NETWORK, 'features.0.', stride=2, padding=1)
+    y = layers.relu(layers.batch_norm(y, NETWORK, 'features.1.'))
+    y = layers.avg_pool2d(y, 2, stride=2, padding=0, count_include_pad=True)
+    return layers.linear(y.reshape(len(y), -1), NETWORK, 'fc.')
+
+
+def test_a_network_that_flattens(tmp_path: pathlib.Path) -> None:
+    """1.L: from Python, and by `config.init_from` from a file; the order of rows is the model's."""
+    x = given(2, 32, 32, 3)
+    expected, mine = network(x), Network()
+    close(converted(mine, NETWORK, x, rename=NAMES, flatten=FLATTEN), expected)
+    wrong = converted(mine, NETWORK, x, rename=NAMES)
+    assert abs(wrong - expected).max() > 0.1 * abs(expected).max()
+    file = tmp_path / 'network.safetensors'
+    safetensors.write(file, NETWORK)
+    run = trainer(
+        tmp_path, model={'target': f'{__name__}:Network'},
+        data__source={'target': 'tests.weights.networks:Images'},
+        init_from={'path': str(file), 'layout': 'torch', 'rename': NAMES, 'flatten': FLATTEN},
+    )  # fmt: skip
+    variables = jax.device_get(run.init_state().variables)
+    made = restore.torch_variables(
+        NETWORK, mine.init(jax.random.key(0), x), rename=NAMES, flatten=FLATTEN
+    )
+    assert_same(variables, made)
+    close(mine.apply(variables, x), expected)
+
+
+def test_half_a_name_map_is_not_half_a_model() -> None:
+    x = given(2, 32, 32, 3)
+    with pytest.raises(UserError, match='the state_dict does not fit the model') as caught:
+        converted(Network(), NETWORK, x, flatten=FLATTEN)
+    assert 'features_0/kernel' in str(caught.value)
+
+
+def test_a_transformer_encoder_layer() -> None:
+    """1.L: the names of `torch.nn.TransformerEncoderLayer`, norms before the branches."""
+    shapes = below(
+        self_attn={'in_proj_weight': (48, 16), 'in_proj_bias': (48,)},
+        self_attn__out_proj=linear(16, 16),
+        linear1=linear(16, 32), linear2=linear(32, 16), norm1=norm(16), norm2=norm(16),
+    )  # fmt: skip
+    x, w = given(2, 7, 16), weights(shapes, at='')
+    y = x + layers.self_attention(layers.layer_norm(x, w, 'norm1.'), w, 'self_attn.', heads=4)
+    hidden = layers.gelu(layers.linear(layers.layer_norm(y, w, 'norm2.'), w, 'linear1.'))
+    close(converted(ViT(), w, x), y + layers.linear(hidden, w, 'linear2.'))
+
+
+def bert(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of Hugging Face's BERT, by name."""
+    width, inner = shape['width'], shape['mlp_width']
+    tables = {'word': shape['vocab_size'], 'position': shape['max_length'], 'token_type': 2}
+    parts: dict[str, dict[str, tuple[int, ...]]] = {
+        f'embeddings__{name}_embeddings': {'weight': (size, width)} for name, size in tables.items()
+    }
+    parts['embeddings__LayerNorm'] = norm(width)
+    for number in range(shape['layers']):
+        at = f'encoder__layer__{number}__'
+        for name in ('self__query', 'self__key', 'self__value', 'output__dense'):
+            parts[f'{at}attention__{name}'] = linear(width, width)
+        parts[f'{at}attention__output__LayerNorm'] = parts[f'{at}output__LayerNorm'] = norm(width)
+        parts[f'{at}intermediate__dense'] = linear(width, inner)
+        parts[f'{at}output__dense'] = linear(inner, width)
+    return below(**parts)
+
+
+def sentence(tokens: np.ndarray, w: layers.Weights, sizes: dict[str, int]) -> np.ndarray:
+    """BERT, norms after the residual connections, and the mean of what is no padding."""
+    mask, eps = tokens != 0, 1e-12
+    x = layers.embedding(tokens, w, 'embeddings.word_embeddings.')
+    x = x + w['embeddings.position_embeddings.weight'][: tokens.shape[1]]
+    x = x + w['embeddings.token_type_embeddings.weight'][0]
+    x = layers.layer_norm(x, w, 'embeddings.LayerNorm.', eps=eps)
+    for number in range(sizes['layers']):
+        at = f'encoder.layer.{number}.'
+        names = (f'{at}attention.self.{name}.' for name in ('query', 'key', 'value'))
+        query, key, value = (layers.linear(x, w, name) for name in names)
+        y = layers.attend(query, key, value, sizes['heads'], mask)
+        y = x + layers.linear(y, w, f'{at}attention.output.dense.')
+        y = layers.layer_norm(y, w, f'{at}attention.output.LayerNorm.', eps=eps)
+        hidden = layers.gelu(layers.linear(y, w, f'{at}intermediate.dense.'))
+        x = y + layers.linear(hidden, w, f'{at}output.dense.')
+        x = layers.layer_norm(x, w, f'{at}output.LayerNorm.', eps=eps)
+    mean = (x * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
+    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def test_a_sentence_encoder() -> None:
+    """1.L, G1: the names of Hugging Face's BERT, in small; padding is not looked at."""
+    sizes = dict(vocab_size=20, layers=2, width=12, heads=3, mlp_width=24, max_length=10)
+    tensors = weights(bert(sizes), at='')
+    tokens = np.random.default_rng(0).integers(1, 20, (3, 8))
+    tokens[0, 5:] = tokens[2, 2:] = 0
+    found = converted(
+        SentenceEncoder(Encoder(**sizes)),
+        tensors,
+        tokens,
+        rename=(*HUGGING_FACE, ('^', 'encoder/')),
+    )
+    close(found, sentence(tokens, tensors, sizes))

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints as users of NNX and of Linen's boxes write them, with what libraries put around."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx, serialization
+
+from tests.weights.examples import Net, assert_same, started, trainer
+from trainer.config.errors import UserError
+from trainer.weights import restore
+
+
+class Backbone(nnx.Module):
+    """A layer, normalised, with a random stream of its own."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.dense = nnx.Linear(8, 12, rngs=rngs)
+        self.norm = nnx.BatchNorm(12, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dropout(nnx.relu(self.norm(self.dense(x))))
+
+
+class NNXNet(nnx.Module):
+    """A backbone and a head."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.backbone = Backbone(rngs)
+        self.head = nnx.Linear(12, 3, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.backbone(x))
+
+
+X = np.random.default_rng(0).normal(size=(16, 8)).astype('f4')
+
+
+def save(path: pathlib.Path, tree: Any) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def test_states_of_nnx(tmp_path: pathlib.Path) -> None:
+    """H1, H14: the outputs are those of the module, batch statistics included."""
+    module = NNXNet(rngs=nnx.Rngs(5))
+    for _ in range(3):  # In training: the statistics move.
+        module(X)
+    state, variables = nnx.state(module), nnx.state(module, (nnx.Param, nnx.BatchStat))
+    split = {
+        'params': nnx.state(module, nnx.Param),
+        'batch_stats': nnx.state(module, nnx.BatchStat),
+    }
+    save(tmp_path / 'state', state)
+    save(tmp_path / 'pure', nnx.to_pure_dict(state))
+    save(tmp_path / 'split', split)
+    save(tmp_path / 'beside', {'model': state, 'epoch': 3})
+    save(tmp_path / 'params', {'params': state})
+    pure = serialization.msgpack_serialize(jax.device_get(nnx.to_pure_dict(variables)))
+    (tmp_path / 'pure.msgpack').write_bytes(pure)
+    module.eval()
+    run = trainer(tmp_path, model={'target': f'{__name__}:NNXNet'})
+    for name in ('state', 'pure', 'split', 'beside', 'params', 'pure.msgpack'):
+        at = 'model' if name == 'beside' else ''
+        made = started(run, path=str(tmp_path / name), at=at)
+        np.testing.assert_allclose(run.model(made)(X), module(X), atol=1e-6, err_msg=name)
+    save(tmp_path / 'weights', nnx.state(module, nnx.Param))
+    with pytest.raises(UserError, match=r'It lacks\n  batch_stats/backbone/norm/mean'):
+        started(run, path=str(tmp_path / 'weights'))
+
+
+def test_boxes_of_linen(tmp_path: pathlib.Path) -> None:
+    """H14: around all parameters or some, in either format; what an optimizer holds comes along."""
+    variables = Net().init(jax.random.key(7), X)
+    variables['batch_stats'] = jax.tree.map(lambda x: x + 0.3, variables['batch_stats'])
+
+    def boxed(only: str) -> Any:
+        def box(path: Any, x: jax.Array) -> Any:
+            chosen = only in jax.tree_util.keystr(path)
+            return nn.Partitioned(x, names=(None,) * x.ndim) if chosen else x
+
+        params = jax.tree_util.tree_map_with_path(box, variables['params'])
+        return {**variables, 'params': params}
+
+    run = trainer(tmp_path)
+    for only in ('', 'kernel'):
+        save(tmp_path / f'boxed{only}', boxed(only))
+        (tmp_path / f'{only}.msgpack').write_bytes(serialization.to_bytes(boxed(only)))
+        for name in (f'boxed{only}', f'{only}.msgpack'):
+            made = started(run, path=str(tmp_path / name))
+            assert_same(made.params, variables['params'])
+            assert_same(made.collections['batch_stats'], variables['batch_stats'])
+    params = boxed('')['params']
+    tx = optax.adam(0.1)
+    grads = jax.tree.map(lambda x: x + 1, params)
+    slots = tx.update(grads, tx.init(params), params)[1]
+    save(tmp_path / 'trained', {**boxed(''), 'opt_state': slots})
+    made = started(run, path=str(tmp_path / 'trained'), optimizer=True)
+    assert_same(made.opt_state[0].mu, nn.meta.unbox(slots[0].mu))
+
+
+def test_a_parameter_that_is_called_value(tmp_path: pathlib.Path) -> None:
+    """It is no box."""
+    save(tmp_path / 'scales', {'params': {'scale': {'value': np.arange(3.0, dtype='f4')}}})
+    run = trainer(tmp_path, model={'target': f'{__name__}:Scaled'})
+    made = started(run, path=str(tmp_path / 'scales'))
+    np.testing.assert_array_equal(made.params['scale']['value'], np.arange(3.0))
+
+
+class Scale(nn.Module):
+    """Multiplies by a parameter."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.param('value', nn.initializers.ones, (3,))
+
+
+class Scaled(nn.Module):
+    """Its only parameter is called 'value'."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return Scale(name='scale')(x[:, :3])
+
+
+def test_numbers_filled_up_with_zeros(tmp_path: pathlib.Path) -> None:
+    """H19: a manager's `step_format_fixed_length`."""
+    options = ocp.CheckpointManagerOptions(step_format_fixed_length=8)
+    with ocp.CheckpointManager(tmp_path / 'manager', options=options) as manager:
+        for step in (9, 10):
+            manager.save(step, args=ocp.args.StandardSave({'params': {'x': np.full(2, step)}}))
+    assert (tmp_path / 'manager' / '00000009').is_dir()
+    for step, expected in (('latest', 10), (9, 9), ('10', 10)):
+        assert restore.raw(tmp_path / 'manager', step)['params']['x'].tolist() == [expected] * 2
+    with pytest.raises(UserError, match="has no checkpoint '7'; there: 9, 10"):
+        restore.raw(tmp_path / 'manager', 7)
+
+
+def test_items_that_make_one_state(tmp_path: pathlib.Path) -> None:
+    """H14: with an item of that name, the parameters' neighbours are their neighbours."""
+    variables = Net().init(jax.random.key(7), X)
+    opt_state = optax.adam(0.1).init(variables['params'])
+    items = {**variables, 'opt': opt_state, 'info': {'name': 'net'}}
+    saved = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+    with ocp.CheckpointManager(tmp_path / 'manager') as manager:
+        manager.save(3, args=ocp.args.Composite(**saved, meta=ocp.args.JsonSave({'a': 1})))
+    found = restore.model_variables(tmp_path / 'manager')
+    assert_same(found['params'], variables['params'])
+    assert_same(found['batch_stats'], variables['batch_stats'])
+    raw = restore.raw(tmp_path / 'manager' / '3')
+    assert set(raw) == set(items) and raw['info'] == {'name': 'net'}
+    target = {'opt': opt_state, 'info': {'name': ''}}
+    assert restore.into(target, tmp_path / 'manager')['info']['name'] == 'net'
+    alone = restore.model_variables(tmp_path / 'manager' / '3' / 'params')
+    assert_same(alone, {'params': variables['params']})
+
+
+def test_typed_keys(tmp_path: pathlib.Path) -> None:
+    """H7: of any kind, alone or many, onto a key or its shape; a raw key takes its data."""
+    keys = {
+        'key': jax.random.key(3),
+        'rbg': jax.random.key(1, impl='rbg'),
+        'many': jax.random.split(jax.random.key(3), 4),
+    }
+    save(tmp_path / 'keys', {**keys, 'w': np.ones(3)})
+    fresh = {name: jax.random.wrap_key_data(jax.random.key_data(k) * 0, impl=jax.random.key_impl(k))
+             for name, k in keys.items()}  # fmt: skip
+    for target in (fresh, jax.eval_shape(lambda: fresh)):
+        found = restore.into({**target, 'w': np.zeros(3)}, tmp_path / 'keys')
+        for name, key in keys.items():
+            assert found[name].dtype == key.dtype and found[name].shape == key.shape
+            np.testing.assert_array_equal(
+                jax.random.key_data(found[name]), jax.random.key_data(key)
+            )
+    raw = restore.into({'key': jax.random.PRNGKey(0)}, tmp_path / 'keys')
+    assert raw['key'].tolist() == [0, 3]
+    with pytest.raises(UserError, match=r'key: uint32\[2\] there, uint32\[4\] in the target'):
+        restore.into({'key': fresh['rbg']}, tmp_path / 'keys')
+    kept = restore.into(
+        {'w': np.zeros(3), 'new': keys['rbg']}, tmp_path / 'keys', on_missing='init'
+    )
+    assert kept['new'] is keys['rbg']
+
+
+def test_into_shapes(tmp_path: pathlib.Path) -> None:
+    """H7: arrays with the shardings that the shapes have, and no value for what is missing."""
+    save(tmp_path / 'tree', {'w': np.arange(8.0, dtype='f4'), 'n': np.arange(4)})
+    mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,),
+                         devices=jax.devices()[:4])  # fmt: skip
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+
+    def shape(size: int, dtype: str) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size,), dtype, sharding=cut)
+
+    target = {'w': shape(8, 'float32'), 'n': shape(4, 'int32')}
+    found = restore.into(target, tmp_path / 'tree')
+    assert_same(found, {'w': np.arange(8.0, dtype='f4'), 'n': np.arange(4, dtype='i4')})
+    assert all(x.sharding == cut for x in found.values())
+    missing = {**target, 'new': shape(4, 'float32')}
+    with pytest.raises(UserError, match=r'no value of:\n  new\n'):
+        restore.into(missing, tmp_path / 'tree', on_missing='init')
+    ignore: Any = 'ignore'
+    with pytest.raises(UserError, match="on_missing: 'ignore' is none of 'error', 'init'"):
+        restore.into(missing, tmp_path / 'tree', on_missing=ignore)
+    for dtype in ('int32', 'bool'):
+        with pytest.raises(UserError, match=rf'w: float32\[8\] there, {dtype}\[8\] in the target'):
+            restore.into({'w': shape(8, dtype)}, tmp_path / 'tree')
+    assert restore.into({'n': np.zeros(4)}, tmp_path / 'tree')['n'].tolist() == [0, 1, 2, 3]
+
+
+def test_files_that_are_near(tmp_path: pathlib.Path) -> None:
+    """A directory with a file in it, and an archive of numpy, are told as what they are."""
+    (tmp_path / 'model.safetensors').write_bytes(b'')
+    (tmp_path / 'vocab.txt').write_text('')
+    with pytest.raises(UserError, match=r'there is model\.safetensors: name it in the path$'):
+        restore.raw(tmp_path)
+    np.savez(tmp_path / 'weights.npz', x=np.ones(3))
+    with pytest.raises(UserError, match=r'weights\.npz is an archive of numpy'):
+        restore.raw(tmp_path / 'weights.npz')

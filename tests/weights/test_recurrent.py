@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recurrent layers of PyTorch, converted, give what they gave there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from trainer.config.errors import UserError
+from trainer.weights import restore
+
+torch = pytest.importorskip('torch')
+F = torch.nn
+X = np.random.default_rng(0).normal(size=(2, 5, 4)).astype('f4')
+CELLS = {
+    'LSTM': nn.LSTMCell, 'OptimizedLSTM': nn.OptimizedLSTMCell, 'GRU': nn.GRUCell,
+    'RNN': nn.SimpleCell,
+}  # fmt: skip
+# 'rnn/weight_ih_l1_reverse' is in the second layer's backward cell.
+LAYERS = ((r'/(\w+)_l(\d)_reverse$', r'_\2/backward/\1'), (r'/(\w+)_l(\d)$', r'_\2/forward/\1'))
+
+
+def layer(kind: str, inputs: int = 4, **options: Any) -> Any:
+    """A recurrent layer, named 'rnn', whose biases are not zero."""
+    torch.manual_seed(0)
+    kind = kind.removeprefix('Optimized')
+    return F.ModuleDict({'rnn': getattr(F, kind)(inputs, 6, batch_first=True, **options)})
+
+
+def close(mine: Any, theirs: Any) -> None:
+    theirs = theirs.detach().numpy()
+    assert mine.shape == theirs.shape
+    assert abs(np.asarray(mine) - theirs).max() <= 1e-5 * abs(theirs).max()
+
+
+class OneLayer(nn.Module):
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.RNN(CELLS[self.kind](6, name='rnn'))(x)
+
+
+@pytest.mark.parametrize('kind', list(CELLS))
+def test_one_layer(kind: str) -> None:
+    """1.L: a tensor holds all gates, a module of Flax one; two biases of a gate are summed."""
+    theirs, mine = layer(kind), OneLayer(kind)
+    variables = mine.init(jax.random.key(0), X)
+    made = restore.torch_variables(theirs.state_dict(), variables)
+    assert jax.tree.structure(made) == jax.tree.structure(variables)
+    close(mine.apply(made, X), theirs['rnn'](torch.from_numpy(X))[0])
+
+
+class Cells(nn.Module):
+    """A layer that is read from both ends."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        forward, backward = (
+            nn.RNN(CELLS[self.kind](6, name=name)) for name in ('forward', 'backward')
+        )
+        return nn.Bidirectional(forward, backward)(x)
+
+
+class Deep(nn.Module):
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for number in range(2):
+            x = Cells(self.kind, name=f'rnn_{number}')(x)
+        return x
+
+
+@pytest.mark.parametrize('kind', ['OptimizedLSTM', 'GRU'])
+def test_two_layers_in_both_directions(kind: str) -> None:
+    """1.L: a rename says which cell is which layer and direction."""
+    theirs, mine = layer(kind, num_layers=2, bidirectional=True), Deep(kind)
+    variables = mine.init(jax.random.key(0), X)
+    made = restore.torch_variables(theirs.state_dict(), variables, rename=LAYERS)
+    close(mine.apply(made, X), theirs['rnn'](torch.from_numpy(X))[0])
+
+
+@pytest.mark.parametrize(
+    ('kind', 'cell'),
+    [('LSTM', nnx.LSTMCell), ('LSTM', nnx.OptimizedLSTMCell), ('RNN', nnx.SimpleCell)],
+)
+def test_cells_of_nnx(kind: str, cell: Any) -> None:
+    """1.L: some of them have one layer for all gates."""
+    theirs, mine = layer(kind), nnx.RNN(cell(4, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    params = nnx.to_pure_dict(nnx.state(mine, nnx.Param))
+    made = restore.torch_variables(
+        theirs.state_dict(), {'params': params}, rename=(('^rnn/', 'cell/'),)
+    )
+    nnx.update(mine, made['params'])
+    close(mine(jnp.asarray(X)), theirs['rnn'](torch.from_numpy(X))[0])
+
+
+def test_a_gru_that_nnx_cannot_be() -> None:
+    """It has no bias behind the reset gate; where that is zero, it is the same cell."""
+    theirs, mine = layer('GRU'), nnx.GRUCell(4, 6, rngs=nnx.Rngs(0))
+    goal = {'params': {'rnn': nnx.to_pure_dict(nnx.state(mine, nnx.Param))}}
+    with pytest.raises(UserError, match=r'rnn\.bias_hh_l0: a GRU of PyTorch multiplies a bias'):
+        restore.torch_variables(theirs.state_dict(), goal)
+    with torch.no_grad():
+        theirs['rnn'].bias_hh_l0[12:] = 0
+    made = restore.torch_variables(theirs.state_dict(), goal)
+    nnx.update(mine, made['params']['rnn'])
+    rnn = nnx.RNN(mine, rngs=nnx.Rngs(0))
+    close(rnn(jnp.asarray(X)), theirs['rnn'](torch.from_numpy(X))[0])
+
+
+def test_what_is_left_over_is_told() -> None:
+    """A second layer without a cell; a projected state, which Flax has not."""
+    mine = OneLayer('LSTM')
+    variables = mine.init(jax.random.key(0), X)
+    with pytest.raises(UserError, match=r'It has besides\n  rnn/weight_ih_l0'):
+        restore.torch_variables(layer('LSTM', proj_size=2).state_dict(), variables)
+    with pytest.raises(UserError, match=r'rnn/if/kernel: float32\[5, 6\] there'):
+        restore.torch_variables(layer('LSTM', inputs=5).state_dict(), variables)

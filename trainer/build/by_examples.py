@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning rate schedules of a run that resumes with another batch size.
+
+Optax's schedules are functions of the number of updates. If the durations of a schedule are epochs,
+examples or percentages of the run, it is called with the number of examples consumed, in batches of
+the current size, instead of the number of updates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainer.config import durations, paths
+from trainer.config.durations import Clock, Duration
+from trainer.config.errors import UserError
+from trainer.config.sections import Node
+from trainer.build import learning_rate
+
+# Names of optimizer arguments that are learning rates.
+_RATES = ('learning_rate', 'step_size_fn')
+# Names of schedule arguments that count updates.
+_COUNTS = ('step', 'begin', 'boundar')
+
+
+def found(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
+    """Returns the paths of an optimizer's schedules that count examples.
+
+    Args:
+        node: names the optimizer, with durations as given in the config.
+        path: its config path.
+        clock: of a run whose batch size has changed.
+
+    Raises:
+        UserError: naming the key to set, if a duration cannot be counted in examples.
+    """
+    return list(_found(node, [], path, clock))
+
+
+def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
+    """Returns an optimizer's node whose schedules at these paths count examples."""
+    if clock.progress is None:
+        return node
+    ahead = clock.progress.ahead
+    # As an integer if it is one: a schedule may index a table.
+    by = ahead.numerator if ahead.denominator == 1 else float(ahead)
+    for keys in schedules:
+        schedule = paths.get(node, keys)
+        wrapped = {'target': 'trainer.step.schedules:moved', 'schedule': schedule, 'by': by}
+        node = paths.changed(node, keys, wrapped)
+    return node
+
+
+def _found(value: Any, keys: paths.Keys, path: str, clock: Clock) -> Iterator[paths.Keys]:
+    if _counts_examples(value):
+        raise UserError(
+            f'{path}.{paths.join(keys)}: {value!r} is a different number of steps now that '
+            'config.data.batch_size has changed, and only learning rate schedules can be adjusted; '
+            'write it in steps'
+        )
+    if isinstance(value, Mapping) and 'target' in value:
+        _, names = learning_rate.parameters(value, f'{path}.{paths.join(keys)}'.rstrip('.'))
+    else:
+        names = {}
+    for at, item in _items(value):
+        inner = [*keys, *at]
+        if names.get(at) in _RATES and isinstance(item, Mapping):
+            if _check_schedule(item, inner, path, clock):
+                yield inner
+        else:
+            yield from _found(item, inner, path, clock)
+
+
+def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) -> bool:
+    """Whether a schedule counts examples.
+
+    Raises:
+        UserError: if another part of it counts steps.
+    """
+    leaves = list(_leaves(schedule, keys, ''))
+    where = next((at for at, _, value in leaves if _counts_examples(value)), None)
+    if where is None:
+        return False
+    example = f'{path}.{paths.join(where)}'
+    for at, name, value in leaves:
+        count = _updates(name, value)
+        if count:
+            examples = math.ceil(clock.batches(count) * clock.batch_size)
+            raise UserError(
+                f'{path}.{paths.join(at)}: {value!r} counts steps, and {example} counts examples. '
+                'Now that config.data.batch_size has changed, a schedule cannot mix the two. '
+                f"Write '{examples} examples', which is what the run consumes by step {count:,}"
+            )
+    return True
+
+
+def _counts_examples(value: Any) -> bool:
+    return durations.is_duration(value) and Duration.parse(value, zero=True).unit not in (
+        'steps',
+        'never',
+    )
+
+
+def _updates(name: str, value: Any) -> int:
+    """Returns how many updates a leaf of a schedule counts; 0 if it counts none."""
+    if durations.is_duration(value):
+        given = Duration.parse(value, zero=True)
+        return math.ceil(given.value) if given.unit == 'steps' else 0
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_count and any(word in name for word in _COUNTS) else 0
+
+
+def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Keys, str, Any]]:
+    """Yields (path, argument name, value) of each leaf of a schedule, and of numeric keys."""
+    names: dict[learning_rate.Place, str] = {}
+    if isinstance(value, Mapping) and 'target' in value:
+        _, names = learning_rate.parameters(value, paths.join(keys))
+    for at, item in _items(value):
+        key, where = at[-1], [*keys, *at]
+        is_argument = at in names or isinstance(value, tuple | list)
+        if not is_argument and (isinstance(key, int) or durations.is_duration(key)):
+            # A table: its keys count updates, its values do not.
+            yield where, 'boundaries', key
+            inner = ''
+        else:
+            inner = names.get(at) or (key if isinstance(key, str) else name)
+        if isinstance(item, Mapping | tuple | list):
+            yield from _leaves(item, where, inner)
+        else:
+            yield where, inner, item
+
+
+def _items(value: Any) -> Iterator[tuple[learning_rate.Place, Any]]:
+    """Yields the direct children of a node; positional arguments one by one."""
+    for key, item in learning_rate.items(value):
+        if key == 'args' and 'target' in value:
+            yield from (((key, index), each) for index, each in enumerate(item))
+        else:
+            yield (key,), item

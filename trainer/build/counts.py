@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of steps inside `config.optimizer`: dict keys in JSON, lengths of 0, what else counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trainer.config import paths
+from trainer.config.errors import UserError
+from trainer.config.sections import Node
+from trainer.build import learning_rate
+
+# How annotations say that a dict's keys are whole numbers.
+_WHOLE_KEYS = re.compile(r'\b(?:dict|Dict|Mapping)\[int\b')
+
+# Lengths that a schedule of optax takes no 0 for: it keeps its first value forever. Within
+# `join_schedules` such a schedule may be left out by a boundary of 0.
+_NO_ZERO = (
+    (':warmup_constant_schedule', 'warmup_steps'),
+    (':linear_schedule', 'transition_steps'),
+    (':polynomial_schedule', 'transition_steps'),
+    (':exponential_decay', 'transition_steps'),
+    (':MultiSteps', 'every_k_schedule'),
+    (':reduce_on_plateau', 'accumulation_size'),
+)
+_JOINED = ':join_schedules'
+
+# Arguments of `reduce_on_plateau` that count means, and not steps.
+_COUNT_MEANS = ('patience', 'cooldown')
+
+
+def with_whole_keys(node: Node, path: str) -> Node:
+    """Returns an optimizer's node in which keys such as '30' are 30, where whole numbers belong.
+
+    JSON, and so the command line, has no other keys than text.
+
+    Raises:
+        UserError: if both are there.
+    """
+    for keys, name, value in _arguments(node, [], path):
+        if not isinstance(value, Mapping) or not _has_whole_keys(node, keys, name, path):
+            continue
+        whole: dict[Any, Any] = {}
+        for key, item in value.items():
+            number = int(key) if isinstance(key, str) and key.strip().isdecimal() else key
+            if number in whole:
+                where = f'{path}.{paths.join(keys)}'
+                raise UserError(f'{where}: step {number} is given twice. Leave one of them out')
+            whole[number] = item
+        node = paths.changed(node, keys, whole)
+    return node
+
+
+def check(node: Node, steps: Mapping[str, int], path: str) -> None:
+    """Checks lengths that were given as durations.
+
+    Args:
+        node: names the optimizer; durations are steps already.
+        steps: the steps of each duration by config path.
+        path: of the node.
+
+    Raises:
+        UserError: for one of 0 where something must happen, and where something else than steps is
+            counted.
+    """
+    _check_inner_counts(node, steps, path)
+    for keys, name, value in _arguments(node, [], path):
+        where = f'{path}.{paths.join(keys)}'
+        owner = paths.get(node, _owner(keys))
+        target = str(owner['target'])
+        is_needed = any(target.endswith(kind) and name == of for kind, of in _NO_ZERO)
+        if value == 0 and where in steps and is_needed and not _is_joined(node, keys):
+            raise UserError(
+                f'{where} is 0 steps, and {target} needs at least 1: with 0 it would keep its '
+                'first value forever. Make it longer, or replace it by what comes after it'
+            )
+        of_means = target.endswith(':reduce_on_plateau') and name in _COUNT_MEANS
+        if of_means and where in steps and owner.get('accumulation_size', 1) != 1:
+            raise UserError(
+                f'{where}: a duration is converted to steps, but with accumulation_size '
+                f'{target} counts means of so many steps. Give their number, such as {name}=5'
+            )
+
+
+def _check_inner_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
+    """Checks that no duration is inside optax:MultiSteps, which counts updates and not steps."""
+    if isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            _check_inner_counts(value, steps, f'{path}[{index}]')
+    if not isinstance(node, Mapping):
+        return
+    if str(node.get('target')).endswith(':MultiSteps'):
+        mine = [where for where in steps if where.startswith(f'{path}.')]
+        within = [where for where in mine if where != f'{path}.every_k_schedule']
+        if within:
+            raise UserError(
+                f'{within[0]}: a duration is converted to training steps, but optax:MultiSteps '
+                'makes one update per several steps, and the optimizer inside counts updates. Use '
+                'config.accumulate instead, or give the number of updates'
+            )
+    for key, value in node.items():
+        _check_inner_counts(value, steps, f'{path}.{key}')
+
+
+def _arguments(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys, str, Any]]:
+    """Yields the place of each argument of the targets below a node, its name and its value."""
+    if isinstance(node, Mapping) and 'target' in node:
+        _, names = learning_rate.parameters(node, path)
+        for at, name in names.items():
+            yield [*keys, *at], name, paths.get(node, list(at))
+    for key, value in learning_rate.items(node):
+        yield from _arguments(value, [*keys, key], path)
+
+
+def _owner(keys: paths.Keys) -> paths.Keys:
+    """Returns the place of the target that an argument belongs to."""
+    return keys[:-2] if len(keys) > 1 and keys[-2] == 'args' else keys[:-1]
+
+
+def _has_whole_keys(node: Node, keys: paths.Keys, name: str, path: str) -> bool:
+    known, _ = learning_rate.parameters(paths.get(node, _owner(keys)), path)
+    return name in known and _WHOLE_KEYS.search(str(known[name].annotation)) is not None
+
+
+def _is_joined(node: Node, keys: paths.Keys) -> bool:
+    """Whether a schedule is one of several that follow each other."""
+    above = [paths.get(node, keys[:depth]) for depth in range(len(_owner(keys)))]
+    return any(
+        isinstance(each, Mapping) and str(each.get('target')).endswith(_JOINED) for each in above
+    )

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics that decide something: which checkpoint is the best, and when a run ends early."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from trainer.checkpoint.retention import Retention, better_mode
+from trainer.config import suggest
+from trainer.config.durations import Clock
+from trainer.config.errors import UserError
+from trainer.config.sections import BestSection, EarlyStoppingSection, Sections
+from trainer.build.early_stopping import EarlyStopping
+from trainer.build.data import positive
+
+# Metrics of the tasks that come with the trainer.
+_USUAL = ('loss', 'accuracy', 'mean_absolute_error')
+
+
+def retention(sections: Sections, clock: Clock) -> Retention:
+    """Returns which checkpoints `config.checkpoint` keeps.
+
+    Raises:
+        UserError: for a metric of no evaluation, or one that does not say which values are better.
+    """
+    given, path = sections.checkpoint, 'config.checkpoint'
+    kept = Retention(
+        keep_last=positive(given.keep_last, f'{path}.keep_last'),
+        keep_every=clock.period(given.keep_every, path=f'{path}.keep_every'),
+    )
+    if given.best is None:
+        return kept
+    metric, mode = _watched(given.best, f'{path}.best', sections)
+    return dataclasses.replace(kept, best_metric=metric, best_mode=mode)
+
+
+def early_stopping(sections: Sections) -> EarlyStopping | None:
+    """Returns what ends the run before its time, or None.
+
+    Raises:
+        UserError: for a number below 0, and as `retention`.
+    """
+    given, path = sections.early_stopping, 'config.early_stopping'
+    if given is None:
+        return None
+    for name in ('min_delta', 'patience'):
+        if not getattr(given, name) >= 0:
+            raise UserError(f'{path}.{name}: expected at least 0, got {getattr(given, name)}')
+    metric, mode = _watched(given, path, sections)
+    return EarlyStopping(
+        metric=metric, mode=mode, min_delta=given.min_delta, patience=given.patience
+    )
+
+
+def _watched(
+    given: BestSection | EarlyStoppingSection, path: str, sections: Sections
+) -> tuple[str, str]:
+    """Returns a metric, which must be one of an evaluation of this config, and 'min' or 'max'."""
+    parts = given.metric.split('/')
+    # Of an ensemble there is 'eval/test/member_0/loss' too.
+    if len(parts) < 3 or parts[0] != 'eval' or parts[1] not in sections.evals:
+        names = [f'eval/{name}/...' for name in sections.evals]
+        near = suggest.nearest(given.metric, names, cutoff=0.0)
+        raise UserError(
+            f'{path}.metric: {given.metric!r} is no metric of an evaluation'
+            + (f'; expected {near}' if near else ', and this config has no evals')
+        )
+    mode = given.mode or better_mode(parts[-1])
+    if mode is None:
+        near = suggest.nearest(parts[-1], _USUAL)
+        if near:
+            raise UserError(
+                f'{path}.metric: is {parts[-1]!r} one of your own metrics? Then set {path}.mode to '
+                f"'min' or 'max'. Or did you mean {near!r}?"
+            )
+        raise UserError(
+            f"{path}.mode is missing: set it to 'max' if larger values of {parts[-1]!r} are "
+            "better, to 'min' if smaller ones are"
+        )
+    return given.metric, mode

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From `config.optimizer` and `config.step` to the objects that a train step is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import durations, objects, targets
+from trainer.config.durations import Clock
+from trainer.config.errors import UserError
+from trainer.config.sections import GroupSection, Node, OptimizerSection
+from trainer.build import by_examples, counts, decay, learning_rate as rates
+from trainer.ensemble import hyperparams
+from trainer.step.context import StepFunction, default_step
+from trainer.step.optimizer import Group, Optimizer, RegexMask
+
+_log = logging.getLogger('trainer')
+
+_OPTIMIZER, _STEP = 'config.optimizer', 'config.step'
+
+# Whose `decay_steps` count the warm-up, too: of the schedule, or of each of its cycles.
+_WARMED_UP = (':warmup_cosine_decay_schedule', ':sgdr_schedule')
+
+# What a step is called with. A target that takes these is the step itself, and not its maker.
+_STEP_ARGUMENTS = ('state', 'batch', 'ctx')
+
+
+def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIMIZER) -> None:
+    """Checks every name and argument, without calling anything.
+
+    Raises:
+        UserError: for one that does not exist or does not fit.
+    """
+    groups = section.groups if isinstance(section, OptimizerSection) else {}
+    for name, group in groups.items():
+        check_optimizer(group, f'{path}.groups.{name}')
+    if section.eval_params is not None:
+        targets.check(section.eval_params, f'{path}.eval_params')
+    if not groups:
+        if 'target' not in section.node:
+            raise UserError(f"{path}.target is missing; name an optimizer, such as 'optax:sgd'")
+        targets.check(section.node, path)
+        return
+    own = ('decay_mask', 'eval_params')
+    given = [*section.node, *(name for name in own if getattr(section, name) is not None)]
+    if given:
+        raise UserError(
+            f'{path}.{given[0]}: with {path}.groups each group has an optimizer of its own, and '
+            f'this key belongs there, as in {path}.groups.{next(iter(groups))}.{given[0]}'
+        )
+
+
+def optimizer(
+    section: OptimizerSection, clock: Clock, numbers: Mapping[str, Any] | None = None
+) -> tuple[Optimizer, dict[str, int]]:
+    """Returns the optimizer, and the steps of each duration inside it by config path.
+
+    Args:
+        section: `config.optimizer`.
+        clock: turns durations into steps.
+        numbers: others for some of its arguments, by path below the section, perhaps traced; the
+            optimizer's state holds them.
+
+    Raises:
+        UserError: for an argument that does not fit.
+    """
+    numbers = numbers or {}
+    if not section.groups:
+        made, steps = _one_optimizer(section, clock, _OPTIMIZER, numbers)
+        return _freezing(made, section), steps
+    groups: dict[str, Group] = {}
+    steps = {}
+    for name, group in section.groups.items():
+        made, more = _one_optimizer(group, clock, f'{_OPTIMIZER}.groups.{name}', numbers)
+        groups[name] = Group(params=_patterns(group.params), optimizer=made, loss=group.loss)
+        steps.update(more)
+    whole = Optimizer(
+        groups=groups,
+        clip_norm=section.clip_norm,
+        lr_multipliers=section.lr_multipliers or (),
+    )
+    return _freezing(whole, section), steps
+
+
+def _freezing(made: Optimizer, section: OptimizerSection) -> Optimizer:
+    statistics = _patterns(section.freeze_statistics)
+    return dataclasses.replace(made, freeze=_patterns(section.freeze), freeze_statistics=statistics)
+
+
+def _one_optimizer(
+    section: OptimizerSection | GroupSection, clock: Clock, path: str, numbers: Mapping[str, Any]
+) -> tuple[Optimizer, dict[str, int]]:
+    given = counts.with_whole_keys(section.node, path)
+    by_example = by_examples.found(given, path, clock) if clock.progress else []
+    moved = functools.partial(by_examples.moved, schedules=by_example, clock=clock)
+    node, steps = durations.resolve(given, clock, path)
+    _check_warmups(node, path)
+    counts.check(node, steps, path)
+    if section.decay_mask is not None:
+        node = decay.masked(node, path, RegexMask(_patterns(section.decay_mask)))
+    prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
+    mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
+    base = hyperparams.injected(node, path, mine, prefix=prefix, changed=moved) if mine else None
+    node, learning_rate = rates.made(moved(hyperparams.placed(node, mine)), path)
+    if base is None:
+        base = targets.instantiate(node, path)
+        _check_made(base, node, path)
+        if learning_rate is None and not str(node['target']).endswith(':set_to_zero'):
+            _log.warning('The learning rate of %s is not known and not logged', path)
+    return Optimizer(
+        base=base,
+        learning_rate=learning_rate,
+        clip_norm=section.clip_norm,
+        lr_multipliers=section.lr_multipliers or (),
+        eval_params=_eval_params(section.eval_params, path, injected=bool(mine)),
+        path=path,
+    ), steps
+
+
+def _eval_params(node: Node | None, path: str, *, injected: bool) -> Any:
+    """Returns the `eval_params` function of an optimizer, or None.
+
+    Args:
+        node: names it.
+        path: of the optimizer.
+        injected: whether the optimizer state is wrapped by one that has its hyperparameters.
+    """
+    if node is None:
+        return None
+    function = targets.instantiate(node, f'{path}.eval_params')
+    try:
+        inspect.signature(function).bind('state', 'params')
+    except TypeError as error:
+        raise UserError(
+            f'{path}.eval_params: expected a function (state, parameters) -> parameters, got '
+            f'{function!r} ({error})'
+        ) from error
+    return functools.partial(_of_injected, function) if injected else function
+
+
+def _of_injected(function: Any, state: Any, params: Any) -> Any:
+    return function(state.inner_state, params)
+
+
+def _check_made(made: Any, node: Node, path: str) -> None:
+    """Checks that a target has made an optimizer."""
+    if all(callable(getattr(made, name, None)) for name in ('init', 'update')):
+        return
+    advice = "Name one that does, such as 'optax:sgd'"
+    if str(node['target']).endswith(('inject_hyperparams', 'inject_stateful_hyperparams')):
+        advice = (
+            'It is not needed here: name the optimizer itself. The learning rate is logged, and '
+            'numbers that config.ensemble.vary names are in the state'
+        )
+    elif callable(made):
+        advice += f'; a schedule belongs in {path}.learning_rate'
+    raise UserError(
+        f'{path}.target: {node["target"]} makes no optimizer, with methods `init` and `update`, '
+        f'but {made!r:.200}. {advice}'
+    )
+
+
+def _check_warmups(node: Any, path: str, within: str = '') -> None:
+    """Checks that a warm-up is shorter than the schedule that it is part of."""
+    if isinstance(node, (tuple, list)):
+        for index, value in enumerate(node):
+            _check_warmups(value, f'{path}[{index}]', within)
+    if not isinstance(node, Mapping):
+        return
+    within = str(node.get('target', within))
+    if within.endswith(_WARMED_UP):
+        warmup, whole = node.get('warmup_steps'), node.get('decay_steps')
+        if isinstance(warmup, int) and isinstance(whole, int) and warmup >= whole:
+            raise UserError(
+                f'{path}.warmup_steps: a warm-up of {warmup:,} steps does not fit into the '
+                f'{whole:,} steps of {path}.decay_steps, which count it too; make it shorter, or '
+                'the run longer (config.train_for)'
+            )
+    for key, value in node.items():
+        _check_warmups(value, f'{path}.{key}', within)
+
+
+def _patterns(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def check_step(node: Node | None) -> None:
+    """Checks the name and the arguments of `config.step`, without calling anything.
+
+    Raises:
+        UserError: for one that does not exist or does not fit.
+    """
+    if node is not None:
+        own = dict.fromkeys(_STEP_ARGUMENTS) if _is_step(node) else {}
+        targets.check({**node, **own}, _STEP)
+
+
+def step_function(node: Node | None) -> StepFunction:
+    """Returns the function of a step: what `ref` names, or `target` makes, or `target` itself.
+
+    A target that takes `state`, `batch` and `ctx` is the step, and its other arguments are those of
+    the config; any other target is called, and makes it.
+
+    Raises:
+        UserError: if it is no function of these three.
+    """
+    if node is None:
+        return default_step
+    if _is_step(node):
+        rest = {name: value for name, value in node.items() if name not in targets.RESERVED}
+        target = objects.resolve(node['target'], f'{_STEP}.target')
+        return functools.partial(target, **targets.instantiate(rest, _STEP))
+    function = targets.instantiate(node, _STEP)
+    try:
+        inspect.signature(function).bind(*_STEP_ARGUMENTS)
+    except TypeError as error:
+        raise UserError(
+            f'{_STEP}: expected a function (state, batch, ctx) -> (state, metrics), or what makes '
+            f'one; got {function!r} ({error})'
+        ) from error
+    return function
+
+
+def _is_step(node: Node) -> bool:
+    if 'target' not in node:
+        return False
+    known, _ = targets.arguments(objects.resolve(node['target'], f'{_STEP}.target'))
+    return all(name in known for name in _STEP_ARGUMENTS)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ensembles and sweeps: several members of one experiment trained by one program.
+
+Every member is the experiment with another seed, and perhaps other numbers in its optimizer. The
+state holds them side by side, in a dimension before all others; the batch and the step's number are
+common to all. A member's course is the one that it would take alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import clu.metrics
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainer.config.errors import UserError
+from trainer.ensemble import hyperparams
+from trainer.step.health import Health
+from trainer.step.optimizer import Optimizer
+from trainer.step.state import TrainState
+from trainer.step.train_step import TrainStep
+from trainer.tasks.runner import compute_metrics
+
+# The mesh axis that members are spread over, where a mesh has it.
+AXIS = 'ensemble'
+
+# Which of the state's parts every member has for itself.
+_PARTS = ('params', 'opt_state', 'collections', 'metrics', 'ema', 'loss_scale', 'health')
+_DIMS = TrainState(**dict.fromkeys(_PARTS, 0), step=None)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Who the members are.
+
+    Attributes:
+        seeds: of each member.
+        values: what each member's optimizer has at a path below `config.optimizer`, by path.
+        optimizer: makes the optimizer with other values at those paths.
+    """
+
+    seeds: tuple[int, ...]
+    values: Mapping[str, tuple[float, ...]]
+    optimizer: Callable[[Mapping[str, Any]], Optimizer]
+
+    @property
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.seeds)
+
+    def axis(self, mesh: Mesh) -> str | None:
+        """Returns the mesh axis that the members are spread over, None if the mesh has none.
+
+        Raises:
+            UserError: if they do not divide over it.
+        """
+        parts = mesh.shape.get(AXIS)
+        if parts is None:
+            return None
+        if self.size % parts:
+            raise UserError(
+                f'config.mesh: {self.size} members (config.ensemble.size) do not divide over the '
+                f'{parts} devices of the axis {AXIS!r}'
+            )
+        return AXIS
+
+    def describe(self, member: int) -> str:
+        """Returns 'seed 3, optimizer.learning_rate 0.1'."""
+        values = [f'optimizer.{path} {each[member]:g}' for path, each in self.values.items()]
+        return ', '.join([f'seed {self.seeds[member]}', *values])
+
+
+def member_state(state: TrainState, member: int) -> TrainState:
+    """Returns one member's part of an ensemble's state: a state as it would be alone.
+
+    Raises:
+        UserError: if there is no such member.
+    """
+    size = jax.tree.leaves(state.metrics.stacked)[0].shape[0]
+    if not 0 <= member < size:  # JAX would take the nearest.
+        raise UserError(f'member {member}: the ensemble has the members 0 to {size - 1}')
+    state = dataclasses.replace(state, metrics=state.metrics.stacked)
+    parts = {name: jax.tree.map(lambda x: x[member], getattr(state, name)) for name in _PARTS}
+    return dataclasses.replace(state, **parts)
+
+
+def lone(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns shape and sharding of one member's part of a leaf of an ensemble's state."""
+    assert isinstance(leaf.sharding, NamedSharding)
+    sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+
+def repeated(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns an array that every member has, in the shape and sharding of the ensemble's leaf."""
+    return jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=like.sharding)(x, like.shape)
+
+
+@flax.struct.dataclass
+class PerMember(clu.metrics.Metric):
+    """A tree of metrics, each of whose numbers has a dimension for the members before all others.
+
+    Attributes:
+        stacked: the tree.
+    """
+
+    stacked: Any
+
+    def compute(self) -> list[Any]:
+        """Returns the tree of computed values of each member."""
+        size = jax.tree.leaves(self.stacked)[0].shape[0]
+        trees = (jax.tree.map(lambda x, i=i: x[i], self.stacked) for i in range(size))
+        return [compute_metrics(tree) for tree in trees]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EnsembleStep:
+    """The train steps of all members as one: see `TrainStep`.
+
+    Attributes:
+        member: the step of the first member.
+        ensemble: who they are.
+        axis: mesh axis that the members are spread over, or None.
+    """
+
+    member: TrainStep
+    ensemble: Ensemble
+    axis: str | None = None
+
+    @classmethod
+    def of(cls, step: TrainStep, ensemble: Ensemble, mesh: Mesh) -> EnsembleStep:
+        """Returns the step of an ensemble's members on a mesh, from that of a lone model."""
+        first = {path: each[0] for path, each in ensemble.values.items()}
+        # A member that diverges keeps its last state; the others continue, and it is evaluated with
+        # them.
+        member = dataclasses.replace(step, seed=ensemble.seeds[0], sweeps=True, undoes=True)
+        if first:
+            member = dataclasses.replace(member, optimizer=ensemble.optimizer(first))
+        return cls(member=member, ensemble=ensemble, axis=ensemble.axis(mesh))
+
+    def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
+        """Returns the first state, from the shapes of a training batch."""
+
+        def one(seed: jax.Array, values: dict[str, jax.Array]) -> TrainState:
+            return self._member(seed, values).init(spec)
+
+        return _wrapped(self._map(one, (0, 0))(*self._members()))
+
+    def restarted(self, state: TrainState) -> TrainState:
+        """Returns the state with the rest of it as its parameters start them."""
+
+        def one(seed: jax.Array, values: dict[str, jax.Array], state: TrainState) -> TrainState:
+            return self._member(seed, values).restarted(state)
+
+        return _wrapped(self._map(one, (0, 0, _DIMS))(*self._members(), _unwrapped(state)))
+
+    def examine(self, state: TrainState) -> Health:
+        """Returns the health of each member of a state that training starts from."""
+        return jax.vmap(self.member.examine, in_axes=(_DIMS,))(_unwrapped(state))
+
+    def sweep(self, state: TrainState) -> Health:
+        """Returns the health of each member, which every step has checked."""
+        assert state.health is not None
+        return jax.tree.map(jnp.copy, state.health)
+
+    def eval_params(self, state: TrainState) -> Any:
+        """Returns the parameters of each member that are evaluated."""
+        evaluated = jax.vmap(self.member.eval_params, (_DIMS,), spmd_axis_name=self.axis)
+        return evaluated(dataclasses.replace(state, metrics=None))
+
+    def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> PerMember:
+        """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
+        alone = jax.eval_shape(lambda s: member_state(s, 0), state)
+        empty = self.member.empty_metrics(alone, batch)
+        size = self.ensemble.size
+        return PerMember(jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), empty))
+
+    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
+        """Returns the state after one step of every member on this batch."""
+
+        def one(seed: jax.Array, state: TrainState) -> TrainState:
+            # As the state has them: what an optimizer logs is what it does.
+            values = hyperparams.read(state.opt_state, self.ensemble.values)
+            return self._member(seed, values)(state, batch)
+
+        seeds, _ = self._members()
+        return _wrapped(self._map(one, (0, _DIMS))(seeds, _unwrapped(state)))
+
+    def stacked(self, alone: TrainState, mesh: Mesh) -> TrainState:
+        """Returns the shapes and shardings of all members' state from those of one.
+
+        Args:
+            alone: shapes, dtypes and shardings.
+            mesh: the device mesh.
+        """
+
+        def stack(axis: str | None, tree: Any) -> Any:
+            def one(leaf: Any) -> jax.ShapeDtypeStruct:
+                if axis is not None and axis in jax.tree.leaves(tuple(leaf.sharding.spec)):
+                    raise UserError(
+                        f'config.sharding: the mesh axis {AXIS!r} is that of the members '
+                        '(config.ensemble), so nothing of a member can be cut over it'
+                    )
+                spec = PartitionSpec(axis, *leaf.sharding.spec)
+                shape = (self.ensemble.size, *leaf.shape)
+                sharding = NamedSharding(mesh, spec)
+                return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
+
+            return jax.tree.map(one, tree)
+
+        # Metrics and health are fetched in one piece, so they are replicated.
+        axes = {name: None if name in ('metrics', 'health') else self.axis for name in _PARTS}
+        parts = {name: stack(axis, getattr(alone, name)) for name, axis in axes.items()}
+        return _wrapped(dataclasses.replace(alone, **parts))
+
+    def _member(self, seed: Any, values: Mapping[str, Any]) -> TrainStep:
+        optimizer = self.ensemble.optimizer(values) if values else self.member.optimizer
+        return dataclasses.replace(self.member, seed=seed, optimizer=optimizer)
+
+    def _members(self) -> tuple[jax.Array, dict[str, jax.Array]]:
+        values = {path: jnp.asarray(x, jnp.float32) for path, x in self.ensemble.values.items()}
+        return jnp.asarray(self.ensemble.seeds, jnp.int32), values
+
+    def _map(self, one: Callable[..., TrainState], dims: Any) -> Callable[..., TrainState]:
+        return jax.vmap(one, in_axes=dims, out_axes=_DIMS, spmd_axis_name=self.axis)
+
+
+def _wrapped(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, metrics=PerMember(state.metrics))
+
+
+def _unwrapped(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, metrics=state.metrics.stacked)

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`config.capture`: what modules return and sow, as metrics, histograms and files.
+
+It is a forward pass of its own, of the parameters after the step on the batch of that step (of its
+last one under `steps_per_call`, of its first slice under `accumulate`), in training mode. The train
+step knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from trainer.config.durations import Periodic
+from trainer.config.errors import UserError
+from trainer.inspect.forward import Batch, Forward
+from trainer.inspect.statistics import Histogram, floats, histogram, measures
+from trainer.modules.recorder import ROOT, Tap, in_order
+from trainer.observe.npz import write_npz
+from trainer.observe.table import human_bytes
+from trainer.parallel.host import fetch
+from trainer.step.state import TrainState
+
+_log = logging.getLogger('trainer')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capture:
+    """An entry of `config.capture`.
+
+    Attributes:
+        match: patterns for the whole path of a module, or of what one has sown.
+        every: when.
+        what: of 'summary', 'histogram' and 'file'.
+        rows: how many rows of each array go into a file.
+        keep: how many files there are at most; the oldest are removed.
+    """
+
+    match: tuple[str, ...]
+    every: Periodic
+    what: frozenset[str]
+    rows: int
+    keep: int
+
+    def wants(self, path: str) -> bool:
+        """Whether it captures what has this path ('' is the model)."""
+        return any(re.fullmatch(pattern, path or ROOT) for pattern in self.match)
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """What was captured after a step.
+
+    Attributes:
+        row: flat name to value.
+        histograms: by flat name.
+        message: what the user should know, or None.
+    """
+
+    row: dict[str, float]
+    histograms: dict[str, Histogram]
+    message: str | None
+
+
+class Captures:
+    """Runs the captures of a config, those that are due together in one program."""
+
+    def __init__(
+        self, captures: Mapping[str, Capture], forward: Forward, directory: epath.Path | None
+    ):
+        """Compiles and writes nothing yet.
+
+        Args:
+            captures: by name.
+            forward: the forward pass of the train step.
+            directory: where files go; None for a process or a run that writes none.
+        """
+        self._captures = dict(captures)
+        self._forward = forward
+        self._directory = directory
+        self._programs: dict[tuple[str, ...], Callable[..., Any]] = {}
+        self._told: set[str] = set()
+
+    def prepare(self, state: TrainState, batch: Batch) -> None:
+        """Checks that every pattern matches something.
+
+        Args:
+            state: shapes.
+            batch: shapes.
+
+        Raises:
+            UserError: naming what there is.
+        """
+        tap = Tap(lambda output, inputs, variables: ())
+
+        def run(state: TrainState, batch: Batch) -> Any:
+            self._forward(tap, state, batch, slices=1)
+            return ()
+
+        self._forward.shapes(run, dataclasses.replace(state, metrics=None), batch)
+        seen = [path for call in (*tap.found, *tap.sown) for path in call]
+        hidden = [path for path in tap.called if path not in seen]
+        for name, capture in self._captures.items():
+            for pattern in capture.match:
+                _check(f'config.capture.{name}.match', pattern, seen, hidden)
+
+    def due(self, step: int) -> list[str]:
+        """Returns the names of those that are due after a step."""
+        return [name for name, capture in self._captures.items() if capture.every.due(step)]
+
+    def run(
+        self, names: Sequence[str], step: int, state: TrainState, batch: Batch, *, stacked: bool
+    ) -> Captured:
+        """Captures; writes the files.
+
+        Args:
+            names: of the captures.
+            step: number of completed updates.
+            state: at this step.
+            batch: of this step.
+            stacked: whether it is the stack of several batches.
+        """
+        # Fetched at once: the arrays that go into files are the same on every device.
+        program = self._program(tuple(names))
+        kept = list(self._entries(fetch(program(state, batch, stacked=stacked))))
+        row: dict[str, float] = {}
+        histograms: dict[str, Histogram] = {}
+        messages = []
+        for name in names:
+            capture = self._captures[name]
+            mine = {label: values for path, label, values in kept if capture.wants(path)}
+            for label, values in mine.items():
+                where = f'capture/{name}/{label}'
+                if 'summary' in capture.what:
+                    numbers = values['summary'].items()
+                    row.update({f'{where}/{key}': float(value) for key, value in numbers})
+                if 'histogram' in capture.what:
+                    histograms[where] = histogram(values)
+            if 'file' in capture.what and self._directory is not None:
+                arrays = {label: values['rows'] for label, values in mine.items()}
+                messages += self._write(name, capture, step, arrays)
+        return Captured(row, histograms, '\n'.join(messages) or None)
+
+    def _program(self, names: tuple[str, ...]) -> Callable[..., Any]:
+        """Returns what measures for these captures, and nothing for the others."""
+        if names not in self._programs:
+            due = [self._captures[name] for name in names]
+            self._programs[names] = self._forward.compiled(self._measuring(due))
+        return self._programs[names]
+
+    def _measuring(self, due: Sequence[Capture]) -> Callable[[TrainState, Batch], Any]:
+        what = frozenset[str]().union(*(capture.what for capture in due))
+        rows = max((capture.rows for capture in due if 'file' in capture.what), default=0)
+        measure = measures(what, rows)
+
+        def wants(path: str) -> bool:
+            return any(capture.wants(path) for capture in due)
+
+        def look(output: Any, inputs: Any, variables: Any) -> dict[str, Any]:
+            return {name: measure(x) for name, x in floats(output)}
+
+        def look_at_all(sown: Any) -> dict[str, Any]:
+            found = {name: measure(x) for name, x in floats(sown)}
+            return {'': found['0']} if list(found) == ['0'] else found  # A lone one has no number.
+
+        def run(state: TrainState, batch: Batch) -> Any:
+            tap = Tap(look, wants=wants)
+            self._forward(tap, state, batch, slices=1)
+            sown = [
+                {path: look_at_all(value) for path, value in call.items() if wants(path)}
+                for call in tap.sown
+            ]
+            return tap.found, sown
+
+        return run
+
+    @staticmethod
+    def _entries(fetched: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """Yields (path, label, what was kept) in the order of the calls."""
+        found, sown = fetched
+        for seen in in_order(found):
+            for leaf, values in seen.seen.items():
+                yield seen.path, f'{seen.name}/{leaf}' if leaf else seen.name, values
+        for number, call in enumerate(sown):
+            for path, leaves in call.items():
+                label = f'{path}#{number}' if number else path
+                for leaf, values in leaves.items():
+                    yield path, f'{label}/{leaf}' if leaf else label, values
+
+    def _write(
+        self, name: str, capture: Capture, step: int, arrays: Mapping[str, np.ndarray]
+    ) -> list[str]:
+        """Writes a file and removes the oldest; returns what the user should know, once."""
+        assert self._directory is not None
+        folder = self._directory / 'capture' / name
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
+        size = write_npz(folder / f'{step}.npz', rows)
+        steps = sorted(int(path.stem) for path in folder.glob('*.npz') if path.stem.isdigit())
+        # Later ones are of a run that was resumed from before them.
+        past = [number for number in steps if number <= step]
+        for number in {*past[: -capture.keep], *steps[len(past) :]}:
+            (folder / f'{number}.npz').unlink(missing_ok=True)
+        if name in self._told:
+            return []
+        self._told.add(name)
+        return [
+            f'capture {name}: {folder} has files of {human_bytes(size)}, and at most '
+            f'{capture.keep} of them ({human_bytes(size * capture.keep)})'
+        ]
+
+
+def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) -> None:
+    """Raises for a pattern that matches nothing; warns of what it would match and cannot see."""
+    expression = re.compile(pattern)
+    missed = [p for p in hidden if expression.fullmatch(p or ROOT)]
+    advice = (
+        'in a branch or a loop (nn.cond, nnx.fori_loop), or in a lifted module (nn.scan) that '
+        "keeps 'intermediates' to itself: give that variable_axes={'intermediates': 0, ...}"
+    )
+    if any(expression.fullmatch(p or ROOT) for p in seen):
+        if missed:
+            _log.warning('%s: %s not captured: %s', path, ', '.join(missed), advice)
+        return
+    if missed:
+        raise UserError(f'{path}: {pattern!r} matches only what is {advice}')
+    names = list(dict.fromkeys(p or ROOT for p in seen))
+    more = f' and {len(names) - 20} more' if len(names) > 20 else ''
+    raise UserError(
+        f'{path}: {pattern!r} matches no module and nothing that one sows. A pattern must match a '
+        f'whole path; there are {", ".join(names[:20])}{more}'
+    )

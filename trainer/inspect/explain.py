@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Explains where in a step values first became non-finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.modules.model_view import param_path
+from trainer.modules.recorder import ROOT, in_order, is_float
+from trainer.step.health import all_finite
+
+
+def explain(
+    found: list[Any],
+    loss: bool,
+    grads: Mapping[str, bool],
+    batch: Mapping[str, bool],
+    *,
+    after: str = '',
+) -> str:
+    """Describes the first non-finite value of a step.
+
+    Args:
+        found: the flags of each call of each module, from a `Tap`.
+        loss: whether the losses are finite.
+        grads: whether the gradient of each parameter is finite, by path.
+        batch: whether each field of the batch is finite, by name.
+        after: what is not finite once the update is made, such as 'a parameter is not: w'; '' if
+            that is unknown.
+    """
+    calls = in_order(found)
+    bad = next((number for number, call in enumerate(calls) if not call.seen['output']), None)
+    if bad is not None:
+        call = calls[bad]
+        name = call.name if call.path else f'{ROOT}, the model itself'
+        return (
+            f'The first module whose output is not finite is {name}, number {bad + 1} of '
+            f'{len(calls)} in call order: {_blame(call.seen, _not(batch))}'
+        )
+    if not loss:
+        return (
+            'The output of every module is finite, but the loss is not: look at the task'
+            f'{_in_batch(_not(batch))}. Typical causes: a label that is not below the number of '
+            'classes, or the logarithm of 0.'
+        )
+    if not grads:
+        return (
+            'The loss and the output of every module are finite, but '
+            + (f'after config.step {after}. ' if after else 'the result of config.step is not. ')
+            + 'Check its gradients and its update.'
+        )
+    if wrong := _not(grads):
+        more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
+        return (
+            'The loss and the output of every module are finite, but the gradients are not: '
+            f'{", ".join(wrong[:5])}{more}. Look for an operation without a finite derivative at '
+            'its input: the square root or norm of zero, or a division masked by `where`.'
+        )
+    return (
+        'The loss and all gradients are finite, but '
+        + (f'after the update {after}. ' if after else 'the update is not. ')
+        + 'Check the learning rate and the optimizer.'
+    )
+
+
+def _blame(flags: Mapping[str, Any], fields: Sequence[str]) -> str:
+    if not flags['variables']:
+        return 'its parameters or statistics were already non-finite.'
+    if not flags['input']:
+        return f'its input was already non-finite{_in_batch(fields)}; its parameters were finite.'
+    return 'its input and its parameters were finite.'
+
+
+def _in_batch(fields: Sequence[str]) -> str:
+    return f' (and so is {", ".join(fields)} in the batch)' if fields else ''
+
+
+def _not(flags: Mapping[str, bool]) -> list[str]:
+    return [name for name, fine in flags.items() if not fine]
+
+
+def flags(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
+    """Returns the flags of one call of a module that `explain` uses."""
+    return {
+        'output': all_finite(output),
+        'input': all_finite(inputs),
+        'variables': all_finite(variables),
+    }
+
+
+def each_finite(tree: Any) -> dict[str, jax.Array]:
+    """Returns for each float leaf, by path, whether all of it is finite."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {param_path(p): jnp.all(jnp.isfinite(x)) for p, x in leaves if is_float(x)}

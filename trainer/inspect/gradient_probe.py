@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of the loss with respect to intermediate values: `--mode=grad_probe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from trainer.config.errors import UserError
+from trainer.inspect.forward import Batch, Forward
+from trainer.inspect.statistics import floats
+from trainer.modules.recorder import ROOT, Tap, name_of, number_in
+from trainer.parallel.host import fetch
+from trainer.step.state import TrainState
+from trainer.tasks.runner import inverse, loss_sums, penalty_sum
+from trainer.tasks.task import TaskOutput
+
+if TYPE_CHECKING:
+    from trainer.run.setup import Parts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gradient:
+    """The gradient with respect to one value.
+
+    Attributes:
+        path: of the module whose output it is, or what the module calls it in `self.perturb`.
+        gradient: of the loss, in the shape of the value; with a leading dimension for each scan
+            around it. Of a module that is called several times the sum over the calls; those of
+            another shape are apart ('embed#1').
+        value_norm: L2 norm of the value, over these calls; None where only its name is known.
+    """
+
+    path: str
+    gradient: np.ndarray
+    value_norm: float | None
+
+    @property
+    def norm(self) -> float:
+        """The L2 norm of the gradient."""
+        wide = np.complex64 if np.iscomplexobj(self.gradient) else np.float32
+        return float(np.linalg.norm(self.gradient.astype(wide).ravel()))
+
+
+def of_next_step(parts: Parts, state: TrainState, match: Sequence[str] = ()) -> list[Gradient]:
+    """Returns the gradients on the batch that comes after a state; of a stream on its first one."""
+    data, step = parts.experiment.data, int(state.step)
+    if hasattr(data, 'restore'):
+        data.restore(step, None)
+    with parts.batches(step, [1]) as batches:
+        (_, batch), *_ = batches
+        forward = Forward.of(parts.experiment, parts.mesh, parts.programs.task)
+        return gradients(forward, state, batch, match)
+
+
+def gradients(
+    forward: Forward, state: TrainState, batch: Batch, match: Sequence[str] = ()
+) -> list[Gradient]:
+    """Returns the gradients of the loss of a train step, in the order of the calls.
+
+    Under `config.accumulate` the loss is that of the first slice; of several losses it is the sum.
+
+    Args:
+        forward: the forward pass of the train step.
+        state: whose variables.
+        batch: arrays (rows, ...).
+        match: patterns of modules; their outputs come besides what the model itself names with
+            `self.perturb`.
+
+    Raises:
+        UserError: if there is nothing to differentiate by.
+    """
+    patterns = [_compiled(pattern) for pattern in match]
+    state = dataclasses.replace(state, metrics=None)
+
+    def wants(path: str) -> bool:
+        return any(pattern.fullmatch(path or ROOT) for pattern in patterns)
+
+    def made(state: TrainState, batch: Batch) -> Any:
+        tap = Tap(wants=wants, perturbations={})
+        forward(tap, state, batch, slices=1)
+        called.extend(tap.called)
+        return tap.perturbations
+
+    def run(state: TrainState, batch: Batch) -> Any:
+        def loss(perturbations: Any) -> Any:
+            tap = Tap(_squares, wants=wants, perturbations=perturbations)
+            (output,) = forward(tap, state, batch, slices=1)
+            return _loss(output), tap.found
+
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.grad(loss, has_aux=True)(zeros)
+
+    called: list[str] = []
+    shapes = forward.shapes(made, state, batch)
+    if not jax.tree.leaves(shapes):
+        raise UserError(_nothing(match, called))
+    grads, found = fetch(forward.compiled(run)(state, batch))
+    return _in_order(grads, found)
+
+
+def table(gradients: Sequence[Gradient]) -> str:
+    """Returns path, shape, norm of value and norm of gradient of each."""
+    rows = [('path', 'shape', 'norm of value', 'norm of gradient')]
+    for each in gradients:
+        shape = ' x '.join(map(str, each.gradient.shape)) or 'scalar'
+        value = '-' if each.value_norm is None else f'{each.value_norm:.5g}'
+        rows.append((each.path, shape, value, f'{each.norm:.5g}'))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return '\n'.join(
+        f'{path:<{widths[0]}}  {shape:<{widths[1]}}  {value:>{widths[2]}}  {norm:>{widths[3]}}'
+        for path, shape, value, norm in rows
+    )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f'--match: {pattern!r} is no pattern: {error}') from error
+
+
+def _loss(output: TaskOutput) -> jax.Array:
+    totals, weights = loss_sums(output)
+    return sum((totals[name] * inverse(weights[name]) for name in totals), penalty_sum(output))
+
+
+def _squares(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
+    found = enumerate(x for _, x in floats(output))
+    return {name_of(i, x): jnp.sum(jnp.square(x.astype(jnp.float32))) for i, x in found}
+
+
+def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
+    squares: dict[str, dict[str, float]] = {}
+    orders: dict[str, int] = {}
+    for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
+        orders.setdefault(path, int(np.min(record['order'])))
+        # Over all layers of a scan, and all calls.
+        mine = squares.setdefault(path, {})
+        for name, x in record['seen'].items():
+            mine[name] = mine.get(name, 0.0) + float(np.sum(x))
+    timed = []
+    for keys, gradient in traverse_util.flatten_dict(dict(grads)).items():
+        *place, name = map(str, keys)
+        path = '/'.join(place)
+        number = number_in(name)
+        if number is not None:
+            several = f'/{number}' if len({number_in(n) for n in squares[path]}) > 1 else ''
+            shape = [n for n in squares[path] if number_in(n) == number].index(name)
+            label = f'{path or ROOT}{several}' + (f'#{shape}' if shape else '')
+            norm: float | None = math.sqrt(squares[path][name])
+            when: tuple[float, int] = (orders[path], number)
+        else:
+            # What a module names itself comes at the end: nothing is known of it but the name.
+            label, norm, when = '/'.join((*place, name)), None, (math.inf, 0)
+        one = Gradient(path=label, gradient=np.asarray(gradient), value_norm=norm)
+        timed.append((when, label, one))
+    return [one for *_, one in sorted(timed, key=lambda item: item[:2])]
+
+
+def _nothing(match: Sequence[str], called: Sequence[str]) -> str:
+    if called:
+        return (
+            f'{", ".join(dict.fromkeys(called))}: in a branch of nn.cond or nn.switch, or in a '
+            "lifted module (nn.scan, nn.vmap) that keeps 'perturbations' to itself: give that "
+            "variable_axes={'perturbations': 0, 'intermediates': 0, ...}"
+        )
+    if not match:
+        return (
+            'the model names no value with self.perturb; name modules, whose outputs are taken: '
+            "--match='.*' takes all"
+        )
+    return (
+        'the model names no value with self.perturb, and no module has a path that matches '
+        f'{", ".join(map(repr, match))}. A pattern must match a whole path; --mode=summary shows '
+        "the modules, and --match='.*' takes all"
+    )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of a model's modules: outputs, parameters and floating-point operations."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from trainer.ensemble.step import member_state
+from trainer.inspect.forward import Batch, Forward
+from trainer.inspect.statistics import floats
+from trainer.modules.model_view import param_path
+from trainer.modules.recorder import ROOT, SCOPE, Tap
+from trainer.observe import flops
+from trainer.observe.table import count
+from trainer.step.state import TrainState
+
+if TYPE_CHECKING:
+    from trainer.run.setup import Parts
+
+# Where the operations are that no module does.
+TASK = '(task)'
+_SCOPE = re.compile(rf'{SCOPE}([^/()]*)')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What a module has of its own; what its sub-modules have is in their rows.
+
+    Attributes:
+        path: of the module.
+        kind: its class.
+        output: shape of its (first) output for a whole batch, with the layers of a scan in front.
+        parameters: number of values.
+        flops: floating-point operations of its matrix products and convolutions in a forward pass
+            of the whole batch.
+    """
+
+    path: str
+    kind: str
+    output: str
+    parameters: int
+    flops: float
+
+
+def describe(parts: Parts) -> str:
+    """Returns the table of an experiment's model, or of one member of an ensemble."""
+    spec = parts.programs.fields.shapes
+    forward = Forward.of(parts.experiment, parts.mesh, parts.programs.task)
+    if parts.experiment.ensemble is None:
+        return table(rows(forward, parts.programs.abstract, spec))
+    one = jax.eval_shape(lambda state: member_state(state, 0), parts.programs.abstract)
+    return f'each member\n{table(rows(forward, one, spec))}'
+
+
+def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
+    """Returns the modules in the order of their calls; nothing is computed.
+
+    The parameters of a module that is not called, and the operations of the task, have rows too: so
+    the rows sum up to all.
+
+    Args:
+        forward: the forward pass of the train step.
+        state: shapes.
+        batch: shapes.
+    """
+    state = dataclasses.replace(state, metrics=None)
+    tap = Tap(lambda output, inputs, variables: [x for _, x in floats(output)])
+
+    def run(state: TrainState, batch: Batch) -> Any:
+        output = forward(tap, state, batch)
+        return [o.loss for o in output], tap.found
+
+    jaxpr, (_, found) = forward.jaxpr(run, state, batch)
+    shapes: dict[str, str] = {}
+    for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
+        for x in record['seen'][:1]:
+            shapes.setdefault(path, ' x '.join(map(str, x.shape)) or 'scalar')
+    operations = flops.by_place(jaxpr, module_of, TASK)
+    parameters = _by_owner(state.params, tap.called)
+    # In the order of the calls: `called` has a module before its parts.
+    paths = dict.fromkeys((*tap.called, *parameters, *operations))
+    return [
+        Row(
+            path=path or ROOT,
+            kind=tap.called.get(path, ''),
+            output=shapes.get(path, ''),
+            parameters=parameters.get(path, 0),
+            flops=operations.get(path, 0.0),
+        )
+        for path in paths
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """Returns the rows and their sum."""
+    lines = [('module', 'class', 'output', 'parameters', 'flops forward')]
+    for row in rows:
+        numbers = (f'{row.parameters:,}' if row.parameters else '', _number(row.flops))
+        lines.append((row.path, row.kind, row.output, *numbers))
+    total = sum(row.parameters for row in rows), sum(row.flops for row in rows)
+    lines.append(('total', '', '', f'{total[0]:,}', _number(total[1])))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+    return '\n'.join(
+        '  '.join(
+            cell.rjust(width) if i > 2 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _number(value: float) -> str:
+    return f'{value:,.0f}' if value else ''
+
+
+def _by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:
+    """Returns the number of values that each module has itself, by its path."""
+    owned: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        place = param_path(path).split('/')[:-1]
+        while place and '/'.join(place) not in called:
+            place.pop()
+        owner = '/'.join(place) if place or '' in called else param_path(path[:-1])
+        owned[owner] = owned.get(owner, 0) + count(leaf)
+    return owned
+
+
+def module_of(equation: Any, around: str) -> str:
+    """Returns the path of the innermost module that contains an equation of a tapped call."""
+    scopes = _SCOPE.findall(str(equation.source_info.name_stack))
+    return scopes[-1].replace('|', '/') if scopes else around

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of an array: numbers, a histogram, or its first rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.modules.model_view import param_path
+from trainer.modules.recorder import is_float
+from trainer.observe.writers import Histogram
+
+BINS = 30
+
+
+def summary(x: jax.Array) -> dict[str, jax.Array]:
+    """Returns float32 scalars: of the finite values, and the shares of zeros and of the rest."""
+    x = x.astype(jnp.float32)
+    finite = jnp.isfinite(x)
+    count = jnp.sum(finite)
+    mean = jnp.sum(jnp.where(finite, x, 0.0)) / count
+    square = jnp.sum(jnp.where(finite, (x - mean) ** 2, 0.0)) / count
+    return {
+        'mean': mean,
+        'std': jnp.sqrt(square),
+        'min': jnp.min(jnp.where(finite, x, jnp.inf), initial=jnp.inf),
+        'max': jnp.max(jnp.where(finite, x, -jnp.inf), initial=-jnp.inf),
+        'zeros': jnp.mean(x == 0, dtype=jnp.float32),
+        'nonfinite': jnp.mean(~finite, dtype=jnp.float32),
+    }
+
+
+def counts(x: jax.Array) -> jax.Array:
+    """Returns how many of the finite values are in each bin from the least to the largest."""
+    x = x.astype(jnp.float32).ravel()
+    finite = jnp.isfinite(x)
+    numbers = summary(x)
+    width = (numbers['max'] - numbers['min']) / BINS
+    place = jnp.where(finite, x - numbers['min'], 0.0) / jnp.where(width > 0, width, 1.0)
+    bins = jnp.clip(place.astype(jnp.int32), 0, BINS - 1)
+    return jnp.zeros(BINS, jnp.float32).at[bins].add(finite)
+
+
+def measures(what: frozenset[str], rows: int) -> Callable[[jax.Array], dict[str, Any]]:
+    """Returns the function that keeps of an array what is asked for.
+
+    Args:
+        what: of 'summary', 'histogram' and 'file'.
+        rows: how many rows of an array go into a file.
+    """
+
+    def measure(x: jax.Array) -> dict[str, Any]:
+        kept: dict[str, Any] = {'summary': summary(x)} if what - {'file'} else {}
+        if 'histogram' in what:
+            kept['counts'] = counts(x)
+        if 'file' in what:
+            kept['rows'] = (x[:rows] if x.ndim else x).astype(jnp.float32)
+        return kept
+
+    return measure
+
+
+def histogram(kept: Mapping[str, Any]) -> Histogram:
+    """Returns the histogram of what `measures` has kept, on the host."""
+    numbers = {name: float(value) for name, value in kept['summary'].items()}
+    return Histogram(
+        numbers['min'], numbers['max'], kept['counts'], numbers['mean'], numbers['std']
+    )
+
+
+def floats(tree: Any) -> Iterator[tuple[str, jax.Array]]:
+    """Yields the arrays of floats in a value, by their path in it ('' for a lone one)."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if is_float(leaf):
+            yield param_path(path), leaf

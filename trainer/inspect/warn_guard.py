@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`config.guard.non_finite='warn'`: reports once where a value is not finite, and continues."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+
+from trainer.inspect.replay import Kept, Replay
+from trainer.observe.reporter import flat_row
+from trainer.parallel.host import fetch
+from trainer.step.health import all_finite
+from trainer.step.state import TrainState
+
+
+class NonFiniteError(RuntimeError):
+    """A run has been stopped because a value was not finite; the message says where it began."""
+
+    exit_code = 1
+    status = 'diverged'
+
+
+class Guard:
+    """Checks a run at each of its events, and explains what is not finite."""
+
+    def __init__(self, replay: Replay):
+        """Makes a guard without a kept state.
+
+        Args:
+            replay: reruns steps.
+        """
+        self._replay = replay
+        self._kept: Kept | None = None
+        self._done = False
+        self._sound = jax.jit(all_finite)
+
+    def keep(self, step: int, state: TrainState) -> None:
+        """Keeps a copy of a finite state."""
+        self._kept = self._replay.keep(step, state)
+
+    def check(self, step: int, state: TrainState, row: Mapping[str, float]) -> str | None:
+        """Keeps the state if it is finite.
+
+        Args:
+            step: number of completed updates.
+            state: at this step.
+            row: the newest value of each metric, by flat name.
+
+        Returns:
+            A message for the user, once.
+        """
+        if self._done:
+            return None
+        bad = non_finite(row)
+        if not bad and self._is_sound(state):
+            self.keep(step, state)
+            return None
+        self._done = True
+        assert self._kept is not None
+        what = f'{bad[0]} of step {step:,} is' if bad else f'a parameter after step {step:,} is'
+        found = self._replay.find(self._kept, step, self._is_bad)
+        self._kept = None
+        return f'config.guard: {what} not finite.\n{found}\nTraining continues.'
+
+    def _is_bad(self, state: TrainState) -> bool:
+        return bool(non_finite(flat_row(state.metrics))) or not self._is_sound(state)
+
+    def _is_sound(self, state: TrainState) -> bool:
+        return bool(fetch(self._sound((state.params, state.collections))))
+
+
+def non_finite(row: Mapping[str, float]) -> list[str]:
+    """Returns the names of the losses and norms in a row that are not finite.
+
+    A step under a loss scale may have infinite gradients, and so their norm: it is skipped, and
+    nothing is wrong.
+    """
+    watched = ('loss',) if 'train/loss_scale' in row else ('loss', '_norm')
+    mine = {name: value for name, value in row.items() if name.startswith('train/')}
+    return [n for n, value in mine.items() if n.endswith(watched) and not math.isfinite(value)]

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Klinen: Linen models as objects that hold their variables.
+
+    from trainer.modules import klinen as knn
+
+    class AutoEncoder(knn.Module):
+        encoder: nn.Module
+        decoder: nn.Module
+
+        @nn.compact
+        def __call__(self, x):
+            return self.decoder(knn.Dropout(0.1)(self.encoder(x)))
+
+    model = AutoEncoder(nn.Dense(8), knn.BatchNorm()).init_bind(jax.random.key(0), x)
+    y = model.eval()(x)                         # evaluation mode: no random numbers
+    model = model.with_rng(1)                   # training mode: dropout draws from this key
+    y, model = model.call_with_updates(x)       # with the new batch statistics
+    z = model.encoder(x)                        # any part, by itself
+    y, kept = model.eval().call_with_intermediates(x)  # fields knn.Intermediate[...]
+    y = jax.jit(lambda model, x: model.eval()(x))(model, x)
+
+A bound model does not change: every method returns a value or a copy. It is a pytree of its
+parameters, then its other collections, then its random keys if there are any.
+
+Gradients go into the parameters and into 'perturbations' (and the scales of fp8 layers); into every
+other collection they are zero, so that an update of a whole model moves no statistics. For those of
+a collection of one's own: `module, variables = model.unbind()`, and Linen's `module.apply`.
+"""
+
+from trainer.klinen.interface import bind
+from trainer.klinen.intermediates import Intermediate, Intermediates
+from trainer.klinen.layers import (
+    RNN,
+    BatchNorm,
+    Bidirectional,
+    Conv,
+    ConvTranspose,
+    Dense,
+    DenseGeneral,
+    Dropout,
+    Einsum,
+    Embed,
+    GroupNorm,
+    GRUCell,
+    InstanceNorm,
+    LayerNorm,
+    MultiHeadDotProductAttention,
+    OptimizedLSTMCell,
+    RMSNorm,
+    Sequential,
+)
+from trainer.klinen.module import Module, convert
+
+__all__ = [
+    'RNN',
+    'BatchNorm',
+    'Bidirectional',
+    'Conv',
+    'ConvTranspose',
+    'Dense',
+    'DenseGeneral',
+    'Dropout',
+    'Einsum',
+    'Embed',
+    'GRUCell',
+    'GroupNorm',
+    'InstanceNorm',
+    'Intermediate',
+    'Intermediates',
+    'LayerNorm',
+    'Module',
+    'MultiHeadDotProductAttention',
+    'OptimizedLSTMCell',
+    'RMSNorm',
+    'Sequential',
+    'bind',
+    'convert',
+]

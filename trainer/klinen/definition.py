@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of a bound model that is no array, comparable for the cache of compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from trainer.modules import train_flags
+from trainer.modules.rng_streams import Streams
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Definition:
+    """What of a bound model is no array: equal definitions run the same compiled program.
+
+    Attributes:
+        module: the module, unbound, with the flags of its maker.
+        path: names that lead to it from the model whose part it is.
+        streams: the random streams that its calls have asked for; one object for a model, its
+            copies and its parts.
+    """
+
+    module: nn.Module
+    path: tuple[str, ...] = ()
+    # NNX modules inside ask for 'default', and get a constant where there is none.
+    streams: Streams = dataclasses.field(default_factory=lambda: Streams({'dropout', 'default'}))
+    _told: dict[bool, nn.Module] = dataclasses.field(default_factory=dict)
+
+    def told(self, training: bool) -> nn.Module:
+        """Returns the module with the mode in its flags."""
+        if training not in self._told:
+            self._told[training] = train_flags.set_fields(self.module, training)
+        return self._told[training]
+
+    @functools.cached_property
+    def _key(self) -> Any:
+        return self.path, _fingerprint(self.module, {})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Definition) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _fingerprint(value: Any, seen: dict[int, int]) -> Any:
+    """Returns a hashable value that is equal for modules that do the same."""
+    if isinstance(value, nn.Module):
+        if id(value) in seen:
+            return type(value), seen[id(value)]
+        seen[id(value)] = len(seen)
+        items = ((name, getattr(value, name)) for name in sorted(train_flags.fields(value)))
+        return type(value), value.name, tuple((n, _fingerprint(v, seen)) for n, v in items)
+    if isinstance(value, Mapping):
+        return tuple((name, _fingerprint(item, seen)) for name, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value), tuple(_fingerprint(item, seen) for item in value)
+    try:
+        hash(value)
+    except TypeError:
+        return type(value), id(value)
+    return type(value), value

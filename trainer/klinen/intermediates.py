@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Values that modules keep during a call, and the tree in which a caller gets them."""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin
+
+import flax.linen as nn
+import jax
+
+from trainer.modules.static_leaves import Carried
+
+if TYPE_CHECKING:
+    from trainer.klinen.bound import Binding
+
+T = TypeVar('T')
+
+# The Linen collection in which the values leave a call; lifted modules pass it on by this name.
+COLLECTION = 'intermediates'
+_MARK = 'knn.Intermediate'
+
+Intermediate = Annotated[T, _MARK]
+"""Marks a field of a module as a value of one call: `tmp: knn.Intermediate[T] = field(init=False)`.
+
+It may have a `default_factory`, or be assigned in the call. Each call starts anew.
+"""
+
+
+class Intermediates:
+    """The values that one call has kept, in the structure of the model.
+
+    `intermediates.encoder.tmp_values` is the field `tmp_values` of `model.encoder`; what a compact
+    method makes goes by its name among the parameters (`intermediates.Block_0`). It is a pytree, so
+    a compiled function can return it.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        """Takes values of fields, and `Intermediates` for sub-modules, by name."""
+        self._values = dict(values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_') or name not in self._values:
+            have = ', '.join(self._values) or 'none: no call has been captured here'
+            raise AttributeError(f'no intermediate value or sub-module {name!r}; there are: {have}')
+        return self._values[name]
+
+    def __dir__(self) -> list[str]:
+        return list(self._values)
+
+    def __repr__(self) -> str:
+        return f'Intermediates({", ".join(f"{k}={v!r}" for k, v in self._values.items())})'
+
+
+def _unflatten(names: tuple[str, ...], values: Any) -> Intermediates:
+    return Intermediates(dict(zip(names, values, strict=True)))
+
+
+jax.tree_util.register_pytree_with_keys(
+    Intermediates,
+    lambda x: (
+        [(jax.tree_util.GetAttrKey(name), value) for name, value in x._values.items()],
+        tuple(x._values),
+    ),
+    _unflatten,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """A `with model.capture_intermediates()` that is open.
+
+    Attributes:
+        binding: of the model that is captured.
+        result: filled by the calls of this model.
+    """
+
+    binding: Binding
+    result: Intermediates = dataclasses.field(default_factory=lambda: Intermediates({}))
+
+    def concerns(self, called: Binding) -> bool:
+        """Whether a call is of this model, of a copy or a part, or of what it is a part of."""
+        mine, theirs = self.binding.definition, called.definition
+        depth = min(len(mine.path), len(theirs.path))
+        return mine.streams is theirs.streams and mine.path[:depth] == theirs.path[:depth]
+
+    def fill(self, called: Binding, kept: Mapping[str, Any]) -> None:
+        """Takes what a call has kept, in the structure of the model that is captured."""
+        module: nn.Module | None = called.linen()
+        below = self.binding.definition.path[len(called.definition.path) :]
+        if below:
+            module = _part_at(called.linen(), below)
+        if module is not None:
+            found = _around(self.binding, called.definition.path, mirror(module, kept))
+            self.result._values = found._values
+
+
+current: contextvars.ContextVar[Capture | None] = contextvars.ContextVar('capture', default=None)
+
+
+def fields(module: Any) -> tuple[str, ...]:
+    """Returns the names of the fields that are annotated as `Intermediate`, in their order."""
+    cls: Any = type(module)
+    return _fields(cls)
+
+
+@functools.cache
+def _fields(cls: Any) -> tuple[str, ...]:
+    every = dataclasses.fields(cls)
+    return tuple(f.name for f in every if not f.init and is_marked(f, cls))
+
+
+def unset(module: nn.Module, name: str) -> AttributeError:
+    """Returns the error of a field `Intermediate` that has no value where it is read."""
+    where = f'{type(module).__name__}.{name}'
+    if module.scope is None:
+        return AttributeError(
+            f'{where} is a knn.Intermediate: it can only be accessed inside module functions. What '
+            'a call has kept is in kept of y, kept = model.call_with_intermediates(x)'
+        )
+    return AttributeError(
+        f'{where} is a knn.Intermediate without a default. Attribute was not set during the call '
+        'before it was read'
+    )
+
+
+def keep(
+    following: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+) -> Any:
+    """Runs a method, as an interceptor of Linen, and stores what its module's fields hold then."""
+    output = following(*args, **kwargs)
+    module = context.module
+    if module.scope is None or not module.is_mutable_collection(COLLECTION):
+        return output
+    for name in fields(module):
+        if name in vars(module):  # Or else it has no default, and the call has not assigned it.
+            module.put_variable(COLLECTION, name, Carried.of(vars(module)[name]))
+    return output
+
+
+def plain(kept: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the collection that a call has filled, with the values of fields as they are."""
+    found = {}
+    for name, x in kept.items():
+        value = x.value if isinstance(x, Carried) else x
+        found[name] = plain(x) if isinstance(x, Mapping) else value
+    return found
+
+
+def mirror(module: nn.Module, kept: Mapping[str, Any]) -> Intermediates:
+    """Returns what a call has kept in the structure of the module, bound as Linen binds it.
+
+    Args:
+        module: the module that was called, or a part of it.
+        kept: the whole collection that the call has filled.
+    """
+    assert module.scope is not None
+    here: Any = kept
+    for name in module.scope.path:
+        here = here.get(name, {})
+    values = _own(here)
+    parts = {name: value for name, value in parts_of(module).items() if any(modules_in(value))}
+    named = {part.scope.path[-1] for value in parts.values() for part in modules_in(value)}
+    values.update({k: v for k, v in _by_name(here).items() if k not in named})
+    for name, value in parts.items():
+        values[name] = map_modules(value, lambda part: mirror(part, kept))
+    return Intermediates(values)
+
+
+def parts_of(module: nn.Module) -> dict[str, Any]:
+    """Returns what a bound module's fields and its `setup` hold, by name."""
+    dir(module)  # Runs setup, which waits until somebody looks.
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith('_') and name not in ('parent', 'name', 'scope')
+    }
+
+
+def modules_in(value: Any) -> Iterator[Any]:
+    """Yields the modules in nested lists, tuples and dicts."""
+    if isinstance(value, nn.Module):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from modules_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from modules_in(item)
+
+
+def map_modules(value: Any, function: Callable[[Any], Any]) -> Any:
+    """Returns the value with `function(module)` for each module in lists, tuples and dicts."""
+    if isinstance(value, nn.Module):
+        return function(value)
+    if not any(modules_in(value)):
+        return value
+    if isinstance(value, Mapping):
+        return {key: map_modules(item, function) for key, item in value.items()}
+    return tuple(map_modules(item, function) for item in value)
+
+
+def _around(binding: Binding, path: tuple[str, ...], found: Intermediates) -> Intermediates:
+    """Returns what the part of a model at `path` has kept, in the structure of the model."""
+    own, module = binding.definition.path, binding.linen()
+    if own[: len(path)] == path:
+        return found
+    if own != path[: len(own)]:
+        return mirror(module, {})
+    names = [name for name, value in parts_of(module).items() if any(modules_in(value))]
+
+    def part(model: Any) -> Intermediates:
+        return _around(model._bound, path, found)
+
+    return Intermediates({name: map_modules(binding.attribute(name), part) for name in names})
+
+
+def _part_at(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+    """Returns the part of a bound module that Linen has bound at `path`."""
+    assert module.scope is not None
+    if module.scope.path == path:
+        return module
+    parts = (part for value in parts_of(module).values() for part in modules_in(value))
+    return next((found for part in parts if (found := _part_at(part, path))), None)
+
+
+def _own(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item.value for name, item in tree.items() if isinstance(item, Carried)}
+
+
+def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parts that a compact method has made: only their names are known."""
+    parts = {name: item for name, item in tree.items() if isinstance(item, Mapping)}
+    return {name: Intermediates({**_own(part), **_by_name(part)}) for name, part in parts.items()}
+
+
+def is_marked(field: dataclasses.Field[Any], cls: type) -> bool:
+    """Whether the field of a class of modules is annotated as `Intermediate`."""
+    annotation: Any = field.type
+    if isinstance(annotation, str):
+        owner = next(base for base in cls.__mro__ if field.name in inspect.get_annotations(base))
+        try:
+            annotation = eval(annotation, vars(sys.modules[owner.__module__]), dict(vars(owner)))
+        except Exception:  # A name that only a type checker or a function knows.
+            return re.match(r'(\w+\.)*Intermediate\b', annotation) is not None
+    return get_origin(annotation) is Annotated and _MARK in annotation.__metadata__

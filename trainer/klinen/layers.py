@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linen's layers as `knn.Module`s: they follow `training`. `knn.convert` makes any other."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+
+from trainer.klinen.module import Module
+
+
+class Dense(nn.Dense, Module):
+    """`flax.linen.Dense`."""
+
+
+class DenseGeneral(nn.DenseGeneral, Module):
+    """`flax.linen.DenseGeneral`."""
+
+
+class Einsum(nn.Einsum, Module):
+    """`flax.linen.Einsum`."""
+
+
+class Embed(nn.Embed, Module):
+    """`flax.linen.Embed`."""
+
+
+class Conv(nn.Conv, Module):
+    """`flax.linen.Conv`."""
+
+
+class ConvTranspose(nn.ConvTranspose, Module):
+    """`flax.linen.ConvTranspose`."""
+
+
+class BatchNorm(nn.BatchNorm, Module):
+    """`flax.linen.BatchNorm`; uses the statistics of the batch in training mode."""
+
+
+class LayerNorm(nn.LayerNorm, Module):
+    """`flax.linen.LayerNorm`."""
+
+
+class RMSNorm(nn.RMSNorm, Module):
+    """`flax.linen.RMSNorm`."""
+
+
+class GroupNorm(nn.GroupNorm, Module):
+    """`flax.linen.GroupNorm`."""
+
+
+class InstanceNorm(nn.InstanceNorm, Module):
+    """`flax.linen.InstanceNorm`."""
+
+
+class Dropout(nn.Dropout, Module):
+    """`flax.linen.Dropout`; draws in training mode only."""
+
+
+class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Module):
+    """`flax.linen.MultiHeadDotProductAttention`; its dropout follows the mode."""
+
+
+class Sequential(nn.Sequential, Module):
+    """`flax.linen.Sequential`; its layers of any kind are told the mode."""
+
+
+class OptimizedLSTMCell(nn.OptimizedLSTMCell, Module):
+    """`flax.linen.OptimizedLSTMCell`."""
+
+
+class GRUCell(nn.GRUCell, Module):
+    """`flax.linen.GRUCell`."""
+
+
+class RNN(nn.RNN, Module):
+    """`flax.linen.RNN`."""
+
+
+class Bidirectional(nn.Bidirectional, Module):
+    """`flax.linen.Bidirectional`."""

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`knn.Module`: a Linen module that can be bound to its variables."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import flax.linen as nn
+from flax import errors
+
+from trainer.klinen import intermediates
+from trainer.klinen.bound import Bound
+from trainer.klinen.interface import Interface, unbound
+from trainer.modules import train_flags
+
+M = TypeVar('M', bound=nn.Module)
+
+
+class _NotYetError(ValueError, AttributeError):
+    """A name that a model has only after `init_bind`; `hasattr` asks for the second base."""
+
+
+class Module(Interface, nn.Module):
+    """A Linen module with a mode, that `init_bind` binds to its variables.
+
+    Attributes:
+        training: whether the model trains; the parts of a model follow it.
+    """
+
+    if TYPE_CHECKING:
+        # For a type checker no field, or those of a subclass would need defaults.
+        @property
+        def training(self) -> bool:
+            """Whether the model trains."""
+
+    else:
+        training: bool = dataclasses.field(default=True, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if issubclass(cls, Bound):
+            return
+        _check_names(cls)
+        owner = next((base for base in cls.__mro__ if '__call__' in vars(base)), Module)
+        if not issubclass(owner, Module):
+            cls.__call__ = _telling(owner.__call__)  # type: ignore[method-assign]
+        for name, value in _methods(cls).items():
+            always = name == '__call__' or hasattr(value, 'compact')
+            method = value if name in vars(cls) else _of_the_next(cls, name, value)
+            setattr(cls, name, _bound_first(method, always=always))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in train_flags.fields(self):
+            if any(isinstance(part, Bound) for part in intermediates.modules_in(vars(self)[name])):
+                raise ValueError(
+                    f'{type(self).__name__}.{name} is bound to variables, which a new model would '
+                    'lose: give it part.clone(), and the variables to model.with_variables(...)'
+                )
+        self._follow()
+
+    @nn.nowrap
+    def _follow(self) -> None:
+        """Takes evaluation mode over from the module around it, and hands it on."""
+        if self.training and not _mode_around(self):
+            object.__setattr__(self, 'training', False)
+            for name in train_flags.fields(self):
+                for part in intermediates.modules_in(getattr(self, name)):
+                    if isinstance(part, Module):
+                        part._follow()
+
+    @nn.nowrap
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in intermediates.fields(self):
+            object.__setattr__(self, name, value)
+        elif name == 'training' and '_state' in vars(self):
+            raise errors.SetAttributeFrozenModuleError(type(self).__name__, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @nn.nowrap
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError as error:
+            if name in intermediates.fields(self):
+                raise intermediates.unset(self, name) from error
+            if self.scope is None and type(self).setup is not nn.Module.setup:
+                raise _NotYetError(
+                    f'{type(self).__name__} has no {name!r}; what its setup makes is there after '
+                    'model = model.init_bind(rng, *args)'
+                ) from error
+            raise
+
+
+def convert(cls: type[M]) -> type[M]:
+    """Returns the class as a `knn.Module`; the same class gives the same one.
+
+    Flags of its call that say the mode (`deterministic`, `train`, `use_running_average`, ...)
+    follow `training` where the caller does not give them.
+
+    Raises:
+        TypeError: if it is no class of Linen modules.
+    """
+    given: object = cls
+    if not isinstance(given, type) or not issubclass(given, nn.Module):
+        got = given.__name__ if isinstance(given, type) else f'an object of {type(given).__name__}'
+        raise TypeError(
+            f'knn.convert: expected a class of flax.linen modules, got {got}; a module with its '
+            'variables goes to knn.bind(module, variables)'
+        )
+    linen: Any = cls
+    return cls if issubclass(cls, Module) else _converted(linen)
+
+
+@functools.cache
+def _converted(cls: Any) -> Any:
+    names = {name: getattr(cls, name) for name in ('__doc__', '__module__', '__qualname__')}
+
+    @nn.nowrap
+    def reduced(self: Any, protocol: Any) -> Any:
+        # By name, pickle would find the class that was converted.
+        if type(self) is made:
+            return _empty, (cls,), vars(self)
+        return object.__reduce_ex__(self, protocol)
+
+    made = type(cls.__name__, (cls, Module), {**names, '__reduce_ex__': reduced})
+    return made
+
+
+def _empty(cls: Any) -> Any:
+    return object.__new__(_converted(cls))
+
+
+def _mode_around(module: Module) -> bool:
+    """Returns the mode of the nearest Klinen module around, or else of the call."""
+    parent = module.parent
+    while isinstance(parent, nn.Module):
+        if isinstance(parent, Module):
+            return parent.training
+        parent = parent.parent
+    return train_flags.current.get() is not False
+
+
+def _check_names(cls: Any) -> None:
+    """Refuses fields and methods that would not be what they look like."""
+    interface = {name for name in vars(Interface) if not name.startswith('_')}
+    for name in sorted(interface & {*vars(cls), *inspect.get_annotations(cls)}):
+        raise TypeError(
+            f'{cls.__name__}.{name} would hide what every knn.Module has by that name (see '
+            'trainer.klinen.interface); give it another name'
+        )
+    for field in dataclasses.fields(cls):
+        if field.init and intermediates.is_marked(field, cls):
+            raise TypeError(
+                f'{cls.__name__}.{field.name} is a knn.Intermediate, which no caller gives: it '
+                'must be a dataclasses.field(init=False), with a default_factory or without'
+            )
+
+
+def _methods(cls: Any) -> dict[str, Any]:
+    """Returns the methods that a class has from itself, and those from Linen classes around it."""
+    linens = (*nn.Module.__mro__, Interface)
+    bases = [b for b in cls.__mro__ if b is cls or not (b in linens or issubclass(b, Module))]
+    return {
+        name: value
+        for base in bases
+        for name, value in vars(base).items()
+        if inspect.getattr_static(cls, name) is value and _may_need_variables(name, value)
+    }
+
+
+def _may_need_variables(name: str, value: Any) -> bool:
+    if name == '__call__' or hasattr(value, 'compact'):
+        return True
+    public = inspect.isfunction(value) and not name.startswith('_') and name != 'setup'
+    return public and not hasattr(value, 'nowrap')
+
+
+def _of_the_next(cls: Any, name: str, inherited: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the method that a class inherits, from whatever class follows it in a subclass."""
+
+    @functools.wraps(inherited)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(super(cls, self), name)(*args, **kwargs)
+
+    return method
+
+
+def _bound_first(method: Callable[..., Any], *, always: bool) -> Callable[..., Any]:
+    """Refuses a call that has no variables, before Linen does so in its own words.
+
+    Args:
+        method: of a module.
+        always: whether it needs variables in any case, or only if it calls what does.
+    """
+
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.scope is not None:
+            return method(self, *args, **kwargs)
+        if always:
+            raise unbound(self)
+        try:
+            return method(self, *args, **kwargs)
+        except errors.CallCompactUnboundModuleError as error:
+            raise unbound(self) from error
+
+    return checked
+
+
+def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells the mode to a method that knows nothing of `self.training`."""
+
+    @functools.wraps(method)
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = train_flags.with_flags(self, args, kwargs, self.training)
+        layers = isinstance(self, nn.Sequential)
+        with (
+            train_flags.telling_layers(self.training, self) if layers else contextlib.nullcontext()
+        ):
+            return method(self, *args, **kwargs)
+
+    return told

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--mode=dry_run`: one of everything that a run does, of which nothing is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from trainer.checkpoint.manager import Checkpoints
+from trainer.checkpoint.storable import check_storable
+from trainer.config.errors import UserError
+from trainer.experiment import Experiment
+from trainer.observe.progress import duration
+from trainer.observe.table import human_bytes, nbytes
+from trainer.parallel import processes
+from trainer.probe.probes import Probes
+from trainer.run import startup
+from trainer.run.setup import Parts
+from trainer.tasks.metrics import not_finite
+
+
+def rehearse(experiment: Experiment, workdir: str) -> None:
+    """Does one of everything that a run does, and says so.
+
+    Args:
+        experiment: what would be trained.
+        workdir: where; nothing in it is read or written.
+
+    Raises:
+        UserError: if a loss is no number or a label out of its range, and for all that
+            `Parts.compile` refuses.
+    """
+    dry = Parts(experiment)
+    probes = Probes(dry)
+    programs = dry.compile()
+    check_storable(dry.programs.abstract)
+    print(startup.summary(dry, 0))
+    for program in programs:
+        program.ready()
+        print(f'{program.name}: compiled in {duration(program.compile_secs)}')
+    with dry.batches(0, [1]) as batches:
+        (_, batch), *_ = batches
+        state = dry.init_state()
+        probes.begin(0, state)
+        state = dry.programs.step(state, batch)
+    probes.check_labels(state)
+    _check_finite(state.metrics)
+    print('train: one step is fine')
+    for name, evaluator in dry.evaluators.items():
+        evaluator.run(state, max_batches=1)
+        print(f'eval {name}: one batch is fine')
+    with _directory(workdir) as directory:
+        checkpoints = Checkpoints(directory, experiment.retention)
+        checkpoints.save(1, state, {})
+        checkpoints.close()
+    print(f'a save is fine: {human_bytes(nbytes(state))}')
+    print('Everything works; nothing was kept.')
+
+
+def _check_finite(metrics: Any) -> None:
+    if bad := [name for name in not_finite(metrics) if name.endswith('loss')]:
+        raise UserError(
+            f'one step works, but train/{bad[0]} is not finite. Do the labels fit the number of '
+            'classes? --mode=train names the module it comes from'
+        )
+
+
+@contextlib.contextmanager
+def _directory(workdir: str) -> Iterator[epath.Path]:
+    """Yields a directory for a save that is not kept; of several processes, one that all can see.
+
+    Each may have a `/tmp` of its own, so theirs is beside the work directory.
+    """
+    if jax.process_count() == 1:
+        with tempfile.TemporaryDirectory() as directory:
+            yield epath.Path(directory)
+        return
+    number = secrets.randbits(32) if processes.is_primary() else 0
+    directory = f'{workdir}.dry_run_{processes.sum_over_processes(number):x}'
+    try:
+        yield epath.Path(directory)
+    finally:
+        if processes.is_primary():
+            epath.Path(directory).rmtree(missing_ok=True)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a task calls: a model bound to its variables, to random keys and to a mode."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import dataclasses
+import operator
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from trainer.config.errors import UserError
+from trainer.modules import seen
+from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.rng import Keys
+
+if TYPE_CHECKING:
+    from trainer.modules.recorder import Tap
+
+# What is read from a module's fields as it is.
+_PLAIN = (bool, int, float, str)
+# What leads from a module to a part of it.
+Steps = tuple[Callable[[Any], Any], ...]
+
+
+@dataclasses.dataclass
+class Calls:
+    """What the calls of a model and of its views have in common.
+
+    Attributes:
+        collections: the variables that are not parameters, as the calls so far have left them.
+        count: number of calls so far.
+        intermediates: what the last call has left for whoever asks.
+        tap: what looks into the calls, or None.
+    """
+
+    collections: dict[str, Any]
+    count: int = 0
+    intermediates: dict[str, Any] = dataclasses.field(default_factory=dict)
+    tap: Tap | None = None
+
+
+class BoundModel(abc.ABC):
+    """A module bound to parameters, collections, random keys and a mode: what a task calls.
+
+    `model(x)` runs `__call__`; `model.encode(x)`, `model.encoder(x)` or `model.layers[0](x)` runs a
+    method or a sub-module (of a Linen module, one that `setup` makes: what a compact method makes
+    has no name outside of it); a number or string among the module's fields, or a tuple of them, is
+    read as `model.width`, and the value of an NNX module's own variable as `model.temperature`.
+    Names of this class hide those of the module.
+
+    It may be called several times: collections that a call changes (batch statistics) are seen by
+    the next call, and each call draws its own random numbers. The views `ema` and `stop_gradient`
+    are the same model with other parameters: their calls count among its own.
+
+    Attributes:
+        params: the parameters of this view.
+        training: whether this is a training step.
+    """
+
+    def __init__(
+        self, params: Any, calls: Calls, keys: Keys, *, ema: Any, precision: Precision = AS_IS
+    ):
+        self._params = params
+        self._calls = calls
+        self._keys = keys
+        self._ema = ema
+        self._precision = precision
+        self.training = keys.mode == 'train'
+
+    @property
+    def params(self) -> Any:
+        """The nested dict of parameters, with `stop_gradient` applied where it was asked for."""
+        return self._params
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Every variable collection, as the calls so far have left them."""
+        return {'params': self._params, **self._calls.collections}
+
+    @property
+    def collections(self) -> dict[str, Any]:
+        """Every variable collection but the parameters, as the calls so far have left them."""
+        return dict(self._calls.collections)
+
+    @property
+    def intermediates(self) -> dict[str, Any]:
+        """What modules have sown into 'intermediates' in the last call, as nested dicts.
+
+        A sown value is a tuple with one value for each time, unless the module says otherwise; what
+        an NNX module assigns as `nnx.Intermediate` is there as it is.
+        """
+        return self._calls.intermediates
+
+    def remember(self) -> Callable[[], None]:
+        """Returns a function that undoes the side effects of all calls from here on."""
+        calls, tap = self._calls, self._calls.tap
+        before = dataclasses.replace(calls, collections=dict(calls.collections))
+        back = None if tap is None else tap.remember()
+
+        def forget() -> None:
+            calls.collections = dict(before.collections)
+            calls.count, calls.intermediates = before.count, before.intermediates
+            if back is not None:
+                back()
+
+        return forget
+
+    def attach(self, tap: Tap) -> None:
+        """Lets a tap look into all calls from here on, those of the views included."""
+        self._calls.tap = tap
+
+    @property
+    def ema(self) -> BoundModel:
+        """The same model with the moving average of the parameters.
+
+        Raises:
+            ValueError: if the config keeps no average (`config.ema`).
+        """
+        if self._ema is None:
+            raise ValueError('model.ema: this run keeps no average; set config.ema.decay')
+        return self._with(self._ema)
+
+    def rng(self, name: str) -> jax.Array:
+        """Returns the random key of the stream `name` in this step."""
+        return self._keys.stream(name)
+
+    def stop_gradient(self, pattern: str) -> BoundModel:
+        """Returns the model with no gradient into parameters whose whole path matches `pattern`.
+
+        Raises:
+            UserError: if it matches none.
+        """
+        expression = re.compile(pattern)
+        paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.params)]
+        if not any(map(expression.fullmatch, paths)):
+            raise UserError(
+                f'model.stop_gradient({pattern!r}) matches no parameter. A pattern must match a '
+                f'whole path, such as {", ".join(paths[:5])}'
+            )
+
+        def stop(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
+            matches = expression.fullmatch(param_path(path))
+            return jax.lax.stop_gradient(value) if matches else value
+
+        return self._with(jax.tree_util.tree_map_with_path(stop, self.params))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's `__call__` and returns its output."""
+        return self._call((), args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith('_'):
+            raise AttributeError(name)
+        field = self._field(name)
+        if isinstance(field, (*_PLAIN, jax.Array)):
+            return field
+        if isinstance(field, tuple) and all(isinstance(item, _PLAIN) for item in field):
+            return field
+        return getattr(_Method(self), name)
+
+    def _with(self, params: Any) -> BoundModel:
+        view = copy.copy(self)
+        view._params = params
+        return view
+
+    def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+        name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
+        call = seen.note_call(name, args, kwargs)
+        with self._precision.calling():
+            output = self._apply(steps, args, kwargs)
+        if call is not None:
+            call.output = seen.describe(output)
+        return output
+
+    @abc.abstractmethod
+    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+        """Runs what the steps lead to, and keeps what it changes."""
+
+    @abc.abstractmethod
+    def _field(self, name: str) -> Any:
+        """Returns what the module holds by that name, None if nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    """`model.encoder` or `model.layers[0].attend`: the way to a method or sub-module to call."""
+
+    _model: BoundModel
+    _steps: Steps = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model._call(self._steps, args, kwargs)
+
+    def __getattr__(self, name: str) -> _Method:
+        if name.startswith('_'):
+            raise AttributeError(name)
+        return _Method(self._model, (*self._steps, operator.attrgetter(name)))
+
+    def __getitem__(self, key: int | str) -> _Method:
+        return _Method(self._model, (*self._steps, operator.itemgetter(key)))
+
+
+def param_path(path: Iterable[Any]) -> str:
+    """Returns 'Dense_0/kernel' for the key path of a leaf."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator='/')

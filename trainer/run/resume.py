@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run keeps, so that it goes on where it stopped as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from trainer.build.data import data_changes, fingerprint
+from trainer.checkpoint import checked
+from trainer.checkpoint.errors import CheckpointError, SaveError
+from trainer.checkpoint.storable import check_storable
+from trainer.config import diff
+from trainer.config.errors import UserError
+from trainer.input.position import Consumed
+from trainer.input.prefetch import Prefetcher
+from trainer.inspect.warn_guard import NonFiniteError
+from trainer.observe.reporter import Reporter
+from trainer.parallel import processes
+from trainer.run import failure
+from trainer.run.batch_sizes import place_in_other_data, resized
+from trainer.run.provenance import Lookout
+from trainer.run.setup import Parts
+from trainer.run.workdir import describe_run, now, versions
+from trainer.step import donated, health
+from trainer.step.state import TrainState
+
+
+class Recovery:
+    """Starts a run from what the last one kept, and keeps what the next one needs.
+
+    That is the state, in a checkpoint or between two calls in memory, and beside it what the host
+    has counted: the digest of the data, the newest metrics, the evaluations of the saved step.
+
+    Attributes:
+        early_stopping: what ends the run before its time, or None.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        report: Reporter,
+        *,
+        allow_config_change: bool = False,
+        overrides: Mapping[str, str] | None = None,
+    ):
+        """Reads and writes nothing yet.
+
+        Args:
+            parts: whose checkpoints and work directory.
+            report: the run's metrics.
+            allow_config_change: go on with a run although the config makes it another one.
+            overrides: the command line's, for `run.json`.
+        """
+        self._parts = parts
+        self._report = report
+        self._allow_config_change = allow_config_change
+        self._overrides = dict(overrides or {})
+        self._consumed = Consumed(parts.experiment.data)
+        # An own one: two runs of one experiment count for themselves.
+        early = parts.experiment.early_stopping
+        self.early_stopping = None if early is None else dataclasses.replace(early)
+        # What tells the training data from other data; None of a loader that has no first example.
+        self._fingerprint: dict[str, Any] | None = None
+        # Without a work directory the next call goes on from here.
+        self._paused: tuple[TrainState, int] | None = None
+        # True from `open` to `end`: a failure in between is one of the run.
+        self._running = False
+        self._failed = False
+        self._called = now()
+        self._code: Lookout | None = None
+
+    def check(self) -> None:
+        """Refuses a work directory whose checkpoints are of another run, or of a longer one.
+
+        Raises:
+            UserError: naming what differs, unless that is allowed; or the checkpoint's step, if it
+                is after the end of this run; or what the processes of the run do not agree on; or
+                that the checkpoints of a run that had saved are missing.
+        """
+        workdir, experiment = self._parts.workdir, self._parts.experiment
+        self._called = now()
+        self._parts.check_agreement()
+        latest, checkpoints = self._latest(), self._parts.checkpoints
+        if workdir is None or checkpoints is None or latest is None:
+            if workdir is not None:
+                workdir.check_not_lost()
+            self._parts.check_batch_sizes()
+            return
+        if not self._allow_config_change:
+            workdir.check_same_run(experiment.config, experiment.schedule_steps)
+        self._parts.check_batch_sizes()
+        if latest > experiment.total_steps:
+            checkpoints.check_name(latest, checkpoints.meta(latest))
+            raise UserError(
+                f'{workdir.path} is at step {latest:,}, but config.train_for asks for '
+                f'{experiment.total_steps:,} steps. Name another --workdir, or a longer '
+                '--config.train_for.'
+            )
+
+    def start(self) -> tuple[TrainState, int]:
+        """Returns the state that the run starts from, restored or fresh, and its step."""
+        if self._parts.workdir is not None and processes.is_primary():
+            self._code = Lookout(self._parts.experiment.path)
+        if self._paused is not None:
+            self._consumed.go_on(self._paused[1])
+            return self._paused
+        self._look_at_data()
+        latest, checkpoints = self._latest(), self._parts.checkpoints
+        if checkpoints is None or latest is None:
+            if checkpoints is not None:
+                check_storable(self._parts.programs.abstract.durable)
+            self._report.restore(0, {}, ())
+            # An earlier call may have failed and left its counts behind.
+            self._consumed.restart()
+            self._restore_early_stopping({})
+            return self._parts.examined(self._parts.init_state()), 0
+        if self._parts.workdir is not None and processes.is_primary():
+            # A run that goes on there would delete what is read here.
+            self._parts.workdir.claim()
+        # Before the arrays, which can take minutes to read.
+        meta = checkpoints.meta(latest, checked.OF_A_RUN)
+        state = self._parts.restore(latest)
+        if self._allow_config_change:
+            state = self._parts.as_configured(state)
+        if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
+            self._report.progress.message('The data restarts from the beginning.')
+        self._tell_data_changes(latest, meta)
+        state = self._parts.examined(state, meta.get('health'))
+        self._restore_early_stopping(meta)
+        self._report.restore(latest, meta['metrics'], meta['evaluated'])
+        return state, latest
+
+    def open(self, step: int) -> None:
+        """Opens the run's files over those of the run that resumes from `step`."""
+        # The next step donates its buffers: it can be used only once.
+        self._paused = None
+        workdir, experiment = self._parts.workdir, self._parts.experiment
+        if workdir is None or not processes.is_primary():
+            return
+        workdir.claim()
+        run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
+        changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
+        self._running, self._failed = True, False
+        workdir.forget_failure()
+        if self._code is not None:
+            self._code.then(workdir.keep_code)
+        if step > 0:
+            workdir.mark_saved()
+        else:
+            workdir.unmark_saved()
+        if changes and step > 0:
+            self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
+        before = self._parts.batch_sizes.changed_at(step)
+        if before is not None:
+            self._report.progress.message(resized(self._parts, step, before))
+        self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
+
+    def count(self, batches: Prefetcher, step: int) -> None:
+        """Counts the batches that the run has consumed up to a step."""
+        self._report.time.set('data wait', batches.wait_secs)
+        self._consumed.add(batches, step)
+
+    def check_saves(self) -> None:
+        """Raises what a save in the background has failed of; does not wait for one."""
+        if self._parts.checkpoints is not None:
+            self._parts.checkpoints.check()
+
+    def save(self, step: int, state: TrainState) -> bool:
+        """Starts a save, unless this step has one; returns whether it did."""
+        checkpoints = self._parts.checkpoints
+        if checkpoints is None or checkpoints.has(step):
+            return False
+        with self._report.time.spent('save'):
+            # All rows up to this step are on disk before its save starts, so that a resumed run
+            # neither misses a row nor writes it twice.
+            self._report.sync()
+            self._check_workdir(step)
+            meta = {
+                'step': step,
+                **self._measured(step),
+                **self._consumed.meta(),
+                **health.kept(state.health),
+                'batch_sizes': self._parts.batch_sizes.parts,
+                'examples': self._parts.batch_sizes.examples(step),
+                'data': self._fingerprint,
+                'versions': versions(),
+                'config': diff.to_jsonable(self._parts.experiment.config),
+            }
+            checkpoints.save(step, state, meta)
+        return True
+
+    def amend(self, step: int) -> None:
+        """Adds to the checkpoint of a step what evaluations have measured since it was saved."""
+        if self._parts.checkpoints is not None:
+            self._report.sync()
+            self._parts.checkpoints.amend(step, self._measured(step))
+
+    def end(self, status: str, step: int, state: TrainState) -> None:
+        """Waits for the saves, and writes `result.json` if the run is not merely paused."""
+        checkpoints, workdir = self._parts.checkpoints, self._parts.workdir
+        if checkpoints is None or workdir is None:
+            self._paused = (state, step)
+            return
+        with self._report.time.spent('save'):
+            checkpoints.close()
+        self._check_workdir(step)
+        if status != 'paused':
+            digest, metrics = checkpoints.meta(step)['digest'], dict(self._report.latest)
+            data_digest = self._consumed.digest()
+            if processes.is_primary():
+                workdir.write_result(status, step, digest, data_digest, metrics)
+        self._running = self._failed = False
+        workdir.end_run(status, step)
+        workdir.release()
+
+    def rescue(
+        self,
+        step: int,
+        state: TrainState,
+        error: BaseException,
+        *,
+        is_sound: Callable[[TrainState], bool],
+    ) -> None:
+        """Saves the completed steps when an error ends the run; keeps them without a directory.
+
+        Evaluations that were due at this step and have not run will run at the next start. All
+        processes must call it.
+
+        Args:
+            step: number of completed updates.
+            state: at this step.
+            error: what ends the run; it gets a note if the save fails as well.
+            is_sound: whether a state is finite.
+        """
+        if not self._is_worth_keeping(step, state, error, is_sound):
+            return
+        checkpoints = self._parts.checkpoints
+        if checkpoints is None:
+            with contextlib.suppress(Exception):
+                self._report.flush()
+            self._paused = (state, step)
+            return
+        try:
+            if self.save(step, state):
+                checkpoints.close()
+                self._report.progress.message(f'Saved at step {step:,} before the run ends.')
+        except Exception as late:
+            error.add_note(f'The state of step {step:,} could not be saved either: {late}')
+
+    def remember(self, step: int, state: TrainState) -> None:
+        """Keeps the state for the next call, if there is no work directory to save it in."""
+        if self._parts.checkpoints is None and not donated.is_gone(state):
+            self._paused = (state, step)
+
+    def _is_worth_keeping(
+        self,
+        step: int,
+        state: TrainState,
+        error: BaseException,
+        is_sound: Callable[[TrainState], bool],
+    ) -> bool:
+        """Whether a run that an error ends may save its state, which the next start resumes from.
+
+        Not if the guard has stopped it, if a failed step has donated its buffers, or if a save has
+        just failed, in any process.
+        """
+        failed = isinstance(error, (CheckpointError, NonFiniteError))
+        if processes.sum_over_processes(step == 0 or failed or donated.is_gone(state)):
+            return False
+        try:
+            jax.block_until_ready(state)
+            return is_sound(state)
+        except Exception:
+            return False
+
+    def abandon(self, error: BaseException) -> None:
+        """Closes what is open when the run fails, and writes `result.json`.
+
+        A save in progress is completed first.
+        """
+        if self._parts.checkpoints is not None:
+            try:
+                self._parts.checkpoints.close()
+            except Exception as late:
+                error.add_note(f'A save in the background failed too: {late!r}')
+        with contextlib.suppress(Exception):  # The pending row may be of a step that failed.
+            self._report.flush_ready()
+        # Whatever fails from here on, the disk or a library, must not hide the first error.
+        with contextlib.suppress(Exception):
+            self._report.close()
+        try:
+            with contextlib.suppress(Exception):
+                self._record(failure.status(error), failure.describe(error, self._report.step))
+        finally:
+            self._running = False
+            if self._parts.workdir is not None:
+                self._parts.workdir.release()
+
+    def record_exit(self, status: str, message: str) -> None:
+        """Records how the run ends, when the process is about to exit.
+
+        Args:
+            status: for `result.json`.
+            message: why.
+        """
+        step = self._report.step
+        self._record(status, {'type': None, 'message': message, 'where': None, 'step': step})
+
+    def _record(self, status: str, error: Mapping[str, Any]) -> None:
+        """Records the end of a run that has begun here, or has failed to begin."""
+        workdir = self._parts.workdir
+        if workdir is None or not processes.is_primary():
+            return
+        if not workdir.is_this_run():  # It was deleted, or belongs to another run now.
+            return
+        if not self._running:
+            # The files of an earlier run do not change.
+            if not (self._failed or workdir.is_fresh()):
+                return
+            workdir.claim()
+        step, metrics = int(error['step']), dict(self._report.latest)
+        self._failed = True
+        workdir.end_run(status, step)
+        workdir.write_result(status, step, *self._saved_digests(step), metrics, error)
+
+    def _saved_digests(self, step: int) -> tuple[str | None, str | None]:
+        """Returns the digests of state and data at a step, if it is saved."""
+        checkpoints = self._parts.checkpoints
+        with contextlib.suppress(CheckpointError, OSError):
+            if checkpoints is not None and step in checkpoints.steps():
+                meta = checkpoints.meta(step)
+                return meta.get('digest'), meta.get('data_digest')
+        return None, None
+
+    def _check_workdir(self, step: int) -> None:
+        """Checks that the directory has not been deleted; all processes must call it."""
+        workdir = self._parts.workdir
+        if workdir is None or not processes.sum_over_processes(not workdir.is_this_run()):
+            return
+        raise SaveError(
+            f'{workdir.path} was deleted during this run, or another run has overwritten its '
+            f'run.json. This run ends at step {step:,}; deleted files are lost. Start it again in '
+            'a directory of its own that nothing deletes.',
+            may_pass=False,
+        )
+
+    def _look_at_data(self) -> None:
+        """Takes the fingerprint of the training data, for the checkpoints.
+
+        Before anything else reads it: a save must not read a source that the run is reading.
+        """
+        data = self._parts.experiment.data
+        if self._parts.checkpoints is not None and hasattr(type(data), 'first'):
+            self._fingerprint = fingerprint(data)
+
+    def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Warns if the data has changed since a checkpoint was saved."""
+        before, now = meta.get('data'), self._fingerprint
+        if not before or not now or not (changes := data_changes(before, now)):
+            return
+        text = f'Warning: the training data has changed: {"; ".join(changes)}.'
+        if before['examples'] != now['examples']:
+            text += ' ' + place_in_other_data(self._parts, step, before['examples'])
+        self._report.progress.message(text)
+
+    def _latest(self) -> int | None:
+        return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()
+
+    def _measured(self, step: int) -> dict[str, Any]:
+        names = [n for n in self._parts.experiment.evals if self._report.has_eval(n, step)]
+        measured = {'evaluated': names, 'metrics': dict(self._report.latest)}
+        if self.early_stopping is not None:
+            measured['early_stopping'] = self.early_stopping.state()
+        return measured
+
+    def _restore_early_stopping(self, meta: Mapping[str, Any]) -> None:
+        if self.early_stopping is not None:
+            self.early_stopping.restore(meta.get('early_stopping'))

@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled programs of a run: init, train step, fused steps. Each compiles exactly once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax.core import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from trainer.config.errors import UserError
+from trainer.config.objects import place
+from trainer.ensemble.step import EnsembleStep
+from trainer.input.fields import Fields
+from trainer.input.host_field import HostFieldError, Kept
+from trainer.modules import seen
+from trainer.modules.nnx_bridge import names_for_rules
+from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
+from trainer.parallel.sharding import Rule, named_axes, param_specs
+from trainer.step.state import TrainState, changes, describe
+from trainer.step.train_step import TrainStep
+from trainer.tasks.batch import plain, recording
+from trainer.tasks.returned import name_of
+from trainer.tasks.runner import TaskRunner
+
+_log = logging.getLogger('trainer')
+# Several CPU devices share the threads of one pool: too many programs at once that wait for each
+# other's collectives leave none to arrive, and the process is aborted.
+_MOST_IN_FLIGHT = 16
+
+# How JAX says that an annotation names an axis that is not of the mesh.
+_UNKNOWN_AXIS = re.compile(r'Resource axis: (\w+) of .* is not found in mesh')
+
+# And that a module or a task names an axis of `jax.pmap`, of which there is none.
+_UNBOUND_AXIS = re.compile(r'unbound axis name: (\w+)')
+
+# And that a sharding is for an array of more dimensions.
+_WRONG_RANK = re.compile(r'.*spec=(.*)\) is only valid for values of rank .* a value of rank (\d+)')
+
+_compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
+
+
+class Program:
+    """A function compiled ahead of time for given shapes, in the background.
+
+    Attributes:
+        name: what messages call it.
+        compile_secs: time that tracing and compiling took, once `ready()`.
+        compiles: number of compilations so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        *,
+        tracing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        **jit: Any,
+    ):
+        """Traces `jax.jit(fn, **jit)`, and starts compiling it.
+
+        It is traced here, in the caller's thread, which is where settings such as
+        `jax.default_matmul_precision` hold.
+
+        Args:
+            name: what messages call it.
+            fn: the function.
+            arguments: arrays, or their shapes, dtypes and shardings.
+            tracing: makes the context that `fn` is traced in.
+            **jit: options of `jax.jit`.
+        """
+        self.name = name
+        self.compile_secs = 0.0
+        self.compiles = 0
+        self._tracing = tracing
+        # JAX hashes what it compiles: a partial has a hash, a module with a list has none.
+        run: Any = functools.partial(fn)
+        # What traces and dumps call it: 'train_step'.
+        run.__name__ = re.sub(r'\W+', '_', name.removeprefix('the ')).strip('_')
+        self._jitted = jax.jit(run, **jit)
+        self._abstract = jax.tree.map(_shape_of, arguments)
+        self._virtual = _on_virtual_devices(self._abstract)
+        self._calls = 0
+        self._future = _compiler.submit(self._compile, self._lower())
+        self._compiled: Any = None
+
+    def ready(self) -> jax.stages.Compiled:
+        """Waits for the compiler and returns the executable."""
+        if self._compiled is None:
+            self._compiled = self._future.result()
+        return self._compiled
+
+    def temporary_bytes(self) -> int | None:
+        """Returns the compiler's count of the bytes of temporaries, None if it has none."""
+        try:
+            analysis = self.ready().memory_analysis()
+        except jax.errors.JaxRuntimeError:
+            return None
+        return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+    def jaxpr(self) -> Any:
+        """Returns what JAX traces of the function, before any compiler has seen it."""
+        with self._tracing():
+            return self._jitted.trace(*self._abstract).jaxpr
+
+    def flops(self) -> float | None:
+        """Returns the floating-point operations of a call, None if they cannot be counted.
+
+        Counted before the compiler has optimised, with the body of a loop counted once.
+        """
+        with self._tracing():
+            analysis = self._jitted.lower(*self._abstract).cost_analysis()
+        return (analysis or {}).get('flops')
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the program. Shapes or dtypes that changed compile it again, with a warning."""
+        compiled = self._compiled or self.ready()
+        try:
+            return self._limited(compiled(*args))
+        except TypeError:
+            found = changes(self._abstract, args)
+            if not found:
+                raise
+        _log.warning('%s compiles again, because its arguments changed: %s', self.name, found)
+        self._abstract = jax.tree.map(_shape_of, args)
+        self._compiled = self._compile(self._lower())
+        self._calls = 0
+        return self._limited(self._compiled(*args))
+
+    def _limited(self, result: Any) -> Any:
+        """Waits for the first call, and now and then where calls may not pile up.
+
+        What fails for want of memory mostly fails in the first one, and is said here, before anyone
+        else copies what it gave: see `fetch`.
+        """
+        self._calls += 1
+        if self._calls == 1 or (self._virtual and self._calls % _MOST_IN_FLIGHT == 0):
+            jax.block_until_ready(result)
+        return result
+
+    def _lower(self) -> jax.stages.Lowered:
+        began = time.perf_counter()
+        with self._tracing():
+            lowered = self._jitted.lower(*self._abstract)
+        self.compile_secs += time.perf_counter() - began
+        return lowered
+
+    def _compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        began = time.perf_counter()
+        compiled = lowered.compile()
+        self.compiles += 1
+        self.compile_secs += time.perf_counter() - began
+        return compiled
+
+
+class Programs:
+    """All programs of training, from one step on one mesh.
+
+    Attributes:
+        abstract: the state's shapes, dtypes and shardings.
+        fields: those of a batch that the step reads, which are sent to the devices.
+    """
+
+    def __init__(
+        self,
+        train_step: TrainStep | EnsembleStep,
+        spec: Mapping[str, Any],
+        mesh: Mesh,
+        *,
+        sharding: Sequence[Rule] = (),
+        fused: int = 1,
+    ):
+        """Traces the shapes; programs are compiled at their first use.
+
+        Args:
+            train_step: the step's functions.
+            spec: shape and dtype of each field of a global batch, as the loader has it.
+            mesh: the device mesh.
+            sharding: rules that cut parameters over the mesh.
+            fused: number of updates that `step.fused` makes in one call.
+        """
+        self._mesh = mesh
+        self._fused_steps = fused
+        self._tracing = functools.partial(named_axes, sharding, mesh)
+        whole = Fields.of(spec, 'config.data')
+        self._shapes = whole.shapes
+        train_step = _with_task(train_step, whole.kept())
+        self._first_step = train_step
+        with self._tracing(), recording() as reads:
+            named = _init_shapes(_alone(train_step), self._shapes)
+        self.fields = whole.only(reads.names)
+        train_step = _with_task(train_step, self.fields.kept(), reads.weighted)
+        alone = _alone(train_step)
+        shapes = meta.unbox(named)
+        with names_for_rules():
+            names = nn.get_partition_spec(named.params)
+        specs = param_specs(shapes.params, names, sharding, mesh)
+        shardings = state_shardings(shapes, specs, mesh)
+        self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
+        params = self.abstract.params
+        whole = jax.tree.map(lambda leaf: leaf.sharding.is_fully_replicated, params)
+        alone = dataclasses.replace(alone, whole=whole)
+        self._train_step: TrainStep | EnsembleStep = alone
+        if isinstance(train_step, EnsembleStep):
+            self.abstract = train_step.stacked(self.abstract, mesh)
+            self._train_step = dataclasses.replace(train_step, member=alone)
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether each step looks at all values for what is not finite: see `TrainStep`."""
+        alone = self._train_step
+        return alone.member.sweeps if isinstance(alone, EnsembleStep) else alone.sweeps
+
+    @functools.cached_property
+    def step(self) -> Program:
+        """One update: `(state, batch) -> state`, donating the state; compiles in the background."""
+        return Program(
+            'the train step',
+            self._train_step,
+            (self.abstract, self._batch(batch_sharding(self._mesh))),
+            tracing=self._tracing,
+            donate_argnums=0,
+            keep_unused=_in_place(self._mesh),
+            out_shardings=self._shardings,
+        )
+
+    @functools.cached_property
+    def fused(self) -> Program:
+        """`steps_per_call` updates in one call, on stacked batches (steps, rows, ...)."""
+
+        def many(state: TrainState, batches: Any) -> TrainState:
+            return jax.lax.scan(lambda s, b: (self._train_step(s, b), None), state, batches)[0]
+
+        sharding = batch_sharding(self._mesh)
+        stacked = NamedSharding(self._mesh, PartitionSpec(None, *sharding.spec))
+        return Program(
+            f'the program of {self._fused_steps} train steps',
+            many,
+            (self.abstract, self._batch(stacked, (self._fused_steps,))),
+            tracing=self._tracing,
+            donate_argnums=0,
+            keep_unused=_in_place(self._mesh),
+            out_shardings=self._shardings,
+        )
+
+    @functools.cached_property
+    def init(self) -> Program:
+        """The first state: `() -> state`, every leaf born on the devices that hold it."""
+        return Program(
+            'the program that makes the state',
+            lambda: self._first_step.init(self._shapes),
+            (),
+            tracing=self._tracing,
+            out_shardings=self._shardings,
+        )
+
+    @functools.cached_property
+    def restarted(self) -> Program:
+        """The first state with other variables: `state -> state`, donating the state."""
+        return Program(
+            'the program that makes the optimizer state',
+            self._train_step.restarted,
+            (self.abstract,),
+            tracing=self._tracing,
+            donate_argnums=0,
+            # Or the old slots, which nothing reads, would live beside the new ones.
+            keep_unused=True,
+            out_shardings=self._shardings,
+        )
+
+    @functools.cached_property
+    def examine(self) -> Program:
+        """The health of a state that was restored: `state -> health`."""
+        return Program(
+            'the program that examines the state',
+            self._train_step.examine,
+            (self.abstract.durable,),
+            tracing=self._tracing,
+            out_shardings=replicated(self._mesh),
+        )
+
+    @functools.cached_property
+    def sweep(self) -> Program:
+        """The health of a state, checking its parameters and slots: `state -> health`."""
+        return Program(
+            'the program that looks for what is not finite',
+            self._train_step.sweep,
+            (self.abstract,),
+            tracing=self._tracing,
+            out_shardings=replicated(self._mesh),
+        )
+
+    @functools.cached_property
+    def eval_params(self) -> Program:
+        """The parameters that are evaluated: `(state without metrics) -> params`."""
+        return Program(
+            'the program that makes the parameters to evaluate',
+            self._train_step.eval_params,
+            (dataclasses.replace(self.abstract.durable, metrics=None),),
+            tracing=self._tracing,
+            out_shardings=self._shardings.params,
+        )
+
+    @functools.cached_property
+    def empty_metrics(self) -> Program:
+        """Accumulators that have seen nothing: `() -> metrics`."""
+        return Program(
+            'the program that makes empty accumulators',
+            lambda: self._train_step.empty_metrics(self.abstract, self.fields.shapes),
+            (),
+            tracing=self._tracing,
+            out_shardings=replicated(self._mesh),
+        )
+
+    def jaxpr(self, model: Any) -> Any:
+        """Returns the jaxpr of one update with another model of the same variables.
+
+        Args:
+            model: called as `model.bind(...)`, such as a `trainer.modules.recorder.Tapped`.
+        """
+        step = self._train_step
+        if isinstance(step, EnsembleStep):
+            step = dataclasses.replace(step, member=dataclasses.replace(step.member, model=model))
+        else:
+            step = dataclasses.replace(step, model=model)
+        with self._tracing():
+            return jax.make_jaxpr(step)(self.abstract, self._batch(batch_sharding(self._mesh)))
+
+    @property
+    def task(self) -> TaskRunner:
+        """The task of the step, for batches with these fields."""
+        return _alone(self._train_step).task
+
+    @property
+    def _shardings(self) -> Any:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+    def _batch(self, sharding: NamedSharding, leading: tuple[int, ...] = ()) -> dict[str, Any]:
+        return {
+            name: jax.ShapeDtypeStruct((*leading, *s.shape), s.dtype, sharding=sharding)
+            for name, s in self.fields.shapes.items()
+        }
+
+
+def _alone(train_step: TrainStep | EnsembleStep) -> TrainStep:
+    return train_step.member if isinstance(train_step, EnsembleStep) else train_step
+
+
+def _with_task(
+    train_step: Any, kept: Sequence[Kept], is_weighted: bool | None = None
+) -> TrainStep | EnsembleStep:
+    """Returns the step for batches with fields that stay on the host."""
+    alone = _alone(train_step)
+    alone = dataclasses.replace(alone, task=alone.task.without(kept, is_weighted))
+    if not isinstance(train_step, EnsembleStep):
+        return alone
+    return dataclasses.replace(train_step, member=alone)
+
+
+def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
+    """Returns the shapes of `named_init`; whatever the model objects to, the batch is shown too."""
+    try:
+        with seen.explaining():
+            # A new function object: with a cached trace, no reads would be recorded.
+            return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
+    except HostFieldError as error:
+        raise UserError(f'config.data: {error}') from error
+    except UserError:
+        raise
+    except Exception as error:
+        if unknown := _UNKNOWN_AXIS.search(str(error)):
+            name = unknown[1]
+            raise UserError(
+                f'config.mesh: the model names the mesh axis {name!r}, and the mesh has none. Add '
+                f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
+            ) from error
+        if isinstance(error, NameError) and (unbound := _UNBOUND_AXIS.search(str(error))):
+            raise UserError(_of_unbound(unbound[1], error)) from error
+        if wrong := _WRONG_RANK.search(str(error)):
+            raise UserError(
+                f'the model or the task asks for the sharding {wrong[1]} of an array that has '
+                f'{wrong[2]} dimensions{place(error)}. Give a mesh axis, or None, for each '
+                'dimension that the array has there; names of a parameter that is initialised in '
+                'another shape go around the reshaped one: '
+                'box.replace_boxed(box.value.reshape(shape))'
+            ) from error
+        task, fields = train_step.task, spec
+        with contextlib.suppress(Exception):  # It may be a transform that has failed.
+            fields = jax.eval_shape(lambda batch: plain(task.prepared(batch)), spec)
+        batch = ', '.join(f'{name}: {describe(x)}' for name, x in fields.items())
+        error.add_note(f'The task {name_of(task.task)} was called with the batch {batch}')
+        raise
+
+
+def _of_unbound(axis: str, error: NameError) -> str:
+    """Returns what is said of a collective over an axis that no transformation has bound."""
+    mesh = jax.sharding.get_abstract_mesh()
+    of = 'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
+    return (
+        f'the model or the task names the axis {axis!r} {of}{place(error)}, and there is none '
+        'here: a step is one program over the whole batch, on any number of devices. Take the '
+        f'collective out, or leave axis_name={axis!r} out: a mean over the batch is that of the '
+        'global batch already, so are gradients, metrics and the statistics of normalisation '
+        'layers. For statistics of groups of rows use models.norm:GroupedBatchNorm; an axis of '
+        'your own is bound by jax.vmap(..., axis_name=...)'
+    )
+
+
+def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+
+def _in_place(mesh: Mesh) -> bool:
+    """Returns whether a step takes leaves that it does not read, to put the new ones there.
+
+    JAX pairs what is donated with what comes out by shape, in order: without those that nothing
+    reads the pairs shift, and a graph of kernels cannot be run again as it was. CPUs have no such
+    graphs, and each argument costs them time.
+    """
+    return mesh.devices.flat[0].platform != 'cpu'
+
+
+def _on_virtual_devices(abstract: Any) -> bool:
+    shardings = [x.sharding for x in jax.tree.leaves(abstract) if x.sharding is not None]
+    return any(
+        len(s.device_set) > 1 and next(iter(s.device_set)).platform == 'cpu' for s in shardings
+    )
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    # An array that was never put anywhere goes where the program wants it.
+    placed = getattr(x, 'committed', True)
+    return jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=getattr(x, 'sharding', None) if placed else None
+    )

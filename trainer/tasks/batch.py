@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A batch as a task sees it: a dict that records which fields are read.
+
+Fields that nothing reads are not sent to the devices. They are found by tracing the shapes, before
+anything is compiled: see `recording`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from typing import Any
+
+import jax
+
+from trainer.config.errors import UserError
+from trainer.input.host_field import HostField
+from trainer.modules import seen
+
+
+@dataclasses.dataclass
+class Reads:
+    """What a task has read and returned.
+
+    Attributes:
+        names: the fields of the batch that it has read, directly or through device transforms.
+        weighted: whether it has returned weights.
+    """
+
+    names: set[str] = dataclasses.field(default_factory=set)
+    weighted: bool = False
+
+
+_reads: contextvars.ContextVar[Reads | None] = contextvars.ContextVar('reads', default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Reads]:
+    """Records what tasks do that are traced in the block; an outer block does not record it."""
+    reads = Reads()
+    token = _reads.set(reads)
+    try:
+        yield reads
+    finally:
+        _reads.reset(token)
+
+
+def is_recording() -> bool:
+    """Whether reads are being recorded."""
+    return _reads.get() is not None
+
+
+def note_weights() -> None:
+    """Records that a task has returned weights."""
+    if (reads := _reads.get()) is not None:
+        reads.weighted = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Unsent:
+    """Placeholder for a field that was not read when the shapes were traced.
+
+    Attributes:
+        name: of the field.
+    """
+
+    name: str
+
+
+class Batch(dict[str, Any]):
+    """The fields of a batch by name; a missing field is an error that lists those there are.
+
+    Every access to a value goes through `__getitem__`, including `dict(batch)` and `f(**batch)`,
+    which bypass it unless `__iter__` is overridden. It is a JAX pytree; flattening it reads all
+    fields.
+    """
+
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        reader: str,
+        *,
+        origins: Mapping[str, frozenset[str]] | None = None,
+        passing: bool = False,
+    ):
+        """Wraps the fields.
+
+        Args:
+            fields: arrays, `HostField` and `Unsent`, by name.
+            reader: description of the code that reads them, for messages.
+            origins: the fields of the loader's batch that each one is computed from; reads of
+                fields without an entry are not recorded.
+            passing: return a `HostField`, to be passed on; otherwise reading one is an error.
+        """
+        super().__init__(fields)
+        self._reader = reader
+        self._origins = origins or {}
+        self._passing = passing
+
+    def __missing__(self, name: str) -> Any:
+        held = {key: x for key, x in dict.items(self) if hasattr(x, 'dtype')}
+        fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in held.items())
+        raise UserError(
+            f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
+            'Name the field in its arguments, or rename it with a transform '
+            '(data.transforms:Rename).'
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if isinstance(value, Unsent):
+            raise UserError(
+                f'{self._reader} reads batch[{value.name!r}], but did not when it was traced at '
+                'the start, so the field is not on the devices. Read the same fields in every call'
+            )
+        names = self._origins.get(name, frozenset())
+        if isinstance(value, HostField):
+            if not self._passing:
+                rest = [n for n, x in dict.items(self) if not isinstance(x, HostField)]
+                raise value.error(self._reader, tuple(rest))
+            names = frozenset({value.name})
+        if (reads := _reads.get()) is not None:
+            reads.names |= names
+        seen.note_field(name, value)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Returns the field, or the default if the batch has none of that name."""
+        if name not in self:
+            return default
+        return self[name]
+
+    def items(self) -> Any:
+        """Returns names and values."""
+        return ItemsView(self)
+
+    def values(self) -> Any:
+        """Returns the values."""
+        return ValuesView(self)
+
+    def copy(self) -> dict[str, Any]:
+        """Returns a plain dict of all fields."""
+        return dict(self)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Removes a field and returns it."""
+        if name in self:
+            value = self[name]
+            del self[name]
+            return value
+        return super().pop(name, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        """Removes the last field and returns it with its name."""
+        name = next(reversed(self), '')
+        return name, self.pop(name)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """Returns the field, after adding it if the batch has none of that name."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __or__(self, other: Any) -> Any:
+        return dict(self) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | dict(self)
+
+
+def _flatten(batch: Batch) -> tuple[list[tuple[Any, Any]], tuple[tuple[str, ...], str]]:
+    names = tuple(sorted(batch))
+    return [(jax.tree_util.DictKey(name), batch[name]) for name in names], (names, batch._reader)
+
+
+def _unflatten(about: tuple[tuple[str, ...], str], values: Any) -> Batch:
+    names, reader = about
+    return Batch(dict(zip(names, values, strict=True)), reader)
+
+
+jax.tree_util.register_pytree_with_keys(Batch, _flatten, _unflatten)
+
+
+def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a batch that are on the devices as a plain dict, without reading."""
+    fields = dict.items(batch) if isinstance(batch, dict) else batch.items()
+    return {name: x for name, x in fields if not isinstance(x, (HostField, Unsent))}

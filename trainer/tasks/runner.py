@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a user's task inside a step: padding masked, weights set, metrics made."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+
+from trainer.config.errors import UserError
+from trainer.input.fields import MASK as MASK
+from trainer.input.host_field import HostField, Kept, naming_host_fields
+from trainer.modules import seen
+from trainer.modules.model_view import BoundModel
+from trainer.tasks import returned
+from trainer.tasks.batch import Batch, Unsent, is_recording, note_weights, plain
+from trainer.tasks.measured import check_accumulates, metrics_by_name
+from trainer.tasks.metrics import broadcast_weights, mean_collection
+from trainer.tasks.task import (
+    METRIC_WEIGHTS,
+    ONLY_LOSS,
+    OWN_NAMES,
+    TaskOutput,
+    as_output,
+    named_twice,
+)
+from trainer.tasks.transformed import Transform, origins_of, transformed
+from trainer.tasks.weightless import (
+    Weighing,
+    alive_rows,
+    compute_only_needed,
+    with_living_rows,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRunner:
+    """A task and its metric collection, if it declares one.
+
+    Attributes:
+        task: called as `task(model, batch)`.
+        metrics: the collection class. It is read from the task once: a property that makes a new
+            class at every access would change the type of the state.
+        transforms: run over a batch on the devices, before the task sees it.
+        kept: the fields that stay on the host.
+        is_weighted: whether the task returns weights; None if that is not known yet.
+    """
+
+    task: Callable[..., Any]
+    metrics: type[clu.metrics.Collection] | None
+    transforms: tuple[Transform, ...] = ()
+    kept: tuple[Kept, ...] = ()
+    is_weighted: bool | None = None
+
+    @classmethod
+    def of(cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()) -> TaskRunner:
+        """Returns the runner of a task object or of a plain function.
+
+        Raises:
+            UserError: if it cannot be called with a model and a batch.
+        """
+        try:
+            inspect.signature(task).bind(None, None)
+        except ValueError:
+            pass  # What is written in C has no signature.
+        except TypeError as error:
+            raise UserError(f'the task {task!r} must take (model, batch): {error}') from error
+        metrics = getattr(task, 'metrics', None)
+        for name in OWN_NAMES & set(getattr(metrics, '__dataclass_fields__', ())):
+            raise UserError(f'the task {returned.name_of(task)} {named_twice("metric", name)}')
+        return cls(task, metrics, tuple(transforms))
+
+    def without(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TaskRunner:
+        """Returns the runner for batches with fields that stay on the host."""
+        return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
+
+    def whole(self, batch: Mapping[str, Any], reader: str) -> Batch:
+        """Returns a batch as the loader has it, with the mask, for a reader that is not a task."""
+        fields = plain(batch)
+        rest, unsent = self._hidden(fields)
+        rest.update({name: Unsent(name) for name in unsent})
+        origins = {name: frozenset({name}) for name in fields}
+        return Batch({**fields, **rest}, reader, origins=origins)
+
+    def prepared(self, batch: Mapping[str, Any], *, passing: bool = False) -> Batch:
+        """Returns the batch as the task sees it: without the mask, and transformed.
+
+        Args:
+            batch: arrays (rows, ...).
+            passing: the task may pass on fields that stay on the host.
+        """
+        fields = {name: x for name, x in plain(batch).items() if name != MASK}
+        hidden, unsent = self._hidden(fields)
+        if not self.transforms:
+            given = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
+            origins = {name: frozenset({name}) for name in fields}
+            seen.restart()
+            return Batch(given, 'the task', origins=origins, passing=passing)
+        rows = next((x.shape[0] for x in plain(batch).values()), None)
+        # A transform that passes on all fields must find them; fields made from these are omitted.
+        zeros = {
+            name: jnp.zeros((kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.held)
+            for name, kept in unsent.items()
+        }
+        made = transformed(self.transforms, {**fields, **zeros}, hidden)
+        origins = {}
+        if zeros or is_recording():
+            origins = origins_of(self.transforms, {**fields, **zeros}, hidden)
+        missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
+        seen.restart()  # What transforms have read is not of the task.
+        return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
+
+    def _hidden(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Kept]]:
+        """Returns the fields that can only be passed on, and those that were not read."""
+        kept = [each for each in self.kept if each.name not in fields]
+        hidden = {each.name: HostField(each) for each in kept if each.held is None}
+        return hidden, {each.name: each for each in kept if each.held is not None}
+
+    def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
+        """Returns the task's output with `weights` always set, and 0 where a row is padding.
+
+        Named losses have weights by name, an entry for the metrics among them.
+
+        A row whose weights are all 0 affects nothing, whatever its values: 0 times a non-finite
+        gradient would not be 0. So the task runs again on a batch in which each such row is
+        replaced by a row with nonzero weight. Only the weights of the first run are used, and the
+        compiler drops the rest of it.
+        """
+        back = model.remember() if isinstance(model, BoundModel) else lambda: None
+        fields = plain(batch)
+        weighing = None
+        if self.is_weighted:
+            weighing = compute_only_needed(lambda x: self._run(model, x)[1], fields)
+            back()
+        if weighing is None:
+            output, weighing = self._run(model, fields)
+            if weighing is None:
+                return output
+            back()
+        note_weights()
+        output, _ = self._run(model, with_living_rows(fields, alive_rows(weighing.counted)))
+        metrics = output.metrics if weighing.metrics is None else weighing.metrics
+        return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
+
+    def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
+        """Returns the task's output with weights set, and those that the task returned, if any."""
+        fields = self.prepared(batch)
+        with naming_host_fields(fields):
+            result = self.task(model, fields)
+        output = self._as_output(result, batch)
+        loss, given, mask = output.loss, output.weights, batch.get(MASK)
+        counted: Sequence[jax.Array]
+        metrics = None
+        if not isinstance(loss, Mapping):
+            weights: Any = _set_weights(given, loss, mask)
+            counted = [weights]
+        else:
+            # The metrics count the rows of any of the losses: all have the same rows.
+            values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
+            by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
+            weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
+            # A loss without weights counts all rows.
+            given = given if set(loss) <= set(by_name) else None
+            counted = [weights[name] for name in by_name]
+            # So do metrics: theirs are those of the first run.
+            metrics = None if METRIC_WEIGHTS in by_name else dict(output.metrics)
+        output = dataclasses.replace(output, weights=weights)
+        # A task may return its own kind of rows, such as one per token, with unknown weights.
+        rows = {x.shape[0] for x in plain(batch).values()}
+        if given is None or any({*jnp.shape(x)[:1]} != rows for x in counted):
+            return output, None
+        return output, Weighing(weights, tuple(counted), metrics)
+
+    def _as_output(self, result: Any, batch: Mapping[str, Any]) -> TaskOutput:
+        mask = batch.get(MASK)
+        try:
+            output = as_output(result, averaged=self.metrics is None)
+            for loss in by_name(output.loss).values():
+                if mask is not None:
+                    returned.check_rows(loss, mask)
+                returned.warn_of_pairs(loss, plain(batch), self.task)
+            return output
+        except UserError as error:
+            raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
+
+    def empty(self, output: TaskOutput) -> clu.metrics.Collection:
+        """Returns accumulators that have seen nothing, for outputs like this (abstract) one.
+
+        Raises:
+            UserError: naming a metric whose accumulators change shape.
+        """
+        empty = self._collection(output).empty()
+        check_accumulates(empty, jax.eval_shape(self.measure, output))
+        return empty
+
+    def measure(self, output: TaskOutput) -> clu.metrics.Collection:
+        """Returns the metrics of one batch."""
+        loss, weights = output.loss, output.weights
+        outputs: dict[str, Any] = {'loss': loss}
+        if isinstance(loss, Mapping) and isinstance(weights, Mapping):
+            outputs = {f'{name}_loss': value for name, value in loss.items()}
+            outputs.update({f'{name}_weights': weights[name] for name in loss})
+            weights = weights[METRIC_WEIGHTS]
+        # `weights` for our own metrics, `mask` for those of clu, which know 0 and 1 only.
+        outputs = {'mask': jnp.asarray(weights) != 0, 'weights': weights, **outputs}
+        return self._collection(output).single_from_model_output(**{**outputs, **output.metrics})
+
+    def _collection(self, output: TaskOutput) -> type[clu.metrics.Collection]:
+        if self.metrics is not None:
+            return self.metrics
+        if isinstance(output.loss, Mapping):
+            return mean_collection(tuple(sorted(output.metrics)), tuple(sorted(output.loss)))
+        return mean_collection(('loss', *sorted(output.metrics)))
+
+
+def _set_weights(given: Any, loss: jax.Array, mask: jax.Array | None) -> jax.Array:
+    weights = jnp.ones(loss.shape[:1], jnp.float32) if given is None else jnp.asarray(given)
+    if not weights.ndim:
+        weights = jnp.broadcast_to(weights, loss.shape[:1])
+    if mask is not None:
+        weights = weights * broadcast_weights(mask, weights.shape)
+    return jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
+
+
+def inverse(weight: jax.Array) -> jax.Array:
+    """Returns 1 / weight, and 0 for a batch without any weight (all padding), never NaN."""
+    return jnp.where(weight != 0, 1.0 / jnp.where(weight != 0, weight, 1.0), 0.0)
+
+
+def by_name(loss: Any) -> Mapping[str, Any]:
+    """Returns the losses by name; a lone one gets a name."""
+    return loss if isinstance(loss, Mapping) else {ONLY_LOSS: loss}
+
+
+def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns sum(weight x value) and sum(weight) of each loss, in float32."""
+    weights = output.weights
+    totals, sums = {}, {}
+    for name, loss in by_name(output.loss).items():
+        mine = weights[name] if isinstance(weights, Mapping) else weights
+        full = broadcast_weights(jnp.asarray(mine), loss.shape)
+        # Values of weight 0 may be anything: 0 x NaN is not 0.
+        totals[name] = jnp.sum(jnp.where(full != 0, loss.astype(jnp.float32) * full, 0.0))
+        sums[name] = full.sum()
+    return totals, sums
+
+
+def penalty_sum(output: TaskOutput) -> jax.Array:
+    """Returns the float32 sum of the penalties."""
+    return sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
+
+
+def is_metric(node: Any) -> bool:
+    """Whether a node of a metrics tree is a metric or a collection of them."""
+    return isinstance(node, (clu.metrics.Metric, clu.metrics.Collection))
+
+
+def merge_metrics(old: Any, new: Any) -> Any:
+    """Returns the accumulation of two trees of metrics of the same structure."""
+    return jax.tree.map(lambda a, b: a.merge(b), old, new, is_leaf=is_metric)
+
+
+def compute_metrics(metrics: Any) -> Any:
+    """Returns the tree of computed values; collections become dicts."""
+    return jax.tree.map(_compute, metrics, is_leaf=is_metric)
+
+
+def _compute(metric: Any) -> Any:
+    try:
+        return metric.compute()
+    except Exception as error:
+        for name, each in metrics_by_name(metric):
+            try:
+                each.compute()
+            except Exception:
+                error.add_note(f'This happened when the metric {name!r} was computed')
+        raise

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps rows whose weights are all 0 from affecting anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
+
+from trainer.input.fields import MASK
+
+
+@flax.struct.dataclass
+class Weighing:
+    """The results of a task's first run that are used.
+
+    Attributes:
+        weights: as in a `TaskOutput`, set.
+        counted: the weights that decide whether a row counts.
+        metrics: those of the output, if they count all rows; otherwise None.
+    """
+
+    weights: Any
+    counted: tuple[jax.Array, ...]
+    metrics: Any
+
+
+def alive_rows(weights: Sequence[jax.Array]) -> jax.Array:
+    """Returns which rows have a weight that is not 0, bool (batch,)."""
+    counts = [(x != 0).reshape(x.shape[0], -1).any(-1) for x in weights]
+    return jnp.stack(counts).any(0)
+
+
+def with_living_rows(fields: Mapping[str, Any], is_alive: jax.Array) -> dict[str, Any]:
+    """Returns the batch with all rows that do not count replaced by the first one that does.
+
+    Not by zeros: a model might divide by their norm. Zeros only if no row counts.
+    """
+    rows = jnp.arange(is_alive.shape[0])
+    # No argmax: it would gather the whole array on every device.
+    chosen = rows == jnp.where(is_alive, rows, len(rows)).min()
+
+    def safe(x: Any) -> jax.Array:
+        shape = (-1, *(1,) * (x.ndim - 1))
+        # A masked sum and no indexing: sharded rows stay on their devices.
+        alone = jnp.where(chosen.reshape(shape), x, jnp.zeros((), x.dtype))
+        row = alone.any(0) if x.dtype == bool else alone.sum(0, dtype=x.dtype)
+        return jnp.where(is_alive.reshape(shape), x, row)
+
+    return {name: x if name == MASK else safe(x) for name, x in fields.items()}
+
+
+def compute_only_needed(function: Callable[[Any], Any], argument: Any) -> Any:
+    """Returns `function(argument)` without the operations that its result does not need.
+
+    The compiler would drop them too, but not effects (a print) or collectives, and they would be
+    counted as operations. A loop or a compiled function is kept or dropped as a whole.
+
+    Args:
+        function: returns a pytree of arrays, and may use traced values from outside.
+        argument: a pytree of arrays.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(argument)
+    needed = {id(x) for x in closed.jaxpr.outvars}
+    equations = []
+    for equation in reversed(closed.jaxpr.eqns):
+        if any(id(x) in needed for x in equation.outvars):
+            needed.update(id(x) for x in equation.invars)
+            equations.append(equation)
+    part = closed.replace(jaxpr=closed.jaxpr.replace(eqns=equations[::-1]))
+    results = jaxpr_as_fun(part)(*jax.tree.leaves(argument))
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
