@@ -16,10 +16,10 @@ from trainer.checkpoint.manager import Checkpoints
 from trainer.checkpoint.storable import check_storable
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
+from trainer.inspect.monitors import Probes
 from trainer.observe.progress import duration
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
-from trainer.probe.probes import Probes
 from trainer.run import startup
 from trainer.run.setup import Parts
 from trainer.tasks.metrics import not_finite

@@ -93,8 +93,8 @@ def _asked(optimizer: Optimizer, params: Any, state: Any) -> Any:
     if expected != given:
         paths = [path for path in {**expected, **given} if expected.get(path) != given.get(path)]
         raise UserError(
-            f'{where}: {name_of(optimizer.eval_params)} must return parameters with the same paths and '
-            f'shapes as those it is given, but differs at {", ".join(paths[:5])}'
+            f'{where}: {name_of(optimizer.eval_params)} must return parameters with the same paths '
+            f'and shapes as those it is given, but differs at {", ".join(paths[:5])}'
         )
     return views.merged(jax.tree.map(jnp.asarray, found))
 
