@@ -190,6 +190,26 @@ class Apart(nn.Module):
         return nn.Dense(4)(x[:, order.value])
 
 
+class Texts(nn.Module):
+    """Keeps a text and a number of Python in variables."""
+
+    text: Any = 'v1'
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.variable('notes', 'version', lambda: self.text)
+        self.variable('notes', 'count', lambda: 2)
+        return nn.Dense(4)(x)
+
+
+def test_variables_that_are_no_arrays_are_named() -> None:
+    with pytest.raises(
+        UserError, match=r'the model keeps notes/version \(str\) among its variables'
+    ):
+        tiny.trainer(model={'target': f'{__name__}:Texts'}).compile()
+    tiny.trainer(model={'target': f'{__name__}:Texts', 'text': 1.5}).compile()
+
+
 @pytest.mark.parametrize('freeze', [None, 'order'])
 @pytest.mark.parametrize('name', ['Ordered', 'NNXOrdered'])
 def test_integers_among_the_parameters_are_named(name: str, freeze: str | None) -> None:

@@ -97,20 +97,26 @@ def overflowing() -> optax.GradientTransformation:
 
 
 @pytest.mark.parametrize(
-    ('optimizer', 'kind'),
+    ('optimizer', 'kind', 'said'),
     [
-        ({'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}}, PARAMETER),
-        ({'target': f'{__name__}:overflowing'}, SLOT),
+        (
+            {'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
+            PARAMETER,
+            'a parameter is not: Dense_0/bias, Dense_0/kernel.',
+        ),
+        ({'target': f'{__name__}:overflowing'}, SLOT, "the optimizer's state is not: sum."),
     ],
 )
-def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
+def test_updates_and_slots(optimizer: dict[str, Any], kind: int, said: str) -> None:
     made = build(PLAIN, optimizer=optimizer)
     states = run(made, 8, sweeps=True)
     assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (6, kind)
     with pytest.raises(NonFiniteError) as caught:  # And at the events of a run on a CPU.
         Trainer(made).fit()
     assert 'First non-finite step: 6.' in str(caught.value)
-    assert 'but the update is not' in str(caught.value)
+    assert f'The loss and all gradients are finite, but after the update {said}' in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,6 @@ class Monitors:
         self._report = report
         self._captures: Captures | None = None
         self._guard: Guard | None = None
-        self._watch: Watch | None = None
         forward = Forward.of(experiment, setup.mesh, programs.task)
         if experiment.logging.captures:
             writes = run.workdir is not None and processes.is_primary()
@@ -51,15 +50,15 @@ class Monitors:
         look = Look(experiment, setup, forward)
         if experiment.training.guard == 'warn':
             self._guard = Guard(Replay(programs, reader, look))
-        if experiment.training.guard == 'stop':
-            self._watch = Watch(
-                programs,
-                reader,
-                look,
-                ensemble=experiment.ensemble,
-                checkpoints=run.checkpoints,
-                say=report.progress.message,
-            )
+        self._watch = Watch(
+            programs,
+            reader,
+            look,
+            stops=experiment.training.guard == 'stop',
+            ensemble=experiment.ensemble,
+            checkpoints=run.checkpoints,
+            say=report.progress.message,
+        )
 
     def prepare(self) -> None:
         """Checks `config.capture` against the model, and starts compiling the monitors' programs.
@@ -69,20 +68,17 @@ class Monitors:
         """
         if self._captures is not None:
             self._captures.prepare(self._programs.abstract, self._programs.fields.shapes)
-        if self._watch is not None:
-            _ = self._programs.sweep
+        _ = self._programs.sweep
 
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""
         if self._guard is not None:
             self._guard.keep(step, state)
-        if self._watch is not None:
-            self._watch.begin(step, state, self._place(step))
+        self._watch.begin(step, state, self._place(step))
 
     def follow(self, batches: Prefetcher) -> None:
         """Sets the batches that the run reads from here on."""
-        if self._watch is not None:
-            self._watch.batches = batches
+        self._watch.batches = batches
 
     def poll(self, state: TrainState) -> None:
         """Checks results of the last event if the devices have computed them; does not wait.
@@ -91,12 +87,11 @@ class Monitors:
             NonFiniteError: see `config.guard`.
             UserError: if a label is out of its range.
         """
-        if self._watch is not None:
-            self._watch.poll(state)
+        self._watch.poll(state)
 
     def is_sound(self, state: TrainState) -> bool:
         """Waits for a state, and returns whether it may be saved; see `check`."""
-        return self._watch is None or self._watch.is_sound(state)
+        return self._watch.is_sound(state)
 
     def check(self, step: int, state: TrainState) -> None:
         """Waits for the state of a step, and checks that it may be evaluated and saved.
@@ -105,8 +100,15 @@ class Monitors:
             NonFiniteError: see `config.guard`.
             UserError: if a label is out of its range.
         """
-        if self._watch is not None:
-            self._watch.check(step, state)
+        self._watch.check(step, state)
+
+    def check_labels(self, state: TrainState) -> None:
+        """Waits for a state, and checks the labels that its steps have found.
+
+        Raises:
+            UserError: if one is out of its range.
+        """
+        self._watch.check_labels(state)
 
     def run(
         self, batches: Prefetcher, batch: Batch, step: int, state: TrainState, *, stacked: bool
@@ -122,14 +124,16 @@ class Monitors:
 
         Raises:
             NonFiniteError: see `config.guard`.
+            UserError: if a label is out of its range.
         """
         if self._guard is not None:
             self._report.flush()
+            # First: a label out of range would explain what the guard finds.
+            self._watch.check(step, state)
             message = self._guard.check(step, state, self._report.latest)
             if message is not None:
                 self._report.progress.message(message)
-        if self._watch is not None:
-            self._watch.note(step, state, batches.state)
+        self._watch.note(step, state, batches.state)
         due = self._captures.due(step) if self._captures is not None else []
         if due and self._captures is not None:
             # What is still queued is the steps' time, not the capture's.

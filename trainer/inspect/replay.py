@@ -112,6 +112,7 @@ class Replay:
         stop: int,
         is_bad: Callable[[TrainState], bool],
         *,
+        what: Callable[[TrainState], str] = lambda _: '',
         ends: bool = False,
     ) -> str:
         """Describes the first step up to `stop` with a non-finite value, and where it is.
@@ -120,6 +121,7 @@ class Replay:
             kept: a sound state.
             stop: number of a step after which the state is not.
             is_bad: whether a state is not sound.
+            what: says which of its values are not, as `explain` is told.
             ends: whether the run ends here, and no longer reads its data.
         """
         step, state, data = kept.step, kept.state, self._reader.data
@@ -139,7 +141,7 @@ class Replay:
                 if is_bad(state):
                     return (
                         f'Last finite step: {number - 1:,}. First non-finite step: {number:,}.\n'
-                        + explain(*fetch(look))
+                        + explain(*fetch(look), after=what(state))
                     )
         return (
             f'Last finite step: {step:,}. When the {stop - step:,} steps since then were rerun, '

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.guard.non_finite='stop'`: ends a run when its step has found a non-finite value.
+"""Ends a run when its step has found a label out of range, or a value that is not finite.
 
-The check itself is in the step (`trainer.step.health`). Here the host reads its result, when it is
-available anyway or before a state is saved, and reports what was found.
+The latter only with `config.guard.non_finite='stop'`. The check itself is in the step
+(`trainer.step.health`). Here the host reads its result, when it is available anyway or before a
+state is saved, and reports what was found.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Watch:
         reader: Reader,
         look: Look,
         *,
+        stops: bool,
         ensemble: Ensemble | None,
         checkpoints: Checkpoints | None,
         say: Callable[[str], None],
@@ -79,6 +81,7 @@ class Watch:
             programs: of the training.
             reader: rereads batches.
             look: finds where in a step a value is not finite.
+            stops: whether a non-finite value ends the run; otherwise only labels are checked.
             ensemble: who the members are, or None.
             checkpoints: those of the run, or None.
             say: shows a message to the user.
@@ -87,6 +90,7 @@ class Watch:
         self._programs = programs
         self._reader = reader
         self._look = look
+        self._stops = stops
         self._ensemble = ensemble
         self._checkpoints = checkpoints
         self._replay = Replay(programs, reader, look)
@@ -163,27 +167,41 @@ class Watch:
         self._judge(health, state)
         self._kept, self._checked = self._next or self._kept, step
 
+    def check_labels(self, state: TrainState) -> None:
+        """Waits for the state's step, and checks the labels that were found up to it.
+
+        Raises:
+            UserError: if one is out of its range.
+        """
+        assert state.health is not None
+        self._judge_labels(np.atleast_2d(fetch(state.health.packed)))
+
     def _keep(self, step: int, state: TrainState, place: Any) -> Kept:
         """Returns a copy of a state if steps may have to be rerun, otherwise only its place."""
         on_cpu = self._reader.mesh.devices.flat[0].platform == 'cpu'
-        if not on_cpu or nbytes(state) > _MOST_KEPT_BYTES:
+        if not (on_cpu and self._stops) or nbytes(state) > _MOST_KEPT_BYTES:
             return Kept(step, None, place)
         return self._replay.keep(step, state, place)
 
     def _judge(self, health: Health, state: TrainState) -> None:
         packed = np.atleast_2d(fetch(health.packed))
-        bad_step, kind, value = packed[:, 0], packed[:, 1], packed[:, 2].view(np.float32)
+        bad_step, kind = packed[:, 0], packed[:, 1]
         bad = np.flatnonzero(bad_step)
         if not len(bad):
             return
-        for each in bad[kind[bad] >= lib.LABELS]:
-            self._refuse(int(kind[each]) - lib.LABELS, float(value[each]), int(bad_step[each]))
+        self._judge_labels(packed)
         if self._ensemble is None:
             self._stop(int(kind[0]), int(bad_step[0]), state)
         for member in bad:
             self._name(int(member), int(kind[member]), int(bad_step[member]))
         if len(bad) == len(bad_step):
             raise NonFiniteError('all members of the ensemble have diverged.')
+
+    def _judge_labels(self, packed: np.ndarray) -> None:
+        for bad_step, kind, value in zip(*packed[:, :3].T, strict=True):
+            if bad_step and kind >= lib.LABELS:
+                number = float(value.view(np.float32))
+                self._refuse(int(kind) - lib.LABELS, number, int(bad_step))
 
     def _name(self, member: int, kind: int, step: int) -> None:
         if member in self._named:
@@ -230,19 +248,20 @@ class Watch:
             skips, scale = fetch((state.health.skips, state.loss_scale.scale))
             return (
                 f'The gradients of step {bad_step:,} are not finite: the loss scale has skipped '
-                f'{int(skips)} updates in a row, and is down to {float(scale):g}. Look for values '
-                'above 65,504, which float16 cannot represent.'
+                f'{int(skips)} updates in a row, and is down to {float(scale):g}.\n'
+                + self._of_overflow(bad_step, state)
             )
         if self._kept is not None and self._kept.state is not None:
-            return self._replay.find(self._kept, bad_step, self._is_bad, ends=True)
+            return self._replay.find(
+                self._kept, bad_step, self._is_bad, what=_what_is_bad, ends=True
+            )
         on_cpu = not self._programs.sweeps
-        params, known = len(lib.floats(state.params)), state.health.known
+        bad_param, bad_slot = _bad_leaves(state)
         if kind in (lib.PARAMETER, lib.SLOT):
             when = f'by step {bad_step:,}' if on_cpu else f'in step {bad_step:,}'
-            bad = _first_bad(state.params, known[:params])
-            bad = bad or _first_bad(state.opt_state, known[params:])
+            bad = bad_param or bad_slot
             return f'{_WHAT[kind].capitalize()} became non-finite {when}: {bad}.'
-        if on_cpu and (bad := _first_bad(state.params, known[:params])):
+        if on_cpu and (bad := bad_param):
             # Of the update before, for the loss that the parameters had until then was finite.
             return (
                 f'The loss of step {bad_step:,} is not finite, because a parameter was not when it '
@@ -255,6 +274,18 @@ class Watch:
         # Parameters are as the bad step has found them, but the number of the step is not.
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
         return f'{steps}\n{explain(*fetch(self._look(before, batch)))}'
+
+    def _of_overflow(self, bad_step: int, state: TrainState) -> str:
+        """Returns where a step's gradients are not finite although the loss scale is small."""
+        hint = 'Look for values above 65,504, which float16 cannot represent.'
+        batch = self._batch(bad_step)
+        if batch is None:
+            return hint
+        # The updates were skipped: the parameters are those that the step began with.
+        before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
+        found, losses, grads, fields = fetch(self._look(before, batch))
+        explained = explain(found, losses, grads, fields)
+        return f'{explained}\n{hint}' if all(fields.values()) else explained
 
     def is_sound(self, state: TrainState) -> bool:
         """Waits for a state, and returns whether it is finite; for an ensemble, any member's."""
@@ -300,6 +331,24 @@ class Watch:
             return None
         self._reader.data.restore(self._kept.step, self._kept.place)
         return self._kept.step
+
+
+def _what_is_bad(state: TrainState) -> str:
+    """Returns 'a parameter is not: PATHS' of a state with a value that is not finite, or ''."""
+    for kind, paths in zip((lib.PARAMETER, lib.SLOT), _bad_leaves(state), strict=True):
+        if paths:
+            return f'{_WHAT[kind]} is not: {paths}'
+    return ''
+
+
+def _bad_leaves(state: TrainState) -> tuple[str, str]:
+    """Returns the paths of parameters, and of leaves of the optimizer state; see `_first_bad`."""
+    assert state.health is not None
+    params, known = len(lib.floats(state.params)), state.health.known
+    return (
+        _first_bad(state.params, known[:params]),
+        _first_bad(state.opt_state, known[params:]),
+    )
 
 
 def _first_bad(tree: Any, known: Any) -> str:

@@ -16,6 +16,7 @@ from trainer.checkpoint.manager import Checkpoints
 from trainer.checkpoint.storable import check_storable
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
+from trainer.inspect.monitors import Monitors
 from trainer.observe.progress import duration
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
@@ -32,11 +33,13 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         workdir: where; nothing in it is read or written.
 
     Raises:
-        UserError: if a loss is no number, and for all that `Trainer.compile` refuses.
+        UserError: if a loss is no number or a label out of its range, and for all that
+            `Trainer.compile` refuses.
     """
     dry = Trainer(experiment)
     programs = dry.compile()
     setup = dry.set_up()
+    monitors = Monitors(dry.run, setup, dry.report)
     check_storable(setup.programs.abstract)
     print(banner.summary(dry.run, setup, 0))
     for program in programs:
@@ -44,7 +47,10 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         print(f'{program.name}: compiled in {duration(program.compile_secs)}')
     with dry.batches(0, [1]) as batches:
         (_, batch), *_ = batches
-        state = setup.programs.step(dry.init_state(), batch)
+        state = dry.init_state()
+        monitors.begin(0, state)
+        state = setup.programs.step(state, batch)
+    monitors.check_labels(state)
     _check_finite(state.metrics)
     print('train: one step is fine')
     for name, evaluator in setup.evaluators.items():
@@ -62,7 +68,7 @@ def _check_finite(metrics: Any) -> None:
     if bad := [name for name in not_finite(metrics) if name.endswith('loss')]:
         raise UserError(
             f'one step works, but train/{bad[0]} is not finite. Do the labels fit the number of '
-            'classes? Train with --config.guard.non_finite=stop to see which module it comes from'
+            'classes? --mode=train names the module it comes from'
         )
 
 

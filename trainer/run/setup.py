@@ -209,7 +209,8 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
         shards=batch_shards(mesh),
         log=run.events.log,
         last_step=experiment.training.total_steps,
-        watches=experiment.training.guard == 'stop',
+        watches=True,
+        stops=experiment.training.guard == 'stop',
         sweeps=mesh.devices.flat[0].platform != 'cpu',
     )
     if experiment.ensemble is None:
