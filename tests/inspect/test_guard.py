@@ -20,7 +20,7 @@ from tests.marks import slow_after
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
-from trainer.inspect.warn_guard import NonFiniteError
+from trainer.run.failure import NonFiniteError
 from trainer.trainer import Trainer
 
 STOP: dict[str, Any] = {'non_finite': 'stop'}
@@ -101,7 +101,7 @@ def test_an_update_alone() -> None:
     )  # fmt: skip
     found = message(made)
     assert 'First non-finite step: 6.' in found
-    assert 'but the update is not' in found
+    assert 'but after the update a parameter is not: first/bias, first/kernel, ' in found
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def test_when_a_state_is_looked_at(
     options = {'train_for': '12 steps', 'log__every': '1 steps', 'checkpoint__every': '5 steps'}
     trainer = Trainer(build(linen(), guard=STOP, **options), str(tmp_path))
     seen: list[int] = []
-    sweep = trainer.programs.sweep
+    sweep = trainer.set_up().programs.sweep
 
     def counting(state: Any) -> Any:
         seen.append(int(state.step))
         return sweep(state)
 
-    vars(trainer.programs)['sweep'] = counting
+    vars(trainer.set_up().programs)['sweep'] = counting
     trainer.fit()
     assert [step for step in seen if step] == looks
 
@@ -239,7 +239,7 @@ def test_a_stream_is_read_again(resumes: bool, tmp_path: pathlib.Path) -> None:
         Trainer(made, str(tmp_path)).fit(max_steps=3)
     found = message(made, tmp_path)
     assert 'Last finite step: 5. First non-finite step: 6.' in found
-    assert 'but the update is not' in found
+    assert 'but after the update a parameter is not: ' in found
 
 
 @pytest.mark.slow
