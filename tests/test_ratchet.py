@@ -23,6 +23,13 @@ TYPE_IGNORES = {
     'launch': 0,
 }
 MOST_NOQA = 4
+SKIPS = (
+    'pytest.skip',
+    'pytest.mark.skip',
+    'pytest.mark.skipif',
+    'pytest.xfail',
+    'pytest.mark.xfail',
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -74,3 +81,13 @@ def test_the_type_checker_is_switched_off_no_more_often() -> None:
 def test_lint_is_switched_off_no_more_often() -> None:
     found = {path: source.count('# noqa') for path, source in sources(*PACKAGES).items()}
     assert sum(found.values()) <= MOST_NOQA, {path: n for path, n in found.items() if n}
+
+
+def test_a_test_is_skipped_only_for_what_is_not_installed() -> None:
+    """And says what: for packages `pytest.importorskip` does."""
+    for path, source in sources('tests').items():
+        for call in ast.walk(ast.parse(source)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func) in SKIPS:
+                texts = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
+                says = any(isinstance(text, str) and text.startswith('needs ') for text in texts)
+                assert says, f'{path}:{call.lineno}'

@@ -126,7 +126,7 @@ def test_dry_run_submits_nothing(tmp_path: pathlib.Path) -> None:
 
 needs_slurm = pytest.mark.skipif(
     bool(slurm_cluster.MISSING),
-    reason=f'{", ".join(slurm_cluster.MISSING)} is missing '
+    reason=f'needs {", ".join(slurm_cluster.MISSING)} '
     '(Debian: slurmctld slurmd slurm-client munge)',
 )
 

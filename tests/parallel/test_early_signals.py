@@ -16,7 +16,7 @@ from tests import command
 from tests.marks import slow_after
 from trainer.parallel import signals
 
-pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc')
+pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='needs Linux')
 
 SLOW = """
 import pathlib, time

@@ -83,7 +83,7 @@ measure('init_from', other.init_state)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='peaks as Linux tells them')
+@pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs Linux')
 def test_a_process_holds_little_more_than_its_parts(tmp_path: pathlib.Path) -> None:
     """J4: all devices together hold the state once, and so does the host, at its peak too."""
     environment = {
