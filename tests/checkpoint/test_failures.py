@@ -171,6 +171,7 @@ def test_pages_of_details_become_a_line_with_the_cause(details: str) -> None:
     assert first_line(KeyError()) == 'KeyError: '
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run(tmp_path: pathlib.Path) -> None:
     """No file may grow beyond 100 kB, and the state is 400."""
     workdir = tmp_path / 'run'

@@ -118,7 +118,8 @@ def test_many_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
         command.wait_for(lambda: threads() <= before)
 
 
-@pytest.mark.parametrize('how', slow_after(1, ['copied', 'linked', 'renamed']))
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['copied', 'linked', 'renamed'])
 def test_a_step_by_another_name_is_not_believed(trained: pathlib.Path, how: str) -> None:
     """The digest matches the arrays; only the step does not match the directory name."""
     checkpoints = trained / 'checkpoints'

@@ -283,6 +283,7 @@ def test_a_run_with_workers_equals_one_without(tmp_path: pathlib.Path) -> None:
     assert command.rows(tmp_path / 'plain') == command.rows(tmp_path / 'grain')
 
 
+@pytest.mark.slow
 def test_a_bad_record_ends_the_run(tmp_path: pathlib.Path) -> None:
     finished = command.run(
         command.MLP, *GRAIN, f'--workdir={tmp_path}',

@@ -49,6 +49,7 @@ def direction_loss(model: Any, batch: Any) -> Any:
     return loss, {'scale': 1.0 / image.max(-1)}
 
 
+@pytest.mark.slow
 def test_padded_rows_have_no_part_in_the_update() -> None:
     """Ten examples in batches of eight: the second batch is two examples and nothing else."""
     experiment = build(
@@ -82,6 +83,7 @@ def test_padded_rows_have_no_part_in_the_update() -> None:
     assert result.metrics['eval/test/examples'] == 100
 
 
+@pytest.mark.slow
 def test_padding_is_not_in_the_digest_of_the_data(tmp_path: pathlib.Path) -> None:
     """Seven examples in one batch of eight: their digest is that of batches of seven."""
     digests = []

@@ -82,7 +82,8 @@ def test_a_run_sends_what_is_read_and_predicts_with_the_rest(name: str) -> None:
     check_rows(found)
 
 
-@pytest.mark.parametrize('devices', slow_after(1, [1, 8]))
+@pytest.mark.slow
+@pytest.mark.parametrize('devices', [1, 8])
 def test_what_is_not_read_is_no_argument_of_the_program(devices: int) -> None:
     if devices == 1:
         finished = command.run(f'--config={CONFIG}', '--mode=dry_run', '--workdir=runs/none')

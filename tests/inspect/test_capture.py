@@ -42,6 +42,7 @@ def bound(made: Experiment, state: Any) -> BoundModel:
     return made.model.bind(state.variables, keys)
 
 
+@pytest.mark.slow
 def test_what_is_captured_is_what_the_model_computes(tmp_path: pathlib.Path) -> None:
     """1.K6: of the parameters after the step, on the batch of that step."""
     made = build(linen(), train_for='20 steps', capture={'a': {'match': 'first|last|.model.'}})
@@ -264,6 +265,7 @@ def test_what_is_not_finite_is_counted() -> None:
     assert kept['counts'][0] == 2 and kept['counts'][-1] == 1
 
 
+@pytest.mark.slow
 def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
     def refused(capture: Any, **options: Any) -> str:
         with pytest.raises(UserError) as caught:

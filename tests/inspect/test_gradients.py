@@ -16,7 +16,6 @@ from flax import nnx
 
 from tests import command
 from tests.inspect.models import build, linen, of_nnx
-from tests.marks import slow_after
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.inspect.forward import Forward
@@ -153,7 +152,8 @@ def test_calls_of_other_shapes_are_told_apart() -> None:
     assert found['layer#1'].value_norm == pytest.approx(float(jnp.linalg.norm(sums)), rel=1e-5)
 
 
-@pytest.mark.parametrize('model', slow_after(1, [linen(), of_nnx(), linen(scans=True)]))
+@pytest.mark.slow
+@pytest.mark.parametrize('model', [linen(), of_nnx(), linen(scans=True)])
 def test_the_mode(model: Any, tmp_path: pathlib.Path) -> None:
     """1.K8: `--mode=grad_probe` shows a table and writes the gradients."""
     args = (

@@ -32,7 +32,7 @@ def message(made: Experiment, workdir: pathlib.Path | None = None) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize('k', [0, 2, 3])
+@pytest.mark.parametrize('k', slow_after(1, [0, 2, 3]))
 def test_the_layer_of_a_planted_nan(k: int) -> None:
     """1.K6: a NaN in layer k is reported as layer k, in the step that it came in."""
     found = message(build(linen(bad=k), guard=STOP))
@@ -44,7 +44,8 @@ def test_the_layer_of_a_planted_nan(k: int) -> None:
     assert found.endswith('its input and its parameters were finite.')
 
 
-@pytest.mark.parametrize('k', slow_after(1, [0, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize('k', [0, 2])
 def test_the_layer_of_a_planted_nan_in_nnx(k: int) -> None:
     """1.K6."""
     found = message(build(of_nnx(bad=k), guard=STOP))
@@ -94,6 +95,7 @@ def test_a_gradient_alone(model: Any) -> None:
     assert 'first/bias' in bad and 'last' not in bad
 
 
+@pytest.mark.slow
 def test_an_update_alone() -> None:
     made = build(
         linen(), guard=STOP,
@@ -155,6 +157,7 @@ def test_statistics_that_a_call_spoils(target: str) -> None:
     assert found.endswith('its input and its parameters were finite.')
 
 
+@pytest.mark.slow
 def test_a_bad_batch() -> None:
     made = build(
         linen(), guard=STOP, data__source={'target': f'{__name__}:Images'},

@@ -56,6 +56,7 @@ def test_the_quickstart(config: str, names: list[str]) -> None:
     assert rows[names[3]].output == '32 x 256'
 
 
+@pytest.mark.slow
 def test_the_mode_shows_it() -> None:
     """A2."""
     finished = command.run(command.MLP, '--mode=summary')

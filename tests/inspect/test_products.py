@@ -188,6 +188,7 @@ def test_layers_that_are_scanned_over(
     assert 'float32, first in pairs/wide.' in text
 
 
+@pytest.mark.slow
 def test_nnx(caplog: pytest.LogCaptureFixture) -> None:
     made = experiment({'target': f'{__name__}:NNXPromoting'})
     [text] = warnings(made, caplog)
@@ -248,6 +249,7 @@ def test_products_of_the_optimizer_and_of_the_task_are_there() -> None:
         assert flops.count(jaxpr) > 1.2 * sum(products.in_model(jaxpr).values())
 
 
+@pytest.mark.slow
 def test_nothing_is_traced_again(caplog: pytest.LogCaptureFixture) -> None:
     """Only to name the module, and that once."""
     for promotes, more in ((False, 0), (True, 1)):

@@ -61,6 +61,7 @@ def ran(out: str, cwd: pathlib.Path, checkout: Checkout) -> bool:
     return out == f'ran {ARGUMENTS} in {cwd} from {main}\n'
 
 
+@pytest.mark.slow
 def test_made_once_and_run_from_the_user_s_directory(
     checkout: Checkout, tmp_path: pathlib.Path
 ) -> None:

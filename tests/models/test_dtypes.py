@@ -26,6 +26,7 @@ from models.recurrent import Seq2Seq
 from models.resnet import ResNet
 from models.transformer import Transformer
 from tests.command import ROOT
+from tests.marks import slow_except
 from trainer.modules import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
@@ -168,7 +169,7 @@ def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
         assert np.array_equal(found, logits[:, 2:-1].argmax(-1))
 
 
-@pytest.mark.parametrize('way', SOME)
+@pytest.mark.parametrize('way', slow_except(['own-bfloat16'], WAYS))
 def test_recurrent(way: str) -> None:
     """Including the states that are carried from token to token, from the first one on."""
     precision, own, half = WAYS[way]

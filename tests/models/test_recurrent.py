@@ -76,6 +76,7 @@ def test_both_ends_are_read() -> None:
         assert np.abs(one - MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_it_writes_is_what_it_is_taught() -> None:
     """Token by token, by itself: equal to reading its own answer again for each next one."""
     written = greedy(VARIABLES)
@@ -97,6 +98,7 @@ def measured(mode: Any, targets: np.ndarray, **options: Any) -> TaskOutput:
     return task(model, {name: jnp.asarray(x) for name, x in batch.items()})
 
 
+@pytest.mark.slow
 def test_an_answer_counts_up_to_its_end() -> None:
     """The loss is that of the tokens up to the first 0; what is behind it may be anything."""
     targets = greedy(VARIABLES)
@@ -113,6 +115,7 @@ def test_an_answer_counts_up_to_its_end() -> None:
         assert one.metrics['exact_match'].tolist() == [False] + [True] * 5
 
 
+@pytest.mark.slow
 def test_what_is_behind_the_end_may_be_wrong() -> None:
     """Here the second token is made the end; what is written behind it does not matter."""
     written = greedy(VARIABLES)

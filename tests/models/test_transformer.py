@@ -69,6 +69,7 @@ def test_options_of_the_layers(options: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_drop_others() -> None:
     """N4: each layer has masks of its own, for attention and for the MLP."""
     model = Transformer(**SMALL, scan_layers=True, dropout_rate=0.5)
@@ -127,7 +128,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
         load_and_build(str(ROOT / 'configs' / 'lm.py'), model__width=16, **given)
 
 
-@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('scan_layers', [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize('dtype', [None, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_the_cache_gives_what_the_whole_row_gives(scan_layers: bool, dtype: Any) -> None:
     """O2: logits step by step, after a prompt of five tokens, equal those of one causal pass."""
