@@ -236,6 +236,7 @@ def test_the_digest_proves_rows_of_steps(
     assert command.result(tmp_path)['data_digest'] == f'{sum(words) % 2**64:016x}'
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_kept_no_sizes_is_one_of_its_config(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
@@ -359,6 +360,7 @@ def test_a_schedule_of_steps_and_examples_is_refused(
     assert again.step == 24
 
 
+@pytest.mark.slow
 def test_what_no_schedule_can_follow_is_refused(tmp_path: pathlib.Path) -> None:
     every = {
         'target': 'optax:MultiSteps', 'every_k_schedule': '0.25 epochs',
@@ -449,6 +451,7 @@ def test_a_profile_begins_by_examples() -> None:
     assert experiment.after(((0, 32), (16, 64))).after(((0, 64),)).total_steps == 16
 
 
+@pytest.mark.slow
 def test_a_run_that_went_on_elsewhere_is_refused(tmp_path: pathlib.Path) -> None:
     early = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', evals={})
     trainer_in(tmp_path, data__batch_size=32, evals={}).fit()

@@ -46,6 +46,7 @@ def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) ->
     assert finished.out == ''
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
     finished = command.run(CNN, '--config.model.hidden=100000000', f'--workdir={tmp_path / "run"}')
     assert finished.code == 1

@@ -38,6 +38,7 @@ def test_rows_have_one_length(directory: pathlib.Path) -> None:
     assert found.tolist() == [[2, 4, 5, 6, 1, 3, 0, 0], [2, 5, 5, 5, 5, 5, 5, 3]]
 
 
+@pytest.mark.slow
 def test_splits_are_of_the_texts(directory: pathlib.Path) -> None:
     """A quarter is held out, of each package; what is in one split is not in the other."""
     splits = {

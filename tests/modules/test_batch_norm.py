@@ -179,6 +179,7 @@ def test_statistics_over_devices() -> None:
         assert_close(found['batch_stats'], moved['batch_stats'])
 
 
+@pytest.mark.slow
 def test_statistics_of_groups() -> None:
     """C7: those of half the batch each, in a step over eight devices and by `axis_index_groups`."""
     x = rows()
@@ -277,6 +278,7 @@ def test_statistics_under_vmap() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), moved, expected)
 
 
+@pytest.mark.slow
 def test_statistics_are_kept_in_full() -> None:
     """C8: of a model that computes in bfloat16, too."""
     program = programs(MLP(), precision=Precision(compute='bfloat16'))

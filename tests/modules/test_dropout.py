@@ -125,6 +125,7 @@ def test_what_is_kept_is_scaled_up() -> None:
     assert all(np.array_equal(row, out[0]) for row in out)
 
 
+@pytest.mark.slow
 def test_shards_of_a_batch_have_masks_of_their_own() -> None:
     """D7: and they are those of one device, for the parameters as for the masks."""
     x = np.ones((16, 64), 'f4')

@@ -413,6 +413,7 @@ def test_jit() -> None:
     np.testing.assert_allclose(born(X), auto_encoder()(X), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_grad() -> None:
     """K10: the gradient is shaped like the model, and trains it."""
 

@@ -189,6 +189,7 @@ class Layer(knn.Module):
         return x, None
 
 
+@pytest.mark.slow
 def test_lifted_modules() -> None:
     """K11: a field may be assigned, and comes out of scanned and checkpointed modules."""
     model = Lifted().init_bind(RNG, X).with_rng(RNG)

@@ -123,7 +123,8 @@ def gradient(model: nn.Module, params: Any) -> Any:
     return jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parametrize('unroll', [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('unroll', [1, 2])
 def test_a_scan_is_the_loop(unroll: int) -> None:
     """N4: equal outputs and gradients, the parameters stacked; and it trains."""
     model = Stack('scan', unroll=unroll)

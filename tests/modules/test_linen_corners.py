@@ -122,6 +122,7 @@ class Heads(nn.Module):
         return nn.switch(index, branches, self, x)
 
 
+@pytest.mark.slow
 def test_a_switch_of_heads() -> None:
     """N9: each has its parameters from the start; the number chooses, and it trains."""
     variables = Heads().init(KEY, X)
@@ -273,6 +274,7 @@ class Peak(nn.Module):
         return nn.Dense(4)(x / self.get_variable('seen', 'peak'))
 
 
+@pytest.mark.slow
 def test_variables_that_are_put() -> None:
     """O9, O11, U8: without a declaration; the trainer carries them like any other."""
     state = learned({'target': f'{__name__}:Peak'}, steps=150)

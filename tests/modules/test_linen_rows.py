@@ -61,6 +61,7 @@ def reading(model: Any, batch: Any) -> Any:
     return loss, {'accuracy': logits.argmax(-1) == batch['label']}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'cell',
     [
@@ -148,6 +149,7 @@ class ByCompact(nn.Module):
         return nn.Dense(4, name='head')(nn.relu(nn.Dense(8, name='encoder')(x)))
 
 
+@pytest.mark.slow
 def test_setup_and_compact() -> None:
     """O6, U2, U4: the same parameters where the names are; `apply(method=...)` for another one."""
     one, two = BySetup().init(KEY, X), ByCompact().init(KEY, X)
@@ -311,6 +313,7 @@ def test_parameters_take_their_shapes_last() -> None:
     assert nn.Dropout(0.5, deterministic=True).init(KEY, X) == {}
 
 
+@pytest.mark.slow
 def test_tied_embeddings_and_groups() -> None:
     """1.Q: `Embed.attend` and `GroupNorm`; a convolution of one image and of many batches."""
     embed = nn.Embed(11, 8)

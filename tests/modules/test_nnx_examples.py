@@ -205,6 +205,7 @@ class ScanMLP(nnx.Module):
         return self.last(x)
 
 
+@pytest.mark.slow
 def test_06_scan_over_layers(tmp_path: pathlib.Path) -> None:
     """X12, X13."""
     made = experiment('ScanMLP', {'target': 'trainer.tasks.task:Classification'})

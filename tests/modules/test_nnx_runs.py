@@ -32,6 +32,7 @@ def assert_close(found: Any, expected: Any) -> None:
     )
 
 
+@pytest.mark.slow
 def test_slices_of_a_batch_are_the_batch() -> None:
     whole, expected, _ = final()
     slices, state, _ = final(accumulate=4)
@@ -39,6 +40,7 @@ def test_slices_of_a_batch_are_the_batch() -> None:
     assert_close(state.params, expected.params)
 
 
+@pytest.mark.slow
 def test_batch_statistics_follow_each_slice() -> None:
     """Four slices of a batch move the running means by 1 - 0.9^4 of the way, not by 0.1."""
     moved = []

@@ -71,6 +71,7 @@ def test_the_same_network_in_both_has_the_same_losses() -> None:
     assert expected[-1] < expected[0]
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_those_of_linen() -> None:
     """X13: a normalised MLP with copied parameters: twenty steps, then an evaluation."""
     linen, mine = (
@@ -215,6 +216,7 @@ def test_names_of_stacked_layers_and_a_counter() -> None:
     assert state.collections['calls']['layers']['calls'].tolist() == [20] * 4
 
 
+@pytest.mark.slow
 def test_parameters_cut_by_size() -> None:
     """Eight devices: the losses do not depend on how they hold the parameters."""
     rule = {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 0}
@@ -241,6 +243,7 @@ def test_patterns_are_of_paths() -> None:
     assert not any(x.shape == (784, 64) for x in jax.tree.leaves(state.opt_state))
 
 
+@pytest.mark.slow
 def test_the_trained_module_comes_back() -> None:
     """X6, X9: as itself, in evaluation mode, for `jax.jit`, `nnx.state` and its filters."""
     options = {'model__batch_norm': True, 'model__dropout_rate': 0.5}

@@ -163,6 +163,7 @@ def test_a_row_without_times_or_with_nan_is_shown() -> None:
     assert pipe.getvalue() == 'step 999/1,000 (99%)  loss nan\n'
 
 
+@pytest.mark.slow
 def test_a_real_run_on_a_terminal(tmp_path: pathlib.Path) -> None:
     leader, follower = os.openpty()
     arguments = [command.MLP, *command.SMALL, f'--workdir={tmp_path}', '--config.train_for=60steps']

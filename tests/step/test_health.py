@@ -77,6 +77,7 @@ def test_a_loss_stops_updates(sweeps: bool) -> None:
     assert all(same(state, states[STEP - 1], slots=sweeps) for state in states[STEP:])
 
 
+@pytest.mark.slow
 def test_gradients_stop_updates_where_each_step_looks_at_them() -> None:
     states = run(build(linen(bad=1, how='gradient')), STEP + 2, sweeps=True)
     assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (STEP, GRADIENT)

@@ -337,6 +337,7 @@ def giving(temperature: float) -> Any:
     return functools.partial(give, temperature=temperature)
 
 
+@pytest.mark.slow
 def test_an_argument_of_the_users_own_is_not_dropped() -> None:
     norms = []
     for temperature in (0.25, 1.0):
