@@ -102,6 +102,7 @@ def test_a_hook_that_fails_in_one_process_stops_all_with_everything_saved(
     assert seen == [expected, expected]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_fails_in_all_processes_costs_no_step(tmp_path: pathlib.Path) -> None:
     task = f'--config.evals.test.task={json.dumps({"target": f"{__name__}:Measuring"})}'
     codes, _, errors = finish(start(2, tmp_path, *SHORT, task))

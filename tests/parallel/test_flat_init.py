@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from tests.marks import slow_after
 from tests.modules.learning import trainer
 from trainer.config.errors import UserError
 
@@ -88,7 +87,8 @@ def specs(model: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Any]:
     }, result
 
 
-@pytest.mark.parametrize('logical', slow_after(1, [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize('logical', [False, True])
 def test_names_of_the_final_shape(logical: bool) -> None:
     """The parameters are cut as they say, and have the values that they have without names."""
     options: dict[str, Any] = {}

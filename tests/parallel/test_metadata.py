@@ -112,6 +112,7 @@ def test_an_axis_that_is_added_can_be_removed(index: int) -> None:
         np.testing.assert_array_equal(again.unbox(), box.unbox())
 
 
+@pytest.mark.slow
 def test_a_box_of_the_users_own_trains(tmp_path: pathlib.Path) -> None:
     """J10, J5: modules see the value, the state and the checkpoints hold no box."""
     trainer = Trainer(
@@ -129,6 +130,7 @@ def test_a_box_of_the_users_own_trains(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(restored['layers']['kernel'], params['layers']['kernel'])
 
 
+@pytest.mark.slow
 def test_branches_by_vmap_are_spread_over_devices() -> None:
     """J11: the new dimension of parameters and of constrained activations has the mesh axis."""
     losses = {}

@@ -50,6 +50,7 @@ def assert_close(one: pathlib.Path, other: pathlib.Path) -> None:
             assert a[name] == pytest.approx(b[name], rel=2e-5, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes(two_by_two: tuple[pathlib.Path, list[str]]) -> None:
     workdir, outputs = two_by_two
     assert 'finished at step 60' in outputs[0]

@@ -221,6 +221,7 @@ def layer_of(params: Any) -> Any:
     return next(value for name, value in params.items() if 'Layer' in name)
 
 
+@pytest.mark.slow
 def test_names_that_are_mesh_axes_need_no_rules(tmp_path: pathlib.Path) -> None:
     """J1 to J3, J5: `nn.with_partitioning`, scanned layers, constraints; checkpoints unboxed."""
     options = {'train_for': '3 steps', 'mesh__data': 2, 'mesh__model': 4}
@@ -244,6 +245,7 @@ def test_a_scanned_dimension_without_a_name_is_refused() -> None:
         Trainer(made).compile()
 
 
+@pytest.mark.slow
 def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
     """J7, J4: four layers of 1024 x 1024, scanned over, on 2 x 4 devices, each of which holds
     (4, 1024, 256) of a kernel and of its moments. (The guide times the step; no time is asserted.)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from tests.command import CLOCK, ROOT
-from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
@@ -66,11 +65,10 @@ def test_the_same_step_gives_the_same_run(tmp_path: pathlib.Path, options: Any) 
     assert rows(tmp_path / 'ours') == rows(tmp_path / 'theirs')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'step',
-    slow_after(
-        1, [{'ref': 'tests.step.steps:by_hand'}, {'target': 'tests.step.steps:make_by_hand'}]
-    ),
+    [{'ref': 'tests.step.steps:by_hand'}, {'target': 'tests.step.steps:make_by_hand'}],
 )
 def test_a_step_written_by_hand_gives_the_same_parameters(
     tmp_path: pathlib.Path, step: dict[str, str]

@@ -13,7 +13,6 @@ import pytest
 import scipy.special
 
 from tests import command
-from tests.marks import slow_after
 from trainer.config import loading, overrides
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
@@ -84,15 +83,13 @@ COURSES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name',
-    slow_after(
-        1,
-        [
-            pytest.param(name, marks=() if name in ('dropout', 'batch_stats') else pytest.mark.slow)
-            for name in COURSES
-        ],
-    ),
+    [
+        pytest.param(name, marks=() if name in ('dropout', 'batch_stats') else pytest.mark.slow)
+        for name in COURSES
+    ],
 )
 def test_a_member_takes_the_course_of_a_run_alone(name: str) -> None:
     """I1: members differ pairwise, and each of them is the run with its seed and its number."""

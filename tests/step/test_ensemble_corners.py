@@ -100,9 +100,8 @@ def test_changed_numbers_count(tmp_path: pathlib.Path) -> None:
     assert rows[-1]['train/member_1/learning_rate'] == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize(
-    'metric', slow_after(1, ['eval/test/members/loss', 'eval/test/member_1/loss'])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('metric', ['eval/test/members/loss', 'eval/test/member_1/loss'])
 def test_metrics_of_members_choose_and_stop(metric: str, tmp_path: pathlib.Path) -> None:
     made = experiment(
         ensemble=ensemble(), early_stopping={'metric': metric, 'min_delta': 1e9},

@@ -160,7 +160,8 @@ def test_the_moving_average_has_its_own_evaluation() -> None:
     )
 
 
-@pytest.mark.parametrize('vary', slow_after(1, [{}, {'optimizer': {'learning_rate': (1.0, 0.3)}}]))
+@pytest.mark.slow
+@pytest.mark.parametrize('vary', [{}, {'optimizer': {'learning_rate': (1.0, 0.3)}}])
 def test_members_of_an_ensemble(vary: dict[str, Any]) -> None:
     """Also if hyperparameters are in the state, which wraps that of the optimizer."""
     trainer = tiny.trainer(optimizer=FREE, ensemble={'size': 2, 'vary': vary})
@@ -286,6 +287,7 @@ def test_what_does_not_fit_is_refused_before_anything_compiles(name: str) -> Non
         tiny.trainer(optimizer=optimizer).compile()
 
 
+@pytest.mark.slow
 def test_another_point_makes_no_other_run(tmp_path: pathlib.Path) -> None:
     unnamed = {name: value for name, value in FREE.items() if name != 'eval_params'}
     tiny.trainer(tmp_path, optimizer=unnamed).fit(max_steps=10)

@@ -107,6 +107,7 @@ def by_hand(params: Any, steps: int) -> Any:
     return params
 
 
+@pytest.mark.slow
 def test_two_losses_equal_the_hand_written_step() -> None:
     """Each loss moves its own parameters, by its own optimizer, and no others."""
     program = programs(two_players())
