@@ -27,8 +27,8 @@ from trainer.config.loading import LoadedConfig
 from trainer.config.sections import PrecisionSection, Sections
 from trainer.ensemble.step import Ensemble
 from trainer.inspect.capture import Capture
-from trainer.modules import Functional, functional
 from trainer.modules.foreign import refusal_of_class
+from trainer.modules.functional import Functional, functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule

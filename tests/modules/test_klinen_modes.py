@@ -15,7 +15,7 @@ from flax import errors
 from tests.modules.examples import same
 from tests.modules.test_klinen import MLP, RNG, AutoEncoder, Noisy, X
 from trainer import klinen as knn
-from trainer.modules import functional
+from trainer.modules.functional import functional
 
 
 def test_modes() -> None:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 

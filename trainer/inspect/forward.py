@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
-from trainer.modules import Functional
+from trainer.modules.functional import Functional
 from trainer.modules.recorder import Tap, Tapped
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_shards, replicated
