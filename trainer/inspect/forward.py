@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
-from trainer.modules.functional import Functional
-from trainer.modules.recorder import Tap, Tapped
+from trainer.modules.functional import Functional, Tapped
+from trainer.modules.recorder import Tap
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes

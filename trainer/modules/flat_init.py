@@ -18,6 +18,7 @@ import flax.linen as nn
 from flax import struct
 from flax.core import meta
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules import train_flags
 
@@ -43,12 +44,11 @@ def _intercept(
     }
     try:
         for name, value in before.items():
-            # Not by assignment: modules are frozen in a call.
-            object.__setattr__(module, name, _Flat(value))
+            compat.set_in_call(module, name, _Flat(value))
         return following(*args, **kwargs)
     finally:
         for name, value in before.items():
-            object.__setattr__(module, name, value)
+            compat.set_in_call(module, name, value)
 
 
 def _is_function(value: Any) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import sys
@@ -12,10 +13,11 @@ from typing import Any, Protocol, cast
 import jax
 
 from trainer.config.errors import UserError
-from trainer.modules import foreign
+from trainer.modules import adapters, foreign
 from trainer.modules.linen import Linen
 from trainer.modules.model_view import BoundModel
 from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.recorder import Tap
 from trainer.modules.rng import Keys
 
 _log = logging.getLogger('trainer')
@@ -36,8 +38,24 @@ class Functional(Protocol):
     def bind(self, variables: Mapping[str, Any], keys: Keys, *, ema: Any = None) -> BoundModel:
         """Returns the callable that a task gets."""
 
-    def for_notebook(self, variables: Mapping[str, Any]) -> Any:
-        """Returns the user's own module with these variables in it, in evaluation mode."""
+
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """A functional model whose calls go through a tap.
+
+    Attributes:
+        model: the functional model.
+        tap: what looks at the calls.
+    """
+
+    model: Functional
+    tap: Tap
+
+    def bind(self, variables: Mapping[str, Any], keys: Keys, *, ema: Any = None) -> BoundModel:
+        """Returns the callable that a task gets."""
+        bound = self.model.bind(variables, keys, ema=ema)
+        bound.attach(self.tap)
+        return bound
 
 
 def functional(module: object, precision: Precision = AS_IS, *, named: bool = False) -> Functional:
@@ -51,16 +69,13 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
 
     Raises:
         TypeError: if `module` is of no module system that is supported, or makes no module.
-        UserError: if it is a Klinen model that holds variables.
+        UserError: if it is of a kind that is no config's model: see `adapters`.
     """
     from flax import linen as nn
 
-    klinen = sys.modules.get('trainer.klinen.bound')  # Whoever has bound one imported it.
-    if klinen is not None and isinstance(module, klinen.Bound):
-        raise UserError(
-            f'config.model: {type(module).__name__} is bound to variables, which a run would not '
-            'start from; give model.clone(), and load the weights with config.init_from'
-        )
+    for adapter in adapters.registered:
+        if (reason := adapter.refusal(module)) is not None:
+            raise UserError(f'config.model: {reason}')
     if isinstance(module, nn.Module):
         return Linen(module, precision)
     nnx = sys.modules.get('flax.nnx')  # Whoever has made an NNX module has imported it.

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax import errors, traverse_util
-from flax.core.scope import subtract_filters
 
+from trainer import compat
 from trainer.config.errors import UserError
-from trainer.modules import flat_init, recorder, train_flags
+from trainer.modules import adapters, flat_init, recorder, train_flags
+from trainer.modules.method import make_method
 from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.pmap_axes import PmapAxes
 from trainer.modules.precision import AS_IS, Precision
@@ -26,9 +26,6 @@ Variables = Mapping[str, Any]
 
 # Dropout that is active at evaluation is always a mistake: without a key Flax says so.
 _TRAIN_ONLY_STREAMS = frozenset({'dropout'})
-
-# Whoever has made a Klinen module has imported it.
-_KLINEN = 'trainer.klinen.intermediates'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +67,6 @@ class Linen:
             precision=self.precision,
             pmap_axes=self.pmap_axes,
         )
-
-    def for_notebook(self, variables: Variables) -> Any:
-        """Returns the module as a Klinen model that holds these variables, in evaluation mode."""
-        from trainer import klinen as knn
-
-        return knn.bind(self.module, variables).eval()
 
 
 class LinenModel(BoundModel):
@@ -121,7 +112,7 @@ class LinenModel(BoundModel):
         call, calls.count = calls.count, calls.count + 1
 
         def run(rngs: dict[str, jax.Array]) -> Any:
-            method = train_flags.method(steps, self.training)
+            method = make_method(steps, self.training)
             with calls.tap.on_linen() if calls.tap else contextlib.nullcontext():
                 return _sowing(
                     lambda collections: self._module.apply(
@@ -182,7 +173,7 @@ class _InitModel(LinenModel):
         def run(rngs: dict[str, jax.Array]) -> Any:
             # A task may read what is sown; the state never holds it.
             mutable = nn.DenyList((recorder.PERTURBATIONS,))
-            method = train_flags.method(steps, training=False)
+            method = make_method(steps, training=False)
             return _sowing(
                 lambda collections: self._module.init_with_output(
                     rngs, *args, method=method, mutable=collections, **kwargs
@@ -206,27 +197,23 @@ def _sowing(apply: Callable[[Any], Any], mutable: Any) -> Any:
     """Returns `apply(mutable)`; without intermediates where branches of `nn.cond` sow some.
 
     Flax wants all branches to leave the same behind. A module may sow in one of them as long as
-    nobody listens, and so it stays. What the fields of Klinen modules hold (`knn.Intermediate`) is
-    among the intermediates, too.
+    nobody listens, and so it stays.
     """
-    klinen = sys.modules.get(_KLINEN)
-    with nn.intercept_methods(klinen.keep) if klinen else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        for adapter in adapters.registered:
+            stack.enter_context(nn.intercept_methods(adapter.intercept))
         try:
             return apply(mutable)
         except TypeError as error:
-            if not branches_differ(error):
+            if not compat.branches_differ(error, recorder.INTERMEDIATES):
                 raise
-        return apply(subtract_filters(mutable, recorder.INTERMEDIATES))
-
-
-def branches_differ(error: TypeError) -> bool:
-    """Whether an error is of branches of `nn.cond` that leave other intermediates behind."""
-    return all(word in str(error) for word in ('branch', f"'{recorder.INTERMEDIATES}'"))
+        return apply(compat.without_collection(mutable, recorder.INTERMEDIATES))
 
 
 def _plain(intermediates: Mapping[str, Any]) -> dict[str, Any]:
-    klinen = sys.modules.get(_KLINEN)
-    return klinen.plain(intermediates) if klinen else dict(intermediates)
+    for adapter in adapters.registered:
+        intermediates = adapter.plain(intermediates)
+    return dict(intermediates)
 
 
 def _nth(key: jax.Array, call: int) -> jax.Array:

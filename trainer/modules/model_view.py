@@ -9,17 +9,15 @@ import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from trainer.config.errors import UserError
 from trainer.modules import seen
 from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.recorder import Tap
 from trainer.modules.rng import Keys
-
-if TYPE_CHECKING:
-    from trainer.modules.recorder import Tap
 
 # What is read from a module's fields as it is.
 _PLAIN = (bool, int, float, str)

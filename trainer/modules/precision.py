@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainer import compat
+
 # The scope around a model's call if `compute` is set, and how it appears in a name stack, such as
 # 'transpose(jvp(model))/Dense_0'.
 _SCOPE = 'model'
@@ -70,7 +72,7 @@ def in_call(equation: Any) -> bool:
 
     An equation in an inner jaxpr (the body of a loop) also does if the outer equation does.
     """
-    return _IN_SCOPE.search(str(equation.source_info.name_stack)) is not None
+    return _IN_SCOPE.search(compat.name_stack(equation)) is not None
 
 
 def at_least_float32(x: Any) -> Any:

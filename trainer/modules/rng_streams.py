@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import errors
 
-_MISSING = re.compile(r'needs PRNG for "([^"]+)"')
+from trainer import compat
 
 
 class Streams:
@@ -42,13 +41,7 @@ class Streams:
             try:
                 return function({name: key(name) for name in sorted(self.names)})
             except errors.InvalidRngError as error:
-                name = missing(error)
+                name = compat.missing_stream(error)
                 if name is None or name in self.names | self._never:
                     raise
                 self.names.add(name)
-
-
-def missing(error: errors.InvalidRngError) -> str | None:
-    """Returns the stream that a module has asked for and got no key of."""
-    match = _MISSING.search(str(error))
-    return match[1] if match else None

@@ -8,7 +8,7 @@ import contextvars
 import dataclasses
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -64,35 +64,6 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
         return dataclasses.replace(module, **changes) if changes else module
 
     return visit(module)
-
-
-def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..., Any]:
-    """Returns the function for `Module.apply` that tells the mode to what it calls.
-
-    Args:
-        steps: lead one after the other from the bound module to what is called: a method or a
-            sub-module; none for the module's `__call__`.
-        training: the mode.
-    """
-    from trainer.modules import nnx_bridge  # Which imports this module.
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        target: Any = module
-        for step in steps:
-            target = step(target)
-        args, kwargs = with_flags(target, args, kwargs, training)
-        layers = isinstance(module, nn.Sequential)
-        token = current.set(training)
-        try:
-            with (
-                telling_layers(training) if layers else contextlib.nullcontext(),
-                nnx_bridge.telling_nnx(training),
-            ):
-                return target(*args, **kwargs)
-        finally:
-            current.reset(token)
-
-    return call
 
 
 def telling_layers(
