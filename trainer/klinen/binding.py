@@ -15,8 +15,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from trainer import compat
 from trainer.klinen import intermediates, rngs
 from trainer.klinen.definition import Definition
-from trainer.modules import train_flags
-from trainer.modules.method import make_method
+from trainer.modules import nnx_bridge, train_flags
 from trainer.modules.pmap_axes import PmapAxes
 
 # One for all models: what is said of an axis, is said once.
@@ -79,11 +78,11 @@ class Binding:
                 {'params': self.params, **collections},
                 rngs=rngs.below(keys, self.definition.path),
                 mutable=sorted(mutable),
-                method=lambda m: make_method(steps, self.training)(m, *args, **kwargs),
+                method=lambda m: train_flags.method(steps, self.training)(m, *args, **kwargs),
             )
 
         try:
-            with pmap_axes.calling():
+            with pmap_axes.calling(), nnx_bridge.telling_nnx(self.training):
                 output, changed = rngs.run(call, self.rng, self.definition.streams)
         except errors.ModifyScopeVariableError as error:
             error.add_note(

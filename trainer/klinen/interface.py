@@ -16,7 +16,7 @@ from flax import errors
 from trainer.klinen import capture, intermediates, rngs, specs
 from trainer.klinen.binding import Binding, pmap_axes
 from trainer.klinen.intermediates import Intermediates
-from trainer.modules.method import make_method
+from trainer.modules import nnx_bridge, train_flags
 
 
 class Interface:
@@ -40,13 +40,13 @@ class Interface:
         if not isinstance(keys, dict):
             keys = {**rngs.known(keys, made.definition.streams), 'params': keys}
         module = made.definition.told(made.training)
-        call = make_method(_steps(method), made.training)
+        call = train_flags.method(_steps(method), made.training)
         args, kwargs = jax.tree.map(specs.as_spec, (args, kwargs))
         leaves = jax.tree.leaves((args, kwargs))
         lazy = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
         init = module.lazy_init if lazy else module.init
         mutable = nn.DenyList((intermediates.COLLECTION, 'perturbations'))
-        with pmap_axes.calling():
+        with pmap_axes.calling(), nnx_bridge.telling_nnx(made.training):
             variables = init(keys, *args, method=call, mutable=mutable, **kwargs)
         return self.with_variables(variables)
 

@@ -25,15 +25,16 @@ from trainer.modules import train_flags
 
 def unconstrained() -> contextlib.AbstractContextManager[Any]:
     """Returns a context for calls of Linen modules: any call asks initialisers for shapes."""
-    return nn.intercept_methods(_intercept)
+    return nn.intercept_methods(intercept)
 
 
-def _intercept(
+def intercept(
     following: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
+    """Runs a method of a module, with initialisers that return flat values if it asks for some."""
     module = context.module
     if not isinstance(module, nn.DenseGeneral):
         return following(*args, **kwargs)

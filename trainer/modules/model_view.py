@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
 import operator
@@ -167,9 +168,12 @@ class BoundModel(abc.ABC):
         return view
 
     def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
-        call = seen.note_call(name, args, kwargs)
-        with self._precision.calling():
+        noted, call = seen.current.get(), None
+        if noted is not None:
+            name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
+            call = noted.call(name, args, kwargs)
+        is_cast = self._precision.compute is not None
+        with self._precision.calling() if is_cast else contextlib.nullcontext():
             output = self._apply(steps, args, kwargs)
         if call is not None:
             call.output = seen.describe(output)

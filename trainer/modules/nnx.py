@@ -17,8 +17,7 @@ from flax import nnx
 
 from trainer import compat
 from trainer.config.errors import UserError
-from trainer.modules import flat_init, foreign, nnx_bridge, nnx_recorder, pmap_axes
-from trainer.modules.method import make_method
+from trainer.modules import flat_init, foreign, nnx_bridge, nnx_recorder, pmap_axes, train_flags
 from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.nnx_parts import (
     INTERMEDIATES,
@@ -291,9 +290,10 @@ def _has_rngs(module: nnx.Module) -> bool:
 
 
 def _runner(steps: Steps, training: bool) -> Callable[..., Any]:
-    call = make_method(steps, training)
+    call = train_flags.method(steps, training)
 
     def run(module: nnx.Module, args: Any, kwargs: Any) -> Any:
-        return call(module, *args, **kwargs)
+        with nnx_bridge.telling_nnx(training):
+            return call(module, *args, **kwargs)
 
     return run

@@ -26,7 +26,7 @@ _log = logging.getLogger('trainer')
 _current: contextvars.ContextVar[PmapAxes] = contextvars.ContextVar('pmap_axes')
 
 _NORMS = ('BatchNorm', 'LayerNorm', 'RMSNorm', 'GroupNorm', 'InstanceNorm')
-_LINEN = tuple(getattr(nn, name) for name in _NORMS)
+LINEN_NORMS = tuple(getattr(nn, name) for name in _NORMS)
 
 
 class PmapAxes:
@@ -47,7 +47,7 @@ class PmapAxes:
         """Is around the calls of a model."""
         token = _current.set(self)
         try:
-            with nn.intercept_methods(self._intercept):
+            with nn.intercept_methods(self.intercept):
                 yield
         finally:
             _current.reset(token)
@@ -97,18 +97,19 @@ class PmapAxes:
                 ', '.join(map(repr, new)),
             )
 
-    def _intercept(
+    def intercept(
         self,
         following: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
+        """Runs a method of a Linen module, without missing axes if it normalises."""
         module = context.module
-        names_axis = isinstance(module, _LINEN) and module.axis_name is not None
+        names_axis = isinstance(module, LINEN_NORMS) and module.axis_name is not None
         # A lifted class, such as `nn.vmap(nn.BatchNorm, axis_name=...)`, overrides the method: it
         # binds the axis, and then calls the one of Flax.
-        if not names_axis or not compat.is_call_of(context, _LINEN):
+        if not names_axis or not compat.is_call_of(context, LINEN_NORMS):
             return following(*args, **kwargs)
         with self.left_out(module, '/'.join(map(str, module.path))):
             return following(*args, **kwargs)

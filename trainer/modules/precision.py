@@ -47,8 +47,8 @@ class Precision:
         return _cast(tree, self.compute)
 
     def calling(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context of a call of the model; `in_call` detects what is traced in it."""
-        return contextlib.nullcontext() if self.compute is None else jax.named_scope(_SCOPE)
+        """Returns the context of a call that is cast; `in_call` detects what is traced in it."""
+        return jax.named_scope(_SCOPE)
 
     def like(self, updates: Any, before: Mapping[str, Any]) -> Any:
         """Returns collections that a call has changed, in the dtypes that they had."""
