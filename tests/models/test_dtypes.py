@@ -27,7 +27,7 @@ from models.resnet import ResNet
 from models.transformer import Transformer
 from tests.command import ROOT
 from tests.marks import slow_except
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 from trainer.observe import flops

@@ -77,6 +77,7 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in workdir.glob('checkpoints/*'))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [0, 1])
 def test_a_hook_that_fails_in_one_process_stops_all_with_everything_saved(
     number: int, tmp_path: pathlib.Path

@@ -21,7 +21,7 @@ from models.mlp import MLP
 from tests.command import ROOT
 from tests.marks import slow_after
 from trainer.experiment import load_and_build
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
