@@ -136,7 +136,8 @@ def test_three_sizes_and_stops_within_epochs(
     assert list(rows(tmp_path, 'train/loss')) == [7, 12, 19, 32, 44]
 
 
-@pytest.mark.parametrize('limit', slow_after(1, [250, 256]))
+@pytest.mark.slow
+@pytest.mark.parametrize('limit', [250, 256])
 def test_a_padded_epoch_ends_with_its_own_examples(
     limit: int, tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
@@ -280,7 +281,8 @@ def cosine(part: float) -> float:
     return 0.1 * 0.5 * (1 + math.cos(math.pi * part))
 
 
-@pytest.mark.parametrize('group', slow_after(1, [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize('group', [False, True])
 def test_a_schedule_goes_on_by_examples(
     group: bool, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,7 +344,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(('rate', 'message'), slow_after(1, REFUSED.values()), ids=REFUSED)
+@pytest.mark.slow
+@pytest.mark.parametrize(('rate', 'message'), REFUSED.values(), ids=REFUSED)
 def test_a_schedule_of_steps_and_examples_is_refused(
     rate: dict[str, Any], message: str, tmp_path: pathlib.Path
 ) -> None:

@@ -111,7 +111,14 @@ def build(**overrides: Any) -> Experiment:
     return load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**options, **overrides})
 
 
-@pytest.mark.parametrize('pauses', [(), (25,), pytest.param((10, 5), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'pauses',
+    [
+        (),
+        pytest.param((25,), marks=pytest.mark.slow),
+        pytest.param((10, 5), marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_ends_early_and_goes_on_counting(
     pauses: tuple[int, ...], tmp_path: pathlib.Path
 ) -> None:

@@ -78,6 +78,7 @@ def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> N
         assert derived in finished.out
 
 
+@pytest.mark.slow
 def test_tensorflow_is_never_imported() -> None:
     code = (
         'import sys, trainer.modes.dispatch\n'

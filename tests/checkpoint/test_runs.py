@@ -12,7 +12,6 @@ import threading
 import pytest
 
 from tests import command
-from tests.marks import slow_after
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
@@ -43,9 +42,8 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in files}
 
 
-@pytest.mark.parametrize(
-    ('name', 'step'), slow_after(1, [('best', 20), ('20', 20), ('60', 60), ('latest', 60)])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'step'), [('best', 20), ('20', 20), ('60', 60), ('latest', 60)])
 def test_eval_of_a_step(trained: pathlib.Path, name: str, step: int) -> None:
     """It finds the numbers that the run found at that step, and leaves the directory as it was."""
     before = contents(trained)

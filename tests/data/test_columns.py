@@ -15,7 +15,6 @@ from data.grain_loader import GrainLoader
 from data.hf import HuggingFace, HuggingFaceStream
 from data.loader import TrainLoader
 from data.streaming import StreamLoader
-from tests.marks import slow_after
 from trainer.config import targets
 from trainer.config.errors import UserError
 
@@ -132,7 +131,8 @@ def test_loaders_and_streams_take_every_kind(name: str, tmp_path: pathlib.Path) 
         _equal(loader.block(0, 1).arrays['x'][0], made)
 
 
-@pytest.mark.parametrize('name', slow_after(1, ['binary', 'timestamp']))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['binary', 'timestamp'])
 def test_worker_processes_take_every_kind(name: str, tmp_path: pathlib.Path) -> None:
     file = _written(tmp_path, {'x': KINDS[name][0]})
     source = HuggingFace('parquet', split='train', data_files=file)

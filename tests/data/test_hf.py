@@ -46,6 +46,7 @@ def test_a_saved_dataset_is_a_source(saved: pathlib.Path) -> None:
     assert len(HuggingFace(str(saved / 'one'), keys=('x',))) == 40
 
 
+@pytest.mark.slow
 def test_it_is_read_by_workers(saved: pathlib.Path) -> None:
     source = HuggingFace(str(saved / 'one'), keys=('x',))
     loader = GrainLoader(source=source, batch_size=8, workers=1)

@@ -14,6 +14,7 @@ import pytest
 import data.mnist
 from data.mnist import MNIST
 from data.sources import ArraySpec
+from tests.marks import slow_after
 
 LABELS = 't10k-labels-idx1-ubyte.gz'
 
@@ -78,7 +79,7 @@ def test_another_directory(copy: pathlib.Path) -> None:
     assert len(MNIST('test', directory=str(copy))) == 10_000
 
 
-@pytest.mark.parametrize('name', ['t10k-images-idx3-ubyte.gz', LABELS])
+@pytest.mark.parametrize('name', slow_after(1, ['t10k-images-idx3-ubyte.gz', LABELS]))
 def test_changed_content(copy: pathlib.Path, name: str) -> None:
     content = bytearray(gzip.decompress((copy / name).read_bytes()))
     content[-1] ^= 1

@@ -112,6 +112,7 @@ def test_a_value_that_is_computed_with_and_does_not_fit() -> None:
         predicted(trainer, trainer.init_state())
 
 
+@pytest.mark.slow
 def test_a_label_that_does_not_fit_ends_the_run(tmp_path: pathlib.Path) -> None:
     finished = command.run(
         f'--config={CONFIG}', f'--workdir={tmp_path}', f'--config.data.source.label={2**33 + 1}'

@@ -53,26 +53,25 @@ def test_the_layer_of_a_planted_nan_in_nnx(k: int) -> None:
     assert f'not finite is layers/{k}, number {2 * k + 3} of' in found
 
 
-@pytest.mark.parametrize('k', slow_after(1, [1, 2]))
+@pytest.mark.slow
+@pytest.mark.parametrize('k', [1, 2])
 def test_the_layer_of_a_planted_nan_within_a_scan(k: int) -> None:
     """1.K6: the layers of a stack are told apart."""
     found = message(build(linen(bad=k, scans=True), guard=STOP))
     assert f'not finite is layers/mark[{k}]' in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'options',
-    slow_after(
-        1,
-        [
-            {'steps_per_call': 4},
-            {'accumulate': 2},
-            {'mesh': {'data': 2, 'fsdp': 4}, 'sharding': 'fsdp'},
-            {'checkpoint__every': '15 steps'},
-            {'precision': {'compute': 'bfloat16'}},
-            {'ema': {'decay': 0.9}},
-        ],
-    ),
+    [
+        {'steps_per_call': 4},
+        {'accumulate': 2},
+        {'mesh': {'data': 2, 'fsdp': 4}, 'sharding': 'fsdp'},
+        {'checkpoint__every': '15 steps'},
+        {'precision': {'compute': 'bfloat16'}},
+        {'ema': {'decay': 0.9}},
+    ],
     ids=lambda options: '-'.join(options),
 )
 def test_it_is_found_however_a_run_is_made(options: dict[str, Any], tmp_path: Any) -> None:
@@ -86,7 +85,8 @@ def test_it_is_found_however_a_run_is_made(options: dict[str, Any], tmp_path: An
     assert checkpoints is not None and not checkpoints.steps()  # None with the damage.
 
 
-@pytest.mark.parametrize('model', slow_after(1, [linen, of_nnx]))
+@pytest.mark.slow
+@pytest.mark.parametrize('model', [linen, of_nnx])
 def test_a_gradient_alone(model: Any) -> None:
     found = message(build(model(bad=1, how='gradient'), guard=STOP))
     assert f'First non-finite step: {STEP}.' in found
@@ -204,6 +204,7 @@ def test_a_sound_run_is_what_it_was_without() -> None:
     )
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_no_damage() -> None:
     """Under a loss scale an infinite gradient is how the scale finds its place."""
     made = build(linen(), guard=STOP, precision={'compute': 'float16', 'loss_scale': 2.0**40})

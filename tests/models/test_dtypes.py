@@ -134,14 +134,10 @@ def test_every_combination_of_a_transformer_s_options(way: str) -> None:
         assert found == {half}, (options, dropout_rate, bool(packed))
 
 
-CACHES = list(itertools.product(('bfloat16', 'float16'), (False, True), (False, True)))
-QUICK_CACHE = ('bfloat16', True, True)
-
-
-@pytest.mark.parametrize(
-    ('half', 'scan_layers', 'own'),
-    [pytest.param(*x, marks=() if x == QUICK_CACHE else pytest.mark.slow) for x in CACHES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('half', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('own', [False, True])
 def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
     """It is in half precision too; one that was created for float32 parameters works as well."""
     model = transformer(scan_layers=scan_layers, dtype=jnp.dtype(half) if own else None)

@@ -149,6 +149,7 @@ def test_evaluations_are_of_what_is_written() -> None:
         assert hits.tolist() == [not training] * 6
 
 
+@pytest.mark.slow
 def test_forced_and_free_answers_are_right_together() -> None:
     """An answer that is right with the right tokens before it is right without them, too."""
     written = greedy(VARIABLES)

@@ -15,7 +15,6 @@ import pytest
 from models.generation import _generate, generate
 from models.transformer import Attention, Transformer
 from tests.command import ROOT
-from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
@@ -53,7 +52,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', slow_after(2, OPTIONS))
+@pytest.mark.parametrize('options', OPTIONS)
 def test_options_of_the_layers(options: dict[str, Any]) -> None:
     """N4, N5, U13: scanned layers, unrolled or computed again, are the layers of the loop."""
     scanned = Transformer(**SMALL, scan_layers=True, **options)

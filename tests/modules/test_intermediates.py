@@ -173,6 +173,7 @@ def reconstruction(model: Any, batch: Any) -> TaskOutput:
     return TaskOutput(loss=loss, metrics={'kl': kl}, penalties={'weighted_kl': 0.1 * kl.mean()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_sown_loss_is_a_penalty(accumulate: int, tmp_path: pathlib.Path) -> None:
     """1.K4: the KL loss of a VAE, sown by its module, is trained on."""

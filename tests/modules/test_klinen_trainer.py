@@ -100,6 +100,7 @@ def images(trainer: Trainer) -> tuple[jax.Array, np.ndarray]:
     return jnp.asarray(block['image'][real], jnp.float32) / 255, block['label'][real]
 
 
+@pytest.mark.slow
 def test_a_klinen_model_trains_like_its_linen_twin(tmp_path: pathlib.Path) -> None:
     """Equal to the bit; what comes back for a notebook is bound, in evaluation mode."""
     klinen = trainer_of(model('Classifier', 'Features'), tmp_path / 'klinen')

@@ -100,7 +100,8 @@ def names(directory: pathlib.Path) -> list[Named]:
     return sorted(events, key=lambda event: event.start)
 
 
-@pytest.mark.parametrize(('calls', 'steps'), slow_after(1, [(1, [5, 6, 7, 8, 9]), (4, [8, 9])]))
+@pytest.mark.slow
+@pytest.mark.parametrize(('calls', 'steps'), [(1, [5, 6, 7, 8, 9]), (4, [8, 9])])
 def test_steps_and_evaluations_are_named(
     calls: int, steps: list[int], tmp_path: pathlib.Path
 ) -> None:

@@ -125,6 +125,7 @@ def test_an_evaluation_that_fails_in_one_process_ends_the_other(
     assert command.result(tmp_path)['status'] == 'failed'
 
 
+@pytest.mark.slow
 def test_all_processes_find_that_a_run_has_diverged(tmp_path: pathlib.Path) -> None:
     """In the step that it began, although they look at it later."""
     rate = '--config.optimizer.learning_rate=1e30'

@@ -122,6 +122,7 @@ def test_step_counts_batches_however_many_updates_are_made() -> None:
     assert int(state.state.opt_state[0].count) == 60
 
 
+@pytest.mark.slow
 def test_a_step_runs_sharded_and_donates_its_state() -> None:
     """On eight devices, where the batch is spread over them."""
     run = trainer(step=SAM)

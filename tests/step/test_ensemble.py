@@ -171,6 +171,7 @@ def test_numbers_within_schedules_and_groups() -> None:
         assert_close(member_state(state, index), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_factor_of_any_schedule() -> None:
     """Where the schedule itself decides by its numbers, a factor around it may vary."""
     inner = {

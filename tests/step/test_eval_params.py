@@ -17,7 +17,6 @@ from etils import epath
 from flax import serialization
 from optax import contrib
 
-from tests.marks import slow_after
 from tests.step import tiny
 from trainer.config import identity
 from trainer.config.errors import UserError
@@ -72,7 +71,8 @@ COMBINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize('name', slow_after(1, COMBINED))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', COMBINED)
 def test_the_average_is_evaluated(name: str) -> None:
     optimizer, options = COMBINED[name]
     trainer = tiny.trainer(optimizer=optimizer, **options)

@@ -190,11 +190,13 @@ def test_named_losses_are_averaged_by_their_own_weights() -> None:
     assert measured({'b': two, 'metrics': two}) == {'a_loss': 1.0, 'b_loss': 17.5, 'm': 1.75}
 
 
+@pytest.mark.slow
 def test_same_game_on_one_and_on_eight_devices() -> None:
     one, eight = (train(programs(two_players(), devices=n), 3, n) for n in (1, 8))
     assert_trees_close(one.params, eight.params, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_fused_steps_are_bit_equal() -> None:
     program = programs(two_players(clip_norm=0.5), fused=4, ema_decay=0.9)
     stacked = {'x': np.stack([points(seed)['x'] for seed in range(4)])}
@@ -241,6 +243,7 @@ def test_groups_of_one_loss() -> None:
     assert set(compute_metrics(jax.device_get(state.metrics))['task']) == {'loss', 'accuracy'}
 
 
+@pytest.mark.slow
 def test_frozen_parameters_need_no_group() -> None:
     optimizer = Optimizer(
         groups={'disc': two_players().groups['disc'], 'gen': group('.*/Dense_1/.*', GEN, 'gen')},

@@ -98,19 +98,17 @@ def overflowing() -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: {'sum': jnp.zeros(())}, update)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('optimizer', 'kind', 'said'),
-    slow_after(
-        1,
-        [
-            (
-                {'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
-                PARAMETER,
-                'a parameter is not: Dense_0/bias, Dense_0/kernel.',
-            ),
-            ({'target': f'{__name__}:overflowing'}, SLOT, "the optimizer's state is not: sum."),
-        ],
-    ),
+    [
+        (
+            {'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
+            PARAMETER,
+            'a parameter is not: Dense_0/bias, Dense_0/kernel.',
+        ),
+        ({'target': f'{__name__}:overflowing'}, SLOT, "the optimizer's state is not: sum."),
+    ],
 )
 def test_updates_and_slots(optimizer: dict[str, Any], kind: int, said: str) -> None:
     made = build(PLAIN, optimizer=optimizer)
@@ -150,9 +148,10 @@ def test_without_a_copy_to_run_again(
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('model', 'optimizer', 'said'),
-    slow_after(1, [
+    [
         (
             linen(bad=1, how='gradient'), {},
             f'First non-finite step: {STEP}.\nThe loss and the output of every module are finite, '
@@ -162,7 +161,7 @@ def test_without_a_copy_to_run_again(
             PLAIN, {'learning_rate': {'ref': f'{__name__}:broken_rate'}},
             'A parameter became non-finite in step 6: Dense_0/bias, Dense_0/kernel.',
         ),
-    ]),
+    ],
 )  # fmt: skip
 def test_where_each_step_looks_at_all(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
@@ -360,7 +359,7 @@ def test_an_overflow_of_a_batch_is_for_the_loss_scale() -> None:
     assert result.metrics['train/skipped_updates'] >= 1
 
 
-@pytest.mark.parametrize('sweeps', [False, True])
+@pytest.mark.parametrize('sweeps', slow_after(1, [False, True]))
 def test_optimizers_that_replace_what_is_not_finite(sweeps: bool) -> None:
     chain = {
         'target': 'optax:chain',

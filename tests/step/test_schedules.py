@@ -383,6 +383,7 @@ def bias_or_kernel(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, params)
 
 
+@pytest.mark.slow
 def test_several_rates_are_told_apart(tmp_path: pathlib.Path) -> None:
     """E2: by what their places do not have in common; within a group, too."""
     options = {**SMALL, 'train_for': '3 steps', 'log__every': '1 steps'}
