@@ -173,7 +173,7 @@ def _ragged(column: Column, low: int, high: int) -> str:
     return (
         f'column {column.name!r} has lists of {low} to {high} values, and a batch needs one '
         'length: pad or cut them with Dataset.map and save_to_disk, or read them with '
-        'data.streaming:StreamLoader and a stage that does so (data.stages)'
+        'trainer.data.streaming:StreamLoader and a stage that does so (data.stages)'
     )
 
 
@@ -266,7 +266,7 @@ def _stacked(column: Column, images: list[np.ndarray]) -> np.ndarray:
         raise ValueError(
             f'column {column.name!r} has images of {" and ".join(list(found)[:2])}; a batch needs '
             'one shape and type: resize or crop them with Dataset.map and save_to_disk, or in a '
-            'stage of data.streaming:StreamLoader'
+            'stage of trainer.data.streaming:StreamLoader'
         )
     return np.stack(images) if images else np.zeros(0, np.uint8)
 

@@ -21,7 +21,7 @@ from .workers import WorkerError, portable, prefetched
 
 
 class GrainLoader:
-    """The batches of `data.loader.TrainLoader`, read and transformed ahead of time by Grain.
+    """The batches of `TrainLoader`, read and transformed ahead of time by Grain.
 
     For records that are read from disk and decoded. What stands in memory is quicker with
     TrainLoader: a gather of many rows costs less than handing them over.
@@ -58,7 +58,7 @@ class GrainLoader:
             transforms: run over the rows of each task, see `data.transforms`.
             seed: of the order and of random transforms.
             shuffle: a new order in each epoch, or the source's.
-            remainder: 'carry', 'pad' or 'drop': see `data.order.Order`.
+            remainder: 'carry', 'pad' or 'drop': see `trainer.data.order.Order`.
             repeat_batch: use only the first so many batches, over and over.
             workers: processes that read and transform; 0 for threads of this one, which suffice
                 where the work is done outside Python (files, decoding of images).

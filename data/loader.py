@@ -70,7 +70,7 @@ class TrainLoader:
             transforms: run over every block, see `data.transforms`.
             seed: of the order and of random transforms.
             shuffle: a new order in each epoch, or the source's.
-            remainder: 'carry', 'pad' or 'drop': see `data.order.Order`.
+            remainder: 'carry', 'pad' or 'drop': see `trainer.data.order.Order`.
             repeat_batch: use only the first so many batches, over and over, to see a model overfit.
 
         Raises:
@@ -287,7 +287,7 @@ def _masked(arrays: Arrays, ids: np.ndarray) -> Arrays:
     if MASK in arrays:
         raise ValueError(
             f'a field of the batch is named {MASK!r}, as is the mask of padded rows; rename it '
-            'with data.transforms:Rename'
+            'with trainer.data.transforms:Rename'
         )
     return {**arrays, MASK: ids != PADDING}
 

@@ -120,7 +120,7 @@ class StreamLoader(_Loader):
         """Makes a loader; nothing is read before it is asked for something.
 
         Args:
-            source: what is read, see `data.stream_pipeline.Pipeline`.
+            source: what is read, see `trainer.data.stream_pipeline.Pipeline`.
             batch_size: rows of a global batch.
             transforms: run over every batch, see `data.transforms`.
             stages: what examples run through before they are batched, see `data.stages`.
@@ -253,7 +253,7 @@ class StreamEvalLoader(_Loader):
         """Makes a loader; nothing is read before it is asked for something.
 
         Args:
-            source: what is read, see `data.stream_pipeline.Pipeline`.
+            source: what is read, see `trainer.data.stream_pipeline.Pipeline`.
             batch_size: examples in a batch.
             transforms: run over every batch; random ones draw by an example's place.
             stages: what examples run through before they are batched, see `data.stages`.

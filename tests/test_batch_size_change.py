@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.digest import DataDigest
-from data.order import PADDING, combine
 from tests import command, small
 from tests.command import ROOT
 from trainer.config.errors import UserError
+from trainer.data.digest import DataDigest
+from trainer.data.order import PADDING, combine
 from trainer.experiment import load_and_build
 from trainer.inspect.gradient_probe import of_next_step
 from trainer.trainer import Trainer
 
 EXAMPLES = 256
 COSINE = {'target': 'optax:cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': '100%'}
-IMAGES = {'target': 'data.mnist:MNIST', 'split': 'train', 'limit': 100}
-LATER = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 156}
+IMAGES = {'target': 'trainer.data.mnist:MNIST', 'split': 'train', 'limit': 100}
+LATER = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 156}
 
 
 def trainer_in(workdir: pathlib.Path | None, *, allow: bool = True, **overrides: Any) -> Trainer:
@@ -101,9 +101,14 @@ def test_two_epochs_and_two_more(
     [
         {},
         {'steps_per_call': 3},
-        {'data__loader': {'target': 'data.grain_loader:GrainLoader', 'threads': 2}},
+        {'data__loader': {'target': 'trainer.data.grain_loader:GrainLoader', 'threads': 2}},
         pytest.param(
-            {'data__source': {'target': 'data.mixture:Mixture', 'sources': (IMAGES, LATER)}},
+            {
+                'data__source': {
+                    'target': 'trainer.data.mixture:Mixture',
+                    'sources': (IMAGES, LATER),
+                }
+            },
             marks=pytest.mark.slow,
         ),
     ],
@@ -449,7 +454,7 @@ class Counting:
         self, *, source: Any, batch_size: int, transforms: Any, seed: int, shuffle: bool,
         remainder: str, repeat_batch: Any,
     ):  # fmt: skip
-        from data.loader import TrainLoader
+        from trainer.data.loader import TrainLoader
 
         self._inner = TrainLoader(source=source, batch_size=batch_size)
         for name in ('spec', 'steps_per_epoch', 'block', 'new_digest', 'examples'):

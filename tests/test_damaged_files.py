@@ -18,9 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.sources import ArraySource
-from data.stream_pipeline import Pipeline
-from data.stream_reader import Reader
 from tests import small
 from tests.command import ROOT
 from trainer import main
@@ -28,6 +25,9 @@ from trainer.checkpoint import checked, empty
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config import json_text
 from trainer.config.errors import UserError
+from trainer.data.sources import ArraySource
+from trainer.data.stream_pipeline import Pipeline
+from trainer.data.stream_reader import Reader
 from trainer.observe.progress import Nowhere
 from trainer.observe.reporter import Reporter
 from trainer.observe.writers import MetricsFile

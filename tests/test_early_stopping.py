@@ -88,7 +88,10 @@ def test_a_name_that_does_not_tell_which_values_are_better(key: str) -> None:
 
 
 def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    late = {'every': 'never', 'data': {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}}
+    late = {
+        'every': 'never',
+        'data': {'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test'}},
+    }
     Trainer(build(evals__late=late)).fit()
     said = capsys.readouterr().out
     assert said.count('early stopping: eval/test/loss has not improved on') == 1
@@ -125,7 +128,10 @@ def test_a_run_ends_early_and_goes_on_counting(
 
 
 def test_the_other_evaluations_run_at_that_end() -> None:
-    late = {'every': 'never', 'data': {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}}
+    late = {
+        'every': 'never',
+        'data': {'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test'}},
+    }
     late['data']['batch_size'] = 1000  # type: ignore[index]
     result = Trainer(build(evals__late=late)).fit()
     assert result.status == 'stopped_early'

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from data.loader import Block
+from trainer.data.loader import Block
 from trainer.input.prefetch import Prefetcher
 
 ROWS = 8

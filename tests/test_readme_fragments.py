@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from optax import contrib
 
-from models.transformer import Transformer
 from tests import command
 from tests.parallel import group
 from tests.readme import BLOCKS, FRAGMENTS, OVERRIDES, TEXTS, Project, needs, run
 from trainer.config import loading, overrides, schema
 from trainer.experiment import Experiment, build
+from trainer.models.transformer import Transformer
 from trainer.trainer import Trainer
 from trainer.weights import safetensors
 

@@ -22,8 +22,8 @@ import orbax.checkpoint as ocp
 import pytest
 from flax.training import train_state
 
-from data.sources import ArraySource
 from trainer.config.loading import LoadedConfig
+from trainer.data.sources import ArraySource
 from trainer.experiment import build
 from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer

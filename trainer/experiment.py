@@ -133,7 +133,7 @@ class Experiment:
             raise UserError(
                 f'config.data.batch_size: {type(self.data).__name__} cannot resume a run whose '
                 f'batch size was {before}: it has no method `after`, unlike '
-                'data.loader:TrainLoader. Use the old batch size, or add the method'
+                'trainer.data.loader:TrainLoader. Use the old batch size, or add the method'
             )
         try:
             data = self.data.after(batch_sizes)
@@ -271,8 +271,8 @@ def _check_below(value: Any, path: str) -> None:
     elif path.endswith('.loader'):
         if 'target' not in value:
             raise UserError(
-                f"{path}: expected a dict with 'target', a class like data.loader:TrainLoader that "
-                f'is given the source; got {shown(value)}'
+                f"{path}: expected a dict with 'target', a class like "
+                f'trainer.data.loader:TrainLoader that is given the source; got {shown(value)}'
             )
         objects.resolve(value['target'], f'{path}.target')
     else:

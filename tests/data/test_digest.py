@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from data.digest import DataDigest
-from data.loader import TrainLoader
-from data.sources import ArraySource
+from trainer.data.digest import DataDigest
+from trainer.data.loader import TrainLoader
+from trainer.data.sources import ArraySource
 
 IDS = np.arange(24).reshape(6, 4) % 10
 

@@ -14,13 +14,13 @@ import optax
 import pytest
 from flax import errors as flax_errors
 
-from data.loader import EvalLoader
-from data.mnist import MNIST
-from data.sources import ArraySource
-from data.stages import Filter
-from data.streaming import StreamEvalLoader
-from data.transforms import ToFloat
 from trainer.config.errors import UserError
+from trainer.data.loader import EvalLoader
+from trainer.data.mnist import MNIST
+from trainer.data.sources import ArraySource
+from trainer.data.stages import Filter
+from trainer.data.streaming import StreamEvalLoader
+from trainer.data.transforms import ToFloat
 from trainer.evaluate.evaluator import EvalStep, Evaluator
 from trainer.evaluate.pad import pad_shard_unpad
 from trainer.modules import functional

@@ -52,12 +52,12 @@ RUNS: dict[str, dict[str, Any]] = {
         'data__device_transforms': CENTRED, 'evals__test__data__device_transforms': CENTRED,
     },
     'a step of its own': {'step': {'ref': f'{HERE}:by_hand'}},
-    'from threads': {'data__loader': {'target': 'data.grain_loader:GrainLoader'}},
+    'from threads': {'data__loader': {'target': 'trainer.data.grain_loader:GrainLoader'}},
     'an ensemble': {'ensemble': {'size': 2}},
     'a weighted ensemble': {'ensemble': {'size': 2}, 'task__target': f'{HERE}:Weighted'},
     'streams': {
-        'data__loader': {'target': 'data.streaming:StreamLoader'},
-        'evals__test__data__loader': {'target': 'data.streaming:StreamEvalLoader'},
+        'data__loader': {'target': 'trainer.data.streaming:StreamLoader'},
+        'evals__test__data__loader': {'target': 'trainer.data.streaming:StreamEvalLoader'},
     },
     'captured and guarded': {
         'guard__non_finite': 'stop',
@@ -185,7 +185,7 @@ def test_fingerprints_of_objects_are_of_their_values() -> None:
 
 def test_text_longer_than_that_of_the_first_example_is_whole() -> None:
     """A stream pads with its first example, whose text may be the shortest."""
-    loader = {'target': 'data.streaming:StreamEvalLoader'}
+    loader = {'target': 'trainer.data.streaming:StreamEvalLoader'}
     trainer = Trainer(build(evals__test__data__loader=loader))
     blocks = [trainer.evaluators['test'].loader.block(i, 1).arrays['name'][0] for i in range(3)]
     assert blocks[2].tolist()[:13] == [f'number {i}' for i in range(64, 77)]

@@ -15,17 +15,17 @@ import numpy as np
 import optax
 import pytest
 
-from models.bert import Encoder, SentenceEncoder, TextClassifier
-from models.cnn import CNN
-from models.cnn_nnx import CNN as NNXCNN
-from models.generation import generate
-from models.mlp import MLP
-from models.mlp_nnx import MLP as NNXMLP
-from models.norm import GroupedBatchNorm
-from models.recurrent import Seq2Seq
-from models.resnet import ResNet
-from models.transformer import Transformer
 from tests.command import ROOT
+from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
+from trainer.models.cnn import CNN
+from trainer.models.cnn_nnx import CNN as NNXCNN
+from trainer.models.generation import generate
+from trainer.models.mlp import MLP
+from trainer.models.mlp_nnx import MLP as NNXMLP
+from trainer.models.norm import GroupedBatchNorm
+from trainer.models.recurrent import Seq2Seq
+from trainer.models.resnet import ResNet
+from trainer.models.transformer import Transformer
 from trainer.modules import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys

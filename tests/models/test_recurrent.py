@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.addition import decode
-from models.recurrent import Seq2Seq
 from tests.command import ROOT
 from trainer.config.errors import UserError
+from trainer.data.addition import decode
 from trainer.experiment import load_and_build
+from trainer.models.recurrent import Seq2Seq
 from trainer.modules import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys

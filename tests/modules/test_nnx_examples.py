@@ -206,7 +206,7 @@ class ScanMLP(nnx.Module):
 
 def test_06_scan_over_layers(tmp_path: pathlib.Path) -> None:
     """X12, X13."""
-    made = experiment('ScanMLP', {'target': 'trainer.tasks.task:Classification'})
+    made = experiment('ScanMLP', {'target': 'trainer.tasks:Classification'})
     assert losses(made, tmp_path)[-1] < 1.5
     state = Trainer(made).init_state()
     assert state.params['layers']['linear']['kernel'].shape == (4, 32, 32)
@@ -260,8 +260,8 @@ class Decoder(nnx.Module):
 @pytest.mark.slow
 def test_07_a_transformer(tmp_path: pathlib.Path) -> None:
     """Trains on text; what it says token by token, with a cache, is what it says at once."""
-    source = {'target': 'data.text:python_source', 'seq_len': 32, 'limit': 960}
-    task = {'target': 'trainer.tasks.language:NextToken', 'tokens': 'inputs'}
+    source = {'target': 'trainer.data.text:python_source', 'seq_len': 32, 'limit': 960}
+    task = {'target': 'trainer.tasks:NextToken', 'tokens': 'inputs'}
     options = {'data__source': source, 'data__device_transforms': ()}
     made = experiment('Decoder', task, **options)
     found = losses(made, tmp_path)

@@ -15,7 +15,7 @@ from tests.modules.test_nnx_trainer import EVALS, experiment, trained
 from tests.parallel import group
 from trainer.trainer import Trainer
 
-MLP = 'models.mlp_nnx:MLP'
+MLP = 'trainer.models.mlp_nnx:MLP'
 CONFIG = ('--config=configs/mnist_nnx.py', '--config.train_for=20steps', *command.SMALL)
 
 

@@ -176,8 +176,8 @@ def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
 def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
     """J6: the same for an evaluation, whose sums every device has; a prediction comes whole."""
     test = {
-        'source': {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 77},
-        'device_transforms': ({'target': 'data.transforms:ToFloat'},),
+        'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 77},
+        'device_transforms': ({'target': 'trainer.data.transforms:ToFloat'},),
         'batch_size': 56,
     }
     evals = {'test': {'data': test}}

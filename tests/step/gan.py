@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from data.sources import ArraySource
+from trainer.data.sources import ArraySource
 from trainer.tasks.task import TaskOutput
 
 CENTRE = np.array([2.0, -1.0], np.float32)

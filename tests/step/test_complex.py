@@ -161,7 +161,7 @@ def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
 def test_slots_are_complex_and_where_the_parameter_is(tmp_path: pathlib.Path) -> None:
     """Slots have the parameter's path, shape and sharding, and are loaded with it."""
     adam = {'target': 'optax:adam', 'learning_rate': 0.05}
-    cut = {'target': 'trainer.parallel.sharding:ByPath', 'rules': (('kernel', (None, 'fsdp')),)}
+    cut = {'target': 'trainer.sharding:ByPath', 'rules': (('kernel', (None, 'fsdp')),)}
     options: dict[str, Any] = {
         'mesh': {'data': 2, 'fsdp': 4}, 'sharding': cut, 'optimizer': adam,
         'model': {'target': f'{__name__}:Kernel'}, 'task': {'ref': f'{__name__}:outputs'},

@@ -79,7 +79,7 @@ COURSES: dict[str, dict[str, Any]] = {
     'float16': {'precision': {'compute': 'float16'}},
     'bfloat16': {'precision': {'params': 'bfloat16'}},
     'adam': {'optimizer': {'target': 'optax:adam'}, 'optimizer__freeze': ('Dense_0/bias',)},
-    'nnx': {'model__target': 'models.mlp_nnx:MLP', 'model__batch_norm': True},
+    'nnx': {'model__target': 'trainer.models.mlp_nnx:MLP', 'model__batch_norm': True},
 }
 
 
@@ -176,7 +176,7 @@ def test_a_factor_of_any_schedule() -> None:
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': 2, 'decay_steps': 10,
     }  # fmt: skip
-    scaled = {'target': 'trainer.step.schedules:scaled', 'schedule': inner, 'factor': 1.0}
+    scaled = {'target': 'trainer.schedules:scaled', 'schedule': inner, 'factor': 1.0}
     vary = {'optimizer': {'learning_rate': {'factor': (1.0, 0.1)}}}
     options = {'optimizer__learning_rate': scaled, 'ensemble': ensemble(**vary)}
     trainer = Trainer(experiment(**options))
@@ -238,7 +238,7 @@ def test_predictions_are_of_the_mean_of_probabilities() -> None:
 def test_members_over_devices(devices: dict[str, int]) -> None:
     """Cut over the axis `ensemble`, their rows over the others; what comes out is the same."""
     options = {'model__batch_norm': True, 'ensemble': ensemble(optimizer={'learning_rate': RATES})}
-    rule = {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 0}
+    rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 0}
     expected, whole = trained(**options)
     sharding = (rule,) if 'fsdp' in devices else 'replicated'
     state, cut = trained(**options, mesh=devices, sharding=sharding)

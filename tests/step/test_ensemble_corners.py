@@ -138,7 +138,7 @@ def test_what_must_be_known_to_be_compiled(
 
 def test_the_axis_of_the_members_is_theirs() -> None:
     rule = {
-        'target': 'trainer.parallel.sharding:ByPath',
+        'target': 'trainer.sharding:ByPath',
         'rules': (('Dense_0/kernel', (None, 'ensemble')),),
     }  # fmt: skip
     made = experiment(mesh={'ensemble': 2, 'data': 4}, sharding=(rule,), ensemble=ensemble())

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from models.mlp import MLP
 from tests.step import gan
 from trainer.config.errors import UserError
+from trainer.models.mlp import MLP
 from trainer.modules import functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh

@@ -283,8 +283,8 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
 
 
 def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib.Path) -> None:
-    source = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 100}
-    to_float = {'target': 'data.transforms:ToFloat', 'key': 'image'}
+    source = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 100}
+    to_float = {'target': 'trainer.data.transforms:ToFloat', 'key': 'image'}
     data = {'source': source, 'batch_size': 50, 'device_transforms': (to_float,)}
     evals = {'test': {'every': '20 steps', 'data': data}}
     trainer = Trainer(ensemble((0.01, 3e38, 0.02), evals=evals), str(tmp_path))

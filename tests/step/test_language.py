@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from models.transformer import Transformer
+from trainer.models.transformer import Transformer
 from trainer.tasks.language import NextToken
 
 MODEL = Transformer(vocab_size=11, layers=2, width=16, heads=2, max_length=12)

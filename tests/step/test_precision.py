@@ -17,9 +17,9 @@ import optax
 import pytest
 from flax import nnx
 
-from models.mlp import MLP
 from tests.command import ROOT
 from trainer.experiment import load_and_build
+from trainer.models.mlp import MLP
 from trainer.modules import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys

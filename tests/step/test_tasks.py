@@ -195,8 +195,8 @@ def test_regression_learns_from_a_config() -> None:
     result = mlp(
         train_for='300 steps',
         model__features=(16, 1),
-        task={'target': 'trainer.tasks.task:Regression', 'inputs': 'x', 'targets': 'y'},
-        data__device_transforms=({'target': 'data.transforms:ToFloat'}, *fields),
+        task={'target': 'trainer.tasks:Regression', 'inputs': 'x', 'targets': 'y'},
+        data__device_transforms=({'target': 'trainer.data.transforms:ToFloat'}, *fields),
         log__every='100 steps',
     ).fit()
     assert result.metrics['train/loss'] < 0.002

@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from models.cnn import CNN
-from models.mlp import MLP
 from trainer.config.errors import UserError
+from trainer.models.cnn import CNN
+from trainer.models.mlp import MLP
 from trainer.modules import functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.optimizer import Optimizer

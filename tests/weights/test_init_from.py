@@ -26,7 +26,7 @@ def test_a_checkpoint_of_ours_on_the_devices_of_the_state(tmp_path: pathlib.Path
     """G3, C9: parameters and batch statistics, cut as the new run cuts them; a fresh optimizer."""
     path, old = pretrained(tmp_path)
     new = trainer(tmp_path, init_from={'path': path}, mesh={'fsdp': 4}, sharding=(
-        {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 64},
+        {'target': 'trainer.sharding:FSDP', 'min_bytes': 64},
     ))  # fmt: skip
     state = new.init_state()
     assert_same(state.params, old.params)
@@ -113,7 +113,7 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
         named = {k.replace('/', separator): x for k, x in flat(old.variables).items()}
         safetensors.write(tensors, named)
         new = trainer(tmp_path, init_from={'path': str(tensors)}, mesh={'fsdp': 4}, sharding=(
-            {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 64},
+            {'target': 'trainer.sharding:FSDP', 'min_bytes': 64},
         )).init_state()  # fmt: skip
         assert_same(new.variables, old.variables)
     tensors.write_bytes(tensors.read_bytes()[:-4])
@@ -234,7 +234,7 @@ def test_patterns_that_match_nothing(tmp_path: pathlib.Path) -> None:
         with pytest.raises(UserError, match=pairs):
             trainer(tmp_path, init_from={'path': path, 'rename': ({'ref': ref},)})
     with pytest.raises(UserError, match=r'HUGING_FACE'):
-        ref = {'ref': 'models.bert:HUGING_FACE'}
+        ref = {'ref': 'trainer.models.bert:HUGING_FACE'}
         trainer(tmp_path, init_from={'path': path, 'rename': (ref,)})
     with pytest.raises(UserError, match=r"optimizer: layout='torch' has none"):
         trainer(tmp_path, init_from={'path': path, 'layout': 'torch', 'optimizer': True})

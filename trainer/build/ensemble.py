@@ -128,7 +128,7 @@ def _check_path(optimizer: OptimizerSection, path: str) -> None:
         raise UserError(
             f'{_VARY}: config.optimizer.{path} is no number but {there["target"]}, which numbers '
             f'would replace. Vary one of its own arguments, config.optimizer.{path}.NAME, or the '
-            'factor of trainer.step.schedules:scaled around it'
+            'factor of trainer.schedules:scaled around it'
         )
 
 

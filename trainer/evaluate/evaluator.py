@@ -75,8 +75,8 @@ class Evaluator:
         Args:
             name: the evaluation's name.
             step: one batch.
-            loader: batches of one static shape, with a mask: see `data.loader.EvalLoader`, and for
-                data without a length `data.streaming.StreamEvalLoader`.
+            loader: batches of one static shape, with a mask: see `trainer.data.loader.EvalLoader`,
+                and for data without a length `trainer.data.streaming.StreamEvalLoader`.
             mesh: the device mesh.
             sharding: the rules that names of activations follow.
             use_ema: evaluate the moving average of the parameters.

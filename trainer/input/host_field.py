@@ -79,7 +79,7 @@ class HostField:
             "store. Convert it to numbers in the data's `transforms`, or do not read it: fields "
             'that are not read stay on the host, and `predict` may return them unchanged. To drop '
             'the field: '
-            f"{{'target': 'data.transforms:Keep', 'keys': {others or '(...)'}}}",
+            f"{{'target': 'trainer.data.transforms:Keep', 'keys': {others or '(...)'}}}",
         )
 
     def __repr__(self) -> str:

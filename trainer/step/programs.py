@@ -412,8 +412,8 @@ def _of_unbound(axis: str, error: NameError) -> str:
         'here: a step is one program over the whole batch, on any number of devices. Take the '
         f'collective out, or leave axis_name={axis!r} out: a mean over the batch is that of the '
         'global batch already, so are gradients, metrics and the statistics of normalisation '
-        'layers. For statistics of groups of rows use models.norm:GroupedBatchNorm; an axis of '
-        'your own is bound by jax.vmap(..., axis_name=...)'
+        'layers. For statistics of groups of rows use trainer.models.norm:GroupedBatchNorm; an '
+        'axis of your own is bound by jax.vmap(..., axis_name=...)'
     )
 
 
