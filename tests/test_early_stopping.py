@@ -12,7 +12,7 @@ from flax.training.early_stopping import EarlyStopping as FlaxEarlyStopping
 
 from tests import command
 from tests.command import ROOT
-from trainer.build.early_stopping import EarlyStopping
+from trainer.builders.early_stopping import EarlyStopping
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.trainer import Trainer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to real objects, with `trainer.build.data` and `trainer.build.optimizer`.
+"""From a config to real objects, with `trainer.builders.data` and `trainer.builders.optimizer`.
 
 `build` returns an `Experiment`; after it no code reads a config, and nothing is a name any more.
 """
@@ -13,12 +13,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainer.build import captures as probes
-from trainer.build import ensemble as members
-from trainer.build import monitors
-from trainer.build import optimizer as building
-from trainer.build.data import Evaluation, device_transforms, evaluation, positive, train_loader
-from trainer.build.early_stopping import EarlyStopping
+from trainer.builders import captures as probes
+from trainer.builders import ensemble as members
+from trainer.builders import monitors
+from trainer.builders import optimizer as building
+from trainer.builders.data import Evaluation, device_transforms, evaluation, positive, train_loader
+from trainer.builders.early_stopping import EarlyStopping
 from trainer.checkpoint.manager import Retention
 from trainer.config import literals, loading, objects, schema, targets
 from trainer.config.durations import Clock, Duration, Progress

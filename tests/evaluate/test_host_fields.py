@@ -15,7 +15,7 @@ from tests import command
 from tests.evaluate import rows
 from tests.evaluate.rows import HOST, Rows
 from tests.parallel import group
-from trainer.build.data import fingerprint
+from trainer.builders.data import fingerprint
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.modes import export

@@ -16,7 +16,7 @@ import pytest
 from flax.training import lr_schedule
 
 from tests import command
-from trainer.build import optimizer as building
+from trainer.builders import optimizer as building
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, OptimizerSection

@@ -16,7 +16,7 @@ import numpy as np
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax.sharding import Mesh
 
-from trainer.build.data import Evaluation
+from trainer.builders.data import Evaluation
 from trainer.config.errors import UserError
 from trainer.ensemble.evaluate import EnsembleEvalStep
 from trainer.evaluate.prediction import Prediction

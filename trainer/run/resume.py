@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from trainer.build.data import data_changes, fingerprint
+from trainer.builders.data import data_changes, fingerprint
 from trainer.checkpoint import checked
 from trainer.checkpoint.errors import CheckpointError, SaveError
 from trainer.checkpoint.storable import check_storable

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer.build.data import fingerprint
+from trainer.builders.data import fingerprint
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError

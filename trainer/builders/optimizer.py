@@ -10,11 +10,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.builders import by_examples, counts, decay
+from trainer.builders import learning_rate as rates
 from trainer.config import durations, objects, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
-from trainer.build import by_examples, counts, decay, learning_rate as rates
 from trainer.ensemble import hyperparams
 from trainer.step.context import StepFunction, default_step
 from trainer.step.optimizer import Group, Optimizer, RegexMask

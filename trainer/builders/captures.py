@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import re
 
+from trainer.builders.data import positive
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
-from trainer.build.data import positive
 from trainer.inspect.capture import Capture
 
 

@@ -9,11 +9,11 @@ import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.builders import optimizer as building
 from trainer.config import paths, suggest
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError, shown
 from trainer.config.sections import GroupSection, OptimizerSection, Sections
-from trainer.build import optimizer as building
 from trainer.ensemble.step import Ensemble
 from trainer.step.optimizer import Optimizer
 
