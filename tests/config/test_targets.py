@@ -140,6 +140,10 @@ partial_of_open = functools.partial(anything, c=1)
         ('optax:sdg', 'optax:sgd'),
         ('optx:sgd', 'optax:sgd'),
         ('data.transfroms:ToFloat', 'trainer.data.transforms:ToFloat'),
+        ('trainer.data.transfroms:ToFloat', 'trainer.data.transforms:ToFloat'),
+        ('models.mpl:MLP', 'trainer.models.mlp:MLP'),
+        ('trainer.task:Classification', 'trainer.tasks:Classification'),
+        ('trainer.tasks.task:Classification', 'trainer.tasks:Classification'),
         ('trainer.tasks.tsk:Classification', 'trainer.tasks:Classification'),
     ],
 )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Klinen: Linen models as objects that hold their variables.
 
-    from trainer.modules import klinen as knn
+    from trainer import klinen as knn
 
     class AutoEncoder(knn.Module):
         encoder: nn.Module
