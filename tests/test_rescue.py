@@ -21,8 +21,8 @@ from tests.command import CLOCK
 from trainer.config.errors import UserError, full_text
 from trainer.inspect.warn_guard import NonFiniteError
 from trainer.run.events import Event
+from trainer.tasks import Classification
 from trainer.tasks.metrics import WeightedMean
-from trainer.tasks.task import Classification
 from trainer.trainer import Result, Trainer
 
 Hook = Callable[[Event], None]

@@ -25,7 +25,7 @@ from flax.training import train_state
 from trainer.config.loading import LoadedConfig
 from trainer.data.sources import ArraySource
 from trainer.experiment import build
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 from trainer.weights import restore
 

@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from trainer.data.sources import Arrays, ArraySource
-from trainer.tasks.task import Classification, TaskOutput
+from trainer.tasks import Classification, TaskOutput
 
 FIRST = 2**40
 HOST = ('id', 'share', 'name', 'raw')

@@ -26,8 +26,8 @@ from trainer.evaluate.pad import pad_shard_unpad
 from trainer.modules import functional
 from trainer.parallel.mesh import batch_shards
 from trainer.step.state import TrainState
+from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.runner import TaskRunner
-from trainer.tasks.task import Classification, TaskOutput
 
 
 def mesh_of(devices: int) -> jax.sharding.Mesh:

@@ -19,9 +19,8 @@ from trainer.models.recurrent import Seq2Seq
 from trainer.modules import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
-from trainer.tasks.language import Answer
+from trainer.tasks import Answer, TaskOutput
 from trainer.tasks.runner import TaskRunner
-from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 MODEL = Seq2Seq(vocab_size=12, hidden=16)

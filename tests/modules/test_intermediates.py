@@ -20,7 +20,7 @@ from tests.modules.examples import X, bind, init, same
 from trainer.experiment import load_and_build
 from trainer.modules import functional
 from trainer.modules.rng import Keys
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 

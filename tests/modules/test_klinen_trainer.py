@@ -22,7 +22,7 @@ from tests.modules.examples import X, bind, same
 from trainer import klinen as knn
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 

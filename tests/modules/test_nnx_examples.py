@@ -18,7 +18,7 @@ from tests.command import ROOT
 from trainer.experiment import Experiment, load_and_build
 from trainer.modules import functional
 from trainer.modules.rng import Keys
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 X = jnp.linspace(-1.0, 1.0, 64)[:, None]

@@ -25,8 +25,8 @@ from trainer.parallel.mesh import make_mesh
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks import TaskOutput
 from trainer.tasks.runner import TaskRunner
-from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from trainer.data.sources import ArraySource
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 
 CENTRE = np.array([2.0, -1.0], np.float32)
 LATENT = 4

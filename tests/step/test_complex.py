@@ -19,7 +19,7 @@ from trainer.config.errors import UserError
 from trainer.modules.precision import Precision
 from trainer.step import norms
 from trainer.step.optimizer import Optimizer, RegexMask
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.weights import safetensors
 
 GOAL = np.asarray([1 - 2j, -0.5 + 1j, 3j], np.complex64)

@@ -17,7 +17,7 @@ from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
 from trainer.ensemble.step import member_state
 from trainer.experiment import load_and_build
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 

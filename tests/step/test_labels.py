@@ -16,9 +16,8 @@ from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.data.sources import ArraySource
 from trainer.experiment import load_and_build
+from trainer.tasks import Classification, NextToken
 from trainer.tasks.checks import run_checks
-from trainer.tasks.language import NextToken
-from trainer.tasks.task import Classification
 from trainer.trainer import Trainer
 
 MLP = str(ROOT / 'configs' / 'mnist_mlp.py')

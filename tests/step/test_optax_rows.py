@@ -20,7 +20,7 @@ from tests.step import perceptron
 from trainer.experiment import load_and_build
 from trainer.run.events import Event
 from trainer.step.state import TrainState
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 AT = perceptron.__name__

@@ -29,8 +29,8 @@ from trainer.step.loss_scale import LossScale
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.runner import TaskRunner, compute_metrics
-from trainer.tasks.task import Classification, TaskOutput
 from trainer.trainer import Trainer
 
 BF16 = Precision(compute='bfloat16', output='float32')

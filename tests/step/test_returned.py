@@ -17,9 +17,8 @@ import pytest
 
 from tests.small import trainer_in
 from trainer.config.errors import UserError
-from trainer.tasks.language import NextToken
+from trainer.tasks import Classification, NextToken, Regression, TaskOutput
 from trainer.tasks.runner import MASK, TaskRunner
-from trainer.tasks.task import Classification, Regression, TaskOutput
 
 BATCH = {
     'x': jax.ShapeDtypeStruct((32, 10), jnp.float32),

@@ -16,9 +16,10 @@ import pytest
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
+from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.metrics import WeightedMean, not_finite
 from trainer.tasks.runner import TaskRunner, inverse, loss_sums
-from trainer.tasks.task import Classification, TaskOutput, as_output
+from trainer.tasks.task import as_output
 from trainer.trainer import Trainer
 
 LOGITS = np.array([[2.0, -1.0, 0.5], [-3.0, 0.25, 0.125]], np.float32)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from tests.weights.examples import Points, assert_same, trainer
+from trainer import precompute
 from trainer.config.errors import UserError
 from trainer.data.npz import Npz
-from trainer.modes.features import Features, precompute
+from trainer.tasks import Features
 
 FEATURES = 'trainer.tasks:Features'
 
