@@ -136,15 +136,15 @@ def _no_module(name: str, path: str, near: str) -> str:
 def _in_package_of(module_name: str, attribute: str) -> str:
     """Returns 'package:Name' if the package of a module has the name, else ''."""
     package = module_name.rpartition('.')[0]
-    found = hasattr(sys.modules.get(package), attribute.split('.')[0])
+    found = package in sys.modules and hasattr(sys.modules[package], attribute.split('.')[0])
     return f'{package}:{attribute}' if found else ''
 
 
 def _near_name(module_name: str, attribute: str) -> str:
     """Returns the name with the most similar module of the same package, or of ours, or ''."""
     package = module_name.rpartition('.')[0]
-    if near := _in_package_of(module_name, attribute):
-        return near
+    if found := _in_package_of(module_name, attribute):
+        return found
     if not package:
         near = suggest.nearest(module_name, [m.name for m in pkgutil.iter_modules()])
         return f'{near}:{attribute}' if near else ''
