@@ -54,8 +54,9 @@ class Project:
         self._ran: dict[str, command.Finished] = {}
         for name, text in FILES.items():
             (root / name).parent.mkdir(exist_ok=True)
-            # The run that is exported is shorter here.
-            (root / name).write_text(text.replace('export_18750', f'export_{STEPS}'))
+            # The run that is exported is shorter here, and so is that of the language model.
+            text = text.replace('export_18750', f'export_{STEPS}')
+            (root / name).write_text(text.replace("train_for='50 ", f"train_for='{STEPS} "))
 
     def run(self, line: str) -> command.Finished:
         """Runs a command of the README, once, after those that it needs."""

@@ -222,8 +222,8 @@ def watched(text: str) -> None:
 
 # By a word of the fragment: the config that it belongs into, and what it must have done there.
 CASES: dict[str, Callable[..., None]] = {
-    'stacking:Stack': stacked,
-    'surgery:Resize': edited,
+    'weights:Stack': stacked,
+    'weights:Resize': edited,
     "layout='torch'": from_torch,
     'vary=': swept,
     'dict(ensemble=4': spread,
