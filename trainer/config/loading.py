@@ -125,7 +125,7 @@ def _find(text: str) -> pathlib.Path:
     # As it is, or one of `configs` by its name alone, or as a module is named.
     stem = path.name.removesuffix('.py').split('.')[-1]
     for guess in (path, pathlib.Path('configs', f'{stem}.py')):
-        folders = {candidate.parent for candidate in _candidates(guess)}
+        folders = {found.parent for found in _candidates(guess) if found.name == guess.name}
         files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
         near = suggest.nearest(guess.name, sorted(files))
         hint = hint or (f' Did you mean {guess.parent / near}?' if near else '')
