@@ -8,7 +8,6 @@ import importlib
 import pkgutil
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -101,24 +100,6 @@ def test_a_door_is_short_and_has_no_code(name: str) -> None:
     docstring, *others = ast.parse(text).body
     assert isinstance(docstring, ast.Expr)
     assert {type(node) for node in others} == {ast.ImportFrom, ast.Assign}
-
-
-def _imports() -> Iterator[tuple[str, str]]:
-    for folder in ('trainer', 'models', 'data', 'configs'):
-        for path in (ROOT / folder).rglob('*.py'):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Import):
-                    yield from ((str(path), alias.name) for alias in node.names)
-                elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                    yield from ((str(path), f'{node.module}.{alias.name}') for alias in node.names)
-
-
-def test_nothing_inside_imports_a_door() -> None:
-    doors = {f'trainer.{name}' for name in (*DOORS, *trainer.__all__, 'models', 'data')}
-    found = list(_imports())
-    assert len(found) > 500
-    for path, name in found:
-        assert '.'.join(name.split('.')[:2]) not in doors, (path, name)
 
 
 def test_the_package_runs_as_a_program() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One builder for each section of a config; `trainer.experiment.build` calls them.
+"""From the sections of a config to objects: one builder for each section.
 
-Not `trainer.build`: that is the function, which `from trainer import build` imports.
+Not `trainer.build`: that is a function, which `from trainer import build` imports.
 """

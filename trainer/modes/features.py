@@ -28,8 +28,9 @@ def precompute(
     Raises:
         UserError: if there is no such evaluation, or the model has no such method.
     """
-    if evaluation not in trainer.evaluators:
-        have = ', '.join(trainer.evaluators) or 'none'
+    evaluators = trainer.set_up().evaluators
+    if evaluation not in evaluators:
+        have = ', '.join(evaluators) or 'none'
         raise UserError(
             f'precompute: there is no evaluation {evaluation!r}; config.evals has {have}'
         )
