@@ -150,7 +150,7 @@ def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
     """Does with the metadata what `Recovery.start` does."""
     empty.stored(meta)
     BatchSizes.of_checkpoint(meta, 64).going_on(50, 64)
-    recovery._consumed.restore(50, meta, begin_anew=False)
+    recovery._consumed.restore(50, meta, may_restart=False)
     recovery._look_at_data()
     recovery._tell_data_changes(50, meta)
     with contextlib.suppress(ValueError):  # Which `Parts.examined` puts into words.

@@ -17,15 +17,18 @@ from trainer.build import captures as probes
 from trainer.build import ensemble as members
 from trainer.build import monitors
 from trainer.build import optimizer as building
-from trainer.build.data import Evaluation, device_transforms, evaluation, positive, train_loader
+from trainer.build.data import device_transforms, evaluation, train_data
 from trainer.build.early_stopping import EarlyStopping
 from trainer.checkpoint.manager import Retention
 from trainer.config import literals, loading, objects, schema, targets
+from trainer.config.checks import positive
 from trainer.config.durations import Clock, Duration, Progress
 from trainer.config.errors import UserError, shown
 from trainer.config.loading import LoadedConfig
 from trainer.config.sections import PrecisionSection, Sections
 from trainer.ensemble.step import Ensemble
+from trainer.evaluate.spec import Evaluation
+from trainer.input.data import TrainData
 from trainer.inspect.capture import Capture
 from trainer.modules import Functional, functional
 from trainer.modules.foreign import refusal_of_class
@@ -52,7 +55,7 @@ class Experiment:
         seed: the run's seed.
         model: the model's functional interface.
         task: what the model is asked to do with a batch.
-        data: the training loader.
+        data: the training data.
         evals: evaluations by name.
         optimizer: what turns gradients into updates.
         step: what happens in a step.
@@ -87,7 +90,7 @@ class Experiment:
     seed: int
     model: Functional
     task: TaskRunner
-    data: Any
+    data: TrainData
     evals: Mapping[str, Evaluation]
     optimizer: Optimizer
     step: StepFunction
@@ -112,7 +115,7 @@ class Experiment:
     init_from: InitFrom | None
     surgery: tuple[Operation, ...]
     hooks: Mapping[str, Callable[[Event], None]]
-    timed: Callable[[Any], Mapping[str, Any]] = dataclasses.field(repr=False)
+    timed: Callable[[TrainData], Mapping[str, Any]] = dataclasses.field(repr=False)
 
     def after(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
         """Returns the experiment of a run whose batch size has changed.
@@ -126,19 +129,9 @@ class Experiment:
         Raises:
             UserError: if the loader cannot resume, or a schedule cannot be adjusted.
         """
-        if len(batch_sizes) == 1 and not getattr(self.data, 'marks', ()):
+        if len(batch_sizes) == 1 and not self.data.marks:
             return self
-        before = batch_sizes[-2][1] if len(batch_sizes) > 1 else batch_sizes[-1][1]
-        if not hasattr(self.data, 'after'):
-            raise UserError(
-                f'config.data.batch_size: {type(self.data).__name__} cannot resume a run whose '
-                f'batch size was {before}: it has no method `after`, unlike '
-                'data.loader:TrainLoader. Use the old batch size, or add the method'
-            )
-        try:
-            data = self.data.after(batch_sizes)
-        except ValueError as error:
-            raise UserError(f'config.data, after batch size {before}: {error}') from error
+        data = self.data.after(batch_sizes)
         return dataclasses.replace(self, data=data, **self.timed(data))
 
 
@@ -155,7 +148,7 @@ def build(loaded: LoadedConfig) -> Experiment:
     _check_model(sections.model)
     _check_targets(sections)
 
-    data = train_loader(sections)
+    data = train_data(sections)
     transforms = device_transforms(sections.data, 'config.data')
     task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
     accumulate = _accumulate(sections, task)
@@ -200,7 +193,7 @@ def build(loaded: LoadedConfig) -> Experiment:
     )
 
 
-def _timed(sections: Sections, data: Any) -> dict[str, Any]:
+def _timed(sections: Sections, data: TrainData) -> dict[str, Any]:
     """Returns the fields of an experiment that depend on how many examples its steps consume."""
     clock = _clock(sections, data)
     optimizer, schedule_steps = building.optimizer(sections.optimizer, clock)
@@ -337,12 +330,11 @@ def _rule(given: Any, path: str) -> Rule:
     return BUILT_IN[given] if isinstance(given, str) else targets.instantiate(given, path)
 
 
-def _clock(sections: Sections, data: Any) -> Clock:
-    marks = getattr(data, 'marks', ())
+def _clock(sections: Sections, data: TrainData) -> Clock:
     clock = Clock(
         batch_size=sections.data.batch_size,
         steps_per_epoch=data.steps_per_epoch,
-        progress=Progress(marks) if marks else None,
+        progress=Progress(data.marks) if data.marks else None,
     )
     total = clock.step_after(sections.train_for, path='config.train_for')
     if total >= 2**31:

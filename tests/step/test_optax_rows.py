@@ -124,8 +124,8 @@ def test_unmasked_updates_pass_through() -> None:
 def steps(trainer: Trainer, count: int) -> TrainState:
     state = trainer.init_state()
     with trainer.batches(0, [1] * count) as batches:
-        for _, batch in batches:
-            state = trainer.programs.step(state, batch)
+        for batch in batches:
+            state = trainer.programs.step(state, batch.arrays)
     return state
 
 
@@ -192,7 +192,7 @@ def test_numbers_in_the_state_and_its_own_counts(tmp_path: pathlib.Path) -> None
     still = jax.device_put(still, jax.tree.map(lambda x: x.sharding, trainer.programs.abstract))
     before = jax.device_get(still.params)
     with trainer.batches(30, [1]) as batches:
-        ((_, batch),) = batches
+        batch = next(iter(batches)).arrays
         after = trainer.programs.step(still, batch)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before)
 
@@ -232,7 +232,7 @@ def test_gradients_of_single_examples() -> None:
     task = {'ref': f'{__name__}:norms_of_each'}
     trainer = perceptron.trainer(SGD, task=task, evals={})
     with trainer.batches(0, [1]) as batches:
-        ((_, batch),) = batches
+        batch = next(iter(batches)).arrays
         state = trainer.init_state()
         params = jax.device_get(state.params)
         found = float(trainer.programs.step(state, batch).metrics['task'].input_grad.compute())

@@ -8,7 +8,7 @@ import re
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
-from trainer.build.data import positive
+from trainer.config.checks import positive
 from trainer.inspect.capture import Capture
 
 

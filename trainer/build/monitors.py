@@ -11,7 +11,7 @@ from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import BestSection, EarlyStoppingSection, Sections
 from trainer.build.early_stopping import EarlyStopping
-from trainer.build.data import positive
+from trainer.config.checks import positive
 
 # Metrics of the tasks that come with the trainer.
 _USUAL = ('loss', 'accuracy', 'mean_absolute_error')
