@@ -7,14 +7,14 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
-from trainer.input.prefetch import Prefetcher
+from trainer.input.batch import LoadedBatch
 from trainer.inspect.monitors import Probes
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Nowhere
@@ -169,25 +169,20 @@ class Trainer(Parts):
         due = self._events.next_due(step)
         with self.batches(step, self._calls(step, max_steps)) as batches:
             self._probes.follow(batches)
-            try:
-                for count, batch in batches:
-                    program = self.programs.step if count == 1 else self.programs.fused
-                    self._profile.begin_step(step + count)
-                    state = program(state, batch)
-                    step += count
-                    self._reached = step, state
-                    self.report.stepped(step)
-                    self._probes.poll(state)
-                    if step == due:
-                        look = functools.partial(
-                            self._probes.run, batches, batch, stacked=count > 1
-                        )
-                        state = self._run_events(step, state, batches, look)
-                        due = self._events.next_due(step)
-                    if self._stopping() or self._stopped_early:
-                        break
-            finally:
-                self._recovery.count(batches, step)
+            for batch in batches:
+                program = self.programs.step if batch.count == 1 else self.programs.fused
+                self._profile.begin_step(step + batch.count)
+                state = program(state, batch.arrays)
+                step += batch.count
+                self._recovery.count(batch)
+                self._reached = step, state
+                self.report.stepped(step)
+                self._probes.poll(state)
+                if step == due:
+                    state = self._run_events(step, state, batch)
+                    due = self._events.next_due(step)
+                if self._stopping() or self._stopped_early:
+                    break
         self._tell(self._profile.close(state))
         if self._stopped_early:
             self._evaluate_all(self._events.final, step, state)
@@ -214,16 +209,9 @@ class Trainer(Parts):
         self._stop.starting = False  # From here on a signal has something to save.
         return state, step
 
-    def _run_events(
-        self,
-        step: int,
-        state: TrainState,
-        batches: Prefetcher,
-        look: Callable[[int, TrainState], None],
-    ) -> TrainState:
+    def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
         """Runs what is due after this step, in the order log, probes, eval, save."""
         self._tell(self._profile.stepped(step, state))
-        self._recovery.count(batches, step)
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.total_steps:
             # Its row is fetched when it is there: see Reporter.
@@ -235,7 +223,7 @@ class Trainer(Parts):
                 state = dataclasses.replace(state, metrics=self.programs.empty_metrics())
                 self._reached = step, state
             self._notify('log', step, state)
-        look(step, state)
+        self._probes.run(batch, step, state)
         self._evaluate_due(step, state)
         if self._events.save.due(step):
             self._save(step, state)

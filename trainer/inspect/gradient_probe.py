@@ -53,10 +53,9 @@ class Gradient:
 def of_next_step(parts: Parts, state: TrainState, match: Sequence[str] = ()) -> list[Gradient]:
     """Returns the gradients on the batch that comes after a state; of a stream on its first one."""
     data, step = parts.experiment.data, int(state.step)
-    if hasattr(data, 'restore'):
-        data.restore(step, None)
+    data.restore(step, None)
     with parts.batches(step, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         forward = Forward.of(parts.experiment, parts.mesh, parts.programs.task)
         return gradients(forward, state, batch, match)
 

@@ -85,7 +85,7 @@ class Replay:
         """
         step, state, data = kept.step, kept.state, self._parts.experiment.data
         assert state is not None
-        if hasattr(data, 'restore'):
+        if data.is_stream:
             if not ends or (kept.place is None and step > 0):
                 return (
                     f'Last known finite step: {step:,}. Where it began is unknown: the data is '
@@ -93,10 +93,12 @@ class Replay:
                 )
             data.restore(step, kept.place)
         with read_again(self._parts, step, stop, ends=ends) as batches:
-            for number, (_, batch) in enumerate(batches, start=step + 1):
-                look = self._look(state, batch)
+            for number, batch in enumerate(batches, start=step + 1):
+                look = self._look(state, batch.arrays)
                 empty = self._parts.programs.empty_metrics()
-                state = self._parts.programs.step(dataclasses.replace(state, metrics=empty), batch)
+                state = self._parts.programs.step(
+                    dataclasses.replace(state, metrics=empty), batch.arrays
+                )
                 if is_bad(state):
                     return (
                         f'Last finite step: {number - 1:,}. First non-finite step: {number:,}.\n'
@@ -173,11 +175,13 @@ def read_again(parts: Parts, start: int, stop: int, *, ends: bool) -> Prefetcher
         stop: position behind the last one.
         ends: whether the run no longer reads its data, so that the loader is closed afterwards.
     """
-    release = getattr(parts.experiment.data, 'close', None) if ends else None
-    rows = parts.experiment.clock.batch_size
-    calls = itertools.repeat(1, stop - start)
-    block = parts.experiment.data.block
-    fields = parts.programs.fields
-    return Prefetcher.on_mesh(
-        block, calls, parts.mesh, rows, fields=fields, start=start, release=release
+    data = parts.experiment.data
+    return Prefetcher(
+        data.block,
+        itertools.repeat(1, stop - start),
+        parts.mesh,
+        parts.experiment.clock.batch_size,
+        fields=parts.programs.fields,
+        start=start,
+        release=data.close if ends else None,
     )

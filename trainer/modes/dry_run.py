@@ -42,7 +42,7 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         program.ready()
         print(f'{program.name}: compiled in {duration(program.compile_secs)}')
     with dry.batches(0, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         state = dry.programs.step(dry.init_state(), batch)
     _check_finite(state.metrics)
     print('train: one step is fine')

@@ -10,14 +10,14 @@ from typing import Any
 
 import jax
 
-from trainer.build.data import data_changes, fingerprint
 from trainer.checkpoint import checked
 from trainer.checkpoint.errors import CheckpointError, SaveError
 from trainer.checkpoint.storable import check_storable
 from trainer.config import diff
 from trainer.config.errors import UserError
-from trainer.input.position import Consumed
-from trainer.input.prefetch import Prefetcher
+from trainer.input.batch import LoadedBatch
+from trainer.input.fingerprint import data_changes, fingerprint
+from trainer.input.position import DataPosition
 from trainer.inspect.warn_guard import NonFiniteError
 from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
@@ -60,7 +60,7 @@ class Recovery:
         self._report = report
         self._allow_config_change = allow_config_change
         self._overrides = dict(overrides or {})
-        self._consumed = Consumed(parts.experiment.data)
+        self._consumed = DataPosition(parts.experiment.data)
         # An own one: two runs of one experiment count for themselves.
         early = parts.experiment.early_stopping
         self.early_stopping = None if early is None else dataclasses.replace(early)
@@ -107,7 +107,7 @@ class Recovery:
         if self._parts.workdir is not None and processes.is_primary():
             self._code = Lookout(self._parts.experiment.path)
         if self._paused is not None:
-            self._consumed.go_on(self._paused[1])
+            self._consumed.resume(self._paused[1])
             return self._paused
         self._look_at_data()
         latest, checkpoints = self._latest(), self._parts.checkpoints
@@ -127,7 +127,7 @@ class Recovery:
         state = self._parts.restore(latest)
         if self._allow_config_change:
             state = self._parts.as_configured(state)
-        if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
+        if not self._consumed.restore(latest, meta, may_restart=self._allow_config_change):
             self._report.progress.message('The data restarts from the beginning.')
         self._tell_data_changes(latest, meta)
         state = self._parts.examined(state, meta.get('health'))
@@ -160,10 +160,10 @@ class Recovery:
             self._report.progress.message(resized(self._parts, step, before))
         self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
 
-    def count(self, batches: Prefetcher, step: int) -> None:
-        """Counts the batches that the run has consumed up to a step."""
-        self._report.time.set('data wait', batches.wait_secs)
-        self._consumed.add(batches, step)
+    def count(self, batch: LoadedBatch) -> None:
+        """Counts a batch that a step has consumed."""
+        self._report.time.add('data wait', batch.wait_secs)
+        self._consumed.add(batch)
 
     def check_saves(self) -> None:
         """Raises what a save in the background has failed of; does not wait for one."""
@@ -355,7 +355,7 @@ class Recovery:
         Before anything else reads it: a save must not read a source that the run is reading.
         """
         data = self._parts.experiment.data
-        if self._parts.checkpoints is not None and hasattr(type(data), 'first'):
+        if self._parts.checkpoints is not None and data.with_first is not None:
             self._fingerprint = fingerprint(data)
 
     def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:

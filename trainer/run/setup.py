@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer.build.data import fingerprint
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
@@ -19,6 +18,7 @@ from trainer.ensemble import hyperparams
 from trainer.ensemble.step import EnsembleStep, member_state
 from trainer.evaluate.evaluator import Evaluator
 from trainer.experiment import Experiment
+from trainer.input.fingerprint import fingerprint
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect import products
 from trainer.inspect.monitors import Probes
@@ -141,7 +141,7 @@ class Parts:
         """
         if jax.process_count() == 1:
             return
-        splits = {name: fingerprint(e.loader) for name, e in self.evaluators.items()}
+        splits = {name: fingerprint(e.data) for name, e in self.evaluators.items()}
         workdir, checkpoints = self.workdir, self.checkpoints
         processes.check_agreement(
             {
@@ -206,10 +206,10 @@ class Parts:
     def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
         """Returns training batches from a position on, each of so many steps as `calls` says."""
         data, batch_size = self.experiment.data, self.experiment.clock.batch_size
-        if start < self.batch_sizes.parts[-1][0] and not hasattr(data, 'restore'):
+        if start < self.batch_sizes.parts[-1][0] and not data.is_stream:
             # From an older checkpoint: as if the run resumed from there.
             data = data.after(self.batch_sizes.going_on(start, batch_size).parts)
-        return Prefetcher.on_mesh(
+        return Prefetcher(
             data.block,
             calls,
             self.mesh,
@@ -217,7 +217,7 @@ class Parts:
             fields=self.programs.fields,
             start=start,
             depth=self.experiment.prefetch,
-            release=getattr(data, 'close', None),  # A loader may have threads or processes to end.
+            release=data.close,
         )
 
     def init_state(self) -> TrainState:
