@@ -132,7 +132,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
             read()
     recovery.check()
     if with_arrays:
-        recovery.start()
+        recovery.start(trainer.set_up().programs)
         # The child that it forks holds the claim of the directory until it has become git.
         for thread in threading.enumerate():
             if thread.name == 'provenance':
