@@ -38,7 +38,7 @@ from trainer.ensemble.step import Ensemble
 from trainer.evaluate.spec import Evaluation
 from trainer.hooks import Event
 from trainer.input.data import TrainData
-from trainer.modules import Functional
+from trainer.modules.functional import Functional
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import Rule
 from trainer.step.context import StepFunction
