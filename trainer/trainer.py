@@ -7,17 +7,19 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.ensemble.step import member_state
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
+from trainer.input.batch import LoadedBatch
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect import products
 from trainer.inspect.monitors import Monitors
@@ -75,6 +77,7 @@ class Trainer:
         experiment: Experiment,
         workdir: str | None = None,
         *,
+        mesh: Mesh | None = None,
         stop: StopRequest | None = None,
         allow_config_change: bool = False,
         overrides: Mapping[str, str] | None = None,
@@ -84,6 +87,7 @@ class Trainer:
         Args:
             experiment: from `trainer.experiment.build`.
             workdir: where checkpoints, metrics and results go; None for a run that leaves no trace.
+            mesh: instead of that of `config.mesh`, which takes all devices.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the
                 current batch of an evaluation. Without one, Ctrl-C does so.
             allow_config_change: resume even though the config makes it a different run.
@@ -97,6 +101,7 @@ class Trainer:
         total, batch_size = experiment.training.total_steps, experiment.clock.batch_size
         self.report = Reporter(total, batch_size, screen, members)
         self._events = self.run.events
+        self._mesh = mesh
         self._setup: Setup | None = None
         self._compiled = False
         self._monitors: Monitors | None = None
@@ -131,7 +136,7 @@ class Trainer:
             UserError: if model, task, data and optimizer do not fit each other.
         """
         if self._setup is None:
-            self._setup = set_up(self.run)
+            self._setup = set_up(self.run, self._mesh)
         return self._setup
 
     def check_agreement(self) -> None:
@@ -202,23 +207,20 @@ class Trainer:
         programs, monitors = self.set_up().programs, self._watching()
         with self.batches(step, self._calls(step, max_steps)) as batches:
             monitors.follow(batches)
-            try:
-                for count, batch in batches:
-                    program = programs.step if count == 1 else programs.fused
-                    self._profile.begin_step(step + count)
-                    state = program(state, batch)
-                    step += count
-                    self._reached = step, state
-                    self.report.stepped(step)
-                    monitors.poll(state)
-                    if step == due:
-                        look = functools.partial(monitors.run, batches, batch, stacked=count > 1)
-                        state = self._run_events(step, state, batches, look)
-                        due = self._events.next_due(step)
-                    if self._stopping() or self._stopped_early:
-                        break
-            finally:
-                self._recovery.count(batches, step)
+            for batch in batches:
+                program = programs.step if batch.count == 1 else programs.fused
+                self._profile.begin_step(step + batch.count)
+                state = program(state, batch.arrays)
+                step += batch.count
+                self._recovery.count(batch)
+                self._reached = step, state
+                self.report.stepped(step)
+                monitors.poll(state)
+                if step == due:
+                    state = self._run_events(step, state, batch)
+                    due = self._events.next_due(step)
+                if self._stopping() or self._stopped_early:
+                    break
         self._tell(self._profile.close(state))
         if self._stopped_early:
             self._evaluate_all(self._events.final, step, state)
@@ -245,16 +247,9 @@ class Trainer:
         self._stop.starting = False  # From here on a signal has something to save.
         return state, step
 
-    def _run_events(
-        self,
-        step: int,
-        state: TrainState,
-        batches: Prefetcher,
-        look: Callable[[int, TrainState], None],
-    ) -> TrainState:
+    def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
         """Runs what is due after this step, in the order log, probes, eval, save."""
         self._tell(self._profile.stepped(step, state))
-        self._recovery.count(batches, step)
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.training.total_steps:
             # Its row is fetched when it is there: see Reporter.
@@ -266,7 +261,7 @@ class Trainer:
                 state = dataclasses.replace(state, metrics=self.set_up().programs.empty_metrics())
                 self._reached = step, state
             self._notify('log', step, state)
-        look(step, state)
+        self._watching().run(batch, step, state)
         self._evaluate_due(step, state)
         if self._events.save.due(step):
             self._save(step, state)
@@ -401,7 +396,8 @@ class Trainer:
                 or an evaluation of an empty split.
         """
         experiment = self.experiment
-        checks.check_batch(experiment, batch_shards(make_mesh(experiment.devices.mesh)))
+        mesh = make_mesh(experiment.devices.mesh) if self._mesh is None else self._mesh
+        checks.check_batch(experiment, batch_shards(mesh))
         setup = self.set_up()
         programs = setup.programs
         first, self._compiled = not self._compiled, True
@@ -468,7 +464,10 @@ class Trainer:
         if experiment.ensemble is not None:
             assert member is not None
             state = member_state(state, member)
-        return experiment.model.for_notebook(state.variables)
+        # Here, since importing Klinen registers it: a run without Klinen modules does not pay.
+        from trainer.klinen.notebook import for_notebook
+
+        return for_notebook(experiment.model, state.variables)
 
     def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
         """Returns the metrics of each evaluation of the config: numbers by name, and `arrays`.

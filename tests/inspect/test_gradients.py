@@ -20,7 +20,7 @@ from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.inspect.forward import Forward
 from trainer.inspect.gradient_probe import Gradient, gradients
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.parallel.mesh import make_mesh
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner
@@ -201,6 +201,6 @@ def test_nothing_to_differentiate_by() -> None:
     trainer = Trainer(made)
     forward = Forward.of(made, trainer.set_up().mesh)
     with trainer.batches(0, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         with pytest.raises(UserError, match=r"keeps 'perturbations' to itself"):
             gradients(forward, trainer.init_state(), batch, ('layers/.*',))

@@ -26,7 +26,7 @@ from trainer.models.norm import GroupedBatchNorm
 from trainer.models.recurrent import Seq2Seq
 from trainer.models.resnet import ResNet
 from trainer.models.transformer import Transformer
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 from trainer.observe import flops

@@ -16,7 +16,7 @@ from trainer.config.errors import UserError
 from trainer.data.addition import decode
 from trainer.experiment import load_and_build
 from trainer.models.recurrent import Seq2Seq
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 from trainer.tasks import Answer, TaskOutput

@@ -17,7 +17,7 @@ from flax.core.scope import DenyList
 
 from tests.modules.learning import learned
 from trainer.data.sources import ArraySource
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 

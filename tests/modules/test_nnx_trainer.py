@@ -19,7 +19,7 @@ from tests.command import ROOT
 from tests.modules.examples import init
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
 
@@ -46,8 +46,8 @@ def experiment(target: str, **options: Any) -> Experiment:
 def trained(trainer: Trainer, state: Any) -> tuple[list[float], Any]:
     found = []
     with trainer.batches(0, [1] * 20) as batches:
-        for _, batch in batches:
-            state = trainer.set_up().programs.step(state, batch)
+        for batch in batches:
+            state = trainer.set_up().programs.step(state, batch.arrays)
             found.append(float(state.metrics['task'].loss.total))
     return list(np.diff([0.0, *found])), state
 

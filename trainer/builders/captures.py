@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from trainer.builders.data import positive
+from trainer.config.checks import positive
 from trainer.config.durations import Clock, Periodic
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
