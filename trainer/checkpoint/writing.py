@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
 
+from trainer import compat
+
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
-
-_COMMITTED = 'commit_success.txt'
 
 
 def step_directories(directory: epath.Path) -> Iterator[tuple[int, epath.Path]]:
@@ -26,8 +25,8 @@ def step_directories(directory: epath.Path) -> Iterator[tuple[int, epath.Path]]:
 
 
 def is_committed(step_directory: epath.Path) -> bool:
-    """Whether a save has got to its end: its last act is to write one file."""
-    return (step_directory / _COMMITTED).exists()
+    """Whether the save of a step has ended."""
+    return compat.is_orbax_committed(step_directory)
 
 
 def on_host(state: Any) -> bool:
@@ -70,7 +69,14 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
 
     if jax.process_index() == 0:
         _remove_uncommitted(directory)
-    manager = ocp.CheckpointManager(
+
+    class Manager(ocp.CheckpointManager):
+        """Preemption is the run's own affair; Orbax's thread would ask about steps of the past."""
+
+        def reached_preemption(self, step: int) -> bool:
+            return False
+
+    return Manager(
         directory,
         item_names=('state', 'meta'),
         item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'meta': MetaHandler()},
@@ -81,20 +87,9 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
             atomicity_options=ocp_options.AtomicityOptions(
                 mode=ocp_options.AtomicityMode.COMMIT_FILE
             ),
-            async_options=_async_options(ocp.AsyncOptions),
+            async_options=compat.synchronous_directories(),
         ),
     )
-    # Preemption is our own affair; Orbax's background thread would ask about old steps.
-    manager.reached_preemption = lambda step: False
-    return manager
-
-
-def _async_options(options: Any) -> Any:
-    # Otherwise all other threads of a save wait five minutes for a directory that could not be
-    # created, and the interpreter waits for them. Orbax plans to remove this option.
-    name = 'create_directories_asynchronously'
-    known = name in {field.name for field in dataclasses.fields(options)}
-    return options(**{name: False} if known else {})
 
 
 def _remove_uncommitted(directory: epath.Path) -> None:

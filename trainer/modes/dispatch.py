@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from trainer import compat
 from trainer.checkpoint import manager as checkpoint
 from trainer.checkpoint.manager import CheckpointError
 from trainer.config import diff, identity, places
@@ -112,7 +113,7 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         print(f'Error: {full_text(error)}', file=sys.stderr)
         return error.exit_code
     except jax.errors.JaxRuntimeError as error:
-        if not startup.is_out_of_memory(error):
+        if not compat.is_out_of_memory(error):
             raise
         explained = startup.explain_out_of_memory(trainer, error)
         text = '\n'.join([f'Error: {explained}', *getattr(error, '__notes__', ())])

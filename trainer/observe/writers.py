@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 from etils import epath
 
+from trainer import compat
 from trainer.config import json_text
 from trainer.config.errors import UserError
 
@@ -121,16 +122,14 @@ class TensorBoard:
     def __init__(self, directory: epath.PathLike, *, resume_step: int = 0):
         """Opens a new event file; TensorBoard hides what older ones hold beyond `resume_step`."""
         # Imported here because it takes time that a run without it need not spend.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
-
-        self._event = event_pb2.Event
-        self._summary, self._proto = summary_pb2.Summary, summary_pb2.HistogramProto
+        events_writer, event, summary = compat.tensorboard_events()
+        self._event = event.Event
+        self._summary, self._proto = summary.Summary, summary.HistogramProto
         # The name has whole seconds; a restart within one must not overwrite the file before it.
         suffix = f'.{os.getpid()}.{time.monotonic_ns()}'
-        self._writer = EventsWriter(os.path.join(os.fspath(directory), 'events'), suffix)
+        self._writer = events_writer(os.path.join(os.fspath(directory), 'events'), suffix)
         self._flushed = time.monotonic()
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = event.SessionLog(status=event.SessionLog.START)
         self._add(resume_step + 1, session_log=start)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:

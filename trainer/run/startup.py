@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 from jax.sharding import Mesh
 
+from trainer import compat
 from trainer.config.durations import Periodic
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
@@ -192,11 +193,6 @@ def _meet_before(one: Periodic, other: Periodic, end: int) -> bool:
     return False
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the runtime failed for want of memory; the CPU backend says so in words only."""
-    return 'RESOURCE_EXHAUSTED' in str(error) or 'Out of memory' in str(error)
-
-
 def explain_out_of_memory(parts: Parts, error: Exception) -> str:
     """Returns what fills a device's memory, and what would help."""
     state, spec = parts.programs.abstract, parts.programs.fields.shapes
@@ -214,7 +210,7 @@ def explain_out_of_memory(parts: Parts, error: Exception) -> str:
     lines += [
         'A smaller config.data.batch_size or a larger config.accumulate shrinks the temporaries; '
         'a smaller model or a leaner optimizer shrinks the state.',
-        f'The runtime said: {str(error).splitlines()[0].split(": ")[-1]}',
+        f'The runtime said: {compat.runtime_reason(error)}',
     ]
     return '\n'.join(lines)
 
