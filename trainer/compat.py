@@ -14,7 +14,6 @@ with a mistake in it is answered without JAX.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 import traceback
 from collections.abc import Iterator
@@ -147,7 +146,7 @@ def is_note_on_frames(note: str) -> bool:
     return 'JAX has removed its internal frames' in note
 
 
-def scope_names(equation: Any) -> str:
+def name_stack(equation: Any) -> str:
     """Returns the named scopes of an equation of a jaxpr, from the outside in: 'jvp(a)/b'.
 
     Checked with jax 0.10.2 and 0.12.0. `jax.named_scope` is public, and what it leaves in a jaxpr
@@ -324,22 +323,7 @@ def is_dotted_key(error: BaseException) -> bool:
     return 'dots in field names' in str(error)
 
 
-# ---- absl and tensorboardX ---------------------------------------------------------------------
-
-
-def take_over_absl_log(*, propagate: bool) -> None:
-    """Removes absl's handler, which writes to the screen, from its logger.
-
-    Checked with absl-py 2.5.1. `absl.logging.use_absl_handler` has no counterpart, and the module
-    cannot be imported without installing the handler. Without it the lines of Orbax and TFDS
-    appear on the screen.
-
-    Args:
-        propagate: whether the lines go to the root logger; otherwise they are dropped.
-    """
-    absl = logging.getLogger('absl')
-    absl.handlers.clear()
-    absl.propagate = propagate
+# ---- tensorboardX ------------------------------------------------------------------------------
 
 
 def tensorboard_events() -> tuple[Any, Any, Any]:

@@ -133,5 +133,5 @@ def _by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:
 
 def module_of(equation: Any, around: str) -> str:
     """Returns the path of the innermost module that contains an equation of a tapped call."""
-    scopes = _SCOPE.findall(compat.scope_names(equation))
+    scopes = _SCOPE.findall(compat.name_stack(equation))
     return scopes[-1].replace('|', '/') if scopes else around

@@ -10,7 +10,6 @@ import warnings
 
 from etils import epath
 
-from trainer import compat
 from trainer.config.errors import full_text
 from trainer.observe import traces
 from trainer.observe.progress import CLEAR
@@ -28,7 +27,9 @@ def quiet_environment() -> None:
 
 def quiet_absl() -> None:
     """Takes absl's own handler off the screen, until `route` says where its lines go."""
-    compat.take_over_absl_log(propagate=False)
+    absl = logging.getLogger('absl')
+    absl.handlers.clear()
+    absl.propagate = False
 
 
 def keep_stdout_for_python() -> None:
@@ -76,7 +77,9 @@ def route(directory: epath.PathLike | None, process: int = 0) -> None:
     else:
         root.addHandler(logging.NullHandler())
     screen.propagate = False
-    compat.take_over_absl_log(propagate=True)
+    # absl installs a handler of its own that writes to the screen.
+    logging.getLogger('absl').handlers.clear()
+    logging.getLogger('absl').propagate = True
     logging.captureWarnings(True)
     sys.unraisablehook = _log_unraisable
     warnings.simplefilter('default')
