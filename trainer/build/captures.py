@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import re
 
+from trainer.config import patterns
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
@@ -31,10 +31,7 @@ def captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
 def _capture(given: CaptureSection, path: str, sections: Sections, clock: Clock) -> Capture:
     match = (given.match,) if isinstance(given.match, str) else given.match
     for pattern in match:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f'{path}.match: {pattern!r} is no pattern: {error}') from error
+        patterns.compiled(pattern, f'{path}.match')
     if 'histogram' in given.what and not sections.log.tensorboard:
         raise UserError(
             f"{path}.what: a 'histogram' goes to TensorBoard, and config.log.tensorboard is off"

@@ -48,13 +48,6 @@ def check_writable(directory: epath.Path) -> None:
     probe.unlink()
 
 
-def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file over one of that name; a reader finds either of them whole."""
-    temporary = path.parent / f'.{path.name}.tmp'
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
     """Returns Orbax's manager of a directory, after removing saves that were cut short there.
 

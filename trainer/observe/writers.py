@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import io
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
 from trainer import compat
-from trainer.config import json_text
+from trainer.config import files, json_text
 from trainer.config.errors import UserError
 
 _log = logging.getLogger('trainer')
@@ -104,8 +102,7 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""
-        self._file.flush()
-        _fsync(self._file)
+        files.fsync(self._file)
 
     def close(self) -> None:
         """Closes the file."""
@@ -245,12 +242,7 @@ def cut_after(path: epath.Path, step: int) -> None:
         _set_aside(path, damaged)
     text = b''.join(line + b'\n' for line in kept)
     if text != data:
-        temporary = path.parent / f'.{path.name}.tmp'
-        with temporary.open('wb') as file:
-            file.write(text)
-            file.flush()
-            _fsync(file)
-        temporary.replace(path)
+        files.replace(path, text, sync=True)
 
 
 def _set_aside(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
@@ -258,8 +250,7 @@ def _set_aside(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
     aside = path.parent / f'{path.name}.damaged'
     with aside.open('ab') as file:
         file.write(b''.join(line + b'\n' for _, line in damaged))
-        file.flush()
-        _fsync(file)
+        files.fsync(file)
     numbers = ', '.join(str(number) for number, _ in damaged[:5])
     which = f'line {numbers}' if len(damaged) == 1 else f'{len(damaged):,} lines ({numbers}'
     if len(damaged) > 1:
@@ -287,12 +278,6 @@ def _names_at(path: epath.Path, step: int) -> set[str]:
             break
         names.update(row)
     return names - {'step'}
-
-
-def _fsync(file: IO[Any]) -> None:
-    # An object store has no descriptor: there the rows are safe when the file is closed.
-    with contextlib.suppress(io.UnsupportedOperation):
-        os.fsync(file.fileno())
 
 
 def _warn_stopped(error: Exception) -> None:

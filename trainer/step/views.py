@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.config.errors import UserError
+from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 from trainer.modules.precision import at_least_float32
 
@@ -147,9 +148,8 @@ def check_numbers(params: Any) -> None:
         if not jnp.issubdtype(x.dtype, jnp.inexact)
     ]
     if other:
-        more = f' and {len(other) - 5} more' if len(other) > 5 else ''
         raise UserError(
-            f'the model keeps {", ".join(other[:5])}{more} among its parameters, which must be '
+            f'the model keeps {and_more(other, 5)} among its parameters, which must be '
             'floating-point or complex: gradients are taken with respect to all of them, including '
             'those in config.optimizer.freeze. Keep it in another collection: '
             "self.variable('constants', NAME, ...) in a Linen module, a subclass of nnx.Variable "

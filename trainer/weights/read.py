@@ -21,6 +21,7 @@ from trainer.checkpoint.retention import Retention, better_mode
 from trainer.checkpoint.writing import step_directories
 from trainer.config import places
 from trainer.config.errors import UserError
+from trainer.config.text import listed
 from trainer.weights import safetensors, torch_file
 from trainer.weights.leaves import (
     HostLeaf,
@@ -28,7 +29,6 @@ from trainer.weights.leaves import (
     OrbaxLeaf,
     hosts,
     keys_of,
-    listed,
     read_orbax,
     reading,
 )
