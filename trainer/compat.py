@@ -250,6 +250,25 @@ def is_orbax_array(directory: epath.Path) -> bool:
     return (directory / 'checkpoint' / '.zarray').exists()
 
 
+def orbax_notes(step_directory: epath.Path) -> epath.Path:
+    """Returns the file with Orbax's own notes about a step, such as when it was saved.
+
+    Checked with orbax-checkpoint 0.12.8. Orbax reads it at each save, and has no way to check or
+    to rewrite it. Without it a damaged one fails all saves of a run that resumes.
+    """
+    return step_directory / '_CHECKPOINT_METADATA'
+
+
+def orbax_notes_fields() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of the objects and of the times in `orbax_notes`.
+
+    Checked with orbax-checkpoint 0.12.8. Orbax fails if one of them is of another kind. Without it
+    as `orbax_notes`.
+    """
+    objects = 'metrics', 'performance_metrics', 'custom_metadata'
+    return objects, ('init_timestamp_nsecs', 'commit_timestamp_nsecs')
+
+
 def synchronous_directories() -> Any:
     """Returns the `ocp.AsyncOptions` with which a save makes its directories before it returns.
 
@@ -321,6 +340,15 @@ def is_dotted_key(error: BaseException) -> bool:
     advice to nest dicts is missing.
     """
     return 'dots in field names' in str(error)
+
+
+def is_other_type(error: BaseException) -> bool:
+    """Whether a ConfigDict refused a value of another type than the one before.
+
+    Checked with ml_collections 1.1.0, which raises a TypeError like any other. Without it the
+    advice on objects in a config is missing.
+    """
+    return isinstance(error, TypeError) and 'Could not override field' in str(error)
 
 
 # ---- tensorboardX ------------------------------------------------------------------------------

@@ -28,10 +28,11 @@ from collections.abc import Sequence
 from absl import flags
 
 from trainer.checkpoint.errors import SaveError
-from trainer.config import identity, loading, overrides, places, schema, show, synonyms
+from trainer.config import identity, loading, overrides, places, schema, show, synonyms, traces
 from trainer.config.errors import UserError, full_text, shortened, shown
+from trainer.config.sections import Sections
 from trainer.modes.plan.devices import KINDS as DEVICE_KINDS
-from trainer.observe import logfile, traces
+from trainer.observe import logfile
 from trainer.parallel import signals
 
 MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'plan', 'grad_probe', 'export', 'config')
@@ -236,6 +237,8 @@ def _parse_flags(argv: Sequence[str]) -> None:
     except flags.UnrecognizedFlagError as error:
         hint = synonyms.hint(error.flagname, {}, lambda *_: True) or ''
         hint = hint.replace('mean config.', 'mean --config.')
+        if error.flagname.partition('.')[0] in schema.fields(Sections):
+            hint = f'Keys of the config are written --config.{error.flagname}=VALUE.'
         raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
         raise UserError(f'{shortened(str(error), 400)}. See --help.') from error

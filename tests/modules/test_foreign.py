@@ -87,6 +87,7 @@ def makes_without() -> nn.Module:
 jitted = jax.jit(forward)
 bound = functools.partial(with_params, 1)
 instance = Callable4()
+method = nn.Dense(4).apply
 linen_class = nn.Dense
 array = np.ones(3)
 tree = {'w': array}
@@ -109,6 +110,7 @@ REFUSED = {
     'ref:bound': rf'{EXPECTED}the function with_params\(x',
     'ref:with_params': rf'{EXPECTED}the function with_params\(params',
     'ref:makes_without': rf'{EXPECTED}the function makes_without\(\).*config\.model\.target name',
+    'ref:method': r"got the method 'apply' of a module \(Dense\)\. Let config\.model give the",
     'ref:linen_class': r'got the class Dense of flax\.linen modules; config\.model\.target makes',
     'ref:array': rf'{EXPECTED}ndarray\.',
     'ref:tree': rf'{EXPECTED}dict\.',
@@ -119,7 +121,7 @@ REFUSED = {
 def test_what_is_no_model(name: str) -> None:
     key, _, attribute = name.partition(':')
     with pytest.raises(UserError, match=REFUSED[name]) as caught:
-        trainer({key: f'{__name__}:{attribute}'}).programs  # noqa: B018
+        trainer({key: f'{__name__}:{attribute}'}).set_up().programs  # noqa: B018
     assert '\n' not in full_text(caught.value)
 
 
@@ -168,7 +170,7 @@ by_key = functools.partial(OnlyByName)
     'name', ['OnlyByName', 'factory', 'of_one', 'part', 'by_key', 'by_position', 'only_by_position']
 )
 def test_what_makes_a_module(name: str) -> None:
-    parameters = trainer({'ref': f'{__name__}:{name}'}).programs.abstract.params
+    parameters = trainer({'ref': f'{__name__}:{name}'}).set_up().programs.abstract.params
     assert parameters['kernel'].shape == (8, 4)
 
 

@@ -10,12 +10,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.build import by_examples, counts, decay, hyperparams
+from trainer.build import learning_rate as rates
 from trainer.config import durations, objects, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
-from trainer.build import by_examples, counts, decay, learning_rate as rates
-from trainer.ensemble import hyperparams
 from trainer.step.context import StepFunction, default_step
 from trainer.step.optimizer import Group, Optimizer, RegexMask
 
@@ -55,7 +55,7 @@ def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIM
         )
 
 
-def optimizer(
+def build_optimizer(
     section: OptimizerSection, clock: Clock, numbers: Mapping[str, Any] | None = None
 ) -> tuple[Optimizer, dict[str, int]]:
     """Returns the optimizer, and the steps of each duration inside it by config path.
@@ -101,8 +101,9 @@ def _one_optimizer(
     node, steps = durations.resolve(given, clock, path)
     _check_warmups(node, path)
     counts.check(node, steps, path)
+    decaying = _patterns(section.decay_mask)
     if section.decay_mask is not None:
-        node = decay.masked(node, path, RegexMask(_patterns(section.decay_mask)))
+        node = decay.masked(node, path, RegexMask(decaying))
     prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
     mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
     base = hyperparams.injected(node, path, mine, prefix=prefix, changed=moved) if mine else None
@@ -117,6 +118,7 @@ def _one_optimizer(
         learning_rate=learning_rate,
         clip_norm=section.clip_norm,
         lr_multipliers=section.lr_multipliers or (),
+        decay_mask=decaying,
         eval_params=_eval_params(section.eval_params, path, injected=bool(mine)),
         path=path,
     ), steps
@@ -202,7 +204,7 @@ def check_step(node: Node | None) -> None:
         targets.check({**node, **own}, _STEP)
 
 
-def step_function(node: Node | None) -> StepFunction:
+def build_step(node: Node | None) -> StepFunction:
     """Returns the function of a step: what `ref` names, or `target` makes, or `target` itself.
 
     A target that takes `state`, `batch` and `ctx` is the step, and its other arguments are those of

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,12 @@ import jax
 from etils import epath
 
 from trainer import compat
+from trainer.config import json_text
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
+
+_log = logging.getLogger('trainer')
 
 
 def step_directories(directory: epath.Path) -> Iterator[tuple[int, epath.Path]]:
@@ -62,6 +66,7 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
 
     if jax.process_index() == 0:
         _remove_uncommitted(directory)
+        _set_damaged_notes_aside(directory)
 
     class Manager(ocp.CheckpointManager):
         """Preemption is the run's own affair; Orbax's thread would ask about steps of the past."""
@@ -83,6 +88,34 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
             async_options=compat.synchronous_directories(),
         ),
     )
+
+
+def _set_damaged_notes_aside(directory: epath.Path) -> None:
+    # Orbax does without them, but of another shape they would fail the next save, and not the
+    # restore, and so each resume would lose its steps again.
+    for _, path in step_directories(directory):
+        notes = compat.orbax_notes(path)
+        if notes.is_file() and (problem := _problem_of_notes(notes.read_bytes())):
+            aside = notes.parent / f'{notes.name}.damaged'
+            notes.replace(aside)
+            _log.warning('%s is damaged (%s): moved to %s', notes, problem, aside)
+
+
+def _problem_of_notes(data: bytes) -> str | None:
+    try:
+        found = json_text.parse(data)
+    except ValueError as error:
+        return str(error)
+    if not isinstance(found, dict):
+        return f'it is {json_text.name(found)}, not an object'
+    objects, times = compat.orbax_notes_fields()
+    for name in objects:
+        if not isinstance(found.get(name, {}), dict):
+            return f'{name!r} is {json_text.name(found[name])}, not an object'
+    for name in times:
+        if found.get(name) is not None and not json_text.is_int(found[name]):
+            return f'{name!r} is no time'
+    return None
 
 
 def _remove_uncommitted(directory: epath.Path) -> None:

@@ -219,12 +219,17 @@ def check_signs(state: TrainState, signs: Signs) -> Health:
         state: before the step.
         signs: of its batch.
     """
-    assert state.health is not None
-    step, label = state.step + 1, signs.label
-    health = state.health.flagged(label > 0, LABELS + label - 1, step, signs.value)
+    health = check_labels(state, signs)
     if copes(state.opt_state) or state.loss_scale is not None:
         return health  # The gradients of such a loss are not finite: see `check_gradients`.
-    return health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
+    return health.flagged(~jnp.isfinite(signs.losses), LOSS, state.step + 1)
+
+
+def check_labels(state: TrainState, signs: Signs) -> Health:
+    """Returns the health after the labels of a forward pass were checked; as `check_signs`."""
+    assert state.health is not None
+    label = signs.label
+    return state.health.flagged(label > 0, LABELS + label - 1, state.step + 1, signs.value)
 
 
 def check_gradients(state: TrainState, health: Health, finite: jax.Array) -> Health:

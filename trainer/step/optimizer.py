@@ -67,6 +67,7 @@ class Optimizer:
         freeze_statistics: patterns of whole paths of other variables that keep their values, such
             as the running mean of a normalisation. In training it still normalises with the batch.
         lr_multipliers: (pattern, factor) pairs; the first match counts, all must be covered.
+        decay_mask: patterns of the parameters that `base` lets decay, for a check alone.
         eval_params: computes the parameters to evaluate from the state of `base` and the
             parameters; None evaluates the parameters themselves.
         path: where it stands in the config, for messages.
@@ -81,6 +82,7 @@ class Optimizer:
     freeze: tuple[str, ...] = ()
     freeze_statistics: tuple[str, ...] = ()
     lr_multipliers: tuple[tuple[str, float], ...] = ()
+    decay_mask: tuple[str, ...] = ()
     eval_params: Callable[[Any, Any], Any] | None = dataclasses.field(default=None, hash=False)
     path: str = 'config.optimizer'
 
@@ -146,6 +148,7 @@ class Optimizer:
 
     def _bare(self, params: Any) -> optax.GradientTransformation:
         """Returns the transformation without the float32 view, as `state_of_base` expects it."""
+        _check_decays(_paths(params), self.decay_mask, f'{self.path}.decay_mask')
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
         if self.base is None:
             parts.append(self._grouped(params))
@@ -330,6 +333,17 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) ->
             'Add a last pair such as (".*", 1.0).'
         )
     return factors
+
+
+def _check_decays(paths: Sequence[str], decayed: Sequence[str], where: str) -> None:
+    """Checks that some parameter decays; a list for several models may name more than this has."""
+    expressions = [patterns.compiled(pattern, where) for pattern in decayed]
+    found = [path for path in paths if any(each.fullmatch(path) for each in expressions)]
+    if decayed and paths and not found:
+        raise UserError(
+            f'{where}: {", ".join(map(repr, decayed))} matches no parameter, so none would decay. '
+            f'A pattern must match a whole path, such as {and_more(paths, 5)}.'
+        )
 
 
 def _paths(params: Any) -> list[str]:

@@ -19,7 +19,7 @@ from trainer.config.durations import Periodic
 from trainer.modules import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
-from trainer.step import eval_point
+from trainer.step import eval_point, views
 from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
 from trainer.step.gradients import Gradients
 from trainer.step.health import (
@@ -28,6 +28,7 @@ from trainer.step.health import (
     Signs,
     all_finite,
     check_gradients,
+    check_labels,
     check_signs,
     check_state,
     signs_of,
@@ -62,7 +63,8 @@ class TrainStep:
         whole: for each parameter whether it is replicated on every device; None: unknown.
         log: when rows are logged; where that is known, norms are computed for those steps only.
         last_step: of the run; its row is logged too.
-        watches: whether updates stop when a value is not finite: see `health`.
+        watches: whether the state has a `health`, which notes labels out of range.
+        stops: whether that also notes what is not finite, and updates stop at either.
         sweeps: whether each step checks all gradients, parameters and slots for that, and slots
             stay as they are once updates have stopped. On a CPU that would cost a third of a small
             model's step. There a step checks its loss, and the trainer checks the rest now and
@@ -83,6 +85,7 @@ class TrainStep:
     log: Periodic | None = None
     last_step: int = 0
     watches: bool = False
+    stops: bool = True
     sweeps: bool = False
     undoes: bool = False
 
@@ -99,6 +102,7 @@ class TrainStep:
             seen = self.task.prepared(batch)
             keys = Keys(seed=self.seed, mode='init')
             variables = dict(self.model.init(self.task.task, seen, keys))
+        views.check_arrays(meta.unbox(variables))
         named = variables.pop('params')
         self.optimizer.check_statistics(meta.unbox(variables))
         state = TrainState(
@@ -133,7 +137,9 @@ class TrainStep:
         return Health.of(state.params, state.opt_state)
 
     def sweep(self, state: TrainState) -> Health:
-        """Returns the health of a state, checking its parameters and slots."""
+        """Returns the health of a state, checking its parameters and slots if updates may stop."""
+        if not self.stops:
+            return jax.tree.map(jnp.copy, state.health)
         return check_state(state, whole=self._is_whole)
 
     def eval_params(self, state: TrainState) -> Any:
@@ -183,8 +189,11 @@ class TrainStep:
         if self.watches and self.function is not default_step:  # Which does so in its update.
             if signs is None:
                 signs = self._signs(state, batch, metrics, labels=context.runs_task)
-            new = watch(state, new, signs, slots=self.sweeps)
-        if self.watches and self.sweeps:
+            if self.stops:
+                new = watch(state, new, signs, slots=self.sweeps)
+            else:
+                new = dataclasses.replace(new, health=check_labels(state, signs))
+        if self.watches and self.stops and self.sweeps:
             health = self.sweep(new)
             undone = unless_bad(health, new, state) if self.undoes else new
             new = dataclasses.replace(undone, health=health)
@@ -235,7 +244,10 @@ class TrainStep:
             values = scale.metrics().items()
             metrics.update({name: Last.from_model_output(value) for name, value in values})
             updates = choose(finite, updates, jax.tree.map(jnp.zeros_like, updates))
-        if state.health is not None:
+        if state.health is not None and not self.stops:
+            if signs is not None:
+                new = dataclasses.replace(new, health=check_labels(state, signs))
+        elif state.health is not None:
             health = state.health if signs is None else check_signs(state, signs)
             health = check_gradients(state, health, finite)
             new = unless_bad(health, new, state, slots=self.sweeps)
