@@ -419,10 +419,6 @@ def test_the_text_of_a_compiled_program() -> None:
 _STANDARD = {'_replace', '_make', '_fields', '_asdict', '_exit'}
 
 
-# Of NNX, for which modules/ has no functions in compat.py yet.
-_LEFT = {'trainer/modules/nnx_parts.py'}
-
-
 def is_private(name: str) -> bool:
     """Whether a name has one underscore in front, or is how a decorator keeps what it wraps."""
     return name == '__wrapped__' or (name[:1] == '_' and name[:2] != '__' and len(name) > 1)
@@ -476,7 +472,7 @@ def test_private_parts_of_libraries_are_used_in_compat_alone(package: str) -> No
     files = [file for file in (ROOT / package).rglob('*.py') if file.name != 'compat.py']
     found = {str(file.relative_to(ROOT)): foreign_private(file) for file in files}
     private = {file: names for file, names in found.items() if names}
-    assert files and not private.keys() - _LEFT, private
+    assert files and not private
 
 
 def test_no_other_file_imports_what_jax_and_others_call_their_source() -> None:

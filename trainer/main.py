@@ -171,12 +171,13 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     if _FLAGS.mode == 'plan':
         _use_virtual_devices(_FLAGS.devices)
     from trainer.modes import dispatch
+    from trainer.modes.command import Command
     from trainer.parallel.processes import Cluster
 
     workdir = identity.default_workdir(loaded, applied)
     if _FLAGS.workdir:
         workdir = places.expand(_FLAGS.workdir, '--workdir')
-    command = dispatch.Command(
+    command = Command(
         mode=_FLAGS.mode,
         workdir=workdir,
         step=_FLAGS.step,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
-from trainer.modules import Functional
+from trainer.modules.functional import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
 from trainer.step import views

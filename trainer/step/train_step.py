@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from trainer.config.durations import Periodic
-from trainer.modules import Functional
+from trainer.modules.functional import Functional
 from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
 from trainer.step import eval_point, views
