@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from .compat import worker_death
-from .digest import DataDigest
 from .loader import Block, TrainLoader
 from .order import PADDING, Marks
 from .record_errors import describe
@@ -118,10 +117,6 @@ class GrainLoader:
     def spec(self) -> dict[str, ArraySpec]:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
         return self._loader.spec
-
-    def new_digest(self) -> DataDigest:
-        """Returns a digest that has counted no batch yet."""
-        return self._loader.new_digest()
 
     def block(self, start: int, count: int, rows: slice | np.ndarray = slice(None)) -> Block:
         """Returns the batches of the steps [start, start + count).

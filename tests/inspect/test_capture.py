@@ -47,7 +47,7 @@ def test_what_is_captured_is_what_the_model_computes(tmp_path: pathlib.Path) -> 
     trainer = Trainer(made, str(tmp_path))
     state = trainer.fit().state
     with trainer.batches(19, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         prepared = made.task.prepared(batch)
     logits = np.asarray(bound(made, state)(prepared['image']))
     row = rows(tmp_path)[-1]

@@ -201,6 +201,6 @@ def test_nothing_to_differentiate_by() -> None:
     trainer = Trainer(made)
     forward = Forward.of(made, trainer.set_up().mesh)
     with trainer.batches(0, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         with pytest.raises(UserError, match=r"keeps 'perturbations' to itself"):
             gradients(forward, trainer.init_state(), batch, ('layers/.*',))

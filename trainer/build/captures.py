@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from trainer.build.data import positive
 from trainer.config import patterns
+from trainer.config.checks import positive
 from trainer.config.durations import Clock, Periodic
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections

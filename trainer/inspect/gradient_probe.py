@@ -54,10 +54,9 @@ def of_next_step(
 ) -> list[Gradient]:
     """Returns the gradients on the batch that comes after a state; of a stream on its first one."""
     data, step = run.experiment.data, int(state.step)
-    if hasattr(data, 'restore'):
-        data.restore(step, None)
+    data.restore(step, None)
     with training_batches(run, setup, step, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         forward = Forward.of(run.experiment, setup.mesh, setup.programs.task)
         return gradients(forward, state, batch, match)
 
