@@ -46,6 +46,7 @@ def resolve(name: object, path: str) -> Any:
         raise UserError(_no_module(name, path, f'{full_name}:{attribute}'))
     try:
         module = _import(module_name, path)
+        # `pkgutil.resolve_name` would not tell a missing module from one that fails to import.
         return functools.reduce(getattr, attribute.split('.'), module)
     except AttributeError as error:
         raise UserError(_no_attribute(module, attribute, name, path)) from error

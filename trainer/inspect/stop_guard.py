@@ -22,6 +22,7 @@ import numpy as np
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
+from trainer.config.text import and_more
 from trainer.ensemble.step import Ensemble
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import explain
@@ -361,4 +362,4 @@ def _first_bad(tree: Any, known: Any) -> str:
     paths = [param_path(path) for path, x in leaves if lib.floats(x)]
     counts = fetch(jax.jit(lib.count_each)(tree))
     bad = [path for path, n, k in zip(paths, counts, fetch(known), strict=True) if n > k]
-    return ', '.join(bad[:3]) + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')
+    return and_more(bad, 3)
