@@ -21,8 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.vars = dict(digits=3)
     digits = config.vars.get_ref('digits')
 
-    config.model = dict(target='models.recurrent:Seq2Seq', vocab_size=12, hidden=64)
-    config.task = dict(target='trainer.tasks.language:Answer')
+    config.model = dict(target='trainer.models.recurrent:Seq2Seq', vocab_size=12, hidden=64)
+    config.task = dict(target='trainer.tasks:Answer')
     config.optimizer = dict(
         target='optax:adam',
         learning_rate=dict(
@@ -31,9 +31,9 @@ def get_config() -> ml_collections.ConfigDict:
         clip_norm=1.0,
     )
 
-    sums = dict(target='data.addition:Addition', digits=digits)
+    sums = dict(target='trainer.data.addition:Addition', digits=digits)
     config.data = dict(
-        source=dict(target='data.addition:Numbered', count=100_000),
+        source=dict(target='trainer.data.addition:Numbered', count=100_000),
         transforms=(dict(sums),),
         batch_size=128,
     )
@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
         held_out=dict(
             every='1000 steps',
             data=dict(
-                source=dict(target='data.addition:Numbered', count=5000),
+                source=dict(target='trainer.data.addition:Numbered', count=5000),
                 transforms=(dict(sums, held_out=True),),
                 batch_size=500,
             ),

@@ -26,17 +26,19 @@ def get_config() -> ml_collections.ConfigDict:
     encoder, length = config.vars.get_ref('encoder'), config.vars.get_ref('length')
 
     config.model = dict(
-        target='models.bert:TextClassifier',
-        encoder=dict(target='models.bert:Encoder', layers=6, width=384, heads=12, dropout_rate=0.1),
+        target='trainer.models.bert:TextClassifier',
+        encoder=dict(
+            target='trainer.models.bert:Encoder', layers=6, width=384, heads=12, dropout_rate=0.1
+        ),
         num_classes=8,
     )
     config.init_from = dict(
         path=encoder + '/model.safetensors',
         layout='torch',
         exclude='head/.*',  # It is new.
-        rename=(dict(ref='models.bert:HUGGING_FACE'), ('^', 'encoder/')),
+        rename=(dict(ref='trainer.models.bert:HUGGING_FACE'), ('^', 'encoder/')),
     )
-    config.task = dict(target='trainer.tasks.task:Classification', inputs='tokens')
+    config.task = dict(target='trainer.tasks:Classification', inputs='tokens')
     config.optimizer = dict(
         target='optax:adamw',
         learning_rate=dict(
@@ -51,7 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
         decay_mask='.*/kernel',
     )
 
-    source = dict(target='data.docstrings:Docstrings', tokenizer=encoder, length=length)
+    source = dict(target='trainer.data.docstrings:Docstrings', tokenizer=encoder, length=length)
     config.data = dict(source=dict(source, split='train'), batch_size=32)
     config.evals = dict(
         test=dict(every='1 epochs', data=dict(source=dict(source, split='test'), batch_size=64)),

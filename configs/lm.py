@@ -21,9 +21,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_for = '2000 steps'
 
     config.model = dict(
-        target='models.transformer:Transformer', layers=4, width=256, heads=4, max_length=128
+        target='trainer.models.transformer:Transformer',
+        layers=4,
+        width=256,
+        heads=4,
+        max_length=128,
     )
-    config.task = dict(target='trainer.tasks.task:Classification', inputs='inputs', label='targets')
+    config.task = dict(target='trainer.tasks:Classification', inputs='inputs', label='targets')
     config.optimizer = dict(
         target='optax:adamw',
         learning_rate=dict(
@@ -38,7 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
         clip_norm=1.0,
     )
 
-    source = dict(target='data.text:python_source', seq_len=128)
+    source = dict(target='trainer.data.text:python_source', seq_len=128)
     config.data = dict(source=dict(source, split='train'), batch_size=8)
     config.evals = dict(
         test=dict(
@@ -50,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh = dict(data=-1, fsdp=1, model=1)
     config.sharding = (
         dict(
-            target='trainer.parallel.sharding:ByName',
+            target='trainer.sharding:ByName',
             rules=(
                 ('batch', ('data', 'fsdp')),
                 ('vocab', ('fsdp', 'model')),

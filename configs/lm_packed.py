@@ -21,10 +21,14 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_for = '2000 steps'
 
     config.model = dict(
-        target='models.transformer:Transformer', layers=4, width=256, heads=4, max_length=128
+        target='trainer.models.transformer:Transformer',
+        layers=4,
+        width=256,
+        heads=4,
+        max_length=128,
     )
     config.task = dict(
-        target='trainer.tasks.language:NextToken',
+        target='trainer.tasks:NextToken',
         segments='tokens_segment_ids',
         positions='tokens_positions',
     )
@@ -42,14 +46,17 @@ def get_config() -> ml_collections.ConfigDict:
         clip_norm=1.0,
     )
 
-    source = dict(target='data.text:python_documents')
+    source = dict(target='trainer.data.text:python_documents')
     stages = (
         # A file of a few lines says little.
-        dict(target='data.stages:Filter', keep=dict(target='data.stages:LongerThan', length=64)),
-        dict(target='data.stages:Pack', length=128),
+        dict(
+            target='trainer.data.stages:Filter',
+            keep=dict(target='trainer.data.stages:LongerThan', length=64),
+        ),
+        dict(target='trainer.data.stages:Pack', length=128),
     )
     config.data = dict(
-        loader=dict(target='data.streaming:StreamLoader', stages=stages),
+        loader=dict(target='trainer.data.streaming:StreamLoader', stages=stages),
         source=dict(source, split='train'),
         batch_size=8,
     )
@@ -57,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
         test=dict(
             every='1000 steps',
             data=dict(
-                loader=dict(target='data.streaming:StreamEvalLoader', stages=stages),
+                loader=dict(target='trainer.data.streaming:StreamEvalLoader', stages=stages),
                 source=dict(source, split='test'),
                 batch_size=32,
             ),

@@ -16,13 +16,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0
     config.train_for = '10 epochs'
 
-    config.model = dict(target='models.cnn_nnx:CNN', num_classes=10)
-    config.task = dict(target='trainer.tasks.task:Classification')
+    config.model = dict(target='trainer.models.cnn_nnx:CNN', num_classes=10)
+    config.task = dict(target='trainer.tasks:Classification')
     config.optimizer = dict(target='optax:sgd', learning_rate=0.01, momentum=0.9)
 
-    to_float = dict(target='data.transforms:ToFloat', key='image')
+    to_float = dict(target='trainer.data.transforms:ToFloat', key='image')
     config.data = dict(
-        source=dict(target='data.mnist:MNIST', split='train'),
+        source=dict(target='trainer.data.mnist:MNIST', split='train'),
         device_transforms=(to_float,),
         batch_size=32,
     )
@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
         test=dict(
             every='1 epochs',
             data=dict(
-                source=dict(target='data.mnist:MNIST', split='test'),
+                source=dict(target='trainer.data.mnist:MNIST', split='test'),
                 device_transforms=(to_float,),
                 batch_size=512,
             ),

@@ -20,9 +20,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_for = '4 epochs'
 
     config.model = dict(
-        target='models.resnet:ResNet', stages=(1, 1, 1), features=32, num_classes=10
+        target='trainer.models.resnet:ResNet', stages=(1, 1, 1), features=32, num_classes=10
     )
-    config.task = dict(target='trainer.tasks.task:Classification', label_smoothing=0.1)
+    config.task = dict(target='trainer.tasks:Classification', label_smoothing=0.1)
     config.optimizer = dict(
         target='optax:adamw',
         learning_rate=dict(
@@ -37,19 +37,19 @@ def get_config() -> ml_collections.ConfigDict:
     )
     config.ema = dict(decay=0.99)
 
-    to_float = dict(target='data.transforms:ToFloat', key='image')
+    to_float = dict(target='trainer.data.transforms:ToFloat', key='image')
     config.data = dict(
-        source=dict(target='data.mnist:MNIST', split='train'),
-        transforms=(dict(target='data.transforms:RandomCrop', padding=2),),
+        source=dict(target='trainer.data.mnist:MNIST', split='train'),
+        transforms=(dict(target='trainer.data.transforms:RandomCrop', padding=2),),
         device_transforms=(to_float,),
         batch_size=128,
     )
     test = dict(
-        source=dict(target='data.mnist:MNIST', split='test'),
+        source=dict(target='trainer.data.mnist:MNIST', split='test'),
         device_transforms=(to_float,),
         batch_size=500,
     )
-    plain = dict(target='trainer.tasks.task:Classification')
+    plain = dict(target='trainer.tasks:Classification')
     config.evals = dict(
         test=dict(every='1 epochs', task=plain, data=test),
         test_ema=dict(every='1 epochs', task=plain, data=test, ema=True),

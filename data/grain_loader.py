@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .digest import DataDigest
+from .compat import worker_death
 from .loader import Block, TrainLoader
 from .order import PADDING, Marks
 from .record_errors import describe
@@ -21,7 +21,7 @@ from .workers import WorkerError, portable, prefetched
 
 
 class GrainLoader:
-    """The batches of `data.loader.TrainLoader`, read and transformed ahead of time by Grain.
+    """The batches of `TrainLoader`, read and transformed ahead of time by Grain.
 
     For records that are read from disk and decoded. What stands in memory is quicker with
     TrainLoader: a gather of many rows costs less than handing them over.
@@ -58,7 +58,7 @@ class GrainLoader:
             transforms: run over the rows of each task, see `data.transforms`.
             seed: of the order and of random transforms.
             shuffle: a new order in each epoch, or the source's.
-            remainder: 'carry', 'pad' or 'drop': see `data.order.Order`.
+            remainder: 'carry', 'pad' or 'drop': see `trainer.data.order.Order`.
             repeat_batch: use only the first so many batches, over and over.
             workers: processes that read and transform; 0 for threads of this one, which suffice
                 where the work is done outside Python (files, decoding of images).
@@ -118,10 +118,6 @@ class GrainLoader:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
         return self._loader.spec
 
-    def new_digest(self) -> DataDigest:
-        """Returns a digest that has counted no batch yet."""
-        return self._loader.new_digest()
-
     def block(self, start: int, count: int, rows: slice | np.ndarray = slice(None)) -> Block:
         """Returns the batches of the steps [start, start + count).
 
@@ -175,7 +171,7 @@ class GrainLoader:
         ids = self._loader.order(step, 1)[0][0, rows]
         records = ', '.join(describe(self._source, i) for i in ids.tolist() if i != PADDING)
         return WorkerError(
-            f'a worker process of the data has died: {str(error).split(". ")[0]}. What it owed '
+            f'a worker process of the data has died: {worker_death(error)}. What it owed '
             f'begins with rows {rows[0]} to {rows[-1]} of the batch at position {step}: {records}. '
             'Exit code -9 is a kill from outside, often for want of memory (fewer workers, or a '
             'smaller `ahead`, need less); -11 is a crash in the library that decodes the record.'

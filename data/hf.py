@@ -154,7 +154,7 @@ class HuggingFaceStream:
         if files < count:
             raise ValueError(
                 f'data_files: {count} processes read files of their own, and there are {files}; '
-                'split them up, or use data.hf:HuggingFace'
+                'split them up, or use trainer.data.hf:HuggingFace'
             )
         return _Part(self._items, self._keys, index, count)
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
-from .digest import DataDigest
 from .order import PADDING, Marks, Order, after
 from .record_errors import blame
 from .sources import Arrays, ArraySpec, Source, check_rows, check_source
@@ -70,7 +69,7 @@ class TrainLoader:
             transforms: run over every block, see `data.transforms`.
             seed: of the order and of random transforms.
             shuffle: a new order in each epoch, or the source's.
-            remainder: 'carry', 'pad' or 'drop': see `data.order.Order`.
+            remainder: 'carry', 'pad' or 'drop': see `trainer.data.order.Order`.
             repeat_batch: use only the first so many batches, over and over, to see a model overfit.
 
         Raises:
@@ -131,10 +130,6 @@ class TrainLoader:
         if self._repeat is None:  # Otherwise the repeated batches are still the first ones.
             loader._order = order
         return loader
-
-    def new_digest(self) -> DataDigest:
-        """Returns a digest that has counted no batch yet."""
-        return DataDigest()
 
     def order(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the example in each row, and its epoch, both int64 (count, batch_size).
@@ -287,7 +282,7 @@ def _masked(arrays: Arrays, ids: np.ndarray) -> Arrays:
     if MASK in arrays:
         raise ValueError(
             f'a field of the batch is named {MASK!r}, as is the mask of padded rows; rename it '
-            'with data.transforms:Rename'
+            'with trainer.data.transforms:Rename'
         )
     return {**arrays, MASK: ids != PADDING}
 

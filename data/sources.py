@@ -56,7 +56,7 @@ def check_source(source: Source) -> None:
         raise TypeError(
             f'the source {_name(source)} has no {missing[0]}; a source has __len__, spec and '
             'gather(indices). Wrap an object with __len__ and __getitem__ in '
-            'data.sources:RandomAccessSource'
+            'trainer.data.sources:RandomAccessSource'
         )
     if not len(source):
         return

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
-from .digest import DataDigest
 from .loader import MASK, Block
 from .order import PADDING, Marks
 from .sources import Arrays, ArraySpec
@@ -120,7 +119,7 @@ class StreamLoader(_Loader):
         """Makes a loader; nothing is read before it is asked for something.
 
         Args:
-            source: what is read, see `data.stream_pipeline.Pipeline`.
+            source: what is read, see `trainer.data.stream_pipeline.Pipeline`.
             batch_size: rows of a global batch.
             transforms: run over every batch, see `data.transforms`.
             stages: what examples run through before they are batched, see `data.stages`.
@@ -170,10 +169,6 @@ class StreamLoader(_Loader):
         if self._repeat is None:
             loader._shift = examples - batch_sizes[-1][0] * self.batch_size
         return loader
-
-    def new_digest(self) -> DataDigest:
-        """Returns a digest that has counted no batch yet."""
-        return DataDigest()
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> Block:
         """Returns the batches of the steps [start, start + count): the next ones, or the first.
@@ -253,7 +248,7 @@ class StreamEvalLoader(_Loader):
         """Makes a loader; nothing is read before it is asked for something.
 
         Args:
-            source: what is read, see `data.stream_pipeline.Pipeline`.
+            source: what is read, see `trainer.data.stream_pipeline.Pipeline`.
             batch_size: examples in a batch.
             transforms: run over every batch; random ones draw by an example's place.
             stages: what examples run through before they are batched, see `data.stages`.

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """BERT's transformer encoder (Devlin et al., 2018), and what text models put on top of it.
 
-The names of its axes are those of `models.transformer`: `config.sharding` maps them to devices.
+The names of its axes are those of `trainer.models.transformer`: `config.sharding` maps them to
+devices.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from flax import nnx
 
 
 class CNN(nnx.Module):
-    """Two convolutions with average pooling, then two dense layers: `models.cnn:CNN` in NNX."""
+    """Two convolutions with average pooling, then two dense layers: `models/cnn.py` in NNX."""
 
     def __init__(
         self,

@@ -110,7 +110,7 @@ class ResNet(nn.Module):
             'small': a convolution of 3 x 3 for images of some thirty pixels.
         momentum: of the running statistics.
         norm_groups: groups of rows that are normalised by statistics of their own in training: see
-            `models.norm:GroupedBatchNorm`. With one they are those of the global batch.
+            `trainer.models.norm:GroupedBatchNorm`. With one they are those of the global batch.
         activation: after each normalisation.
         dtype: of the computation; None follows inputs and parameters.
     """

@@ -154,7 +154,7 @@ class Transformer(nn.Module):
             of keeping them; or what is kept, a name of `jax.checkpoint_policies` such as
             'dots_saveable'.
         decode: keep keys and values from call to call, in the collection 'cache': each call goes on
-            behind the tokens of the last one. For `models.generation`.
+            behind the tokens of the last one. For `trainer.models.generation`.
         dtype: of the computation, such as bfloat16; None follows the parameters.
         param_dtype: of the parameters.
     """

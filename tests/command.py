@@ -41,14 +41,26 @@ def xla_flags(devices: int = 1) -> str:
     return ' '.join([*others, f'{count}{devices}'])
 
 
+def environment(python: str = sys.executable, devices: int = 1) -> dict[str, str]:
+    """Returns the variables of a process; another Python than this one has the package in it."""
+    variables = {**os.environ, 'XLA_FLAGS': xla_flags(devices), 'PYTHONPATH': str(ROOT)}
+    if python != sys.executable:
+        del variables['PYTHONPATH']
+    return variables
+
+
 def start(
-    *args: str, cwd: pathlib.Path = ROOT, devices: int = 1, group: bool = False
+    *args: str,
+    cwd: pathlib.Path = ROOT,
+    devices: int = 1,
+    group: bool = False,
+    python: str = sys.executable,
 ) -> subprocess.Popen[str]:
     """Starts `python -m trainer.main` on so many virtual devices, in a group of its own or not."""
     return subprocess.Popen(
-        [sys.executable, '-m', 'trainer.main', *args],
+        [python, '-m', 'trainer.main', *args],
         cwd=cwd,
-        env={**os.environ, 'XLA_FLAGS': xla_flags(devices), 'PYTHONPATH': str(ROOT)},
+        env=environment(python, devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -56,10 +68,12 @@ def start(
     )
 
 
-def run(*args: str, cwd: pathlib.Path = ROOT, devices: int = 1) -> Finished:
+def run(
+    *args: str, cwd: pathlib.Path = ROOT, devices: int = 1, python: str = sys.executable
+) -> Finished:
     """Runs the command to its end."""
     began = time.monotonic()
-    process = start(*args, cwd=cwd, devices=devices)
+    process = start(*args, cwd=cwd, devices=devices, python=python)
     [(out, err)] = ends(process)
     return Finished(process.returncode, out, err, time.monotonic() - began)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import pathlib
 import re
 import shlex
@@ -43,20 +42,28 @@ STEPS = 3
 class Project:
     """A directory of the user's own, with the README's files and nothing of ours."""
 
-    def __init__(self, root: pathlib.Path):
+    def __init__(self, root: pathlib.Path, python: str = sys.executable):
+        """Writes the files.
+
+        Args:
+            root: the directory.
+            python: runs commands and scripts: this one, with the checkout, or one with the wheel.
+        """
         self.root = root
+        self.python = python
         self._ran: dict[str, command.Finished] = {}
         for name, text in FILES.items():
             (root / name).parent.mkdir(exist_ok=True)
-            # The run that is exported is shorter here.
-            (root / name).write_text(text.replace('export_18750', f'export_{STEPS}'))
+            # The run that is exported is shorter here, and so is that of the language model.
+            text = text.replace('export_18750', f'export_{STEPS}')
+            (root / name).write_text(text.replace("train_for='50 ", f"train_for='{STEPS} "))
 
     def run(self, line: str) -> command.Finished:
         """Runs a command of the README, once, after those that it needs."""
         if line not in self._ran:
             for other in needs(line):
                 self.run(other)
-            self._ran[line] = run(line, self.root)
+            self._ran[line] = run(line, self.root, python=self.python)
             assert self._ran[line].code == 0, self._ran[line].err
         return self._ran[line]
 
@@ -65,9 +72,9 @@ class Project:
         for other in needs(FILES[name]):
             self.run(other)
         done = subprocess.run(
-            [sys.executable, name],
+            [self.python, name],
             cwd=self.root,
-            env={**os.environ, 'PYTHONPATH': str(command.ROOT), 'XLA_FLAGS': command.xla_flags()},
+            env=command.environment(self.python),
             capture_output=True,
             text=True,
             timeout=300,
@@ -90,14 +97,14 @@ def needs(text: str) -> list[str]:
     return found
 
 
-def run(line: str, cwd: pathlib.Path, *more: str) -> command.Finished:
+def run(line: str, cwd: pathlib.Path, *more: str, python: str = sys.executable) -> command.Finished:
     """Runs a line of the README as it stands, but for a shorter run and evaluation."""
     name, *args = shlex.split(line)
     devices = 1
     if match := re.fullmatch(r'XLA_FLAGS=--xla_force_host_platform_device_count=(\d)', name):
         devices, (name, *args) = int(match[1]), args
     assert name in ('python', 'launch/local.sh')
-    args = args[args.index('trainer.main') + 1 :] if name == 'python' else args
+    args = args[args.index('-m') + 2 :] if name == 'python' else args
     if 'helpconfig' not in line and '=mine/' not in line:
         args.append(f'--config.train_for={STEPS}steps')
     if 'configs/lm' in line and 'mode=' not in line:
@@ -106,4 +113,4 @@ def run(line: str, cwd: pathlib.Path, *more: str) -> command.Finished:
         args.append('--config.evals={}')
     elif 'configs/mnist' in line and 'evals={}' not in line:
         args.append('--config.evals.test.data.source.limit=1000')
-    return command.run(*args, *more, cwd=cwd, devices=devices)
+    return command.run(*args, *more, cwd=cwd, devices=devices, python=python)

@@ -81,7 +81,7 @@ def test_every_key_is_read(name: str) -> None:
 
 def test_each_of_them_is_run() -> None:
     assert set(SHORT) | WEIGHTS == set(NAMES)
-    assert "'docstrings.py'" in (ROOT / 'tests' / 'convert' / 'test_finetune.py').read_text()
+    assert "'docstrings.py'" in (ROOT / 'tests' / 'weights' / 'test_finetune.py').read_text()
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.sources import ArraySource
-from data.stream_pipeline import Pipeline
-from data.stream_reader import Reader
 from tests import small
 from tests.command import ROOT
 from tests.marks import slow_except
@@ -29,6 +26,9 @@ from trainer.checkpoint import checked, empty
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config import json_text
 from trainer.config.errors import UserError
+from trainer.data.sources import ArraySource
+from trainer.data.stream_pipeline import Pipeline
+from trainer.data.stream_reader import Reader
 from trainer.observe.progress import Nowhere
 from trainer.observe.writers import MetricsFile
 from trainer.parallel.signals import StopRequest
@@ -133,7 +133,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
             read()
     recovery.check()
     if with_arrays:
-        recovery.start()
+        recovery.start(trainer.set_up().programs)
         # The child that it forks holds the claim of the directory until it has become git.
         for thread in threading.enumerate():
             if thread.name == 'provenance':
@@ -151,7 +151,7 @@ def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
     """Does with the metadata what `Recovery.start` does."""
     empty.stored(meta)
     BatchSizes.of_checkpoint(meta, 64).going_on(50, 64)
-    recovery._consumed.restore(50, meta, begin_anew=False)
+    recovery._consumed.restore(50, meta, may_restart=False)
     recovery._look_at_data()
     recovery._tell_data_changes(50, meta)
     with contextlib.suppress(ValueError):  # Which `with_health` puts into words.

@@ -12,7 +12,7 @@ from flax.training.early_stopping import EarlyStopping as FlaxEarlyStopping
 
 from tests import command
 from tests.command import ROOT
-from trainer.build.early_stopping import EarlyStopping
+from trainer.builders.early_stopping import EarlyStopping
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.run.early_stopping import Patience
@@ -90,7 +90,10 @@ def test_a_name_that_does_not_tell_which_values_are_better(key: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
-    late = {'every': 'never', 'data': {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}}
+    late = {
+        'every': 'never',
+        'data': {'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test'}},
+    }
     Trainer(build(evals__late=late)).fit()
     said = capsys.readouterr().out
     assert said.count('early stopping: eval/test/loss has not improved on') == 1
@@ -134,7 +137,10 @@ def test_a_run_ends_early_and_goes_on_counting(
 
 
 def test_the_other_evaluations_run_at_that_end() -> None:
-    late = {'every': 'never', 'data': {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}}
+    late = {
+        'every': 'never',
+        'data': {'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test'}},
+    }
     late['data']['batch_size'] = 1000  # type: ignore[index]
     result = Trainer(build(evals__late=late)).fit()
     assert result.status == 'stopped_early'

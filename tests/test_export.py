@@ -55,16 +55,16 @@ def written(
 
 
 def examples(trainer: Trainer) -> np.ndarray:
-    return trainer.set_up().evaluators['test'].loader.block(0, 1).arrays['image'][0][:64]
+    return trainer.set_up().evaluators['test'].data.block(0, 1).arrays['image'][0][:64]
 
 
 RUNS: dict[str, dict[str, Any]] = {
     'batch_stats': {'model__batch_norm': True, 'model__dropout_rate': 0.5},
     'average': {'ema': {'decay': 0.5}, 'evals__test__ema': True},
-    'nnx': {'model__target': 'models.mlp_nnx:MLP', 'model__batch_norm': True},
+    'nnx': {'model__target': 'trainer.models.mlp_nnx:MLP', 'model__batch_norm': True},
     'ensemble': {'ensemble': {'size': 3}},
     'cut': {'mesh': {'data': 4, 'model': 2}, 'sharding': ({
-        'target': 'trainer.parallel.sharding:ByPath',
+        'target': 'trainer.sharding:ByPath',
         'rules': (('Dense_0/kernel', (None, 'model')),),
     },)},
 }  # fmt: skip

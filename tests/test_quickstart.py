@@ -80,7 +80,7 @@ def test_predictions_are_written_without_padding(tmp_path: pathlib.Path) -> None
     assert 'predictions_test_200.npz: 77 rows of class, probability' in finished.out
     predictions = np.load(tmp_path / 'predictions_test_200.npz')
     assert predictions['class'].shape == predictions['probability'].shape == (77,)
-    from data.mnist import MNIST
+    from trainer.data.mnist import MNIST
 
     labels = MNIST('test').gather(np.arange(77))['label']
     accuracy = float((predictions['class'] == labels).mean())

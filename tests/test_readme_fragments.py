@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from optax import contrib
 
-from models.transformer import Transformer
 from tests import command
 from tests.parallel import group
 from tests.readme import BLOCKS, FRAGMENTS, OVERRIDES, TEXTS, Project, needs, run
 from trainer.config import loading, overrides, schema
 from trainer.experiment import Experiment, build
+from trainer.models.transformer import Transformer
 from trainer.trainer import Trainer
 from trainer.weights import safetensors
 
@@ -178,7 +178,7 @@ def cut(text: str) -> None:
 
 def threaded(text: str) -> None:
     trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
-    assert type(trainer.experiment.data).__name__ == 'GrainLoader'
+    assert type(trainer.experiment.data.loader).__name__ == 'GrainLoader'
 
 
 def packed(text: str) -> None:
@@ -222,8 +222,8 @@ def watched(text: str) -> None:
 
 # By a word of the fragment: the config that it belongs into, and what it must have done there.
 CASES: dict[str, Callable[..., None]] = {
-    'stacking:Stack': stacked,
-    'surgery:Resize': edited,
+    'weights:Stack': stacked,
+    'weights:Resize': edited,
     "layout='torch'": from_torch,
     'vary=': swept,
     'dict(ensemble=4': spread,

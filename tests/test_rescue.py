@@ -23,8 +23,8 @@ from trainer.config.errors import UserError, full_text
 from trainer.hooks import Event
 from trainer.run.failure import NonFiniteError
 from trainer.run.result import Result
+from trainer.tasks import Classification
 from trainer.tasks.metrics import WeightedMean
-from trainer.tasks.task import Classification
 from trainer.trainer import Trainer
 
 Hook = Callable[[Event], None]

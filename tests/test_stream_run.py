@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.mnist import MNIST
 from tests import command
 from tests.command import ROOT
 from tests.parallel import group
 from trainer.config.errors import UserError
+from trainer.data.mnist import MNIST
 from trainer.experiment import Experiment, load_and_build
 from trainer.trainer import Trainer
 from trainer.weights import restore
@@ -86,8 +86,8 @@ def test_a_stream_without_a_place_begins_anew_if_it_may(
 ) -> None:
     """The data of the checkpoint was none; what is kept is the rest of the state."""
     plain = {
-        'data__loader': {'target': 'data.loader:TrainLoader'},
-        'data__source': {'target': 'data.text:python_source', 'seq_len': 128},
+        'data__loader': {'target': 'trainer.data.loader:TrainLoader'},
+        'data__source': {'target': 'trainer.data.text:python_source', 'seq_len': 128},
         'task': {'tokens': 'inputs', 'segments': None, 'positions': None},
         'evals': {},
     }
@@ -107,8 +107,10 @@ def is_small(example: dict[str, Any]) -> bool:
 
 def filtered() -> list[str]:
     loader = {
-        'target': 'data.streaming:StreamEvalLoader',
-        'stages': [{'target': 'data.stages:Filter', 'keep': {'ref': f'{__name__}:is_small'}}],
+        'target': 'trainer.data.streaming:StreamEvalLoader',
+        'stages': [
+            {'target': 'trainer.data.stages:Filter', 'keep': {'ref': f'{__name__}:is_small'}}
+        ],
     }
     return [f'--config.evals.test.data.loader={json.dumps(loader)}']
 

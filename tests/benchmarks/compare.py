@@ -185,8 +185,8 @@ def input_(args: argparse.Namespace) -> None:
     """Examples per second of the loader over those of a bare numpy gather."""
     import numpy as np
 
-    from data.loader import TrainLoader
-    from data.mnist import MNIST
+    from trainer.data.loader import TrainLoader
+    from trainer.data.mnist import MNIST
 
     source = MNIST('train')
     loader = TrainLoader(source=source, batch_size=256)

@@ -58,7 +58,7 @@ class CNN(nn.Module):
 def transformer() -> nn.Module:
     """Returns the transformer of `configs/lm.py`: the loops are compared, and not two models."""
     sys.path.insert(0, str(_ROOT))
-    from models.transformer import Transformer
+    from trainer.models.transformer import Transformer
 
     return Transformer(layers=4, width=256, heads=4, max_length=128)
 
@@ -66,7 +66,7 @@ def transformer() -> nn.Module:
 def load_text() -> tuple[np.ndarray, np.ndarray]:
     """Returns tokens (n, 128) and the tokens after them."""
     sys.path.insert(0, str(_ROOT))
-    from data.text import python_source
+    from trainer.data.text import python_source
 
     arrays = python_source(128).gather(np.arange(20_000))
     return arrays['inputs'], arrays['targets']

@@ -83,8 +83,8 @@ def _take(reader: Iterator[Any], batches: int) -> None:
 
 def memory(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
     """MNIST, shuffled."""
-    from data.loader import TrainLoader
-    from data.mnist import MNIST
+    from trainer.data.loader import TrainLoader
+    from trainer.data.mnist import MNIST
 
     source = MNIST('train')
     whole = source.gather(np.arange(len(source)))
@@ -111,7 +111,7 @@ def memory(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
 
 def records(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
     """JPEGs of 224 x 224 pixels, decoded."""
-    from data.array_record import ArrayRecord
+    from trainer.data.array_record import ArrayRecord
 
     write_pictures(directory)
     path = str(directory / '*.array_record')
@@ -122,7 +122,7 @@ def tfds(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
     """The same pictures as a dataset of TFDS, which brings its own decoding."""
     import tensorflow_datasets
 
-    from data.tfds import TFDS
+    from trainer.data.tfds import TFDS
 
     write_pictures(directory)
     subprocess.run([sys.executable, '-c', _PREPARE, str(directory)], check=True, cwd=ROOT)
@@ -133,7 +133,7 @@ def tfds(directory: pathlib.Path) -> tuple[dict[str, Batches], int]:
 
 
 def _decoders(source: Any, items: Any) -> tuple[dict[str, Batches], int]:
-    from data.grain_loader import GrainLoader
+    from trainer.data.grain_loader import GrainLoader
 
     def ours(**options: Any) -> Batches:
         return lambda: _blocks(GrainLoader(source=source, batch_size=BATCH, **options), 1)
@@ -209,7 +209,7 @@ def write_pictures(directory: pathlib.Path) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
     from PIL import Image
 
-    from data.mnist import MNIST
+    from trainer.data.mnist import MNIST
 
     source, rng = MNIST('train'), np.random.default_rng(0)
     for part in range(4):

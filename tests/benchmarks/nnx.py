@@ -17,7 +17,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-MODELS = {'mlp': 'models.mlp_nnx:MLP', 'cnn': 'models.cnn_nnx:CNN'}
+MODELS = {'mlp': 'trainer.models.mlp_nnx:MLP', 'cnn': 'trainer.models.cnn_nnx:CNN'}
 
 
 def main() -> None:

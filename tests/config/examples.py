@@ -15,15 +15,15 @@ def config() -> ml_collections.ConfigDict:
         dict(
             seed=0,
             train_for='2 epochs',
-            model=dict(target='models.mlp:MLP', features=(64, 10), dropout_rate=0.0),
-            task=dict(target='trainer.tasks.task:Classification', weight=None),
+            model=dict(target='trainer.models.mlp:MLP', features=(64, 10), dropout_rate=0.0),
+            task=dict(target='trainer.tasks:Classification', weight=None),
             optimizer=dict(target='optax:sgd', learning_rate=0.1, momentum=0.9, nesterov=False),
             data=dict(
-                source=dict(target='data.mnist:MNIST', split='train'),
+                source=dict(target='trainer.data.mnist:MNIST', split='train'),
                 batch_size=32,
                 transforms=(
-                    dict(target='data.transforms:ToFloat', key='image'),
-                    dict(target='data.transforms:RandomCrop', padding=2),
+                    dict(target='trainer.data.transforms:ToFloat', key='image'),
+                    dict(target='trainer.data.transforms:RandomCrop', padding=2),
                 ),
             ),
             vars=dict(pairs=((1, 2.0), (3, 4.0)), names=('a', 'b'), numbers=[1, 2]),

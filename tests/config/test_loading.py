@@ -8,13 +8,14 @@ import pathlib
 import pytest
 
 from tests import command
-from trainer.config import loading, overrides, schema, show
+from tests.command import ROOT
+from trainer.config import identity, loading, overrides, schema, show
 from trainer.config.errors import UserError
 
 HEAD = 'import ml_collections\n'
 PLACEHOLDERS = HEAD + (
     'def get_config():\n'
-    '    config = ml_collections.ConfigDict(dict(model=dict(target="models.cnn:CNN")))\n'
+    '    config = ml_collections.ConfigDict(dict(model=dict(target="trainer.models.cnn:CNN")))\n'
     '    config.model.hidden = ml_collections.config_dict.required_placeholder(int)\n'
     '    config.model.dropout_rate = ml_collections.config_dict.placeholder(float)\n'
     '    config.model.num_classes = 3\n'
@@ -53,11 +54,27 @@ def test_signatures_that_cannot_be_called(
         load(tmp_path, f'def get_config({signature}):\n    return 1\n', arg)
 
 
+@pytest.mark.parametrize('spec', ['configs/mnist.py', 'mnist'])
 def test_a_bundled_config_is_found_from_anywhere(
+    spec: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    loaded = loading.load(spec)
+    assert (loaded.name, loaded.path) == ('mnist', ROOT / 'configs' / 'mnist.py')
+    assert identity.default_workdir(loaded, []) == 'runs/mnist'
+
+
+def test_a_config_of_ones_own_comes_before_a_bundled_one(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert loading.load('configs/mnist.py').name == 'mnist'
+    (tmp_path / 'mnist').mkdir()  # Is not what --config=mnist means.
+    (tmp_path / 'configs').mkdir()
+    (tmp_path / 'configs' / 'mnist.py').write_text(returning('3'))
+    for spec in ('configs/mnist.py', 'mnist'):
+        assert loading.load(spec).config.a == 3
+    with pytest.raises(UserError, match="'configs' is a directory"):
+        loading.load('configs')
 
 
 def test_a_config_file_may_define_dataclasses(tmp_path: pathlib.Path) -> None:
@@ -110,7 +127,7 @@ def test_the_mode_config_shows_what_is_required(tmp_path: pathlib.Path) -> None:
     file = tmp_path / 'waiting.py'
     file.write_text(
         'import ml_collections\n\n\ndef get_config():\n'
-        '    config = ml_collections.ConfigDict({"model": {"target": "models.mlp:MLP"}})\n'
+        '    config = ml_collections.ConfigDict({"model": {"target": "trainer.models.mlp:MLP"}})\n'
         '    config.model.features = ml_collections.config_dict.required_placeholder(tuple)\n'
         '    config.seed = ml_collections.config_dict.required_placeholder(int)\n'
         '    for name in ("task", "data", "optimizer", "train_for"):\n'
@@ -140,7 +157,7 @@ def test_a_merge_gives_a_required_placeholder_its_value(tmp_path: pathlib.Path) 
     config = load(tmp_path, PLACEHOLDERS).config
     overrides.apply(config, [('model', '{"hidden": 7}')])
     assert loading.plain(config)['model'] == {
-        'target': 'models.cnn:CNN', 'hidden': 7, 'dropout_rate': None, 'num_classes': 3,
+        'target': 'trainer.models.cnn:CNN', 'hidden': 7, 'dropout_rate': None, 'num_classes': 3,
     }  # fmt: skip
 
 

@@ -42,7 +42,9 @@ def test_suggestions(path: str, meant: str) -> None:
 )
 def test_more_suggestions(path: str, meant: str) -> None:
     changed = config()
-    changed.evals = dict(test=dict(data=dict(source=dict(target='data.mnist:MNIST', split='a'))))
+    changed.evals = dict(
+        test=dict(data=dict(source=dict(target='trainer.data.mnist:MNIST', split='a')))
+    )
     with pytest.raises(UserError) as error:
         overrides.apply(changed, [(path, '1')])
     assert str(error.value).startswith(f'config.{path}: there is no such key.')
@@ -119,7 +121,11 @@ def test_a_long_path_costs_no_time() -> None:
     [
         ('checkpoint={"evry": 1}', 'checkpoint.evry', 'Did you mean config.checkpoint.every?'),
         ('guard={"nosuch": 1}', 'guard.nosuch', 'config.guard has: non_finite.'),
-        ('model={"items": 1}', 'model.items', 'models.mlp:MLP takes no such argument. It takes:'),
+        (
+            'model={"items": 1}',
+            'model.items',
+            'trainer.models.mlp:MLP takes no such argument. It takes:',
+        ),
         ('data={"source": {"splt": "a"}}', 'data.source.splt', 'mean config.data.source.split?'),
         (
             'optimizer.learning_rate={"target": "optax:linear_schedule", "init_vale": 1}',
@@ -127,9 +133,9 @@ def test_a_long_path_costs_no_time() -> None:
             'Did you mean config.optimizer.learning_rate.init_value?',
         ),
         (
-            'data.transforms=[{"target": "data.transforms:ToFloat", "kye": "image"}]',
+            'data.transforms=[{"target": "trainer.data.transforms:ToFloat", "kye": "image"}]',
             'data.transforms[0].kye',
-            'data.transforms:ToFloat takes no such argument. It takes: key, ',
+            'trainer.data.transforms:ToFloat takes no such argument. It takes: key, ',
         ),
         (
             'evals={"a": {"data": {"sauce": 1}}}',
@@ -175,13 +181,15 @@ def test_a_wrong_name_within_a_dict(given: str, path: str, meant: str) -> None:
         ('model.seed', 'Did you mean config.seed?'),
         ('optimizer.decay', 'Weight decay is an argument of the optimizer'),
         ('mode', 'Write --mode=train'),
-        ('num_workers', '"data.grain_loader:GrainLoader", "workers": 4'),
-        ('data.num_workers', '"data.grain_loader:GrainLoader", "workers": 4'),
+        ('num_workers', '"trainer.data.grain_loader:GrainLoader", "workers": 4'),
+        ('data.num_workers', '"trainer.data.grain_loader:GrainLoader", "workers": 4'),
     ],
 )
 def test_words_of_other_frameworks(path: str, hint: str) -> None:
     changed = config()
-    changed.evals = dict(test=dict(data=dict(source=dict(target='data.mnist:MNIST', split='a'))))
+    changed.evals = dict(
+        test=dict(data=dict(source=dict(target='trainer.data.mnist:MNIST', split='a')))
+    )
     with pytest.raises(UserError) as error:
         overrides.apply(changed, [(path, '1')])
     assert str(error.value).startswith(f'config.{path}: there is no such key. ')
@@ -198,7 +206,7 @@ def test_weight_decay_of_an_optimizer_that_has_it() -> None:
 
 def test_a_sibling_may_be_what_a_foreign_word_means() -> None:
     changed = config()
-    changed.data.loader = dict(target='data.grain_loader:GrainLoader', workers=2)
+    changed.data.loader = dict(target='trainer.data.grain_loader:GrainLoader', workers=2)
     rate = dict(target='optax:exponential_decay', init_value=0.1, transition_steps=9)
     changed.optimizer = dict(target='optax:adamw', learning_rate={**rate, 'decay_rate': 0.9})
     for path, meant in (
@@ -213,7 +221,7 @@ def test_a_sibling_may_be_what_a_foreign_word_means() -> None:
 
 def test_every_path_that_a_word_leads_to_exists() -> None:
     changed = loading.plain(config())
-    changed['evals'] = {'test': {'data': {'source': {'target': 'data.mnist:MNIST'}}}}
+    changed['evals'] = {'test': {'data': {'source': {'target': 'trainer.data.mnist:MNIST'}}}}
     changed['optimizer'] = {'target': 'optax:adamw', 'learning_rate': 0.1}
     for words, leads in synonyms._TABLE:
         for lead in leads:

@@ -34,8 +34,14 @@ def test_types_are_those_of_the_default() -> None:
     assert new['vars'] == {
         'pairs': ((5, 6.0), (7, 8.0)), 'names': ('x', 'y', 'z'), 'numbers': [1, 2, 3]
     }  # fmt: skip
-    assert new['data']['transforms'][1] == {'target': 'data.transforms:RandomCrop', 'padding': 3}
-    assert new['data']['transforms'][0] == {'target': 'data.transforms:ToFloat', 'key': 'image'}
+    assert new['data']['transforms'][1] == {
+        'target': 'trainer.data.transforms:RandomCrop',
+        'padding': 3,
+    }
+    assert new['data']['transforms'][0] == {
+        'target': 'trainer.data.transforms:ToFloat',
+        'key': 'image',
+    }
 
 
 @pytest.mark.parametrize(
@@ -182,8 +188,8 @@ def test_elements_of_nested_tuples() -> None:
 def test_an_argument_of_a_list_element_that_the_file_leaves_out() -> None:
     new = applied('data.transforms[0].scale=0.5')
     assert new['data']['transforms'] == (
-        {'target': 'data.transforms:ToFloat', 'key': 'image', 'scale': 0.5},
-        {'target': 'data.transforms:RandomCrop', 'padding': 2},
+        {'target': 'trainer.data.transforms:ToFloat', 'key': 'image', 'scale': 0.5},
+        {'target': 'trainer.data.transforms:RandomCrop', 'padding': 2},
     )
 
 
@@ -204,13 +210,14 @@ def test_a_merge_loses_nothing_at_any_depth() -> None:
 def test_a_merge_that_changes_the_target_within() -> None:
     changed = config()
     (override,) = overrides.apply(
-        changed, [('data', '{"source": {"target": "data.transforms:Keep", "keys": ("a",)}}')]
+        changed,
+        [('data', '{"source": {"target": "trainer.data.transforms:Keep", "keys": ("a",)}}')],
     )
     assert loading.plain(changed)['data']['source'] == {
-        'target': 'data.transforms:Keep', 'keys': ('a',),
+        'target': 'trainer.data.transforms:Keep', 'keys': ('a',),
     }  # fmt: skip
     assert override.notes == (
-        'config.data.source.split dropped: data.transforms:Keep does not take it',
+        'config.data.source.split dropped: trainer.data.transforms:Keep does not take it',
     )
 
 
@@ -267,7 +274,7 @@ def test_a_dict_used_in_two_places_changes_in_one(tmp_path: pathlib.Path) -> Non
     path.write_text(
         'import ml_collections\n'
         'def get_config():\n'
-        "    part = dict(target='data.mnist:MNIST', split='test')\n"
+        "    part = dict(target='trainer.data.mnist:MNIST', split='test')\n"
         '    config = ml_collections.ConfigDict(dict(a=dict(part=part), b=dict(part=part)))\n'
         '    config.vars = dict(width=3)\n'
         "    config.a.width = config.vars.get_ref('width')\n"
@@ -284,12 +291,12 @@ def test_a_dict_used_in_two_places_changes_in_one(tmp_path: pathlib.Path) -> Non
 def test_what_leads_into_a_default_object_merges_with_it() -> None:
     new = applied('mesh.model=2', 'data.loader.shuffle=false')
     assert new['mesh'] == {'data': -1, 'model': 2}
-    assert new['data']['loader'] == {'target': 'data.loader:TrainLoader', 'shuffle': False}
+    assert new['data']['loader'] == {'target': 'trainer.data.loader:TrainLoader', 'shuffle': False}
     assert applied('mesh={"model": 4}')['mesh'] == {'data': -1, 'model': 4}
 
 
 def test_a_new_evaluation_may_come_whole() -> None:
-    data = {'source': {'target': 'data.mnist:MNIST', 'split': 'test'}}
+    data = {'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test'}}
     new = applied(f'evals.val={{"data": {data}}}')
     assert new['evals'] == {'val': {'data': data}}
     assert schema.read({k: v for k, v in new.items() if k != 'vars'}).evals['val'].final

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths with '~', and folders that are packages without an `__init__.py`."""
+"""Paths with '~'."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import sys
 import numpy as np
 import pytest
 
-from data.mnist import MNIST
-from data.npz import Npz
 from tests.command import ROOT
 from trainer.config import loading, places
 from trainer.config.errors import UserError
+from trainer.data.mnist import MNIST
+from trainer.data.npz import Npz
 from trainer.run.workdir import Workdir
 from trainer.weights import read
 
@@ -85,62 +85,3 @@ def test_the_compile_cache_needs_a_home_directory(home: pathlib.Path) -> None:
     assert finished.stdout.splitlines() == ['None', default, given]
     assert finished.stderr.count('There is no home directory') == 1
     assert not list(pathlib.Path.cwd().iterdir())
-
-
-def test_another_package_of_the_same_name_is_not_part_of_ours(tmp_path: pathlib.Path) -> None:
-    """Its modules would run without what its `__init__.py` does; a plain folder is part of ours."""
-    for package in ('models', 'data'):
-        for folder in ('regular', 'plain'):
-            (tmp_path / folder / package).mkdir(parents=True)
-            (tmp_path / folder / package / f'{folder}.py').write_text('class Mine: ...\n')
-        (tmp_path / 'regular' / package / '__init__.py').write_text('DONE = True\n')
-    code = (
-        'import importlib\n'
-        "for name in ('models', 'data'):\n"
-        "    importlib.import_module(f'{name}.plain')\n"
-        '    print(importlib.import_module(name).__path__)\n'
-        '    try:\n'
-        "        importlib.import_module(f'{name}.regular')\n"
-        '    except ModuleNotFoundError as error:\n'
-        '        print(error)\n'
-    )
-    path = os.pathsep.join(map(str, (ROOT, tmp_path / 'regular', tmp_path / 'plain')))
-    finished = subprocess.run(
-        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        env={**os.environ, 'PYTHONPATH': path},
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    expected = []
-    for package in ('models', 'data'):
-        expected.append(str([str(ROOT / package), str(tmp_path / 'plain' / package)]))
-        expected.append(f"No module named '{package}.regular'")
-    assert finished.stdout.splitlines() == expected
-
-
-@pytest.mark.slow
-def test_folders_without_an_init_file(tmp_path: pathlib.Path) -> None:
-    """Beside our packages of the same names; what both have is not taken for the other."""
-    for package in ('models', 'data'):
-        (tmp_path / package).mkdir()
-        (tmp_path / package / 'mine.py').write_text('class Mine: ...\n')
-    (tmp_path / 'models' / 'mlp.py').write_text('class MLP: ...\nclass Other: ...\n')
-    code = (
-        'from trainer.config import errors, objects\n'
-        "for name in ('models.mine:Mine', 'data.mine:Mine', 'models.cnn:CNN', 'models.mlp:MLP',\n"
-        "             'models.mlp:Other'):\n"
-        '    try:\n'
-        "        print(objects.resolve(name, 'x').__name__)\n"
-        '    except errors.UserError as error:\n'
-        '        print(error)\n'
-    )
-    finished = subprocess.run(
-        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    *found, one, other = finished.stdout.splitlines()
-    assert found == ['Mine', 'Mine', 'CNN']
-    file = tmp_path / 'models' / 'mlp.py'
-    for line, name in ((one, 'MLP'), (other, 'Other')):
-        assert line.startswith(f'x: models.mlp:{name} is in {file} too, which is hidden by ')
-        assert f'add an empty {tmp_path / "models" / "__init__.py"}' in line

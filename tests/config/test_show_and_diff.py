@@ -55,10 +55,11 @@ def test_every_key_of_a_dict_that_replaces_a_number_has_its_origin() -> None:
 
 
 def test_every_key_of_new_objects_has_its_origin() -> None:
-    text = '({"target": "data.transforms:OneHot", "num_classes": 3}, {"target": "a:b"})'
+    text = '({"target": "trainer.data.transforms:OneHot", "num_classes": 3}, {"target": "a:b"})'
     assert overridden(('data.transforms', text)) == [
         f'data.transforms[0].num_classes = 3  # --config.data.transforms={text}',
-        f"data.transforms[0].target = 'data.transforms:OneHot'  # --config.data.transforms={text}",
+        "data.transforms[0].target = 'trainer.data.transforms:OneHot'"
+        f'  # --config.data.transforms={text}',
         f"data.transforms[1].target = 'a:b'  # --config.data.transforms={text}",
     ]
 

@@ -121,7 +121,7 @@ def test_a_word_that_means_nothing(name: str, value: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     ('name', 'meant'),
-    [('adam', 'optax:adam'), ('Regression', 'trainer.tasks.task:Regression')],
+    [('adam', 'optax:adam'), ('Regression', 'trainer.tasks:Regression')],
 )
 def test_a_target_without_its_module(name: str, meant: str) -> None:
     with pytest.raises(UserError, match=rf"got '{name}'\. Did you mean {meant}\?"):
@@ -142,7 +142,7 @@ def overridden(path: str, text: str, **changes: Any) -> Any:
     rate = {'target': 'optax:constant_schedule', 'value': 1.0}
     config = ml_collections.ConfigDict(
         {
-            'model': {'target': 'models.mlp:MLP', 'activation': {'ref': 'flax.linen:relu'}},
+            'model': {'target': 'trainer.models.mlp:MLP', 'activation': {'ref': 'flax.linen:relu'}},
             'optimizer': {'target': 'optax:sgd', 'learning_rate': rate, **changes},
         }
     )

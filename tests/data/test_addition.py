@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.addition import ALPHABET, Addition, Numbered, decode, encode
-from data.rng import ExampleRng
+from trainer.data.addition import ALPHABET, Addition, Numbered, decode, encode
+from trainer.data.rng import ExampleRng
 
 
 def drawn(count: int, *, epoch: int = 0, **options: object) -> list[tuple[int, int, int]]:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from data.array_record import ArrayRecord
-from data.grain_loader import GrainLoader
-from data.loader import TrainLoader
 from trainer.config import targets
 from trainer.config.errors import UserError
+from trainer.data.array_record import ArrayRecord
+from trainer.data.grain_loader import GrainLoader
+from trainer.data.loader import TrainLoader
 
 
 def decode(record: bytes) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def test_a_damaged_file_is_named(shelf: pathlib.Path) -> None:
 
 
 def test_mistakes_are_told_in_words(tmp_path: pathlib.Path) -> None:
-    node = {'target': 'data.array_record:ArrayRecord', 'path': f'{tmp_path}/*.array_record'}
+    node = {'target': 'trainer.data.array_record:ArrayRecord', 'path': f'{tmp_path}/*.array_record'}
     decoder = {'ref': f'{__name__}:decode'}
     with pytest.raises(UserError, match='matches none'):
         targets.instantiate({**node, 'decode': decoder}, 'config.data.source')

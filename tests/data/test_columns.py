@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.grain_loader import GrainLoader
-from data.hf import HuggingFace, HuggingFaceStream
-from data.loader import TrainLoader
-from data.streaming import StreamLoader
 from trainer.config import targets
 from trainer.config.errors import UserError
+from trainer.data.grain_loader import GrainLoader
+from trainer.data.hf import HuggingFace, HuggingFaceStream
+from trainer.data.loader import TrainLoader
+from trainer.data.streaming import StreamLoader
 
 datasets = pytest.importorskip('datasets', reason="needs the extra 'hf'")
 pa = pytest.importorskip('pyarrow')
@@ -236,7 +236,7 @@ def test_text_files_have_floats_too(kind: str, tmp_path: pathlib.Path) -> None:
 
 
 def _refusal(path: str, **options: Any) -> str:
-    node = {'target': 'data.hf:HuggingFace', 'path': path, **options}
+    node = {'target': 'trainer.data.hf:HuggingFace', 'path': path, **options}
     with pytest.raises(UserError) as caught:
         targets.instantiate(node, 'config.data.source')
     return str(caught.value)
@@ -285,7 +285,7 @@ def test_sounds_and_the_like_are_named(tmp_path: pathlib.Path) -> None:
 def test_lists_of_several_lengths_are_for_streams(tmp_path: pathlib.Path) -> None:
     file = _written(tmp_path, {'tokens': pa.array([[1, 2], [3], [4, 5, 6]])})
     source = HuggingFace('parquet', split='train', data_files=file)
-    node = {'target': 'data.loader:TrainLoader', 'source': source, 'batch_size': 2}
+    node = {'target': 'trainer.data.loader:TrainLoader', 'source': source, 'batch_size': 2}
     with pytest.raises(UserError) as caught:
         targets.instantiate(node, 'config.data')
     assert "column 'tokens' has lists of 1 to 3 values" in str(caught.value)

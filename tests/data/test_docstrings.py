@@ -10,7 +10,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from data.docstrings import PACKAGES, Docstrings, encode
+from trainer.data.docstrings import PACKAGES, Docstrings, encode
 
 tokenizers = pytest.importorskip('tokenizers')
 

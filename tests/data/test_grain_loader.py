@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.grain_loader import GrainLoader
-from data.loader import Block, TrainLoader
-from data.sources import Arrays, ArraySource
-from data.transforms import PerExample, RandomCrop, RandomFlip
-from data.workers import WorkerError
 from tests import command
+from trainer.data.grain_loader import GrainLoader
+from trainer.data.loader import Block, TrainLoader
+from trainer.data.sources import Arrays, ArraySource
+from trainer.data.transforms import PerExample, RandomCrop, RandomFlip
+from trainer.data.workers import WorkerError
 
 EXAMPLES = 50
 
@@ -209,8 +209,8 @@ def test_numbers_out_of_range(name: str) -> None:
 
 NOTEBOOK = """
 import numpy as np
-from data.grain_loader import GrainLoader
-from data.sources import ArraySource
+from trainer.data.grain_loader import GrainLoader
+from trainer.data.sources import ArraySource
 
 loader = GrainLoader(source=ArraySource({'x': np.arange(9)}), batch_size=4, workers=1)
 print(loader.block(0, 2).arrays['x'].tolist(), loader.block(0, 2).ids.tolist())
@@ -229,7 +229,7 @@ def test_works_without_parsed_flags_and_ends_unclosed() -> None:
 
 
 GRAIN = (
-    '--config.data.loader.target=data.grain_loader:GrainLoader',
+    '--config.data.loader.target=trainer.data.grain_loader:GrainLoader',
     '--config.data.loader.workers=2',
     '--config.data.loader.task_rows=64',
 )

@@ -11,13 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from data.grain_loader import GrainLoader
-from data.hf import HuggingFace, HuggingFaceStream
-from data.loader import TrainLoader
-from data.streaming import StreamEvalLoader, StreamLoader
 from tests.command import ROOT
 from trainer.config import targets
 from trainer.config.errors import UserError
+from trainer.data.grain_loader import GrainLoader
+from trainer.data.hf import HuggingFace, HuggingFaceStream
+from trainer.data.loader import TrainLoader
+from trainer.data.streaming import StreamEvalLoader, StreamLoader
 
 datasets = pytest.importorskip('datasets', reason="needs the extra 'hf'")
 
@@ -76,7 +76,11 @@ def test_local_files_are_loaded_by_kind(saved: pathlib.Path) -> None:
 def test_mistakes_are_told_in_words(
     options: dict[str, object], message: str, saved: pathlib.Path
 ) -> None:
-    node = {'target': 'data.hf:HuggingFace', **options, 'path': str(saved / str(options['path']))}
+    node = {
+        'target': 'trainer.data.hf:HuggingFace',
+        **options,
+        'path': str(saved / str(options['path'])),
+    }
     with pytest.raises(UserError) as caught:
         targets.instantiate(node, 'config.data.source')
     assert message in str(caught.value)

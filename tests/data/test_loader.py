@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.loader import Block, EvalLoader, TrainLoader
-from data.order import PADDING
-from data.sources import ArraySource, ArraySpec, RandomAccessSource
-from data.transforms import OneHot, PerExample, RandomCrop, RandomFlip, Rename, ToFloat
+from trainer.data.loader import Block, EvalLoader, TrainLoader
+from trainer.data.order import PADDING
+from trainer.data.sources import ArraySource, ArraySpec, RandomAccessSource
+from trainer.data.transforms import OneHot, PerExample, RandomCrop, RandomFlip, Rename, ToFloat
 
 
 def images(n: int = 10) -> ArraySource:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.loader import TrainLoader
-from data.mixture import Mixture
-from data.sources import ArraySource
 from tests.command import ROOT
 from trainer.config.errors import UserError
+from trainer.data.loader import TrainLoader
+from trainer.data.mixture import Mixture
+from trainer.data.sources import ArraySource
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
@@ -79,9 +79,13 @@ def test_what_cannot_be_mixed(sources: Any, weights: Any, message: str) -> None:
 
 
 def test_from_a_config() -> None:
-    mnist = {'target': 'data.mnist:MNIST', 'split': 'train', 'limit': 100}
-    test = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 40}
-    mixture = {'target': 'data.mixture:Mixture', 'sources': (mnist, test), 'weights': (3, 1)}
+    mnist = {'target': 'trainer.data.mnist:MNIST', 'split': 'train', 'limit': 100}
+    test = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 40}
+    mixture = {
+        'target': 'trainer.data.mixture:Mixture',
+        'sources': (mnist, test),
+        'weights': (3, 1),
+    }
     options = {'train_for': '1 epochs', 'evals': {}, 'data__source': mixture}
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
     experiment = load_and_build(config, **options)

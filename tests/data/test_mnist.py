@@ -11,17 +11,17 @@ import shutil
 import numpy as np
 import pytest
 
-import data.mnist
-from data.mnist import MNIST
-from data.sources import ArraySpec
+from tests.command import ROOT
 from tests.marks import slow_after
+from trainer.data.mnist import MNIST
+from trainer.data.sources import ArraySpec
 
 LABELS = 't10k-labels-idx1-ubyte.gz'
 
 
 @pytest.fixture
 def copy(tmp_path: pathlib.Path) -> pathlib.Path:
-    for path in pathlib.Path(data.mnist.__file__).parent.glob('t10k*.gz'):
+    for path in (ROOT / 'data' / 'mnist').glob('t10k*.gz'):
         shutil.copy(path, tmp_path)
     return tmp_path
 

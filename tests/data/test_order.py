@@ -10,8 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-import data.order
-from data.order import Order, after, epoch_order, even_split
+from trainer.data.order import Order, after, epoch_order, even_split
 
 GOLDEN = [
     [4, 5, 7, 0, 9, 2, 6, 1, 8, 3],
@@ -125,7 +124,7 @@ def test_an_epoch_is_sorted_once(monkeypatch: pytest.MonkeyPatch) -> None:
         sorted_epochs.append((seed, epoch))
         return epoch_order(examples, seed, epoch)
 
-    monkeypatch.setattr(data.order, 'epoch_order', counted)
+    monkeypatch.setattr('trainer.data.order.epoch_order', counted)
     orders = [Order(examples=10, batch_size=4, seed=seed) for seed in range(3)]
     for step in (0, 1, 2, 2, 2, 3, 4):
         for order in orders:

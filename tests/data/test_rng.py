@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data.rng import ExampleRng
+from trainer.data.rng import ExampleRng
 
 
 def rng(n: int, stream: int = 0) -> ExampleRng:

@@ -8,8 +8,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from data.loader import TrainLoader
-from data.sources import ArraySource, ArraySpec, RandomAccessSource
+from trainer.data.loader import TrainLoader
+from trainer.data.sources import ArraySource, ArraySpec, RandomAccessSource
 
 
 def test_array_source() -> None:

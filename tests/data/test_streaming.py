@@ -11,13 +11,13 @@ import grain.python as grain
 import numpy as np
 import pytest
 
-from data.loader import Block
-from data.sources import ArraySource
-from data.stages import Filter, LongerThan, Map, Pack, Split
-from data.stream_reader import part_of
-from data.streaming import StreamEvalLoader, StreamLoader
-from data.transforms import PerExample
 from tests.marks import slow_except
+from trainer.data.loader import Block
+from trainer.data.sources import ArraySource
+from trainer.data.stages import Filter, LongerThan, Map, Pack, Split
+from trainer.data.stream_reader import part_of
+from trainer.data.streaming import StreamEvalLoader, StreamLoader
+from trainer.data.transforms import PerExample
 
 
 class Documents:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.loader import EvalLoader, TrainLoader
-from data.sources import ArraySpec
-from data.text import Bytes, Documents, python_documents, python_source
 from tests.command import ROOT
+from trainer.data.loader import EvalLoader, TrainLoader
+from trainer.data.sources import ArraySpec
+from trainer.data.text import Bytes, Documents, python_documents, python_source
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
@@ -128,13 +128,18 @@ def test_the_loaders_read_it(letters: str) -> None:
 @pytest.mark.slow
 def test_a_transformer_learns_from_it() -> None:
     """Every token is an example of the classification; chance is log(256) = 5.5."""
-    source = {'target': 'data.text:python_source', 'seq_len': 32, 'limit': 2000}
+    source = {'target': 'trainer.data.text:python_source', 'seq_len': 32, 'limit': 2000}
     task = {'inputs': 'inputs', 'label': 'targets'}
     experiment = load_and_build(
         str(ROOT / 'configs' / 'mnist_mlp.py'),
         train_for='60 steps',
-        model={'target': 'models.transformer:Transformer', 'layers': 1, 'width': 32, 'heads': 2},
-        task={'target': 'trainer.tasks.task:Classification', **task},
+        model={
+            'target': 'trainer.models.transformer:Transformer',
+            'layers': 1,
+            'width': 32,
+            'heads': 2,
+        },
+        task={'target': 'trainer.tasks:Classification', **task},
         data={'source': source, 'batch_size': 16, 'device_transforms': ()},
         evals__test__data={
             'source': {**source, 'split': 'test', 'limit': 100},

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.streaming import StreamEvalLoader, StreamLoader
-from data.tf_data import TFData
 from tests.command import ROOT
+from trainer.data.streaming import StreamEvalLoader, StreamLoader
+from trainer.data.tf_data import TFData
 
 
 def shuffled() -> Any:

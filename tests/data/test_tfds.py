@@ -10,10 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from data.loader import EvalLoader, TrainLoader
-from data.sources import ArraySpec
-from data.tfds import TFDS
-from data.transforms import ToFloat
+from trainer.data.loader import EvalLoader, TrainLoader
+from trainer.data.sources import ArraySpec
+from trainer.data.tfds import TFDS
+from trainer.data.transforms import ToFloat
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = 7
@@ -94,7 +94,7 @@ import sys
 
 import numpy as np
 
-from data.tfds import TFDS
+from trainer.data.tfds import TFDS
 
 source = TFDS('tiny', split='train', data_dir=sys.argv[1])
 batch = source.gather(np.array([6, 0]))

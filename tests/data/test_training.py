@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.sources import Arrays, ArraySource
 from tests.command import ROOT
 from tests.marks import slow_after
 from trainer.config.errors import UserError
+from trainer.data.sources import Arrays, ArraySource
 from trainer.experiment import Experiment, load_and_build
 from trainer.trainer import Trainer
 
@@ -172,7 +172,7 @@ SOURCES = [
     (here('Rows', more=1), r"gather of the source Rows returned 'image' in the shape \(4, 28,"),
     (here('Rows', more=-2), 'for 3 indices; expected one row for each index, in their order'),
     (here('Listed'), 'gather of the source Listed returned list; expected a dict of'),
-    (here('Items'), 'the source Items has no gather.* data.sources:RandomAccessSource'),
+    (here('Items'), 'the source Items has no gather.* trainer.data.sources:RandomAccessSource'),
     (here('Uneven', images=5, labels=6), r"one positive length.*\{'image': 5, 'label': 6\}"),
     (here('Uneven', images=0, labels=0), "one positive length.*'image': 0"),
 ]

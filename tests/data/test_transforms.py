@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.rng import ExampleRng
-from data.transforms import (
+from trainer.data.rng import ExampleRng
+from trainer.data.transforms import (
     Keep,
     Normalize,
     OneHot,

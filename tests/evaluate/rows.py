@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from data.sources import Arrays, ArraySource
-from trainer.tasks.task import Classification, TaskOutput
+from trainer.data.sources import Arrays, ArraySource
+from trainer.tasks import Classification, TaskOutput
 
 FIRST = 2**40
 HOST = ('id', 'share', 'name', 'raw')
@@ -115,7 +115,7 @@ def get_config() -> ml_collections.ConfigDict:
     here = 'tests.evaluate.rows'
     c = ml_collections.ConfigDict()
     c.train_for = '12 steps'
-    c.model = dict(target='models.mlp:MLP', features=(16, 4))
+    c.model = dict(target='trainer.models.mlp:MLP', features=(16, 4))
     c.task = dict(target=f'{here}:Numbered', inputs='x')
     c.data = dict(source=dict(target=f'{here}:Rows', n=100), batch_size=16)
     c.evals = dict(

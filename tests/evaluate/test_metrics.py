@@ -21,8 +21,8 @@ from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.modes.dry_run import rehearse
+from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.metrics import WeightedMean
-from trainer.tasks.task import Classification, TaskOutput
 from trainer.trainer import Trainer
 
 CONFIG = str(ROOT / 'configs' / 'mnist_mlp.py')

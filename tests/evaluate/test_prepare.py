@@ -10,10 +10,10 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from data.sources import ArraySpec
 from tests.command import ROOT
 from tests.evaluate.watched import Watched
 from trainer.config.errors import UserError
+from trainer.data.sources import ArraySpec
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
@@ -86,7 +86,7 @@ def test_a_batch_that_the_model_cannot_take() -> None:
 
 
 def test_a_field_that_the_batch_does_not_have() -> None:
-    task = {'target': 'trainer.tasks.task:Classification', 'label': 'klass'}
+    task = {'target': 'trainer.tasks:Classification', 'label': 'klass'}
     trainer = trainer_with(None, task=task)
     with pytest.raises(UserError, match=r"config\.evals\.test: the task asks for batch\['klass'\]"):
         trainer.fit()

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from data.mnist import MNIST
 from tests import command
 from tests.evaluate.test_exact import Linear, evaluator_of, state_of
 from tests.evaluate.watched import override
+from trainer.data.mnist import MNIST
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import load_and_build
 from trainer.parallel.signals import StopRequest

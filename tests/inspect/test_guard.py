@@ -148,7 +148,7 @@ class Images:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('target', ['models.mlp:MLP', 'models.mlp_nnx:MLP'])
+@pytest.mark.parametrize('target', ['trainer.models.mlp:MLP', 'trainer.models.mlp_nnx:MLP'])
 def test_statistics_that_a_call_spoils(target: str) -> None:
     """They are blamed if the call has found them so, and not if it has left them so."""
     model = {'target': target, 'features': (16, 10), 'batch_norm': True}
@@ -228,7 +228,7 @@ def stream(**overrides: Any) -> Experiment:
     return load_and_build(
         str(ROOT / 'configs' / 'lm_packed.py'), train_for='12 steps', log__every='4 steps',
         evals={}, checkpoint__every='never', guard=overrides.pop('guard', STOP),
-        model={'target': 'models.transformer:Transformer', 'max_length': 128,
+        model={'target': 'trainer.models.transformer:Transformer', 'max_length': 128,
                'width': 16, 'layers': 1, 'heads': 2},
         optimizer={'target': 'optax:adamw', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
         **overrides,

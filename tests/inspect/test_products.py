@@ -15,7 +15,6 @@ import optax
 import pytest
 from flax import nnx
 
-from models.transformer import Attention
 from tests import command
 from tests.command import ROOT
 from tests.inspect.models import build
@@ -24,6 +23,7 @@ from tests.readme import TEXTS
 from tests.test_configs import SHORT
 from trainer.experiment import Experiment, load_and_build
 from trainer.inspect import products
+from trainer.models.transformer import Attention
 from trainer.observe import flops
 from trainer.step.context import StepContext
 from trainer.trainer import Trainer
@@ -136,7 +136,7 @@ class Uncast(Attention):
 
 @pytest.mark.slow
 def test_what_the_readme_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('models.transformer.Attention', Uncast)
+    monkeypatch.setattr('trainer.models.transformer.Attention', Uncast)
     made = load_and_build(str(ROOT / 'configs' / 'lm.py'), precision=HALF)
     programs = Trainer(made).set_up().programs
     text = products.describe(programs, made.model, programs.jaxpr(made.model))

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The wheel trains beside a user's own `models/`, `data/` and `configs/`."""
+"""To a user the wheel is what the checkout is: the same names, beside packages of their own."""
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import sysconfig
@@ -13,15 +16,54 @@ import zipfile
 import pytest
 
 from tests import command
+from tests.readme import BLOCKS, Project
+from tests.test_readme import SCRIPTS
 
 pytestmark = pytest.mark.slow
 
 
-def must_run(*words: str | pathlib.Path, cwd: pathlib.Path) -> str:
+# What pages show: README, launch/README, and the site.
+PAGES = ['README.md', 'launch/README.md', *command.ROOT.glob('docs/**/*.md')]
+
+# Resolves names as a config does, and runs imports as a script does, in a checkout or with a wheel.
+CHECK = """
+import json, sys
+from trainer.config import bundled, loading, objects
+
+
+def names(node):
+    if isinstance(node, dict):
+        yield from (node[key] for key in ('target', 'ref') if key in node)
+        node = list(node.values())
+    for value in node if isinstance(node, (list, tuple)) else ():
+        yield from names(value)
+
+
+shown = json.load(sys.stdin)
+for name in shown['names']:
+    objects.resolve(name, 'shown')
+for statement in shown['imports']:
+    exec(statement)
+files = sorted((bundled.FOLDER / 'configs').glob('*.py'))
+for file in files:
+    for spec in (file.stem, f'configs/{file.name}'):
+        loaded = loading.load(spec)
+        assert loaded.path == file, spec
+    for name in names(loading.plain(loaded.config)):
+        objects.resolve(name, file.name)
+paths = [getattr(module, '__file__', None) or '' for module in list(sys.modules.values())]
+ours = [path for path in paths if path.startswith(str(bundled.FOLDER))]
+print(bundled.FOLDER)
+print(len(files), len(ours), len(set(ours)))
+"""
+
+
+def must_run(*words: str | pathlib.Path, cwd: pathlib.Path, given: str | None = None) -> str:
     env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'XLA_FLAGS')}
     done = subprocess.run(
-        list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300
-    )
+        list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300,
+        input=given,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -55,8 +97,14 @@ def test_what_the_wheel_holds(wheel: pathlib.Path) -> None:
     tops = {name.split('/')[0] for name in names}
     assert {top for top in tops if not top.endswith('.dist-info')} == {'trainer'}
     assert not [n for n in names if '__pycache__' in n or 'test' in n or n.endswith('.sh')]
-    for name in ('models/cnn.py', 'data/mnist/train-images-idx3-ubyte.gz', 'configs/mnist.py'):
-        assert f'trainer/bundled/{name}' in names
+    for name in (
+        '__init__.pyi',
+        'models/cnn.py',
+        'models/__init__.py',
+        'data/mnist/train-images-idx3-ubyte.gz',
+        'configs/mnist.py',
+    ):
+        assert f'trainer/{name}' in names
     assert any(name.endswith('licenses/LICENSE') for name in names)
 
 
@@ -79,10 +127,68 @@ def test_the_user_s_own_model_is_found(python: pathlib.Path, tmp_path: pathlib.P
     (tmp_path / 'models').mkdir()
     (tmp_path / 'models' / '__init__.py').write_text('')
     (tmp_path / 'models' / 'mine.py').write_text(
-        'from trainer.bundled.models.mlp import MLP\n\n\nclass Mine(MLP):\n    pass\n'
+        'from trainer.models.mlp import MLP\n\n\nclass Mine(MLP):\n    pass\n'
     )
     out = must_run(
         python, '-m', 'trainer.main', '--config=configs/mnist_mlp.py', '--config.train_for=3steps',
         '--config.model.target=models.mine:Mine', cwd=tmp_path,
     )  # fmt: skip
     assert 'finished at step 3' in out
+
+
+def shown_names() -> list[str]:
+    """Returns each 'trainer.tasks:Classification' that a page shows."""
+    text = '\n'.join((command.ROOT / page).read_text() for page in PAGES)
+    return sorted(set(re.findall(r'\btrainer(?:\.\w+)*:[A-Za-z_]\w*', text)))
+
+
+def shown_imports() -> list[str]:
+    """Returns each import statement of the README's files and scripts."""
+    trees = [ast.parse(text) for kind, text in BLOCKS if kind == 'python']
+    found = {
+        ast.unparse(node)
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
+    return sorted(found)
+
+
+@pytest.mark.parametrize('place', ['checkout', 'wheel'])
+def test_every_name_that_is_shown_is_there(
+    place: str, python: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """In an empty directory, but for the README's own files; no file is loaded twice."""
+    Project(tmp_path)
+    names, imports = shown_names(), shown_imports()
+    assert len(names) > 40
+    assert 'from trainer.models.mlp import MLP' in imports
+    code = CHECK
+    if place == 'checkout':
+        code = f'import sys; sys.path.insert(1, {str(command.ROOT)!r})\n{CHECK}'
+    given = json.dumps({'names': names, 'imports': imports})
+    out = must_run(
+        python if place == 'wheel' else sys.executable, '-c', code, cwd=tmp_path, given=given
+    )
+    folder, counts = out.splitlines()[-2:]
+    assert (folder == str(command.ROOT)) == (place == 'checkout')
+    configs, modules, files = map(int, counts.split())
+    assert configs == len(list((command.ROOT / 'configs').glob('*.py')))
+    assert modules == files > 50
+
+
+@pytest.fixture(scope='module')
+def project(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return Project(tmp_path_factory.mktemp('project'), str(python))
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_a_script_of_the_readme_runs(name: str, project: Project) -> None:
+    assert re.fullmatch(SCRIPTS[name], project.script(name).splitlines()[-1])
+
+
+def test_the_package_is_a_program_with_short_names(
+    python: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    out = must_run(python, '-m', 'trainer', '--config=mnist', '--mode=config', cwd=tmp_path)
+    assert "model.target = 'trainer.models.cnn:CNN'" in out

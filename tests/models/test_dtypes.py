@@ -15,18 +15,18 @@ import numpy as np
 import optax
 import pytest
 
-from models.bert import Encoder, SentenceEncoder, TextClassifier
-from models.cnn import CNN
-from models.cnn_nnx import CNN as NNXCNN
-from models.generation import generate
-from models.mlp import MLP
-from models.mlp_nnx import MLP as NNXMLP
-from models.norm import GroupedBatchNorm
-from models.recurrent import Seq2Seq
-from models.resnet import ResNet
-from models.transformer import Transformer
 from tests.command import ROOT
 from tests.marks import slow_except
+from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
+from trainer.models.cnn import CNN
+from trainer.models.cnn_nnx import CNN as NNXCNN
+from trainer.models.generation import generate
+from trainer.models.mlp import MLP
+from trainer.models.mlp_nnx import MLP as NNXMLP
+from trainer.models.norm import GroupedBatchNorm
+from trainer.models.recurrent import Seq2Seq
+from trainer.models.resnet import ResNet
+from trainer.models.transformer import Transformer
 from trainer.modules.functional import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
@@ -255,9 +255,9 @@ def test_models_without_a_dtype_of_their_own(name: str, way: str) -> None:
 
 
 def test_each_file_of_models_is_here() -> None:
-    files = {path.stem for path in (ROOT / 'models').glob('*.py')} - {'__init__'}
+    files = {path.stem for path in (ROOT / 'models').glob('*.py')}
     text = pathlib.Path(__file__).read_text()
-    assert all(f'from models.{name} import' in text for name in files)
+    assert all(f'from trainer.models.{name} import' in text for name in files)
 
 
 # Of seven options with two values, each pair of values in one of eight rows.

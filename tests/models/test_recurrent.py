@@ -11,17 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.addition import decode
-from models.recurrent import Seq2Seq
 from tests.command import ROOT
 from trainer.config.errors import UserError
+from trainer.data.addition import decode
 from trainer.experiment import load_and_build
+from trainer.models.recurrent import Seq2Seq
 from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
-from trainer.tasks.language import Answer
+from trainer.tasks import Answer, TaskOutput
 from trainer.tasks.runner import TaskRunner
-from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 MODEL = Seq2Seq(vocab_size=12, hidden=16)

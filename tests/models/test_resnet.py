@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from flax import errors
 
-from models.resnet import TORCHVISION, ResNet
 from tests.command import ROOT
 from trainer.experiment import load_and_build
+from trainer.models.resnet import TORCHVISION, ResNet
 from trainer.trainer import Trainer
 from trainer.weights import restore
 

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.generation import _generate, generate
-from models.transformer import Attention, Transformer
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
+from trainer.models.generation import _generate, generate
+from trainer.models.transformer import Attention, Transformer
 from trainer.trainer import Trainer
 
 SMALL: dict[str, Any] = dict(vocab_size=11, layers=4, width=16, heads=2, max_length=12)

@@ -71,7 +71,7 @@ def test_data_parallelism_adds_up_the_gradients_and_no_more() -> None:
 
 
 def test_sharded_parameters_are_gathered() -> None:
-    options = {'sharding': ({'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 1024},)}
+    options = {'sharding': ({'target': 'trainer.sharding:FSDP', 'min_bytes': 1024},)}
     planned = planned_for(trainer('mnist_mlp', {'fsdp': 8}, **options))
     whole = planned_for(trainer('mnist_mlp', {'data': 8}))
     assert planned.state['parameters'] < 0.15 * whole.state['parameters']

@@ -10,8 +10,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from data.sources import ArraySource
 from trainer.config.loading import LoadedConfig
+from trainer.data.sources import ArraySource
 from trainer.experiment import build
 from trainer.step.state import TrainState
 from trainer.trainer import Trainer
@@ -31,7 +31,7 @@ def trainer(model: dict[str, Any], *, steps: int = 60, **options: Any) -> Traine
     config = ml_collections.ConfigDict()
     config.train_for = f'{steps} steps'
     config.model = model
-    config.task = {'target': 'trainer.tasks.task:Classification'}
+    config.task = {'target': 'trainer.tasks:Classification'}
     config.optimizer = {'target': 'optax:adam', 'learning_rate': 0.01}
     config.data = {'source': {'target': f'{__name__}:Points'}, 'batch_size': 64}
     config.evals = {

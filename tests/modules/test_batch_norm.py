@@ -16,10 +16,10 @@ import optax
 import pytest
 from flax import errors, jax_utils
 
-from models.norm import GroupedBatchNorm
-from models.resnet import ResNet
 from trainer.config.errors import UserError
 from trainer.evaluate.step import EvalStep
+from trainer.models.norm import GroupedBatchNorm
+from trainer.models.resnet import ResNet
 from trainer.modules.functional import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.parallel.mesh import make_mesh
@@ -259,7 +259,9 @@ def test_an_axis_of_pmap(caplog: pytest.LogCaptureFixture) -> None:
         stepped(programs(MLP()), x).variables,
     )
     assert "names the axis 'batch' of jax.pmap" in caplog.text
-    with pytest.raises(UserError, match=r'groups of devices .*models.norm:GroupedBatchNorm'):
+    with pytest.raises(
+        UserError, match=r'groups of devices .*trainer.models.norm:GroupedBatchNorm'
+    ):
         programs(MLP(axis_name='batch', groups=[[0, 1]]))
 
 

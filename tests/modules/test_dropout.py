@@ -19,8 +19,8 @@ from trainer.parallel.sharding import ByPath
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks import TaskOutput
 from trainer.tasks.runner import TaskRunner
-from trainer.tasks.task import TaskOutput
 
 
 class Net(nn.Module):

@@ -21,7 +21,7 @@ from trainer.experiment import load_and_build
 from trainer.klinen.notebook import for_notebook
 from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 

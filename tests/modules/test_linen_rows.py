@@ -15,8 +15,8 @@ from flax import errors
 from flax.core import unfreeze
 from flax.core.scope import DenyList
 
-from data.sources import ArraySource
 from tests.modules.learning import learned
+from trainer.data.sources import ArraySource
 from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys

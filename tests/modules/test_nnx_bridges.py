@@ -133,7 +133,7 @@ class NamedInside(nn.Module):
 def test_names_of_dimensions_within_a_linen_module(rules: bool) -> None:
     """X14, J8: they follow the rules, and without any they are no axes of the mesh."""
     by_name = {
-        'target': 'trainer.parallel.sharding:ByName',
+        'target': 'trainer.sharding:ByName',
         'rules': (('embed', None), ('mlp', 'model')),
     }
     made = experiment(

@@ -18,7 +18,7 @@ from tests.command import ROOT
 from trainer.experiment import Experiment, load_and_build
 from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 X = jnp.linspace(-1.0, 1.0, 64)[:, None]
@@ -208,7 +208,7 @@ class ScanMLP(nnx.Module):
 @pytest.mark.slow
 def test_06_scan_over_layers(tmp_path: pathlib.Path) -> None:
     """X12, X13."""
-    made = experiment('ScanMLP', {'target': 'trainer.tasks.task:Classification'})
+    made = experiment('ScanMLP', {'target': 'trainer.tasks:Classification'})
     assert losses(made, tmp_path)[-1] < 1.5
     state = Trainer(made).init_state()
     assert state.params['layers']['linear']['kernel'].shape == (4, 32, 32)
@@ -262,8 +262,8 @@ class Decoder(nnx.Module):
 @pytest.mark.slow
 def test_07_a_transformer(tmp_path: pathlib.Path) -> None:
     """Trains on text; what it says token by token, with a cache, is what it says at once."""
-    source = {'target': 'data.text:python_source', 'seq_len': 32, 'limit': 960}
-    task = {'target': 'trainer.tasks.language:NextToken', 'tokens': 'inputs'}
+    source = {'target': 'trainer.data.text:python_source', 'seq_len': 32, 'limit': 960}
+    task = {'target': 'trainer.tasks:NextToken', 'tokens': 'inputs'}
     options = {'data__source': source, 'data__device_transforms': ()}
     made = experiment('Decoder', task, **options)
     found = losses(made, tmp_path)

@@ -27,8 +27,8 @@ EVALS = {
     'test': {
         'every': 'never',
         'data': {
-            'source': {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 300},
-            'device_transforms': ({'target': 'data.transforms:ToFloat'},),
+            'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 300},
+            'device_transforms': ({'target': 'trainer.data.transforms:ToFloat'},),
             'batch_size': 128,
         },
     }
@@ -46,8 +46,8 @@ def experiment(target: str, **options: Any) -> Experiment:
 def trained(trainer: Trainer, state: Any) -> tuple[list[float], Any]:
     found = []
     with trainer.batches(0, [1] * 20) as batches:
-        for _, batch in batches:
-            state = trainer.set_up().programs.step(state, batch)
+        for batch in batches:
+            state = trainer.set_up().programs.step(state, batch.arrays)
             found.append(float(state.metrics['task'].loss.total))
     return list(np.diff([0.0, *found])), state
 
@@ -59,8 +59,8 @@ def losses(trainer: Trainer, state: Any) -> list[float]:
 def test_the_same_network_in_both_has_the_same_losses() -> None:
     """The quickstart CNN with copied parameters: twenty steps of momentum."""
     options = {'model__features': (8, 16), 'model__hidden': 32}
-    linen = Trainer(experiment('models.cnn:CNN', **options))
-    mine = Trainer(experiment('models.cnn_nnx:CNN', **options))
+    linen = Trainer(experiment('trainer.models.cnn:CNN', **options))
+    mine = Trainer(experiment('trainer.models.cnn_nnx:CNN', **options))
     names = {'Conv_0': 'conv1', 'Conv_1': 'conv2', 'Dense_0': 'dense1', 'Dense_1': 'dense2'}
     state, other = linen.init_state(), mine.init_state()
     copied = {names[name]: jax.tree.map(jnp.copy, value) for name, value in state.params.items()}
@@ -76,7 +76,7 @@ def test_batch_statistics_are_those_of_linen() -> None:
     """X13: a normalised MLP with copied parameters: twenty steps, then an evaluation."""
     linen, mine = (
         Trainer(experiment(model, model__batch_norm=True, evals=EVALS))
-        for model in ('models.mlp:MLP', 'models.mlp_nnx:MLP')
+        for model in ('trainer.models.mlp:MLP', 'trainer.models.mlp_nnx:MLP')
     )
     state, other = linen.init_state(), mine.init_state()
 
@@ -115,7 +115,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: pathlib.Path) -> None:
     digests = []
     for name, pauses in (('whole', ()), ('parts', (7,))):
         made = experiment(
-            'models.cnn_nnx:CNN', model__dropout_rate=0.5, model__features=(8, 16),
+            'trainer.models.cnn_nnx:CNN', model__dropout_rate=0.5, model__features=(8, 16),
             checkpoint__every='5 steps',
         )  # fmt: skip
         for steps in pauses:
@@ -144,7 +144,7 @@ class Named(nnx.Module):
 def test_names_of_dimensions_follow_the_rules() -> None:
     """J8 in NNX: cut by name, momentum with it; the losses are those of one device."""
     rules = {
-        'target': 'trainer.parallel.sharding:ByName',
+        'target': 'trainer.sharding:ByName',
         'rules': (('batch', 'data'), ('embed', 'fsdp'), ('mlp', 'model')),
     }
     found = []
@@ -202,7 +202,7 @@ class Layer(nnx.Module):
 def test_names_of_stacked_layers_and_a_counter() -> None:
     """X3, J3 in NNX: the layers' dimension is one more name; the counter counts the steps."""
     rules = {
-        'target': 'trainer.parallel.sharding:ByName',
+        'target': 'trainer.sharding:ByName',
         'rules': (('batch', 'data'), ('mlp', 'model')),
     }
     mesh = {'data': 4, 'model': 2}
@@ -219,10 +219,10 @@ def test_names_of_stacked_layers_and_a_counter() -> None:
 @pytest.mark.slow
 def test_parameters_cut_by_size() -> None:
     """Eight devices: the losses do not depend on how they hold the parameters."""
-    rule = {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 0}
+    rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 0}
     found = []
     for mesh, sharding in (({'data': 8}, 'replicated'), ({'data': 2, 'fsdp': 4}, (rule,))):
-        made = experiment('models.mlp_nnx:MLP', mesh=mesh, sharding=sharding)
+        made = experiment('trainer.models.mlp_nnx:MLP', mesh=mesh, sharding=sharding)
         trainer = Trainer(made)
         state = trainer.init_state()
         found.append(losses(trainer, state))
@@ -234,7 +234,7 @@ def test_parameters_cut_by_size() -> None:
 
 def test_patterns_are_of_paths() -> None:
     """What is frozen stays, and holds no optimizer state."""
-    made = experiment('models.mlp_nnx:MLP', optimizer__freeze=('dense/0/.*',))
+    made = experiment('trainer.models.mlp_nnx:MLP', optimizer__freeze=('dense/0/.*',))
     trainer = Trainer(made)
     before = jax.tree.map(np.asarray, trainer.init_state().params)
     _, state = trained(trainer, trainer.init_state())
@@ -248,13 +248,13 @@ def test_the_trained_module_comes_back() -> None:
     """X6, X9: as itself, in evaluation mode, for `jax.jit`, `nnx.state` and its filters."""
     options = {'model__batch_norm': True, 'model__dropout_rate': 0.5}
     made = experiment(
-        'models.mlp_nnx:MLP', evals=EVALS, precision={'compute': 'bfloat16'}, **options
+        'trainer.models.mlp_nnx:MLP', evals=EVALS, precision={'compute': 'bfloat16'}, **options
     )
     trainer = Trainer(made)
     _, state = trained(trainer, trainer.init_state())
     model = trainer.model(state)
     x = jax.random.uniform(jax.random.key(0), (8, 784))
-    exact = experiment('models.mlp_nnx:MLP', **options).model
+    exact = experiment('trainer.models.mlp_nnx:MLP', **options).model
     expected = exact.bind(state.variables, Keys(seed=0, mode='eval'))(x)
     assert np.array_equal(model(x), expected)
     jitted = jax.jit(lambda model, x: model(x))(model, x)
@@ -274,9 +274,9 @@ def test_mistakes_are_told_as_for_linen() -> None:
     with pytest.raises(
         UserError, match=r'model\.featurs: .*Did you mean config\.model\.features\?'
     ):
-        experiment('models.cnn_nnx:CNN', model__featurs=(8, 16))
+        experiment('trainer.models.cnn_nnx:CNN', model__featurs=(8, 16))
     with pytest.raises(UserError, match=r'model\.rngs: leave it out; .* from config\.seed'):
-        experiment('models.cnn_nnx:CNN', model__rngs=3)
+        experiment('trainer.models.cnn_nnx:CNN', model__rngs=3)
     with pytest.raises(UserError, match='got a function that returns int'):
         init(lambda rngs: 3)
     with pytest.raises(TypeError, match=r'expected a module of flax\.linen or flax\.nnx, got int'):

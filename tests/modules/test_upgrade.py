@@ -16,17 +16,17 @@ import numpy as np
 import optax
 import pytest
 
-from data.sources import ArraySource
 from tests.modules.examples import X, bind, init
 from trainer.config.loading import LoadedConfig
+from trainer.data.sources import ArraySource
 from trainer.experiment import build
 from trainer.modules.functional import functional
 from trainer.parallel.mesh import make_mesh
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks import TaskOutput
 from trainer.tasks.runner import TaskRunner
-from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 
@@ -68,7 +68,7 @@ def test_partial_in_a_config() -> None:
         'norm': {**partial, 'args': ({'ref': 'flax.linen:BatchNorm'},), 'momentum': 0.9,
                  'epsilon': 1e-5},
     }  # fmt: skip
-    config.task = {'target': 'trainer.tasks.task:Classification'}
+    config.task = {'target': 'trainer.tasks:Classification'}
     config.optimizer = {'target': 'optax:sgd', 'learning_rate': 0.1}
     config.data = {'source': {'target': f'{__name__}:Images'}, 'batch_size': 16}
     path = pathlib.Path(__file__)

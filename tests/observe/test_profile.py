@@ -62,7 +62,7 @@ def traced(directory: pathlib.Path) -> bytes:
 @pytest.mark.usefixtures('names_matter')
 def test_modules_of_nnx_have_names_while_they_are_traced(tmp_path: pathlib.Path) -> None:
     """Forward and backward; without a window the program is that of the module as it is."""
-    nnx = {'model__target': 'models.mlp_nnx:MLP', 'model__batch_norm': True}
+    nnx = {'model__target': 'trainer.models.mlp_nnx:MLP', 'model__batch_norm': True}
     losses = {}
     for name, window in (('traced', {'start': '2 steps'}), ('plain', None)):
         trainer = Trainer(build(**nnx, profile=window), str(tmp_path / name))
@@ -106,7 +106,7 @@ def test_steps_and_evaluations_are_named(
     calls: int, steps: list[int], tmp_path: pathlib.Path
 ) -> None:
     """XProf derives the times of steps from these names; several in one call have the last's."""
-    source = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 64}
+    source = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 64}
     evals = {'test': {'every': '8 steps', 'data': {'source': source, 'batch_size': 64}}}
     window = {'start': '4 steps', 'steps': 5}
     Trainer(build(profile=window, evals=evals, steps_per_call=calls), str(tmp_path)).fit()

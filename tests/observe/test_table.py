@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models.cnn import CNN
+from trainer.models.cnn import CNN
 from trainer.observe.table import count, human_bytes, nbytes, parameter_table
 
 

@@ -18,8 +18,8 @@ import pytest
 from tests import command
 from tests.parallel.group import finish, start
 from trainer.hooks import Event
+from trainer.tasks import Classification
 from trainer.tasks.metrics import WeightedMean
-from trainer.tasks.task import Classification
 
 SHORT = (
     '--config.train_for=60steps',

@@ -96,7 +96,7 @@ def test_names_of_the_final_shape(logical: bool) -> None:
     if logical:
         model |= {'logical': True, 'names': ('embed', 'heads', None)}
         rules = (('embed', 'data'), ('heads', None))
-        options['sharding'] = ({'target': 'trainer.parallel.sharding:ByName', 'rules': rules},)
+        options['sharding'] = ({'target': 'trainer.sharding:ByName', 'rules': rules},)
     found, result = specs(model, **options)
     attention = 'MultiHeadDotProductAttention_0'
     assert found[f'{attention}/query/kernel'] == P('data', None, None)

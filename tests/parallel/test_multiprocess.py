@@ -183,7 +183,7 @@ def test_a_killed_process_ends_the_others(
 
 
 def split(examples: int) -> dict[str, Any]:
-    source = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': examples}
+    source = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': examples}
     return {'data': {'source': source, 'batch_size': 510}}
 
 
@@ -226,9 +226,9 @@ def test_the_state_of_each_process_is_in_one_checkpoint(
 @pytest.mark.parametrize(
     ('mesh', 'rule'),
     [
-        ('{"data": 1, "fsdp": 4}', '{"target": "trainer.parallel.sharding:FSDP", "min_bytes": 0}'),
+        ('{"data": 1, "fsdp": 4}', '{"target": "trainer.sharding:FSDP", "min_bytes": 0}'),
         # All processes need all rows of a batch, and each row counts once in the digest.
-        ('{"data": 1, "model": 4}', """{"target": "trainer.parallel.sharding:ByPath",
+        ('{"data": 1, "model": 4}', """{"target": "trainer.sharding:ByPath",
             "rules": [["Dense_0/kernel", [null, "model"]], ["Dense_1/kernel", ["model"]]]}"""),
     ],
     ids=['fsdp', 'model'],

@@ -62,8 +62,8 @@ def test_another_file_of_data_is_named(name: str, expected: str, tmp_path: pathl
     (hosts[1] / name).write_text('another text. ' * 100)
 
     def source(file: str, split: str) -> str:
-        node = f'{{"target": "data.text:Bytes", "path": "{file}", "seq_len": 16, "split": "{split}"'
-        return node + ', "holdout": 0.5}'
+        node = f'{{"target": "trainer.data.text:Bytes", "path": "{file}", "split": "{split}"'
+        return node + ', "seq_len": 16, "holdout": 0.5}'
 
     config = (
         f'--config={command.ROOT}/configs/lm.py', '--config.model.layers=1',

@@ -35,18 +35,18 @@ MESHES = {
     '2 x 4': {'data': 2, 'model': 4},
     '2 x 2 x 2': {'data': 2, 'fsdp': 2, 'model': 2},
 }
-FSDP = {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 2048}
+FSDP = {'target': 'trainer.sharding:FSDP', 'min_bytes': 2048}
 CNN_BY_PATH = {
-    'target': 'trainer.parallel.sharding:ByPath',
+    'target': 'trainer.sharding:ByPath',
     'rules': (('Dense_0/kernel', ('fsdp', 'model')), ('Dense_1/kernel', ('model', None))),
 }
 NAMES = (
     ('batch', ('data', 'fsdp')), ('vocab', ('fsdp', 'model')), ('heads', 'model'),
     ('mlp', 'model'), ('embed', 'fsdp'),
 )  # fmt: skip
-BY_NAME = {'target': 'trainer.parallel.sharding:ByName', 'rules': NAMES}
+BY_NAME = {'target': 'trainer.sharding:ByName', 'rules': NAMES}
 LM_BY_PATH = {
-    'target': 'trainer.parallel.sharding:ByPath',
+    'target': 'trainer.sharding:ByPath',
     'rules': (
         ('.*/(query|key|value|mlp_in)/kernel', ('fsdp', 'model')),
         ('.*/(out|mlp_out)/kernel', ('model', 'fsdp')),
@@ -254,7 +254,7 @@ def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
     trainer = Trainer(experiment('Stacked', mesh__data=2, mesh__model=4, **options))
     state = trainer.init_state()
     with trainer.batches(0, [1]) as batches:
-        _, batch = next(iter(batches))
+        batch = next(iter(batches)).arrays
         state = jax.block_until_ready(trainer.set_up().programs.step(state, batch))
     assert state.step == 1
     assert math.isfinite(float(state.metrics['task'].loss.compute()))
@@ -296,7 +296,7 @@ class Unnamed(nn.Module):
 def test_where_xla_is_wrong_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """Two axes of one size for a kernel, one more for the batch; see the next test."""
     rule = {
-        'target': 'trainer.parallel.sharding:ByPath',
+        'target': 'trainer.sharding:ByPath',
         'rules': (('one/kernel', ('fsdp', 'model')),),
     }
     for mesh, told in (('2 x 2 x 2', True), ('8 fsdp', False), ('2 x 4', False)):
@@ -332,7 +332,7 @@ def test_xla_is_wrong_where_it_is_told() -> None:
 
 
 def test_rules_are_checked_before_the_model_is_traced() -> None:
-    rule = {'target': 'trainer.parallel.sharding:ByName', 'rules': (('mlp', 'nowhere'),)}
+    rule = {'target': 'trainer.sharding:ByName', 'rules': (('mlp', 'nowhere'),)}
     with pytest.raises(UserError, match="the rule for 'mlp' asks for the mesh axis 'nowhere'"):
         Trainer(experiment('cnn', sharding=(rule,))).compile()
 

@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from data.sources import ArraySource
-from trainer.tasks.task import TaskOutput
+from trainer.data.sources import ArraySource
+from trainer.tasks import TaskOutput
 
 CENTRE = np.array([2.0, -1.0], np.float32)
 LATENT = 4

@@ -46,10 +46,10 @@ def trainer(optimizer: dict[str, Any], **options: Any) -> Trainer:
     config = ml_collections.ConfigDict()
     config.train_for = '1 epoch'
     config.model = {'target': f'{__name__}:Perceptron'}
-    config.task = {'target': 'trainer.tasks.task:Classification'}
+    config.task = {'target': 'trainer.tasks:Classification'}
     config.optimizer = optimizer
-    to_float = {'target': 'data.transforms:ToFloat'}
-    source = {'target': 'data.mnist:MNIST'}
+    to_float = {'target': 'trainer.data.transforms:ToFloat'}
+    source = {'target': 'trainer.data.mnist:MNIST'}
     config.data = {
         'source': {**source, 'split': 'train'}, 'device_transforms': (to_float,),
         'batch_size': 128, 'shuffle': False, 'remainder': 'pad',

@@ -20,7 +20,7 @@ from trainer.config.errors import UserError
 from trainer.modules.precision import Precision
 from trainer.step import norms
 from trainer.step.optimizer import Optimizer, RegexMask
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.weights import safetensors
 
 GOAL = np.asarray([1 - 2j, -0.5 + 1j, 3j], np.complex64)
@@ -163,7 +163,7 @@ def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
 def test_slots_are_complex_and_where_the_parameter_is(tmp_path: pathlib.Path) -> None:
     """Slots have the parameter's path, shape and sharding, and are loaded with it."""
     adam = {'target': 'optax:adam', 'learning_rate': 0.05}
-    cut = {'target': 'trainer.parallel.sharding:ByPath', 'rules': (('kernel', (None, 'fsdp')),)}
+    cut = {'target': 'trainer.sharding:ByPath', 'rules': (('kernel', (None, 'fsdp')),)}
     options: dict[str, Any] = {
         'mesh': {'data': 2, 'fsdp': 4}, 'sharding': cut, 'optimizer': adam,
         'model': {'target': f'{__name__}:Kernel'}, 'task': {'ref': f'{__name__}:outputs'},

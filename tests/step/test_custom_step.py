@@ -17,7 +17,7 @@ from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
 from trainer.step.context import StepContext
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 MNIST = str(ROOT / 'configs' / 'mnist_mlp.py')

@@ -13,7 +13,7 @@ from trainer.trainer import Trainer
 def test_device_transforms_run_inside_the_step_for_training_evaluation_and_prediction():
     common = dict(data__source__limit=200, train_for='3 steps', evals__test__data__source__limit=64)
     on_device = load_and_build('configs/mnist_mlp.py', **common)
-    to_float = "[{'target': 'data.transforms:ToFloat', 'key': 'image'}]"
+    to_float = "[{'target': 'trainer.data.transforms:ToFloat', 'key': 'image'}]"
     on_host = load_and_build(
         'configs/mnist_mlp.py',
         data__transforms=to_float,
@@ -38,6 +38,6 @@ def test_device_transforms_run_inside_the_step_for_training_evaluation_and_predi
 
 
 def test_a_random_host_transform_is_refused_on_the_device():
-    flip = "[{'target': 'data.transforms:RandomFlip'}]"
+    flip = "[{'target': 'trainer.data.transforms:RandomFlip'}]"
     with pytest.raises(UserError, match=r'device_transforms\[0\].*belongs in config.data.transf'):
         load_and_build('configs/mnist_mlp.py', data__device_transforms=flip)

@@ -79,7 +79,7 @@ COURSES: dict[str, dict[str, Any]] = {
     'float16': {'precision': {'compute': 'float16'}},
     'bfloat16': {'precision': {'params': 'bfloat16'}},
     'adam': {'optimizer': {'target': 'optax:adam'}, 'optimizer__freeze': ('Dense_0/bias',)},
-    'nnx': {'model__target': 'models.mlp_nnx:MLP', 'model__batch_norm': True},
+    'nnx': {'model__target': 'trainer.models.mlp_nnx:MLP', 'model__batch_norm': True},
 }
 
 
@@ -178,14 +178,14 @@ def test_a_factor_of_any_schedule() -> None:
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': 2, 'decay_steps': 10,
     }  # fmt: skip
-    scaled = {'target': 'trainer.step.schedules:scaled', 'schedule': inner, 'factor': 1.0}
+    scaled = {'target': 'trainer.schedules:scaled', 'schedule': inner, 'factor': 1.0}
     vary = {'optimizer': {'learning_rate': {'factor': (1.0, 0.1)}}}
     options = {'optimizer__learning_rate': scaled, 'ensemble': ensemble(**vary)}
     trainer = Trainer(experiment(**options))
     with trainer.batches(0, [1] * 3) as batches:
         state = trainer.init_state()
-        for _, batch in batches:
-            state = trainer.set_up().programs.step(state, batch)
+        for batch in batches:
+            state = trainer.set_up().programs.step(state, batch.arrays)
     rates = [float(member_state(state, i).metrics['learning_rate'].value) for i in range(2)]
     assert rates == pytest.approx([0.1, 0.01])
 
@@ -194,7 +194,7 @@ def test_the_batch_is_common_to_all() -> None:
     """I2: it is read and sent once, not once for each member."""
     trainer = Trainer(experiment(ensemble=ensemble()))
     with trainer.batches(0, [1]) as batches:
-        ((_, batch),) = batches
+        batch = next(iter(batches)).arrays
     assert batch['image'].shape == (32, 28, 28, 1)
     assert trainer.set_up().programs.step(trainer.init_state(), batch).step == 1
 
@@ -210,7 +210,7 @@ def probabilities(trainer: Trainer, state: TrainState, batch: Any) -> np.ndarray
 def test_predictions_are_of_the_mean_of_probabilities() -> None:
     """I3, I4: in evaluations and predictions, over each example once."""
     state, trainer = trained(ensemble=ensemble(optimizer={'learning_rate': RATES}))
-    data = trainer.set_up().evaluators['test'].loader.block(0, 1).arrays
+    data = trainer.set_up().evaluators['test'].data.block(0, 1).arrays
     batch = {name: x[0][:100] for name, x in data.items()}
     each = probabilities(trainer, state, batch)
     together, labels = each.mean(0), batch['label']
@@ -242,7 +242,7 @@ def test_predictions_are_of_the_mean_of_probabilities() -> None:
 def test_members_over_devices(devices: dict[str, int]) -> None:
     """Cut over the axis `ensemble`, their rows over the others; what comes out is the same."""
     options = {'model__batch_norm': True, 'ensemble': ensemble(optimizer={'learning_rate': RATES})}
-    rule = {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 0}
+    rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 0}
     expected, whole = trained(**options)
     sharding = (rule,) if 'fsdp' in devices else 'replicated'
     state, cut = trained(**options, mesh=devices, sharding=sharding)

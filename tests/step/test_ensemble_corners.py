@@ -18,7 +18,7 @@ from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
 from trainer.ensemble.step import member_state
 from trainer.experiment import load_and_build
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
 
@@ -146,7 +146,7 @@ def test_what_must_be_known_to_be_compiled(
 
 def test_the_axis_of_the_members_is_theirs() -> None:
     rule = {
-        'target': 'trainer.parallel.sharding:ByPath',
+        'target': 'trainer.sharding:ByPath',
         'rules': (('Dense_0/kernel', (None, 'ensemble')),),
     }  # fmt: skip
     made = experiment(mesh={'ensemble': 2, 'data': 4}, sharding=(rule,), ensemble=ensemble())

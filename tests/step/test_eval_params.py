@@ -65,7 +65,7 @@ COMBINED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {**FREE, 'clip_norm': 0.5},
         {
             'mesh': {'data': 2, 'fsdp': 4},
-            'sharding': {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 1},
+            'sharding': {'target': 'trainer.sharding:FSDP', 'min_bytes': 1},
         },
     ),
 }

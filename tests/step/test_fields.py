@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data.sources import ArraySpec
 from trainer.config.errors import UserError
+from trainer.data.sources import ArraySpec
 from trainer.input.fields import Fields, device_dtype
 from trainer.input.host_field import HostField
 from trainer.tasks.batch import Batch, plain, recording

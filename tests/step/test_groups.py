@@ -11,17 +11,17 @@ import numpy as np
 import optax
 import pytest
 
-from models.mlp import MLP
 from tests.step import gan
 from trainer.config.errors import UserError
+from trainer.models.mlp import MLP
 from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.optimizer import Group, Optimizer
 from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.runner import TaskRunner, compute_metrics
-from trainer.tasks.task import Classification, TaskOutput
 
 ROWS = 16
 GEN, DISC = optax.adam(0.01, b1=0.5), optax.sgd(0.1, momentum=0.9)

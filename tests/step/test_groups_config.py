@@ -20,8 +20,8 @@ from trainer.config import loading, show
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build, load_and_build
 from trainer.step.optimizer import Optimizer
+from trainer.tasks import TaskOutput
 from trainer.tasks.runner import TaskRunner
-from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
 
 CONFIG = str(ROOT / 'tests' / 'step' / 'gan.py')

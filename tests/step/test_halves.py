@@ -74,7 +74,7 @@ def test_an_optimizer_trains_halves(name: str, dtype: str) -> None:
 
 
 def test_slots_follow_the_sharding_of_their_parameters() -> None:
-    rule = {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 1}
+    rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 1}
     made = tiny.trainer(
         optimizer=ADAM, precision={'params': 'bfloat16'}, sharding=rule,
         mesh={'data': 2, 'fsdp': 4},

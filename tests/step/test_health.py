@@ -58,8 +58,8 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     )
     states = [state]
     with trainer.batches(0, [1] * steps) as batches:
-        for _, batch in batches:
-            state = step(state, batch)
+        for batch in batches:
+            state = step(state, batch.arrays)
             states.append(state)
     return states
 
@@ -301,8 +301,8 @@ def test_a_member_that_diverges(capsys: pytest.CaptureFixture[str], tmp_path: An
 
 @pytest.mark.slow
 def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib.Path) -> None:
-    source = {'target': 'data.mnist:MNIST', 'split': 'test', 'limit': 100}
-    to_float = {'target': 'data.transforms:ToFloat', 'key': 'image'}
+    source = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 100}
+    to_float = {'target': 'trainer.data.transforms:ToFloat', 'key': 'image'}
     data = {'source': source, 'batch_size': 50, 'device_transforms': (to_float,)}
     evals = {'test': {'every': '20 steps', 'data': data}}
     trainer = Trainer(ensemble((0.01, 3e38, 0.02), evals=evals), str(tmp_path))

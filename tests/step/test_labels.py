@@ -12,13 +12,12 @@ import numpy as np
 import optax
 import pytest
 
-from data.sources import ArraySource
 from tests.command import ROOT
 from trainer.config.errors import UserError
+from trainer.data.sources import ArraySource
 from trainer.experiment import load_and_build
+from trainer.tasks import Classification, NextToken
 from trainer.tasks.checks import run_checks
-from trainer.tasks.language import NextToken
-from trainer.tasks.task import Classification
 from trainer.trainer import Trainer
 
 WARN = {'guard': {'non_finite': 'warn'}}
@@ -46,7 +45,7 @@ def trainer(train: dict[str, Any], test: dict[str, Any] | None = None, **overrid
     data = {'source': {**source, **train}, 'batch_size': 8}
     options = {
         'data': data, 'evals': evals, 'train_for': '16 steps', 'log__every': '4 steps',
-        'model': {'target': 'models.mlp:MLP', 'features': (8, 4)},
+        'model': {'target': 'trainer.models.mlp:MLP', 'features': (8, 4)},
     }  # fmt: skip
     return Trainer(load_and_build(MLP, **{**options, **overrides}))
 
@@ -75,7 +74,7 @@ def same(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def of(loader: str) -> dict[str, Any]:
-    stages = ({'target': 'data.stages:Map', 'fn': {'ref': f'{__name__}:same'}},)
+    stages = ({'target': 'trainer.data.stages:Map', 'fn': {'ref': f'{__name__}:same'}},)
     return {'target': f'data.streaming:{loader}', 'stages': stages}
 
 
@@ -101,7 +100,7 @@ def test_a_label_of_an_evaluation() -> None:
 
 def test_a_label_to_ignore() -> None:
     """It counts in neither the loss nor the accuracy, with or without smoothing."""
-    task = {'target': 'trainer.tasks.task:Classification', 'ignore_label': -1}
+    task = {'target': 'trainer.tasks:Classification', 'ignore_label': -1}
     result = trainer({'bad': -1}, {'bad': -1}, task=task).fit()
     assert result.status == 'finished'
     logits = jnp.asarray(np.random.default_rng(1).normal(size=(5, 4)), jnp.float32)
@@ -140,7 +139,7 @@ def test_labels_for_each_class_may_be_missing() -> None:
     ],
 )
 def test_shapes_and_kinds(train: dict[str, Any], task: dict[str, Any], message: str) -> None:
-    task = {'target': 'trainer.tasks.task:Classification', **task}
+    task = {'target': 'trainer.tasks:Classification', **task}
     with pytest.raises(UserError) as caught:
         trainer(train, train, task=task).fit()
     assert re.search(message, str(caught.value), re.S), caught.value

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from models.transformer import Transformer
-from trainer.tasks.language import NextToken
+from trainer.models.transformer import Transformer
+from trainer.tasks import NextToken
 
 MODEL = Transformer(vocab_size=11, layers=2, width=16, heads=2, max_length=12)
 PACKED = NextToken(segments='tokens_segment_ids', positions='tokens_positions')

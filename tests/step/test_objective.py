@@ -18,7 +18,7 @@ from tests.marks import slow_except
 from tests.step import tiny
 from trainer.config.errors import UserError
 from trainer.step.health import Health, check_state
-from trainer.tasks.task import TaskOutput
+from trainer.tasks import TaskOutput
 
 ADAM = {'target': 'optax:adam', 'learning_rate': 0.01}
 LBFGS = {'target': 'optax:lbfgs'}

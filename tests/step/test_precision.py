@@ -17,10 +17,10 @@ import optax
 import pytest
 from flax import nnx
 
-from models.mlp import MLP
 from tests.command import ROOT
 from tests.marks import slow_after
 from trainer.experiment import load_and_build
+from trainer.models.mlp import MLP
 from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
@@ -30,8 +30,8 @@ from trainer.step.loss_scale import LossScale
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.runner import TaskRunner, compute_metrics
-from trainer.tasks.task import Classification, TaskOutput
 from trainer.trainer import Trainer
 
 BF16 = Precision(compute='bfloat16', output='float32')

@@ -18,8 +18,8 @@ from trainer.step import programs as program_lib
 from trainer.trainer import Trainer
 
 MNIST = str(ROOT / 'configs' / 'mnist_mlp.py')
-FSDP = {'mesh': {'data': 4, 'fsdp': 2}, 'sharding': [{'target': 'trainer.parallel.sharding:FSDP'}]}
-NNX = {'model__target': 'models.mlp_nnx:MLP'}
+FSDP = {'mesh': {'data': 4, 'fsdp': 2}, 'sharding': [{'target': 'trainer.sharding:FSDP'}]}
+NNX = {'model__target': 'trainer.models.mlp_nnx:MLP'}
 
 
 def trainer(**overrides: Any) -> Trainer:

@@ -17,9 +17,8 @@ import pytest
 
 from tests.small import trainer_in
 from trainer.config.errors import UserError
-from trainer.tasks.language import NextToken
+from trainer.tasks import Classification, NextToken, Regression, TaskOutput
 from trainer.tasks.runner import MASK, TaskRunner
-from trainer.tasks.task import Classification, Regression, TaskOutput
 
 BATCH = {
     'x': jax.ShapeDtypeStruct((32, 10), jnp.float32),
@@ -188,7 +187,7 @@ def test_a_model_that_returns_more_than_an_array(task: Any) -> None:
             lambda x: (jnp.ones((32, 10)), {}),
             {'x': jnp.ones((32, 10)), 'label': jnp.ones((32, 2))},
         )
-    assert 'config.task: the model returned (float32[32, 10], {}), and trainer.tasks.' in str(
-        error.value
-    )
-    assert 'expects one array' in str(error.value)
+    assert (
+        'config.task: the model returned (float32[32, 10], {}), and '
+        f'trainer.tasks:{type(task).__name__} expects one array'
+    ) in str(error.value)

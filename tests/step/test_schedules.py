@@ -16,7 +16,7 @@ import pytest
 from flax.training import lr_schedule
 
 from tests import command
-from trainer.build.optimizer import build_optimizer
+from trainer.builders.optimizer import build_optimizer
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, OptimizerSection
@@ -146,7 +146,7 @@ def test_a_warm_up_that_is_longer_than_the_run(warmup: Any) -> None:
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': warmup, 'decay_steps': '100%',
     }  # fmt: skip
-    scaled = {'target': 'trainer.step.schedules:scaled', 'schedule': node, 'factor': 0.5}
+    scaled = {'target': 'trainer.schedules:scaled', 'schedule': node, 'factor': 0.5}
     options = {**SMALL, 'train_for': '5 steps'}
     for rate, path in ((node, 'learning_rate'), (scaled, 'learning_rate.schedule')):
         words = rf'config.optimizer.{path}.warmup_steps: .* the 5 steps of config.optimizer.{path}'
@@ -303,12 +303,12 @@ def test_the_legacy_schedules_and_their_successors(name: str) -> None:
 
 def test_roots_and_factors() -> None:
     """E3: what optax does not have."""
-    node = {'target': 'trainer.step.schedules:rsqrt', 'peak_value': 0.1, 'warmup_steps': '1 epoch'}
+    node = {'target': 'trainer.schedules:rsqrt', 'peak_value': 0.1, 'warmup_steps': '1 epoch'}
     schedule = from_config(node)
     found = [float(schedule(step)) for step in (0, 1, 5, 20, 45)]
     assert found == pytest.approx([0.0, 0.02, 0.1, 0.05, 0.1 / 3])
     half = from_config({
-        'target': 'trainer.step.schedules:scaled', 'factor': 0.5, 'schedule': node,
+        'target': 'trainer.schedules:scaled', 'factor': 0.5, 'schedule': node,
     })  # fmt: skip
     assert_same(half, lambda step: 0.5 * schedule(step))
     with pytest.raises(ValueError, match='warmup_steps: expected at least 1'):

@@ -16,9 +16,10 @@ import pytest
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
+from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.metrics import WeightedMean, not_finite
 from trainer.tasks.runner import TaskRunner, inverse, loss_sums
-from trainer.tasks.task import Classification, TaskOutput, as_output
+from trainer.tasks.task import as_output
 from trainer.trainer import Trainer
 
 LOGITS = np.array([[2.0, -1.0, 0.5], [-3.0, 0.25, 0.125]], np.float32)
@@ -196,8 +197,8 @@ def test_regression_learns_from_a_config() -> None:
     result = mlp(
         train_for='300 steps',
         model__features=(16, 1),
-        task={'target': 'trainer.tasks.task:Regression', 'inputs': 'x', 'targets': 'y'},
-        data__device_transforms=({'target': 'data.transforms:ToFloat'}, *fields),
+        task={'target': 'trainer.tasks:Regression', 'inputs': 'x', 'targets': 'y'},
+        data__device_transforms=({'target': 'trainer.data.transforms:ToFloat'}, *fields),
         log__every='100 steps',
     ).fit()
     assert result.metrics['train/loss'] < 0.002

@@ -12,16 +12,16 @@ import numpy as np
 import optax
 import pytest
 
-from models.cnn import CNN
-from models.mlp import MLP
 from trainer.config.errors import UserError
+from trainer.models.cnn import CNN
+from trainer.models.mlp import MLP
 from trainer.modules.functional import functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
 from trainer.step.train_step import TrainStep
+from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.runner import TaskRunner, compute_metrics
-from trainer.tasks.task import Classification, TaskOutput
 
 ROWS = 16
 Mesh = jax.sharding.Mesh

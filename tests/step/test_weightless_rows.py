@@ -26,9 +26,8 @@ from trainer.step.optimizer import Group, Optimizer
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import TrainStep
-from trainer.tasks.language import NextToken
+from trainer.tasks import Classification, NextToken, Regression, TaskOutput
 from trainer.tasks.runner import MASK, TaskRunner, compute_metrics
-from trainer.tasks.task import Classification, Regression, TaskOutput
 
 ROWS = 16
 # Two in a row, the first and the last one; in slices of 4 rows each slice has one that counts.

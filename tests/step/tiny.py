@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from data.sources import ArraySource
 from trainer.config.loading import LoadedConfig
+from trainer.data.sources import ArraySource
 from trainer.experiment import build
 from trainer.trainer import Trainer
 
@@ -59,7 +59,7 @@ def trainer(workdir: pathlib.Path | None = None, **options: Any) -> Trainer:
     config = ml_collections.ConfigDict()
     config.train_for = '20 steps'
     config.model = {'target': f'{__name__}:Net'}
-    config.task = {'target': 'trainer.tasks.task:Classification', 'inputs': 'x'}
+    config.task = {'target': 'trainer.tasks:Classification', 'inputs': 'x'}
     config.optimizer = {'target': 'optax:sgd', 'learning_rate': 0.1}
     config.data = {'source': SOURCE, 'batch_size': 32}
     config.evals = {'test': EVAL}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.sources import ArraySource
+from trainer.data.sources import ArraySource
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 from trainer.weights.first_state import start
@@ -25,7 +25,7 @@ def get_config():
     c = ml_collections.ConfigDict()
     c.train_for = '10 steps'
     c.model = dict(target='tests.weights.examples:Net')
-    c.task = dict(target='trainer.tasks.task:Classification')
+    c.task = dict(target='trainer.tasks:Classification')
     c.optimizer = dict(target='optax:adam', learning_rate=0.01)
     c.data = dict(source=dict(target='tests.weights.examples:Points'), batch_size=16)
     c.log = dict(every='5 steps', tensorboard=False)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from data.sources import ArraySource
+from trainer.data.sources import ArraySource
 
 NAMES = (
     (r'^layer(\d)/(\d)/', r'layer\1_\2/'),

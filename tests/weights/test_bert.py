@@ -12,9 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from data.sources import ArraySource
-from models.bert import Encoder, SentenceEncoder
 from tests.weights.examples import assert_same, flat, trainer
+from trainer.data.sources import ArraySource
+from trainer.models.bert import Encoder, SentenceEncoder
 from trainer.weights import safetensors
 
 SENTENCES = (
@@ -24,7 +24,7 @@ SENTENCES = (
     'Shares dropped at the start of the week.',
 )
 SIZES = dict(layers=6, width=384, heads=12)
-RENAME = ({'ref': 'models.bert:HUGGING_FACE'}, ('^', 'encoder/'))
+RENAME = ({'ref': 'trainer.models.bert:HUGGING_FACE'}, ('^', 'encoder/'))
 
 
 class Reviews(ArraySource):
@@ -109,8 +109,8 @@ def test_embeddings_equal_those_of_torch(tmp_path: pathlib.Path) -> None:
     file = directory / 'model.safetensors'
     run = trainer(
         tmp_path,
-        model={'target': 'models.bert:SentenceEncoder',
-               'encoder': {'target': 'models.bert:Encoder', **SIZES}},
+        model={'target': 'trainer.models.bert:SentenceEncoder',
+               'encoder': {'target': 'trainer.models.bert:Encoder', **SIZES}},
         task={'ref': f'{__name__}:lengths'}, data__source={'target': f'{__name__}:Reviews'},
         init_from={'path': str(file), 'layout': 'torch', 'rename': RENAME},
     )  # fmt: skip
@@ -132,8 +132,8 @@ def test_a_classifier_on_the_frozen_encoder(tmp_path: pathlib.Path) -> None:
     path = str(model_directory() / 'model.safetensors')
     run = trainer(
         tmp_path, 'texts', train_for='30 steps', seed=1,
-        model={'target': 'models.bert:TextClassifier',
-               'encoder': {'target': 'models.bert:Encoder', **SIZES}},
+        model={'target': 'trainer.models.bert:TextClassifier',
+               'encoder': {'target': 'trainer.models.bert:Encoder', **SIZES}},
         data__source={'target': f'{__name__}:Reviews'}, optimizer__freeze='encoder/.*',
         init_from={'path': path, 'layout': 'torch', 'rename': RENAME, 'exclude': 'head/.*'},
     )  # fmt: skip

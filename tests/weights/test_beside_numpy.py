@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from models.bert import HUGGING_FACE, Encoder, SentenceEncoder
 from tests.weights import numpy_layers as layers
 from tests.weights.examples import assert_same, trainer
 from tests.weights.networks import ViT
 from trainer.config.errors import UserError
+from trainer.models.bert import HUGGING_FACE, Encoder, SentenceEncoder
 from trainer.weights import restore, safetensors
 
 AT = 'layer.'

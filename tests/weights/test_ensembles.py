@@ -56,7 +56,7 @@ def test_all_members_start_from_one_checkpoint(tmp_path: pathlib.Path) -> None:
 def test_surgery_of_what_all_members_start_with(tmp_path: pathlib.Path) -> None:
     path, old = pretrained(tmp_path)
     size: dict[str, Any] = {'model__classes': 4, 'data__source__classes': 4}
-    resize = {'target': 'trainer.weights.surgery:Resize', 'pattern': 'head/.*', 'size': 4}
+    resize = {'target': 'trainer.weights:Resize', 'pattern': 'head/.*', 'size': 4}
     made = trainer(
         tmp_path, ensemble={'size': 2}, init_from={'path': path}, surgery=(resize,), **size
     )

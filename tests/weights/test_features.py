@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from data.npz import Npz
 from tests.weights.examples import Points, assert_same, trainer
+from trainer import precompute
 from trainer.config.errors import UserError
-from trainer.modes.features import Features, precompute
+from trainer.data.npz import Npz
+from trainer.tasks import Features
 
-FEATURES = 'trainer.modes.features:Features'
+FEATURES = 'trainer.tasks:Features'
 
 
 class Tuned(nn.Module):
@@ -55,7 +56,9 @@ def test_features_computed_once(tmp_path: pathlib.Path) -> None:
     head = trainer(
         tmp_path, train_for='40 steps', model={'target': 'flax.linen:Dense', 'features': 3},
         task__inputs='features', optimizer__target='optax:sgd',
-        data__source={'target': 'data.npz:Npz', 'path': str(tmp_path / 'new' / 'features.npz')},
+        data__source={
+            'target': 'trainer.data.npz:Npz', 'path': str(tmp_path / 'new' / 'features.npz')
+        },
         init_from={'path': str(weights), 'at': 'params/head'},
     )  # fmt: skip
     assert_same(head.init_state().params, start.params['head'])

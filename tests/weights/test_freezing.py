@@ -63,7 +63,12 @@ def test_three_ways_to_freeze(tmp_path: pathlib.Path, options: dict[str, Any]) -
 
 
 NNX = {
-    'model': {'target': 'models.mlp_nnx:MLP', 'inputs': 8, 'features': (12, 3), 'batch_norm': True},
+    'model': {
+        'target': 'trainer.models.mlp_nnx:MLP',
+        'inputs': 8,
+        'features': (12, 3),
+        'batch_norm': True,
+    },
     'step': {'ref': 'tests.step.steps:by_hand'},
 }
 
@@ -96,15 +101,15 @@ def test_statistics_of_a_frozen_part(
 def test_from_linen_to_nnx(tmp_path: pathlib.Path) -> None:
     """The paths are all that differs, so a list of renames does it."""
     mnist = {
-        'data__source': {'target': 'data.mnist:MNIST', 'split': 'train', 'limit': 64},
-        'data__device_transforms': ({'target': 'data.transforms:ToFloat'},),
+        'data__source': {'target': 'trainer.data.mnist:MNIST', 'split': 'train', 'limit': 64},
+        'data__device_transforms': ({'target': 'trainer.data.transforms:ToFloat'},),
     }
     linen = trainer(tmp_path, 'linen', train_for='2 steps', model={
-        'target': 'models.cnn:CNN', 'hidden': 16}, **mnist)  # fmt: skip
+        'target': 'trainer.models.cnn:CNN', 'hidden': 16}, **mnist)  # fmt: skip
     state = linen.fit().state
     names = (('Conv_0', 'conv1'), ('Conv_1', 'conv2'), ('Dense_0', 'dense1'), ('Dense_1', 'dense2'))
     nnx = trainer(
-        tmp_path, model={'target': 'models.cnn_nnx:CNN', 'hidden': 16},
+        tmp_path, model={'target': 'trainer.models.cnn_nnx:CNN', 'hidden': 16},
         init_from={'path': str(tmp_path / 'linen'), 'rename': names}, **mnist,
     )  # fmt: skip
     loaded = nnx.init_state()

@@ -27,7 +27,7 @@ def test_a_checkpoint_of_ours_on_the_devices_of_the_state(tmp_path: pathlib.Path
     """G3, C9: parameters and batch statistics, cut as the new run cuts them; a fresh optimizer."""
     path, old = pretrained(tmp_path)
     new = trainer(tmp_path, init_from={'path': path}, mesh={'fsdp': 4}, sharding=(
-        {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 64},
+        {'target': 'trainer.sharding:FSDP', 'min_bytes': 64},
     ))  # fmt: skip
     state = new.init_state()
     assert_same(state.params, old.params)
@@ -116,7 +116,7 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
         named = {k.replace('/', separator): x for k, x in flat(old.variables).items()}
         safetensors.write(tensors, named)
         new = trainer(tmp_path, init_from={'path': str(tensors)}, mesh={'fsdp': 4}, sharding=(
-            {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 64},
+            {'target': 'trainer.sharding:FSDP', 'min_bytes': 64},
         )).init_state()  # fmt: skip
         assert_same(new.variables, old.variables)
     tensors.write_bytes(tensors.read_bytes()[:-4])
@@ -125,15 +125,6 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
     file.write_bytes(b'no msgpack')
     with pytest.raises(UserError, match='no msgpack file of Flax'):
         trainer(tmp_path, init_from={'path': str(file)}).init_state()
-
-
-def test_safetensors_as_others_write_them(tmp_path: pathlib.Path) -> None:
-    library = pytest.importorskip('safetensors.numpy')
-    arrays = {'a': np.arange(6.0, dtype='f4').reshape(2, 3), 'b.c': np.array(3, np.int64)}
-    library.save_file(arrays, tmp_path / 'theirs.safetensors', metadata={'made': 'here'})
-    assert_same(safetensors.read(tmp_path / 'theirs.safetensors'), arrays)
-    safetensors.write(tmp_path / 'ours.safetensors', arrays)
-    assert_same(library.load_file(tmp_path / 'ours.safetensors'), arrays)
 
 
 def test_floats_are_cast_to_the_dtype_of_the_model(tmp_path: pathlib.Path) -> None:
@@ -237,7 +228,7 @@ def test_patterns_that_match_nothing(tmp_path: pathlib.Path) -> None:
         with pytest.raises(UserError, match=pairs):
             trainer(tmp_path, init_from={'path': path, 'rename': ({'ref': ref},)})
     with pytest.raises(UserError, match=r'HUGING_FACE'):
-        ref = {'ref': 'models.bert:HUGING_FACE'}
+        ref = {'ref': 'trainer.models.bert:HUGING_FACE'}
         trainer(tmp_path, init_from={'path': path, 'rename': (ref,)})
     with pytest.raises(UserError, match=r"optimizer: layout='torch' has none"):
         trainer(tmp_path, init_from={'path': path, 'layout': 'torch', 'optimizer': True})

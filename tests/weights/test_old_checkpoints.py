@@ -20,11 +20,11 @@ import pytest
 from flax import serialization
 from flax.training import checkpoints, train_state
 
-from models.cnn import CNN
 from tests import command
 from tests.parallel.group import finish, free_port
 from tests.weights.examples import Net, assert_same, flat, trainer
 from trainer.config.errors import UserError
+from trainer.models.cnn import CNN
 from trainer.weights import restore, safetensors
 
 X = jnp.ones((2, 28, 28, 1))
@@ -127,7 +127,7 @@ def test_orbax_of_other_layouts(tmp_path: pathlib.Path) -> None:
             tree = {'params': state.params, 'batch_stats': state.batch_stats}
             manager.save(step, args=ocp.args.StandardSave(tree))
     sharded = {'mesh': {'fsdp': 4}, 'sharding': (
-        {'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 64},)}  # fmt: skip
+        {'target': 'trainer.sharding:FSDP', 'min_bytes': 64},)}  # fmt: skip
     for init_from in ({'path': 'whole', 'at': 'model'}, {'path': 'variables'}, {'path': 'manager'},
                       {'path': 'manager/1'}):  # fmt: skip
         init_from['path'] = str(tmp_path / init_from['path'])
@@ -171,9 +171,11 @@ def test_a_run_from_before_linen(tmp_path: pathlib.Path) -> None:
     old = {'optimizer': {'target': {before[k]: x for k, x in params.items()}}}
     file = tmp_path / 'old.msgpack'
     file.write_bytes(serialization.msgpack_serialize(jax.device_get(old)))
-    options = {'model': {'target': 'models.cnn:CNN', 'hidden': 16}, 'data__source': {
-        'target': 'data.mnist:MNIST', 'split': 'train', 'limit': 64}, 'data__device_transforms': (
-        {'target': 'data.transforms:ToFloat'},)}  # fmt: skip
+    options = {
+        'model': {'target': 'trainer.models.cnn:CNN', 'hidden': 16},
+        'data__source': {'target': 'trainer.data.mnist:MNIST', 'split': 'train', 'limit': 64},
+        'data__device_transforms': ({'target': 'trainer.data.transforms:ToFloat'},),
+    }
     init_from = {'path': str(file), 'layout': 'pre_linen'}
     state = trainer(tmp_path, init_from=init_from, **options).init_state()
     assert_same(state.params, params)

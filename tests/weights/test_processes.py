@@ -10,10 +10,7 @@ import pytest
 from tests import command
 from tests.parallel import group
 
-EDIT = (
-    "({'target': 'trainer.weights.surgery:Resize', 'pattern': 'Dense_1/kernel', 'size': 64, "
-    "'axis': 0},)"
-)
+EDIT = "({'target': 'trainer.weights:Resize', 'pattern': 'Dense_1/kernel', 'size': 64, 'axis': 0},)"
 
 
 @pytest.mark.slow

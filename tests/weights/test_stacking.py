@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from models.transformer import Transformer
 from tests.command import ROOT
 from tests.weights.examples import assert_same
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
+from trainer.models.transformer import Transformer
 from trainer.trainer import Trainer
 from trainer.weights.stacking import Stack, Unstack
 from trainer.weights.surgery import operate
@@ -45,7 +45,7 @@ def test_there_and_back() -> None:
 def lm(workdir: pathlib.Path, **overrides: Any) -> Trainer:
     text = workdir.parent / 'text.txt'
     text.write_text('to be, or not to be: ' * 20)
-    source = {'target': 'data.text:Bytes', 'path': str(text), 'seq_len': 12}
+    source = {'target': 'trainer.data.text:Bytes', 'path': str(text), 'seq_len': 12}
     small = dict(model__layers=2, model__width=16, model__heads=2, train_for='3 steps')
     experiment = load_and_build(
         str(ROOT / 'configs' / 'lm.py'), **small, data__source=source, evals={}, **overrides
@@ -62,7 +62,7 @@ def test_a_run_goes_on_in_the_other_form(tmp_path: pathlib.Path, scanned: bool) 
     new = lm(
         tmp_path / 'new', model__scan_layers=not scanned,
         init_from={'path': str(tmp_path / 'old'), 'optimizer': True},
-        surgery=({'target': f'trainer.weights.stacking:{operation}'},),
+        surgery=({'target': f'trainer.weights:{operation}'},),
     )  # fmt: skip
     state = new.init_state()
     tokens = np.arange(24).reshape(2, 12)

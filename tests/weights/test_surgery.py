@@ -12,9 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from models.cnn import CNN
 from tests.weights.examples import assert_same, flat, pretrained, trainer
 from trainer.config.errors import UserError
+from trainer.models.cnn import CNN
 from trainer.weights.surgery import Edit, Interpolate, Rename, Resize, operate
 
 OPERATION = 'trainer.weights.surgery'

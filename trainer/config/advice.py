@@ -20,7 +20,10 @@ from typing import Any
 from trainer.config.errors import shown
 
 # Where a function or class of a library is looked for under a public name; its own package, too.
-_PUBLIC = ('jax.nn', 'jax.numpy', 'flax.linen', 'flax.nnx', 'optax', 'jax.nn.initializers')
+_PUBLIC = (
+    *('jax.nn', 'jax.numpy', 'flax.linen', 'flax.nnx', 'optax', 'jax.nn.initializers'),
+    *('trainer.sharding', 'trainer.schedules', 'trainer.metrics'),
+)
 _FEW = 8
 
 
@@ -32,8 +35,8 @@ def advice(value: Any, path: str = '') -> str:
         path: where it is in the config: a target or ref is a name already.
     """
     is_plain = hasattr(value, '__qualname__') and '<' not in value.__qualname__
-    if path.endswith(('.target', '.ref')) and is_plain and _name(value).count(':') == 1:
-        return f'write its name: {_name(value)!r}'
+    if path.endswith(('.target', '.ref')) and is_plain and public_name(value).count(':') == 1:
+        return f'write its name: {public_name(value)!r}'
     for kinds, say in _KINDS:
         if isinstance(value, kinds):
             return say(value)
@@ -53,7 +56,7 @@ def _of_path(path: os.PathLike[str]) -> str:
 
 
 def _of_member(member: enum.Enum) -> str:
-    whole = f'{_name(type(member))}.{member.name}'
+    whole = f'{public_name(type(member))}.{member.name}'
     plain = isinstance(member.value, (bool, int, float, str))
     value = f'its value, {member.value!r}, or ' if plain else ''
     return f'write {value}its name, {member.name!r}, or name the member: dict(ref={whole!r})'
@@ -61,7 +64,7 @@ def _of_member(member: enum.Enum) -> str:
 
 def _of_partial(made: functools.partial[Any]) -> str:
     given = ''.join(f', {key}={shown(x)}' for key, x in made.keywords.items())
-    args = f'dict(ref={_name(made.func)!r}),' + ''.join(f' {shown(x)},' for x in made.args)
+    args = f'dict(ref={public_name(made.func)!r}),' + ''.join(f' {shown(x)},' for x in made.args)
     return (
         f"write dict(target='functools:partial', args=({args.rstrip(',')},){given}, "
         'accepts_any=True), or name a function of a module: dict(ref=...)'
@@ -126,7 +129,7 @@ def _of_function(value: Any) -> str:
     if '<locals>' in value.__qualname__:
         maker = _named(module, outer)
         return f'describe the call that makes it: dict(target={maker!r}, ...)'
-    name = _name(value)
+    name = public_name(value)
     return f'name it: dict(ref={name!r}), or, to have it called, dict(target={name!r}, ...)'
 
 
@@ -148,11 +151,13 @@ def _of_tuple(value: Any) -> str:
             "dict(target='optax:chain', args=(...))"
         )
     fields = ', '.join(getattr(value, '_fields', ()))
-    return f'describe how it is made: dict(target={_name(type(value))!r}, ...) with {fields}'
+    name = public_name(type(value))
+    return f'describe how it is made: dict(target={name!r}, ...) with {fields}'
 
 
 def _of_object(value: Any) -> str:
-    return f'describe how it is made: dict(target={_name(type(value))!r}, ...), with its arguments'
+    name = public_name(type(value))
+    return f'describe how it is made: dict(target={name!r}, ...), with its arguments'
 
 
 def _dtype_name(value: Any) -> str | None:
@@ -167,7 +172,7 @@ def _dtype_name(value: Any) -> str | None:
     return found.name if isinstance(found, np.dtype) else None
 
 
-def _name(value: Any) -> str:
+def public_name(value: Any) -> str:
     """Returns the name that a ref or target has for a function or class, public if there is one."""
     module, name = getattr(value, '__module__', None), getattr(value, '__qualname__', None)
     return _named(module, name) if module and name else 'package.module:name'

@@ -9,7 +9,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from trainer import bundled
+from trainer.config import bundled
 from trainer.config.diff import Change
 from trainer.config.loading import LoadedConfig
 from trainer.config.overrides import Override
@@ -69,7 +69,7 @@ def default_workdir(loaded: LoadedConfig, overrides: Sequence[Override]) -> str:
 def _config_name(path: pathlib.Path) -> str:
     """Returns 'mnist' for configs/mnist.py, here or bundled, and 'a.b.mnist' for a/b/mnist.py."""
     folder = path.resolve().parent
-    for root in (pathlib.Path.cwd(), *map(pathlib.Path, bundled.__path__)):
+    for root in (pathlib.Path.cwd(), bundled.FOLDER):
         if folder.is_relative_to(root):
             parts = folder.relative_to(root).parts
             return '.'.join([*(parts[1:] if parts[:1] == ('configs',) else parts), path.stem])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a config file: `configs/mnist.py` or `configs/mnist.py:argument`."""
+"""Loads a config file: `configs/mnist.py`, `configs/mnist.py:argument` or `mnist`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import importlib.util
 import inspect
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
-from trainer import bundled
-from trainer.config import config_arguments, literals, objects, places, suggest
+from trainer import compat
+from trainer.config import bundled, config_arguments, literals, objects, places, suggest
 from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
 
@@ -41,7 +41,8 @@ def load(spec: str) -> LoadedConfig:
     """Runs `get_config` of a file.
 
     Args:
-        spec: path, or path:argument. A path that does not exist here may name a bundled config.
+        spec: path, or path:argument. A path 'configs/NAME.py' that does not exist here names a
+            bundled config, and so does NAME alone.
 
     Raises:
         UserError: if the file is missing, fails, or returns something else.
@@ -56,12 +57,12 @@ def load(spec: str) -> LoadedConfig:
         raise
     except Exception as error:
         hint = ''
-        if 'dots in field names' in str(error):
+        if compat.is_dotted_key(error):
             hint = (
                 "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in the place of "
                 "'12.5%' as a key, write a whole number of steps"
             )
-        if 'Could not override field' in str(error):
+        if compat.is_other_type(error):
             hint = (
                 '\nA config describes how objects are made: config.optimizer = '
                 "dict(target='optax:adam', learning_rate=1e-3)"
@@ -117,24 +118,34 @@ def plain(node: Any) -> Any:
 
 def _find(text: str) -> pathlib.Path:
     path = pathlib.Path(places.expand(text, '--config'))
-    for candidate in (path, *(pathlib.Path(root) / path for root in bundled.__path__)):
-        try:
+    try:
+        for candidate in _candidates(path):
             if candidate.is_file():
                 return candidate
-            is_directory = candidate.is_dir()
-        except OSError as error:  # A name that is too long, a folder that may not be read.
-            raise UserError(f'--config: {shown(text)}: {error.strerror or error}') from error
-        if is_directory:
-            raise UserError(f'--config: {shown(text)} is a directory; name a file in it')
+        is_directory = path.is_dir()
+    except OSError as error:  # A name that is too long, a folder that may not be read.
+        raise UserError(f'--config: {shown(text)}: {error.strerror or error}') from error
+    if is_directory:
+        raise UserError(f'--config: {shown(text)} is a directory; name a file in it')
     hint = ''
     # As it is, or one of `configs` by its name alone, or as a module is named.
     stem = path.name.removesuffix('.py').split('.')[-1]
     for guess in (path, pathlib.Path('configs', f'{stem}.py')):
-        folders = [guess.parent, *(pathlib.Path(root) / guess.parent for root in bundled.__path__)]
+        folders = {found.parent for found in _candidates(guess) if found.name == guess.name}
         files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
-        near = suggest.nearest(guess.name, files)
+        near = suggest.nearest(guess.name, sorted(files))
         hint = hint or (f' Did you mean {guess.parent / near}?' if near else '')
     raise UserError(f'--config: there is no file {shown(text)}.{hint}')
+
+
+def _candidates(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the files that --config=PATH may mean; those of the user come before bundled ones."""
+    yield path
+    if path.parts[:1] == ('configs',):
+        yield bundled.FOLDER / path
+    if not path.suffix and len(path.parts) == 1:  # mnist
+        for folder in (pathlib.Path('configs'), bundled.FOLDER / 'configs'):
+            yield folder / f'{path.name}.py'
 
 
 def _get_config(path: pathlib.Path) -> Callable[..., Any]:
@@ -210,9 +221,7 @@ def _collect_references(node: Any, used: set[int]) -> None:
     """Adds the identity of every reference below a node, and of those it is computed from."""
     if isinstance(node, ml_collections.FieldReference):
         used.add(id(node))
-        _collect_references(node._value, used)  # the reference that an operation started from
-        for operation in node._ops:
-            _collect_references(tuple(operation.args), used)
+        _collect_references(tuple(compat.reference_inputs(node)), used)
     elif isinstance(node, ml_collections.ConfigDict):
         for _, value in node.items(preserve_field_references=True):
             _collect_references(value, used)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 import importlib.util
@@ -15,14 +14,11 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from trainer.config import suggest
+from trainer.config import bundled, suggest
 from trainer.config.errors import UserError, shown
 
-# Packages that come with the trainer, and may be hidden by the user's own of the same name.
-_BUNDLED = ('models', 'data', 'configs')
-
 # Where a name without a module is looked for, to say which module was probably meant.
-_KNOWN = ('optax', 'trainer.tasks.task', 'jax.nn', 'flax.linen', 'optax.contrib')
+_KNOWN = ('optax', 'trainer.tasks', 'jax.nn', 'flax.linen', 'optax.contrib')
 
 # Where the code lies that is not the user's, for the line of an error.
 _LIBRARIES = (
@@ -46,18 +42,16 @@ def resolve(name: object, path: str) -> Any:
             f"{path}: expected 'package.module:Name', got {shown(name)}{_with_colon(name)}"
         )
     module_name, _, attribute = name.partition(':')
-    error: UserError | None = None
-    for candidate in _candidates(module_name):
-        try:
-            module = _import(candidate, path)
-            _check_not_hidden(candidate, attribute, path)
-            return functools.reduce(getattr, attribute.split('.'), module)
-        except AttributeError:
-            error = error or UserError(_no_attribute(module, attribute, name, path))
-        except _NoModuleError:
-            error = error or UserError(_no_module(module_name, name, path))
-    assert error is not None
-    raise error
+    if full_name := bundled.full_name(module_name):
+        raise UserError(_no_module(name, path, f'{full_name}:{attribute}'))
+    try:
+        module = _import(module_name, path)
+        # `pkgutil.resolve_name` would not tell a missing module from one that fails to import.
+        return functools.reduce(getattr, attribute.split('.'), module)
+    except AttributeError as error:
+        raise UserError(_no_attribute(module, attribute, name, path)) from error
+    except _NoModuleError as error:
+        raise UserError(_no_module(name, path, _near_name(module_name, attribute))) from error
 
 
 def _with_colon(name: object) -> str:
@@ -87,11 +81,6 @@ class _NoModuleError(Exception):
     """A module, or a package on the way to it, does not exist."""
 
 
-def _candidates(module_name: str) -> list[str]:
-    bundled = module_name.split('.')[0] in _BUNDLED
-    return [module_name, f'trainer.bundled.{module_name}'] if bundled else [module_name]
-
-
 def _import(module_name: str, path: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
@@ -103,38 +92,6 @@ def _import(module_name: str, path: str) -> ModuleType:
         raise
     except Exception as error:
         raise UserError(_failed_import(module_name, error, path)) from error
-
-
-def _check_not_hidden(module_name: str, attribute: str, path: str) -> None:
-    """Checks that a module of ours is not taken for one of the user's with the same name.
-
-    A folder `models` without an `__init__.py` comes after our package of that name, in its path.
-
-    Raises:
-        UserError: if the user's file defines the attribute.
-    """
-    package, _, rest = module_name.partition('.')
-    if package not in _BUNDLED or not rest:
-        return
-    for folder in list(getattr(sys.modules.get(package), '__path__', ()))[1:]:
-        file = os.path.join(folder, *rest.split('.')) + '.py'
-        mine = getattr(sys.modules[module_name], '__file__', None)
-        if os.path.isfile(file) and file != mine and attribute.split('.')[0] in _defined(file):
-            raise UserError(
-                f'{path}: {module_name}:{attribute} is in {file} too, which is hidden by {mine}; '
-                f'add an empty {os.path.join(folder, "__init__.py")}, or rename the file'
-            )
-
-
-def _defined(file: str) -> set[str]:
-    """Returns the names of the classes and functions of a file, without running it."""
-    try:
-        with open(file, 'rb') as opened:
-            body = ast.parse(opened.read()).body
-    except (OSError, SyntaxError, ValueError):
-        return set()
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    return {node.name for node in body if isinstance(node, kinds)}
 
 
 def _failed_import(module_name: str, error: BaseException, path: str) -> str:
@@ -163,20 +120,41 @@ def is_library(filename: str) -> bool:
 
 
 def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> str:
-    near = suggest.nearest(attribute, [n for n in dir(module) if not n.startswith('_')])
-    hint = f' Did you mean {name.partition(":")[0]}:{near}?' if near else ''
+    near = _in_package_of(module.__name__, attribute)
+    if not near:
+        known = [n for n in dir(module) if not n.startswith('_')]
+        word = suggest.nearest(attribute, known)
+        near = f'{name.partition(":")[0]}:{word}' if word else ''
+    hint = f' Did you mean {near}?' if near else ''
     return f'{path}: {shown(name)}: the module has no {shown(attribute)}.{hint}'
 
 
-def _no_module(module_name: str, name: str, path: str) -> str:
+def _no_module(name: str, path: str, near: str) -> str:
+    hint = f' Did you mean {near}?' if near else ''
+    return f'{path}: {shown(name)}: there is no module {shown(name.partition(":")[0])}.{hint}'
+
+
+def _in_package_of(module_name: str, attribute: str) -> str:
+    """Returns 'package:Name' if the package of a module has the name, else ''."""
     package = module_name.rpartition('.')[0]
-    siblings: list[str] = []
-    if package:
-        loaded = sys.modules.get(package) or sys.modules.get(f'trainer.bundled.{package}')
-        siblings = [m.name for m in pkgutil.iter_modules(getattr(loaded, '__path__', []))]
-        siblings = [f'{package}.{s}' for s in siblings]
-    else:
-        siblings = [m.name for m in pkgutil.iter_modules()]
-    near = suggest.nearest(module_name, siblings)
-    hint = f' Did you mean {near}:{name.partition(":")[2]}?' if near else ''
-    return f'{path}: {shown(name)}: there is no module {shown(module_name)}.{hint}'
+    found = package in sys.modules and hasattr(sys.modules[package], attribute.split('.')[0])
+    return f'{package}:{attribute}' if found else ''
+
+
+def _near_name(module_name: str, attribute: str) -> str:
+    """Returns the name with the most similar module of the same package, or of ours, or ''."""
+    package = module_name.rpartition('.')[0]
+    if found := _in_package_of(module_name, attribute):
+        return found
+    if not package:
+        near = suggest.nearest(module_name, [m.name for m in pkgutil.iter_modules()])
+        return f'{near}:{attribute}' if near else ''
+    places = [package, f'trainer.{package}'] if package in bundled.PACKAGES else [package]
+    names: dict[str, str] = {}
+    for place in places:
+        loaded = importlib.import_module(place) if place != package else sys.modules.get(place)
+        for module in pkgutil.iter_modules(getattr(loaded, '__path__', [])):
+            sibling = f'{package}.{module.name}'
+            names.setdefault(sibling, bundled.full_name(sibling) or sibling)
+    near = suggest.nearest(module_name, names)
+    return f'{names[near]}:{attribute}' if near else ''

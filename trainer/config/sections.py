@@ -36,7 +36,9 @@ class DataSection:
     seed: int | None = None
     repeat_batch: int | None = None
     prefetch: int = 2
-    loader: Node = dataclasses.field(default_factory=lambda: {'target': 'data.loader:TrainLoader'})
+    loader: Node = dataclasses.field(
+        default_factory=lambda: {'target': 'trainer.data.loader:TrainLoader'}
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,9 @@ class EvalDataSection:
     batch_size: int | None = None
     transforms: tuple[Node, ...] = ()
     device_transforms: tuple[Node, ...] = ()
-    loader: Node = dataclasses.field(default_factory=lambda: {'target': 'data.loader:EvalLoader'})
+    loader: Node = dataclasses.field(
+        default_factory=lambda: {'target': 'trainer.data.loader:EvalLoader'}
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

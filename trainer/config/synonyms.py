@@ -27,7 +27,7 @@ _DECAY = (
 )
 _LOADER = (
     'Processes that read are an argument of a loader: --config.data.loader='
-    '\'{"target": "data.grain_loader:GrainLoader", "workers": 4}\''
+    '\'{"target": "trainer.data.grain_loader:GrainLoader", "workers": 4}\''
 )
 _PRECISION = '--config.precision.compute=bfloat16 (and precision.params, precision.output)'
 

@@ -3,11 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -19,55 +14,14 @@ from trainer.step.state import TrainState
 from trainer.trainer import Trainer
 
 
-class Features:
-    """The task of an evaluation whose predictions are features, with fields of the batch beside.
-
-    In a config: `evals.features=dict(every='never', final=False, task=dict(target=...), data=...)`.
-    """
-
-    def __init__(
-        self, method: str = 'features', inputs: str = 'image', keep: Sequence[str] = ('label',)
-    ):
-        """Names what is computed and kept.
-
-        Args:
-            method: of the model; it takes the inputs and returns an array (batch, ...).
-            inputs: the batch's field that it is called with.
-            keep: fields of the batch that go with the features.
-        """
-        self._method = method
-        self._inputs = inputs
-        self._keep = tuple(keep)
-
-    def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns the mean square of each example's features: a feature that died shows as 0."""
-        features = self._features(model, batch)
-        return jnp.square(features).reshape(len(features), -1).mean(-1)
-
-    def predict(self, model: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns the features, by that name, and the fields that are kept."""
-        kept = {name: batch[name] for name in self._keep}
-        return {'features': self._features(model, batch), **kept}
-
-    def _features(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        try:
-            method = getattr(model, self._method)
-        except AttributeError as error:
-            raise UserError(
-                f'{type(self).__name__}: the model has no method {self._method!r}; name the one '
-                "that returns its features in the task's `method`"
-            ) from error
-        return method(batch[self._inputs])
-
-
 def precompute(
     trainer: Trainer, evaluation: str, path: epath.PathLike, state: TrainState | None = None
 ) -> dict[str, np.ndarray]:
-    """Writes what an evaluation predicts as an .npz file, for `data.npz:Npz`, and returns it.
+    """Writes what an evaluation predicts to an .npz file, for `trainer.data.npz:Npz`; returns it.
 
     Args:
         trainer: all processes of a run must call this, and the first one writes.
-        evaluation: its name in the config; its task is `Features`, or any with `predict`.
+        evaluation: its name in the config; its task is `trainer.tasks:Features` or has `predict`.
         path: of the file.
         state: whose features; by default those of a fresh run, with `config.init_from`'s weights.
 

@@ -75,7 +75,7 @@ class PmapAxes:
                 f'{module.axis_index_groups!r}) of the axis {missing[0]!r} of jax.pmap, and there '
                 'is no such axis: a step is one program over the whole batch. Leave '
                 'axis_index_groups out for statistics of the global batch, or use '
-                'models.norm:GroupedBatchNorm for statistics of groups of rows'
+                'trainer.models.norm:GroupedBatchNorm for statistics of groups of rows'
             )
         self._note(missing, where)
         rest = tuple(name for name in names if name not in missing)

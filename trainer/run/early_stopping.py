@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.build.early_stopping import EarlyStopping
+from trainer.builders.early_stopping import EarlyStopping
 from trainer.config.errors import UserError
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,14 +13,12 @@ import jax
 import optax
 from optax import contrib
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.step.state import TrainState
 from trainer.step.views import holds
 
 _WHERE = 'config.optimizer'
-# How Python says that a function was not given an argument, or cannot take one.
-_MISSING = re.compile(r'update\w*\(\) missing \d+ required [\w-]+ arguments?: (.*)')
-_REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +119,10 @@ def updated(
     except UserError:
         raise
     except Exception as error:
-        missing = _MISSING.search(str(error)) if isinstance(error, TypeError) else None
+        missing = compat.missing_arguments(error)
         if missing is not None:
-            said = _what_is_missing(missing[1].replace("'", ''), state, found)
-        elif _is_in_optax(error):
+            said = _what_is_missing(missing, state, found)
+        elif compat.is_of_optax(error):
             said = _failure(error, state)
         else:
             raise
@@ -138,15 +135,15 @@ def _call(
     try:
         return update(**{**found, **given})
     except TypeError as error:
-        refused = _REFUSED.search(str(error))
-        if refused is None or refused[1] in given or refused[1] not in found:
+        refused = compat.refused_argument(error)
+        if refused is None or refused in given or refused not in found:
             raise
         refusal = error
     # Against optax's convention, some take no other extra arguments than their own.
     try:
         return update(**given)
     except TypeError as error:
-        if _MISSING.search(str(error)) is None:
+        if compat.missing_arguments(error) is None:
             raise
         raise UserError(
             f'{_WHERE}: {refusal}. What takes extra arguments in its update must accept those of '
@@ -189,13 +186,3 @@ def _what_is_missing(names: str, state: TrainState, found: Mapping[str, Any]) ->
         f'it needs {names}, which the trainer does not compute. Pass it by name in a step of your '
         f'own (config.step): {example}'
     )
-
-
-def _is_in_optax(error: Exception) -> bool:
-    """Whether optax raised an error, or called what did in JAX."""
-    frames = traceback.walk_tb(error.__traceback__)
-    modules = [str(frame.f_globals.get('__name__')).partition('.')[0] for frame, _ in frames]
-    outside = [
-        module for module in modules if module not in ('jax', 'jaxlib', 'numpy', 'functools')
-    ]
-    return bool(outside) and outside[-1] in ('optax', 'chex')

@@ -18,6 +18,7 @@ import jax
 from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.config.objects import place
 from trainer.ensemble.step import EnsembleStep
@@ -37,15 +38,6 @@ _log = logging.getLogger('trainer')
 # Several CPU devices share the threads of one pool: too many programs at once that wait for each
 # other's collectives leave none to arrive, and the process is aborted.
 _MOST_IN_FLIGHT = 16
-
-# How JAX says that an annotation names an axis that is not of the mesh.
-_UNKNOWN_AXIS = re.compile(r'Resource axis: (\w+) of .* is not found in mesh')
-
-# And that a module or a task names an axis of `jax.pmap`, of which there is none.
-_UNBOUND_AXIS = re.compile(r'unbound axis name: (\w+)')
-
-# And that a sharding is for an array of more dimensions.
-_WRONG_RANK = re.compile(r'.*spec=(.*)\) is only valid for values of rank .* a value of rank (\d+)')
 
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
 
@@ -379,18 +371,17 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
     except UserError:
         raise
     except Exception as error:
-        if unknown := _UNKNOWN_AXIS.search(str(error)):
-            name = unknown[1]
+        if name := compat.unknown_mesh_axis(error):
             raise UserError(
                 f'config.mesh: the model names the mesh axis {name!r}, and the mesh has none. Add '
                 f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
             ) from error
-        if isinstance(error, NameError) and (unbound := _UNBOUND_AXIS.search(str(error))):
-            raise UserError(_of_unbound(unbound[1], error)) from error
-        if wrong := _WRONG_RANK.search(str(error)):
+        if axis := compat.unbound_axis(error):
+            raise UserError(_of_unbound(axis, error)) from error
+        if wrong := compat.wrong_rank(error):
             raise UserError(
-                f'the model or the task asks for the sharding {wrong[1]} of an array that has '
-                f'{wrong[2]} dimensions{place(error)}. Give a mesh axis, or None, for each '
+                f'the model or the task asks for the sharding {wrong[0]} of an array that has '
+                f'{wrong[1]} dimensions{place(error)}. Give a mesh axis, or None, for each '
                 'dimension that the array has there; names of a parameter that is initialised in '
                 'another shape go around the reshaped one: '
                 'box.replace_boxed(box.value.reshape(shape))'
@@ -403,7 +394,7 @@ def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
         raise
 
 
-def _of_unbound(axis: str, error: NameError) -> str:
+def _of_unbound(axis: str, error: Exception) -> str:
     """Returns what is said of a collective over an axis that no transformation has bound."""
     mesh = jax.sharding.get_abstract_mesh()
     of = 'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
@@ -412,8 +403,8 @@ def _of_unbound(axis: str, error: NameError) -> str:
         'here: a step is one program over the whole batch, on any number of devices. Take the '
         f'collective out, or leave axis_name={axis!r} out: a mean over the batch is that of the '
         'global batch already, so are gradients, metrics and the statistics of normalisation '
-        'layers. For statistics of groups of rows use models.norm:GroupedBatchNorm; an axis of '
-        'your own is bound by jax.vmap(..., axis_name=...)'
+        'layers. For statistics of groups of rows use trainer.models.norm:GroupedBatchNorm; an '
+        'axis of your own is bound by jax.vmap(..., axis_name=...)'
     )
 
 

@@ -105,7 +105,7 @@ class Batch(dict[str, Any]):
         raise UserError(
             f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
             'Name the field in its arguments, or rename it with a transform '
-            '(data.transforms:Rename).'
+            '(trainer.data.transforms:Rename).'
         )
 
     def __getitem__(self, name: str) -> Any:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainer.config.advice import public_name
 from trainer.config.errors import UserError
 from trainer.modules.seen import describe
 
@@ -36,7 +37,7 @@ _NO_MEAN = (
 def name_of(task: Any) -> str:
     """Returns 'mine.task:soft_margin' for a function or class, the class for an object of it."""
     named = task if inspect.isroutine(task) or inspect.isclass(task) else type(task)
-    return f'{named.__module__}:{named.__qualname__}'
+    return public_name(named)
 
 
 def array(output: Any, task: Any, what: str) -> jax.Array:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from trainer.build.model import check_model
-from trainer.build.optimizer import check_optimizer, check_step
+from trainer.builders.model import check_model
+from trainer.builders.optimizer import check_optimizer, check_step
 from trainer.config import objects, targets
 from trainer.config.durations import Duration
 from trainer.config.errors import UserError, shown
@@ -41,8 +41,8 @@ def _check_below(value: Any, path: str) -> None:
     elif path.endswith('.loader'):
         if 'target' not in value:
             raise UserError(
-                f"{path}: expected a dict with 'target', a class like data.loader:TrainLoader that "
-                f'is given the source; got {shown(value)}'
+                f"{path}: expected a dict with 'target', a class like "
+                f'trainer.data.loader:TrainLoader that is given the source; got {shown(value)}'
             )
         objects.resolve(value['target'], f'{path}.target')
     else:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.build import learning_rate
+from trainer.builders import learning_rate
 from trainer.config import paths
 from trainer.config.errors import UserError
 from trainer.config.sections import Node

@@ -10,8 +10,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.build import by_examples, counts, decay, hyperparams
-from trainer.build import learning_rate as rates
+from trainer.builders import by_examples, counts, decay, hyperparams
+from trainer.builders import learning_rate as rates
 from trainer.config import durations, objects, signatures, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError

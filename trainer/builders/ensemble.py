@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.build.optimizer import build_optimizer
+from trainer.builders.optimizer import build_optimizer
 from trainer.config import paths, suggest
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError, shown
@@ -128,7 +128,7 @@ def _check_path(optimizer: OptimizerSection, path: str) -> None:
         raise UserError(
             f'{_VARY}: config.optimizer.{path} is no number but {there["target"]}, which numbers '
             f'would replace. Vary one of its own arguments, config.optimizer.{path}.NAME, or the '
-            'factor of trainer.step.schedules:scaled around it'
+            'factor of trainer.schedules:scaled around it'
         )
 
 

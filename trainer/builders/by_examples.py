@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.build import learning_rate
+from trainer.builders import learning_rate
 from trainer.config import durations, paths
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
@@ -47,7 +47,7 @@ def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
     by = ahead.numerator if ahead.denominator == 1 else float(ahead)
     for keys in schedules:
         schedule = paths.get(node, keys)
-        wrapped = {'target': 'trainer.step.schedules:moved', 'schedule': schedule, 'by': by}
+        wrapped = {'target': 'trainer.schedules:moved', 'schedule': schedule, 'by': by}
         node = paths.changed(node, keys, wrapped)
     return node
 

@@ -1,0 +1,5 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the sections of a config to objects: one builder for each section.
+
+Not `trainer.build`: that is a function, which `from trainer import build` imports.
+"""

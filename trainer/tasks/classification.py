@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cross-entropy over classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainer.config.errors import UserError
+from trainer.modules.ensemble_outputs import mean_sigmoid, mean_softmax
+from trainer.tasks import returned
+from trainer.tasks.checks import Check
+from trainer.tasks.metrics import mean_collection
+from trainer.tasks.task import Batch, TaskOutput
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Cross-entropy over classes: one of them (softmax), or each for itself (sigmoid).
+
+    A label outside the classes ends the run, naming the example, unless it is `ignore_label`.
+
+    Attributes:
+        inputs: batch key of the model's input.
+        label: batch key of the labels: integers (batch, ...), or one number for each class in
+            (batch, ..., classes): one-hot, probabilities, or with 'sigmoid' any number of ones.
+        weight: batch key of per-example weights, or None.
+        loss: 'softmax', or 'sigmoid': then summed over the classes, each of which is a yes or no
+            whose mean is the accuracy.
+        label_smoothing: mass moved from the label to all classes, in [0, 1).
+        top_k: also report `top{k}_accuracy` for each of these k.
+        ignore_label: the label of unlabeled examples, such as -1, which are left out of losses and
+            metrics. With 'sigmoid' and labels for each class, only that class is left out.
+    """
+
+    inputs: str = 'image'
+    label: str = 'label'
+    weight: str | None = None
+    loss: Literal['softmax', 'sigmoid'] = 'softmax'
+    label_smoothing: float = 0.0
+    top_k: tuple[int, ...] = ()
+    ignore_label: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss not in ('softmax', 'sigmoid'):
+            raise ValueError(f"loss: expected 'softmax' or 'sigmoid', got {self.loss!r}")
+        if self.loss == 'sigmoid' and self.top_k:
+            raise ValueError("top_k: with loss='sigmoid' no class is the best")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f'label_smoothing: expected a number from 0 to below 1, got {self.label_smoothing}'
+            )
+        if not isinstance(self.top_k, tuple) or not all(type(k) is int for k in self.top_k):
+            raise ValueError(f'top_k: expected a tuple of integers such as (5,), got {self.top_k}')
+        if any(k < 1 for k in self.top_k):
+            raise ValueError(f'top_k: expected integers of at least 1, got {self.top_k}')
+
+    @property
+    def metrics(self) -> type[clu.metrics.Collection]:
+        """loss, accuracy and the asked top-k accuracies, each weighted like the loss."""
+        return mean_collection(('loss', 'accuracy', *(f'top{k}_accuracy' for k in self.top_k)))
+
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
+        """Returns per-example losses and hits.
+
+        Raises:
+            UserError: if the labels do not fit the logits.
+        """
+        logits = self._logits(model, batch)
+        labels = batch[self.label]
+        self._check_shapes(logits, labels)
+        # Before they are compared with a number that their dtype may not hold.
+        labels = labels.astype(jnp.int32 if labels.ndim < logits.ndim else jnp.float32)
+        ignored = None if self.ignore_label is None else labels == self.ignore_label
+        safe = labels if ignored is None else jnp.where(ignored, 0, labels)
+        measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
+        loss, hits = measure(logits, safe, ignored)
+        weights = None if self.weight is None else batch[self.weight]
+        if ignored is not None:
+            # With labels for each class, an example counts if any of them does.
+            counts = ~ignored if ignored.ndim < logits.ndim else ~ignored.all(-1)
+            weights = _and_weights(counts, weights)
+        return TaskOutput(
+            loss=loss, weights=weights, metrics=hits, checks=self._checks(logits, labels)
+        )
+
+    def _logits(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
+        output = model(batch[self.inputs])
+        return returned.array(output, self, 'logits').astype(jnp.float32)
+
+    def _check_shapes(self, logits: jax.Array, labels: jax.Array) -> None:
+        """Checks while the step is traced that shapes and dtypes of labels and logits fit."""
+        whole = labels.shape == logits.shape and logits.ndim > 1
+        numbers = labels.shape == logits.shape[:-1]
+        integers = not jnp.issubdtype(labels.dtype, jnp.inexact)
+        name, kind = f'batch[{self.label!r}]', f'{labels.dtype}{list(labels.shape)}'
+        classes = logits.shape[-1] if logits.ndim else 0
+        if not whole and not (numbers and integers):
+            hint = ''
+            if labels.shape == (*logits.shape[:-1], 1):
+                hint = '. The labels have one dimension too many: remove it in a data transform'
+            elif numbers:
+                hint = '. Class indices must be integers: convert them in a data transform'
+            raise UserError(
+                f'config.task: {name} is {kind}, and the model returns {list(logits.shape)}: '
+                f'expected integers {list(logits.shape[:-1])} (class indices) or '
+                f'{list(logits.shape)} (one value per class){hint}'
+            )
+        if self.loss == 'softmax' and classes == 1:
+            raise UserError(
+                f'config.task: the model returns {list(logits.shape)}, one logit for each example, '
+                "and the softmax of one is always 1. Use loss='sigmoid' for a yes or no"
+            )
+        if self.loss == 'sigmoid' and numbers and not whole and classes == 1:
+            raise UserError(
+                f'config.task: the model returns {list(logits.shape)}, and {name} is {kind}. With '
+                "loss='sigmoid' and one logit, a label is 0 or 1 in the shape of the logits"
+            )
+        if any(k > classes for k in self.top_k):
+            raise UserError(
+                f'config.task.top_k: {max(self.top_k)} of {classes} classes; the model returns '
+                f'{list(logits.shape)}'
+            )
+        if self.ignore_label is not None and integers and not _holds(labels, self.ignore_label):
+            raise UserError(
+                f'config.task.ignore_label: {self.ignore_label} cannot occur, because {name} is '
+                f'{kind}; use a value of that dtype, or convert the labels in a transform'
+            )
+        if whole and self.ignore_label is not None and self.loss == 'softmax':
+            raise UserError(
+                f'config.task.ignore_label requires class indices; {name} has one value per class. '
+                "Give such examples weight 0, or use loss='sigmoid'"
+            )
+
+    def _checks(self, logits: jax.Array, labels: jax.Array) -> dict[str, Check]:
+        if labels.ndim == logits.ndim:
+            why = 'A label for each class is between no and yes: fix the data, or set ignore_label'
+            return {self.label: Check(labels, 0, 1, ignored=self.ignore_label, why=why)}
+        classes = logits.shape[-1]
+        why = (
+            f'The model returns {classes} logits. Fix the data or the number of outputs; a value '
+            'that marks unlabeled examples belongs in config.task.ignore_label'
+        )
+        return {self.label: Check(labels, 0, classes - 1, ignored=self.ignore_label, why=why)}
+
+    def _softmax(
+        self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        is_integer = labels.ndim < logits.ndim
+        classes = labels if is_integer else labels.argmax(-1)
+        if is_integer and not self.label_smoothing:
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        else:
+            target = optax.smooth_labels(_one_hot(labels, logits), self.label_smoothing)
+            loss = optax.softmax_cross_entropy(logits, target)
+        hits = {'accuracy': logits.argmax(-1) == classes}
+        if self.top_k:
+            # The rank of the label's logit, so that ties never count more than k classes.
+            best = jnp.argsort(-logits, axis=-1, stable=True)
+            for k in self.top_k:
+                hits[f'top{k}_accuracy'] = (best[..., :k] == classes[..., None]).any(-1)
+        return loss, hits
+
+    def _sigmoid(
+        self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        yes = _one_hot(labels, logits)
+        # Mass moves to the other of two answers.
+        target = yes * (1 - self.label_smoothing) + self.label_smoothing / 2
+        loss = optax.sigmoid_binary_cross_entropy(logits, target)
+        right = (logits > 0) == (yes > 0.5)
+        if ignored is None or ignored.ndim < logits.ndim:
+            return loss.sum(-1), {'accuracy': right.mean(-1)}
+        counted = jnp.maximum((~ignored).sum(-1), 1)
+        loss = jnp.where(ignored, 0.0, loss).sum(-1)
+        return loss, {'accuracy': (right & ~ignored).sum(-1) / counted}
+
+    def combine(self, logits: jax.Array) -> jax.Array:
+        """Returns an ensemble's logits, of the mean of its members' probabilities.
+
+        Args:
+            logits: (members, batch, ..., classes).
+        """
+        return mean_sigmoid(logits) if self.loss == 'sigmoid' else mean_softmax(logits)
+
+    def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
+        """Returns the most probable class and its probability for each example.
+
+        With 'sigmoid' the answer and the probability of each class: (batch, ..., classes).
+        """
+        logits = self._logits(model, batch)
+        if self.loss == 'sigmoid':
+            return {'classes': logits > 0, 'probabilities': jax.nn.sigmoid(logits)}
+        return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
+
+
+def _holds(labels: jax.Array, value: int) -> bool:
+    """Whether integers or booleans may have a value."""
+    if labels.dtype == bool:
+        return value in (0, 1)
+    info = jnp.iinfo(labels.dtype)
+    return bool(info.min <= value <= info.max)
+
+
+def _and_weights(counts: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Returns the weights where `counts` is true, and 0 elsewhere: float32 in its shape."""
+    given = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
+    return counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))
+
+
+def _one_hot(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    return jax.nn.one_hot(labels, logits.shape[-1]) if labels.ndim < logits.ndim else labels

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Squared and other errors of predicted numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import optax
+
+from trainer.config.errors import UserError
+from trainer.tasks import returned
+from trainer.tasks.metrics import mean_collection
+from trainer.tasks.task import Batch, TaskOutput
+
+_ERRORS: dict[str, Callable[..., jax.Array]] = {
+    'squared': optax.squared_error,
+    'absolute': lambda prediction, target: jnp.abs(prediction - target),
+    'huber': optax.huber_loss,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Squared (or absolute, or Huber) error, averaged over the output's dimensions.
+
+    Attributes:
+        inputs: batch key of the model's input.
+        targets: batch key of the targets, with the shape of the model's output.
+        weight: batch key of per-example weights, or None.
+        loss: 'squared', 'absolute' or 'huber'.
+    """
+
+    inputs: str = 'inputs'
+    targets: str = 'targets'
+    weight: str | None = None
+    loss: str = 'squared'
+
+    def __post_init__(self) -> None:
+        if self.loss not in _ERRORS:
+            raise ValueError(f'loss: {self.loss!r} is none of {", ".join(_ERRORS)}')
+
+    @property
+    def metrics(self) -> type[clu.metrics.Collection]:
+        """loss and mean absolute error."""
+        return mean_collection(('loss', 'mean_absolute_error'))
+
+    def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
+        """Returns per-example errors.
+
+        Raises:
+            UserError: if the shapes of output and target differ.
+        """
+        prediction, wanted = self._prediction(model, batch), batch[self.targets]
+        if prediction.shape != wanted.shape:
+            raise UserError(
+                f'config.task: the model returned shape {prediction.shape}, the field '
+                f'{self.targets!r} has {wanted.shape}: broadcasting would average over pairs'
+            )
+
+        def per_example(values: jax.Array) -> jax.Array:
+            return values.reshape(values.shape[0], -1).mean(-1)
+
+        loss = per_example(_ERRORS[self.loss](prediction, wanted))
+        error = per_example(jnp.abs(prediction - wanted))
+        weights = None if self.weight is None else batch[self.weight]
+        return TaskOutput(loss=loss, weights=weights, metrics={'mean_absolute_error': error})
+
+    def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
+        """Returns the model's output for each example."""
+        return {'prediction': self._prediction(model, batch)}
+
+    def _prediction(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
+        return returned.array(model(batch[self.inputs]), self, 'prediction')
