@@ -16,8 +16,8 @@ from data.sources import ArraySource
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.tasks.checks import run_checks
 from trainer.tasks.language import NextToken
+from trainer.tasks.runner import run_checks
 from trainer.tasks.task import Classification
 from trainer.trainer import Trainer
 

@@ -16,8 +16,9 @@ from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
 from trainer.build import by_examples, counts, decay, learning_rate as rates
 from trainer.ensemble import hyperparams
-from trainer.step.context import StepFunction, default_step
+from trainer.step.context import StepFunction
 from trainer.step.optimizer import Group, Optimizer, RegexMask
+from trainer.step.train_step import default_step
 
 _log = logging.getLogger('trainer')
 

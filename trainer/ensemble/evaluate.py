@@ -15,7 +15,7 @@ from trainer.evaluate.step import EMA, EvalStep
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean
 from trainer.modules.rng import Keys
-from trainer.tasks.runner import merge_metrics
+from trainer.tasks.metrics import merge_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, in_order, is_float
-from trainer.step.health import all_finite
+from trainer.step.finite import all_finite
 
 UPDATE_ALONE = (
     'The loss and all gradients are finite, but the update is not. Check the learning rate and '

@@ -23,10 +23,10 @@ from trainer.inspect.forward import Batch, Forward
 from trainer.modules.recorder import Tap
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards
-from trainer.step.context import default_step
-from trainer.step.gradients import Gradients
-from trainer.step.health import all_finite
+from trainer.step.context import StepContext
+from trainer.step.finite import all_finite
 from trainer.step.state import TrainState
+from trainer.step.train_step import default_step, gradients
 from trainer.tasks.checks import Check
 from trainer.tasks.task import TaskOutput
 
@@ -153,7 +153,7 @@ class Look:
         experiment = self._parts.experiment
         if experiment.step is not default_step:
             return {}  # A custom step computes its own gradients.
-        gradients = Gradients(
+        context = StepContext(
             model=experiment.model,
             task=self._forward.task,
             optimizer=experiment.optimizer,
@@ -161,7 +161,7 @@ class Look:
             accumulate=experiment.accumulate,
             shards=batch_shards(self._parts.mesh),
         )
-        return gradients(state, batch)[0]
+        return gradients(state, batch, context)[0]
 
 
 def read_again(parts: Parts, start: int, stop: int, *, ends: bool) -> Prefetcher:

@@ -30,7 +30,7 @@ from trainer.parallel.host import fetch
 from trainer.step import health as lib
 from trainer.step.health import Health
 from trainer.step.state import TrainState
-from trainer.tasks.checks import complain
+from trainer.tasks.bad_values import complain
 
 if TYPE_CHECKING:
     from trainer.run.setup import Parts

@@ -24,6 +24,7 @@ from trainer.experiment import Experiment, build
 from trainer.inspect import gradient_probe, module_table
 from trainer.inspect.warn_guard import NonFiniteError
 from trainer.modes.dry_run import rehearse
+from trainer.modules.shapes import describe
 from trainer.observe import flops, logfile
 from trainer.observe.npz import write_npz
 from trainer.observe.progress import Nowhere
@@ -34,7 +35,7 @@ from trainer.parallel.processes import Cluster
 from trainer.parallel.signals import StopRequest
 from trainer.run import failure, startup
 from trainer.run.workdir import Workdir
-from trainer.step.state import TrainState, describe
+from trainer.step.state import TrainState
 from trainer.trainer import Trainer
 
 

@@ -32,10 +32,11 @@ from trainer.run.batch_sizes import BatchSizes
 from trainer.run.events import Events
 from trainer.run.workdir import Workdir, versions
 from trainer.step import combinations, donated, eval_point, health
-from trainer.step.context import default_step
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.programs import Program, Programs
 from trainer.step.state import TrainState
-from trainer.step.train_step import TrainStep
+from trainer.step.train_step import default_step
 from trainer.tasks.measured import Measured
 from trainer.weights.first_state import start
 
@@ -78,12 +79,11 @@ class Parts:
         """The compiled programs of training; each compiles when it is first asked for."""
         experiment, shards = self.experiment, batch_shards(self.mesh)
         check_rules(experiment.sharding, self.mesh)
-        member = TrainStep(
+        context = StepContext(
             model=experiment.model,
             task=experiment.task,
             optimizer=experiment.optimizer,
             seed=experiment.seed,
-            function=experiment.step,
             accumulate=experiment.accumulate,
             ema_decay=experiment.ema_decay,
             loss_scale=experiment.loss_scale,
@@ -93,6 +93,7 @@ class Parts:
             watches=experiment.guard == 'stop',
             sweeps=self.mesh.devices.flat[0].platform != 'cpu',
         )
+        member = TrainStep(context, experiment.step)
         train_step: TrainStep | EnsembleStep = member
         if experiment.ensemble is not None:
             train_step = EnsembleStep.of(member, experiment.ensemble, self.mesh)

@@ -138,6 +138,18 @@ class Count(clu.metrics.Metric):
         return self.count
 
 
+def is_metric(node: Any) -> bool:
+    """Whether a node of a metrics tree is a metric or a collection of them."""
+    return isinstance(node, (clu.metrics.Metric, clu.metrics.Collection))
+
+
+def merge_metrics(old: Any, new: Any) -> Any:
+    """Returns the accumulation of two trees of metrics of the same structure."""
+    before, structure = jax.tree.flatten(old, is_leaf=is_metric)
+    after = structure.flatten_up_to(new)
+    return structure.unflatten([a.merge(b) for a, b in zip(before, after, strict=True)])
+
+
 def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Returns float32 weights of `shape`; per-example weights count for all of an example.
 

@@ -21,7 +21,7 @@ import optax
 from flax import traverse_util
 
 from trainer.config.errors import UserError
-from trainer.step.state import describe
+from trainer.modules.shapes import describe
 from trainer.weights.leaves import (
     HostLeaf,
     Weights,
