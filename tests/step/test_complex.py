@@ -17,7 +17,7 @@ from tests import command
 from tests.step import tiny
 from trainer.config.errors import UserError
 from trainer.modules.precision import Precision
-from trainer.step import norms
+from trainer.step import step_metrics as norms
 from trainer.step.optimizer import Optimizer, RegexMask
 from trainer.tasks.task import TaskOutput
 from trainer.weights import safetensors

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -49,9 +48,9 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     trainer = Trainer(made)
     function = trainer.programs._train_step
     if sweeps:  # As on an accelerator.
-        function = dataclasses.replace(function, sweeps=True)
+        function = function.changed(sweeps=True)
     step, state = (
-        jax.jit(lambda state, batch: function(state, batch)),
+        jax.jit(function.update),
         trainer.examined(trainer.init_state()),
     )
     states = [state]
@@ -160,7 +159,7 @@ def test_where_each_step_looks_at_all(
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     trainer = Trainer(build(model, optimizer={**default, **optimizer}))
     programs = trainer.programs
-    programs._train_step = dataclasses.replace(programs._train_step, sweeps=True)
+    programs._train_step = programs._train_step.changed(sweeps=True)
     with pytest.raises(NonFiniteError) as caught:
         trainer.fit()
     assert said in str(caught.value)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.step import tiny
 from trainer.config.errors import UserError
-from trainer.step.health import Health, check_state
+from trainer.step.health import Health, check_arrays
 from trainer.tasks.task import TaskOutput
 
 ADAM = {'target': 'optax:adam', 'learning_rate': 0.01}
@@ -446,6 +446,10 @@ def test_a_resumed_run_ends_bit_equal(optimizer: dict[str, Any], tmp_path: pathl
     assert whole.metrics['train/learning_rate'] == cut.metrics['train/learning_rate']
 
 
+def checked(state: Any) -> Health:
+    return check_arrays(state.health, state.params, state.opt_state, state.step)
+
+
 def test_a_resumed_search_may_find_nothing_as_a_fresh_one_may() -> None:
     """Optax says so by an infinite error, which is no sign that the run has failed."""
     trainer = tiny.trainer(optimizer=LBFGS, evals={}, train_for='3 steps')
@@ -455,6 +459,6 @@ def test_a_resumed_search_may_find_nothing_as_a_fresh_one_may() -> None:
     assert bool(jnp.isfinite(search.info.decrease_error))
     healthy = state.replace(health=Health.of(state.params, state.opt_state))
     failed = healthy.replace(opt_state=(*state.opt_state[:-1], after))
-    assert not bool(check_state(failed).is_bad)
+    assert not bool(checked(failed).is_bad)
     broken = search._replace(grad=jax.tree.map(lambda g: g * jnp.nan, search.grad))
-    assert bool(check_state(healthy.replace(opt_state=(*state.opt_state[:-1], broken))).is_bad)
+    assert bool(checked(healthy.replace(opt_state=(*state.opt_state[:-1], broken))).is_bad)
