@@ -409,7 +409,7 @@ def test_an_older_checkpoint_has_a_next_batch_too(tmp_path: pathlib.Path) -> Non
     data = trainer_in(None, data__batch_size=64).experiment.data
     np.testing.assert_array_equal(batch['label'], data.block(4, 1).arrays['label'][0])
     np.testing.assert_array_equal(other['label'], data.block(12, 1).arrays['label'][0])
-    assert of_next_step(trainer, trainer.restore(8), ['Dense_0'])
+    assert of_next_step(trainer.run, trainer.set_up(), trainer.restore(8), ['Dense_0'])
 
 
 def test_checkpoints_are_kept_at_the_ends_of_epochs(tmp_path: pathlib.Path) -> None:

@@ -29,10 +29,10 @@ from trainer.checkpoint.errors import CheckpointError
 from trainer.config import json_text
 from trainer.config.errors import UserError
 from trainer.observe.progress import Nowhere
-from trainer.observe.reporter import Reporter
 from trainer.observe.writers import MetricsFile
 from trainer.parallel.signals import StopRequest
 from trainer.run.batch_sizes import BatchSizes
+from trainer.run.reporter import Reporter
 from trainer.run.resume import Recovery
 from trainer.run.workdir import Workdir
 from trainer.step import health
@@ -113,7 +113,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
         with_arrays: whether to restore the arrays too, or only to use all of the metadata.
     """
     report = Reporter(50, 64, Nowhere())
-    recovery = Recovery(trainer, report)
+    recovery = Recovery(trainer.run, report)
     workdir, checkpoints = Workdir(_path(trainer)), trainer.checkpoints
     assert checkpoints is not None and trainer.workdir is not None
     experiment = trainer.experiment
@@ -124,7 +124,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
     checkpoints.best()
     BatchSizes.of_run(workdir, 64)
     for read in (
-        lambda: workdir.config_changes(experiment.config, experiment.schedule_steps),
+        lambda: workdir.config_changes(experiment.origin.config, experiment.origin.schedule_steps),
         lambda: opening.locate(workdir.path, 'best'),
         workdir.check_not_lost,
     ):
@@ -153,7 +153,7 @@ def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
     recovery._consumed.restore(50, meta, begin_anew=False)
     recovery._look_at_data()
     recovery._tell_data_changes(50, meta)
-    with contextlib.suppress(ValueError):  # Which `Parts.examined` puts into words.
+    with contextlib.suppress(ValueError):  # Which `with_health` puts into words.
         health.restored(health.Health(jnp.zeros(6, jnp.int32)), meta.get('health'))
     recovery._restore_early_stopping(meta)
     report.restore(50, meta['metrics'], meta['evaluated'])

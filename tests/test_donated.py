@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from tests import small
+from trainer.config import traces
 from trainer.config.errors import notes_of
-from trainer.observe import traces
-from trainer.run.events import Event
+from trainer.hooks import Event
 from trainer.step.donated import DonatedError, explain
 
 KEPT: list[Any] = []

@@ -32,11 +32,16 @@ def test_one_of_everything(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> No
     assert not workdir.exists()
 
 
-def test_a_loss_that_is_no_number_is_told() -> None:
-    """Labels up to 9, and a model of five classes."""
-    finished = command.run(
-        command.MLP, *command.SMALL, '--mode=dry_run', '--config.model.features=(64, 5)'
-    )
+@pytest.mark.parametrize(
+    ('override', 'said'),
+    [
+        # Labels up to 9, and a model of five classes.
+        ('model.features=(64, 5)', "batch['label'] holds 5 (example "),
+        ('data.device_transforms[0].scale=inf', 'one step works, but train/loss is not finite.'),
+    ],
+)
+def test_a_step_that_would_end_the_run_is_told(override: str, said: str) -> None:
+    finished = command.run(command.MLP, *command.SMALL, '--mode=dry_run', f'--config.{override}')
     assert finished.code == 2
-    assert 'one step works, but train/loss is not finite. Do the labels fit' in finished.err
+    assert said in finished.err
     assert 'Everything works' not in finished.out

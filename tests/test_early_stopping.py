@@ -15,16 +15,17 @@ from tests.command import ROOT
 from trainer.build.early_stopping import EarlyStopping
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
+from trainer.run.early_stopping import Patience
 from trainer.trainer import Trainer
 
 
 def stops_at(values: list[float], **options: Any) -> int | None:
     """Returns the number of the value that ends the run."""
-    early = EarlyStopping(metric='eval/test/loss', **options)
+    early = Patience(EarlyStopping(metric='eval/test/loss', **options))
     for number, value in enumerate(values, 1):
         early.update('other', {'loss': -number})
         early.update('test', {'loss': value})
-        again = EarlyStopping(metric='eval/test/loss', **options)
+        again = Patience(early.rule)
         again.restore(early.state())
         early = again
         if early.stopped:
@@ -75,8 +76,8 @@ def test_more_may_be_better() -> None:
 def test_which_values_are_better_follows_from_the_name(metric: str, mode: str) -> None:
     name = f'eval/test/{metric}'
     made = build(early_stopping={'metric': name}, checkpoint__best={'metric': name})
-    assert made.early_stopping is not None and made.early_stopping.mode == mode
-    assert made.retention.best_mode == mode
+    assert made.training.early_stopping is not None and made.training.early_stopping.mode == mode
+    assert made.saving.retention.best_mode == mode
 
 
 @pytest.mark.parametrize('key', ['early_stopping', 'checkpoint__best'])

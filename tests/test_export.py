@@ -44,9 +44,9 @@ def written(
     directory: pathlib.Path, trainer: Trainer, state: TrainState, **options: Any
 ) -> tuple[dict[str, Any], Any]:
     """Returns what export.json says, and the function as another program reads it."""
-    axes = tuple(trainer.mesh.shape)
+    axes = tuple(trainer.set_up().mesh.shape)
     about = export.write(
-        trainer.evaluators['test'], state, epath.Path(directory), axes=axes, **options
+        trainer.set_up().evaluators['test'], state, epath.Path(directory), axes=axes, **options
     )
     assert json.loads((directory / 'export.json').read_text()) == about
     data = bytearray((directory / 'model.jax_export').read_bytes())
@@ -54,7 +54,7 @@ def written(
 
 
 def examples(trainer: Trainer) -> np.ndarray:
-    return trainer.evaluators['test'].loader.block(0, 1).arrays['image'][0][:64]
+    return trainer.set_up().evaluators['test'].loader.block(0, 1).arrays['image'][0][:64]
 
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -233,7 +233,9 @@ def test_mistakes(tmp_path: pathlib.Path) -> None:
     trainer, state = trained()
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'file/export cannot be written: Not a directory'):
-        export.write(trainer.evaluators['test'], state, epath.Path(tmp_path) / 'file' / 'export')
+        export.write(
+            trainer.set_up().evaluators['test'], state, epath.Path(tmp_path) / 'file' / 'export'
+        )
     for given, word in (('cpu,abc', "'abc'"), ('', 'nothing')):
         finished = command.run(command.MLP, '--mode=export', f'--platforms={given}')
         assert finished.code == 2

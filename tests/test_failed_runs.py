@@ -14,9 +14,9 @@ from tests import command, small
 from trainer.checkpoint.manager import CheckpointError, Checkpoints
 from trainer.checkpoint.retention import Retention
 from trainer.config.errors import UserError
-from trainer.inspect.warn_guard import NonFiniteError
+from trainer.hooks import Event
 from trainer.parallel import last_words
-from trainer.run.events import Event
+from trainer.run.failure import NonFiniteError
 from trainer.trainer import Trainer
 
 BROKEN = 500

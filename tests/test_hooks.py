@@ -12,7 +12,7 @@ import pytest
 
 from tests import small
 from tests.command import result
-from trainer.run.events import Event
+from trainer.hooks import Event
 from trainer.trainer import Trainer
 
 SEEN: list[tuple[Event, int | None]] = []
@@ -76,7 +76,7 @@ def test_a_hook_is_given_config_and_status(tmp_path: pathlib.Path) -> None:
     assert {e.status for e, _ in SEEN if e.kind != 'end'} == {None}
     assert {e.error for e, _ in SEEN} == {None}
     for event, _ in SEEN:
-        assert event.config == trainer.experiment.config
+        assert event.config == trainer.experiment.origin.config
         assert event.config['optimizer']['target'] == 'optax:sgd'
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may import whom."""
+"""Imports only go down, and each folder imports only what it may."""
 
 from __future__ import annotations
 
@@ -14,19 +14,37 @@ from tests.command import ROOT
 PACKAGES = ('trainer', 'models', 'data', 'configs', 'launch', 'tests')
 HEAVY = ('jax', 'flax', 'optax', 'orbax', 'clu', 'tensorflow', 'tensorflow_datasets')
 
-# Place -> what it must not import (at any depth in the file, or at import time where so said).
+# The rooms of trainer/ from top to bottom. A file imports from its own room and from those below,
+# in functions and under TYPE_CHECKING too.
+LAYERS = (
+    ('__main__',),
+    ('main',),
+    ('modes',),
+    ('__init__', 'sharding', 'schedules', 'metrics'),  # The public doors; nothing imports them.
+    ('trainer',),
+    ('inspect',),
+    ('run',),
+    ('experiment',),
+    ('hooks',),
+    ('build',),
+    ('weights',),
+    ('ensemble',),
+    ('evaluate',),
+    ('step',),
+    ('tasks',),
+    ('input',),
+    ('checkpoint',),
+    ('observe',),
+    ('parallel',),
+    ('klinen',),
+    ('modules',),
+    ('config',),
+    ('compat', 'bundled'),
+)
+
+# Place -> what it must not import, at any depth in the file.
 FORBIDDEN = {
-    'trainer/config': (*HEAVY, 'trainer.step', 'trainer.trainer', 'trainer.experiment'),
-    'trainer/modules': ('trainer.trainer', 'trainer.experiment', 'trainer.step'),
-    'trainer/step': (
-        'trainer.trainer',
-        'trainer.experiment',
-        'trainer.observe',
-        'trainer.checkpoint',
-    ),
-    'trainer/observe': ('trainer.trainer', 'trainer.experiment'),
-    'trainer/checkpoint': ('trainer.trainer', 'trainer.experiment'),
-    'trainer/parallel': ('trainer.trainer', 'trainer.experiment'),
+    'trainer/config': HEAVY,
     'trainer': ('models', 'data', 'configs', 'tests', 'tensorflow'),
     'models': ('trainer', 'data', 'configs'),
     'data': ('trainer', 'models', 'configs', 'jax', 'flax', 'tensorflow'),
@@ -36,6 +54,10 @@ FORBIDDEN = {
 # What one file is for.
 EXCEPTIONS = {('data/tf_data.py', 'tensorflow')}
 
+# Below build/, of config/ only what knows no section of a config.
+SECTIONS = ('sections', 'schema', 'targets', 'paths', 'overrides', 'loading')
+BELOW_BUILD = [room for layer in LAYERS[10:-2] for room in layer]
+
 
 def imports(path: pathlib.Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
@@ -43,6 +65,63 @@ def imports(path: pathlib.Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield from (f'{node.module}.{alias.name}' for alias in node.names)
+
+
+def modules() -> dict[str, pathlib.Path]:
+    """Returns the files of trainer/ by module name."""
+    found = {}
+    for path in (ROOT / 'trainer').rglob('*.py'):
+        parts = path.relative_to(ROOT).with_suffix('').parts
+        found['.'.join(parts[:-1] if parts[-1] == '__init__' else parts)] = path
+    return found
+
+
+def graph() -> dict[str, set[str]]:
+    """Returns for each module of trainer/ those that it imports."""
+    files = modules()
+    edges: dict[str, set[str]] = {}
+    for name, path in files.items():
+        whole = {
+            target if target in files else target.rpartition('.')[0] for target in imports(path)
+        }
+        edges[name] = {target for target in whole if target in files and target != name}
+    return edges
+
+
+def room_of(module: str) -> str:
+    return module.split('.')[1] if '.' in module else '__init__'
+
+
+def test_imports_go_down() -> None:
+    depth = {room: number for number, layer in enumerate(LAYERS) for room in layer}
+    upwards = [
+        f'{name} -> {target}'
+        for name, targets in graph().items()
+        for target in targets
+        if target != 'trainer' and depth[room_of(name)] > depth[room_of(target)]
+    ]
+    assert not upwards, upwards
+
+
+def test_nothing_inside_imports_the_public_doors() -> None:
+    doors = {'trainer', 'trainer.sharding', 'trainer.schedules', 'trainer.metrics'}
+    found = [(n, t) for n, targets in graph().items() for t in targets & doors if n not in doors]
+    assert not found
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    edges = graph()
+    left = {name: set(targets) for name, targets in edges.items()}
+    while leaves := {name for name, targets in left.items() if not targets}:
+        left = {name: targets - leaves for name, targets in left.items() if name not in leaves}
+    assert not left, {name: sorted(targets) for name, targets in left.items()}
+
+
+def test_below_build_no_file_knows_a_section_of_the_config() -> None:
+    known = {f'trainer.config.{name}' for name in SECTIONS}
+    for name, targets in graph().items():
+        if room_of(name) in BELOW_BUILD:
+            assert not targets & known, (name, targets & known)
 
 
 @pytest.mark.parametrize('place', FORBIDDEN)

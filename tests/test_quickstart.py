@@ -11,7 +11,7 @@ import pytest
 
 from tests import command
 from trainer.experiment import load_and_build
-from trainer.run import startup
+from trainer.run import banner
 from trainer.trainer import Trainer
 
 CNN = '--config=configs/mnist.py'
@@ -21,14 +21,14 @@ LAYERS = {'Conv_0': 320, 'Conv_1': 18_496, 'Dense_0': 803_072, 'Dense_1': 2_570}
 def test_the_config_has_its_numbers() -> None:
     """A1: 824,458 parameters, SGD 0.01 with momentum 0.9, batch 32, 10 epochs of 1,875 steps."""
     experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
-    params = Trainer(experiment).programs.abstract.params
+    params = Trainer(experiment).set_up().programs.abstract.params
     sizes = {name: sum(x.size for x in jax.tree.leaves(layer)) for name, layer in params.items()}
     assert sizes == LAYERS
     assert sum(sizes.values()) == 824_458
-    optimizer = experiment.config['optimizer']
+    optimizer = experiment.origin.config['optimizer']
     assert (optimizer['learning_rate'], optimizer['momentum']) == (0.01, 0.9)
     assert (experiment.clock.batch_size, experiment.clock.steps_per_epoch) == (32, 1875)
-    assert experiment.total_steps == 18_750
+    assert experiment.training.total_steps == 18_750
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_summary_adds_up() -> None:
     """A2: every parameter in order, their sum is the total; FLOPs of a step."""
     experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist.py'))
     trainer = Trainer(experiment)
-    table = startup.summary(trainer, 0).split('\n\n')[0].splitlines()
+    table = banner.summary(trainer.run, trainer.set_up(), 0).split('\n\n')[0].splitlines()
     rows = [line.split() for line in table[1:-1]]
     names = [row[0] for row in rows]
     assert names == sorted(names)
@@ -64,7 +64,7 @@ def test_the_summary_adds_up() -> None:
     assert table[-1].startswith('824,458 parameters')
     # Three times the multiplications of a forward pass, one of them an addition each.
     products = 32 * (28 * 28 * 9 * 32 + 14 * 14 * 9 * 32 * 64 + 3136 * 256 + 256 * 10)
-    flops = trainer.programs.step.flops()
+    flops = trainer.set_up().programs.step.flops()
     assert flops is not None
     assert 0.8 < flops / (3 * 2 * products) < 1.2
 

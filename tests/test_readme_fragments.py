@@ -92,7 +92,7 @@ def assignments(options: dict[str, Any]) -> list[tuple[str, str]]:
 def fitted(experiment: Experiment, workdir: str | None = None) -> tuple[Trainer, Any]:
     trainer = Trainer(experiment, workdir)
     result = trainer.fit()
-    assert (result.status, result.step) == ('finished', experiment.total_steps)
+    assert (result.status, result.step) == ('finished', experiment.training.total_steps)
     return trainer, result
 
 
@@ -159,20 +159,20 @@ def swept(text: str) -> None:
 def spread(text: str) -> None:
     made = built('mnist_mlp.py', text, {**MNIST, 'ensemble.size': 4})
     trainer = Trainer(made)
-    assert dict(trainer.mesh.shape) == {'ensemble': 4, 'data': 2}
+    assert dict(trainer.set_up().mesh.shape) == {'ensemble': 4, 'data': 2}
     kernel = trainer.init_state().params['Dense_0']['kernel']
     assert kernel.sharding.spec[0] == 'ensemble'
 
 
 def one_member(text: str) -> None:
     made = built('mnist_mlp.py', text, MNIST)
-    assert made.init_from is not None and made.init_from.member == 2
+    assert made.start.weights is not None and made.start.weights.member == 2
     Trainer(made).init_state()
 
 
 def cut(text: str) -> None:
     trainer = Trainer(built('mnist_mlp.py', text, MNIST))
-    assert dict(trainer.mesh.shape) == {'data': 2, 'fsdp': 4}
+    assert dict(trainer.set_up().mesh.shape) == {'data': 2, 'fsdp': 4}
     assert 'fsdp' in trainer.init_state().params['Dense_0']['kernel'].sharding.spec
 
 
@@ -187,14 +187,14 @@ def packed(text: str) -> None:
 
 def halves(text: str) -> None:
     trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
-    assert 'bf16' in str(trainer.programs.step.jaxpr())
+    assert 'bf16' in str(trainer.set_up().programs.step.jaxpr())
 
 
 def scaled(text: str) -> None:
     trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
-    assert trainer.experiment.loss_scale == 1024
+    assert trainer.experiment.training.loss_scale == 1024
     assert result.metrics['train/loss_scale'] == 1024
-    assert 'f16' in str(trainer.programs.step.jaxpr())
+    assert 'f16' in str(trainer.set_up().programs.step.jaxpr())
 
 
 def averaged(text: str) -> None:
@@ -206,7 +206,7 @@ def averaged(text: str) -> None:
 
 def plateaued(text: str) -> None:
     trainer, result = fitted(built('mnist_mlp.py', text, MNIST))
-    length = trainer.experiment.schedule_steps['config.optimizer.args[1].accumulation_size']
+    length = trainer.experiment.origin.schedule_steps['config.optimizer.args[1].accumulation_size']
     assert length == trainer.experiment.clock.steps_per_epoch
     state = result.state.opt_state[1]
     # The mean of the losses so far, or of a whole epoch.
@@ -215,8 +215,8 @@ def plateaued(text: str) -> None:
 
 def watched(text: str) -> None:
     trainer, _ = fitted(built('mnist_mlp.py', text, {**MNIST, 'train_for': '7 steps'}), 'watched')
-    assert trainer.experiment.early_stopping is not None
-    assert trainer.experiment.early_stopping.patience == 2
+    assert trainer.experiment.training.early_stopping is not None
+    assert trainer.experiment.training.early_stopping.patience == 2
     assert any(path.is_file() for path in pathlib.Path('watched/profile').rglob('*'))
 
 

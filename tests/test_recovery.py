@@ -17,7 +17,7 @@ from tests.command import wait_for
 from trainer.checkpoint.errors import SaveError
 from trainer.checkpoint.manager import CheckpointError
 from trainer.config.errors import UserError
-from trainer.run.events import Event
+from trainer.hooks import Event
 from trainer.run.workdir import Workdir
 from trainer.trainer import Trainer
 

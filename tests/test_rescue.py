@@ -19,11 +19,12 @@ import pytest
 from tests import small
 from tests.command import CLOCK
 from trainer.config.errors import UserError, full_text
-from trainer.inspect.warn_guard import NonFiniteError
-from trainer.run.events import Event
+from trainer.hooks import Event
+from trainer.run.failure import NonFiniteError
+from trainer.run.result import Result
 from trainer.tasks.metrics import WeightedMean
 from trainer.tasks.task import Classification
-from trainer.trainer import Result, Trainer
+from trainer.trainer import Trainer
 
 Hook = Callable[[Event], None]
 

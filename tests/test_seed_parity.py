@@ -83,14 +83,16 @@ def losses(params: Any, steps: int, optimizer: dict[str, Any]) -> tuple[list[flo
     model = {'target': 'flax.linen:Dense', 'features': 5}
     trainer = trainer_of('half_square', 'Samples', model, optimizer, steps=steps, rows=20, cut=4)
     state = dataclasses.replace(trainer.init_state(), params=jax.tree.map(jnp.array, params))
-    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, trainer.programs.abstract))
+    state = jax.device_put(
+        state, jax.tree.map(lambda x: x.sharding, trainer.set_up().programs.abstract)
+    )
     found = []
     with trainer.batches(0, [1] * steps) as batches:
         for _, batch in batches:
-            state = trainer.programs.step(state, batch)
+            state = trainer.set_up().programs.step(state, batch)
             found.append(float(state.metrics['task'].loss.compute()))
             # Digits would be lost in a sum.
-            state = dataclasses.replace(state, metrics=trainer.programs.empty_metrics())
+            state = dataclasses.replace(state, metrics=trainer.set_up().programs.empty_metrics())
     return found, state.params
 
 
@@ -326,7 +328,7 @@ def test_a_running_mean() -> None:
     assert state.collections['running']['mean'].tolist() == [0.0] * 5
     with trainer.batches(0, [1] * 3) as batches:
         for _, batch in batches:
-            state = trainer.programs.step(state, batch)
+            state = trainer.set_up().programs.step(state, batch)
             means.append(float(state.collections['running']['mean'][0]))
     assert means == pytest.approx([0.01, 0.0199, 0.029701], rel=1e-5)
 

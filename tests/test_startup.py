@@ -10,7 +10,7 @@ import pytest
 
 from tests.command import ROOT
 from trainer.experiment import load_and_build
-from trainer.run import startup
+from trainer.run import checks
 from trainer.run.events import Events
 
 BEST = {'metric': 'eval/test/accuracy', 'mode': 'max'}
@@ -29,7 +29,7 @@ def warned(caplog: pytest.LogCaptureFixture, **overrides: Any) -> str:
     path = str(ROOT / 'configs' / 'mnist_mlp.py')
     experiment = load_and_build(path, **{**options, **overrides})
     with caplog.at_level(logging.WARNING, 'trainer'):
-        startup.warn_of_best(experiment, Events.of(experiment))
+        checks.warn_of_best(experiment, Events.of(experiment))
     messages = [record.message for record in caplog.records]
     assert len(messages) < 2
     return ''.join(messages)

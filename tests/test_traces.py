@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from tests import command, small
+from trainer.config import traces
 from trainer.config.errors import UserError, full_text
-from trainer.observe import traces
 from trainer.run import failure
 
 HERE = __name__

@@ -18,7 +18,7 @@ from trainer.checkpoint import digest
 from trainer.checkpoint.manager import CheckpointError, Checkpoints, Retention
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
-from trainer.run.events import Event
+from trainer.hooks import Event
 from trainer.trainer import Trainer
 
 SEEN: list[tuple[str, int]] = []
@@ -97,8 +97,8 @@ def test_events_and_their_order(tmp_path: pathlib.Path) -> None:
         *[(kind, 50) for kind in ('log', 'eval', 'save')],
         ('end', 50),
     ] == SEEN
-    assert trainer.programs.step.compiles == 1
-    assert trainer.evaluators['test'].compiles == 1
+    assert trainer.set_up().programs.step.compiles == 1
+    assert trainer.set_up().evaluators['test'].compiles == 1
     assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['25', '50']
     assert [row['step'] for row in rows(tmp_path)] == [25, 25, 50, 50]
 
@@ -135,7 +135,7 @@ def test_in_a_notebook(tmp_path: pathlib.Path) -> None:
     assert first['examples'] == 100
     predicted = np.concatenate([batch['class'] for batch in trainer.predict('test')])
     assert predicted.shape == (100,)
-    labels = trainer.evaluators['test'].loader.block(0, 2)
+    labels = trainer.set_up().evaluators['test'].loader.block(0, 2)
     real = labels.arrays['label'][labels.arrays['_mask']]
     assert (predicted == real).mean() == pytest.approx(first['accuracy'])
     traceless = trainer_in(None).fit()
@@ -206,7 +206,7 @@ def test_a_field_of_text_is_named() -> None:
         trainer_in(None, **split, evals__test__task=reading).fit()
     trainer = trainer_in(None, data__source=captioned, **split)
     assert trainer.fit().status == 'finished'
-    assert trainer.programs.fields.sent == {'image', 'label'}
+    assert trainer.set_up().programs.fields.sent == {'image', 'label'}
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_retention_keeps_last_best_and_every_nth(tmp_path: pathlib.Path) -> None
     trainer = trainer_in(tmp_path, checkpoint__keep_every='40 steps')
     retention = Retention(
         keep_last=2,
-        keep_every=trainer.experiment.retention.keep_every,
+        keep_every=trainer.experiment.saving.retention.keep_every,
         best_metric='eval/test/accuracy',
     )
     checkpoints = Checkpoints(tmp_path / 'c', retention)

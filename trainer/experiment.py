@@ -1,38 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to real objects, with `trainer.build.data` and `trainer.build.optimizer`.
+"""From a config to an `Experiment`: real objects, and nothing that is still a name.
 
-`build` returns an `Experiment`; after it no code reads a config, and nothing is a name any more.
+`build` is a table of calls into `trainer.build`, one for each section of the config. After it no
+code reads a config.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trainer.build import captures as probes
-from trainer.build import ensemble as members
-from trainer.build import monitors
-from trainer.build import optimizer as building
-from trainer.build.data import Evaluation, device_transforms, evaluation, positive, train_loader
+from trainer.build.captures import Capture, build_captures
+from trainer.build.data import (
+    Evaluation,
+    build_evaluations,
+    build_task,
+    build_train_loader,
+    positive,
+)
 from trainer.build.early_stopping import EarlyStopping
-from trainer.checkpoint.manager import Retention
-from trainer.config import literals, loading, objects, schema, targets
-from trainer.config.durations import Clock, Duration, Progress
-from trainer.config.errors import UserError, shown
+from trainer.build.ensemble import build_ensemble
+from trainer.build.model import build_loss_scale, build_model
+from trainer.build.monitors import build_early_stopping, build_retention
+from trainer.build.names import check_names
+from trainer.build.optimizer import build_optimizer, build_step
+from trainer.build.training import (
+    build_accumulate,
+    build_clock,
+    build_ema_decay,
+    build_hooks,
+    build_profile,
+    build_sharding,
+)
+from trainer.build.weights import build_init_from, build_surgery
+from trainer.checkpoint.retention import Retention
+from trainer.config import literals, loading, overrides, schema
+from trainer.config.durations import Clock, Duration
+from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
-from trainer.config.sections import PrecisionSection, Sections
 from trainer.ensemble.step import Ensemble
-from trainer.inspect.capture import Capture
-from trainer.modules import Functional, functional
-from trainer.modules.foreign import refusal_of_class
-from trainer.modules.precision import AS_IS, Precision
+from trainer.hooks import Event
+from trainer.modules import Functional
 from trainer.observe.profile import Window
-from trainer.parallel.sharding import BUILT_IN, Rule
-from trainer.run.events import Event
+from trainer.parallel.sharding import Rule
 from trainer.step.context import StepFunction
 from trainer.step.optimizer import Optimizer
 from trainer.tasks.runner import TaskRunner
@@ -40,79 +52,141 @@ from trainer.weights.init_from import InitFrom
 from trainer.weights.surgery import Operation
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Everything that a Trainer needs, and nothing that is still a name.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where an experiment comes from: for files and messages, never read by the run.
 
     Attributes:
         name: the config file's name.
-        path: the config file, None if there is none: for files, never read by the run.
-        config: the resolved config, plain: for files and messages, never read by the run.
+        path: the config file, None if there is none.
+        config: the resolved config, plain.
         schedule_steps: steps of each duration inside the optimizer, by config path.
+    """
+
+    name: str
+    path: pathlib.Path | None
+    config: Mapping[str, Any]
+    schedule_steps: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a run trains.
+
+    Attributes:
+        total_steps: number of updates of the run.
+        accumulate: slices that a batch is cut into.
+        ema_decay: decay of the parameters' moving average, or None.
+        loss_scale: first value of the dynamic loss scale, or None.
+        steps_per_call: updates made by one call of the compiled step.
+        guard: 'stop' or 'warn' where a value is not finite.
+        early_stopping: what ends the run early, or None.
+    """
+
+    total_steps: int
+    accumulate: int
+    ema_decay: float | None
+    loss_scale: float | None
+    steps_per_call: int
+    guard: str
+    early_stopping: EarlyStopping | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Where a run computes.
+
+    Attributes:
+        mesh: axis name to size.
+        sharding: rules that shard parameters over the mesh, in order of precedence.
+    """
+
+    mesh: Mapping[str, int]
+    sharding: tuple[Rule, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Logging:
+    """What a run records.
+
+    Attributes:
+        every: period of the metric rows.
+        tensorboard: whether event files are written too.
+        profile: the steps that are traced, or None.
+        captures: what is captured inside the model, by name.
+    """
+
+    every: Duration
+    tensorboard: bool
+    profile: Window | None
+    captures: Mapping[str, Capture]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """When checkpoints are saved, and which of them are kept."""
+
+    every: Duration
+    retention: Retention
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartFrom:
+    """What a fresh run starts from.
+
+    Attributes:
+        weights: where its first weights come from, or None.
+        surgery: what is done to them before they must fit the model.
+    """
+
+    weights: InitFrom | None
+    surgery: tuple[Operation, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that a Trainer needs.
+
+    Attributes:
+        origin: the config that it was built from.
         seed: the run's seed.
         model: the model's functional interface.
         task: what the model is asked to do with a batch.
         data: the training loader.
+        prefetch: blocks of batches that are kept ready on the devices.
         evals: evaluations by name.
-        optimizer: what turns gradients into updates.
-        step: what happens in a step.
-        accumulate: slices that a batch is cut into.
-        ensemble: who the members are, where there are several; or None.
-        ema_decay: decay of the parameters' moving average, or None.
-        loss_scale: first value of the dynamic loss scale, or None.
-        steps_per_call: updates made by one call of the compiled step.
-        early_stopping: what ends the run before its time, or None.
-        mesh: axis name to size.
-        sharding: rules that cut parameters over the mesh, in order of precedence.
-        total_steps: number of updates of the run.
         clock: turns durations into steps.
-        log_every: period of the metric rows.
-        tensorboard: whether event files are written too.
-        profile: the steps that are traced, or None.
-        captures: what is captured of the model's insides, by name.
-        guard: 'stop' or 'warn' where something is not finite.
-        save_every: period of the checkpoints.
-        retention: which checkpoints are kept.
-        prefetch: blocks of batches kept ready.
-        init_from: where the weights of a fresh run come from, or None.
-        surgery: what is done to them before they must fit the model.
+        optimizer: what turns gradients into updates.
+        ensemble: who the members are, if there are several; or None.
+        step: what happens in a step.
+        training: how long and how it trains.
+        devices: where it computes.
+        logging: what it records.
+        saving: its checkpoints.
+        start: what a fresh run starts from.
         hooks: called with each `Event`, by name.
-        timed: returns the fields that depend on how many examples a loader's steps consume.
+        with_data: returns this experiment with another training loader: clock, schedules and
+            periods follow from how many examples its steps consume.
     """
 
-    name: str
-    path: pathlib.Path | None = None
-    config: Mapping[str, Any]
-    schedule_steps: Mapping[str, int]
+    origin: Origin
     seed: int
     model: Functional
     task: TaskRunner
     data: Any
-    evals: Mapping[str, Evaluation]
-    optimizer: Optimizer
-    step: StepFunction
-    accumulate: int
-    ensemble: Ensemble | None
-    ema_decay: float | None
-    loss_scale: float | None
-    steps_per_call: int
-    early_stopping: EarlyStopping | None
-    mesh: Mapping[str, int]
-    sharding: tuple[Rule, ...]
-    total_steps: int
-    clock: Clock
-    log_every: Duration
-    tensorboard: bool
-    profile: Window | None
-    captures: Mapping[str, Capture]
-    guard: str
-    save_every: Duration
-    retention: Retention
     prefetch: int
-    init_from: InitFrom | None
-    surgery: tuple[Operation, ...]
+    evals: Mapping[str, Evaluation]
+    clock: Clock
+    optimizer: Optimizer
+    ensemble: Ensemble | None
+    step: StepFunction
+    training: Training
+    devices: Devices
+    logging: Logging
+    saving: Saving
+    start: StartFrom
     hooks: Mapping[str, Callable[[Event], None]]
-    timed: Callable[[Any], Mapping[str, Any]] = dataclasses.field(repr=False)
+    with_data: Callable[[Any], Experiment] = dataclasses.field(repr=False)
 
     def after(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
         """Returns the experiment of a run whose batch size has changed.
@@ -139,7 +213,7 @@ class Experiment:
             data = self.data.after(batch_sizes)
         except ValueError as error:
             raise UserError(f'config.data, after batch size {before}: {error}') from error
-        return dataclasses.replace(self, data=data, **self.timed(data))
+        return self.with_data(data)
 
 
 def build(loaded: LoadedConfig) -> Experiment:
@@ -152,207 +226,65 @@ def build(loaded: LoadedConfig) -> Experiment:
     config = loading.plain(loaded.config)
     literals.check(config, 'config', [])
     sections = schema.read(config)
-    _check_model(sections.model)
-    _check_targets(sections)
+    check_names(sections)
+    first_data = build_train_loader(sections)
+    task = build_task(sections)
+    model, step = build_model(sections), build_step(sections.step)
+    evals, hooks = build_evaluations(sections, task), build_hooks(sections)
+    start = StartFrom(weights=build_init_from(sections), surgery=build_surgery(sections))
+    devices = Devices(mesh=sections.mesh, sharding=build_sharding(sections))
 
-    data = train_loader(sections)
-    transforms = device_transforms(sections.data, 'config.data')
-    task = TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
-    accumulate = _accumulate(sections, task)
-    timed = functools.partial(_timed, sections)
-    checkpoint, log = sections.checkpoint, sections.log
-    return Experiment(
-        name=loaded.name,
-        path=loaded.path,
-        config=config,
-        seed=sections.seed,
-        model=_model(sections),
-        task=task,
-        data=data,
-        evals={
-            name: evaluation(name, section, sections, task.task)
-            for name, section in sections.evals.items()
-        },
-        step=building.step_function(sections.step),
-        accumulate=accumulate,
-        ema_decay=_ema_decay(sections),
-        loss_scale=_loss_scale(sections.precision),
-        steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
-        early_stopping=monitors.early_stopping(sections),
-        mesh=sections.mesh,
-        sharding=_sharding(sections),
-        log_every=log.every,
-        tensorboard=log.tensorboard,
-        guard=sections.guard.non_finite,
-        save_every=checkpoint.every,
-        prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
-        init_from=InitFrom.of(sections.init_from),
-        surgery=tuple(
-            targets.instantiate(node, f'config.surgery[{index}]')
-            for index, node in enumerate(sections.surgery)
-        ),
-        hooks={
-            name: targets.instantiate(node, f'config.hooks.{name}')
-            for name, node in sections.hooks.items()
-        },
-        timed=timed,
-        **timed(data),
-    )
+    def with_data(data: Any) -> Experiment:
+        clock, total_steps = build_clock(sections, data)
+        optimizer, schedule_steps = build_optimizer(sections.optimizer, clock)
+        return Experiment(
+            origin=Origin(loaded.name, loaded.path, config, schedule_steps),
+            seed=sections.seed,
+            model=model,
+            task=task,
+            data=data,
+            prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
+            evals=evals,
+            clock=clock,
+            optimizer=optimizer,
+            ensemble=build_ensemble(sections, clock),
+            step=step,
+            training=Training(
+                total_steps=total_steps,
+                accumulate=build_accumulate(sections, task),
+                ema_decay=build_ema_decay(sections),
+                loss_scale=build_loss_scale(sections.precision),
+                steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
+                guard=sections.guard.non_finite,
+                early_stopping=build_early_stopping(sections),
+            ),
+            devices=devices,
+            logging=Logging(
+                every=sections.log.every,
+                tensorboard=sections.log.tensorboard,
+                profile=build_profile(sections, clock),
+                captures=build_captures(sections, clock),
+            ),
+            saving=Saving(sections.checkpoint.every, build_retention(sections, clock)),
+            start=start,
+            hooks=hooks,
+            with_data=with_data,
+        )
 
-
-def _timed(sections: Sections, data: Any) -> dict[str, Any]:
-    """Returns the fields of an experiment that depend on how many examples its steps consume."""
-    clock = _clock(sections, data)
-    optimizer, schedule_steps = building.optimizer(sections.optimizer, clock)
-    return {
-        'clock': clock,
-        'total_steps': clock.total_steps,
-        'optimizer': optimizer,
-        'schedule_steps': schedule_steps,
-        'ensemble': members.ensemble(sections, clock),
-        'profile': _profile(sections, clock),
-        'captures': probes.captures(sections, clock),
-        'retention': monitors.retention(sections, clock),
-    }
+    return with_data(first_data)
 
 
-def load_and_build(spec: str, **overrides: Any) -> Experiment:
+def load_and_build(spec: str, **values: Any) -> Experiment:
     """Returns the experiment of a config file, for notebooks.
 
     Args:
         spec: 'configs/mnist.py' or 'configs/mnist.py:arg'.
-        **overrides: values by path, with '__' for '.': `optimizer__learning_rate=0.1`.
+        **values: overrides by path, with '__' for '.': `optimizer__learning_rate=0.1`.
     """
-    from trainer.config import overrides as override_lib
-
     loaded = loading.load(spec)
+    paths = {path: path.replace('__', '.') for path in values}
     assignments = [
-        (path.replace('__', '.'), override_lib.from_python(value, path.replace('__', '.')))
-        for path, value in overrides.items()
+        (paths[name], overrides.from_python(value, paths[name])) for name, value in values.items()
     ]
-    override_lib.apply(loaded.config, assignments)
+    overrides.apply(loaded.config, assignments)
     return build(loaded)
-
-
-def _check_targets(sections: Sections) -> None:
-    """Checks every name before any object is made, so that a typo costs no data loading."""
-    for field in dataclasses.fields(sections):
-        if field.name not in ('vars', 'optimizer', 'step', 'ensemble'):
-            _check_below(getattr(sections, field.name), f'config.{field.name}')
-    building.check_optimizer(sections.optimizer)
-    building.check_step(sections.step)
-
-
-def _check_model(node: Any) -> None:
-    """Refuses a model of another library, and a function of inputs, by what they are."""
-    if not isinstance(node, Mapping) or 'target' not in node:
-        return
-    target = objects.resolve(node['target'], 'config.model.target')
-    if (reason := refusal_of_class(target)) is not None:
-        raise UserError(reason)
-    try:
-        targets.check(node, 'config.model')
-    except UserError as error:
-        if inspect.isroutine(target) and ' is missing: ' in str(error):
-            raise UserError(
-                f'{error}. A function that is the target of config.model makes the model: it is '
-                'called once, with the other keys of config.model, and not with inputs'
-            ) from error
-        raise
-
-
-def _check_below(value: Any, path: str) -> None:
-    if dataclasses.is_dataclass(value) and not isinstance(value, Duration):
-        for field in dataclasses.fields(value):
-            _check_below(getattr(value, field.name), f'{path}.{field.name}')
-    elif isinstance(value, dict) and 'target' not in value and 'ref' not in value:
-        for name, item in value.items():
-            _check_below(item, f'{path}.{name}')
-    elif path.endswith('.loader'):
-        if 'target' not in value:
-            raise UserError(
-                f"{path}: expected a dict with 'target', a class like data.loader:TrainLoader that "
-                f'is given the source; got {shown(value)}'
-            )
-        objects.resolve(value['target'], f'{path}.target')
-    else:
-        targets.check(value, path)
-
-
-def _model(sections: Sections) -> Functional:
-    path = 'config.model'
-    if isinstance(sections.model.get('rngs'), int):
-        raise UserError(f'{path}.rngs: leave it out; random numbers come from config.seed')
-    if targets.takes(sections.model, 'rngs', path):  # NNX makes its parameters with the module.
-        module: Any = functools.partial(_with_rngs, sections.model, path)
-    else:
-        module = targets.instantiate(sections.model, path)
-    wanted = sections.precision
-    precision = AS_IS
-    if wanted is not None:
-        precision = Precision(params=wanted.params, compute=wanted.compute, output=wanted.output)
-    try:
-        return functional(module, precision, named=sections.profile is not None)
-    except TypeError as error:
-        raise UserError(str(error)) from error
-
-
-def _with_rngs(node: Any, path: str, rngs: Any) -> Any:
-    return targets.instantiate(node, path, {'rngs': rngs})
-
-
-def _accumulate(sections: Sections, task: TaskRunner) -> int:
-    slices = positive(sections.accumulate, 'config.accumulate')
-    if slices > 1 and not getattr(task.task, 'decomposable', True):
-        raise UserError(
-            f'config.accumulate: {slices} slices of a batch are not the batch: the examples of '
-            f'{type(task.task).__name__} depend on each other (decomposable = False)'
-        )
-    return slices
-
-
-def _ema_decay(sections: Sections) -> float | None:
-    decay = sections.ema.decay if sections.ema else None
-    if decay is not None and not 0 <= decay < 1:
-        raise UserError(f'config.ema.decay: expected a number from 0 to below 1, got {decay}')
-    return decay
-
-
-def _loss_scale(precision: PrecisionSection | None) -> float | None:
-    if precision is None:
-        return None
-    if precision.loss_scale is None:
-        return 2.0**16 if 'float16' in (precision.params, precision.compute) else None
-    return precision.loss_scale or None
-
-
-def _sharding(sections: Sections) -> tuple[Rule, ...]:
-    given, path = sections.sharding, 'config.sharding'
-    if not isinstance(given, tuple):
-        return (_rule(given, path),)
-    return tuple(_rule(rule, f'{path}[{index}]') for index, rule in enumerate(given))
-
-
-def _rule(given: Any, path: str) -> Rule:
-    return BUILT_IN[given] if isinstance(given, str) else targets.instantiate(given, path)
-
-
-def _clock(sections: Sections, data: Any) -> Clock:
-    marks = getattr(data, 'marks', ())
-    clock = Clock(
-        batch_size=sections.data.batch_size,
-        steps_per_epoch=data.steps_per_epoch,
-        progress=Progress(marks) if marks else None,
-    )
-    total = clock.step_after(sections.train_for, path='config.train_for')
-    if total >= 2**31:
-        raise UserError(f'config.train_for: {total:.3g} steps; the state counts to 2^31 - 1')
-    return dataclasses.replace(clock, total_steps=total)
-
-
-def _profile(sections: Sections, clock: Clock) -> Window | None:
-    given = sections.profile
-    if given is None:
-        return None
-    start = clock.step_after(given.start, path='config.profile.start')
-    return Window(start, start + positive(given.steps, 'config.profile.steps'))

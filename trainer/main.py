@@ -28,10 +28,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from trainer.checkpoint.errors import SaveError
-from trainer.config import identity, loading, overrides, places, schema, show, synonyms
+from trainer.config import identity, loading, overrides, places, schema, show, synonyms, traces
 from trainer.config.errors import UserError, full_text, shortened, shown
 from trainer.modes.plan.devices import KINDS as DEVICE_KINDS
-from trainer.observe import logfile, traces
+from trainer.observe import logfile
 from trainer.parallel import signals
 
 MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'plan', 'grad_probe', 'export', 'config')

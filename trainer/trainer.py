@@ -11,52 +11,47 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
+from trainer.checkpoint.manager import Checkpoints
+from trainer.config.errors import UserError
+from trainer.ensemble.step import member_state
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
 from trainer.input.prefetch import Prefetcher
-from trainer.inspect.monitors import Probes
+from trainer.inspect import products
+from trainer.inspect.monitors import Monitors
 from trainer.observe.profile import Profile
 from trainer.observe.progress import Nowhere
-from trainer.observe.reporter import Reporter
 from trainer.parallel import last_words, processes, signals
+from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.signals import StopRequest
-from trainer.run import startup
+from trainer.run import agreement, banner, checks
 from trainer.run.hook_calls import Hooks
+from trainer.run.reporter import Reporter, check_row
+from trainer.run.restore import init_state, restore
+from trainer.run.result import Result
 from trainer.run.resume import Recovery
-from trainer.run.setup import Parts
+from trainer.run.setup import (
+    Setup,
+    eval_params,
+    open_run,
+    prepare_evaluators,
+    set_up,
+    start_compiling,
+    training_batches,
+)
+from trainer.run.workdir import Workdir
 from trainer.step import donated
+from trainer.step.programs import Program
 from trainer.step.state import TrainState
+from trainer.tasks.measured import Measured
 
 # How long a process that fails waits for the others to fail too.
 _MEETING_SECS = 10
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """How a call of `fit` ended.
-
-    Attributes:
-        status: 'finished', 'stopped_early' (`config.early_stopping`), 'preempted' (SIGTERM),
-            'interrupted' (Ctrl-C, or the stop button of a notebook) or 'paused' (`max_steps`).
-        step: number of completed updates.
-        metrics: the newest value of each metric, by its flat name ('eval/test/accuracy').
-        state: the state at `step`; gone once another call of `fit` has donated it to a step.
-    """
-
-    status: str
-    step: int
-    metrics: Mapping[str, float]
-    state: TrainState = dataclasses.field(repr=False, compare=False)  # Thousands of numbers.
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name == 'state':
-            donated.check(value, 'result.state')
-        return value
-
-
-class Trainer(Parts):
+class Trainer:
     """Trains, evaluates and predicts with one experiment in one work directory.
 
     From Python or a notebook::
@@ -68,11 +63,10 @@ class Trainer(Parts):
 
     It never ends the process, and the only signal that it handles is Ctrl-C, while `fit` trains in
     the main thread: see `trainer.parallel.signals.interruptible`. `trainer.main` handles all
-    others. Its building blocks, and everything but training, are in `trainer.run.setup`.
+    others.
 
     Attributes:
-        experiment: what is trained.
-        workdir: the run's directory, or None: then nothing is written.
+        run: its experiment, directory and checkpoints.
         report: the run's rows and messages so far.
     """
 
@@ -95,22 +89,59 @@ class Trainer(Parts):
             allow_config_change: resume even though the config makes it a different run.
             overrides: the command line's, for `run.json`.
         """
-        super().__init__(experiment, workdir)
+        self.run = open_run(experiment, workdir)
+        experiment = self.run.experiment  # After a change of the batch size it has another length.
         screen = None if processes.is_primary() else Nowhere()
-        # Not the given one: a run whose batch size has changed has another length.
-        total, batch_size = self.experiment.total_steps, self.experiment.clock.batch_size
-        ensemble = self.experiment.ensemble
+        ensemble = experiment.ensemble
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
+        total, batch_size = experiment.training.total_steps, experiment.clock.batch_size
         self.report = Reporter(total, batch_size, screen, members)
-        self._probes = Probes(self, self.report)
-        self._hooks = Hooks(self, self.report)
+        self._events = self.run.events
+        self._setup: Setup | None = None
+        self._compiled = False
+        self._monitors: Monitors | None = None
+        self._hooks = self._make_hooks()
         self._stop, self._given_stop = StopRequest(), stop
         self._fits = 0
         # What `_rescue` saves: the last completed step.
         self._reached: tuple[int, TrainState] | None = None
         self._recovery = Recovery(
-            self, self.report, allow_config_change=allow_config_change, overrides=overrides
+            self.run, self.report, allow_config_change=allow_config_change, overrides=overrides
         )
+
+    @property
+    def experiment(self) -> Experiment:
+        """What is trained; after a change of the batch size not the one that was given."""
+        return self.run.experiment
+
+    @property
+    def workdir(self) -> Workdir | None:
+        """The run's directory, or None: then nothing is written."""
+        return self.run.workdir
+
+    @property
+    def checkpoints(self) -> Checkpoints | None:
+        """The checkpoints of the work directory, or None without one."""
+        return self.run.checkpoints
+
+    def set_up(self) -> Setup:
+        """Returns mesh, programs and evaluators; the first call makes them, checks and warns.
+
+        Raises:
+            UserError: if model, task, data and optimizer do not fit each other.
+        """
+        if self._setup is None:
+            self._setup = set_up(self.run)
+        return self._setup
+
+    def check_agreement(self) -> None:
+        """Checks that the processes of a run do the same; all of them must call it.
+
+        Raises:
+            UserError: in every process, naming what differs: config, versions, data or checkpoints.
+        """
+        if jax.process_count() > 1:
+            agreement.check(self.run, self.set_up())
 
     def check_workdir(self) -> None:
         """Refuses a work directory whose checkpoints are of another run, or of a longer one.
@@ -119,6 +150,7 @@ class Trainer(Parts):
             UserError: naming what differs, unless `allow_config_change`; or the step that is
                 already behind the end of this run.
         """
+        self.check_agreement()
         self._recovery.check()
 
     def fit(self, *, max_steps: int | None = None) -> Result:
@@ -137,7 +169,7 @@ class Trainer(Parts):
                 only now, such as a batch that does not divide over the mesh.
         """
         self._stop = self._given_stop or StopRequest()
-        self._hooks, self._fits = Hooks(self, self.report), self._fits + 1
+        self._hooks, self._fits = self._make_hooks(), self._fits + 1
         try:
             several = jax.process_count() > 1
             with (
@@ -167,21 +199,20 @@ class Trainer(Parts):
             # The last run ended before these evaluations, and saved this step without them.
             self._recovery.amend(step)
         due = self._events.next_due(step)
+        programs, monitors = self.set_up().programs, self._watching()
         with self.batches(step, self._calls(step, max_steps)) as batches:
-            self._probes.follow(batches)
+            monitors.follow(batches)
             try:
                 for count, batch in batches:
-                    program = self.programs.step if count == 1 else self.programs.fused
+                    program = programs.step if count == 1 else programs.fused
                     self._profile.begin_step(step + count)
                     state = program(state, batch)
                     step += count
                     self._reached = step, state
                     self.report.stepped(step)
-                    self._probes.poll(state)
+                    monitors.poll(state)
                     if step == due:
-                        look = functools.partial(
-                            self._probes.run, batches, batch, stacked=count > 1
-                        )
+                        look = functools.partial(monitors.run, batches, batch, stacked=count > 1)
                         state = self._run_events(step, state, batches, look)
                         due = self._events.next_due(step)
                     if self._stopping() or self._stopped_early:
@@ -200,16 +231,16 @@ class Trainer(Parts):
         self.check_workdir()
         with report.time.spent('compile'):
             programs = self.compile()
-            state, step = self._recovery.start()
+            state, step = self._recovery.start(self.set_up().programs)
         self._reached = step, state
         # Not before: a start that has failed so far leaves the directory as it was.
         self._recovery.open(step)
-        report.progress.message(startup.summary(self, step))
+        report.progress.message(banner.summary(self.run, self.set_up(), step))
         self._notify('start', step, state)
         with report.time.spent('compile'):
             for program in programs:
                 program.ready()
-        self._probes.begin(step, state)
+        self._watching().begin(step, state)
         report.begin(step)
         self._stop.starting = False  # From here on a signal has something to save.
         return state, step
@@ -225,14 +256,14 @@ class Trainer(Parts):
         self._tell(self._profile.stepped(step, state))
         self._recovery.count(batches, step)
         log_due = self._events.log.due(step)
-        if log_due or step == self.experiment.total_steps:
+        if log_due or step == self.experiment.training.total_steps:
             # Its row is fetched when it is there: see Reporter.
             health = None if self.experiment.ensemble is None else state.health
             stopped = None if health is None else health.is_bad
             self.report.log(step, state.metrics, stopped=stopped)
             self._recovery.check_saves()
             if log_due:  # Or else a longer run goes on counting where this one left off.
-                state = dataclasses.replace(state, metrics=self.programs.empty_metrics())
+                state = dataclasses.replace(state, metrics=self.set_up().programs.empty_metrics())
                 self._reached = step, state
             self._notify('log', step, state)
         look(step, state)
@@ -244,7 +275,7 @@ class Trainer(Parts):
     def _end(self, step: int, state: TrainState) -> Result:
         """Final save and result."""
         self.report.flush()
-        self._probes.check(step, state)
+        self._watching().check(step, state)
         status = self._status(step)
         self._save(step, state)
         self._hooks.raise_late(step)
@@ -260,7 +291,7 @@ class Trainer(Parts):
         if isinstance(error, KeyboardInterrupt) and self._stop.signal == signal.SIGINT:
             self._recovery.remember(*self._reached)  # The second Ctrl-C: at once.
         else:
-            self._recovery.rescue(*self._reached, error, is_sound=self._probes.is_sound)
+            self._recovery.rescue(*self._reached, error, is_sound=self._watching().is_sound)
 
     def _all_failed(self, step: int) -> bool:
         """Whether all processes end with an error at this step: one alone cannot save."""
@@ -272,13 +303,13 @@ class Trainer(Parts):
 
     def _calls(self, step: int, max_steps: int | None) -> Iterator[int]:
         """Yields how many updates each call of a program makes; none if a stop came early."""
-        total, most = self.experiment.total_steps, self.experiment.steps_per_call
+        total, most = self.experiment.training.total_steps, self.experiment.training.steps_per_call
         last = total if max_steps is None else min(total, step + max_steps)
         stopped = self._stopping() or self._stopped_early
         return self._events.calls(step, step if stopped else last, most)
 
     def _status(self, step: int) -> str:
-        at_end = step == self.experiment.total_steps
+        at_end = step == self.experiment.training.total_steps
         owed = self._events.final if self._stopped_early else self._events.evals_due(step)
         if (at_end or self._stopped_early) and all(self.report.has_eval(n, step) for n in owed):
             return 'finished' if at_end else 'stopped_early'
@@ -309,8 +340,8 @@ class Trainer(Parts):
         # What is still queued is the steps' time, not the evaluation's.
         self.report.flush()
         jax.block_until_ready(state.step)
-        self._probes.check(step, state)
-        evaluator = self.evaluators[name]
+        self._watching().check(step, state)
+        evaluator = self.set_up().evaluators[name]
         compiled = evaluator.compile_secs
         with self.report.time.spent('eval'):
             try:
@@ -332,20 +363,138 @@ class Trainer(Parts):
     def _profile(self) -> Profile:
         writes = self.workdir is not None and processes.is_primary()
         directory = self.workdir.path / 'profile' if self.workdir and writes else None
-        return Profile(self.experiment.profile, directory)
+        return Profile(self.experiment.logging.profile, directory)
 
     def _tell(self, message: str | None) -> None:
         if message is not None:
             self.report.progress.message(message)
+
+    def _watching(self) -> Monitors:
+        """Returns the captures and the guard of the run, made at the first call."""
+        if self._monitors is None:
+            self._monitors = Monitors(self.run, self.set_up(), self.report)
+        return self._monitors
+
+    def _make_hooks(self) -> Hooks:
+        return Hooks(self.experiment, self.workdir, self.report)
 
     def _save(self, step: int, state: TrainState) -> None:
         if self.checkpoints is None:
             return
         # Rows first: they show why the check may end the run.
         self.report.flush()
-        self._probes.check(step, state)
+        self._watching().check(step, state)
         if self._recovery.save(step, state):
             self._notify('save', step, state)
 
     def _notify(self, kind: str, step: int, state: TrainState, **more: Any) -> None:
         self._hooks.call(kind, step, state, self._stop, **more)
+
+    def compile(self) -> list[Program]:
+        """Starts compiling what training calls; checks the evaluations while that goes on.
+
+        Returns:
+            The programs; their `ready()` waits for the compiler.
+
+        Raises:
+            UserError: for what only shows now, such as a batch that does not divide over the mesh
+                or an evaluation of an empty split.
+        """
+        experiment = self.experiment
+        checks.check_batch(experiment, batch_shards(make_mesh(experiment.devices.mesh)))
+        setup = self.set_up()
+        programs = setup.programs
+        first, self._compiled = not self._compiled, True
+        if first:
+            checks.warn_at_start(experiment, self._events, programs.abstract, setup.mesh)
+        started = start_compiling(experiment, programs)
+        check_row(programs.abstract.metrics)
+        if first:
+            products.warn_of_other_dtypes(programs, experiment.model)
+        prepare_evaluators(experiment, setup)
+        self._watching().prepare()
+        return started
+
+    def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
+        """Returns training batches from a position on, each of so many steps as `calls` says."""
+        return training_batches(self.run, self.set_up(), start, calls)
+
+    def init_state(self) -> TrainState:
+        """Returns the first state of a run, every leaf created on the devices that hold it.
+
+        Raises:
+            UserError: if the weights of `config.init_from` do not fit the model.
+        """
+        return init_state(self.experiment, self.set_up().programs)
+
+    def restore(self, step: int | str = 'latest') -> TrainState:
+        """Returns the state of a checkpoint of the work directory.
+
+        Args:
+            step: a number, 'latest' or 'best'.
+
+        Raises:
+            UserError: if there is no such checkpoint.
+            CheckpointError: if its arrays are not those that were saved.
+        """
+        return restore(self.run, self.set_up().programs, step)
+
+    def eval_params(self, state: TrainState) -> Any:
+        """Returns the parameters of a state that are evaluated: see `config.optimizer.eval_params`.
+
+        Args:
+            state: with all its members, if the run is an ensemble.
+        """
+        return eval_params(self.experiment, self.set_up().programs, state)
+
+    def model(self, state: TrainState | None = None, *, member: int | None = None) -> Any:
+        """Returns the user's own model with trained variables in it, to call in a notebook.
+
+        It is in evaluation mode: a Linen module as a bound Klinen model (`trainer.klinen`),
+        an NNX module unchanged. Its parameters are those that are evaluated.
+
+        Args:
+            state: whose variables; by default the newest checkpoint's.
+            member: of an ensemble, which one.
+
+        Raises:
+            UserError: for an ensemble without a member.
+        """
+        experiment = self.experiment
+        if experiment.ensemble is not None and member is None:
+            raise UserError('model: choose a member of the ensemble, as in model(member=0)')
+        state = self._usable(state, 'model(state)')
+        state = dataclasses.replace(state, params=self.eval_params(state))
+        if experiment.ensemble is not None:
+            assert member is not None
+            state = member_state(state, member)
+        return experiment.model.for_notebook(state.variables)
+
+    def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
+        """Returns the metrics of each evaluation of the config: numbers by name, and `arrays`.
+
+        Args:
+            state: what to evaluate; by default the newest checkpoint.
+        """
+        state = self._usable(state, 'evaluate(state)')
+        return {name: each.run(state) for name, each in self.set_up().evaluators.items()}
+
+    def predict(
+        self, evaluation: str, state: TrainState | None = None
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yields the task's predictions for each batch of an evaluation's split, padding removed.
+
+        Args:
+            evaluation: its name in the config.
+            state: whose predictions; by default the newest checkpoint's.
+
+        Raises:
+            UserError: if the task has no method `predict`.
+        """
+        state = self._usable(state, 'predict(state)')
+        return self.set_up().evaluators[evaluation].predict(state)
+
+    def _usable(self, state: TrainState | None, what: str) -> TrainState:
+        """Returns a state, or the newest checkpoint's; refuses one that is gone."""
+        donated.check(state, what)
+        return self.restore() if state is None else state

@@ -118,12 +118,11 @@ def test_what_the_annotation_does_not_allow(path: str, text: str, message: str) 
 def test_in_a_dict_and_from_python() -> None:
     for given in ((128, 64, 10), [128, 64, 10]):
         built = experiment.load_and_build(MLP, model__features=given)
-        assert built.config['model']['features'] == (128, 64, 10)
+        assert built.origin.config['model']['features'] == (128, 64, 10)
         built = experiment.load_and_build(MLP, model={'features': given})
-        assert built.config['model']['features'] == (128, 64, 10)
-    assert experiment.load_and_build(MLP, model__features='[10]').config['model']['features'] == (
-        10,
-    )
+        assert built.origin.config['model']['features'] == (128, 64, 10)
+    built = experiment.load_and_build(MLP, model__features='[10]')
+    assert built.origin.config['model']['features'] == (10,)
     with pytest.raises(UserError, match=r'features\[1\]: expected int, got 0\.5'):
         experiment.load_and_build(MLP, model__features=(128, 0.5, 10))
 

@@ -71,8 +71,8 @@ def test_a_run_sends_what_is_read_and_predicts_with_the_rest(name: str) -> None:
     trainer = Trainer(build(**RUNS[name]))
     result = trainer.fit()
     mask = {'_mask'} if 'data__remainder' in RUNS[name] else set()
-    assert trainer.programs.fields.sent == {'x', 'label', *mask}
-    evaluator = trainer.evaluators['test']
+    assert trainer.set_up().programs.fields.sent == {'x', 'label', *mask}
+    evaluator = trainer.set_up().evaluators['test']
     assert evaluator.prediction(result.state).fields.sent == {'x', '_mask'}
     assert result.metrics['eval/test/examples'] == 77
     assert np.isfinite(result.metrics['eval/test/loss'])
@@ -97,7 +97,7 @@ def test_what_is_not_read_is_no_argument_of_the_program(devices: int) -> None:
 def test_a_field_that_is_computed_with_is_sent_and_comes_back_as_it_was() -> None:
     trainer = Trainer(build(task__target=f'{HERE}:Computing', evals__test__every='never'))
     state = trainer.init_state()
-    prediction = trainer.evaluators['test'].prediction(state)
+    prediction = trainer.set_up().evaluators['test'].prediction(state)
     assert prediction.fields.sent == {'x', 'label', '_mask'}
     found = predicted(trainer, state)
     check_rows(found, ('label',))
@@ -121,7 +121,7 @@ def test_a_label_that_does_not_fit_ends_the_run(tmp_path: pathlib.Path) -> None:
 
 def test_a_step_that_looks_at_all_fields() -> None:
     with pytest.raises(UserError, match=r"the function of config.step reads batch\['"):
-        _ = Trainer(build(step={'ref': f'{HERE}:everything'})).programs
+        _ = Trainer(build(step={'ref': f'{HERE}:everything'})).set_up().programs
 
 
 def test_the_command_writes_what_is_passed_on(tmp_path: pathlib.Path) -> None:
@@ -165,13 +165,13 @@ def test_an_exported_function_leaves_out_what_is_passed_on(
 ) -> None:
     trainer = Trainer(build())
     state = trainer.init_state()
-    evaluator, axes = trainer.evaluators['test'], tuple(trainer.mesh.shape)
+    evaluator, axes = trainer.set_up().evaluators['test'], tuple(trainer.set_up().mesh.shape)
     about = export.write(evaluator, state, epath.Path(tmp_path), axes=axes, platforms=('cpu',))
     assert set(about['batch']) == {'x'} and set(about['outputs']) == {'class', 'probability'}
     assert 'returns these fields of the batch unchanged: id, name, raw, share' in caplog.text
     nothing = Trainer(build(task__target=f'{HERE}:OnlyIds'))
     with pytest.raises(UserError, match='predict computes nothing'):
-        export.write(nothing.evaluators['test'], state, epath.Path(tmp_path), axes=axes)
+        export.write(nothing.set_up().evaluators['test'], state, epath.Path(tmp_path), axes=axes)
 
 
 def test_fingerprints_of_objects_are_of_their_values() -> None:
@@ -187,7 +187,9 @@ def test_text_longer_than_that_of_the_first_example_is_whole() -> None:
     """A stream pads with its first example, whose text may be the shortest."""
     loader = {'target': 'data.streaming:StreamEvalLoader'}
     trainer = Trainer(build(evals__test__data__loader=loader))
-    blocks = [trainer.evaluators['test'].loader.block(i, 1).arrays['name'][0] for i in range(3)]
+    blocks = [
+        trainer.set_up().evaluators['test'].loader.block(i, 1).arrays['name'][0] for i in range(3)
+    ]
     assert blocks[2].tolist()[:13] == [f'number {i}' for i in range(64, 77)]
     assert set(blocks[2].tolist()[13:]) == {'number 0'}
     assert rows.FIRST == 2**40

@@ -154,7 +154,7 @@ def test_a_matrix_and_a_dict_in_training_and_evaluation(tmp_path: pathlib.Path) 
     )  # fmt: skip
     result = trainer.fit()
     assert result.status == 'finished'
-    assert trainer.experiment.early_stopping is not None
+    assert trainer.experiment.training.early_stopping is not None
     assert trainer._recovery.early_stopping is not None
     assert trainer._recovery.early_stopping.best is not None
     assert trainer.checkpoints is not None

@@ -122,7 +122,7 @@ def test_an_empty_split(act: Any, tmp_path: pathlib.Path) -> None:
 def test_nothing_is_compiled_and_one_batch_is_read(tmp_path: pathlib.Path) -> None:
     watched = {'target': f'{Watched.__module__}:Watched', 'directory': str(tmp_path)}
     trainer = trainer_with(None, data__batch_size=96, data__transforms=(watched,))
-    evaluator = trainer.evaluators['test']
-    evaluator.prepare(trainer.programs.abstract)
+    evaluator = trainer.set_up().evaluators['test']
+    evaluator.prepare(trainer.set_up().programs.abstract)
     assert evaluator.compiles == 0
     assert (tmp_path / 'seen').read_text() == '96\n'

@@ -93,8 +93,8 @@ def test_the_train_step_is_untouched(tmp_path: pathlib.Path) -> None:
     for capture in ({}, EVERYTHING):
         trainer = Trainer(build(linen(), capture=capture), str(tmp_path / str(len(texts))))
         states.append(trainer.fit().state.variables)
-        texts.append(computation(trainer.programs.step.ready()))
-        assert trainer.programs.step.compiles == 1
+        texts.append(computation(trainer.set_up().programs.step.ready()))
+        assert trainer.set_up().programs.step.compiles == 1
     assert texts[0] == texts[1]
     assert jax.tree.all(jax.tree.map(np.array_equal, *states))
     assert not (tmp_path / '0' / 'capture').exists()
@@ -196,11 +196,11 @@ def test_what_is_not_due_is_not_measured(tmp_path: pathlib.Path) -> None:
     )
     run = Trainer(made, str(tmp_path))
     state = run.init_state()
-    captures = Captures(made.captures, Forward.of(made, run.mesh), None)
-    batch = run.programs.fields.shapes
+    captures = Captures(made.logging.captures, Forward.of(made, run.set_up().mesh), None)
+    batch = run.set_up().programs.fields.shapes
 
     def names(due: list[str]) -> str:
-        measure = captures._measuring([made.captures[name] for name in due])
+        measure = captures._measuring([made.logging.captures[name] for name in due])
         return str(captures._forward.shapes(measure, state.replace(metrics=None), batch))
 
     assert 'first' in names(['often']) and 'last' not in names(['often'])
@@ -316,5 +316,5 @@ def test_lifted_modules_and_bridges(name: str, names: list[str], tmp_path: pathl
     trainer = Trainer(made, str(tmp_path))
     state = trainer.fit().state
     assert list(np.load(tmp_path / 'capture' / 'a' / '10.npz')) == names
-    found = [each.path for each in of_next_step(trainer, state, ('.*',))]
+    found = [each.path for each in of_next_step(trainer.run, trainer.set_up(), state, ('.*',))]
     assert found == list(dict.fromkeys(name.partition('[')[0] for name in names))

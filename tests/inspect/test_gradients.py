@@ -199,7 +199,7 @@ def test_nothing_to_differentiate_by() -> None:
     closed = {'target': 'tests.modules.test_intermediates:Stack', 'kind': 'scan'}
     made = build(closed, task={'ref': 'tests.inspect.test_capture:on_rows'})
     trainer = Trainer(made)
-    forward = Forward.of(made, trainer.mesh)
+    forward = Forward.of(made, trainer.set_up().mesh)
     with trainer.batches(0, [1]) as batches:
         (_, batch), *_ = batches
         with pytest.raises(UserError, match=r"keeps 'perturbations' to itself"):

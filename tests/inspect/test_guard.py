@@ -19,7 +19,7 @@ from tests.inspect.models import STEP, build, linen, of_nnx
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
-from trainer.inspect.warn_guard import NonFiniteError
+from trainer.run.failure import NonFiniteError
 from trainer.trainer import Trainer
 
 STOP: dict[str, Any] = {'non_finite': 'stop'}
@@ -97,7 +97,7 @@ def test_an_update_alone() -> None:
     )  # fmt: skip
     found = message(made)
     assert 'First non-finite step: 6.' in found
-    assert 'but the update is not' in found
+    assert 'but after the update a parameter is not: first/bias, first/kernel, ' in found
 
 
 @pytest.mark.parametrize(('secs', 'looks'), [(0.0, list(range(1, 13))), (1e9, [1, 5, 10, 12])])
@@ -109,13 +109,13 @@ def test_when_a_state_is_looked_at(
     options = {'train_for': '12 steps', 'log__every': '1 steps', 'checkpoint__every': '5 steps'}
     trainer = Trainer(build(linen(), guard=STOP, **options), str(tmp_path))
     seen: list[int] = []
-    sweep = trainer.programs.sweep
+    sweep = trainer.set_up().programs.sweep
 
     def counting(state: Any) -> Any:
         seen.append(int(state.step))
         return sweep(state)
 
-    vars(trainer.programs)['sweep'] = counting
+    vars(trainer.set_up().programs)['sweep'] = counting
     trainer.fit()
     assert [step for step in seen if step] == looks
 
@@ -231,7 +231,7 @@ def test_a_stream_is_read_again(resumes: bool, tmp_path: pathlib.Path) -> None:
         Trainer(made, str(tmp_path)).fit(max_steps=3)
     found = message(made, tmp_path)
     assert 'Last finite step: 5. First non-finite step: 6.' in found
-    assert 'but the update is not' in found
+    assert 'but after the update a parameter is not: ' in found
 
 
 def test_a_stream_that_goes_on_is_not_read_again(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,13 +22,18 @@ from trainer.trainer import Trainer
 
 def table(made: Experiment) -> dict[str, Row]:
     trainer = Trainer(made)
-    spec = trainer.programs.fields.shapes
-    forward = Forward.of(made, trainer.mesh)
-    return {row.path: row for row in module_table.rows(forward, trainer.programs.abstract, spec)}
+    spec = trainer.set_up().programs.fields.shapes
+    forward = Forward.of(made, trainer.set_up().mesh)
+    return {
+        row.path: row
+        for row in module_table.rows(forward, trainer.set_up().programs.abstract, spec)
+    }
 
 
 def parameters(made: Experiment) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(Trainer(made).programs.abstract.params))
+    return sum(
+        math.prod(x.shape) for x in jax.tree.leaves(Trainer(made).set_up().programs.abstract.params)
+    )
 
 
 @pytest.mark.parametrize(

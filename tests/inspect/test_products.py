@@ -24,7 +24,6 @@ from tests.test_configs import SHORT
 from trainer.experiment import Experiment, load_and_build
 from trainer.inspect import products
 from trainer.observe import flops
-from trainer.run.setup import Parts
 from trainer.step.custom_step import OwnContext
 from trainer.trainer import Trainer
 
@@ -104,7 +103,7 @@ def experiment(model: Any = None, **options: Any) -> Experiment:
 def warnings(made: Experiment, caplog: pytest.LogCaptureFixture) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING, 'trainer'):
-        products.warn_of_other_dtypes(Parts(made).programs, made.model)
+        products.warn_of_other_dtypes(Trainer(made).set_up().programs, made.model)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -137,7 +136,7 @@ class Uncast(Attention):
 def test_what_the_readme_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('models.transformer.Attention', Uncast)
     made = load_and_build(str(ROOT / 'configs' / 'lm.py'), precision=HALF)
-    programs = Parts(made).programs
+    programs = Trainer(made).set_up().programs
     text = products.describe(programs, made.model, programs.jaxpr(made.model))
     [shown] = [text for text in TEXTS if text.startswith('config.precision.compute')]
     assert text == ' '.join(shown.split())
@@ -198,10 +197,10 @@ def test_the_whole_step_is_where_it_looks() -> None:
     """It finds all operations of the gradient, with and without slices."""
     for options in ({}, {'accumulate': 2}, {'ensemble': {'size': 2}}):
         made = experiment(linen(scans=True), **options)
-        programs = Parts(made).programs
+        programs = Trainer(made).set_up().programs
         found = sum(products.in_model(programs.jaxpr(made.model)).values())
         plain = experiment(linen(scans=True), precision=None, **options)
-        whole = flops.count(Parts(plain).programs.jaxpr(plain.model))
+        whole = flops.count(Trainer(plain).set_up().programs.jaxpr(plain.model))
         # The rest are three norms of all parameters, and a look at them and at their momentum.
         size = sum(x.size for x in jax.tree.leaves(programs.abstract.params))
         looks = 2 if 'ensemble' in options else 0
@@ -237,7 +236,7 @@ def test_products_of_the_optimizer_and_of_the_task_are_there() -> None:
     """So that leaving them out means something."""
     for name in ('muon', 'task'):
         made = experiment(**QUIET[name])
-        jaxpr = Parts(made).programs.jaxpr(made.model)
+        jaxpr = Trainer(made).set_up().programs.jaxpr(made.model)
         assert flops.count(jaxpr) > 1.2 * sum(products.in_model(jaxpr).values())
 
 
@@ -245,7 +244,7 @@ def test_nothing_is_traced_again(caplog: pytest.LogCaptureFixture) -> None:
     """Only to name the module, and that once."""
     for promotes, more in ((False, 0), (True, 1)):
         made = experiment(linen(promotes=promotes))
-        programs = Parts(made).programs
+        programs = Trainer(made).set_up().programs
         assert programs.step.name == 'the train step'
         before = len(CALLS)
         products.warn_of_other_dtypes(programs, made.model)
@@ -270,7 +269,7 @@ def test_configs(name: str, half: str) -> None:
     """Every product of the shipped models is in half precision."""
     path = str(ROOT / 'configs' / f'{name}.py')
     made = load_and_build(path, precision={'compute': half}, **SHORT[name])
-    found = products.in_model(Parts(made).programs.jaxpr(made.model))
+    found = products.in_model(Trainer(made).set_up().programs.jaxpr(made.model))
     assert {place.dtype for place in found} == {half}
 
 

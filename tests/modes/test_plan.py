@@ -20,13 +20,18 @@ from trainer.experiment import load_and_build
 from trainer.modes.plan import devices, plan
 from trainer.modes.plan.plan import Plan
 from trainer.observe import flops
-from trainer.run.setup import Parts
+from trainer.trainer import Trainer
 
 
-def parts(name: str, mesh: dict[str, int], **options: Any) -> Parts:
+def trainer(name: str, mesh: dict[str, int], **options: Any) -> Trainer:
     common = {'train_for': '20 steps', 'evals': {}, 'ema__decay': 0.9}
     experiment = load_and_build(str(ROOT / 'configs' / f'{name}.py'), **{**common, **options})
-    return Parts(dataclasses.replace(experiment, mesh=mesh))
+    devices = dataclasses.replace(experiment.devices, mesh=mesh)
+    return Trainer(dataclasses.replace(experiment, devices=devices))
+
+
+def planned_for(made: Trainer) -> Plan:
+    return plan.make(made.experiment, made.set_up())
 
 
 LM = {'model__layers': 2, 'model__width': 64, 'model__max_length': 32, 'data__source__seq_len': 32}
@@ -42,8 +47,8 @@ def held(tree: Any) -> int:
     'mesh', [{'data': 8, 'fsdp': 1, 'model': 1}, dict(data=2, fsdp=2, model=2)]
 )
 def test_the_state_is_that_of_a_run(mesh: dict[str, int]) -> None:
-    made = parts('lm', mesh, **LM)
-    planned, state = plan.make(made), made.init_state()
+    made = trainer('lm', mesh, **LM)
+    planned, state = planned_for(made), made.init_state()
     assert planned.state['parameters'] == held(state.params)
     assert planned.state['optimizer'] == held(state.opt_state)
     assert planned.state['average'] == planned.state['parameters']
@@ -54,8 +59,8 @@ def test_the_state_is_that_of_a_run(mesh: dict[str, int]) -> None:
 
 
 def test_data_parallelism_adds_up_the_gradients_and_no_more() -> None:
-    made = parts('mnist_mlp', {'data': 8})
-    planned = plan.make(made)
+    made = trainer('mnist_mlp', {'data': 8})
+    planned = planned_for(made)
     params = planned.state['parameters']
     assert {(c.kind, c.axes) for c in planned.collectives} == {('all-reduce', ('data',))}
     sums = sum(c.nbytes for c in planned.collectives)
@@ -67,8 +72,8 @@ def test_data_parallelism_adds_up_the_gradients_and_no_more() -> None:
 
 def test_sharded_parameters_are_gathered() -> None:
     options = {'sharding': ({'target': 'trainer.parallel.sharding:FSDP', 'min_bytes': 1024},)}
-    planned = plan.make(parts('mnist_mlp', {'fsdp': 8}, **options))
-    whole = plan.make(parts('mnist_mlp', {'data': 8}))
+    planned = planned_for(trainer('mnist_mlp', {'fsdp': 8}, **options))
+    whole = planned_for(trainer('mnist_mlp', {'data': 8}))
     assert planned.state['parameters'] < 0.15 * whole.state['parameters']
     assert planned.state_in_all == whole.state_in_all
     assert {c.axes for c in planned.collectives} == {('fsdp',)}
@@ -77,11 +82,11 @@ def test_sharded_parameters_are_gathered() -> None:
 
 
 def test_one_device_sends_nothing() -> None:
-    made = parts('mnist_mlp', {'data': 1})
+    made = trainer('mnist_mlp', {'data': 1})
     made.__dict__['mesh'] = jax.make_mesh(
         (1,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
     )
-    planned = plan.make(made)
+    planned = planned_for(made)
     assert planned.collectives == ()
     assert 'no collectives' in plan.describe(planned)
 

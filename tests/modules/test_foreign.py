@@ -119,7 +119,7 @@ REFUSED = {
 def test_what_is_no_model(name: str) -> None:
     key, _, attribute = name.partition(':')
     with pytest.raises(UserError, match=REFUSED[name]) as caught:
-        trainer({key: f'{__name__}:{attribute}'}).programs  # noqa: B018
+        trainer({key: f'{__name__}:{attribute}'}).set_up().programs  # noqa: B018
     assert '\n' not in full_text(caught.value)
 
 
@@ -168,7 +168,7 @@ by_key = functools.partial(OnlyByName)
     'name', ['OnlyByName', 'factory', 'of_one', 'part', 'by_key', 'by_position', 'only_by_position']
 )
 def test_what_makes_a_module(name: str) -> None:
-    parameters = trainer({'ref': f'{__name__}:{name}'}).programs.abstract.params
+    parameters = trainer({'ref': f'{__name__}:{name}'}).set_up().programs.abstract.params
     assert parameters['kernel'].shape == (8, 4)
 
 

@@ -95,7 +95,7 @@ def trainer_of(
 
 def images(trainer: Trainer) -> tuple[jax.Array, np.ndarray]:
     """Returns the test split, as the config's transform makes it."""
-    block = trainer.evaluators['test'].loader.block(0, 2).arrays
+    block = trainer.set_up().evaluators['test'].loader.block(0, 2).arrays
     real = block['_mask']
     return jnp.asarray(block['image'][real], jnp.float32) / 255, block['label'][real]
 
@@ -161,7 +161,9 @@ def test_what_a_field_keeps_comes_to_the_task(tmp_path: pathlib.Path) -> None:
     assert '"capture/outputs/features/outputs/max"' in (tmp_path / 'metrics.jsonl').read_text()
     assert metrics['train/features'] > 0
     assert metrics['eval/test/loss'] > 0
-    programs = [trainer_of(model('Classifier', n)).programs for n in ('Keeping', 'Features')]
+    programs = [
+        trainer_of(model('Classifier', n)).set_up().programs for n in ('Keeping', 'Features')
+    ]
     assert computation(programs[0].step.ready()) == computation(programs[1].step.ready())
 
 

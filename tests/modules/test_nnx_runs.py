@@ -47,7 +47,7 @@ def test_batch_statistics_follow_each_slice() -> None:
         trainer = Trainer(experiment(MLP, **options))
         with trainer.batches(0, [1]) as batches:
             ((_, batch),) = batches
-            state = trainer.programs.step(trainer.init_state(), batch)
+            state = trainer.set_up().programs.step(trainer.init_state(), batch)
         means, _ = jax.tree.leaves(state.collections['batch_stats'])
         moved.append(np.asarray(means))
     assert np.median(moved[1] / moved[0]) == pytest.approx((1 - 0.9**4) / 0.1, rel=0.05)

@@ -47,7 +47,7 @@ def trained(trainer: Trainer, state: Any) -> tuple[list[float], Any]:
     found = []
     with trainer.batches(0, [1] * 20) as batches:
         for _, batch in batches:
-            state = trainer.programs.step(state, batch)
+            state = trainer.set_up().programs.step(state, batch)
             found.append(float(state.metrics['task'].loss.total))
     return list(np.diff([0.0, *found])), state
 
@@ -95,11 +95,17 @@ def test_batch_statistics_are_those_of_linen() -> None:
         other.collections['batch_stats'],
         statistics,
     )
-    one, two = linen.evaluators['test'].run(state), mine.evaluators['test'].run(other)
+    one, two = (
+        linen.set_up().evaluators['test'].run(state),
+        mine.set_up().evaluators['test'].run(other),
+    )
     assert two['examples'] == 300
     assert two == pytest.approx(one, rel=1e-3)
-    mine.evaluators['test'].run(mine.init_state())
-    assert (mine.programs.step.compiles, mine.evaluators['test'].compiles) == (1, 1)
+    mine.set_up().evaluators['test'].run(mine.init_state())
+    assert (mine.set_up().programs.step.compiles, mine.set_up().evaluators['test'].compiles) == (
+        1,
+        1,
+    )
 
 
 @pytest.mark.slow
@@ -115,7 +121,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: pathlib.Path) -> None:
             Trainer(made, str(tmp_path / name)).fit(max_steps=steps)
         trainer = Trainer(made, str(tmp_path / name))
         trainer.fit()
-        assert trainer.programs.step.compiles == 1
+        assert trainer.set_up().programs.step.compiles == 1
         digests.append(command.result(tmp_path / name)['digest'])
     assert digests[0] == digests[1]
 

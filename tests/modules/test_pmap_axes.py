@@ -249,10 +249,11 @@ def test_all_that_a_run_does(
     result = run.fit()
     assert np.isfinite(result.metrics['eval/test/loss'])
     assert next(iter(run.predict('test', result.state)))
-    assert export.write(
-        run.evaluators['test'], result.state, epath.Path(tmp_path), axes=tuple(run.mesh.shape),
-        platforms=['cpu'],
-    )['outputs']  # fmt: skip
+    evaluator, axes = run.set_up().evaluators['test'], tuple(run.set_up().mesh.shape)
+    written = export.write(
+        evaluator, result.state, epath.Path(tmp_path), axes=axes, platforms=['cpu']
+    )
+    assert written['outputs']
     assert len(notices(caplog)) == 1
     again = run.model(result.state)
     x = np.random.default_rng(1).normal(size=(3, 8)).astype('f4')

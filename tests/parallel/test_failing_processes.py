@@ -17,7 +17,7 @@ import pytest
 
 from tests import command
 from tests.parallel.group import finish, start
-from trainer.run.events import Event
+from trainer.hooks import Event
 from trainer.tasks.metrics import WeightedMean
 from trainer.tasks.task import Classification
 

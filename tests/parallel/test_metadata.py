@@ -141,7 +141,7 @@ def test_branches_by_vmap_are_spread_over_devices() -> None:
         assert {s.data.shape for s in kernel.addressable_shards} == {(4 // mesh['model'], 784, 32)}
         losses[mesh['model']] = result.metrics['train/loss']
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
-    compiled = trainer.programs.step.ready().as_text()
+    compiled = trainer.set_up().programs.step.ready().as_text()
     found = re.findall(r'f32\[(\d+),(\d+),(\d+)\]', compiled)
     shapes = {tuple(sorted(map(int, dims))) for dims in found}
     # Of 4 branches and 32 rows a device computes 2 branches of 8 rows.
@@ -160,11 +160,11 @@ def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
     with trainer.batches(0, [1]) as batches:
         _, batch = next(iter(batches))
     assert {s.data.shape[0] for s in batch['image'].addressable_shards} == {32 // 8}
-    step = trainer.programs.step.ready()
+    step = trainer.set_up().programs.step.ready()
     assert first_dimensions(step.input_shardings[0][1]) <= {'data', ('data',)}
     before = trainer.init_state()
     asked = jax.tree.map(lambda x: x.sharding, before)
-    after = trainer.programs.step(before, batch)
+    after = trainer.set_up().programs.step(before, batch)
     for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(asked), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     # Of 32 rows a device computes 4 logits of 10 classes, and nobody all of them.
@@ -185,7 +185,7 @@ def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
     for cut in (8, 1):
         mesh = {'data': cut, 'model': 8 // cut}
         trainer = Trainer(experiment('cnn', mesh=mesh, train_for='1 steps', evals=evals))
-        state, evaluator = trainer.init_state(), trainer.evaluators['test']
+        state, evaluator = trainer.init_state(), trainer.set_up().evaluators['test']
         metrics = evaluator.run(state)
         assert metrics['examples'] == 77
         (step,) = (program.ready() for program in evaluator._programs.values())

@@ -22,7 +22,8 @@ from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.observe.table import bytes_per_device, nbytes
-from trainer.run import startup
+from trainer.run import checks
+from trainer.run.setup import set_up
 from trainer.trainer import Trainer
 
 STEPS = 30
@@ -88,7 +89,8 @@ def experiment(kind: str, **options: Any) -> Experiment:
 
 def on_mesh(made: Experiment, mesh: Mapping[str, int]) -> Experiment:
     # Axes of size 1 cut nothing: the same rules fit every mesh.
-    return dataclasses.replace(made, mesh={'data': 1, 'fsdp': 1, 'model': 1, **mesh})
+    devices = dataclasses.replace(made.devices, mesh={'data': 1, 'fsdp': 1, 'model': 1, **mesh})
+    return dataclasses.replace(made, devices=devices)
 
 
 def train(trainer: Trainer) -> tuple[Any, list[float]]:
@@ -107,7 +109,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         trainer = Trainer(experiment(kind), str(tmp_path_factory.mktemp(kind)))
         names, auto = ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3
         mesh = jax.make_mesh((1, 1, 1), names, auto, devices=jax.devices()[:1])
-        trainer.__dict__['mesh'] = mesh  # `config.mesh` always takes all devices.
+        trainer._setup = set_up(trainer.run, mesh)  # `config.mesh` always takes all devices.
         _, found[kind] = train(trainer)
         assert len(found[kind]) == STEPS
         assert found[kind][-1] < found[kind][0] - 0.1
@@ -145,7 +147,7 @@ def test_the_loss_curve_is_that_of_one_device(
     assert slots
     for slot in slots:
         assert jax.tree.map(lambda x: x.addressable_shards[0].data.shape, slot) == shapes
-    assert trainer.programs.step.compiles == 1
+    assert trainer.set_up().programs.step.compiles == 1
 
 
 @pytest.fixture(scope='module')
@@ -156,7 +158,7 @@ def cut() -> Trainer:
 
 def test_the_state_is_born_in_pieces(cut: Trainer) -> None:
     """J4: specs of the whole state; each device gets its own part, and holds no more meanwhile."""
-    specs = jax.tree.map(lambda x: x.sharding.spec, cut.programs.abstract)
+    specs = jax.tree.map(lambda x: x.sharding.spec, cut.set_up().programs.abstract)
     block = specs.params['block_0']
     assert block['mlp_in']['kernel'] == P('fsdp', 'model')
     assert block['mlp_out']['kernel'] == P('model', 'fsdp')
@@ -165,7 +167,9 @@ def test_the_state_is_born_in_pieces(cut: Trainer) -> None:
     assert (specs.step, specs.metrics['norms']['grad'].value) == (P(), P())
     state = cut.init_state()
     for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True):
-        assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(cut.mesh, spec), leaf.ndim)
+        assert leaf.sharding.is_equivalent_to(
+            jax.sharding.NamedSharding(cut.set_up().mesh, spec), leaf.ndim
+        )
     kernel = state.params['block_0']['mlp_in']['kernel']
     assert kernel.shape == (64, 256)
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(32, 128)}
@@ -173,9 +177,9 @@ def test_the_state_is_born_in_pieces(cut: Trainer) -> None:
 
 def test_no_device_ever_holds_a_whole_parameter_at_init(cut: Trainer) -> None:
     """J4: the program that makes the state needs little more than its own share of it."""
-    made = cut.programs.init.ready().memory_analysis()
+    made = cut.set_up().programs.init.ready().memory_analysis()
     assert made is not None
-    abstract = cut.programs.abstract
+    abstract = cut.set_up().programs.abstract
     share = bytes_per_device(abstract)
     assert share < 0.4 * nbytes(abstract)
     assert made.output_size_in_bytes == pytest.approx(share, rel=0.01)
@@ -251,7 +255,7 @@ def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
     state = trainer.init_state()
     with trainer.batches(0, [1]) as batches:
         _, batch = next(iter(batches))
-        state = jax.block_until_ready(trainer.programs.step(state, batch))
+        state = jax.block_until_ready(trainer.set_up().programs.step(state, batch))
     assert state.step == 1
     assert math.isfinite(float(state.metrics['task'].loss.compute()))
     adam_state = next(x for x in jax.tree.leaves(
@@ -271,12 +275,12 @@ def test_an_axis_that_the_mesh_lacks_is_named() -> None:
 
 def test_an_axis_that_nothing_is_cut_over_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """J1: an axis may have any name; a misspelt one must not repeat the work in silence."""
-    assert Trainer(experiment('cnn', mesh={'dada': 8})).programs.abstract
+    assert Trainer(experiment('cnn', mesh={'dada': 8})).set_up().programs.abstract
     assert 'config.mesh.dada=8 cuts no parameter' in caplog.text
     caplog.clear()
     made = experiment('cnn', mesh={'rows': 8}, sharding={**FSDP, 'axis': 'rows'})
-    assert Trainer(made).programs.abstract
-    assert Trainer(on_mesh(experiment('lm'), MESHES['2 x 4'])).programs.abstract
+    assert Trainer(made).set_up().programs.abstract
+    assert Trainer(on_mesh(experiment('lm'), MESHES['2 x 4'])).set_up().programs.abstract
     assert 'config.mesh' not in caplog.text
 
 
@@ -298,7 +302,7 @@ def test_where_xla_is_wrong_is_told(caplog: pytest.LogCaptureFixture) -> None:
     for mesh, told in (('2 x 2 x 2', True), ('8 fsdp', False), ('2 x 4', False)):
         trainer = Trainer(on_mesh(experiment('Unnamed', sharding=(rule,)), MESHES[mesh]))
         caplog.clear()
-        startup.warn_of_wrong_gradients(trainer.programs.abstract, trainer.mesh)
+        checks.warn_of_wrong_gradients(trainer.set_up().programs.abstract, trainer.set_up().mesh)
         assert ('one/kernel is cut over two axes of the mesh of size 2' in caplog.text) == told
 
 

@@ -150,7 +150,7 @@ def test_every_optimizer_sees_two_real_numbers(node: dict[str, Any]) -> None:
     np.testing.assert_allclose(state.params['z'].real, pairs['real'], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(state.params['z'].imag, pairs['imag'], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(state.params['w'], pairs['w'], rtol=1e-4)
-    assert made.programs.step.compiles == 1
+    assert made.set_up().programs.step.compiles == 1
     if 'eval_params' in node:
         (free,) = (x for x in opt_state if hasattr(x, 'z'))
         point = optax.contrib.schedule_free_eval_params(free, pairs)

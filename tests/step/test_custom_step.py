@@ -123,7 +123,9 @@ def test_a_step_runs_sharded_and_donates_its_state() -> None:
     run = trainer(step=SAM)
     state = run.init_state()
     batch = {name: x[0] for name, x in run.experiment.data.block(0, 1).arrays.items()}
-    new = run.programs.step(state, jax.device_put(batch, batch_sharding(run.mesh)))
+    new = run.set_up().programs.step(
+        state, jax.device_put(batch, batch_sharding(run.set_up().mesh))
+    )
     assert state.params['Dense_0']['kernel'].is_deleted()
     assert len(new.params['Dense_0']['kernel'].sharding.device_set) == 8
 

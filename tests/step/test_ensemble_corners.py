@@ -30,7 +30,9 @@ def test_half_precision_parameters(steps_per_call: int) -> None:
     options = {'precision': {'params': 'bfloat16'}, 'steps_per_call': steps_per_call}
     vary = {'optimizer': {'learning_rate': (1e-3, 1e-4), 'decay': (0.999, 0.9)}}
     state, trainer = trained(**options, optimizer=optimizer, ensemble=ensemble(**vary))
-    program = trainer.programs.fused if steps_per_call > 1 else trainer.programs.step
+    program = (
+        trainer.set_up().programs.fused if steps_per_call > 1 else trainer.set_up().programs.step
+    )
     assert program.compiles == 1
     found = hyperparams.read(state.opt_state, ('learning_rate', 'decay'))
     assert found['decay'].tolist() == pytest.approx([0.999, 0.9], rel=1e-6)
@@ -151,4 +153,4 @@ def test_what_a_method_returns_is_not_combined() -> None:
     config = str(command.ROOT / 'configs' / 'addition.py')
     trainer = Trainer(load_and_build(config, ensemble={'size': 2}))
     with pytest.raises(UserError, match=r'a method or a part .* int32, .* that only calls the'):
-        trainer.evaluators['held_out'].prepare(trainer.programs.abstract)
+        trainer.set_up().evaluators['held_out'].prepare(trainer.set_up().programs.abstract)

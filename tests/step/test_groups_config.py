@@ -77,7 +77,7 @@ def test_durations_masks_and_patterns_inside_a_group() -> None:
     }
     experiment = build_with(groups=groups)
     path = 'config.optimizer.groups.kernels.learning_rate.transition_steps'
-    assert experiment.schedule_steps == {path: 100}
+    assert experiment.origin.schedule_steps == {path: 100}
     optimizer = experiment.optimizer
     assert optimizer.groups['kernels'].optimizer.clip_norm == 1.0
     params = {f'Dense_{i}': {'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)} for i in range(2)}
@@ -118,7 +118,7 @@ def test_a_group_is_overridden_from_the_command_line() -> None:
     disc = experiment.optimizer.groups['disc'].optimizer
     assert disc.learning_rate is not None and disc.learning_rate(0) == 0.5
     assert disc.clip_norm == 2.0
-    assert list(experiment.schedule_steps.values()) == [10]
+    assert list(experiment.origin.schedule_steps.values()) == [10]
 
 
 def no_loss(model: Any, batch: Any) -> jax.Array:

@@ -68,7 +68,7 @@ def test_an_optimizer_trains_halves(name: str, dtype: str) -> None:
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
     kept = [x for x in jax.tree.leaves(state.opt_state) if jnp.issubdtype(x.dtype, jnp.inexact)]
     assert kept and {x.dtype for x in kept} == {jnp.dtype('float32')}
-    assert made.programs.step.compiles == 1
+    assert made.set_up().programs.step.compiles == 1
 
 
 def test_slots_follow_the_sharding_of_their_parameters() -> None:
@@ -77,7 +77,7 @@ def test_slots_follow_the_sharding_of_their_parameters() -> None:
         optimizer=ADAM, precision={'params': 'bfloat16'}, sharding=rule,
         mesh={'data': 2, 'fsdp': 4},
     )  # fmt: skip
-    abstract = made.programs.abstract
+    abstract = made.set_up().programs.abstract
     for slots in (abstract.opt_state[0].mu, abstract.opt_state[0].nu):
         kernel = slots['Dense_1']['kernel']
         assert kernel.dtype == jnp.float32
@@ -188,6 +188,26 @@ class Apart(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         order = self.variable('constants', 'order', lambda: jnp.arange(8, dtype=jnp.int32))
         return nn.Dense(4)(x[:, order.value])
+
+
+class Texts(nn.Module):
+    """Keeps a text and a number of Python in variables."""
+
+    text: Any = 'v1'
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.variable('notes', 'version', lambda: self.text)
+        self.variable('notes', 'count', lambda: 2)
+        return nn.Dense(4)(x)
+
+
+def test_variables_that_are_no_arrays_are_named() -> None:
+    with pytest.raises(
+        UserError, match=r'the model keeps notes/version \(str\) among its variables'
+    ):
+        tiny.trainer(model={'target': f'{__name__}:Texts'}).compile()
+    tiny.trainer(model={'target': f'{__name__}:Texts', 'text': 1.5}).compile()
 
 
 @pytest.mark.parametrize('freeze', [None, 'order'])

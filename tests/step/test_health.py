@@ -15,7 +15,8 @@ import pytest
 
 from tests.inspect.models import STEP, build, linen
 from trainer.ensemble.step import member_state
-from trainer.inspect.warn_guard import NonFiniteError
+from trainer.run.failure import NonFiniteError
+from trainer.run.restore import with_health
 from trainer.step.health import GRADIENT, LOSS, PARAMETER, SLOT
 from trainer.trainer import Trainer
 
@@ -46,12 +47,12 @@ def same(one: Any, other: Any, *, slots: bool = True) -> bool:
 def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     """Returns copies of the states before the first step and after each."""
     trainer = Trainer(made)
-    function = trainer.programs._train_step
+    function = trainer.set_up().programs._train_step
     if sweeps:  # As on an accelerator.
         function = function.changed(sweeps=True)
     step, state = (
         jax.jit(function.update),
-        trainer.examined(trainer.init_state()),
+        with_health(made, trainer.set_up().programs, trainer.init_state()),
     )
     states = [state]
     with trainer.batches(0, [1] * steps) as batches:
@@ -95,20 +96,26 @@ def overflowing() -> optax.GradientTransformation:
 
 
 @pytest.mark.parametrize(
-    ('optimizer', 'kind'),
+    ('optimizer', 'kind', 'said'),
     [
-        ({'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}}, PARAMETER),
-        ({'target': f'{__name__}:overflowing'}, SLOT),
+        (
+            {'target': 'optax:sgd', 'learning_rate': {'ref': f'{__name__}:broken_rate'}},
+            PARAMETER,
+            'a parameter is not: Dense_0/bias, Dense_0/kernel.',
+        ),
+        ({'target': f'{__name__}:overflowing'}, SLOT, "the optimizer's state is not: sum."),
     ],
 )
-def test_updates_and_slots(optimizer: dict[str, Any], kind: int) -> None:
+def test_updates_and_slots(optimizer: dict[str, Any], kind: int, said: str) -> None:
     made = build(PLAIN, optimizer=optimizer)
     states = run(made, 8, sweeps=True)
     assert (int(states[-1].health.bad_step), int(states[-1].health.kind)) == (6, kind)
     with pytest.raises(NonFiniteError) as caught:  # And at the events of a run on a CPU.
         Trainer(made).fit()
     assert 'First non-finite step: 6.' in str(caught.value)
-    assert 'but the update is not' in str(caught.value)
+    assert f'The loss and all gradients are finite, but after the update {said}' in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,7 +165,7 @@ def test_where_each_step_looks_at_all(
     monkeypatch.setattr('trainer.inspect.stop_guard._MOST_KEPT_BYTES', 0)
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     trainer = Trainer(build(model, optimizer={**default, **optimizer}))
-    programs = trainer.programs
+    programs = trainer.set_up().programs
     programs._train_step = programs._train_step.changed(sweeps=True)
     with pytest.raises(NonFiniteError) as caught:
         trainer.fit()
@@ -288,7 +295,7 @@ def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib
     evals = {'test': {'every': '20 steps', 'data': data}}
     trainer = Trainer(ensemble((0.01, 3e38, 0.02), evals=evals), str(tmp_path))
     result = trainer.fit()
-    assert trainer.evaluators['test'].compiles == 1
+    assert trainer.set_up().evaluators['test'].compiles == 1
     found = {name: x for name, x in result.metrics.items() if name.startswith('eval/')}
     # The seeds of members 0 and 2, without the one between them.
     two = {'size': 2, 'vary': {'seed': (0, 2), 'optimizer': {'learning_rate': (0.01, 0.02)}}}
@@ -300,7 +307,7 @@ def test_a_stopped_member_is_no_part_of_the_evaluated_ensemble(tmp_path: pathlib
     state = Trainer(ensemble((0.01, 3e38, 0.02), evals=evals), str(tmp_path)).restore()
     again = trainer.evaluate(state)['test']
     assert again['loss'] == pytest.approx(found['eval/test/loss'], rel=1e-6)
-    for batch in trainer.evaluators['test'].predict(state):
+    for batch in trainer.set_up().evaluators['test'].predict(state):
         assert np.isfinite(batch['probability']).all()
 
 

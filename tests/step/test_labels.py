@@ -21,6 +21,7 @@ from trainer.tasks.runner import run_checks
 from trainer.tasks.task import Classification
 from trainer.trainer import Trainer
 
+WARN = {'guard': {'non_finite': 'warn'}}
 MLP = str(ROOT / 'configs' / 'mnist_mlp.py')
 
 
@@ -56,6 +57,8 @@ def trainer(train: dict[str, Any], test: dict[str, Any] | None = None, **overrid
         (-1, {}), (4, {}), (-100, {}), (-1, {'accumulate': 2, 'data__batch_size': 16}),
         (-1, {'steps_per_call': 2}),
         (-1, {'ensemble': {'size': 2}}),
+        # The guard's policy is for values that are not finite.
+        (-1, WARN), (4, WARN), (-1, {**WARN, 'steps_per_call': 2, 'log__every': 'never'}),
     ],
 )  # fmt: skip
 def test_a_label_out_of_its_range(bad: int, options: dict[str, Any]) -> None:
@@ -149,9 +152,10 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
     return state.replace(params=params), {'objective': loss}
 
 
-def test_a_step_of_ones_own() -> None:
+@pytest.mark.parametrize('options', [{}, WARN])
+def test_a_step_of_ones_own(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r'holds 9 \(example 37 in step'):
-        trainer({'bad': 9}, step={'ref': f'{__name__}:by_hand'}, evals={}).fit()
+        trainer({'bad': 9}, step={'ref': f'{__name__}:by_hand'}, evals={}, **options).fit()
 
 
 @pytest.mark.parametrize(('loss', 'bad'), [('sigmoid', 7.0), ('sigmoid', -1), ('softmax', -1.0)])

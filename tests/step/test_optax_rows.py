@@ -18,7 +18,7 @@ import pytest
 from tests import command
 from tests.step import perceptron
 from trainer.experiment import load_and_build
-from trainer.run.events import Event
+from trainer.hooks import Event
 from trainer.step.state import TrainState
 from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer
@@ -77,7 +77,7 @@ OPTIMIZERS: dict[str, tuple[float, tuple[dict[str, Any], ...]]] = {
 def fitted(name: str, index: int) -> tuple[float, Any]:
     """Returns the accuracy on the test split and the parameters after the epoch."""
     trainer = perceptron.trainer(OPTIMIZERS[name][1][index])
-    assert trainer.experiment.total_steps == 469
+    assert trainer.experiment.training.total_steps == 469
     state = trainer.fit().state
     return trainer.evaluate(state)['test']['accuracy'], jax.device_get(state.params)
 
@@ -125,7 +125,7 @@ def steps(trainer: Trainer, count: int) -> TrainState:
     state = trainer.init_state()
     with trainer.batches(0, [1] * count) as batches:
         for _, batch in batches:
-            state = trainer.programs.step(state, batch)
+            state = trainer.set_up().programs.step(state, batch)
     return state
 
 
@@ -189,11 +189,13 @@ def test_numbers_in_the_state_and_its_own_counts(tmp_path: pathlib.Path) -> None
     # A number that is changed in the state is used from there on.
     numbers = {**state.opt_state.hyperparams, 'learning_rate': jnp.float32(0)}
     still = dataclasses.replace(state, opt_state=state.opt_state._replace(hyperparams=numbers))
-    still = jax.device_put(still, jax.tree.map(lambda x: x.sharding, trainer.programs.abstract))
+    still = jax.device_put(
+        still, jax.tree.map(lambda x: x.sharding, trainer.set_up().programs.abstract)
+    )
     before = jax.device_get(still.params)
     with trainer.batches(30, [1]) as batches:
         ((_, batch),) = batches
-        after = trainer.programs.step(still, batch)
+        after = trainer.set_up().programs.step(still, batch)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before)
 
 
@@ -235,7 +237,9 @@ def test_gradients_of_single_examples() -> None:
         ((_, batch),) = batches
         state = trainer.init_state()
         params = jax.device_get(state.params)
-        found = float(trainer.programs.step(state, batch).metrics['task'].input_grad.compute())
+        found = float(
+            trainer.set_up().programs.step(state, batch).metrics['task'].input_grad.compute()
+        )
     images, labels = np.asarray(batch['image'], 'f4') / 255, np.asarray(batch['label'])
     expected = []
     for image, label in zip(images, labels, strict=True):

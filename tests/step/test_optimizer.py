@@ -207,8 +207,8 @@ def test_learning_rates_with_durations(node: str, rates: list[float]) -> None:
     schedule = experiment.optimizer.learning_rate
     assert schedule is not None
     assert [float(schedule(step)) for step in (0, 1)] == pytest.approx(rates)
-    if experiment.schedule_steps:
-        assert experiment.schedule_steps == {
+    if experiment.origin.schedule_steps:
+        assert experiment.origin.schedule_steps == {
             'config.optimizer.learning_rate.warmup_steps': 5,
             'config.optimizer.learning_rate.decay_steps': 50,
         }

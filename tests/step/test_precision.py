@@ -334,4 +334,4 @@ def test_from_a_config_through_a_checkpoint(tmp_path: pathlib.Path) -> None:
     assert (result.status, int(result.state.loss_scale.finite_steps)) == ('finished', 6)
     assert again.evaluate(result.state)['test']['examples'] == 100
     for off in ("{'compute': 'float16', 'loss_scale': 0}", "{'compute': 'bfloat16'}"):
-        assert trainer(off).programs.abstract.loss_scale is None
+        assert trainer(off).set_up().programs.abstract.loss_scale is None

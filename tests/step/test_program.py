@@ -37,7 +37,7 @@ def test_every_leaf_of_the_state_stays_in_its_buffer_on_an_accelerator(
 ) -> None:
     """Leaves that changed places would be copied, and no graph of kernels could be run again."""
     monkeypatch.setattr(program_lib, '_in_place', lambda mesh: True)
-    programs = trainer(**options).programs
+    programs = trainer(**options).set_up().programs
     program = programs.fused if 'steps_per_call' in options else programs.step
     header = program.ready().as_text().splitlines()[0]
     pairs = re.findall(r'\{(\d+)\}: \((\d+), \{\}', header)
@@ -66,8 +66,8 @@ def test_norms_are_the_same_on_an_accelerator(
     def step() -> Any:
         run = trainer(model__features=(64, 10), log__every='1 step', **options)
         batch = {name: x[0] for name, x in run.experiment.data.block(0, 1).arrays.items()}
-        placed = jax.device_put(batch, batch_sharding(run.mesh))
-        return jax.device_get(run.programs.step(run.init_state(), placed))
+        placed = jax.device_put(batch, batch_sharding(run.set_up().mesh))
+        return jax.device_get(run.set_up().programs.step(run.init_state(), placed))
 
     state = step()
     assert not joined

@@ -16,7 +16,7 @@ import pytest
 from flax.training import lr_schedule
 
 from tests import command
-from trainer.build import optimizer as building
+from trainer.build.optimizer import build_optimizer
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, OptimizerSection
@@ -350,7 +350,7 @@ def with_a_default(learning_rate: float = 0.3) -> optax.GradientTransformation:
 def made(optimizer: Mapping[str, Any], **groups: Any) -> Optimizer:
     sections = OptimizerSection(node=dict(optimizer), **groups)
     clock = Clock(batch_size=32, steps_per_epoch=Fraction(5), total_steps=10)
-    return building.optimizer(sections, clock)[0]
+    return build_optimizer(sections, clock)[0]
 
 
 @pytest.mark.parametrize('name', NESTED)

@@ -20,7 +20,7 @@ from trainer.evaluate.step import EvalStep
 from trainer.modules import functional
 from trainer.observe import flops
 from trainer.parallel.mesh import batch_sharding, make_mesh
-from trainer.run import startup
+from trainer.run import checks
 from trainer.step.context import StepContext
 from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Group, Optimizer
@@ -284,7 +284,7 @@ def test_batch_statistics_are_warned_of(
     task: Any, model: Any, padded: bool, why: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     batch = {**batch_of(1.0), **({MASK: np.ones(ROWS, bool)} if padded else {})}
-    startup.warn_of_rows_that_do_not_count(programs(task, model(), batch=batch))
+    checks.warn_of_rows_that_do_not_count(programs(task, model(), batch=batch))
     assert (why in caplog.text) if why else not caplog.text
 
 

@@ -88,7 +88,12 @@ def pretrained(directory: pathlib.Path, **overrides: Any) -> tuple[str, Any]:
 def started(run: Trainer, **init_from: Any) -> Any:
     """Returns the first state of a trainer without `init_from`, as one with it would have it."""
     chosen = InitFrom(**init_from)
-    return start(run.programs.init(), chosen, (), lambda state: run.programs.restarted(state))
+    return start(
+        run.set_up().programs.init(),
+        chosen,
+        (),
+        lambda state: run.set_up().programs.restarted(state),
+    )
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:

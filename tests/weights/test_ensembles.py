@@ -30,7 +30,7 @@ def test_all_members_start_from_one_checkpoint(tmp_path: pathlib.Path) -> None:
     sweep = trainer(tmp_path, ensemble=SWEEP, mesh=MESH, ema={'decay': 0.9}, **options)
     first = sweep.init_state()
     shardings = jax.tree.map(lambda x: x.sharding, first)
-    assert shardings == jax.tree.map(lambda x: x.sharding, sweep.programs.abstract)
+    assert shardings == jax.tree.map(lambda x: x.sharding, sweep.set_up().programs.abstract)
     members = [member_state(first, index) for index in range(2)]
     for member in members:
         assert_same(member.params['backbone'], old.params['backbone'])

@@ -33,7 +33,7 @@ def test_a_checkpoint_of_ours_on_the_devices_of_the_state(tmp_path: pathlib.Path
     assert_same(state.collections, old.collections)
     assert flat(state.collections)['batch_stats/backbone/BatchNorm_0/mean'].any()
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    assert shardings == jax.tree.map(lambda x: x.sharding, new.programs.abstract)
+    assert shardings == jax.tree.map(lambda x: x.sharding, new.set_up().programs.abstract)
     kernel = state.params['backbone']['Dense_0']['kernel']
     assert {s.data.shape for s in kernel.addressable_shards} == {(8, 3)}
     assert int(state.step) == 0

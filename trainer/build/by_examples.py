@@ -12,11 +12,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.build import learning_rate
 from trainer.config import durations, paths
 from trainer.config.durations import Clock, Duration
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
-from trainer.build import learning_rate
 
 # Names of optimizer arguments that are learning rates.
 _RATES = ('learning_rate', 'step_size_fn')

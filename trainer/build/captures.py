@@ -3,16 +3,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
-from trainer.config.durations import Clock
+from trainer.build.data import positive
+from trainer.config.durations import Clock, Periodic
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
-from trainer.build.data import positive
-from trainer.inspect.capture import Capture
+from trainer.modules.recorder import ROOT
 
 
-def captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Capture:
+    """An entry of `config.capture`.
+
+    Attributes:
+        match: patterns for the whole path of a module, or of what one has sown.
+        every: when.
+        what: of 'summary', 'histogram' and 'file'.
+        rows: how many rows of each array go into a file.
+        keep: how many files there are at most; the oldest are removed.
+    """
+
+    match: tuple[str, ...]
+    every: Periodic
+    what: frozenset[str]
+    rows: int
+    keep: int
+
+    def wants(self, path: str) -> bool:
+        """Whether it captures what has this path ('' is the model)."""
+        return any(re.fullmatch(pattern, path or ROOT) for pattern in self.match)
+
+
+def build_captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
     """Returns what `config.capture` asks for, by name.
 
     Raises:

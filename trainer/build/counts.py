@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.build import learning_rate
 from trainer.config import paths
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
-from trainer.build import learning_rate
 
 # How annotations say that a dict's keys are whole numbers.
 _WHOLE_KEYS = re.compile(r'\b(?:dict|Dict|Mapping)\[int\b')

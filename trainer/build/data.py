@@ -39,7 +39,7 @@ class Evaluation:
     loader: Callable[..., Any]
 
 
-def train_loader(sections: Sections) -> Any:
+def build_train_loader(sections: Sections) -> Any:
     """Returns the loader of the training batches."""
     data, path = sections.data, 'config.data'
     node = {
@@ -55,10 +55,24 @@ def train_loader(sections: Sections) -> Any:
     return targets.instantiate(node, path)
 
 
-def evaluation(
+def build_task(sections: Sections) -> TaskRunner:
+    """Returns what the model is asked to do with a training batch."""
+    transforms = build_device_transforms(sections.data, 'config.data')
+    return TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
+
+
+def build_evaluations(sections: Sections, task: TaskRunner) -> dict[str, Evaluation]:
+    """Returns the evaluations by name; one without a task of its own has the training's."""
+    return {
+        name: _evaluation(name, section, sections, task.task)
+        for name, section in sections.evals.items()
+    }
+
+
+def _evaluation(
     name: str, section: EvalSection, sections: Sections, task: Callable[..., Any]
 ) -> Evaluation:
-    """Returns `config.evals.<name>`; its task is the training's unless it has its own.
+    """Returns `config.evals.<name>`.
 
     Raises:
         UserError: for an average that is not kept, or an argument that does not fit.
@@ -86,7 +100,7 @@ def evaluation(
         every=section.every,
         final=section.final,
         ema=section.ema,
-        task=TaskRunner.of(task, device_transforms(section.data, f'{path}.data')),
+        task=TaskRunner.of(task, build_device_transforms(section.data, f'{path}.data')),
         batch_size=positive(batch_size, f'{path}.data.batch_size'),
         loader=loader,
     )
@@ -123,7 +137,7 @@ def _content(x: np.ndarray) -> bytes:
     return repr(x.tolist()).encode() if x.dtype.hasobject else x.tobytes()
 
 
-def device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:
+def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:
     """Returns the transforms that run in the compiled step.
 
     Raises:

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.build import learning_rate
 from trainer.config import paths
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
-from trainer.build import learning_rate
 from trainer.step.optimizer import RegexMask
 
 _log = logging.getLogger('trainer')

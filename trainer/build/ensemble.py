@@ -9,11 +9,11 @@ import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from trainer.build.optimizer import build_optimizer
 from trainer.config import paths, suggest
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError, shown
 from trainer.config.sections import GroupSection, OptimizerSection, Sections
-from trainer.build import optimizer as building
 from trainer.ensemble.step import Ensemble
 from trainer.step.optimizer import Optimizer
 
@@ -21,7 +21,7 @@ _VARY = 'config.ensemble.vary'
 _OPTIMIZER = 'optimizer.'
 
 
-def ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
+def build_ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
     """Returns the members that the config asks for, None if it trains one model.
 
     Raises:
@@ -60,7 +60,7 @@ def ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
 
 
 def _optimizer(section: OptimizerSection, clock: Clock, values: Mapping[str, Any]) -> Optimizer:
-    return building.optimizer(section, clock, values)[0]
+    return build_optimizer(section, clock, values)[0]
 
 
 def _by_path(vary: Mapping[str, Any]) -> dict[str, Any]:

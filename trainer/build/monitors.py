@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 
+from trainer.build.data import positive
+from trainer.build.early_stopping import EarlyStopping
 from trainer.checkpoint.retention import Retention, better_mode
 from trainer.config import suggest
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import BestSection, EarlyStoppingSection, Sections
-from trainer.build.early_stopping import EarlyStopping
-from trainer.build.data import positive
 
 # Metrics of the tasks that come with the trainer.
 _USUAL = ('loss', 'accuracy', 'mean_absolute_error')
 
 
-def retention(sections: Sections, clock: Clock) -> Retention:
+def build_retention(sections: Sections, clock: Clock) -> Retention:
     """Returns which checkpoints `config.checkpoint` keeps.
 
     Raises:
@@ -34,11 +34,11 @@ def retention(sections: Sections, clock: Clock) -> Retention:
     return dataclasses.replace(kept, best_metric=metric, best_mode=mode)
 
 
-def early_stopping(sections: Sections) -> EarlyStopping | None:
+def build_early_stopping(sections: Sections) -> EarlyStopping | None:
     """Returns what ends the run before its time, or None.
 
     Raises:
-        UserError: for a number below 0, and as `retention`.
+        UserError: for a number below 0, and as `build_retention`.
     """
     given, path = sections.early_stopping, 'config.early_stopping'
     if given is None:

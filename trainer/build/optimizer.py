@@ -10,12 +10,12 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from trainer.build import by_examples, counts, decay, hyperparams
+from trainer.build import learning_rate as rates
 from trainer.config import durations, objects, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
-from trainer.build import by_examples, counts, decay, learning_rate as rates
-from trainer.ensemble import hyperparams
 from trainer.step.context import StepFunction
 from trainer.step.optimizer import Group, Optimizer, RegexMask
 from trainer.step.train_step import default_step
@@ -56,7 +56,7 @@ def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIM
         )
 
 
-def optimizer(
+def build_optimizer(
     section: OptimizerSection, clock: Clock, numbers: Mapping[str, Any] | None = None
 ) -> tuple[Optimizer, dict[str, int]]:
     """Returns the optimizer, and the steps of each duration inside it by config path.
@@ -203,7 +203,7 @@ def check_step(node: Node | None) -> None:
         targets.check({**node, **own}, _STEP)
 
 
-def step_function(node: Node | None) -> StepFunction:
+def build_step(node: Node | None) -> StepFunction:
     """Returns the function of a step: what `ref` names, or `target` makes, or `target` itself.
 
     A target that takes `state`, `batch` and `ctx` is the step, and its other arguments are those of

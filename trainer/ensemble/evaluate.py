@@ -9,12 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainer.ensemble.step import PerMember
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean
 from trainer.modules.rng import Keys
+from trainer.parallel.host import fetch
+from trainer.step.health import Health
 from trainer.tasks.metrics import merge_metrics
 
 
@@ -34,7 +37,12 @@ class EnsembleEvalStep(EvalStep):
 
     seeds: tuple[int, ...]
     axis: str | None = None
-    counted: tuple[int, ...] = ()
+
+    def without_diverged(self, health: Health) -> EnsembleEvalStep:
+        """Returns the step for the members that have not diverged; for all, if all have."""
+        sound = np.flatnonzero(~fetch(health.is_bad))
+        counted = () if len(sound) == len(self.seeds) else tuple(map(int, sound))
+        return dataclasses.replace(self, counted=counted)
 
     def output_shapes(self, variables: Any, batch: Any) -> Any:
         """Returns the shapes of the task's output for the ensemble and for a member."""

@@ -16,12 +16,9 @@ import numpy as np
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax.sharding import Mesh
 
-from trainer.build.data import Evaluation
 from trainer.config.errors import UserError
-from trainer.ensemble.evaluate import EnsembleEvalStep
 from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.step import EMA, EvalStep
-from trainer.experiment import Experiment
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError
 from trainer.input.prefetch import Prefetcher
@@ -29,7 +26,7 @@ from trainer.modules import seen
 from trainer.modules.shapes import describe
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
-from trainer.parallel.mesh import batch_shards, replicated
+from trainer.parallel.mesh import replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import SIGNS
 from trainer.step.programs import Program
@@ -106,28 +103,6 @@ class Evaluator:
         self._tracing = functools.partial(named_axes, sharding, mesh)
         self._use_ema = use_ema
         self._params = params
-
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        spec: Evaluation,
-        experiment: Experiment,
-        mesh: Mesh,
-        params: Callable[[TrainState], Any] = operator.attrgetter('params'),
-    ) -> Evaluator:
-        """Returns the evaluator of an entry of `config.evals`; `params` as for the class."""
-        model, ensemble = experiment.model, experiment.ensemble
-        step = EvalStep(model=model, task=spec.task, seed=experiment.seed)
-        if ensemble is not None:
-            axis = ensemble.axis(mesh)
-            step = EnsembleEvalStep(
-                model=model, task=spec.task, seed=experiment.seed, seeds=ensemble.seeds, axis=axis
-            )
-        shards = batch_shards(mesh)
-        loader = spec.loader(-(-spec.batch_size // shards) * shards)
-        sharding = experiment.sharding
-        return cls(name, step, loader, mesh, sharding=sharding, use_ema=spec.ema, params=params)
 
     def prepare(self, state: TrainState) -> None:
         """Prepares `run`, so that mistakes are found before training begins.
@@ -257,17 +232,14 @@ class Evaluator:
 
         Those that have diverged do not, unless all have. A change compiles the step again.
         """
-        if not isinstance(self.step, EnsembleEvalStep) or state.health is None:
-            return ()
-        sound = np.flatnonzero(~fetch(state.health.is_bad))
-        counted = () if len(sound) == len(self.step.seeds) else tuple(map(int, sound))
-        if counted != self.step.counted:
-            assert isinstance(self._counting, EnsembleEvalStep)
-            self.step = dataclasses.replace(self.step, counted=counted)
-            self._counting = dataclasses.replace(self._counting, counted=counted)
-            self._predicts = None
-            vars(self).pop('_predict', None)
-        return counted
+        if state.health is not None:
+            step = self.step.without_diverged(state.health)
+            if step.counted != self.step.counted:
+                self.step = step
+                self._counting = dataclasses.replace(self._counting, counted=step.counted)
+                self._predicts = None
+                vars(self).pop('_predict', None)
+        return self.step.counted
 
     def _check_labels(self, totals: Any, state: TrainState) -> None:
         """Raises a UserError if a label of the split was out of its range."""

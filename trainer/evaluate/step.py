@@ -14,7 +14,7 @@ from trainer.input.host_field import naming_host_fields
 from trainer.modules import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
-from trainer.step.health import SIGNS, Signs
+from trainer.step.health import SIGNS, Health, Signs
 from trainer.tasks.metrics import Count, merge_metrics
 from trainer.tasks.runner import MASK, TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
@@ -31,11 +31,17 @@ class EvalStep:
         model: the model's functional interface.
         task: what the model is asked to do with a batch.
         seed: the run's seed, for tasks that draw random numbers at evaluation.
+        counted: indices of the members that make up an ensemble; empty for all.
     """
 
     model: Functional
     task: TaskRunner
     seed: int | jax.Array
+    counted: tuple[int, ...] = ()
+
+    def without_diverged(self, health: Health) -> EvalStep:
+        """Returns the step without the members that have diverged: here there are none."""
+        return self
 
     def output_shapes(self, variables: Any, batch: Any) -> TaskOutput:
         """Returns the shapes of the task's output, from arrays or their shapes."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from trainer.config.durations import Periodic
+from trainer.build.captures import Capture
 from trainer.config.errors import UserError
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import Histogram, floats, histogram, measures
@@ -28,29 +28,6 @@ from trainer.parallel.host import fetch
 from trainer.step.state import TrainState
 
 _log = logging.getLogger('trainer')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Capture:
-    """An entry of `config.capture`.
-
-    Attributes:
-        match: patterns for the whole path of a module, or of what one has sown.
-        every: when.
-        what: of 'summary', 'histogram' and 'file'.
-        rows: how many rows of each array go into a file.
-        keep: how many files there are at most; the oldest are removed.
-    """
-
-    match: tuple[str, ...]
-    every: Periodic
-    what: frozenset[str]
-    rows: int
-    keep: int
-
-    def wants(self, path: str) -> bool:
-        """Whether it captures what has this path ('' is the model)."""
-        return any(re.fullmatch(pattern, path or ROOT) for pattern in self.match)
 
 
 @dataclasses.dataclass(frozen=True)

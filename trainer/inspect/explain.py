@@ -13,14 +13,14 @@ from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, in_order, is_float
 from trainer.step.finite import all_finite
 
-UPDATE_ALONE = (
-    'The loss and all gradients are finite, but the update is not. Check the learning rate and '
-    'the optimizer.'
-)
-
 
 def explain(
-    found: list[Any], loss: bool, grads: Mapping[str, bool], batch: Mapping[str, bool]
+    found: list[Any],
+    loss: bool,
+    grads: Mapping[str, bool],
+    batch: Mapping[str, bool],
+    *,
+    after: str = '',
 ) -> str:
     """Describes the first non-finite value of a step.
 
@@ -29,6 +29,8 @@ def explain(
         loss: whether the losses are finite.
         grads: whether the gradient of each parameter is finite, by path.
         batch: whether each field of the batch is finite, by name.
+        after: what is not finite once the update is made, such as 'a parameter is not: w'; '' if
+            that is unknown.
     """
     calls = in_order(found)
     bad = next((number for number, call in enumerate(calls) if not call.seen['output']), None)
@@ -47,8 +49,9 @@ def explain(
         )
     if not grads:
         return (
-            'The loss and the output of every module are finite, but the result of config.step is '
-            'not. Check its gradients and its update.'
+            'The loss and the output of every module are finite, but '
+            + (f'after config.step {after}. ' if after else 'the result of config.step is not. ')
+            + 'Check its gradients and its update.'
         )
     if wrong := _not(grads):
         more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
@@ -57,7 +60,11 @@ def explain(
             f'{", ".join(wrong[:5])}{more}. Look for an operation without a finite derivative at '
             'its input: the square root or norm of zero, or a division masked by `where`.'
         )
-    return UPDATE_ALONE
+    return (
+        'The loss and all gradients are finite, but '
+        + (f'after the update {after}. ' if after else 'the update is not. ')
+        + 'Check the learning rate and the optimizer.'
+    )
 
 
 def _blame(flags: Mapping[str, Any], fields: Sequence[str]) -> str:

@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from trainer.experiment import Experiment
 from trainer.modules import Functional
 from trainer.modules.recorder import Tap, Tapped
 from trainer.modules.rng import Keys
@@ -20,9 +21,6 @@ from trainer.step.accumulation import split_rows
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner
 from trainer.tasks.task import TaskOutput
-
-if TYPE_CHECKING:
-    from trainer.experiment import Experiment
 
 Batch = Mapping[str, Any]
 
@@ -60,9 +58,9 @@ class Forward:
             model=experiment.model,
             task=task or experiment.task,
             seed=experiment.seed,
-            accumulate=experiment.accumulate,
+            accumulate=experiment.training.accumulate,
             mesh=mesh,
-            sharding=experiment.sharding,
+            sharding=experiment.devices.sharding,
         )
 
     def __call__(

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,10 @@ from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import floats
 from trainer.modules.recorder import ROOT, Tap, name_of, number_in
 from trainer.parallel.host import fetch
+from trainer.run.setup import Run, Setup, training_batches
 from trainer.step.state import TrainState
 from trainer.tasks.runner import inverse, loss_sums
 from trainer.tasks.task import TaskOutput
-
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,14 +48,16 @@ class Gradient:
         return float(np.linalg.norm(self.gradient.astype(wide).ravel()))
 
 
-def of_next_step(parts: Parts, state: TrainState, match: Sequence[str] = ()) -> list[Gradient]:
+def of_next_step(
+    run: Run, setup: Setup, state: TrainState, match: Sequence[str] = ()
+) -> list[Gradient]:
     """Returns the gradients on the batch that comes after a state; of a stream on its first one."""
-    data, step = parts.experiment.data, int(state.step)
+    data, step = run.experiment.data, int(state.step)
     if hasattr(data, 'restore'):
         data.restore(step, None)
-    with parts.batches(step, [1]) as batches:
+    with training_batches(run, setup, step, [1]) as batches:
         (_, batch), *_ = batches
-        forward = Forward.of(parts.experiment, parts.mesh, parts.programs.task)
+        forward = Forward.of(run.experiment, setup.mesh, setup.programs.task)
         return gradients(forward, state, batch, match)
 
 

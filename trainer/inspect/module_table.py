@@ -6,21 +6,20 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from trainer.ensemble.step import member_state
+from trainer.experiment import Experiment
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import floats
 from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, SCOPE, Tap
 from trainer.observe import flops
 from trainer.observe.table import count
+from trainer.run.setup import Setup
 from trainer.step.state import TrainState
-
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
 
 # Where the operations are that no module does.
 TASK = '(task)'
@@ -47,14 +46,15 @@ class Row:
     flops: float
 
 
-def describe(parts: Parts) -> str:
+def describe(experiment: Experiment, setup: Setup) -> str:
     """Returns the table of an experiment's model, or of one member of an ensemble."""
-    spec = parts.programs.fields.shapes
-    forward = Forward.of(parts.experiment, parts.mesh, parts.programs.task)
-    if parts.experiment.ensemble is None:
-        return table(rows(forward, parts.programs.abstract, spec))
-    one = jax.eval_shape(lambda state: member_state(state, 0), parts.programs.abstract)
-    return f'each member\n{table(rows(forward, one, spec))}'
+    programs = setup.programs
+    state, batch = programs.abstract, programs.fields.shapes
+    forward = Forward.of(experiment, setup.mesh, programs.task)
+    if experiment.ensemble is None:
+        return table(rows(forward, state, batch))
+    one = jax.eval_shape(lambda state: member_state(state, 0), state)
+    return f'each member\n{table(rows(forward, one, batch))}'
 
 
 def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:

@@ -3,37 +3,62 @@
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.capture import Captures
 from trainer.inspect.forward import Batch, Forward
-from trainer.inspect.replay import Look, Replay
+from trainer.inspect.replay import Look, Reader, Replay
 from trainer.inspect.stop_guard import Watch
 from trainer.inspect.warn_guard import Guard
-from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
+from trainer.run.reporter import Reporter
+from trainer.run.setup import Run, Setup
 from trainer.step.state import TrainState
 
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
 
-
-class Probes:
+class Monitors:
     """The captures and the guard of a run."""
 
-    def __init__(self, parts: Parts, report: Reporter | None = None):
-        """Makes nothing yet.
+    def __init__(self, run: Run, setup: Setup, report: Reporter):
+        """Makes the monitors that the config asks for; nothing is compiled yet.
 
         Args:
-            parts: the run's programs, mesh, data and work directory.
+            run: whose experiment, data, checkpoints and work directory.
+            setup: its mesh and programs.
             report: gets what is found.
         """
-        self._parts = parts
+        experiment, programs = run.experiment, setup.programs
+        self._programs = programs
+        self._checkpoints = run.checkpoints
         self._report = report
+        self._captures: Captures | None = None
+        self._guard: Guard | None = None
+        forward = Forward.of(experiment, setup.mesh, programs.task)
+        if experiment.logging.captures:
+            writes = run.workdir is not None and processes.is_primary()
+            directory = run.workdir.path if run.workdir and writes else None
+            self._captures = Captures(experiment.logging.captures, forward, directory)
+        reader = Reader(
+            data=experiment.data,
+            mesh=setup.mesh,
+            batch_size=experiment.clock.batch_size,
+            fields=programs.fields,
+        )
+        look = Look(experiment, setup, forward)
+        if experiment.training.guard == 'warn':
+            self._guard = Guard(Replay(programs, reader, look))
+        self._watch = Watch(
+            programs,
+            reader,
+            look,
+            stops=experiment.training.guard == 'stop',
+            ensemble=experiment.ensemble,
+            checkpoints=run.checkpoints,
+            say=report.progress.message,
+        )
 
     def prepare(self) -> None:
         """Checks `config.capture` against the model, and starts compiling the monitors' programs.
@@ -42,23 +67,18 @@ class Probes:
             UserError: for a pattern that matches nothing.
         """
         if self._captures is not None:
-            programs = self._parts.programs
-            self._captures.prepare(programs.abstract, programs.fields.shapes)
-
-        if self._watch is not None:
-            _ = self._parts.programs.sweep
+            self._captures.prepare(self._programs.abstract, self._programs.fields.shapes)
+        _ = self._programs.sweep
 
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""
         if self._guard is not None:
             self._guard.keep(step, state)
-        if self._watch is not None:
-            self._watch.begin(step, state, self._place(step))
+        self._watch.begin(step, state, self._place(step))
 
     def follow(self, batches: Prefetcher) -> None:
         """Sets the batches that the run reads from here on."""
-        if self._watch is not None:
-            self._watch.batches = batches
+        self._watch.batches = batches
 
     def poll(self, state: TrainState) -> None:
         """Checks results of the last event if the devices have computed them; does not wait.
@@ -67,12 +87,11 @@ class Probes:
             NonFiniteError: see `config.guard`.
             UserError: if a label is out of its range.
         """
-        if self._watch is not None:
-            self._watch.poll(state)
+        self._watch.poll(state)
 
     def is_sound(self, state: TrainState) -> bool:
         """Waits for a state, and returns whether it may be saved; see `check`."""
-        return self._watch is None or self._watch.is_sound(state)
+        return self._watch.is_sound(state)
 
     def check(self, step: int, state: TrainState) -> None:
         """Waits for the state of a step, and checks that it may be evaluated and saved.
@@ -81,8 +100,15 @@ class Probes:
             NonFiniteError: see `config.guard`.
             UserError: if a label is out of its range.
         """
-        if self._watch is not None:
-            self._watch.check(step, state)
+        self._watch.check(step, state)
+
+    def check_labels(self, state: TrainState) -> None:
+        """Waits for a state, and checks the labels that its steps have found.
+
+        Raises:
+            UserError: if one is out of its range.
+        """
+        self._watch.check_labels(state)
 
     def run(
         self, batches: Prefetcher, batch: Batch, step: int, state: TrainState, *, stacked: bool
@@ -98,15 +124,16 @@ class Probes:
 
         Raises:
             NonFiniteError: see `config.guard`.
+            UserError: if a label is out of its range.
         """
-        assert self._report is not None
         if self._guard is not None:
             self._report.flush()
+            # First: a label out of range would explain what the guard finds.
+            self._watch.check(step, state)
             message = self._guard.check(step, state, self._report.latest)
             if message is not None:
                 self._report.progress.message(message)
-        if self._watch is not None:
-            self._watch.note(step, state, batches.state)
+        self._watch.note(step, state, batches.state)
         due = self._captures.due(step) if self._captures is not None else []
         if due and self._captures is not None:
             # What is still queued is the steps' time, not the capture's.
@@ -119,33 +146,7 @@ class Probes:
 
     def _place(self, step: int) -> Any:
         """Returns where a stream stood at the checkpoint that the run starts from."""
-        if self._parts.checkpoints is None or not self._parts.checkpoints.has(step):
+        if self._checkpoints is None or not self._checkpoints.has(step):
             return None
-        states = self._parts.checkpoints.meta(step).get('data_states')
+        states = self._checkpoints.meta(step).get('data_states')
         return states[jax.process_index()] if states else None
-
-    @functools.cached_property
-    def _forward(self) -> Forward:
-        parts = self._parts
-        return Forward.of(parts.experiment, parts.mesh, parts.programs.task)
-
-    @functools.cached_property
-    def _captures(self) -> Captures | None:
-        captures, workdir = self._parts.experiment.captures, self._parts.workdir
-        if not captures:
-            return None
-        writes = workdir is not None and processes.is_primary()
-        return Captures(captures, self._forward, workdir.path if workdir and writes else None)
-
-    @functools.cached_property
-    def _guard(self) -> Guard | None:
-        if self._parts.experiment.guard != 'warn':
-            return None
-        return Guard(Replay(self._parts, Look(self._parts, self._forward)))
-
-    @functools.cached_property
-    def _watch(self) -> Watch | None:
-        if self._parts.experiment.guard != 'stop':
-            return None
-        say = self._report.progress.message if self._report else print
-        return Watch(self._parts, Look(self._parts, self._forward), say)

@@ -11,27 +11,29 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from trainer.ensemble.step import member_state
+from trainer.experiment import Experiment
+from trainer.input.fields import Fields
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import each_finite, explain, flags
 from trainer.inspect.forward import Batch, Forward
 from trainer.modules.recorder import Tap
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards
+from trainer.run.setup import Setup
 from trainer.step.context import StepContext
 from trainer.step.finite import all_finite
+from trainer.step.programs import Programs
 from trainer.step.state import TrainState
 from trainer.step.train_step import default_step, gradients
 from trainer.tasks.checks import Check
 from trainer.tasks.task import TaskOutput
-
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +51,54 @@ class Kept:
     place: Any = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Rereads batches that a run has read before.
+
+    Attributes:
+        data: the training loader.
+        mesh: the device mesh.
+        batch_size: rows of the global batch.
+        fields: those that are sent to the devices.
+    """
+
+    data: Any
+    mesh: Mesh
+    batch_size: int
+    fields: Fields
+
+    def __call__(self, start: int, stop: int, *, ends: bool) -> Prefetcher:
+        """Returns the batches of the steps from `start` up to `stop`.
+
+        Args:
+            start: position of the first one.
+            stop: position behind the last one.
+            ends: whether the run no longer reads its data, so that the loader is closed afterwards.
+        """
+        return Prefetcher.on_mesh(
+            self.data.block,
+            itertools.repeat(1, stop - start),
+            self.mesh,
+            self.batch_size,
+            fields=self.fields,
+            start=start,
+            release=getattr(self.data, 'close', None) if ends else None,
+        )
+
+
 class Replay:
     """Keeps copies of states, and reruns the steps after one."""
 
-    def __init__(self, parts: Parts, look: Look):
+    def __init__(self, programs: Programs, reader: Reader, look: Look):
         """Makes a replay; nothing is kept yet.
 
         Args:
-            parts: the run's programs and data.
+            programs: of the training.
+            reader: rereads batches.
             look: finds where in a step a value is not finite.
         """
-        self._parts = parts
+        self._programs = programs
+        self._reader = reader
         self._look = look
         self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
 
@@ -73,6 +112,7 @@ class Replay:
         stop: int,
         is_bad: Callable[[TrainState], bool],
         *,
+        what: Callable[[TrainState], str] = lambda _: '',
         ends: bool = False,
     ) -> str:
         """Describes the first step up to `stop` with a non-finite value, and where it is.
@@ -81,9 +121,10 @@ class Replay:
             kept: a sound state.
             stop: number of a step after which the state is not.
             is_bad: whether a state is not sound.
+            what: says which of its values are not, as `explain` is told.
             ends: whether the run ends here, and no longer reads its data.
         """
-        step, state, data = kept.step, kept.state, self._parts.experiment.data
+        step, state, data = kept.step, kept.state, self._reader.data
         assert state is not None
         if hasattr(data, 'restore'):
             if not ends or (kept.place is None and step > 0):
@@ -92,15 +133,15 @@ class Replay:
                     'a stream, which cannot be reread during the run.'
                 )
             data.restore(step, kept.place)
-        with read_again(self._parts, step, stop, ends=ends) as batches:
+        with self._reader(step, stop, ends=ends) as batches:
             for number, (_, batch) in enumerate(batches, start=step + 1):
                 look = self._look(state, batch)
-                empty = self._parts.programs.empty_metrics()
-                state = self._parts.programs.step(dataclasses.replace(state, metrics=empty), batch)
+                empty = self._programs.empty_metrics()
+                state = self._programs.step(dataclasses.replace(state, metrics=empty), batch)
                 if is_bad(state):
                     return (
                         f'Last finite step: {number - 1:,}. First non-finite step: {number:,}.\n'
-                        + explain(*fetch(look))
+                        + explain(*fetch(look), after=what(state))
                     )
         return (
             f'Last finite step: {step:,}. When the {stop - step:,} steps since then were rerun, '
@@ -111,14 +152,16 @@ class Replay:
 class Look:
     """Reruns a step's forward and backward pass, and flags what is not finite in them."""
 
-    def __init__(self, parts: Parts, forward: Forward):
+    def __init__(self, experiment: Experiment, setup: Setup, forward: Forward):
         """Nothing is compiled yet.
 
         Args:
-            parts: the run's programs and data.
+            experiment: what is trained.
+            setup: its mesh and programs.
             forward: the forward pass of the train step.
         """
-        self._parts = parts
+        self._experiment = experiment
+        self._mesh, self._programs = setup.mesh, setup.programs
         self._forward = forward
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
@@ -128,10 +171,10 @@ class Look:
     @property
     def checks(self) -> Mapping[str, Check]:
         """The checks of the task's output, by batch key."""
-        state = self._parts.programs.abstract
-        if self._parts.experiment.ensemble is not None:
+        state = self._programs.abstract
+        if self._experiment.ensemble is not None:
             state = jax.eval_shape(lambda stacked: member_state(stacked, 0), state)
-        spec = self._parts.programs.fields.shapes
+        spec = self._programs.fields.shapes
 
         def run(state: TrainState, batch: Batch) -> TaskOutput:
             return self._forward(Tap(), state, batch, slices=1)[0]
@@ -150,7 +193,7 @@ class Look:
         return self._forward.compiled(run)
 
     def _gradients(self, state: TrainState, batch: Batch) -> Any:
-        experiment = self._parts.experiment
+        experiment = self._experiment
         if experiment.step is not default_step:
             return {}  # A custom step computes its own gradients.
         context = StepContext(
@@ -158,26 +201,7 @@ class Look:
             task=self._forward.task,
             optimizer=experiment.optimizer,
             seed=experiment.seed,
-            accumulate=experiment.accumulate,
-            shards=batch_shards(self._parts.mesh),
+            accumulate=experiment.training.accumulate,
+            shards=batch_shards(self._mesh),
         )
         return gradients(state, batch, context)[0]
-
-
-def read_again(parts: Parts, start: int, stop: int, *, ends: bool) -> Prefetcher:
-    """Returns the batches of the steps from `start` up to `stop`, read again.
-
-    Args:
-        parts: the run's data and mesh.
-        start: position of the first one.
-        stop: position behind the last one.
-        ends: whether the run no longer reads its data, so that the loader is closed afterwards.
-    """
-    release = getattr(parts.experiment.data, 'close', None) if ends else None
-    rows = parts.experiment.clock.batch_size
-    calls = itertools.repeat(1, stop - start)
-    block = parts.experiment.data.block
-    fields = parts.programs.fields
-    return Prefetcher.on_mesh(
-        block, calls, parts.mesh, rows, fields=fields, start=start, release=release
-    )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.guard.non_finite='stop'`: ends a run when its step has found a non-finite value.
+"""Ends a run when its step has found a label out of range, or a value that is not finite.
 
-The check itself is in the step (`trainer.step.health`). Here the host reads its result, when it is
-available anyway or before a state is saved, and reports what was found.
+The latter only with `config.guard.non_finite='stop'`. The check itself is in the step
+(`trainer.step.health`). Here the host reads its result, when it is available anyway or before a
+state is saved, and reports what was found.
 """
 
 from __future__ import annotations
@@ -12,28 +13,28 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from trainer.checkpoint.errors import CheckpointError
+from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
+from trainer.ensemble.step import Ensemble
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import explain
-from trainer.inspect.replay import Kept, Look, Replay, read_again
-from trainer.inspect.warn_guard import NonFiniteError
+from trainer.inspect.replay import Kept, Look, Reader, Replay
 from trainer.modules.model_view import param_path
 from trainer.observe.table import nbytes
 from trainer.parallel.host import fetch
+from trainer.run.failure import NonFiniteError
 from trainer.step import health as lib
 from trainer.step.health import Health
+from trainer.step.programs import Programs
 from trainer.step.state import TrainState
 from trainer.tasks.bad_values import complain
-
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
 
 _WHAT = {
     lib.LOSS: 'the loss',
@@ -63,18 +64,36 @@ class Watch:
         batches: those that the run reads, or None.
     """
 
-    def __init__(self, parts: Parts, look: Look, say: Callable[[str], None]):
+    def __init__(
+        self,
+        programs: Programs,
+        reader: Reader,
+        look: Look,
+        *,
+        stops: bool,
+        ensemble: Ensemble | None,
+        checkpoints: Checkpoints | None,
+        say: Callable[[str], None],
+    ):
         """Makes a watch; `begin` starts it.
 
         Args:
-            parts: the run's programs, data and checkpoints.
+            programs: of the training.
+            reader: rereads batches.
             look: finds where in a step a value is not finite.
+            stops: whether a non-finite value ends the run; otherwise only labels are checked.
+            ensemble: who the members are, or None.
+            checkpoints: those of the run, or None.
             say: shows a message to the user.
         """
         self.batches: Prefetcher | None = None
-        self._parts = parts
+        self._programs = programs
+        self._reader = reader
         self._look = look
-        self._replay = Replay(parts, look)
+        self._stops = stops
+        self._ensemble = ensemble
+        self._checkpoints = checkpoints
+        self._replay = Replay(programs, reader, look)
         self._say = say
         self._pending: Health | None = None
         # The newest state known to be finite, and one that is not checked yet.
@@ -109,7 +128,7 @@ class Watch:
         if self._pending is not None and several:
             self._judge(self._pending, state)
             self._kept = self._next
-        self._pending = self._parts.programs.sweep(state)
+        self._pending = self._programs.sweep(state)
         self._next = self._keep(step, state, place)
 
     def poll(self, state: TrainState) -> None:
@@ -144,48 +163,61 @@ class Watch:
             return
         health, self._pending = self._pending, None
         if health is None or self._next is None or self._next.step != step:
-            health = self._parts.programs.sweep(state)
+            health = self._programs.sweep(state)
         self._judge(health, state)
         self._kept, self._checked = self._next or self._kept, step
 
+    def check_labels(self, state: TrainState) -> None:
+        """Waits for the state's step, and checks the labels that were found up to it.
+
+        Raises:
+            UserError: if one is out of its range.
+        """
+        assert state.health is not None
+        self._judge_labels(np.atleast_2d(fetch(state.health.packed)))
+
     def _keep(self, step: int, state: TrainState, place: Any) -> Kept:
         """Returns a copy of a state if steps may have to be rerun, otherwise only its place."""
-        on_cpu = self._parts.mesh.devices.flat[0].platform == 'cpu'
-        if not on_cpu or nbytes(state) > _MOST_KEPT_BYTES:
+        on_cpu = self._reader.mesh.devices.flat[0].platform == 'cpu'
+        if not (on_cpu and self._stops) or nbytes(state) > _MOST_KEPT_BYTES:
             return Kept(step, None, place)
         return self._replay.keep(step, state, place)
 
     def _judge(self, health: Health, state: TrainState) -> None:
         packed = np.atleast_2d(fetch(health.packed))
-        bad_step, kind, value = packed[:, 0], packed[:, 1], packed[:, 2].view(np.float32)
+        bad_step, kind = packed[:, 0], packed[:, 1]
         bad = np.flatnonzero(bad_step)
         if not len(bad):
             return
-        for each in bad[kind[bad] >= lib.LABELS]:
-            self._refuse(int(kind[each]) - lib.LABELS, float(value[each]), int(bad_step[each]))
-        if self._parts.experiment.ensemble is None:
+        self._judge_labels(packed)
+        if self._ensemble is None:
             self._stop(int(kind[0]), int(bad_step[0]), state)
         for member in bad:
             self._name(int(member), int(kind[member]), int(bad_step[member]))
         if len(bad) == len(bad_step):
             raise NonFiniteError('all members of the ensemble have diverged.')
 
+    def _judge_labels(self, packed: np.ndarray) -> None:
+        for bad_step, kind, value in zip(*packed[:, :3].T, strict=True):
+            if bad_step and kind >= lib.LABELS:
+                number = float(value.view(np.float32))
+                self._refuse(int(kind) - lib.LABELS, number, int(bad_step))
+
     def _name(self, member: int, kind: int, step: int) -> None:
         if member in self._named:
             return
         self._named.add(member)
-        ensemble = self._parts.experiment.ensemble
-        assert ensemble is not None
+        assert self._ensemble is not None
         self._say(
-            f'Warning: member {member} ({ensemble.describe(member)}) has diverged: {_WHAT[kind]} '
-            f'is not finite in step {step:,}. It keeps its state from before that step; the other '
-            'members continue training.'
+            f'Warning: member {member} ({self._ensemble.describe(member)}) has diverged: '
+            f'{_WHAT[kind]} is not finite in step {step:,}. It keeps its state from before that '
+            'step; the other members continue training.'
         )
 
     def _stop(self, kind: int, bad_step: int, state: TrainState) -> NoReturn:
         self._end_reading()
         saved, late = 'no checkpoint was saved', None
-        if (checkpoints := self._parts.checkpoints) is not None:
+        if (checkpoints := self._checkpoints) is not None:
             try:
                 checkpoints.wait()
             except CheckpointError as error:
@@ -216,19 +248,20 @@ class Watch:
             skips, scale = fetch((state.health.skips, state.loss_scale.scale))
             return (
                 f'The gradients of step {bad_step:,} are not finite: the loss scale has skipped '
-                f'{int(skips)} updates in a row, and is down to {float(scale):g}. Look for values '
-                'above 65,504, which float16 cannot represent.'
+                f'{int(skips)} updates in a row, and is down to {float(scale):g}.\n'
+                + self._of_overflow(bad_step, state)
             )
         if self._kept is not None and self._kept.state is not None:
-            return self._replay.find(self._kept, bad_step, self._is_bad, ends=True)
-        on_cpu = not self._parts.programs.sweeps
-        params, known = len(lib.floats(state.params)), state.health.known
+            return self._replay.find(
+                self._kept, bad_step, self._is_bad, what=_what_is_bad, ends=True
+            )
+        on_cpu = not self._programs.sweeps
+        bad_param, bad_slot = _bad_leaves(state)
         if kind in (lib.PARAMETER, lib.SLOT):
             when = f'by step {bad_step:,}' if on_cpu else f'in step {bad_step:,}'
-            bad = _first_bad(state.params, known[:params])
-            bad = bad or _first_bad(state.opt_state, known[params:])
+            bad = bad_param or bad_slot
             return f'{_WHAT[kind].capitalize()} became non-finite {when}: {bad}.'
-        if on_cpu and (bad := _first_bad(state.params, known[:params])):
+        if on_cpu and (bad := bad_param):
             # Of the update before, for the loss that the parameters had until then was finite.
             return (
                 f'The loss of step {bad_step:,} is not finite, because a parameter was not when it '
@@ -242,9 +275,21 @@ class Watch:
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
         return f'{steps}\n{explain(*fetch(self._look(before, batch)))}'
 
+    def _of_overflow(self, bad_step: int, state: TrainState) -> str:
+        """Returns where a step's gradients are not finite although the loss scale is small."""
+        hint = 'Look for values above 65,504, which float16 cannot represent.'
+        batch = self._batch(bad_step)
+        if batch is None:
+            return hint
+        # The updates were skipped: the parameters are those that the step began with.
+        before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
+        found, losses, grads, fields = fetch(self._look(before, batch))
+        explained = explain(found, losses, grads, fields)
+        return f'{explained}\n{hint}' if all(fields.values()) else explained
+
     def is_sound(self, state: TrainState) -> bool:
         """Waits for a state, and returns whether it is finite; for an ensemble, any member's."""
-        health = self._parts.programs.sweep(state)
+        health = self._programs.sweep(state)
         return not np.all(fetch(health.is_bad))
 
     def _is_bad(self, state: TrainState) -> bool:
@@ -253,17 +298,17 @@ class Watch:
     def _batch(self, step: int) -> Any:
         """Rereads the batch of a step; None if that is impossible."""
         start: int | None = step - 1
-        if hasattr(self._parts.experiment.data, 'restore'):
+        if hasattr(self._reader.data, 'restore'):
             start = self._rewound()
         if start is None:
             return None
-        with read_again(self._parts, start, step, ends=True) as batches:
+        with self._reader(start, step, ends=True) as batches:
             # The last one, and not a list: the devices would hold all of them.
             return collections.deque(batches, maxlen=1)[0][1]
 
     def _refuse(self, number: int, value: float, step: int) -> NoReturn:
         self._end_reading()
-        data = self._parts.experiment.data
+        data = self._reader.data
         streamed = hasattr(data, 'restore')
         blocks = self._streamed(step) if streamed else [data.block(step - 1, 1)]
         checks, when = self._look.checks, f'in step {step:,}'
@@ -277,15 +322,33 @@ class Watch:
         start = self._rewound()
         if start is None:
             return []
-        blocks = (self._parts.experiment.data.block(i, 1) for i in range(start, step))
+        blocks = (self._reader.data.block(i, 1) for i in range(start, step))
         return list(collections.deque(blocks, maxlen=1))
 
     def _rewound(self) -> int | None:
         """Takes a stream back to the last known place, and returns its step; None if unknown."""
         if self._kept is None or (self._kept.place is None and self._kept.step > 0):
             return None
-        self._parts.experiment.data.restore(self._kept.step, self._kept.place)
+        self._reader.data.restore(self._kept.step, self._kept.place)
         return self._kept.step
+
+
+def _what_is_bad(state: TrainState) -> str:
+    """Returns 'a parameter is not: PATHS' of a state with a value that is not finite, or ''."""
+    for kind, paths in zip((lib.PARAMETER, lib.SLOT), _bad_leaves(state), strict=True):
+        if paths:
+            return f'{_WHAT[kind]} is not: {paths}'
+    return ''
+
+
+def _bad_leaves(state: TrainState) -> tuple[str, str]:
+    """Returns the paths of parameters, and of leaves of the optimizer state; see `_first_bad`."""
+    assert state.health is not None
+    params, known = len(lib.floats(state.params)), state.health.known
+    return (
+        _first_bad(state.params, known[:params]),
+        _first_bad(state.opt_state, known[params:]),
+    )
 
 
 def _first_bad(tree: Any, known: Any) -> str:

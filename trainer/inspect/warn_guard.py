@@ -9,17 +9,10 @@ from collections.abc import Mapping
 import jax
 
 from trainer.inspect.replay import Kept, Replay
-from trainer.observe.reporter import flat_row
 from trainer.parallel.host import fetch
+from trainer.run.reporter import flat_row
 from trainer.step.finite import all_finite
 from trainer.step.state import TrainState
-
-
-class NonFiniteError(RuntimeError):
-    """A run has been stopped because a value was not finite; the message says where it began."""
-
-    exit_code = 1
-    status = 'diverged'
 
 
 class Guard:

@@ -22,7 +22,6 @@ from trainer.config.errors import UserError, full_text
 from trainer.config.loading import LoadedConfig
 from trainer.experiment import Experiment, build
 from trainer.inspect import gradient_probe, module_table
-from trainer.inspect.warn_guard import NonFiniteError
 from trainer.modes.dry_run import rehearse
 from trainer.modules.shapes import describe
 from trainer.observe import flops, logfile
@@ -33,7 +32,8 @@ from trainer.parallel.handshake import PeerError
 from trainer.parallel.mesh import batch_shards
 from trainer.parallel.processes import Cluster
 from trainer.parallel.signals import StopRequest
-from trainer.run import failure, startup
+from trainer.run import banner, checks, failure, out_of_memory
+from trainer.run.failure import NonFiniteError
 from trainer.run.workdir import Workdir
 from trainer.step.state import TrainState
 from trainer.trainer import Trainer
@@ -113,9 +113,10 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         print(f'Error: {full_text(error)}', file=sys.stderr)
         return error.exit_code
     except jax.errors.JaxRuntimeError as error:
-        if not startup.is_out_of_memory(error):
+        if not out_of_memory.is_out_of_memory(error):
             raise
-        explained = startup.explain_out_of_memory(trainer, error)
+        setup = trainer.set_up()
+        explained = out_of_memory.explain(setup.programs, setup.mesh, error)
         text = '\n'.join([f'Error: {explained}', *getattr(error, '__notes__', ())])
         logfile.record(text)
         print(text, file=sys.stderr)
@@ -169,12 +170,15 @@ def _train(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 
 def _already_done(trainer: Trainer) -> bool:
     """Whether the work directory holds the finished run, which is then said."""
-    workdir, total = _workdir(trainer), trainer.experiment.total_steps
+    workdir, total = _workdir(trainer), trainer.experiment.training.total_steps
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     result = workdir.result() if latest is not None else None
     if result is None or result['step'] != latest:
         return False
-    early = trainer.experiment.early_stopping is not None and result['status'] == 'stopped_early'
+    early = (
+        trainer.experiment.training.early_stopping is not None
+        and result['status'] == 'stopped_early'
+    )
     if not early and (latest != total or result['status'] != 'finished'):
         return False
     why = f' ({result["status"]})' if early else ''
@@ -238,11 +242,12 @@ def _dry_run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 
 def _summary(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
-    startup.check_batch(trainer.experiment, batch_shards(trainer.mesh))
+    setup = trainer.set_up()
+    checks.check_batch(trainer.experiment, batch_shards(setup.mesh))
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
-    print(startup.summary(trainer, latest or 0))
-    print(f'\n{module_table.describe(trainer)}\n')
-    print(f'flops     {flops.count(trainer.programs.step.jaxpr()):.3g} in a train step')
+    print(banner.summary(trainer.run, setup, latest or 0))
+    print(f'\n{module_table.describe(trainer.experiment, setup)}\n')
+    print(f'flops     {flops.count(setup.programs.step.jaxpr()):.3g} in a train step')
     return 0
 
 
@@ -250,7 +255,7 @@ def _plan(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     from trainer.modes.plan import plan
 
     logfile.route(None)
-    print(plan.describe(plan.make(trainer), command.device_kind))
+    print(plan.describe(plan.make(trainer.experiment, trainer.set_up()), command.device_kind))
     return 0
 
 
@@ -260,10 +265,11 @@ def _grad_probe(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     experiment, workdir = trainer.experiment, _workdir(trainer)
     if experiment.ensemble is not None:
         raise UserError('--mode=grad_probe: an ensemble cannot be looked into; train one member')
-    startup.check_batch(experiment, batch_shards(trainer.mesh))
+    setup = trainer.set_up()
+    checks.check_batch(experiment, batch_shards(setup.mesh))
     saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
     state = _restore(trainer, command) if saved else trainer.init_state()
-    found = gradient_probe.of_next_step(trainer, state, command.match)
+    found = gradient_probe.of_next_step(trainer.run, setup, state, command.match)
     path = workdir.path / f'gradients_{int(state.step)}.npz'
     if processes.is_primary():
         workdir.make()
@@ -281,12 +287,13 @@ def _export(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(None)
     export.check_alone()
     state = _restore(trainer, command)
-    if not trainer.evaluators:
+    setup = trainer.set_up()
+    if not setup.evaluators:
         raise UserError('--mode=export takes task and fields from config.evals, and there are none')
-    evaluator = next(iter(trainer.evaluators.values()))
+    evaluator = next(iter(setup.evaluators.values()))
     directory = _workdir(trainer).path / f'export_{int(state.step)}'
     about = export.write(
-        evaluator, state, directory, axes=tuple(trainer.mesh.shape), platforms=command.platforms
+        evaluator, state, directory, axes=tuple(setup.mesh.shape), platforms=command.platforms
     )
     print(f'exported step {about["step"]:,} to {directory}: predictions of evals.{evaluator.name}')
     print(
@@ -313,7 +320,9 @@ _MODES: dict[str, Callable[[Trainer, Command, StopRequest], int]] = {
 def _restore(trainer: Trainer, command: Command) -> TrainState:
     """Returns the state of the checkpoint; says where the config is not that of its run."""
     experiment = trainer.experiment
-    changes = _workdir(trainer).config_changes(experiment.config, experiment.schedule_steps)
+    changes = _workdir(trainer).config_changes(
+        experiment.origin.config, experiment.origin.schedule_steps
+    )
     if changes := identity.identity_changes(changes):
         print(f'The config is not that of the run:\n{diff.format_diff(changes)}', file=sys.stderr)
     return trainer.restore(command.step)

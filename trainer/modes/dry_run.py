@@ -16,12 +16,13 @@ from trainer.checkpoint.manager import Checkpoints
 from trainer.checkpoint.storable import check_storable
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
+from trainer.inspect.monitors import Monitors
 from trainer.observe.progress import duration
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
-from trainer.run import startup
-from trainer.run.setup import Parts
+from trainer.run import banner
 from trainer.tasks.metrics import not_finite
+from trainer.trainer import Trainer
 
 
 def rehearse(experiment: Experiment, workdir: str) -> None:
@@ -32,25 +33,31 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         workdir: where; nothing in it is read or written.
 
     Raises:
-        UserError: if a loss is no number, and for all that `Parts.compile` refuses.
+        UserError: if a loss is no number or a label out of its range, and for all that
+            `Trainer.compile` refuses.
     """
-    dry = Parts(experiment)
+    dry = Trainer(experiment)
     programs = dry.compile()
-    check_storable(dry.programs.abstract)
-    print(startup.summary(dry, 0))
+    setup = dry.set_up()
+    monitors = Monitors(dry.run, setup, dry.report)
+    check_storable(setup.programs.abstract)
+    print(banner.summary(dry.run, setup, 0))
     for program in programs:
         program.ready()
         print(f'{program.name}: compiled in {duration(program.compile_secs)}')
     with dry.batches(0, [1]) as batches:
         (_, batch), *_ = batches
-        state = dry.programs.step(dry.init_state(), batch)
+        state = dry.init_state()
+        monitors.begin(0, state)
+        state = setup.programs.step(state, batch)
+    monitors.check_labels(state)
     _check_finite(state.metrics)
     print('train: one step is fine')
-    for name, evaluator in dry.evaluators.items():
+    for name, evaluator in setup.evaluators.items():
         evaluator.run(state, max_batches=1)
         print(f'eval {name}: one batch is fine')
     with _directory(workdir) as directory:
-        checkpoints = Checkpoints(directory, experiment.retention)
+        checkpoints = Checkpoints(directory, experiment.saving.retention)
         checkpoints.save(1, state, {})
         checkpoints.close()
     print(f'a save is fine: {human_bytes(nbytes(state))}')
@@ -61,7 +68,7 @@ def _check_finite(metrics: Any) -> None:
     if bad := [name for name in not_finite(metrics) if name.endswith('loss')]:
         raise UserError(
             f'one step works, but train/{bad[0]} is not finite. Do the labels fit the number of '
-            'classes? Train with --config.guard.non_finite=stop to see which module it comes from'
+            'classes? --mode=train names the module it comes from'
         )
 
 

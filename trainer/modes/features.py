@@ -15,8 +15,8 @@ from trainer.config import places
 from trainer.config.errors import UserError
 from trainer.observe.npz import write_npz
 from trainer.parallel import processes
-from trainer.run.setup import Parts
 from trainer.step.state import TrainState
+from trainer.trainer import Trainer
 
 
 class Features:
@@ -61,12 +61,12 @@ class Features:
 
 
 def precompute(
-    parts: Parts, evaluation: str, path: epath.PathLike, state: TrainState | None = None
+    trainer: Trainer, evaluation: str, path: epath.PathLike, state: TrainState | None = None
 ) -> dict[str, np.ndarray]:
     """Writes what an evaluation predicts as an .npz file, for `data.npz:Npz`, and returns it.
 
     Args:
-        parts: a `Trainer`; all processes of a run must call this, and the first one writes.
+        trainer: all processes of a run must call this, and the first one writes.
         evaluation: its name in the config; its task is `Features`, or any with `predict`.
         path: of the file.
         state: whose features; by default those of a fresh run, with `config.init_from`'s weights.
@@ -74,13 +74,14 @@ def precompute(
     Raises:
         UserError: if there is no such evaluation, or the model has no such method.
     """
-    if evaluation not in parts.evaluators:
-        have = ', '.join(parts.evaluators) or 'none'
+    evaluators = trainer.set_up().evaluators
+    if evaluation not in evaluators:
+        have = ', '.join(evaluators) or 'none'
         raise UserError(
             f'precompute: there is no evaluation {evaluation!r}; config.evals has {have}'
         )
-    state = parts.init_state() if state is None else state
-    batches = list(parts.predict(evaluation, state))
+    state = trainer.init_state() if state is None else state
+    batches = list(trainer.predict(evaluation, state))
     arrays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
     if processes.is_primary():
         file = epath.Path(places.expand(path, 'precompute'))

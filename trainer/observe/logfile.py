@@ -10,8 +10,8 @@ import warnings
 
 from etils import epath
 
+from trainer.config import traces
 from trainer.config.errors import full_text
-from trainer.observe import traces
 from trainer.observe.progress import CLEAR
 
 _SCREEN = 'trainer.screen'

@@ -22,9 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from trainer.config import diff
+from trainer.config import diff, traces
 from trainer.config.errors import UserError, full_text
-from trainer.observe import traces
 from trainer.parallel.handshake import EXIT_PEER_FAILED, meet
 from trainer.parallel.peer_watch import PeerWatch, connect
 from trainer.parallel.signals import StopRequest

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.checkpoint.retention import Retention
+from trainer.experiment import Experiment
 from trainer.run.workdir import Workdir
-
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +66,16 @@ class BatchSizes:
         return sum((end - first) * size for (first, size), end in starts)
 
 
-def resized(parts: Parts, step: int, before: int) -> str:
+def resized(experiment: Experiment, sizes: BatchSizes, step: int, before: int) -> str:
     """Returns the message of a run that resumes at `step` with another batch size."""
-    experiment = parts.experiment
-    clock, total = experiment.clock, experiment.total_steps
+    clock, total = experiment.clock, experiment.training.total_steps
     lines = [
         f'config.data.batch_size {before} -> {clock.batch_size}: resuming at step {step:,}, '
-        f'after {parts.batch_sizes.examples(step):,} examples{_epochs(parts, step)}; the run ends '
-        f'at step {total:,}{_epochs(parts, total)}. Step numbers continue; everything else counts '
-        'examples.'
+        f'after {sizes.examples(step):,} examples{_epochs(experiment, step)}; the run ends '
+        f'at step {total:,}{_epochs(experiment, total)}. Step numbers continue; everything else '
+        'counts examples.'
     ]
-    if experiment.schedule_steps:
+    if experiment.origin.schedule_steps:
         now, end = (float(clock.batches(at)) for at in (step, total))
         lines.append(
             f'Schedules in epochs, examples or % continue where they were: in steps {step:,} to '
@@ -93,20 +90,22 @@ def resized(parts: Parts, step: int, before: int) -> str:
     return '\n'.join(lines)
 
 
-def place_in_other_data(parts: Parts, step: int, before: int | None) -> str:
+def place_in_other_data(
+    experiment: Experiment, sizes: BatchSizes, step: int, before: int | None
+) -> str:
     """Describes where a run resumes whose training data has another length than before."""
-    data = parts.experiment.data
+    data = experiment.data
     if before is None or data.examples is None:
         return ''
     return (
-        f'The run resumes after {parts.batch_sizes.examples(step):,} examples'
-        f'{_epochs(parts, step)}, in the order of the new data ({data.examples:,} examples): in '
-        'the current epoch, some examples are repeated and others skipped.'
+        f'The run resumes after {sizes.examples(step):,} examples'
+        f'{_epochs(experiment, step)}, in the order of the new data ({data.examples:,} examples): '
+        'in the current epoch, some examples are repeated and others skipped.'
     )
 
 
-def _epochs(parts: Parts, step: int) -> str:
-    clock = parts.experiment.clock
+def _epochs(experiment: Experiment, step: int) -> str:
+    clock = experiment.clock
     if clock.steps_per_epoch is None:
         return ''
     return f' ({float(clock.batches(step) / clock.steps_per_epoch):,.6g} epochs)'

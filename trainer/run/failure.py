@@ -7,10 +7,17 @@ import pathlib
 import traceback
 from typing import Any
 
-from trainer.observe import traces
+from trainer.config import traces
 
 _MAX_LINES = 8
 _MAX_LINE = 500
+
+
+class NonFiniteError(RuntimeError):
+    """A run has been stopped because a value was not finite; the message says where it began."""
+
+    exit_code = 1
+    status = 'diverged'
 
 
 def status(error: BaseException) -> str:

@@ -7,13 +7,14 @@ import logging
 from typing import Any
 
 from trainer.config.errors import UserError
-from trainer.observe.reporter import Reporter
+from trainer.experiment import Experiment
+from trainer.hooks import Event
 from trainer.parallel import processes
 from trainer.parallel.handshake import EXIT_PEER_FAILED
 from trainer.parallel.signals import StopRequest
 from trainer.run import failure
-from trainer.run.events import Event
-from trainer.run.setup import Parts
+from trainer.run.reporter import Reporter
+from trainer.run.workdir import Workdir
 from trainer.step.state import TrainState
 
 _log = logging.getLogger('trainer')
@@ -35,16 +36,18 @@ class Hooks:
         error: that of the first hook that failed, if the processes were asked to stop for it.
     """
 
-    def __init__(self, parts: Parts, report: Reporter):
+    def __init__(self, experiment: Experiment, workdir: Workdir | None, report: Reporter):
         """Calls nothing yet.
 
         Args:
-            parts: whose hooks, config and work directory.
+            experiment: whose hooks and config.
+            workdir: the run's directory, or None.
             report: the run's rows.
         """
         self.error: Exception | None = None
-        self._hooks = dict(parts.experiment.hooks)
-        self._parts = parts
+        self._experiment = experiment
+        self._workdir = workdir
+        self._hooks = dict(experiment.hooks)
         self._report = report
         self._begun = False
 
@@ -83,7 +86,7 @@ class Hooks:
             PeerHookError: where only hooks of other processes have failed.
         """
         mine = None if self.error is None else failure.summary(self.error)
-        found = enumerate(processes.gather(mine) if self._parts.experiment.hooks else ())
+        found = enumerate(processes.gather(mine) if self._experiment.hooks else ())
         others = [f'process {number}: {text}' for number, text in found if text is not None]
         if self.error is not None:
             raise self.error
@@ -132,14 +135,13 @@ class Hooks:
         if kind == 'log':
             # Waits for the row's step, so that a hook gets row and state of the same step.
             self._report.flush()
-        workdir = self._parts.workdir
         return Event(
             kind=kind,
             step=step,
             state=state,
             metrics=dict(self._report.latest),
-            workdir=None if workdir is None else str(workdir.path),
+            workdir=None if self._workdir is None else str(self._workdir.path),
             row=self._report.row if kind in ('log', 'eval') else {},
-            config=self._parts.experiment.config,
+            config=self._experiment.origin.config,
             **more,
         )

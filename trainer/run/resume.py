@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,15 +17,18 @@ from trainer.config import diff
 from trainer.config.errors import UserError
 from trainer.input.position import Consumed
 from trainer.input.prefetch import Prefetcher
-from trainer.inspect.warn_guard import NonFiniteError
-from trainer.observe.reporter import Reporter
 from trainer.parallel import processes
 from trainer.run import failure
-from trainer.run.batch_sizes import place_in_other_data, resized
+from trainer.run.batch_sizes import BatchSizes, place_in_other_data, resized
+from trainer.run.early_stopping import Patience
+from trainer.run.failure import NonFiniteError
 from trainer.run.provenance import Lookout
-from trainer.run.setup import Parts
+from trainer.run.reporter import Reporter
+from trainer.run.restore import init_state, restore, with_health, with_hyperparams
+from trainer.run.setup import Run
 from trainer.run.workdir import describe_run, now, versions
 from trainer.step import donated, health
+from trainer.step.programs import Programs
 from trainer.step.state import TrainState
 
 
@@ -42,7 +44,7 @@ class Recovery:
 
     def __init__(
         self,
-        parts: Parts,
+        run: Run,
         report: Reporter,
         *,
         allow_config_change: bool = False,
@@ -51,19 +53,18 @@ class Recovery:
         """Reads and writes nothing yet.
 
         Args:
-            parts: whose checkpoints and work directory.
+            run: whose checkpoints and work directory.
             report: the run's metrics.
             allow_config_change: go on with a run although the config makes it another one.
             overrides: the command line's, for `run.json`.
         """
-        self._parts = parts
+        self._run = run
         self._report = report
         self._allow_config_change = allow_config_change
         self._overrides = dict(overrides or {})
-        self._consumed = Consumed(parts.experiment.data)
-        # An own one: two runs of one experiment count for themselves.
-        early = parts.experiment.early_stopping
-        self.early_stopping = None if early is None else dataclasses.replace(early)
+        self._consumed = Consumed(run.experiment.data)
+        rule = run.experiment.training.early_stopping
+        self.early_stopping = None if rule is None else Patience(rule)
         # What tells the training data from other data; None of a loader that has no first example.
         self._fingerprint: dict[str, Any] | None = None
         # Without a work directory the next call goes on from here.
@@ -82,55 +83,55 @@ class Recovery:
                 is after the end of this run; or what the processes of the run do not agree on; or
                 that the checkpoints of a run that had saved are missing.
         """
-        workdir, experiment = self._parts.workdir, self._parts.experiment
+        workdir, experiment = self._run.workdir, self._run.experiment
         self._called = now()
-        self._parts.check_agreement()
-        latest, checkpoints = self._latest(), self._parts.checkpoints
+        latest, checkpoints = self._latest(), self._run.checkpoints
         if workdir is None or checkpoints is None or latest is None:
             if workdir is not None:
                 workdir.check_not_lost()
-            self._parts.check_batch_sizes()
+            self._check_batch_sizes()
             return
         if not self._allow_config_change:
-            workdir.check_same_run(experiment.config, experiment.schedule_steps)
-        self._parts.check_batch_sizes()
-        if latest > experiment.total_steps:
+            workdir.check_same_run(experiment.origin.config, experiment.origin.schedule_steps)
+        self._check_batch_sizes()
+        if latest > experiment.training.total_steps:
             checkpoints.check_name(latest, checkpoints.meta(latest))
             raise UserError(
                 f'{workdir.path} is at step {latest:,}, but config.train_for asks for '
-                f'{experiment.total_steps:,} steps. Name another --workdir, or a longer '
+                f'{experiment.training.total_steps:,} steps. Name another --workdir, or a longer '
                 '--config.train_for.'
             )
 
-    def start(self) -> tuple[TrainState, int]:
+    def start(self, programs: Programs) -> tuple[TrainState, int]:
         """Returns the state that the run starts from, restored or fresh, and its step."""
-        if self._parts.workdir is not None and processes.is_primary():
-            self._code = Lookout(self._parts.experiment.path)
+        experiment = self._run.experiment
+        if self._run.workdir is not None and processes.is_primary():
+            self._code = Lookout(self._run.experiment.origin.path)
         if self._paused is not None:
             self._consumed.go_on(self._paused[1])
             return self._paused
         self._look_at_data()
-        latest, checkpoints = self._latest(), self._parts.checkpoints
+        latest, checkpoints = self._latest(), self._run.checkpoints
         if checkpoints is None or latest is None:
             if checkpoints is not None:
-                check_storable(self._parts.programs.abstract.durable)
+                check_storable(programs.abstract.durable)
             self._report.restore(0, {}, ())
             # An earlier call may have failed and left its counts behind.
             self._consumed.restart()
             self._restore_early_stopping({})
-            return self._parts.examined(self._parts.init_state()), 0
-        if self._parts.workdir is not None and processes.is_primary():
+            return with_health(experiment, programs, init_state(experiment, programs)), 0
+        if self._run.workdir is not None and processes.is_primary():
             # A run that goes on there would delete what is read here.
-            self._parts.workdir.claim()
+            self._run.workdir.claim()
         # Before the arrays, which can take minutes to read.
         meta = checkpoints.meta(latest, checked.OF_A_RUN)
-        state = self._parts.restore(latest)
+        state = restore(self._run, programs, latest)
         if self._allow_config_change:
-            state = self._parts.as_configured(state)
+            state = with_hyperparams(experiment, state)
         if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
             self._report.progress.message('The data restarts from the beginning.')
         self._tell_data_changes(latest, meta)
-        state = self._parts.examined(state, meta.get('health'))
+        state = with_health(experiment, programs, state, meta.get('health'))
         self._restore_early_stopping(meta)
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
         return state, latest
@@ -139,12 +140,12 @@ class Recovery:
         """Opens the run's files over those of the run that resumes from `step`."""
         # The next step donates its buffers: it can be used only once.
         self._paused = None
-        workdir, experiment = self._parts.workdir, self._parts.experiment
+        workdir, experiment = self._run.workdir, self._run.experiment
         if workdir is None or not processes.is_primary():
             return
         workdir.claim()
         run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
-        changes = workdir.begin(experiment.config, experiment.schedule_steps, run)
+        changes = workdir.begin(experiment.origin.config, experiment.origin.schedule_steps, run)
         self._running, self._failed = True, False
         workdir.forget_failure()
         if self._code is not None:
@@ -155,10 +156,10 @@ class Recovery:
             workdir.unmark_saved()
         if changes and step > 0:
             self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
-        before = self._parts.batch_sizes.changed_at(step)
+        before = self._run.batch_sizes.changed_at(step)
         if before is not None:
-            self._report.progress.message(resized(self._parts, step, before))
-        self._report.open(workdir.path, step, tensorboard=experiment.tensorboard)
+            self._report.progress.message(resized(experiment, self._run.batch_sizes, step, before))
+        self._report.open(workdir.path, step, tensorboard=experiment.logging.tensorboard)
 
     def count(self, batches: Prefetcher, step: int) -> None:
         """Counts the batches that the run has consumed up to a step."""
@@ -167,12 +168,12 @@ class Recovery:
 
     def check_saves(self) -> None:
         """Raises what a save in the background has failed of; does not wait for one."""
-        if self._parts.checkpoints is not None:
-            self._parts.checkpoints.check()
+        if self._run.checkpoints is not None:
+            self._run.checkpoints.check()
 
     def save(self, step: int, state: TrainState) -> bool:
         """Starts a save, unless this step has one; returns whether it did."""
-        checkpoints = self._parts.checkpoints
+        checkpoints = self._run.checkpoints
         if checkpoints is None or checkpoints.has(step):
             return False
         with self._report.time.spent('save'):
@@ -185,24 +186,24 @@ class Recovery:
                 **self._measured(step),
                 **self._consumed.meta(),
                 **health.kept(state.health),
-                'batch_sizes': self._parts.batch_sizes.parts,
-                'examples': self._parts.batch_sizes.examples(step),
+                'batch_sizes': self._run.batch_sizes.parts,
+                'examples': self._run.batch_sizes.examples(step),
                 'data': self._fingerprint,
                 'versions': versions(),
-                'config': diff.to_jsonable(self._parts.experiment.config),
+                'config': diff.to_jsonable(self._run.experiment.origin.config),
             }
             checkpoints.save(step, state, meta)
         return True
 
     def amend(self, step: int) -> None:
         """Adds to the checkpoint of a step what evaluations have measured since it was saved."""
-        if self._parts.checkpoints is not None:
+        if self._run.checkpoints is not None:
             self._report.sync()
-            self._parts.checkpoints.amend(step, self._measured(step))
+            self._run.checkpoints.amend(step, self._measured(step))
 
     def end(self, status: str, step: int, state: TrainState) -> None:
         """Waits for the saves, and writes `result.json` if the run is not merely paused."""
-        checkpoints, workdir = self._parts.checkpoints, self._parts.workdir
+        checkpoints, workdir = self._run.checkpoints, self._run.workdir
         if checkpoints is None or workdir is None:
             self._paused = (state, step)
             return
@@ -239,7 +240,7 @@ class Recovery:
         """
         if not self._is_worth_keeping(step, state, error, is_sound):
             return
-        checkpoints = self._parts.checkpoints
+        checkpoints = self._run.checkpoints
         if checkpoints is None:
             with contextlib.suppress(Exception):
                 self._report.flush()
@@ -254,7 +255,7 @@ class Recovery:
 
     def remember(self, step: int, state: TrainState) -> None:
         """Keeps the state for the next call, if there is no work directory to save it in."""
-        if self._parts.checkpoints is None and not donated.is_gone(state):
+        if self._run.checkpoints is None and not donated.is_gone(state):
             self._paused = (state, step)
 
     def _is_worth_keeping(
@@ -283,9 +284,9 @@ class Recovery:
 
         A save in progress is completed first.
         """
-        if self._parts.checkpoints is not None:
+        if self._run.checkpoints is not None:
             try:
-                self._parts.checkpoints.close()
+                self._run.checkpoints.close()
             except Exception as late:
                 error.add_note(f'A save in the background failed too: {late!r}')
         with contextlib.suppress(Exception):  # The pending row may be of a step that failed.
@@ -298,8 +299,8 @@ class Recovery:
                 self._record(failure.status(error), failure.describe(error, self._report.step))
         finally:
             self._running = False
-            if self._parts.workdir is not None:
-                self._parts.workdir.release()
+            if self._run.workdir is not None:
+                self._run.workdir.release()
 
     def record_exit(self, status: str, message: str) -> None:
         """Records how the run ends, when the process is about to exit.
@@ -313,7 +314,7 @@ class Recovery:
 
     def _record(self, status: str, error: Mapping[str, Any]) -> None:
         """Records the end of a run that has begun here, or has failed to begin."""
-        workdir = self._parts.workdir
+        workdir = self._run.workdir
         if workdir is None or not processes.is_primary():
             return
         if not workdir.is_this_run():  # It was deleted, or belongs to another run now.
@@ -330,7 +331,7 @@ class Recovery:
 
     def _saved_digests(self, step: int) -> tuple[str | None, str | None]:
         """Returns the digests of state and data at a step, if it is saved."""
-        checkpoints = self._parts.checkpoints
+        checkpoints = self._run.checkpoints
         with contextlib.suppress(CheckpointError, OSError):
             if checkpoints is not None and step in checkpoints.steps():
                 meta = checkpoints.meta(step)
@@ -339,7 +340,7 @@ class Recovery:
 
     def _check_workdir(self, step: int) -> None:
         """Checks that the directory has not been deleted; all processes must call it."""
-        workdir = self._parts.workdir
+        workdir = self._run.workdir
         if workdir is None or not processes.sum_over_processes(not workdir.is_this_run()):
             return
         raise SaveError(
@@ -354,8 +355,8 @@ class Recovery:
 
         Before anything else reads it: a save must not read a source that the run is reading.
         """
-        data = self._parts.experiment.data
-        if self._parts.checkpoints is not None and hasattr(type(data), 'first'):
+        data = self._run.experiment.data
+        if self._run.checkpoints is not None and hasattr(type(data), 'first'):
             self._fingerprint = fingerprint(data)
 
     def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:
@@ -365,14 +366,28 @@ class Recovery:
             return
         text = f'Warning: the training data has changed: {"; ".join(changes)}.'
         if before['examples'] != now['examples']:
-            text += ' ' + place_in_other_data(self._parts, step, before['examples'])
+            text += ' ' + place_in_other_data(
+                self._run.experiment, self._run.batch_sizes, step, before['examples']
+            )
         self._report.progress.message(text)
 
+    def _check_batch_sizes(self) -> None:
+        """Raises a UserError if the run cannot resume with the batch size of the experiment."""
+        run = self._run
+        if run.refusal is not None:
+            raise run.refusal
+        now = BatchSizes.of_run(run.workdir, run.experiment.clock.batch_size)
+        if now != run.batch_sizes and run.workdir is not None:
+            raise UserError(
+                f'the batch size of the run in {run.workdir.path} has changed since this Trainer '
+                'was created; create a new one'
+            )
+
     def _latest(self) -> int | None:
-        return None if self._parts.checkpoints is None else self._parts.checkpoints.latest()
+        return None if self._run.checkpoints is None else self._run.checkpoints.latest()
 
     def _measured(self, step: int) -> dict[str, Any]:
-        names = [n for n in self._parts.experiment.evals if self._report.has_eval(n, step)]
+        names = [n for n in self._run.experiment.evals if self._report.has_eval(n, step)]
         measured = {'evaluated': names, 'metrics': dict(self._report.latest)}
         if self.early_stopping is not None:
             measured['early_stopping'] = self.early_stopping.state()

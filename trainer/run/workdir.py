@@ -276,7 +276,7 @@ class Workdir:
         A metric that is not finite becomes null: JSON cannot represent it.
 
         Args:
-            status: see `trainer.trainer.Result`; 'failed' and 'diverged' too.
+            status: see `trainer.run.result.Result`; 'failed' and 'diverged' too.
             step: the last one that the run has reached.
             digest: of the state at that step; None if it was not saved.
             data_digest: of the batches up to that step; None if it is not known.

@@ -61,7 +61,8 @@ class StepContext:
         shards: number of devices that a batch's rows are spread over.
         log: when rows are logged; where that is known, norms are computed for those steps only.
         last_step: of the run; its row is logged too.
-        watches: whether updates stop when a value is not finite: see `health`.
+        watches: whether the state has a `health`, which notes labels out of range.
+        stops: whether that also notes what is not finite, and updates stop at either.
         sweeps: whether each step checks all gradients, parameters and slots for that, and slots
             stay as they are once updates have stopped. On a CPU that would cost a third of a small
             model's step. There a step checks its loss, and the trainer checks the rest now and
@@ -81,5 +82,6 @@ class StepContext:
     log: Periodic | None = None
     last_step: int = 0
     watches: bool = False
+    stops: bool = True
     sweeps: bool = False
     undoes: bool = False

@@ -236,7 +236,9 @@ def _watched(new: TrainState, old: TrainState, signs: Signs, ctx: StepContext) -
     """
     assert old.health is not None and new.health is not None and ctx.facts is not None
     excused = ctx.facts.handles_non_finite or old.loss_scale is not None
-    early = old.health.after_forward(signs, old.step + 1, losses=not excused)
+    early = old.health.after_forward(signs, old.step + 1, losses=ctx.stops and not excused)
+    if not ctx.stops:
+        return dataclasses.replace(new, health=early)
     health = choose(early.is_bad, early, new.health)
     # However many updates the function makes, this is one step.
     step = jnp.where(health.is_bad & ~early.is_bad, old.step + 1, health.bad_step)

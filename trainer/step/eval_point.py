@@ -19,6 +19,7 @@ from trainer.modules.model_view import param_path
 from trainer.step import views
 from trainer.step.optimizer import Optimizer
 from trainer.step.views import holds
+from trainer.tasks.returned import name_of
 
 
 def is_named(optimizer: Optimizer) -> bool:
@@ -83,7 +84,7 @@ def _asked(optimizer: Optimizer, params: Any, state: Any) -> Any:
     except Exception as error:
         accumulates = holds(state, optax.MultiStepsState)
         raise UserError(
-            f'{where}: {optimizer.eval_params!r} was called with the state of the optimizer '
+            f'{where}: {name_of(optimizer.eval_params)} was called with the state of the optimizer '
             f'({type(state).__name__}) and the parameters, and failed: {type(error).__name__}: '
             f'{error}. Give a function (state, parameters) -> parameters for this optimizer'
             + (', and accumulate with config.accumulate, not optax:MultiSteps' * accumulates)
@@ -92,8 +93,8 @@ def _asked(optimizer: Optimizer, params: Any, state: Any) -> Any:
     if expected != given:
         paths = [path for path in {**expected, **given} if expected.get(path) != given.get(path)]
         raise UserError(
-            f'{where}: {optimizer.eval_params!r} must return parameters with the same paths and '
-            f'shapes as those it is given, but differs at {", ".join(paths[:5])}'
+            f'{where}: {name_of(optimizer.eval_params)} must return parameters with the same paths '
+            f'and shapes as those it is given, but differs at {", ".join(paths[:5])}'
         )
     return views.merged(jax.tree.map(jnp.asarray, found))
 

@@ -16,7 +16,16 @@ from jax.sharding import Mesh
 
 from trainer.input.host_field import Kept
 from trainer.modules.rng import Keys
-from trainer.step import custom_step, ema, eval_point, objective, step_metrics, step_sizes, sweep
+from trainer.step import (
+    custom_step,
+    ema,
+    eval_point,
+    objective,
+    step_metrics,
+    step_sizes,
+    sweep,
+    views,
+)
 from trainer.step.context import Batch, StateFacts, StepContext
 from trainer.step.health import Health, handles_non_finite
 from trainer.step.loss_scale import LossScale
@@ -101,6 +110,7 @@ class TrainStep:
             seen = self.task.prepared(batch)
             keys = Keys(seed=context.seed, mode='init')
             variables = dict(context.model.init(self.task.task, seen, keys))
+        views.check_arrays(meta.unbox(variables))
         named = variables.pop('params')
         optimizer.check_statistics(meta.unbox(variables))
         state = TrainState(
@@ -134,7 +144,9 @@ class TrainStep:
         return Health.of(state.params, state.opt_state)
 
     def sweep(self, state: TrainState) -> Health:
-        """Returns the health of a state, checking its parameters and slots."""
+        """Returns the health of a state, checking its parameters and slots if updates may stop."""
+        if not self.context.stops:
+            return jax.tree.map(jnp.copy, state.health)
         return sweep.check(state, self.context)
 
     def eval_params(self, state: TrainState) -> Any:

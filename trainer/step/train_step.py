@@ -58,7 +58,7 @@ def train_step(
     if ctx.optimizer.freeze_statistics:
         collections = ctx.optimizer.held(state.collections, new.collections)
         new = dataclasses.replace(new, collections=collections)
-    if ctx.watches and ctx.sweeps:
+    if ctx.watches and ctx.stops and ctx.sweeps:
         new = sweep.check_update(new, before, ctx)
     return dataclasses.replace(new, metrics=merge_metrics(state.metrics, metrics))
 
@@ -156,7 +156,8 @@ def apply_update(
     )
     if ctx.ema_decay is not None:
         new = dataclasses.replace(new, ema=ema.moved(state.ema, new.params, ctx.ema_decay))
-    finite, metrics = None, {}
+    metrics: dict[str, Any] = {}
+    finite = None
     if ctx.sweeps or state.loss_scale is not None:
         finite = all_finite(grads, whole=ctx.facts.all_whole)
     if finite is not None and state.loss_scale is not None:
@@ -187,7 +188,9 @@ def skip_if_not_finite(
     # Where the optimizer or the loss scale has a rule for them, losses may be non-finite.
     excused = ctx.facts.handles_non_finite or old.loss_scale is not None
     if signs is not None:
-        health = health.after_forward(signs, step, losses=not excused)
+        health = health.after_forward(signs, step, losses=ctx.stops and not excused)
+    if not ctx.stops:
+        return dataclasses.replace(new, health=health)
     if finite is not None:
         health = check_gradients(health, finite, step, old.loss_scale, excused=excused)
     fields = UPDATED if ctx.sweeps else tuple(name for name in UPDATED if name != 'opt_state')

@@ -133,6 +133,26 @@ def completed(tree: Any, params: Any) -> Any:
         ) from error
 
 
+def check_arrays(variables: Any) -> None:
+    """Checks that all variables of a model are arrays or numbers.
+
+    Raises:
+        UserError: naming those that are not, such as text.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    other = [
+        f'{param_path(path)} ({type(x).__name__})'
+        for path, x in leaves
+        if not hasattr(x, 'dtype') and not isinstance(x, complex | float | int)
+    ]
+    if other:
+        more = f' and {len(other) - 5} more' if len(other) > 5 else ''
+        raise UserError(
+            f'the model keeps {", ".join(other[:5])}{more} among its variables, which must be '
+            'arrays: training keeps and saves them. Keep other objects in attributes of the module'
+        )
+
+
 def check_numbers(params: Any) -> None:
     """Checks that all parameters are floating-point or complex.
 

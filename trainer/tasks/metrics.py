@@ -146,8 +146,10 @@ def is_metric(node: Any) -> bool:
 def merge_metrics(old: Any, new: Any) -> Any:
     """Returns the accumulation of two trees of metrics of the same structure."""
     before, structure = jax.tree.flatten(old, is_leaf=is_metric)
-    after = structure.flatten_up_to(new)
-    return structure.unflatten([a.merge(b) for a, b in zip(before, after, strict=True)])
+    after, other = jax.tree.flatten(new, is_leaf=is_metric)
+    if structure != other:
+        raise ValueError(f'metrics of other names: {other} after {structure}')
+    return jax.tree.unflatten(structure, [a.merge(b) for a, b in zip(before, after, strict=True)])
 
 
 def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -180,12 +180,11 @@ class TaskRunner:
         is_checked = self.is_weighted is not None and isinstance(result, TaskOutput)
         output = result if is_checked else self._as_output(result, batch)
         given, mask = output.weights, batch.get(MASK)
-        losses, is_lone = output.loss, not isinstance(output.loss, Mapping)
-        if is_lone:
-            losses = {ONLY_LOSS: losses}
-        else:
+        losses: dict[str, Any] = {ONLY_LOSS: output.loss}
+        if isinstance(output.loss, Mapping):
             # The metrics count the rows of any of the losses: all have the same rows.
-            losses = {**losses, METRIC_WEIGHTS: next(iter(losses.values()))}
+            losses = {**output.loss, METRIC_WEIGHTS: next(iter(output.loss.values()))}
+        is_lone = list(losses) == [ONLY_LOSS]
         named = given if isinstance(given, Mapping) else dict.fromkeys(losses, given)
         weights = {}
         for name, loss in losses.items():
@@ -267,9 +266,9 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
     All are float32 scalars: their quotients plus the penalties are the losses of a batch.
     """
     totals, weights = {}, {}
-    several = isinstance(output.loss, Mapping)
-    for name, loss in (output.loss if several else {ONLY_LOSS: output.loss}).items():
-        mine = output.weights[name] if several else output.weights
+    losses: Any = output.loss if isinstance(output.loss, Mapping) else {ONLY_LOSS: output.loss}
+    for name, loss in losses.items():
+        mine = output.weights[name] if isinstance(output.weights, Mapping) else output.weights
         full = broadcast_weights(jnp.asarray(mine), loss.shape)
         # Values of weight 0 may be anything: 0 x NaN is not 0.
         totals[name] = jnp.sum(jnp.where(full != 0, loss.astype(jnp.float32) * full, 0.0))

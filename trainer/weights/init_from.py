@@ -6,17 +6,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from trainer.config import targets
 from trainer.config.errors import UserError, shown
-from trainer.config.sections import InitFromSection
 from trainer.weights import flax_layout, flax_optim, pre_linen, torch_layout
 from trainer.weights import leaves as lib
 from trainer.weights.leaves import Weights, listed, place
 from trainer.weights.read import Leaves, below, open_tree
 
-_WHERE = 'config.init_from'
+WHERE = 'config.init_from'
 _PAIRS = {
     'rename': '(pattern, replacement) pairs',
     'flatten': '(pattern, (channels, height, width)) pairs',
@@ -60,7 +58,7 @@ class InitFrom:
     on_missing: Literal['error', 'init'] = 'error'
     ema: bool = False
     optimizer: bool = False
-    where: str = f'{_WHERE}.'
+    where: str = f'{WHERE}.'
 
     def __post_init__(self) -> None:
         """Raises a UserError for a pattern that is none, and for keys that do not go together."""
@@ -86,29 +84,15 @@ class InitFrom:
         if self.layout != 'flax' and self.member is not None:
             raise UserError(f'{self.where}member: layout={self.layout!r} has no ensembles')
 
-    @classmethod
-    def of(cls, section: InitFromSection | None) -> InitFrom | None:
-        """Returns what a config's section asks for."""
-        if section is None:
-            return None
-        given = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
-        for name in ('include', 'exclude'):
-            patterns = given[name]
-            given[name] = (patterns,) if isinstance(patterns, str) else patterns or ()
-        given['rename'] = tuple(
-            pair for index, entry in enumerate(section.rename) for pair in _pairs(entry, index)
-        )
-        return cls(**given)
-
     @property
     def in_config(self) -> bool:
         """Whether these are keys of a config, rather than arguments of a function."""
-        return self.where == f'{_WHERE}.'
+        return self.where == f'{WHERE}.'
 
     @property
     def title(self) -> str:
         """What messages begin with that name no key."""
-        return f'{_WHERE}: ' if self.in_config else ''
+        return f'{WHERE}: ' if self.in_config else ''
 
     def read(self, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
         """Returns what the checkpoint holds, under the paths of the model; nothing is loaded yet.
@@ -190,22 +174,10 @@ def _member(weights: Weights, member: int) -> Weights:
     sizes = {shape[0] if shape else None for shape in shapes}
     size = sizes.pop()
     if sizes or size is None:
-        raise UserError(f'{_WHERE}.member: the checkpoint is not that of an ensemble')
+        raise UserError(f'{WHERE}.member: the checkpoint is not that of an ensemble')
     if not 0 <= member < size:
-        raise UserError(f'{_WHERE}.member: the ensemble has the members 0 to {size - 1}')
+        raise UserError(f'{WHERE}.member: the ensemble has the members 0 to {size - 1}')
     return {path: lib.HostLeaf(array[member]) for path, array in lib.hosts(weights).items()}
-
-
-def _pairs(entry: Any, index: int) -> Sequence[tuple[str, str]]:
-    """Returns one pair of a config as it is, and all those that a name stands for."""
-    if not isinstance(entry, Mapping):
-        return [entry]
-    path = f'{_WHERE}.rename[{index}]'
-    named = targets.instantiate(entry, path)
-    is_list = isinstance(named, (tuple, list))
-    if not is_list or not all(isinstance(p, tuple) and len(p) == 2 for p in named):
-        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {shown(named)}')
-    return named
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:

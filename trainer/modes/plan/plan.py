@@ -12,14 +12,15 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 
+from trainer.experiment import Experiment
 from trainer.modes.plan import collectives
 from trainer.modes.plan.collectives import Collective
 from trainer.modes.plan.devices import KINDS, DeviceKind
 from trainer.observe import flops
 from trainer.observe.table import bytes_per_device, human_bytes, nbytes
 from trainer.parallel.mesh import batch_shards
-from trainer.run import startup
-from trainer.run.setup import Parts
+from trainer.run import checks
+from trainer.run.setup import Setup
 
 _KINDS_OF_STATE = {
     'parameters': 'params',
@@ -77,16 +78,15 @@ class Plan:
         return sum(each.sent_bytes for each in self.collectives)
 
 
-def make(parts: Parts) -> Plan:
+def make(experiment: Experiment, setup: Setup) -> Plan:
     """Compiles the train step and returns what it needs; nothing runs.
 
     Raises:
         UserError: as the start of a run would.
     """
-    experiment, programs = parts.experiment, parts.programs
-    startup.check_batch(experiment, batch_shards(parts.mesh))
-    state, mesh = programs.abstract, dict(parts.mesh.shape)
-    shards, spec = batch_shards(parts.mesh), programs.fields.shapes
+    programs, shards = setup.programs, batch_shards(setup.mesh)
+    checks.check_batch(experiment, shards)
+    state, mesh, spec = programs.abstract, dict(setup.mesh.shape), programs.fields.shapes
     step = programs.step
     found, complete = collectives.find(step.ready().as_text() or '', mesh)
     kinds = {

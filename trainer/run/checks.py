@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is derived once before the loop: shapes, checks, and the summary that the user sees."""
+"""Checks and warnings at the start of a run: what does not fit, and what will never happen."""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -15,15 +14,13 @@ from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.input.fields import MASK
 from trainer.modules.model_view import param_path
-from trainer.observe.table import bytes_per_device, human_bytes, parameter_table
-from trainer.parallel.mesh import BATCH_AXES, batch_shards
+from trainer.parallel.mesh import BATCH_AXES
 from trainer.parallel.sharding import logical_rules
 from trainer.run.events import Events
+from trainer.step import combinations
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-
-if TYPE_CHECKING:
-    from trainer.run.setup import Parts
+from trainer.step.train_step import default_step
 
 _log = logging.getLogger('trainer')
 
@@ -34,24 +31,50 @@ def check_batch(experiment: Experiment, shards: int) -> None:
     Raises:
         UserError: naming batch sizes that would.
     """
-    rows, parts = experiment.clock.batch_size, shards * experiment.accumulate
+    rows, parts = experiment.clock.batch_size, shards * experiment.training.accumulate
     if rows % parts == 0:
         return
     below, above = rows // parts * parts, -(-rows // parts) * parts
     near = f'{above}' if below == 0 else f'{below} or {above}'
     raise UserError(
         f'config.data.batch_size: {rows} rows do not divide over {shards} devices x '
-        f'{experiment.accumulate} accumulation slices; {near} would'
+        f'{experiment.training.accumulate} accumulation slices; {near} would'
     )
+
+
+def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> None:
+    """Checks what the traced state shows, and warns of what is suspicious in it.
+
+    Raises:
+        UserError: if the optimizer's state does not fit other keys of the config.
+    """
+    state = programs.abstract
+    combinations.check(
+        experiment.optimizer,
+        state.opt_state,
+        ema=experiment.training.ema_decay is not None,
+        own_step=experiment.step is not default_step,
+    )
+    combinations.warn_of_eval_point(experiment.optimizer, state.opt_state)
+    warn_of_slices(experiment, state)
+    warn_of_rows_that_do_not_count(programs)
+    warn_of_idle_axes(experiment, state, mesh)
+
+
+def warn_at_start(experiment: Experiment, events: Events, state: TrainState, mesh: Mesh) -> None:
+    """Warns of what this run asks for in vain, and of gradients that may be wrong."""
+    warn_of_what_never_comes(experiment)
+    warn_of_best(experiment, events)
+    warn_of_wrong_gradients(state, mesh)
 
 
 def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
     """Says that batch statistics are those of slices, where a batch is cut into some."""
-    if experiment.accumulate > 1 and 'batch_stats' in state.collections:
+    if experiment.training.accumulate > 1 and 'batch_stats' in state.collections:
         _log.warning(
             'the model has batch statistics and config.accumulate=%d: each slice is normalised by '
             'its own, so the update is not quite that of the whole batch',
-            experiment.accumulate,
+            experiment.training.accumulate,
         )
 
 
@@ -78,7 +101,7 @@ def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> 
     Axes that rules by name mention are left out, for activations may be cut over them.
     """
     used = set(BATCH_AXES)
-    for _, axes in logical_rules(experiment.sharding):
+    for _, axes in logical_rules(experiment.devices.sharding):
         used.update((axes,) if isinstance(axes, str) else axes or ())
     for leaf in jax.tree.leaves(state):
         for axes in leaf.sharding.spec:
@@ -120,17 +143,17 @@ def warn_of_wrong_gradients(state: TrainState, mesh: Mesh) -> None:
 
 def warn_of_what_never_comes(experiment: Experiment) -> None:
     """Says which keys ask for something that this run is too short for."""
-    total = experiment.total_steps
+    total = experiment.training.total_steps
     late = []
-    if experiment.profile is not None and experiment.profile.start >= total:
+    if experiment.logging.profile is not None and experiment.logging.profile.start >= total:
         late.append('config.profile')
-    for name, capture in experiment.captures.items():
+    for name, capture in experiment.logging.captures.items():
         first = capture.every.next_due(0)
         if first is not None and first > total:
             late.append(f'config.capture.{name}')
     if late:
         _log.warning('%s: never comes in a run of %d steps', ', '.join(late), total)
-    if (early := experiment.early_stopping) is not None:
+    if (early := experiment.training.early_stopping) is not None:
         name = early.metric.split('/')[1]
         every = experiment.evals[name].every
         first = experiment.clock.period(every, path=f'config.evals.{name}.every').next_due(0)
@@ -147,10 +170,10 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
 
     A checkpoint is judged by an evaluation at the same step.
     """
-    metric = experiment.retention.best_metric
+    metric = experiment.saving.retention.best_metric
     if metric is None:
         return
-    name, total = metric.split('/')[1], experiment.total_steps
+    name, total = metric.split('/')[1], experiment.training.total_steps
     evals, save = events.evals[name], events.save
     at_end, first = name in events.evals_due(total), evals.next_due(0)
     if at_end and (first is None or first >= total):
@@ -159,7 +182,7 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
         return
     periods = (
         f'config.evals.{name}.every={str(experiment.evals[name].every)!r}',
-        f'config.checkpoint.every={str(experiment.save_every)!r}',
+        f'config.checkpoint.every={str(experiment.saving.every)!r}',
     )
     wanted = periods[0].partition('=')[2]
     fix = f'set --config.checkpoint.every={wanted}'
@@ -192,73 +215,9 @@ def _meet_before(one: Periodic, other: Periodic, end: int) -> bool:
     return False
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the runtime failed for want of memory; the CPU backend says so in words only."""
-    return 'RESOURCE_EXHAUSTED' in str(error) or 'Out of memory' in str(error)
-
-
-def explain_out_of_memory(parts: Parts, error: Exception) -> str:
-    """Returns what fills a device's memory, and what would help."""
-    state, spec = parts.programs.abstract, parts.programs.fields.shapes
-    batch = sum(math.prod(s.shape) * s.dtype.itemsize for s in spec.values())
-    lines = [
-        'the device is out of memory.',
-        f'  state        {human_bytes(bytes_per_device(state))} on each device (parameters '
-        f'{human_bytes(bytes_per_device(state.params))}, '
-        f'optimizer {human_bytes(bytes_per_device(state.opt_state))})',
-        f'  batch        {human_bytes(batch / batch_shards(parts.mesh))} on each device',
-    ]
-    temporary = parts.programs.step.temporary_bytes()
-    if temporary is not None:
-        lines.append(f'  temporaries  {human_bytes(temporary)} in the train step')
-    lines += [
-        'A smaller config.data.batch_size or a larger config.accumulate shrinks the temporaries; '
-        'a smaller model or a leaner optimizer shrinks the state.',
-        f'The runtime said: {str(error).splitlines()[0].split(": ")[-1]}',
-    ]
-    return '\n'.join(lines)
-
-
-def summary(parts: Parts, step: int) -> str:
-    """Returns what a run that starts at `step` says of itself."""
-    experiment, state = parts.experiment, parts.programs.abstract
-    devices = jax.devices()
-    shards = batch_shards(parts.mesh)
-    mesh = ' x '.join(f'{name} {size}' for name, size in parts.mesh.shape.items())
-    per_epoch = experiment.clock.steps_per_epoch
-    batch = experiment.clock.batch_size
-    workdir = 'none (nothing is written)' if parts.workdir is None else parts.workdir.path
-    lines = [
-        parameter_table(state.params, state.collections),
-        '',
-        f'devices   {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh {mesh}',
-        f'state     {human_bytes(bytes_per_device(state))} on each device',
-        f'batch     {batch} rows, {batch // shards} on each device',
-        f'length    {experiment.total_steps:,} steps'
-        + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else '')
-        + (' at the current batch size' if per_epoch and experiment.clock.progress else ''),
-        f'workdir   {workdir}',
-        f'start     {_start(experiment, step)}',
-    ]
-    if (ensemble := experiment.ensemble) is not None:
-        members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
-        lines += [f'ensemble  {ensemble.size} members', *(f'  {member}' for member in members)]
-    return '\n'.join(lines)
-
-
 def watched_metrics(experiment: Experiment) -> dict[str, str]:
     """Returns the metrics that decide something, by the config path that names each."""
-    early, best = experiment.early_stopping, experiment.retention.best_metric
+    early, best = experiment.training.early_stopping, experiment.saving.retention.best_metric
     found = {'config.early_stopping.metric': early.metric if early else None}
     found['config.checkpoint.best.metric'] = best
     return {path: metric for path, metric in found.items() if metric is not None}
-
-
-def _start(experiment: Experiment, step: int) -> str:
-    if step > 0:
-        return f'resumed from step {step:,}'
-    weights = experiment.init_from
-    if weights is None:
-        return 'from the beginning'
-    member = '' if weights.member is None else f'member {weights.member} of '
-    return f'from the beginning, with weights of {member}{weights.path}'

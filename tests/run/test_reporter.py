@@ -9,7 +9,7 @@ import pathlib
 
 import pytest
 
-from trainer.observe.reporter import Reporter
+from trainer.run.reporter import Reporter
 
 
 def test_the_wait_for_data_is_a_mean_over_the_steps_of_a_row(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From `config.model` and `config.precision` to the model's functional interface."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import objects, targets
+from trainer.config.errors import UserError
+from trainer.config.sections import PrecisionSection, Sections
+from trainer.modules import Functional, functional
+from trainer.modules.foreign import refusal_of_class
+from trainer.modules.precision import AS_IS, Precision
+
+_PATH = 'config.model'
+
+
+def check_model(node: Any) -> None:
+    """Refuses a model of another library, and a function of inputs, by what they are.
+
+    Raises:
+        UserError: naming what it is, and what to do.
+    """
+    if not isinstance(node, Mapping) or 'target' not in node:
+        return
+    target = objects.resolve(node['target'], f'{_PATH}.target')
+    if (reason := refusal_of_class(target)) is not None:
+        raise UserError(reason)
+    try:
+        targets.check(node, _PATH)
+    except UserError as error:
+        if inspect.isroutine(target) and ' is missing: ' in str(error):
+            raise UserError(
+                f'{error}. A function that is the target of config.model makes the model: it is '
+                'called once, with the other keys of config.model, and not with inputs'
+            ) from error
+        raise
+
+
+def build_model(sections: Sections) -> Functional:
+    """Returns the model's functional interface; an NNX module is made later, with its parameters.
+
+    Raises:
+        UserError: if it is no model.
+    """
+    if isinstance(sections.model.get('rngs'), int):
+        raise UserError(f'{_PATH}.rngs: leave it out; random numbers come from config.seed')
+    if targets.takes(sections.model, 'rngs', _PATH):  # NNX makes its parameters with the module.
+        module: Any = functools.partial(_with_rngs, sections.model)
+    else:
+        module = targets.instantiate(sections.model, _PATH)
+    wanted = sections.precision
+    precision = AS_IS
+    if wanted is not None:
+        precision = Precision(params=wanted.params, compute=wanted.compute, output=wanted.output)
+    try:
+        return functional(module, precision, named=sections.profile is not None)
+    except TypeError as error:
+        raise UserError(str(error)) from error
+
+
+def build_loss_scale(precision: PrecisionSection | None) -> float | None:
+    """Returns the first value of the dynamic loss scale; None for none."""
+    if precision is None:
+        return None
+    if precision.loss_scale is None:
+        return 2.0**16 if 'float16' in (precision.params, precision.compute) else None
+    return precision.loss_scale or None
+
+
+def _with_rngs(node: Any, rngs: Any) -> Any:
+    return targets.instantiate(node, _PATH, {'rngs': rngs})

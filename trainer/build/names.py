@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks every name in a config before any object is made, so that a typo costs no data loading."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from trainer.build.model import check_model
+from trainer.build.optimizer import check_optimizer, check_step
+from trainer.config import objects, targets
+from trainer.config.durations import Duration
+from trainer.config.errors import UserError, shown
+from trainer.config.sections import Sections
+
+# What has a check of its own, or names nothing.
+_OTHERS = ('vars', 'optimizer', 'step', 'ensemble')
+
+
+def check_names(sections: Sections) -> None:
+    """Checks that every target exists and takes its arguments; nothing is called.
+
+    Raises:
+        UserError: for a name that does not exist, or an argument that does not fit.
+    """
+    check_model(sections.model)
+    for field in dataclasses.fields(sections):
+        if field.name not in _OTHERS:
+            _check_below(getattr(sections, field.name), f'config.{field.name}')
+    check_optimizer(sections.optimizer)
+    check_step(sections.step)
+
+
+def _check_below(value: Any, path: str) -> None:
+    if dataclasses.is_dataclass(value) and not isinstance(value, Duration):
+        for field in dataclasses.fields(value):
+            _check_below(getattr(value, field.name), f'{path}.{field.name}')
+    elif isinstance(value, dict) and 'target' not in value and 'ref' not in value:
+        for name, item in value.items():
+            _check_below(item, f'{path}.{name}')
+    elif path.endswith('.loader'):
+        if 'target' not in value:
+            raise UserError(
+                f"{path}: expected a dict with 'target', a class like data.loader:TrainLoader that "
+                f'is given the source; got {shown(value)}'
+            )
+        objects.resolve(value['target'], f'{path}.target')
+    else:
+        targets.check(value, path)

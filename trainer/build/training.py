@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From keys that say how long, and how, a run trains, to numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from trainer.build.data import positive
+from trainer.config import targets
+from trainer.config.durations import Clock, Progress
+from trainer.config.errors import UserError
+from trainer.config.sections import Sections
+from trainer.observe.profile import Window
+from trainer.parallel.sharding import BUILT_IN, Rule
+from trainer.tasks.runner import TaskRunner
+
+
+def build_clock(sections: Sections, data: Any) -> tuple[Clock, int]:
+    """Returns what turns durations into steps of a run with this loader, and the run's length.
+
+    Raises:
+        UserError: for a duration that has no meaning here, or too many steps.
+    """
+    marks = getattr(data, 'marks', ())
+    clock = Clock(
+        batch_size=sections.data.batch_size,
+        steps_per_epoch=data.steps_per_epoch,
+        progress=Progress(marks) if marks else None,
+    )
+    total = clock.step_after(sections.train_for, path='config.train_for')
+    if total >= 2**31:
+        raise UserError(f'config.train_for: {total:.3g} steps; the state counts to 2^31 - 1')
+    return dataclasses.replace(clock, total_steps=total), total
+
+
+def build_accumulate(sections: Sections, task: TaskRunner) -> int:
+    """Returns the number of slices that a batch is cut into.
+
+    Raises:
+        UserError: if the task's examples depend on each other.
+    """
+    slices = positive(sections.accumulate, 'config.accumulate')
+    if slices > 1 and not getattr(task.task, 'decomposable', True):
+        raise UserError(
+            f'config.accumulate: {slices} slices of a batch are not the batch: the examples of '
+            f'{type(task.task).__name__} depend on each other (decomposable = False)'
+        )
+    return slices
+
+
+def build_ema_decay(sections: Sections) -> float | None:
+    """Returns the decay of the parameters' moving average; None for no average.
+
+    Raises:
+        UserError: if it is not from 0 to below 1.
+    """
+    decay = sections.ema.decay if sections.ema else None
+    if decay is not None and not 0 <= decay < 1:
+        raise UserError(f'config.ema.decay: expected a number from 0 to below 1, got {decay}')
+    return decay
+
+
+def build_sharding(sections: Sections) -> tuple[Rule, ...]:
+    """Returns the rules that shard parameters over the mesh, in order of precedence."""
+    given, path = sections.sharding, 'config.sharding'
+    if not isinstance(given, tuple):
+        return (_rule(given, path),)
+    return tuple(_rule(rule, f'{path}[{index}]') for index, rule in enumerate(given))
+
+
+def build_hooks(sections: Sections) -> dict[str, Any]:
+    """Returns what is called with each event, by name."""
+    return {
+        name: targets.instantiate(node, f'config.hooks.{name}')
+        for name, node in sections.hooks.items()
+    }
+
+
+def build_profile(sections: Sections, clock: Clock) -> Window | None:
+    """Returns the steps that are traced, or None."""
+    given = sections.profile
+    if given is None:
+        return None
+    start = clock.step_after(given.start, path='config.profile.start')
+    return Window(start, start + positive(given.steps, 'config.profile.steps'))
+
+
+def _rule(given: Any, path: str) -> Rule:
+    return BUILT_IN[given] if isinstance(given, str) else targets.instantiate(given, path)

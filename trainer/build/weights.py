@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From `config.init_from` and `config.surgery` to where the first weights come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trainer.config import targets
+from trainer.config.errors import UserError, shown
+from trainer.config.sections import Sections
+from trainer.weights.init_from import WHERE, InitFrom
+from trainer.weights.surgery import Operation
+
+
+def build_init_from(sections: Sections) -> InitFrom | None:
+    """Returns what the config loads into a fresh run, or None.
+
+    Raises:
+        UserError: for a pattern that is none, and for keys that do not go together.
+    """
+    section = sections.init_from
+    if section is None:
+        return None
+    given = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    for name in ('include', 'exclude'):
+        patterns = given[name]
+        given[name] = (patterns,) if isinstance(patterns, str) else patterns or ()
+    given['rename'] = tuple(
+        pair for index, entry in enumerate(section.rename) for pair in _pairs(entry, index)
+    )
+    return InitFrom(**given)
+
+
+def build_surgery(sections: Sections) -> tuple[Operation, ...]:
+    """Returns the operations on the first weights, in order."""
+    return tuple(
+        targets.instantiate(node, f'config.surgery[{index}]')
+        for index, node in enumerate(sections.surgery)
+    )
+
+
+def _pairs(entry: Any, index: int) -> Sequence[tuple[str, str]]:
+    """Returns one pair of a config as it is, and all those that a name stands for."""
+    if not isinstance(entry, Mapping):
+        return [entry]
+    path = f'{WHERE}.rename[{index}]'
+    named = targets.instantiate(entry, path)
+    is_list = isinstance(named, (tuple, list))
+    if not is_list or not all(isinstance(p, tuple) and len(p) == 2 for p in named):
+        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {shown(named)}')
+    return named

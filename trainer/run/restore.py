@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a run: its first one, and those of its checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer.checkpoint.errors import CheckpointError
+from trainer.config.errors import UserError
+from trainer.ensemble import hyperparams
+from trainer.experiment import Experiment
+from trainer.parallel.host import fetch
+from trainer.run.setup import Run
+from trainer.step import health
+from trainer.step.programs import Programs
+from trainer.step.state import TrainState
+from trainer.weights.first_state import start
+
+
+def init_state(experiment: Experiment, programs: Programs) -> TrainState:
+    """Returns the first state of a run, every leaf created on the devices that hold it.
+
+    Raises:
+        UserError: if the weights of `config.init_from` do not fit the model.
+    """
+    return start(
+        programs.init(),
+        experiment.start.weights,
+        experiment.start.surgery,
+        restarted=lambda state: programs.restarted(state),
+        members=experiment.ensemble is not None,
+    )
+
+
+def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
+    """Returns the state of a checkpoint of the work directory.
+
+    Args:
+        run: whose checkpoints.
+        programs: of its training.
+        step: a number, 'latest' or 'best'.
+
+    Raises:
+        UserError: if there is no such checkpoint.
+        CheckpointError: if its arrays are not those that were saved.
+    """
+    checkpoints, experiment = run.checkpoints, run.experiment
+    if checkpoints is None:
+        raise UserError('restore: this trainer has no work directory')
+    if step == 'best' and experiment.saving.retention.best_metric is None:
+        raise UserError(
+            "step 'best' needs a metric, and this config names none: add "
+            '--config.checkpoint.best.metric=eval/NAME/accuracy'
+        )
+    if run.workdir is not None and not run.workdir.path.exists():
+        raise UserError(f'there is no run in {run.workdir.path}')
+    steps = checkpoints.steps()
+    named = {'latest': checkpoints.latest, 'best': checkpoints.best}
+    number = int(step) if str(step).isascii() and str(step).isdigit() else None
+    found = named[str(step)]() if step in named else number
+    if found is None or found not in steps:
+        have = ', '.join(map(str, steps)) or 'none'
+        raise UserError(f'no checkpoint {step!r} in {checkpoints.directory}; there: {have}')
+    state = checkpoints.restore(found, programs.abstract)
+    if experiment.ensemble is None:
+        return state
+    # An evaluation leaves out members that have diverged.
+    kept = checkpoints.meta(found).get('health')
+    return state if kept is None else _with_health(state, _clean_health(programs), kept)
+
+
+def with_health(
+    experiment: Experiment, programs: Programs, state: TrainState, kept: Any = None
+) -> TrainState:
+    """Returns a fresh or restored state with the health to resume from.
+
+    Args:
+        experiment: what is trained.
+        programs: of its training.
+        state: fresh, or of a checkpoint.
+        kept: what `health.kept` returned when it was saved.
+
+    Raises:
+        CheckpointError: if that is of another shape.
+    """
+    found = _clean_health(programs)
+    if found is None:
+        return state
+    state = dataclasses.replace(state, health=found)
+    if experiment.ensemble is not None or fetch(programs.sweep(state).kind):
+        found = programs.examine(state.durable)  # Mostly there is nothing to count.
+    return _with_health(state, found, kept)
+
+
+def with_hyperparams(experiment: Experiment, state: TrainState) -> TrainState:
+    """Returns a restored state with the numbers that `config.ensemble.vary` has now."""
+    ensemble = experiment.ensemble
+    if ensemble is None:
+        return state
+    opt_state = hyperparams.written(state.opt_state, ensemble.values)
+    return dataclasses.replace(state, opt_state=opt_state)
+
+
+def _clean_health(programs: Programs) -> health.Health | None:
+    """Returns the health of a finite state; None if the run does not look at it."""
+    abstract = programs.abstract.health
+    if abstract is None:
+        return None
+    zeros = np.zeros(abstract.packed.shape, np.int32)
+    return health.Health(jax.device_put(zeros, abstract.packed.sharding))
+
+
+def _with_health(state: TrainState, clean: health.Health | None, kept: Any) -> TrainState:
+    """Returns a state with its health, given what `health.kept` returned when it was saved."""
+    if clean is None:
+        return state
+    try:
+        return dataclasses.replace(state, health=health.restored(clean, kept))
+    except ValueError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' of its "
+            f'metadata: {error}. Remove its directory to resume from an older one.'
+        ) from error
