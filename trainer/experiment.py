@@ -42,7 +42,7 @@ from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.ensemble.step import Ensemble
 from trainer.hooks import Event
-from trainer.modules import Functional
+from trainer.modules.functional import Functional
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import Rule
 from trainer.step.context import StepFunction

@@ -468,7 +468,10 @@ class Trainer:
         if experiment.ensemble is not None:
             assert member is not None
             state = member_state(state, member)
-        return experiment.model.for_notebook(state.variables)
+        # Here, since importing Klinen registers it: a run without Klinen modules does not pay.
+        from trainer.klinen.notebook import for_notebook
+
+        return for_notebook(experiment.model, state.variables)
 
     def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
         """Returns the metrics of each evaluation of the config: numbers by name, and `arrays`.

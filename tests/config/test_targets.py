@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.command import ROOT
-from trainer.config import objects, targets
+from trainer.config import objects, signatures, targets
 from trainer.config.errors import UserError
 
 HERE = __name__
@@ -204,7 +204,7 @@ def test_how_imports_fail(tmp_path: pathlib.Path, text: str, message: str) -> No
 
 @pytest.mark.parametrize('name', ['partial', 'wrapped', 'partly_wrapped', 'nested_partial'])
 def test_signatures_are_looked_through(name: str) -> None:
-    parameters, open_ended = targets.arguments(globals()[name])
+    parameters, open_ended = signatures.arguments(globals()[name])
     assert {'a', 'b'} <= set(parameters)
     assert not open_ended
     with pytest.raises(UserError, match=r"takes no argument 'bb'\. Did you mean config\.x\.b\?"):

@@ -23,7 +23,7 @@ from data.transforms import ToFloat
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import EvalStep, Evaluator
 from trainer.evaluate.pad import pad_shard_unpad
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.parallel.mesh import batch_shards
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner

@@ -20,7 +20,7 @@ from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.inspect.forward import Forward
 from trainer.inspect.gradient_probe import Gradient, gradients
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.parallel.mesh import make_mesh
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner

@@ -26,7 +26,7 @@ from models.recurrent import Seq2Seq
 from models.resnet import ResNet
 from models.transformer import Transformer
 from tests.command import ROOT
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 from trainer.observe import flops

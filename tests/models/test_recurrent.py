@@ -16,7 +16,7 @@ from models.recurrent import Seq2Seq
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 from trainer.tasks.language import Answer

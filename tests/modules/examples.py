@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 

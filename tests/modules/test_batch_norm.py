@@ -20,7 +20,7 @@ from models.norm import GroupedBatchNorm
 from models.resnet import ResNet
 from trainer.config.errors import UserError
 from trainer.evaluate.step import EvalStep
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.parallel.mesh import make_mesh
 from trainer.step.context import StepContext

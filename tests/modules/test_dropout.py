@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import make_mesh
 from trainer.parallel.sharding import ByPath

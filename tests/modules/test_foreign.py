@@ -15,7 +15,7 @@ from flax import nnx
 
 from tests.modules.learning import learned, trainer
 from trainer.config.errors import UserError, full_text
-from trainer.modules import functional
+from trainer.modules.functional import functional
 
 
 class Callable4:

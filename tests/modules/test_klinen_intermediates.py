@@ -15,9 +15,9 @@ import pytest
 from tests.modules.examples import bind, init, same
 from tests.modules.test_klinen import MLP, RNG, AutoEncoder, X
 from trainer import klinen as knn
-from trainer.modules import functional
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 
 

@@ -14,7 +14,7 @@ from flax import errors
 
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 
 

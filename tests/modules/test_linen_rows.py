@@ -17,7 +17,7 @@ from flax.core.scope import DenyList
 
 from data.sources import ArraySource
 from tests.modules.learning import learned
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 

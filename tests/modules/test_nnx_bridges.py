@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.modules.examples import X, bind, init, same
 from tests.modules.test_nnx_trainer import experiment
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
 

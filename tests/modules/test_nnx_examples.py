@@ -16,7 +16,7 @@ from flax import nnx
 
 from tests.command import ROOT
 from trainer.experiment import Experiment, load_and_build
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.tasks.task import TaskOutput
 from trainer.trainer import Trainer

@@ -13,8 +13,8 @@ from flax import nnx
 
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
-from trainer.modules import functional
 from trainer.modules.ensemble import EnsembleModel
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 
 

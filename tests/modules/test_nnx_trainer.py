@@ -19,7 +19,7 @@ from tests.command import ROOT
 from tests.modules.examples import init
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
 

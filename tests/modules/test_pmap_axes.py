@@ -22,7 +22,7 @@ from trainer import klinen as knn
 from trainer.config.errors import UserError
 from trainer.modes import dry_run, export
 from trainer.modes.plan import plan
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 
 NOTICE = "names the axis 'batch' of jax.pmap"

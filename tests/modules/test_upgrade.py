@@ -20,7 +20,7 @@ from data.sources import ArraySource
 from tests.modules.examples import X, bind, init
 from trainer.config.loading import LoadedConfig
 from trainer.experiment import build
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.parallel.mesh import make_mesh
 from trainer.step.context import StepContext
 from trainer.step.one_model import TrainStep

@@ -14,7 +14,7 @@ import pytest
 from models.mlp import MLP
 from tests.step import gan
 from trainer.config.errors import UserError
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.context import StepContext

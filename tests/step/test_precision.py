@@ -20,7 +20,7 @@ from flax import nnx
 from models.mlp import MLP
 from tests.command import ROOT
 from trainer.experiment import load_and_build
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh

@@ -15,7 +15,7 @@ import pytest
 from models.cnn import CNN
 from models.mlp import MLP
 from trainer.config.errors import UserError
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.context import StepContext
 from trainer.step.one_model import TrainStep

@@ -17,7 +17,7 @@ from flax import nnx
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import summarise
 from trainer.evaluate.step import EvalStep
-from trainer.modules import functional
+from trainer.modules.functional import functional
 from trainer.observe import flops
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.run import checks

@@ -11,8 +11,8 @@ from typing import Any
 from trainer.config import objects, targets
 from trainer.config.errors import UserError
 from trainer.config.sections import PrecisionSection, Sections
-from trainer.modules import Functional, functional
 from trainer.modules.foreign import refusal_of_class
+from trainer.modules.functional import Functional, functional
 from trainer.modules.precision import AS_IS, Precision
 
 _PATH = 'config.model'

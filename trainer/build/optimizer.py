@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.build import by_examples, counts, decay, hyperparams
 from trainer.build import learning_rate as rates
-from trainer.config import durations, objects, targets
+from trainer.config import durations, objects, signatures, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
@@ -232,5 +232,5 @@ def build_step(node: Node | None) -> StepFunction:
 def _is_step(node: Node) -> bool:
     if 'target' not in node:
         return False
-    known, _ = targets.arguments(objects.resolve(node['target'], f'{_STEP}.target'))
+    known, _ = signatures.arguments(objects.resolve(node['target'], f'{_STEP}.target'))
     return all(name in known for name in _STEP_ARGUMENTS)

@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from trainer.config import objects, paths, reach, schema, targets, unknown
+from trainer.config import objects, paths, reach, schema, signatures, targets, unknown
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
 
@@ -145,7 +145,7 @@ def annotation(node: Any, key: str | int, path: str) -> Any:
 def _parameter(node: Any, key: str | int, path: str) -> inspect.Parameter | None:
     if not isinstance(node, Mapping | ml_collections.ConfigDict) or 'target' not in node:
         return None
-    known, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
+    known, _ = signatures.arguments(objects.resolve(node['target'], f'{path}.target'))
     return known.get(str(key))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.config import objects, paths, schema, suggest, targets
+from trainer.config import objects, paths, schema, signatures, suggest, targets
 from trainer.config.errors import UserError
 
 # A new evaluation, or group, begins with this key; any other key of an unknown one is a typo.
@@ -54,7 +54,7 @@ def names(node: Any, keys: Sequence[str | int]) -> list[str]:
     known += list(schema.fields(section)) if section is not None else []
     if isinstance(node, Mapping) and 'target' in node:
         target = objects.resolve(node['target'], f'config.{paths.join(keys)}.target')
-        known += targets.listed(targets.arguments(target)[0])
+        known += targets.listed(signatures.arguments(target)[0])
     return list(dict.fromkeys(known))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from trainer.config import objects, suggest, words
 from trainer.config.errors import UserError, shortened, shown
+from trainer.config.signatures import arguments
 
 # Arguments that the framework or the module system gives, so a config need not.
 FRAMEWORK_SUPPLIED = frozenset({'rngs', 'train', 'training', 'is_training', 'deterministic'})
@@ -24,30 +25,6 @@ RESERVED = frozenset({'target', 'args', 'accepts_any'})
 
 # How a target says that an argument is wrong; anything else is a failure of the program.
 _REFUSALS = (TypeError, ValueError, LookupError, AssertionError, ImportError, FileNotFoundError)
-
-
-def arguments(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
-    """Returns the parameters that a target takes by name, and whether it takes any other too.
-
-    A signature that ends in **kwargs is looked through: `functools.partial` and `__wrapped__` lead
-    to what is called in the end.
-    """
-    # A function that wraps another has parameters of its own; those of the other come below.
-    follow = not inspect.isfunction(target)
-    try:
-        parameters = dict(inspect.signature(target, follow_wrapped=follow).parameters)
-    except (TypeError, ValueError):
-        return {}, True
-    open_ended = _pop_kind(parameters, inspect.Parameter.VAR_KEYWORD)
-    _pop_kind(parameters, inspect.Parameter.VAR_POSITIONAL)
-    inner = getattr(target, '__wrapped__', None) or getattr(target, 'func', None)
-    if inspect.isclass(target) and type(target).__call__ is not type.__call__:
-        # What NNX and others do around the constructor has no signature of its own.
-        inner = functools.partial(target.__init__, None)
-    if open_ended and inner is not None:
-        more, open_ended = arguments(inner)
-        parameters = {**more, **parameters}
-    return parameters, open_ended
 
 
 def evaluated(annotation: str, target: Any) -> Any:
@@ -249,10 +226,3 @@ def _takes_no_names(target: Any, node: Mapping[str, Any], key: str, path: str) -
     ]
     hint = f'It takes positional arguments only, in {path}.args'
     return f'{hint}. Did you mean {having[0]}?' if having else f'{hint}, such as args[0].{key}.'
-
-
-def _pop_kind(parameters: dict[str, inspect.Parameter], kind: Any) -> bool:
-    names = [name for name, p in parameters.items() if p.kind is kind]
-    for name in names:
-        del parameters[name]
-    return bool(names)

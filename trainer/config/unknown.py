@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config import objects, paths, reach, schema, suggest, synonyms, targets
+from trainer.config import objects, paths, reach, schema, signatures, suggest, synonyms, targets
 from trainer.config.errors import shortened
 
 # The path of an override may be long; a message is not.
@@ -99,7 +99,7 @@ def _unknown_argument(
 ) -> str:
     path, place = f'config.{paths.join(keys)}', f'config.{paths.join(keys[:depth])}'
     target = objects.resolve(node['target'], f'{place}.target')
-    names = targets.listed(targets.arguments(target)[0])
+    names = targets.listed(signatures.arguments(target)[0])
     found = suggest.nearest_path(path, [*known, *(f'{place}.{name}' for name in names)])
     if found is None or path.startswith(f'{found}.'):
         path = shortened(path, _LONGEST)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.input.host_field import naming_host_fields
-from trainer.modules import Functional
+from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.health import SIGNS, Health, Signs

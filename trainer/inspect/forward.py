@@ -12,8 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from trainer.experiment import Experiment
-from trainer.modules import Functional
-from trainer.modules.recorder import Tap, Tapped
+from trainer.modules.functional import Functional, Tapped
+from trainer.modules.recorder import Tap
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes

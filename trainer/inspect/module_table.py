@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from trainer import compat
 from trainer.ensemble.step import member_state
 from trainer.experiment import Experiment
 from trainer.inspect.forward import Batch, Forward
@@ -132,5 +133,5 @@ def _by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:
 
 def module_of(equation: Any, around: str) -> str:
     """Returns the path of the innermost module that contains an equation of a tapped call."""
-    scopes = _SCOPE.findall(str(equation.source_info.name_stack))
+    scopes = _SCOPE.findall(compat.name_stack(equation))
     return scopes[-1].replace('|', '/') if scopes else around

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from trainer.inspect.module_table import module_of
-from trainer.modules import Functional
+from trainer.modules.functional import Functional, Tapped
 from trainer.modules.precision import in_call
-from trainer.modules.recorder import ROOT, Tap, Tapped
+from trainer.modules.recorder import ROOT, Tap
 from trainer.observe import flops
 from trainer.step.programs import Programs
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Klinen: Linen models as objects that hold their variables.
 
-    from trainer.modules import klinen as knn
+    from trainer import klinen as knn
 
     class AutoEncoder(knn.Module):
         encoder: nn.Module
@@ -27,7 +27,8 @@ other collection they are zero, so that an update of a whole model moves no stat
 a collection of one's own: `module, variables = model.unbind()`, and Linen's `module.apply`.
 """
 
-from trainer.klinen.interface import bind
+from trainer.klinen.adapter import ADAPTER
+from trainer.klinen.bound import bind
 from trainer.klinen.intermediates import Intermediate, Intermediates
 from trainer.klinen.layers import (
     RNN,
@@ -50,6 +51,7 @@ from trainer.klinen.layers import (
     Sequential,
 )
 from trainer.klinen.module import Module, convert
+from trainer.modules.adapters import register
 
 __all__ = [
     'RNN',
@@ -76,3 +78,7 @@ __all__ = [
     'bind',
     'convert',
 ]
+
+# Here, and not on demand: whoever has a Klinen module has imported this package, and nothing below
+# it knows that there are any.
+register(ADAPTER)

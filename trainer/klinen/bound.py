@@ -7,168 +7,21 @@ import dataclasses
 import functools
 import inspect
 import operator
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
-from flax import errors, traverse_util
+from flax import errors
 
-from trainer.klinen import intermediates, rngs
+from trainer import compat
+from trainer.klinen import capture, intermediates
+from trainer.klinen.binding import Binding
 from trainer.klinen.definition import Definition
-from trainer.modules import linen, train_flags
-from trainer.modules.pmap_axes import PmapAxes
+from trainer.klinen.interface import Interface
+from trainer.modules import train_flags
 
-# One for all models: what is said of an axis, is said once.
-pmap_axes = PmapAxes()
-
-# A gradient with respect to a whole model is of its parameters, and of the collections that are
-# there to have gradients: what `perturb` adds, and the scales of fp8 layers. Statistics, caches and
-# counts have none, so that an update of all leaves moves nothing that only a call may change.
-_DIFFERENTIATED = frozenset({'perturbations', '_overwrite_with_gradient'})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Binding:
-    """What a model is bound to.
-
-    Attributes:
-        definition: the module.
-        params: its parameters.
-        collections: its other variables, by the name of their collection.
-        rng: a key for all streams, keys by stream, or None.
-        training: the mode.
-    """
-
-    definition: Definition
-    params: Any
-    collections: Mapping[str, Any]
-    rng: rngs.Rng | None = None
-    training: bool = True
-    _parts: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), '_parts': {}}
-
-    @property
-    def variables(self) -> dict[str, Any]:
-        """Every collection, the parameters among them."""
-        return {'params': self.params, **self.collections}
-
-    def run(
-        self, steps: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str] = ()
-    ) -> tuple[Any, dict[str, Any]]:
-        """Calls a method, and returns its output and the collections that it may change.
-
-        Args:
-            steps: lead from the module to the method; none for `__call__`.
-            args: of the call.
-            kwargs: of the call.
-            mutable: names of these collections.
-        """
-        capture = intermediates.current.get()
-        if capture is None or not capture.concerns(self):
-            return self._apply(steps, args, kwargs, mutable)
-        try:
-            with nn.intercept_methods(intermediates.keep):
-                output, changed = self._apply(
-                    steps, args, kwargs, {*mutable, intermediates.COLLECTION}
-                )
-        except TypeError as error:
-            if not linen.branches_differ(error):
-                raise
-            warnings.warn(
-                f'{type(self.definition.module).__name__}: the branches of nn.cond or nn.switch '
-                'keep other intermediate values, so none of this call is captured',
-                stacklevel=3,
-            )
-            output, changed = self._apply(steps, args, kwargs, mutable)
-        capture.fill(self, changed.pop(intermediates.COLLECTION, {}))
-        return output, changed
-
-    def _apply(
-        self, steps: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str]
-    ) -> tuple[Any, dict[str, Any]]:
-        collections = {
-            name: value if name in _DIFFERENTIATED else jax.lax.stop_gradient(value)
-            for name, value in self.collections.items()
-        }
-        module = self.definition.told(self.training)
-
-        def call(keys: rngs.Keys) -> Any:
-            return module.apply(
-                {'params': self.params, **collections},
-                rngs=rngs.below(keys, self.definition.path),
-                mutable=sorted(mutable),
-                method=lambda m: train_flags.method(steps, self.training)(m, *args, **kwargs),
-            )
-
-        try:
-            with pmap_axes.calling():
-                output, changed = rngs.run(call, self.rng, self.definition.streams)
-        except errors.ModifyScopeVariableError as error:
-            error.add_note(
-                'A Klinen model does not change when it is called. Call y, model = '
-                'model.call_with_updates(x) to get the updated model, or model.eval()(x).'
-            )
-            raise
-        except errors.ScopeCollectionNotFound as error:
-            if self.params or '"params"' not in str(error):
-                raise
-            raise ValueError(
-                f'{type(module).__name__} is bound to variables without parameters (collections: '
-                f'{", ".join(self.collections) or "none"}); with_variables takes the collections '
-                "by name: model.with_variables({'params': params, ...})"
-            ) from error
-        return output, dict(changed)
-
-    def linen(self, *, told: bool = True) -> Any:
-        """Returns the module bound as Linen binds it.
-
-        Args:
-            told: whether its flags say the mode, or what their maker has left there.
-        """
-        definition = self.definition
-        module = definition.told(self.training) if told else definition.module
-        keys = rngs.below(rngs.known(self.rng, definition.streams), definition.path)
-        return nn.Module.bind(module, self.variables, rngs=keys)
-
-    def attribute(self, name: str) -> Any:
-        """Returns a field, a property or what `setup` has made; modules come bound."""
-        if name in intermediates.fields(self.definition.module):
-            raise intermediates.unset(self.definition.module, name)
-        value = getattr(self.linen(), name)
-        if not any(intermediates.modules_in(value)):
-            return value
-        return intermediates.map_modules(getattr(self.linen(told=False), name), self._part)
-
-    def _part(self, part: nn.Module) -> Any:
-        """Returns a part as a bound model: one object for one used in several places."""
-        assert part.scope is not None
-        # From `vars`: to ask the part itself would run its setup.
-        key = part.scope.path, type(part), vars(part).get('training', True)
-        if key not in self._parts:
-            self._parts[key] = self._make_part(part)
-        return self._parts[key]
-
-    def _make_part(self, part: nn.Module) -> Any:
-        module, variables = part.unbind()
-        assert part.scope is not None
-        variables = _with_shared(part, module, variables)
-        return bound(
-            dataclasses.replace(
-                self,
-                definition=Definition(
-                    module,
-                    path=self.definition.path + part.scope.path,
-                    streams=self.definition.streams,
-                ),
-                params=variables.pop('params', {}),
-                collections=variables,
-                training=self.training and getattr(part, 'training', True) is not False,
-            )
-        )
+M = TypeVar('M', bound=nn.Module)
 
 
 class Bound:
@@ -188,7 +41,7 @@ class Bound:
     def __getattr__(self, name: str) -> Any:
         if name.startswith('_'):
             raise AttributeError(name)
-        return self._bound.attribute(name)
+        return _read(self._bound, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise errors.SetAttributeFrozenModuleError(type(self).__name__, name, value)
@@ -224,12 +77,29 @@ def bound(binding: Binding) -> Any:
     return model
 
 
+def bind(module: M, variables: Mapping[str, Any]) -> M:
+    """Returns the module, of Klinen or plain Linen, as a Klinen model that holds these variables.
+
+    Args:
+        module: a module; if it is bound already, it keeps its mode and its random keys.
+        variables: collections by name ('params', 'batch_stats', ...).
+    """
+    collections = dict(variables)
+    new = {'params': collections.pop('params', {}), 'collections': collections}
+    binding = vars(module).get('_bound')
+    if binding is not None:
+        return bound(dataclasses.replace(binding, **new))
+    if isinstance(module, Interface):
+        # The flag of the definition stays as the class has it: the mode is the binding's.
+        default = train_flags.fields(module)['training']
+        plain = module if module.training == default else module.clone(training=default)
+        return bound(Binding(definition=Definition(plain), training=module.training, **new))
+    return bound(Binding(definition=Definition(module), **new))
+
+
 @functools.cache
 def _bound_class(cls: Any) -> Any:
     """Makes the subclass whose methods run with variables, and registers it as a pytree."""
-    from trainer.klinen.interface import Interface
-    from trainer.klinen.module import Module
-
     # What a class has by these names stays for its own code: of a bound model they are methods.
     interface = {
         name: value
@@ -239,8 +109,10 @@ def _bound_class(cls: Any) -> Any:
     names = {f.name for f in dataclasses.fields(cls)} - {'parent', 'name', *interface}
     namespace: dict[str, Any] = {name: _attribute(name) for name in sorted(names)}
     for base in cls.__mro__:
-        theirs = () if base in (*nn.Module.__mro__, Interface, Module) else vars(base).items()
-        for name, value in theirs:
+        # Not the members of Linen's own classes, nor of `knn.Module`, whose base the interface is.
+        if base in nn.Module.__mro__ or Interface in (base, *base.__bases__):
+            continue
+        for name, value in vars(base).items():
             if name not in namespace and name not in interface:
                 member = _routed(name, value)
                 if member is not None:
@@ -257,24 +129,43 @@ def _bound_class(cls: Any) -> Any:
     )
     bases = (Bound, cls) if issubclass(cls, Interface) else (Bound, Interface, cls)
     made = type(cls.__name__, bases, namespace)
-    for (
-        name,
-        value,
-    ) in interface.items():  # Not before: Linen would take them for methods of a module.
+    # Not before: Linen would take them for methods of a module.
+    for name, value in interface.items():
         setattr(made, name, value)
     jax.tree_util.register_pytree_with_keys(made, _flatten_with_keys, _unflatten, _flatten)
     return made
 
 
+def _read(binding: Binding, name: str) -> Any:
+    """Returns a field, a property or what `setup` has made; modules come bound."""
+    if name in intermediates.fields(binding.definition.module):
+        raise intermediates.unset(binding.definition.module, name)
+    value = getattr(binding.linen(), name)
+    if not any(intermediates.modules_in(value)):
+        return value
+    untold = getattr(binding.linen(told=False), name)
+    return intermediates.map_modules(untold, lambda part: _part(binding, part))
+
+
+def _part(binding: Binding, part: nn.Module) -> Any:
+    """Returns a part as a bound model."""
+    assert part.scope is not None
+    # From `vars`: to ask the part itself would run its setup.
+    key = part.scope.path, type(part), vars(part).get('training', True)
+    if key not in binding.models:
+        binding.models[key] = bound(binding.below(part))
+    return binding.models[key]
+
+
 def _attribute(name: str) -> property:
-    return property(lambda self: self._bound.attribute(name))
+    return property(lambda self: _read(self._bound, name))
 
 
 def _routed(name: str, value: Any) -> Any:
     """Returns what stands in a bound class for a member of the module's class, if anything."""
     if name == 'setup' or (name.startswith('_') and name != '__call__'):
         return None
-    if hasattr(value, 'nowrap') or isinstance(value, (staticmethod, classmethod, type)):
+    if compat.is_nowrap(value) or isinstance(value, (staticmethod, classmethod, type)):
         return None
     if not inspect.isfunction(value):
         return _attribute(name) if hasattr(value, '__get__') else None
@@ -282,10 +173,9 @@ def _routed(name: str, value: Any) -> Any:
 
     @functools.wraps(value)
     def method(self: Bound, *args: Any, **kwargs: Any) -> Any:
-        return self._bound.run(steps, args, kwargs)[0]
+        return capture.run(self._bound, steps, args, kwargs)[0]
 
-    method.method_handler_wrapped = True  # type: ignore[attr-defined]  # By Linen's own mark.
-    return method
+    return nn.nowrap(method)
 
 
 def _flatten(model: Any) -> tuple[tuple[Any, ...], Any]:
@@ -313,31 +203,3 @@ def _unflatten(static: Any, children: Any) -> Any:
             training=training,
         )
     )
-
-
-def _with_shared(part: nn.Module, alone: nn.Module, variables: Any) -> dict[str, Any]:
-    """Adds the variables of modules that a part uses and another part owns.
-
-    Args:
-        part: as Linen binds it within the model.
-        alone: the same by itself.
-        variables: what stands under the part's own path.
-    """
-    flat = traverse_util.flatten_dict(dict(variables), keep_empty_nodes=True)
-
-    def visit(within: nn.Module, single: nn.Module) -> None:
-        for name in train_flags.fields(within):
-            pairs = zip(
-                intermediates.modules_in(getattr(within, name)),
-                intermediates.modules_in(getattr(single, name)),
-                strict=True,
-            )
-            for a, b in pairs:
-                own = len(part.scope.path)  # type: ignore[union-attr]
-                if a.scope.path[:own] != part.scope.path:  # type: ignore[union-attr]
-                    for key, value in traverse_util.flatten_dict(a.variables).items():
-                        flat.setdefault((key[0], *b.scope.path, *key[1:]), value)
-                visit(a, b)
-
-    visit(part, nn.Module.bind(alone, {}))
-    return traverse_util.unflatten_dict(flat)

@@ -7,19 +7,16 @@ import contextlib
 import dataclasses
 import operator
 from collections.abc import Iterator, Mapping
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import flax.linen as nn
 import jax
 from flax import errors
 
-from trainer.klinen import intermediates, rngs, specs
-from trainer.klinen.bound import Binding, bound, pmap_axes
-from trainer.klinen.definition import Definition
+from trainer.klinen import capture, intermediates, rngs, specs
+from trainer.klinen.binding import Binding, pmap_axes
 from trainer.klinen.intermediates import Intermediates
-from trainer.modules import train_flags
-
-M = TypeVar('M', bound=nn.Module)
+from trainer.modules import nnx_bridge, train_flags
 
 
 class Interface:
@@ -39,7 +36,7 @@ class Interface:
             method: the name of the method to call instead of `__call__`.
             **kwargs: of the call.
         """
-        made, keys = self.with_variables({})._bound, rngs.as_rng(rng)  # type: ignore[attr-defined]
+        made, keys = _binding(self.with_variables({})), rngs.as_rng(rng)
         if not isinstance(keys, dict):
             keys = {**rngs.known(keys, made.definition.streams), 'params': keys}
         module = made.definition.told(made.training)
@@ -49,7 +46,7 @@ class Interface:
         lazy = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
         init = module.lazy_init if lazy else module.init
         mutable = nn.DenyList((intermediates.COLLECTION, 'perturbations'))
-        with pmap_axes.calling():
+        with pmap_axes.calling(), nnx_bridge.telling_nnx(made.training):
             variables = init(keys, *args, method=call, mutable=mutable, **kwargs)
         return self.with_variables(variables)
 
@@ -60,11 +57,12 @@ class Interface:
             variables: collections by name ('params', 'batch_stats', ...), as Linen's `apply` takes
                 them.
         """
-        return bind(self, variables)  # type: ignore[type-var]
+        collections = dict(variables)
+        return _with(self, params=collections.pop('params', {}), collections=collections)
 
     def with_params(self, params: Any) -> Self:
         """Returns a copy with other parameters, such as those that an optimizer has updated."""
-        return bound(dataclasses.replace(_binding(self), params=params))
+        return _with(self, params=params)
 
     def with_rng(self, rng: Any = None) -> Self:
         """Returns a copy with other random keys.
@@ -76,11 +74,12 @@ class Interface:
         Raises:
             ValueError: if there is no current key to follow.
         """
-        binding = _binding(self)
-        if rng is None and binding.rng is None:
+        current = _binding(self).rng
+        if rng is not None:
+            return _with(self, rng=rngs.as_rng(rng))
+        if current is None:
             raise ValueError('with_rng(): there is no key to go on from; first call with_rng(rng)')
-        new = rngs.following(binding.rng) if rng is None else rngs.as_rng(rng)  # type: ignore[arg-type]
-        return bound(dataclasses.replace(binding, rng=new))
+        return _with(self, rng=rngs.following(current))
 
     def train(self) -> Self:
         """Returns a copy in training mode, the default."""
@@ -105,7 +104,7 @@ class Interface:
         """Every variable collection by its name, the parameters among them."""
         if vars(self).get('scope') is None:
             raise unbound(self)
-        return super().variables  # type: ignore[misc]
+        return nn.Module.variables.__get__(self)
 
     def call_with_updates(
         self, *args: Any, method: str | None = None, **kwargs: Any
@@ -123,7 +122,7 @@ class Interface:
         """
         binding = _binding(self)
         names = sorted(binding.collections)
-        output, changed = binding.run(_steps(method), args, kwargs, mutable=names)
+        output, changed = capture.run(binding, _steps(method), args, kwargs, mutable=names)
         for name, value in changed.items():
             before: Any = jax.tree.structure(binding.collections[name])
             if before != jax.tree.structure(value):
@@ -131,8 +130,7 @@ class Interface:
                     f'the call changed the structure of the collection {name!r}; values that pile '
                     'up (sow) are no part of a model: keep them in a field knn.Intermediate[...]'
                 )
-        collections = {**binding.collections, **changed}
-        return output, bound(dataclasses.replace(binding, collections=collections))
+        return output, _with(self, collections={**binding.collections, **changed})
 
     @contextlib.contextmanager
     def capture_intermediates(self) -> Iterator[Intermediates]:
@@ -145,14 +143,14 @@ class Interface:
         Raises:
             RuntimeError: inside of another `capture_intermediates`.
         """
-        capture = intermediates.Capture(_binding(self))
-        if intermediates.current.get() is not None:
+        opened = capture.Capture(_binding(self))
+        if capture.current.get() is not None:
             raise RuntimeError('capture_intermediates: another one is open; they do not nest')
-        token = intermediates.current.set(capture)
+        token = capture.current.set(opened)
         try:
-            yield capture.result
+            yield opened.result
         finally:
-            intermediates.current.reset(token)
+            capture.current.reset(token)
 
     def call_with_intermediates(
         self, *args: Any, method: str | None = None, **kwargs: Any
@@ -165,30 +163,10 @@ class Interface:
             **kwargs: of the call.
         """
         with self.capture_intermediates() as found:
-            output, _ = _binding(self).run(_steps(method), args, kwargs)
+            output, _ = capture.run(_binding(self), _steps(method), args, kwargs)
         return output, found
 
     call_with_intermediate = call_with_intermediates
-
-
-def bind(module: M, variables: Mapping[str, Any]) -> M:
-    """Returns the module, of Klinen or plain Linen, as a Klinen model that holds these variables.
-
-    Args:
-        module: a module; if it is bound already, it keeps its mode and its random keys.
-        variables: collections by name ('params', 'batch_stats', ...).
-    """
-    collections = dict(variables)
-    new = {'params': collections.pop('params', {}), 'collections': collections}
-    binding = vars(module).get('_bound')
-    if binding is not None:
-        return bound(dataclasses.replace(binding, **new))
-    if isinstance(module, Interface):
-        # The flag of the definition stays as the class has it: the mode is the binding's.
-        default = train_flags.fields(module)['training']
-        plain = module if module.training == default else module.clone(training=default)
-        return bound(Binding(definition=Definition(plain), training=module.training, **new))
-    return bound(Binding(definition=Definition(module), **new))
 
 
 def _binding(model: Any) -> Binding:
@@ -220,7 +198,14 @@ def _steps(method: str | None) -> tuple[Any, ...]:
 
 
 def _in_mode(model: Any, training: bool) -> Any:
-    binding = vars(model).get('_bound')
-    if binding is None:
+    if '_bound' not in vars(model):
         return model.clone(training=training)
-    return bound(dataclasses.replace(binding, training=training))
+    return _with(model, training=training)
+
+
+def _with(model: Any, **changes: Any) -> Any:
+    """Returns a copy of a bound model with other variables, keys or mode."""
+    binding = dataclasses.replace(_binding(model), **changes)
+    copied = object.__new__(type(model))
+    vars(copied)['_bound'] = binding
+    return copied

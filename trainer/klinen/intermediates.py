@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import functools
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin
+from typing import Annotated, Any, TypeVar, get_origin
 
 import flax.linen as nn
 import jax
 
+from trainer import compat
 from trainer.modules.static_leaves import Carried
-
-if TYPE_CHECKING:
-    from trainer.klinen.bound import Binding
 
 T = TypeVar('T')
 
@@ -70,38 +67,6 @@ jax.tree_util.register_pytree_with_keys(
     ),
     _unflatten,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Capture:
-    """A `with model.capture_intermediates()` that is open.
-
-    Attributes:
-        binding: of the model that is captured.
-        result: filled by the calls of this model.
-    """
-
-    binding: Binding
-    result: Intermediates = dataclasses.field(default_factory=lambda: Intermediates({}))
-
-    def concerns(self, called: Binding) -> bool:
-        """Whether a call is of this model, of a copy or a part, or of what it is a part of."""
-        mine, theirs = self.binding.definition, called.definition
-        depth = min(len(mine.path), len(theirs.path))
-        return mine.streams is theirs.streams and mine.path[:depth] == theirs.path[:depth]
-
-    def fill(self, called: Binding, kept: Mapping[str, Any]) -> None:
-        """Takes what a call has kept, in the structure of the model that is captured."""
-        module: nn.Module | None = called.linen()
-        below = self.binding.definition.path[len(called.definition.path) :]
-        if below:
-            module = _part_at(called.linen(), below)
-        if module is not None:
-            found = _around(self.binding, called.definition.path, mirror(module, kept))
-            self.result._values = found._values
-
-
-current: contextvars.ContextVar[Capture | None] = contextvars.ContextVar('capture', default=None)
 
 
 def fields(module: Any) -> tuple[str, ...]:
@@ -178,7 +143,7 @@ def mirror(module: nn.Module, kept: Mapping[str, Any]) -> Intermediates:
 
 def parts_of(module: nn.Module) -> dict[str, Any]:
     """Returns what a bound module's fields and its `setup` hold, by name."""
-    dir(module)  # Runs setup, which waits until somebody looks.
+    compat.run_setup(module)  # It waits until somebody looks.
     return {
         name: value
         for name, value in vars(module).items()
@@ -207,30 +172,6 @@ def map_modules(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, Mapping):
         return {key: map_modules(item, function) for key, item in value.items()}
     return tuple(map_modules(item, function) for item in value)
-
-
-def _around(binding: Binding, path: tuple[str, ...], found: Intermediates) -> Intermediates:
-    """Returns what the part of a model at `path` has kept, in the structure of the model."""
-    own, module = binding.definition.path, binding.linen()
-    if own[: len(path)] == path:
-        return found
-    if own != path[: len(own)]:
-        return mirror(module, {})
-    names = [name for name, value in parts_of(module).items() if any(modules_in(value))]
-
-    def part(model: Any) -> Intermediates:
-        return _around(model._bound, path, found)
-
-    return Intermediates({name: map_modules(binding.attribute(name), part) for name in names})
-
-
-def _part_at(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
-    """Returns the part of a bound module that Linen has bound at `path`."""
-    assert module.scope is not None
-    if module.scope.path == path:
-        return module
-    parts = (part for value in parts_of(module).values() for part in modules_in(value))
-    return next((found for part in parts if (found := _part_at(part, path))), None)
 
 
 def _own(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,15 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import flax.linen as nn
 from flax import errors
 
+from trainer import compat
 from trainer.klinen import intermediates
-from trainer.klinen.bound import Bound
+from trainer.klinen.bound import Bound, bind
 from trainer.klinen.interface import Interface, unbound
 from trainer.modules import train_flags
 
@@ -46,13 +47,7 @@ class Module(Interface, nn.Module):
         if issubclass(cls, Bound):
             return
         _check_names(cls)
-        owner = next((base for base in cls.__mro__ if '__call__' in vars(base)), Module)
-        if not issubclass(owner, Module):
-            cls.__call__ = _telling(owner.__call__)  # type: ignore[method-assign]
-        for name, value in _methods(cls).items():
-            always = name == '__call__' or hasattr(value, 'compact')
-            method = value if name in vars(cls) else _of_the_next(cls, name, value)
-            setattr(cls, name, _bound_first(method, always=always))
+        _wrap_methods(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +58,11 @@ class Module(Interface, nn.Module):
                     'lose: give it part.clone(), and the variables to model.with_variables(...)'
                 )
         self._follow()
+
+    @nn.nowrap
+    def with_variables(self, variables: Mapping[str, Any]) -> Self:
+        """Returns a bound copy: see `Interface`, whose own method is for what is bound already."""
+        return bind(self, variables)
 
     @nn.nowrap
     def _follow(self) -> None:
@@ -78,7 +78,7 @@ class Module(Interface, nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in intermediates.fields(self):
             object.__setattr__(self, name, value)
-        elif name == 'training' and '_state' in vars(self):
+        elif name == 'training' and compat.is_constructed(self):
             raise errors.SetAttributeFrozenModuleError(type(self).__name__, name, value)
         else:
             super().__setattr__(name, value)
@@ -86,7 +86,8 @@ class Module(Interface, nn.Module):
     @nn.nowrap
     def __getattr__(self, name: str) -> Any:
         try:
-            return super().__getattr__(name)  # type: ignore[misc]
+            linen: Any = super()
+            return linen.__getattr__(name)
         except AttributeError as error:
             if name in intermediates.fields(self):
                 raise intermediates.unset(self, name) from error
@@ -163,6 +164,17 @@ def _check_names(cls: Any) -> None:
             )
 
 
+def _wrap_methods(cls: Any) -> None:
+    """Lets the methods of a class know the mode, and refuse a call without variables."""
+    owner = next((base for base in cls.__mro__ if '__call__' in vars(base)), Module)
+    if not issubclass(owner, Module):
+        cls.__call__ = _telling(owner.__call__)
+    for name, value in _methods(cls).items():
+        always = name == '__call__' or compat.is_compact(value)
+        method = value if name in vars(cls) else _of_the_next(cls, name, value)
+        setattr(cls, name, _bound_first(method, always=always))
+
+
 def _methods(cls: Any) -> dict[str, Any]:
     """Returns the methods that a class has from itself, and those from Linen classes around it."""
     linens = (*nn.Module.__mro__, Interface)
@@ -176,10 +188,10 @@ def _methods(cls: Any) -> dict[str, Any]:
 
 
 def _may_need_variables(name: str, value: Any) -> bool:
-    if name == '__call__' or hasattr(value, 'compact'):
+    if name == '__call__' or compat.is_compact(value):
         return True
     public = inspect.isfunction(value) and not name.startswith('_') and name != 'setup'
-    return public and not hasattr(value, 'nowrap')
+    return public and not compat.is_nowrap(value)
 
 
 def _of_the_next(cls: Any, name: str, inherited: Callable[..., Any]) -> Callable[..., Any]:

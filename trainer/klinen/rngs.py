@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 from flax import errors
-from flax.core.scope import LazyRng
 
+from trainer import compat
 from trainer.modules import rng_streams
 
 # One key for every stream, or the keys by the names of their streams.
@@ -48,7 +48,7 @@ def known(rng: Rng | None, asked: rng_streams.Streams) -> Keys:
 
 def below(keys: Keys, path: tuple[str, ...]) -> dict[str, Any]:
     """Returns the keys as they arrive at `path` of a model, so that a part draws the same alone."""
-    return {name: LazyRng.create(key, *path) for name, key in keys.items()}
+    return {name: compat.key_below(key, path) for name, key in keys.items()}
 
 
 def run(function: Callable[[Keys], Any], rng: Rng | None, asked: rng_streams.Streams) -> Any:
@@ -62,7 +62,7 @@ def run(function: Callable[[Keys], Any], rng: Rng | None, asked: rng_streams.Str
             return function(rng or {})
         return asked.run(function, lambda name: _of_stream(rng, name))
     except errors.InvalidRngError as error:
-        stream = rng_streams.missing(error)
+        stream = compat.missing_stream(error)
         if stream is None:
             raise
         raise errors.InvalidRngError(

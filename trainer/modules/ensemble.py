@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.modules import Functional
 from trainer.modules.ensemble_outputs import mean
+from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.rng import Keys
 from trainer.modules.static_leaves import Carried

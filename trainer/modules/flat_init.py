@@ -18,21 +18,23 @@ import flax.linen as nn
 from flax import struct
 from flax.core import meta
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules import train_flags
 
 
 def unconstrained() -> contextlib.AbstractContextManager[Any]:
     """Returns a context for calls of Linen modules: any call asks initialisers for shapes."""
-    return nn.intercept_methods(_intercept)
+    return nn.intercept_methods(intercept)
 
 
-def _intercept(
+def intercept(
     following: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
+    """Runs a method of a module, with initialisers that return flat values if it asks for some."""
     module = context.module
     if not isinstance(module, nn.DenseGeneral):
         return following(*args, **kwargs)
@@ -43,12 +45,11 @@ def _intercept(
     }
     try:
         for name, value in before.items():
-            # Not by assignment: modules are frozen in a call.
-            object.__setattr__(module, name, _Flat(value))
+            compat.set_in_call(module, name, _Flat(value))
         return following(*args, **kwargs)
     finally:
         for name, value in before.items():
-            object.__setattr__(module, name, value)
+            compat.set_in_call(module, name, value)
 
 
 def _is_function(value: Any) -> bool:

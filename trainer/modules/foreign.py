@@ -11,7 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from trainer.config import targets
+from trainer.config import signatures
 from trainer.config.errors import UserError
 
 # Other libraries by the package of their classes: what a user calls them, and what to do.
@@ -95,12 +95,12 @@ def failed(maker: Any, error: Exception) -> str | None:
 
 def takes_rngs(maker: Any) -> bool:
     """Whether a callable has an argument `rngs`."""
-    return 'rngs' in targets.arguments(maker)[0]
+    return 'rngs' in signatures.arguments(maker)[0]
 
 
 def by_name(maker: Any) -> bool:
     """Whether a callable takes the argument `rngs` by its name."""
-    argument = targets.arguments(maker)[0].get('rngs')
+    argument = signatures.arguments(maker)[0].get('rngs')
     return argument is not None and argument.kind is not inspect.Parameter.POSITIONAL_ONLY
 
 

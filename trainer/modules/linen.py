@@ -12,12 +12,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 from flax import errors, traverse_util
-from flax.core.scope import subtract_filters
 
+from trainer import compat
 from trainer.config.errors import UserError
-from trainer.modules import flat_init, recorder, train_flags
+from trainer.modules import adapters, flat_init, nnx_bridge, recorder, train_flags
 from trainer.modules.model_view import BoundModel, Calls, Steps
-from trainer.modules.pmap_axes import PmapAxes
+from trainer.modules.pmap_axes import LINEN_NORMS, PmapAxes
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 from trainer.modules.rng_streams import Streams
@@ -26,9 +26,6 @@ Variables = Mapping[str, Any]
 
 # Dropout that is active at evaluation is always a mistake: without a key Flax says so.
 _TRAIN_ONLY_STREAMS = frozenset({'dropout'})
-
-# Whoever has made a Klinen module has imported it.
-_KLINEN = 'trainer.klinen.intermediates'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +36,19 @@ class Linen:
         module: the module.
         precision: the dtypes of its parameters, its computation and its output.
         pmap_axes: leaves axes of `jax.pmap` out of its normalisation layers.
+        modes: the module with the mode in its flags, by whether it trains.
     """
 
     module: nn.Module
     precision: Precision = AS_IS
     pmap_axes: PmapAxes = dataclasses.field(default_factory=PmapAxes, compare=False, repr=False)
+    modes: Mapping[bool, nn.Module] = dataclasses.field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        modes = {
+            training: train_flags.set_fields(self.module, training) for training in (False, True)
+        }
+        object.__setattr__(self, 'modes', modes)
 
     def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
         """Returns fresh variables of everything that `task` calls on this batch.
@@ -56,47 +61,24 @@ class Linen:
             batch: arrays with the training batch's shapes; the values do not matter.
             keys: the keys of mode 'init'.
         """
-        bound = _InitModel(self.module, keys, self.precision, self.pmap_axes)
+        bound = _InitModel(self, keys)
         task(bound, batch)
         return {**bound.variables, 'params': self.precision.for_params(bound.params)}
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> LinenModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
-        return LinenModel(
-            self.module,
-            variables,
-            keys,
-            ema=ema,
-            precision=self.precision,
-            pmap_axes=self.pmap_axes,
-        )
-
-    def for_notebook(self, variables: Variables) -> Any:
-        """Returns the module as a Klinen model that holds these variables, in evaluation mode."""
-        from trainer import klinen as knn
-
-        return knn.bind(self.module, variables).eval()
+        return LinenModel(self, variables, keys, ema=ema)
 
 
 class LinenModel(BoundModel):
     """A Linen module bound to variables: see `BoundModel`."""
 
-    def __init__(
-        self,
-        module: nn.Module,
-        variables: Variables,
-        keys: Keys,
-        *,
-        ema: Any = None,
-        precision: Precision = AS_IS,
-        pmap_axes: PmapAxes | None = None,
-    ):
+    def __init__(self, linen: Linen, variables: Variables, keys: Keys, *, ema: Any = None):
         """Binds; nothing runs before a call."""
-        collections = {name: value for name, value in variables.items() if name != 'params'}
-        calls = Calls(collections)
-        super().__init__(variables['params'], calls, keys, ema=ema, precision=precision)
-        self._module = train_flags.set_fields(module, self.training)
-        self._pmap_axes = pmap_axes or PmapAxes()
+        calls = Calls({name: value for name, value in variables.items() if name != 'params'})
+        super().__init__(variables['params'], calls, keys, ema=ema, precision=linen.precision)
+        self._module = linen.modes[self.training]
+        self._pmap_axes = linen.pmap_axes
         # Shared with the views, as the calls are.
         # The stream 'default' is what NNX modules inside ask for: without it they get a constant.
         known, never = ({'dropout'}, ()) if self.training else ((), _TRAIN_ONLY_STREAMS)
@@ -105,50 +87,107 @@ class LinenModel(BoundModel):
     def _field(self, name: str) -> Any:
         return getattr(self._module, name) if name in train_flags.fields(self._module) else None
 
-    def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        with self._pmap_axes.calling(), flat_init.unconstrained():
-            return super()._call(steps, args, kwargs)
-
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        calls = self._calls
+        calls, tap, precision = self._calls, self._calls.tap, self._precision
+        params = self._params
+        if precision.compute is not None:
+            args, kwargs = precision.for_compute((args, kwargs))
+            params = precision.for_compute(params)
+        variables = {'params': params, **calls.collections}
         # What nobody reads of the intermediates, the compiler drops.
-        given = calls.tap.collections if calls.tap else (recorder.INTERMEDIATES,)
-        mutable = sorted({*given, *(calls.collections if self.training else ())})
-        args, kwargs = self._precision.for_compute((args, kwargs))
-        variables = {**self.variables, 'params': self._precision.for_compute(self.params)}
-        if calls.tap is not None and calls.tap.perturbations:
-            variables[recorder.PERTURBATIONS] = calls.tap.perturbations
-        call, calls.count = calls.count, calls.count + 1
+        mutable = {recorder.INTERMEDIATES, *(calls.collections if self.training else ())}
+        if tap is not None:
+            mutable.update(tap.collections)
+            if tap.perturbations:
+                variables[recorder.PERTURBATIONS] = tap.perturbations
+        number, calls.count = calls.count, calls.count + 1
+        method = train_flags.method(steps, self.training)
 
-        def run(rngs: dict[str, jax.Array]) -> Any:
-            method = train_flags.method(steps, self.training)
-            with calls.tap.on_linen() if calls.tap else contextlib.nullcontext():
-                return _sowing(
-                    lambda collections: self._module.apply(
-                        variables, *args, rngs=rngs, method=method, mutable=collections, **kwargs
-                    ),
-                    mutable,
-                )
+        def apply(rngs: dict[str, jax.Array], mutable: Any) -> Any:
+            return self._module.apply(
+                variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+            )
 
         try:
-            output, updates = self._streams.run(
-                run, lambda name: _nth(self._keys.stream(name), call)
-            )
+            output, updates = self._run(apply, sorted(mutable), number)
         except errors.ScopeParamNotFoundError as error:
             raise UserError(
                 'the model asks for a parameter that it did not have when it was made, which '
                 'happens in evaluation mode. Make all parts in both modes, and choose afterwards '
                 f'what of them is used.\n{str(error).partition(chr(10))[0]}'
             ) from error
-        updates = dict(updates)
-        calls.intermediates = _plain(updates.pop(recorder.INTERMEDIATES, {}))
-        if calls.tap is not None:
-            calls.intermediates = calls.tap.keep(calls.intermediates)
+        if tap is not None:
+            calls.intermediates = tap.keep(calls.intermediates)
             if perturbations := updates.pop(recorder.PERTURBATIONS, None):
-                calls.tap.perturb_more(perturbations)
-        self._check_structure(updates)
-        calls.collections.update(self._precision.like(updates, calls.collections))
-        return self._precision.for_output(output)
+                tap.perturb_more(perturbations)
+        if updates:
+            self._check_structure(updates)
+            calls.collections.update(precision.like(updates, calls.collections))
+        return output if precision.output is None else precision.for_output(output)
+
+    def _run(
+        self, apply: Callable[..., Any], mutable: Any, number: int = 0
+    ) -> tuple[Any, dict[str, Any]]:
+        """Applies the module, and returns its output and the collections that it has changed.
+
+        The intermediates are not among them: `model.intermediates` has them.
+
+        Args:
+            apply: called as `apply(rngs, mutable)`. It is pure, so that it can start again.
+            mutable: the collections that may change.
+            number: how many calls were before this one.
+        """
+        with contextlib.ExitStack() as stack:
+            self._enter(stack)
+            given = mutable
+            while True:
+                rngs = {name: self._keys.stream(name) for name in sorted(self._streams.names)}
+                if number:
+                    rngs = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
+                try:
+                    output, updates = apply(rngs, mutable)
+                    break
+                except errors.InvalidRngError as error:
+                    self._streams.learn(error)
+                except TypeError as error:
+                    # Flax wants all branches of `nn.cond` to leave the same behind. A module may
+                    # sow in one of them as long as nobody listens, and so it stays.
+                    if mutable is not given or not compat.branches_differ(
+                        error, recorder.INTERMEDIATES
+                    ):
+                        raise
+                    mutable = compat.without_collection(mutable, recorder.INTERMEDIATES)
+        updates = dict(updates)
+        intermediates = updates.pop(recorder.INTERMEDIATES, {})
+        for adapter in adapters.registered:
+            intermediates = adapter.plain(intermediates)
+        self._calls.intermediates = dict(intermediates)
+        return output, updates
+
+    def _enter(self, stack: contextlib.ExitStack) -> None:
+        """Enters the contexts of a call: interceptors of its modules' methods, outermost first."""
+        stack.enter_context(nn.intercept_methods(self._intercept))
+        if self._calls.tap is not None:
+            stack.enter_context(self._calls.tap.on_linen())
+        for adapter in adapters.registered:
+            stack.enter_context(nn.intercept_methods(adapter.intercept))
+        if 'flax.nnx.bridge' in sys.modules:  # Whoever has made a bridge has imported it.
+            stack.enter_context(self._pmap_axes.calling())
+            stack.enter_context(nnx_bridge.telling_nnx(self.training))
+
+    def _intercept(
+        self,
+        following: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        """Runs a method of a module; some of Flax's layers need something around it."""
+        if isinstance(context.module, LINEN_NORMS):
+            return self._pmap_axes.intercept(following, args, kwargs, context)
+        if isinstance(context.module, nn.DenseGeneral):
+            return flat_init.intercept(following, args, kwargs, context)
+        return following(*args, **kwargs)
 
     def _check_structure(self, updates: Variables) -> None:
         for name, value in updates.items():
@@ -165,8 +204,8 @@ class LinenModel(BoundModel):
 class _InitModel(LinenModel):
     """A model without variables yet: each call makes those that are still missing."""
 
-    def __init__(self, module: nn.Module, keys: Keys, precision: Precision, pmap_axes: PmapAxes):
-        super().__init__(module, {'params': {}}, keys, precision=precision, pmap_axes=pmap_axes)
+    def __init__(self, linen: Linen, keys: Keys):
+        super().__init__(linen, {'params': {}}, keys)
         self._streams = Streams({'params', 'dropout', 'default'})
 
     def stop_gradient(self, pattern: str) -> LinenModel:
@@ -177,22 +216,17 @@ class _InitModel(LinenModel):
         return self
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+        method = train_flags.method(steps, training=False)
+
         # The inputs are not cast: with the new float32 parameters, the carry of a scan over layers
         # would start in half precision and become float32.
-        def run(rngs: dict[str, jax.Array]) -> Any:
-            # A task may read what is sown; the state never holds it.
-            mutable = nn.DenyList((recorder.PERTURBATIONS,))
-            method = train_flags.method(steps, training=False)
-            return _sowing(
-                lambda collections: self._module.init_with_output(
-                    rngs, *args, method=method, mutable=collections, **kwargs
-                ),
-                mutable,
+        def apply(rngs: dict[str, jax.Array], mutable: Any) -> Any:
+            return self._module.init_with_output(
+                rngs, *args, method=method, mutable=mutable, **kwargs
             )
 
-        output, made = self._streams.run(run, self._keys.stream)
-        made = dict(made)
-        self._calls.intermediates = _plain(made.pop(recorder.INTERMEDIATES, {}))
+        # A task may read what is sown; the state never holds it.
+        output, made = self._run(apply, nn.DenyList((recorder.PERTURBATIONS,)))
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
         flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}
@@ -200,34 +234,3 @@ class _InitModel(LinenModel):
         self._params = variables.pop('params', {})
         self._calls.collections = variables
         return self._precision.for_output(output)
-
-
-def _sowing(apply: Callable[[Any], Any], mutable: Any) -> Any:
-    """Returns `apply(mutable)`; without intermediates where branches of `nn.cond` sow some.
-
-    Flax wants all branches to leave the same behind. A module may sow in one of them as long as
-    nobody listens, and so it stays. What the fields of Klinen modules hold (`knn.Intermediate`) is
-    among the intermediates, too.
-    """
-    klinen = sys.modules.get(_KLINEN)
-    with nn.intercept_methods(klinen.keep) if klinen else contextlib.nullcontext():
-        try:
-            return apply(mutable)
-        except TypeError as error:
-            if not branches_differ(error):
-                raise
-        return apply(subtract_filters(mutable, recorder.INTERMEDIATES))
-
-
-def branches_differ(error: TypeError) -> bool:
-    """Whether an error is of branches of `nn.cond` that leave other intermediates behind."""
-    return all(word in str(error) for word in ('branch', f"'{recorder.INTERMEDIATES}'"))
-
-
-def _plain(intermediates: Mapping[str, Any]) -> dict[str, Any]:
-    klinen = sys.modules.get(_KLINEN)
-    return klinen.plain(intermediates) if klinen else dict(intermediates)
-
-
-def _nth(key: jax.Array, call: int) -> jax.Array:
-    return jax.random.fold_in(key, call) if call else key

@@ -4,22 +4,21 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
 from trainer.config.errors import UserError
 from trainer.modules import seen
 from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.recorder import Tap
 from trainer.modules.rng import Keys
-
-if TYPE_CHECKING:
-    from trainer.modules.recorder import Tap
 
 # What is read from a module's fields as it is.
 _PLAIN = (bool, int, float, str)
@@ -169,9 +168,12 @@ class BoundModel(abc.ABC):
         return view
 
     def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
-        call = seen.note_call(name, args, kwargs)
-        with self._precision.calling():
+        noted, call = seen.current.get(), None
+        if noted is not None:
+            name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
+            call = noted.call(name, args, kwargs)
+        is_cast = self._precision.compute is not None
+        with self._precision.calling() if is_cast else contextlib.nullcontext():
             output = self._apply(steps, args, kwargs)
         if call is not None:
             call.output = seen.describe(output)

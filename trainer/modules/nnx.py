@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules import flat_init, foreign, nnx_bridge, nnx_recorder, pmap_axes, train_flags
 from trainer.modules.model_view import BoundModel, Calls, Steps
@@ -91,7 +91,7 @@ class NNX:
             axes=self.axes,
         )
 
-    def for_notebook(self, variables: Variables) -> nnx.Module:
+    def with_variables(self, variables: Variables) -> nnx.Module:
         """Returns the module with these variables in it, in evaluation mode."""
         model = NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))
         module = model._module(0, model.params)
@@ -183,9 +183,7 @@ class NNXModel(BoundModel):
             looking = nnx_recorder.watch(module, calls.tap)
         elif self._named:
             looking = nnx_recorder.watch(module, nnx_recorder.Names())
-        with pmap_axes.watching(module), looking, warnings.catch_warnings():
-            # `nnx.capture`, which it wants around a call that sows, breaks scans and bridges.
-            warnings.filterwarnings('ignore', r"\s*Using 'Module\.", DeprecationWarning)
+        with pmap_axes.watching(module), looking, compat.allowing_sow():
             if bridges := nnx_bridge.linen_parts(module):
                 output = nnx_bridge.run_with_linen(run, bridges, self.training)
             else:
@@ -295,6 +293,7 @@ def _runner(steps: Steps, training: bool) -> Callable[..., Any]:
     call = train_flags.method(steps, training)
 
     def run(module: nnx.Module, args: Any, kwargs: Any) -> Any:
-        return call(module, *args, **kwargs)
+        with nnx_bridge.telling_nnx(training):
+            return call(module, *args, **kwargs)
 
     return run

@@ -14,6 +14,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules import pmap_axes, train_flags
 
@@ -55,9 +56,9 @@ def run_with_linen(run: Callable[[], Any], parts: list[Any], training: bool) -> 
         parts: its bridges, as `linen_parts` finds them.
         training: the mode.
     """
-    before = [part.to_nnx__module for part in parts]
-    for part in parts:
-        part.to_nnx__module = train_flags.set_fields(part.to_nnx__module, training)
+    before = [compat.linen_module(part) for part in parts]
+    for part, module in zip(parts, before, strict=True):
+        compat.set_linen_module(part, train_flags.set_fields(module, training))
     mutable: Any = _IN_TRAINING if training else _IN_EVALUATION
     try:
         with nn.intercept_methods(_telling_roots(training)):
@@ -65,7 +66,7 @@ def run_with_linen(run: Callable[[], Any], parts: list[Any], training: bool) -> 
             return _Caller().apply({}, run, mutable=mutable)[0]
     finally:
         for part, module in zip(parts, before, strict=True):
-            part.to_nnx__module = module
+            compat.set_linen_module(part, module)
 
 
 class _Caller(nn.Module):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
 
+from trainer import compat
 from trainer.config.errors import UserError
 
 Variables = Mapping[str, Any]
@@ -89,7 +90,7 @@ def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
             continue
         value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
         if boxed and isinstance(variable, nnx.Variable):
-            names = variable.get_metadata().get('out_sharding')
+            names = compat.dimension_names(variable)
             value = value if names is None else nn.LogicallyPartitioned(value, tuple(names))
         found.setdefault(collection(variable), {})[tuple(map(str, path))] = value
     return {name: traverse_util.unflatten_dict(flat) for name, flat in found.items()}
@@ -130,14 +131,3 @@ def mark_arrays(module: nnx.Module) -> None:
             for name, value in list(vars(node).items()):
                 if isinstance(value, jax.core.Tracer) and not nnx.is_data(value):
                     setattr(node, name, nnx.data(value))
-
-
-def subclass(kind: Any, call: Callable[..., Any]) -> Any:
-    """Returns a class that does what a class of modules does, but for `__call__`."""
-    names = {'__call__': call, '__module__': kind.__module__, '__qualname__': kind.__qualname__}
-    # The base comes second: a user's `__init_subclass__` is not to see a class of ours.
-    made: Any = type(kind)(kind.__name__, (nnx.Module,), names, pytree=kind._pytree__is_pytree)
-    made.__bases__ = (kind,)
-    for name in [name for name in vars(made) if name.startswith('_pytree__')]:
-        delattr(made, name)  # What NNX has noted of the class; that of `kind` counts.
-    return made

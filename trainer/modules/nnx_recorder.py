@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 from flax import nnx, traverse_util
 from flax.errors import TraceContextError
 
-from trainer.modules.nnx_parts import subclass
+from trainer import compat
 from trainer.modules.recorder import NAME, Tap
 
 _current: contextvars.ContextVar[Tap] = contextvars.ContextVar('tap')
@@ -26,11 +25,11 @@ _current: contextvars.ContextVar[Tap] = contextvars.ContextVar('tap')
 _loops_outside: contextvars.ContextVar[int] = contextvars.ContextVar('loops')
 
 # What traces branches and loops.
-_LOOPS = {
-    inspect.unwrap(getattr(system, name)).__code__
+_LOOPS = tuple(
+    getattr(system, name)
     for system in (nnx, jax.lax)
     for name in ('cond', 'switch', 'while_loop', 'fori_loop')
-}
+)
 
 
 class Names(Tap):
@@ -55,7 +54,7 @@ def watch(module: nnx.Module, tap: Tap) -> contextlib.AbstractContextManager[Non
     for path, node in parts.items():
         name = '/'.join(map(str, path))
         if tap.wants(name) and _is_callable(type(node)):
-            object.__setattr__(node, '__class__', _watched(type(node), name))
+            compat.set_class(node, _watched(type(node), name))
     for path, value in traverse_util.flatten_dict(tap.perturbations or {}).items():
         setattr(parts[path[:-1]], path[-1], nnx.Perturbation(value))
     return _using(tap)
@@ -107,17 +106,13 @@ def _watched(kind: Any, path: str) -> Any:
                 setattr(self, NAME, nnx.Intermediate((*before, record)))
         return output
 
-    return subclass(kind, call)
+    return compat.subclass(kind, call)
 
 
 def _loops() -> int:
     """Returns how many branches and loops are being traced, one within the other.
 
     All branches must leave the same behind, and a loop what it has found, so a tap leaves nothing
-    in any. A scan may. JAX has no other mark of them than the functions that trace them.
+    in any. A scan may.
     """
-    frame, count = inspect.currentframe(), 0
-    while frame is not None:
-        count += frame.f_code in _LOOPS
-        frame = frame.f_back
-    return count
+    return compat.num_open_calls(_LOOPS)

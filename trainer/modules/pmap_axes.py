@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from trainer import compat
 from trainer.config.errors import UserError
 
 _log = logging.getLogger('trainer')
@@ -26,10 +26,7 @@ _log = logging.getLogger('trainer')
 _current: contextvars.ContextVar[PmapAxes] = contextvars.ContextVar('pmap_axes')
 
 _NORMS = ('BatchNorm', 'LayerNorm', 'RMSNorm', 'GroupNorm', 'InstanceNorm')
-_LINEN = tuple(getattr(nn, name) for name in _NORMS)
-# Flax's own methods. A lifted class, such as `nn.vmap(nn.BatchNorm, axis_name=...)`, overrides one:
-# it binds the axis, and then calls the one of Flax.
-_METHODS = {inspect.unwrap(norm.__call__).__code__ for norm in _LINEN}
+LINEN_NORMS = tuple(getattr(nn, name) for name in _NORMS)
 
 
 class PmapAxes:
@@ -50,7 +47,7 @@ class PmapAxes:
         """Is around the calls of a model."""
         token = _current.set(self)
         try:
-            with nn.intercept_methods(self._intercept):
+            with nn.intercept_methods(self.intercept):
                 yield
         finally:
             _current.reset(token)
@@ -82,12 +79,11 @@ class PmapAxes:
             )
         self._note(missing, where)
         rest = tuple(name for name in names if name not in missing)
-        # Not by assignment: modules are frozen in a call.
-        object.__setattr__(module, 'axis_name', rest or None)
+        compat.set_in_call(module, 'axis_name', rest or None)
         try:
             yield missing
         finally:
-            object.__setattr__(module, 'axis_name', given)
+            compat.set_in_call(module, 'axis_name', given)
 
     def _note(self, names: list[Any], where: str) -> None:
         new = [name for name in names if name not in self._noted]
@@ -101,17 +97,19 @@ class PmapAxes:
                 ', '.join(map(repr, new)),
             )
 
-    def _intercept(
+    def intercept(
         self,
         following: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
+        """Runs a method of a Linen module, without missing axes if it normalises."""
         module = context.module
-        method = getattr(context.orig_method, 'func', context.orig_method)
-        is_norm = isinstance(module, _LINEN) and getattr(method, '__code__', None) in _METHODS
-        if not is_norm or module.axis_name is None:
+        names_axis = isinstance(module, LINEN_NORMS) and module.axis_name is not None
+        # A lifted class, such as `nn.vmap(nn.BatchNorm, axis_name=...)`, overrides the method: it
+        # binds the axis, and then calls the one of Flax.
+        if not names_axis or not compat.is_call_of(context, LINEN_NORMS):
             return following(*args, **kwargs)
         with self.left_out(module, '/'.join(map(str, module.path))):
             return following(*args, **kwargs)
@@ -124,11 +122,11 @@ def watching(module: Any) -> Iterator[None]:
     kinds: list[Any] = [type(node) for _, node in norms]
     try:
         for (path, node), kind in zip(norms, kinds, strict=True):
-            object.__setattr__(node, '__class__', _leaving_out(kind, path))
+            compat.set_class(node, _leaving_out(kind, path))
         yield
     finally:
         for (_, node), kind in zip(norms, kinds, strict=True):
-            object.__setattr__(node, '__class__', kind)
+            compat.set_class(node, kind)
 
 
 def _norms_with_axes(module: Any) -> list[tuple[str, Any]]:
@@ -153,7 +151,6 @@ def _nnx_norms() -> Any:
 @functools.cache
 def _leaving_out(kind: Any, path: str) -> Any:
     """Returns a class that does what `kind` does, without the names of axes that are missing."""
-    from trainer.modules.nnx_parts import subclass
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -165,15 +162,10 @@ def _leaving_out(kind: Any, path: str) -> Any:
                 axes._paths.add(path)
             return kind.__call__(self, *args, **kwargs)
 
-    return subclass(kind, call)
+    return compat.subclass(kind, call)
 
 
 def _is_missing(name: Any) -> bool:
     """Whether no transformation around has bound an axis, and the mesh has none of this name."""
-    if name in jax.sharding.get_abstract_mesh().axis_names:
-        return False
-    try:
-        jax.lax.axis_size(name)
-    except NameError:
-        return True
-    return False
+    in_mesh = name in jax.sharding.get_abstract_mesh().axis_names
+    return not in_mesh and not compat.is_axis_bound(name)

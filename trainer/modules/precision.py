@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainer import compat
+
 # The scope around a model's call if `compute` is set, and how it appears in a name stack, such as
 # 'transpose(jvp(model))/Dense_0'.
 _SCOPE = 'model'
@@ -45,8 +47,8 @@ class Precision:
         return _cast(tree, self.compute)
 
     def calling(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context of a call of the model; `in_call` detects what is traced in it."""
-        return contextlib.nullcontext() if self.compute is None else jax.named_scope(_SCOPE)
+        """Returns the context of a call that is cast; `in_call` detects what is traced in it."""
+        return jax.named_scope(_SCOPE)
 
     def like(self, updates: Any, before: Mapping[str, Any]) -> Any:
         """Returns collections that a call has changed, in the dtypes that they had."""
@@ -70,7 +72,7 @@ def in_call(equation: Any) -> bool:
 
     An equation in an inner jaxpr (the body of a loop) also does if the outer equation does.
     """
-    return _IN_SCOPE.search(str(equation.source_info.name_stack)) is not None
+    return _IN_SCOPE.search(compat.name_stack(equation)) is not None
 
 
 def at_least_float32(x: Any) -> Any:

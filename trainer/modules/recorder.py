@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from trainer.modules.model_view import BoundModel
-from trainer.modules.rng import Keys
+from trainer import compat
 
 # Under this name a tap keeps its own among what modules sow and perturb.
 NAME = '_tap'
@@ -31,6 +29,8 @@ SCOPE = 'tap:'
 # What the whole model is called, whose path is empty.
 ROOT = '(model)'
 INTERMEDIATES, PERTURBATIONS = 'intermediates', 'perturbations'
+
+_BRANCHES = (nn.cond, nn.switch)
 
 # look(output, inputs, variables) -> what is recorded of a call, a pytree of arrays.
 Look = Callable[[Any, Any, Any], Any]
@@ -105,7 +105,8 @@ class Tap:
         }
         with self.calling(path, type(module)):
             output = following(*args, **kwargs)
-        if _in_branch():
+        # All branches must leave the same behind, so a tap leaves nothing in any.
+        if compat.num_open_calls(_BRANCHES):
             return output
         if self.perturbations is not None:
             output = self.perturbed(output, lambda name, x: module.perturb(name, x))
@@ -170,25 +171,6 @@ class Tap:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tapped:
-    """A functional model whose calls go through a tap.
-
-    Attributes:
-        model: the model's functional interface.
-        tap: what looks at the calls.
-    """
-
-    model: Any
-    tap: Tap
-
-    def bind(self, variables: Mapping[str, Any], keys: Keys, *, ema: Any = None) -> BoundModel:
-        """Returns the callable that a task gets."""
-        bound = self.model.bind(variables, keys, ema=ema)
-        bound.attach(self.tap)
-        return bound
-
-
-@dataclasses.dataclass(frozen=True)
 class Seen:
     """One call of one module, on the host.
 
@@ -239,20 +221,6 @@ def number_in(name: str) -> int | None:
     """Returns the number in such a name, None for another one."""
     found = re.match(rf'{NAME}_(\d+)', name)
     return int(found[1]) if found else None
-
-
-def _in_branch() -> bool:
-    """Whether a branch of `nn.cond` or `nn.switch` is being traced.
-
-    All branches must leave the same behind, so a tap leaves nothing in any. Flax has no other mark
-    of it than the function that runs them.
-    """
-    frame: Any = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == 'branch_wrapper':
-            return True
-        frame = frame.f_back
-    return False
 
 
 def is_float(x: Any) -> bool:

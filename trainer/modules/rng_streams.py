@@ -3,27 +3,39 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import errors
 
-_MISSING = re.compile(r'needs PRNG for "([^"]+)"')
+from trainer import compat
 
 
+@dataclasses.dataclass(eq=False)
 class Streams:
     """The streams of a module, learnt as it asks for them.
 
     Attributes:
         names: those known so far.
+        never: those that it must not ask for.
     """
 
-    def __init__(self, known: set[str], never: frozenset[str] = frozenset()):
-        """Starts with `known` names; to ask for one of `never` is an error."""
-        self.names = set(known)
-        self._never = never
+    names: set[str]
+    never: frozenset[str] = frozenset()
+
+    def learn(self, error: errors.InvalidRngError) -> None:
+        """Adds the stream that a call of the module has asked for and had no key of.
+
+        Raises:
+            flax.errors.InvalidRngError: the same again, if it is of a stream that the module must
+                not ask for, or of none.
+        """
+        name = compat.missing_stream(error)
+        if name is None or name in self.names | self.never:
+            raise error
+        self.names.add(name)
 
     def run(
         self, function: Callable[[dict[str, jax.Array]], Any], key: Callable[[str], jax.Array]
@@ -34,21 +46,9 @@ class Streams:
             function: applies a module with these keys. It is pure, so it can start again when a
                 stream turns up that is not known yet.
             key: makes the key of a stream.
-
-        Raises:
-            flax.errors.InvalidRngError: for a stream that must not be asked for.
         """
         while True:
             try:
                 return function({name: key(name) for name in sorted(self.names)})
             except errors.InvalidRngError as error:
-                name = missing(error)
-                if name is None or name in self.names | self._never:
-                    raise
-                self.names.add(name)
-
-
-def missing(error: errors.InvalidRngError) -> str | None:
-    """Returns the stream that a module has asked for and got no key of."""
-    match = _MISSING.search(str(error))
-    return match[1] if match else None
+                self.learn(error)

@@ -62,7 +62,7 @@ class Seen:
         self._values[id(value)] = name, value
 
     def call(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> Call:
-        """Notes a call that begins."""
+        """Notes a call that begins; its `output` is to be set."""
         for value in jax.tree.leaves((args, dict(kwargs))):
             self._passed.add(self._values.get(id(value), ('', None))[0])
         given = [*map(describe, args), *(f'{key}={describe(x)}' for key, x in kwargs.items())]
@@ -83,18 +83,18 @@ class Seen:
         return found
 
 
-_seen: contextvars.ContextVar[Seen | None] = contextvars.ContextVar('seen', default=None)
+current: contextvars.ContextVar[Seen | None] = contextvars.ContextVar('seen', default=None)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[Seen]:
     """Records what the last task does that begins in the block."""
     seen = Seen()
-    token = _seen.set(seen)
+    token = current.set(seen)
     try:
         yield seen
     finally:
-        _seen.reset(token)
+        current.reset(token)
 
 
 @contextlib.contextmanager
@@ -113,20 +113,14 @@ def explaining() -> Iterator[None]:
 
 def restart() -> None:
     """Forgets what an earlier task has done: another one begins."""
-    if (seen := _seen.get()) is not None:
+    if (seen := current.get()) is not None:
         seen.clear()
 
 
 def note_field(name: str, value: Any) -> None:
     """Records that a task reads a field."""
-    if (seen := _seen.get()) is not None:
+    if (seen := current.get()) is not None:
         seen.field(name, value)
-
-
-def note_call(name: str, args: Any, kwargs: Mapping[str, Any]) -> Call | None:
-    """Records that a task calls the model; its `output` is to be set."""
-    seen = _seen.get()
-    return None if seen is None else seen.call(name, args, kwargs)
 
 
 def describe(value: Any) -> str:

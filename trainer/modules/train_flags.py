@@ -69,12 +69,13 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
 def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..., Any]:
     """Returns the function for `Module.apply` that tells the mode to what it calls.
 
+    NNX modules within are told by `nnx_bridge.telling_nnx`, in whose context it is to be called.
+
     Args:
         steps: lead one after the other from the bound module to what is called: a method or a
             sub-module; none for the module's `__call__`.
         training: the mode.
     """
-    from trainer.modules import nnx_bridge  # Which imports this module.
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         target: Any = module
@@ -84,10 +85,7 @@ def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..
         layers = isinstance(module, nn.Sequential)
         token = current.set(training)
         try:
-            with (
-                telling_layers(training) if layers else contextlib.nullcontext(),
-                nnx_bridge.telling_nnx(training),
-            ):
+            with telling_layers(training) if layers else contextlib.nullcontext():
                 return target(*args, **kwargs)
         finally:
             current.reset(token)
@@ -144,9 +142,11 @@ def with_flags(
         return args, kwargs  # The call itself says best what is wrong.
     parameters = signature.parameters
     flags = {
-        name: value
-        for name, value in _flags_in(parameters, training).items()
-        if name not in given.arguments and not _is_chosen(target, parameters[name])
+        name: TRAIN_FLAGS[name] == training
+        for name, parameter in parameters.items()
+        if name in TRAIN_FLAGS
+        and name not in given.arguments
+        and not (parameter.default is None and _is_chosen(target, name))
     }
     if not flags:
         return args, kwargs
@@ -160,11 +160,10 @@ def with_flags(
     return given.args, given.kwargs
 
 
-def _is_chosen(target: Any, parameter: inspect.Parameter) -> bool:
+def _is_chosen(target: Any, name: str) -> bool:
     """Whether a flag that may stand in the constructor or in the call stands in the constructor."""
-    if not isinstance(target, nn.Module) or parameter.default is not None:
-        return False
-    return parameter.name in fields(target) and not _is_unset(target, parameter.name)
+    is_field = isinstance(target, nn.Module) and name in fields(target)
+    return is_field and not _is_unset(target, name)
 
 
 def _is_unset(module: nn.Module, name: str) -> bool:

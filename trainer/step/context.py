@@ -11,7 +11,7 @@ import jax
 import optax
 
 from trainer.config.durations import Periodic
-from trainer.modules import Functional
+from trainer.modules.functional import Functional
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner

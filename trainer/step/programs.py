@@ -371,7 +371,7 @@ class Programs:
         """Returns the jaxpr of one update with another model of the same variables.
 
         Args:
-            model: called as `model.bind(...)`, such as a `trainer.modules.recorder.Tapped`.
+            model: called as `model.bind(...)`, such as a `trainer.modules.functional.Tapped`.
         """
         step = self._train_step.changed(model=model).update
         with self._tracing():

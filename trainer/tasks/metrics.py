@@ -146,6 +146,7 @@ def is_metric(node: Any) -> bool:
 def merge_metrics(old: Any, new: Any) -> Any:
     """Returns the accumulation of two trees of metrics of the same structure."""
     before, structure = jax.tree.flatten(old, is_leaf=is_metric)
+    other: Any
     after, other = jax.tree.flatten(new, is_leaf=is_metric)
     if structure != other:
         raise ValueError(f'metrics of other names: {other} after {structure}')

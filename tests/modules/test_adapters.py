@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A package above the models' interface adds a kind of modules, which is unknown to it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from trainer.config.errors import UserError
+from trainer.modules import adapters
+from trainer.modules.adapters import Adapter
+from trainer.modules.functional import functional
+from trainer.modules.rng import Keys
+
+X = jnp.ones((2, 3))
+
+
+class Kind(nn.Module):
+    """A kind of modules of its own, which keeps its outputs."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(3)(x)
+
+
+class Unusable(Kind):
+    """One of this kind that no run can start from."""
+
+
+def keep(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    output = following(*args, **kwargs)
+    if isinstance(context.module, Kind) and context.module.is_mutable_collection('intermediates'):
+        context.module.put_variable('intermediates', 'kept', (output, 'a text'))
+    return output
+
+
+def plain(intermediates: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value[0] for name, value in intermediates.items()}
+
+
+def refusal(module: object) -> str | None:
+    return 'no run can start from it' if isinstance(module, Unusable) else None
+
+
+def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sees each method of each module, what a call leaves, and what a config gives."""
+    monkeypatch.setattr(adapters, 'registered', [])
+    adapter = Adapter(intercept=keep, plain=plain, refusal=refusal)
+    model = functional(Kind())
+    keys = Keys(seed=0, mode='eval')
+    variables = model.init(lambda bound, batch: bound(batch['x']), {'x': X}, keys)
+    assert functional(Unusable())
+    for times in range(2):  # To register it again changes nothing.
+        adapters.register(adapter)
+        assert adapters.registered == [adapter], times
+    bound = model.bind(variables, keys)
+    y = bound(X)
+    assert bound.intermediates.keys() == {'kept'}
+    assert (bound.intermediates['kept'] == y).all()
+    with pytest.raises(UserError, match=r'^config\.model: no run can start from it$'):
+        functional(Unusable())
+
+
+def test_a_model_of_linen_imports_no_klinen() -> None:
+    """Only who imports Klinen pays for it."""
+    code = (
+        'import sys, flax.linen as nn, trainer.experiment, trainer.trainer\n'
+        'from trainer.modules import adapters\n'
+        'from trainer.modules.functional import functional\n'
+        'functional(nn.Dense(3))\n'
+        'assert not [name for name in sys.modules if name.startswith("trainer.klinen")]\n'
+        'assert adapters.registered == []\n'
+        'import trainer.klinen\n'
+        'assert len(adapters.registered) == 1\n'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_the_package_imports_nothing() -> None:
+    """`trainer.modules` is a name for its files: one of them does not bring the others."""
+    code = (
+        'import sys, trainer.modules\nassert "jax" not in sys.modules and "flax" not in sys.modules'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Klinen modules need in the calls of any Linen model that they are a part of."""
+
+from __future__ import annotations
+
+from trainer.klinen import intermediates
+from trainer.klinen.bound import Bound
+from trainer.modules.adapters import Adapter
+
+
+def refusal(module: object) -> str | None:
+    """Returns why a bound model cannot be a config's model; None for any other module."""
+    if not isinstance(module, Bound):
+        return None
+    return (
+        f'{type(module).__name__} is bound to variables, which a run would not start from; give '
+        'model.clone(), and load the weights with config.init_from'
+    )
+
+
+ADAPTER = Adapter(intercept=intermediates.keep, plain=intermediates.plain, refusal=refusal)

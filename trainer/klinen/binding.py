@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bound model holds: a module, variables, random keys and a mode; and how it is called."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import errors, traverse_util
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+
+from trainer import compat
+from trainer.klinen import intermediates, rngs
+from trainer.klinen.definition import Definition
+from trainer.modules import nnx_bridge, train_flags
+from trainer.modules.pmap_axes import PmapAxes
+
+# One for all models: what is said of an axis, is said once.
+pmap_axes = PmapAxes()
+
+# A gradient with respect to a whole model is of its parameters, and of the collections that are
+# there to have gradients: what `perturb` adds, and the scales of fp8 layers. Statistics, caches and
+# counts have none, so that an update of all leaves moves nothing that only a call may change.
+_DIFFERENTIATED = frozenset({'perturbations', OVERWRITE_WITH_GRADIENT})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Binding:
+    """What a model is bound to.
+
+    Attributes:
+        definition: the module.
+        params: its parameters.
+        collections: its other variables, by the name of their collection.
+        rng: a key for all streams, keys by stream, or None.
+        training: the mode.
+        models: bound models of the parts, made when they are read: a part that is used in several
+            places is one object.
+    """
+
+    definition: Definition
+    params: Any
+    collections: Mapping[str, Any]
+    rng: rngs.Rng | None = None
+    training: bool = True
+    models: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), 'models': {}}
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Every collection, the parameters among them."""
+        return {'params': self.params, **self.collections}
+
+    def apply(
+        self, steps: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Calls a method, and returns its output and the collections that it may change.
+
+        Args:
+            steps: lead from the module to the method; none for `__call__`.
+            args: of the call.
+            kwargs: of the call.
+            mutable: names of these collections.
+        """
+        collections = {
+            name: value if name in _DIFFERENTIATED else jax.lax.stop_gradient(value)
+            for name, value in self.collections.items()
+        }
+        module = self.definition.told(self.training)
+
+        def call(keys: rngs.Keys) -> Any:
+            return module.apply(
+                {'params': self.params, **collections},
+                rngs=rngs.below(keys, self.definition.path),
+                mutable=sorted(mutable),
+                method=lambda m: train_flags.method(steps, self.training)(m, *args, **kwargs),
+            )
+
+        try:
+            with pmap_axes.calling(), nnx_bridge.telling_nnx(self.training):
+                output, changed = rngs.run(call, self.rng, self.definition.streams)
+        except errors.ModifyScopeVariableError as error:
+            error.add_note(
+                'A Klinen model does not change when it is called. Call y, model = '
+                'model.call_with_updates(x) to get the updated model, or model.eval()(x).'
+            )
+            raise
+        except errors.ScopeCollectionNotFound as error:
+            if self.params or compat.missing_collection(error) != 'params':
+                raise
+            raise ValueError(
+                f'{type(module).__name__} is bound to variables without parameters (collections: '
+                f'{", ".join(self.collections) or "none"}); with_variables takes the collections '
+                "by name: model.with_variables({'params': params, ...})"
+            ) from error
+        return output, dict(changed)
+
+    def linen(self, *, told: bool = True) -> Any:
+        """Returns the module bound as Linen binds it.
+
+        Args:
+            told: whether its flags say the mode, or what their maker has left there.
+        """
+        definition = self.definition
+        module = definition.told(self.training) if told else definition.module
+        keys = rngs.below(rngs.known(self.rng, definition.streams), definition.path)
+        return nn.Module.bind(module, self.variables, rngs=keys)
+
+    def below(self, part: nn.Module) -> Binding:
+        """Returns what a part of the module is bound to.
+
+        Args:
+            part: as Linen binds it within the module.
+        """
+        assert part.scope is not None
+        module, variables = part.unbind()
+        variables = _with_shared(part, module, variables)
+        return dataclasses.replace(
+            self,
+            definition=Definition(
+                module,
+                path=self.definition.path + part.scope.path,
+                streams=self.definition.streams,
+            ),
+            params=variables.pop('params', {}),
+            collections=variables,
+            training=self.training and getattr(part, 'training', True) is not False,
+        )
+
+
+def _with_shared(part: nn.Module, alone: nn.Module, variables: Any) -> dict[str, Any]:
+    """Adds the variables of modules that a part uses and another part owns.
+
+    Args:
+        part: as Linen binds it within the model.
+        alone: the same by itself.
+        variables: what stands under the part's own path.
+    """
+    assert part.scope is not None
+    path = part.scope.path
+    flat = traverse_util.flatten_dict(dict(variables), keep_empty_nodes=True)
+
+    def visit(within: nn.Module, single: nn.Module) -> None:
+        for name in train_flags.fields(within):
+            pairs = zip(
+                intermediates.modules_in(getattr(within, name)),
+                intermediates.modules_in(getattr(single, name)),
+                strict=True,
+            )
+            for a, b in pairs:
+                if a.scope.path[: len(path)] != path:
+                    for key, value in traverse_util.flatten_dict(a.variables).items():
+                        flat.setdefault((key[0], *b.scope.path, *key[1:]), value)
+                visit(a, b)
+
+    visit(part, nn.Module.bind(alone, {}))
+    return traverse_util.unflatten_dict(flat)
