@@ -234,11 +234,11 @@ def _watched(new: TrainState, old: TrainState, signs: Signs, ctx: StepContext) -
         signs: of its forward pass.
         ctx: of the step.
     """
-    assert old.health is not None and new.health is not None and ctx.facts is not None
-    excused = ctx.facts.handles_non_finite or old.loss_scale is not None
-    early = old.health.after_forward(signs, old.step + 1, losses=ctx.stops and not excused)
+    checked = train_step.skip_if_not_finite(new, old, signs, None, ctx)
     if not ctx.stops:
-        return dataclasses.replace(new, health=early)
+        return checked
+    early = checked.health
+    assert early is not None and new.health is not None
     health = choose(early.is_bad, early, new.health)
     # However many updates the function makes, this is one step.
     step = jnp.where(health.is_bad & ~early.is_bad, old.step + 1, health.bad_step)

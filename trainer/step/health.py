@@ -119,17 +119,6 @@ class Health:
         packed = jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]])
         return Health(jnp.where(first, packed, self.packed))
 
-    def after_forward(self, signs: Signs, step: jax.Array, *, losses: bool) -> Health:
-        """Returns the health after a forward pass.
-
-        Args:
-            signs: what was found in it.
-            step: number of the step, from 1.
-            losses: whether losses must be finite.
-        """
-        health = self.flagged(signs.label > 0, LABELS + signs.label - 1, step, signs.value)
-        return health.flagged(~jnp.isfinite(signs.losses), LOSS, step) if losses else health
-
     def at_step(self, step: jax.Array) -> Health:
         """Returns the health with another step as the first bad one."""
         return Health(self.packed.at[_BAD_STEP].set(step))

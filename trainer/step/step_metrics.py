@@ -108,13 +108,14 @@ def step_metrics(
     count = old.step if old.loss_scale is None else old.step - old.loss_scale.skipped
     rates = ctx.optimizer.learning_rate
     if ctx.optimizer.groups or isinstance(rates, Mapping):
-        values.update(learning_rates(ctx.optimizer, new.opt_state, count))
+        found = learning_rates(ctx.optimizer, new.opt_state, count)
+        values.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found))
     elif rates is not None:
         rate = rates(count)
         if ctx.facts.scales_rates:
             rate = math.prod(factors(new.opt_state), start=rate)
-        values['learning_rate'] = rate
-    return jax.tree.map(Last.from_model_output, values)
+        values['learning_rate'] = jnp.asarray(rate, jnp.float32)
+    return jax.tree.map(Last, values)
 
 
 class _Leaf(NamedTuple):
@@ -189,36 +190,32 @@ def _joined(leaves: list[_Leaf], whole: Any) -> jax.Array:
     groups: dict[bool, list[_Leaf]] = {True: [], False: []}
     for leaf, all_of_it in zip(leaves, each, strict=True):
         groups[all_of_it and leaf.new.size <= _LARGE].append(leaf)
-    return _squares(groups[True], _sum_of_squares_at_once) + _squares(groups[False])
+    return _squares(groups[True], at_once=True) + _squares(groups[False])
 
 
-def _squares(leaves: list[_Leaf], sum_of: Callable[..., jax.Array] | None = None) -> jax.Array:
-    """Returns the squares of gradient, parameters and update, float32 (3,)."""
-    sum_of = sum_of or _sum_of_squares
+def _squares(leaves: list[_Leaf], *, at_once: bool = False) -> jax.Array:
+    """Returns the squares of gradient, parameters and update, float32 (3,).
+
+    Args:
+        leaves: the parameters; of complex ones both parts are squared.
+        at_once: measures all arrays as one.
+    """
     trained = [leaf for leaf in leaves if not leaf.frozen]
     updates = [leaf.new - leaf.old if leaf.update is None else leaf.update for leaf in trained]
-    arrays = ([leaf.grad for leaf in trained], [leaf.new for leaf in leaves], updates)
-    return jnp.stack([sum_of(each) for each in arrays])
-
-
-def _sum_of_squares(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Returns the sum over all elements, float32; of complex numbers the squares of both parts."""
-    total = jnp.float32(0)
-    for x in arrays:
-        squares = []
-        for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
-            part, dims = part.astype(jnp.float32), tuple(range(part.ndim))
-            # A contraction and not a sum of squares: the CPU backend does not vectorise sums.
-            contracted = ((dims, dims), ((), ()))
-            exact = jax.lax.Precision.HIGHEST
-            squares.append(jax.lax.dot_general(part, part, contracted, precision=exact))
-        total = total + functools.reduce(jnp.add, squares)
-    return total
-
-
-def _sum_of_squares_at_once(arrays: Sequence[jax.Array]) -> jax.Array:
-    """Returns the same with one kernel instead of one for each array."""
-    return _sum_of_squares([_concatenated(arrays)]) if arrays else jnp.float32(0)
+    sums = []
+    for arrays in ([leaf.grad for leaf in trained], [leaf.new for leaf in leaves], updates):
+        total = jnp.float32(0)
+        for x in [_concatenated(arrays)] if at_once and arrays else arrays:
+            squares = []
+            for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
+                part, dims = part.astype(jnp.float32), tuple(range(part.ndim))
+                # A contraction and not a sum of squares: the CPU backend does not vectorise sums.
+                contracted = ((dims, dims), ((), ()))
+                exact = jax.lax.Precision.HIGHEST
+                squares.append(jax.lax.dot_general(part, part, contracted, precision=exact))
+            total = total + functools.reduce(jnp.add, squares)
+        sums.append(total)
+    return jnp.stack(sums)
 
 
 def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:

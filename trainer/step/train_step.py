@@ -31,12 +31,13 @@ from trainer.modules.rng import Keys
 from trainer.step import accumulation, ema, loss_scale, objective, sweep, weighted
 from trainer.step.context import Batch, StepContext, StepFunction
 from trainer.step.finite import all_finite
-from trainer.step.health import SIGNS, UPDATED, Signs, check_gradients
+from trainer.step.health import LABELS, LOSS, SIGNS, UPDATED, Signs, check_gradients
 from trainer.step.objective import Objective
 from trainer.step.state import TrainState
 from trainer.step.step_metrics import measure, step_metrics
 from trainer.tasks.metrics import merge_metrics
-from trainer.tasks.runner import inverse, loss_sums, mean_loss
+from trainer.tasks.runner import inverse, loss_sums
+from trainer.tasks.task import ONLY_LOSS
 
 
 def default_step(
@@ -84,13 +85,16 @@ def gradients(
         sums, pullback, (output, collections, weights) = jax.vjp(
             sums_at, state.params, has_aux=True
         )
-        factors = {name: scale * inverse(weight) for name, weight in weights.items()}
+        shares = {name: inverse(weight) for name, weight in weights.items()}
+        factors = {name: scale * share for name, share in shares.items()}
         if len(factors) == 1 and ctx.task.is_weighted is False:
             (grads,) = pullback((factors, scale))
         else:
             grads = weighted.pull_each(pullback, factors, scale, weights, ctx)
             collections = weighted.if_any_counts(weights, collections, state, ctx)
-        metrics, value = measure(output, sums, ctx.task), mean_loss(sums, weights)
+        metrics = measure(output, sums, ctx.task)
+        losses = {name: total * shares[name] + sums[1] for name, total in sums[0].items()}
+        value = losses if isinstance(output.loss, Mapping) else losses[ONLY_LOSS]
     if state.loss_scale is not None or any(g.dtype != jnp.float32 for g in jax.tree.leaves(grads)):
         grads = loss_scale.as_optimizers_expect(grads, state.loss_scale)
     loss_at = functools.partial(accumulation.loss_at, weighted_sums, state, batch, ctx)
@@ -188,7 +192,9 @@ def skip_if_not_finite(
     # Where the optimizer or the loss scale has a rule for them, losses may be non-finite.
     excused = ctx.facts.handles_non_finite or old.loss_scale is not None
     if signs is not None:
-        health = health.after_forward(signs, step, losses=ctx.stops and not excused)
+        health = health.flagged(signs.label > 0, LABELS + signs.label - 1, step, signs.value)
+        if ctx.stops and not excused:
+            health = health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
     if not ctx.stops:
         return dataclasses.replace(new, health=health)
     if finite is not None:
