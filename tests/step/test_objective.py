@@ -241,8 +241,9 @@ def test_the_logged_rate_is_the_applied_one(caplog: pytest.LogCaptureFixture) ->
     tiny_rate = {'target': 'optax:sgd', 'learning_rate': 1e-9}
     data = {'source': tiny.SOURCE, 'batch_size': 256}
     result = tiny.trainer(
-        optimizer=chain(tiny_rate, plateau), data=data, evals={}, train_for='8 steps'
-    ).fit()
+        optimizer=chain(tiny_rate, plateau), data=data, evals={}, train_for='8 steps',
+        log={'learning_rates': ('args[0].learning_rate',)},
+    ).fit()  # fmt: skip
     scale = float(result.state.opt_state[1].scale)
     assert scale < 1
     assert result.metrics['train/learning_rate'] == pytest.approx(1e-9 * scale)
@@ -423,18 +424,26 @@ def test_what_an_optimizer_cannot_be_given_is_said(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    'optimizer',
+    ('optimizer', 'logged'),
     [
-        LBFGS,
-        chain(
-            ADAM,
-            {'target': 'optax.contrib:reduce_on_plateau', 'patience': 2, 'accumulation_size': 3},
+        (LBFGS, ()),
+        (
+            chain(
+                ADAM,
+                {
+                    'target': 'optax.contrib:reduce_on_plateau', 'patience': 2,
+                    'accumulation_size': 3,
+                },
+            ),
+            ('args[0].learning_rate',),
         ),
     ],
-)
-def test_a_resumed_run_ends_bit_equal(optimizer: dict[str, Any], tmp_path: pathlib.Path) -> None:
+)  # fmt: skip
+def test_a_resumed_run_ends_bit_equal(
+    optimizer: dict[str, Any], logged: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
     """What these keep of the losses is in the checkpoint."""
-    options = {'optimizer': optimizer, 'evals': {}}
+    options = {'optimizer': optimizer, 'evals': {}, 'log': {'every': '5 steps', 'learning_rates': logged}}
     whole = tiny.trainer(tmp_path / 'whole', **options).fit()
     tiny.trainer(tmp_path / 'cut', **options).fit(max_steps=7)
     cut = tiny.trainer(tmp_path / 'cut', **options).fit()
