@@ -162,10 +162,10 @@ def norms(
 def _if_due(due: jax.Array, leaves: list[_Leaf]) -> jax.Array:
     """Returns the squares of gradient, parameters and update where `due` holds, or zeros.
 
-    For speed alone, and on CPUs alone: reading every parameter three times costs a tenth of the
-    step of the MLP of `tests/benchmarks/compare.py speed mlp` (jax 0.10.2, two cores), and a branch
-    that is not taken next to nothing. On an accelerator a branch costs more than the norms.
+    For speed alone, and on CPUs alone: on an accelerator a branch costs more than the norms.
     """
+    # CPU time of a step of the MLP (`tests/benchmarks/beside.py OTHER mlp`, 11 pairs, two cores,
+    # jax 0.10.2): 0.90 [0.86, 0.99] of that with norms in every step.
     # A branch keeps its operands alive. So a large array has one of its own, right where it is at
     # hand; small ones share one, for each branch costs some microseconds.
     groups = [[leaf for leaf in leaves if leaf.new.size <= _LARGE]]
