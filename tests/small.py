@@ -6,6 +6,8 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from jax.sharding import Mesh
+
 from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
@@ -20,14 +22,21 @@ OPTIONS = {
 }
 
 
-def trainer_in(workdir: pathlib.Path | None, *, allow: bool = False, **overrides: Any) -> Trainer:
+def trainer_in(
+    workdir: pathlib.Path | None,
+    *,
+    mesh: Mesh | None = None,
+    allow: bool = False,
+    **overrides: Any,
+) -> Trainer:
     """Returns a trainer of a small MLP.
 
     Args:
         workdir: of its runs, or None.
+        mesh: of all devices by default.
         allow: whether its config may differ from that of the run in there.
         **overrides: of the config, with '__' for dots.
     """
     experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **{**OPTIONS, **overrides})
     directory = None if workdir is None else str(workdir)
-    return Trainer(experiment, directory, allow_config_change=allow)
+    return Trainer(experiment, directory, mesh=mesh, allow_config_change=allow)

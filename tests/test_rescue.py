@@ -102,13 +102,12 @@ def failing_task(model: Any, batch: Any) -> Any:
 def trainer_in(
     workdir: pathlib.Path | None, hook: Hook | None = None, *, devices: int = 1, **overrides: Any
 ) -> Trainer:
-    trainer = small.trainer_in(workdir, **overrides)
-    if hook is not None:
-        trainer.experiment.hooks['mine'] = hook
     # On one CPU device the loop itself reads the data; on several a thread does.
     kind = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((devices,), ('data',), kind, devices=jax.devices()[:devices])
-    vars(trainer)['mesh'] = mesh
+    trainer = small.trainer_in(workdir, mesh=mesh, **overrides)
+    if hook is not None:
+        trainer.experiment.hooks['mine'] = hook
     return trainer
 
 

@@ -30,6 +30,7 @@ from absl import flags
 from trainer.checkpoint.errors import SaveError
 from trainer.config import identity, loading, overrides, places, schema, show, synonyms, traces
 from trainer.config.errors import UserError, full_text, shortened, shown
+from trainer.config.sections import Sections
 from trainer.modes.plan.devices import KINDS as DEVICE_KINDS
 from trainer.observe import logfile
 from trainer.parallel import signals
@@ -170,12 +171,13 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     if _FLAGS.mode == 'plan':
         _use_virtual_devices(_FLAGS.devices)
     from trainer.modes import dispatch
+    from trainer.modes.command import Command
     from trainer.parallel.processes import Cluster
 
     workdir = identity.default_workdir(loaded, applied)
     if _FLAGS.workdir:
         workdir = places.expand(_FLAGS.workdir, '--workdir')
-    command = dispatch.Command(
+    command = Command(
         mode=_FLAGS.mode,
         workdir=workdir,
         step=_FLAGS.step,
@@ -236,6 +238,8 @@ def _parse_flags(argv: Sequence[str]) -> None:
     except flags.UnrecognizedFlagError as error:
         hint = synonyms.hint(error.flagname, {}, lambda *_: True) or ''
         hint = hint.replace('mean config.', 'mean --config.')
+        if error.flagname.partition('.')[0] in schema.fields(Sections):
+            hint = f'Keys of the config are written --config.{error.flagname}=VALUE.'
         raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
         raise UserError(f'{shortened(str(error), 400)}. See --help.') from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
@@ -75,6 +76,7 @@ class Trainer:
         experiment: Experiment,
         workdir: str | None = None,
         *,
+        mesh: Mesh | None = None,
         stop: StopRequest | None = None,
         allow_config_change: bool = False,
         overrides: Mapping[str, str] | None = None,
@@ -84,6 +86,7 @@ class Trainer:
         Args:
             experiment: from `trainer.experiment.build`.
             workdir: where checkpoints, metrics and results go; None for a run that leaves no trace.
+            mesh: instead of that of `config.mesh`, which takes all devices.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the
                 current batch of an evaluation. Without one, Ctrl-C does so.
             allow_config_change: resume even though the config makes it a different run.
@@ -97,6 +100,7 @@ class Trainer:
         total, batch_size = experiment.training.total_steps, experiment.clock.batch_size
         self.report = Reporter(total, batch_size, screen, members)
         self._events = self.run.events
+        self._mesh = mesh
         self._setup: Setup | None = None
         self._compiled = False
         self._monitors: Monitors | None = None
@@ -131,7 +135,7 @@ class Trainer:
             UserError: if model, task, data and optimizer do not fit each other.
         """
         if self._setup is None:
-            self._setup = set_up(self.run)
+            self._setup = set_up(self.run, self._mesh)
         return self._setup
 
     def check_agreement(self) -> None:
@@ -401,7 +405,8 @@ class Trainer:
                 or an evaluation of an empty split.
         """
         experiment = self.experiment
-        checks.check_batch(experiment, batch_shards(make_mesh(experiment.devices.mesh)))
+        mesh = make_mesh(experiment.devices.mesh) if self._mesh is None else self._mesh
+        checks.check_batch(experiment, batch_shards(mesh))
         setup = self.set_up()
         programs = setup.programs
         first, self._compiled = not self._compiled, True

@@ -93,6 +93,31 @@ def test_what_was_cut_short_is_invisible_and_the_next_save_removes_it(
     assert int(checkpoints.restore(3, abstract(state()))['count']) == 30
 
 
+@pytest.mark.parametrize(
+    ('text', 'problem'),
+    [
+        ('[]', 'it is a list, not an object'),
+        ('[' * 5000 + ']' * 5000, 'levels of nesting'),
+        ('{"custom_metadata": 3}', "'custom_metadata' is a number, not an object"),
+        ('{"commit_timestamp_nsecs": "now"}', "'commit_timestamp_nsecs' is no time"),
+    ],
+)
+def test_damaged_notes_of_orbax_do_not_fail_the_next_save(
+    tmp_path: pathlib.Path, text: str, problem: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_all(tmp_path, 5, 6)
+    notes = tmp_path / '6' / '_CHECKPOINT_METADATA'
+    notes.write_text(text)
+    checkpoints = open_in(tmp_path, keep_last=3)
+    checkpoints.restore(6, abstract(state()))
+    checkpoints.save(7, state(7), {'step': 7})
+    checkpoints.close()
+    assert checkpoints.steps() == [5, 6, 7]
+    assert (tmp_path / '6' / '_CHECKPOINT_METADATA.damaged').read_text() == text
+    assert not notes.exists() and (tmp_path / '5' / '_CHECKPOINT_METADATA').exists()
+    assert problem in caplog.text and str(notes) in caplog.text
+
+
 def test_a_reader_leaves_a_save_that_is_being_written(tmp_path: pathlib.Path) -> None:
     writer, held = open_in(tmp_path), Held(x=1)
     writer.save(1, state(1), {})

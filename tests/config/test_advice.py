@@ -49,6 +49,10 @@ def makes() -> Any:
             lambda x: x,
             "give it a name: define it as a function in a module, and write dict(ref='pack",
         ),
+        (
+            (lambda: lambda x: x)(),
+            "give it a name: define it as a function in a module, and write dict(ref='pack",
+        ),
         (pathlib.Path('/a/b'), "write it as text: '/a/b'"),
         (Color.RED, f"write its value, 1, or its name, 'RED', or .*ref='{HERE}:Color.RED'"),
         (Color.BOTH, "write its name, 'BOTH', or name the member"),

@@ -72,8 +72,9 @@ def test_the_mode_shows_it() -> None:
 
 def test_of_an_ensemble_it_shows_a_member() -> None:
     alone, several = (Trainer(build(linen(), **more)) for more in ({}, {'ensemble': {'size': 3}}))
-    title, _, shown = module_table.describe(several).partition('\n')
-    assert title == 'each member' and shown == module_table.describe(alone)
+    text, of_one = (module_table.describe(t.experiment, t.set_up()) for t in (several, alone))
+    title, _, shown = text.partition('\n')
+    assert title == 'each member' and shown == of_one
 
 
 @pytest.mark.parametrize('accumulate', [1, 2])

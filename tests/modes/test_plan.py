@@ -82,11 +82,10 @@ def test_sharded_parameters_are_gathered() -> None:
 
 
 def test_one_device_sends_nothing() -> None:
-    made = trainer('mnist_mlp', {'data': 1})
-    made.__dict__['mesh'] = jax.make_mesh(
-        (1,), ('data',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
-    )
-    planned = planned_for(made)
+    kind = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ('data',), kind, devices=jax.devices()[:1])
+    made = trainer('mnist_mlp', {'data': 8})
+    planned = planned_for(Trainer(made.experiment, mesh=mesh))
     assert planned.collectives == ()
     assert 'no collectives' in plan.describe(planned)
 

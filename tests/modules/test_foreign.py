@@ -87,6 +87,7 @@ def makes_without() -> nn.Module:
 jitted = jax.jit(forward)
 bound = functools.partial(with_params, 1)
 instance = Callable4()
+method = nn.Dense(4).apply
 linen_class = nn.Dense
 array = np.ones(3)
 tree = {'w': array}
@@ -109,6 +110,7 @@ REFUSED = {
     'ref:bound': rf'{EXPECTED}the function with_params\(x',
     'ref:with_params': rf'{EXPECTED}the function with_params\(params',
     'ref:makes_without': rf'{EXPECTED}the function makes_without\(\).*config\.model\.target name',
+    'ref:method': r"got the method 'apply' of a module \(Dense\)\. Let config\.model give the",
     'ref:linen_class': r'got the class Dense of flax\.linen modules; config\.model\.target makes',
     'ref:array': rf'{EXPECTED}ndarray\.',
     'ref:tree': rf'{EXPECTED}dict\.',

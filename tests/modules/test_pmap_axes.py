@@ -22,6 +22,8 @@ from trainer import klinen as knn
 from trainer.config.errors import UserError
 from trainer.modes import dry_run, export
 from trainer.modes.plan import plan
+from trainer.modules.ensemble import EnsembleModel
+from trainer.modules.ensemble_outputs import mean
 from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 
@@ -291,3 +293,15 @@ def test_an_axis_of_the_mesh_is_none_of_pmap() -> None:
     run = trainer({'target': f'{__name__}:Averaging', 'axis_name': 'data'}, steps=4)
     with pytest.raises(UserError, match=r"'data' of the mesh, which only jax.shard_map binds"):
         run.fit()
+
+
+def test_members_of_an_ensemble() -> None:
+    """Their evaluation leaves the name out, too."""
+    model, named = functional(Normed(nn.LayerNorm)), functional(Normed(nn.LayerNorm, 'batch'))
+    keys = Keys(seed=0, mode='eval')
+    one = model.init(lambda bound, batch: bound(batch['x']), {'x': X}, keys)
+    both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), one)
+    expected, got = (
+        EnsembleModel(each, both, keys, jnp.arange(2), combine=mean)(X) for each in (model, named)
+    )
+    np.testing.assert_array_equal(got, expected)

@@ -23,7 +23,6 @@ from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.observe.table import bytes_per_device, nbytes
 from trainer.run import checks
-from trainer.run.setup import set_up
 from trainer.trainer import Trainer
 
 STEPS = 30
@@ -106,10 +105,9 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """The losses on one device."""
     found = {}
     for kind in ('cnn', 'NamedCNN', 'lm'):
-        trainer = Trainer(experiment(kind), str(tmp_path_factory.mktemp(kind)))
         names, auto = ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3
         mesh = jax.make_mesh((1, 1, 1), names, auto, devices=jax.devices()[:1])
-        trainer._setup = set_up(trainer.run, mesh)  # `config.mesh` always takes all devices.
+        trainer = Trainer(experiment(kind), str(tmp_path_factory.mktemp(kind)), mesh=mesh)
         _, found[kind] = train(trainer)
         assert len(found[kind]) == STEPS
         assert found[kind][-1] < found[kind][0] - 0.1

@@ -443,7 +443,11 @@ def test_a_resumed_run_ends_bit_equal(
     optimizer: dict[str, Any], logged: tuple[str, ...], tmp_path: pathlib.Path
 ) -> None:
     """What these keep of the losses is in the checkpoint."""
-    options = {'optimizer': optimizer, 'evals': {}, 'log': {'every': '5 steps', 'learning_rates': logged}}
+    options = {
+        'optimizer': optimizer,
+        'evals': {},
+        'log': {'every': '5 steps', 'learning_rates': logged},
+    }
     whole = tiny.trainer(tmp_path / 'whole', **options).fit()
     tiny.trainer(tmp_path / 'cut', **options).fit(max_steps=7)
     cut = tiny.trainer(tmp_path / 'cut', **options).fit()

@@ -90,11 +90,18 @@ def test_multipliers_scale_the_learning_rate() -> None:
         ({'freeze': ('nothing/.*',)}, "pattern 'nothing/.*' matches no parameter"),
         ({'lr_multipliers': (('head/.*', 2.0),)}, 'covers every parameter but backbone/bias'),
         ({'lr_multipliers': (('.*', 1.0), ('neck', 1.0))}, "'neck' matches no parameter"),
+        ({'decay_mask': ('kernel', 'neck/.*')}, "decay_mask: 'kernel', 'neck/.*' matches no param"),
+        ({'decay_mask': ('*kernel',)}, "'*kernel' is no regular expression: nothing to repeat"),
     ],
 )
 def test_patterns_are_checked(options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message.replace('*', r'\*')):
         Optimizer(base=optax.sgd(0.1), **options).transformation(PARAMS)
+
+
+def test_one_pattern_of_a_decay_mask_is_enough() -> None:
+    mask = ('neck/.*', 'head/kernel')
+    Optimizer(base=optax.sgd(0.1), decay_mask=mask).transformation(PARAMS)
 
 
 def test_decay_mask() -> None:

@@ -73,6 +73,8 @@ def test_a_mean_and_logits() -> None:
         (lambda m, b: TaskOutput(loss=m(b['x']).mean()), NO_MEAN),
         (lambda m, b: {'a': m(b['x']).mean()}, "the loss 'a' that is a scalar, float32[]"),
         (lambda m, b: {'a': m(b['x']).mean()}, 'one loss and its metrics are (loss, dict)'),
+        (lambda m, b: (m(b['x']), {'a': 'x'}), "the metric 'a' that is str: expected an array"),
+        (lambda m, b: (m(b['x']), {'a': object()}), "the metric 'a' that is object: expected"),
         (lambda m, b: {'a': m(b['x']), 'aux': {}}, "the loss 'aux' that is {}: expected an array"),
         (lambda m, b: None, 'returned None. Is a return statement missing?'),
         (lambda m, b: (1, 2, 3), 'returned (int, int, int). A task returns the loss of each'),
@@ -100,6 +102,12 @@ def test_what_a_task_should_return(task: Any, message: str) -> None:
     text = message_for(task)
     assert text.startswith('the task tests.step.test_returned:<lambda> returned ')
     assert message in text
+
+
+@pytest.mark.parametrize('name', ['f1-score', 'class', 'top 5', '', 1])
+def test_the_name_of_a_metric(name: Any) -> None:
+    text = message_for(lambda m, b: (m(b['x']), {name: m(b['x'])}))
+    assert f'names a metric {name!r}. A name is a Python identifier, such as' in text
 
 
 def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> None:
@@ -180,7 +188,7 @@ def test_a_model_that_returns_more_than_an_array(task: Any) -> None:
             lambda x: (jnp.ones((32, 10)), {}),
             {'x': jnp.ones((32, 10)), 'label': jnp.ones((32, 2))},
         )
-    assert 'config.task: the model returned (float32[32, 10], {}), and trainer.step.' in str(
+    assert 'config.task: the model returned (float32[32, 10], {}), and trainer.tasks.' in str(
         error.value
     )
     assert 'expects one array' in str(error.value)

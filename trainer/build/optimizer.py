@@ -112,8 +112,9 @@ def _one_optimizer(
     node, steps = durations.resolve(given, clock, path)
     _check_warmups(node, path)
     counts.check(node, steps, path)
+    decaying = _patterns(section.decay_mask)
     if section.decay_mask is not None:
-        node = decay.masked(node, path, RegexMask(_patterns(section.decay_mask)))
+        node = decay.masked(node, path, RegexMask(decaying))
     prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
     mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
     base = hyperparams.injected(node, path, mine, prefix=prefix, changed=moved) if mine else None
@@ -134,6 +135,7 @@ def _one_optimizer(
         learning_rate=learning_rate,
         clip_norm=section.clip_norm,
         lr_multipliers=section.lr_multipliers or (),
+        decay_mask=decaying,
         eval_params=_eval_params(section.eval_params, path, injected=bool(mine)),
         path=path,
     ), steps

@@ -5,16 +5,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
 
+from trainer.config import json_text
+
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
 _COMMITTED = 'commit_success.txt'
+
+# Of a step, Orbax's notes about it. Of these it needs the times alone, and not those either.
+_NOTES = '_CHECKPOINT_METADATA'
+
+_log = logging.getLogger('trainer')
 
 
 def step_directories(directory: epath.Path) -> Iterator[tuple[int, epath.Path]]:
@@ -70,6 +78,7 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
 
     if jax.process_index() == 0:
         _remove_uncommitted(directory)
+        _set_damaged_notes_aside(directory)
     manager = ocp.CheckpointManager(
         directory,
         item_names=('state', 'meta'),
@@ -87,6 +96,33 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
     # Preemption is our own affair; Orbax's background thread would ask about old steps.
     manager.reached_preemption = lambda step: False
     return manager
+
+
+def _set_damaged_notes_aside(directory: epath.Path) -> None:
+    # Orbax does without them, but of another shape they would fail the next save, and not the
+    # restore, and so each resume would lose its steps again.
+    for _, path in step_directories(directory):
+        notes = path / _NOTES
+        if notes.is_file() and (problem := _problem_of_notes(notes.read_bytes())):
+            aside = path / f'{_NOTES}.damaged'
+            notes.replace(aside)
+            _log.warning('%s is damaged (%s): moved to %s', notes, problem, aside)
+
+
+def _problem_of_notes(data: bytes) -> str | None:
+    try:
+        found = json_text.parse(data)
+    except ValueError as error:
+        return str(error)
+    if not isinstance(found, dict):
+        return f'it is {json_text.name(found)}, not an object'
+    for name in ('metrics', 'performance_metrics', 'custom_metadata'):
+        if not isinstance(found.get(name, {}), dict):
+            return f'{name!r} is {json_text.name(found[name])}, not an object'
+    for name in ('init_timestamp_nsecs', 'commit_timestamp_nsecs'):
+        if found.get(name) is not None and not json_text.is_int(found[name]):
+            return f'{name!r} is no time'
+    return None
 
 
 def _async_options(options: Any) -> Any:

@@ -110,7 +110,8 @@ def _of_iterator(value: Any) -> str:
 def _of_function(value: Any) -> str:
     kind, module = 'class' if inspect.isclass(value) else 'function', value.__module__ or ''
     own = module.startswith('_config_')
-    if value.__qualname__.endswith('<lambda>') and (own or '<locals>' not in value.__qualname__):
+    outer = value.__qualname__.partition('.<locals>')[0]
+    if value.__qualname__.endswith('<lambda>') and (own or outer.endswith('<lambda>')):
         return (
             'give it a name: define it as a function in a module, and write '
             "dict(ref='package.module:name')"
@@ -123,8 +124,8 @@ def _of_function(value: Any) -> str:
             f"write dict(ref='package.module:{value.__name__}')"
         )
     if '<locals>' in value.__qualname__:
-        outer = _named(module, value.__qualname__.partition('.<locals>')[0])
-        return f'describe the call that makes it: dict(target={outer!r}, ...)'
+        maker = _named(module, outer)
+        return f'describe the call that makes it: dict(target={maker!r}, ...)'
     name = _name(value)
     return f'name it: dict(ref={name!r}), or, to have it called, dict(target={name!r}, ...)'
 

@@ -61,6 +61,11 @@ def load(spec: str) -> LoadedConfig:
                 "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in the place of "
                 "'12.5%' as a key, write a whole number of steps"
             )
+        if 'Could not override field' in str(error):
+            hint = (
+                '\nA config describes how objects are made: config.optimizer = '
+                "dict(target='optax:adam', learning_rate=1e-3)"
+            )
         said = f'{path}: get_config failed: {objects.last_line(error)}'
         if args:
             hint += config_arguments.describe(arg, config_arguments.known(get_config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +13,18 @@ from typing import Any, Literal
 
 from trainer.config import suggest, synonyms
 from trainer.config.durations import Duration
-from trainer.config.errors import UserError, shown
-from trainer.config.sections import Node, PrecisionSection, Sections
+from trainer.config.errors import UserError, shortened, shown
+from trainer.config.sections import (
+    EmaSection,
+    InitFromSection,
+    Node,
+    OptimizerSection,
+    PrecisionSection,
+    Sections,
+)
+
+# How config files name what Python can import.
+_NAME = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_][\w.]*')
 
 Keys = Sequence[str | int]
 
@@ -146,12 +157,7 @@ def _check_given(node: Any, path: str) -> None:
 def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any]) -> Any:
     if not isinstance(config, Mapping):
         keys = ', '.join(fields(section))
-        meant = synonyms.VALUES.get(config) if isinstance(config, str) else None
-        hint = (
-            f'. Did you mean {path}.compute={meant}?'
-            if section is PrecisionSection and meant
-            else ''
-        )
+        hint = _instead_of_section(section, config, path)
         raise UserError(
             f'{path}: expected a section (a dict) with keys of {keys}; got {shown(config)}{hint}'
         )
@@ -268,13 +274,37 @@ def _check_union(value: Any, args: Sequence[Any], path: str, whole: Mapping[str,
     raise UserError(f'{path}: expected {expected}, got {shown(value)}')
 
 
+def _instead_of_section(section: type, value: Any, path: str) -> str:
+    """Returns which key of a section was probably meant by a value in the section's place."""
+    key, meant = None, value
+    if section is PrecisionSection and isinstance(value, str) and value in synonyms.VALUES:
+        key, meant = 'compute', synonyms.VALUES[value]
+    elif section is OptimizerSection and isinstance(value, str) and _NAME.fullmatch(value):
+        key = 'target'
+    elif section is InitFromSection and isinstance(value, str) and value:
+        key = 'path'
+    elif section is EmaSection and isinstance(value, float):
+        key = 'decay'
+    return f'. Did you mean {path}.{key}={shortened(str(meant), 100)}?' if key else ''
+
+
 def _check_node(value: Any, path: str) -> Node:
     if not isinstance(value, Mapping) or not ('target' in value or 'ref' in value):
         raise UserError(
             f"{path}: expected an object, a dict with 'target' (or 'ref') = 'package.module:Name', "
-            f'got {shown(value)}'
+            f'got {shown(value)}{_as_target(value, path)}'
         )
     return dict(value)
+
+
+def _as_target(value: Any, path: str) -> str:
+    """Returns how to write an object, for a text that names one."""
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        return ''
+    return (
+        f""". Write --{path}='{{"target": "{value}"}}' if it is called to make the object, or """
+        '"ref" if it is the object, such as a function'
+    )
 
 
 def _check_tuple(

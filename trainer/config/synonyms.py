@@ -31,6 +31,15 @@ _LOADER = (
 )
 _PRECISION = '--config.precision.compute=bfloat16 (and precision.params, precision.output)'
 
+_DEVICE = (
+    'JAX uses the accelerators that it finds; the environment variable JAX_PLATFORMS=cpu keeps it '
+    'to the CPU'
+)
+_TRACKER = (
+    'The work directory holds metrics.jsonl and TensorBoard files; for another tracker, write a '
+    'hook: --config.hooks.NAME=\'{"ref": "package.module:function"}\''
+)
+
 # Each line: the words, then what they lead to. A path (of a config that has it), or else a text.
 _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('lr learning_rate lrate eta base_lr max_lr initial_lr peak_lr', ('optimizer.learning_rate',)),
@@ -52,8 +61,8 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('eps epsilon adam_epsilon', ('optimizer.eps',)),
     ('opt optim optimiser', ('optimizer.target',)),
     (
-        'batch bs batchsize train_batch_size global_batch_size per_device_train_batch_size '
-        'micro_batch_size',
+        'batch bs batch_size batchsize train_batch_size global_batch_size '
+        'per_device_train_batch_size micro_batch_size',
         ('data.batch_size',),
     ),
     (
@@ -95,15 +104,15 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('loss_scale loss_scaling dynamic_loss_scale', ('precision.loss_scale',)),
     ('log_every logging_steps log_steps log_interval log_freq print_every log_every_n_steps '
      'log_every_steps report_every', ('log.every',)),
-    ('seed random_seed manual_seed rng_seed rng prng_seed', ('seed',)),
+    ('seed random_seed seed_everything manual_seed rng_seed rng prng_seed', ('seed',)),
     ('mode run_mode', ('--mode=train (or eval, plan, ...), a flag and no key of the config',)),
     (
         'num_workers n_workers dataloader_num_workers loader_workers num_proc',
         ('data.loader.workers', _LOADER),
     ),
     (
-        'pretrained pretrained_path load_from restore_from init_checkpoint init_from_checkpoint '
-        'model_name_or_path weights',
+        'pretrained pretrained_path ckpt_path load_from restore_from init_checkpoint '
+        'init_from_checkpoint model_name_or_path weights',
         ('init_from.path',),
     ),
     (
@@ -123,8 +132,15 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('loss loss_fn criterion objective', ('task',)),
     ('callbacks callback', ('hooks',)),
     ('arch network net architecture backbone', ('model.target',)),
-    ('gpus num_gpus num_devices n_gpu mesh_shape dp tp fsdp', ('mesh',)),
+    ('_target_ class_path class_name cls', ('model.target', 'optimizer.target')),
+    ('gpus num_gpus devices num_devices n_gpu tpus tpu_cores mesh_shape dp tp fsdp', ('mesh',)),
+    ('device accelerator use_gpu cuda no_cuda use_cpu', (_DEVICE,)),
+    ('wandb report_to tensorboard mlflow', (_TRACKER,)),
+    ('run_name experiment_name exp_name', ('--workdir=DIRECTORY',)),
 )  # fmt: skip
+# Words for the class of an object, which mean anything elsewhere.
+_CLASSES = ('name', 'type')
+
 _LEADS = {word: leads for words, leads in _TABLE for word in words.split()}
 
 
@@ -152,6 +168,8 @@ def among(word: str, names: Sequence[str]) -> str | None:
 
     That is ours, or another word for the same: of a model with `num_steps`, `steps` is that.
     """
+    if word in _CLASSES and 'target' in names:
+        return 'target'
     ends = [lead.rpartition('.')[2] for lead in leads(word) if _is_path(lead)]
     same = [name for name in names if leads(word) and leads(name) == leads(word)]
     return next((name for name in (*ends, *same) if name in names), None)

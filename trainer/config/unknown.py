@@ -15,6 +15,8 @@ _LONGEST = 200
 # Flags of the command line, unless they are in a section: `checkpoint.mode` is something else.
 _ONLY_FLAGS = ('mode',)
 
+_HOOK = """'{"target": "package.module:Class"}', or "ref" for a function"""
+
 
 def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
     """Returns what to print of a path that nothing reads.
@@ -44,10 +46,14 @@ def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
     known = _known(whole)
     if is_object:
         return _unknown_argument(parent, keys, depth, known)
-    fixed, complete = reach.repaired(whole, keys)
-    if complete:
-        return _no_key(path, suggest.question(f'config.{paths.join(fixed)}'))
     last = [p for p in known if p.rpartition('.')[2] == keys[-1]]
+    if keys[0] == 'hooks' and depth <= 1 and len(keys) > 2:
+        place = f'config.{paths.join(keys[:2])}'
+        return _no_key(path, f'A new hook is written whole: --{place}={_HOOK}.')
+    fixed, complete = reach.repaired(whole, keys)
+    # A key of that very name, somewhere else, is more likely than one that looks alike.
+    if complete and not (last and depth == 0 and len(keys) == 1):
+        return _no_key(path, suggest.question(f'config.{paths.join(fixed)}'))
     if not last and len(fixed) > depth:  # Some wrong names were replaced, not all.
         return _no_key(path, suggest.question(f'config.{paths.join(fixed)}'))
     found = suggest.nearest_path(path, last or known)
@@ -59,10 +65,10 @@ def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
 def _foreign(whole: Mapping[str, Any], keys: paths.Keys, siblings: list[str]) -> str | None:
     """Returns what leads from a last key that is a word of another framework to ours, or None."""
     word, place = str(keys[-1]), f'config.{paths.join(keys[:-1])}'.removesuffix('.')
-    if not synonyms.leads(word):
-        return None
     if mine := synonyms.among(word, siblings):
         return suggest.question(f'{place}.{mine}')
+    if not synonyms.leads(word):
+        return None
     inside = [p for p in _known(whole) if p.startswith(f'{place}.') and p.endswith(f'.{word}')]
     if len(keys) > 1 and len(inside) == 1:
         return suggest.question(inside[0])

@@ -17,12 +17,22 @@ from trainer.checkpoint.storable import check_storable
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
 from trainer.inspect.monitors import Monitors
+from trainer.modes.command import Command
+from trainer.observe import logfile
 from trainer.observe.progress import duration
 from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
+from trainer.parallel.signals import StopRequest
 from trainer.run import banner
 from trainer.tasks.metrics import not_finite
 from trainer.trainer import Trainer
+
+
+def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Rehearses the run beside its work directory."""
+    logfile.route(None)
+    rehearse(trainer.experiment, command.workdir)
+    return 0
 
 
 def rehearse(experiment: Experiment, workdir: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a trained model for programs that know nothing of this one.
+"""`--mode=export`: writes a trained model for programs that know nothing of this one.
 
 A directory holds the task's predictions as a function that any process with `jax` and `flatbuffers`
 can call (StableHLO by `jax.export`, which reads its files with flatbuffers; for batches of any
@@ -27,12 +27,16 @@ from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import Evaluator
 from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.step import EMA
+from trainer.modes.command import Command, restore, workdir_of
+from trainer.observe import logfile
 from trainer.observe.table import nbytes
 from trainer.parallel.host import fetch
 from trainer.parallel.sharding import named_axes
+from trainer.parallel.signals import StopRequest
 from trainer.run.workdir import versions
 from trainer.step.state import TrainState
 from trainer.tasks.runner import MASK
+from trainer.trainer import Trainer
 from trainer.weights import safetensors
 
 FUNCTION = 'model.jax_export'
@@ -49,6 +53,27 @@ MOST_WITHIN = 2**28
 _log = logging.getLogger('trainer')
 
 Fields = Mapping[str, jax.ShapeDtypeStruct]
+
+
+def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Exports a checkpoint of the work directory, and says what is in the files."""
+    logfile.route(None)
+    check_alone()
+    state = restore(trainer, command)
+    setup = trainer.set_up()
+    if not setup.evaluators:
+        raise UserError('--mode=export takes task and fields from config.evals, and there are none')
+    evaluator = next(iter(setup.evaluators.values()))
+    directory = workdir_of(trainer).path / f'export_{int(state.step)}'
+    about = write(
+        evaluator, state, directory, axes=tuple(setup.mesh.shape), platforms=command.platforms
+    )
+    print(f'exported step {about["step"]:,} to {directory}: predictions of evals.{evaluator.name}')
+    print(f'  {FUNCTION}({", ".join(about["arguments"])}) for {", ".join(about["platforms"])}')
+    for kind in ('batch', 'outputs'):
+        print(f'    {kind}: ' + ', '.join(f'{name} {x}' for name, x in about[kind].items()))
+    print(f'  {MSGPACK}, {SAFETENSORS}: {len(about["variables"])} arrays')
+    return 0
 
 
 def write(

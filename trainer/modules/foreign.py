@@ -44,6 +44,8 @@ def refusal(given: Any) -> str | None:
         given: what `config.model` has given.
     """
     called = _without_partial(given)
+    if isinstance(getattr(called, '__self__', None), nn.Module):  # Such as `module.apply`.
+        return f'config.model: {_of_method(called)}'
     if inspect.isroutine(inspect.unwrap(called)):
         return None if _may_take_rngs(given) else f'config.model: {_of_function(given)}'
     if isinstance(called, type):
@@ -194,6 +196,14 @@ def _of_function(given: Any) -> str:
     return (
         f'{_EXPECTED}, got the function {name}. A model has parameters: write it as a module, or '
         'let config.model.target name a function that returns one (for NNX, a function of `rngs`)'
+    )
+
+
+def _of_method(given: Any) -> str:
+    of = type(given.__self__).__name__
+    return (
+        f'expected a module, got the method {given.__name__!r} of a module ({of}). Let '
+        'config.model give the module itself'
     )
 
 

@@ -298,8 +298,12 @@ class Workdir:
         path = self.path / 'run.json'
         try:
             old = json_text.parse(path.read_bytes()) if path.exists() else {}
-            starts = [dict(each) for each in old.get('starts', ())]
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            if not isinstance(old, dict):
+                raise ValueError(f'it is {json_text.name(old)}, not an object')
+            starts = old.get('starts', [])
+            if not isinstance(starts, list) or not all(isinstance(each, dict) for each in starts):
+                raise ValueError("'starts' is not a list of objects")
+        except (OSError, ValueError) as error:
             _log.warning('%s is damaged: its list of earlier starts is lost (%s)', path, error)
             return []
         for each in starts:

@@ -65,6 +65,7 @@ class Optimizer:
         freeze_statistics: patterns of whole paths of other variables that keep their values, such
             as the running mean of a normalisation. In training it still normalises with the batch.
         lr_multipliers: (pattern, factor) pairs; the first match counts, all must be covered.
+        decay_mask: patterns of the parameters that `base` lets decay, for a check alone.
         eval_params: computes the parameters to evaluate from the state of `base` and the
             parameters; None evaluates the parameters themselves.
         path: where it stands in the config, for messages.
@@ -79,6 +80,7 @@ class Optimizer:
     freeze: tuple[str, ...] = ()
     freeze_statistics: tuple[str, ...] = ()
     lr_multipliers: tuple[tuple[str, float], ...] = ()
+    decay_mask: tuple[str, ...] = ()
     eval_params: Callable[[Any, Any], Any] | None = dataclasses.field(default=None, hash=False)
     path: str = 'config.optimizer'
 
@@ -144,6 +146,7 @@ class Optimizer:
 
     def _bare(self, params: Any) -> optax.GradientTransformation:
         """Returns the transformation without the float32 view, as `state_of_base` expects it."""
+        _check_decays(_paths(params), self.decay_mask, f'{self.path}.decay_mask')
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
         if self.base is None:
             parts.append(self._grouped(params))
@@ -330,10 +333,7 @@ def _check_used(
     paths: Sequence[str], patterns: Sequence[str], where: str, kind: str = 'parameter'
 ) -> None:
     for pattern in patterns:
-        try:
-            expression = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f'{where}: {pattern!r} is no regular expression: {error}') from error
+        expression = _compiled(pattern, where)
         if not any(expression.fullmatch(path) for path in paths):
             raise UserError(
                 f'{where}: the pattern {pattern!r} matches no {kind}. A pattern must match a '
@@ -341,6 +341,24 @@ def _check_used(
                 if paths
                 else f'{where}: the model has no {kind}'
             )
+
+
+def _check_decays(paths: Sequence[str], patterns: Sequence[str], where: str) -> None:
+    """Checks that some parameter decays; a list for several models may name more than this has."""
+    expressions = [_compiled(pattern, where) for pattern in patterns]
+    found = [path for path in paths if any(each.fullmatch(path) for each in expressions)]
+    if patterns and paths and not found:
+        raise UserError(
+            f'{where}: {", ".join(map(repr, patterns))} matches no parameter, so none would decay. '
+            f'A pattern must match a whole path, such as {_some(paths)}.'
+        )
+
+
+def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f'{where}: {pattern!r} is no regular expression: {error}') from error
 
 
 def _matches(patterns: Sequence[str], path: str) -> bool:

@@ -84,6 +84,12 @@ def check(loss: Any, weights: Any, metrics: Any, penalties: Any) -> None:
             raise UserError(
                 f'returned {kind} that are {describe(values)}: expected a dict, a value by name'
             )
+    for name, value in metrics.items():
+        if not all(hasattr(x, 'dtype') or _is_scalar(x) for x in jax.tree.leaves(value)):
+            raise UserError(
+                f'returned the metric {name!r} that is {describe(value)}: expected an array with '
+                'one value for each example'
+            )
     losses: Mapping[str | None, Any] = loss if isinstance(loss, Mapping) else {None: loss}
     for name, values in losses.items():
         _check_loss(name, values, metrics)

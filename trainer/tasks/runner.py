@@ -75,7 +75,9 @@ class TaskRunner:
         except ValueError:
             pass  # What is written in C has no signature.
         except TypeError as error:
-            raise UserError(f'the task {task!r} must take (model, batch): {error}') from error
+            raise UserError(
+                f'the task {returned.name_of(task)} must take (model, batch): {error}'
+            ) from error
         metrics = getattr(task, 'metrics', None)
         for name in OWN_NAMES & set(getattr(metrics, '__dataclass_fields__', ())):
             raise UserError(f'the task {returned.name_of(task)} {named_twice("metric", name)}')

@@ -12,6 +12,7 @@ A task of several losses (a GAN) returns a dict of values, one entry for each lo
 from __future__ import annotations
 
 import dataclasses
+import keyword
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -115,11 +116,21 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
     taken = {*_GIVEN, *(f'{name}_{kind}' for name in names for kind in ('loss', 'weights'))}
     reported = taken | OWN_NAMES
     for name in output.metrics:
+        if averaged and not _may_be_reported(name):
+            raise UserError(
+                f"names a metric {name!r}. A name is a Python identifier, such as 'top_5': "
+                'letters, digits and underscores, and no keyword'
+            )
         if name in (reported if averaged else taken):
             raise UserError(named_twice('metric', name))
     for name in output.penalties:
         if name in reported | (set(output.metrics) if averaged else set()):
             raise UserError(named_twice('penalty', name))
+
+
+def _may_be_reported(name: Any) -> bool:
+    # Each is a field of a class, in which the means accumulate.
+    return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
 
 
 def named_twice(kind: str, name: str) -> str:

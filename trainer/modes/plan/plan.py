@@ -13,14 +13,17 @@ import math
 from collections.abc import Iterator, Mapping
 
 from trainer.experiment import Experiment
+from trainer.modes.command import Command
 from trainer.modes.plan import collectives
 from trainer.modes.plan.collectives import Collective
 from trainer.modes.plan.devices import KINDS, DeviceKind
-from trainer.observe import flops
+from trainer.observe import flops, logfile
 from trainer.observe.table import bytes_per_device, human_bytes, nbytes
 from trainer.parallel.mesh import batch_shards
+from trainer.parallel.signals import StopRequest
 from trainer.run import checks
 from trainer.run.setup import Setup
+from trainer.trainer import Trainer
 
 _KINDS_OF_STATE = {
     'parameters': 'params',
@@ -76,6 +79,13 @@ class Plan:
     def sent_bytes(self) -> float:
         """Bytes that a device sends in a step."""
         return sum(each.sent_bytes for each in self.collectives)
+
+
+def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Prints what a step would need."""
+    logfile.route(None)
+    print(describe(make(trainer.experiment, trainer.set_up()), command.device_kind))
+    return 0
 
 
 def make(experiment: Experiment, setup: Setup) -> Plan:

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--mode=grad_probe`: gradients of the loss with respect to intermediate values."""
+
+from __future__ import annotations
+
+from trainer.config.errors import UserError
+from trainer.inspect import gradient_probe
+from trainer.modes.command import Command, restore, workdir_of
+from trainer.observe import logfile
+from trainer.observe.npz import write_npz
+from trainer.parallel import processes
+from trainer.parallel.mesh import batch_shards
+from trainer.parallel.signals import StopRequest
+from trainer.run import checks
+from trainer.trainer import Trainer
+
+
+def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Shows gradients of the loss with respect to intermediate values, and writes them."""
+    logfile.route(None)
+    experiment, workdir = trainer.experiment, workdir_of(trainer)
+    if experiment.ensemble is not None:
+        raise UserError('--mode=grad_probe: an ensemble cannot be looked into; train one member')
+    setup = trainer.set_up()
+    checks.check_batch(experiment, batch_shards(setup.mesh))
+    saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
+    state = restore(trainer, command) if saved else trainer.init_state()
+    found = gradient_probe.of_next_step(trainer.run, setup, state, command.match)
+    path = workdir.path / f'gradients_{int(state.step)}.npz'
+    if processes.is_primary():
+        workdir.make()
+        write_npz(path, {each.path: each.gradient for each in found})
+    print(f'gradients of the loss of step {int(state.step) + 1:,}')
+    print(gradient_probe.table(found))
+    print(path)
+    return 0

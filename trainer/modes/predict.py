@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--mode=predict`: the predictions of a checkpoint, as .npz files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from trainer.config.errors import UserError
+from trainer.modes.command import Command, restore, workdir_of, write_arrays
+from trainer.observe import logfile
+from trainer.parallel.signals import StopRequest
+from trainer.trainer import Trainer
+
+
+def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Writes the predictions for each split of `config.evals`."""
+    logfile.route(None)
+    workdir = workdir_of(trainer)
+    state = restore(trainer, command)
+    if not trainer.experiment.evals:
+        raise UserError('--mode=predict reads the splits of config.evals, and there are none')
+    for name in trainer.experiment.evals:
+        batches = list(trainer.predict(name, state))
+        if not batches:
+            raise UserError(f'config.evals.{name}.data: its stream has no example')
+        arrays: dict[str, Any] = {
+            key: np.concatenate([b[key] for b in batches]) for key in batches[0]
+        }
+        path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
+        write_arrays(path, arrays)
+        rows = len(next(iter(arrays.values())))
+        print(f'{path}: {rows:,} rows of {", ".join(arrays)}')
+    return 0

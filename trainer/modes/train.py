@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--mode=train`: trains, or says that the run has finished."""
+
+from __future__ import annotations
+
+import signal
+
+import jax
+
+from trainer.checkpoint import manager as checkpoint
+from trainer.modes.command import Command, workdir_of
+from trainer.observe import logfile
+from trainer.parallel import last_words
+from trainer.parallel.signals import StopRequest
+from trainer.trainer import Trainer
+
+
+def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
+    """Trains; a run that has finished is left as it is."""
+    trainer.check_workdir()
+    if _already_done(trainer):
+        return 0
+    checkpoint.preload()
+    workdir = workdir_of(trainer)
+    workdir.make()
+    logfile.route(workdir.path, jax.process_index())
+    try:
+        several = jax.process_count() > 1
+        with last_words.registered(lambda _, message: logfile.record(message), stay=several):
+            result = trainer.fit()
+    except BaseException as error:
+        logfile.record_error(error)
+        raise
+    finally:
+        if stop.signal is not None:
+            logfile.record(f'received {signal.Signals(stop.signal).name}')
+    if result.status in ('interrupted', 'preempted'):
+        trainer.report.progress.message('Run the same command again to continue.')
+    return 0 if result.status in ('finished', 'stopped_early') else stop.exit_code
+
+
+def _already_done(trainer: Trainer) -> bool:
+    """Whether the work directory holds the finished run, which is then said."""
+    workdir, total = workdir_of(trainer), trainer.experiment.training.total_steps
+    latest = trainer.checkpoints.latest() if trainer.checkpoints else None
+    result = workdir.result() if latest is not None else None
+    if result is None or result['step'] != latest:
+        return False
+    early = (
+        trainer.experiment.training.early_stopping is not None
+        and result['status'] == 'stopped_early'
+    )
+    if not early and (latest != total or result['status'] != 'finished'):
+        return False
+    why = f' ({result["status"]})' if early else ''
+    print(f'{workdir.path} has already finished at step {latest:,}{why}:')
+    for name, value in sorted(result['metrics'].items()):
+        print(f'  {name} {value:.6g}')
+    return True
