@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .compat import record_place
 from .sources import RandomAccessSource
 
 
@@ -41,7 +42,7 @@ class ArrayRecord(RandomAccessSource):
 
     def describe(self, index: int) -> str:
         """Returns what messages call a record: by its file, and its place in it."""
-        file, place = self._items.records._reader_idx_and_position(index)
+        file, place = record_place(self._items.records, index)
         return f'record {place} of {self._files[file]}'
 
 

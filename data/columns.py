@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .compat import is_decoded
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -80,7 +82,7 @@ def _columns(
 ) -> Iterator[Column]:
     import pyarrow as pa
 
-    if _is_decoded(feature):
+    if is_decoded(feature):
         is_image = type(feature).__name__ == 'Image'
         problem = None if is_image else f'{type(feature).__name__} is not read as arrays'
         yield Column(name, top, path, 'image', feature, problem)
@@ -269,12 +271,6 @@ def _stacked(column: Column, images: list[np.ndarray]) -> np.ndarray:
             'stage of data.streaming:StreamLoader'
         )
     return np.stack(images) if images else np.zeros(0, np.uint8)
-
-
-def _is_decoded(feature: Any) -> bool:
-    """Whether `datasets` makes an object of the stored bytes, as of an image or a sound."""
-    is_json = type(feature).__name__ == 'Json'
-    return hasattr(feature, 'decode_example') and getattr(feature, 'decode', True) and not is_json
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .digest import DataDigest
+from .compat import worker_death
 from .loader import Block, TrainLoader
 from .order import PADDING, Marks
 from .record_errors import describe
@@ -118,10 +118,6 @@ class GrainLoader:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
         return self._loader.spec
 
-    def new_digest(self) -> DataDigest:
-        """Returns a digest that has counted no batch yet."""
-        return self._loader.new_digest()
-
     def block(self, start: int, count: int, rows: slice | np.ndarray = slice(None)) -> Block:
         """Returns the batches of the steps [start, start + count).
 
@@ -175,7 +171,7 @@ class GrainLoader:
         ids = self._loader.order(step, 1)[0][0, rows]
         records = ', '.join(describe(self._source, i) for i in ids.tolist() if i != PADDING)
         return WorkerError(
-            f'a worker process of the data has died: {str(error).split(". ")[0]}. What it owed '
+            f'a worker process of the data has died: {worker_death(error)}. What it owed '
             f'begins with rows {rows[0]} to {rows[-1]} of the batch at position {step}: {records}. '
             'Exit code -9 is a kill from outside, often for want of memory (fewer workers, or a '
             'smaller `ahead`, need less); -11 is a crash in the library that decodes the record.'

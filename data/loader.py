@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
-from .digest import DataDigest
 from .order import PADDING, Marks, Order, after
 from .record_errors import blame
 from .sources import Arrays, ArraySpec, Source, check_rows, check_source
@@ -131,10 +130,6 @@ class TrainLoader:
         if self._repeat is None:  # Otherwise the repeated batches are still the first ones.
             loader._order = order
         return loader
-
-    def new_digest(self) -> DataDigest:
-        """Returns a digest that has counted no batch yet."""
-        return DataDigest()
 
     def order(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the example in each row, and its epoch, both int64 (count, batch_size).

@@ -169,23 +169,28 @@ def _told(dataset: Any) -> Any:
     import grain.python as grain
 
     class Iterator(grain.DatasetIterator):
+        def __init__(self, inner: Any):
+            super().__init__(inner)
+            self._inner = inner
+
         def __next__(self) -> Any:
             try:
-                return next(self._parent)
+                return next(self._inner)
             except StopIteration:
                 raise
             except Exception as error:
                 raise portable(error) from None
 
         def get_state(self) -> Any:
-            return self._parent.get_state()
+            return self._inner.get_state()
 
         def set_state(self, state: Any) -> None:
-            self._parent.set_state(state)
+            self._inner.set_state(state)
 
     class Dataset(grain.IterDataset):
         def __iter__(self) -> Iterator:
-            return Iterator(iter(self._parent))
+            (parent,) = self.parents
+            return Iterator(iter(parent))
 
     return Dataset(dataset)
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
-from .digest import DataDigest
 from .loader import MASK, Block
 from .order import PADDING, Marks
 from .sources import Arrays, ArraySpec
@@ -170,10 +169,6 @@ class StreamLoader(_Loader):
         if self._repeat is None:
             loader._shift = examples - batch_sizes[-1][0] * self.batch_size
         return loader
-
-    def new_digest(self) -> DataDigest:
-        """Returns a digest that has counted no batch yet."""
-        return DataDigest()
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> Block:
         """Returns the batches of the steps [start, start + count): the next ones, or the first.

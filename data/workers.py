@@ -10,6 +10,8 @@ import threading
 import traceback
 from typing import Any
 
+from .compat import mark_grain_flags_parsed
+
 
 class WorkerError(RuntimeError):
     """A worker process failed, or died; the message has its own error and traceback."""
@@ -24,13 +26,8 @@ def prefetched(dataset: Any, workers: int, buffer: int) -> Any:
         buffer: elements that each worker keeps ready.
     """
     import grain.python as grain
-    from absl import flags
 
-    if not flags.FLAGS.is_parsed():
-        # As in a notebook: Grain reads its flags all the same, and absl would refuse.
-        for name in flags.FLAGS:
-            if name.startswith('grain_'):
-                flags.FLAGS[name].present = 1
+    mark_grain_flags_parsed()
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=buffer)
     return dataset.mp_prefetch(options, worker_init_fn=_start)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 
 _GROUPS = 'groups'
 
-# Without what Flax does around a call: it is a part of another one.
-_call: Any = nn.BatchNorm.__call__.__wrapped__  # type: ignore[attr-defined]
+# Without what Flax does around a call: here it is a part of another one.
+_call: Any = inspect.unwrap(nn.BatchNorm.__call__)
 
 
 class GroupedBatchNorm(nn.BatchNorm):

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.digest import DataDigest
 from data.order import PADDING, combine
 from tests import command, small
 from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
+from trainer.input.digest import DataDigest
 from trainer.inspect.gradient_probe import of_next_step
 from trainer.trainer import Trainer
 
@@ -407,8 +407,8 @@ def test_an_older_checkpoint_has_a_next_batch_too(tmp_path: pathlib.Path) -> Non
     assert trainer.checkpoints is not None
     assert trainer.checkpoints.steps() == [8, 16, 20, 24]
     with trainer.batches(8, [1]) as batches, trainer.batches(20, [1]) as later:
-        (_, batch), *_ = batches
-        (_, other), *_ = later
+        batch = next(iter(batches)).arrays
+        other = next(iter(later)).arrays
     # After 256 examples, and after 768.
     data = trainer_in(None, data__batch_size=64).experiment.data
     np.testing.assert_array_equal(batch['label'], data.block(4, 1).arrays['label'][0])
@@ -432,11 +432,11 @@ def test_checkpoints_are_kept_at_the_ends_of_epochs(tmp_path: pathlib.Path) -> N
 def test_a_profile_begins_by_examples() -> None:
     more = {'profile': {'start': '3 epochs', 'steps': 2}}
     experiment = trainer_in(None, data__batch_size=64, train_for='4 epochs', **more).experiment
-    window = experiment.after(((0, 32), (16, 64))).profile
+    window = experiment.after(((0, 32), (16, 64))).logging.profile
     assert window is not None
     assert (window.start, window.stop) == (20, 22)
     assert experiment.after(((0, 64),)) is experiment
-    assert experiment.after(((0, 32), (16, 64))).after(((0, 64),)).total_steps == 16
+    assert experiment.after(((0, 32), (16, 64))).after(((0, 64),)).training.total_steps == 16
 
 
 def test_a_run_that_went_on_elsewhere_is_refused(tmp_path: pathlib.Path) -> None:
@@ -456,7 +456,7 @@ class Counting:
         from data.loader import TrainLoader
 
         self._inner = TrainLoader(source=source, batch_size=batch_size)
-        for name in ('spec', 'steps_per_epoch', 'block', 'new_digest', 'examples'):
+        for name in ('spec', 'steps_per_epoch', 'block', 'examples'):
             setattr(self, name, getattr(self._inner, name))
 
 

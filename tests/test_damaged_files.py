@@ -132,7 +132,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
             read()
     recovery.check()
     if with_arrays:
-        recovery.start()
+        recovery.start(trainer.set_up().programs)
         # The child that it forks holds the claim of the directory until it has become git.
         for thread in threading.enumerate():
             if thread.name == 'provenance':
@@ -150,7 +150,7 @@ def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
     """Does with the metadata what `Recovery.start` does."""
     empty.stored(meta)
     BatchSizes.of_checkpoint(meta, 64).going_on(50, 64)
-    recovery._consumed.restore(50, meta, begin_anew=False)
+    recovery._consumed.restore(50, meta, may_restart=False)
     recovery._look_at_data()
     recovery._tell_data_changes(50, meta)
     with contextlib.suppress(ValueError):  # Which `with_health` puts into words.

@@ -54,7 +54,7 @@ def written(
 
 
 def examples(trainer: Trainer) -> np.ndarray:
-    return trainer.set_up().evaluators['test'].loader.block(0, 1).arrays['image'][0][:64]
+    return trainer.set_up().evaluators['test'].data.block(0, 1).arrays['image'][0][:64]
 
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -249,14 +249,16 @@ def test_prefetching_keeps_the_order() -> None:
     theirs = [np.asarray(batch['x']) for batch in jax_utils.prefetch_to_device(iter(batches), 2)]
 
     class Block:
-        def __init__(self, start: int, count: int):
-            rows = [batches[i]['x'].reshape(-1) for i in range(start, start + count)]
-            self.arrays = {'x': np.stack(rows)}
+        def __init__(self, start: int, count: int, rows: slice):
+            assert rows == slice(None)
+            read = [batches[i]['x'].reshape(-1) for i in range(start, start + count)]
+            self.arrays = {'x': np.stack(read)}
             self.ids = np.zeros((count, 2 * devices), np.int64)
+            self.states = None
 
     mesh = make_mesh({'data': -1})
-    with Prefetcher.on_mesh(Block, [1] * 5, mesh, 2 * devices) as ours:
-        found = [batch['x'] for _, batch in ours]
+    with Prefetcher(Block, [1] * 5, mesh, 2 * devices) as ours:
+        found = [batch.arrays['x'] for batch in ours]
     assert all(x.sharding.is_equivalent_to(found[0].sharding, 1) for x in found)
     assert len(found[0].sharding.device_set) == devices
     for mine, his in zip(found, theirs, strict=True):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from data.loader import Block
+from trainer.input.batch import LoadedBatch
 from trainer.input.prefetch import Prefetcher
 
 ROWS = 8
@@ -29,16 +30,18 @@ class Gather:
         self.counts: list[int] = []
         self.threads: list[str] = []
 
-    def __call__(self, start: int, count: int) -> Block:
+    def __call__(self, start: int, count: int, rows: slice) -> Block:
+        assert rows == slice(None)
         self.counts.append(count)
         self.threads.append(threading.current_thread().name)
         self.during(start, count)
         ids = np.arange(start, start + count)[:, None] * ROWS + np.arange(ROWS)
-        return Block({'x': ids.astype(np.float32)}, ids)
+        states = [step + 1 for step in range(start, start + count)]
+        return Block({'x': ids.astype(np.float32)}, ids, states)
 
 
 def prefetcher(
-    gather: Callable[[int, int], Any], calls: Iterable[int], *, devices: int = 8, **options: Any
+    gather: Callable[..., Any], calls: Iterable[int], *, devices: int = 8, **options: Any
 ) -> Prefetcher:
     """On 8 devices the thread works from the start, on one the loop gathers itself."""
     mesh = jax.make_mesh(
@@ -47,19 +50,23 @@ def prefetcher(
         devices=jax.devices()[:devices],
         axis_types=(jax.sharding.AxisType.Auto,),
     )
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
-    return Prefetcher(gather, calls, sharding, **options)
+    return Prefetcher(gather, calls, mesh, ROWS, **options)
 
 
-def steps(items: Iterable[tuple[int, Any]]) -> list[int]:
-    """Returns the positions in what came out, checking each item's shape."""
+def steps(batches: Iterable[LoadedBatch]) -> list[int]:
+    """Returns the positions of the batches, checking each one's shape and what it carries."""
     found = []
-    for count, batch in items:
-        x = np.asarray(batch['x'])
+    for batch in batches:
+        count, x = batch.count, np.asarray(batch.arrays['x'])
         assert x.shape == ((ROWS,) if count == 1 else (count, ROWS))
         x = x.reshape(count, ROWS)
         assert (x == x[:, :1] + np.arange(ROWS)).all()
-        found += [int(first) // ROWS for first in x[:, 0]]
+        positions = [int(first) // ROWS for first in x[:, 0]]
+        assert positions == list(range(batch.start, batch.start + count))
+        np.testing.assert_array_equal(batch.ids, x)
+        assert batch.state == batch.start + count
+        assert batch.rows is None and batch.host == {}
+        found += positions
     return found
 
 
@@ -79,7 +86,7 @@ def test_every_batch_once_and_in_order(calls: list[int], start: int, devices: in
     gather = Gather()
     with prefetcher(gather, calls, devices=devices, start=start, depth=3) as batches:
         items = list(batches)
-    assert [count for count, _ in items] == calls
+    assert [batch.count for batch in items] == calls
     assert steps(items) == list(range(start, start + sum(calls)))
     assert sum(gather.counts) == sum(calls)
 
@@ -110,24 +117,23 @@ def test_a_second_loop_goes_on_where_the_first_stopped(devices: int) -> None:
 
 
 @ON
-def test_the_ids_of_what_was_consumed(devices: int) -> None:
-    """Each batch exactly once, wherever the events cut the blocks."""
-    calls = [1, 4, 1, 1, 4] * 40
-    taken: list[tuple[int, int]] = []
-    done = 100
-    with prefetcher(Gather(), calls, devices=devices, start=done) as batches:
-        for number, (count, _) in enumerate(batches):
-            done += count
-            if number % 7 == 3 or number % 11 == 5:
-                for start, ids in batches.take_ids(done):
-                    taken += [(start + i, row[0] // ROWS) for i, row in enumerate(ids)]
-                assert len(taken) == done - 100
-                assert batches.take_ids(done) == []
-            if number == 150:
-                break
-        for start, ids in batches.take_ids(done):
-            taken += [(start + i, row[0] // ROWS) for i, row in enumerate(ids)]
-    assert taken == [(step, step) for step in range(100, done)]
+def test_fields_on_the_host_have_the_dimensions_of_the_others(devices: int) -> None:
+    with prefetcher(Gather(), [1, 3, 1], devices=devices, host=('x',)) as batches:
+        for batch in batches:
+            assert isinstance(batch.host['x'], np.ndarray)
+            np.testing.assert_array_equal(batch.host['x'], batch.arrays['x'])
+
+
+@ON
+def test_the_wait_for_a_block_is_that_of_its_first_batch(devices: int) -> None:
+    gather = Gather(lambda start, count: time.sleep(0.01))
+    with prefetcher(gather, itertools.repeat(1, 8), devices=devices) as batches:
+        waits = [batch.wait_secs for batch in batches]
+    firsts = {0, *itertools.accumulate(gather.counts[:-1])}
+    assert len(firsts) < 8
+    assert [wait > 0 for wait in waits] == [number in firsts for number in range(8)]
+    if devices == 1:  # Otherwise the thread has begun before the loop.
+        assert waits[0] > 0.009
 
 
 class Torn(Exception):
@@ -236,8 +242,6 @@ def test_left_in_the_middle(devices: int) -> None:
                 break
     assert not thread_of(batches).is_alive()
     assert steps(batches) == []
-    taken = batches.take_ids(34)
-    assert [start + i for start, ids in taken for i in range(len(ids))] == list(range(34))
 
 
 @ON

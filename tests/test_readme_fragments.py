@@ -178,7 +178,7 @@ def cut(text: str) -> None:
 
 def threaded(text: str) -> None:
     trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
-    assert type(trainer.experiment.data).__name__ == 'GrainLoader'
+    assert type(trainer.experiment.data.loader).__name__ == 'GrainLoader'
 
 
 def packed(text: str) -> None:

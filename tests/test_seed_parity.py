@@ -88,8 +88,8 @@ def losses(params: Any, steps: int, optimizer: dict[str, Any]) -> tuple[list[flo
     )
     found = []
     with trainer.batches(0, [1] * steps) as batches:
-        for _, batch in batches:
-            state = trainer.set_up().programs.step(state, batch)
+        for batch in batches:
+            state = trainer.set_up().programs.step(state, batch.arrays)
             found.append(float(state.metrics['task'].loss.compute()))
             # Digits would be lost in a sum.
             state = dataclasses.replace(state, metrics=trainer.set_up().programs.empty_metrics())
@@ -327,8 +327,8 @@ def test_a_running_mean() -> None:
     state, means = trainer.init_state(), []
     assert state.collections['running']['mean'].tolist() == [0.0] * 5
     with trainer.batches(0, [1] * 3) as batches:
-        for _, batch in batches:
-            state = trainer.set_up().programs.step(state, batch)
+        for batch in batches:
+            state = trainer.set_up().programs.step(state, batch.arrays)
             means.append(float(state.collections['running']['mean'][0]))
     assert means == pytest.approx([0.01, 0.0199, 0.029701], rel=1e-5)
 

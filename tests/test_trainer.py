@@ -135,7 +135,7 @@ def test_in_a_notebook(tmp_path: pathlib.Path) -> None:
     assert first['examples'] == 100
     predicted = np.concatenate([batch['class'] for batch in trainer.predict('test')])
     assert predicted.shape == (100,)
-    labels = trainer.set_up().evaluators['test'].loader.block(0, 2)
+    labels = trainer.set_up().evaluators['test'].data.block(0, 2)
     real = labels.arrays['label'][labels.arrays['_mask']]
     assert (predicted == real).mean() == pytest.approx(first['accuracy'])
     traceless = trainer_in(None).fit()

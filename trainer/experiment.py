@@ -13,13 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trainer.build.captures import Capture, build_captures
-from trainer.build.data import (
-    Evaluation,
-    build_evaluations,
-    build_task,
-    build_train_loader,
-    positive,
-)
+from trainer.build.data import build_evaluations, build_task, build_train_data
 from trainer.build.early_stopping import EarlyStopping
 from trainer.build.ensemble import build_ensemble
 from trainer.build.model import build_loss_scale, build_model
@@ -37,11 +31,13 @@ from trainer.build.training import (
 from trainer.build.weights import build_init_from, build_surgery
 from trainer.checkpoint.retention import Retention
 from trainer.config import literals, loading, overrides, schema
+from trainer.config.checks import positive
 from trainer.config.durations import Clock, Duration
-from trainer.config.errors import UserError
 from trainer.config.loading import LoadedConfig
 from trainer.ensemble.step import Ensemble
+from trainer.evaluate.spec import Evaluation
 from trainer.hooks import Event
+from trainer.input.data import TrainData
 from trainer.modules.functional import Functional
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import Rule
@@ -152,7 +148,7 @@ class Experiment:
         seed: the run's seed.
         model: the model's functional interface.
         task: what the model is asked to do with a batch.
-        data: the training loader.
+        data: the training data.
         prefetch: blocks of batches that are kept ready on the devices.
         evals: evaluations by name.
         clock: turns durations into steps.
@@ -165,7 +161,7 @@ class Experiment:
         saving: its checkpoints.
         start: what a fresh run starts from.
         hooks: called with each `Event`, by name.
-        with_data: returns this experiment with another training loader: clock, schedules and
+        with_data: returns this experiment with other training data: clock, schedules and
             periods follow from how many examples its steps consume.
     """
 
@@ -173,7 +169,7 @@ class Experiment:
     seed: int
     model: Functional
     task: TaskRunner
-    data: Any
+    data: TrainData
     prefetch: int
     evals: Mapping[str, Evaluation]
     clock: Clock
@@ -186,7 +182,7 @@ class Experiment:
     saving: Saving
     start: StartFrom
     hooks: Mapping[str, Callable[[Event], None]]
-    with_data: Callable[[Any], Experiment] = dataclasses.field(repr=False)
+    with_data: Callable[[TrainData], Experiment] = dataclasses.field(repr=False)
 
     def after(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
         """Returns the experiment of a run whose batch size has changed.
@@ -200,20 +196,9 @@ class Experiment:
         Raises:
             UserError: if the loader cannot resume, or a schedule cannot be adjusted.
         """
-        if len(batch_sizes) == 1 and not getattr(self.data, 'marks', ()):
+        if len(batch_sizes) == 1 and not self.data.marks:
             return self
-        before = batch_sizes[-2][1] if len(batch_sizes) > 1 else batch_sizes[-1][1]
-        if not hasattr(self.data, 'after'):
-            raise UserError(
-                f'config.data.batch_size: {type(self.data).__name__} cannot resume a run whose '
-                f'batch size was {before}: it has no method `after`, unlike '
-                'data.loader:TrainLoader. Use the old batch size, or add the method'
-            )
-        try:
-            data = self.data.after(batch_sizes)
-        except ValueError as error:
-            raise UserError(f'config.data, after batch size {before}: {error}') from error
-        return self.with_data(data)
+        return self.with_data(self.data.after(batch_sizes))
 
 
 def build(loaded: LoadedConfig) -> Experiment:
@@ -227,14 +212,14 @@ def build(loaded: LoadedConfig) -> Experiment:
     literals.check(config, 'config', [])
     sections = schema.read(config)
     check_names(sections)
-    first_data = build_train_loader(sections)
+    first_data = build_train_data(sections)
     task = build_task(sections)
     model, step = build_model(sections), build_step(sections.step)
     evals, hooks = build_evaluations(sections, task), build_hooks(sections)
     start = StartFrom(weights=build_init_from(sections), surgery=build_surgery(sections))
     devices = Devices(mesh=sections.mesh, sharding=build_sharding(sections))
 
-    def with_data(data: Any) -> Experiment:
+    def with_data(data: TrainData) -> Experiment:
         clock, total_steps = build_clock(sections, data)
         optimizer, schedule_steps = build_optimizer(
             sections.optimizer, clock, logged=sections.log.learning_rates

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from trainer.config.errors import UserError
 from trainer.ensemble.step import member_state
 from trainer.evaluate.evaluator import Stopped
 from trainer.experiment import Experiment
+from trainer.input.batch import LoadedBatch
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect import products
 from trainer.inspect.monitors import Monitors
@@ -206,23 +207,20 @@ class Trainer:
         programs, monitors = self.set_up().programs, self._watching()
         with self.batches(step, self._calls(step, max_steps)) as batches:
             monitors.follow(batches)
-            try:
-                for count, batch in batches:
-                    program = programs.step if count == 1 else programs.fused
-                    self._profile.begin_step(step + count)
-                    state = program(state, batch)
-                    step += count
-                    self._reached = step, state
-                    self.report.stepped(step)
-                    monitors.poll(state)
-                    if step == due:
-                        look = functools.partial(monitors.run, batches, batch, stacked=count > 1)
-                        state = self._run_events(step, state, batches, look)
-                        due = self._events.next_due(step)
-                    if self._stopping() or self._stopped_early:
-                        break
-            finally:
-                self._recovery.count(batches, step)
+            for batch in batches:
+                program = programs.step if batch.count == 1 else programs.fused
+                self._profile.begin_step(step + batch.count)
+                state = program(state, batch.arrays)
+                step += batch.count
+                self._recovery.count(batch)
+                self._reached = step, state
+                self.report.stepped(step)
+                monitors.poll(state)
+                if step == due:
+                    state = self._run_events(step, state, batch)
+                    due = self._events.next_due(step)
+                if self._stopping() or self._stopped_early:
+                    break
         self._tell(self._profile.close(state))
         if self._stopped_early:
             self._evaluate_all(self._events.final, step, state)
@@ -249,16 +247,9 @@ class Trainer:
         self._stop.starting = False  # From here on a signal has something to save.
         return state, step
 
-    def _run_events(
-        self,
-        step: int,
-        state: TrainState,
-        batches: Prefetcher,
-        look: Callable[[int, TrainState], None],
-    ) -> TrainState:
+    def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
         """Runs what is due after this step, in the order log, probes, eval, save."""
         self._tell(self._profile.stepped(step, state))
-        self._recovery.count(batches, step)
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.training.total_steps:
             # Its row is fetched when it is there: see Reporter.
@@ -270,7 +261,7 @@ class Trainer:
                 state = dataclasses.replace(state, metrics=self.set_up().programs.empty_metrics())
                 self._reached = step, state
             self._notify('log', step, state)
-        look(step, state)
+        self._watching().run(batch, step, state)
         self._evaluate_due(step, state)
         if self._events.save.due(step):
             self._save(step, state)

@@ -23,6 +23,7 @@ from data.transforms import ToFloat
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import EvalStep, Evaluator
 from trainer.evaluate.pad import pad_shard_unpad
+from trainer.input.data import EvalData
 from trainer.modules.functional import functional
 from trainer.parallel.mesh import batch_shards
 from trainer.step.state import TrainState
@@ -70,7 +71,7 @@ def evaluator_of(module: nn.Module, source: Any, batch_size: int, devices: int) 
         padded_to=-(-batch_size // shards) * shards,
     )
     step = EvalStep(model=functional(module), task=TaskRunner.of(Classification()), seed=0)
-    return Evaluator('test', step, loader, mesh)
+    return Evaluator('test', step, EvalData.of(loader, 'loader'), mesh)
 
 
 @pytest.mark.parametrize('devices', [1, 8])
@@ -110,14 +111,14 @@ def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
         source=MNIST('test'), batch_size=batch_size, transforms=(ToFloat(),), stages=stages
     )
     step = EvalStep(model=functional(module), task=TaskRunner.of(Classification()), seed=0)
-    return Evaluator('test', step, loader, mesh_of(8))
+    return Evaluator('test', step, EvalData.of(loader, 'loader'), mesh_of(8))
 
 
 @pytest.mark.parametrize('batch_size', [512, 4096])
 def test_always_zero_with_infinite_padding(batch_size: int) -> None:
     """B7: 980 of 10,000 on 8 devices, compiled once, where the end is where nobody has more."""
     evaluator = streamed(AlwaysZero(), batch_size)
-    assert evaluator.loader.num_batches is None
+    assert evaluator.data.num_batches is None
     metrics = evaluator.run(state_of(AlwaysZero(), (28, 28, 1)))
     assert metrics['examples'] == 10_000
     assert round(metrics['accuracy'] * 10_000, 3) == 980
@@ -165,7 +166,7 @@ def test_metrics_of_clu_do_not_count_the_padding() -> None:
     mesh = mesh_of(8)
     loader = EvalLoader(source=source, batch_size=96, transforms=(ToFloat(),))
     step = EvalStep(model=functional(Linear()), task=TaskRunner.of(CluTask()), seed=0)
-    theirs = Evaluator('test', step, loader, mesh).run(state)
+    theirs = Evaluator('test', step, EvalData.of(loader, 'loader'), mesh).run(state)
     assert theirs['accuracy'] == pytest.approx(ours['accuracy'], abs=1e-6)
     assert theirs['loss'] == pytest.approx(ours['loss'], rel=1e-5)
 

@@ -15,9 +15,9 @@ from tests import command
 from tests.evaluate import rows
 from tests.evaluate.rows import HOST, Rows
 from tests.parallel import group
-from trainer.build.data import fingerprint
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
+from trainer.input.fingerprint import fingerprint
 from trainer.modes import export
 from trainer.observe.npz import write_npz
 from trainer.trainer import Trainer
@@ -89,9 +89,12 @@ def test_what_is_not_read_is_no_argument_of_the_program(devices: int) -> None:
         return
     trainer = Trainer(build())
     with trainer.batches(0, [1, 1]) as batches:
-        for _, batch in batches:
-            assert {n: x.dtype for n, x in batch.items()} == {'x': 'float32', 'label': 'int32'}
-            assert all(isinstance(x, jax.Array) for x in batch.values())
+        for batch in batches:
+            assert {n: x.dtype for n, x in batch.arrays.items()} == {
+                'x': 'float32',
+                'label': 'int32',
+            }
+            assert all(isinstance(x, jax.Array) for x in batch.arrays.values())
 
 
 def test_a_field_that_is_computed_with_is_sent_and_comes_back_as_it_was() -> None:
@@ -188,7 +191,7 @@ def test_text_longer_than_that_of_the_first_example_is_whole() -> None:
     loader = {'target': 'data.streaming:StreamEvalLoader'}
     trainer = Trainer(build(evals__test__data__loader=loader))
     blocks = [
-        trainer.set_up().evaluators['test'].loader.block(i, 1).arrays['name'][0] for i in range(3)
+        trainer.set_up().evaluators['test'].data.block(i, 1).arrays['name'][0] for i in range(3)
     ]
     assert blocks[2].tolist()[:13] == [f'number {i}' for i in range(64, 77)]
     assert set(blocks[2].tolist()[13:]) == {'number 0'}

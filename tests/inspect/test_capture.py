@@ -47,7 +47,7 @@ def test_what_is_captured_is_what_the_model_computes(tmp_path: pathlib.Path) -> 
     trainer = Trainer(made, str(tmp_path))
     state = trainer.fit().state
     with trainer.batches(19, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         prepared = made.task.prepared(batch)
     logits = np.asarray(bound(made, state)(prepared['image']))
     row = rows(tmp_path)[-1]
@@ -269,7 +269,7 @@ def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
 
     assert 'matches no module and nothing that one sows' in refused({'match': 'layer'})
     assert 'there are first, layer_0/dense, layer_0, layer_1/dense' in refused({'match': 'layer'})
-    assert "config.capture.a.match: '(' is no pattern" in refused({'match': '('})
+    assert "config.capture.a.match: '(' is no regular expression" in refused({'match': '('})
     assert 'config.capture.a.rows: expected' in refused({'match': '.*', 'rows': 0})
     off = refused({'match': '.*', 'what': ('histogram',)}, log__tensorboard=False)
     assert 'config.log.tensorboard is off' in off

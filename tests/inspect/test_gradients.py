@@ -194,13 +194,13 @@ def test_nothing_to_differentiate_by() -> None:
         probe(Shared(), params)
     with pytest.raises(UserError, match=r"matches 'Dense'\. A pattern must match a whole path"):
         probe(Shared(), params, ('Dense',))
-    with pytest.raises(UserError, match=r"--match: '\(' is no pattern"):
+    with pytest.raises(UserError, match=r"--match: '\(' is no regular expression"):
         probe(Shared(), params, ('(',))
     closed = {'target': 'tests.modules.test_intermediates:Stack', 'kind': 'scan'}
     made = build(closed, task={'ref': 'tests.inspect.test_capture:on_rows'})
     trainer = Trainer(made)
     forward = Forward.of(made, trainer.set_up().mesh)
     with trainer.batches(0, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         with pytest.raises(UserError, match=r"keeps 'perturbations' to itself"):
             gradients(forward, trainer.init_state(), batch, ('layers/.*',))

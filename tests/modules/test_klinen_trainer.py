@@ -95,7 +95,7 @@ def trainer_of(
 
 def images(trainer: Trainer) -> tuple[jax.Array, np.ndarray]:
     """Returns the test split, as the config's transform makes it."""
-    block = trainer.set_up().evaluators['test'].loader.block(0, 2).arrays
+    block = trainer.set_up().evaluators['test'].data.block(0, 2).arrays
     real = block['_mask']
     return jnp.asarray(block['image'][real], jnp.float32) / 255, block['label'][real]
 

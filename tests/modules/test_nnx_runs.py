@@ -46,7 +46,7 @@ def test_batch_statistics_follow_each_slice() -> None:
         options = {'accumulate': slices, 'data__batch_size': 512, 'model__batch_norm': True}
         trainer = Trainer(experiment(MLP, **options))
         with trainer.batches(0, [1]) as batches:
-            ((_, batch),) = batches
+            batch = next(iter(batches)).arrays
             state = trainer.set_up().programs.step(trainer.init_state(), batch)
         means, _ = jax.tree.leaves(state.collections['batch_stats'])
         moved.append(np.asarray(means))

@@ -46,8 +46,8 @@ def experiment(target: str, **options: Any) -> Experiment:
 def trained(trainer: Trainer, state: Any) -> tuple[list[float], Any]:
     found = []
     with trainer.batches(0, [1] * 20) as batches:
-        for _, batch in batches:
-            state = trainer.set_up().programs.step(state, batch)
+        for batch in batches:
+            state = trainer.set_up().programs.step(state, batch.arrays)
             found.append(float(state.metrics['task'].loss.total))
     return list(np.diff([0.0, *found])), state
 

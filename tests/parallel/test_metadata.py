@@ -158,7 +158,7 @@ def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
     """J6: what goes in lies on the axis 'data'; the state comes out as it went in."""
     trainer = Trainer(experiment('cnn', mesh__data=8, train_for='1 steps'))
     with trainer.batches(0, [1]) as batches:
-        _, batch = next(iter(batches))
+        batch = next(iter(batches)).arrays
     assert {s.data.shape[0] for s in batch['image'].addressable_shards} == {32 // 8}
     step = trainer.set_up().programs.step.ready()
     assert first_dimensions(step.input_shardings[0][1]) <= {'data', ('data',)}

@@ -252,7 +252,7 @@ def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
     trainer = Trainer(experiment('Stacked', mesh__data=2, mesh__model=4, **options))
     state = trainer.init_state()
     with trainer.batches(0, [1]) as batches:
-        _, batch = next(iter(batches))
+        batch = next(iter(batches)).arrays
         state = jax.block_until_ready(trainer.set_up().programs.step(state, batch))
     assert state.step == 1
     assert math.isfinite(float(state.metrics['task'].loss.compute()))

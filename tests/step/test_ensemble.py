@@ -182,8 +182,8 @@ def test_a_factor_of_any_schedule() -> None:
     trainer = Trainer(experiment(**options))
     with trainer.batches(0, [1] * 3) as batches:
         state = trainer.init_state()
-        for _, batch in batches:
-            state = trainer.set_up().programs.step(state, batch)
+        for batch in batches:
+            state = trainer.set_up().programs.step(state, batch.arrays)
     rates = [float(member_state(state, i).metrics['learning_rate'].value) for i in range(2)]
     assert rates == pytest.approx([0.1, 0.01])
 
@@ -192,7 +192,7 @@ def test_the_batch_is_common_to_all() -> None:
     """I2: it is read and sent once, not once for each member."""
     trainer = Trainer(experiment(ensemble=ensemble()))
     with trainer.batches(0, [1]) as batches:
-        ((_, batch),) = batches
+        batch = next(iter(batches)).arrays
     assert batch['image'].shape == (32, 28, 28, 1)
     assert trainer.set_up().programs.step(trainer.init_state(), batch).step == 1
 
@@ -207,7 +207,7 @@ def probabilities(trainer: Trainer, state: TrainState, batch: Any) -> np.ndarray
 def test_predictions_are_of_the_mean_of_probabilities() -> None:
     """I3, I4: in evaluations and predictions, over each example once."""
     state, trainer = trained(ensemble=ensemble(optimizer={'learning_rate': RATES}))
-    data = trainer.set_up().evaluators['test'].loader.block(0, 1).arrays
+    data = trainer.set_up().evaluators['test'].data.block(0, 1).arrays
     batch = {name: x[0][:100] for name, x in data.items()}
     each = probabilities(trainer, state, batch)
     together, labels = each.mean(0), batch['label']

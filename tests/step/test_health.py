@@ -56,8 +56,8 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     )
     states = [state]
     with trainer.batches(0, [1] * steps) as batches:
-        for _, batch in batches:
-            state = step(state, batch)
+        for batch in batches:
+            state = step(state, batch.arrays)
             states.append(state)
     return states
 

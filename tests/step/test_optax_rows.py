@@ -124,8 +124,8 @@ def test_unmasked_updates_pass_through() -> None:
 def steps(trainer: Trainer, count: int) -> TrainState:
     state = trainer.init_state()
     with trainer.batches(0, [1] * count) as batches:
-        for _, batch in batches:
-            state = trainer.set_up().programs.step(state, batch)
+        for batch in batches:
+            state = trainer.set_up().programs.step(state, batch.arrays)
     return state
 
 
@@ -194,7 +194,7 @@ def test_numbers_in_the_state_and_its_own_counts(tmp_path: pathlib.Path) -> None
     )
     before = jax.device_get(still.params)
     with trainer.batches(30, [1]) as batches:
-        ((_, batch),) = batches
+        batch = next(iter(batches)).arrays
         after = trainer.set_up().programs.step(still, batch)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after.params), before)
 
@@ -234,7 +234,7 @@ def test_gradients_of_single_examples() -> None:
     task = {'ref': f'{__name__}:norms_of_each'}
     trainer = perceptron.trainer(SGD, task=task, evals={})
     with trainer.batches(0, [1]) as batches:
-        ((_, batch),) = batches
+        batch = next(iter(batches)).arrays
         state = trainer.init_state()
         params = jax.device_get(state.params)
         found = float(

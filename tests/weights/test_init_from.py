@@ -124,15 +124,6 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
         trainer(tmp_path, init_from={'path': str(file)}).init_state()
 
 
-def test_safetensors_as_others_write_them(tmp_path: pathlib.Path) -> None:
-    library = pytest.importorskip('safetensors.numpy')
-    arrays = {'a': np.arange(6.0, dtype='f4').reshape(2, 3), 'b.c': np.array(3, np.int64)}
-    library.save_file(arrays, tmp_path / 'theirs.safetensors', metadata={'made': 'here'})
-    assert_same(safetensors.read(tmp_path / 'theirs.safetensors'), arrays)
-    safetensors.write(tmp_path / 'ours.safetensors', arrays)
-    assert_same(library.load_file(tmp_path / 'ours.safetensors'), arrays)
-
-
 def test_floats_are_cast_to_the_dtype_of_the_model(tmp_path: pathlib.Path) -> None:
     path, old = pretrained(tmp_path)
     half = trainer(tmp_path, init_from={'path': path}, precision={'params': 'bfloat16'})

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
-from trainer.build.data import positive
+from trainer.config import patterns
+from trainer.config.checks import positive
 from trainer.config.durations import Clock, Periodic
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
@@ -33,7 +33,7 @@ class Capture:
 
     def wants(self, path: str) -> bool:
         """Whether it captures what has this path ('' is the model)."""
-        return any(re.fullmatch(pattern, path or ROOT) for pattern in self.match)
+        return patterns.matches(self.match, path or ROOT)
 
 
 def build_captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
@@ -55,10 +55,7 @@ def build_captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
 def _capture(given: CaptureSection, path: str, sections: Sections, clock: Clock) -> Capture:
     match = (given.match,) if isinstance(given.match, str) else given.match
     for pattern in match:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f'{path}.match: {pattern!r} is no pattern: {error}') from error
+        patterns.compiled(pattern, f'{path}.match')
     if 'histogram' in given.what and not sections.log.tensorboard:
         raise UserError(
             f"{path}.what: a 'histogram' goes to TensorBoard, and config.log.tensorboard is off"

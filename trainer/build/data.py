@@ -1,46 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `config.data` and `config.evals` to loaders."""
+"""Builds `config.data` and `config.evals`."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from trainer.config import targets
-from trainer.config.durations import Duration
+from trainer.config.checks import positive
 from trainer.config.errors import UserError
 from trainer.config.sections import DataSection, EvalDataSection, EvalSection, Sections
+from trainer.evaluate.spec import Evaluation
+from trainer.input.data import EvalData, TrainData
 from trainer.tasks.runner import TaskRunner
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """One entry of `config.evals`.
+def build_train_data(sections: Sections) -> TrainData:
+    """Returns the data of the training batches.
 
-    Attributes:
-        every: when it runs.
-        final: whether it also runs at the end of training.
-        ema: whether it evaluates the moving average of the parameters.
-        task: what the model is asked to do.
-        batch_size: examples in a batch.
-        loader: makes the loader, once it is known how many rows divide over the devices.
+    Raises:
+        UserError: for an argument that does not fit, or a loader that is none.
     """
-
-    every: Duration
-    final: bool
-    ema: bool
-    task: TaskRunner
-    batch_size: int
-    loader: Callable[..., Any]
-
-
-def build_train_loader(sections: Sections) -> Any:
-    """Returns the loader of the training batches."""
     data, path = sections.data, 'config.data'
     node = {
         **data.loader,
@@ -52,7 +33,7 @@ def build_train_loader(sections: Sections) -> Any:
         'remainder': data.remainder,
         'repeat_batch': data.repeat_batch,
     }
-    return targets.instantiate(node, path)
+    return TrainData.of(targets.instantiate(node, path), f'{path}.loader')
 
 
 def build_task(sections: Sections) -> TaskRunner:
@@ -86,7 +67,7 @@ def _evaluation(
     transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
     batch_size = section.data.batch_size or sections.data.batch_size
 
-    def loader(padded_to: int) -> Any:
+    def data(padded_to: int) -> EvalData:
         node = {
             **section.data.loader,
             'source': source,
@@ -94,7 +75,8 @@ def _evaluation(
             'batch_size': batch_size,
             'padded_to': padded_to,
         }
-        return targets.instantiate(node, f'{path}.data')
+        loader = targets.instantiate(node, f'{path}.data')
+        return EvalData.of(loader, f'{path}.data.loader')
 
     return Evaluation(
         every=section.every,
@@ -102,39 +84,8 @@ def _evaluation(
         ema=section.ema,
         task=TaskRunner.of(task, build_device_transforms(section.data, f'{path}.data')),
         batch_size=positive(batch_size, f'{path}.data.batch_size'),
-        loader=loader,
+        data=data,
     )
-
-
-def fingerprint(loader: Any) -> dict[str, Any]:
-    """Returns what tells two sets of data apart: their size, and the first example."""
-    if hasattr(loader, 'first'):
-        first = loader.first
-    else:
-        first = {k: x[0] for k, x in loader.block(0, 1, rows=slice(0, 1)).arrays.items()}
-    told = {
-        name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(_content(x)):08x}' for name, x in first.items()
-    }
-    return {'examples': loader.examples, 'first example': told}
-
-
-def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describes the differences between two fingerprints."""
-    changes = []
-    old, new = before['examples'], now['examples']
-    if old != new:
-        counts = ['a stream' if n is None else f'{n:,} examples' for n in (old, new)]
-        changes.append(f'{counts[0]} before, {counts[1]} now')
-    first, other = before['first example'], now['first example']
-    fields = [name for name in {**first, **other} if first.get(name) != other.get(name)]
-    if fields:
-        changes.append(f'the first example differs in {", ".join(fields)}')
-    return changes
-
-
-def _content(x: np.ndarray) -> bytes:
-    # The bytes of an array of objects are addresses, which differ from process to process.
-    return repr(x.tolist()).encode() if x.dtype.hasobject else x.tobytes()
 
 
 def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:
@@ -151,14 +102,3 @@ def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> t
                 f"numpy's generator; it belongs in {path}.transforms"
             )
     return tuple(transforms)
-
-
-def positive(value: int, path: str) -> int:
-    """Returns the value.
-
-    Raises:
-        UserError: if it is less than 1.
-    """
-    if value < 1:
-        raise UserError(f'{path}: expected a positive number, got {value}')
-    return value

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from trainer.build.data import positive
 from trainer.build.early_stopping import EarlyStopping
 from trainer.checkpoint.retention import Retention, better_mode
 from trainer.config import suggest
+from trainer.config.checks import positive
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import BestSection, EarlyStoppingSection, Sections

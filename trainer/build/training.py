@@ -6,27 +6,27 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from trainer.build.data import positive
 from trainer.config import targets
+from trainer.config.checks import positive
 from trainer.config.durations import Clock, Progress
 from trainer.config.errors import UserError
 from trainer.config.sections import Sections
+from trainer.input.data import TrainData
 from trainer.observe.profile import Window
 from trainer.parallel.sharding import BUILT_IN, Rule
 from trainer.tasks.runner import TaskRunner
 
 
-def build_clock(sections: Sections, data: Any) -> tuple[Clock, int]:
+def build_clock(sections: Sections, data: TrainData) -> tuple[Clock, int]:
     """Returns what turns durations into steps of a run with this loader, and the run's length.
 
     Raises:
         UserError: for a duration that has no meaning here, or too many steps.
     """
-    marks = getattr(data, 'marks', ())
     clock = Clock(
         batch_size=sections.data.batch_size,
         steps_per_epoch=data.steps_per_epoch,
-        progress=Progress(marks) if marks else None,
+        progress=Progress(data.marks) if data.marks else None,
     )
     total = clock.step_after(sections.train_for, path='config.train_for')
     if total >= 2**31:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import errno
-import re
+
+from trainer import compat
 
 # A file system that was away for a while; a full disk or a missing right stays as it is.
 _PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN}
@@ -36,14 +37,11 @@ class SaveError(CheckpointError):
 
 def may_pass(error: BaseException) -> bool:
     """Whether an error of a save is one that goes away by itself."""
-    code = getattr(error, 'errno', None)
-    # TensorStore tells the number in its message only.
-    in_text = re.search(r"os_error_code='(\d+)'", str(error))
-    return (int(in_text[1]) if in_text else code) in _PASSING
+    return compat.os_error_number(error) in _PASSING
 
 
 def first_line(error: BaseException) -> str:
     """Returns 'ValueError: text', without the pages that TensorStore adds, its end kept."""
-    line = re.split(r"\n| \[[\w ]+='| See full TensorStore", str(error), maxsplit=1)[0]
+    line = compat.without_details(error)
     short = line if len(line) <= 300 else f'{line[:100]} ... {line[-200:]}'
     return f'{type(error).__name__}: {short}'

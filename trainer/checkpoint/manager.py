@@ -18,7 +18,7 @@ from etils import epath
 from trainer.checkpoint import checked, digest, empty, reading, writing
 from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, may_pass
 from trainer.checkpoint.retention import Policy, Retention
-from trainer.config import json_text
+from trainer.config import files, json_text
 from trainer.config.errors import UserError
 from trainer.parallel.host import fetch
 
@@ -219,7 +219,7 @@ class Checkpoints:
         meta = {**self.meta(step), **values}
         self._scores[step] = self._retention.score(meta)
         if jax.process_index() == 0:
-            writing.replace_text(self._meta_file(step), json.dumps(meta))
+            files.replace(self._meta_file(step), json.dumps(meta))
 
     def check(self) -> None:
         """Notices, without waiting, that the save in flight has failed.

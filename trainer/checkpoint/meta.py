@@ -13,6 +13,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import future
 
+from trainer import compat
+
 
 class MetaHandler(ocp.JsonCheckpointHandler):
     """Writes JSON like Orbax's own handler, but asks for the digest in the background thread."""
@@ -29,7 +31,7 @@ class MetaHandler(ocp.JsonCheckpointHandler):
             if jax.process_index() == 0:
                 (directory / 'metadata').write_text(text)
 
-        return [future.CommitFutureAwaitingContractedSignals(write(), name='meta_save')]
+        return [compat.commit_future(write(), 'meta_save')]
 
 
 @ocp.args.register_with_handler(MetaHandler, for_save=True)

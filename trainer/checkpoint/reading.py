@@ -11,8 +11,7 @@ from etils import epath
 
 from trainer.checkpoint import empty
 from trainer.checkpoint.empty import Names, names_of
-
-_SHOWN = 10
+from trainer.config.text import listed
 
 
 class OtherState(Exception):
@@ -48,7 +47,7 @@ def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any
         there = {**_by_names(stored), **empties}
         differences = _differences(there, wanted)
         if differences:
-            other = OtherState(_listed(differences))
+            other = OtherState(listed(differences))
             other.only_slots_in_half = len(differences) == _slots_in_half(there, wanted)
             raise other
         item = jax.tree_util.tree_map_with_path(lambda path, _: wanted[names_of(path)], stored)
@@ -71,7 +70,7 @@ def _differences(stored: dict[Names, Any], wanted: dict[Names, Any]) -> list[str
     for names in {**wanted, **stored}:
         here, there = (_describe(tree.get(names)) for tree in (wanted, stored))
         if here != there:
-            lines.append(f'  {"/".join(names)}: {there} in the checkpoint, {here} in this run')
+            lines.append(f'{"/".join(names)}: {there} in the checkpoint, {here} in this run')
     return lines
 
 
@@ -84,11 +83,6 @@ def _slots_in_half(stored: dict[Names, Any], wanted: dict[Names, Any]) -> int:
         and str(there.dtype) in ('float16', 'bfloat16')
         for there, here in pairs
     )
-
-
-def _listed(lines: list[str]) -> str:
-    more = len(lines) - _SHOWN
-    return '\n'.join(lines[:_SHOWN] + ([f'  and {more} more'] if more > 0 else []))
 
 
 def _describe(leaf: Any) -> str:

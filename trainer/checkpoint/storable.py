@@ -20,8 +20,8 @@ from trainer.checkpoint.empty import Names
 from trainer.checkpoint.errors import SaveError, first_line
 from trainer.checkpoint.manager import Checkpoints, Retention
 from trainer.config.errors import UserError
+from trainer.config.text import listed
 
-_SHOWN = 10
 _PLAIN = ('x',)
 
 
@@ -53,11 +53,9 @@ def check_storable(abstract: Any) -> None:
     if not lines and jax.process_count() == 1:
         lines = _refused(leaves)
     if lines:
-        more = [f'  and {len(lines) - _SHOWN} more'] if len(lines) > _SHOWN else []
         raise UserError(
-            'the state of this run cannot be saved in a checkpoint:\n'
-            + '\n'.join([*lines[:_SHOWN], *more])
-            + '\nChange the model or optimizer that creates these arrays. Nothing was trained.'
+            f'the state of this run cannot be saved in a checkpoint:\n{listed(lines)}\n'
+            'Change the model or optimizer that creates these arrays. Nothing was trained.'
         )
 
 
@@ -71,7 +69,7 @@ def _same_place(leaves: Iterable[Names]) -> list[str]:
     for names in leaves:
         other = seen.setdefault('.'.join(names), names)
         if other != names:
-            lines.append(f'  {list(other)} and {list(names)}: both map to {".".join(names)!r}')
+            lines.append(f'{list(other)} and {list(names)}: both map to {".".join(names)!r}')
     return lines
 
 
@@ -91,7 +89,7 @@ def _refused(leaves: dict[Names, Any]) -> list[str]:
         return []  # Not the state's fault: nothing can be written to the temporary directory.
     errors = {question: _error([question]) for question in new}
     return [
-        f'  {"/".join(asked[question])} ({question.dtype}): {error}'
+        f'{"/".join(asked[question])} ({question.dtype}): {error}'
         for question, error in errors.items()
         if error is not None
     ]

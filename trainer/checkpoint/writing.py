@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 from etils import epath
 
+from trainer import compat
 from trainer.config import json_text
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
-
-_COMMITTED = 'commit_success.txt'
-
-# Of a step, Orbax's notes about it. Of these it needs the times alone, and not those either.
-_NOTES = '_CHECKPOINT_METADATA'
 
 _log = logging.getLogger('trainer')
 
@@ -34,8 +29,8 @@ def step_directories(directory: epath.Path) -> Iterator[tuple[int, epath.Path]]:
 
 
 def is_committed(step_directory: epath.Path) -> bool:
-    """Whether a save has got to its end: its last act is to write one file."""
-    return (step_directory / _COMMITTED).exists()
+    """Whether the save of a step has ended."""
+    return compat.is_orbax_committed(step_directory)
 
 
 def on_host(state: Any) -> bool:
@@ -57,13 +52,6 @@ def check_writable(directory: epath.Path) -> None:
     probe.unlink()
 
 
-def replace_text(path: epath.Path, text: str) -> None:
-    """Writes a file over one of that name; a reader finds either of them whole."""
-    temporary = path.parent / f'.{path.name}.tmp'
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
     """Returns Orbax's manager of a directory, after removing saves that were cut short there.
 
@@ -79,7 +67,14 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
     if jax.process_index() == 0:
         _remove_uncommitted(directory)
         _set_damaged_notes_aside(directory)
-    manager = ocp.CheckpointManager(
+
+    class Manager(ocp.CheckpointManager):
+        """Preemption is the run's own affair; Orbax's thread would ask about steps of the past."""
+
+        def reached_preemption(self, step: int) -> bool:
+            return False
+
+    return Manager(
         directory,
         item_names=('state', 'meta'),
         item_handlers={'state': ocp.PyTreeCheckpointHandler(), 'meta': MetaHandler()},
@@ -90,21 +85,18 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
             atomicity_options=ocp_options.AtomicityOptions(
                 mode=ocp_options.AtomicityMode.COMMIT_FILE
             ),
-            async_options=_async_options(ocp.AsyncOptions),
+            async_options=compat.synchronous_directories(),
         ),
     )
-    # Preemption is our own affair; Orbax's background thread would ask about old steps.
-    manager.reached_preemption = lambda step: False
-    return manager
 
 
 def _set_damaged_notes_aside(directory: epath.Path) -> None:
     # Orbax does without them, but of another shape they would fail the next save, and not the
     # restore, and so each resume would lose its steps again.
     for _, path in step_directories(directory):
-        notes = path / _NOTES
+        notes = compat.orbax_notes(path)
         if notes.is_file() and (problem := _problem_of_notes(notes.read_bytes())):
-            aside = path / f'{_NOTES}.damaged'
+            aside = notes.parent / f'{notes.name}.damaged'
             notes.replace(aside)
             _log.warning('%s is damaged (%s): moved to %s', notes, problem, aside)
 
@@ -116,21 +108,14 @@ def _problem_of_notes(data: bytes) -> str | None:
         return str(error)
     if not isinstance(found, dict):
         return f'it is {json_text.name(found)}, not an object'
-    for name in ('metrics', 'performance_metrics', 'custom_metadata'):
+    objects, times = compat.orbax_notes_fields()
+    for name in objects:
         if not isinstance(found.get(name, {}), dict):
             return f'{name!r} is {json_text.name(found[name])}, not an object'
-    for name in ('init_timestamp_nsecs', 'commit_timestamp_nsecs'):
+    for name in times:
         if found.get(name) is not None and not json_text.is_int(found[name]):
             return f'{name!r} is no time'
     return None
-
-
-def _async_options(options: Any) -> Any:
-    # Otherwise all other threads of a save wait five minutes for a directory that could not be
-    # created, and the interpreter waits for them. Orbax plans to remove this option.
-    name = 'create_directories_asynchronously'
-    known = name in {field.name for field in dataclasses.fields(options)}
-    return options(**{name: False} if known else {})
 
 
 def _remove_uncommitted(directory: epath.Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from trainer.config import suggest
 from trainer.config.errors import shortened, shown
+from trainer.config.text import and_more
 
 # More than these are not listed.
 _MOST = 20
@@ -42,9 +43,8 @@ def describe(arg: str, names: list[str]) -> str:
     if not names or arg in names:
         return ''
     near = suggest.nearest(arg, names)
-    more = f' and {len(names) - _MOST} more' if len(names) > _MOST else ''
-    listed = shortened(', '.join(map(shown, names[:_MOST])), 300)
-    return f' It knows {listed}{more}.' + (f' Did you mean {near!r}?' if near else '')
+    listed = shortened(and_more([shown(name) for name in names], _MOST), 300)
+    return f' It knows {listed}.' + (f' Did you mean {near!r}?' if near else '')
 
 
 class _Scope:

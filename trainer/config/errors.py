@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 
-_OF_JAX = 'JAX has removed its internal frames'
+from trainer import compat
+
 _LONGEST_LINE = 2000
 
 
@@ -46,4 +47,4 @@ def full_text(error: BaseException) -> str:
 
 def notes_of(error: BaseException) -> list[str]:
     """Returns the notes of an error, without that of JAX about frames that it leaves out."""
-    return [note for note in getattr(error, '__notes__', ()) if _OF_JAX not in note]
+    return [note for note in getattr(error, '__notes__', ()) if not compat.is_note_on_frames(note)]

@@ -18,12 +18,6 @@ PLACES = ('flax.linen.initializers', 'flax.nnx.initializers', 'jax.nn.initialize
 _OTHERS = ('jax.nn', 'flax.linen', 'jax.numpy')
 
 
-def is_of_library(value: Any) -> bool:
-    """Whether a value is an initializer of JAX or Flax, or one that a function there has made."""
-    module = getattr(value, '__module__', None) or ''
-    return callable(value) and module.endswith(('nn.initializers', 'linen.initializers'))
-
-
 def makes(function: Any) -> bool:
     """Whether a function of one of `PLACES` makes an initializer, and is not one itself."""
     return 'key' not in inspect.signature(function).parameters

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from trainer import bundled
+from trainer import bundled, compat
 from trainer.config import config_arguments, literals, objects, places, suggest
 from trainer.config.errors import UserError, shown
 from trainer.config.schema import REQUIRED
@@ -56,12 +56,12 @@ def load(spec: str) -> LoadedConfig:
         raise
     except Exception as error:
         hint = ''
-        if 'dots in field names' in str(error):
+        if compat.is_dotted_key(error):
             hint = (
                 "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in the place of "
                 "'12.5%' as a key, write a whole number of steps"
             )
-        if 'Could not override field' in str(error):
+        if compat.is_other_type(error):
             hint = (
                 '\nA config describes how objects are made: config.optimizer = '
                 "dict(target='optax:adam', learning_rate=1e-3)"
@@ -210,9 +210,7 @@ def _collect_references(node: Any, used: set[int]) -> None:
     """Adds the identity of every reference below a node, and of those it is computed from."""
     if isinstance(node, ml_collections.FieldReference):
         used.add(id(node))
-        _collect_references(node._value, used)  # the reference that an operation started from
-        for operation in node._ops:
-            _collect_references(tuple(operation.args), used)
+        _collect_references(tuple(compat.reference_inputs(node)), used)
     elif isinstance(node, ml_collections.ConfigDict):
         for _, value in node.items(preserve_field_references=True):
             _collect_references(value, used)

@@ -51,6 +51,7 @@ def resolve(name: object, path: str) -> Any:
         try:
             module = _import(candidate, path)
             _check_not_hidden(candidate, attribute, path)
+            # `pkgutil.resolve_name` would not tell a missing module from one that fails to import.
             return functools.reduce(getattr, attribute.split('.'), module)
         except AttributeError:
             error = error or UserError(_no_attribute(module, attribute, name, path))

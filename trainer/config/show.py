@@ -9,6 +9,7 @@ from typing import Any
 from trainer.config import diff, schema
 from trainer.config.durations import Duration
 from trainer.config.overrides import Override
+from trainer.config.text import aligned
 
 
 def resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
@@ -39,11 +40,8 @@ def helpconfig(config: Mapping[str, Any]) -> str:
     ]
     for path, hint, default in [*schema.defaults(config), *schema.optional(config)]:
         rows.append((f'--config.{path}', schema.describe(hint), repr(_plain_default(default))))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    header = 'Keys of the config (type, value):\n'
-    return header + '\n'.join(
-        f'  {path:<{widths[0]}}  {kind:<{widths[1]}}  {value}' for path, kind, value in rows
-    )
+    lines = [f'  {line}' for line in aligned(rows)]
+    return '\n'.join(['Keys of the config (type, value):', *lines])
 
 
 def _type(path: str, value: Any) -> str:

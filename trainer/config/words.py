@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from trainer import compat
 from trainer.config import dtypes, initializers, objects
 from trainer.config.errors import UserError, shown
 
@@ -51,7 +52,7 @@ def meant(value: Any, parameter: inspect.Parameter, path: str) -> Any:
         raise UserError(_no_object(value, path))
     if not (_is_called(default) or _only_called(kinds)):
         return value
-    if 'Initializer' in kinds or initializers.is_of_library(default):
+    if 'Initializer' in kinds or compat.is_initializer(default):
         return initializers.named(value, default, path, must=_only_called(kinds))
     return _function(value, default, path, must=_only_called(kinds))
 

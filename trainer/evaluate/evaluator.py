@@ -19,6 +19,8 @@ from jax.sharding import Mesh
 from trainer.config.errors import UserError
 from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.step import EMA, EvalStep
+from trainer.input.batch import LoadedBatch
+from trainer.input.data import EvalData
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError
 from trainer.input.prefetch import Prefetcher
@@ -54,14 +56,14 @@ class Evaluator:
     Attributes:
         name: the evaluation's name in the config.
         step: what is done with a batch.
-        loader: the batches of its split.
+        data: the batches of its split.
     """
 
     def __init__(
         self,
         name: str,
         step: EvalStep,
-        loader: Any,
+        data: EvalData,
         mesh: Mesh,
         *,
         sharding: Sequence[Rule] = (),
@@ -73,8 +75,7 @@ class Evaluator:
         Args:
             name: the evaluation's name.
             step: one batch.
-            loader: batches of one static shape, with a mask: see `data.loader.EvalLoader`, and for
-                data without a length `data.streaming.StreamEvalLoader`.
+            data: batches of one static shape, with a mask.
             mesh: the device mesh.
             sharding: the rules that names of activations follow.
             use_ema: evaluate the moving average of the parameters.
@@ -83,13 +84,13 @@ class Evaluator:
         Raises:
             UserError: if the split is empty.
         """
-        if loader.num_batches == 0:
+        if data.num_batches == 0:
             raise UserError(
                 f'config.evals.{name}.data: its split is empty; name one that has examples, or '
                 'leave this evaluation out'
             )
         self.name = name
-        self.loader = loader
+        self.data = data
         # By the members that count, of an ensemble.
         self._programs: dict[tuple[int, ...], Program] = {}
         self._empty: Callable[[], Any] | None = None
@@ -168,7 +169,7 @@ class Evaluator:
 
     @functools.cached_property
     def _all_fields(self) -> Fields:
-        return Fields.of(self.loader.spec, f'config.evals.{self.name}.data')
+        return Fields.of(self.data.spec, f'config.evals.{self.name}.data')
 
     def check_metric(self, name: str, path: str) -> None:
         """Checks that `run` will return a metric of this name; `prepare` must have been called.
@@ -216,10 +217,10 @@ class Evaluator:
         counted = self._leave_out_stopped(state)
         variables, totals = self.variables(state), self._empty()
         with self._batches(max_batches, fields=self._fields) as batches:
-            for index, batch in self._until_the_end(batches):
+            for batch in self._until_the_end(batches):
                 if should_stop():
                     raise Stopped
-                args = (totals, variables, state.step, np.int32(index), batch)
+                args = (totals, variables, state.step, np.int32(batch.start), batch.arrays)
                 if counted not in self._programs:
                     self._programs[counted] = self._compile(args)
                 totals = self._programs[counted](*args)
@@ -248,9 +249,9 @@ class Evaluator:
             return
         output = self._output_shapes(state)
         checks = (output[0] if isinstance(output, tuple) else output).checks
-        count = self.loader.num_batches
+        count = self.data.num_batches
         numbers = itertools.count() if count is None else range(count)
-        blocks: Iterable[Any] = (self.loader.block(i, 1) for i in numbers)
+        blocks: Iterable[Any] = (self.data.block(i, 1) for i in numbers)
         if count is None:  # Behind the end of a stream there is padding.
             blocks = itertools.takewhile(lambda block: (block.ids >= 0).any(), blocks)
         path = f'config.evals.{self.name}'
@@ -272,12 +273,13 @@ class Evaluator:
         variables, prediction = self.variables(state), self.prediction(state)
         host = tuple(set(prediction.passed.values()))
         with self._batches(fields=prediction.fields, host=host) as batches:
-            for index, batch in self._until_the_end(batches):
+            for batch in self._until_the_end(batches):
+                args = (variables, state.step, np.int32(batch.start), batch.arrays)
                 with self._tracing(), self._telling_its_mode():
-                    outputs = self._predict(variables, state.step, np.int32(index), batch)
+                    outputs = self._predict(*args)
                 outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
-                outputs.update(prediction.whole(batches.on_host(index), batches.rows))
+                outputs.update(prediction.whole(batch.host, batch.rows))
                 yield {name: outputs[name][mask] for name in sorted(outputs)}
 
     def prediction(self, state: TrainState) -> Prediction:
@@ -352,24 +354,22 @@ class Evaluator:
         return jax.jit(functools.partial(self._predicts), out_shardings=replicated(self._mesh))
 
     def _batches(self, most: int | None = None, **options: Any) -> Prefetcher:
-        known = [n for n in (self.loader.num_batches, most) if n is not None]
+        known = [n for n in (self.data.num_batches, most) if n is not None]
         calls = itertools.repeat(1, min(known)) if known else itertools.repeat(1)
-        release = getattr(self.loader, 'close', None)
-        return Prefetcher.on_mesh(
-            self.loader.block, calls, self._mesh, self.loader.rows, release=release, **options
-        )
+        data = self.data
+        return Prefetcher(data.block, calls, self._mesh, data.rows, release=data.close, **options)
 
-    def _until_the_end(self, batches: Prefetcher) -> Iterator[tuple[int, Any]]:
-        """Yields the batches, numbered; of a loader without a length until no process has more.
+    def _until_the_end(self, batches: Prefetcher) -> Iterator[LoadedBatch]:
+        """Yields the batches; of data without a length until no process has any example left.
 
-        A loader that is at its end goes on with padding, so all processes take part in each batch.
+        After its last example it yields padding, so that all processes take part in each batch.
         """
-        for index, (_, batch) in enumerate(batches):
-            if self.loader.num_batches is None:
-                real = sum(int((ids >= 0).sum()) for _, ids in batches.take_ids(index + 1))
+        for batch in batches:
+            if self.data.num_batches is None:
+                real = int((batch.ids >= 0).sum())
                 if not processes.sum_over_processes(real):
                     return
-            yield index, batch
+            yield batch
 
 
 def summarise(totals: Any, counted: Sequence[int] = ()) -> Measured:

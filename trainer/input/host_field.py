@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer import compat
 from trainer.config.errors import UserError
 
 
@@ -112,6 +113,6 @@ def naming_host_fields(fields: dict[str, Any]) -> Iterator[None]:
         yield
     except TypeError as error:
         hidden = [x for x in dict.values(fields) if isinstance(x, HostField)]
-        if hidden and HostField.__name__ in str(error):
+        if hidden and compat.refuses_type(error, HostField):
             raise hidden[0].error() from error
         raise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run has read of its data: the proof of the order, and where a stream stands."""
+"""The position of a run in its data: the digest of what it has consumed, and a stream's state."""
 
 from __future__ import annotations
 
@@ -7,38 +7,47 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.input.prefetch import Prefetcher
+from trainer.input.batch import LoadedBatch
+from trainer.input.data import TrainData
+from trainer.input.digest import DataDigest
 from trainer.parallel import processes
+from trainer.parallel.mesh import ProcessRows
 
 
-class Consumed:
-    """Counts the batches that steps have consumed, and takes the data to where it goes on.
+class DataPosition:
+    """Counts the batches that steps have consumed, and moves the data to where a run resumes.
 
-    Most data is a function of the position, and its place is the number of steps. A stream has a
-    place in each process besides, which is kept with the checkpoint.
+    Most data is a function of the position, which is the number of steps. A stream has a state in
+    each process besides, which is kept with the checkpoint.
     """
 
-    def __init__(self, data: Any):
+    def __init__(self, data: TrainData):
         """Has counted nothing.
 
         Args:
-            data: the loader of the training batches.
+            data: the training data.
         """
         self._data = data
-        self._digest: Any = data.new_digest()
+        self._digest = DataDigest()
         self._state: Any = None
+        self._rows: ProcessRows | None = None
+        self._places: np.ndarray | None = None
 
-    def add(self, batches: Prefetcher, step: int) -> None:
-        """Counts the batches before a step that have not been counted yet."""
-        rows = batches.rows
-        for start, ids in batches.take_ids(step):
-            if rows is None:
-                self._digest.add(start, ids)
-            else:
-                self._digest.add(start, ids[:, rows.owned], rows.held[rows.owned])
-        self._state = batches.state or self._state
+    def add(self, batch: LoadedBatch) -> None:
+        """Counts a batch that a step has consumed; batches come in their order, each once."""
+        ids = batch.ids
+        if batch.rows is not self._rows:
+            self._rows = batch.rows
+            owned = None if batch.rows is None else batch.rows.held[batch.rows.owned]
+            self._places = owned
+        if batch.rows is not None:
+            ids = ids[:, batch.rows.owned]
+        self._digest.add(batch.start, ids, self._places)
+        if batch.state is not None:
+            self._state = batch.state
 
     def digest(self) -> str:
         """Returns the digest of the data over all processes; all of them must call it."""
@@ -47,39 +56,43 @@ class Consumed:
     def meta(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps; all processes must call it."""
         meta: dict[str, Any] = {'data_digest': self.digest()}
-        if self._is_stream:
+        if self._data.is_stream:
             meta['data_states'] = processes.gather(self._state)
         return meta
 
     def restart(self) -> None:
         """Begins with the first batch."""
-        self._digest, self._state = self._data.new_digest(), None
-        if self._is_stream:
-            self._data.restore(0, None)
+        self._digest, self._state = DataDigest(), None
+        self._data.restore(0, None)
 
-    def go_on(self, step: int) -> None:
-        """Goes on in this process behind the batch that was counted last; another may be read."""
-        if self._is_stream:
-            self._data.restore(step, self._state)
+    def resume(self, step: int) -> None:
+        """Continues in this process after the batch that was counted last.
 
-    def restore(self, step: int, meta: Mapping[str, Any], *, begin_anew: bool) -> bool:
+        A stream may have read further since.
+
+        Args:
+            step: number of completed updates.
+        """
+        self._data.restore(step, self._state)
+
+    def restore(self, step: int, meta: Mapping[str, Any], *, may_restart: bool) -> bool:
         """Goes to where a checkpoint was saved.
 
         Args:
             step: of the checkpoint.
             meta: what `meta` returned, and more.
-            begin_anew: where a stream cannot go on, begin it anew.
+            may_restart: whether a stream that cannot continue there restarts from its beginning.
 
         Returns:
-            Whether the data goes on exactly where it stood.
+            Whether the data continues exactly where it was.
 
         Raises:
-            UserError: if a stream cannot go on, unless it may begin anew.
+            UserError: if a stream cannot continue, unless it may restart.
         """
-        self._digest, self._state = self._data.new_digest(), None
+        self._digest, self._state = DataDigest(), None
         if processes.is_primary():  # The others count only what they read from here on.
             self._digest.restore(meta['data_digest'])
-        if not self._is_stream:
+        if not self._data.is_stream:
             return True
         states = meta.get('data_states')
         problem = _problem(states)
@@ -91,7 +104,7 @@ class Consumed:
                 problem = str(error)
         if problem is None:
             return True
-        if not begin_anew:
+        if not may_restart:
             raise UserError(
                 f'the data of this run cannot resume at step {step:,}: {problem}\n'
                 'With --allow_config_change it restarts from the beginning: examples that this '
@@ -100,10 +113,6 @@ class Consumed:
         self._state = None
         self._data.restore(step, None)
         return False
-
-    @property
-    def _is_stream(self) -> bool:
-        return hasattr(self._data, 'restore')
 
 
 def _problem(states: Any) -> str | None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -15,10 +16,11 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from trainer.input.batch import LoadedBatch
 from trainer.input.fields import Fields
+from trainer.input.loader import Block, StreamBlock
 from trainer.parallel.mesh import ProcessRows, batch_sharding
 
 # One gather serves many steps, because what costs is Python's work per call. A block that outgrows
@@ -35,30 +37,24 @@ _WINDOW_SECS = 2.0
 _EXPENSIVE_CPU_SECS = 5e-3
 _EXPENSIVE_SECS = 0.1
 
-Batch = dict[str, Any]
+Arrays = dict[str, Any]
 
 
 class Prefetcher:
-    """Iterates over (count, batch): the arrays of one step, or of `count` > 1 stacked steps.
+    """Iterates over batches, each of one step, or of several stacked ones.
 
-    There is one iteration: a second loop goes on where the first one stopped, and finds nothing
+    There is one iteration: a second loop continues where the first one stopped, and finds nothing
     after the end, an exception or `close`. An exception in the thread (a source, a transform) is
     raised from the iteration with its own traceback, after the blocks before it.
-
-    Attributes:
-        wait_secs: time that the iteration spent waiting for batches.
-        state: where a stream stands behind the batches that `take_ids` has returned; None before,
-            and for a loader whose place is its position.
-        rows: which rows of a global batch this process reads, None for all.
     """
 
     def __init__(
         self,
-        block: Callable[[int, int], Any],
+        block: Callable[..., StreamBlock],
         calls: Iterable[int],
-        sharding: NamedSharding,
+        mesh: Mesh,
+        batch_rows: int,
         *,
-        rows: ProcessRows | None = None,
         fields: Fields | None = None,
         host: Sequence[str] = (),
         start: int = 0,
@@ -67,69 +63,42 @@ class Prefetcher:
     ):
         """Starts the thread; without a transfer, the iteration starts it.
 
+        Each process reads the rows of its own devices.
+
         Args:
-            block: `block(start, count)` returns `.arrays` of shape (count, rows, ...) and `.ids`.
-            calls: the number of steps of each item, in order; its end is the end of the iteration.
-            sharding: where the arrays of one step go.
-            rows: which rows of a global batch a block has, if not all.
+            block: of the data: `block(start, count, rows=...)`.
+            calls: the number of steps of each batch, in order; its end is the end of the iteration.
+            mesh: the device mesh, over which the rows are sharded.
+            batch_rows: rows of a global batch.
             fields: those that are sent to the devices; None for all of a block.
-            host: names of fields that `on_host` returns.
+            host: names of fields that a batch also has as the loader has them.
             start: position of the first batch.
             depth: number of blocks that are kept ready.
             release: called by `close` when no block is asked for any more.
         """
-        self.wait_secs = 0.0
-        self.state: Any = None
-        self._block = block
+        self._sharding = batch_sharding(mesh)
+        self._stacked = batch_sharding(mesh, leading_dims=1)
+        self._rows = ProcessRows.of(mesh, batch_rows) if jax.process_count() > 1 else None
+        held = slice(None) if self._rows is None else self._rows.held
+        self._block = functools.partial(block, rows=held)
         self._release = release
-        self._sharding = sharding
-        self.rows = rows
         self._fields = fields
         self._host = tuple(host)
-        self._kept: list[tuple[int, int, dict[str, np.ndarray]]] = []
         # The memory of a lone CPU device is the host's: the compiled call reads numpy arrays as
         # they are, and a transfer of each would only take the interpreter's lock from the loop.
-        devices = sharding.mesh.devices
+        devices = mesh.devices
         self._on_host = devices.size == 1 and devices.flat[0].platform == 'cpu'
-        self._handed_out: list[tuple[int, np.ndarray, Sequence[Any]]] = []
         self._items = self._prepare(start, iter(calls))
         self._batches = self._iterate()
-        self._queue: queue.Queue[Any] = queue.Queue(maxsize=max(1, depth))
+        self._queue: queue.Queue[list[LoadedBatch] | BaseException | None] = queue.Queue(
+            maxsize=max(1, depth)
+        )
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name='prefetch', daemon=True)
         if not self._on_host:
             self._thread.start()
 
-    @classmethod
-    def on_mesh(
-        cls,
-        block: Callable[..., Any],
-        calls: Iterable[int],
-        mesh: Mesh,
-        batch_rows: int,
-        *,
-        start: int = 0,
-        depth: int = 2,
-        **options: Any,
-    ) -> Prefetcher:
-        """Returns the batches of a loader; each process reads the rows of its own devices.
-
-        Args:
-            block: of a loader: `block(start, count, rows=...)`.
-            calls: as in the constructor, like `start`, `depth` and the options.
-            mesh: the device mesh.
-            batch_rows: rows of a global batch.
-            start: position of the first batch.
-            depth: number of blocks that are kept ready.
-            **options: `fields`, `host` and `release`.
-        """
-        sharding, rows = batch_sharding(mesh), None
-        if jax.process_count() > 1:
-            rows = ProcessRows.of(mesh, batch_rows)
-            block = functools.partial(block, rows=rows.held)
-        return cls(block, calls, sharding, rows=rows, start=start, depth=depth, **options)
-
-    def __iter__(self) -> Iterator[tuple[int, Batch]]:
+    def __iter__(self) -> Iterator[LoadedBatch]:
         return self._batches
 
     def __enter__(self) -> Prefetcher:
@@ -143,31 +112,6 @@ class Prefetcher:
     ) -> None:
         self.close()
 
-    def take_ids(self, stop: int) -> list[tuple[int, np.ndarray]]:
-        """Returns (position, example ids) of the batches before `stop`, each batch once."""
-        taken, kept = [], []
-        for start, ids, states in self._handed_out:
-            cut = min(max(0, stop - start), len(ids))
-            if cut:
-                taken.append((start, ids[:cut]))
-                self.state = states[cut - 1] if states else None
-            if cut < len(ids):
-                kept.append((start + cut, ids[cut:], states[cut:]))
-        self._handed_out = kept
-        return taken
-
-    def on_host(self, position: int) -> dict[str, np.ndarray]:
-        """Returns the `host` fields of a batch, as its block has them: (rows, ...).
-
-        Args:
-            position: of a batch that was handed out; earlier ones are released.
-        """
-        if not self._host:
-            return {}
-        self._kept = [each for each in self._kept if each[1] > position]
-        start, _, arrays = self._kept[0]
-        return {name: x[position - start] for name, x in arrays.items()}
-
     def close(self) -> None:
         """Ends the iteration, and the thread as soon as it is done with its block; waits for it."""
         self._stopped.set()
@@ -180,28 +124,25 @@ class Prefetcher:
         if self._release is not None:
             self._release()
 
-    def _iterate(self) -> Generator[tuple[int, Batch], None, None]:
+    def _iterate(self) -> Generator[LoadedBatch, None, None]:
         cost = _Cost()
         while True:
             began, worked = time.perf_counter(), time.thread_time()
-            item = self._next_item()
+            batches = self._next_item()
             waited = time.perf_counter() - began
-            self.wait_secs += waited
-            if item is None:
+            if batches is None:
                 return
-            if isinstance(item, BaseException):
-                raise item
-            start, ids, states, kept, batches = item
-            self._handed_out.append((start, ids, states))
-            if self._host:
-                self._kept.append((start, start + len(ids), kept))
+            if isinstance(batches, BaseException):
+                raise batches
             if not self._thread.ident:
-                cost.add(waited, time.thread_time() - worked, len(ids))
+                steps = sum(batch.count for batch in batches)
+                cost.add(waited, time.thread_time() - worked, steps)
                 if cost.is_high:
                     self._thread.start()
+            batches[0] = dataclasses.replace(batches[0], wait_secs=waited)
             yield from batches
 
-    def _next_item(self) -> Any:
+    def _next_item(self) -> list[LoadedBatch] | BaseException | None:
         return self._queue.get() if self._thread.ident else next(self._items, None)
 
     def _work(self) -> None:
@@ -214,45 +155,52 @@ class Prefetcher:
         except BaseException as error:
             self._queue.put(error)
 
-    def _prepare(self, start: int, calls: Iterator[int]) -> Iterator[tuple[Any, ...]]:
-        """Yields (position, ids, states, batches of the calls) of one block after the other."""
+    def _prepare(self, start: int, calls: Iterator[int]) -> Iterator[list[LoadedBatch]]:
+        """Yields the batches of one block after the other."""
         # Small blocks first: the first step must not wait for the sixty-fourth batch.
         limit = 1
         while counts := _take(calls, limit):
             steps, began = sum(counts), time.perf_counter()
             block = self._block(start, steps)
             in_time = _BLOCK_SECS * steps / max(time.perf_counter() - began, 1e-9)
-            states = getattr(block, 'states', None) or ()
-            kept = {name: block.arrays[name] for name in self._host}
-            arrays = block.arrays
-            if self._fields is not None:
-                arrays = self._fields.placed(arrays, block.ids)
-            yield start, block.ids, states, kept, self._place(arrays, counts)
+            yield self._divide(start, block, counts)
             start += steps
             fitting = min(_BLOCK_BYTES // _batch_bytes(block), int(in_time))
             limit = min(2 * limit, _BLOCK_STEPS, max(1, fitting))
 
-    def _place(self, arrays: dict[str, np.ndarray], counts: list[int]) -> list[tuple[int, Batch]]:
-        """Cuts a block into its calls and puts them on the devices in one transfer."""
-        stacked = NamedSharding(self._sharding.mesh, PartitionSpec(None, *self._sharding.spec))
+    def _divide(self, start: int, block: StreamBlock, counts: list[int]) -> list[LoadedBatch]:
+        """Returns the batches of a block, one for each count."""
+        arrays = block.arrays
+        if self._fields is not None:
+            arrays = self._fields.placed(arrays, block.ids)
         ends = list(itertools.accumulate(counts))
-        cuts = [
-            end - 1 if n == 1 else slice(end - n, end) for n, end in zip(counts, ends, strict=True)
+        spans = [slice(end - n, end) for n, end in zip(counts, ends, strict=True)]
+        # A batch of one step has no dimension for steps.
+        parts = [span if n > 1 else span.start for n, span in zip(counts, spans, strict=True)]
+        on_devices = self._put([{k: x[part] for k, x in arrays.items()} for part in parts], counts)
+        return [
+            LoadedBatch(
+                start + span.start,
+                count,
+                sent,
+                block.ids[span],
+                self._rows,
+                block.states[span.stop - 1] if block.states else None,
+                {name: block.arrays[name][part] for name in self._host},
+            )
+            for count, span, part, sent in zip(counts, spans, parts, on_devices, strict=True)
         ]
-        batches = [{name: x[cut] for name, x in arrays.items()} for cut in cuts]
+
+    def _put(self, batches: list[Arrays], counts: list[int]) -> list[Arrays]:
+        """Returns the batches of a block on the devices, after one transfer."""
         if self._on_host:
-            return list(zip(counts, batches, strict=True))
-        if self.rows is not None:
-            assembled = [
-                {
-                    name: self.rows.assemble(x, self._sharding if n == 1 else stacked)
-                    for name, x in batch.items()
-                }
-                for n, batch in zip(counts, batches, strict=True)
-            ]
-            return list(zip(counts, assembled, strict=True))
-        shardings = [dict.fromkeys(arrays, self._sharding if n == 1 else stacked) for n in counts]
-        return list(zip(counts, jax.device_put(batches, shardings), strict=True))
+            return batches
+        shardings = [self._sharding if n == 1 else self._stacked for n in counts]
+        pairs = list(zip(batches, shardings, strict=True))
+        if self._rows is not None:
+            put = self._rows.assemble
+            return [{name: put(x, to) for name, x in batch.items()} for batch, to in pairs]
+        return jax.device_put(batches, [dict.fromkeys(batch, to) for batch, to in pairs])
 
 
 class _Cost:
@@ -295,5 +243,5 @@ def _take(calls: Iterator[int], limit: int) -> list[int]:
     return counts
 
 
-def _batch_bytes(block: Any) -> int:
+def _batch_bytes(block: Block) -> int:
     return max(1, sum(x.nbytes // len(x) for x in block.arrays.values()))

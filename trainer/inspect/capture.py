@@ -19,6 +19,7 @@ from etils import epath
 
 from trainer.build.captures import Capture
 from trainer.config.errors import UserError
+from trainer.config.text import and_more
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import Histogram, floats, histogram, measures
 from trainer.modules.recorder import ROOT, Tap, in_order
@@ -208,8 +209,7 @@ def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) 
     if missed:
         raise UserError(f'{path}: {pattern!r} matches only what is {advice}')
     names = list(dict.fromkeys(p or ROOT for p in seen))
-    more = f' and {len(names) - 20} more' if len(names) > 20 else ''
     raise UserError(
         f'{path}: {pattern!r} matches no module and nothing that one sows. A pattern must match a '
-        f'whole path; there are {", ".join(names[:20])}{more}'
+        f'whole path; there are {and_more(names, 20)}'
     )

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, in_order, is_float
 from trainer.step.finite import all_finite
@@ -54,10 +55,9 @@ def explain(
             + 'Check its gradients and its update.'
         )
     if wrong := _not(grads):
-        more = f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''
         return (
             'The loss and the output of every module are finite, but the gradients are not: '
-            f'{", ".join(wrong[:5])}{more}. Look for an operation without a finite derivative at '
+            f'{and_more(wrong, 5)}. Look for an operation without a finite derivative at '
             'its input: the square root or norm of zero, or a division masked by `where`.'
         )
     return (

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,8 @@ import numpy as np
 from flax import traverse_util
 
 from trainer.config.errors import UserError
+from trainer.config.patterns import compiled
+from trainer.config.text import aligned
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import floats
 from trainer.modules.recorder import ROOT, Tap, name_of, number_in
@@ -53,10 +54,9 @@ def of_next_step(
 ) -> list[Gradient]:
     """Returns the gradients on the batch that comes after a state; of a stream on its first one."""
     data, step = run.experiment.data, int(state.step)
-    if hasattr(data, 'restore'):
-        data.restore(step, None)
+    data.restore(step, None)
     with training_batches(run, setup, step, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         forward = Forward.of(run.experiment, setup.mesh, setup.programs.task)
         return gradients(forward, state, batch, match)
 
@@ -78,7 +78,7 @@ def gradients(
     Raises:
         UserError: if there is nothing to differentiate by.
     """
-    patterns = [_compiled(pattern) for pattern in match]
+    patterns = [compiled(pattern, '--match') for pattern in match]
     state = dataclasses.replace(state, metrics=None)
 
     def wants(path: str) -> bool:
@@ -114,18 +114,7 @@ def table(gradients: Sequence[Gradient]) -> str:
         shape = ' x '.join(map(str, each.gradient.shape)) or 'scalar'
         value = '-' if each.value_norm is None else f'{each.value_norm:.5g}'
         rows.append((each.path, shape, value, f'{each.norm:.5g}'))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return '\n'.join(
-        f'{path:<{widths[0]}}  {shape:<{widths[1]}}  {value:>{widths[2]}}  {norm:>{widths[3]}}'
-        for path, shape, value, norm in rows
-    )
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f'--match: {pattern!r} is no pattern: {error}') from error
+    return '\n'.join(aligned(rows, right=(2, 3)))
 
 
 def _loss(output: TaskOutput) -> jax.Array:

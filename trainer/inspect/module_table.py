@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from trainer import compat
+from trainer.config.text import aligned
 from trainer.ensemble.step import member_state
 from trainer.experiment import Experiment
 from trainer.inspect.forward import Batch, Forward
@@ -105,14 +106,7 @@ def table(rows: list[Row]) -> str:
         lines.append((row.path, row.kind, row.output, *numbers))
     total = sum(row.parameters for row in rows), sum(row.flops for row in rows)
     lines.append(('total', '', '', f'{total[0]:,}', _number(total[1])))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    return '\n'.join(
-        '  '.join(
-            cell.rjust(width) if i > 2 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return '\n'.join(aligned(lines, right=(3, 4)))
 
 
 def _number(value: float) -> str:

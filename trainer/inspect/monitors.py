@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
+from trainer.input.batch import LoadedBatch
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.capture import Captures
-from trainer.inspect.forward import Batch, Forward
+from trainer.inspect.forward import Forward
 from trainer.inspect.replay import Look, Reader, Replay
 from trainer.inspect.stop_guard import Watch
 from trainer.inspect.warn_guard import Guard
@@ -110,17 +111,13 @@ class Monitors:
         """
         self._watch.check_labels(state)
 
-    def run(
-        self, batches: Prefetcher, batch: Batch, step: int, state: TrainState, *, stacked: bool
-    ) -> None:
+    def run(self, batch: LoadedBatch, step: int, state: TrainState) -> None:
         """Looks at a run at one of its events, before anything is evaluated or saved.
 
         Args:
-            batches: those of the run, counted up to this step.
-            batch: the last one that the run has consumed, or the stack that ends with it.
+            batch: the last one that the run has consumed.
             step: number of completed updates.
             state: at this step.
-            stacked: whether it is a stack.
 
         Raises:
             NonFiniteError: see `config.guard`.
@@ -133,13 +130,15 @@ class Monitors:
             message = self._guard.check(step, state, self._report.latest)
             if message is not None:
                 self._report.progress.message(message)
-        self._watch.note(step, state, batches.state)
+        self._watch.note(step, state, batch.state)
         due = self._captures.due(step) if self._captures is not None else []
         if due and self._captures is not None:
             # What is still queued is the steps' time, not the capture's.
             self._report.flush()
             with self._report.time.spent('eval'):
-                captured = self._captures.run(due, step, state, batch, stacked=stacked)
+                captured = self._captures.run(
+                    due, step, state, batch.arrays, stacked=batch.count > 1
+                )
                 self._report.captured(step, captured.row, captured.histograms)
             if captured.message is not None:
                 self._report.progress.message(captured.message)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from trainer.ensemble.step import member_state
 from trainer.experiment import Experiment
+from trainer.input.data import TrainData
 from trainer.input.fields import Fields
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import each_finite, explain, flags
@@ -56,13 +57,13 @@ class Reader:
     """Rereads batches that a run has read before.
 
     Attributes:
-        data: the training loader.
+        data: the training data.
         mesh: the device mesh.
         batch_size: rows of the global batch.
         fields: those that are sent to the devices.
     """
 
-    data: Any
+    data: TrainData
     mesh: Mesh
     batch_size: int
     fields: Fields
@@ -75,14 +76,14 @@ class Reader:
             stop: position behind the last one.
             ends: whether the run no longer reads its data, so that the loader is closed afterwards.
         """
-        return Prefetcher.on_mesh(
+        return Prefetcher(
             self.data.block,
             itertools.repeat(1, stop - start),
             self.mesh,
             self.batch_size,
             fields=self.fields,
             start=start,
-            release=getattr(self.data, 'close', None) if ends else None,
+            release=self.data.close if ends else None,
         )
 
 
@@ -126,7 +127,7 @@ class Replay:
         """
         step, state, data = kept.step, kept.state, self._reader.data
         assert state is not None
-        if hasattr(data, 'restore'):
+        if data.is_stream:
             if not ends or (kept.place is None and step > 0):
                 return (
                     f'Last known finite step: {step:,}. Where it began is unknown: the data is '
@@ -134,10 +135,11 @@ class Replay:
                 )
             data.restore(step, kept.place)
         with self._reader(step, stop, ends=ends) as batches:
-            for number, (_, batch) in enumerate(batches, start=step + 1):
-                look = self._look(state, batch)
+            for number, batch in enumerate(batches, start=step + 1):
+                look = self._look(state, batch.arrays)
                 empty = self._programs.empty_metrics()
-                state = self._programs.step(dataclasses.replace(state, metrics=empty), batch)
+                state = dataclasses.replace(state, metrics=empty)
+                state = self._programs.step(state, batch.arrays)
                 if is_bad(state):
                     return (
                         f'Last finite step: {number - 1:,}. First non-finite step: {number:,}.\n'

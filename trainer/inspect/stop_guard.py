@@ -22,6 +22,7 @@ import numpy as np
 from trainer.checkpoint.errors import CheckpointError
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
+from trainer.config.text import and_more
 from trainer.ensemble.step import Ensemble
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import explain
@@ -298,23 +299,22 @@ class Watch:
     def _batch(self, step: int) -> Any:
         """Rereads the batch of a step; None if that is impossible."""
         start: int | None = step - 1
-        if hasattr(self._reader.data, 'restore'):
+        if self._reader.data.is_stream:
             start = self._rewound()
         if start is None:
             return None
         with self._reader(start, step, ends=True) as batches:
             # The last one, and not a list: the devices would hold all of them.
-            return collections.deque(batches, maxlen=1)[0][1]
+            return collections.deque(batches, maxlen=1)[0].arrays
 
     def _refuse(self, number: int, value: float, step: int) -> NoReturn:
         self._end_reading()
         data = self._reader.data
-        streamed = hasattr(data, 'restore')
-        blocks = self._streamed(step) if streamed else [data.block(step - 1, 1)]
+        blocks = self._streamed(step) if data.is_stream else [data.block(step - 1, 1)]
         checks, when = self._look.checks, f'in step {step:,}'
-        found = complain('config.task', when, checks, number, value, blocks, numbered=not streamed)
-        if hasattr(data, 'close'):
-            data.close()
+        numbered = not data.is_stream
+        found = complain('config.task', when, checks, number, value, blocks, numbered=numbered)
+        data.close()
         raise UserError(found)
 
     def _streamed(self, step: int) -> list[Any]:
@@ -362,4 +362,4 @@ def _first_bad(tree: Any, known: Any) -> str:
     paths = [param_path(path) for path, x in leaves if lib.floats(x)]
     counts = fetch(jax.jit(lib.count_each)(tree))
     bad = [path for path, n, k in zip(paths, counts, fetch(known), strict=True) if n > k]
-    return ', '.join(bad[:3]) + (f' and {len(bad) - 3} more' if len(bad) > 3 else '')
+    return and_more(bad, 3)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 
+from trainer import compat
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config import places
 from trainer.config.errors import UserError, full_text
@@ -75,7 +76,7 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         print(f'Error: {full_text(error)}', file=sys.stderr)
         return error.exit_code
     except jax.errors.JaxRuntimeError as error:
-        if not out_of_memory.is_out_of_memory(error):
+        if not compat.is_out_of_memory(error):
             raise
         setup = trainer.set_up()
         explained = out_of_memory.explain(setup.programs, setup.mesh, error)

@@ -56,7 +56,7 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         program.ready()
         print(f'{program.name}: compiled in {duration(program.compile_secs)}')
     with dry.batches(0, [1]) as batches:
-        (_, batch), *_ = batches
+        batch = next(iter(batches)).arrays
         state = dry.init_state()
         monitors.begin(0, state)
         state = setup.programs.step(state, batch)

@@ -8,13 +8,12 @@ import contextlib
 import copy
 import dataclasses
 import operator
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 
-from trainer.config.errors import UserError
+from trainer.config import patterns
 from trainer.modules import seen
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.recorder import Tap
@@ -134,13 +133,10 @@ class BoundModel(abc.ABC):
         Raises:
             UserError: if it matches none.
         """
-        expression = re.compile(pattern)
+        where = 'model.stop_gradient'
+        expression = patterns.compiled(pattern, where)
         paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.params)]
-        if not any(map(expression.fullmatch, paths)):
-            raise UserError(
-                f'model.stop_gradient({pattern!r}) matches no parameter. A pattern must match a '
-                f'whole path, such as {", ".join(paths[:5])}'
-            )
+        patterns.check_used([pattern], paths, where)
 
         def stop(path: tuple[Any, ...], value: jax.Array) -> jax.Array:
             matches = expression.fullmatch(param_path(path))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 
 
@@ -19,7 +20,7 @@ def changes(expected: Any, given: Any) -> str:
         before, after = (describe(tree.get(path)) for tree in (old, new))
         if before != after:
             found.append(f'{param_path(path)}: {before} -> {after}')
-    return '; '.join(found[:5]) + (f' and {len(found) - 5} more' if len(found) > 5 else '')
+    return and_more(found, 5, '; ')
 
 
 def describe(x: Any) -> str:

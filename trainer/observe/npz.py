@@ -10,14 +10,16 @@ from collections.abc import Mapping
 import numpy as np
 from etils import epath
 
+from trainer.config import files
 from trainer.config.errors import UserError
 
 
 def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
     """Writes the file, whole or not at all, and returns its bytes.
 
-    Unlike `numpy.savez` it accepts any name and any kind of path. Object arrays of only text or
-    only bytes are written as numpy text or bytes, which `numpy.load` reads without `allow_pickle`.
+    Object arrays of only text or only bytes are written as numpy text or bytes, which `numpy.load`
+    reads without `allow_pickle`. Not by `numpy.savez`: its own parameters keep arrays from being
+    called 'file' or 'allow_pickle', and fields of a batch may be.
 
     Raises:
         UserError: for an array of other objects.
@@ -27,13 +29,7 @@ def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
         for name, array in arrays.items():
             with file.open(f'{name}.npy', 'w', force_zip64=True) as entry:
                 np.lib.format.write_array(entry, _plain(name, array), allow_pickle=False)
-    temporary = path.parent / f'.{path.name}.tmp'
-    try:
-        temporary.write_bytes(content.getbuffer())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    files.replace(path, content.getbuffer())
     return content.getbuffer().nbytes
 
 

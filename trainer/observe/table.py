@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
 
+from trainer.config.text import aligned
 from trainer.modules.model_view import param_path
 
 
@@ -32,7 +33,7 @@ def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
         size = f'{math.prod(leaf.shape):,}'
         row = (param_path(path), shape, str(leaf.dtype), size, f'{nbytes(leaf):,}')
         rows.append((*row, *((f'{bytes_per_device(leaf):,}', _axes(leaf)) if split else ())))
-    lines = _align(rows)
+    lines = aligned(rows, right=(3, 4, 5))
     here = f', {human_bytes(bytes_per_device(params))} on each device' if split else ''
     lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{here}')
     for name, tree in collections.items():
@@ -78,15 +79,3 @@ def _axes(leaf: Any) -> str:
         return ''
     spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
     return ' x '.join('+'.join(a) if isinstance(a, tuple) else a or '-' for a in spec)
-
-
-def _align(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if 3 <= column < 6 else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append('  '.join(cells).rstrip())
-    return lines

@@ -32,6 +32,10 @@ class TimeSpent:
         """Says how long a part that is measured elsewhere has taken."""
         self._secs[part] = secs
 
+    def add(self, part: str, secs: float) -> None:
+        """Adds to the seconds of a part that is measured elsewhere."""
+        self._secs[part] += secs
+
     def move(self, source: str, to: str, secs: float) -> None:
         """Counts some of one part's seconds for another."""
         self._secs[source] -= secs

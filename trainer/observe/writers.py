@@ -3,22 +3,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
-import io
 import json
 import logging
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
-from trainer.config import json_text
+from trainer import compat
+from trainer.config import files, json_text
 from trainer.config.errors import UserError
 
 _log = logging.getLogger('trainer')
@@ -103,8 +102,7 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""
-        self._file.flush()
-        _fsync(self._file)
+        files.fsync(self._file)
 
     def close(self) -> None:
         """Closes the file."""
@@ -121,16 +119,14 @@ class TensorBoard:
     def __init__(self, directory: epath.PathLike, *, resume_step: int = 0):
         """Opens a new event file; TensorBoard hides what older ones hold beyond `resume_step`."""
         # Imported here because it takes time that a run without it need not spend.
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
-
-        self._event = event_pb2.Event
-        self._summary, self._proto = summary_pb2.Summary, summary_pb2.HistogramProto
+        events_writer, event, summary = compat.tensorboard_events()
+        self._event = event.Event
+        self._summary, self._proto = summary.Summary, summary.HistogramProto
         # The name has whole seconds; a restart within one must not overwrite the file before it.
         suffix = f'.{os.getpid()}.{time.monotonic_ns()}'
-        self._writer = EventsWriter(os.path.join(os.fspath(directory), 'events'), suffix)
+        self._writer = events_writer(os.path.join(os.fspath(directory), 'events'), suffix)
         self._flushed = time.monotonic()
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        start = event.SessionLog(status=event.SessionLog.START)
         self._add(resume_step + 1, session_log=start)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
@@ -246,12 +242,7 @@ def cut_after(path: epath.Path, step: int) -> None:
         _set_aside(path, damaged)
     text = b''.join(line + b'\n' for line in kept)
     if text != data:
-        temporary = path.parent / f'.{path.name}.tmp'
-        with temporary.open('wb') as file:
-            file.write(text)
-            file.flush()
-            _fsync(file)
-        temporary.replace(path)
+        files.replace(path, text, sync=True)
 
 
 def _set_aside(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
@@ -259,8 +250,7 @@ def _set_aside(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
     aside = path.parent / f'{path.name}.damaged'
     with aside.open('ab') as file:
         file.write(b''.join(line + b'\n' for _, line in damaged))
-        file.flush()
-        _fsync(file)
+        files.fsync(file)
     numbers = ', '.join(str(number) for number, _ in damaged[:5])
     which = f'line {numbers}' if len(damaged) == 1 else f'{len(damaged):,} lines ({numbers}'
     if len(damaged) > 1:
@@ -288,12 +278,6 @@ def _names_at(path: epath.Path, step: int) -> set[str]:
             break
         names.update(row)
     return names - {'step'}
-
-
-def _fsync(file: IO[Any]) -> None:
-    # An object store has no descriptor: there the rows are safe when the file is closed.
-    with contextlib.suppress(io.UnsupportedOperation):
-        os.fsync(file.fileno())
 
 
 def _warn_stopped(error: Exception) -> None:

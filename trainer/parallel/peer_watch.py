@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from trainer import compat
 from trainer.parallel import last_words
 
 _KEY = 'trainer/watch'
@@ -111,7 +112,7 @@ def connect(timeout_secs: int) -> dict[socket.socket, int]:
     Args:
         timeout_secs: how long to wait for the others.
     """
-    client, number, count = _client(), jax.process_index(), jax.process_count()
+    client, number, count = compat.coordination_client(), jax.process_index(), jax.process_count()
     if number:
         address = client.blocking_key_value_get(_KEY, timeout_secs * 1000)
         host, _, port = address.rpartition(':')
@@ -149,15 +150,6 @@ def _receive(peer: Any) -> str:
         return ''
 
 
-def _client() -> Any:
-    from jax._src import distributed
-
-    return distributed.global_state.client
-
-
 def _host() -> str:
-    """The host under which the others have reached this process already."""
-    from jax._src import distributed
-
-    address = distributed.global_state.coordinator_address or ''
-    return str(address).rpartition(':')[0] or socket.gethostname()
+    """Returns the host name under which the others have reached this process already."""
+    return compat.coordinator_address().rpartition(':')[0] or socket.gethostname()

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from trainer import compat
 from trainer.config import diff, traces
 from trainer.config.errors import UserError, full_text
 from trainer.parallel.handshake import EXIT_PEER_FAILED, meet
@@ -61,19 +62,7 @@ def detected(environment: Mapping[str, str] | None = None) -> bool:
     hosts = env.get('TPU_PROCESS_ADDRESSES') or env.get('TPU_WORKER_HOSTNAMES', '')
     if ',' in hosts or int(env.get('MEGASCALE_NUM_SLICES', 1)) > 1:
         return True
-    return environment is None and _hosts_of_tpu_vm() > 1
-
-
-def _hosts_of_tpu_vm() -> int:
-    """Returns the number of hosts of the TPU that this machine is a part of; 1 on any other.
-
-    A Cloud TPU VM has no variable that says so; JAX asks its metadata server.
-    """
-    try:
-        from jax._src.clusters.cloud_tpu_cluster import GceTpuCluster
-    except ImportError:
-        return 1
-    return GceTpuCluster.get_process_count() if GceTpuCluster.is_env_present() else 1
+    return environment is None and compat.tpu_vm_processes() > 1
 
 
 def join(cluster: Cluster) -> PeerWatch | None:

@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from trainer.config.patterns import check_used
 from trainer.modules.model_view import param_path
 from trainer.parallel import sharding_checks
 from trainer.parallel.sharding_checks import Axes
@@ -211,7 +212,7 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
     paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for rule in rules:
         if isinstance(rule, ByPath):
-            sharding_checks.check_used([pattern for pattern, _ in rule.rules], paths)
+            check_used([pattern for pattern, _ in rule.rules], paths, 'config.sharding')
 
     def find(path: tuple[Any, ...], leaf: Any, named: PartitionSpec | None) -> PartitionSpec:
         parameter = Parameter(

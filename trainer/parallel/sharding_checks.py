@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh, PartitionSpec
 
+from trainer.config import patterns
 from trainer.config.errors import UserError
 
 # What a dimension is cut over: nothing, one mesh axis, or several.
@@ -30,26 +30,11 @@ def check_patterns(rules: Sequence[Any]) -> None:
     """Raises a UserError unless the rules are pairs of a regular expression and a list of axes."""
     check_pairs(rules)
     for pattern, axes in rules:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(
-                f'config.sharding: {pattern!r} is no regular expression: {error}'
-            ) from error
+        patterns.compiled(pattern, 'config.sharding')
         if isinstance(axes, str) or not isinstance(axes, Sequence):
             raise UserError(
                 f'config.sharding: the pattern {pattern!r} needs a mesh axis or None for each '
                 f'dimension, as in (None, {axes!r}); got {axes!r}'
-            )
-
-
-def check_used(patterns: Sequence[str], paths: Sequence[str]) -> None:
-    """Raises a UserError for a pattern that matches none of the parameters' paths."""
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in paths):
-            raise UserError(
-                f'config.sharding: the pattern {pattern!r} matches no parameter. A pattern must '
-                f'match a whole path, such as {", ".join(paths[:5])}'
             )
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from trainer.build.data import fingerprint
+from trainer.input.fingerprint import fingerprint
 from trainer.parallel import processes
 from trainer.run.setup import Run, Setup
 from trainer.run.workdir import versions
@@ -16,7 +16,7 @@ def check(run: Run, setup: Setup) -> None:
         UserError: in every process, naming what differs: config, versions, data or checkpoints.
     """
     workdir, checkpoints = run.workdir, run.checkpoints
-    splits = {name: fingerprint(e.loader) for name, e in setup.evaluators.items()}
+    splits = {name: fingerprint(e.data) for name, e in setup.evaluators.items()}
     processes.check_agreement(
         {
             'config': run.experiment.origin.config,

@@ -7,14 +7,10 @@ import math
 
 from jax.sharding import Mesh
 
+from trainer import compat
 from trainer.observe.table import bytes_per_device, human_bytes
 from trainer.parallel.mesh import batch_shards
 from trainer.step.programs import Programs
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether the runtime failed for want of memory; the CPU backend says so in words only."""
-    return 'RESOURCE_EXHAUSTED' in str(error) or 'Out of memory' in str(error)
 
 
 def explain(programs: Programs, mesh: Mesh, error: Exception) -> str:
@@ -34,6 +30,6 @@ def explain(programs: Programs, mesh: Mesh, error: Exception) -> str:
     lines += [
         'A smaller config.data.batch_size or a larger config.accumulate shrinks the temporaries; '
         'a smaller model or a leaner optimizer shrinks the state.',
-        f'The runtime said: {str(error).splitlines()[0].split(": ")[-1]}',
+        f'The runtime said: {compat.runtime_reason(error)}',
     ]
     return '\n'.join(lines)

@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 
-from trainer.build.data import data_changes, fingerprint
 from trainer.checkpoint import checked
 from trainer.checkpoint.errors import CheckpointError, SaveError
 from trainer.checkpoint.storable import check_storable
 from trainer.config import diff
 from trainer.config.errors import UserError
-from trainer.input.position import Consumed
-from trainer.input.prefetch import Prefetcher
+from trainer.input.batch import LoadedBatch
+from trainer.input.fingerprint import data_changes, fingerprint
+from trainer.input.position import DataPosition
 from trainer.parallel import processes
 from trainer.run import failure
 from trainer.run.batch_sizes import BatchSizes, place_in_other_data, resized
@@ -62,7 +62,7 @@ class Recovery:
         self._report = report
         self._allow_config_change = allow_config_change
         self._overrides = dict(overrides or {})
-        self._consumed = Consumed(run.experiment.data)
+        self._consumed = DataPosition(run.experiment.data)
         rule = run.experiment.training.early_stopping
         self.early_stopping = None if rule is None else Patience(rule)
         # What tells the training data from other data; None of a loader that has no first example.
@@ -108,7 +108,7 @@ class Recovery:
         if self._run.workdir is not None and processes.is_primary():
             self._code = Lookout(self._run.experiment.origin.path)
         if self._paused is not None:
-            self._consumed.go_on(self._paused[1])
+            self._consumed.resume(self._paused[1])
             return self._paused
         self._look_at_data()
         latest, checkpoints = self._latest(), self._run.checkpoints
@@ -128,7 +128,7 @@ class Recovery:
         state = restore(self._run, programs, latest)
         if self._allow_config_change:
             state = with_hyperparams(experiment, state)
-        if not self._consumed.restore(latest, meta, begin_anew=self._allow_config_change):
+        if not self._consumed.restore(latest, meta, may_restart=self._allow_config_change):
             self._report.progress.message('The data restarts from the beginning.')
         self._tell_data_changes(latest, meta)
         state = with_health(experiment, programs, state, meta.get('health'))
@@ -161,10 +161,10 @@ class Recovery:
             self._report.progress.message(resized(experiment, self._run.batch_sizes, step, before))
         self._report.open(workdir.path, step, tensorboard=experiment.logging.tensorboard)
 
-    def count(self, batches: Prefetcher, step: int) -> None:
-        """Counts the batches that the run has consumed up to a step."""
-        self._report.time.set('data wait', batches.wait_secs)
-        self._consumed.add(batches, step)
+    def count(self, batch: LoadedBatch) -> None:
+        """Counts a batch that a step has consumed."""
+        self._report.time.add('data wait', batch.wait_secs)
+        self._consumed.add(batch)
 
     def check_saves(self) -> None:
         """Raises what a save in the background has failed of; does not wait for one."""
@@ -356,7 +356,7 @@ class Recovery:
         Before anything else reads it: a save must not read a source that the run is reading.
         """
         data = self._run.experiment.data
-        if self._run.checkpoints is not None and hasattr(type(data), 'first'):
+        if self._run.checkpoints is not None and data.with_first is not None:
             self._fingerprint = fingerprint(data)
 
     def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:

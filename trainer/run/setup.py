@@ -13,12 +13,12 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from trainer.build.data import Evaluation
 from trainer.checkpoint.manager import Checkpoints
 from trainer.config.errors import UserError
 from trainer.ensemble.evaluate import EnsembleEvalStep
 from trainer.ensemble.step import EnsembleStep
 from trainer.evaluate.evaluator import Evaluator
+from trainer.evaluate.spec import Evaluation
 from trainer.evaluate.step import EvalStep
 from trainer.experiment import Experiment
 from trainer.input.prefetch import Prefetcher
@@ -129,7 +129,7 @@ def set_up(run: Run, mesh: Mesh | None = None) -> Setup:
         name: Evaluator(
             name,
             _eval_step(experiment, spec, mesh),
-            spec.loader(_padded(spec.batch_size, batch_shards(mesh))),
+            spec.data(_padded(spec.batch_size, batch_shards(mesh))),
             mesh,
             sharding=experiment.devices.sharding,
             use_ema=spec.ema,
@@ -168,10 +168,10 @@ def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -
     """Returns training batches from a position on, each of so many steps as `calls` says."""
     experiment = run.experiment
     data, batch_size = experiment.data, experiment.clock.batch_size
-    if start < run.batch_sizes.parts[-1][0] and not hasattr(data, 'restore'):
+    if start < run.batch_sizes.parts[-1][0] and not data.is_stream:
         # From an older checkpoint: as if the run resumed from there.
         data = data.after(run.batch_sizes.going_on(start, batch_size).parts)
-    return Prefetcher.on_mesh(
+    return Prefetcher(
         data.block,
         calls,
         setup.mesh,
@@ -179,7 +179,7 @@ def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -
         fields=setup.programs.fields,
         start=start,
         depth=experiment.prefetch,
-        release=getattr(data, 'close', None),  # A loader may have threads or processes to end.
+        release=data.close,
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, cast
 import jax
 from etils import epath
 
-from trainer.config import diff, identity, json_text, places
+from trainer.config import diff, files, identity, json_text, places
 from trainer.config.errors import UserError
 from trainer.run.provenance import Code
 
@@ -337,10 +337,8 @@ class Workdir:
             ) from error
 
     def _write(self, name: str, value: Any) -> None:
-        temporary = self.path / f'.{name}.tmp'
-        temporary.write_text(json.dumps(value, indent=2) + '\n')
         try:
-            temporary.replace(self.path / name)
+            files.replace(self.path / name, json.dumps(value, indent=2) + '\n')
         except IsADirectoryError as error:
             raise UserError(
                 f'{self.path / name} is a directory, where the run writes a file: move or delete it'

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import jax
 
-# How JAX says that an array is gone: as an argument of a function, or read.
-_JAXS = re.compile(r'(?:Array|Buffer) has been deleted|deleted or donated')
+from trainer import compat
 
 _ADVICE = (
     'Each step reuses the memory of the state before it (donation), so a state is gone once '
@@ -43,6 +41,5 @@ def check(state: Any, what: str) -> None:
 
 def explain(error: BaseException) -> None:
     """Adds to JAX's error about an array that is gone why it is, and what to do."""
-    is_jaxs = isinstance(error, (RuntimeError, ValueError)) and not isinstance(error, DonatedError)
-    if is_jaxs and _JAXS.search(str(error)):
+    if compat.is_deleted_array(error) and not isinstance(error, DonatedError):
         error.add_note(f'It probably belongs to a state that a hook or a notebook kept. {_ADVICE}')

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,15 +12,13 @@ import jax
 import optax
 from optax import contrib
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.step.state import TrainState
 from trainer.step.views import holds
 from trainer.tasks.task import ONLY_LOSS
 
 _WHERE = 'config.optimizer'
-# How Python says that a function was not given an argument, or cannot take one.
-_MISSING = re.compile(r'update\w*\(\) missing \d+ required [\w-]+ arguments?: (.*)')
-_REFUSED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +122,14 @@ def update_without(
         UserError: if the optimizer needs more than it is given, or fails within optax.
     """
     try:
-        refused = _REFUSED.search(str(error)) if isinstance(error, TypeError) else None
-        if refused is None or refused[1] in given or refused[1] not in found:
+        refused = compat.refused_argument(error)
+        if refused is None or refused in given or refused not in found:
             raise error
         # Against optax's convention, some take no other extra arguments than their own.
         try:
             return update(**given)
         except TypeError as second:
-            if _MISSING.search(str(second)) is None:
+            if compat.missing_arguments(second) is None:
                 raise
             raise UserError(
                 f'{_WHERE}: {error}. What takes extra arguments in its update must accept those '
@@ -141,10 +138,10 @@ def update_without(
     except UserError:
         raise
     except Exception as last:
-        missing = _MISSING.search(str(last)) if isinstance(last, TypeError) else None
+        missing = compat.missing_arguments(last)
         if missing is not None:
-            said = _what_is_missing(missing[1].replace("'", ''), state, found)
-        elif _is_in_optax(last):
+            said = _what_is_missing(missing, state, found)
+        elif compat.is_of_optax(last):
             said = _failure(last, state)
         else:
             raise
@@ -186,13 +183,3 @@ def _what_is_missing(names: str, state: TrainState, found: Mapping[str, Any]) ->
         f'it needs {names}, which the trainer does not compute. Pass it by name in a step of your '
         f'own (config.step): {example}'
     )
-
-
-def _is_in_optax(error: Exception) -> bool:
-    """Whether optax raised an error, or called what did in JAX."""
-    frames = traceback.walk_tb(error.__traceback__)
-    modules = [str(frame.f_globals.get('__name__')).partition('.')[0] for frame, _ in frames]
-    outside = [
-        module for module in modules if module not in ('jax', 'jaxlib', 'numpy', 'functools')
-    ]
-    return bool(outside) and outside[-1] in ('optax', 'chex')

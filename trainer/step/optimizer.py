@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from trainer.config import patterns
 from trainer.config.errors import UserError
+from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 from trainer.step import views
 from trainer.step.objective import of_loss
@@ -30,7 +32,7 @@ class RegexMask:
     def __call__(self, params: Any) -> Any:
         """Returns the tree of booleans."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: _matches(self.patterns, param_path(path)),
+            lambda path, _: patterns.matches(self.patterns, param_path(path)),
             params,
             is_leaf=views.is_pair,
         )
@@ -158,7 +160,7 @@ class Optimizer:
         tx = parts[0] if len(parts) == 1 else optax.chain(*parts)
         if not self.freeze:
             return tx
-        _check_used(_paths(params), self.freeze, f'{self.path}.freeze')
+        patterns.check_used(self.freeze, _paths(params), f'{self.path}.freeze')
         labels = jax.tree.map(
             lambda frozen: 'frozen' if frozen else 'trained', RegexMask(self.freeze)(params)
         )
@@ -188,7 +190,9 @@ class Optimizer:
         """
         paths = [path for tree in collections.values() for path in _paths(tree)]
         where = f'{self.path}.freeze_statistics'
-        _check_used(paths, self.freeze_statistics, where, 'variable beside the parameters')
+        patterns.check_used(
+            self.freeze_statistics, paths, where, 'no variable beside the parameters'
+        )
 
     def held(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         """Returns the new collections with the old values of what `freeze_statistics` matches."""
@@ -207,19 +211,21 @@ class Optimizer:
             UserError: if one belongs to none or to several, or a pattern matches none.
         """
         for name, group in self.groups.items():
-            _check_used(_paths(params), group.params, f'{self.path}.groups.{name}.params')
+            patterns.check_used(group.params, _paths(params), f'{self.path}.groups.{name}.params')
         found = {
-            path: [name for name, group in self.groups.items() if _matches(group.params, path)]
+            path: [
+                name for name, group in self.groups.items() if patterns.matches(group.params, path)
+            ]
             for path in _paths(params)
-            if not _matches(self.freeze, path)
+            if not patterns.matches(self.freeze, path)
         }
         missing = [path for path, names in found.items() if not names]
         shared = [f'{path} ({", ".join(names)})' for path, names in found.items() if len(names) > 1]
         if missing or shared:
             raise UserError(
                 f'{self.path}.groups: every parameter belongs to exactly one group.'
-                + (f'\nIn none: {_some(missing)}.' if missing else '')
-                + (f'\nIn several: {_some(shared)}.' if shared else '')
+                + (f'\nIn none: {and_more(missing, 5)}.' if missing else '')
+                + (f'\nIn several: {and_more(shared, 5)}.' if shared else '')
                 + '\nChange the patterns `params` of the groups'
                 + (
                     f', or name what should stay unchanged in {self.path}.freeze.'
@@ -312,7 +318,7 @@ def _scale_each(factors: Any) -> optax.GradientTransformation:
 
 
 def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) -> dict[str, float]:
-    _check_used(_paths(params), [pattern for pattern, _ in pairs], where)
+    patterns.check_used([pattern for pattern, _ in pairs], _paths(params), where)
     expressions = [(re.compile(pattern), float(factor)) for pattern, factor in pairs]
     factors: dict[str, float] = {}
     for path in _paths(params):
@@ -323,51 +329,22 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) ->
     missing = [path for path in _paths(params) if path not in factors]
     if missing:
         raise UserError(
-            f'{where} covers every parameter but {_some(missing)}.\n'
+            f'{where} covers every parameter but {and_more(missing, 5)}.\n'
             'Add a last pair such as (".*", 1.0).'
         )
     return factors
 
 
-def _check_used(
-    paths: Sequence[str], patterns: Sequence[str], where: str, kind: str = 'parameter'
-) -> None:
-    for pattern in patterns:
-        expression = _compiled(pattern, where)
-        if not any(expression.fullmatch(path) for path in paths):
-            raise UserError(
-                f'{where}: the pattern {pattern!r} matches no {kind}. A pattern must match a '
-                f'whole path, such as {_some(paths)}.'
-                if paths
-                else f'{where}: the model has no {kind}'
-            )
-
-
-def _check_decays(paths: Sequence[str], patterns: Sequence[str], where: str) -> None:
+def _check_decays(paths: Sequence[str], decayed: Sequence[str], where: str) -> None:
     """Checks that some parameter decays; a list for several models may name more than this has."""
-    expressions = [_compiled(pattern, where) for pattern in patterns]
+    expressions = [patterns.compiled(pattern, where) for pattern in decayed]
     found = [path for path in paths if any(each.fullmatch(path) for each in expressions)]
-    if patterns and paths and not found:
+    if decayed and paths and not found:
         raise UserError(
-            f'{where}: {", ".join(map(repr, patterns))} matches no parameter, so none would decay. '
-            f'A pattern must match a whole path, such as {_some(paths)}.'
+            f'{where}: {", ".join(map(repr, decayed))} matches no parameter, so none would decay. '
+            f'A pattern must match a whole path, such as {and_more(paths, 5)}.'
         )
-
-
-def _compiled(pattern: str, where: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise UserError(f'{where}: {pattern!r} is no regular expression: {error}') from error
-
-
-def _matches(patterns: Sequence[str], path: str) -> bool:
-    return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
 def _paths(params: Any) -> list[str]:
     return [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ', '.join(paths[:5]) + (f' and {len(paths) - 5} more' if len(paths) > 5 else '')

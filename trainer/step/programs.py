@@ -18,6 +18,7 @@ import jax
 from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.config.objects import place
 from trainer.input.fields import Fields
@@ -39,15 +40,6 @@ _log = logging.getLogger('trainer')
 # Several CPU devices share the threads of one pool: too many programs at once that wait for each
 # other's collectives leave none to arrive, and the process is aborted.
 _MOST_IN_FLIGHT = 16
-
-# How JAX says that an annotation names an axis that is not of the mesh.
-_UNKNOWN_AXIS = re.compile(r'Resource axis: (\w+) of .* is not found in mesh')
-
-# And that a module or a task names an axis of `jax.pmap`, of which there is none.
-_UNBOUND_AXIS = re.compile(r'unbound axis name: (\w+)')
-
-# And that a sharding is for an array of more dimensions.
-_WRONG_RANK = re.compile(r'.*spec=(.*)\) is only valid for values of rank .* a value of rank (\d+)')
 
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
 
@@ -406,18 +398,17 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
     except UserError:
         raise
     except Exception as error:
-        if unknown := _UNKNOWN_AXIS.search(str(error)):
-            name = unknown[1]
+        if name := compat.unknown_mesh_axis(error):
             raise UserError(
                 f'config.mesh: the model names the mesh axis {name!r}, and the mesh has none. Add '
                 f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
             ) from error
-        if isinstance(error, NameError) and (unbound := _UNBOUND_AXIS.search(str(error))):
-            raise UserError(_of_unbound(unbound[1], error)) from error
-        if wrong := _WRONG_RANK.search(str(error)):
+        if axis := compat.unbound_axis(error):
+            raise UserError(_of_unbound(axis, error)) from error
+        if wrong := compat.wrong_rank(error):
             raise UserError(
-                f'the model or the task asks for the sharding {wrong[1]} of an array that has '
-                f'{wrong[2]} dimensions{place(error)}. Give a mesh axis, or None, for each '
+                f'the model or the task asks for the sharding {wrong[0]} of an array that has '
+                f'{wrong[1]} dimensions{place(error)}. Give a mesh axis, or None, for each '
                 'dimension that the array has there; names of a parameter that is initialised in '
                 'another shape go around the reshaped one: '
                 'box.replace_boxed(box.value.reshape(shape))'
@@ -430,7 +421,7 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
         raise
 
 
-def _of_unbound(axis: str, error: NameError) -> str:
+def _of_unbound(axis: str, error: Exception) -> str:
     """Returns what is said of a collective over an axis that no transformation has bound."""
     mesh = jax.sharding.get_abstract_mesh()
     of = 'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from trainer.config.errors import UserError
+from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 from trainer.modules.precision import at_least_float32
 
@@ -146,9 +147,8 @@ def check_arrays(variables: Any) -> None:
         if not hasattr(x, 'dtype') and not isinstance(x, complex | float | int)
     ]
     if other:
-        more = f' and {len(other) - 5} more' if len(other) > 5 else ''
         raise UserError(
-            f'the model keeps {", ".join(other[:5])}{more} among its variables, which must be '
+            f'the model keeps {and_more(other, 5)} among its variables, which must be '
             'arrays: training keeps and saves them. Keep other objects in attributes of the module'
         )
 
@@ -167,9 +167,8 @@ def check_numbers(params: Any) -> None:
         if not jnp.issubdtype(x.dtype, jnp.inexact)
     ]
     if other:
-        more = f' and {len(other) - 5} more' if len(other) > 5 else ''
         raise UserError(
-            f'the model keeps {", ".join(other[:5])}{more} among its parameters, which must be '
+            f'the model keeps {and_more(other, 5)} among its parameters, which must be '
             'floating-point or complex: gradients are taken with respect to all of them, including '
             'those in config.optimizer.freeze. Keep it in another collection: '
             "self.variable('constants', NAME, ...) in a Linen module, a subclass of nnx.Variable "

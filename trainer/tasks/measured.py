@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules.shapes import changes, describe
 
@@ -123,7 +124,7 @@ def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
         tree, is_leaf=lambda x: isinstance(x, clu.metrics.Metric)
     )
     named = ((jax.tree_util.keystr(path[-1:], simple=True), x) for path, x in leaves)
-    return [(name, x) for name, x in named if name != '_reduction_counter']
+    return [(name, x) for name, x in named if not compat.is_own_field(name)]
 
 
 def check_accumulates(empty: Any, new: Any) -> None:

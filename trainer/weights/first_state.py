@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
+from trainer.config.text import listed
 from trainer.ensemble import step
 from trainer.modules.shapes import describe
 from trainer.step.state import TrainState
 from trainer.weights import flax_layout
 from trainer.weights import leaves as lib
 from trainer.weights.init_from import TENSORS, InitFrom
-from trainer.weights.leaves import Weights, listed
+from trainer.weights.leaves import Weights
 from trainer.weights.surgery import Operation, operated
 
 _log = logging.getLogger('trainer')

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
+from trainer.config import patterns
 from trainer.config.errors import UserError, shown
+from trainer.config.text import listed
 from trainer.weights import flax_layout, flax_optim, pre_linen, torch_layout
 from trainer.weights import leaves as lib
-from trainer.weights.leaves import Weights, listed, place
+from trainer.weights.leaves import Weights, place
 from trainer.weights.read import Leaves, below, open_tree
 
 WHERE = 'config.init_from'
@@ -69,11 +71,7 @@ class InitFrom:
                         f'{self.where}{name}: expected {_PAIRS[name]}, got {shown(entry)}'
                     )
                 pattern = entry if isinstance(entry, str) else entry[0]
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    text = f'{pattern!r} is no regular expression: {error}'
-                    raise UserError(f'{self.where}{name}: {text}') from error
+                patterns.compiled(pattern, f'{self.where}{name}')
         if self.flatten and self.layout != 'torch':
             raise UserError(
                 f"{self.where}flatten is of PyTorch: set {self.where}layout='torch' too"
@@ -134,19 +132,16 @@ class InitFrom:
     def chosen(self, path: str) -> bool:
         """Whether what has this path in the model is loaded."""
         where = place(path) or path
-        included = not self.include or _matches(self.include, where) or lib.is_slot(where)
-        return included and not _matches(self.exclude, where)
+        included = not self.include or patterns.matches(self.include, where) or lib.is_slot(where)
+        return included and not patterns.matches(self.exclude, where)
 
     def check_patterns(self, paths: Iterable[str]) -> None:
         """Raises a UserError for a pattern that matches nothing in the model."""
         places = list(dict.fromkeys(map(place, paths)))
         for name in ('include', 'exclude'):
-            for pattern in getattr(self, name):
-                if not any(re.fullmatch(pattern, path) for path in places):
-                    raise UserError(
-                        f'{self.where}{name}: the pattern {pattern!r} matches nothing in the '
-                        f'model. A pattern must match a whole path, such as {", ".join(places[:5])}'
-                    )
+            patterns.check_used(
+                getattr(self, name), places, f'{self.where}{name}', 'nothing in the model'
+            )
 
     def _names(self, paths: Iterable[str]) -> dict[str, str]:
         """Returns the path in the model for each in the checkpoint."""
@@ -178,7 +173,3 @@ def _member(weights: Weights, member: int) -> Weights:
     if not 0 <= member < size:
         raise UserError(f'{WHERE}.member: the ensemble has the members 0 to {size - 1}')
     return {path: lib.HostLeaf(array[member]) for path, array in lib.hosts(weights).items()}
-
-
-def _matches(patterns: Sequence[str], path: str) -> bool:
-    return any(re.fullmatch(pattern, path) for pattern in patterns)

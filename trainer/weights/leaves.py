@@ -26,7 +26,6 @@ from trainer.modules.model_view import param_path
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-_SHOWN = 10
 Keys = tuple[str, ...]
 
 
@@ -198,13 +197,6 @@ def load(weights: Mapping[str, Leaf], wanted: Mapping[str, Any]) -> dict[str, ja
             array, goal = found.pop(leaf.keys, None), wanted[path]
             loaded[path] = _put(host(leaf), goal) if array is None else array
     return {path: loaded[path] for path in weights}
-
-
-def listed(lines: Iterable[str]) -> str:
-    """Returns the first lines, and how many more there are."""
-    every = list(lines)
-    more = [f'  and {len(every) - _SHOWN} more'] if len(every) > _SHOWN else []
-    return '\n'.join([*(f'  {line}' for line in every[:_SHOWN]), *more])
 
 
 def _gathered(x: Any) -> np.ndarray:

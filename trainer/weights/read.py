@@ -13,6 +13,7 @@ from etils import epath
 from flax import serialization
 from flax.traverse_util import unflatten_dict
 
+from trainer import compat
 from trainer.checkpoint import empty
 from trainer.checkpoint.errors import first_line
 from trainer.checkpoint.manager import CheckpointError, Checkpoints
@@ -20,6 +21,7 @@ from trainer.checkpoint.retention import Retention, better_mode
 from trainer.checkpoint.writing import step_directories
 from trainer.config import places
 from trainer.config.errors import UserError
+from trainer.config.text import listed
 from trainer.weights import safetensors, torch_file
 from trainer.weights.leaves import (
     HostLeaf,
@@ -27,14 +29,12 @@ from trainer.weights.leaves import (
     OrbaxLeaf,
     hosts,
     keys_of,
-    listed,
     read_orbax,
     reading,
 )
 
 Leaves = dict[tuple[str, ...], Leaf]
-# What Orbax leaves in a directory that holds a tree, and the names of such items in a manager's.
-_ORBAX_FILES = ('_METADATA', 'manifest.ocdbt', '_sharding')
+# The names of the trees in a step of an Orbax manager.
 _ITEMS = ('state', 'default')
 # The name of one that makes a training state together with the others.
 _PARAMS = 'params'
@@ -58,7 +58,7 @@ def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
         UserError: if nothing of the kind lies there, or not that step.
     """
     found = locate(epath.Path(path), str(step))
-    if _is_array(found):
+    if compat.is_orbax_array(found):
         return {(): HostLeaf(_array(found))}
     if found.is_dir():
         return {
@@ -93,7 +93,7 @@ def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
     if not found.is_dir():
         known = found.suffix == '.safetensors' or torch_file.is_one(found)
         return unflatten_dict(hosts(open_tree(found))) if known else _msgpack(found)
-    if _is_array(found):
+    if compat.is_orbax_array(found):
         return _array(found)
     trees = {item: _raw(directory) for item, directory in _trees(found).items()}
     return trees[()] if () in trees else {item[0]: tree for item, tree in trees.items()}
@@ -187,12 +187,14 @@ def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
 
 def _tree_directory(path: epath.Path) -> epath.Path | None:
     """Returns the directory of Orbax's tree: this one, or an item of a manager's step."""
-    return next(filter(_is_tree, (path, *(path / name for name in _ITEMS))), None)
+    return next(filter(compat.is_orbax_tree, (path, *(path / name for name in _ITEMS))), None)
 
 
 def _items(path: epath.Path) -> list[epath.Path]:
     """Returns the trees among the items of a manager's step, which may have any names."""
-    return sorted(entry for entry in path.iterdir() if entry.is_dir() and _is_tree(entry))
+    return sorted(
+        entry for entry in path.iterdir() if entry.is_dir() and compat.is_orbax_tree(entry)
+    )
 
 
 def _item(path: epath.Path) -> epath.Path | None:
@@ -210,16 +212,11 @@ def _item(path: epath.Path) -> epath.Path | None:
 
 def _trees(path: epath.Path) -> dict[tuple[str, ...], epath.Path]:
     """Returns the directories that make a tree, by the keys below which each is."""
-    return {(): path} if _is_tree(path) else {(entry.name,): entry for entry in _items(path)}
-
-
-def _is_tree(directory: epath.Path) -> bool:
-    return any((directory / name).exists() for name in _ORBAX_FILES)
-
-
-def _is_array(path: epath.Path) -> bool:
-    """Whether a bare array lies there, as Orbax's ArrayCheckpointHandler writes it."""
-    return (path / 'checkpoint' / '.zarray').exists()
+    return (
+        {(): path}
+        if compat.is_orbax_tree(path)
+        else {(entry.name,): entry for entry in _items(path)}
+    )
 
 
 def _array(directory: epath.Path) -> np.ndarray:

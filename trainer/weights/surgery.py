@@ -21,6 +21,7 @@ import optax
 from flax import traverse_util
 
 from trainer.config.errors import UserError
+from trainer.config.text import listed
 from trainer.modules.shapes import describe
 from trainer.weights.leaves import (
     HostLeaf,
@@ -29,7 +30,6 @@ from trainer.weights.leaves import (
     host,
     hosts,
     is_slot,
-    listed,
     of_arrays,
     place,
     replace_place,

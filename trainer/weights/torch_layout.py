@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from trainer.config.errors import UserError
+from trainer.config.text import listed
 from trainer.weights import torch_recurrent
-from trainer.weights.leaves import HostLeaf, Weights, listed
+from trainer.weights.leaves import HostLeaf, Weights
 
 # A module's path and the (channels, height, width) that it gets as one dimension.
 Flatten = tuple[str, tuple[int, int, int]]

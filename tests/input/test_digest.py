@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from data.digest import DataDigest
 from data.loader import TrainLoader
 from data.sources import ArraySource
+from trainer.input.digest import DataDigest
 
 IDS = np.arange(24).reshape(6, 4) % 10
 
@@ -101,7 +101,7 @@ def test_restore_replaces_what_was_counted() -> None:
 def test_loaders_of_the_same_seed_agree() -> None:
     def of(size: int, seed: int) -> str:
         loader = TrainLoader(source=ArraySource({'x': np.zeros(50)}), batch_size=8, seed=seed)
-        total = loader.new_digest()
+        total = DataDigest()
         for start in range(0, 24, size):
             total.add(start, loader.block(start, size).ids)
         return total.value

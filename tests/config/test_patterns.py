@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regular expressions of a config, and what is said of those that match nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.config import patterns
+from trainer.config.errors import UserError
+
+PATHS = [f'layer_{i}/kernel' for i in range(7)]
+
+
+def test_a_pattern_must_match_a_whole_path() -> None:
+    assert patterns.matches(['nothing', 'layer_3/.*'], 'layer_3/kernel')
+    assert not patterns.matches(['layer_3', 'kernel'], 'layer_3/kernel')
+    assert not patterns.matches([], 'layer_3/kernel')
+
+
+def test_what_is_no_pattern_is_refused_by_its_place() -> None:
+    assert patterns.compiled('a+', 'config.x').fullmatch('aaa')
+    with pytest.raises(UserError, match=r"^config\.x: 'a\(' is no regular expression: missing \)"):
+        patterns.compiled('a(', 'config.x')
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is() -> None:
+    patterns.check_used(['layer_0/.*', '.*'], PATHS, 'config.x')
+    with pytest.raises(UserError) as caught:
+        patterns.check_used(['.*', 'layer'], PATHS, 'config.x')
+    assert str(caught.value) == (
+        "config.x: the pattern 'layer' matches no parameter. A pattern must match a whole path, "
+        'such as layer_0/kernel, layer_1/kernel, layer_2/kernel, layer_3/kernel, layer_4/kernel '
+        'and 2 more'
+    )
+    with pytest.raises(UserError, match=r"'a' matches nothing in the model: there is none$"):
+        patterns.check_used(['a'], [], 'config.x', 'nothing in the model')

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of single values of a config."""
+
+from __future__ import annotations
+
+from trainer.config.errors import UserError
+
+
+def positive(value: int, path: str) -> int:
+    """Returns the value.
+
+    Args:
+        value: of the config.
+        path: its key, for the message.
+
+    Raises:
+        UserError: if it is less than 1.
+    """
+    if value < 1:
+        raise UserError(f'{path}: expected a positive number, got {value}')
+    return value

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One entry of `config.evals`, built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from trainer.config.durations import Duration
+from trainer.input.data import EvalData
+from trainer.tasks.runner import TaskRunner
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """One entry of `config.evals`.
+
+    Attributes:
+        every: when it runs.
+        final: whether it also runs at the end of training.
+        ema: whether it evaluates the moving average of the parameters.
+        task: what the model is asked to do.
+        batch_size: examples in a batch.
+        data: returns the data of the split in batches padded to so many rows, which the number of
+            devices decides.
+    """
+
+    every: Duration
+    final: bool
+    ema: bool
+    task: TaskRunner
+    batch_size: int
+    data: Callable[[int], EvalData]

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fingerprints of data: the number of examples and a checksum of the first one."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from trainer.input.data import Data
+
+
+def fingerprint(data: Data) -> dict[str, Any]:
+    """Returns the number of examples, and dtype, shape and checksum of the first one's fields.
+
+    Processes compare it to find out that they read different data, and checkpoints keep it as JSON.
+    """
+    first = {
+        name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(_content(x)):08x}'
+        for name, x in data.first().items()
+    }
+    return {'examples': data.examples, 'first example': first}
+
+
+def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describes the differences between two fingerprints."""
+    changes = []
+    old, new = before['examples'], now['examples']
+    if old != new:
+        counts = ['a stream' if n is None else f'{n:,} examples' for n in (old, new)]
+        changes.append(f'{counts[0]} before, {counts[1]} now')
+    first, other = before['first example'], now['first example']
+    fields = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+    if fields:
+        changes.append(f'the first example differs in {", ".join(fields)}')
+    return changes
+
+
+def _content(x: np.ndarray) -> bytes:
+    # The bytes of an array of objects are addresses, which differ from process to process.
+    return repr(x.tolist()).encode() if x.dtype.hasobject else x.tobytes()
