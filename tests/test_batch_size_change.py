@@ -295,7 +295,11 @@ def test_a_schedule_goes_on_by_examples(
     if group:
         sgd = {'target': 'optax:sgd', 'learning_rate': COSINE}
         chain = {'target': 'optax:chain', 'args': ({'target': 'optax:clip', 'args': (1.0,)}, sgd)}
-        optimizer = {'optimizer': {}, 'optimizer__groups': {'all': {'params': '.*', **chain}}}
+        optimizer = {
+            'optimizer': {},
+            'optimizer__groups': {'all': {'params': '.*', **chain}},
+            'log__learning_rates': ('groups.all.args[1].learning_rate',),
+        }
     more = {'train_for': '4 epochs', 'evals': {}, **optimizer}
     trainer_in(tmp_path, data__batch_size=32, **more).fit(max_steps=12)
     trainer_in(tmp_path, data__batch_size=64, **more).fit(max_steps=2)

@@ -221,7 +221,9 @@ def build(loaded: LoadedConfig) -> Experiment:
 
     def with_data(data: TrainData) -> Experiment:
         clock, total_steps = build_clock(sections, data)
-        optimizer, schedule_steps = build_optimizer(sections.optimizer, clock)
+        optimizer, schedule_steps = build_optimizer(
+            sections.optimizer, clock, logged=sections.log.learning_rates
+        )
         return Experiment(
             origin=Origin(loaded.name, loaded.path, config, schedule_steps),
             seed=sections.seed,

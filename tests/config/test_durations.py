@@ -10,7 +10,7 @@ import pytest
 
 from trainer.config.durations import Clock, Duration, Periodic, Progress, is_duration, resolve
 from trainer.config.errors import UserError
-from trainer.step.train_step import is_due
+from trainer.step.step_metrics import is_due
 
 CLOCK = Clock(batch_size=512, steps_per_epoch=Fraction(60_000, 512), total_steps=1000)
 

@@ -31,9 +31,10 @@ from trainer.modules.functional import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 from trainer.observe import flops
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
-from trainer.step.train_step import TrainStep
 from trainer.tasks.runner import TaskRunner
 
 # Ways to compute in half precision: `precision`, arguments of the module, and the dtype.
@@ -276,10 +277,10 @@ def test_the_rows_have_every_pair() -> None:
 
 def trained(module: Any, precision: Precision, task: Any, batch: Any, **options: Any) -> None:
     """Makes a step; every parameter that it changes becomes another finite number."""
-    step = TrainStep(
+    step = TrainStep(StepContext(
         model=functional(module, precision), task=TaskRunner.of(task), seed=0,
-        optimizer=Optimizer(base=optax.sgd(0.1)), **options,
-    )  # fmt: skip
+        optimizer=Optimizer(base=optax.sgd(0.1)), **options
+))  # fmt: skip
     types = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((1,), ('data',), types, devices=jax.devices()[:1])
     spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch.items()}

@@ -23,10 +23,11 @@ from trainer.models.resnet import ResNet
 from trainer.modules.functional import functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.parallel.mesh import make_mesh
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-from trainer.step.train_step import TrainStep
 from trainer.tasks.runner import MASK, TaskRunner
 
 DEVICES = jax.local_device_count()
@@ -59,10 +60,10 @@ def square(model: Callable[..., Any], batch: Any) -> jax.Array:
 
 
 def programs(model: nn.Module, mesh: Any = None, precision: Precision = AS_IS) -> Programs:
-    step = TrainStep(
+    step = TrainStep(StepContext(
         model=functional(model, precision), task=TaskRunner.of(square),
-        optimizer=Optimizer(base=optax.sgd(0.1)), seed=0,
-    )  # fmt: skip
+        optimizer=Optimizer(base=optax.sgd(0.1)), seed=0
+))  # fmt: skip
     spec = {'x': jax.ShapeDtypeStruct((16, 3), np.float32)}
     return Programs(step, spec, mesh or make_mesh({'data': -1}))
 

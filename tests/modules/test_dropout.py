@@ -16,9 +16,10 @@ from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import make_mesh
 from trainer.parallel.sharding import ByPath
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
-from trainer.step.train_step import TrainStep
 from trainer.tasks import TaskOutput
 from trainer.tasks.runner import TaskRunner
 
@@ -132,10 +133,10 @@ def test_shards_of_a_batch_have_masks_of_their_own() -> None:
     zeros, parameters = [], []
     cut = ByPath(rules=(('shifts', ('model',)),))
     for mesh, rules in (({'data': 8}, ()), ({'data': 2, 'model': 4}, (cut,))):
-        step = TrainStep(
+        step = TrainStep(StepContext(
             model=functional(Shifted()), task=TaskRunner.of(rows_of_masks), seed=3,
-            optimizer=Optimizer(base=optax.sgd(0.0)),
-        )  # fmt: skip
+            optimizer=Optimizer(base=optax.sgd(0.0))
+))  # fmt: skip
         spec = {'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}
         program = Programs(step, spec, make_mesh(mesh), sharding=rules)
         batch = jax.device_put({'x': x}, program.step.ready().input_shardings[0][1])

@@ -22,9 +22,10 @@ from trainer.data.sources import ArraySource
 from trainer.experiment import build
 from trainer.modules.functional import functional
 from trainer.parallel.mesh import make_mesh
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
-from trainer.step.train_step import TrainStep
 from trainer.tasks import TaskOutput
 from trainer.tasks.runner import TaskRunner
 from trainer.trainer import Trainer
@@ -94,10 +95,10 @@ def test_the_first_state_runs_no_forward_pass() -> None:
         return TaskOutput(loss=model(batch['x']).mean(-1))
 
     model = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Dense(5)])
-    step = TrainStep(
+    step = TrainStep(StepContext(
         model=functional(model), task=TaskRunner.of(task), seed=0,
-        optimizer=Optimizer(base=optax.sgd(0.1)),
-    )  # fmt: skip
+        optimizer=Optimizer(base=optax.sgd(0.1))
+))  # fmt: skip
     spec = {'x': jax.ShapeDtypeStruct((8, 16, 16, 1), np.float32)}
     programs = Programs(step, spec, make_mesh({'data': -1}))
     assert programs.abstract.params['layers_0']['kernel'].shape == (3, 3, 1, 8)

@@ -18,7 +18,7 @@ from tests.marks import slow_after
 from tests.step import tiny
 from trainer.config.errors import UserError
 from trainer.modules.precision import Precision
-from trainer.step import norms
+from trainer.step import step_metrics as norms
 from trainer.step.optimizer import Optimizer, RegexMask
 from trainer.tasks import TaskOutput
 from trainer.weights import safetensors

@@ -17,9 +17,10 @@ from trainer.models.mlp import MLP
 from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Group, Optimizer
 from trainer.step.programs import Programs
-from trainer.step.train_step import TrainStep
 from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.runner import TaskRunner, compute_metrics
 
@@ -50,12 +51,14 @@ def programs(
 ) -> Programs:  # fmt: skip
     mesh = mesh_of(devices)
     step = TrainStep(
-        model=functional(model or gan.GAN()),
-        task=TaskRunner.of(task),
-        optimizer=optimizer,
-        seed=0,
-        shards=devices,
-        **options,
+        StepContext(
+            model=functional(model or gan.GAN()),
+            task=TaskRunner.of(task),
+            optimizer=optimizer,
+            seed=0,
+            shards=devices,
+            **options,
+        )
     )
     batch = points() if batch is None else batch
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}

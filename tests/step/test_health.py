@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -51,9 +50,9 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     trainer = Trainer(made)
     function = trainer.set_up().programs._train_step
     if sweeps:  # As on an accelerator.
-        function = dataclasses.replace(function, sweeps=True)
+        function = function.changed(sweeps=True)
     step, state = (
-        jax.jit(lambda state, batch: function(state, batch)),
+        jax.jit(function.update),
         with_health(made, trainer.set_up().programs, trainer.init_state()),
     )
     states = [state]
@@ -171,7 +170,7 @@ def test_where_each_step_looks_at_all(
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     trainer = Trainer(build(model, optimizer={**default, **optimizer}))
     programs = trainer.set_up().programs
-    programs._train_step = dataclasses.replace(programs._train_step, sweeps=True)
+    programs._train_step = programs._train_step.changed(sweeps=True)
     with pytest.raises(NonFiniteError) as caught:
         trainer.fit()
     assert said in str(caught.value)

@@ -17,7 +17,7 @@ from trainer.config.errors import UserError
 from trainer.data.sources import ArraySource
 from trainer.experiment import load_and_build
 from trainer.tasks import Classification, NextToken
-from trainer.tasks.checks import run_checks
+from trainer.tasks.runner import run_checks
 from trainer.trainer import Trainer
 
 WARN = {'guard': {'non_finite': 'warn'}}

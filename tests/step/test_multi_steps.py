@@ -80,7 +80,7 @@ def test_a_step_that_overflows_is_none_of_those_of_an_update() -> None:
         optimizer=multi({**SGD, 'learning_rate': schedule}),
         task={'ref': f'{__name__}:overflowing'}, evals={},
         precision={'compute': 'float16', 'loss_scale': 2.0**30}, train_for='60 steps',
-        log={'every': '1 steps'},
+        log={'every': '1 steps', 'learning_rates': ('opt.learning_rate',)},
     )  # fmt: skip
     result = made.fit()
     inner = result.state.opt_state

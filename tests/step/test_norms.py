@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainer.step import norms as norms_lib
+from trainer.step import step_metrics as norms_lib
 
 
 def step_of(frozen: dict[str, bool], dtype: Any = jnp.float32) -> dict[str, Any]:

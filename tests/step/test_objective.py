@@ -17,7 +17,7 @@ import pytest
 from tests.marks import slow_except
 from tests.step import tiny
 from trainer.config.errors import UserError
-from trainer.step.health import Health, check_state
+from trainer.step.health import Health, check_arrays
 from trainer.tasks import TaskOutput
 
 ADAM = {'target': 'optax:adam', 'learning_rate': 0.01}
@@ -242,8 +242,9 @@ def test_the_logged_rate_is_the_applied_one(caplog: pytest.LogCaptureFixture) ->
     tiny_rate = {'target': 'optax:sgd', 'learning_rate': 1e-9}
     data = {'source': tiny.SOURCE, 'batch_size': 256}
     result = tiny.trainer(
-        optimizer=chain(tiny_rate, plateau), data=data, evals={}, train_for='8 steps'
-    ).fit()
+        optimizer=chain(tiny_rate, plateau), data=data, evals={}, train_for='8 steps',
+        log={'learning_rates': ('args[0].learning_rate',)},
+    ).fit()  # fmt: skip
     scale = float(result.state.opt_state[1].scale)
     assert scale < 1
     assert result.metrics['train/learning_rate'] == pytest.approx(1e-9 * scale)
@@ -428,18 +429,30 @@ def test_what_an_optimizer_cannot_be_given_is_said(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    'optimizer',
+    ('optimizer', 'logged'),
     [
-        pytest.param(LBFGS, marks=pytest.mark.slow),
-        chain(
-            ADAM,
-            {'target': 'optax.contrib:reduce_on_plateau', 'patience': 2, 'accumulation_size': 3},
+        pytest.param(LBFGS, (), marks=pytest.mark.slow),
+        (
+            chain(
+                ADAM,
+                {
+                    'target': 'optax.contrib:reduce_on_plateau', 'patience': 2,
+                    'accumulation_size': 3,
+                },
+            ),
+            ('args[0].learning_rate',),
         ),
     ],
-)
-def test_a_resumed_run_ends_bit_equal(optimizer: dict[str, Any], tmp_path: pathlib.Path) -> None:
+)  # fmt: skip
+def test_a_resumed_run_ends_bit_equal(
+    optimizer: dict[str, Any], logged: tuple[str, ...], tmp_path: pathlib.Path
+) -> None:
     """What these keep of the losses is in the checkpoint."""
-    options = {'optimizer': optimizer, 'evals': {}}
+    options = {
+        'optimizer': optimizer,
+        'evals': {},
+        'log': {'every': '5 steps', 'learning_rates': logged},
+    }
     whole = tiny.trainer(tmp_path / 'whole', **options).fit()
     tiny.trainer(tmp_path / 'cut', **options).fit(max_steps=7)
     cut = tiny.trainer(tmp_path / 'cut', **options).fit()
@@ -449,6 +462,10 @@ def test_a_resumed_run_ends_bit_equal(optimizer: dict[str, Any], tmp_path: pathl
         jax.device_get(cut.state.durable),
     )
     assert whole.metrics['train/learning_rate'] == cut.metrics['train/learning_rate']
+
+
+def checked(state: Any) -> Health:
+    return check_arrays(state.health, state.params, state.opt_state, state.step)
 
 
 @pytest.mark.slow
@@ -461,6 +478,6 @@ def test_a_resumed_search_may_find_nothing_as_a_fresh_one_may() -> None:
     assert bool(jnp.isfinite(search.info.decrease_error))
     healthy = state.replace(health=Health.of(state.params, state.opt_state))
     failed = healthy.replace(opt_state=(*state.opt_state[:-1], after))
-    assert not bool(check_state(failed).is_bad)
+    assert not bool(checked(failed).is_bad)
     broken = search._replace(grad=jax.tree.map(lambda g: g * jnp.nan, search.grad))
-    assert bool(check_state(healthy.replace(opt_state=(*state.opt_state[:-1], broken))).is_bad)
+    assert bool(checked(healthy.replace(opt_state=(*state.opt_state[:-1], broken))).is_bad)

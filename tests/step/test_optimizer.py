@@ -231,7 +231,11 @@ def test_the_learning_rate_of_a_chain_is_found() -> None:
             {'target': 'optax:scale_by_learning_rate', 'learning_rate': 0.3},
         ),
     }
-    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(chain))
+    experiment = load_and_build(
+        str(ROOT / 'configs' / 'mnist_mlp.py'),
+        optimizer=repr(chain),
+        log__learning_rates=('args[1].learning_rate',),
+    )
     assert experiment.optimizer.learning_rate is not None
     assert experiment.optimizer.learning_rate(7) == 0.3
     new, _ = updates(experiment.optimizer, steps=10)
@@ -247,7 +251,9 @@ def test_a_schedule_within_a_chain_is_found() -> None:
     }  # fmt: skip
     part = {'target': 'optax:scale_by_learning_rate', 'learning_rate': schedule}
     chain = {'target': 'optax:chain', 'args': ({'target': 'optax:trace', 'decay': 0.9}, part)}
-    made = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(chain)).optimizer
+    logged = {'log__learning_rates': ('args[1].learning_rate',)}
+    config = str(ROOT / 'configs' / 'mnist_mlp.py')
+    made = load_and_build(config, optimizer=repr(chain), **logged).optimizer
     assert made.learning_rate is not None
     assert [float(made.learning_rate(step)) for step in (0, 2)] == pytest.approx([0.4, 0.2])
     new, _ = updates(made, steps=3)

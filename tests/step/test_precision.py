@@ -26,10 +26,11 @@ from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.parallel.sharding import FSDP, Rule
+from trainer.step.context import StepContext
 from trainer.step.loss_scale import LossScale
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
-from trainer.step.train_step import TrainStep
 from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.runner import TaskRunner, compute_metrics
 from trainer.trainer import Trainer
@@ -76,11 +77,13 @@ def programs(
     made = jax.make_mesh(tuple(mesh.values()), tuple(mesh), types, devices=devices)
     options.setdefault('optimizer', Optimizer(base=optax.sgd(0.1, momentum=0.9)))
     step = TrainStep(
-        model=functional(module, precision),
-        task=TaskRunner.of(classify),
-        seed=0,
-        shards=size,
-        **options,
+        StepContext(
+            model=functional(module, precision),
+            task=TaskRunner.of(classify),
+            seed=0,
+            shards=size,
+            **options,
+        )
     )
     spec = {k: jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in batch_of(rows).items()}
     return Programs(step, spec, made, sharding=sharding)
@@ -269,7 +272,7 @@ def test_a_scale_rescues_gradients_that_float16_loses() -> None:
     mesh = make_mesh({'data': -1})
 
     def moved(scale: float | None) -> float:
-        step = TrainStep(model=functional(MLP((4,)), F16), loss_scale=scale, **options)
+        step = TrainStep(StepContext(model=functional(MLP((4,)), F16), loss_scale=scale, **options))
         made = Programs(step, spec, mesh)
         before = jax.device_get(made.init().params)
         after = made.step(made.init(), jax.device_put(batch, batch_sharding(mesh))).params

@@ -13,8 +13,8 @@ import pytest
 from tests.command import ROOT
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
-from trainer.step import norms, train_step
 from trainer.step import programs as program_lib
+from trainer.step import step_metrics as norms
 from trainer.trainer import Trainer
 
 MNIST = str(ROOT / 'configs' / 'mnist_mlp.py')
@@ -72,7 +72,7 @@ def test_norms_are_the_same_on_an_accelerator(
     state = step()
     assert not joined
     with monkeypatch.context() as patch:
-        patch.setattr(train_step.jax, 'default_backend', lambda: 'gpu')
+        patch.setattr(norms.jax, 'default_backend', lambda: 'gpu')
         other = step()
     assert set(joined) == {together}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), state, other)

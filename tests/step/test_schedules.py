@@ -256,7 +256,8 @@ def test_other_keys_of_digits_stay_text() -> None:
         'transforms': {'0': sgd, '1': {**sgd, 'learning_rate': 0.2}},
         'param_labels': {'ref': 'tests.step.perceptron:labels'},
     }  # fmt: skip
-    made = load_and_build(CONFIG, optimizer=repr(node), **SMALL)
+    logged = ('transforms.0.learning_rate', 'transforms.1.learning_rate')
+    made = load_and_build(CONFIG, optimizer=repr(node), log__learning_rates=logged, **SMALL)
     assert set(made.optimizer.learning_rates or ()) == {'0', '1'}
 
 
@@ -270,7 +271,7 @@ def test_patience_counts_means_where_losses_are_averaged() -> None:
     with pytest.raises(UserError, match=r'args\[1\]\.patience: .* counts means of so many steps'):
         load_and_build(CONFIG, optimizer=repr(chain), **SMALL)
     fine = {**chain, 'args': (sgd, {**plateau, 'patience': 2})}
-    assert load_and_build(CONFIG, optimizer=repr(fine), **SMALL).schedule_steps == {
+    assert load_and_build(CONFIG, optimizer=repr(fine), **SMALL).origin.schedule_steps == {
         'config.optimizer.args[1].accumulation_size': 5
     }
 
@@ -319,27 +320,43 @@ WARMING = {'target': 'optax:linear_schedule', 'init_value': 0.1, 'end_value': 0.
            'transition_steps': 4}  # fmt: skip
 SGD = {'target': 'optax:sgd', 'learning_rate': WARMING}
 
-# Optimizers with a learning rate somewhere inside.
-NESTED: dict[str, dict[str, Any]] = {
-    'by position': {'target': 'optax:sgd', 'args': (0.1,)},
-    'a schedule by position': {'target': 'optax:sgd', 'args': (WARMING,)},
-    'by default': {'target': f'{__name__}:with_a_default'},
-    'apply_if_finite': {'target': 'optax:apply_if_finite', 'inner': SGD,
-                        'max_consecutive_errors': 3},
-    'masked': {'target': 'optax:masked', 'args': (SGD, True)},
-    'chain': {'target': 'optax:chain', 'args': ({'target': 'optax:identity'}, SGD)},
-    'named_chain': {'target': 'optax:named_chain', 'args': (('only', SGD),)},
-    'scale_by_schedule': {'target': 'optax:chain', 'args': (
-        {'target': 'optax:scale_by_schedule', 'step_size_fn': WARMING},
-        {'target': 'optax:scale', 'args': (-0.5,)},
-    )},
-    'MultiSteps': {'target': 'optax:MultiSteps', 'args': (SGD,), 'every_k_schedule': 2},
-    'MultiSteps of a chain': {'target': 'optax:MultiSteps', 'every_k_schedule': 2, 'opt': {
-        'target': 'optax:chain', 'args': (
-            {'target': 'optax:scale', 'step_size': -1.0},
-            {'target': 'optax:scale_by_schedule', 'args': (WARMING,)},
-        ),
-    }},
+# Optimizers, and where the learning rate is inside; None for their own.
+NESTED: dict[str, tuple[dict[str, Any], str | None]] = {
+    'by position': ({'target': 'optax:sgd', 'args': (0.1,)}, None),
+    'a schedule by position': ({'target': 'optax:sgd', 'args': (WARMING,)}, None),
+    'by default': ({'target': f'{__name__}:with_a_default'}, None),
+    'apply_if_finite': (
+        {'target': 'optax:apply_if_finite', 'inner': SGD, 'max_consecutive_errors': 3},
+        'inner.learning_rate',
+    ),
+    'masked': ({'target': 'optax:masked', 'args': (SGD, True)}, 'args[0].learning_rate'),
+    'chain': (
+        {'target': 'optax:chain', 'args': ({'target': 'optax:identity'}, SGD)},
+        'args[1].learning_rate',
+    ),
+    'named_chain': (
+        {'target': 'optax:named_chain', 'args': (('only', SGD),)}, 'args[0][1].learning_rate',
+    ),
+    'scale_by_schedule': (
+        {'target': 'optax:chain', 'args': (
+            {'target': 'optax:scale_by_schedule', 'step_size_fn': WARMING},
+            {'target': 'optax:scale', 'args': (-1.0,)},
+        )},
+        'args[0].step_size_fn',
+    ),
+    'MultiSteps': (
+        {'target': 'optax:MultiSteps', 'args': (SGD,), 'every_k_schedule': 2},
+        'args[0].learning_rate',
+    ),
+    'MultiSteps of a chain': (
+        {'target': 'optax:MultiSteps', 'every_k_schedule': 2, 'opt': {
+            'target': 'optax:chain', 'args': (
+                {'target': 'optax:scale', 'step_size': -1.0},
+                {'target': 'optax:scale_by_schedule', 'args': (WARMING,)},
+            ),
+        }},
+        'opt.args[1].args[0]',
+    ),
 }  # fmt: skip
 
 
@@ -347,16 +364,18 @@ def with_a_default(learning_rate: float = 0.3) -> optax.GradientTransformation:
     return optax.sgd(learning_rate)
 
 
-def made(optimizer: Mapping[str, Any], **groups: Any) -> Optimizer:
+def made(optimizer: Mapping[str, Any], *logged: str, **groups: Any) -> Optimizer:
     sections = OptimizerSection(node=dict(optimizer), **groups)
     clock = Clock(batch_size=32, steps_per_epoch=Fraction(5), total_steps=10)
-    return build_optimizer(sections, clock)[0]
+    return build_optimizer(sections, clock, logged=logged)[0]
 
 
 @pytest.mark.parametrize('name', NESTED)
 def test_the_rate_of_an_optimizer_within_others(name: str) -> None:
     """E2: what is logged is minus the update that a gradient of one becomes."""
-    optimizer = made(NESTED[name])
+    node, key = NESTED[name]
+    assert key is None or made(node).learning_rates is None
+    optimizer = made(node, *() if key is None else (key,))
     rate = optimizer.learning_rates
     assert callable(rate)
     params = {'x': jnp.ones(())}
@@ -386,15 +405,20 @@ def bias_or_kernel(params: Any) -> Any:
 @pytest.mark.slow
 def test_several_rates_are_told_apart(tmp_path: pathlib.Path) -> None:
     """E2: by what their places do not have in common; within a group, too."""
+    keys = ('transforms.bias.args[0]', 'transforms.kernel.learning_rate')
     options = {**SMALL, 'train_for': '3 steps', 'log__every': '1 steps'}
+    options['log__learning_rates'] = keys
     Trainer(load_and_build(CONFIG, optimizer=PARTS, **options), str(tmp_path)).fit()
     rows = command.rows(tmp_path)
     assert [row['train/learning_rate/kernel'] for row in rows] == pytest.approx([0.1, 0.125, 0.15])
     assert [row['train/learning_rate/bias'] for row in rows] == pytest.approx([1e-3] * 3)
     groups = {'body': GroupSection(params='.*', node=PARTS)}
-    rates = made({}, groups=groups).learning_rates
+    rates = made({}, *(f'groups.body.{key}' for key in keys), groups=groups).learning_rates
     assert isinstance(rates, Mapping) and set(rates) == {'body/bias', 'body/kernel'}
-    pair = made({'target': 'optax:chain', 'args': (SGD, {'target': 'optax:sgd', 'args': (0.5,)})})
+    pair = made(
+        {'target': 'optax:chain', 'args': (SGD, {'target': 'optax:sgd', 'args': (0.5,)})},
+        'args[0].learning_rate', 'args[1].args[0]',
+    )  # fmt: skip
     assert isinstance(pair.learning_rates, Mapping)
     assert {name: float(rate(4)) for name, rate in pair.learning_rates.items()} == pytest.approx(
         {'0': 0.2, '1': 0.5}
@@ -407,17 +431,47 @@ def test_several_rates_are_told_apart(tmp_path: pathlib.Path) -> None:
         {'target': 'optax:adafactor'},
         {'target': 'optax:chain', 'args': ({'target': 'optax:scale', 'step_size': -0.1},)},
         {'target': 'optax:MultiSteps', 'opt': SGD, 'every_k_schedule': WARMING},
+        {'target': 'optax:chain', 'args': (SGD,)},
     ],
 )
 def test_a_rate_that_is_not_known_is_said(
     node: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert made(node).learning_rates is None
-    assert 'The learning rate of config.optimizer is not known and not logged' in caplog.messages
+    (message,) = caplog.messages
+    assert message.startswith('The learning rate of config.optimizer is not known and not logged.')
+    assert message.endswith("config.log.learning_rates=('args[1].learning_rate',)")
     caplog.clear()
     made(SGD)
     made({'target': 'optax:set_to_zero'})
     assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ('node', 'key', 'groups', 'message'),
+    [
+        (SGD, 'args[1].learning_rate', {}, "config.optimizer has no 'args[1].learning_rate'"),
+        (
+            {'target': 'optax:MultiSteps', 'opt': SGD, 'every_k_schedule': WARMING},
+            'opt.learning_rate', {}, 'the number of its updates is not known',
+        ),
+        (
+            {'target': 'optax:chain', 'args': (SGD,)}, 'args[0].target', {},
+            r"config.optimizer.args[0].target: expected a number or a schedule",
+        ),
+        (
+            {}, 'args[0].learning_rate', {'body': GroupSection(params='.*', node=SGD)},
+            "'args[0].learning_rate' is in no group of config.optimizer.groups; expected a key "
+            "such as 'groups.body.args[1].learning_rate'",
+        ),
+    ],
+)  # fmt: skip
+def test_keys_of_rates_that_there_are_not(
+    node: dict[str, Any], key: str, groups: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        made(node, key, groups=groups)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

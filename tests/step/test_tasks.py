@@ -124,7 +124,7 @@ def test_the_mean_of_nothing_is_no_loss_that_is_not_finite() -> None:
 
 def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> None:
     output = TaskOutput(loss=jnp.array([3.0, 5.0]), weights=jnp.array([1.0, -3.0]))
-    totals, weights = loss_sums(output)
+    totals, weights, _ = loss_sums(output)
     logged = WeightedMean.from_model_output(output.loss, output.weights)
     assert logged.compute() == totals['loss'] * inverse(weights['loss']) == 6.0
 

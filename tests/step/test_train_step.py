@@ -17,9 +17,10 @@ from trainer.models.cnn import CNN
 from trainer.models.mlp import MLP
 from trainer.modules.functional import functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Optimizer
 from trainer.step.programs import Programs
-from trainer.step.train_step import TrainStep
 from trainer.tasks import Classification, TaskOutput
 from trainer.tasks.runner import TaskRunner, compute_metrics
 
@@ -51,12 +52,14 @@ def programs(
     mesh = mesh or make_mesh({'data': -1})
     optimizer = options.pop('optimizer', Optimizer(base=optax.sgd(0.1, momentum=0.9)))
     train_step = TrainStep(
-        model=functional(model),
-        task=TaskRunner.of(task or Classification()),
-        optimizer=optimizer,
-        seed=0,
-        shards=mesh.size,
-        **options,
+        StepContext(
+            model=functional(model),
+            task=TaskRunner.of(task or Classification()),
+            optimizer=optimizer,
+            seed=0,
+            shards=mesh.size,
+            **options,
+        )
     )
     batch = {**batch_of(rows), **options.pop('extra', {})}
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
@@ -186,10 +189,12 @@ def test_padded_rows_do_not_count() -> None:
 
     def train(batch: dict[str, np.ndarray]) -> Any:
         step = TrainStep(
-            model=functional(MLP((8, 10))),
-            task=TaskRunner.of(Classification()),
-            optimizer=Optimizer(base=optax.sgd(0.1)),
-            seed=0,
+            StepContext(
+                model=functional(MLP((8, 10))),
+                task=TaskRunner.of(Classification()),
+                optimizer=Optimizer(base=optax.sgd(0.1)),
+                seed=0,
+            )
         )
         spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
         program = Programs(step, spec, mesh)
@@ -286,10 +291,12 @@ def test_ema_follows_the_parameters() -> None:
 def test_steps_per_call_is_bit_equal_on_the_mlp() -> None:
     mesh = one_device_mesh()
     step = TrainStep(
-        model=functional(MLP((8, 10))),
-        task=TaskRunner.of(Classification()),
-        optimizer=Optimizer(base=optax.adam(0.01), learning_rate=lambda s: 0.01),
-        seed=0,
+        StepContext(
+            model=functional(MLP((8, 10))),
+            task=TaskRunner.of(Classification()),
+            optimizer=Optimizer(base=optax.adam(0.01), learning_rate=lambda s: 0.01),
+            seed=0,
+        )
     )
     batches = [batch_of(seed=seed) for seed in range(4)]
     spec = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batches[0].items()}

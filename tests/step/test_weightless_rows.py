@@ -22,10 +22,11 @@ from trainer.modules.functional import functional
 from trainer.observe import flops
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.run import checks
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Group, Optimizer
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-from trainer.step.train_step import TrainStep
 from trainer.tasks import Classification, NextToken, Regression, TaskOutput
 from trainer.tasks.runner import MASK, TaskRunner, compute_metrics
 
@@ -99,10 +100,10 @@ def programs(
 ) -> Programs:
     mesh = mesh_of(devices)
     optimizer = options.pop('optimizer', Optimizer(base=optax.sgd(0.1)))
-    step = TrainStep(
+    step = TrainStep(StepContext(
         model=functional(Net() if model is None else model), task=TaskRunner.of(task),
-        optimizer=optimizer, seed=0, shards=devices, **options,
-    )  # fmt: skip
+        optimizer=optimizer, seed=0, shards=devices, **options
+))  # fmt: skip
     batch = batch_of(0.0) if batch is None else batch
     spec = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in batch.items()}
     return Programs(step, spec, mesh)

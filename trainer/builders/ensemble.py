@@ -53,14 +53,14 @@ def build_ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
     _check_seeds(seeds)
     for path in values:
         _check_path(sections.optimizer, path)
-    made = functools.partial(_optimizer, sections.optimizer, clock)
+    made = functools.partial(_optimizer, sections, clock)
     for member in range(given.size if values else 0):
         made({path: each[member] for path, each in values.items()})  # It may refuse the number.
     return Ensemble(seeds=seeds, values=values, optimizer=made)
 
 
-def _optimizer(section: OptimizerSection, clock: Clock, values: Mapping[str, Any]) -> Optimizer:
-    return build_optimizer(section, clock, values)[0]
+def _optimizer(sections: Sections, clock: Clock, values: Mapping[str, Any]) -> Optimizer:
+    return build_optimizer(sections.optimizer, clock, values, sections.log.learning_rates)[0]
 
 
 def _by_path(vary: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which learning rates an optimizer has: what is logged of it."""
+"""The learning rates of an optimizer that are logged: its own, and those that the config names."""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import numbers
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import optax
 
 from trainer.config import objects, paths, targets
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
 
 Schedule = Callable[[Any], Any]
-
-# What scales an update, and by which argument.
-_SCALES = (('scale', 'step_size'), ('scale_by_schedule', 'step_size_fn'))
 
 # Where something stands below a node.
 Place = tuple[str | int, ...]
@@ -28,125 +26,95 @@ _BOUNDED = (':momo', ':momo_adam')
 # Whose learning rate is 1 unless given; a line search scales that (see `step_sizes`).
 _LINE_SEARCHED = ':lbfgs'
 
-# Optimizers for some of the parameters each: what their parts do is not done one after the other.
-_PARTITIONS = (':multi_transform', ':partition', ':masked')
+_KEY = 'config.log.learning_rates'
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rate:
-    """A learning rate: the product of what stands at some places below an optimizer's node.
-
-    Attributes:
-        owner: where the optimizer stands that has it.
-        places: where it stands; none if the target has it by default.
-        default: that default.
-        sign: -1 for factors of an update, which a descent has negative.
-        every: number of calls that make one update of the optimizer that has it.
-    """
-
-    owner: paths.Keys
-    places: tuple[paths.Keys, ...] = ()
-    default: float = 1.0
-    sign: int = 1
-    every: int = 1
-
-    def schedule(self, node: Node, path: str) -> Schedule:
-        """Returns it as a function of the number of calls, from a node whose schedules are made."""
-        first = self.sign * self.default
-        parts = [_as_schedule(paths.get(node, p), f'{path}.{paths.join(p)}') for p in self.places]
-        if len(parts) == 1 and (self.sign, self.every) == (1, 1):
-            return parts[0]
-
-        def product(count: Any) -> Any:
-            rate = first
-            for part in parts:
-                rate = rate * part(count // self.every)
-            return rate
-
-        return product
-
-
-def made(node: Node, path: str) -> tuple[Node, Schedule | dict[str, Schedule] | None]:
-    """Returns an optimizer's node with its schedules made, and the learning rates among them.
+def made(
+    node: Node, path: str, named: Sequence[str] = ()
+) -> tuple[Node, Schedule | dict[str, Schedule] | None]:
+    """Returns an optimizer's node with its schedules made, and the learning rates that are logged.
 
     These are functions of the number of calls, which is that of updates for any optimizer that
-    makes one of each (`optax:apply_if_finite` counts those that it makes). Several, as of
-    `optax:multi_transform`, are named by where they stand; None if there is none that is known.
+    makes one of each (`optax:apply_if_finite` counts those that it makes). Several are named by
+    what tells their places apart; None if there is none.
 
     Args:
         node: names the optimizer; its targets and their arguments are checked already.
         path: where it stands, for messages.
+        named: where other learning rates stand below it, such as 'args[1].learning_rate'.
 
     Raises:
-        UserError: if one is neither a number nor a function of one argument.
+        UserError: if one is neither a number nor a function of one argument, or does not exist.
     """
-    found = list(_named(node, [], path)) or _factors(node, path)
-    for keys in (keys for rate in found for keys in rate.places):
-        value = paths.get(node, keys)
-        if isinstance(value, Mapping):
-            # One schedule object for the optimizer and for the logged value.
-            value = targets.instantiate(value, f'{path}.{paths.join(keys)}')
-            node = paths.changed(node, keys, value)
-    schedules = [rate.schedule(node, path) for rate in found]
-    if len(found) < 2:
-        return node, next(iter(schedules), None)
-    return node, dict(zip(_names([rate.owner for rate in found]), schedules, strict=True))
+    node, own = _own(node, path)
+    rates: list[tuple[paths.Keys, Schedule]] = [] if own is None else [([], own)]
+    for name in named:
+        keys = paths.parse(name)
+        try:
+            value = paths.get(node, keys)
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(f'{_KEY}: {path} has no {name!r}') from error
+        node, schedule = _at(node, keys, value, path)
+        every = _calls_for_an_update(node, keys, path)
+        # The optimizer that it is an argument of, by name or by position.
+        owner = keys[:-2] if keys[-2:-1] == ['args'] else keys[:-1]
+        rates.append((owner, _each(schedule, every)))
+    if len(rates) < 2:
+        return node, next((rate for _, rate in rates), None)
+    names = _names([keys for keys, _ in rates])
+    return node, dict(zip(names, (rate for _, rate in rates), strict=True))
 
 
-def _named(node: Any, keys: paths.Keys, path: str) -> Iterator[_Rate]:
-    """Yields the arguments `learning_rate` of the targets below a node."""
-    if not isinstance(node, Mapping) or 'target' not in node:
-        for key, value in items(node):
-            yield from _named(value, [*keys, key], path)
-        return
+def _own(node: Node, path: str) -> tuple[Node, Schedule | None]:
+    """Returns a node with its own schedule made, and that: of its argument `learning_rate`."""
     if str(node['target']).endswith(_BOUNDED):
-        return
+        return node, None
     known, names = parameters(node, path)
-    at = next((k for k, name in names.items() if name == 'learning_rate'), None)
-    if at is not None and paths.get(node, list(at)) is not None:
-        yield _Rate(owner=keys, places=([*keys, *at],))
-        return
+    at = next((list(k) for k, name in names.items() if name == 'learning_rate'), None)
+    if at is not None and (value := paths.get(node, at)) is not None:
+        return _at(node, at, value, path)
     default = known['learning_rate'].default if 'learning_rate' in known else None
     if default is None and str(node['target']).endswith(_LINE_SEARCHED):
-        yield _Rate(owner=keys, default=1.0)
-        return
-    if at is None and default is not None and _is_number(default):
-        yield _Rate(owner=keys, default=default)
-        return
-    every = _calls_for_an_update(node, names)
-    if every is None:
-        return
-    for key, value in items(node):
-        for rate in _named(value, [*keys, key], path):
-            yield dataclasses.replace(rate, every=rate.every * every)
+        return node, optax.constant_schedule(1.0)
+    is_used = at is None and _is_number(default)
+    return node, optax.constant_schedule(default) if is_used else None
 
 
-def _factors(node: Any, path: str) -> list[_Rate]:
-    """Returns the rate of a chain that has one by `optax:scale_by_schedule` alone, if it does."""
-    found = list(_scales(node, [], path))
-    if not any(scheduled for _, scheduled, _ in found):
-        return []
-    places = tuple(keys for keys, *_ in found)
-    return [_Rate(owner=[], places=places, sign=-1, every=found[0][2])]
+def _at(node: Node, keys: paths.Keys, value: Any, path: str) -> tuple[Node, Schedule]:
+    """Returns a node with the schedule at a place made: one for the optimizer and for the log."""
+    where = f'{path}.{paths.join(keys)}'
+    if isinstance(value, Mapping):
+        value = targets.instantiate(value, where)
+        node = paths.changed(node, keys, value)
+    return node, _as_schedule(value, where)
 
 
-def _scales(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys, bool, int]]:
-    """Yields the factors below a node: where, whether it is a schedule, and calls for an update."""
+def _each(schedule: Schedule, every: int) -> Schedule:
+    """Returns a schedule of updates as one of calls, `every` of which make an update."""
+    return schedule if every == 1 else lambda count: schedule(count // every)
+
+
+def _calls_for_an_update(node: Node, keys: paths.Keys, path: str) -> int:
+    """Returns how many calls make an update of the optimizer that has what stands at a place.
+
+    Raises:
+        UserError: if that changes.
+    """
     every = 1
-    if isinstance(node, Mapping) and 'target' in node:
-        _, names = parameters(node, path)
-        target = str(node['target'])
-        for at, name in names.items():
-            if (target.rpartition(':')[2], name) in _SCALES:
-                yield [*keys, *at], name == 'step_size_fn', 1
-                return
-        counted = _calls_for_an_update(node, names)
-        if counted is None or target.endswith(_PARTITIONS):
-            return
-        every = counted
-    for key, value in items(node):
-        for found, scheduled, inner in _scales(value, [*keys, key], path):
-            yield found, scheduled, inner * every
+    for depth in range(len(keys)):
+        outer = paths.get(node, keys[:depth])
+        if not isinstance(outer, Mapping) or not str(outer.get('target')).endswith(':MultiSteps'):
+            continue
+        _, names = parameters(outer, path)
+        at = next((list(k) for k, name in names.items() if name == 'every_k_schedule'), None)
+        steps = None if at is None else paths.get(outer, at)
+        if not isinstance(steps, int):
+            raise UserError(
+                f'{_KEY}: {path}.{paths.join(keys)} is in an optax:MultiSteps whose number of '
+                'steps changes, so the number of its updates is not known'
+            )
+        every *= steps
+    return every
 
 
 def items(node: Any) -> Iterator[tuple[Any, Any]]:
@@ -171,21 +139,12 @@ def parameters(
     return known, names
 
 
-def _calls_for_an_update(node: Mapping[str, Any], names: Mapping[Place, str]) -> int | None:
-    """Returns how many calls of an optimizer make an update, None if that changes."""
-    if not str(node['target']).endswith(':MultiSteps'):
-        return 1
-    at = next((k for k, name in names.items() if name == 'every_k_schedule'), None)
-    every = None if at is None else paths.get(node, list(at))
-    return every if isinstance(every, int) else None
-
-
 def _names(places: list[paths.Keys]) -> list[str]:
     """Returns what tells places apart: 'head' and 'body' of 'parts.head' and 'parts.body'."""
     every = [list(map(str, keys)) for keys in places]
     first = _common(every)
     last = _common([keys[first:][::-1] for keys in every])
-    return ['.'.join(keys[first : len(keys) - last]) for keys in every]
+    return ['.'.join(keys[first : len(keys) - last]) or 'top' for keys in every]
 
 
 def _common(rows: list[list[str]]) -> int:
@@ -207,7 +166,7 @@ def _as_schedule(value: Any, where: str) -> Schedule:
             pass  # It does not tell.
         return value
     if _is_number(value):
-        return lambda count: value
+        return optax.constant_schedule(value)
     raise UserError(
         f'{where}: expected a number or a schedule, a function of the number of updates; got '
         f'{type(value).__name__} {value!r:.200}'

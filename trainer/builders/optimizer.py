@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.builders import by_examples, counts, decay, hyperparams
@@ -16,8 +16,9 @@ from trainer.config import durations, objects, signatures, targets
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import GroupSection, Node, OptimizerSection
-from trainer.step.context import StepFunction, default_step
+from trainer.step.context import StepFunction
 from trainer.step.optimizer import Group, Optimizer, RegexMask
+from trainer.step.train_step import default_step
 
 _log = logging.getLogger('trainer')
 
@@ -56,7 +57,10 @@ def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIM
 
 
 def build_optimizer(
-    section: OptimizerSection, clock: Clock, numbers: Mapping[str, Any] | None = None
+    section: OptimizerSection,
+    clock: Clock,
+    numbers: Mapping[str, Any] | None = None,
+    logged: Sequence[str] = (),
 ) -> tuple[Optimizer, dict[str, int]]:
     """Returns the optimizer, and the steps of each duration inside it by config path.
 
@@ -65,18 +69,21 @@ def build_optimizer(
         clock: turns durations into steps.
         numbers: others for some of its arguments, by path below the section, perhaps traced; the
             optimizer's state holds them.
+        logged: `config.log.learning_rates`.
 
     Raises:
         UserError: for an argument that does not fit.
     """
     numbers = numbers or {}
+    _check_logged(section, logged)
     if not section.groups:
-        made, steps = _one_optimizer(section, clock, _OPTIMIZER, numbers)
+        made, steps = _one_optimizer(section, clock, _OPTIMIZER, numbers, logged)
         return _freezing(made, section), steps
     groups: dict[str, Group] = {}
     steps = {}
     for name, group in section.groups.items():
-        made, more = _one_optimizer(group, clock, f'{_OPTIMIZER}.groups.{name}', numbers)
+        path = f'{_OPTIMIZER}.groups.{name}'
+        made, more = _one_optimizer(group, clock, path, numbers, logged)
         groups[name] = Group(params=_patterns(group.params), optimizer=made, loss=group.loss)
         steps.update(more)
     whole = Optimizer(
@@ -93,7 +100,11 @@ def _freezing(made: Optimizer, section: OptimizerSection) -> Optimizer:
 
 
 def _one_optimizer(
-    section: OptimizerSection | GroupSection, clock: Clock, path: str, numbers: Mapping[str, Any]
+    section: OptimizerSection | GroupSection,
+    clock: Clock,
+    path: str,
+    numbers: Mapping[str, Any],
+    logged: Sequence[str],
 ) -> tuple[Optimizer, dict[str, int]]:
     given = counts.with_whole_keys(section.node, path)
     by_example = by_examples.found(given, path, clock) if clock.progress else []
@@ -107,12 +118,18 @@ def _one_optimizer(
     prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
     mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
     base = hyperparams.injected(node, path, mine, prefix=prefix, changed=moved) if mine else None
-    node, learning_rate = rates.made(moved(hyperparams.placed(node, mine)), path)
+    named = [name.removeprefix(prefix) for name in logged if name.startswith(prefix)]
+    node, learning_rate = rates.made(moved(hyperparams.placed(node, mine)), path, named)
     if base is None:
         base = targets.instantiate(node, path)
         _check_made(base, node, path)
         if learning_rate is None and not str(node['target']).endswith(':set_to_zero'):
-            _log.warning('The learning rate of %s is not known and not logged', path)
+            _log.warning(
+                'The learning rate of %s is not known and not logged. If it is inside, name it: '
+                "config.log.learning_rates=('%sargs[1].learning_rate',)",
+                path,
+                prefix,
+            )
     return Optimizer(
         base=base,
         learning_rate=learning_rate,
@@ -122,6 +139,21 @@ def _one_optimizer(
         eval_params=_eval_params(section.eval_params, path, injected=bool(mine)),
         path=path,
     ), steps
+
+
+def _check_logged(section: OptimizerSection, logged: Sequence[str]) -> None:
+    """Checks that keys of learning rates belong to a group, if there are groups.
+
+    Raises:
+        UserError: otherwise.
+    """
+    for name in logged if section.groups else ():
+        if not any(name.startswith(f'groups.{group}.') for group in section.groups):
+            first = next(iter(section.groups))
+            raise UserError(
+                f'config.log.learning_rates: {name!r} is in no group of {_OPTIMIZER}.groups; '
+                f"expected a key such as 'groups.{first}.args[1].learning_rate'"
+            )
 
 
 def _eval_params(node: Node | None, path: str, *, injected: bool) -> Any:

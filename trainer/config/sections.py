@@ -218,10 +218,18 @@ class GuardSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogSection:
-    """`config.log`: when a row of metrics is written."""
+    """`config.log`: when a row of metrics is written, and what is in it.
+
+    Attributes:
+        every: when a row is written.
+        tensorboard: whether event files are written beside it.
+        learning_rates: where other learning rates than those of the optimizer and its groups stand
+            below `config.optimizer`, such as 'args[1].learning_rate' of an `optax:chain`.
+    """
 
     every: Duration = EACH_100_STEPS
     tensorboard: bool = True
+    learning_rates: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from trainer.modules.ensemble_outputs import mean
 from trainer.modules.rng import Keys
 from trainer.parallel.host import fetch
 from trainer.step.health import Health
-from trainer.tasks.runner import merge_metrics
+from trainer.tasks.metrics import merge_metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ common to all. A member's course is the one that it would take alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import clu.metrics
@@ -20,11 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
+from trainer.input.host_field import Kept
+from trainer.step.context import Batch
 from trainer.step.health import Health
+from trainer.step.one_model import TrainStep
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
-from trainer.step.train_step import TrainStep
-from trainer.tasks.runner import compute_metrics
+from trainer.tasks.runner import TaskRunner, compute_metrics
 
 # The mesh axis that members are spread over, where a mesh has it.
 AXIS = 'ensemble'
@@ -138,10 +140,41 @@ class EnsembleStep:
         first = {path: each[0] for path, each in ensemble.values.items()}
         # A member that diverges keeps its last state; the others continue, and it is evaluated with
         # them.
-        member = dataclasses.replace(step, seed=ensemble.seeds[0], sweeps=True, undoes=True)
+        member = step.changed(seed=ensemble.seeds[0], sweeps=True, undoes=True)
         if first:
-            member = dataclasses.replace(member, optimizer=ensemble.optimizer(first))
+            member = member.changed(optimizer=ensemble.optimizer(first))
         return cls(member=member, ensemble=ensemble, axis=ensemble.axis(mesh))
+
+    @property
+    def update(self) -> Callable[[TrainState, Batch], TrainState]:
+        """What is compiled: `(state, batch) -> state`."""
+        return self._update
+
+    @property
+    def task(self) -> TaskRunner:
+        """What each member is asked to do with a batch."""
+        return self.member.task
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether each step looks at all values for what is not finite."""
+        return self.member.sweeps
+
+    def changed(self, **changes: Any) -> EnsembleStep:
+        """Returns the step with another context of its members: fields of `StepContext`."""
+        return dataclasses.replace(self, member=self.member.changed(**changes))
+
+    def for_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> EnsembleStep:
+        """Returns the step for batches with fields that stay on the host."""
+        return dataclasses.replace(self, member=self.member.for_fields(kept, is_weighted))
+
+    def for_state(self, state: TrainState, whole: Any = None) -> EnsembleStep:
+        """Returns the step for members whose states have this structure: see `TrainStep`."""
+        return dataclasses.replace(self, member=self.member.for_state(state, whole))
+
+    def named_init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
+        """Returns the first state of the first member, variables in the boxes that name them."""
+        return self.member.named_init(spec)
 
     def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
         """Returns the first state, from the shapes of a training batch."""
@@ -180,18 +213,24 @@ class EnsembleStep:
         size = self.ensemble.size
         return PerMember(jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), empty))
 
-    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
+    def _update(self, state: TrainState, batch: Batch) -> TrainState:
         """Returns the state after one step of every member on this batch."""
 
         def one(seed: jax.Array, state: TrainState) -> TrainState:
             # As the state has them: what an optimizer logs is what it does.
             values = hyperparams.read(state.opt_state, self.ensemble.values)
-            return self._member(seed, values)(state, batch)
+            member = self._member(seed, values)
+            if values:  # The optimizer is another one, and so is its transformation.
+                facts = member.context.facts
+                assert facts is not None
+                tx = member.context.optimizer.transformation(state.params)
+                member = member.changed(facts=dataclasses.replace(facts, tx=tx))
+            return member.update(state, batch)
 
         seeds, _ = self._members()
         return _wrapped(self._map(one, (0, _DIMS))(seeds, _unwrapped(state)))
 
-    def stacked(self, alone: TrainState, mesh: Mesh) -> TrainState:
+    def placed(self, alone: TrainState, mesh: Mesh) -> TrainState:
         """Returns the shapes and shardings of all members' state from those of one.
 
         Args:
@@ -219,8 +258,9 @@ class EnsembleStep:
         return _wrapped(dataclasses.replace(alone, **parts))
 
     def _member(self, seed: Any, values: Mapping[str, Any]) -> TrainStep:
-        optimizer = self.ensemble.optimizer(values) if values else self.member.optimizer
-        return dataclasses.replace(self.member, seed=seed, optimizer=optimizer)
+        if not values:
+            return self.member.changed(seed=seed)
+        return self.member.changed(seed=seed, optimizer=self.ensemble.optimizer(values))
 
     def _members(self) -> tuple[jax.Array, dict[str, jax.Array]]:
         values = {path: jnp.asarray(x, jnp.float32) for path, x in self.ensemble.values.items()}

@@ -25,15 +25,16 @@ from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError
 from trainer.input.prefetch import Prefetcher
 from trainer.modules import seen
+from trainer.modules.shapes import describe
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import replicated
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import SIGNS
 from trainer.step.programs import Program
-from trainer.step.state import TrainState, describe
+from trainer.step.state import TrainState
+from trainer.tasks.bad_values import complain
 from trainer.tasks.batch import recording
-from trainer.tasks.checks import complain
 from trainer.tasks.measured import (
     Measured,
     check_computes,

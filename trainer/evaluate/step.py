@@ -15,9 +15,8 @@ from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.step.health import SIGNS, Health, Signs
-from trainer.tasks.checks import run_checks
-from trainer.tasks.metrics import Count
-from trainer.tasks.runner import MASK, TaskRunner, merge_metrics
+from trainer.tasks.metrics import Count, merge_metrics
+from trainer.tasks.runner import MASK, TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
 
 # Where a task's `model.ema` travels among the variables.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, in_order, is_float
-from trainer.step.health import all_finite
+from trainer.step.finite import all_finite
 
 
 def explain(

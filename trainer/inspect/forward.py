@@ -17,7 +17,7 @@ from trainer.modules.recorder import Tap
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
-from trainer.step.gradients import split_rows
+from trainer.step.accumulation import split_rows
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner
 from trainer.tasks.task import TaskOutput

@@ -22,7 +22,7 @@ from trainer.modules.recorder import ROOT, Tap, name_of, number_in
 from trainer.parallel.host import fetch
 from trainer.run.setup import Run, Setup, training_batches
 from trainer.step.state import TrainState
-from trainer.tasks.runner import inverse, loss_sums, penalty_sum
+from trainer.tasks.runner import inverse, loss_sums
 from trainer.tasks.task import TaskOutput
 
 
@@ -118,8 +118,8 @@ def table(gradients: Sequence[Gradient]) -> str:
 
 
 def _loss(output: TaskOutput) -> jax.Array:
-    totals, weights = loss_sums(output)
-    return sum((totals[name] * inverse(weights[name]) for name in totals), penalty_sum(output))
+    totals, weights, penalty = loss_sums(output)
+    return sum((totals[name] * inverse(weights[name]) for name in totals), penalty)
 
 
 def _squares(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:

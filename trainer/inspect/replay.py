@@ -28,11 +28,11 @@ from trainer.modules.recorder import Tap
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards
 from trainer.run.setup import Setup
-from trainer.step.context import default_step
-from trainer.step.gradients import Gradients
-from trainer.step.health import all_finite
+from trainer.step.context import StepContext
+from trainer.step.finite import all_finite
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
+from trainer.step.train_step import default_step, gradients
 from trainer.tasks.checks import Check
 from trainer.tasks.task import TaskOutput
 
@@ -198,7 +198,7 @@ class Look:
         experiment = self._experiment
         if experiment.step is not default_step:
             return {}  # A custom step computes its own gradients.
-        gradients = Gradients(
+        context = StepContext(
             model=experiment.model,
             task=self._forward.task,
             optimizer=experiment.optimizer,
@@ -206,4 +206,4 @@ class Look:
             accumulate=experiment.training.accumulate,
             shards=batch_shards(self._mesh),
         )
-        return gradients(state, batch)[0]
+        return gradients(state, batch, context)[0]

@@ -35,7 +35,7 @@ from trainer.step import health as lib
 from trainer.step.health import Health
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-from trainer.tasks.checks import complain
+from trainer.tasks.bad_values import complain
 
 _WHAT = {
     lib.LOSS: 'the loss',

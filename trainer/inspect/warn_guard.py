@@ -11,7 +11,7 @@ import jax
 from trainer.inspect.replay import Kept, Replay
 from trainer.parallel.host import fetch
 from trainer.run.reporter import flat_row
-from trainer.step.health import all_finite
+from trainer.step.finite import all_finite
 from trainer.step.state import TrainState
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from trainer.config.errors import UserError
 from trainer.modes.command import Command, restore, workdir_of, write_arrays
+from trainer.modules.shapes import describe
 from trainer.observe import logfile
 from trainer.parallel.signals import StopRequest
-from trainer.step.state import describe
 from trainer.trainer import Trainer
 
 

@@ -55,7 +55,7 @@ class EnsembleModel(BoundModel):
             counted: indices of the members whose outputs are combined; empty for all.
         """
         collections = {name: value for name, value in variables.items() if name != 'params'}
-        super().__init__(variables['params'], Calls(collections), keys, ema=ema)
+        super().__init__(variables['params'], Calls(collections), keys, ema)
         self._functional = functional
         self._seeds = seeds
         self._combine = combine

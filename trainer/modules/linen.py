@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from flax import errors, traverse_util
 
 from trainer import compat
 from trainer.config.errors import UserError
-from trainer.modules import adapters, flat_init, nnx_bridge, recorder, train_flags
+from trainer.modules import adapters, flat_init, nnx_bridge, recorder, seen, train_flags
 from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.pmap_axes import LINEN_NORMS, PmapAxes
 from trainer.modules.precision import AS_IS, Precision
@@ -61,55 +62,58 @@ class Linen:
             batch: arrays with the training batch's shapes; the values do not matter.
             keys: the keys of mode 'init'.
         """
-        bound = _InitModel(self, keys)
+        streams = Streams({'params', 'dropout', 'default'})
+        bound = _InitModel({}, Calls({}), keys, None, self.precision, _linen=self, _streams=streams)
         task(bound, batch)
         return {**bound.variables, 'params': self.precision.for_params(bound.params)}
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> LinenModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
-        return LinenModel(self, variables, keys, ema=ema)
+        calls = Calls({name: value for name, value in variables.items() if name != 'params'})
+        # The stream 'default' is what NNX modules inside ask for: without it they get a constant.
+        streams = Streams({'default', 'dropout'})
+        if keys.mode != 'train':
+            streams = Streams({'default'}, _TRAIN_ONLY_STREAMS)
+        return LinenModel(
+            variables['params'], calls, keys, ema, self.precision, _linen=self, _streams=streams
+        )
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class LinenModel(BoundModel):
     """A Linen module bound to variables: see `BoundModel`."""
 
-    def __init__(self, linen: Linen, variables: Variables, keys: Keys, *, ema: Any = None):
-        """Binds; nothing runs before a call."""
-        calls = Calls({name: value for name, value in variables.items() if name != 'params'})
-        super().__init__(variables['params'], calls, keys, ema=ema, precision=linen.precision)
-        self._module = linen.modes[self.training]
-        self._pmap_axes = linen.pmap_axes
-        # Shared with the views, as the calls are.
-        # The stream 'default' is what NNX modules inside ask for: without it they get a constant.
-        known, never = ({'dropout'}, ()) if self.training else ((), _TRAIN_ONLY_STREAMS)
-        self._streams = Streams({'default', *known}, frozenset(never))
+    _linen: Linen = dataclasses.field(kw_only=True)
+    _streams: Streams = dataclasses.field(kw_only=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's `__call__` and returns its output."""
+        if seen.current.get() is not None or self._precision.compute is not None:
+            return super().__call__(*args, **kwargs)
+        return self._apply((), args, kwargs)  # There is nothing to note and nothing to cast.
 
     def _field(self, name: str) -> Any:
-        return getattr(self._module, name) if name in train_flags.fields(self._module) else None
+        module = self._linen.modes[self.training]
+        return getattr(module, name) if name in train_flags.fields(module) else None
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         calls, tap, precision = self._calls, self._calls.tap, self._precision
+        training = self._keys.mode == 'train'
         params = self._params
         if precision.compute is not None:
             args, kwargs = precision.for_compute((args, kwargs))
             params = precision.for_compute(params)
         variables = {'params': params, **calls.collections}
         # What nobody reads of the intermediates, the compiler drops.
-        mutable = {recorder.INTERMEDIATES, *(calls.collections if self.training else ())}
+        mutable = {recorder.INTERMEDIATES, *(calls.collections if training else ())}
         if tap is not None:
             mutable.update(tap.collections)
             if tap.perturbations:
                 variables[recorder.PERTURBATIONS] = tap.perturbations
         number, calls.count = calls.count, calls.count + 1
-        method = train_flags.method(steps, self.training)
-
-        def apply(rngs: dict[str, jax.Array], mutable: Any) -> Any:
-            return self._module.apply(
-                variables, *args, rngs=rngs, method=method, mutable=mutable, **kwargs
-            )
-
+        run = functools.partial(self._linen.modes[training].apply, variables)
         try:
-            output, updates = self._run(apply, sorted(mutable), number)
+            output, updates = self._run(run, steps, args, kwargs, sorted(mutable), number)
         except errors.ScopeParamNotFoundError as error:
             raise UserError(
                 'the model asks for a parameter that it did not have when it was made, which '
@@ -122,30 +126,50 @@ class LinenModel(BoundModel):
                 tap.perturb_more(perturbations)
         if updates:
             self._check_structure(updates)
-            calls.collections.update(precision.like(updates, calls.collections))
+            calls.collections = {**calls.collections, **precision.like(updates, calls.collections)}
         return output if precision.output is None else precision.for_output(output)
 
     def _run(
-        self, apply: Callable[..., Any], mutable: Any, number: int = 0
+        self,
+        run: Callable[..., Any],
+        steps: Steps,
+        args: Any,
+        kwargs: Any,
+        mutable: Any,
+        number: int = 0,
     ) -> tuple[Any, dict[str, Any]]:
         """Applies the module, and returns its output and the collections that it has changed.
 
         The intermediates are not among them: `model.intermediates` has them.
 
         Args:
-            apply: called as `apply(rngs, mutable)`. It is pure, so that it can start again.
+            run: `apply` or `init_with_output` of the module: pure, so that it can start again.
+            steps: lead from the module to what is called.
+            args: of what is called.
+            kwargs: likewise, by name.
             mutable: the collections that may change.
             number: how many calls were before this one.
         """
-        with contextlib.ExitStack() as stack:
-            self._enter(stack)
+        training, calls = self._keys.mode == 'train', self._calls
+        method = functools.partial(train_flags.call, steps, training)
+        with contextlib.ExitStack() as stack:  # Interceptors of methods, outermost first.
+            stack.enter_context(nn.intercept_methods(self._intercept))
+            if calls.tap is not None:
+                stack.enter_context(calls.tap.on_linen())
+            for adapter in adapters.registered:
+                stack.enter_context(nn.intercept_methods(adapter.intercept))
+            if 'flax.nnx.bridge' in sys.modules:  # Whoever has made a bridge has imported it.
+                stack.enter_context(self._linen.pmap_axes.calling())
+                stack.enter_context(nnx_bridge.telling_nnx(training))
             given = mutable
             while True:
                 rngs = {name: self._keys.stream(name) for name in sorted(self._streams.names)}
                 if number:
                     rngs = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
                 try:
-                    output, updates = apply(rngs, mutable)
+                    output, updates = run(
+                        *args, rngs=rngs, method=method, mutable=mutable, **kwargs
+                    )
                     break
                 except errors.InvalidRngError as error:
                     self._streams.learn(error)
@@ -161,19 +185,8 @@ class LinenModel(BoundModel):
         intermediates = updates.pop(recorder.INTERMEDIATES, {})
         for adapter in adapters.registered:
             intermediates = adapter.plain(intermediates)
-        self._calls.intermediates = dict(intermediates)
+        calls.intermediates = dict(intermediates)
         return output, updates
-
-    def _enter(self, stack: contextlib.ExitStack) -> None:
-        """Enters the contexts of a call: interceptors of its modules' methods, outermost first."""
-        stack.enter_context(nn.intercept_methods(self._intercept))
-        if self._calls.tap is not None:
-            stack.enter_context(self._calls.tap.on_linen())
-        for adapter in adapters.registered:
-            stack.enter_context(nn.intercept_methods(adapter.intercept))
-        if 'flax.nnx.bridge' in sys.modules:  # Whoever has made a bridge has imported it.
-            stack.enter_context(self._pmap_axes.calling())
-            stack.enter_context(nnx_bridge.telling_nnx(self.training))
 
     def _intercept(
         self,
@@ -184,7 +197,7 @@ class LinenModel(BoundModel):
     ) -> Any:
         """Runs a method of a module; some of Flax's layers need something around it."""
         if isinstance(context.module, LINEN_NORMS):
-            return self._pmap_axes.intercept(following, args, kwargs, context)
+            return self._linen.pmap_axes.intercept(following, args, kwargs, context)
         if isinstance(context.module, nn.DenseGeneral):
             return flat_init.intercept(following, args, kwargs, context)
         return following(*args, **kwargs)
@@ -204,10 +217,6 @@ class LinenModel(BoundModel):
 class _InitModel(LinenModel):
     """A model without variables yet: each call makes those that are still missing."""
 
-    def __init__(self, linen: Linen, keys: Keys):
-        super().__init__(linen, {'params': {}}, keys)
-        self._streams = Streams({'params', 'dropout', 'default'})
-
     def stop_gradient(self, pattern: str) -> LinenModel:
         return self
 
@@ -216,17 +225,14 @@ class _InitModel(LinenModel):
         return self
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        method = train_flags.method(steps, training=False)
-
         # The inputs are not cast: with the new float32 parameters, the carry of a scan over layers
         # would start in half precision and become float32.
-        def apply(rngs: dict[str, jax.Array], mutable: Any) -> Any:
-            return self._module.init_with_output(
-                rngs, *args, method=method, mutable=mutable, **kwargs
-            )
+        def init(*args: Any, rngs: dict[str, jax.Array], **options: Any) -> Any:
+            return self._linen.modes[False].init_with_output(rngs, *args, **options)
 
         # A task may read what is sown; the state never holds it.
-        output, made = self._run(apply, nn.DenyList((recorder.PERTURBATIONS,)))
+        mutable = nn.DenyList((recorder.PERTURBATIONS,))
+        output, made = self._run(init, steps, args, kwargs, mutable)
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
         flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}

@@ -42,6 +42,7 @@ class Calls:
     tap: Tap | None = None
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class BoundModel(abc.ABC):
     """A module bound to parameters, collections, random keys and a mode: what a task calls.
 
@@ -57,18 +58,22 @@ class BoundModel(abc.ABC):
 
     Attributes:
         params: the parameters of this view.
+        collections: every other variable collection, as the calls so far have left them.
         training: whether this is a training step.
     """
 
-    def __init__(
-        self, params: Any, calls: Calls, keys: Keys, *, ema: Any, precision: Precision = AS_IS
-    ):
-        self._params = params
-        self._calls = calls
-        self._keys = keys
-        self._ema = ema
-        self._precision = precision
-        self.training = keys.mode == 'train'
+    _params: Any
+    _calls: Calls
+    _keys: Keys
+    _ema: Any = None
+    _precision: Precision = AS_IS
+
+    collections = property(operator.attrgetter('_calls.collections'))
+
+    @property
+    def training(self) -> bool:
+        """Whether this is a training step."""
+        return self._keys.mode == 'train'
 
     @property
     def params(self) -> Any:
@@ -79,11 +84,6 @@ class BoundModel(abc.ABC):
     def variables(self) -> dict[str, Any]:
         """Every variable collection, as the calls so far have left them."""
         return {'params': self._params, **self._calls.collections}
-
-    @property
-    def collections(self) -> dict[str, Any]:
-        """Every variable collection but the parameters, as the calls so far have left them."""
-        return dict(self._calls.collections)
 
     @property
     def intermediates(self) -> dict[str, Any]:

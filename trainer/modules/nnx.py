@@ -139,9 +139,7 @@ class NNXModel(BoundModel):
     ):
         """Binds; nothing runs before a call."""
         collections = {name: value for name, value in variables.items() if name != 'params'}
-        super().__init__(
-            variables['params'], Calls(collections), keys, ema=ema, precision=precision
-        )
+        super().__init__(variables['params'], Calls(collections), keys, ema, precision)
         self._parts = parts
         self._named = named
         self._axes = axes or PmapAxes()
@@ -197,7 +195,8 @@ class NNXModel(BoundModel):
             updates = values(module)
             updates.pop('params', None)
             self._check_structure(updates)
-            calls.collections.update(self._precision.like(updates, calls.collections))
+            changed = self._precision.like(updates, calls.collections)
+            calls.collections = {**calls.collections, **changed}
         return self._precision.for_output(output)
 
     def _with_rngs(self, module: nnx.Module, steps: Steps, args: Any, kwargs: Any) -> Any:

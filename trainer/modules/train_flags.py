@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -67,7 +68,19 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
 
 
 def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..., Any]:
-    """Returns the function for `Module.apply` that tells the mode to what it calls.
+    """Returns the function for `Module.apply` that tells the mode to what it calls: see `call`."""
+    return functools.partial(call, steps, training)
+
+
+def call(
+    steps: Sequence[Callable[[Any], Any]],
+    training: bool,
+    module: nn.Module,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Calls a bound module, or what steps lead to from it, and tells it the mode.
 
     NNX modules within are told by `nnx_bridge.telling_nnx`, in whose context it is to be called.
 
@@ -75,22 +88,21 @@ def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..
         steps: lead one after the other from the bound module to what is called: a method or a
             sub-module; none for the module's `__call__`.
         training: the mode.
+        module: bound to its variables.
+        *args: of what is called.
+        **kwargs: likewise, by name.
     """
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        target: Any = module
-        for step in steps:
-            target = step(target)
-        args, kwargs = with_flags(target, args, kwargs, training)
-        layers = isinstance(module, nn.Sequential)
-        token = current.set(training)
-        try:
-            with telling_layers(training) if layers else contextlib.nullcontext():
-                return target(*args, **kwargs)
-        finally:
-            current.reset(token)
-
-    return call
+    target: Any = module
+    for step in steps:
+        target = step(target)
+    args, kwargs = with_flags(target, args, kwargs, training)
+    layers = isinstance(module, nn.Sequential)
+    token = current.set(training)
+    try:
+        with telling_layers(training) if layers else contextlib.nullcontext():
+            return target(*args, **kwargs)
+    finally:
+        current.reset(token)
 
 
 def telling_layers(

@@ -18,9 +18,9 @@ from trainer.parallel.mesh import BATCH_AXES
 from trainer.parallel.sharding import logical_rules
 from trainer.run.events import Events
 from trainer.step import combinations
-from trainer.step.context import default_step
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
+from trainer.step.train_step import default_step
 
 _log = logging.getLogger('trainer')
 

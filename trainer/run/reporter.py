@@ -21,12 +21,12 @@ from etils import epath
 
 from trainer.config.errors import UserError
 from trainer.ensemble.step import PerMember
+from trainer.modules.shapes import describe
 from trainer.observe.npz import write_npz
 from trainer.observe.progress import Progress, Screen
 from trainer.observe.time_spent import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
-from trainer.step.state import describe
 from trainer.tasks.measured import (
     Measured,
     check_computes,

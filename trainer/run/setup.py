@@ -29,9 +29,10 @@ from trainer.run.batch_sizes import BatchSizes
 from trainer.run.events import Events
 from trainer.run.workdir import Workdir
 from trainer.step import eval_point
+from trainer.step.context import StepContext
+from trainer.step.one_model import TrainStep
 from trainer.step.programs import Program, Programs
 from trainer.step.state import TrainState
-from trainer.step.train_step import TrainStep
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,12 +198,11 @@ def eval_params(experiment: Experiment, programs: Programs, state: TrainState) -
 
 def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
     experiment = run.experiment
-    member = TrainStep(
+    context = StepContext(
         model=experiment.model,
         task=experiment.task,
         optimizer=experiment.optimizer,
         seed=experiment.seed,
-        function=experiment.step,
         accumulate=experiment.training.accumulate,
         ema_decay=experiment.training.ema_decay,
         loss_scale=experiment.training.loss_scale,
@@ -213,6 +213,7 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
         stops=experiment.training.guard == 'stop',
         sweeps=mesh.devices.flat[0].platform != 'cpu',
     )
+    member = TrainStep(context, experiment.step)
     if experiment.ensemble is None:
         return member
     return EnsembleStep.of(member, experiment.ensemble, mesh)

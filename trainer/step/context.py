@@ -1,259 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step of your own is made of: `config.step` names a function `(state, batch, ctx)`.
-
-It returns the new state and metrics, and is compiled, sharded, fused, saved and logged like the
-default one, which is such a function too::
-
-    def default_step(state, batch, ctx):
-        grads, collections, metrics = ctx.gradients(state, batch)
-        state, more = ctx.update(state, grads, collections)
-        return state, {**metrics, **more}
-"""
+"""What a step works with: the settings of the run, and what follows from the state's structure."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import clu.metrics
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from trainer.config.errors import UserError
-from trainer.modules.model_view import BoundModel
-from trainer.modules.rng import Keys
-from trainer.step.health import SIGNS, Signs, take_signs
-from trainer.step.objective import Objective, arguments
+from trainer.config.durations import Periodic
+from trainer.modules.functional import Functional
 from trainer.step.optimizer import Optimizer
-from trainer.step.state import TrainState, changes, describe
-from trainer.tasks.measured import check_accumulates
-from trainer.tasks.metrics import WeightedMean
-from trainer.tasks.runner import TaskRunner, inverse, is_metric, loss_sums, penalty_sum
-from trainer.tasks.task import MEASURED, ONLY_LOSS, TaskOutput, named_twice
-
-if TYPE_CHECKING:
-    from trainer.step.train_step import TrainStep
+from trainer.step.state import TrainState
+from trainer.tasks.runner import TaskRunner
 
 Batch = Mapping[str, jax.Array]
-StepFunction = Callable[[TrainState, Batch, 'StepContext'], tuple[TrainState, Any]]
+# Of a state, a batch and a `StepContext`, or what a step of the user's gets instead.
+StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class StepContext:
-    """The parts of a step. A function uses those that it wants, and writes the others itself.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StateFacts:
+    """What follows from the structure of a state alone, found once before a step is traced.
 
     Attributes:
-        train_step: the run's own step, with its model, seed, `accumulate` and `ema_decay`.
-        state: the state at the beginning of this step.
+        tx: the complete transformation, for these parameters.
+        frozen: for each parameter whether it is frozen.
+        whole: for each parameter whether it is replicated on every device; None: unknown.
+        all_whole: whether all of them are.
+        handles_non_finite: whether the optimizer has a rule of its own for gradients that are not
+            finite.
+        scales_rates: whether the optimizer's state holds factors of its learning rate.
+        asks_more: whether the optimizer takes other arguments than most: see `objective`.
     """
 
-    train_step: TrainStep
-    state: TrainState
-    _called: set[str] = dataclasses.field(default_factory=set)
-    _objectives: list[tuple[Any, Objective]] = dataclasses.field(default_factory=list)
-
-    @property
-    def task(self) -> TaskRunner:
-        """The task, as `task(model, batch) -> TaskOutput`: weights set, 0 for rows of padding."""
-        self._called.add('task')
-        return self.train_step.task
-
-    @property
-    def runs_task(self) -> bool:
-        """Whether the function has asked for the task so far."""
-        return 'task' in self._called
-
-    @property
-    def optimizer(self) -> Optimizer:
-        """What the config says of the optimizer."""
-        return self.train_step.optimizer
-
-    @property
-    def tx(self) -> optax.GradientTransformation:
-        """The complete transformation: clipping, groups, multipliers and frozen parameters.
-
-        It takes gradients as `gradients` returns them; `optax.apply_updates` adds its updates.
-        """
-        return self.optimizer.transformation(self.state.params)
-
-    @property
-    def seed(self) -> int | jax.Array:
-        """The run's seed; of a member of an ensemble, its own."""
-        return self.train_step.seed
-
-    def keys(self, index: int | jax.Array = 0) -> Keys:
-        """Returns the random keys of this step; another index, other keys."""
-        return Keys(seed=self.seed, mode='train', step=self.state.step, index=index)
-
-    def rng(self, name: str, index: int | jax.Array = 0) -> jax.Array:
-        """Returns the random key of the stream `name` in this step."""
-        return self.keys(index).stream(name)
-
-    def bind(
-        self,
-        params: Any = None,
-        collections: Mapping[str, Any] | None = None,
-        *,
-        index: int | jax.Array = 0,
-    ) -> BoundModel:
-        """Returns the model that a task calls, in training mode.
-
-        Args:
-            params: parameters; by default those at the beginning of this step.
-            collections: the other variables, likewise. What the calls make of them is in the
-                model's `collections` afterwards.
-            index: of its random keys. Models of the same index draw the same dropout mask.
-        """
-        params = self.state.params if params is None else params
-        collections = self.state.collections if collections is None else collections
-        variables = {'params': params, **collections}
-        return self.train_step.model.bind(variables, self.keys(index), ema=self.state.average)
-
-    def loss(self, output: TaskOutput) -> Any:
-        """Returns the scalar that the default step minimises; of named losses a dict of scalars."""
-        totals, weights = loss_sums(output)
-        penalty = penalty_sum(output)
-        losses = {name: totals[name] * inverse(weights[name]) + penalty for name in totals}
-        return losses if isinstance(output.loss, Mapping) else losses[ONLY_LOSS]
-
-    def gradients(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Any], Any]:
-        """Returns the gradients of the default step, accumulated in slices if the config says so.
-
-        Returns:
-            Gradients like `state.params` (float32 for half-precision parameters; for complex ones
-            the conjugate of what `jax.grad` returns), the collections of the forward pass, and the
-            task's metrics.
-        """
-        self._called.add('gradients')
-        grads, collections, metrics, objective = self.train_step.gradients(state, batch)
-        self._objectives.append((grads, objective))
-        return grads, collections, metrics
-
-    def check_used(self) -> None:
-        """Checks, after a step, that it did what the config asks of it.
-
-        Raises:
-            UserError: if it did not cut the batch into the slices of `config.accumulate`.
-        """
-        slices = self.train_step.accumulate
-        if slices > 1 and 'gradients' not in self._called:
-            raise UserError(
-                f'config.accumulate: only ctx.gradients cuts a batch into {slices} slices, and the '
-                'function of config.step does not call it. Call it, or leave config.accumulate out '
-                '(one that cuts slices itself takes their number as an argument of its own)'
-            )
-
-    def update(
-        self,
-        state: TrainState,
-        grads: Any,
-        collections: Mapping[str, Any] | None = None,
-        *,
-        signs: Signs | None = None,
-        **extra: Any,
-    ) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state after the optimizer's update and the moving average's, and metrics.
-
-        Args:
-            state: the state before.
-            grads: pytree like its parameters, as `gradients` returns it.
-            collections: all other variables, if they change.
-            signs: of the forward pass; with them, the check after the step needs no second pass
-                over the state.
-            **extra: what the optimizer takes in addition, such as `value=loss`. For gradients that
-                `gradients` returned it gets their loss (`value`), the gradient (`grad`) and the
-                loss as a function of the parameters (`value_fn`) without that.
-        """
-        collections = state.collections if collections is None else collections
-        found = arguments(self._objective(grads), grads, state)
-        return self.train_step.update(state, grads, collections, signs, found=found, given=extra)
-
-    def _objective(self, grads: Any) -> Objective | None:
-        """Returns the loss of these gradients; None if `gradients` did not return them."""
-        leaves = jax.tree.leaves(grads)
-        for made, objective in self._objectives:
-            if [*map(id, leaves)] == [*map(id, jax.tree.leaves(made))]:
-                return objective
-        return None
+    tx: optax.GradientTransformationExtraArgs
+    frozen: Any
+    whole: Any = None
+    all_whole: bool = False
+    handles_non_finite: bool = False
+    scales_rates: bool = False
+    asks_more: bool = False
 
 
-def default_step(
-    state: TrainState, batch: Batch, ctx: StepContext
-) -> tuple[TrainState, dict[str, Any]]:
-    """The step of a config without `step`: one gradient, one update."""
-    grads, collections, metrics = ctx.gradients(state, batch)
-    state, more = ctx.update(state, grads, collections, signs=metrics[SIGNS])
-    return state, {**metrics, **more}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """The parts and the settings of a step.
 
-
-def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any], Signs | None]:
-    """Returns what a function of the user's returned, fit to go into the next step.
-
-    The signs are those of its calls of `ctx.gradients`, if their metrics are among its own.
-
-    However many updates the function makes, `step` goes up by one: it counts batches.
-
-    Raises:
-        UserError: if it is not `(state, metrics)`, or the state's shapes have changed.
+    Attributes:
+        model: the model's functional interface.
+        task: what the model is asked to do with a batch.
+        optimizer: what turns gradients into updates.
+        seed: the run's seed; of a member of an ensemble, its own.
+        facts: those of the state; None before there is one.
+        accumulate: slices that a batch is split into, to save memory; the update is the same.
+        ema_decay: decay of the moving average of the parameters, or None for no average.
+        loss_scale: first value of the dynamic loss scale, or None for none.
+        shards: number of devices that a batch's rows are spread over.
+        log: when rows are logged; where that is known, norms are computed for those steps only.
+        last_step: of the run; its row is logged too.
+        watches: whether the state has a `health`, which notes labels out of range.
+        stops: whether that also notes what is not finite, and updates stop at either.
+        sweeps: whether each step checks all gradients, parameters and slots for that, and slots
+            stay as they are once updates have stopped. On a CPU that would cost a third of a small
+            model's step. There a step checks its loss, and the trainer checks the rest now and
+            then, and before it evaluates or saves a state.
+        undoes: whether a non-finite update is undone; the old values are kept until it is checked.
     """
-    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], TrainState):
-        raise UserError(
-            'config.step: the function returns (state, metrics), the state made from the given '
-            f'one as in state.replace(params=...); got {_kind(result)}'
-        )
-    after = dataclasses.replace(result[0], step=before.step + 1, metrics=before.metrics)
-    found = changes(before, after)
-    if found:
-        raise UserError(f'config.step: the function changed the shapes of the state: {found}')
-    metrics, signs = take_signs(result[1])
-    merged = functools.reduce(lambda a, b: a.merge(b), signs) if signs else None
-    return after, _as_metrics(metrics), merged
 
-
-def empty_like(metrics: Any) -> Any:
-    """Returns accumulators that have seen nothing, for (abstract) metrics.
-
-    Raises:
-        UserError: naming a metric whose accumulators change shape.
-    """
-    empty = jax.tree.map(lambda metric: type(metric).empty(), metrics, is_leaf=is_metric)
-    check_accumulates(empty, metrics)
-    return empty
-
-
-def _as_metrics(metrics: Any) -> dict[str, Any]:
-    if isinstance(metrics, clu.metrics.Collection):
-        return {'task': metrics}
-    if not isinstance(metrics, Mapping):
-        raise UserError(
-            'config.step: the function returns (state, metrics), the metrics in a dict by name; '
-            f'got {_kind(metrics)}'
-        )
-    for name, value in metrics.items():
-        whole = name in ('task', 'penalties', 'norms') and not isinstance(value, Mapping)
-        if name in MEASURED or (whole and not isinstance(value, clu.metrics.Collection)):
-            raise UserError(f'config.step: the function {named_twice("metric", name)}')
-    return {name: _as_metric(name, value) for name, value in metrics.items()}
-
-
-def _as_metric(name: str, value: Any) -> Any:
-    if is_metric(value):
-        return value
-    if isinstance(value, Mapping):
-        return {key: _as_metric(f'{name}/{key}', each) for key, each in value.items()}
-    if isinstance(value, (jax.Array, np.ndarray, np.generic, float, int)) and not jnp.ndim(value):
-        return WeightedMean.from_model_output(jnp.asarray(value))
-    raise UserError(
-        f'config.step: the metric {name!r} must be a scalar (the mean over the steps is logged) or '
-        f'a clu metric; got {_kind(value)}'
-    )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f'({", ".join(map(_kind, value))})'
-    return describe(value) if hasattr(value, 'shape') else type(value).__name__
+    model: Functional
+    task: TaskRunner
+    optimizer: Optimizer
+    seed: int | jax.Array
+    facts: StateFacts | None = None
+    accumulate: int = 1
+    ema_decay: float | None = None
+    loss_scale: float | None = None
+    shards: int = 1
+    log: Periodic | None = None
+    last_step: int = 0
+    watches: bool = False
+    stops: bool = True
+    sweeps: bool = False
+    undoes: bool = False

@@ -9,8 +9,8 @@ it: nothing is saved while it is set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import clu.metrics
 import flax.struct
@@ -21,11 +21,9 @@ import optax
 
 from trainer.modules.model_view import param_path
 from trainer.parallel.host import fetch
-from trainer.step.loss_scale import choose
+from trainer.step.finite import any_more, count_each, floats, is_clear
+from trainer.step.loss_scale import LossScale
 from trainer.tasks.metrics import WeightedMean
-
-if TYPE_CHECKING:
-    from trainer.step.state import TrainState
 
 # The kind of the first finding; a label out of range is LABELS + the index of its check.
 LOSS, GRADIENT, PARAMETER, SLOT, LABELS = 1, 2, 3, 4, 8
@@ -36,13 +34,11 @@ MOST_SKIPS = 50
 # The key of a batch's signs among the metrics of a step.
 SIGNS = '_signs'
 
-# Fields of a state that an update does not change once updates have stopped.
-_FROZEN = ('params', 'collections', 'ema', 'loss_scale')
+# The fields of a state that stay as they are once updates have stopped; on a CPU not the
+# optimizer's state, which would be copied for that.
+UPDATED = ('params', 'collections', 'ema', 'loss_scale', 'opt_state')
 
 _BAD_STEP, _KIND, _VALUE, _SKIPS, _KNOWN = range(5)
-
-# Elements up to which arrays share one kernel on an accelerator: see `norms`.
-_SMALL = 2**17
 
 
 @flax.struct.dataclass
@@ -97,7 +93,7 @@ class Health:
     @property
     def is_bad(self) -> jax.Array:
         """Whether updates have stopped: bool (...)."""
-        return self.bad_step > 0
+        return self.packed[..., _BAD_STEP] > 0
 
     def flagged(
         self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: float | jax.Array = 0
@@ -122,6 +118,10 @@ class Health:
             return Health(jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]]))
         packed = jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]])
         return Health(jnp.where(first, packed, self.packed))
+
+    def at_step(self, step: jax.Array) -> Health:
+        """Returns the health with another step as the first bad one."""
+        return Health(self.packed.at[_BAD_STEP].set(step))
 
     def skipping(self, skips: jax.Array) -> Health:
         """Returns the health with another number of skipped updates."""
@@ -212,27 +212,14 @@ def signs_of(metrics: Any) -> Signs:
     return dataclasses.replace(Signs.empty(), losses=sum(losses, jnp.float32(0)))
 
 
-def check_signs(state: TrainState, signs: Signs) -> Health:
-    """Returns the health after a forward pass.
-
-    Args:
-        state: before the step.
-        signs: of its batch.
-    """
-    health = check_labels(state, signs)
-    if copes(state.opt_state) or state.loss_scale is not None:
-        return health  # The gradients of such a loss are not finite: see `check_gradients`.
-    return health.flagged(~jnp.isfinite(signs.losses), LOSS, state.step + 1)
-
-
-def check_labels(state: TrainState, signs: Signs) -> Health:
-    """Returns the health after the labels of a forward pass were checked; as `check_signs`."""
-    assert state.health is not None
-    label = signs.label
-    return state.health.flagged(label > 0, LABELS + label - 1, state.step + 1, signs.value)
-
-
-def check_gradients(state: TrainState, health: Health, finite: jax.Array) -> Health:
+def check_gradients(
+    health: Health,
+    finite: jax.Array,
+    step: jax.Array,
+    scale: LossScale | None,
+    *,
+    excused: bool,
+) -> Health:
     """Returns the health after a backward pass.
 
     A dynamic loss scale adapts by overflows: these are skipped and counted, and bad only if the
@@ -240,151 +227,62 @@ def check_gradients(state: TrainState, health: Health, finite: jax.Array) -> Hea
     non-finite gradients applies that.
 
     Args:
-        state: before the update.
         health: after the forward pass.
         finite: bool scalar, whether all gradients are.
+        step: number of the step, from 1.
+        scale: the loss scale before the update, or None.
+        excused: whether gradients may be non-finite.
     """
-    scale, step = state.loss_scale, state.step + 1
     if scale is None:
-        return health if copes(state.opt_state) else health.flagged(~finite, GRADIENT, step)
+        return health if excused else health.flagged(~finite, GRADIENT, step)
     skips = jnp.where(finite, 0, health.skips + 1)
     hopeless = ~finite & (scale.is_smallest | (skips >= MOST_SKIPS))
     return health.skipping(skips).flagged(hopeless, GRADIENT, step)
 
 
-def check_state(state: TrainState, *, whole: bool = False) -> Health:
+def check_arrays(
+    health: Health, params: Any, opt_state: Any, step: jax.Array, *, whole: bool = False
+) -> Health:
     """Returns the health after an update: of the new parameters and the optimizer state.
 
     Args:
-        state: after the update.
+        health: before that check.
+        params: the new parameters.
+        opt_state: the new state of the optimizer.
+        step: number of the step, from 1.
         whole: whether every device holds all of every parameter.
     """
-    assert state.health is not None
-    params, slots = floats(state.params), floats(state.opt_state)
-    known = state.health.known
+    arrays, slots = floats(params), floats(opt_state)
+    known = health.known
 
     def look() -> tuple[jax.Array, jax.Array]:
-        bad = _any_more(params, known[: len(params)], whole=whole)
-        return bad, _any_more(slots, known[len(params) :], whole=whole)
+        bad = any_more(arrays, known[: len(arrays)], whole=whole)
+        return bad, any_more(slots, known[len(arrays) :], whole=whole)
 
     if jax.default_backend() == 'cpu':
         # A contraction rules it out most of the time, several times faster and without a copy.
         none = jnp.zeros((), bool)
         bad_params, bad_slots = jax.lax.cond(
-            _is_clear([*params, *slots]), lambda: (none, none), look
+            is_clear([*arrays, *slots]), lambda: (none, none), look
         )
     else:
         bad_params, bad_slots = look()
-    health = state.health.flagged(bad_params, PARAMETER, state.step)
-    return health.flagged(bad_slots, SLOT, state.step)
+    health = health.flagged(bad_params, PARAMETER, step)
+    return health.flagged(bad_slots, SLOT, step)
 
 
-def unless_bad(
-    health: Health, new: TrainState, old: TrainState, *, slots: bool = True
-) -> TrainState:
-    """Returns the new state, with the values of the old one where updates have stopped.
-
-    Args:
-        health: of the new state.
-        new: the state after an update.
-        old: the state before it.
-        slots: whether that includes the optimizer state.
-    """
-    fields = (*_FROZEN, 'opt_state') if slots else _FROZEN
-    return dataclasses.replace(new.keeping(health.is_bad, old, fields), health=health)
-
-
-def watch(before: TrainState, after: TrainState, signs: Signs, *, slots: bool = True) -> TrainState:
-    """Returns the state after a custom step, or the old one if its forward pass was bad.
-
-    Args:
-        before: the state before the step.
-        after: the state after it.
-        signs: of its forward pass.
-        slots: as in `unless_bad`.
-    """
-    assert after.health is not None
-    early = check_signs(before, signs)
-    health = choose(early.is_bad, early, after.health)
-    # However many updates the function makes, this is one step.
-    step = jnp.where(health.is_bad & ~early.is_bad, before.step + 1, health.bad_step)
-    health = Health(health.packed.at[_BAD_STEP].set(step))
-    return unless_bad(health, after, before, slots=slots)
-
-
-def copes(opt_state: Any) -> bool:
+def handles_non_finite(opt_state: Any) -> bool:
     """Whether an optimizer has a rule of its own for gradients that are not finite."""
     kinds = (optax.ApplyIfFiniteState, optax.ZeroNansState, optax.MultiStepsState)
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
     for node in nodes:
         if isinstance(node, optax.MultiStepsState):
             # It may skip them, too; or what it wraps has a rule.
-            if jax.tree.leaves(node.skip_state) or copes(node.inner_opt_state):
+            if jax.tree.leaves(node.skip_state) or handles_non_finite(node.inner_opt_state):
                 return True
         elif isinstance(node, kinds):
             return True
     return False
-
-
-def all_finite(tree: Any, *, whole: bool = False) -> jax.Array:
-    """Returns a bool scalar: whether all floats of a tree are finite.
-
-    Args:
-        tree: arrays.
-        whole: whether every device holds all of every array.
-    """
-    leaves = floats(tree)
-    return ~_any_more(leaves, jnp.zeros(len(leaves), jnp.int32), whole=whole)
-
-
-def _is_clear(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Returns true only if all elements are finite; false for very large ones, too."""
-    total = jnp.float32(0)
-    for leaf in leaves:
-        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
-            dims = tuple(range(part.ndim))
-            total += jax.lax.dot_general(
-                part, part, ((dims, dims), ((), ())), preferred_element_type=jnp.float32
-            )
-    return jnp.isfinite(total)
-
-
-def _any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> jax.Array:
-    """Returns whether more elements are not finite than at the start.
-
-    Small arrays share one kernel if none of them is sharded.
-    """
-    joined: list[int] = []
-    alone: list[int] = []
-    for index, leaf in enumerate(leaves):
-        plain = leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        (joined if whole and plain and leaf.size <= _SMALL else alone).append(index)
-    groups = [[index] for index in alone] + ([joined] if joined else [])
-    found = [jnp.zeros((), bool)]
-    for group in groups:
-        arrays = [leaves[index] for index in group]
-        if len(arrays) > 1:
-            arrays = [jnp.concatenate([x.astype(jnp.float32).ravel() for x in arrays])]
-        found.append(_count(arrays[0]) > sum(known[index] for index in group))
-    return jnp.stack(found).any()
-
-
-def _count(x: jax.Array) -> jax.Array:
-    """Returns the number of elements that are not finite, int32, at most 2^30."""
-    # Counted in float32: for a very large array, an integer count could wrap around to 0.
-    count = jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
-    return jnp.minimum(count, 2.0**30).astype(jnp.int32)
-
-
-def count_each(tree: Any) -> list[jax.Array]:
-    """Returns for each float leaf of a tree the number of elements that are not finite."""
-    return [_count(x) for x in floats(tree)]
-
-
-def floats(tree: Any) -> list[jax.Array]:
-    """Returns the leaves that can be non-finite."""
-    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')]
-    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]
 
 
 def _unsearched(tree: Any) -> list[int]:

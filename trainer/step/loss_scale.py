@@ -10,6 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from trainer.modules.precision import at_least_float32
+from trainer.tasks.metrics import Last
+
 _SMALLEST = 1.0
 
 
@@ -67,3 +70,33 @@ class LossScale:
 def choose(condition: jax.Array, new: Any, old: Any) -> Any:
     """Returns `new` where the scalar condition holds, `old` otherwise, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def as_optimizers_expect(grads: Any, scale: LossScale | None) -> Any:
+    """Returns gradients of JAX as optimizers expect them: float32, unscaled, conjugate."""
+
+    def convert(grad: jax.Array) -> jax.Array:
+        grad = grad.astype(at_least_float32(grad))
+        grad = grad if scale is None else grad / scale.scale
+        return grad.conj() if jnp.iscomplexobj(grad) else grad
+
+    return jax.tree.map(convert, grads)
+
+
+def skip_overflow(new: Any, old: Any, updates: Any, finite: jax.Array) -> tuple[Any, Any, Any]:
+    """Adapts the scale, and undoes an update whose gradients were not finite.
+
+    Args:
+        new: the state after the update.
+        old: the state before it.
+        updates: that were added to the parameters.
+        finite: bool scalar, whether all gradients are.
+
+    Returns:
+        The state, the updates (zero if they were undone), and the metrics of the scale.
+    """
+    scale = old.loss_scale.after(finite)
+    skipped = ('params', 'opt_state', 'collections', 'ema')
+    new = dataclasses.replace(new.keeping(~finite, old, skipped), loss_scale=scale)
+    metrics = {name: Last.from_model_output(value) for name, value in scale.metrics().items()}
+    return new, choose(finite, updates, jax.tree.map(jnp.zeros_like, updates)), metrics

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from trainer import compat
 from trainer.config.errors import UserError
 from trainer.step.state import TrainState
 from trainer.step.views import holds
+from trainer.tasks.task import ONLY_LOSS
 
 _WHERE = 'config.optimizer'
 
@@ -42,14 +42,12 @@ class _PerLoss:
     values: Mapping[str, Any]
 
 
-def arguments(objective: Objective | None, grads: Any, state: TrainState) -> dict[str, Any]:
+def arguments(objective: Objective, grads: Any, state: TrainState) -> dict[str, Any]:
     """Returns the extra arguments that an optimizer in this state is given, by optax's names.
 
     `value`, `grad` and `value_fn` go to all: optax drops them where they are not wanted. Other
     names go only to those that are known to want them, because line searches refuse them.
     """
-    if objective is None:
-        return {}
     value, function = objective.value, objective.function
     if holds(state.opt_state, contrib.SAMState):  # Refuses all others.
         return {'grad_fn': lambda params, _: _gradient(function, params)}
@@ -94,61 +92,60 @@ def of_loss(tx: optax.GradientTransformation, name: str | None) -> optax.Gradien
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def updated(
-    tx: optax.GradientTransformationExtraArgs,
-    grads: Any,
+def asks_more(losses: Sequence[str], opt_state: Any) -> bool:
+    """Whether an optimizer takes other arguments than most, which `arguments` has.
+
+    Args:
+        losses: names of those that drive some parameters.
+        opt_state: the optimizer's state, or its shapes.
+    """
+    return losses != (ONLY_LOSS,) or holds(opt_state, (contrib.SAMState, contrib.HutchinsonState))
+
+
+def update_without(
+    error: Exception,
+    update: Callable[..., tuple[Any, Any]],
     state: TrainState,
     found: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> tuple[Any, Any]:
-    """Returns the updates and the optimizer's state after them.
+    """Calls an optimizer again, without the arguments that it has refused, or explains its error.
 
     Args:
-        tx: the optimizer.
-        grads: of all parameters.
+        error: that of the first call.
+        update: of the optimizer, to be called with extra arguments.
         state: before the update.
-        found: extra arguments that `arguments` returned.
+        found: extra arguments that the step has.
         given: those that a step of the user's passes, which take precedence.
 
     Raises:
         UserError: if the optimizer needs more than it is given, or fails within optax.
     """
     try:
-        update = functools.partial(tx.update, grads, state.opt_state, state.params)
-        return _call(update, found, given)
-    except UserError:
-        raise
-    except Exception as error:
-        missing = compat.missing_arguments(error)
-        if missing is not None:
-            said = _what_is_missing(missing, state, found)
-        elif compat.is_of_optax(error):
-            said = _failure(error, state)
-        else:
-            raise
-        raise UserError(f'{_WHERE}: {said}') from error
-
-
-def _call(
-    update: Callable[..., tuple[Any, Any]], found: Mapping[str, Any], given: Mapping[str, Any]
-) -> tuple[Any, Any]:
-    try:
-        return update(**{**found, **given})
-    except TypeError as error:
         refused = compat.refused_argument(error)
         if refused is None or refused in given or refused not in found:
+            raise error
+        # Against optax's convention, some take no other extra arguments than their own.
+        try:
+            return update(**given)
+        except TypeError as second:
+            if compat.missing_arguments(second) is None:
+                raise
+            raise UserError(
+                f'{_WHERE}: {error}. What takes extra arguments in its update must accept those '
+                'of others too (**extra_args): see optax.GradientTransformationExtraArgs'
+            ) from second
+    except UserError:
+        raise
+    except Exception as last:
+        missing = compat.missing_arguments(last)
+        if missing is not None:
+            said = _what_is_missing(missing, state, found)
+        elif compat.is_of_optax(last):
+            said = _failure(last, state)
+        else:
             raise
-        refusal = error
-    # Against optax's convention, some take no other extra arguments than their own.
-    try:
-        return update(**given)
-    except TypeError as error:
-        if compat.missing_arguments(error) is None:
-            raise
-        raise UserError(
-            f'{_WHERE}: {refusal}. What takes extra arguments in its update must accept those of '
-            'others too (**extra_args): see optax.GradientTransformationExtraArgs'
-        ) from error
+        raise UserError(f'{_WHERE}: {said}') from last
 
 
 def _failure(error: Exception, state: TrainState) -> str:

@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, Self
 
 import flax.linen as nn
 import jax
@@ -21,15 +21,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from trainer import compat
 from trainer.config.errors import UserError
 from trainer.config.objects import place
-from trainer.ensemble.step import EnsembleStep
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError, Kept
 from trainer.modules import seen
 from trainer.modules.nnx_bridge import names_for_rules
-from trainer.parallel.mesh import batch_sharding, replicated, state_shardings
+from trainer.modules.shapes import changes, describe
+from trainer.parallel.mesh import batch_sharding, replicated
 from trainer.parallel.sharding import Rule, named_axes, param_specs
-from trainer.step.state import TrainState, changes, describe
-from trainer.step.train_step import TrainStep
+from trainer.step.context import Batch
+from trainer.step.health import Health
+from trainer.step.placement import state_shardings
+from trainer.step.state import TrainState
 from trainer.tasks.batch import plain, recording
 from trainer.tasks.returned import name_of
 from trainer.tasks.runner import TaskRunner
@@ -136,6 +138,8 @@ class Program:
         What fails for want of memory mostly fails in the first one, and is said here, before anyone
         else copies what it gave: see `fetch`.
         """
+        # On one device programs pile up as they like: waiting for each would idle the device. With
+        # several virtual ones the wait is not for speed: see `_MOST_IN_FLIGHT`.
         self._calls += 1
         if self._calls == 1 or (self._virtual and self._calls % _MOST_IN_FLIGHT == 0):
             jax.block_until_ready(result)
@@ -156,6 +160,55 @@ class Program:
         return compiled
 
 
+class StepKind(Protocol):
+    """What `Programs` compile: the step of one model, or those of an ensemble's members as one."""
+
+    @property
+    def update(self) -> Callable[[TrainState, Batch], TrainState]:
+        """The step: `(state, batch) -> state`."""
+
+    @property
+    def task(self) -> TaskRunner:
+        """What the model is asked to do with a batch."""
+
+    @property
+    def sweeps(self) -> bool:
+        """Whether each step looks at all values for what is not finite."""
+
+    def changed(self, **changes: Any) -> Self:
+        """Returns the step with another context: `changes` are fields of `StepContext`."""
+
+    def for_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> Self:
+        """Returns the step for batches with fields that stay on the host."""
+
+    def for_state(self, state: TrainState, whole: Any = None) -> Self:
+        """Returns the step for states of one model with this structure."""
+
+    def placed(self, state: TrainState, mesh: Mesh) -> TrainState:
+        """Returns the shapes and shardings of the whole state, from those of one model's."""
+
+    def named_init(self, spec: Mapping[str, Any]) -> TrainState:
+        """Returns the first state of one model, variables in the boxes that name dimensions."""
+
+    def init(self, spec: Mapping[str, Any]) -> TrainState:
+        """Returns the first state, from the shapes of a training batch."""
+
+    def restarted(self, state: TrainState) -> TrainState:
+        """Returns the state with the rest of it as its parameters start them."""
+
+    def examine(self, state: TrainState) -> Health:
+        """Returns the health of a state that training starts from."""
+
+    def sweep(self, state: TrainState) -> Health:
+        """Returns the health of a state, checking its parameters and slots."""
+
+    def eval_params(self, state: TrainState) -> Any:
+        """Returns the parameters that are evaluated."""
+
+    def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
+        """Returns accumulators that have seen nothing."""
+
+
 class Programs:
     """All programs of training, from one step on one mesh.
 
@@ -166,7 +219,7 @@ class Programs:
 
     def __init__(
         self,
-        train_step: TrainStep | EnsembleStep,
+        train_step: StepKind,
         spec: Mapping[str, Any],
         mesh: Mesh,
         *,
@@ -185,41 +238,33 @@ class Programs:
         self._mesh = mesh
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
-        whole = Fields.of(spec, 'config.data')
-        self._shapes = whole.shapes
-        train_step = _with_task(train_step, whole.kept())
-        self._first_step = train_step
+        fields = Fields.of(spec, 'config.data')
+        self._shapes = fields.shapes
+        self._first_step = train_step.for_fields(fields.kept())
         with self._tracing(), recording() as reads:
-            named = _init_shapes(_alone(train_step), self._shapes)
-        self.fields = whole.only(reads.names)
-        train_step = _with_task(train_step, self.fields.kept(), reads.weighted)
-        alone = _alone(train_step)
+            named = _init_shapes(self._first_step, self._shapes)
+        self.fields = fields.only(reads.names)
+        train_step = train_step.for_fields(self.fields.kept(), reads.weighted)
         shapes = meta.unbox(named)
         with names_for_rules():
             names = nn.get_partition_spec(named.params)
         specs = param_specs(shapes.params, names, sharding, mesh)
-        shardings = state_shardings(shapes, specs, mesh)
-        self.abstract: TrainState = jax.tree.map(_abstract, shapes, shardings)
-        params = self.abstract.params
-        whole = jax.tree.map(lambda leaf: leaf.sharding.is_fully_replicated, params)
-        alone = dataclasses.replace(alone, whole=whole)
-        self._train_step: TrainStep | EnsembleStep = alone
-        if isinstance(train_step, EnsembleStep):
-            self.abstract = train_step.stacked(self.abstract, mesh)
-            self._train_step = dataclasses.replace(train_step, member=alone)
+        one: TrainState = jax.tree.map(_abstract, shapes, state_shardings(shapes, specs, mesh))
+        whole = jax.tree.map(lambda leaf: leaf.sharding.is_fully_replicated, one.params)
+        self._train_step = train_step.for_state(one, whole)
+        self.abstract = train_step.placed(one, mesh)
 
     @property
     def sweeps(self) -> bool:
-        """Whether each step looks at all values for what is not finite: see `TrainStep`."""
-        alone = self._train_step
-        return alone.member.sweeps if isinstance(alone, EnsembleStep) else alone.sweeps
+        """Whether each step looks at all values for what is not finite: see `StepContext`."""
+        return self._train_step.sweeps
 
     @functools.cached_property
     def step(self) -> Program:
         """One update: `(state, batch) -> state`, donating the state; compiles in the background."""
         return Program(
             'the train step',
-            self._train_step,
+            self._train_step.update,
             (self.abstract, self._batch(batch_sharding(self._mesh))),
             tracing=self._tracing,
             donate_argnums=0,
@@ -232,7 +277,8 @@ class Programs:
         """`steps_per_call` updates in one call, on stacked batches (steps, rows, ...)."""
 
         def many(state: TrainState, batches: Any) -> TrainState:
-            return jax.lax.scan(lambda s, b: (self._train_step(s, b), None), state, batches)[0]
+            update = self._train_step.update
+            return jax.lax.scan(lambda s, b: (update(s, b), None), state, batches)[0]
 
         sharding = batch_sharding(self._mesh)
         stacked = NamedSharding(self._mesh, PartitionSpec(None, *sharding.spec))
@@ -321,18 +367,14 @@ class Programs:
         Args:
             model: called as `model.bind(...)`, such as a `trainer.modules.functional.Tapped`.
         """
-        step = self._train_step
-        if isinstance(step, EnsembleStep):
-            step = dataclasses.replace(step, member=dataclasses.replace(step.member, model=model))
-        else:
-            step = dataclasses.replace(step, model=model)
+        step = self._train_step.changed(model=model).update
         with self._tracing():
             return jax.make_jaxpr(step)(self.abstract, self._batch(batch_sharding(self._mesh)))
 
     @property
     def task(self) -> TaskRunner:
         """The task of the step, for batches with these fields."""
-        return _alone(self._train_step).task
+        return self._train_step.task
 
     @property
     def _shardings(self) -> Any:
@@ -345,22 +387,7 @@ class Programs:
         }
 
 
-def _alone(train_step: TrainStep | EnsembleStep) -> TrainStep:
-    return train_step.member if isinstance(train_step, EnsembleStep) else train_step
-
-
-def _with_task(
-    train_step: Any, kept: Sequence[Kept], is_weighted: bool | None = None
-) -> TrainStep | EnsembleStep:
-    """Returns the step for batches with fields that stay on the host."""
-    alone = _alone(train_step)
-    alone = dataclasses.replace(alone, task=alone.task.without(kept, is_weighted))
-    if not isinstance(train_step, EnsembleStep):
-        return alone
-    return dataclasses.replace(train_step, member=alone)
-
-
-def _init_shapes(train_step: TrainStep, spec: Mapping[str, Any]) -> Any:
+def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
     """Returns the shapes of `named_init`; whatever the model objects to, the batch is shown too."""
     try:
         with seen.explaining():
@@ -413,12 +440,15 @@ def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.Shape
 
 
 def _in_place(mesh: Mesh) -> bool:
-    """Returns whether a step takes leaves that it does not read, to put the new ones there.
+    """Returns whether a step keeps arguments that nothing reads: for speed alone, not on CPUs.
 
-    JAX pairs what is donated with what comes out by shape, in order: without those that nothing
-    reads the pairs shift, and a graph of kernels cannot be run again as it was. CPUs have no such
-    graphs, and each argument costs them time.
+    JAX matches donated arguments to results by shape, in order. Without those that nothing reads
+    the pairs shift: leaves move from buffer to buffer, which costs a copy of each and keeps a graph
+    of kernels from being replayed. CPUs have no such graphs.
     """
+    # On a CPU each argument costs time, too little to measure: a step of the MLP takes
+    # 0.96 [0.83, 1.12] of the CPU time of one with them (`tests/benchmarks/beside.py OTHER mlp`,
+    # 11 pairs, jax 0.10.2). `tests/step/test_program.py` holds the pairs of buffers.
     return mesh.devices.flat[0].platform != 'cpu'
 
 

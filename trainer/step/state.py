@@ -11,8 +11,6 @@ import flax.struct
 import jax
 import optax
 
-from trainer.config.text import and_more
-from trainer.modules.model_view import param_path
 from trainer.step.health import Health
 from trainer.step.loss_scale import LossScale, choose
 
@@ -104,22 +102,3 @@ def _in_dtype_of(param: Any, mean: Any) -> Any:
     if isinstance(mean, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(mean.shape, param.dtype, sharding=mean.sharding)
     return mean.astype(param.dtype)
-
-
-def changes(expected: Any, given: Any) -> str:
-    """Returns 'step: int32[] -> int64[]; ...' for the leaves that differ, or ''."""
-    old = dict(jax.tree_util.tree_leaves_with_path(expected))
-    new = dict(jax.tree_util.tree_leaves_with_path(given))
-    found = []
-    for path in {**old, **new}:
-        before, after = (describe(tree.get(path)) for tree in (old, new))
-        if before != after:
-            found.append(f'{param_path(path)}: {before} -> {after}')
-    return and_more(found, 5, '; ')
-
-
-def describe(x: Any) -> str:
-    """Returns 'float32[3, 4]' for an array or its shape, 'absent' for None."""
-    if x is None:
-        return 'absent'
-    return f'{x.dtype}{list(x.shape)}' if hasattr(x, 'dtype') else type(x).__name__

@@ -46,16 +46,17 @@ def _rates(optimizer: Optimizer, opt_state: Any, count: Any) -> Any:
             elif rates is not None:
                 known[name] = rates
         return known or None
-    schedules, factors = optimizer.learning_rate, _factors(state)
+    schedules, scales = optimizer.learning_rate, factors(state)
     if isinstance(schedules, Mapping):
         # Which of them a factor belongs to is not known: rather none than a wrong one.
-        return None if factors else {name: each(count) for name, each in schedules.items()}
+        return None if scales else {name: each(count) for name, each in schedules.items()}
     if schedules is None:
         return None
-    return math.prod(factors, start=schedules(count)) if factors else schedules(count)
+    return math.prod(scales, start=schedules(count)) if scales else schedules(count)
 
 
-def _factors(state: Any) -> list[Any]:
+def factors(state: Any) -> list[Any]:
+    """Returns the numbers in an optimizer's state that scale its updates."""
     kinds = tuple(_FACTORS)
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds))
     return [getattr(node, _FACTORS[type(node)]) for node in nodes if isinstance(node, kinds)]

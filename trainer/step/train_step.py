@@ -1,328 +1,205 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train step: one batch in, one update out."""
+"""The train step, from top to bottom. In plain JAX it comes to::
+
+    def step(state, batch):
+        def loss_of(params):
+            loss, accuracy = task(model.bind(params), batch)
+            return loss.mean(), accuracy
+
+        (loss, accuracy), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), accuracy
+
+The rest is for batches with padding or weights (the mean is over what counts), for metrics that
+accumulate on the devices, and for updates that stop when a value is not finite. What a config may
+add is in other files: `accumulation`, `loss_scale`, `weighted`, `custom_step`, and ensembles.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.core import meta
+import optax
 
-from trainer.config.durations import Periodic
-from trainer.modules.functional import Functional
-from trainer.modules.precision import at_least_float32
 from trainer.modules.rng import Keys
-from trainer.step import eval_point, views
-from trainer.step.context import StepContext, StepFunction, checked, default_step, empty_like
-from trainer.step.gradients import Gradients
-from trainer.step.health import (
-    SIGNS,
-    Health,
-    Signs,
-    all_finite,
-    check_gradients,
-    check_labels,
-    check_signs,
-    check_state,
-    signs_of,
-    unless_bad,
-    watch,
-)
-from trainer.step.loss_scale import LossScale, choose
-from trainer.step.norms import norms
-from trainer.step.objective import Objective, updated
-from trainer.step.optimizer import Optimizer
+from trainer.step import accumulation, ema, loss_scale, objective, sweep, weighted
+from trainer.step.context import Batch, StepContext, StepFunction
+from trainer.step.finite import all_finite
+from trainer.step.health import LABELS, LOSS, SIGNS, UPDATED, Signs, check_gradients
+from trainer.step.objective import Objective
 from trainer.step.state import TrainState
-from trainer.step.step_sizes import learning_rates
-from trainer.tasks.batch import recording
-from trainer.tasks.metrics import Last
-from trainer.tasks.runner import TaskRunner, merge_metrics
+from trainer.step.step_metrics import measure, step_metrics
+from trainer.tasks.metrics import merge_metrics
+from trainer.tasks.runner import inverse, loss_sums
+from trainer.tasks.task import ONLY_LOSS
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainStep:
-    """A step as a pure function `(state, batch) -> state`, and the state that it starts from.
+def default_step(
+    state: TrainState, batch: Batch, ctx: StepContext
+) -> tuple[TrainState, dict[str, Any]]:
+    """The step of a config without `step`: one gradient, one update."""
+    grads, collections, metrics, loss = gradients(state, batch, ctx)
+    signs = metrics.pop(SIGNS)
+    state, more = apply_update(state, grads, collections, ctx, signs=signs, loss=loss)
+    return state, {**metrics, **more}
 
-    Attributes:
-        model: the model's functional interface.
-        task: what the model is asked to do with a batch.
-        optimizer: what turns gradients into updates.
-        seed: the run's seed.
-        function: what happens in a step: `config.step`, or the default.
-        accumulate: slices that a batch is cut into, to save memory; the update is the same.
-        ema_decay: decay of the moving average of the parameters, or None for no average.
-        loss_scale: first value of the dynamic loss scale, or None for none.
-        shards: number of devices that a batch's rows are spread over.
-        whole: for each parameter whether it is replicated on every device; None: unknown.
-        log: when rows are logged; where that is known, norms are computed for those steps only.
-        last_step: of the run; its row is logged too.
-        watches: whether the state has a `health`, which notes labels out of range.
-        stops: whether that also notes what is not finite, and updates stop at either.
-        sweeps: whether each step checks all gradients, parameters and slots for that, and slots
-            stay as they are once updates have stopped. On a CPU that would cost a third of a small
-            model's step. There a step checks its loss, and the trainer checks the rest now and
-            then, and before it evaluates or saves a state.
-        undoes: whether a non-finite update is undone; the old values are kept until it is checked.
-    """
 
-    model: Functional
-    task: TaskRunner
-    optimizer: Optimizer
-    seed: int | jax.Array
-    function: StepFunction = default_step
-    accumulate: int = 1
-    ema_decay: float | None = None
-    loss_scale: float | None = None
-    shards: int = 1
-    whole: Any = None
-    log: Periodic | None = None
-    last_step: int = 0
-    watches: bool = False
-    stops: bool = True
-    sweeps: bool = False
-    undoes: bool = False
-
-    def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
-        """Returns the first state, from the shapes of a training batch."""
-        return meta.unbox(self.named_init(spec))
-
-    def named_init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
-        """Returns the first state, variables still in the boxes that name their dimensions."""
-        self.optimizer.check_learning_rates()
-        # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
-        batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
-        with recording():  # Fields read here, from zeros, need not be read in a step.
-            seen = self.task.prepared(batch)
-            keys = Keys(seed=self.seed, mode='init')
-            variables = dict(self.model.init(self.task.task, seen, keys))
-        views.check_arrays(meta.unbox(variables))
-        named = variables.pop('params')
-        self.optimizer.check_statistics(meta.unbox(variables))
-        state = TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=meta.unbox(named),
-            opt_state=None,
-            collections=variables,
-            metrics=None,
-            loss_scale=None if self.loss_scale is None else LossScale.of(self.loss_scale),
-        )
-        state = self.restarted(state)
-        metrics = self.empty_metrics(meta.unbox(state), batch)
-        return dataclasses.replace(state, params=named, metrics=metrics)
-
-    def restarted(self, state: TrainState) -> TrainState:
-        """Returns the state with optimizer state and moving average as its parameters start them.
-
-        Some optimizers keep a copy of the parameters, so this follows every change of these.
-        """
-        params = state.params
-        opt_state = self.optimizer.transformation(params).init(params)
-        return dataclasses.replace(
-            state,
-            opt_state=opt_state,
-            # A copy: two leaves of one donated state must not share a buffer.
-            ema=None if self.ema_decay is None else jax.tree.map(_average_of, params),
-            health=Health.clean(params, opt_state) if self.watches else None,
-        )
-
-    def examine(self, state: TrainState) -> Health:
-        """Returns the health of a state that training starts from."""
-        return Health.of(state.params, state.opt_state)
-
-    def sweep(self, state: TrainState) -> Health:
-        """Returns the health of a state, checking its parameters and slots if updates may stop."""
-        if not self.stops:
-            return jax.tree.map(jnp.copy, state.health)
-        return check_state(state, whole=self._is_whole)
-
-    def eval_params(self, state: TrainState) -> Any:
-        """Returns the parameters that are evaluated: see `config.optimizer.eval_params`."""
-        return eval_point.evaluated(self.optimizer, state.params, state.opt_state)
-
-    def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
-        # The metrics of the state that is being made are not known yet, and not needed.
-        state = dataclasses.replace(state, metrics=None)
-        if self.function is not default_step:
-            with contextlib.suppress(Exception):
-                # Captures and the guard run the task, whatever the custom step reads.
-                self._gradients.empty_metrics(state, batch)
-            # A new function object: with a cached trace, no reads would be recorded.
-            shapes = jax.eval_shape(lambda s, b: self._step(s, b), state, batch)
-            return empty_like(shapes[1])
-        empty = self._gradients.empty_metrics(state, batch)
-        del empty[SIGNS]
-        empty['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
-        rates = functools.partial(learning_rates, self.optimizer)
-        known = jax.eval_shape(rates, state.opt_state, state.step)
-        empty.update(jax.tree.map(lambda _: Last.empty(), known))
-        if state.loss_scale is not None:
-            empty.update({name: Last.empty() for name in state.loss_scale.metrics()})
-        return empty
-
-    def __call__(self, state: TrainState, batch: Mapping[str, jax.Array]) -> TrainState:
-        """Returns the state after one step on this batch."""
-        new, metrics = self._step(dataclasses.replace(state, metrics=None), batch)
-        return dataclasses.replace(new, metrics=merge_metrics(state.metrics, metrics))
-
-    def _step(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[TrainState, Any]:
-        context = StepContext(self, state)
-        if self.function is not default_step:
-            batch = self.task.whole(batch, 'the function of config.step')
-        result = self.function(state, batch, context)
-        context.check_used()
-        signs: Signs | None = None
-        if self.function is default_step:
-            new, metrics = result
-            signs = metrics.pop(SIGNS)
-        else:
-            new, metrics, signs = checked(state, result)
-        collections = self.optimizer.held(state.collections, new.collections)
+def train_step(
+    state: TrainState, batch: Batch, ctx: StepContext, function: StepFunction = default_step
+) -> TrainState:
+    """Returns the state after one step, its metrics added to those since the last row."""
+    before = dataclasses.replace(state, metrics=None)
+    new, metrics = function(before, batch, ctx)
+    if ctx.optimizer.freeze_statistics:
+        collections = ctx.optimizer.held(state.collections, new.collections)
         new = dataclasses.replace(new, collections=collections)
-        if self.watches and self.function is not default_step:  # Which does so in its update.
-            if signs is None:
-                signs = self._signs(state, batch, metrics, labels=context.runs_task)
-            if self.stops:
-                new = watch(state, new, signs, slots=self.sweeps)
-            else:
-                new = dataclasses.replace(new, health=check_labels(state, signs))
-        if self.watches and self.stops and self.sweeps:
-            health = self.sweep(new)
-            undone = unless_bad(health, new, state) if self.undoes else new
-            new = dataclasses.replace(undone, health=health)
-        return new, metrics
-
-    def _signs(
-        self, state: TrainState, batch: Mapping[str, Any], metrics: Any, *, labels: bool
-    ) -> Signs:
-        """Returns the signs of a function that has not called `ctx.gradients`.
-
-        Its losses are among its metrics. The labels are those of the task, whose model the compiler
-        drops again: their range follows from its shape alone.
-        """
-        signs = signs_of(metrics)
-        if not labels:
-            return signs
-        found = self._gradients.check_labels(state, batch)
-        return dataclasses.replace(signs, label=found.label, value=found.value)
-
-    def update(
-        self,
-        state: TrainState,
-        grads: Any,
-        collections: Any,
-        signs: Signs | None = None,
-        *,
-        found: Mapping[str, Any],
-        given: Mapping[str, Any],
-    ) -> tuple[TrainState, Any]:
-        """Returns the state after the optimizer's update, and its norms and learning rates."""
-        tx = self.optimizer.transformation(state.params)
-        updates, opt_state = updated(tx, grads, state, found, given)
-        new = state.apply_updates(updates, opt_state=opt_state, collections=collections)
-        if self.ema_decay is not None:
-            towards = functools.partial(_towards, share=1.0 - self.ema_decay)
-            new = dataclasses.replace(new, ema=jax.tree.map(towards, state.ema, new.params))
-        metrics: dict[str, Any] = {}
-        # Of the update just made: the schedule counts the updates before it.
-        count = state.step
-        finite = jnp.ones((), bool)
-        if self.sweeps or state.loss_scale is not None:
-            finite = all_finite(grads, whole=self._is_whole)
-        if (scale := state.loss_scale) is not None:
-            count -= scale.skipped
-            scale = scale.after(finite)
-            skipped = ('params', 'opt_state', 'collections', 'ema')
-            new = dataclasses.replace(new.keeping(~finite, state, skipped), loss_scale=scale)
-            values = scale.metrics().items()
-            metrics.update({name: Last.from_model_output(value) for name, value in values})
-            updates = choose(finite, updates, jax.tree.map(jnp.zeros_like, updates))
-        if state.health is not None and not self.stops:
-            if signs is not None:
-                new = dataclasses.replace(new, health=check_labels(state, signs))
-        elif state.health is not None:
-            health = state.health if signs is None else check_signs(state, signs)
-            health = check_gradients(state, health, finite)
-            new = unless_bad(health, new, state, slots=self.sweeps)
-        metrics['norms'] = self._norms(state, grads, updates, new.params)
-        rates = learning_rates(self.optimizer, new.opt_state, count)
-        metrics.update(jax.tree.map(Last.from_model_output, rates))
-        return new, metrics
-
-    @property
-    def _is_whole(self) -> bool:
-        return self.whole is not None and all(jax.tree.leaves(self.whole))
-
-    def _norms(self, state: TrainState, grads: Any, updates: Any, params: Any) -> dict[str, Last]:
-        """Returns the norms of this update; each row holds those of its own step."""
-        due = None
-        if self.log is not None and jax.default_backend() == 'cpu':
-            # On a CPU reading every parameter three times costs a tenth of a small model's step; on
-            # an accelerator a branch would cost more than the norms.
-            due = is_due(self.log, state.step + 1) | (state.step + 1 == self.last_step)
-        values = norms(
-            grads=grads,
-            updates=updates,
-            old=state.params,
-            new=params,
-            frozen=self.optimizer.frozen(params),
-            whole=self.whole,
-            due=due,
-        )
-        return {name: Last.from_model_output(value) for name, value in values.items()}
-
-    def gradients(
-        self, state: TrainState, batch: Mapping[str, jax.Array]
-    ) -> tuple[Any, Any, Any, Objective]:
-        """Returns the gradient of the batch's loss, the new collections, the metrics, the loss."""
-        return self._gradients(state, batch)
-
-    @functools.cached_property
-    def _gradients(self) -> Gradients:
-        return Gradients(
-            model=self.model,
-            task=self.task,
-            optimizer=self.optimizer,
-            seed=self.seed,
-            accumulate=self.accumulate,
-            shards=self.shards,
-        )
+    if ctx.watches and ctx.stops and ctx.sweeps:
+        new = sweep.check_update(new, before, ctx)
+    return dataclasses.replace(new, metrics=merge_metrics(state.metrics, metrics))
 
 
-def _average_of(param: jax.Array) -> jax.Array:
-    """Returns a copy in a dtype that small changes do not get lost in: float32 for halves."""
-    return jnp.array(param, at_least_float32(param))
+def gradients(
+    state: TrainState, batch: Batch, ctx: StepContext
+) -> tuple[Any, dict[str, Any], dict[str, Any], Objective]:
+    """Returns the gradient of the batch's loss, the new collections, metrics, and the loss itself.
 
-
-def _towards(mean: jax.Array, param: jax.Array, share: float) -> jax.Array:
-    # By their difference: the average of a frozen parameter stays as it is, to the bit.
-    return mean + share * (_average_of(param) - mean)
-
-
-def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
-    """Returns `periodic.due(step)` for a traced step; always true if int32 cannot represent it.
-
-    If the batch size has changed, it is exact for steps of the current size once each step is one
-    batch, and true before that.
+    The loss is the weighted mean over the global batch, plus the penalties. With several losses,
+    each parameter gets the gradient of its own loss. Under a loss scale the backward pass is of the
+    scaled loss; what is returned is not scaled. Gradients of half-precision parameters are float32:
+    after unscaling, small ones would underflow in float16. Those of complex parameters are the
+    conjugate of what JAX returns.
     """
-    period, progress = periodic.period_steps, periodic.progress
-    if period is None:
-        return jnp.zeros((), bool)
-    ahead = Fraction(0) if progress is None else progress.ahead
-    den = math.lcm(period.denominator, ahead.denominator)
-    num, plus = int(period * den), int(ahead * den)
-    if num * (den + 1) >= 2**31:
-        return jnp.ones((), bool)
-    # step + ahead crosses a multiple of num / den exactly if (step + ahead) * den mod num is less
-    # than den.
-    due = ((step % num) * den + plus % num) % num < den
-    if progress is None:
-        return due
-    return due | (step <= math.ceil(progress.marks[-1][0]) + 1)
+    scale = jnp.ones((), jnp.float32) if state.loss_scale is None else state.loss_scale.scale
+    if ctx.accumulate > 1:
+        grads, collections, metrics, value = accumulation.gradients(
+            weighted_sums, state, batch, scale, ctx
+        )
+    else:
+        sums_at = functools.partial(weighted_sums, state=state, batch=batch, ctx=ctx)
+        sums, pullback, (output, collections, weights) = jax.vjp(
+            sums_at, state.params, has_aux=True
+        )
+        shares = {name: inverse(weight) for name, weight in weights.items()}
+        factors = {name: scale * share for name, share in shares.items()}
+        if len(factors) == 1 and ctx.task.is_weighted is False:
+            (grads,) = pullback((factors, scale))
+        else:
+            grads = weighted.pull_each(pullback, factors, scale, weights, ctx)
+            collections = weighted.if_any_counts(weights, collections, state, ctx)
+        metrics = measure(output, sums, ctx.task)
+        losses = {name: total * shares[name] + sums[1] for name, total in sums[0].items()}
+        value = losses if isinstance(output.loss, Mapping) else losses[ONLY_LOSS]
+    if state.loss_scale is not None or any(g.dtype != jnp.float32 for g in jax.tree.leaves(grads)):
+        grads = loss_scale.as_optimizers_expect(grads, state.loss_scale)
+    loss_at = functools.partial(accumulation.loss_at, weighted_sums, state, batch, ctx)
+    return grads, collections, metrics, Objective(value, loss_at)
+
+
+def weighted_sums(
+    params: Any, state: TrainState, batch: Batch, ctx: StepContext, index: Any = 0
+) -> tuple[Any, Any]:
+    """Runs the task on a batch, or on a slice of one.
+
+    Returns:
+        What is differentiated: each loss's sum of weight x value, and the sum of the penalties.
+        And what comes with it: the task's output, the new collections, each loss's sum of weights.
+    """
+    keys = Keys(seed=ctx.seed, mode='train', step=state.step, index=index)
+    average = None if state.ema is None else state.average
+    model = ctx.model.bind({'params': params, **state.collections}, keys, ema=average)
+    output = ctx.task(model, batch)
+    if ctx.task.is_weighted is None:  # While the shapes are traced, before anything is compiled.
+        weighted.check_losses(output, ctx.optimizer)
+    totals, weights, penalties = loss_sums(output)
+    return (totals, penalties), (output, model.collections, weights)
+
+
+def apply_update(
+    state: TrainState,
+    grads: Any,
+    collections: Any,
+    ctx: StepContext,
+    *,
+    signs: Signs | None = None,
+    loss: Objective | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the state after the optimizer's update, and its norms and learning rates.
+
+    Args:
+        state: before the update.
+        grads: as `gradients` returns them.
+        collections: all variables that are not parameters, after the forward pass.
+        ctx: of the step.
+        signs: what was found in the forward pass.
+        loss: that the gradients are of, for optimizers that ask for its value.
+        extra: arguments of the optimizer by name, from a step of the user's.
+    """
+    assert ctx.facts is not None
+    given = {} if loss is None else {'value': loss.value, 'grad': grads, 'value_fn': loss.function}
+    if loss is not None and ctx.facts.asks_more:
+        given = objective.arguments(loss, grads, state)
+    extra = {} if extra is None else extra
+    update = functools.partial(ctx.facts.tx.update, grads, state.opt_state, state.params)
+    try:
+        updates, opt_state = update(**{**given, **extra})
+    except Exception as error:
+        updates, opt_state = objective.update_without(error, update, state, given, extra)
+    new = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        opt_state=opt_state,
+        collections=collections,
+    )
+    if ctx.ema_decay is not None:
+        new = dataclasses.replace(new, ema=ema.moved(state.ema, new.params, ctx.ema_decay))
+    metrics: dict[str, Any] = {}
+    finite = None
+    if ctx.sweeps or state.loss_scale is not None:
+        finite = all_finite(grads, whole=ctx.facts.all_whole)
+    if finite is not None and state.loss_scale is not None:
+        new, updates, metrics = loss_scale.skip_overflow(new, state, updates, finite)
+    if state.health is not None:
+        new = skip_if_not_finite(new, state, signs, finite, ctx)
+    return new, {**metrics, **step_metrics(state, new, grads, updates, ctx)}
+
+
+def skip_if_not_finite(
+    new: TrainState,
+    old: TrainState,
+    signs: Signs | None,
+    finite: jax.Array | None,
+    ctx: StepContext,
+) -> TrainState:
+    """Returns the new state, or the old values from the first step on that is not finite.
+
+    Args:
+        new: after the update.
+        old: before it.
+        signs: what was found in the forward pass; None if that was not looked at.
+        finite: bool scalar, whether all gradients are; None if they were not looked at.
+        ctx: of the step.
+    """
+    assert old.health is not None and ctx.facts is not None
+    health, step = old.health, old.step + 1
+    # Where the optimizer or the loss scale has a rule for them, losses may be non-finite.
+    excused = ctx.facts.handles_non_finite or old.loss_scale is not None
+    if signs is not None:
+        health = health.flagged(signs.label > 0, LABELS + signs.label - 1, step, signs.value)
+        if ctx.stops and not excused:
+            health = health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
+    if not ctx.stops:
+        return dataclasses.replace(new, health=health)
+    if finite is not None:
+        health = check_gradients(health, finite, step, old.loss_scale, excused=excused)
+    fields = UPDATED if ctx.sweeps else tuple(name for name in UPDATED if name != 'opt_state')
+    keep = functools.partial(jax.tree.map, functools.partial(jnp.where, health.is_bad))
+    kept = {name: keep(getattr(old, name), getattr(new, name)) for name in fields}
+    return dataclasses.replace(new, **kept, health=health)

@@ -33,29 +33,25 @@ class Reads:
     weighted: bool = False
 
 
-_reads: contextvars.ContextVar[Reads | None] = contextvars.ContextVar('reads', default=None)
+# What is being recorded, or None.
+reads: contextvars.ContextVar[Reads | None] = contextvars.ContextVar('reads', default=None)
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[Reads]:
     """Records what tasks do that are traced in the block; an outer block does not record it."""
-    reads = Reads()
-    token = _reads.set(reads)
+    found = Reads()
+    token = reads.set(found)
     try:
-        yield reads
+        yield found
     finally:
-        _reads.reset(token)
-
-
-def is_recording() -> bool:
-    """Whether reads are being recorded."""
-    return _reads.get() is not None
+        reads.reset(token)
 
 
 def note_weights() -> None:
     """Records that a task has returned weights."""
-    if (reads := _reads.get()) is not None:
-        reads.weighted = True
+    if (found := reads.get()) is not None:
+        found.weighted = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +65,26 @@ class Unsent:
     name: str
 
 
-class Batch(dict[str, Any]):
+class PlainBatch(dict[str, Any]):
     """The fields of a batch by name; a missing field is an error that lists those there are.
+
+    A JAX pytree like any dict.
+    """
+
+    _reader = 'the task'
+
+    def __missing__(self, name: str) -> Any:
+        arrays = {key: x for key, x in dict.items(self) if hasattr(x, 'dtype')}
+        fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in arrays.items())
+        raise UserError(
+            f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
+            'Name the field in its arguments, or rename it with a transform '
+            '(trainer.data.transforms:Rename).'
+        )
+
+
+class Batch(PlainBatch):
+    """A batch that records which fields are read, and explains those that cannot be.
 
     Every access to a value goes through `__getitem__`, including `dict(batch)` and `f(**batch)`,
     which bypass it unless `__iter__` is overridden. It is a JAX pytree; flattening it reads all
@@ -99,15 +113,6 @@ class Batch(dict[str, Any]):
         self._origins = origins or {}
         self._passing = passing
 
-    def __missing__(self, name: str) -> Any:
-        held = {key: x for key, x in dict.items(self) if hasattr(x, 'dtype')}
-        fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in held.items())
-        raise UserError(
-            f'{self._reader} asks for batch[{name!r}], and a batch holds {fields}.\n'
-            'Name the field in its arguments, or rename it with a transform '
-            '(trainer.data.transforms:Rename).'
-        )
-
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         if isinstance(value, Unsent):
@@ -121,8 +126,8 @@ class Batch(dict[str, Any]):
                 rest = [n for n, x in dict.items(self) if not isinstance(x, HostField)]
                 raise value.error(self._reader, tuple(rest))
             names = frozenset({value.name})
-        if (reads := _reads.get()) is not None:
-            reads.names |= names
+        if (found := reads.get()) is not None:
+            found.names |= names
         seen.note_field(name, value)
         return value
 
@@ -171,6 +176,18 @@ class Batch(dict[str, Any]):
 
     def __ror__(self, other: Any) -> Any:
         return other | dict(self)
+
+
+def _flatten_plain(batch: PlainBatch) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
+    names = tuple(sorted(batch))
+    return [(jax.tree_util.DictKey(name), batch[name]) for name in names], names
+
+
+jax.tree_util.register_pytree_with_keys(
+    PlainBatch,
+    _flatten_plain,
+    lambda names, values: PlainBatch(zip(names, values, strict=True)),
+)
 
 
 def _flatten(batch: Batch) -> tuple[list[tuple[Any, Any]], tuple[tuple[str, ...], str]]:

@@ -19,6 +19,13 @@ from trainer.tasks.checks import Check
 from trainer.tasks.metrics import mean_collection
 from trainer.tasks.task import Batch, TaskOutput
 
+# Why a label has a range, and what to do about one that is out of it.
+_NO_OR_YES = 'A label for each class is between no and yes: fix the data, or set ignore_label'
+_CLASSES = (
+    'The model returns {classes} logits. Fix the data or the number of outputs; a value that marks '
+    'unlabeled examples belongs in config.task.ignore_label'
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
@@ -86,13 +93,17 @@ class Classification:
             # With labels for each class, an example counts if any of them does.
             counts = ~ignored if ignored.ndim < logits.ndim else ~ignored.all(-1)
             weights = _and_weights(counts, weights)
-        return TaskOutput(
-            loss=loss, weights=weights, metrics=hits, checks=self._checks(logits, labels)
-        )
+        whole = labels.ndim == logits.ndim
+        high, why = (1, _NO_OR_YES) if whole else (logits.shape[-1] - 1, _CLASSES)
+        why = why.format(classes=logits.shape[-1])
+        check = Check(labels, 0, high, ignored=self.ignore_label, why=why)
+        return TaskOutput(loss=loss, weights=weights, metrics=hits, checks={self.label: check})
 
     def _logits(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
         output = model(batch[self.inputs])
-        return returned.array(output, self, 'logits').astype(jnp.float32)
+        if not isinstance(output, jax.Array):
+            output = returned.array(output, self, 'logits')
+        return output.astype(jnp.float32)
 
     def _check_shapes(self, logits: jax.Array, labels: jax.Array) -> None:
         """Checks while the step is traced that shapes and dtypes of labels and logits fit."""
@@ -137,17 +148,6 @@ class Classification:
                 f'config.task.ignore_label requires class indices; {name} has one value per class. '
                 "Give such examples weight 0, or use loss='sigmoid'"
             )
-
-    def _checks(self, logits: jax.Array, labels: jax.Array) -> dict[str, Check]:
-        if labels.ndim == logits.ndim:
-            why = 'A label for each class is between no and yes: fix the data, or set ignore_label'
-            return {self.label: Check(labels, 0, 1, ignored=self.ignore_label, why=why)}
-        classes = logits.shape[-1]
-        why = (
-            f'The model returns {classes} logits. Fix the data or the number of outputs; a value '
-            'that marks unlabeled examples belongs in config.task.ignore_label'
-        )
-        return {self.label: Check(labels, 0, classes - 1, ignored=self.ignore_label, why=why)}
 
     def _softmax(
         self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None

@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer import compat
 from trainer.config.errors import UserError
-from trainer.step.state import changes, describe
+from trainer.modules.shapes import changes, describe
 
 # Errors of the code itself, for any values. Other errors may be due to a metric without data.
 _BROKEN = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)

@@ -8,7 +8,7 @@ in int32; a loss whose examples weigh 0.5 needs `WeightedMean`.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import clu.metrics
 import flax.struct
@@ -37,9 +37,13 @@ class WeightedMean(clu.metrics.Metric):
         """Returns the mean of nothing, whose `compute()` is NaN."""
         return cls(total=jnp.zeros((), jnp.float32), weight=jnp.zeros((), jnp.float32))
 
+    # Names of the outputs that are averaged and that weigh them.
+    _values: ClassVar[str] = 'values'
+    _weights: ClassVar[str] = 'weights'
+
     @classmethod
     def from_model_output(
-        cls, values: jax.Array, weights: jax.Array | None = None, **_: Any
+        cls, values: Any = None, weights: Any = None, **outputs: Any
     ) -> WeightedMean:
         """Returns the metric of one batch.
 
@@ -47,11 +51,25 @@ class WeightedMean(clu.metrics.Metric):
             values: (batch, ...) or a scalar.
             weights: (batch,) or the shape of `values`; None counts every value once. A value of
                 weight 0 is ignored even where it is not finite.
+            **outputs: of the model, by name: see `from_output`.
+
+        Raises:
+            ValueError: if the weights do not fit the values; of a named output a UserError.
         """
-        values = jnp.asarray(values, jnp.float32)
-        if weights is None:
-            return cls(total=values.sum(), weight=jnp.float32(values.size))
-        weights = broadcast_weights(weights, values.shape)
+        outputs.update(values=values, weights=weights)
+        values, weights = outputs[cls._values], outputs[cls._weights]
+        try:
+            values = jnp.asarray(values, jnp.float32)
+            if weights is None:
+                return cls(total=values.sum(), weight=jnp.float32(values.size))
+            weights = broadcast_weights(weights, values.shape)
+        except (TypeError, ValueError) as error:
+            if cls._values == 'values':
+                raise
+            raise UserError(
+                f'the metric {cls._values!r} of the task: expected an array with one value for '
+                f'each example, as the loss has them ({error})'
+            ) from error
         total = jnp.where(weights != 0, values * weights, 0.0).sum()
         return cls(total=total, weight=weights.sum())
 
@@ -63,19 +81,8 @@ class WeightedMean(clu.metrics.Metric):
         class FromOutput(WeightedMean):
             """Weighted mean of one named output."""
 
-            @classmethod
-            def from_model_output(
-                cls, values: Any = None, weights: Any = None, **outputs: Any
-            ) -> WeightedMean:
-                outputs['weights'] = weights
-                try:
-                    mean = WeightedMean.from_model_output(outputs[name], outputs[weighted_by])
-                except (TypeError, ValueError) as error:
-                    raise UserError(
-                        f'the metric {name!r} of the task: expected an array with one value for '
-                        f'each example, as the loss has them ({error})'
-                    ) from error
-                return cls(total=mean.total, weight=mean.weight)
+            _values: ClassVar[str] = name
+            _weights: ClassVar[str] = weighted_by
 
         return FromOutput
 
@@ -136,6 +143,21 @@ class Count(clu.metrics.Metric):
     def compute(self) -> jax.Array:
         """Returns the scalar count."""
         return self.count
+
+
+def is_metric(node: Any) -> bool:
+    """Whether a node of a metrics tree is a metric or a collection of them."""
+    return isinstance(node, (clu.metrics.Metric, clu.metrics.Collection))
+
+
+def merge_metrics(old: Any, new: Any) -> Any:
+    """Returns the accumulation of two trees of metrics of the same structure."""
+    before, structure = jax.tree.flatten(old, is_leaf=is_metric)
+    other: Any
+    after, other = jax.tree.flatten(new, is_leaf=is_metric)
+    if structure != other:
+        raise ValueError(f'metrics of other names: {other} after {structure}')
+    return jax.tree.unflatten(structure, [a.merge(b) for a, b in zip(before, after, strict=True)])
 
 
 def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 import clu.metrics
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.input.fields import MASK as MASK
@@ -18,9 +19,10 @@ from trainer.input.host_field import HostField, Kept, naming_host_fields
 from trainer.modules import seen
 from trainer.modules.model_view import BoundModel
 from trainer.tasks import returned
-from trainer.tasks.batch import Batch, Unsent, is_recording, note_weights, plain
+from trainer.tasks.batch import Batch, PlainBatch, Unsent, note_weights, plain, reads
+from trainer.tasks.checks import Check
 from trainer.tasks.measured import check_accumulates, metrics_by_name
-from trainer.tasks.metrics import broadcast_weights, mean_collection
+from trainer.tasks.metrics import broadcast_weights, is_metric, mean_collection
 from trainer.tasks.task import (
     METRIC_WEIGHTS,
     ONLY_LOSS,
@@ -37,6 +39,9 @@ from trainer.tasks.weightless import (
     with_living_rows,
 )
 
+# Probabilities may be off by rounding.
+_ROUNDING = 1e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskRunner:
@@ -48,7 +53,8 @@ class TaskRunner:
             class at every access would change the type of the state.
         transforms: run over a batch on the devices, before the task sees it.
         kept: the fields that stay on the host.
-        is_weighted: whether the task returns weights; None if that is not known yet.
+        is_weighted: whether the task returns weights; None until its shapes were traced, which
+            is also when its output is checked.
     """
 
     task: Callable[..., Any]
@@ -89,13 +95,23 @@ class TaskRunner:
         origins = {name: frozenset({name}) for name in fields}
         return Batch({**fields, **rest}, reader, origins=origins)
 
-    def prepared(self, batch: Mapping[str, Any], *, passing: bool = False) -> Batch:
+    def prepared(self, batch: Mapping[str, Any], *, passing: bool = False) -> PlainBatch:
         """Returns the batch as the task sees it: without the mask, and transformed.
 
         Args:
             batch: arrays (rows, ...).
             passing: the task may pass on fields that stay on the host.
         """
+        if self.kept or passing or reads.get() is not None:
+            return self._recorded(batch, passing=passing)
+        # All fields are on the devices, and which of them are read is known or does not matter.
+        fields = PlainBatch({name: x for name, x in batch.items() if name != MASK})
+        for transform in self.transforms:
+            fields = PlainBatch(transform(fields))
+        return fields
+
+    def _recorded(self, batch: Mapping[str, Any], *, passing: bool) -> Batch:
+        """Returns the batch as the task sees it, with a record of what is read of it."""
         fields = {name: x for name, x in plain(batch).items() if name != MASK}
         hidden, unsent = self._hidden(fields)
         if not self.transforms:
@@ -111,7 +127,7 @@ class TaskRunner:
         }
         made = transformed(self.transforms, {**fields, **zeros}, hidden)
         origins = {}
-        if zeros or is_recording():
+        if zeros or reads.get() is not None:
             origins = origins_of(self.transforms, {**fields, **zeros}, hidden)
         missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
         seen.restart()  # What transforms have read is not of the task.
@@ -129,10 +145,12 @@ class TaskRunner:
         Named losses have weights by name, an entry for the metrics among them.
 
         A row whose weights are all 0 affects nothing, whatever its values: 0 times a non-finite
-        gradient would not be 0. So the task runs again on a batch in which each such row is
-        replaced by a row with nonzero weight. Only the weights of the first run are used, and the
-        compiler drops the rest of it.
+        gradient would not be 0. So a task that returns weights runs again on a batch in which each
+        such row is replaced by a row with nonzero weight. Only the weights of the first run are
+        used, and the compiler drops the rest of it.
         """
+        if self.is_weighted is False:
+            return self._with_weights(self.task(model, self.prepared(batch)), batch)[0]
         back = model.remember() if isinstance(model, BoundModel) else lambda: None
         fields = plain(batch)
         weighing = None
@@ -154,29 +172,43 @@ class TaskRunner:
         fields = self.prepared(batch)
         with naming_host_fields(fields):
             result = self.task(model, fields)
-        output = self._as_output(result, batch)
-        loss, given, mask = output.loss, output.weights, batch.get(MASK)
-        counted: Sequence[jax.Array]
-        metrics = None
-        if not isinstance(loss, Mapping):
-            weights: Any = _set_weights(given, loss, mask)
-            counted = [weights]
-        else:
+        return self._with_weights(result, batch)
+
+    def _with_weights(
+        self, result: Any, batch: Mapping[str, Any]
+    ) -> tuple[TaskOutput, Weighing | None]:
+        """Returns an output with weights set, and those that the task returned, if any."""
+        # What a task returns is checked while the shapes are traced. Later only its form may vary.
+        is_checked = self.is_weighted is not None and isinstance(result, TaskOutput)
+        output = result if is_checked else self._as_output(result, batch)
+        given, mask = output.weights, batch.get(MASK)
+        losses: dict[str, Any] = {ONLY_LOSS: output.loss}
+        if isinstance(output.loss, Mapping):
             # The metrics count the rows of any of the losses: all have the same rows.
-            values = {**loss, METRIC_WEIGHTS: next(iter(loss.values()))}
-            by_name = given if isinstance(given, Mapping) else dict.fromkeys(values, given)
-            weights = {name: _set_weights(by_name.get(name), x, mask) for name, x in values.items()}
-            # A loss without weights counts all rows.
-            given = given if set(loss) <= set(by_name) else None
-            counted = [weights[name] for name in by_name]
-            # So do metrics: theirs are those of the first run.
-            metrics = None if METRIC_WEIGHTS in by_name else dict(output.metrics)
-        output = dataclasses.replace(output, weights=weights)
-        # A task may return its own kind of rows, such as one per token, with unknown weights.
-        rows = {x.shape[0] for x in plain(batch).values()}
-        if given is None or any({*jnp.shape(x)[:1]} != rows for x in counted):
+            losses = {**output.loss, METRIC_WEIGHTS: next(iter(output.loss.values()))}
+        is_lone = list(losses) == [ONLY_LOSS]
+        named = given if isinstance(given, Mapping) else dict.fromkeys(losses, given)
+        weights = {}
+        for name, loss in losses.items():
+            mine = named.get(name)
+            each = jnp.ones(loss.shape[:1], jnp.float32) if mine is None else jnp.asarray(mine)
+            if not each.ndim:
+                each = jnp.broadcast_to(each, loss.shape[:1])
+            if mask is not None:
+                each = each * broadcast_weights(mask, each.shape)
+            weights[name] = jax.lax.stop_gradient(jnp.asarray(each, jnp.float32))
+        output = dataclasses.replace(output, weights=weights[ONLY_LOSS] if is_lone else weights)
+        # A loss without weights counts all rows.
+        if given is None or not set(by_name(output.loss)) <= set(named):
             return output, None
-        return output, Weighing(weights, tuple(counted), metrics)
+        # A task may return its own kind of rows, such as one per token, with unknown weights.
+        counted = [weights[name] for name in named]
+        rows = {x.shape[0] for x in plain(batch).values()}
+        if any({*jnp.shape(x)[:1]} != rows for x in counted):
+            return output, None
+        # So do metrics: theirs are those of the first run.
+        metrics = None if is_lone or METRIC_WEIGHTS in named else dict(output.metrics)
+        return output, Weighing(output.weights, tuple(counted), metrics)
 
     def _as_output(self, result: Any, batch: Mapping[str, Any]) -> TaskOutput:
         mask = batch.get(MASK)
@@ -196,7 +228,7 @@ class TaskRunner:
         Raises:
             UserError: naming a metric whose accumulators change shape.
         """
-        empty = self._collection(output).empty()
+        empty = (self.metrics or self._means(output)).empty()
         check_accumulates(empty, jax.eval_shape(self.measure, output))
         return empty
 
@@ -210,23 +242,14 @@ class TaskRunner:
             weights = weights[METRIC_WEIGHTS]
         # `weights` for our own metrics, `mask` for those of clu, which know 0 and 1 only.
         outputs = {'mask': jnp.asarray(weights) != 0, 'weights': weights, **outputs}
-        return self._collection(output).single_from_model_output(**{**outputs, **output.metrics})
+        collection = self.metrics or self._means(output)
+        return collection.single_from_model_output(**{**outputs, **output.metrics})
 
-    def _collection(self, output: TaskOutput) -> type[clu.metrics.Collection]:
-        if self.metrics is not None:
-            return self.metrics
+    def _means(self, output: TaskOutput) -> type[clu.metrics.Collection]:
+        """Returns the metrics of a task that declares none: means of what it returns."""
         if isinstance(output.loss, Mapping):
             return mean_collection(tuple(sorted(output.metrics)), tuple(sorted(output.loss)))
         return mean_collection(('loss', *sorted(output.metrics)))
-
-
-def _set_weights(given: Any, loss: jax.Array, mask: jax.Array | None) -> jax.Array:
-    weights = jnp.ones(loss.shape[:1], jnp.float32) if given is None else jnp.asarray(given)
-    if not weights.ndim:
-        weights = jnp.broadcast_to(weights, loss.shape[:1])
-    if mask is not None:
-        weights = weights * broadcast_weights(mask, weights.shape)
-    return jax.lax.stop_gradient(jnp.asarray(weights, jnp.float32))
 
 
 def inverse(weight: jax.Array) -> jax.Array:
@@ -239,32 +262,78 @@ def by_name(loss: Any) -> Mapping[str, Any]:
     return loss if isinstance(loss, Mapping) else {ONLY_LOSS: loss}
 
 
-def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Returns sum(weight x value) and sum(weight) of each loss, in float32."""
-    weights = output.weights
-    totals, sums = {}, {}
-    for name, loss in by_name(output.loss).items():
-        mine = weights[name] if isinstance(weights, Mapping) else weights
+def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array]:
+    """Returns sum(weight x value) and sum(weight) of each loss, and the sum of the penalties.
+
+    All are float32 scalars: their quotients plus the penalties are the losses of a batch.
+    """
+    totals, weights = {}, {}
+    losses: Any = output.loss if isinstance(output.loss, Mapping) else {ONLY_LOSS: output.loss}
+    for name, loss in losses.items():
+        mine = output.weights[name] if isinstance(output.weights, Mapping) else output.weights
         full = broadcast_weights(jnp.asarray(mine), loss.shape)
         # Values of weight 0 may be anything: 0 x NaN is not 0.
         totals[name] = jnp.sum(jnp.where(full != 0, loss.astype(jnp.float32) * full, 0.0))
-        sums[name] = full.sum()
-    return totals, sums
+        weights[name] = full.sum()
+    penalties = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
+    return totals, weights, penalties
 
 
-def penalty_sum(output: TaskOutput) -> jax.Array:
-    """Returns the float32 sum of the penalties."""
-    return sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
+def mean_loss(sums: tuple[Any, Any], weights: Mapping[str, jax.Array]) -> Any:
+    """Returns the loss that is differentiated, float32; of several losses a dict by name.
+
+    Args:
+        sums: each loss's weighted sum, and the penalties' sum.
+        weights: each loss's sum of weights.
+    """
+    totals, penalty = sums
+    values = {name: totals[name] * inverse(weights[name]) + penalty for name in totals}
+    return values[ONLY_LOSS] if list(values) == [ONLY_LOSS] else values
 
 
-def is_metric(node: Any) -> bool:
-    """Whether a node of a metrics tree is a metric or a collection of them."""
-    return isinstance(node, (clu.metrics.Metric, clu.metrics.Collection))
+def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, jax.Array]:
+    """Runs the checks on all rows with a nonzero weight.
+
+    Args:
+        checks: by batch key.
+        weights: of the task's output, (batch, ...) or several such: a row is checked if any of
+            its weights is not 0.
+
+    Returns:
+        1 + the number of the first check that fails, in the order of the names, 0 for none: int32
+        scalar; and a value that is out of its range: float32 scalar.
+    """
+    number, value = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
+    for index, (_, check) in enumerate(sorted(checks.items()), start=1):
+        values = check.values
+        counts = jnp.zeros(values.shape[:1], bool)
+        for each in jax.tree.leaves(weights):
+            counts |= (each != 0).reshape(len(each), -1).any(-1)
+        out = is_out_of_range(check, values)
+        bad = (out & counts.reshape(-1, *[1] * (values.ndim - 1))).ravel()
+        first = bad.any() & (number == 0)
+        number = jnp.where(first, index, number)
+        # The smallest of them, and not one by its index: the batch may be sharded. NaN, if that
+        # is what is wrong, comes through.
+        wrong = jnp.where(bad, values.ravel().astype(jnp.float32), jnp.inf)
+        value = jnp.where(first, jnp.min(wrong, initial=jnp.inf), value)
+    return number, value
 
 
-def merge_metrics(old: Any, new: Any) -> Any:
-    """Returns the accumulation of two trees of metrics of the same structure."""
-    return jax.tree.map(lambda a, b: a.merge(b), old, new, is_leaf=is_metric)
+def is_out_of_range(check: Check, values: Any) -> Any:
+    """Returns for each value whether it is out of the range of a check; NaN is.
+
+    Args:
+        check: whose `values` are not used.
+        values: of JAX or numpy.
+    """
+    slack = _ROUNDING
+    if not jnp.issubdtype(values.dtype, jnp.inexact):
+        slack = 0
+        # A range of bytes cannot be compared with a number that no byte holds.
+        values = values.astype(np.int64 if isinstance(values, np.ndarray) else jnp.int32)
+    bad = ~((values >= check.low - slack) & (values <= check.high + slack))
+    return bad if check.ignored is None else bad & (values != check.ignored)
 
 
 def compute_metrics(metrics: Any) -> Any:

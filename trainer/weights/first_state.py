@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from trainer.config.errors import UserError
 from trainer.config.text import listed
 from trainer.ensemble import step
-from trainer.step.state import TrainState, describe
+from trainer.modules.shapes import describe
+from trainer.step.state import TrainState
 from trainer.weights import flax_layout
 from trainer.weights import leaves as lib
 from trainer.weights.init_from import TENSORS, InitFrom

@@ -19,7 +19,7 @@ from flax.core import meta
 
 from trainer.config.errors import UserError
 from trainer.config.text import listed
-from trainer.step.state import describe
+from trainer.modules.shapes import describe
 from trainer.weights import flax_layout, pre_linen, torch_layout
 from trainer.weights import leaves as lib
 from trainer.weights.first_state import matched

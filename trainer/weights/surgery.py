@@ -22,7 +22,7 @@ from flax import traverse_util
 
 from trainer.config.errors import UserError
 from trainer.config.text import listed
-from trainer.step.state import describe
+from trainer.modules.shapes import describe
 from trainer.weights.leaves import (
     HostLeaf,
     Weights,

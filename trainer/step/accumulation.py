@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients summed over slices of a batch (`config.accumulate`): the update is that of the whole.
+
+The slices' sums are divided by the weight of them all. `sums_of` is `train_step.weighted_sums`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.config.errors import UserError
+from trainer.modules.precision import at_least_float32
+from trainer.step import views, weighted
+from trainer.step.context import Batch, StepContext
+from trainer.step.state import TrainState
+from trainer.step.step_metrics import empty_of_task, measure, output_shapes
+from trainer.tasks.metrics import merge_metrics
+from trainer.tasks.runner import by_name, inverse, mean_loss
+
+SumsOf = Callable[..., tuple[Any, Any]]
+
+
+def gradients(
+    sums_of: SumsOf, state: TrainState, batch: Batch, scale: jax.Array, ctx: StepContext
+) -> tuple[Any, dict[str, Any], dict[str, Any], Any]:
+    """Returns the gradient times the loss scale, the new collections, the metrics and the loss."""
+    first = jax.tree.map(lambda x: x[0], split_rows(batch, ctx.accumulate, ctx.shards))
+    output = output_shapes(sums_of, state, first, ctx)
+    # The weight of all slices is known only after the last one. Dividing by the number of values
+    # first keeps what flows back through the model as small as it is in one piece.
+    losses = by_name(output.loss).items()
+    counts = {name: ctx.accumulate * max(1, math.prod(x.shape)) for name, x in losses}
+
+    def body(carry: Any, item: Any) -> tuple[Any, Any]:
+        grads, penalties, collections, metrics, totals = carry
+        index, rows = item
+        before = dataclasses.replace(state, collections=collections)
+        sums, pullback, (output, collections, weights) = jax.vjp(
+            lambda params: sums_of(params, before, rows, ctx, index), state.params, has_aux=True
+        )
+        collections = weighted.if_any_counts(weights, collections, before, ctx)
+        factors = {name: scale / count for name, count in counts.items()}
+        new = weighted.pull_each(pullback, factors, 0.0, weights, ctx)
+        grads = jax.tree.map(jnp.add, grads, new)
+        if output.penalties:
+            factor = scale / ctx.accumulate
+            mine = weighted.pull(pullback, weights, {}, factor, name=None, is_weighted=False)
+            penalties = jax.tree.map(jnp.add, penalties, mine)
+        metrics = merge_metrics(metrics, measure(output, sums, ctx.task))
+        totals = jax.tree.map(jnp.add, totals, weights)
+        return (grads, penalties, collections, metrics, totals), (*sums, weights)
+
+    # Sums of many small terms: bfloat16 would drop the later ones.
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, at_least_float32(p)), state.params)
+    none = {name: jnp.zeros((), jnp.float32) for name in counts}
+    carry = (zeros, zeros, state.collections, empty_of_task(output, ctx.task), none)
+    carry, sums = _scan(body, carry, batch, ctx)
+    grads, penalties, collections, metrics, weights = carry
+    rest = {name: count * inverse(weights[name]) for name, count in counts.items()}
+    factors = {name: jax.tree.map(lambda _, x=x: x, zeros) for name, x in rest.items()}
+    grads = jax.tree.map(
+        lambda grad, factor, penalty: grad * factor + penalty,
+        grads,
+        ctx.optimizer.select(factors),
+        penalties,
+    )
+    return grads, collections, metrics, _mean_loss_of_slices(*sums)
+
+
+def loss_at(sums_of: SumsOf, state: TrainState, batch: Batch, ctx: StepContext, params: Any) -> Any:
+    """Returns the loss of a batch at other parameters, as an optimizer sees these.
+
+    It draws the same random keys as the gradient did, and starts from the same collections.
+
+    Raises:
+        UserError: under a loss scale.
+    """
+    if state.loss_scale is not None:
+        raise UserError(
+            f'{ctx.optimizer.path}: this optimizer computes the loss at other parameters, as a '
+            'line search does, and a dynamic loss scale (config.precision.loss_scale) covers the '
+            'gradient of the step alone: theirs would vanish in float16. Use bfloat16, or set '
+            'config.precision.loss_scale=0'
+        )
+    params = views.completed(params, state.params)
+    if ctx.accumulate == 1:
+        sums, (_, _, weights) = sums_of(params, state, batch, ctx)
+        return mean_loss(sums, weights)
+
+    def body(collections: Any, item: Any) -> tuple[Any, Any]:
+        index, rows = item
+        before = dataclasses.replace(state, collections=collections)
+        sums, (_, collections, weights) = sums_of(params, before, rows, ctx, index)
+        return weighted.if_any_counts(weights, collections, before, ctx), (*sums, weights)
+
+    _, sums = _scan(body, state.collections, batch, ctx)
+    return _mean_loss_of_slices(*sums)
+
+
+def _scan(body: Any, carry: Any, batch: Batch, ctx: StepContext) -> tuple[Any, Any]:
+    """Runs `body(carry, (index, rows))` over the slices of a batch."""
+    slices = split_rows(batch, ctx.accumulate, ctx.shards)
+    # Unrolled where the compiler's loops are slow: XLA's CPU convolutions crawl inside a scan.
+    unroll = ctx.accumulate if jax.default_backend() == 'cpu' else 1
+    return jax.lax.scan(body, carry, (jnp.arange(ctx.accumulate), slices), unroll=unroll)
+
+
+def _mean_loss_of_slices(totals: Any, penalties: Any, weights: Any) -> Any:
+    """Returns the loss of a batch from the sums of its slices, (slices,) each."""
+    totals, weights = jax.tree.map(lambda x: x.sum(0), (totals, weights))
+    return mean_loss((totals, penalties.mean(0)), weights)
+
+
+def split_rows(batch: Any, slices: int, shards: int) -> Any:
+    """Cuts every array into (slices, rows / slices, ...), each device keeping its own rows."""
+
+    def split(x: jax.Array) -> jax.Array:
+        rows = x.shape[0] // (shards * slices)
+        x = x.reshape(shards, slices, rows, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(slices, shards * rows, *x.shape[3:])
+
+    return jax.tree.map(split, batch)

@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step of your own: `config.step` names a function `(state, batch, ctx)`.
+
+It returns the new state and metrics, and is compiled, sharded, fused, saved and logged like the
+default one, which could be written as such a function::
+
+    def default_step(state, batch, ctx):
+        grads, collections, metrics = ctx.gradients(state, batch)
+        state, more = ctx.update(state, grads, collections)
+        return state, {**metrics, **more}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from trainer.config.errors import UserError
+from trainer.modules.model_view import BoundModel
+from trainer.modules.rng import Keys
+from trainer.modules.shapes import changes, describe
+from trainer.step import train_step
+from trainer.step.context import Batch, StepContext
+from trainer.step.health import UPDATED, Signs, signs_of, take_signs
+from trainer.step.loss_scale import choose
+from trainer.step.objective import Objective
+from trainer.step.optimizer import Optimizer
+from trainer.step.state import TrainState
+from trainer.tasks.batch import plain
+from trainer.tasks.measured import check_accumulates
+from trainer.tasks.metrics import WeightedMean, is_metric
+from trainer.tasks.runner import TaskRunner, loss_sums, mean_loss, run_checks
+from trainer.tasks.task import MEASURED, TaskOutput, named_twice
+from trainer.tasks.weightless import compute_only_needed
+
+OwnFunction = Callable[[TrainState, Any, 'OwnContext'], tuple[TrainState, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnContext:
+    """The parts of a step. A function uses those that it wants, and writes the others itself.
+
+    Attributes:
+        context: of the default step.
+        state: the state at the beginning of this step.
+    """
+
+    context: StepContext
+    state: TrainState
+    _called: set[str] = dataclasses.field(default_factory=set)
+    _objectives: list[tuple[Any, Objective]] = dataclasses.field(default_factory=list)
+
+    @property
+    def task(self) -> TaskRunner:
+        """The task, as `task(model, batch) -> TaskOutput`: weights set, 0 for rows of padding."""
+        self._called.add('task')
+        return self.context.task
+
+    @property
+    def runs_task(self) -> bool:
+        """Whether the function has asked for the task so far."""
+        return 'task' in self._called
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What the config says of the optimizer."""
+        return self.context.optimizer
+
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        """The complete transformation: clipping, groups, multipliers and frozen parameters.
+
+        It takes gradients as `gradients` returns them; `optax.apply_updates` adds its updates.
+        """
+        return self.optimizer.transformation(self.state.params)
+
+    @property
+    def seed(self) -> int | jax.Array:
+        """The run's seed; of a member of an ensemble, its own."""
+        return self.context.seed
+
+    def keys(self, index: int | jax.Array = 0) -> Keys:
+        """Returns the random keys of this step; another index, other keys."""
+        return Keys(seed=self.seed, mode='train', step=self.state.step, index=index)
+
+    def rng(self, name: str, index: int | jax.Array = 0) -> jax.Array:
+        """Returns the random key of the stream `name` in this step."""
+        return self.keys(index).stream(name)
+
+    def bind(
+        self,
+        params: Any = None,
+        collections: Mapping[str, Any] | None = None,
+        *,
+        index: int | jax.Array = 0,
+    ) -> BoundModel:
+        """Returns the model that a task calls, in training mode.
+
+        Args:
+            params: parameters; by default those at the beginning of this step.
+            collections: the other variables, likewise. What the calls make of them is in the
+                model's `collections` afterwards.
+            index: of its random keys. Models of the same index draw the same dropout mask.
+        """
+        params = self.state.params if params is None else params
+        collections = self.state.collections if collections is None else collections
+        variables = {'params': params, **collections}
+        return self.context.model.bind(variables, self.keys(index), ema=self.state.average)
+
+    def loss(self, output: TaskOutput) -> Any:
+        """Returns the scalar that the default step minimises; of named losses a dict of scalars."""
+        totals, weights, penalty = loss_sums(output)
+        return mean_loss((totals, penalty), weights)
+
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Any], Any]:
+        """Returns the gradients of the default step, accumulated in slices if the config says so.
+
+        Returns:
+            Gradients like `state.params` (float32 for half-precision parameters; for complex ones
+            the conjugate of what `jax.grad` returns), the collections of the forward pass, and the
+            task's metrics.
+        """
+        self._called.add('gradients')
+        grads, collections, metrics, objective = train_step.gradients(
+            state, plain(batch), self.context
+        )
+        self._objectives.append((grads, objective))
+        return grads, collections, metrics
+
+    def update(
+        self,
+        state: TrainState,
+        grads: Any,
+        collections: Mapping[str, Any] | None = None,
+        *,
+        signs: Signs | None = None,
+        **extra: Any,
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the state after the optimizer's update and the moving average's, and metrics.
+
+        Args:
+            state: the state before.
+            grads: pytree like its parameters, as `gradients` returns it.
+            collections: all other variables, if they change.
+            signs: of the forward pass; with them, the check after the step needs no second pass
+                over the state.
+            **extra: what the optimizer takes in addition, such as `value=loss`. For gradients that
+                `gradients` returned it gets their loss (`value`), the gradient (`grad`) and the
+                loss as a function of the parameters (`value_fn`) without that.
+        """
+        collections = state.collections if collections is None else collections
+        return train_step.apply_update(
+            state,
+            grads,
+            collections,
+            self.context,
+            signs=signs,
+            loss=self._objective(grads),
+            extra=extra,
+        )
+
+    def check_used(self) -> None:
+        """Checks, after a step, that it did what the config asks of it.
+
+        Raises:
+            UserError: if it did not split the batch into the slices of `config.accumulate`.
+        """
+        slices = self.context.accumulate
+        if slices > 1 and 'gradients' not in self._called:
+            raise UserError(
+                f'config.accumulate: only ctx.gradients cuts a batch into {slices} slices, and the '
+                'function of config.step does not call it. Call it, or leave config.accumulate out '
+                '(one that cuts slices itself takes their number as an argument of its own)'
+            )
+
+    def _objective(self, grads: Any) -> Objective | None:
+        """Returns the loss of these gradients; None if `gradients` did not return them."""
+        leaves = jax.tree.leaves(grads)
+        for made, objective in self._objectives:
+            if [*map(id, leaves)] == [*map(id, jax.tree.leaves(made))]:
+                return objective
+        return None
+
+
+def run(
+    state: TrainState, batch: Batch, ctx: StepContext, *, function: OwnFunction
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns what a function of `config.step` makes of a state and a batch, checked."""
+    own = OwnContext(ctx, state)
+    result = function(state, ctx.task.whole(batch, 'the function of config.step'), own)
+    own.check_used()
+    new, metrics, signs = checked(state, result)
+    if ctx.watches:
+        if signs is None:
+            signs = _signs(state, batch, metrics, ctx, labels=own.runs_task)
+        new = _watched(new, state, signs, ctx)
+    return new, metrics
+
+
+def _signs(
+    state: TrainState, batch: Batch, metrics: Any, ctx: StepContext, *, labels: bool
+) -> Signs:
+    """Returns the signs of a function that has not called `ctx.gradients`.
+
+    Its losses are among its metrics. The labels are those of the task, whose model the compiler
+    drops again: their range follows from its shape alone.
+    """
+    signs = signs_of(metrics)
+    if not labels:
+        return signs
+
+    def check(fields: Batch) -> tuple[jax.Array, jax.Array]:
+        _, (output, *_) = train_step.weighted_sums(state.params, state, fields, ctx)
+        return run_checks(output.checks, output.weights)
+
+    label, value = compute_only_needed(check, plain(batch))
+    return dataclasses.replace(signs, label=label, value=value)
+
+
+def _watched(new: TrainState, old: TrainState, signs: Signs, ctx: StepContext) -> TrainState:
+    """Returns the state after a custom step, or the old one if its forward pass was bad.
+
+    Args:
+        new: the state after the step.
+        old: the state before it.
+        signs: of its forward pass.
+        ctx: of the step.
+    """
+    checked = train_step.skip_if_not_finite(new, old, signs, None, ctx)
+    if not ctx.stops:
+        return checked
+    early = checked.health
+    assert early is not None and new.health is not None
+    health = choose(early.is_bad, early, new.health)
+    # However many updates the function makes, this is one step.
+    step = jnp.where(health.is_bad & ~early.is_bad, old.step + 1, health.bad_step)
+    health = health.at_step(step)
+    fields = UPDATED if ctx.sweeps else tuple(name for name in UPDATED if name != 'opt_state')
+    return dataclasses.replace(new.keeping(health.is_bad, old, fields), health=health)
+
+
+def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any], Signs | None]:
+    """Returns what a function of the user's returned, fit to go into the next step.
+
+    The signs are those of its calls of `ctx.gradients`, if their metrics are among its own.
+
+    However many updates the function makes, `step` goes up by one: it counts batches.
+
+    Raises:
+        UserError: if it is not `(state, metrics)`, or the state's shapes have changed.
+    """
+    if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], TrainState):
+        raise UserError(
+            'config.step: the function returns (state, metrics), the state made from the given '
+            f'one as in state.replace(params=...); got {_kind(result)}'
+        )
+    after = dataclasses.replace(result[0], step=before.step + 1, metrics=before.metrics)
+    found = changes(before, after)
+    if found:
+        raise UserError(f'config.step: the function changed the shapes of the state: {found}')
+    metrics, signs = take_signs(result[1])
+    merged = functools.reduce(lambda a, b: a.merge(b), signs) if signs else None
+    return after, _as_metrics(metrics), merged
+
+
+def empty_like(metrics: Any) -> Any:
+    """Returns accumulators that have seen nothing, for (abstract) metrics.
+
+    Raises:
+        UserError: naming a metric whose accumulators change shape.
+    """
+    empty = jax.tree.map(lambda metric: type(metric).empty(), metrics, is_leaf=is_metric)
+    check_accumulates(empty, metrics)
+    return empty
+
+
+def _as_metrics(metrics: Any) -> dict[str, Any]:
+    if isinstance(metrics, clu.metrics.Collection):
+        return {'task': metrics}
+    if not isinstance(metrics, Mapping):
+        raise UserError(
+            'config.step: the function returns (state, metrics), the metrics in a dict by name; '
+            f'got {_kind(metrics)}'
+        )
+    for name, value in metrics.items():
+        whole = name in ('task', 'penalties', 'norms') and not isinstance(value, Mapping)
+        if name in MEASURED or (whole and not isinstance(value, clu.metrics.Collection)):
+            raise UserError(f'config.step: the function {named_twice("metric", name)}')
+    return {name: _as_metric(name, value) for name, value in metrics.items()}
+
+
+def _as_metric(name: str, value: Any) -> Any:
+    if is_metric(value):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _as_metric(f'{name}/{key}', each) for key, each in value.items()}
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, float, int)) and not jnp.ndim(value):
+        return WeightedMean.from_model_output(jnp.asarray(value))
+    raise UserError(
+        f'config.step: the metric {name!r} must be a scalar (the mean over the steps is logged) or '
+        f'a clu metric; got {_kind(value)}'
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f'({", ".join(map(_kind, value))})'
+    return describe(value) if hasattr(value, 'shape') else type(value).__name__

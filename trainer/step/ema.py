@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The moving average of the parameters."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.modules.precision import at_least_float32
+
+
+def started(params: Any) -> Any:
+    """Returns the average of one set of parameters: a copy, float32 for half-precision ones.
+
+    Two leaves of one donated state must not share a buffer.
+    """
+    return jax.tree.map(_copy, params)
+
+
+def moved(average: Any, params: Any, decay: float) -> Any:
+    """Returns the average after one more update."""
+    return jax.tree.map(functools.partial(_move, share=1.0 - decay), average, params)
+
+
+def _copy(param: jax.Array) -> jax.Array:
+    # In a dtype in which small changes are not lost.
+    return jnp.array(param, at_least_float32(param))
+
+
+def _move(mean: jax.Array, param: jax.Array, share: float) -> jax.Array:
+    # By their difference: the average of a frozen parameter stays as it is, to the bit.
+    return mean + share * (_copy(param) - mean)

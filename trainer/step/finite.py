@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which arrays of a tree have elements that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Elements up to which arrays share one kernel on an accelerator: see `step_metrics`.
+_SMALL = 2**17
+
+
+def all_finite(tree: Any, *, whole: bool = False) -> jax.Array:
+    """Returns a bool scalar: whether all floats of a tree are finite.
+
+    Args:
+        tree: arrays.
+        whole: whether every device holds all of every array.
+    """
+    leaves = floats(tree)
+    return ~any_more(leaves, jnp.zeros(len(leaves), jnp.int32), whole=whole)
+
+
+def is_clear(leaves: Sequence[jax.Array]) -> jax.Array:
+    """Returns true only if all elements are finite; false for very large ones, too."""
+    total = jnp.float32(0)
+    for leaf in leaves:
+        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
+            dims = tuple(range(part.ndim))
+            total += jax.lax.dot_general(
+                part, part, ((dims, dims), ((), ())), preferred_element_type=jnp.float32
+            )
+    return jnp.isfinite(total)
+
+
+def any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> jax.Array:
+    """Returns whether more elements are not finite than at the start.
+
+    Small arrays share one kernel if none of them is sharded.
+    """
+    joined: list[int] = []
+    alone: list[int] = []
+    for index, leaf in enumerate(leaves):
+        plain = leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        (joined if whole and plain and leaf.size <= _SMALL else alone).append(index)
+    groups = [[index] for index in alone] + ([joined] if joined else [])
+    found = [jnp.zeros((), bool)]
+    for group in groups:
+        arrays = [leaves[index] for index in group]
+        if len(arrays) > 1:
+            arrays = [jnp.concatenate([x.astype(jnp.float32).ravel() for x in arrays])]
+        found.append(_count(arrays[0]) > sum(known[index] for index in group))
+    return jnp.stack(found).any()
+
+
+def _count(x: jax.Array) -> jax.Array:
+    """Returns the number of elements that are not finite, int32, at most 2^30."""
+    # Counted in float32: for a very large array, an integer count could wrap around to 0.
+    count = jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
+    return jnp.minimum(count, 2.0**30).astype(jnp.int32)
+
+
+def count_each(tree: Any) -> list[jax.Array]:
+    """Returns for each float leaf of a tree the number of elements that are not finite."""
+    return [_count(x) for x in floats(tree)]
+
+
+def floats(tree: Any) -> list[jax.Array]:
+    """Returns the leaves that can be non-finite."""
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, 'dtype')]
+    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact) and x.size]

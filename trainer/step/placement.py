@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each array of the state is on the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from trainer.parallel.mesh import replicated
+from trainer.step.state import TrainState
+
+
+def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
+    """Returns a sharding for every leaf; optimizer slots and average live with their parameter.
+
+    Args:
+        abstract: the state's shapes, from `jax.eval_shape`.
+        param_specs: the spec of each parameter.
+        mesh: the device mesh.
+    """
+    everywhere = replicated(mesh)
+
+    def whole(tree: Any) -> Any:
+        return jax.tree.map(lambda _: everywhere, tree)
+
+    params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs)
+    # Not an array but a sharding in each place.
+    shardings: dict[str, Any] = dict(
+        step=everywhere,
+        params=params,
+        opt_state=_like_params(abstract.opt_state, abstract.params, params, everywhere),
+        collections=whole(abstract.collections),
+        metrics=whole(abstract.metrics),
+        ema=None if abstract.ema is None else params,
+        loss_scale=whole(abstract.loss_scale),
+        health=whole(abstract.health),
+    )
+    return TrainState(**shardings)
+
+
+def _like_params(tree: Any, params: Any, shardings: Any, default: NamedSharding) -> Any:
+    """Gives each leaf of `tree` the sharding of the parameter that its path ends with.
+
+    An optimizer keeps a slot of parameter a/b at .../mu/a/b; `optax.tree_map_params` would say so
+    too, but fails where some parameters are masked out.
+    """
+    known = {
+        _keys(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        keys = _keys(path)
+        for start in range(len(keys)):
+            shape, sharding = known.get(keys[start:], (None, default))
+            if shape == leaf.shape:
+                return sharding
+        return default
+
+    return jax.tree_util.tree_map_with_path(find, tree)
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics of a step: those of the task, and the norms and learning rates that a row shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from trainer.config.durations import Periodic
+from trainer.step.context import Batch, StepContext
+from trainer.step.health import SIGNS, Signs
+from trainer.step.state import TrainState
+from trainer.step.step_sizes import factors, learning_rates
+from trainer.tasks.metrics import Last, WeightedMean
+from trainer.tasks.runner import TaskRunner, run_checks
+from trainer.tasks.task import TaskOutput
+
+# Elements above which an array does not stay in a core's cache until the end of the step, and above
+# which a kernel of a GPU works longer than it takes to start.
+_LARGE = 2**17
+
+
+def measure(output: TaskOutput, sums: Any, task: TaskRunner) -> dict[str, Any]:
+    """Returns what is measured of a forward pass.
+
+    Args:
+        output: of the task.
+        sums: each loss's weighted sum, and the penalties' sum.
+        task: whose output it is.
+    """
+    label, value = run_checks(output.checks, output.weights)
+    penalties = output.penalties.items()
+    return {
+        SIGNS: Signs(sum(jax.tree.leaves(sums)), label, value),
+        'task': task.measure(output),
+        'penalties': {name: WeightedMean.from_model_output(x) for name, x in penalties},
+    }
+
+
+def output_shapes(
+    sums_of: Callable[..., Any], state: TrainState, batch: Batch, ctx: StepContext
+) -> TaskOutput:
+    """Returns the shapes of the task's output; `sums_of` is `train_step.weighted_sums`."""
+
+    def run(state: TrainState, batch: Batch) -> TaskOutput:
+        return sums_of(state.params, state, batch, ctx)[1][0]
+
+    return jax.eval_shape(run, dataclasses.replace(state, metrics=None), batch)
+
+
+def empty_of_task(output: TaskOutput, task: TaskRunner) -> dict[str, Any]:
+    """Returns accumulators that have seen nothing for what `measure` returns of such an output."""
+    return {
+        'task': task.empty(output),
+        'penalties': {name: WeightedMean.empty() for name in output.penalties},
+        SIGNS: Signs.empty(),
+    }
+
+
+def empty(output: TaskOutput, state: TrainState, ctx: StepContext) -> dict[str, Any]:
+    """Returns accumulators that have seen nothing for the metrics of a default step."""
+    found = empty_of_task(output, ctx.task)
+    del found[SIGNS]
+    found['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
+    rates = functools.partial(learning_rates, ctx.optimizer)
+    known = jax.eval_shape(rates, state.opt_state, state.step)
+    found.update(jax.tree.map(lambda _: Last.empty(), known))
+    if state.loss_scale is not None:
+        found.update({name: Last.empty() for name in state.loss_scale.metrics()})
+    return found
+
+
+def step_metrics(
+    old: TrainState, new: TrainState, grads: Any, updates: Any, ctx: StepContext
+) -> dict[str, Any]:
+    """Returns the norms and the learning rates of an update: each row has those of its own step.
+
+    Args:
+        old: the state before the update.
+        new: the state after it.
+        grads: of all parameters.
+        updates: what the optimizer has added to them.
+        ctx: of the step.
+    """
+    assert ctx.facts is not None
+    due = None
+    if ctx.log is not None and jax.default_backend() == 'cpu':
+        due = is_due(ctx.log, old.step + 1) | (old.step + 1 == ctx.last_step)
+    values: dict[str, Any] = {
+        'norms': norms(
+            grads=grads,
+            updates=updates,
+            old=old.params,
+            new=new.params,
+            frozen=ctx.facts.frozen,
+            whole=ctx.facts.whole,
+            due=due,
+        )
+    }
+    # Of the update just made: a schedule counts the updates before it.
+    count = old.step if old.loss_scale is None else old.step - old.loss_scale.skipped
+    rates = ctx.optimizer.learning_rate
+    if ctx.optimizer.groups or isinstance(rates, Mapping):
+        found = learning_rates(ctx.optimizer, new.opt_state, count)
+        values.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found))
+    elif rates is not None:
+        rate = rates(count)
+        if ctx.facts.scales_rates:
+            rate = math.prod(factors(new.opt_state), start=rate)
+        values['learning_rate'] = jnp.asarray(rate, jnp.float32)
+    return jax.tree.map(Last, values)
+
+
+class _Leaf(NamedTuple):
+    """One parameter in a step; what is frozen has no gradient and no update to measure.
+
+    Without an update, it is the difference of the parameter after and before.
+    """
+
+    grad: jax.Array
+    update: jax.Array | None
+    old: jax.Array
+    new: jax.Array
+    frozen: bool
+
+
+def norms(
+    *,
+    grads: Any,
+    updates: Any,
+    old: Any,
+    new: Any,
+    frozen: Any,
+    due: jax.Array | None,
+    whole: Any = None,
+) -> dict[str, jax.Array]:
+    """Returns the float32 norms 'grad', 'param' and 'update' of one step.
+
+    Args:
+        grads: of all parameters.
+        updates: what was added to them.
+        old: the parameters before.
+        new: the parameters after.
+        frozen: for each parameter whether it is left out of 'grad' and 'update'.
+        due: whether anyone will look at this step's; else they are 0, and cost next to nothing.
+            None: always.
+        whole: for each parameter whether no device holds only a part of it; None: unknown.
+    """
+    trees = (grads, updates, old, new, frozen)
+    leaves = [_Leaf(*x) for x in zip(*map(jax.tree.leaves, trees), strict=True)]
+    squares = _joined(leaves, whole) if due is None else _if_due(due, leaves)
+    return dict(zip(('grad', 'param', 'update'), jnp.sqrt(squares), strict=True))
+
+
+def _if_due(due: jax.Array, leaves: list[_Leaf]) -> jax.Array:
+    """Returns the squares of gradient, parameters and update where `due` holds, or zeros.
+
+    For speed alone, and on CPUs alone: on an accelerator a branch costs more than the norms.
+    """
+    # CPU time of a step of the MLP (`tests/benchmarks/beside.py OTHER mlp`, 11 pairs, two cores,
+    # jax 0.10.2): 0.90 [0.86, 0.99] of that with norms in every step.
+    # A branch keeps its operands alive. So a large array has one of its own, right where it is at
+    # hand; small ones share one, for each branch costs some microseconds.
+    groups = [[leaf for leaf in leaves if leaf.new.size <= _LARGE]]
+    for leaf in leaves:
+        if leaf.new.size > _LARGE:
+            # The update itself would be written to memory only for this.
+            is_exact = leaf.new.dtype == jnp.float32
+            groups.append([leaf._replace(update=None) if is_exact else leaf])
+    zeros = functools.partial(jnp.zeros, 3)
+    found = [jax.lax.cond(due, functools.partial(_squares, group), zeros) for group in groups]
+    return functools.reduce(jnp.add, found)
+
+
+def _joined(leaves: list[_Leaf], whole: Any) -> jax.Array:
+    """Returns the squares of gradient, parameters and update.
+
+    For speed alone: small arrays share one kernel, which on an accelerator takes less time than it
+    takes to start.
+    """
+    # Arrays that are sharded stay alone, or they would be gathered.
+    each = [False] * len(leaves) if whole is None else jax.tree.leaves(whole)
+    groups: dict[bool, list[_Leaf]] = {True: [], False: []}
+    for leaf, all_of_it in zip(leaves, each, strict=True):
+        groups[all_of_it and leaf.new.size <= _LARGE].append(leaf)
+    return _squares(groups[True], at_once=True) + _squares(groups[False])
+
+
+def _squares(leaves: list[_Leaf], *, at_once: bool = False) -> jax.Array:
+    """Returns the squares of gradient, parameters and update, float32 (3,).
+
+    Args:
+        leaves: the parameters; of complex ones both parts are squared.
+        at_once: measures all arrays as one.
+    """
+    trained = [leaf for leaf in leaves if not leaf.frozen]
+    updates = [leaf.new - leaf.old if leaf.update is None else leaf.update for leaf in trained]
+    sums = []
+    for arrays in ([leaf.grad for leaf in trained], [leaf.new for leaf in leaves], updates):
+        total = jnp.float32(0)
+        for x in [_concatenated(arrays)] if at_once and arrays else arrays:
+            squares = []
+            for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
+                part, dims = part.astype(jnp.float32), tuple(range(part.ndim))
+                # A contraction and not a sum of squares: the CPU backend does not vectorise sums.
+                contracted = ((dims, dims), ((), ()))
+                exact = jax.lax.Precision.HIGHEST
+                squares.append(jax.lax.dot_general(part, part, contracted, precision=exact))
+            total = total + functools.reduce(jnp.add, squares)
+        sums.append(total)
+    return jnp.stack(sums)
+
+
+def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
+    parts = [p for x in arrays for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+    return jnp.concatenate([x.astype(jnp.float32).ravel() for x in parts])
+
+
+def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
+    """Returns `periodic.due(step)` for a traced step; always true if int32 cannot represent it.
+
+    If the batch size has changed, it is exact for steps of the current size once each step is one
+    batch, and true before that.
+    """
+    period, progress = periodic.period_steps, periodic.progress
+    if period is None:
+        return jnp.zeros((), bool)
+    ahead = Fraction(0) if progress is None else progress.ahead
+    den = math.lcm(period.denominator, ahead.denominator)
+    num, plus = int(period * den), int(ahead * den)
+    if num * (den + 1) >= 2**31:
+        return jnp.ones((), bool)
+    # step + ahead crosses a multiple of num / den exactly if (step + ahead) * den mod num is less
+    # than den.
+    due = ((step % num) * den + plus % num) % num < den
+    if progress is None:
+        return due
+    return due | (step <= math.ceil(progress.marks[-1][0]) + 1)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of several losses, and of batches in which some rows do not count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from trainer.step.context import StepContext
+from trainer.step.loss_scale import choose
+from trainer.step.optimizer import Optimizer
+from trainer.step.state import TrainState
+from trainer.tasks import returned
+from trainer.tasks.task import TaskOutput
+
+
+def check_losses(output: TaskOutput, optimizer: Optimizer) -> None:
+    """Checks that losses have gradients, and that each of them trains something.
+
+    Raises:
+        UserError: naming the one that does not.
+    """
+    optimizer.check_losses(output.loss)
+    returned.check_differentiable(output.loss)
+
+
+def pull(
+    pullback: Callable[..., tuple[Any]],
+    weights: Mapping[str, jax.Array],
+    factors: Mapping[str, Any],
+    penalty: Any,
+    *,
+    name: str | None,
+    is_weighted: bool,
+) -> Any:
+    """Returns the gradient of factor x (the sum of the named loss) + penalty x (penalties).
+
+    One backward pass for each call; the compiler drops what nothing reads.
+
+    Args:
+        pullback: from cotangents of (each loss's weighted sum, the penalties' sum) to gradients.
+        weights: the sum of each loss's weights.
+        factors: by the loss's name.
+        penalty: factor of the penalties.
+        name: of the loss; None for the penalties alone.
+        is_weighted: whether some rows may not count.
+    """
+    each = {key: jnp.float32(factors[key] if key == name else 0.0) for key in weights}
+    grads = pullback((each, jnp.float32(penalty)))[0]
+    if name is None or not is_weighted:
+        return grads
+    # Where no row counts there is none that could stand in for the others, whatever they hold.
+    counts = weights[name] != 0
+    return jax.tree.map(lambda g: jnp.where(counts, g, jnp.zeros_like(g)), grads)
+
+
+def pull_each(
+    pullback: Callable[..., tuple[Any]],
+    factors: Mapping[str, Any],
+    penalty: Any,
+    weights: Mapping[str, jax.Array],
+    ctx: StepContext,
+) -> Any:
+    """Returns for each parameter the gradient of the loss that drives it: see `pull`."""
+    is_weighted = ctx.task.is_weighted is not False
+    return ctx.optimizer.select(
+        {
+            name: pull(pullback, weights, factors, penalty, name=name, is_weighted=is_weighted)
+            for name in factors
+        }
+    )
+
+
+def if_any_counts(
+    weights: Mapping[str, jax.Array],
+    collections: dict[str, Any],
+    state: TrainState,
+    ctx: StepContext,
+) -> dict[str, Any]:
+    """Returns the collections that a forward pass leaves to the next one.
+
+    Rows that do not count leave nothing behind, nor does a slice that has no others.
+    """
+    if ctx.task.is_weighted is False:
+        return collections
+    counts = sum(weights.values(), jnp.float32(0)) != 0
+    return choose(counts, collections, state.collections)

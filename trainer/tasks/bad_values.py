@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the example whose value is out of its range, once a step has found that one is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from trainer.tasks.checks import Check
+from trainer.tasks.runner import is_out_of_range
+
+
+def complain(
+    where: str,
+    when: str,
+    checks: Mapping[str, Check],
+    number: int,
+    value: float,
+    blocks: Iterable[Any],
+    *,
+    numbered: bool = True,
+) -> str:
+    """Returns the message for a value out of its range.
+
+    Args:
+        where: config path of the task.
+        when: such as 'in step 12'.
+        checks: by batch key; their `values` are not used.
+        number: index of the failed check, in order of the names.
+        value: the one found.
+        blocks: of the loader, with the rows to search; a transform may have changed the value.
+        numbered: whether examples have numbers; those of a stream have none.
+    """
+    name, check = sorted(checks.items())[number]
+    place = _find_example(name, check, value, blocks, numbered=numbered)
+    at = f'{place} {when}' if place else when
+    shown = f'{value:.0f}' if value.is_integer() else f'{value:.9g}'
+    return (
+        f'{where}: batch[{name!r}] holds {shown} ({at}); expected {check.low} to {check.high}. '
+        f'{check.why}'
+    )
+
+
+def _find_example(
+    name: str, check: Check, value: float, blocks: Iterable[Any], *, numbered: bool
+) -> str:
+    """Returns 'example 37' or 'row 5 of batch 2' for the first one with the value, or ''."""
+    batches = 0
+    for block in blocks:
+        if name not in block.arrays:
+            return ''
+        values = np.asarray(block.arrays[name])
+        # As the devices have seen it: rounded.
+        same = np.isclose(values.astype(np.float32), value, rtol=1e-6, atol=0, equal_nan=True)
+        bad = same & is_out_of_range(check, values)
+        rows = bad.reshape(*block.ids.shape, -1).any(-1) & (block.ids >= 0)
+        if rows.any():
+            batch, row = np.argwhere(rows)[0]
+            if numbered:
+                return f'example {block.ids[batch, row]}'
+            return f'row {row} of batch {batches + batch}'
+        batches += len(rows)
+    return ''
