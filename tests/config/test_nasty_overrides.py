@@ -156,15 +156,15 @@ def test_from_python(value: Any) -> None:
 def test_numbers_of_numpy_and_paths_from_python() -> None:
     values = {'optimizer__learning_rate': np.float32(0.5), 'seed': np.int64(3)}
     built = experiment.load_and_build(CONFIG, **values)
-    assert built.config['optimizer']['learning_rate'] == 0.5
-    assert type(built.config['optimizer']['learning_rate']) is float
-    assert built.config['seed'] == 3
+    assert built.origin.config['optimizer']['learning_rate'] == 0.5
+    assert type(built.origin.config['optimizer']['learning_rate']) is float
+    assert built.origin.config['seed'] == 3
     path = pathlib.Path('runs') / 'a'
     built = experiment.load_and_build(CONFIG, init_from__path=path)
-    assert built.config['init_from'] == {'path': 'runs/a'}
+    assert built.origin.config['init_from'] == {'path': 'runs/a'}
     part = ml_collections.ConfigDict(dict(momentum=0.5))
     built = experiment.load_and_build(CONFIG, optimizer=part)
-    assert built.config['optimizer']['momentum'] == 0.5
+    assert built.origin.config['optimizer']['momentum'] == 0.5
 
 
 def test_a_config_that_python_has_made() -> None:

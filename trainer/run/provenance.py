@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 _DISTRIBUTION = 'jax-config-trainer'
-_HERE = pathlib.Path(__file__).resolve().parent
+_HERE = pathlib.Path(__file__).resolve().parents[1]
 _TIMEOUT_SECS = 20.0
 # A larger diff is not code: a data file was changed.
 _MAX_DIFF_BYTES = 1 << 20
