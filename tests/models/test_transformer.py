@@ -123,7 +123,9 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Transformer(**{**SMALL, **options})
     given = {f'model__{name}': value for name, value in options.items()}
-    with pytest.raises(UserError, match=rf'^config\.model: trainer\.models\.transformer:\w+ .*{message}'):
+    with pytest.raises(
+        UserError, match=rf'^config\.model: trainer\.models\.transformer:\w+ .*{message}'
+    ):
         load_and_build(str(ROOT / 'configs' / 'lm.py'), model__width=16, **given)
 
 
