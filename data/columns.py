@@ -175,7 +175,7 @@ def _ragged(column: Column, low: int, high: int) -> str:
     return (
         f'column {column.name!r} has lists of {low} to {high} values, and a batch needs one '
         'length: pad or cut them with Dataset.map and save_to_disk, or read them with '
-        'trainer.data.streaming:StreamLoader and a stage that does so (data.stages)'
+        'trainer.data.streaming:StreamLoader and a stage that does so (trainer.data.stages)'
     )
 
 

@@ -55,7 +55,7 @@ class GrainLoader:
         Args:
             source: where examples come from; it is sent to the workers, so it must pickle.
             batch_size: rows of a global batch.
-            transforms: run over the rows of each task, see `data.transforms`.
+            transforms: run over the rows of each task, see `trainer.data.transforms`.
             seed: of the order and of random transforms.
             shuffle: a new order in each epoch, or the source's.
             remainder: 'carry', 'pad' or 'drop': see `trainer.data.order.Order`.

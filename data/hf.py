@@ -106,8 +106,8 @@ class HuggingFace:
 class HuggingFaceStream:
     """A Hugging Face dataset that is read from the front, as `load_dataset(streaming=True)` does.
 
-    A stream for `data.streaming`; each of several processes reads its own files, so there must be
-    as many. The order is that of the files in every pass.
+    A stream for `trainer.data.streaming`; each of several processes reads its own files, so there
+    must be as many. The order is that of the files in every pass.
     """
 
     def __init__(

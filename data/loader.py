@@ -66,7 +66,7 @@ class TrainLoader:
         Args:
             source: where examples come from.
             batch_size: rows of a global batch.
-            transforms: run over every block, see `data.transforms`.
+            transforms: run over every block, see `trainer.data.transforms`.
             seed: of the order and of random transforms.
             shuffle: a new order in each epoch, or the source's.
             remainder: 'carry', 'pad' or 'drop': see `trainer.data.order.Order`.

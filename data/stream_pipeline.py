@@ -30,9 +30,9 @@ class Pipeline:
     """A source, and the stages that its examples run through.
 
     Attributes:
-        source: a source of `data.sources`; anything with a length and items that are dicts of
-            arrays, of any shapes; a Grain dataset; or a `Stream`.
-        stages: callables from one `grain.IterDataset` to another, see `data.stages`.
+        source: a source of `trainer.data.sources`; anything with a length and items that are dicts
+            of arrays, of any shapes; a Grain dataset; or a `Stream`.
+        stages: callables from one `grain.IterDataset` to another, see `trainer.data.stages`.
         seed: of the order.
         shuffle: a new order in each pass, where the source is one that can be read in any order.
         threads: that read ahead.

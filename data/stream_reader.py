@@ -167,7 +167,7 @@ def stack(examples: Sequence[Arrays]) -> Arrays:
         if _told(example) != _told(first):
             raise ValueError(
                 f'a batch needs examples of one shape; the stream gave {_told(first)}, and then '
-                f'{_told(example)}. Pack, pad or cut them in a stage (data.stages)'
+                f'{_told(example)}. Pack, pad or cut them in a stage (trainer.data.stages)'
             )
     return {name: _stacked([example[name] for example in examples]) for name in first}
 

@@ -121,8 +121,8 @@ class StreamLoader(_Loader):
         Args:
             source: what is read, see `trainer.data.stream_pipeline.Pipeline`.
             batch_size: rows of a global batch.
-            transforms: run over every batch, see `data.transforms`.
-            stages: what examples run through before they are batched, see `data.stages`.
+            transforms: run over every batch, see `trainer.data.transforms`.
+            stages: what examples run through before they are batched, see `trainer.data.stages`.
             seed: of the order and of random transforms.
             shuffle: a new order in each pass, where the source can be read in any order.
             remainder: 'carry': a stream has no last batch that could be padded or dropped.
@@ -251,7 +251,7 @@ class StreamEvalLoader(_Loader):
             source: what is read, see `trainer.data.stream_pipeline.Pipeline`.
             batch_size: examples in a batch.
             transforms: run over every batch; random ones draw by an example's place.
-            stages: what examples run through before they are batched, see `data.stages`.
+            stages: what examples run through before they are batched, see `trainer.data.stages`.
             padded_to: rows of a batch, at least `batch_size`, so that they divide over devices.
             threads: that read ahead.
             workers: processes that read and run the stages; 0 leaves it to this one.

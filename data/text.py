@@ -86,7 +86,7 @@ class Documents:
     """Text files as documents of different lengths, read when they are asked for.
 
     The last of the files, in the order of their names, are the test split. Packed or cut into
-    sequences by the stages of a stream, see `data.stages`.
+    sequences by the stages of a stream, see `trainer.data.stages`.
 
     Field: `tokens` int32 (bytes,), 0..255.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class TFData:
-    """A `tf.data.Dataset` as a stream for `data.streaming`.
+    """A `tf.data.Dataset` as a stream for `trainer.data.streaming`.
 
     Its place is the number of elements that were read, and a run that goes on reads over them once
     more (`Dataset.skip`): exact, and slow for a place far behind. The dataset is made anew for each

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -385,6 +386,17 @@ def test_what_no_schedule_can_follow_is_refused(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_a_caller_has_replaced_stays(tmp_path: pathlib.Path) -> None:
+    """An experiment of Python may differ from its config."""
+    experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), data__batch_size=32)
+    devices = dataclasses.replace(experiment.devices, mesh={'data': 2})
+    mine = dataclasses.replace(experiment, hooks={'mine': print}, devices=devices)
+    after = mine.after(((0, 16), (5, 32)))
+    assert (after.hooks, after.devices.mesh) == ({'mine': print}, {'data': 2})
+    # 5 steps of 16 examples are 2.5 steps of 32.
+    assert after.training.total_steps == experiment.training.total_steps + 3
+
+
 def test_members_of_an_ensemble_go_on_by_examples(tmp_path: pathlib.Path) -> None:
     more = {
         'train_for': '4 epochs', 'evals': {}, 'optimizer__learning_rate': COSINE,

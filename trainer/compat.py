@@ -2,10 +2,9 @@
 """Every reliance on private parts or message texts of a library, each in a function of its own.
 
 Each function says which version it was checked with, why there is no public way, and what breaks
-without it; tests/test_compat.py and
-tests/test_compat_modules.py name the one that a new version breaks. A function that reads a
-message returns False, None or the whole text where the wording is another: then an error is shown
-as the library words it, and nothing else changes.
+without it; tests/test_compat.py and tests/test_compat_modules.py name the one that a new version
+breaks. A function that reads a message returns False, None or the whole text where the wording is
+another: then an error is shown as the library words it, and nothing else changes.
 
 The text of a compiled program, which `jax.stages.Compiled.as_text` makes, is read in
 modes/plan/collectives.py alone. No library is imported before a function needs it: a command line

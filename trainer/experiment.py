@@ -8,6 +8,7 @@ code reads a config.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,6 +35,7 @@ from trainer.config import literals, loading, overrides, schema
 from trainer.config.checks import positive
 from trainer.config.durations import Clock, Duration
 from trainer.config.loading import LoadedConfig
+from trainer.config.sections import Sections
 from trainer.ensemble.step import Ensemble
 from trainer.evaluate.spec import Evaluation
 from trainer.hooks import Event
@@ -140,6 +142,41 @@ class StartFrom:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Timed:
+    """What depends on how many examples the steps of a training loader consume.
+
+    Its attributes are those of `Experiment` and of its groups.
+    """
+
+    clock: Clock
+    total_steps: int
+    optimizer: Optimizer
+    schedule_steps: Mapping[str, int]
+    ensemble: Ensemble | None
+    profile: Window | None
+    captures: Mapping[str, Capture]
+    retention: Retention
+
+    @classmethod
+    def of(cls, sections: Sections, data: TrainData) -> Timed:
+        """Builds it from the sections of a config, for a training loader."""
+        clock, total_steps = build_clock(sections, data)
+        optimizer, schedule_steps = build_optimizer(
+            sections.optimizer, clock, logged=sections.log.learning_rates
+        )
+        return cls(
+            clock=clock,
+            total_steps=total_steps,
+            optimizer=optimizer,
+            schedule_steps=schedule_steps,
+            ensemble=build_ensemble(sections, clock),
+            profile=build_profile(sections, clock),
+            captures=build_captures(sections, clock),
+            retention=build_retention(sections, clock),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that a Trainer needs.
 
@@ -161,8 +198,7 @@ class Experiment:
         saving: its checkpoints.
         start: what a fresh run starts from.
         hooks: called with each `Event`, by name.
-        with_data: returns this experiment with other training data: clock, schedules and
-            periods follow from how many examples its steps consume.
+        timed: returns what depends on how many examples the steps of a loader consume.
     """
 
     origin: Origin
@@ -182,7 +218,7 @@ class Experiment:
     saving: Saving
     start: StartFrom
     hooks: Mapping[str, Callable[[Event], None]]
-    with_data: Callable[[TrainData], Experiment] = dataclasses.field(repr=False)
+    timed: Callable[[TrainData], Timed] = dataclasses.field(repr=False)
 
     def after(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
         """Returns the experiment of a run whose batch size has changed.
@@ -198,7 +234,20 @@ class Experiment:
         """
         if len(batch_sizes) == 1 and not self.data.marks:
             return self
-        return self.with_data(self.data.after(batch_sizes))
+        data = self.data.after(batch_sizes)
+        new = self.timed(data)
+        logging = dataclasses.replace(self.logging, profile=new.profile, captures=new.captures)
+        return dataclasses.replace(
+            self,
+            data=data,
+            clock=new.clock,
+            optimizer=new.optimizer,
+            ensemble=new.ensemble,
+            origin=dataclasses.replace(self.origin, schedule_steps=new.schedule_steps),
+            training=dataclasses.replace(self.training, total_steps=new.total_steps),
+            logging=logging,
+            saving=dataclasses.replace(self.saving, retention=new.retention),
+        )
 
 
 def build(loaded: LoadedConfig) -> Experiment:
@@ -212,53 +261,47 @@ def build(loaded: LoadedConfig) -> Experiment:
     literals.check(config, 'config', [])
     sections = schema.read(config)
     check_names(sections)
-    first_data = build_train_data(sections)
-    task = build_task(sections)
-    model, step = build_model(sections), build_step(sections.step)
-    evals, hooks = build_evaluations(sections, task), build_hooks(sections)
+    data, task = build_train_data(sections), build_task(sections)
+    # Mistakes of the config alone come before what the user's own code does.
+    training: dict[str, Any] = {
+        'accumulate': build_accumulate(sections, task),
+        'ema_decay': build_ema_decay(sections),
+        'loss_scale': build_loss_scale(sections.precision),
+        'steps_per_call': positive(sections.steps_per_call, 'config.steps_per_call'),
+        'guard': sections.guard.non_finite,
+        'early_stopping': build_early_stopping(sections),
+    }
+    prefetch = positive(sections.data.prefetch, 'config.data.prefetch')
+    model, evals = build_model(sections), build_evaluations(sections, task)
+    step, sharding = build_step(sections.step), build_sharding(sections)
     start = StartFrom(weights=build_init_from(sections), surgery=build_surgery(sections))
-    devices = Devices(mesh=sections.mesh, sharding=build_sharding(sections))
-
-    def with_data(data: TrainData) -> Experiment:
-        clock, total_steps = build_clock(sections, data)
-        optimizer, schedule_steps = build_optimizer(
-            sections.optimizer, clock, logged=sections.log.learning_rates
-        )
-        return Experiment(
-            origin=Origin(loaded.name, loaded.path, config, schedule_steps),
-            seed=sections.seed,
-            model=model,
-            task=task,
-            data=data,
-            prefetch=positive(sections.data.prefetch, 'config.data.prefetch'),
-            evals=evals,
-            clock=clock,
-            optimizer=optimizer,
-            ensemble=build_ensemble(sections, clock),
-            step=step,
-            training=Training(
-                total_steps=total_steps,
-                accumulate=build_accumulate(sections, task),
-                ema_decay=build_ema_decay(sections),
-                loss_scale=build_loss_scale(sections.precision),
-                steps_per_call=positive(sections.steps_per_call, 'config.steps_per_call'),
-                guard=sections.guard.non_finite,
-                early_stopping=build_early_stopping(sections),
-            ),
-            devices=devices,
-            logging=Logging(
-                every=sections.log.every,
-                tensorboard=sections.log.tensorboard,
-                profile=build_profile(sections, clock),
-                captures=build_captures(sections, clock),
-            ),
-            saving=Saving(sections.checkpoint.every, build_retention(sections, clock)),
-            start=start,
-            hooks=hooks,
-            with_data=with_data,
-        )
-
-    return with_data(first_data)
+    hooks = build_hooks(sections)
+    timed = Timed.of(sections, data)
+    return Experiment(
+        origin=Origin(loaded.name, loaded.path, config, timed.schedule_steps),
+        seed=sections.seed,
+        model=model,
+        task=task,
+        data=data,
+        prefetch=prefetch,
+        evals=evals,
+        clock=timed.clock,
+        optimizer=timed.optimizer,
+        ensemble=timed.ensemble,
+        step=step,
+        training=Training(total_steps=timed.total_steps, **training),
+        devices=Devices(mesh=sections.mesh, sharding=sharding),
+        logging=Logging(
+            every=sections.log.every,
+            tensorboard=sections.log.tensorboard,
+            profile=timed.profile,
+            captures=timed.captures,
+        ),
+        saving=Saving(sections.checkpoint.every, timed.retention),
+        start=start,
+        hooks=hooks,
+        timed=functools.partial(Timed.of, sections),
+    )
 
 
 def load_and_build(spec: str, **values: Any) -> Experiment:

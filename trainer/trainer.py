@@ -136,8 +136,22 @@ class Trainer:
             UserError: if model, task, data and optimizer do not fit each other.
         """
         if self._setup is None:
-            self._setup = set_up(self.run, self._mesh)
+            self._setup = set_up(self.run, self._make_mesh())
         return self._setup
+
+    def check_batch(self) -> None:
+        """Checks that a training batch divides over the devices, before anything is traced.
+
+        Raises:
+            UserError: naming batch sizes that would.
+        """
+        checks.check_batch(self.experiment, batch_shards(self._make_mesh()))
+
+    def monitors(self) -> Monitors:
+        """Returns the captures and the guard of the run, made at the first call."""
+        if self._monitors is None:
+            self._monitors = Monitors(self.run, self.set_up(), self.report)
+        return self._monitors
 
     def check_agreement(self) -> None:
         """Checks that the processes of a run do the same; all of them must call it.
@@ -146,7 +160,8 @@ class Trainer:
             UserError: in every process, naming what differs: config, versions, data or checkpoints.
         """
         if jax.process_count() > 1:
-            agreement.check(self.run, self.set_up())
+            agreement.check_run(self.run)  # What differs there may fail to be traced.
+            agreement.check_evaluations(self.set_up().evaluators)
 
     def check_workdir(self) -> None:
         """Refuses a work directory whose checkpoints are of another run, or of a longer one.
@@ -204,7 +219,7 @@ class Trainer:
             # The last run ended before these evaluations, and saved this step without them.
             self._recovery.amend(step)
         due = self._events.next_due(step)
-        programs, monitors = self.set_up().programs, self._watching()
+        programs, monitors = self.set_up().programs, self.monitors()
         with self.batches(step, self._calls(step, max_steps)) as batches:
             monitors.follow(batches)
             for batch in batches:
@@ -242,13 +257,13 @@ class Trainer:
         with report.time.spent('compile'):
             for program in programs:
                 program.ready()
-        self._watching().begin(step, state)
+        self.monitors().begin(step, state)
         report.begin(step)
         self._stop.starting = False  # From here on a signal has something to save.
         return state, step
 
     def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
-        """Runs what is due after this step, in the order log, probes, eval, save."""
+        """Runs what is due after this step, in the order log, monitors, eval, save."""
         self._tell(self._profile.stepped(step, state))
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.training.total_steps:
@@ -261,7 +276,7 @@ class Trainer:
                 state = dataclasses.replace(state, metrics=self.set_up().programs.empty_metrics())
                 self._reached = step, state
             self._notify('log', step, state)
-        self._watching().run(batch, step, state)
+        self.monitors().run(batch, step, state)
         self._evaluate_due(step, state)
         if self._events.save.due(step):
             self._save(step, state)
@@ -270,7 +285,7 @@ class Trainer:
     def _end(self, step: int, state: TrainState) -> Result:
         """Final save and result."""
         self.report.flush()
-        self._watching().check(step, state)
+        self.monitors().check(step, state)
         status = self._status(step)
         self._save(step, state)
         self._hooks.raise_late(step)
@@ -286,7 +301,7 @@ class Trainer:
         if isinstance(error, KeyboardInterrupt) and self._stop.signal == signal.SIGINT:
             self._recovery.remember(*self._reached)  # The second Ctrl-C: at once.
         else:
-            self._recovery.rescue(*self._reached, error, is_sound=self._watching().is_sound)
+            self._recovery.rescue(*self._reached, error, is_sound=self.monitors().is_sound)
 
     def _all_failed(self, step: int) -> bool:
         """Whether all processes end with an error at this step: one alone cannot save."""
@@ -335,7 +350,7 @@ class Trainer:
         # What is still queued is the steps' time, not the evaluation's.
         self.report.flush()
         jax.block_until_ready(state.step)
-        self._watching().check(step, state)
+        self.monitors().check(step, state)
         evaluator = self.set_up().evaluators[name]
         compiled = evaluator.compile_secs
         with self.report.time.spent('eval'):
@@ -364,11 +379,10 @@ class Trainer:
         if message is not None:
             self.report.progress.message(message)
 
-    def _watching(self) -> Monitors:
-        """Returns the captures and the guard of the run, made at the first call."""
-        if self._monitors is None:
-            self._monitors = Monitors(self.run, self.set_up(), self.report)
-        return self._monitors
+    def _make_mesh(self) -> Mesh:
+        if self._mesh is None:
+            self._mesh = make_mesh(self.experiment.devices.mesh)
+        return self._mesh
 
     def _make_hooks(self) -> Hooks:
         return Hooks(self.experiment, self.workdir, self.report)
@@ -378,7 +392,7 @@ class Trainer:
             return
         # Rows first: they show why the check may end the run.
         self.report.flush()
-        self._watching().check(step, state)
+        self.monitors().check(step, state)
         if self._recovery.save(step, state):
             self._notify('save', step, state)
 
@@ -396,8 +410,7 @@ class Trainer:
                 or an evaluation of an empty split.
         """
         experiment = self.experiment
-        mesh = make_mesh(experiment.devices.mesh) if self._mesh is None else self._mesh
-        checks.check_batch(experiment, batch_shards(mesh))
+        self.check_batch()
         setup = self.set_up()
         programs = setup.programs
         first, self._compiled = not self._compiled, True
@@ -408,7 +421,7 @@ class Trainer:
         if first:
             products.warn_of_other_dtypes(programs, experiment.model)
         prepare_evaluators(experiment, setup)
-        self._watching().prepare()
+        self.monitors().prepare()
         return started
 
     def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:

@@ -267,3 +267,10 @@ def test_a_part_that_only_a_later_call_uses_has_variables() -> None:
     variables = init(Normed(), lambda model, batch: (model.encode(X), model.norm(X, True)))
     assert set(variables['params']) == {'dense', 'norm'}
     assert set(variables['batch_stats']) == {'norm'}
+
+
+def test_collections_that_a_task_has_read_are_its_own() -> None:
+    model = bind(Normed())
+    read = model.collections
+    read.pop('batch_stats')
+    assert set(model.collections) == {'batch_stats'}

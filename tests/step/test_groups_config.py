@@ -183,3 +183,24 @@ def test_help_lists_the_keys_that_a_group_leaves_out() -> None:
     text = show.helpconfig(loading.plain(loading.load(CONFIG).config))
     for key in ('gen.clip_norm', 'disc.decay_mask', 'disc.lr_multipliers'):
         assert f'--config.optimizer.groups.{key}' in text
+
+
+def one_named_loss(model: Any, batch: Any) -> dict[str, Any]:
+    """Losses by name, of which there is one, with the name that a single loss has anyway."""
+    return {'loss': -jax.nn.log_softmax(model(batch['image']))[:, 0]}
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_one_loss_by_name_is_a_number_for_its_optimizer(accumulate: int) -> None:
+    target = 'optax.contrib:reduce_on_plateau'
+    chain = {'target': 'optax:chain', 'args': ({'target': 'optax:sgd', 'learning_rate': 0.1},
+             {'target': target})}  # fmt: skip
+    loaded = loading.load(MNIST)
+    config = loaded.config
+    group = {'params': '.*', 'loss': 'loss', **chain}
+    config.optimizer = ml_collections.ConfigDict({'groups': {'all': group}})
+    config.task = ml_collections.ConfigDict({'ref': f'{__name__}:one_named_loss'})
+    config.accumulate, config.train_for = accumulate, '4 steps'
+    config.evals = ml_collections.ConfigDict()
+    result = Trainer(build(loaded)).fit()
+    assert (result.status, result.step) == ('finished', 4)

@@ -525,3 +525,17 @@ def test_what_is_logged_is_what_was_applied(tmp_path: pathlib.Path) -> None:
     Trainer(made, str(tmp_path)).fit()
     rates = [row['train/learning_rate'] for row in command.rows(tmp_path)]
     assert rates == pytest.approx([0.01 * np.exp(step * 1e-3) for step in range(10)], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('named', 'message'),
+    [
+        (('learning_rate',), r'name one optimizer twice, or the optimizer itself'),
+        (('args[',), r"config\.optimizer has no 'args\['"),
+        (('',), r"config\.optimizer has no ''"),
+        (('nothing',), r"config\.optimizer has no 'nothing'"),
+    ],
+)
+def test_learning_rates_that_cannot_be_logged(named: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=rf'^config\.log\.learning_rates: .*{message}'):
+        load_and_build(CONFIG, log__learning_rates=named, **SMALL)

@@ -47,7 +47,7 @@ def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
     by = ahead.numerator if ahead.denominator == 1 else float(ahead)
     for keys in schedules:
         schedule = paths.get(node, keys)
-        wrapped = {'target': 'trainer.schedules:moved', 'schedule': schedule, 'by': by}
+        wrapped = {'target': 'trainer.step.schedules:moved', 'schedule': schedule, 'by': by}
         node = paths.changed(node, keys, wrapped)
     return node
 

@@ -49,10 +49,10 @@ def made(
     node, own = _own(node, path)
     rates: list[tuple[paths.Keys, Schedule]] = [] if own is None else [([], own)]
     for name in named:
-        keys = paths.parse(name)
         try:
+            keys = paths.parse(name)
             value = paths.get(node, keys)
-        except (KeyError, IndexError, TypeError) as error:
+        except (UserError, KeyError, IndexError, TypeError) as error:
             raise UserError(f'{_KEY}: {path} has no {name!r}') from error
         node, schedule = _at(node, keys, value, path)
         every = _calls_for_an_update(node, keys, path)
@@ -62,6 +62,11 @@ def made(
     if len(rates) < 2:
         return node, next((rate for _, rate in rates), None)
     names = _names([keys for keys, _ in rates])
+    if len(set(names)) < len(names):
+        raise UserError(
+            f'{_KEY}: {", ".join(named)} name one optimizer twice, or the optimizer itself, whose '
+            'learning rate is logged anyway; leave one out'
+        )
     return node, dict(zip(names, (rate for _, rate in rates), strict=True))
 
 

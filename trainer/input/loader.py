@@ -4,8 +4,9 @@
 A loader turns a source into batches, as numpy arrays on the host. `data.loader` in a config names
 the class of the training loader, `evals.<name>.data.loader` that of an evaluation. There is nothing
 to inherit from: whatever has the attributes and methods of `TrainLoader` (or `EvalLoader`) fits,
-with any names for its other parts. They are checked once, when the config is built; what a loader
-may leave out is listed at the end of this page.
+with any names for its other parts. They are checked once: those of a training loader when the
+config is built, those of an evaluation's when the run is set up. What a loader may leave out is
+listed at the end of this page.
 
 Here is a complete training loader, of a source as in `trainer.data.sources`::
 

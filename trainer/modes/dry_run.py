@@ -16,7 +16,6 @@ from trainer.checkpoint.manager import Checkpoints
 from trainer.checkpoint.storable import check_storable
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment
-from trainer.inspect.monitors import Monitors
 from trainer.modes.command import Command
 from trainer.observe import logfile
 from trainer.observe.progress import duration
@@ -49,7 +48,6 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     dry = Trainer(experiment)
     programs = dry.compile()
     setup = dry.set_up()
-    monitors = Monitors(dry.run, setup, dry.report)
     check_storable(setup.programs.abstract)
     print(banner.summary(dry.run, setup, 0))
     for program in programs:
@@ -58,9 +56,9 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     with dry.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
         state = dry.init_state()
-        monitors.begin(0, state)
+        dry.monitors().begin(0, state)
         state = setup.programs.step(state, batch)
-    monitors.check_labels(state)
+    dry.monitors().check_labels(state)
     _check_finite(state.metrics)
     print('train: one step is fine')
     for name, evaluator in setup.evaluators.items():

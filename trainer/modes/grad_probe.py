@@ -9,9 +9,7 @@ from trainer.modes.command import Command, restore, workdir_of
 from trainer.observe import logfile
 from trainer.observe.npz import write_npz
 from trainer.parallel import processes
-from trainer.parallel.mesh import batch_shards
 from trainer.parallel.signals import StopRequest
-from trainer.run import checks
 from trainer.trainer import Trainer
 
 
@@ -21,8 +19,8 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     experiment, workdir = trainer.experiment, workdir_of(trainer)
     if experiment.ensemble is not None:
         raise UserError('--mode=grad_probe: an ensemble cannot be looked into; train one member')
+    trainer.check_batch()
     setup = trainer.set_up()
-    checks.check_batch(experiment, batch_shards(setup.mesh))
     saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
     state = restore(trainer, command) if saved else trainer.init_state()
     found = gradient_probe.of_next_step(trainer.run, setup, state, command.match)

@@ -6,17 +6,16 @@ from __future__ import annotations
 from trainer.inspect import module_table
 from trainer.modes.command import Command
 from trainer.observe import flops, logfile
-from trainer.parallel.mesh import batch_shards
 from trainer.parallel.signals import StopRequest
-from trainer.run import banner, checks
+from trainer.run import banner
 from trainer.trainer import Trainer
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     """Prints the parameters, the summary of the run and its modules."""
     logfile.route(None)
+    trainer.check_batch()
     setup = trainer.set_up()
-    checks.check_batch(trainer.experiment, batch_shards(setup.mesh))
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     print(banner.summary(trainer.run, setup, latest or 0))
     print(f'\n{module_table.describe(trainer.experiment, setup)}\n')

@@ -80,8 +80,8 @@ class Recovery:
 
         Raises:
             UserError: naming what differs, unless that is allowed; or the checkpoint's step, if it
-                is after the end of this run; or what the processes of the run do not agree on; or
-                that the checkpoints of a run that had saved are missing.
+                is after the end of this run; or that the checkpoints of a run that had saved are
+                missing.
         """
         workdir, experiment = self._run.workdir, self._run.experiment
         self._called = now()

@@ -22,7 +22,7 @@ from trainer.evaluate.spec import Evaluation
 from trainer.evaluate.step import EvalStep
 from trainer.experiment import Experiment
 from trainer.input.prefetch import Prefetcher
-from trainer.parallel.mesh import batch_shards, make_mesh
+from trainer.parallel.mesh import batch_shards
 from trainer.parallel.sharding import check_rules
 from trainer.run import checks
 from trainer.run.batch_sizes import BatchSizes
@@ -102,19 +102,18 @@ def open_run(experiment: Experiment, workdir: str | None) -> Run:
     )
 
 
-def set_up(run: Run, mesh: Mesh | None = None) -> Setup:
-    """Makes the mesh, traces the shapes of the state, and checks and warns; nothing is compiled.
+def set_up(run: Run, mesh: Mesh) -> Setup:
+    """Traces the shapes of the state, makes evaluators, checks and warns; nothing is compiled.
 
     Args:
         run: what is trained.
-        mesh: instead of that of `config.mesh`, which takes all devices.
+        mesh: the device mesh.
 
     Raises:
         UserError: if model, task, optimizer or sharding rules do not fit each other, or a split is
             empty.
     """
     experiment = run.experiment
-    mesh = make_mesh(experiment.devices.mesh) if mesh is None else mesh
     check_rules(experiment.devices.sharding, mesh)
     programs = Programs(
         _train_step(run, mesh),

@@ -235,14 +235,14 @@ def _watched(new: TrainState, old: TrainState, signs: Signs, ctx: StepContext) -
         ctx: of the step.
     """
     checked = train_step.skip_if_not_finite(new, old, signs, None, ctx)
-    if not ctx.stops:
-        return checked
     early = checked.health
     assert early is not None and new.health is not None
     health = choose(early.is_bad, early, new.health)
     # However many updates the function makes, this is one step.
     step = jnp.where(health.is_bad & ~early.is_bad, old.step + 1, health.bad_step)
     health = health.at_step(step)
+    if not ctx.stops:
+        return dataclasses.replace(checked, health=health)
     fields = UPDATED if ctx.sweeps else tuple(name for name in UPDATED if name != 'opt_state')
     return dataclasses.replace(new.keeping(health.is_bad, old, fields), health=health)
 

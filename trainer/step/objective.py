@@ -72,6 +72,11 @@ def _gradient(function: Callable[[Any], Any], params: Any) -> Any:
     return jax.grad(one)(params)
 
 
+def _named(loss: Any, name: str) -> Any:
+    """Returns one of several losses; a task may have this one only."""
+    return loss[name] if isinstance(loss, Mapping) else loss
+
+
 def of_loss(tx: optax.GradientTransformation, name: str | None) -> optax.GradientTransformation:
     """Returns an optimizer that is given the value of one of several losses, and its function."""
     if name is None:
@@ -82,7 +87,7 @@ def of_loss(tx: optax.GradientTransformation, name: str | None) -> optax.Gradien
         if isinstance(given, _PerLoss):
             return given.values[name]
         if argument in ('value_fn', 'obj_fn'):
-            return lambda params: given(params)[name]
+            return lambda params: _named(given(params), name)
         return given
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:

@@ -94,7 +94,7 @@ def gradients(
             collections = weighted.if_any_counts(weights, collections, state, ctx)
         metrics = measure(output, sums, ctx.task)
         losses = {name: total * shares[name] + sums[1] for name, total in sums[0].items()}
-        value = losses if isinstance(output.loss, Mapping) else losses[ONLY_LOSS]
+        value = losses[ONLY_LOSS] if tuple(losses) == (ONLY_LOSS,) else losses
     if state.loss_scale is not None or any(g.dtype != jnp.float32 for g in jax.tree.leaves(grads)):
         grads = loss_scale.as_optimizers_expect(grads, state.loss_scale)
     loss_at = functools.partial(accumulation.loss_at, weighted_sums, state, batch, ctx)
@@ -117,7 +117,7 @@ def weighted_sums(
     if ctx.task.is_weighted is None:  # While the shapes are traced, before anything is compiled.
         weighted.check_losses(output, ctx.optimizer)
     totals, weights, penalties = loss_sums(output)
-    return (totals, penalties), (output, model.collections, weights)
+    return (totals, penalties), (output, model.own_collections, weights)
 
 
 def apply_update(

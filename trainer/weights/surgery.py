@@ -189,7 +189,7 @@ def operated(operations: Sequence[Operation], weights: Weights) -> Weights:
             kind = type(operation).__name__
             raise UserError(
                 f'config.surgery[{index}] is no operation on weights but a {kind}: expected one of '
-                'trainer.weights.surgery or trainer.weights.stacking, or a function of yours'
+                'trainer.weights (Rename, Resize, Stack, ...), or a function of yours'
             )
         weights = operation(weights)
         if not isinstance(weights, Mapping):

@@ -21,7 +21,6 @@ from trainer.observe import flops, logfile
 from trainer.observe.table import bytes_per_device, human_bytes, nbytes
 from trainer.parallel.mesh import batch_shards
 from trainer.parallel.signals import StopRequest
-from trainer.run import checks
 from trainer.run.setup import Setup
 from trainer.trainer import Trainer
 
@@ -84,6 +83,7 @@ class Plan:
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     """Prints what a step would need."""
     logfile.route(None)
+    trainer.check_batch()
     print(describe(make(trainer.experiment, trainer.set_up()), command.device_kind))
     return 0
 
@@ -95,7 +95,6 @@ def make(experiment: Experiment, setup: Setup) -> Plan:
         UserError: as the start of a run would.
     """
     programs, shards = setup.programs, batch_shards(setup.mesh)
-    checks.check_batch(experiment, shards)
     state, mesh, spec = programs.abstract, dict(setup.mesh.shape), programs.fields.shapes
     step = programs.step
     found, complete = collectives.find(step.ready().as_text() or '', mesh)
