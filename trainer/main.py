@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `python -m trainer.main --config=configs/mnist.py [--config.key=value ...]`.
-
-Flags, modes and exit codes; what a run does is in `trainer.trainer`.
-"""
+"""The command line: `python -m trainer.main --config=configs/mnist.py [--config.key=value ...]`."""
 
 from __future__ import annotations
 
@@ -35,7 +32,17 @@ from trainer.modes.plan.devices import KINDS as DEVICE_KINDS
 from trainer.observe import logfile
 from trainer.parallel import signals
 
-MODES = ('train', 'eval', 'predict', 'dry_run', 'summary', 'plan', 'grad_probe', 'export', 'config')
+MODES = {
+    'train': 'trains, or resumes the run in the work directory',
+    'eval': 'prints the metrics of a checkpoint',
+    'predict': 'writes the predictions of a checkpoint',
+    'dry_run': 'does one of everything that a run does, and keeps nothing',
+    'summary': 'prints the parameters and the modules of the model',
+    'plan': 'says what a step needs on devices that need not be here',
+    'grad_probe': 'writes gradients of the loss with respect to intermediate values',
+    'export': 'writes a checkpoint for programs that know nothing of this one',
+    'config': 'prints the resolved config, and where each value comes from',
+}
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
 _FLAGS = flags.FlagValues()
@@ -45,7 +52,13 @@ flags.DEFINE_string(
     'Directory of the run; default: runs/ and a name made of config and overrides.',
     flag_values=_FLAGS,
 )
-flags.DEFINE_enum('mode', 'train', MODES, 'What to do with the config.', flag_values=_FLAGS)
+flags.DEFINE_enum(
+    'mode',
+    'train',
+    list(MODES),
+    'What to do with the config:\n' + '\n'.join(f'{n}: {text}' for n, text in MODES.items()),
+    flag_values=_FLAGS,
+)
 flags.DEFINE_string(
     'step',
     'latest',
