@@ -70,6 +70,22 @@ def made(
     return node, dict(zip(names, (rate for _, rate in rates), strict=True))
 
 
+def first_inside(node: Any, before: paths.Keys | None = None) -> str | None:
+    """Returns where the first learning rate of an optimizer inside this one stands, or None."""
+    before = before or []
+    items: Any = ()
+    if isinstance(node, Mapping):
+        items = node.items()
+    elif isinstance(node, (tuple, list)):
+        items = enumerate(node)
+    for key, value in items:
+        if before and key == 'learning_rate' and value is not None:
+            return paths.join([*before, key])
+        if found := first_inside(value, [*before, key]):
+            return found
+    return None
+
+
 def _own(node: Node, path: str) -> tuple[Node, Schedule | None]:
     """Returns a node with its own schedule made, and that: of its argument `learning_rate`."""
     if str(node['target']).endswith(_BOUNDED):

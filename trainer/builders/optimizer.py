@@ -124,12 +124,9 @@ def _one_optimizer(
         base = targets.instantiate(node, path)
         _check_made(base, node, path)
         if learning_rate is None and not str(node['target']).endswith(':set_to_zero'):
-            _log.warning(
-                'The learning rate of %s is not known and not logged. If it is inside, name it: '
-                "config.log.learning_rates=('%sargs[1].learning_rate',)",
-                path,
-                prefix,
-            )
+            inside = rates.first_inside(node)
+            hint = f": name it in config.log.learning_rates=('{prefix}{inside}',)" if inside else ''
+            _log.warning('The learning rate of %s is not known and not logged%s', path, hint)
     return Optimizer(
         base=base,
         learning_rate=learning_rate,
