@@ -123,6 +123,7 @@ def test_when_a_state_is_looked_at(
         seen.append(int(state.step))
         return sweep(state)
 
+    counting.start = sweep.start  # type: ignore[attr-defined]
     vars(trainer.set_up().programs)['sweep'] = counting
     trainer.fit()
     assert [step for step in seen if step] == looks

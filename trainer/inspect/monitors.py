@@ -69,7 +69,7 @@ class Monitors:
         """
         if self._captures is not None:
             self._captures.prepare(self._programs.abstract, self._programs.fields.shapes)
-        _ = self._programs.sweep
+        self._programs.sweep.start()
 
     def begin(self, step: int, state: TrainState) -> None:
         """Is told of the state that the run starts from."""

@@ -63,7 +63,7 @@ class Setup:
 
     Attributes:
         mesh: the device mesh.
-        programs: of training; each compiles when it is first asked for.
+        programs: of training; each compiles when it is started or first called.
         evaluators: one for each entry of `config.evals`; each compiles at its first batch.
     """
 
@@ -143,10 +143,10 @@ def start_compiling(experiment: Experiment, programs: Programs) -> list[Program]
     """Returns the programs that training calls, which compile in the background from here on."""
     started = []
     if eval_point.is_named(experiment.optimizer):
-        started.append(programs.eval_params)
+        started.append(programs.eval_params.start())
     if experiment.training.steps_per_call > 1:
-        started.append(programs.fused)
-    started.append(programs.step)
+        started.append(programs.fused.start())
+    started.append(programs.step.start())
     return started
 
 

@@ -62,10 +62,7 @@ class Program:
         tracing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         **jit: Any,
     ):
-        """Traces `jax.jit(fn, **jit)`, and starts compiling it.
-
-        It is traced here, in the caller's thread, which is where settings such as
-        `jax.default_matmul_precision` hold.
+        """Says what is compiled; `start` does it, or the first call.
 
         Args:
             name: what messages call it.
@@ -86,12 +83,24 @@ class Program:
         self._abstract = jax.tree.map(_shape_of, arguments)
         self._virtual = _on_virtual_devices(self._abstract)
         self._calls = 0
-        self._future = _compiler.submit(self._compile, self._lower())
+        self._future: concurrent.futures.Future[jax.stages.Compiled] | None = None
         self._compiled: Any = None
+
+    def start(self) -> Program:
+        """Traces the function and has it compiled in the background, at the first call; returns it.
+
+        It is traced in the caller's thread, which is where settings such as
+        `jax.default_matmul_precision` hold.
+        """
+        if self._future is None:
+            self._future = _compiler.submit(self._compile, self._lower())
+        return self
 
     def ready(self) -> jax.stages.Compiled:
         """Waits for the compiler and returns the executable."""
         if self._compiled is None:
+            self.start()
+            assert self._future is not None
             self._compiled = self._future.result()
         return self._compiled
 
@@ -261,7 +270,7 @@ class Programs:
 
     @functools.cached_property
     def step(self) -> Program:
-        """One update: `(state, batch) -> state`, donating the state; compiles in the background."""
+        """One update: `(state, batch) -> state`, donating the state."""
         return Program(
             'the train step',
             self._train_step.update,
