@@ -249,7 +249,7 @@ def test_all_that_a_run_does(
     """Training, evaluation, predictions, export, the dry run and the plan, with one notice."""
     run = trainer({'target': f'{__name__}:{model.__name__}'}, steps=4)
     dry_run.rehearse(run.experiment, str(tmp_path / 'run'))
-    assert plan.make(run).flops > 0
+    assert plan.make(run.experiment, run.set_up()).flops > 0
     result = run.fit()
     assert np.isfinite(result.metrics['eval/test/loss'])
     assert next(iter(run.predict('test', result.state)))

@@ -75,7 +75,7 @@ def same(example: dict[str, Any]) -> dict[str, Any]:
 
 def of(loader: str) -> dict[str, Any]:
     stages = ({'target': 'trainer.data.stages:Map', 'fn': {'ref': f'{__name__}:same'}},)
-    return {'target': f'data.streaming:{loader}', 'stages': stages}
+    return {'target': f'trainer.data.streaming:{loader}', 'stages': stages}
 
 
 @pytest.mark.slow
