@@ -164,7 +164,7 @@ def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(tmp_path: pathlib.Pa
     trainer_in(tmp_path).fit()
     before = (tmp_path / 'result.json').read_bytes(), (tmp_path / 'run.json').read_bytes()
     with pytest.raises(UserError, match=r'config\.mesh'):
-        trainer_in(tmp_path, train_for='80 steps', mesh={'data': 3}).fit()
+        trainer_in(tmp_path, train_for='80 steps', mesh__data=3).fit()
     for path in (tmp_path / 'checkpoints' / '40' / 'state').rglob('*'):
         if path.is_file() and path.stat().st_size > 10_000:
             path.write_bytes(path.read_bytes()[:5000])
