@@ -84,13 +84,13 @@ def test_no_module_has_the_name_of_a_lazy_one() -> None:
 
 def test_the_stub_has_the_lazy_names() -> None:
     tree = ast.parse((ROOT / 'trainer' / '__init__.pyi').read_text())
-    told = {
+    public = {
         alias.asname: importlib.import_module(node.module or '').__dict__[alias.name]
         for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert told == {name: getattr(trainer, name) for name in trainer.__all__}
+    assert public == {name: getattr(trainer, name) for name in trainer.__all__}
 
 
 @pytest.mark.parametrize('name', DOORS)

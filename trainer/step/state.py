@@ -83,10 +83,6 @@ class TrainState:
         collections = {name: changes.pop(name) for name in list(changes) if name not in fields}
         changes.setdefault('collections', {**self.collections, **collections})
         updates, opt_state = tx.update(grads, self.opt_state, self.params)
-        return self.apply_updates(updates, opt_state, **changes)
-
-    def apply_updates(self, updates: Any, opt_state: Any, **changes: Any) -> TrainState:
-        """Returns the state after what the optimizer returned; `changes` replace other fields."""
         return dataclasses.replace(
             self,
             step=self.step + 1,
