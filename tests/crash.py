@@ -42,7 +42,8 @@ def pytest_handlecrashitem(report: Any) -> None:
     """Adds the stacks to the failure of the test that the worker was running."""
     path = _path(report.node.workerinput)
     if path.exists():
-        report.longrepr = f'{report.longrepr}\n\n{shortened(path.read_text())}'
+        # Not in `longrepr`, which pytest repeats in its last lines where the variable CI is set.
+        report.sections.append(('stacks', shortened(path.read_text())))
         path.unlink()
 
 

@@ -51,12 +51,13 @@ def test_deep_stacks_are_cut() -> None:
 
 
 @pytest.mark.slow
-def test_a_crash_names_its_test_and_the_others_go_on(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize('ci', ['', 'true'])
+def test_a_crash_names_its_test_and_the_others_go_on(tmp_path: pathlib.Path, ci: str) -> None:
     (tmp_path / 'conftest.py').write_text("pytest_plugins = ('tests.crash',)\n")
     for name in ('test_one.py', 'test_other.py'):
         (tmp_path / name).write_text(CRASHING)
     (tmp_path / 'tmp').mkdir()
-    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path / 'tmp')}
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'TMPDIR': str(tmp_path / 'tmp'), 'CI': ci}
     for name in [name for name in env if name.startswith('PYTEST_')]:
         del env[name]  # Or the inner run would take itself for a worker of this one.
     command = [

@@ -255,7 +255,7 @@ def test_nothing_is_traced_again(caplog: pytest.LogCaptureFixture) -> None:
     for promotes, more in ((False, 0), (True, 1)):
         made = experiment(linen(promotes=promotes))
         programs = Trainer(made).set_up().programs
-        assert programs.step.name == 'the train step'
+        programs.step.start()
         before = len(CALLS)
         products.warn_of_other_dtypes(programs, made.model)
         assert len(CALLS) - before == more
