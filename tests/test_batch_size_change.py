@@ -15,7 +15,6 @@ import pytest
 
 from tests import command, small
 from tests.command import ROOT
-from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.data.order import PADDING, combine
 from trainer.experiment import load_and_build
@@ -67,9 +66,10 @@ def times(seen: dict[int, list[int]]) -> dict[int, int]:
 # ---- every example as often as there are epochs ------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('sizes', 'ends'),
-    slow_after(1, [((32, 64), (16, 24)), ((64, 32), (8, 24)), ((32, 96), (16, 22))]),
+    [((32, 64), (16, 24)), ((64, 32), (8, 24)), ((32, 96), (16, 22))],
     ids=['larger', 'smaller', 'no divisor'],
 )
 def test_two_epochs_and_two_more(
@@ -98,25 +98,23 @@ def test_two_epochs_and_two_more(
     assert meta['examples'] == 512 + (ends[1] - ends[0]) * sizes[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'data',
-    slow_after(
-        1,
-        [
-            {},
-            {'steps_per_call': 3},
-            {'data__loader': {'target': 'trainer.data.grain_loader:GrainLoader', 'threads': 2}},
-            pytest.param(
-                {
-                    'data__source': {
-                        'target': 'trainer.data.mixture:Mixture',
-                        'sources': (IMAGES, LATER),
-                    }
-                },
-                marks=pytest.mark.slow,
-            ),
-        ],
-    ),
+    [
+        {},
+        {'steps_per_call': 3},
+        {'data__loader': {'target': 'trainer.data.grain_loader:GrainLoader', 'threads': 2}},
+        pytest.param(
+            {
+                'data__source': {
+                    'target': 'trainer.data.mixture:Mixture',
+                    'sources': (IMAGES, LATER),
+                }
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
     ids=['plain', 'steps_per_call', 'grain', 'mixture'],
 )
 def test_three_sizes_and_stops_within_epochs(
@@ -397,6 +395,7 @@ def test_what_a_caller_has_replaced_stays(tmp_path: pathlib.Path) -> None:
     assert after.training.total_steps == experiment.training.total_steps + 3
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_go_on_by_examples(tmp_path: pathlib.Path) -> None:
     more = {
         'train_for': '4 epochs', 'evals': {}, 'optimizer__learning_rate': COSINE,

@@ -424,16 +424,25 @@ def is_private(name: str) -> bool:
     return name == '__wrapped__' or (name[:1] == '_' and name[:2] != '__' and len(name) > 1)
 
 
-def own_names(tree: ast.AST) -> Iterator[str]:
-    """Yields the names that a file defines: functions, classes, variables, attributes."""
-    for node in ast.walk(tree):
+@functools.cache
+def parse(file: pathlib.Path) -> ast.Module:
+    """Returns the syntax tree of a file, which many others are compared with."""
+    return ast.parse(file.read_text())
+
+
+@functools.cache
+def own_names(file: pathlib.Path) -> frozenset[str]:
+    """Returns the names that a file defines: functions, classes, variables, attributes."""
+    names = set()
+    for node in ast.walk(parse(file)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield node.name
+            names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
+            names.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             of_self = isinstance(node.value, ast.Name) and node.value.id in ('self', 'cls')
-            yield from [node.attr] * of_self
+            names.update([node.attr] * of_self)
+    return frozenset(names)
 
 
 def used_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -458,9 +467,8 @@ def imported_files(tree: ast.AST) -> Iterator[pathlib.Path]:
 
 def foreign_private(file: pathlib.Path) -> list[str]:
     """Returns the private names that a file uses and neither it nor what it imports defines."""
-    tree = ast.parse(file.read_text())
-    near = [ast.parse(each.read_text()) for each in imported_files(tree)]
-    near += [ast.parse(each.read_text()) for each in file.parent.glob('*.py')]
+    tree = parse(file)
+    near = [*imported_files(tree), *file.parent.glob('*.py')]
     own = _STANDARD.union(*map(own_names, near))
     return [
         f'line {n}: {name}' for n, name in used_names(tree) if is_private(name) and name not in own
@@ -480,7 +488,7 @@ def test_no_other_file_imports_what_jax_and_others_call_their_source() -> None:
     for package in ('trainer', 'data', 'models', 'configs', 'launch', 'tests'):
         for file in (ROOT / package).rglob('*.py'):
             if file.name not in ('compat.py', here):
-                used = {name for _, name in used_names(ast.parse(file.read_text()))}
+                used = {name for _, name in used_names(parse(file))}
                 assert '_src' not in used, file
 
 

@@ -36,7 +36,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 
 # Not among the quick tests.
-LONG = {'addition', 'lm', 'mnist', 'mnist_ensemble', 'mnist_resnet'}
+LONG = {'addition', 'lm', 'lm_packed', 'mnist', 'mnist_ensemble', 'mnist_resnet'}
 
 # Whose weights come from elsewhere: tests/weights/test_finetune.py runs it.
 WEIGHTS = {'docstrings'}

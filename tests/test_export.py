@@ -89,6 +89,7 @@ def test_predictions_for_any_number_of_rows(name: str, tmp_path: pathlib.Path) -
         )
 
 
+@pytest.mark.slow
 def test_variables_are_written_exactly(tmp_path: pathlib.Path) -> None:
     """H21: as msgpack and as safetensors, in their own dtypes, and a run can start from both."""
     options = {'precision': {'params': 'bfloat16'}, 'model__batch_norm': True}
@@ -157,7 +158,8 @@ class Looks(nn.Module):
         return table[jnp.uint8(255 * x[:, 14, 14, 0])]
 
 
-@pytest.mark.parametrize('most_within', slow_after(1, [0, export.MOST_WITHIN]))
+@pytest.mark.slow
+@pytest.mark.parametrize('most_within', [0, export.MOST_WITHIN])
 def test_a_model_that_looks_up(most_within: int, tmp_path: pathlib.Path) -> None:
     trainer, state = trained(model={'target': f'{__name__}:Looks'})
     about, function = written(tmp_path, trainer, state, most_within=most_within)

@@ -79,6 +79,7 @@ def run_json(workdir: pathlib.Path) -> dict[str, Any]:
     return json.loads((workdir / 'run.json').read_text())
 
 
+@pytest.mark.slow
 def test_a_hook_that_fails(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match='the hook failed'):
         trainer_in(tmp_path, 'fail').fit()
@@ -194,6 +195,7 @@ def test_a_paused_run_is_one_and_a_running_one_too(tmp_path: pathlib.Path) -> No
     assert [(each['from_step'], each['step']) for each in run['starts']] == [(0, 10), (10, 40)]
 
 
+@pytest.mark.slow
 def test_last_words(tmp_path: pathlib.Path) -> None:
     """Written when a process exits at once; here it continues, and its end replaces them."""
     SAID.clear()

@@ -44,6 +44,7 @@ def kinds() -> list[tuple[str, int]]:
     return [(event.kind, event.step) for event, _ in SEEN]
 
 
+@pytest.mark.slow
 def test_a_hook_is_given_each_row_as_it_was_written(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, log__every='20 steps').fit()
     given = [dict(event.row) for event, _ in SEEN if event.row]
@@ -81,6 +82,7 @@ def test_a_hook_is_given_config_and_status(tmp_path: pathlib.Path) -> None:
         assert event.config['optimizer']['target'] == 'optax:sgd'
 
 
+@pytest.mark.slow
 def test_the_hooks_of_a_failed_run_are_given_its_end(tmp_path: pathlib.Path) -> None:
     FAIL.add(('log', 30))
     with pytest.raises(ValueError, match='no log at 30'):

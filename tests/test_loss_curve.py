@@ -27,6 +27,7 @@ def curve(directory: pathlib.Path) -> list[float]:
     return [row['train/loss'] for row in command.rows(directory) if 'train/loss' in row]
 
 
+@pytest.mark.slow
 def test_the_first_fifty_losses(tmp_path: pathlib.Path) -> None:
     golden = json.loads(GOLDEN.read_text())
     assert len(golden) == 50

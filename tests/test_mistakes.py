@@ -25,10 +25,15 @@ CNN = '--config=configs/mnist.py'
         ((CNN, '--config.modle.hidden=3'), 'Did you mean config.model.hidden?'),
         ((CNN, '--config.data.batch_size=3.5'), 'expected int'),
         ((CNN, '--config.mesh.data=3'), 'does not fit 1 devices'),
-        ((CNN, '--config.task.label=klass'), 'image: float32[32, 28, 28, 1], label: int32[32]'),
-        (
+        pytest.param(
+            (CNN, '--config.task.label=klass'),
+            'image: float32[32, 28, 28, 1], label: int32[32]',
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             (CNN, '--config.early_stopping={"metric": "eval/test/loss/x", "mode": "min"}'),
             "config.early_stopping.metric: evaluation 'test' has no 'loss/x'",
+            marks=pytest.mark.slow,
         ),
         (('--config=configs/mnst.py',), 'Did you mean configs/mnist.py?'),
         ((CNN, 'stray'), "'stray' is not a flag"),
@@ -69,6 +74,7 @@ def test_a_signal_ends_what_has_nothing_to_save(
     assert (process.returncode, out, err) == (-number, '', '')
 
 
+@pytest.mark.slow
 def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> None:
     finished = command.train(tmp_path / 'run', '--config.train_for=300steps')
     assert not set(finished.out + finished.err) & set('\r\x1b\b')
@@ -266,13 +272,13 @@ def test_mistakes_without_a_process_of_their_own(
     ('mode', 'buffered'),
     [
         ('--helpconfig', '1'),
-        ('--mode=grad_probe', ''),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 ('--helpconfig', ''),
                 ('--mode=config', ''),
                 ('--mode=config', '1'),
+                ('--mode=grad_probe', ''),
                 ('--mode=grad_probe', '1'),
             ]
         ),

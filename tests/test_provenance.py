@@ -159,6 +159,7 @@ def trainer_in(workdir: pathlib.Path) -> Trainer:
     return small.trainer_in(workdir, train_for='4 steps')
 
 
+@pytest.mark.slow
 def test_a_run_says_what_code_it_ran(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,7 @@ def test_a_longer_run_is_refused(tmp_path: pathlib.Path) -> None:
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_not_evaluate_again(tmp_path: pathlib.Path) -> None:
     first = trainer_in(tmp_path).fit()
     again = trainer_in(tmp_path).fit()
@@ -188,6 +189,7 @@ def test_a_directory_that_is_deleted_is_no_finished_run(
     assert trainer_in(workdir, **options).fit().status == 'finished'
 
 
+@pytest.mark.slow
 def test_another_start_in_the_same_place_is_noticed_at_the_end(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path, evals={}, hooks={'spoil': {'ref': f'{__name__}:restart'}})
     with pytest.raises(SaveError, match=r'another run has overwritten its run\.json'):

@@ -214,16 +214,14 @@ def test_a_batch_of_another_shape(tmp_path: pathlib.Path) -> None:
     assert int(result.state.step) == latest + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('error', 'kind', 'step', 'evaluated'),
-    slow_after(
-        1,
-        [
-            (RuntimeError('no'), 'log', 40, []),
-            (UserError('no'), 'eval', 40, ['test']),
-            (SystemExit(3), 'eval', 50, ['test']),
-        ],
-    ),
+    [
+        (RuntimeError('no'), 'log', 40, []),
+        (UserError('no'), 'eval', 40, ['test']),
+        (SystemExit(3), 'eval', 50, ['test']),
+    ],
 )
 def test_a_hook_that_raises(
     tmp_path: pathlib.Path,
@@ -242,7 +240,8 @@ def test_a_hook_that_raises(
     assert ending(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize(('calls', 'devices'), slow_after(1, [(1, 1), (4, 8)]))
+@pytest.mark.slow
+@pytest.mark.parametrize(('calls', 'devices'), [(1, 1), (4, 8)])
 def test_a_source_that_raises(tmp_path: pathlib.Path, calls: int, devices: int) -> None:
     source: dict[str, Any] = {'data__source': {'target': f'{__name__}:Flaky'}}
     source.update(steps_per_call=calls, devices=devices)

@@ -44,6 +44,7 @@ def interrupted(workdir: pathlib.Path, number: signal.Signals, after_rows: int) 
     return process.returncode
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(tmp_path: pathlib.Path, whole: pathlib.Path) -> None:
     workdir = tmp_path / 'run'
     for _ in range(3):
@@ -84,6 +85,7 @@ def test_a_run_says_where_it_is_and_goes_on(tmp_path: pathlib.Path) -> None:
     assert 'Current thread' in err
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so(whole: pathlib.Path) -> None:
     before = (whole / 'metrics.jsonl').read_bytes()
     again = command.train(whole, *LENGTH)

@@ -48,6 +48,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return workdir
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('calls', [1, pytest.param(7, marks=pytest.mark.slow)])
 def test_a_resumed_stream_is_the_same_run(
     calls: int, whole: pathlib.Path, tmp_path: pathlib.Path

@@ -12,10 +12,10 @@ import sys
 import pytest
 
 from tests import command
-from tests.marks import slow_after
 
 
-@pytest.mark.parametrize('closed', slow_after(1, ['>&-', '2>&-']))
+@pytest.mark.slow
+@pytest.mark.parametrize('closed', ['>&-', '2>&-'])
 def test_a_closed_stream_does_not_end_the_run(closed: str, tmp_path: pathlib.Path) -> None:
     words = [sys.executable, '-m', 'trainer.main', command.MLP, *command.SMALL]
     words += ['--config.train_for=3steps', f'--workdir={tmp_path}']

@@ -167,6 +167,7 @@ def test_a_message_has_no_note_of_jax() -> None:
     assert full_text(raised.value) == 'wrong\nfor example'
 
 
+@pytest.mark.slow
 def test_the_files_and_the_screen_of_a_task_that_fails(tmp_path: pathlib.Path) -> None:
     done = command.run(
         command.MLP, f'--config.task={{"ref": "{HERE}:mismatched"}}', f'--workdir={tmp_path}'

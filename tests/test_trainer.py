@@ -152,6 +152,7 @@ def test_a_plain_function_is_a_task() -> None:
     assert result.metrics['eval/test/examples'] == 100
 
 
+@pytest.mark.slow
 def test_ema_evaluation_reads_the_average() -> None:
     common = {'ema__decay': 0.9999, 'train_for': '20 steps'}
     averaged = trainer_in(None, **common, evals__test__ema=True).fit().metrics
@@ -181,6 +182,7 @@ def test_fused_steps_end_where_single_ones_do(tmp_path: pathlib.Path, remainder:
                 assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_overfits_one_batch() -> None:
     metrics = trainer_in(
         None, data__repeat_batch=1, train_for='300 steps', optimizer__learning_rate=0.1

@@ -44,6 +44,7 @@ def fetches(patch: pytest.MonkeyPatch, steps: int, every: int) -> int:
     return len(waits)
 
 
+@pytest.mark.slow
 def test_steps_between_rows_wait_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """M7: the number of waits is that of the rows, however many steps lie between them."""
     one_row = fetches(monkeypatch, 3, 3)

@@ -233,6 +233,7 @@ def test_a_process_whose_save_has_failed_waits_for_no_thread(tmp_path: pathlib.P
     assert ended.secs < 120
 
 
+@pytest.mark.slow
 def test_the_next_log_event_ends_the_run(tmp_path: pathlib.Path) -> None:
     from trainer.experiment import load_and_build
     from trainer.trainer import Trainer

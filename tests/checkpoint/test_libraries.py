@@ -46,6 +46,7 @@ def files(directory: pathlib.Path) -> int:
     return sum(path.is_file() for path in directory.rglob('*'))
 
 
+@pytest.mark.slow
 def test_small_arrays_are_aggregated(tmp_path: pathlib.Path) -> None:
     """H2: the arguments that the guide passes are still taken, and it is today's format that puts
     two hundred arrays into a few files, as those of a run are; without it each has its own."""

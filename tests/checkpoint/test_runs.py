@@ -75,6 +75,7 @@ def test_eval_of_a_step_that_is_not_there(trained: pathlib.Path) -> None:
     assert "no checkpoint '40'" in done.err and 'there: 20, 60' in done.err
 
 
+@pytest.mark.slow
 def test_another_model_is_told_leaf_by_leaf(trained: pathlib.Path) -> None:
     done = run_mode(trained, '--mode=eval', '--config.model.features=(32, 10)')
     assert done.code == 2
@@ -84,6 +85,7 @@ def test_another_model_is_told_leaf_by_leaf(trained: pathlib.Path) -> None:
     assert 'Traceback' not in done.err
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_with_its_exit_code(trained: pathlib.Path) -> None:
     (path,) = (trained / 'checkpoints' / '20' / 'state').glob('_METADATA')
     whole = path.read_bytes()

@@ -138,6 +138,7 @@ def test_a_state_without_any_has_the_same_files_as_ever(tmp_path: pathlib.Path) 
     assert set(checkpoints.meta(1)) == {'step', 'digest'}
 
 
+@pytest.mark.slow
 def test_a_run_with_empty_parameters_is_saved_resumed_and_loaded(tmp_path: pathlib.Path) -> None:
     once = trainer_in(tmp_path / 'once', 'WithEmpty').fit()
     trainer_in(tmp_path / 'twice', 'WithEmpty').fit(max_steps=7)

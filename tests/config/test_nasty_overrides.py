@@ -122,6 +122,7 @@ def test_what_is_listed_while_a_section_is_wrong() -> None:
                 overrides.apply(config.config, [('no_such_key', '1')])
 
 
+@pytest.mark.slow
 def test_what_is_let_through_is_built_or_refused() -> None:
     """A sample of them."""
     pairs = [(path, value) for path in PATHS for value in (*VALUES, *LONG_VALUES)]

@@ -58,6 +58,7 @@ def test_records_stand_in_the_order_of_the_files(shelf: pathlib.Path) -> None:
     np.testing.assert_array_equal(named.gather(np.arange(9))['x'], [6, 7, 8, 9, 0, 1, 2, 3, 4])
 
 
+@pytest.mark.slow
 def test_it_goes_to_workers(shelf: pathlib.Path) -> None:
     source = ArrayRecord(str(shelf / '*.array_record'), decode=decode)
     again = pickle.loads(pickle.dumps(source))

@@ -50,6 +50,7 @@ def test_every_function_has_its_test() -> None:
     assert not [name for name in functions if not re.search(rf'compat\.{name}\b', tests)]
 
 
+@pytest.mark.slow
 def test_mark_grain_flags_parsed() -> None:
     done = subprocess.run(
         [sys.executable, '-c', _UNPARSED], capture_output=True, text=True, cwd=ROOT, timeout=120

@@ -120,6 +120,7 @@ def test_equal_after_batches_of_another_size(remainder: str) -> None:
     loader.close()
 
 
+@pytest.mark.slow
 def test_a_block_is_its_own_memory() -> None:
     """The devices may still read it when Grain has long reused what it was handed over in."""
     loader = GrainLoader(source=images(), workers=1, **RANDOM)
@@ -182,6 +183,7 @@ def test_examples_that_fail_only_together_are_listed() -> None:
     assert 'the examples 0, 1, 2, 3, 4, 5, 6, 7, ... together' in caught.value.__notes__[-1]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_that_names_its_records() -> None:
     loader = GrainLoader(
         source=Bad(23, deadly=True), batch_size=20, shuffle=False, workers=2, task_rows=2
@@ -249,6 +251,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_no_process_outlives_a_killed_trainer(tmp_path: pathlib.Path) -> None:
     process = command.start(
         command.MLP, *command.SMALL, *GRAIN, f'--workdir={tmp_path}',

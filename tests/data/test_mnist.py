@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.command import ROOT
-from tests.marks import slow_after
 from trainer.data.mnist import MNIST
 from trainer.data.sources import ArraySpec
 
@@ -79,7 +78,8 @@ def test_another_directory(copy: pathlib.Path) -> None:
     assert len(MNIST('test', directory=str(copy))) == 10_000
 
 
-@pytest.mark.parametrize('name', slow_after(1, ['t10k-images-idx3-ubyte.gz', LABELS]))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['t10k-images-idx3-ubyte.gz', LABELS])
 def test_changed_content(copy: pathlib.Path, name: str) -> None:
     content = bytearray(gzip.decompress((copy / name).read_bytes()))
     content[-1] ^= 1

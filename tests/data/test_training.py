@@ -107,6 +107,7 @@ def first_batch_hash(experiment: Experiment) -> str:
     return hashlib.sha256(b''.join(content)).hexdigest()
 
 
+@pytest.mark.slow
 def test_a9_the_data_seed_is_the_order_and_nothing_else() -> None:
     """A9: same seed, same first batch and same losses; another data seed, another order alone."""
 

@@ -146,6 +146,7 @@ def rows(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_matrix_and_a_dict_in_training_and_evaluation(tmp_path: pathlib.Path) -> None:
     best = {'metric': 'eval/test/recall/share/many', 'mode': 'max'}
     trainer = trainer_in(

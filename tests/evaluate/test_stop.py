@@ -89,6 +89,7 @@ def test_a_signal_during_an_evaluation(
     assert 'has already finished' in command.run(*args).out
 
 
+@pytest.mark.slow
 def test_a_stop_before_the_evaluations_of_the_start_makes_no_step() -> None:
     """What was due at the step of a stop stays due until an evaluation of that step has run."""
     options: dict[str, Any] = {

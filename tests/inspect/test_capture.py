@@ -89,6 +89,7 @@ def test_the_modules_have_names(model: Any, names: list[str], tmp_path: pathlib.
     assert not rows(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_train_step_is_untouched(tmp_path: pathlib.Path) -> None:
     """1.K6: compiled to the same program, and trained to the same bits."""
     texts, states = [], []

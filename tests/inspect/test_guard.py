@@ -106,9 +106,8 @@ def test_an_update_alone() -> None:
     assert 'but after the update a parameter is not: first/bias, first/kernel, ' in found
 
 
-@pytest.mark.parametrize(
-    ('secs', 'looks'), slow_after(1, [(0.0, list(range(1, 13))), (1e9, [1, 5, 10, 12])])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('secs', 'looks'), [(0.0, list(range(1, 13))), (1e9, [1, 5, 10, 12])])
 def test_when_a_state_is_looked_at(
     secs: float, looks: list[int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +188,7 @@ def test_the_command_ends_with_1_and_resumes(tmp_path: pathlib.Path) -> None:
     assert [row['step'] for row in command.rows(tmp_path)] == [10, 20]
 
 
+@pytest.mark.slow
 def test_a_warning_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     result = Trainer(build(linen(bad=2), guard={'non_finite': 'warn'})).fit()
     assert (result.status, result.step) == ('finished', 40)

@@ -16,7 +16,6 @@ import optax
 import pytest
 
 from tests.command import ROOT
-from tests.marks import slow_except
 from trainer.models.bert import Encoder, SentenceEncoder, TextClassifier
 from trainer.models.cnn import CNN
 from trainer.models.cnn_nnx import CNN as NNXCNN
@@ -166,7 +165,8 @@ def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
         assert np.array_equal(found, logits[:, 2:-1].argmax(-1))
 
 
-@pytest.mark.parametrize('way', slow_except(['own-bfloat16'], WAYS))
+@pytest.mark.slow
+@pytest.mark.parametrize('way', WAYS)
 def test_recurrent(way: str) -> None:
     """Including the states that are carried from token to token, from the first one on."""
     precision, own, half = WAYS[way]

@@ -183,6 +183,7 @@ def test_a_cell_that_drops() -> None:
     np.testing.assert_array_equal(kept, MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS))
 
 
+@pytest.mark.slow
 def test_dtypes() -> None:
     """O4: the computation has the one that is asked for, the parameters keep theirs."""
     model = MODEL.clone(dtype=jnp.bfloat16)

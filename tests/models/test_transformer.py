@@ -129,6 +129,7 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
         load_and_build(str(ROOT / 'configs' / 'lm.py'), model__width=16, **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scan_layers', [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize('dtype', [None, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_the_cache_gives_what_the_whole_row_gives(scan_layers: bool, dtype: Any) -> None:
@@ -201,6 +202,7 @@ def test_tokens_that_follow() -> None:
             generate(model, params, given, 6)
 
 
+@pytest.mark.slow
 def test_tokens_are_made_by_one_program() -> None:
     """It is compiled once for equal models, whatever the parameters and the temperature."""
     params = variables(Transformer(**SMALL))['params']

@@ -68,6 +68,7 @@ def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
         functional(Unusable())
 
 
+@pytest.mark.slow
 def test_a_model_of_linen_imports_no_klinen() -> None:
     """Only who imports Klinen pays for it."""
     code = (

@@ -213,6 +213,7 @@ def test_a_bound_model_is_no_config_s() -> None:
         trainer_of({'ref': f'{__name__}:BOUND'})
 
 
+@pytest.mark.slow
 def test_the_readme_and_the_docstring() -> None:
     """Their lines run."""
     section = (ROOT / 'README.md').read_text().split('\n## Klinen\n')[1].split('\n## ')[0]

@@ -15,7 +15,6 @@ import pytest
 from flax.core import lift
 from flax.core import scope as scope_lib
 
-from tests.marks import slow_except
 from tests.modules.examples import X as INPUT
 from tests.modules.examples import bind
 from tests.modules.learning import learned
@@ -346,7 +345,8 @@ class Derivatives(nn.Module):
         return nn.Dense(4)(jnp.concatenate([y, slope], -1))
 
 
-@pytest.mark.parametrize('form', slow_except(['custom_vjp'], ['jvp', 'vjp', 'custom_vjp']))
+@pytest.mark.slow
+@pytest.mark.parametrize('form', ['jvp', 'vjp', 'custom_vjp'])
 def test_derivatives_within_a_module(form: str) -> None:
     """N8: forward and backward ones, and a gradient of one's own; each trains."""
     learned({'target': f'{__name__}:Derivatives', 'form': form})

@@ -14,7 +14,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from tests.marks import slow_after
 from tests.modules.examples import X, bind, init, same
 from tests.modules.test_nnx_trainer import experiment
 from trainer.modules.functional import functional
@@ -100,7 +99,8 @@ class NNXInside(nn.Module):
         return nnx.bridge.to_linen(Inner)(x.reshape(len(x), -1))
 
 
-@pytest.mark.parametrize('name', slow_after(1, ['LinenInside', 'NNXInside']))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['LinenInside', 'NNXInside'])
 def test_bridges_train(name: str, tmp_path: pathlib.Path) -> None:
     """X14: either system inside the other."""
     made = experiment(f'{__name__}:{name}', checkpoint__every='10 steps')

@@ -55,6 +55,7 @@ def test_batch_statistics_follow_each_slice() -> None:
     assert np.median(moved[1] / moved[0]) == pytest.approx((1 - 0.9**4) / 0.1, rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_evaluated() -> None:
     evals = {'test': EVALS['test'], 'average': {**EVALS['test'], 'ema': True}}
     _, state, trainer = final(ema={'decay': 0.9}, evals=evals)

@@ -141,6 +141,7 @@ class Named(nnx.Module):
         return self.last(nnx.relu(self.first(x.reshape(len(x), -1))))
 
 
+@pytest.mark.slow
 def test_names_of_dimensions_follow_the_rules() -> None:
     """J8 in NNX: cut by name, momentum with it; the losses are those of one device."""
     rules = {

@@ -63,6 +63,7 @@ def run(directory: pathlib.Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_screen_shows_our_own_warnings_and_nothing_else(tmp_path: pathlib.Path) -> None:
     for start in ('first', 'second'):
         directory = tmp_path / start

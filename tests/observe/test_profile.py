@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from tests.command import ROOT
-from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
 from trainer.trainer import Trainer
@@ -34,8 +33,9 @@ def names_matter() -> Iterator[None]:
     jax.config.update('jax_compilation_cache_include_metadata_in_key', False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('names_matter')
-@pytest.mark.parametrize('calls', slow_after(1, [1, 8]))
+@pytest.mark.parametrize('calls', [1, 8])
 def test_a_window_of_a_run(
     calls: int, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,6 +154,7 @@ class StartsFrom(nn.Module):
         return nn.remat(nn.Dense)(4)(self.state_init(x))
 
 
+@pytest.mark.slow
 def test_a_module_by_the_name_of_an_initialiser() -> None:
     layer = {'target': 'flax.linen:Dense', 'features': 8}
     found, _ = specs({'target': 'StartsFrom', 'state_init': layer})

@@ -156,6 +156,7 @@ def first_dimensions(shardings: Any) -> set[Any]:
     return {next(iter(x.spec)) for x in jax.tree.leaves(shardings)}
 
 
+@pytest.mark.slow
 def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
     """J6: what goes in lies on the axis 'data'; the state comes out as it went in."""
     trainer = Trainer(experiment('cnn', mesh__data=8, train_for='1 steps'))

@@ -209,6 +209,7 @@ def test_uneven_evaluations_are_exact(long_run: pathlib.Path, tmp_path: pathlib.
         assert loss == pytest.approx([loss[0]] * 3, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_state_of_each_process_is_in_one_checkpoint(
     two_by_two: tuple[pathlib.Path, list[str]],
 ) -> None:

@@ -10,6 +10,7 @@ from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
 
+@pytest.mark.slow
 def test_device_transforms_run_inside_the_step_for_training_evaluation_and_prediction():
     common = dict(data__source__limit=200, train_for='3 steps', evals__test__data__source__limit=64)
     on_device = load_and_build('configs/mnist_mlp.py', **common)

@@ -122,6 +122,7 @@ def test_seeds_may_be_equal() -> None:
     assert trainer.experiment.ensemble.describe(1) == 'seed 7, optimizer.learning_rate 0.01'
 
 
+@pytest.mark.slow
 def test_what_varies_is_in_the_state(tmp_path: pathlib.Path) -> None:
     """It is in the checkpoint, and a run that is resumed from it is the same to the last bit."""
     vary = {'optimizer': {'learning_rate': RATES, 'momentum': (0.5, 0.9)}}

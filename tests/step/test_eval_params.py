@@ -150,6 +150,7 @@ def test_frozen_parameters_and_groups() -> None:
     assert result.metrics['eval/test/loss'] == pytest.approx(loss_at(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_moving_average_has_its_own_evaluation() -> None:
     """`evals.<name>.ema` is of the average of the parameters, whatever `eval_params` says."""
     evals = {'test': tiny.EVAL, 'mean': {**tiny.EVAL, 'ema': True}}

@@ -63,7 +63,7 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     return states
 
 
-@pytest.mark.parametrize('sweeps', slow_after(1, [False, True]))
+@pytest.mark.parametrize('sweeps', [False, True])
 def test_a_loss_stops_updates(sweeps: bool) -> None:
     states = run(build(linen(bad=1)), STEP + 3, sweeps=sweeps)
     for number, state in enumerate(states):
@@ -121,9 +121,10 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int, said: str) -> N
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('model', 'optimizer', 'said'),
-    slow_after(1, [
+    [
         (linen(bad=1), {}, f'Last finite step: {STEP - 1}. First non-finite step: {STEP}.'),
         (linen(bad=1), {}, 'The first module whose output is not finite is layer_1'),
         (
@@ -132,7 +133,7 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int, said: str) -> N
             'Dense_0/bias, Dense_0/kernel. First non-finite step: 6, in its update.',
         ),
         (PLAIN, {'target': f'{__name__}:overflowing'}, 'became non-finite by step 10: sum.'),
-    ]),
+    ],
 )  # fmt: skip
 def test_without_a_copy_to_run_again(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
@@ -176,7 +177,8 @@ def test_where_each_step_looks_at_all(
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize('sweeps', slow_after(1, [False, True]))
+@pytest.mark.slow
+@pytest.mark.parametrize('sweeps', [False, True])
 def test_what_was_not_finite_at_the_start_does_not_count(sweeps: bool) -> None:
     made = build({**PLAIN, 'masked': True}, train_for='12 steps')
     state = run(made, 3, sweeps=sweeps)[-1]
@@ -350,6 +352,7 @@ def test_several_updates_are_one_step(sweeps: bool) -> None:
         Trainer(made).fit()
 
 
+@pytest.mark.slow
 def test_an_overflow_of_a_batch_is_for_the_loss_scale() -> None:
     """One loss that is not finite: skipped and counted."""
     made = build(linen(bad=1), precision={'compute': 'float16'}, train_for='20 steps')
@@ -358,6 +361,7 @@ def test_an_overflow_of_a_batch_is_for_the_loss_scale() -> None:
     assert result.metrics['train/skipped_updates'] >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sweeps', slow_after(1, [False, True]))
 def test_optimizers_that_replace_what_is_not_finite(sweeps: bool) -> None:
     chain = {

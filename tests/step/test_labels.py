@@ -98,6 +98,7 @@ def test_a_label_of_an_evaluation() -> None:
         trainer({}, {'bad': -1, 'at': 5}).fit()
 
 
+@pytest.mark.slow
 def test_a_label_to_ignore() -> None:
     """It counts in neither the loss nor the accuracy, with or without smoothing."""
     task = {'target': 'trainer.tasks:Classification', 'ignore_label': -1}

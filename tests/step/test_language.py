@@ -24,6 +24,7 @@ def model() -> Any:
     return lambda *args, **options: MODEL.apply(params, *args, **options)
 
 
+@pytest.mark.slow
 def test_a_packed_sequence_is_what_it_is_alone(model: Any) -> None:
     """O3: its logits do not see its neighbours, and its positions begin at 0."""
     a, b = np.array([1, 2, 3, 4, 5]), np.array([6, 7, 8, 9])

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.marks import slow_after
 from tests.step import tiny
 from trainer.config.errors import UserError
 
@@ -45,7 +44,8 @@ RIGHT: dict[str, tuple[Any, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', slow_after(1, RIGHT))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RIGHT)
 def test_an_update_of_two_steps_is_that_of_two_slices(name: str) -> None:
     """The order of the examples is the same, and so is every update; schedules count updates."""
     ours, theirs = RIGHT[name]

@@ -428,6 +428,7 @@ def test_what_an_optimizer_cannot_be_given_is_said(name: str) -> None:
         tiny.trainer(**ONE, **options).fit()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('optimizer', 'logged'),
     [

@@ -253,6 +253,7 @@ def test_gradients_of_single_examples() -> None:
     assert found == pytest.approx(np.mean(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_norms_are_logged_before_clipping(tmp_path: pathlib.Path) -> None:
     """F3: the row has the norm of the gradient as it was, the update is that of the clipped one."""
     options = {

@@ -283,6 +283,7 @@ def test_a_scale_rescues_gradients_that_float16_loses() -> None:
     assert moved(2.0**20) == pytest.approx(exact, rel=0.01)
 
 
+@pytest.mark.slow
 def test_slices_overflow_no_earlier_than_the_whole() -> None:
     """What flows back is divided by the rows before it is summed, in slices as in one piece."""
 
@@ -315,6 +316,7 @@ def test_sharded_runs_agree(precision: Precision) -> None:
     )
 
 
+@pytest.mark.slow
 def test_from_a_config_through_a_checkpoint(tmp_path: pathlib.Path) -> None:
     def trainer(precision: str) -> Trainer:
         options = {

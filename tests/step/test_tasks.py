@@ -192,6 +192,7 @@ def pixels(batch: dict[str, Any]) -> dict[str, Any]:
     return {'x': batch['image'], 'y': batch['image'].mean((1, 2))}
 
 
+@pytest.mark.slow
 def test_regression_learns_from_a_config() -> None:
     fields = ({'ref': f'{__name__}:pixels'},)
     result = mlp(

@@ -172,6 +172,7 @@ def test_on_eight_devices() -> None:
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_update_is_that_of_the_rows_that_count() -> None:
     """Compared with the gradient of a batch without the other rows."""
     program, batch = programs(cross_entropy), batch_of(np.nan)

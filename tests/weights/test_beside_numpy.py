@@ -259,6 +259,7 @@ def sentence(tokens: np.ndarray, w: layers.Weights, sizes: dict[str, int]) -> np
     return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 def test_a_sentence_encoder() -> None:
     """1.L, G1: the names of Hugging Face's BERT, in small; padding is not looked at."""
     sizes = dict(vocab_size=20, layers=2, width=12, heads=3, mlp_width=24, max_length=10)

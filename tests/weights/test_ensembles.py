@@ -53,6 +53,7 @@ def test_all_members_start_from_one_checkpoint(tmp_path: pathlib.Path) -> None:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_surgery_of_what_all_members_start_with(tmp_path: pathlib.Path) -> None:
     path, old = pretrained(tmp_path)
     size: dict[str, Any] = {'model__classes': 4, 'data__source__classes': 4}

@@ -34,6 +34,7 @@ class Tuned(nn.Module):
         return self.head(self.features(x))
 
 
+@pytest.mark.slow
 def test_features_computed_once(tmp_path: pathlib.Path) -> None:
     """G7: the same head after the same steps, without the backbone in the step."""
     whole = trainer(
@@ -68,6 +69,7 @@ def test_features_computed_once(tmp_path: pathlib.Path) -> None:
         assert abs(np.asarray(x) - start.params['head'][name]).max() > 0.01
 
 
+@pytest.mark.slow
 def test_the_features_of_a_trained_state(tmp_path: pathlib.Path) -> None:
     data = {'source': {'target': 'tests.weights.examples:Points'}, 'batch_size': 64}
     run = trainer(

@@ -40,13 +40,14 @@ def head_only(learning_rate: float) -> optax.GradientTransformation:
     return optax.multi_transform(parts, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'options',
-    slow_after(1, [
+    [
         {'task': {'ref': f'{__name__}:stopped'}},
         {'optimizer__freeze': 'backbone/.*'},
         {'optimizer__target': f'{__name__}:head_only'},
-    ]),
+    ],
     ids=['stop_gradient', 'freeze', 'multi_transform'],
 )  # fmt: skip
 def test_three_ways_to_freeze(tmp_path: pathlib.Path, options: dict[str, Any]) -> None:

@@ -101,6 +101,7 @@ def test_steps_and_places(tmp_path: pathlib.Path) -> None:
         params(path=plain, step='best')
 
 
+@pytest.mark.slow
 def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
     """H21: files of other makers hold the same weights; a slice of a file is read for a shard."""
     _, old = pretrained(tmp_path)
@@ -141,6 +142,7 @@ def test_floats_are_cast_to_the_dtype_of_the_model(tmp_path: pathlib.Path) -> No
     assert_same({p: x.astype('f4') for p, x in arrays.items()}, new.variables)
 
 
+@pytest.mark.slow
 def test_another_head(tmp_path: pathlib.Path) -> None:
     """G2, G6: what does not fit is an error that names it, unless it is excluded."""
     path, old = pretrained(tmp_path)
@@ -162,6 +164,7 @@ def test_another_head(tmp_path: pathlib.Path) -> None:
     assert_same(new.collections, old.collections)
 
 
+@pytest.mark.slow
 def test_rename(tmp_path: pathlib.Path) -> None:
     """A checkpoint with other names, here a bare backbone."""
     _, old = pretrained(tmp_path)
@@ -305,6 +308,7 @@ def test_adams_moments_come_along_on_request(tmp_path: pathlib.Path) -> None:
         ).init_state()  # fmt: skip
 
 
+@pytest.mark.slow
 def test_moments_of_an_optimizer_that_is_nested_in_another_way(tmp_path: pathlib.Path) -> None:
     """G5: unfrozen, or clipped: what was trained goes on with its moments, the rest is missing."""
     path, old = pretrained(tmp_path, optimizer__freeze='backbone/.*')
@@ -335,6 +339,7 @@ def test_a_slot_of_two_of_one_name_is_not_guessed() -> None:
     assert in_slots_of(one, (*wanted, 'opt_state.4.mu/x')) == one
 
 
+@pytest.mark.slow
 def test_the_summary_says_where_weights_come_from(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,6 +50,7 @@ def save(path: pathlib.Path, tree: Any) -> None:
         checkpointer.save(path, tree)
 
 
+@pytest.mark.slow
 def test_states_of_nnx(tmp_path: pathlib.Path) -> None:
     """H1, H14: the outputs are those of the module, batch statistics included."""
     module = NNXNet(rngs=nnx.Rngs(5))

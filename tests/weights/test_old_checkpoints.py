@@ -114,6 +114,7 @@ def test_flax_checkpoints_that_orbax_wrote(tmp_path: pathlib.Path) -> None:
     assert_same(new.params, state.params)
 
 
+@pytest.mark.slow
 def test_orbax_of_other_layouts(tmp_path: pathlib.Path) -> None:
     """H1, H14: a state beside other things, bare parameters, a manager's step, with text among."""
     state = net_state()
@@ -163,6 +164,7 @@ def test_before_linen(tmp_path: pathlib.Path) -> None:
     assert_same(loaded['params'], theirs)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_linen(tmp_path: pathlib.Path) -> None:
     """U11 through the config: the run evaluates as the old model did."""
     cnn = CNN(hidden=16)
@@ -333,6 +335,7 @@ def test_one_array_alone(tmp_path: pathlib.Path) -> None:
         np.testing.assert_array_equal(restore.into(jnp.zeros(10, int), path), np.arange(10))
 
 
+@pytest.mark.slow
 def test_items_of_a_managers_step(tmp_path: pathlib.Path) -> None:
     """H14: one tree is taken, whatever its name; of two, one has to be named."""
     state = net_state()

@@ -38,6 +38,7 @@ def trained(params: Any) -> tuple[Any, Any]:
     return tx, tx.update(jax.tree.map(lambda x: x + 1, params), tx.init(params), params)[1]
 
 
+@pytest.mark.slow
 def test_edit_one_parameter() -> None:
     """1.K1: of the CNN's 8 arrays the norm of one kernel becomes 1; everything else stays."""
     cnn = CNN(hidden=16).init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))['params']
