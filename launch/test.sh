@@ -12,10 +12,10 @@ export PATH="$root/.venv/bin:$PATH"
 
 # Tests leave most of the compiler's optimizations out; these are run once more, as users run programs.
 optimized=(
-    tests/test_configs.py tests/test_trainer.py tests/test_resume.py tests/test_loss_curve.py
-    tests/parallel/test_memory.py tests/parallel/test_strategies.py
-    tests/step/test_train_step.py tests/step/test_custom_step.py tests/step/test_precision.py
-    tests/step/test_program.py tests/modes/test_plan.py
+    tests/test_configs.py tests/test_trainer.py tests/run/test_exact_resume.py tests/test_loss_curve.py
+    tests/parallel/test_memory.py tests/parallel/test_mesh.py
+    tests/step/test_train_step.py tests/step/test_custom_step.py tests/step/test_precision_and_loss_scale.py
+    tests/step/test_programs.py tests/modes/test_plan.py
 )
 
 # A file stays in one process, where its tests share what they train once.

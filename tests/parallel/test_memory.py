@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import command
 from tests.command import ROOT
-from tests.parallel.test_strategies import MESHES, experiment, on_mesh
+from tests.parallel.test_mesh import MESHES, experiment, on_mesh
 from trainer.checkpoint import digest
 from trainer.observe.table import bytes_per_device
 from trainer.parallel.mesh import make_mesh

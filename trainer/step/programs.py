@@ -457,7 +457,7 @@ def _in_place(mesh: Mesh) -> bool:
     """
     # On a CPU each argument costs time, too little to measure: a step of the MLP takes
     # 0.96 [0.83, 1.12] of the CPU time of one with them (`tests/benchmarks/beside.py OTHER mlp`,
-    # 11 pairs, jax 0.10.2). `tests/step/test_program.py` holds the pairs of buffers.
+    # 11 pairs, jax 0.10.2). `tests/step/test_programs.py` holds the pairs of buffers.
     return mesh.devices.flat[0].platform != 'cpu'
 
 

@@ -16,7 +16,7 @@ import pytest
 from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
-from tests.parallel.test_strategies import experiment
+from tests.parallel.test_mesh import experiment
 from trainer.trainer import Trainer
 
 KERNEL = nn.initializers.lecun_normal()

@@ -13,7 +13,7 @@ import pytest
 
 from tests import command
 from tests.marks import slow_after
-from tests.step.test_ensemble import RATES, ensemble, experiment, trained
+from tests.ensemble.test_step import RATES, ensemble, experiment, trained
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
 from trainer.ensemble.step import member_state

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests import command
-from tests.evaluate.test_exact import Linear, evaluator_of, state_of
+from tests.evaluate.test_evaluator import Linear, evaluator_of, state_of
 from tests.evaluate.watched import override
 from trainer.data.mnist import MNIST
 from trainer.evaluate.evaluator import Stopped

@@ -45,7 +45,7 @@ def message_for(task: Callable[..., Any], **more: Any) -> str:
 def test_a_mean_and_logits() -> None:
     text = message_for(flax_example)
     assert text.startswith(
-        'the task tests.step.test_returned:flax_example returned (float32[], float32[32, 10]). The '
+        'the task tests.tasks.test_returned:flax_example returned (float32[], float32[32, 10]). The '
         'first item must be the loss of each example, (batch, ...), not their mean, and the second '
         'a dict of metrics with one value for each example: '
     )
@@ -99,7 +99,7 @@ def test_a_mean_and_logits() -> None:
 )
 def test_what_a_task_should_return(task: Any, message: str) -> None:
     text = message_for(task)
-    assert text.startswith('the task tests.step.test_returned:<lambda> returned ')
+    assert text.startswith('the task tests.tasks.test_returned:<lambda> returned ')
     assert message in text
 
 

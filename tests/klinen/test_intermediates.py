@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.modules.examples import bind, init, same
-from tests.modules.test_klinen import MLP, RNG, AutoEncoder, X
+from tests.klinen.test_document import MLP, RNG, AutoEncoder, X
 from trainer import klinen as knn
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean

@@ -13,7 +13,7 @@ import pytest
 from flax import errors
 
 from tests.modules.examples import same
-from tests.modules.test_klinen import MLP, RNG, AutoEncoder, Noisy, X
+from tests.klinen.test_document import MLP, RNG, AutoEncoder, Noisy, X
 from trainer import klinen as knn
 from trainer.klinen.notebook import for_notebook
 from trainer.modules.functional import functional

@@ -15,7 +15,7 @@ import pytest
 from flax import errors, nnx
 
 from tests.modules.examples import same
-from tests.modules.test_klinen import MLP, RNG, RNG2, AutoEncoder, Noisy, Setup, X
+from tests.klinen.test_document import MLP, RNG, RNG2, AutoEncoder, Noisy, Setup, X
 from trainer import klinen as knn
 
 
