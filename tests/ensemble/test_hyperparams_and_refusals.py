@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tests import command
-from tests.marks import slow_after
 from tests.ensemble.test_step import RATES, ensemble, experiment, trained
+from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
 from trainer.ensemble.step import member_state

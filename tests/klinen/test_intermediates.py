@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.modules.examples import bind, init, same
 from tests.klinen.test_document import MLP, RNG, AutoEncoder, X
+from tests.modules.examples import bind, init, same
 from trainer import klinen as knn
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from flax import errors, nnx
 
-from tests.modules.examples import same
 from tests.klinen.test_document import MLP, RNG, RNG2, AutoEncoder, Noisy, Setup, X
+from tests.modules.examples import same
 from trainer import klinen as knn
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import errors
 
-from tests.modules.examples import same
 from tests.klinen.test_document import MLP, RNG, AutoEncoder, Noisy, X
+from tests.modules.examples import same
 from trainer import klinen as knn
 from trainer.klinen.notebook import for_notebook
 from trainer.modules.functional import functional
