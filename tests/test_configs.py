@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Row 1.Q: every config says how it is run and what to expect, is in the README, and runs."""
+"""Row 1.Q: every config says how it is run and what to expect, is on a page, and runs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from tests import pages
 from tests.command import ROOT
 from trainer.config import loading, schema
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
 NAMES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != '__init__')
-README = (ROOT / 'README.md').read_text()
 
 MNIST = {'data__source__limit': 64, 'evals__test__data__source__limit': 20}
 # What makes two steps of each one short: a new config belongs here, too.
@@ -47,9 +47,8 @@ def described(name: str) -> str:
     return ast.get_docstring(tree) or ''
 
 
-# The README's table of configs: name, what it trains, arguments, what to expect, time.
-_TABLE = README.split('| config | what it trains |')[1].split('\n\n')[0].splitlines()[2:]
-ROWS = [[cell.strip() for cell in line.strip('|').split('|')] for line in _TABLE]
+# The table of configs: name, what it trains, arguments, what to expect, time.
+ROWS = pages.table('config', 'what it trains')
 
 
 def test_each_has_a_row() -> None:

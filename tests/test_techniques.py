@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table of techniques: all that it names exists."""
+"""The table of techniques: all that it names exists."""
 
 from __future__ import annotations
 
@@ -11,23 +11,12 @@ import re
 import pytest
 from flax import nnx
 
+from tests import pages
 from tests.command import ROOT
 from trainer import main
 from trainer.config import schema
 
-README = (ROOT / 'README.md').read_text()
-
-
-def _section(title: str) -> str:
-    return README.split(f'\n## {title}\n')[1].split('\n## ')[0]
-
-
-DEFERRED = _section('Not here')
-ROWS = [
-    tuple(cell.strip() for cell in line.strip('|').split('|'))
-    for line in _section('Technique by technique').splitlines()
-    if line.startswith('| ') and not line.startswith(('| guide', '|---'))
-]
+ROWS = pages.table('guide', 'here', 'tests')
 TESTS = sorted({name for *_, tests in ROWS for name in re.findall(r'`([^`]+)`', tests)})
 NAMES = sorted({name for _, how, _ in ROWS for name in re.findall(r'`([^`]+)`', how)})
 
@@ -76,13 +65,16 @@ def test_every_row_has_its_tests() -> None:
     """Or it is told why there are none."""
     without = [guide for guide, _, tests in ROWS if '`' not in tests]
     assert without == ['Core example: ogbg_molpcba']
+    told = [line for page in pages.PAGES.values() for line in page.sentences.splitlines()]
+    reasons = '\n'.join(line for line in told if not line.startswith('|'))
     for name in ('imagenet', 'ppo', 'nlp_seq', 'sst2', 'wmt', 'ogbg_molpcba'):
-        assert name in DEFERRED, f'{name} has no config, and nobody says why'
+        assert name in reasons, f'{name} has no config, and nobody says why'
 
 
 def test_every_mode_is_in_the_table_of_modes() -> None:
-    listed = re.findall(r'^\| `(\w+)` \|', _section('Override, resume, inspect'), re.MULTILINE)
-    assert sorted(listed) == sorted(main.MODES)
+    listed = [mode.strip('`') for mode, *_ in pages.table('--mode=')]
+    assert set(listed) == set(main.MODES)
+    assert len(listed) % len(main.MODES) == 0
 
 
 # The titles of the pages of the documents, as they stand there and in their order. Without pages

@@ -19,7 +19,7 @@ from tests import command
 from tests.command import ROOT
 from tests.inspect.models import build
 from tests.marks import slow_except
-from tests.readme import TEXTS
+from tests.pages import TEXTS
 from tests.test_configs import SHORT
 from trainer.experiment import Experiment, load_and_build
 from trainer.inspect import products
@@ -135,7 +135,7 @@ class Uncast(Attention):
 
 
 @pytest.mark.slow
-def test_what_the_readme_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr('trainer.models.transformer.Attention', Uncast)
     made = load_and_build(str(ROOT / 'configs' / 'lm.py'), precision=HALF)
     programs = Trainer(made).set_up().programs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands in launch/README.md and in each --help are ones that the launchers take."""
+"""The commands in each --help are ones that the launchers take."""
 
 from __future__ import annotations
 
@@ -16,11 +16,6 @@ from tests import command
 
 LAUNCH = command.ROOT / 'launch'
 SCRIPTS = ('processes.py', 'slurm.py', 'tpu_pod.py', 'gke.py')
-
-
-def readme_commands() -> list[str]:
-    blocks = re.findall(r'```sh\n(.*?)```', (LAUNCH / 'README.md').read_text(), flags=re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
 
 
 def examples(script: str) -> list[str]:
@@ -52,11 +47,6 @@ def check(line: str, cwd: pathlib.Path) -> None:
     assert done.stdout
 
 
-@pytest.mark.parametrize('line', [c for c in readme_commands() if not c.startswith('python')])
-def test_readme_command(line: str, tmp_path: pathlib.Path) -> None:
-    check(line, tmp_path)
-
-
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_help_shows_commands_that_are_right(script: str, tmp_path: pathlib.Path) -> None:
     lines = examples(script)
@@ -66,6 +56,7 @@ def test_help_shows_commands_that_are_right(script: str, tmp_path: pathlib.Path)
 
 
 def test_all_launchers_are_in_the_readme() -> None:
+    """`tests/test_page_commands.py` checks the commands there, with `check`."""
     text = (LAUNCH / 'README.md').read_text()
     assert all(f'launch/{script}' in text for script in SCRIPTS)
     assert all(os.access(LAUNCH / script, os.X_OK) for script in SCRIPTS)

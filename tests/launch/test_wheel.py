@@ -16,14 +16,11 @@ import zipfile
 import pytest
 
 from tests import command
-from tests.readme import BLOCKS, Project
-from tests.test_readme import SCRIPTS
+from tests.pages import BLOCKS, PAGES, Project
+from tests.test_page_commands import SCRIPTS
 
 pytestmark = pytest.mark.slow
 
-
-# What pages show: README, launch/README, and the site.
-PAGES = ['README.md', 'launch/README.md', *command.ROOT.glob('docs/**/*.md')]
 
 # Resolves names as a config does, and runs imports as a script does, in a checkout or with a wheel.
 CHECK = """
@@ -138,13 +135,13 @@ def test_the_user_s_own_model_is_found(python: pathlib.Path, tmp_path: pathlib.P
 
 def shown_names() -> list[str]:
     """Returns each 'trainer.tasks:Classification' that a page shows."""
-    text = '\n'.join((command.ROOT / page).read_text() for page in PAGES)
+    text = '\n'.join(page.text for page in PAGES.values())
     return sorted(set(re.findall(r'\btrainer(?:\.\w+)*:[A-Za-z_]\w*', text)))
 
 
 def shown_imports() -> list[str]:
-    """Returns each import statement of the README's files and scripts."""
-    trees = [ast.parse(text) for kind, text in BLOCKS if kind == 'python']
+    """Returns each import statement of the pages' files and scripts."""
+    trees = [ast.parse(block.text) for block in BLOCKS if block.kind == 'python']
     found = {
         ast.unparse(node)
         for tree in trees
@@ -158,7 +155,7 @@ def shown_imports() -> list[str]:
 def test_every_name_that_is_shown_is_there(
     place: str, python: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """In an empty directory, but for the README's own files; no file is loaded twice."""
+    """In an empty directory, but for the files of the pages; no file is loaded twice."""
     Project(tmp_path)
     names, imports = shown_names(), shown_imports()
     assert len(names) > 40
@@ -183,7 +180,7 @@ def project(python: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_a_script_of_the_readme_runs(name: str, project: Project) -> None:
+def test_a_script_of_the_pages_runs(name: str, project: Project) -> None:
     assert re.fullmatch(SCRIPTS[name], project.script(name).splitlines()[-1])
 
 

@@ -46,8 +46,8 @@ def test_a_mean_and_logits() -> None:
     text = message_for(flax_example)
     assert text.startswith(
         'the task tests.tasks.test_returned:flax_example returned (float32[], float32[32, 10]). '
-        'The first item must be the loss of each example, (batch, ...), not their mean, and the second '
-        'a dict of metrics with one value for each example: '
+        'The first item must be the loss of each example, (batch, ...), not their mean, and the '
+        'second a dict of metrics with one value for each example: '
     )
     assert text.endswith("return loss, {'accuracy': logits.argmax(-1) == labels}")
 

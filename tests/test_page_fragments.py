@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every fragment of a config in the README is put into a config, and does what it says there."""
+"""Every fragment of a config on a page is put into a config, and does what the page says."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ import pytest
 from optax import contrib
 
 from tests import command
+from tests.pages import FRAGMENTS, OVERRIDES, TEXTS, Block, Project, needs, parameters, run
 from tests.parallel import group
-from tests.readme import BLOCKS, FRAGMENTS, OVERRIDES, TEXTS, Project, needs, run
 from trainer.config import loading, overrides, schema
+from trainer.config.errors import UserError
 from trainer.experiment import Experiment, build
 from trainer.models.transformer import Transformer
 from trainer.trainer import Trainer
@@ -79,7 +80,7 @@ def built(config: str, fragment: str, options: dict[str, Any]) -> Experiment:
     """Returns the experiment of a config file with a fragment in it, two steps long."""
     loaded = loading.load(str(command.ROOT / 'configs' / config))
     with loaded.config.unlocked():
-        exec(compile(fragment, 'README.md', 'exec'), {'c': loaded.config, 'config': loaded.config})
+        exec(compile(fragment, 'fragment', 'exec'), {'c': loaded.config, 'config': loaded.config})
     given = {'train_for': '2 steps', 'log.every': '1 steps', **options}
     overrides.apply(loaded.config, assignments(given))
     return build(loaded)
@@ -113,7 +114,7 @@ def stacked(text: str) -> None:
 
 
 class Edited(nn.Module):
-    """What the README's surgery leads to."""
+    """What the surgery of the pages leads to."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -239,38 +240,56 @@ CASES: dict[str, Callable[..., None]] = {
 }
 
 
-@pytest.mark.parametrize('text', FRAGMENTS)
+@pytest.mark.parametrize('block', parameters(FRAGMENTS))
 def test_fragment(
-    text: str, project: Project, request: Any, monkeypatch: Any, tmp_path: Any
+    block: Block, project: Project, request: Any, monkeypatch: Any, tmp_path: Any
 ) -> None:
-    [case] = [case for word, case in CASES.items() if word in text]
-    needed = needs(text)
+    """Builds, and where there is a case for it, does what the page says."""
+    cases = [case for word, case in CASES.items() if word in block.text]
+    needed = needs(block.text)
     for line in needed:
         project.run(line)
-    monkeypatch.chdir(project.root if needed else tmp_path)
-    more = [request.getfixturevalue('encoder')] if case is from_torch else []
-    case(text, *more)
+    monkeypatch.chdir(project.root)
+    monkeypatch.syspath_prepend(str(project.root))
+    for case in cases:
+        more = [request.getfixturevalue('encoder')] if case is from_torch else []
+        case(block.text, *more)
+    if not cases:
+        built(block.config, block.text, {})
 
 
 def test_each_case_has_its_fragment() -> None:
-    assert len(FRAGMENTS) == len(CASES)
+    texts = [block.text for block in FRAGMENTS]
+    assert [word for word in CASES if not any(word in text for text in texts)] == []
 
 
-@pytest.mark.parametrize('text', dict.fromkeys(OVERRIDES))
-def test_override_within_a_sentence(text: str) -> None:
-    loaded = loading.load(str(command.ROOT / 'configs' / 'docstrings.py'))
-    _, given, rest = overrides.parse_argv(shlex.split(text))
+CONFIGS = sorted(path.name for path in (command.ROOT / 'configs').glob('*.py'))
+
+
+@pytest.mark.parametrize('block', parameters(OVERRIDES))
+def test_override_within_a_sentence(block: Block) -> None:
+    """It can be given to one of the configs at least, and changes it."""
+    _, given, rest = overrides.parse_argv(shlex.split(block.text))
     assert given and not rest
-    before = loading.plain(loaded.config)
-    overrides.apply(loaded.config, given)
-    assert loading.plain(loaded.config) != before
-    schema.read(loading.plain(loaded.config))
+    errors = []
+    for name in CONFIGS:
+        loaded = loading.load(str(command.ROOT / 'configs' / name))
+        before = loading.plain(loaded.config)
+        try:
+            overrides.apply(loaded.config, given)
+            schema.read(loading.plain(loaded.config))
+        except UserError as error:
+            errors.append(str(error))
+        else:
+            if loading.plain(loaded.config) != before:
+                return
+    raise AssertionError(f'{block.text} suits no config:\n' + '\n'.join(dict.fromkeys(errors)))
 
 
 @pytest.mark.slow
 def test_fine_tuning(encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """The command, with a directory that holds a small encoder."""
-    [line] = [text.strip() for text in TEXTS if '=DIRECTORY' in text]
+    [line] = {text.strip() for text in TEXTS if '=DIRECTORY' in text}
     small = [f'--config.{key}={value!r}' for key, value in TINY.items()]
     finished = run(line.replace('DIRECTORY', str(encoder)), tmp_path, *small)
     assert finished.code == 0, finished.err
@@ -279,9 +298,9 @@ def test_fine_tuning(encoder: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize('line', [*dict.fromkeys(x.strip() for x in TEXTS if '--coordinator' in x)])
+def test_two_processes(line: str, tmp_path: pathlib.Path) -> None:
     """The command, as each of them is started; they meet, and the first one speaks."""
-    [line] = [text.strip() for text in TEXTS if '--coordinator' in text]
     assert '/shared/run' in line and 'host0:1234' in line and line.endswith('--process_id=0')
     line = line.replace('/shared/run', str(tmp_path / 'run'))
     line = line.replace('host0:1234', f'127.0.0.1:{group.free_port()}')
@@ -296,8 +315,10 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
     assert outputs[1] == ''
 
 
-def test_nothing_else_is_shown_as_a_command() -> None:
-    shown = [text for text in TEXTS if text.lstrip().startswith(('Error:', 'config.precision.'))]
-    assert len(TEXTS) == 2 + len(shown) and len(shown) == 2
-    kinds = {kind for kind, _ in BLOCKS}
-    assert kinds == {'', 'python', 'bash', 'text'}
+def test_no_other_text_is_a_command() -> None:
+    """Two commands with placeholders are run above; all others belong in a block that runs."""
+    shown = [text for text in TEXTS if text.startswith(('python ', 'launch/'))]
+    fine_tuning = [text for text in shown if '=DIRECTORY' in text]
+    two_processes = [text for text in shown if '--coordinator' in text]
+    assert fine_tuning and two_processes
+    assert len(shown) == len(fine_tuning) + len(two_processes)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file, command and piece of code that a page shows runs, and does what it is there for."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shlex
+import tomllib
+
+import pytest
+
+from tests import command
+from tests.launch.test_launch_readme import check as check_launcher
+from tests.pages import (
+    ALL_COMMANDS,
+    COMMANDS,
+    FILES,
+    OTHERS,
+    QUICKSTART,
+    TESTS,
+    Block,
+    Project,
+    is_of_trainer,
+    parameters,
+)
+
+# What a command says if it has done what it is there for, by a part of the command.
+SAYS = (
+    ('--mode=summary', r'^[\d,]+ parameters, '),
+    ('--mode=dry_run', r'^Everything works; nothing was kept\.$'),
+    ('--mode=config', r"^train_for = '3 steps'  # --config\.train_for=3steps$"),
+    ('--helpconfig', r'^  --config\.optimizer\.learning_rate +float +'),
+    ('--mode=eval', r'^eval \w+: '),
+    ('--mode=predict', r'predictions_\w+_3\.npz: [\d,]+ rows'),
+    ('--mode=plan', r'^fits'),
+    ("--match='Conv_", r'Conv_1'),
+    ('--mode=export', r'model\.jax_export\(batch\) for '),
+    ('--config.optimizer.learning_rate=0.1', r'^  train/learning_rate 0\.1$'),
+    ('optimizer=\'{"momentum": 0.8', r'^  train/learning_rate 0\.01$'),
+    (
+        'mnist.py --config.optimizer.target=optax:adam',
+        r'^config\.optimizer\.momentum dropped: optax:adam does not take it$',
+    ),
+    ('count=8 ', r'^devices +8 x cpu .*mesh '),
+    ('"data": 2, "fsdp": 2, "model": 2', r'mesh data 2 x fsdp 2 x model 2$'),
+    ('mine/config.py', r'confusion/counts int32\[10, 10\] in .*/metrics/eval_table_100\.npz$'),
+    ('lm.py --config.model.scan_layers', r'^blocks/'),
+    ('mnist_ensemble', r'^eval test at step 3: .*members'),
+    ('mine/config.py', r'^eval sure at step 100: .*examples 77$'),
+    ('mine/config.py', r'^hook: step 50 wrong [\d.]+$'),
+    ('gan/', r'^  train/gen_loss '),
+    ('sam.step', r'^  train/first_norm '),
+    ('init_from.path', r'^start .*runs/pretrained'),
+    ('transfer/digits', r'^start .*runs/pretrained'),
+)
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """Made once; each test runs the commands that it needs, if no other has."""
+    return Project(tmp_path_factory.mktemp('project'))
+
+
+def test_the_pages_have_what_this_file_looks_for() -> None:
+    """A page is read to its end; what is found grows with the pages."""
+    assert len(FILES) >= 22
+    assert (QUICKSTART, TESTS) == ('launch/local.sh --config=configs/mnist.py', 'launch/test.sh')
+    assert len([line for line in COMMANDS if is_of_trainer(line)]) >= 30
+    assert len(OTHERS) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'block', parameters(block for block in ALL_COMMANDS if is_of_trainer(block.text))
+)
+def test_command(block: Block, project: Project) -> None:
+    line = block.text
+    finished = project.run(line)
+    words = [word for part, word in SAYS if part in line]
+    if '--mode=' not in line and '--helpconfig' not in line:
+        words.append(r'finished at step')
+    assert words
+    for word in words:
+        assert re.search(word, finished.out + finished.err, flags=re.MULTILINE), word
+
+
+@pytest.mark.parametrize(
+    'block', parameters(block for block in ALL_COMMANDS if not is_of_trainer(block.text))
+)
+def test_command_of_another_program(block: Block, tmp_path: pathlib.Path) -> None:
+    """Those of the launchers are checked, not run; those of tools name what is there."""
+    program, *words = shlex.split(block.text)
+    if program == 'python' and words[0] in SCRIPTS:
+        pass  # Run by `test_script`.
+    elif program == 'python':
+        text = (command.ROOT / words[0]).read_text()
+        flags = [word.split('=')[0] for word in words if re.match(r'--\w', word)]
+        assert [flag for flag in flags if flag not in text and '.' not in flag] == []
+    elif program == 'launch/test.sh':
+        assert set(words) <= {'--all'} or words[0].startswith('-') or words[0].startswith('tests/')
+    elif program.startswith('launch/'):
+        check_launcher(block.text, tmp_path)
+    elif words[:1] == ['install'] and program == 'pip':
+        extras = tomllib.loads((command.ROOT / 'pyproject.toml').read_text())
+        named = re.findall(r'\[([\w,]+)\]', block.text)
+        known = extras['project']['optional-dependencies']
+        assert {name for names in named for name in names.split(',')} <= set(known)
+    else:
+        assert (program, *words) in (('mkdocs', 'serve'), ('mkdocs', 'build', '--strict')), (
+            f'{block.page}:{block.line}: no test runs {block.text!r}; show it as text'
+        )
+
+
+@pytest.mark.parametrize('page', dict.fromkeys(block.page for block in OTHERS))
+def test_code_of_a_page(page: str) -> None:
+    """What is neither a file nor a fragment, from the top of the page to its end."""
+    names = {'__name__': page}
+    for block in OTHERS:
+        if block.page == page:
+            code = '\n' * (block.line - 1) + block.text
+            exec(compile(code, f'{page}.md', 'exec', dont_inherit=True), names)
+
+
+# The files that are programs, and the last line that each of them prints.
+SCRIPTS = {
+    'notebook.py': r"\{'test': \{.*'accuracy': .*\}\}",
+    'full_evaluation.py': r'980 \[  980 10000\]',
+    'generate.py': r'b[\'"].* b[\'"].*',
+    'weights.py': r'\(64, 20\) \(64, 20\)',
+    'features.py': r'0\.\d+',
+    'call_exported.py': r'\(3,\)',
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in FILES if '/' not in name])
+def test_script(name: str, project: Project) -> None:
+    printed = project.script(name)
+    assert re.fullmatch(SCRIPTS[name], printed.splitlines()[-1])
+    if name == 'notebook.py':
+        assert 'resumed from step 100' in printed
+        assert 'finished' in printed
+    if name == 'full_evaluation.py':  # B1, B2, B4, B5, B6: on eight devices, by one program.
+        assert re.search(r"'accuracy': 0\.0979+\d*, 'examples': 10000\b", printed)
+        assert printed.count('compiled for') == 1
+    if name == 'weights.py':
+        assert printed.splitlines()[0] == '(64, 10)'
+    if name == 'features.py':
+        assert float(printed.splitlines()[-1]) > 0.5
+
+
+def test_each_file_is_run() -> None:
+    """A program by itself; what is in a package by the commands and files that name it."""
+    assert {name for name in FILES if '/' not in name} == set(SCRIPTS)
+    for name in set(FILES) - set(SCRIPTS):
+        named = (
+            name,
+            name.removesuffix('.py').replace('/', '.') + ':',
+            f'from {name[:-3]}'.replace('/', '.'),
+        )
+        others = [*COMMANDS, *(text for other, text in FILES.items() if other != name)]
+        assert any(word in text for text in others for word in named), name

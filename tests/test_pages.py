@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pages name is there: links lead somewhere, and paths and modules exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import unicodedata
+
+import pytest
+
+import trainer
+from tests import pages
+from tests.command import ROOT
+from tests.pages import PAGES, Page
+from trainer.trainer import Trainer
+
+# The folders of the checkout whose files pages name.
+_FOLDERS = ('configs', 'data', 'docs', 'launch', 'models', 'tests', 'trainer')
+_PATH = re.compile(rf'((?:{"|".join(_FOLDERS)})/[\w./*-]*)(?:::\w+)?')
+_KINDS = {'', 'bash', 'json', 'py', 'python', 'sh', 'text', 'toml', 'yaml'}
+
+
+def _code(page: Page) -> list[str]:
+    return re.findall(r'`([^`]+)`', page.sentences)
+
+
+def _anchors(page: Page) -> set[str]:
+    """Returns what a link to a heading of the page may say, on the site and in a repository."""
+    found = set()
+    for title in re.findall(r'^#+ (.+?)(?: \{.*\})?$', page.sentences, flags=re.MULTILINE):
+        plain = re.sub(r'\[([^\]]*)\]\([^)]*\)|[`*]', r'\1', title)
+        ascii_text = unicodedata.normalize('NFKD', plain).encode('ascii', 'ignore').decode()
+        text = re.sub(r'[^\w\s-]', '', ascii_text).strip().lower()
+        found |= {re.sub(r'[-\s]+', '-', text), text.replace(' ', '-')}
+    return found | set(re.findall(r'\{ *#([\w-]+) *\}', page.sentences))
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    page = PAGES[name]
+    text = re.sub(r'`[^`]*`', '', page.sentences)
+    for target in re.findall(r'\]\(([^)\s]+)\)', text):
+        if re.match(r'https?:|mailto:', target):
+            continue
+        path, _, anchor = target.partition('#')
+        found = (page.path.parent / path).resolve() if path else page.path
+        assert found.exists(), f'{target}: no such file'
+        if name.startswith('docs/'):
+            assert found.is_relative_to(ROOT / 'docs'), f'{target}: not a page of the site'
+        if anchor and not name.startswith('docs/reference/'):
+            other = PAGES[found.relative_to(ROOT).as_posix().removesuffix('.md')]
+            anchors = _anchors(other)
+            assert anchor in anchors or '::: ' in other.text, f'{target}: none of {anchors}'
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_paths_exist(name: str) -> None:
+    for code in _code(PAGES[name]):
+        if match := _PATH.fullmatch(code):
+            path = match[1].rstrip('/')
+            # The table of techniques names tests from below `tests/`.
+            found = [*ROOT.glob(path), *(ROOT / 'tests').glob(path)]
+            assert found, f'`{code}`: no such path'
+
+
+@pytest.mark.parametrize('name', PAGES)
+def test_modules_exist(name: str) -> None:
+    """`trainer.schedules:rsqrt` and `trainer.hooks`; `trainer.fit` is of an instance."""
+    for code in _code(PAGES[name]):
+        if not (match := re.match(r'trainer((?:\.\w+)*)(?::(\w+))?(?![\w/])', code)):
+            continue
+        dotted, attribute = match[1].strip('.').split('.'), match[2]
+        if not match[1] or dotted == ['py'] or hasattr(Trainer, dotted[0]):
+            continue
+        owner, rest = trainer, dotted
+        while rest and not attribute and hasattr(owner, rest[0]):
+            owner, rest = getattr(owner, rest[0]), rest[1:]
+        if rest:
+            owner = _module(code, dotted)
+        assert attribute is None or hasattr(owner, attribute), f'`{code}`: no {attribute}'
+
+
+def _module(code: str, dotted: list[str]) -> object:
+    """Returns what the dotted name after `trainer.` leads to: a module, or an attribute of one."""
+    for end in range(len(dotted), 0, -1):
+        try:
+            found: object = importlib.import_module('.'.join(('trainer', *dotted[:end])))
+        except ModuleNotFoundError:
+            continue
+        for attribute in dotted[end:]:
+            assert hasattr(found, attribute), f'`{code}`: no {attribute}'
+            found = getattr(found, attribute)
+        return found
+    raise AssertionError(f'`{code}`: no such module')
+
+
+def test_names_of_files_are_unique() -> None:
+    """All pages share one project, whatever the order in which they are read."""
+    named = [
+        match[1]
+        for block in pages.BLOCKS
+        if block.kind == 'python' and (match := re.match(r'# ([\w/]+\.py)\n', block.text))
+    ]
+    assert sorted(named) == sorted(set(named))
+    assert set(named) == set(pages.FILES)
+
+
+def test_every_block_is_of_a_known_kind() -> None:
+    """The kind says what is done with a block: one that nobody knows is not tested."""
+    for block in pages.BLOCKS:
+        where = f'{block.page}:{block.line}'
+        assert block.kind in _KINDS, f'{where}: {block.kind}'
+        if block.kind == '':
+            assert not re.match(r'(python|launch/|import |from |c\.|config\.)', block.text), where
+        if block.kind == 'py':
+            assert block.page.startswith('docs/coming_from/'), where
+            ast.parse(block.text)
+
+
+def test_every_page_is_read() -> None:
+    """Each fence of each page is a block, and those that show code have blocks."""
+    for page in PAGES.values():
+        fences = [line for line in page.text.splitlines() if re.match(r' *```', line)]
+        assert len(fences) == 2 * len(page.blocks), page.name
+    with_blocks = {block.page for block in pages.BLOCKS}
+    assert {'README', 'launch/README'} <= with_blocks
+    for kinds in (('python',), ('bash', 'sh'), ('text',)):
+        assert [block for block in pages.BLOCKS if block.kind in kinds], kinds
+    names = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'docs').rglob('*.md')}
+    assert names == {f'{name}.md' for name in PAGES if name.startswith('docs/')}
