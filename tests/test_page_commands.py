@@ -11,7 +11,7 @@ import tomllib
 import pytest
 
 from tests import command
-from tests.launch.test_launch_readme import check as check_launcher
+from tests.launch.test_commands_of_readme import check as check_launcher
 from tests.pages import (
     ALL_COMMANDS,
     COMMANDS,
