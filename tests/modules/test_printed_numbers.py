@@ -268,6 +268,7 @@ def test_a_hundred_and_one_steps_from_zeros() -> None:
     np.testing.assert_allclose(params['kernel'], best[:10], atol=2e-4)
 
 
+@pytest.mark.slow
 def test_gradient_descent_and_adam_on_a_dense_layer() -> None:
     """O12: Flax Basics, from the layer's own first parameters; then Adam goes on from there."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))

@@ -121,6 +121,7 @@ def test_a_finished_run_does_not_evaluate_again(tmp_path: pathlib.Path) -> None:
     assert again.state.step == 50
 
 
+@pytest.mark.slow
 def test_the_final_evaluation_belongs_to_the_last_checkpoint(tmp_path: pathlib.Path) -> None:
     """Also where a periodic save is due at the last step."""
     trainer = trainer_in(tmp_path, evals__test__every='never', checkpoint__every='25 steps')

@@ -113,6 +113,7 @@ COURSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', slow_except(['weighted', 'sharded'], COURSES))
 def test_the_function_repeats_the_forward_pass(name: str) -> None:
     """At the same parameters the same loss and gradient: the same masks of dropout, all slices."""

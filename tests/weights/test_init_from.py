@@ -128,6 +128,7 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
         trainer(tmp_path, init_from={'path': str(file)}).init_state()
 
 
+@pytest.mark.slow
 def test_floats_are_cast_to_the_dtype_of_the_model(tmp_path: pathlib.Path) -> None:
     path, old = pretrained(tmp_path)
     half = trainer(tmp_path, init_from={'path': path}, precision={'params': 'bfloat16'})

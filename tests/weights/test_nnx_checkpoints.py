@@ -79,6 +79,7 @@ def test_states_of_nnx(tmp_path: pathlib.Path) -> None:
         started(run, path=str(tmp_path / 'weights'))
 
 
+@pytest.mark.slow
 def test_boxes_of_linen(tmp_path: pathlib.Path) -> None:
     """H14: around all parameters or some, in either format; what an optimizer holds comes along."""
     variables = Net().init(jax.random.key(7), X)
