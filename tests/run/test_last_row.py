@@ -3,6 +3,8 @@
 
 import math
 
+import pytest
+
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
