@@ -25,7 +25,17 @@ def _like_keys() -> list[list[str]]:
 
 
 # What else a name with dots begins with: objects, files, libraries.
-_FIRST = ('state', 'event', 'config', 'metrics', 'variables', 'clu', 'from_model_output')
+_FIRST = (
+    'jax',
+    'contextlib',
+    'state',
+    'event',
+    'config',
+    'metrics',
+    'variables',
+    'clu',
+    'from_model_output',
+)
 KEYS = [
     keys
     for keys in _like_keys()
