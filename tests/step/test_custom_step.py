@@ -142,7 +142,7 @@ def test_a_step_runs_sharded_and_donates_its_state() -> None:
             {'ref': 'tests.step.steps:changes_dtype'},
             r'shapes of the state: params/\S+: float32',
         ),
-        ({'ref': 'tests.step.steps:drops_state'}, r'returns \(state, metrics\), the state made'),
+        ({'ref': 'tests.step.steps:drops_state'}, r'must return \(state, metrics\), with a state made'),
         ({'ref': 'tests.step.steps:metric_is_vector'}, r"metric 'a/b' must be a .*float32\[3\]"),
         ({'ref': 'tests.step.steps:metrics_is_scalar'}, r'in a dict by name; got float32\[\]'),
         ({'ref': 'tests.step.steps:names_norms'}, "names a metric 'norms', but every row"),
