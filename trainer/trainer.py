@@ -260,7 +260,7 @@ class Trainer:
         self._notify('start', step, state)
         with report.time.spent('compile'):
             for program in programs:
-                program.ready()
+                program.executable()
         self.monitors().begin(step, state)
         report.begin(step)
         self._stop.starting = False  # From here on there is progress that a signal must save.
@@ -484,10 +484,10 @@ class Trainer:
         if experiment.ensemble is not None:
             assert member is not None
             state = member_state(state, member)
-        # Imported here because importing Klinen has a cost that runs without it need not pay.
-        from trainer.klinen.notebook import for_notebook
+        # Imported here because importing Klinen registers it, a cost that other runs need not pay.
+        from trainer.klinen.notebook import bind_for_notebook
 
-        return for_notebook(experiment.model, state.variables)
+        return bind_for_notebook(experiment.model, state.variables)
 
     def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
         """Returns the metrics of each evaluation in the config: numbers by name, and `arrays`.
