@@ -24,7 +24,7 @@ from trainer.input.prefetch import Prefetcher
 from trainer.inspect import products
 from trainer.inspect.monitors import Monitors
 from trainer.observe.profile import Profile
-from trainer.observe.progress import Nowhere
+from trainer.observe.progress import NullScreen
 from trainer.parallel import last_words, processes, signals
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.signals import StopRequest
@@ -64,7 +64,7 @@ class Trainer:
         trainer.evaluate()
 
     It never ends the process, and the only signal that it handles is Ctrl-C, while `fit` trains in
-    the main thread: see `trainer.parallel.signals.interruptible`. `trainer.main` handles all
+    the main thread: see `trainer.parallel.signals.handle_interrupts`. `trainer.main` handles all
     others.
 
     Attributes:
@@ -95,7 +95,7 @@ class Trainer:
         """
         self.run = open_run(experiment, workdir)
         experiment = self.run.experiment  # After a change of the batch size it has another length.
-        screen = None if processes.is_primary() else Nowhere()
+        screen = None if processes.is_main_process() else NullScreen()
         ensemble = experiment.ensemble
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
         total, batch_size = experiment.training.total_steps, experiment.clock.batch_size
@@ -193,12 +193,12 @@ class Trainer:
         try:
             several = jax.process_count() > 1
             with (
-                last_words.registered(self._recovery.record_exit, stay=several),
+                last_words.register(self._recovery.record_exit, stay=several),
                 contextlib.ExitStack() as until_end,
             ):
                 return self._fit(max_steps, until_end)
         except BaseException as error:
-            self._hooks.note_on(error)
+            self._hooks.add_note_to(error)
             donated.explain(error)
             try:
                 self._rescue(error)
@@ -214,7 +214,7 @@ class Trainer:
     def _fit(self, max_steps: int | None, until_end: contextlib.ExitStack) -> Result:
         state, step = self._begin()
         if self._given_stop is None:
-            until_end.enter_context(signals.interruptible(self._stop))
+            until_end.enter_context(signals.handle_interrupts(self._stop))
         if self._evaluate_due(step, state):
             # The last run ended before these evaluations, and saved this step without them.
             self._recovery.amend(step)
@@ -227,9 +227,9 @@ class Trainer:
                 self._profile.begin_step(step + batch.count)
                 state = program(state, batch.arrays)
                 step += batch.count
-                self._recovery.count(batch)
+                self._recovery.count_batch(batch)
                 self._reached = step, state
-                self.report.stepped(step)
+                self.report.record_step(step)
                 monitors.poll(state)
                 if step == due:
                     state = self._run_events(step, state, batch)
@@ -246,7 +246,7 @@ class Trainer:
         report = self.report
         report.start()
         self.check_workdir()
-        with report.time.spent('compile'):
+        with report.time.measure('compile'):
             programs = self.compile()
             state, step = self._recovery.start(self.set_up().programs)
         self._reached = step, state
@@ -254,7 +254,7 @@ class Trainer:
         self._recovery.open(step)
         report.progress.message(banner.summary(self.run, self.set_up(), step))
         self._notify('start', step, state)
-        with report.time.spent('compile'):
+        with report.time.measure('compile'):
             for program in programs:
                 program.ready()
         self.monitors().begin(step, state)
@@ -264,7 +264,7 @@ class Trainer:
 
     def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
         """Runs what is due after this step, in the order log, monitors, eval, save."""
-        self._tell(self._profile.stepped(step, state))
+        self._tell(self._profile.update(step, state))
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.training.total_steps:
             # Its row is fetched when it is there: see Reporter.
@@ -288,7 +288,7 @@ class Trainer:
         self.monitors().check(step, state)
         status = self._status(step)
         self._save(step, state)
-        self._hooks.raise_late(step)
+        self._hooks.raise_deferred(step)
         self._recovery.end(status, step, state)
         self._hooks.end(step, state, status)
         self.report.end(status, step)
@@ -307,7 +307,7 @@ class Trainer:
         """Whether all processes end with an error at this step: one alone cannot save."""
         if jax.process_count() > 1:
             place = f'failed at step {step} in call {self._fits}'
-            self._stop.all_failed = processes.all_arrive(place, _MEETING_SECS)
+            self._stop.all_failed = processes.wait_for_all(place, _MEETING_SECS)
             return self._stop.all_failed
         return True
 
@@ -353,14 +353,14 @@ class Trainer:
         self.monitors().check(step, state)
         evaluator = self.set_up().evaluators[name]
         compiled = evaluator.compile_secs
-        with self.report.time.spent('eval'):
+        with self.report.time.measure('eval'):
             try:
-                with self._profile.evaluation(name):
+                with self._profile.annotate_eval(name):
                     metrics = evaluator.run(state, should_stop=self._stopping)
             except Stopped:
                 # The next start runs it: the checkpoint of this step says what it lacks.
                 return
-            self.report.evaluated(name, step, metrics)
+            self.report.record_eval(name, step, metrics)
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled)
         if (early := self._recovery.early_stopping) is not None:
             before = early.stopped
@@ -371,7 +371,7 @@ class Trainer:
 
     @functools.cached_property
     def _profile(self) -> Profile:
-        writes = self.workdir is not None and processes.is_primary()
+        writes = self.workdir is not None and processes.is_main_process()
         directory = self.workdir.path / 'profile' if self.workdir and writes else None
         return Profile(self.experiment.logging.profile, directory)
 

@@ -28,7 +28,7 @@ from trainer.modules import seen
 from trainer.modules.shapes import describe
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
-from trainer.parallel.mesh import replicated
+from trainer.parallel.mesh import replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import SIGNS
 from trainer.step.programs import Program
@@ -94,11 +94,11 @@ class Evaluator:
         # By the members that count, of an ensemble.
         self._programs: dict[tuple[int, ...], Program] = {}
         self._empty: Callable[[], Any] | None = None
-        self._on_trial: Measured | None = None
+        self._trial_metrics: Measured | None = None
         self.step = step
         # Set by `prepare`: the fields that are read, and the step for batches of these.
         self._fields: Fields | None = None
-        self._counting = step
+        self._run_step = step
         self._predicts: Prediction | None = None
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
@@ -117,22 +117,23 @@ class Evaluator:
             UserError: if the task asks for a field that the batch does not have, or the model is
                 in training mode even here, or a metric cannot be accumulated or computed.
         """
-        with self._telling_its_mode():
+        with self._explain_training_errors():
             output = self._output_shapes(state)
         self._empty = jax.jit(
-            functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
+            functools.partial(self.step.empty, output),
+            out_shardings=replicated_sharding(self._mesh),
         )
-        self._on_trial = self._check_metrics()
+        self._trial_metrics = self._check_metrics()
 
     def _check_metrics(self) -> Measured | None:
         assert self._empty is not None
-        with self._naming_it():
+        with self._add_name_to_errors():
             empty = jax.eval_shape(self._empty)
             check_computes(empty['task'])
-            return compute_on_trial(summarise, empty)
+            return compute_on_trial(summarize, empty)
 
     @contextlib.contextmanager
-    def _naming_it(self) -> Iterator[None]:
+    def _add_name_to_errors(self) -> Iterator[None]:
         """Adds the name of the evaluation to errors in its metrics."""
         try:
             yield
@@ -155,7 +156,7 @@ class Evaluator:
                 output = step.output_shapes(variables, shapes)
             self._fields = fields.only(reads.names)
             task = task.without(self._fields.kept(), reads.weighted)
-            self._counting = dataclasses.replace(step, task=task)
+            self._run_step = dataclasses.replace(step, task=task)
             return output
         except UserError as error:
             raise UserError(f'config.evals.{self.name}: {error}') from error
@@ -181,7 +182,7 @@ class Evaluator:
         Raises:
             UserError: naming those that there are.
         """
-        found = self._on_trial
+        found = self._trial_metrics
         if found is None or name in found:
             return
         if name in found.arrays:
@@ -214,10 +215,10 @@ class Evaluator:
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
-        counted = self._leave_out_stopped(state)
+        counted = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
         with self._batches(max_batches, fields=self._fields) as batches:
-            for batch in self._until_the_end(batches):
+            for batch in self._read_to_end(batches):
                 if should_stop():
                     raise Stopped
                 args = (totals, variables, state.step, np.int32(batch.start), batch.arrays)
@@ -225,10 +226,10 @@ class Evaluator:
                     self._programs[counted] = self._compile(args)
                 totals = self._programs[counted](*args)
         self._check_labels(totals, state)
-        with self._naming_it():
-            return summarise(totals, counted)
+        with self._add_name_to_errors():
+            return summarize(totals, counted)
 
-    def _leave_out_stopped(self, state: TrainState) -> tuple[int, ...]:
+    def _leave_out_diverged(self, state: TrainState) -> tuple[int, ...]:
         """Sets which members make up an ensemble, and returns them; empty for all.
 
         Those that have diverged do not, unless all have. A change compiles the step again.
@@ -237,7 +238,7 @@ class Evaluator:
             step = self.step.without_diverged(state.health)
             if step.counted != self.step.counted:
                 self.step = step
-                self._counting = dataclasses.replace(self._counting, counted=step.counted)
+                self._run_step = dataclasses.replace(self._run_step, counted=step.counted)
                 self._predicts = None
                 vars(self).pop('_predict', None)
         return self.step.counted
@@ -271,15 +272,15 @@ class Evaluator:
             UserError: if the task has no method `predict`.
         """
         variables, prediction = self.variables(state), self.prediction(state)
-        host = tuple(set(prediction.passed.values()))
+        host = tuple(set(prediction.unchanged.values()))
         with self._batches(fields=prediction.fields, host=host) as batches:
-            for batch in self._until_the_end(batches):
+            for batch in self._read_to_end(batches):
                 args = (variables, state.step, np.int32(batch.start), batch.arrays)
-                with self._tracing(), self._telling_its_mode():
+                with self._tracing(), self._explain_training_errors():
                     outputs = self._predict(*args)
                 outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
-                outputs.update(prediction.whole(batch.host, batch.rows))
+                outputs.update(prediction.gather_unchanged(batch.host, batch.rows))
                 yield {name: outputs[name][mask] for name in sorted(outputs)}
 
     def prediction(self, state: TrainState) -> Prediction:
@@ -290,18 +291,18 @@ class Evaluator:
                 cannot store.
         """
         self.check_predicts()
-        self._leave_out_stopped(state)
+        self._leave_out_diverged(state)
         if self._predicts is None:
             try:
-                with self._tracing(), self._telling_its_mode(), seen.explaining():
+                with self._tracing(), self._explain_training_errors(), seen.explaining():
                     variables = self.variables(state)
-                    self._predicts = Prediction.of(self.step, self._all_fields, variables)
+                    self._predicts = Prediction.trace(self.step, self._all_fields, variables)
             except HostFieldError as error:
                 raise UserError(f'config.evals.{self.name}: {error}') from error
         return self._predicts
 
     @contextlib.contextmanager
-    def _telling_its_mode(self) -> Iterator[None]:
+    def _explain_training_errors(self) -> Iterator[None]:
         """Explains what Flax says of a model that trains while it is evaluated."""
         try:
             yield
@@ -341,17 +342,19 @@ class Evaluator:
         name = f'the step of evaluation {self.name!r}'
         return Program(
             name,
-            self._counting,
+            self._run_step,
             args,
             tracing=self._tracing,
             donate_argnums=0,
-            out_shardings=replicated(self._mesh),
+            out_shardings=replicated_sharding(self._mesh),
         )
 
     @functools.cached_property
     def _predict(self) -> Callable[..., Any]:
         assert self._predicts is not None
-        return jax.jit(functools.partial(self._predicts), out_shardings=replicated(self._mesh))
+        return jax.jit(
+            functools.partial(self._predicts), out_shardings=replicated_sharding(self._mesh)
+        )
 
     def _batches(self, most: int | None = None, **options: Any) -> Prefetcher:
         known = [n for n in (self.data.num_batches, most) if n is not None]
@@ -359,7 +362,7 @@ class Evaluator:
         data = self.data
         return Prefetcher(data.block, calls, self._mesh, data.rows, release=data.close, **options)
 
-    def _until_the_end(self, batches: Prefetcher) -> Iterator[LoadedBatch]:
+    def _read_to_end(self, batches: Prefetcher) -> Iterator[LoadedBatch]:
         """Yields the batches; of data without a length until no process has any example left.
 
         After its last example it yields padding, so that all processes take part in each batch.
@@ -372,7 +375,7 @@ class Evaluator:
             yield batch
 
 
-def summarise(totals: Any, counted: Sequence[int] = ()) -> Measured:
+def summarize(totals: Any, counted: Sequence[int] = ()) -> Measured:
     """Returns flat host values of an evaluation's accumulators, fetched in one transfer.
 
     For an ensemble, also the means over its members ('members/loss') and the values of each

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trainer.parallel.host import fetch
-from trainer.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
+from trainer.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated_sharding
 
 
 def pad_shard_unpad(
@@ -56,7 +56,7 @@ def pad_shard_unpad(
 
         def place(tree: Any, is_static: bool) -> Any:
             if is_static:
-                return jax.device_put(tree, replicated(over))
+                return jax.device_put(tree, replicated_sharding(over))
             tree = jax.tree.map(lambda x: _pad(np.asarray(x), padded), tree)
             return jax.device_put(tree, batch_sharding(over))
 

@@ -20,7 +20,7 @@ from trainer.tasks.batch import recording
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The predictions of a task, split into what is computed and what is passed on.
+    """The predictions of a task, split into what is computed and what is unchanged on.
 
     A field that devices cannot store, or only in fewer bits, may be returned unchanged: its rows
     come from the host, in their own dtype. A field that is computed with is sent to the devices.
@@ -28,15 +28,15 @@ class Prediction:
     Attributes:
         step: one batch of the evaluation; its task knows which fields stay on the host.
         fields: those that are sent to the devices.
-        passed: outputs that are an unchanged field: output name to field name.
+        unchanged: outputs that are an unchanged field: output name to field name.
     """
 
     step: EvalStep
     fields: Fields
-    passed: Mapping[str, str]
+    unchanged: Mapping[str, str]
 
     @classmethod
-    def of(cls, step: EvalStep, fields: Fields, variables: Any) -> Prediction:
+    def trace(cls, step: EvalStep, fields: Fields, variables: Any) -> Prediction:
         """Finds out, by tracing, what the task's `predict` does with the fields.
 
         Args:
@@ -50,10 +50,10 @@ class Prediction:
         opaque = fields.narrowed
         while True:
             sent = fields.only(fields.sent - opaque)
-            made = cls(step=_with(step, sent, opaque), fields=sent, passed={})
+            made = cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged={})
             with recording() as reads:
                 try:
-                    passed = made._trace(variables)
+                    unchanged = made._trace(variables)
                     break
                 except HostFieldError as error:
                     if error.name not in opaque:
@@ -70,47 +70,49 @@ class Prediction:
                         raise
                     opaque = opaque - reads.names
         sent = sent.only(reads.names)
-        return cls(step=_with(step, sent, opaque), fields=sent, passed=passed)
+        return cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged=unchanged)
 
     def __call__(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> dict[str, jax.Array]:
         """Returns what is computed for all rows of a batch, and their mask."""
         outputs = self.step.predict(variables, step, index, batch)
-        passed = self._passed(outputs, batch)
-        return {name: x for name, x in outputs.items() if name not in passed}
+        unchanged = self._find_unchanged(outputs, batch)
+        return {name: x for name, x in outputs.items() if name not in unchanged}
 
-    def whole(
+    def gather_unchanged(
         self, rows: Mapping[str, np.ndarray], held: ProcessRows | None
     ) -> dict[str, np.ndarray]:
-        """Returns the outputs that are passed on, for all rows of a global batch.
+        """Returns the outputs that are unchanged on, for all rows of a global batch.
 
         All processes must call it.
 
         Args:
-            rows: the fields that are passed on, as this process has read them.
+            rows: the fields that are unchanged on, as this process has read them.
             held: indices of these rows, None for all.
         """
-        if held is None or not self.passed:
-            return {output: rows[field] for output, field in self.passed.items()}
+        if held is None or not self.unchanged:
+            return {output: rows[field] for output, field in self.unchanged.items()}
         mine = (held.held[held.owned], {name: x[held.owned] for name, x in rows.items()})
         parts = processes.gather_objects(mine)
         order = np.argsort(np.concatenate([places for places, _ in parts]))
         whole = {name: np.concatenate([some[name] for _, some in parts])[order] for name in rows}
-        return {output: whole[field] for output, field in self.passed.items()}
+        return {output: whole[field] for output, field in self.unchanged.items()}
 
     def _trace(self, variables: Any) -> dict[str, str]:
         found: dict[str, str] = {}
 
         def run(*args: Any) -> Any:
             outputs = self.step.predict(*args)
-            found.update(self._passed(outputs, args[-1]))
+            found.update(self._find_unchanged(outputs, args[-1]))
             return {name: x for name, x in outputs.items() if name not in found}
 
         jax.eval_shape(run, variables, np.int32(0), np.int32(0), self.fields.shapes)
         return found
 
-    def _passed(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, str]:
+    def _find_unchanged(
+        self, outputs: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> dict[str, str]:
         found = {}
         for name, x in outputs.items():
             if isinstance(x, HostField):
@@ -121,5 +123,5 @@ class Prediction:
         return found
 
 
-def _with(step: EvalStep, sent: Fields, opaque: Iterable[str]) -> EvalStep:
+def _keep_on_host(step: EvalStep, sent: Fields, opaque: Iterable[str]) -> EvalStep:
     return dataclasses.replace(step, task=step.task.without(sent.kept(opaque)))
