@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Runs the tests: launch/test.sh [--all] [pytest arguments]
-# --all adds lint, types, slow tests, a short run on the newest other Python of this machine, and the
+# --all adds lint, types, the site of docs/, slow tests, a short run on the newest other Python of this machine, and the
 # tests beside PyTorch and on real weights, if these can be had; without pytest arguments also the main
 # tests with all optimizations of the compiler.
 set -euo pipefail
@@ -28,6 +28,7 @@ shift
 ruff check .
 ruff format --check .
 mypy
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 bash tests/smoke.sh
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash tests/weights.sh || [[ $? == 3 ]]  # 3: they cannot be had here, which was said.
 if [[ $# == 0 ]]; then

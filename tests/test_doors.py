@@ -102,6 +102,7 @@ def test_a_door_is_short_and_has_no_code(name: str) -> None:
     assert {type(node) for node in others} == {ast.ImportFrom, ast.Assign}
 
 
+@pytest.mark.slow
 def test_the_package_runs_as_a_program() -> None:
     """As `trainer.main` does: output, exit codes, and no line of ours above the user's error."""
     args = ('--config=mnist', '--config.data.batch_size=7', '--mode=config')

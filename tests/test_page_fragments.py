@@ -240,6 +240,7 @@ CASES: dict[str, Callable[..., None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('block', parameters(FRAGMENTS))
 def test_fragment(
     block: Block, project: Project, request: Any, monkeypatch: Any, tmp_path: Any

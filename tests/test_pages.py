@@ -96,6 +96,19 @@ def _module(code: str, dotted: list[str]) -> object:
     raise AssertionError(f'`{code}`: no such module')
 
 
+@pytest.mark.parametrize('name', [name for name in PAGES if name.startswith('docs/')])
+def test_the_site_reads_it_as_a_repository_does(name: str) -> None:
+    """Python-Markdown wants a blank line above lists and tables, and four spaces to nest."""
+    above = ''
+    for line in PAGES[name].sentences.splitlines():
+        nested = re.match(r'( +)([-*]|\d+\.) ', line)
+        assert not nested or len(nested[1]) % 4 == 0, f'nest lists by four spaces: {line}'
+        for start in (r' *([-*]|\d+\.) ', r'\|'):
+            if re.match(start, line) and above.strip() and not above.startswith((' ', '<!--')):
+                assert re.match(start, above), f'no blank line above: {line}'
+        above = line
+
+
 def test_names_of_files_are_unique() -> None:
     """All pages share one project, whatever the order in which they are read."""
     named = [

@@ -104,6 +104,7 @@ def test_events_and_their_order(tmp_path: pathlib.Path) -> None:
     assert [row['step'] for row in rows(tmp_path)] == [25, 25, 50, 50]
 
 
+@pytest.mark.slow
 def test_rows_hold_what_was_promised(tmp_path: pathlib.Path) -> None:
     """E2, M7: step, speed, and the learning rate of the update just made, in every row."""
     schedule = {
@@ -146,6 +147,7 @@ def test_in_a_notebook(tmp_path: pathlib.Path) -> None:
         trainer_in(None).restore()
 
 
+@pytest.mark.slow
 def test_a_plain_function_is_a_task() -> None:
     result = trainer_in(None, task={'ref': f'{__name__}:losses_only'}).fit()
     assert result.metrics['train/loss'] < 1.0

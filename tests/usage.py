@@ -108,16 +108,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     chosen = session.config.getoption('budgets')
     if chosen == 'write':
         _BUDGETS.write_text(written(_files, _BUDGETS.read_text()))
-    elif chosen == 'check' and budgets()['files']:  # Until they are written there is no measure.
+    elif chosen == 'check':
         _over.extend(excess(_files, budgets()))
         if _over and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Says which files are over their budgets."""
-    if config.getoption('budgets') == 'check' and not budgets()['files']:
-        terminalreporter.section('tests/budgets.toml is empty: write it, --budgets=write')
     if _over:
         terminalreporter.section('over budget: see tests/budgets.toml', red=True)
         for line in _over:

@@ -17,7 +17,6 @@ import pytest
 
 from tests import command
 from tests.command import ROOT
-from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.modes.dry_run import rehearse
@@ -219,17 +218,15 @@ def test_without_a_work_directory_a_line_tells_of_them() -> None:
     assert 'confusion int32[10, 10]\n' in shown(trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'message'),
-    slow_after(
-        1,
-        [
-            ('Unusable', "the metric 'scores' computes list; expected a number, an array"),
-            ('Collecting', "the metric 'scores' is a clu.metrics.CollectingMetric"),
-            ('Spread', "the metric 'scores' cannot be computed, whatever the data: TypeError"),
-            ('Clashing', "two values are named 'scores/a/b'"),
-        ],
-    ),
+    [
+        ('Unusable', "the metric 'scores' computes list; expected a number, an array"),
+        ('Collecting', "the metric 'scores' is a clu.metrics.CollectingMetric"),
+        ('Spread', "the metric 'scores' cannot be computed, whatever the data: TypeError"),
+        ('Clashing', "two values are named 'scores/a/b'"),
+    ],
 )
 def test_what_cannot_be_a_metric_is_refused_at_the_start(
     tmp_path: pathlib.Path, name: str, message: str

@@ -256,6 +256,7 @@ def test_several_processes(tmp_path: pathlib.Path) -> None:
         np.testing.assert_allclose(array, others[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_counted() -> None:
     x = jnp.array([1.0, jnp.nan, 3.0, jnp.inf, 0.0, 0.0])
     kept = statistics.make_measure(frozenset({'histogram'}), 0)(x)

@@ -52,6 +52,7 @@ def test_a_mode_before_variables() -> None:
     assert not same(part.decoder(X), part.eval().decoder(X))
 
 
+@pytest.mark.slow
 def test_layers_follow_the_mode() -> None:
     """K8: Klinen's layers need no flag, wherever they stand."""
     x = jnp.ones((64, 16))

@@ -169,6 +169,7 @@ def test_what_a_field_keeps_comes_to_the_task(tmp_path: pathlib.Path) -> None:
     assert computation(programs[0].step.ready()) == computation(programs[1].step.ready())
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_modules_come_back_too() -> None:
     """With the trained variables, in evaluation mode, and of the user's own classes."""
     sequential = {

@@ -195,6 +195,7 @@ class Texts(nn.Module):
         return nn.Dense(2)(x)
 
 
+@pytest.mark.slow
 def test_words_are_dropped_by_a_stream_of_their_own() -> None:
     """D8, U12: two streams that nobody declared, new in each step, none at evaluation."""
     model = functional(Texts())

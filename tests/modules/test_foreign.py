@@ -125,6 +125,7 @@ def test_what_is_no_model(name: str) -> None:
     assert '\n' not in full_text(caught.value)
 
 
+@pytest.mark.slow
 def test_what_haiku_makes_is_wrapped_in_linen() -> None:
     """As the message says of it."""
     made = type('Transformed', (Transformed,), {'__module__': 'haiku._src.transform'})

@@ -234,6 +234,7 @@ class Step(nn.Module):
         return nn.Dropout(0.5, deterministic=not train)(x), None
 
 
+@pytest.mark.slow
 def test_lifted_transformations() -> None:
     model = bind(Lifted())
     kernels = [x.shape for x in jax.tree.leaves(model.params) if x.ndim == 3]

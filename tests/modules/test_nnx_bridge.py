@@ -129,6 +129,7 @@ class NamedInside(nn.Module):
         return nn.Dense(10)(nn.relu(inner(x.reshape(len(x), -1))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rules', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_names_of_dimensions_within_a_linen_module(rules: bool) -> None:
     """X14, J8: they follow the rules, and without any they are no axes of the mesh."""

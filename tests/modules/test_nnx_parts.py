@@ -238,7 +238,7 @@ def test_a_class_of_variables_with_a_name_that_is_taken(kind: Any, refused: bool
     if not refused:
         assert init(Extra) == {'params': {}, 'batch_stats': {'extra': 0}}
         return
-    with pytest.raises(UserError, match=r"test_nnx_forms\.Params would be kept as 'params'.*Param"):
+    with pytest.raises(UserError, match=r"test_nnx_parts\.Params would be kept as 'params'.*Param"):
         init(Extra)
 
 

@@ -200,6 +200,7 @@ class Layer(nnx.Module):
         return nnx.tanh(self.linear(x))
 
 
+@pytest.mark.slow
 def test_names_of_stacked_layers_and_a_counter() -> None:
     """X3, J3 in NNX: the layers' dimension is one more name; the counter counts the steps."""
     rules = {

@@ -58,6 +58,7 @@ class Images(ArraySource):
         super().__init__({'image': images(), 'label': np.arange(16) % 2})
 
 
+@pytest.mark.slow
 def test_partial_in_a_config() -> None:
     """U5: `functools.partial` in place of `Module.partial`, written in the config."""
     partial = {'target': 'functools:partial', 'accepts_any': True}

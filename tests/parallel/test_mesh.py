@@ -267,6 +267,7 @@ def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
         assert {part.data.shape for part in w2.addressable_shards} == {(4, 256, 1024)}
 
 
+@pytest.mark.slow
 def test_an_axis_that_the_mesh_lacks_is_named() -> None:
     with pytest.raises(UserError, match=r"names the mesh axis 'model'.*--config.mesh.model=1"):
         Trainer(experiment('Stacked')).compile()

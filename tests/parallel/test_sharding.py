@@ -3,7 +3,7 @@
 
 J9, whether to name mesh axes or to have rules for names of one's own, is guidance: both ways are
 tested (`test_names_that_are_mesh_axes_need_no_rules`, `test_the_loss_curve_is_that_of_one_device`
-of `test_strategies`), and there is nothing else to assert.
+of `test_mesh`), and there is nothing else to assert.
 """
 
 import jax

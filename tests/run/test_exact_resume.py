@@ -53,6 +53,7 @@ def test_kill_at_random_moments(tmp_path: pathlib.Path, whole: pathlib.Path) -> 
     assert_same_run(workdir, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('number', 'code'),
     [pytest.param(signal.SIGTERM, 42, marks=pytest.mark.slow), (signal.SIGINT, 130)],

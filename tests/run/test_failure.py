@@ -120,6 +120,7 @@ def test_a_step_that_was_saved_has_its_digests(tmp_path: pathlib.Path) -> None:
         assert found[name] == whole[name]
 
 
+@pytest.mark.slow
 def test_a_source_that_fails(tmp_path: pathlib.Path) -> None:
     source = {'target': f'{__name__}:Broken'}
     with pytest.raises(OSError, match='torn'):

@@ -182,6 +182,7 @@ def test_a_run_says_what_code_it_ran(
     assert not (workdir / 'code.diff').exists()
 
 
+@pytest.mark.slow
 def test_a_run_does_not_wait_for_a_slow_git(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_pause_in_memory_goes_on_behind_the_last_step(whole: pathlib.Path) -> 
     assert result.metrics['eval/test/loss'] == command.result(whole)['metrics']['eval/test/loss']
 
 
+@pytest.mark.slow
 def test_the_losses_are_of_a_language_model(whole: pathlib.Path) -> None:
     losses = [row['train/loss'] for row in command.rows(whole) if 'train/loss' in row]
     assert losses[0] == pytest.approx(math.log(256), rel=0.1)

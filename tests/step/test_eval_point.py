@@ -256,7 +256,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     'other shapes': (
         {**SGD, 'eval_params': {'ref': f'{__name__}:other_shapes'}},
-        r'eval_params:other_shapes must return parameters with the same paths.*Dense_0/bias',
+        r'eval_point:other_shapes must return parameters with the same paths.*Dense_0/bias',
     ),
     'no function of two': (
         {**SGD, 'eval_params': {'ref': 'optax:global_norm'}},

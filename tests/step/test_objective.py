@@ -113,6 +113,7 @@ COURSES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', slow_except(['weighted', 'sharded'], COURSES))
 def test_the_function_repeats_the_forward_pass(name: str) -> None:
     """At the same parameters the same loss and gradient: the same masks of dropout, all slices."""
@@ -229,7 +230,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', slow_except(['polyak_sgd', 'backtracking'], OPTIMIZERS))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', OPTIMIZERS)
 def test_they_learn(name: str) -> None:
     result = tiny.trainer(optimizer=OPTIMIZERS[name], evals={}, train_for='30 steps').fit()
     assert result.metrics['train/loss'] < 0.6

@@ -174,6 +174,7 @@ def look(event: Event) -> None:
         SEEN.append((event.step, int(state.count), float(decay)))
 
 
+@pytest.mark.slow
 def test_numbers_in_the_state_and_its_own_counts(tmp_path: pathlib.Path) -> None:
     """E4, F7: any number among an optimizer's arguments is in its state, beside its count."""
     SEEN.clear()

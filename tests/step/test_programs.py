@@ -45,6 +45,7 @@ def test_every_leaf_of_the_state_stays_in_its_buffer_on_an_accelerator(
     assert [(int(out), int(arg)) for out, arg in pairs] == [(i, i) for i in range(leaves)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('options', 'together'),
     [({}, 4), ({'ensemble__size': 2}, 4), (FSDP, 3)],

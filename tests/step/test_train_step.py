@@ -95,6 +95,7 @@ def test_one_update_equals_the_hand_written_one() -> None:
     assert program.step.compiles == 1
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_all_steps() -> None:
     """A3: accumulated on the devices, weighted, equal to numpy's mean over the batches."""
     model = MLP((8, 10))

@@ -42,6 +42,7 @@ def test_a_packed_sequence_is_what_it_is_alone(model: Any) -> None:
     np.testing.assert_array_equal(packed.weights[0], [1, 1, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0])
 
 
+@pytest.mark.slow
 def test_targets_are_the_tokens_behind(model: Any) -> None:
     tokens = jnp.asarray([[1, 2, 3, 4], [4, 3, 2, 1]])
     output = NextToken()(model, {'tokens': tokens})
@@ -63,6 +64,7 @@ def test_weights_of_sequences_or_tokens(shape: tuple[int, ...], model: Any) -> N
     np.testing.assert_array_equal(output.weights, expected)
 
 
+@pytest.mark.slow
 def test_predictions(model: Any) -> None:
     tokens = jnp.asarray([[1, 2, 3, 4]])
     predicted = NextToken().predict(model, {'tokens': tokens})

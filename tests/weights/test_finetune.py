@@ -55,6 +55,7 @@ def test_the_whole_encoder_learns_faster() -> None:
     assert tuned.metrics['eval/test/accuracy'] > alone + 0.2
 
 
+@pytest.mark.slow
 def test_where_the_weights_are_is_told(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r'tokenizer: there is no file all-MiniLM-L6-v2'):
         load_and_build(str(ROOT / 'configs' / 'docstrings.py'))

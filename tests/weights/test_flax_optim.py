@@ -31,6 +31,7 @@ def adam_of_flax(grads: list[Any]) -> Any:
     return {'step': np.array(count), 'param_states': states}, step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layout', ['flax', 'pre_linen'])
 def test_the_moments_of_flax_optim(tmp_path: pathlib.Path, layout: str) -> None:
     """U11, F6: Adam goes on in optax where it stood, under the names of Linen or before it."""
@@ -63,6 +64,7 @@ def test_the_moments_of_flax_optim(tmp_path: pathlib.Path, layout: str) -> None:
         np.testing.assert_allclose(x, flat(expected)[path], rtol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_momentum_of_flax_optim(tmp_path: pathlib.Path) -> None:
     """F6: its momentum is the trace of `optax.sgd`, and is not there for Adam."""
     variables = jax.device_get(Net().init(jax.random.key(3), jnp.ones((2, 8))))

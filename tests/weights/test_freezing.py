@@ -13,7 +13,6 @@ import optax
 import pytest
 from flax import traverse_util
 
-from tests.marks import slow_after
 from tests.weights.examples import assert_same, flat, pretrained, trainer
 from trainer.config.errors import UserError
 
@@ -74,9 +73,10 @@ NNX = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('options', 'frozen'),
-    slow_after(1, [({}, 'backbone/.*'), (NNX, '(dense|norm)/0/.*')]),
+    [({}, 'backbone/.*'), (NNX, '(dense|norm)/0/.*')],
     ids=['linen', 'nnx'],
 )
 def test_statistics_of_a_frozen_part(

@@ -128,6 +128,7 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
         trainer(tmp_path, init_from={'path': str(file)}).init_state()
 
 
+@pytest.mark.slow
 def test_floats_are_cast_to_the_dtype_of_the_model(tmp_path: pathlib.Path) -> None:
     path, old = pretrained(tmp_path)
     half = trainer(tmp_path, init_from={'path': path}, precision={'params': 'bfloat16'})
@@ -192,6 +193,7 @@ def test_rename(tmp_path: pathlib.Path) -> None:
             trainer(tmp_path, init_from={**init_from, 'rename': rename}).init_state()
 
 
+@pytest.mark.slow
 def test_what_is_missing(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     """H9: an error by default; by choice its fresh values, which is said."""
     _, old = pretrained(tmp_path)

@@ -80,6 +80,7 @@ def msgpack() -> Any:
     flax.config.update('flax_use_orbax_checkpointing', before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 def test_a_directory_of_flax_checkpoints(tmp_path: pathlib.Path, msgpack: None) -> None:
     """H18, H19: numbers are compared as numbers, '10' after '9'; a run takes all variables."""
@@ -106,6 +107,7 @@ def test_steps_that_are_no_integers(tmp_path: pathlib.Path, msgpack: None) -> No
         assert restore.raw(tmp_path, step)['x'] == np.float32(step)
 
 
+@pytest.mark.slow
 def test_flax_checkpoints_that_orbax_wrote(tmp_path: pathlib.Path) -> None:
     """H18: the same function has written directories of Orbax since."""
     state = net_state()
@@ -352,6 +354,7 @@ def test_items_of_a_managers_step(tmp_path: pathlib.Path) -> None:
             trainer(tmp_path, init_from={'path': str(tmp_path / path)}).init_state()
 
 
+@pytest.mark.slow
 def test_a_field_too_many_or_missing(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:

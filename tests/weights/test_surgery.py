@@ -242,6 +242,7 @@ def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
     assert again.fit().step == 12
 
 
+@pytest.mark.slow
 def test_surgery_that_does_not_lead_to_the_model(tmp_path: pathlib.Path) -> None:
     path, _ = pretrained(tmp_path)
     resize = {'target': f'{OPERATION}:Resize', 'pattern': 'head/kernel', 'size': 5}

@@ -207,6 +207,7 @@ def test_half_a_name_map_is_not_half_a_model() -> None:
     assert 'features_0/kernel' in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_transformer_encoder_layer() -> None:
     """1.L: the names of `torch.nn.TransformerEncoderLayer`, norms before the branches."""
     shapes = below(

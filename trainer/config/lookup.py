@@ -4,30 +4,29 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 
-from trainer.config import objects, paths, reach, schema, signatures, targets, unknown
+from trainer.config import (
+    objects,
+    paths,
+    reach,
+    schema,
+    sequences,
+    signatures,
+    targets,
+    unknown,
+)
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
 
-# Annotations that say what a text of the command line means: `int`, `float | None`,
-# `Sequence[int]`, `tuple[str, ...]`. All others leave it to the target.
-_PLAIN_TYPES: dict[str, Any] = {
-    'int': int,
-    'float': float,
-    'str': str,
-    'bool': bool,
-    'Sequence[int]': tuple[int, ...],
-    'Sequence[float]': tuple[float, ...],
-    'Sequence[str]': tuple[str, ...],
-    'tuple[int, ...]': tuple[int, ...],
-    'tuple[float, ...]': tuple[float, ...],
-    'tuple[str, ...]': tuple[str, ...],
-}
+# Types for which an annotation decides how text on the command line is read; for all others, and
+# for unions of several, the default and the target decide.
+_PLAIN = (int, float, str, bool)
 
 
 def value_at(config: Any, keys: paths.Keys) -> Any:
@@ -104,25 +103,34 @@ def argument_type(node: Any, key: str | int, path: str) -> Any:
     parameter = _parameter(node, key, path)
     if parameter is None:
         return None
-    text = _annotation(parameter).removesuffix(' | None').rpartition('collections.abc.')[2]
-    kind = _PLAIN_TYPES.get(text, bool if isinstance(parameter.default, bool) else None)
-    return kind | None if kind is not None and _may_be_none(parameter) else kind
+    kind = _plain_type(annotation(node, key, path))
+    if kind is None and isinstance(parameter.default, bool):
+        kind = bool
+    return kind | None if kind is not None and takes_none(node, key, path) else kind
 
 
 def takes_none(node: Any, key: str | int, path: str) -> bool:
     """Whether an argument of an object may be None: by its default, or by its annotation."""
     parameter = _parameter(node, key, path)
-    return parameter is not None and _may_be_none(parameter)
+    if parameter is None:
+        return False
+    hint = annotation(node, key, path)
+    return parameter.default is None or hint is Any or types.NoneType in sequences.options(hint)
 
 
-def _may_be_none(parameter: inspect.Parameter) -> bool:
-    said = re.search(r'\b(None|NoneType|Optional|Any)\b', _annotation(parameter))
-    return parameter.default is None or said is not None
-
-
-def _annotation(parameter: inspect.Parameter) -> str:
-    given = parameter.annotation
-    return given if isinstance(given, str) else inspect.formatannotation(given)
+def _plain_type(hint: Any) -> Any:
+    """Returns int for `int` and `int | None`, tuple[int, ...] for any sequence of int, or None."""
+    options = [option for option in sequences.options(hint) if option is not types.NoneType]
+    if len(options) != 1:
+        return None
+    [hint] = options
+    if hint in _PLAIN:
+        return hint
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    is_sequence = origin is Sequence or (origin is tuple and args[1:] == (...,))
+    if not is_sequence or args[0] not in _PLAIN:
+        return None
+    return types.GenericAlias(tuple, (args[0], ...))
 
 
 def annotation(node: Any, key: str | int, path: str) -> Any:

@@ -35,7 +35,7 @@ def elements(hint: Any) -> Elements | None:
     `Sequence[int]`, `list[int]`, `tuple[int, ...]` and `tuple` have any number of elements,
     `tuple[int, int]` has two. Of a union, a sequence of any length counts first.
     """
-    found = [each for each in map(_of_one, _options(hint)) if each is not None]
+    found = [each for each in map(_of_one, options(hint)) if each is not None]
     return min(found, key=lambda each: each.fixed, default=None)
 
 
@@ -53,7 +53,7 @@ def same_lengths(one: Any, other: Any) -> bool:
 
 def is_list(hint: Any) -> bool:
     """Whether an annotation asks for a list."""
-    return any((typing.get_origin(each) or each) is list for each in _options(hint))
+    return any((typing.get_origin(each) or each) is list for each in options(hint))
 
 
 def is_union(hint: Any) -> bool:
@@ -61,9 +61,14 @@ def is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (types.UnionType, typing.Union)
 
 
+def options(hint: Any) -> tuple[Any, ...]:
+    """Returns the types that an annotation allows: those of a union, or the one that it is."""
+    return typing.get_args(hint) if is_union(hint) else (hint,)
+
+
 def is_plain(hint: Any) -> bool:
     """Whether an annotation allows numbers, text and None only."""
-    return all(each in (int, float, str, bool, types.NoneType) for each in _options(hint))
+    return all(each in (int, float, str, bool, types.NoneType) for each in options(hint))
 
 
 def describe(hint: Any) -> str:
@@ -77,10 +82,6 @@ def _kind(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value), tuple(map(_kind, value))
     return type(value)
-
-
-def _options(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if is_union(hint) else (hint,)
 
 
 def _of_one(hint: Any) -> Elements | None:

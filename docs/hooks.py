@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where mkdocstrings finds the package: with `models/` and `data/` in it, as a wheel has them."""
+
+from __future__ import annotations
+
+import atexit
+import pathlib
+import shutil
+import tempfile
+from typing import Any
+
+from mkdocs.plugins import event_priority
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@event_priority(100)  # Before mkdocstrings, which reads the setting.
+def on_config(config: Any) -> Any:
+    """Points mkdocstrings to a folder of links to the package's files."""
+    staging = pathlib.Path(tempfile.mkdtemp(prefix='docs-'))
+    atexit.register(shutil.rmtree, staging, ignore_errors=True)
+    package = staging / 'trainer'
+    package.mkdir()
+    for path in (ROOT / 'trainer').iterdir():
+        if path.name not in ('models', 'data', '__pycache__'):
+            (package / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    for name in ('models', 'data'):
+        (package / name).mkdir()
+        for path in [*(ROOT / name).iterdir(), ROOT / 'trainer' / name / '__init__.py']:
+            if path.name != '__pycache__':
+                (package / name / path.name).symlink_to(path, target_is_directory=path.is_dir())
+    python = config.plugins['mkdocstrings'].config.handlers.setdefault('python', {})
+    python['paths'] = [str(staging)]
+    return config
