@@ -114,7 +114,7 @@ def test_a_model_that_does_not_know_its_mode(act: Any, part: str, cause: str) ->
 def test_an_empty_split(act: Any, tmp_path: pathlib.Path) -> None:
     trainer_with(tmp_path).fit()
     trainer = trainer_with(tmp_path, data__source={'target': f'{__name__}:Nothing'})
-    with pytest.raises(UserError, match=r'config\.evals\.test\.data: its split is empty'):
+    with pytest.raises(UserError, match=r'config\.evals\.test\.data: the split is empty'):
         act(trainer)
     assert trainer.report.latest == {}
 

@@ -75,7 +75,7 @@ def stepped(program: Programs, batch: Any, variables: Any = None) -> TrainState:
         params = jax.tree.map(np.array, variables['params'])  # A copy: the step donates its state.
         params = jax.device_put(params, program.abstract.step.sharding)
         state = dataclasses.replace(state, params=params)
-    shardings = program.step.ready().input_shardings[0][1]
+    shardings = program.step.executable().input_shardings[0][1]
     return program.step(state, jax.device_put(batch, shardings))
 
 

@@ -154,7 +154,7 @@ def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
     recovery._fingerprint_data()
     recovery._report_data_changes(50, meta)
     with contextlib.suppress(ValueError):  # Which `with_health` puts into words.
-        health.restored(health.Health(jnp.zeros(6, jnp.int32)), meta.get('health'))
+        health.from_metadata(health.Health(jnp.zeros(6, jnp.int32)), meta.get('health'))
     recovery._restore_early_stopping(meta)
     report.restore(50, meta['metrics'], meta['evaluated'])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
-from trainer.modules.recorder import ROOT, in_order, is_float
+from trainer.modules.recorder import ROOT, is_float, order_records
 from trainer.step.finite import all_finite
 
 
@@ -26,25 +26,25 @@ def explain(
     """Describes the first non-finite value of a step.
 
     Args:
-        found: the flags of each call of each module, from a `Tap`.
+        found: the flags of each call of each module, from a `ModuleRecorder`.
         loss: whether the losses are finite.
         grads: whether the gradient of each parameter is finite, by path.
         batch: whether each field of the batch is finite, by name.
         after: what is not finite after the update, such as 'a parameter is not: w'; '' if unknown.
     """
-    calls = in_order(found)
-    bad = next((number for number, call in enumerate(calls) if not call.seen['output']), None)
+    calls = order_records(found)
+    bad = next((number for number, call in enumerate(calls) if not call.value['output']), None)
     if bad is not None:
         call = calls[bad]
         name = call.name if call.path else f'{ROOT}, the model itself'
         return (
             f'The first module whose output is not finite is {name}, number {bad + 1} of '
-            f'{len(calls)} in call order: {_describe_cause(call.seen, _names_of_non_finite(batch))}'
+            f'{len(calls)} in call order: {_describe_cause(call.value, _list_non_finite(batch))}'
         )
     if not loss:
         return (
             'The output of every module is finite, but the loss is not: check the task'
-            f'{_batch_note(_names_of_non_finite(batch))}. Typical causes: a label that is not '
+            f'{_batch_note(_list_non_finite(batch))}. Typical causes: a label that is not '
             'below the number of classes, or the logarithm of 0.'
         )
     if not grads:
@@ -53,7 +53,7 @@ def explain(
             + (f'after config.step {after}. ' if after else 'the result of config.step is not. ')
             + 'Check its gradients and its update.'
         )
-    if wrong := _names_of_non_finite(grads):
+    if wrong := _list_non_finite(grads):
         return (
             'The loss and the output of every module are finite, but the gradients are not: '
             f'{and_more(wrong, 5)}. StepInspector for an operation without a finite derivative at '
@@ -78,7 +78,7 @@ def _batch_note(fields: Sequence[str]) -> str:
     return f' (and so is {", ".join(fields)} in the batch)' if fields else ''
 
 
-def _names_of_non_finite(flags: Mapping[str, bool]) -> list[str]:
+def _list_non_finite(flags: Mapping[str, bool]) -> list[str]:
     return [name for name, fine in flags.items() if not fine]
 
 

@@ -12,8 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from trainer.experiment import Experiment
-from trainer.modules.functional import Functional, Tapped
-from trainer.modules.recorder import Tap
+from trainer.modules.functional import Functional, RecordedModel
+from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_shards, replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
@@ -66,12 +66,17 @@ class Forward:
         )
 
     def __call__(
-        self, tap: Tap, state: TrainState, batch: Batch, *, slices: int | None = None
+        self,
+        recorder: ModuleRecorder,
+        state: TrainState,
+        batch: Batch,
+        *,
+        slices: int | None = None,
     ) -> list[TaskOutput]:
         """Returns the task's output for each micro-batch.
 
         Args:
-            tap: records the calls of the model's modules.
+            recorder: records the calls of the model's modules.
             state: the train state, for its variables.
             batch: arrays (examples, ...), or their shapes.
             slices: number of micro-batches to run; all by default.
@@ -79,7 +84,7 @@ class Forward:
         outputs, variables = [], state.variables
         for index in range(slices or self.accumulate):
             keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
-            model = Tapped(self.model, tap).bind(variables, keys, ema=state.average)
+            model = RecordedModel(self.model, recorder).bind(variables, keys, ema=state.average)
             outputs.append(self.task(model, self._slice(batch, index)))
             variables = {**variables, **model.collections}
         return outputs

@@ -17,7 +17,7 @@ from trainer.experiment import Experiment
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import floats
 from trainer.modules.model_view import param_path
-from trainer.modules.recorder import ROOT, SCOPE, Tap
+from trainer.modules.recorder import ROOT, SCOPE, ModuleRecorder
 from trainer.observe import flops
 from trainer.observe.table import count
 from trainer.run.setup import Setup
@@ -72,11 +72,11 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
         batch: shapes.
     """
     state = dataclasses.replace(state, metrics=None)
-    tap = Tap(lambda output, inputs, variables: [x for _, x in floats(output)])
+    recorder = ModuleRecorder(lambda output, inputs, variables: [x for _, x in floats(output)])
 
     def run(state: TrainState, batch: Batch) -> Any:
-        output = forward(tap, state, batch)
-        return [o.loss for o in output], tap.found
+        output = forward(recorder, state, batch)
+        return [o.loss for o in output], recorder.records
 
     jaxpr, (_, found) = forward.jaxpr(run, state, batch)
     shapes: dict[str, str] = {}
@@ -84,13 +84,13 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
         for x in record['seen'][:1]:
             shapes.setdefault(path, ' x '.join(map(str, x.shape)) or 'scalar')
     operations = flops.count_by_key(jaxpr, module_of, TASK)
-    parameters = _count_by_owner(state.params, tap.called)
+    parameters = _count_by_owner(state.params, recorder.called)
     # In the order of the calls, each module before its submodules.
-    paths = dict.fromkeys((*tap.called, *parameters, *operations))
+    paths = dict.fromkeys((*recorder.called, *parameters, *operations))
     return [
         Row(
             path=path or ROOT,
-            kind=tap.called.get(path, ''),
+            kind=recorder.called.get(path, ''),
             output=shapes.get(path, ''),
             parameters=parameters.get(path, 0),
             flops=operations.get(path, 0.0),
@@ -130,7 +130,7 @@ def _count_by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:
 def module_of(equation: Any, outer: str) -> str:
     """Returns the path of the innermost module around an equation, `outer` if there is none.
 
-    Only equations traced with a `Tap` have the names of modules.
+    Only equations traced with a `ModuleRecorder` have the names of modules.
     """
     scopes = _SCOPE.findall(compat.name_stack(equation))
     return scopes[-1].replace('|', '/') if scopes else outer

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from trainer.inspect.module_table import module_of
-from trainer.modules.functional import Functional, Tapped
-from trainer.modules.precision import in_call
-from trainer.modules.recorder import ROOT, Tap
+from trainer.modules.functional import Functional, RecordedModel
+from trainer.modules.precision import is_in_model_call
+from trainer.modules.recorder import ROOT, ModuleRecorder
 from trainer.observe import flops
 from trainer.step.programs import Programs
 
@@ -33,7 +33,7 @@ class ProductKey(NamedTuple):
 
     Attributes:
         in_model: whether the model computes it, rather than the task, the optimizer or a metric.
-        module: path of the innermost module, if traced with a `Tap`.
+        module: path of the innermost module, if traced with a `ModuleRecorder`.
         dtype: the widest dtype of a product's operands, '' for other equations.
     """
 
@@ -74,7 +74,9 @@ def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
     share = sum(wide.values()) / max(1.0, sum(operations.values()))
     if share < _MAX_SHARE:
         return None
-    named = select_wider(model_operations(programs.jaxpr(Tapped(model, Tap()))), asked)
+    named = select_wider(
+        model_operations(programs.jaxpr(RecordedModel(model, ModuleRecorder()))), asked
+    )
     first = next(iter(named or wide))
     return (
         f"config.precision.compute={asked.name}, but {100 * share:.0f} % of the model's operations "
@@ -101,7 +103,10 @@ def select_wider(operations: dict[ProductKey, float], dtype: Any) -> dict[Produc
 
 
 def _key_of(equation: Any, outer: ProductKey) -> ProductKey:
-    in_model, module = outer.in_model or in_call(equation), module_of(equation, outer.module)
+    in_model, module = (
+        outer.in_model or is_in_model_call(equation),
+        module_of(equation, outer.module),
+    )
     if equation.primitive.name not in flops.PRODUCTS:
         return ProductKey(in_model, module)
     # Products of complex numbers or integers are left out: complex dtypes have no half precision,

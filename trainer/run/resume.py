@@ -193,7 +193,7 @@ class Recovery:
                 'step': step,
                 **self._measured(step),
                 **self._consumed.meta(),
-                **health.kept(state.health),
+                **health.to_metadata(state.health),
                 'batch_sizes': self._run.batch_sizes.parts,
                 'examples': self._run.batch_sizes.examples(step),
                 'data': self._fingerprint,
@@ -263,7 +263,7 @@ class Recovery:
 
     def remember(self, step: int, state: TrainState) -> None:
         """Keeps the state in memory for the next call, if there is no work directory."""
-        if self._run.checkpoints is None and not donated.is_gone(state):
+        if self._run.checkpoints is None and not donated.is_donated(state):
             self._paused = (state, step)
 
     def _can_save(
@@ -279,7 +279,7 @@ class Recovery:
         buffers of the state, or a save has just failed.
         """
         failed = isinstance(error, (CheckpointError, NonFiniteError))
-        if processes.sum_over_processes(step == 0 or failed or donated.is_gone(state)):
+        if processes.sum_over_processes(step == 0 or failed or donated.is_donated(state)):
             return False
         try:
             jax.block_until_ready(state)
