@@ -113,11 +113,11 @@ def test_what_the_task_does_has_a_row() -> None:
     assert rows[module_table.TASK].flops == 2 * 32 * 10 * 32
 
 
-def test_operations_by_place() -> None:
+def test_operations_by_module() -> None:
     """What a branch of a `cond` costs is that of the dearest, wherever it stands."""
 
     def function(x: jax.Array) -> Any:
-        with jax.named_scope('tap:a|b'):
+        with jax.named_scope('recorder:a|b'):
             y = jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)
         return jax.lax.scan(lambda c, _: (c @ x, None), y, None, length=5)[0]
 

@@ -141,7 +141,7 @@ def _to_gradients(grads: Any, found: list[Any]) -> list[Gradient]:
         orders.setdefault(path, int(np.min(record['order'])))
         # Summed over all layers of a scan and over all calls.
         mine = squares.setdefault(path, {})
-        for name, x in record['seen'].items():
+        for name, x in record['value'].items():
             mine[name] = mine.get(name, 0.0) + float(np.sum(x))
     timed = []
     for keys, gradient in traverse_util.flatten_dict(dict(grads)).items():

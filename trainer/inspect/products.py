@@ -103,10 +103,8 @@ def select_wider(operations: dict[ProductKey, float], dtype: Any) -> dict[Produc
 
 
 def _key_of(equation: Any, outer: ProductKey) -> ProductKey:
-    in_model, module = (
-        outer.in_model or is_in_model_call(equation),
-        module_of(equation, outer.module),
-    )
+    in_model = outer.in_model or is_in_model_call(equation)
+    module = module_of(equation, outer.module)
     if equation.primitive.name not in flops.PRODUCTS:
         return ProductKey(in_model, module)
     # Products of complex numbers or integers are left out: complex dtypes have no half precision,
