@@ -56,7 +56,7 @@ _FAILURE_WAIT_SECS = 10
 class Trainer:
     """Trains, evaluates and predicts with one experiment in one work directory.
 
-    From Python or a notebook::
+    From Python or a notebook:
 
         experiment = load_and_build('configs/mnist.py', train_for='1 epoch')
         trainer = Trainer(experiment, '/tmp/mnist')

@@ -316,8 +316,8 @@ class Evaluator:
                 f'config.evals.{self.name}: the model drops values or updates statistics as in '
                 f'training: {error}\nThe model must know whether it is training. Add an argument '
                 '`train`, `training`, `is_training` or `deterministic` to its call or its '
-                'constructor (the trainer sets it) and pass it on to the layers: see "Add your '
-                'own" in the README'
+                'constructor (the trainer sets it) and pass it on to the layers: see '
+                'docs/tutorial.md'
             ) from error
 
     def check_predicts(self) -> None:
