@@ -173,7 +173,7 @@ def test_from_the_command_line() -> None:
 
 @pytest.mark.slow
 def test_a_billion_parameters_on_512_devices() -> None:
-    """The last row of the README's table; it must fit a laptop."""
+    """The last row of the table in docs/benchmarks.md; it must fit a laptop."""
     table = [sys.executable, str(ROOT / 'tests' / 'benchmarks' / 'plan_table.py'), '--devices=512']
     finished = subprocess.run(table, capture_output=True, text=True, timeout=180)
     assert finished.returncode == 0, finished.stderr
