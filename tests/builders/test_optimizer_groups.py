@@ -132,15 +132,15 @@ def no_loss(model: Any, batch: Any) -> jax.Array:
         (Optimizer(base=GEN), gan.task, r'the losses gen, disc, and config.optimizer.groups does'),
         (
             Optimizer(groups={'all': group('.*', GEN, 'gen')}), gan.task,
-            "returns the loss 'disc', which trains nothing",
+            "returns the loss 'disc', but no entry of config.optimizer.groups names it",
         ),
         (
             Optimizer(groups={'gen': group('generator/.*', GEN, 'gen')}), gan.task,
-            r'In none: discriminator/Dense_0/bias, .*\n.*or name what should stay',
+            r'In none: discriminator/Dense_0/bias, .*\n.*or list parameters that should not change',
         ),
         (
             Optimizer(groups={'all': group('.*', GEN)}), gan.task,
-            'groups.all.loss: None is no loss of the task; it returns gen, disc',
+            'groups.all.loss: the task has no loss None; it returns gen, disc',
         ),
         (two_players(), no_loss, r"groups.gen.loss: 'gen' is no loss .* one without a name"),
         (
@@ -156,7 +156,7 @@ def no_loss(model: Any, batch: Any) -> jax.Array:
                 'all': group('.*', GEN, path='config.optimizer.groups.all',
                              lr_multipliers=(('generator/.*', 1.0),)),
             }), gan.task,
-            'config.optimizer.groups.all.lr_multipliers covers every parameter but discriminator',
+            'config.optimizer.groups.all.lr_multipliers: no pattern matches discriminator',
         ),
     ],
 )  # fmt: skip

@@ -387,7 +387,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     'several batches': (
         {'optimizer': {'target': 'optax:MultiSteps', 'opt': POLYAK, 'every_k_schedule': 2}},
-        r'needs value, which optax:MultiSteps cannot give it.*config\.accumulate',
+        r'needs value, which optax:MultiSteps cannot provide.*config\.accumulate',
     ),
     'another form': (
         {'optimizer': {'target': 'optax:flatten', 'inner': LBFGS}}, r'the optimizer failed: ',

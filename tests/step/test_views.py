@@ -207,7 +207,7 @@ class Texts(nn.Module):
 
 def test_variables_that_are_no_arrays_are_named() -> None:
     with pytest.raises(
-        UserError, match=r'the model keeps notes/version \(str\) among its variables'
+        UserError, match=r'the model has notes/version \(str\) among its variables'
     ):
         tiny.trainer(model={'target': f'{__name__}:Texts'}).compile()
     tiny.trainer(model={'target': f'{__name__}:Texts', 'text': 1.5}).compile()
