@@ -16,7 +16,7 @@ from .sources import Arrays, ArraySpec
 class HuggingFace:
     """A split of a Hugging Face dataset, as numpy arrays.
 
-    The type of a column decides on the dtype, as README.md lists.
+    The type of a column decides on the dtype, as docs/howto/data.md lists.
     """
 
     def __init__(

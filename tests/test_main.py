@@ -55,7 +55,7 @@ def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) ->
 def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
     finished = command.run(CNN, '--config.model.hidden=100000000', f'--workdir={tmp_path / "run"}')
     assert finished.code == 1
-    for word in ('out of memory', 'state        2.5 TB', 'batch        25.2 kB', 'temporaries'):
+    for word in ('out of memory', 'train state  2.5 TB', 'batch        25.2 kB', 'temporaries'):
         assert word in finished.err
 
 
@@ -80,7 +80,7 @@ def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> N
     assert not set(finished.out + finished.err) & set('\r\x1b\b')
     assert finished.err == ''
     assert 'step 200/300 (66%)  loss' in finished.out
-    for derived in ('50,890 parameters', '32 rows, 32 on each device', '125 steps per epoch'):
+    for derived in ('50,890 parameters', 'batch size   32 (32 per device)', 'epochs of 125 steps'):
         assert derived in finished.out
 
 
@@ -181,7 +181,10 @@ def test_broken_config_file(
         ),
         ((CNN, '--lr=3'), 'Did you mean --config.optimizer.learning_rate?'),
         ((CNN, '--batch_size=3'), 'Did you mean --config.data.batch_size?'),
-        ((CNN, '--optimizer.momentum=0'), 'written --config.optimizer.momentum=VALUE'),
+        (
+            (CNN, '--optimizer.momentum=0'),
+            'need the prefix: --config.optimizer.momentum=VALUE',
+        ),
         ((CNN, '--config.optimizer=optax:adam'), 'mean config.optimizer.target=optax:adam?'),
         ((CNN, '--config.init_from=runs/a'), 'Did you mean config.init_from.path=runs/a?'),
         ((CNN, '--config.hooks.x=mine:hook'), '--config.hooks.x=\'{"target": "mine:hook"}\' if'),
@@ -248,9 +251,9 @@ def test_mistakes_before_training(
         ((CNN, '--config.optimizer.learning_rate=fast'), "expected float, got 'fast'"),
         ((CNN, '--config.precision.compute=float8'), "'float8' is none of"),
         ((CNN, '--config.data.device_transforms[5].key=x'), 'there is 1 element;'),
-        ((CNN, '--step=5'), '--step goes with --mode=eval or --mode=predict or --mode=export or'),
-        ((CNN, '--match=Conv.*'), '--match goes with --mode=grad_probe; --mode=summary does not'),
-        ((CNN, '--devices=3'), '--devices goes with --mode=plan'),
+        ((CNN, '--step=5'), '--step requires --mode=eval or --mode=predict or --mode=export or'),
+        ((CNN, '--match=Conv.*'), '--match requires --mode=grad_probe; --mode=summary does not'),
+        ((CNN, '--devices=3'), '--devices requires --mode=plan'),
         (('--config=configs',), "'configs' is a directory"),
         (('--config=pyproject.toml',), 'is not a Python file'),
     ],

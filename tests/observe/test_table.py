@@ -50,12 +50,12 @@ def test_split_parameters_show_their_mesh_axes() -> None:
         'trivial': jnp.zeros(3),
     }
     lines = parameter_table(params, {}).splitlines()
-    assert lines[0].endswith('on a device  axes')
+    assert lines[0].endswith('per device  axes')
     assert lines[1].split()[-2:] == ['256', '256']
     assert lines[2].split()[-5:] == ['256', '128', '-', 'x', 'model']
     assert lines[3].endswith(' 32  data+model x -')
     assert lines[4].split()[-2:] == ['12', '12']
-    assert lines[5] == '195 parameters, 780 B, 428 B on each device'
+    assert lines[5] == '195 parameters, 780 B, 428 B per device'
     whole = parameter_table({'bias': split()}, {})
     assert 'axes' not in whole
 
@@ -81,3 +81,13 @@ def test_counts_are_those_of_the_whole_array() -> None:
 )
 def test_human_bytes(size: float, text: str) -> None:
     assert human_bytes(size) == text
+
+
+def test_blocks_are_in_the_order_of_their_numbers_and_repeated_ones_are_one() -> None:
+    layers = {f'layer_{i}': {'bias': jnp.zeros(i // 11 + 1)} for i in range(12)}
+    lines = parameter_table(layers, {}).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ['layer_0..10/bias', '1', 'float32', '11', 'x', '1', '11', 'x', '4'],
+        ['layer_11/bias', '2', 'float32', '2', '8'],
+        ['13', 'parameters,', '52', 'B'],
+    ]

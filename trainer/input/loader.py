@@ -8,7 +8,7 @@ with any names for its other parts. They are checked once: those of a training l
 config is built, those of an evaluation's when the run is set up. What a loader may leave out is
 listed at the end of this page.
 
-Here is a complete training loader, of a source as in `trainer.data.sources`::
+Here is a complete training loader, of a source as in `trainer.data.sources`:
 
     from fractions import Fraction
     from typing import NamedTuple
@@ -50,7 +50,7 @@ Here is a complete training loader, of a source as in `trainer.data.sources`::
             shaped = {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in arrays.items()}
             return Block(shaped, ids)
 
-In the config::
+In the config:
 
     config.data = dict(
         loader=dict(target='mine.loader:InOrder'),
