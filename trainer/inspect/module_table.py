@@ -80,7 +80,7 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
     jaxpr, (_, found) = forward.jaxpr(run, state, batch)
     shapes: dict[str, str] = {}
     for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
-        for x in record['seen'][:1]:
+        for x in record['value'][:1]:
             shapes.setdefault(path, ' x '.join(map(str, x.shape)) or 'scalar')
     operations = flops.by_place(jaxpr, module_of, TASK)
     parameters = _by_owner(state.params, recorder.called)
@@ -104,8 +104,10 @@ def table(rows: list[Row]) -> str:
     kinds = [(row.kind, row.output, row.parameters, row.flops) for row in rows]
     for line in repeats.fold([row.path for row in rows], kinds):
         row = rows[line.entry]
-        numbers = (repeats.text(line.count, x) if x else '' for x in (row.parameters, row.flops))
-        lines.append((line.path, row.kind, row.output, *numbers))
+        parameters, operations = (
+            repeats.text(line.count, x) if x else '' for x in (row.parameters, row.flops)
+        )
+        lines.append((line.path, row.kind, row.output, parameters, operations))
     total = sum(row.parameters for row in rows), sum(row.flops for row in rows)
     lines.append(('total', '', '', f'{total[0]:,}', _number(total[1])))
     return '\n'.join(aligned(lines, right=(3, 4)))

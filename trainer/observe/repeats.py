@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 # Two equal layers are shown as they are: a reader sees at once that they are alike.
 _FEWEST = 3
@@ -72,7 +72,7 @@ def _fold(
     return lines
 
 
-def _equal_neighbours(name: str, contents: dict[str, Hashable]) -> list[str]:
+def _equal_neighbours(name: str, contents: Mapping[str, Hashable]) -> list[str]:
     """Returns the names around a numbered one with equal contents, if they are enough to fold."""
     if not (digits := _number(name)):
         return [name]
