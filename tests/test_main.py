@@ -55,7 +55,7 @@ def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) ->
 def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
     finished = command.run(CNN, '--config.model.hidden=100000000', f'--workdir={tmp_path / "run"}')
     assert finished.code == 1
-    for word in ('out of memory', 'state        2.5 TB', 'batch        25.2 kB', 'temporaries'):
+    for word in ('out of memory', 'train state  2.5 TB', 'batch        25.2 kB', 'temporaries'):
         assert word in finished.err
 
 
@@ -80,7 +80,7 @@ def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> N
     assert not set(finished.out + finished.err) & set('\r\x1b\b')
     assert finished.err == ''
     assert 'step 200/300 (66%)  loss' in finished.out
-    for derived in ('50,890 parameters', '32 rows, 32 on each device', '125 steps per epoch'):
+    for derived in ('50,890 parameters', 'batch size   32 (32 per device)', 'epochs of 125 steps'):
         assert derived in finished.out
 
 

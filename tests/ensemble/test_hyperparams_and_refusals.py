@@ -92,7 +92,7 @@ def test_changed_numbers_count(tmp_path: pathlib.Path) -> None:
         return Trainer(made, str(tmp_path), allow_config_change=allow)
 
     trainer(RATES).fit(max_steps=3)
-    with pytest.raises(UserError, match='holds a run of another config'):
+    with pytest.raises(UserError, match='has a run with another config'):
         trainer((0.2, 0.02)).fit()
     state = trainer((0.2, 0.02), allow=True).fit().state
     found = hyperparams.read(state.opt_state, ('learning_rate',))['learning_rate']

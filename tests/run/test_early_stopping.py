@@ -96,7 +96,7 @@ def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None
     }
     Trainer(build(evals__late=late)).fit()
     said = capsys.readouterr().out
-    assert said.count('early stopping: eval/test/loss has not improved on') == 1
+    assert said.count('Stopped early: eval/test/loss has not improved on') == 1
     assert "for 2 evaluations (mode 'min', patience 1)" in said
 
 
