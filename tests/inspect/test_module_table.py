@@ -117,7 +117,7 @@ def test_operations_by_place() -> None:
     """What a branch of a `cond` costs is that of the dearest, wherever it stands."""
 
     def function(x: jax.Array) -> Any:
-        with jax.named_scope('tap:a|b'):
+        with jax.named_scope('recorder:a|b'):
             y = jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)
         return jax.lax.scan(lambda c, _: (c @ x, None), y, None, length=5)[0]
 

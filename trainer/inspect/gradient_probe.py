@@ -134,7 +134,7 @@ def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
         orders.setdefault(path, int(np.min(record['order'])))
         # Over all layers of a scan, and all calls.
         mine = squares.setdefault(path, {})
-        for name, x in record['seen'].items():
+        for name, x in record['value'].items():
             mine[name] = mine.get(name, 0.0) + float(np.sum(x))
     timed = []
     for keys, gradient in traverse_util.flatten_dict(dict(grads)).items():

@@ -80,7 +80,7 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
     jaxpr, (_, found) = forward.jaxpr(run, state, batch)
     shapes: dict[str, str] = {}
     for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
-        for x in record['seen'][:1]:
+        for x in record['value'][:1]:
             shapes.setdefault(path, ' x '.join(map(str, x.shape)) or 'scalar')
     operations = flops.by_place(jaxpr, module_of, TASK)
     parameters = _by_owner(state.params, recorder.called)
