@@ -90,7 +90,7 @@ class DataPosition:
             UserError: if a stream cannot continue, unless it may restart.
         """
         self._digest, self._state = DataDigest(), None
-        if processes.is_primary():  # The others count only what they read from here on.
+        if processes.is_main_process():  # The others count only what they read from here on.
             self._digest.restore(meta['data_digest'])
         if not self._data.is_stream:
             return True
