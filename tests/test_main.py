@@ -176,8 +176,8 @@ def test_broken_config_file(
         ),
         (
             (CNN, '--config.checkpoint.best.metric=eval/test/acuracy'),
-            "config.checkpoint.best.metric: is 'acuracy' one of your own metrics? Then set "
-            "config.checkpoint.best.mode to 'min' or 'max'. Or did you mean 'accuracy'?",
+            "config.checkpoint.best.metric: no metric 'acuracy'; did you mean 'accuracy'? "
+            "(Otherwise set config.checkpoint.best.mode to 'min' or 'max'.)",
         ),
         ((CNN, '--lr=3'), 'Did you mean --config.optimizer.learning_rate?'),
         ((CNN, '--batch_size=3'), 'Did you mean --config.data.batch_size?'),
@@ -212,8 +212,8 @@ def test_mistakes_before_training(
     [
         ((CNN, '--config.mesh={}'), 'config.mesh: {} does not fit'),
         ((CNN, '--config.mesh={"data": 0, "model": -1}'), 'does not fit'),
-        ((CNN, '--config.train_for=1e99 steps'), 'the state counts to 2^31 - 1'),
-        ((CNN, '--config.ema.decay=2'), 'config.ema.decay: expected a number from 0 to below 1'),
+        ((CNN, '--config.train_for=1e99 steps'), 'the maximum is 2^31 - 1'),
+        ((CNN, '--config.ema.decay=2'), 'config.ema.decay: expected a number in [0, 1)'),
         ((CNN, '--config.task.top_k=5'), 'expected tuple[int, ...], got 5'),
         ((CNN, '--config.task.top_k=(5, "a")'), "top_k[1]: expected int, got 'a'"),
         ((CNN, '--config=configs/lm.py'), '--config is given twice'),

@@ -410,7 +410,7 @@ class Trainer:
         """Starts compiling the training programs, and checks the evaluations meanwhile.
 
         Returns:
-            The programs; their `ready()` waits for the compiler.
+            The programs; their `executable()` waits for the compiler.
 
         Raises:
             UserError: for mistakes found only now, such as a batch that does not divide over the

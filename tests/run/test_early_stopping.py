@@ -163,7 +163,10 @@ def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'metric': 'eval/tset/loss'}, "'eval/tset/loss' is no metric of an evaluation; expected"),
+        (
+            {'metric': 'eval/tset/loss'},
+            "'eval/tset/loss' is not a metric of an evaluation; expected",
+        ),
         ({'metric': 'eval/test/loss', 'patience': -1}, 'patience: expected at least 0'),
         ({'metric': 'eval/test/loss', 'mode': 'less'}, 'mode'),
     ],
