@@ -38,7 +38,7 @@ CNN = '--config=configs/mnist.py'
         (('--config=configs/mnst.py',), 'Did you mean configs/mnist.py?'),
         ((CNN, 'stray'), "'stray' is not a flag"),
         ((CNN, '--wrkdir=x'), 'workdir'),
-        ((CNN, '--mode=eval', '--workdir=nowhere'), 'there is no run in nowhere'),
+        ((CNN, '--mode=eval', '--workdir=nowhere'), 'no run in nowhere: the directory does not exist'),
         ((), '--config is missing'),
     ],
 )

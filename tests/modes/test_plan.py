@@ -162,7 +162,7 @@ def test_from_the_command_line() -> None:
     assert title in finished.out
     for wrong, message in (
         ((*args, mesh, '--devices=8'), 'does not fit 8 devices'),
-        ((*args, '--devices=16'), '16 would'),
+        ((*args, '--devices=16'), 'use 16'),
         (args, '--mode=plan needs --devices=N'),
         ((*args, '--devices=8', '--device_kind=v5x'), 'v4|v5e'),
     ):
