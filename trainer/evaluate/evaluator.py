@@ -148,13 +148,13 @@ class Evaluator:
             fields = self._all_fields
             shapes = fields.shapes
             step, task = self.step, self.step.task
-            step = dataclasses.replace(step, task=task.without(fields.kept()))
+            step = dataclasses.replace(step, task=task.without(fields.host_fields()))
             with self._tracing(), recording() as reads, seen.explaining():
                 # Whatever is evaluated has the shapes of the parameters.
                 variables = {**state.variables, EMA: state.average}
                 output = step.output_shapes(variables, shapes)
-            self._fields = fields.only(reads.names)
-            task = task.without(self._fields.kept(), reads.weighted)
+            self._fields = fields.with_sent(reads.names)
+            task = task.without(self._fields.host_fields(), reads.weighted)
             self._counting = dataclasses.replace(step, task=task)
             return output
         except UserError as error:
@@ -169,7 +169,7 @@ class Evaluator:
 
     @functools.cached_property
     def _all_fields(self) -> Fields:
-        return Fields.of(self.data.spec, f'config.evals.{self.name}.data')
+        return Fields.from_spec(self.data.spec, f'config.evals.{self.name}.data')
 
     def check_metric(self, name: str, path: str) -> None:
         """Checks that `run` will return a metric of this name; `prepare` must have been called.

@@ -49,7 +49,7 @@ class Prediction:
         """
         opaque = fields.narrowed
         while True:
-            sent = fields.only(fields.sent - opaque)
+            sent = fields.with_sent(fields.sent - opaque)
             made = cls(step=_with(step, sent, opaque), fields=sent, passed={})
             with recording() as reads:
                 try:
@@ -69,7 +69,7 @@ class Prediction:
                             )
                         raise
                     opaque = opaque - reads.names
-        sent = sent.only(reads.names)
+        sent = sent.with_sent(reads.names)
         return cls(step=_with(step, sent, opaque), fields=sent, passed=passed)
 
     def __call__(
@@ -122,4 +122,4 @@ class Prediction:
 
 
 def _with(step: EvalStep, sent: Fields, opaque: Iterable[str]) -> EvalStep:
-    return dataclasses.replace(step, task=step.task.without(sent.kept(opaque)))
+    return dataclasses.replace(step, task=step.task.without(sent.host_fields(opaque)))

@@ -169,7 +169,7 @@ def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -
     data, batch_size = experiment.data, experiment.clock.batch_size
     if start < run.batch_sizes.parts[-1][0] and not data.is_stream:
         # From an older checkpoint: as if the run resumed from there.
-        data = data.after(run.batch_sizes.going_on(start, batch_size).parts)
+        data = data.with_batch_sizes(run.batch_sizes.going_on(start, batch_size).parts)
     return Prefetcher(
         data.block,
         calls,

@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.input.fields import MASK as MASK
-from trainer.input.host_field import HostField, Kept, naming_host_fields
+from trainer.input.host_field import HostField, HostFieldSpec, explain_host_fields
 from trainer.modules import seen
 from trainer.modules.model_view import BoundModel
 from trainer.tasks import returned
@@ -60,7 +60,7 @@ class TaskRunner:
     task: Callable[..., Any]
     metrics: type[clu.metrics.Collection] | None
     transforms: tuple[Transform, ...] = ()
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[HostFieldSpec, ...] = ()
     is_weighted: bool | None = None
 
     @classmethod
@@ -83,7 +83,7 @@ class TaskRunner:
             raise UserError(f'the task {returned.name_of(task)} {named_twice("metric", name)}')
         return cls(task, metrics, tuple(transforms))
 
-    def without(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TaskRunner:
+    def without(self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None) -> TaskRunner:
         """Returns the runner for batches with fields that stay on the host."""
         return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
 
@@ -122,7 +122,9 @@ class TaskRunner:
         rows = next((x.shape[0] for x in plain(batch).values()), None)
         # A transform that passes on all fields must find them; fields made from these are omitted.
         zeros = {
-            name: jnp.zeros((kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.held)
+            name: jnp.zeros(
+                (kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.device_dtype
+            )
             for name, kept in unsent.items()
         }
         made = transformed(self.transforms, {**fields, **zeros}, hidden)
@@ -133,11 +135,11 @@ class TaskRunner:
         seen.restart()  # What transforms have read is not of the task.
         return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
 
-    def _hidden(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Kept]]:
+    def _hidden(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, HostFieldSpec]]:
         """Returns the fields that can only be passed on, and those that were not read."""
         kept = [each for each in self.kept if each.name not in fields]
-        hidden = {each.name: HostField(each) for each in kept if each.held is None}
-        return hidden, {each.name: each for each in kept if each.held is not None}
+        hidden = {each.name: HostField(each) for each in kept if each.device_dtype is None}
+        return hidden, {each.name: each for each in kept if each.device_dtype is not None}
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
         """Returns the task's output with `weights` always set, and 0 where a row is padding.
@@ -170,7 +172,7 @@ class TaskRunner:
     def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
         """Returns the task's output with weights set, and those that the task returned, if any."""
         fields = self.prepared(batch)
-        with naming_host_fields(fields):
+        with explain_host_fields(fields):
             result = self.task(model, fields)
         return self._with_weights(result, batch)
 
