@@ -102,8 +102,9 @@ class Reader:
         """
         if state['workers'] != self._pipeline.workers:
             raise ValueError(
-                f'the stream position in the checkpoint is for {state["workers"]} workers, and this run '
-                f'has {self._pipeline.workers}; set workers={state["workers"]}'
+                'the stream position in the checkpoint is for '
+                f'{state["workers"]} workers, and this run has {self._pipeline.workers}; set '
+                f'workers={state["workers"]}'
             )
         self.close()
         self._epoch, self._read_any = state['epoch'], state['any']

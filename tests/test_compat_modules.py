@@ -303,6 +303,7 @@ def test_dimension_names() -> None:
         assert compat.dimension_names(nnx.Param(X, out_sharding=('a', 'b'))) == ('a', 'b')
 
 
+@pytest.mark.slow
 def test_allowing_sow() -> None:
     """NNX's warnings of `sow` and `perturb` are silent in it, and others are not."""
     module = nnx.Linear(3, 3, rngs=nnx.Rngs(0))

@@ -268,6 +268,7 @@ def test_mistakes_without_a_process_of_their_own(
     assert printed.out == ''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('mode', 'buffered'),
     [

@@ -34,7 +34,7 @@ def _anchors(page: Page) -> set[str]:
         ascii_text = unicodedata.normalize('NFKD', plain).encode('ascii', 'ignore').decode()
         text = re.sub(r'[^\w\s-]', '', ascii_text).strip().lower()
         found |= {re.sub(r'[-\s]+', '-', text), text.replace(' ', '-')}
-    return found | set(re.findall(r'\{ *#([\w-]+) *\}', page.sentences))
+    return found | set(re.findall(r'\{ *#([\w.-]+)', page.sentences))
 
 
 @pytest.mark.parametrize('name', PAGES)
@@ -103,9 +103,9 @@ def test_the_site_reads_it_as_a_repository_does(name: str) -> None:
     for line in PAGES[name].sentences.splitlines():
         nested = re.match(r'( +)([-*]|\d+\.) ', line)
         assert not nested or len(nested[1]) % 4 == 0, f'nest lists by four spaces: {line}'
-        for start in (r' *([-*]|\d+\.) ', r'\|'):
+        for start in (r' *([-*]|1\.) ', r'\|'):
             if re.match(start, line) and above.strip() and not above.startswith((' ', '<!--')):
-                assert re.match(start, above), f'no blank line above: {line}'
+                assert re.match(r' *([-*]|\d+\.) |\|', above), f'no blank line above: {line}'
         above = line
 
 

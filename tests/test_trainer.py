@@ -147,6 +147,7 @@ def test_in_a_notebook(tmp_path: pathlib.Path) -> None:
         trainer_in(None).restore()
 
 
+@pytest.mark.slow
 def test_a_plain_function_is_a_task() -> None:
     result = trainer_in(None, task={'ref': f'{__name__}:losses_only'}).fit()
     assert result.metrics['train/loss'] < 1.0

@@ -256,7 +256,7 @@ class Trainer:
         self._notify('start', step, state)
         with report.time.spent('compile'):
             for program in programs:
-                program.ready()
+                program.executable()
         self.monitors().begin(step, state)
         report.begin(step)
         self._stop.starting = False  # From here on a signal has something to save.
@@ -478,9 +478,9 @@ class Trainer:
             assert member is not None
             state = member_state(state, member)
         # Here, since importing Klinen registers it: a run without Klinen modules does not pay.
-        from trainer.klinen.notebook import for_notebook
+        from trainer.klinen.notebook import bind_for_notebook
 
-        return for_notebook(experiment.model, state.variables)
+        return bind_for_notebook(experiment.model, state.variables)
 
     def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
         """Returns the metrics of each evaluation of the config: numbers by name, and `arrays`.

@@ -69,7 +69,7 @@ def count_passes(config: str) -> None:
     trainer = Trainer(load_and_build(config, evals={}))
     largest = max(jax.tree.leaves(trainer.set_up().programs.abstract.params), key=lambda x: x.size)
     shape = f'f32[{",".join(map(str, largest.shape))}]'
-    text = trainer.set_up().programs.step.ready().as_text()
+    text = trainer.set_up().programs.step.executable().as_text()
     entry = text[text.index('ENTRY') :]
     # Where the shape of each value is, to know what a kernel reads.
     made = {m[1]: m[2] for m in re.finditer(r'%([\w.\-]+) = (\S+) ', entry)}

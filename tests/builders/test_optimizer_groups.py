@@ -58,6 +58,7 @@ def build_with(**optimizer: Any) -> Experiment:
     return build(loaded)
 
 
+@pytest.mark.slow
 def test_durations_masks_and_patterns_inside_a_group() -> None:
     groups = {
         'kernels': {
@@ -190,6 +191,7 @@ def one_named_loss(model: Any, batch: Any) -> dict[str, Any]:
     return {'loss': -jax.nn.log_softmax(model(batch['image']))[:, 0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_one_loss_by_name_is_a_number_for_its_optimizer(accumulate: int) -> None:
     target = 'optax.contrib:reduce_on_plateau'

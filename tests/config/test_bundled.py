@@ -43,6 +43,7 @@ def site_packages() -> list[str]:
     return [path for path in sys.path if path.endswith('site-packages')]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('place', ['the checkout', 'elsewhere'])
 def test_only_the_full_name_names_a_bundled_class(place: str, tmp_path: pathlib.Path) -> None:
     """In a checkout Python finds `models/mlp.py` by a second name, which would load it twice."""
@@ -58,6 +59,7 @@ def test_only_the_full_name_names_a_bundled_class(place: str, tmp_path: pathlib.
     assert loaded == '[]'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('init', [True, False], ids=['package', 'folder'])
 def test_the_users_own_models_and_ours(init: bool, tmp_path: pathlib.Path) -> None:
     """Neither hides the other, even where files have the same name; with and without an init."""

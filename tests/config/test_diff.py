@@ -87,9 +87,15 @@ def test_defaults_beside_what_was_set_are_told_as_such() -> None:
     assert lines == ['mesh.data = -1  # default', 'mesh.model = 2  # --config.mesh.model=2']
 
 
-def test_help_lists_the_keys_of_optional_sections() -> None:
+def help_rows() -> list[list[str]]:
+    """Returns the words of each line that shows a key."""
     config = loading.plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
-    rows = [line.split() for line in show.helpconfig(config).splitlines()[1:]]
+    lines = show.helpconfig(config).replace('\n    = ', ' ').splitlines()
+    return [line.split() for line in lines if line.startswith('  --config.')]
+
+
+def test_help_lists_the_keys_of_optional_sections() -> None:
+    rows = help_rows()
     assert ['--config.ema.decay', 'float', '(required)'] in rows
     assert ['--config.checkpoint.best.mode', 'max|min', 'or', 'None', 'None'] in rows
 
@@ -101,8 +107,7 @@ def test_what_cannot_be_checked_is_marked() -> None:
 
 
 def test_help_has_each_key_once_with_type_and_value() -> None:
-    config = loading.plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
-    rows = [line.split() for line in show.helpconfig(config).splitlines()[1:]]
+    rows = help_rows()
     keys = [row[0] for row in rows]
     assert len(keys) == len(set(keys))
     assert ['--config.train_for', 'duration', "'10", "epochs'"] in rows
@@ -110,6 +115,7 @@ def test_help_has_each_key_once_with_type_and_value() -> None:
     assert ['--config.data.remainder', 'carry|pad|drop', "'carry'"] in rows
     assert ['--config.checkpoint.keep_every', 'duration', "'never'"] in rows
     assert ['--config.model.num_classes', 'int', '10'] in rows
+    assert ['--config.ensemble.vary', 'dict[str,', 'object]', '{}'] in rows
 
 
 def reread(config: Any) -> Any:

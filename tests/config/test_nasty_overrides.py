@@ -81,6 +81,7 @@ def test_every_path() -> None:
     assert refusals > len(pairs) * 3 // 4
 
 
+@pytest.mark.slow
 def test_long_and_deep_values() -> None:
     chosen = random.Random(0).sample(PATHS, 10)
     for path in ('data.source.split', 'vars', 'hooks', 'task.weight', *chosen):

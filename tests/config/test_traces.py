@@ -95,6 +95,7 @@ def test_a_shape_error_inside_of_the_model() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_shape_error_in_an_evaluation_and_in_its_predictions() -> None:
     task = {'ref': f'{HERE}:mismatched'}
     with pytest.raises(ValueError, match='dimensions') as raised:

@@ -69,6 +69,7 @@ class _Deadly:
         os._exit(3)
 
 
+@pytest.mark.slow
 def test_worker_death() -> None:
     import grain.python as grain
 

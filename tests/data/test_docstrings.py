@@ -74,6 +74,7 @@ def test_a_collector_of_garbage_that_parses(directory: pathlib.Path) -> None:
     assert len(found) == 10
 
 
+@pytest.mark.slow
 def test_mistakes(directory: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r'no file nowhere/tokenizer\.json'):
         Docstrings('nowhere/tokenizer.json')

@@ -78,6 +78,7 @@ def test_what_cannot_be_mixed(sources: Any, weights: Any, message: str) -> None:
         Mixture(sources, weights)
 
 
+@pytest.mark.slow
 def test_from_a_config() -> None:
     mnist = {'target': 'trainer.data.mnist:MNIST', 'split': 'train', 'limit': 100}
     test = {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 40}

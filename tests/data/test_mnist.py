@@ -52,6 +52,7 @@ def test_spec() -> None:
     }
 
 
+@pytest.mark.slow
 def test_pixels() -> None:
     """The mean that everyone normalises with, and the digit that is centred in its frame."""
     images = MNIST('train').gather(np.arange(60_000))['image']

@@ -228,7 +228,8 @@ def test_a_source_that_returns_too_little_later() -> None:
         Trainer(build(data__source=here('Shrinking'))).fit()
 
 
-@pytest.mark.parametrize('remainder', slow_after(1, ['carry', 'pad', 'drop']))
+@pytest.mark.slow
+@pytest.mark.parametrize('remainder', ['carry', 'pad', 'drop'])
 def test_a_batch_larger_than_the_source(remainder: str) -> None:
     options = {
         'data__source__limit': 5,

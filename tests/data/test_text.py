@@ -166,8 +166,8 @@ def test_documents_are_files(tmp_path: pathlib.Path) -> None:
     assert test.describe(1) == str(tmp_path / '9.txt')
     for options, message in (
         ({'split': 'other'}, "expected 'train' or 'test', got 'other'"),
-        ({'holdout': 1.0}, 'holdout: .* got 1\.0'),
-        ({'split': 'test', 'holdout': 0.0}, "split 'test' has none of 10 files"),
+        ({'holdout': 1.0}, r'holdout: .* got 1\.0'),
+        ({'split': 'test', 'holdout': 0.0}, "split 'test' gets none of 10 files"),
     ):
         with pytest.raises(ValueError, match=message):
             Documents(pattern, **options)

@@ -129,6 +129,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
+@pytest.mark.slow
 def test_values(prepared: str) -> None:
     source = TFDS('tiny', split='train', data_dir=prepared)
     assert len(source) == EXAMPLES
@@ -209,5 +210,6 @@ def test_nothing_is_prepared_or_downloaded(tmp_path: pathlib.Path, name: str) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_imported(prepared: str) -> None:
     assert run(READ, pathlib.Path(prepared)).strip() == '[]'

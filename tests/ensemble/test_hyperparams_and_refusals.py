@@ -72,6 +72,7 @@ def squares(model: Any, batch: Any) -> TaskOutput:
     return TaskOutput(loss=model.intermediates['square'][0])
 
 
+@pytest.mark.slow
 def test_what_members_sow_has_a_mean() -> None:
     """A task that reads it is evaluated like any other."""
     task = {'ref': f'{__name__}:squares'}
@@ -154,6 +155,7 @@ def test_the_axis_of_the_members_is_theirs() -> None:
         Trainer(made).init_state()
 
 
+@pytest.mark.slow
 def test_what_a_method_returns_is_not_combined() -> None:
     """The advice is one that helps: `combine` is for the model's own call."""
     config = str(command.ROOT / 'configs' / 'addition.py')

@@ -112,6 +112,7 @@ def test_a_member_takes_the_course_of_a_run_alone(name: str) -> None:
     assert not np.allclose(kernels[0], kernels[1])
 
 
+@pytest.mark.slow
 def test_seeds_may_be_equal() -> None:
     """A sweep: the same start, the same dropout masks, another rate."""
     vary = {'seed': (7, 7), 'optimizer': {'learning_rate': RATES}}

@@ -114,6 +114,7 @@ def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
     return Evaluator('test', step, EvalData.from_loader(loader, 'loader'), mesh_of(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('batch_size', [512, 4096])
 def test_always_zero_with_infinite_padding(batch_size: int) -> None:
     """B7: 980 of 10,000 on 8 devices, compiled once, where the end is where nobody has more."""
@@ -129,6 +130,7 @@ def is_odd(example: Any) -> bool:
     return bool(example['label'] % 2)
 
 
+@pytest.mark.slow
 def test_what_a_filter_leaves() -> None:
     """B7: examples, loss and accuracy are those of numpy, where a filter decides what counts."""
     module = Linear()

@@ -14,7 +14,6 @@ from etils import epath
 from tests import command
 from tests.evaluate import rows
 from tests.evaluate.rows import HOST, Rows
-from tests.marks import slow_after
 from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
@@ -67,7 +66,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', slow_after(1, RUNS))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RUNS)
 def test_a_run_sends_what_is_read_and_predicts_with_the_rest(name: str) -> None:
     trainer = Trainer(build(**RUNS[name]))
     result = trainer.fit()

@@ -50,7 +50,7 @@ def test_what_is_captured_is_what_the_model_computes(tmp_path: pathlib.Path) -> 
     state = trainer.fit().state
     with trainer.batches(19, [1]) as batches:
         batch = next(iter(batches)).arrays
-        prepared = made.task.prepared(batch)
+        prepared = made.task.prepare_batch(batch)
     logits = np.asarray(bound(made, state)(prepared['image']))
     row = rows(tmp_path)[-1]
     assert row['step'] == 20
@@ -96,7 +96,7 @@ def test_the_train_step_is_untouched(tmp_path: pathlib.Path) -> None:
     for capture in ({}, EVERYTHING):
         trainer = Trainer(build(linen(), capture=capture), str(tmp_path / str(len(texts))))
         states.append(trainer.fit().state.variables)
-        texts.append(computation(trainer.set_up().programs.step.ready()))
+        texts.append(computation(trainer.set_up().programs.step.executable()))
         assert trainer.set_up().programs.step.compiles == 1
     assert texts[0] == texts[1]
     assert jax.tree.all(jax.tree.map(np.array_equal, *states))
@@ -254,6 +254,7 @@ def test_several_processes(tmp_path: pathlib.Path) -> None:
         np.testing.assert_allclose(array, others[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_counted() -> None:
     x = jnp.array([1.0, jnp.nan, 3.0, jnp.inf, 0.0, 0.0])
     kept = statistics.measures(frozenset({'histogram'}), 0)(x)

@@ -189,6 +189,7 @@ def test_a_checkpoint_and_several_processes(tmp_path: pathlib.Path) -> None:
         np.testing.assert_allclose(found, before, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_nothing_to_differentiate_by() -> None:
     params = Shared().init(jax.random.key(0), jnp.ones((2, 9)))['params']
     with pytest.raises(UserError, match=r"names no value.*--match='\.\*' takes all"):

@@ -454,6 +454,7 @@ class Setup(knn.Module):
         return 2 * self.width
 
 
+@pytest.mark.slow
 def test_a_bound_model_in_a_notebook() -> None:
     """It prints, completes names, is pickled, and runs Linen's tools."""
     model = Setup().init_bind(RNG, X)

@@ -15,7 +15,7 @@ from flax import errors
 from tests.klinen.test_document import MLP, RNG, AutoEncoder, Noisy, X
 from tests.modules.examples import same
 from trainer import klinen as knn
-from trainer.klinen.notebook import for_notebook
+from trainer.klinen.notebook import bind_for_notebook
 from trainer.modules.functional import functional
 
 
@@ -52,6 +52,7 @@ def test_a_mode_before_variables() -> None:
     assert not same(part.decoder(X), part.eval().decoder(X))
 
 
+@pytest.mark.slow
 def test_layers_follow_the_mode() -> None:
     """K8: Klinen's layers need no flag, wherever they stand."""
     x = jnp.ones((64, 16))
@@ -108,7 +109,7 @@ class Guide(nn.Module):
 def test_linen_classes_with_names_of_the_interface() -> None:
     """K2, K8: once they are bound, the names are the interface's; their own code keeps its own."""
     variables = Guide(train=False).init(RNG, X)
-    fixed = for_notebook(functional(Guide()), variables)
+    fixed = bind_for_notebook(functional(Guide()), variables)
     for model in (fixed, knn.bind(Guide(), variables), knn.convert(Guide)().init_bind(RNG, X)):
         assert set(model.params) == {'Dense_0'}
         noisy = model.train().with_rng(RNG)

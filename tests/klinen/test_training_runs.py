@@ -166,9 +166,10 @@ def test_what_a_field_keeps_comes_to_the_task(tmp_path: pathlib.Path) -> None:
     programs = [
         trainer_of(model('Classifier', n)).set_up().programs for n in ('Keeping', 'Features')
     ]
-    assert computation(programs[0].step.ready()) == computation(programs[1].step.ready())
+    assert computation(programs[0].step.executable()) == computation(programs[1].step.executable())
 
 
+@pytest.mark.slow
 def test_linen_and_nnx_modules_come_back_too() -> None:
     """With the trained variables, in evaluation mode, and of the user's own classes."""
     sequential = {

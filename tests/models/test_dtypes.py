@@ -334,6 +334,7 @@ OTHERS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name',
     [pytest.param(x, marks=() if x == 'mlp_nnx_norm' else pytest.mark.slow) for x in OTHERS],

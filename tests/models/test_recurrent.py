@@ -53,6 +53,7 @@ def test_padding_is_not_read() -> None:
     assert different.tolist() == (LENGTHS < 7).tolist()
 
 
+@pytest.mark.slow
 def test_an_empty_text_is_not_read() -> None:
     """O1: of no length, what is written does not depend on the padding."""
     lengths = np.array([0, 1, 3, 5, 2, 7], 'i4')
@@ -63,6 +64,7 @@ def test_an_empty_text_is_not_read() -> None:
     np.testing.assert_array_equal(logits, other)
 
 
+@pytest.mark.slow
 def test_both_ends_are_read() -> None:
     """O1: each direction has parameters of its own, and the writer starts from both."""
     params = VARIABLES['params']

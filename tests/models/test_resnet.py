@@ -50,6 +50,7 @@ def test_names() -> None:
     assert set(variables['params']['stage2_block0']) == layers | {'conv_proj', 'bn_proj'}
 
 
+@pytest.mark.slow
 def test_a_block_begins_as_what_came_in() -> None:
     """The last scale of each is zero at first: without a projection a block changes nothing."""
     one = SMALL.clone(stages=(1,))
@@ -75,6 +76,7 @@ def test_stems(stem: Any, side: int) -> None:
     assert seen.shape == (4, side, side, 32)
 
 
+@pytest.mark.slow
 def test_statistics_move_in_training_alone() -> None:
     """U9: `mutable=['batch_stats']` returns them; without it training mode is an error."""
     variables = SMALL.init(jax.random.key(0), X)

@@ -152,6 +152,7 @@ def test_the_cache_gives_what_the_whole_row_gives(scan_layers: bool, dtype: Any)
     )
 
 
+@pytest.mark.slow
 def test_the_cache_of_flax_s_own_attention() -> None:
     """O2: keys, values and an index; five steps are those of the causal pass."""
     x = np.random.default_rng(1).normal(size=(2, 5, 8)).astype('f4')

@@ -75,7 +75,7 @@ def stepped(program: Programs, batch: Any, variables: Any = None) -> TrainState:
         params = jax.tree.map(np.array, variables['params'])  # A copy: the step donates its state.
         params = jax.device_put(params, program.abstract.step.sharding)
         state = dataclasses.replace(state, params=params)
-    shardings = program.step.ready().input_shardings[0][1]
+    shardings = program.step.executable().input_shardings[0][1]
     return program.step(state, jax.device_put(batch, shardings))
 
 
@@ -99,6 +99,7 @@ def test_it_adds_four_variables() -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_first_statistics_are_of_no_batch() -> None:
     """C6: making the state moves nothing, and needs no axis of the name that training has."""
     state = programs(MLP(momentum=0.5)).init()
@@ -109,6 +110,7 @@ def test_the_first_statistics_are_of_no_batch() -> None:
     assert variables['batch_stats']['BatchNorm_0']['var'].tolist() == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_are_told_apart() -> None:
     """C1: `train` comes by itself; training uses the batch, evaluation what it has left."""
     model = MLP(momentum=0.5)
@@ -237,6 +239,7 @@ def test_groups_beside_what_flax_has() -> None:
         grouped.apply(variables, x, False)
 
 
+@pytest.mark.slow
 def test_a_layer_of_groups_is_one_layer() -> None:
     """What looks at the calls of modules sees it once, with all of its rows."""
     model = ResNet(stages=(1,), features=4, stem='small', num_classes=3, norm_groups=2)
@@ -266,6 +269,7 @@ def test_an_axis_of_pmap(caplog: pytest.LogCaptureFixture) -> None:
         programs(MLP(axis_name='batch', groups=[[0, 1]]))
 
 
+@pytest.mark.slow
 def test_statistics_under_vmap() -> None:
     """C7: an axis of `vmap` synchronises, too, and the statistics come out once."""
     x = rows()

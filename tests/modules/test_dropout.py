@@ -139,7 +139,7 @@ def test_shards_of_a_batch_have_masks_of_their_own() -> None:
 ))  # fmt: skip
         spec = {'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}
         program = Programs(step, spec, make_mesh(mesh), sharding=rules)
-        batch = jax.device_put({'x': x}, program.step.ready().input_shardings[0][1])
+        batch = jax.device_put({'x': x}, program.step.executable().input_shardings[0][1])
         state = program.init()
         parameters.append(jax.device_get(state.params))
         state = program.step(state, batch)
@@ -195,6 +195,7 @@ class Texts(nn.Module):
         return nn.Dense(2)(x)
 
 
+@pytest.mark.slow
 def test_words_are_dropped_by_a_stream_of_their_own() -> None:
     """D8, U12: two streams that nobody declared, new in each step, none at evaluation."""
     model = functional(Texts())

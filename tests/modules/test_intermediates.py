@@ -18,7 +18,7 @@ from tests.command import ROOT
 from tests.inspect.program import computation
 from tests.modules.examples import X, bind, init, same
 from trainer.experiment import load_and_build
-from trainer.klinen.notebook import for_notebook
+from trainer.klinen.notebook import bind_for_notebook
 from trainer.modules.functional import functional
 from trainer.modules.rng import Keys
 from trainer.tasks import TaskOutput
@@ -243,7 +243,7 @@ def test_a_bound_model_in_a_notebook() -> None:
     """1.K9: bind, call the parts, unbind; what Trainer.model() gives does the same."""
     variables = init(AutoEncoder())
     bound = AutoEncoder().bind(variables)
-    again = for_notebook(functional(AutoEncoder()), variables)
+    again = bind_for_notebook(functional(AutoEncoder()), variables)
     assert same(bound.decoder(bound.encoder(X)), bound(X))
     assert same(again.decoder(again.encoder(X)), bound(X))
     encoder, encoded = bound.encoder.unbind()

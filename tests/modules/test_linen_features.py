@@ -18,6 +18,7 @@ KEY = jax.random.key(0)
 X = np.random.default_rng(4).normal(size=(3, 4)).astype('f4')
 
 
+@pytest.mark.slow
 def test_shapes_of_branches() -> None:
     """N3: the shapes of the guide, and statistics over an axis with a name."""
     x = np.random.default_rng(0).normal(size=(3, 4, 4)).astype('f4')

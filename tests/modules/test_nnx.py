@@ -13,7 +13,7 @@ from flax import nnx
 
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
-from trainer.klinen.notebook import for_notebook
+from trainer.klinen.notebook import bind_for_notebook
 from trainer.modules.functional import functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
@@ -99,7 +99,7 @@ def test_intermediates_are_offered_and_not_kept() -> None:
     assert len(model.intermediates['sown']) == 1
     model(X)  # What the first call has left is gone.
     assert len(model.intermediates['sown']) == 1
-    module: Any = for_notebook(functional(make), model.variables)
+    module: Any = bind_for_notebook(functional(make), model.variables)
     assert not hasattr(module, 'assigned')
     module(X)
     assert set(nnx.to_pure_dict(nnx.pop(module, nnx.Intermediate))) == {'sown', 'assigned'}

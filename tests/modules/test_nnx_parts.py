@@ -298,7 +298,7 @@ def test_an_attribute_in_the_place_of_the_switch(name: str) -> None:
         def __call__(self, x: jax.Array) -> jax.Array:
             return self.linear(x)
 
-    with pytest.raises(UserError, match=rf'Switched\.{name} is not the method `{name}\(\)`'):
+    with pytest.raises(UserError, match=rf'Switched\.{name} hides the method `{name}\(\)`'):
         bind(Switched, name)(X)
 
 

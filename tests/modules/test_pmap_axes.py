@@ -297,6 +297,7 @@ def test_an_axis_of_the_mesh_is_none_of_pmap() -> None:
         run.fit()
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble() -> None:
     """Their evaluation leaves the name out, too."""
     model, named = functional(Normed(nn.LayerNorm)), functional(Normed(nn.LayerNorm, 'batch'))

@@ -246,6 +246,7 @@ def test_the_true_parameters() -> None:
     assert float(loss) == pytest.approx(0.023639796, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_hundred_and_one_steps_from_zeros() -> None:
     """O12: linear regression of "JAX for the impatient", and its hundred and one steps more."""
     zeros = {'kernel': np.zeros((10, 5), 'f4'), 'bias': np.zeros(5, 'f4')}

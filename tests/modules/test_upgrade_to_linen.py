@@ -104,10 +104,10 @@ def test_the_first_state_runs_no_forward_pass() -> None:
     programs = Programs(step, spec, make_mesh({'data': -1}))
     assert programs.abstract.params['layers_0']['kernel'].shape == (3, 3, 1, 8)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(programs.abstract))
-    text = programs.init.ready().as_text()
+    text = programs.init.executable().as_text()
     for operation in ('convolution', ' dot('):
         assert operation not in text
-        assert operation in programs.step.ready().as_text()
+        assert operation in programs.step.executable().as_text()
 
 
 class Counter(nn.Module):

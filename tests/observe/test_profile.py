@@ -67,7 +67,7 @@ def test_modules_of_nnx_have_names_while_they_are_traced(tmp_path: pathlib.Path)
     for name, window in (('traced', {'start': '2 steps'}), ('plain', None)):
         trainer = Trainer(build(**nnx, profile=window), str(tmp_path / name))
         losses[name] = trainer.fit().metrics['train/loss']
-        text = trainer.set_up().programs.step.ready().as_text()
+        text = trainer.set_up().programs.step.executable().as_text()
         assert all(
             (f'jvp(MLP)/{part}_0/' in text) == (name == 'traced') for part in ('dense', 'norm')
         )

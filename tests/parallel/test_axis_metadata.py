@@ -143,7 +143,7 @@ def test_branches_by_vmap_are_spread_over_devices() -> None:
         assert {s.data.shape for s in kernel.addressable_shards} == {(4 // mesh['model'], 784, 32)}
         losses[mesh['model']] = result.metrics['train/loss']
     assert losses[2] == pytest.approx(losses[1], rel=1e-5)
-    compiled = trainer.set_up().programs.step.ready().as_text()
+    compiled = trainer.set_up().programs.step.executable().as_text()
     found = re.findall(r'f32\[(\d+),(\d+),(\d+)\]', compiled)
     shapes = {tuple(sorted(map(int, dims))) for dims in found}
     # Of 4 branches and 32 rows a device computes 2 branches of 8 rows.
@@ -163,7 +163,7 @@ def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
     with trainer.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
     assert {s.data.shape[0] for s in batch['image'].addressable_shards} == {32 // 8}
-    step = trainer.set_up().programs.step.ready()
+    step = trainer.set_up().programs.step.executable()
     assert first_dimensions(step.input_shardings[0][1]) <= {'data', ('data',)}
     before = trainer.init_state()
     asked = jax.tree.map(lambda x: x.sharding, before)
@@ -191,7 +191,7 @@ def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
         state, evaluator = trainer.init_state(), trainer.set_up().evaluators['test']
         metrics = evaluator.run(state)
         assert metrics['examples'] == 77
-        (step,) = (program.ready() for program in evaluator._programs.values())
+        (step,) = (program.executable() for program in evaluator._programs.values())
         batch = step.input_shardings[0][-1]
         assert first_dimensions(batch) <= {'data', ('data',)}
         assert all(x.is_fully_replicated for x in jax.tree.leaves(step.output_shardings))

@@ -72,12 +72,12 @@ def measure(what, make):
 
 trainer = Trainer(experiment(), workdir)
 whole = nbytes(trainer.set_up().programs.abstract)
-trainer.set_up().programs.init.ready()
+trainer.set_up().programs.init.executable()
 measure('init', trainer.init_state)
 trainer.fit()
 measure('restore', trainer.restore)
 other = Trainer(experiment(init_from__path=workdir))
-other.set_up().programs.init.ready(), other.set_up().programs.restarted.ready()
+other.set_up().programs.init.executable(), other.set_up().programs.restart_optimizer.executable()
 measure('init_from', other.init_state)
 """
 
@@ -111,7 +111,7 @@ def test_a_process_holds_little_more_than_its_parts(tmp_path: pathlib.Path) -> N
 def test_a_state_that_starts_anew_takes_the_place_of_the_old_one() -> None:
     """`config.init_from` makes slots and average again, in the memory of those that it replaces."""
     trainer = Trainer(on_mesh(experiment('lm'), MESHES['2 x 2 x 2']))
-    made = trainer.set_up().programs.restarted.ready().memory_analysis()
+    made = trainer.set_up().programs.restart_optimizer.executable().memory_analysis()
     assert made is not None
     share = bytes_per_device(trainer.set_up().programs.abstract)
     assert made.alias_size_in_bytes == pytest.approx(share, rel=0.01)

@@ -175,7 +175,7 @@ def test_the_state_is_born_in_pieces(cut: Trainer) -> None:
 
 def test_no_device_ever_holds_a_whole_parameter_at_init(cut: Trainer) -> None:
     """J4: the program that makes the state needs little more than its own share of it."""
-    made = cut.set_up().programs.init.ready().memory_analysis()
+    made = cut.set_up().programs.init.executable().memory_analysis()
     assert made is not None
     abstract = cut.set_up().programs.abstract
     share = bytes_per_device(abstract)
@@ -267,6 +267,7 @@ def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
         assert {part.data.shape for part in w2.addressable_shards} == {(4, 256, 1024)}
 
 
+@pytest.mark.slow
 def test_an_axis_that_the_mesh_lacks_is_named() -> None:
     with pytest.raises(UserError, match=r"names the mesh axis 'model'.*--config.mesh.model=1"):
         Trainer(experiment('Stacked')).compile()

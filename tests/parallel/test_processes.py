@@ -12,7 +12,6 @@ import threading
 
 import pytest
 
-from tests.marks import slow_after
 from trainer.parallel import processes
 from trainer.parallel.handshake import meet
 
@@ -84,7 +83,8 @@ def test_a_missing_peer_is_named_by_those_who_came():
         assert 'process 1 of 3 did not come within 3 s' in output
 
 
-@pytest.mark.parametrize('number', slow_after(1, [0, 1]))
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [0, 1])
 def test_a_process_that_dies_before_jax_has_connected_it_is_named(number):
     """There JAX would wait for it until the time is over, and abort."""
     port = free_port()

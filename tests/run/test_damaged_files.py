@@ -20,7 +20,6 @@ import pytest
 
 from tests import small
 from tests.command import ROOT
-from tests.marks import slow_except
 from trainer import main
 from trainer.checkpoint import checked, empty
 from trainer.checkpoint.errors import CheckpointError
@@ -155,7 +154,7 @@ def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
     recovery._look_at_data()
     recovery._tell_data_changes(50, meta)
     with contextlib.suppress(ValueError):  # Which `with_health` puts into words.
-        health.restored(health.Health(jnp.zeros(6, jnp.int32)), meta.get('health'))
+        health.from_metadata(health.Health(jnp.zeros(6, jnp.int32)), meta.get('health'))
     recovery._restore_early_stopping(meta)
     report.restore(50, meta['metrics'], meta['evaluated'])
 
@@ -174,7 +173,8 @@ def _restored(directory: pathlib.Path, files: tuple[str, ...]) -> Iterator[None]
 FILES = ('config.json', 'run.json', 'result.json', 'metrics.jsonl', META)
 
 
-@pytest.mark.parametrize('name', slow_except(['config.json', 'metrics.jsonl'], FILES))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FILES)
 def test_no_damage_ends_in_a_traceback(name: str, run: Trainer) -> None:
     chance, path = random.Random(13), _path(run)
     data = (path / name).read_bytes()

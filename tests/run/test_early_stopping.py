@@ -136,6 +136,7 @@ def test_a_run_ends_early_and_goes_on_counting(
     assert (longer.status, longer.step) == ('finished', 40)
 
 
+@pytest.mark.slow
 def test_the_other_evaluations_run_at_that_end() -> None:
     late = {
         'every': 'never',

@@ -18,7 +18,6 @@ import pytest
 
 from tests import small
 from tests.command import CLOCK
-from tests.marks import slow_after
 from trainer.config.errors import UserError, full_text
 from trainer.hooks import Event
 from trainer.run.failure import NonFiniteError
@@ -278,6 +277,7 @@ def test_a_start_that_fails_leaves_what_was_there() -> None:
     assert trainer.fit(max_steps=1).step == 21
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_too(tmp_path: pathlib.Path) -> None:
     """Both are reported, even for an error that is printed without a traceback."""
 
@@ -322,7 +322,8 @@ def test_no_state_that_the_guard_has_stopped_is_saved(tmp_path: pathlib.Path) ->
 # ---- Ctrl-C ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('calls', slow_after(1, [1, 7]))
+@pytest.mark.slow
+@pytest.mark.parametrize('calls', [1, 7])
 def test_an_interrupt_ends_fit_and_the_next_call_goes_on(
     tmp_path: pathlib.Path, undisturbed: tuple[Any, ...], calls: int
 ) -> None:

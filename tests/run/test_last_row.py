@@ -3,10 +3,13 @@
 
 import math
 
+import pytest
+
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
 
 
+@pytest.mark.slow
 def test_the_last_row_has_norms_although_no_row_was_due():
     experiment = load_and_build(
         'configs/mnist_mlp.py',

@@ -91,6 +91,7 @@ def test_the_time_told_is_that_of_the_last_call() -> None:
     assert trainer.report.time.get('steps') > 0
 
 
+@pytest.mark.slow
 def test_a_restore_that_fails_leaves_the_directory_as_it_was(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, train_for='20 steps').fit()
     for path in (tmp_path / 'checkpoints' / '20' / 'state').rglob('*'):
@@ -102,6 +103,7 @@ def test_a_restore_that_fails_leaves_the_directory_as_it_was(tmp_path: pathlib.P
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_refused(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path).fit()
     before = files(tmp_path)

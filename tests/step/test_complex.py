@@ -239,7 +239,7 @@ def test_norms_by_every_way_of_measuring(size: int) -> None:
 def test_precision_leaves_complex_numbers_alone() -> None:
     tree = {'z': jnp.asarray(GOAL), 'x': jnp.ones(2)}
     halves = Precision(params='bfloat16', compute='float16', output='float16')
-    for cast in (halves.for_params, halves.for_compute, halves.for_output):
+    for cast in (halves.cast_params, halves.cast_for_compute, halves.cast_output):
         made = cast(tree)
         np.testing.assert_array_equal(made['z'], GOAL)
         assert made['x'].dtype.itemsize == 2

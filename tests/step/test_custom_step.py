@@ -142,7 +142,7 @@ def test_a_step_runs_sharded_and_donates_its_state() -> None:
             {'ref': 'tests.step.steps:changes_dtype'},
             r'shapes of the state: params/\S+: float32',
         ),
-        ({'ref': 'tests.step.steps:drops_state'}, r'returns \(state, metrics\), the state made'),
+        ({'ref': 'tests.step.steps:drops_state'}, r'must return \(state, metrics\), with a state'),
         ({'ref': 'tests.step.steps:metric_is_vector'}, r"metric 'a/b' must be a .*float32\[3\]"),
         ({'ref': 'tests.step.steps:metrics_is_scalar'}, r'in a dict by name; got float32\[\]'),
         ({'ref': 'tests.step.steps:names_norms'}, "names a metric 'norms', but every row"),
@@ -154,13 +154,13 @@ def test_a_step_runs_sharded_and_donates_its_state() -> None:
         ({'ref': 'tests.step.steps:sma'}, 'Did you mean tests.step.steps:sam?'),
     ],
 )
-def test_mistakes_are_told(step: dict[str, Any], message: str) -> None:
+def test_mistakes_are_reported(step: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         trainer(step=step).init_state()
 
 
-def test_a_step_that_cuts_no_slices_is_told() -> None:
-    with pytest.raises(UserError, match=r'only ctx\.gradients cuts a batch'):
+def test_a_step_that_splits_no_batches_is_an_error() -> None:
+    with pytest.raises(UserError, match=r'only ctx\.gradients splits a batch'):
         trainer(step={'ref': 'tests.step.steps:by_hand'}, accumulate=2).init_state()
     trainer(step={'ref': 'tests.step.steps:same'}, accumulate=2).init_state()
 

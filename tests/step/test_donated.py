@@ -72,6 +72,7 @@ def test_a_hook_that_keeps_an_event() -> None:
         hooked(keep_event).fit()
 
 
+@pytest.mark.slow
 def test_a_hook_that_keeps_copies() -> None:
     assert hooked(keep_copies).fit().status == 'finished'
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(KEPT[0].params))

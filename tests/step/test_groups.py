@@ -120,6 +120,7 @@ def test_two_losses_equal_the_hand_written_step() -> None:
     assert program.step.compiles == 1
 
 
+@pytest.mark.slow
 def test_a_player_that_does_not_move_feels_nothing() -> None:
     """With the generator's rate 0 its parameters are bit-identical, and the other's learn."""
     still = Optimizer(
@@ -132,6 +133,7 @@ def test_a_player_that_does_not_move_feels_nothing() -> None:
     assert any(jax.tree.leaves(jax.tree.map(lambda a, b: (a != b).any(), after, start)))
 
 
+@pytest.mark.slow
 def test_the_gan_learns_where_the_points_are() -> None:
     disc = group('discriminator/.*', GEN, 'disc')
     program = programs(Optimizer(groups={**two_players().groups, 'disc': disc}))

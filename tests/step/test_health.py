@@ -63,6 +63,7 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sweeps', [False, True])
 def test_a_loss_stops_updates(sweeps: bool) -> None:
     states = run(build(linen(bad=1)), STEP + 3, sweeps=sweeps)

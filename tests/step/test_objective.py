@@ -230,7 +230,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', slow_except(['polyak_sgd', 'backtracking'], OPTIMIZERS))
+@pytest.mark.slow
+@pytest.mark.parametrize('name', OPTIMIZERS)
 def test_they_learn(name: str) -> None:
     result = tiny.trainer(optimizer=OPTIMIZERS[name], evals={}, train_for='30 steps').fit()
     assert result.metrics['train/loss'] < 0.6

@@ -68,7 +68,7 @@ def test_frozen_parameters_stay_and_hold_no_state() -> None:
     assert (new['head']['kernel'] != PARAMS['head']['kernel']).all()
     sizes = [x.size for x in jax.tree.leaves(state)]
     assert sum(sizes) == 2 * (3 + 1) + 1  # Adam's two moments of the head, and its count
-    assert sum(jax.tree.leaves(optimizer.frozen(PARAMS))) == len(
+    assert sum(jax.tree.leaves(optimizer.frozen_mask(PARAMS))) == len(
         jax.tree.leaves(PARAMS['backbone'])
     )
 

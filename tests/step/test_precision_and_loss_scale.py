@@ -174,6 +174,7 @@ def test_parameters_and_what_follows_them() -> None:
     assert {x.dtype for x in jax.tree.leaves(kept)} == {jnp.dtype('float32')}
 
 
+@pytest.mark.slow
 def test_an_average_of_halves_goes_on_where_they_would_stand_still() -> None:
     """A thousandth of a small difference is less than bfloat16 can add to the average."""
 
@@ -209,6 +210,7 @@ def test_nothing_is_cast_unless_asked_for() -> None:
     assert {SEEN[name] for name in ('x', 'hidden', 'logits')} == {jnp.dtype('float32')}
 
 
+@pytest.mark.slow
 def test_an_overflow_keeps_the_state_and_halves_the_scale() -> None:
     """F9: parameters, optimizer, average and statistics stay, the step goes on."""
     adam = Optimizer(base=optax.adam(0.1), learning_rate=lambda count: count)
@@ -247,7 +249,8 @@ def test_the_scale_doubles_after_so_many_finite_steps() -> None:
     assert float(after(ready, jnp.array(True)).scale) == 2.0**127
 
 
-@pytest.mark.parametrize('accumulate', slow_after(1, [1, 4]))
+@pytest.mark.slow
+@pytest.mark.parametrize('accumulate', [1, 4])
 def test_the_scale_leaves_the_update_alone(accumulate: int) -> None:
     """In float32 a power of two scales exactly: not a bit of the parameters changes."""
     plain = train(programs(Watched(), Precision(), accumulate=accumulate))

@@ -36,15 +36,16 @@ def test_every_leaf_of_the_state_stays_in_its_buffer_on_an_accelerator(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Leaves that changed places would be copied, and no graph of kernels could be run again."""
-    monkeypatch.setattr(program_lib, '_in_place', lambda mesh: True)
+    monkeypatch.setattr(program_lib, '_keeps_unused_arguments', lambda mesh: True)
     programs = trainer(**options).set_up().programs
     program = programs.fused if 'steps_per_call' in options else programs.step
-    header = program.ready().as_text().splitlines()[0]
+    header = program.executable().as_text().splitlines()[0]
     pairs = re.findall(r'\{(\d+)\}: \((\d+), \{\}', header)
     leaves = len(jax.tree.leaves(programs.abstract))
     assert [(int(out), int(arg)) for out, arg in pairs] == [(i, i) for i in range(leaves)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('options', 'together'),
     [({}, 4), ({'ensemble__size': 2}, 4), (FSDP, 3)],
@@ -60,8 +61,8 @@ def test_norms_are_the_same_on_an_accelerator(
         joined.append(len(arrays))
         return original(arrays)
 
-    original = norms._concatenated
-    monkeypatch.setattr(norms, '_concatenated', concatenated)
+    original = norms._concatenate
+    monkeypatch.setattr(norms, '_concatenate', concatenated)
 
     def step() -> Any:
         run = trainer(model__features=(64, 10), log__every='1 step', **options)

@@ -95,6 +95,7 @@ def test_one_update_equals_the_hand_written_one() -> None:
     assert program.step.compiles == 1
 
 
+@pytest.mark.slow
 def test_metrics_are_means_over_all_steps() -> None:
     """A3: accumulated on the devices, weighted, equal to numpy's mean over the batches."""
     model = MLP((8, 10))
@@ -341,7 +342,7 @@ def test_settings_of_the_caller_hold_for_the_programs() -> None:
 
     with jax.default_matmul_precision('highest'):
         program = programs(MLP((8, 10)), task=task, mesh=one_device_mesh())
-        program.step.ready()
+        program.step.executable()
     assert set(seen) == {'highest'}
 
 
@@ -354,7 +355,7 @@ class OnlyInTraining(nn.Module):
 
 def test_a_part_that_is_made_in_training_only_is_told() -> None:
     with pytest.raises(UserError, match=r'did not have when it was made(.|\n)*"/more"'):
-        programs(OnlyInTraining(), mesh=one_device_mesh()).step.ready()
+        programs(OnlyInTraining(), mesh=one_device_mesh()).step.executable()
 
 
 def test_a_task_that_averages_is_told_not_to() -> None:

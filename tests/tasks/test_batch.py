@@ -15,7 +15,7 @@ from trainer.config.errors import UserError
 from trainer.data.sources import ArraySpec
 from trainer.input.fields import Fields, device_dtype
 from trainer.input.host_field import HostField
-from trainer.tasks.batch import Batch, plain, recording
+from trainer.tasks.batch import Batch, plain, record_reads
 from trainer.tasks.runner import TaskRunner
 
 IDS = np.array([[5, 6], [-1, 7]])
@@ -97,7 +97,7 @@ def test_a_real_example_is_named_rather_than_padding() -> None:
 
 def runner(task: Any = None, *transforms: Any, kept: Any = None) -> TaskRunner:
     made = TaskRunner.of(task or (lambda model, batch: batch['x'][:, 0]), transforms)
-    return made.without(Fields.from_spec(SPEC, '').host_fields() if kept is None else kept)
+    return made.with_host_fields(Fields.from_spec(SPEC, '').host_fields() if kept is None else kept)
 
 
 def arrays() -> dict[str, jax.Array]:
@@ -107,8 +107,8 @@ def arrays() -> dict[str, jax.Array]:
 def reads(read: Callable[[Any], Any], *transforms: Any) -> set[str]:
     """Names of the fields that a task reads; the batch has no text."""
     made = runner(read, *transforms, kept=())
-    with recording() as found:
-        jax.eval_shape(lambda batch: (made.task(None, made.prepared(batch)), ())[1], arrays())
+    with record_reads() as found:
+        jax.eval_shape(lambda batch: (made.task(None, made.prepare_batch(batch)), ())[1], arrays())
     return found.names
 
 

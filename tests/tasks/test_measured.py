@@ -15,10 +15,10 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.tasks.measured import (
     Measured,
+    average_members,
     check_accumulates,
     check_computes,
     compute_on_trial,
-    mean_and_each,
 )
 
 
@@ -116,7 +116,7 @@ def test_dicts_are_flattened_and_arrays_are_kept_apart() -> None:
     assert found == {'loss': 0.5, 'f1/macro': 0.75, 'f1/of/0': 1.0, 'f1/of/1': 0.5}
     assert list(found.arrays) == ['confusion/test', 'half', 'none']
     assert found.arrays['half'].dtype == np.float32
-    assert found.named('train/')['train/f1/macro'] == 0.75
+    assert found.with_prefix('train/')['train/f1/macro'] == 0.75
 
 
 @pytest.mark.parametrize(
@@ -147,14 +147,14 @@ def test_means_over_members() -> None:
         Measured({'loss': 1.0, 'counts': np.array([1, 2]), 'some': np.zeros(2)}),
         Measured({'loss': 2.0, 'counts': np.array([3, 2]), 'some': np.zeros(3)}),
     ]
-    row = mean_and_each(members)
+    row = average_members(members)
     assert row == {'loss': 1.5, 'member_0/loss': 1.0, 'member_1/loss': 2.0}
     assert row.arrays['counts'].tolist() == [2, 2]
     assert row.arrays['member_1/counts'].tolist() == [3, 2]
     assert 'some' not in row.arrays
     assert row.arrays['member_1/some'].shape == (3,)
     # Of those that count, whatever the others have.
-    row = mean_and_each(members, [1])
+    row = average_members(members, [1])
     assert row == {'loss': 2.0, 'member_0/loss': 1.0, 'member_1/loss': 2.0}
     assert row.arrays['counts'].tolist() == [3, 2]
     assert row.arrays['some'].shape == (3,)

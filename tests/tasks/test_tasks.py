@@ -17,8 +17,8 @@ from tests.command import ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.tasks import Classification, TaskOutput
-from trainer.tasks.metrics import WeightedMean, not_finite
-from trainer.tasks.runner import TaskRunner, inverse, loss_sums
+from trainer.tasks.metrics import WeightedMean, non_finite_names
+from trainer.tasks.runner import TaskRunner, loss_sums, safe_inverse
 from trainer.tasks.task import as_output
 from trainer.trainer import Trainer
 
@@ -118,15 +118,15 @@ def test_names_of_a_collection_are_those_that_it_reports() -> None:
 def test_the_mean_of_nothing_is_no_loss_that_is_not_finite() -> None:
     nothing, bad = WeightedMean.empty(), WeightedMean.from_model_output(jnp.array([jnp.nan, 1.0]))
     masked = WeightedMean.from_model_output(jnp.array([jnp.nan]), jnp.zeros(1))
-    assert not_finite({'task': {'a_loss': nothing, 'b_loss': masked}}) == []
-    assert not_finite({'task': {'a_loss': nothing, 'b_loss': bad}}) == ['b_loss']
+    assert non_finite_names({'task': {'a_loss': nothing, 'b_loss': masked}}) == []
+    assert non_finite_names({'task': {'a_loss': nothing, 'b_loss': bad}}) == ['b_loss']
 
 
 def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> None:
     output = TaskOutput(loss=jnp.array([3.0, 5.0]), weights=jnp.array([1.0, -3.0]))
     totals, weights, _ = loss_sums(output)
     logged = WeightedMean.from_model_output(output.loss, output.weights)
-    assert logged.compute() == totals['loss'] * inverse(weights['loss']) == 6.0
+    assert logged.compute() == totals['loss'] * safe_inverse(weights['loss']) == 6.0
 
 
 @pytest.mark.parametrize(

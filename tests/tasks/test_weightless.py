@@ -301,7 +301,7 @@ def test_batch_statistics_are_finite_whatever_a_row_holds() -> None:
 def test_the_forward_pass_is_not_in_the_program_twice(accumulate: int, layer: Any) -> None:
     def of(task: Callable[..., Any]) -> tuple[float, float, int]:
         step = programs(task, Net(layer=layer), accumulate=accumulate).step
-        text = step.ready().as_text() or ''
+        text = step.executable().as_text() or ''
         products = text.count(' dot(') + text.count('__onednn') + text.count('custom-call')
         return flops.count(step.jaxpr()), step.flops() or 0.0, products
 

@@ -92,7 +92,7 @@ def started(run: Trainer, **init_from: Any) -> Any:
         run.set_up().programs.init(),
         chosen,
         (),
-        lambda state: run.set_up().programs.restarted(state),
+        lambda state: run.set_up().programs.restart_optimizer(state),
     )
 
 

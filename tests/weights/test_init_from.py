@@ -193,6 +193,7 @@ def test_rename(tmp_path: pathlib.Path) -> None:
             trainer(tmp_path, init_from={**init_from, 'rename': rename}).init_state()
 
 
+@pytest.mark.slow
 def test_what_is_missing(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
     """H9: an error by default; by choice its fresh values, which is said."""
     _, old = pretrained(tmp_path)

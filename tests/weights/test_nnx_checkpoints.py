@@ -147,6 +147,7 @@ def test_numbers_filled_up_with_zeros(tmp_path: pathlib.Path) -> None:
         restore.raw(tmp_path / 'manager', 7)
 
 
+@pytest.mark.slow
 def test_items_that_make_one_state(tmp_path: pathlib.Path) -> None:
     """H14: with an item of that name, the parameters' neighbours are their neighbours."""
     variables = Net().init(jax.random.key(7), X)

@@ -107,6 +107,7 @@ def test_steps_that_are_no_integers(tmp_path: pathlib.Path, msgpack: None) -> No
         assert restore.raw(tmp_path, step)['x'] == np.float32(step)
 
 
+@pytest.mark.slow
 def test_flax_checkpoints_that_orbax_wrote(tmp_path: pathlib.Path) -> None:
     """H18: the same function has written directories of Orbax since."""
     state = net_state()

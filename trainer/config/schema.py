@@ -102,15 +102,20 @@ def default_object(keys: Keys) -> dict[str, Any]:
     return {}
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """Returns the default of a key, `REQUIRED` if it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return REQUIRED if field.default is dataclasses.MISSING else field.default
+
+
 def optional(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yields (path, type, default) of what is inside the optional sections that are left out."""
     for path, _, default in defaults(config):
         section = section_at(path.split('.'))
         if section is not None and default is None:
             for field in dataclasses.fields(section):
-                missing = field.default is dataclasses.MISSING
-                inner = REQUIRED if missing else field.default
-                yield f'{path}.{field.name}', fields(section)[field.name], inner
+                yield f'{path}.{field.name}', fields(section)[field.name], default_of(field)
 
 
 def defaults(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -127,10 +132,8 @@ def _defaults(
         path, hint = f'{prefix}{field.name}', fields(section)[field.name]
         inner = section_at(path.split('.'))
         if field.name not in config:
-            default = field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            if inner is None or default is None:
+            default = default_of(field)
+            if inner is None or default is None or default is REQUIRED:
                 yield path, hint, default
             else:
                 yield from _defaults(inner, {}, f'{path}.')

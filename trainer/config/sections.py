@@ -25,7 +25,24 @@ TEN_STEPS = Duration.parse('10 steps')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSection:
-    """`config.data`: where training batches come from."""
+    """`config.data`: where training batches come from.
+
+    Attributes:
+        source: the dataset, such as `trainer.data.mnist:MNIST`.
+        batch_size: examples of one step, over all devices and processes.
+        transforms: functions of a batch, run in numpy on the host, in this order.
+        device_transforms: functions of a batch, run in the compiled step on the devices, after
+            `transforms`.
+        remainder: the examples left over at the end of an epoch: 'carry' takes them into the
+            next epoch's first batch, 'pad' fills their batch with padding, 'drop' leaves them
+            out.
+        shuffle: whether each epoch has a new random order; otherwise it is that of the source.
+        seed: seed of the order and of random transforms; None takes `config.seed`.
+        repeat_batch: trains on the first so many batches only, over and over, to see a model
+            overfit.
+        prefetch: blocks of batches that are prepared ahead of the step.
+        loader: makes batches of the source; the other keys of this section are its arguments.
+    """
 
     source: Node
     batch_size: int
@@ -43,7 +60,19 @@ class DataSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalDataSection:
-    """`config.evals.<name>.data`: the split that is evaluated."""
+    """`config.evals.<name>.data`: the split that is evaluated.
+
+    Attributes:
+        source: the dataset that is evaluated, each example exactly once.
+        batch_size: examples of one batch, over all devices and processes; None takes
+            `config.data.batch_size`.
+        transforms: functions of a batch, run in numpy on the host; those of `config.data` are
+            not inherited.
+        device_transforms: functions of a batch, run in the compiled step on the devices; not
+            inherited either.
+        loader: makes batches of the source; `trainer.data.streaming:StreamEvalLoader` for a
+            stream.
+    """
 
     source: Node
     batch_size: int | None = None
@@ -60,6 +89,13 @@ class EvalSection:
 
     With `ema`, on their moving average; otherwise on what `config.optimizer.eval_params` returns,
     if it is set.
+
+    Attributes:
+        data: the split and how it is read.
+        every: how often it runs during training.
+        final: whether it also runs at the end of training.
+        ema: whether it uses the moving average of the parameters, which `config.ema` keeps.
+        task: the task, if it is not `config.task`.
     """
 
     data: EvalDataSection
@@ -71,7 +107,19 @@ class EvalSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupSection:
-    """`config.optimizer.groups.<name>`: the optimizer of some parameters, and their loss."""
+    """`config.optimizer.groups.<name>`: the optimizer of some parameters, and their loss.
+
+    Attributes:
+        params: patterns of the parameters of the group; every parameter is in exactly one.
+        loss: name of the loss that the group minimises, of a task with several; None for the
+            only one.
+        clip_norm: largest global norm of the group's gradients; larger ones are scaled down.
+        decay_mask: patterns of the parameters with weight decay; None leaves it to the
+            optimizer.
+        eval_params: a function (optimizer state, parameters) -> parameters to evaluate.
+        lr_multipliers: (pattern, factor) pairs that scale the updates; the first match counts,
+            and each parameter of the group needs one.
+    """
 
     params: str | tuple[str, ...]
     loss: str | None = None
@@ -88,6 +136,18 @@ class OptimizerSection:
 
     `eval_params` names a function (state of the target, parameters) -> parameters; its result is
     used instead of the parameters in evaluations, predictions and exports.
+
+    Attributes:
+        clip_norm: largest global norm of the gradients; larger ones are scaled down.
+        decay_mask: patterns of the parameters with weight decay; None leaves it to the
+            optimizer.
+        eval_params: a function (optimizer state, parameters) -> parameters, used in
+            evaluations, predictions and exports.
+        freeze: patterns of the parameters that are not trained and have no optimizer state.
+        freeze_statistics: patterns of the batch statistics that training does not change.
+        groups: optimizers for groups of parameters, by name; each has the keys of an optimizer.
+        lr_multipliers: (pattern, factor) pairs that scale the updates; the first match counts,
+            and each parameter needs one.
     """
 
     clip_norm: float | None = None
@@ -102,7 +162,11 @@ class OptimizerSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmaSection:
-    """`config.ema`: a moving average of the parameters."""
+    """`config.ema`: a moving average of the parameters.
+
+    Attributes:
+        decay: share of the old average that one step keeps, from 0 to below 1.
+    """
 
     decay: float
 
@@ -114,6 +178,14 @@ class PrecisionSection:
     The optimizer state of half-precision parameters is float32. Without `compute`, modules use
     their own dtypes. The output is float32 by default. `loss_scale` is the initial value of a
     dynamic loss scale; with float16 it defaults to 65,536, and 0 turns it off.
+
+    Attributes:
+        params: dtype of the parameters; optimizers still work in float32.
+        compute: dtype that modules without one of their own compute in; None leaves it to the
+            modules.
+        output: dtype of the model's output.
+        loss_scale: first value of the dynamic loss scale; None is 65,536 with float16 and
+            otherwise none, 0 turns it off.
     """
 
     params: Dtype = 'float32'
@@ -127,6 +199,12 @@ class BestSection:
     """`config.checkpoint.best`: the checkpoint that is kept for its metric.
 
     `mode` says which values are better; losses and errors are better below, accuracies above.
+
+    Attributes:
+        metric: the metric that decides, such as 'eval/test/accuracy'; it must be measured at
+            the step of a save.
+        mode: which values are better; None follows from the name (loss, error and perplexity:
+            min; accuracy: max).
     """
 
     metric: str
@@ -135,7 +213,14 @@ class BestSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointSection:
-    """`config.checkpoint`: when the state is saved and what is kept."""
+    """`config.checkpoint`: when the state is saved and what is kept.
+
+    Attributes:
+        every: how often the state is saved; a run with a work directory also saves at its end.
+        keep_last: number of newest checkpoints that are kept, at least 1.
+        keep_every: checkpoints at multiples of this are kept as well.
+        best: which checkpoint is kept as well because of a metric.
+    """
 
     every: Duration = NEVER
     keep_last: int = 2
@@ -148,6 +233,13 @@ class EarlyStoppingSection:
     """`config.early_stopping`: the end of a run whose metric has stopped getting better.
 
     `mode` says which values are better; losses and errors are better below, accuracies above.
+
+    Attributes:
+        metric: the metric that must improve, such as 'eval/test/loss'.
+        mode: which values are better; None follows from the name (loss, error and perplexity:
+            min; accuracy: max).
+        min_delta: smallest change that counts as an improvement, in units of the metric.
+        patience: evaluations in a row that may bring no improvement; the next one ends the run.
     """
 
     metric: str
@@ -162,6 +254,11 @@ class EnsembleSection:
 
     `vary` is shaped like the config, with a value for each member in its leaves:
     `dict(optimizer=dict(learning_rate=(0.1, 0.03)))`.
+
+    Attributes:
+        size: number of members.
+        vary: values that differ between members, shaped like the config, a tuple of `size`
+            values in each leaf.
     """
 
     size: int
@@ -170,7 +267,25 @@ class EnsembleSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitFromSection:
-    """`config.init_from`: the checkpoint that a fresh run takes its weights from."""
+    """`config.init_from`: the checkpoint that a fresh run takes its weights from.
+
+    Attributes:
+        path: a work directory, checkpoint, `.msgpack`, `.safetensors` or PyTorch file.
+        step: which checkpoint of a run: 'latest', 'best' or a number.
+        at: key path in the checkpoint to the state or the parameters, such as 'model'.
+        layout: who wrote it: Flax, Flax before Linen, or PyTorch.
+        member: of an ensemble's checkpoint, the index of the member.
+        include: patterns of this model's paths that are loaded; None for all.
+        exclude: patterns of this model's paths that keep their fresh values.
+        rename: (pattern, replacement) pairs that turn paths of the checkpoint into those of the
+            model, as `re.sub`.
+        flatten: of PyTorch: (pattern, (channels, height, width)) of dense layers that follow a
+            flattening.
+        on_missing: what to do about a parameter that the checkpoint lacks: an error, or its
+            fresh value.
+        ema: whether the moving average is loaded as the parameters.
+        optimizer: whether the state of the optimizer is loaded too.
+    """
 
     path: str
     step: int | str = 'latest'
@@ -188,7 +303,12 @@ class InitFromSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileSection:
-    """`config.profile`: a trace of some steps, which begins when `start` of them are done."""
+    """`config.profile`: a trace of some steps, which begins when `start` of them are done.
+
+    Attributes:
+        start: when the trace begins.
+        steps: number of steps in the trace.
+    """
 
     start: Duration = TEN_STEPS
     steps: int = 5
@@ -200,6 +320,15 @@ class CaptureSection:
 
     `match` has patterns for the whole path of a module or of a sown value. By default that is at
     every row of metrics. Files hold the first `rows` rows of each array, and the last `keep` stay.
+
+    Attributes:
+        match: patterns for whole paths of modules or sown values; `(model)` is the output of
+            the model.
+        every: how often; None is at every row of metrics.
+        what: what is recorded: statistics as metrics, histograms for TensorBoard, arrays in
+            files.
+        rows: examples of each array that a file holds.
+        keep: number of newest files that are kept.
     """
 
     match: str | tuple[str, ...]
@@ -211,7 +340,12 @@ class CaptureSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuardSection:
-    """`config.guard`: what a run does when a loss, gradient, parameter or slot is not finite."""
+    """`config.guard`: what a run does when a loss, gradient, parameter or slot is not finite.
+
+    Attributes:
+        non_finite: ends the run, or warns once, when a loss, gradient, parameter or slot is not
+            finite.
+    """
 
     non_finite: Literal['stop', 'warn'] = 'stop'
 
@@ -221,10 +355,10 @@ class LogSection:
     """`config.log`: when a row of metrics is written, and what is in it.
 
     Attributes:
-        every: when a row is written.
-        tensorboard: whether event files are written beside it.
-        learning_rates: where other learning rates than those of the optimizer and its groups stand
-            below `config.optimizer`, such as 'args[1].learning_rate' of an `optax:chain`.
+        every: how often a row of metrics is written.
+        tensorboard: whether TensorBoard event files are written as well.
+        learning_rates: key paths below `config.optimizer` of learning rates that are logged
+            besides those of the optimizer and its groups, such as 'args[1].learning_rate'.
     """
 
     every: Duration = EACH_100_STEPS
@@ -234,7 +368,38 @@ class LogSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sections:
-    """The top level of a config."""
+    """The top level of a config.
+
+    Attributes:
+        train_for: length of the training, such as '10 epochs'.
+        model: the model, a module of Linen, Klinen or NNX.
+        task: what the model does with a batch: its loss and metrics.
+        data: where training batches come from.
+        optimizer: the optimizer; keys other than those below are arguments of its target.
+        seed: seed of initialisation, dropout, order and augmentation.
+        evals: evaluations, by name.
+        accumulate: number of micro-batches that a batch is split into; the gradients are those
+            of the whole batch.
+        ensemble: several members that one program trains; None for a single model.
+        ema: a moving average of the parameters; None for none.
+        steps_per_call: updates that one call of the compiled program makes, where calls
+            dominate the time.
+        early_stopping: ends the run when a metric no longer improves; None for never.
+        mesh: size of each axis of the device mesh; -1 is the number of devices that are left.
+        precision: dtypes of parameters and computation; None is float32, or what modules set.
+        sharding: rules that shard parameters over the mesh, the first that applies decides; ()
+            replicates all.
+        checkpoint: when the state is saved, and which checkpoints are kept.
+        log: when a row of metrics is written, and what is in it.
+        profile: a trace of some steps for a profiler; None for none.
+        capture: intermediate values that are recorded, by name.
+        guard: what happens when values are not finite.
+        init_from: the checkpoint whose weights a fresh run starts with; None for random ones.
+        surgery: operations on loaded weights, such as `trainer.weights:Resize`, in this order.
+        hooks: functions that are called with each event of the run, by name.
+        step: a train step of your own; None for the default one.
+        vars: values of your own, for other keys to reference with `config.vars.get_ref`.
+    """
 
     train_for: Duration
     model: Node

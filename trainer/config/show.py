@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.config import diff, schema
+from trainer.config import diff, schema, sentences
 from trainer.config.durations import Duration
 from trainer.config.overrides import Override
-from trainer.config.text import aligned
+
+# The columns of `--helpconfig`; what does not fit moves the others to the right.
+_WIDTH, _FLAG_WIDTH, _TYPE_WIDTH = 100, 38, 10
+_INDENT: Any = {
+    'initial_indent': ' ' * 6,
+    'subsequent_indent': ' ' * 6,
+    'break_long_words': False,
+    'break_on_hyphens': False,
+}
 
 
 def resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
@@ -34,14 +44,24 @@ def resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
 
 
 def helpconfig(config: Mapping[str, Any]) -> str:
-    """Returns every key of a config with its type and value, and the fixed keys it leaves out."""
+    """Returns every key of a config with its type and value, and the fixed keys it leaves out.
+
+    Below each fixed key is what it is for. No line is longer than 100 characters, unless it holds a
+    single value.
+    """
     rows = [
         (f'--config.{path}', _type(path, value), repr(value)) for path, value in _leaves(config, '')
     ]
     for path, hint, default in [*schema.defaults(config), *schema.optional(config)]:
         rows.append((f'--config.{path}', schema.describe(hint), repr(_plain_default(default))))
-    lines = [f'  {line}' for line in aligned(rows)]
-    return '\n'.join(['Keys of the config (type, value):', *lines])
+    lines = ['Keys of the config (type, value):']
+    for flag, hint, value in rows:
+        line = f'  {flag:<{_FLAG_WIDTH}}  {hint:<{_TYPE_WIDTH}}  {value}'
+        if len(line) > _WIDTH:
+            line = f'  {flag}  {hint}\n    = {value}'
+        sentence = sentences.at(re.split(r'[.\[]', flag.removeprefix('--config.')))
+        lines += [line, *textwrap.wrap(sentence, _WIDTH, **_INDENT)]
+    return '\n'.join(lines)
 
 
 def _type(path: str, value: Any) -> str:

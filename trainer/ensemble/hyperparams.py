@@ -18,18 +18,18 @@ Values = Mapping[str, Any]
 def read(opt_state: Any, names: Iterable[str]) -> dict[str, jax.Array]:
     """Returns the numbers of these paths (below `config.optimizer`) from an optimizer's state."""
     found: dict[str, jax.Array] = {}
-    for node in jax.tree.leaves(opt_state, is_leaf=_holds_numbers):
-        if _holds_numbers(node):
+    for node in jax.tree.leaves(opt_state, is_leaf=_is_hyperparams_state):
+        if _is_hyperparams_state(node):
             found.update(node.hyperparams)
     return {name: found[name_of(name)] for name in names}
 
 
-def written(opt_state: Any, values: Values) -> Any:
+def write(opt_state: Any, values: Values) -> Any:
     """Returns an optimizer's state with other numbers at these paths, where the old ones were."""
     named = {name_of(path): value for path, value in values.items()}
 
     def write(node: Any) -> Any:
-        if not _holds_numbers(node):
+        if not _is_hyperparams_state(node):
             return node
         new = {
             name: jax.device_put(np.asarray(named[name], old.dtype), old.sharding)
@@ -38,10 +38,10 @@ def written(opt_state: Any, values: Values) -> Any:
         }
         return node._replace(hyperparams={**node.hyperparams, **new})
 
-    return jax.tree.map(write, opt_state, is_leaf=_holds_numbers)
+    return jax.tree.map(write, opt_state, is_leaf=_is_hyperparams_state)
 
 
-def _holds_numbers(node: Any) -> bool:
+def _is_hyperparams_state(node: Any) -> bool:
     return isinstance(node, optax.InjectStatefulHyperparamsState)
 
 

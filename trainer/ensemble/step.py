@@ -91,14 +91,14 @@ def member_state(state: TrainState, member: int) -> TrainState:
     return dataclasses.replace(state, **parts)
 
 
-def lone(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+def member_spec(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """Returns shape and sharding of one member's part of a leaf of an ensemble's state."""
     assert isinstance(leaf.sharding, NamedSharding)
     sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
 
-def repeated(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+def repeat_for_members(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns an array that every member has, in the shape and sharding of the ensemble's leaf."""
     return jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=like.sharding)(x, like.shape)
 
@@ -140,9 +140,9 @@ class EnsembleStep:
         first = {path: each[0] for path, each in ensemble.values.items()}
         # A member that diverges keeps its last state; the others continue, and it is evaluated with
         # them.
-        member = step.changed(seed=ensemble.seeds[0], sweeps=True, undoes=True)
+        member = step.with_context(seed=ensemble.seeds[0], sweeps=True, undoes=True)
         if first:
-            member = member.changed(optimizer=ensemble.optimizer(first))
+            member = member.with_context(optimizer=ensemble.optimizer(first))
         return cls(member=member, ensemble=ensemble, axis=ensemble.axis(mesh))
 
     @property
@@ -160,23 +160,23 @@ class EnsembleStep:
         """Whether each step looks at all values for what is not finite."""
         return self.member.sweeps
 
-    def changed(self, **changes: Any) -> EnsembleStep:
+    def with_context(self, **changes: Any) -> EnsembleStep:
         """Returns the step with another context of its members: fields of `StepContext`."""
-        return dataclasses.replace(self, member=self.member.changed(**changes))
+        return dataclasses.replace(self, member=self.member.with_context(**changes))
 
-    def for_fields(
+    def with_fields(
         self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
     ) -> EnsembleStep:
         """Returns the step for batches with fields that stay on the host."""
-        return dataclasses.replace(self, member=self.member.for_fields(kept, is_weighted))
+        return dataclasses.replace(self, member=self.member.with_fields(kept, is_weighted))
 
-    def for_state(self, state: TrainState, whole: Any = None) -> EnsembleStep:
+    def with_state(self, state: TrainState, replicated: Any = None) -> EnsembleStep:
         """Returns the step for members whose states have this structure: see `TrainStep`."""
-        return dataclasses.replace(self, member=self.member.for_state(state, whole))
+        return dataclasses.replace(self, member=self.member.with_state(state, replicated))
 
-    def named_init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
+    def init_boxed(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
         """Returns the first state of the first member, variables in the boxes that name them."""
-        return self.member.named_init(spec)
+        return self.member.init_boxed(spec)
 
     def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
         """Returns the first state, from the shapes of a training batch."""
@@ -184,19 +184,21 @@ class EnsembleStep:
         def one(seed: jax.Array, values: dict[str, jax.Array]) -> TrainState:
             return self._member(seed, values).init(spec)
 
-        return _wrapped(self._map(one, (0, 0))(*self._members()))
+        return _wrap_metrics(self._map(one, (0, 0))(*self._members()))
 
-    def restarted(self, state: TrainState) -> TrainState:
+    def restart_optimizer(self, state: TrainState) -> TrainState:
         """Returns the state with the rest of it as its parameters start them."""
 
         def one(seed: jax.Array, values: dict[str, jax.Array], state: TrainState) -> TrainState:
-            return self._member(seed, values).restarted(state)
+            return self._member(seed, values).restart_optimizer(state)
 
-        return _wrapped(self._map(one, (0, 0, _DIMS))(*self._members(), _unwrapped(state)))
+        return _wrap_metrics(
+            self._map(one, (0, 0, _DIMS))(*self._members(), _unwrap_metrics(state))
+        )
 
     def examine(self, state: TrainState) -> Health:
         """Returns the health of each member of a state that training starts from."""
-        return jax.vmap(self.member.examine, in_axes=(_DIMS,))(_unwrapped(state))
+        return jax.vmap(self.member.examine, in_axes=(_DIMS,))(_unwrap_metrics(state))
 
     def sweep(self, state: TrainState) -> Health:
         """Returns the health of each member, which every step has checked."""
@@ -226,13 +228,13 @@ class EnsembleStep:
                 facts = member.context.facts
                 assert facts is not None
                 tx = member.context.optimizer.transformation(state.params)
-                member = member.changed(facts=dataclasses.replace(facts, tx=tx))
+                member = member.with_context(facts=dataclasses.replace(facts, tx=tx))
             return member.update(state, batch)
 
         seeds, _ = self._members()
-        return _wrapped(self._map(one, (0, _DIMS))(seeds, _unwrapped(state)))
+        return _wrap_metrics(self._map(one, (0, _DIMS))(seeds, _unwrap_metrics(state)))
 
-    def placed(self, alone: TrainState, mesh: Mesh) -> TrainState:
+    def state_specs(self, alone: TrainState, mesh: Mesh) -> TrainState:
         """Returns the shapes and shardings of all members' state from those of one.
 
         Args:
@@ -257,12 +259,12 @@ class EnsembleStep:
         # Metrics and health are fetched in one piece, so they are replicated.
         axes = {name: None if name in ('metrics', 'health') else self.axis for name in _PARTS}
         parts = {name: stack(axis, getattr(alone, name)) for name, axis in axes.items()}
-        return _wrapped(dataclasses.replace(alone, **parts))
+        return _wrap_metrics(dataclasses.replace(alone, **parts))
 
     def _member(self, seed: Any, values: Mapping[str, Any]) -> TrainStep:
         if not values:
-            return self.member.changed(seed=seed)
-        return self.member.changed(seed=seed, optimizer=self.ensemble.optimizer(values))
+            return self.member.with_context(seed=seed)
+        return self.member.with_context(seed=seed, optimizer=self.ensemble.optimizer(values))
 
     def _members(self) -> tuple[jax.Array, dict[str, jax.Array]]:
         values = {path: jnp.asarray(x, jnp.float32) for path, x in self.ensemble.values.items()}
@@ -272,9 +274,9 @@ class EnsembleStep:
         return jax.vmap(one, in_axes=dims, out_axes=_DIMS, spmd_axis_name=self.axis)
 
 
-def _wrapped(state: TrainState) -> TrainState:
+def _wrap_metrics(state: TrainState) -> TrainState:
     return dataclasses.replace(state, metrics=PerMember(state.metrics))
 
 
-def _unwrapped(state: TrainState) -> TrainState:
+def _unwrap_metrics(state: TrainState) -> TrainState:
     return dataclasses.replace(state, metrics=state.metrics.stacked)

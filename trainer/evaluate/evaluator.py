@@ -33,14 +33,14 @@ from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import SIGNS
 from trainer.step.programs import Program
 from trainer.step.state import TrainState
-from trainer.tasks.bad_values import complain
-from trainer.tasks.batch import recording
+from trainer.tasks.bad_values import describe_bad_value
+from trainer.tasks.batch import record_reads
 from trainer.tasks.measured import (
     Measured,
+    average_members,
     check_computes,
     compute_on_trial,
-    is_of_member,
-    mean_and_each,
+    is_member_name,
 )
 from trainer.tasks.returned import name_of
 from trainer.tasks.runner import MASK, compute_metrics
@@ -148,13 +148,13 @@ class Evaluator:
             fields = self._all_fields
             shapes = fields.shapes
             step, task = self.step, self.step.task
-            step = dataclasses.replace(step, task=task.without(fields.host_fields()))
-            with self._tracing(), recording() as reads, seen.explaining():
+            step = dataclasses.replace(step, task=task.with_host_fields(fields.host_fields()))
+            with self._tracing(), record_reads() as reads, seen.explain_errors():
                 # Whatever is evaluated has the shapes of the parameters.
                 variables = {**state.variables, EMA: state.average}
                 output = step.output_shapes(variables, shapes)
             self._fields = fields.with_sent(reads.names)
-            task = task.without(self._fields.host_fields(), reads.weighted)
+            task = task.with_host_fields(self._fields.host_fields(), reads.weighted)
             self._counting = dataclasses.replace(step, task=task)
             return output
         except UserError as error:
@@ -258,7 +258,9 @@ class Evaluator:
         number, value = int(signs.label) - 1, float(signs.value)
         numbered = count is not None
         raise UserError(
-            complain(path, 'of its split', checks, number, value, blocks, numbered=numbered)
+            describe_bad_value(
+                path, 'of its split', checks, number, value, blocks, numbered=numbered
+            )
         )
 
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
@@ -293,7 +295,7 @@ class Evaluator:
         self._leave_out_stopped(state)
         if self._predicts is None:
             try:
-                with self._tracing(), self._telling_its_mode(), seen.explaining():
+                with self._tracing(), self._telling_its_mode(), seen.explain_errors():
                     variables = self.variables(state)
                     self._predicts = Prediction.of(self.step, self._all_fields, variables)
             except HostFieldError as error:
@@ -386,7 +388,7 @@ def summarise(totals: Any, counted: Sequence[int] = ()) -> Measured:
     row = Measured(computed['task'])
     row.add('examples', computed['examples'])
     if 'members' in computed:
-        every = mean_and_each([Measured(each) for each in computed['members']], counted)
+        every = average_members([Measured(each) for each in computed['members']], counted)
         for name, value in {**every, **every.arrays}.items():
-            row.add(name if is_of_member(name) else f'members/{name}', value)
+            row.add(name if is_member_name(name) else f'members/{name}', value)
     return row

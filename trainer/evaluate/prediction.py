@@ -15,7 +15,7 @@ from trainer.input.fields import Fields
 from trainer.input.host_field import HostField, HostFieldError
 from trainer.parallel import processes
 from trainer.parallel.mesh import ProcessRows
-from trainer.tasks.batch import recording
+from trainer.tasks.batch import record_reads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Prediction:
         while True:
             sent = fields.with_sent(fields.sent - opaque)
             made = cls(step=_with(step, sent, opaque), fields=sent, passed={})
-            with recording() as reads:
+            with record_reads() as reads:
                 try:
                     passed = made._trace(variables)
                     break
@@ -122,4 +122,4 @@ class Prediction:
 
 
 def _with(step: EvalStep, sent: Fields, opaque: Iterable[str]) -> EvalStep:
-    return dataclasses.replace(step, task=step.task.without(sent.host_fields(opaque)))
+    return dataclasses.replace(step, task=step.task.with_host_fields(sent.host_fields(opaque)))

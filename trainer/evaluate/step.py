@@ -87,7 +87,7 @@ class EvalStep:
         """
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
-        seen = self.task.prepared(batch, passing=True)
+        seen = self.task.prepare_batch(batch, passing=True)
         with explain_host_fields(seen):
             outputs = task.predict(self._bind(variables, keys), seen)
         return {**outputs, MASK: batch[MASK]}

@@ -22,7 +22,7 @@ from trainer.config.errors import UserError
 from trainer.config.text import and_more
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import Histogram, floats, histogram, measures
-from trainer.modules.recorder import ROOT, Tap, in_order
+from trainer.modules.recorder import ROOT, ModuleRecorder, order_records
 from trainer.observe.npz import write_npz
 from trainer.observe.table import human_bytes
 from trainer.parallel.host import fetch
@@ -75,15 +75,15 @@ class Captures:
         Raises:
             UserError: naming what there is.
         """
-        tap = Tap(lambda output, inputs, variables: ())
+        recorder = ModuleRecorder(lambda output, inputs, variables: ())
 
         def run(state: TrainState, batch: Batch) -> Any:
-            self._forward(tap, state, batch, slices=1)
+            self._forward(recorder, state, batch, slices=1)
             return ()
 
         self._forward.shapes(run, dataclasses.replace(state, metrics=None), batch)
-        seen = [path for call in (*tap.found, *tap.sown) for path in call]
-        hidden = [path for path in tap.called if path not in seen]
+        seen = [path for call in (*recorder.records, *recorder.sown) for path in call]
+        hidden = [path for path in recorder.called if path not in seen]
         for name, capture in self._captures.items():
             for pattern in capture.match:
                 _check(f'config.capture.{name}.match', pattern, seen, hidden)
@@ -148,13 +148,13 @@ class Captures:
             return {'': found['0']} if list(found) == ['0'] else found  # A lone one has no number.
 
         def run(state: TrainState, batch: Batch) -> Any:
-            tap = Tap(look, wants=wants)
-            self._forward(tap, state, batch, slices=1)
+            recorder = ModuleRecorder(look, selects=wants)
+            self._forward(recorder, state, batch, slices=1)
             sown = [
                 {path: look_at_all(value) for path, value in call.items() if wants(path)}
-                for call in tap.sown
+                for call in recorder.sown
             ]
-            return tap.found, sown
+            return recorder.records, sown
 
         return run
 
@@ -162,8 +162,8 @@ class Captures:
     def _entries(fetched: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Yields (path, label, what was kept) in the order of the calls."""
         found, sown = fetched
-        for seen in in_order(found):
-            for leaf, values in seen.seen.items():
+        for seen in order_records(found):
+            for leaf, values in seen.value.items():
                 yield seen.path, f'{seen.name}/{leaf}' if leaf else seen.name, values
         for number, call in enumerate(sown):
             for path, leaves in call.items():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
-from trainer.modules.recorder import ROOT, in_order, is_float
+from trainer.modules.recorder import ROOT, is_float, order_records
 from trainer.step.finite import all_finite
 
 
@@ -26,21 +26,21 @@ def explain(
     """Describes the first non-finite value of a step.
 
     Args:
-        found: the flags of each call of each module, from a `Tap`.
+        found: the flags of each call of each module, from a `ModuleRecorder`.
         loss: whether the losses are finite.
         grads: whether the gradient of each parameter is finite, by path.
         batch: whether each field of the batch is finite, by name.
         after: what is not finite once the update is made, such as 'a parameter is not: w'; '' if
             that is unknown.
     """
-    calls = in_order(found)
-    bad = next((number for number, call in enumerate(calls) if not call.seen['output']), None)
+    calls = order_records(found)
+    bad = next((number for number, call in enumerate(calls) if not call.value['output']), None)
     if bad is not None:
         call = calls[bad]
         name = call.name if call.path else f'{ROOT}, the model itself'
         return (
             f'The first module whose output is not finite is {name}, number {bad + 1} of '
-            f'{len(calls)} in call order: {_blame(call.seen, _not(batch))}'
+            f'{len(calls)} in call order: {_blame(call.value, _not(batch))}'
         )
     if not loss:
         return (

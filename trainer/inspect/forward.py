@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass of a training step by itself, with a tap on the model."""
+"""The forward pass of a training step by itself, with a recorder on the model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from trainer.experiment import Experiment
-from trainer.modules.functional import Functional, Tapped
-from trainer.modules.recorder import Tap
+from trainer.modules.functional import Functional, RecordedModel
+from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_shards, replicated
 from trainer.parallel.sharding import Rule, named_axes
@@ -64,12 +64,17 @@ class Forward:
         )
 
     def __call__(
-        self, tap: Tap, state: TrainState, batch: Batch, *, slices: int | None = None
+        self,
+        recorder: ModuleRecorder,
+        state: TrainState,
+        batch: Batch,
+        *,
+        slices: int | None = None,
     ) -> list[TaskOutput]:
         """Returns what the task makes of each slice of a batch.
 
         Args:
-            tap: looks at the calls of the model.
+            recorder: looks at the calls of the model.
             state: whose variables.
             batch: arrays (rows, ...), or their shapes.
             slices: how many of the slices; all by default.
@@ -77,7 +82,7 @@ class Forward:
         outputs, variables = [], state.variables
         for index in range(slices or self.accumulate):
             keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
-            model = Tapped(self.model, tap).bind(variables, keys, ema=state.average)
+            model = RecordedModel(self.model, recorder).bind(variables, keys, ema=state.average)
             outputs.append(self.task(model, self._slice(batch, index)))
             variables = {**variables, **model.collections}
         return outputs

@@ -18,11 +18,11 @@ from trainer.config.patterns import compiled
 from trainer.config.text import aligned
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import floats
-from trainer.modules.recorder import ROOT, Tap, name_of, number_in
+from trainer.modules.recorder import ROOT, ModuleRecorder, output_name, output_number
 from trainer.parallel.host import fetch
 from trainer.run.setup import Run, Setup, training_batches
 from trainer.step.state import TrainState
-from trainer.tasks.runner import inverse, loss_sums
+from trainer.tasks.runner import loss_sums, safe_inverse
 from trainer.tasks.task import TaskOutput
 
 
@@ -85,16 +85,16 @@ def gradients(
         return any(pattern.fullmatch(path or ROOT) for pattern in patterns)
 
     def made(state: TrainState, batch: Batch) -> Any:
-        tap = Tap(wants=wants, perturbations={})
-        forward(tap, state, batch, slices=1)
-        called.extend(tap.called)
-        return tap.perturbations
+        recorder = ModuleRecorder(selects=wants, perturbations={})
+        forward(recorder, state, batch, slices=1)
+        called.extend(recorder.called)
+        return recorder.perturbations
 
     def run(state: TrainState, batch: Batch) -> Any:
         def loss(perturbations: Any) -> Any:
-            tap = Tap(_squares, wants=wants, perturbations=perturbations)
-            (output,) = forward(tap, state, batch, slices=1)
-            return _loss(output), tap.found
+            recorder = ModuleRecorder(_squares, selects=wants, perturbations=perturbations)
+            (output,) = forward(recorder, state, batch, slices=1)
+            return _loss(output), recorder.records
 
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.grad(loss, has_aux=True)(zeros)
@@ -119,12 +119,12 @@ def table(gradients: Sequence[Gradient]) -> str:
 
 def _loss(output: TaskOutput) -> jax.Array:
     totals, weights, penalty = loss_sums(output)
-    return sum((totals[name] * inverse(weights[name]) for name in totals), penalty)
+    return sum((totals[name] * safe_inverse(weights[name]) for name in totals), penalty)
 
 
 def _squares(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
     found = enumerate(x for _, x in floats(output))
-    return {name_of(i, x): jnp.sum(jnp.square(x.astype(jnp.float32))) for i, x in found}
+    return {output_name(i, x): jnp.sum(jnp.square(x.astype(jnp.float32))) for i, x in found}
 
 
 def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
@@ -140,10 +140,10 @@ def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
     for keys, gradient in traverse_util.flatten_dict(dict(grads)).items():
         *place, name = map(str, keys)
         path = '/'.join(place)
-        number = number_in(name)
+        number = output_number(name)
         if number is not None:
-            several = f'/{number}' if len({number_in(n) for n in squares[path]}) > 1 else ''
-            shape = [n for n in squares[path] if number_in(n) == number].index(name)
+            several = f'/{number}' if len({output_number(n) for n in squares[path]}) > 1 else ''
+            shape = [n for n in squares[path] if output_number(n) == number].index(name)
             label = f'{path or ROOT}{several}' + (f'#{shape}' if shape else '')
             norm: float | None = math.sqrt(squares[path][name])
             when: tuple[float, int] = (orders[path], number)

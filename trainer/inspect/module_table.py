@@ -17,7 +17,7 @@ from trainer.experiment import Experiment
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import floats
 from trainer.modules.model_view import param_path
-from trainer.modules.recorder import ROOT, SCOPE, Tap
+from trainer.modules.recorder import ROOT, SCOPE, ModuleRecorder
 from trainer.observe import flops
 from trainer.observe.table import count
 from trainer.run.setup import Setup
@@ -71,11 +71,11 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
         batch: shapes.
     """
     state = dataclasses.replace(state, metrics=None)
-    tap = Tap(lambda output, inputs, variables: [x for _, x in floats(output)])
+    recorder = ModuleRecorder(lambda output, inputs, variables: [x for _, x in floats(output)])
 
     def run(state: TrainState, batch: Batch) -> Any:
-        output = forward(tap, state, batch)
-        return [o.loss for o in output], tap.found
+        output = forward(recorder, state, batch)
+        return [o.loss for o in output], recorder.records
 
     jaxpr, (_, found) = forward.jaxpr(run, state, batch)
     shapes: dict[str, str] = {}
@@ -83,13 +83,13 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
         for x in record['seen'][:1]:
             shapes.setdefault(path, ' x '.join(map(str, x.shape)) or 'scalar')
     operations = flops.by_place(jaxpr, module_of, TASK)
-    parameters = _by_owner(state.params, tap.called)
+    parameters = _by_owner(state.params, recorder.called)
     # In the order of the calls: `called` has a module before its parts.
-    paths = dict.fromkeys((*tap.called, *parameters, *operations))
+    paths = dict.fromkeys((*recorder.called, *parameters, *operations))
     return [
         Row(
             path=path or ROOT,
-            kind=tap.called.get(path, ''),
+            kind=recorder.called.get(path, ''),
             output=shapes.get(path, ''),
             parameters=parameters.get(path, 0),
             flops=operations.get(path, 0.0),

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from trainer.inspect.module_table import module_of
-from trainer.modules.functional import Functional, Tapped
-from trainer.modules.precision import in_call
-from trainer.modules.recorder import ROOT, Tap
+from trainer.modules.functional import Functional, RecordedModel
+from trainer.modules.precision import is_in_model_call
+from trainer.modules.recorder import ROOT, ModuleRecorder
 from trainer.observe import flops
 from trainer.step.programs import Programs
 
@@ -33,7 +33,7 @@ class Place(NamedTuple):
 
     Attributes:
         called: whether to the model, and not to the task, the optimizer, a norm or a metric.
-        module: path of the innermost module, if a tap names them.
+        module: path of the innermost module, if a recorder names them.
         dtype: the widest of the operands of a product, '' for another equation.
     """
 
@@ -74,7 +74,7 @@ def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
     share = sum(wide.values()) / max(1.0, sum(operations.values()))
     if share < _SHARE:
         return None
-    named = wider(in_model(programs.jaxpr(Tapped(model, Tap()))), asked)
+    named = wider(in_model(programs.jaxpr(RecordedModel(model, ModuleRecorder()))), asked)
     first = next(iter(named or wide))
     return (
         f"config.precision.compute={asked.name}, but {100 * share:.0f} % of the model's operations "
@@ -101,7 +101,7 @@ def wider(operations: dict[Place, float], dtype: Any) -> dict[Place, float]:
 
 
 def _place(equation: Any, around: Place) -> Place:
-    called, module = around.called or in_call(equation), module_of(equation, around.module)
+    called, module = around.called or is_in_model_call(equation), module_of(equation, around.module)
     if equation.primitive.name not in flops.PRODUCTS:
         return Place(called, module)
     # There are no complex halves, and integers are intended.

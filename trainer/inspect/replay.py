@@ -24,7 +24,7 @@ from trainer.input.fields import Fields
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import each_finite, explain, flags
 from trainer.inspect.forward import Batch, Forward
-from trainer.modules.recorder import Tap
+from trainer.modules.recorder import ModuleRecorder
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import batch_shards
 from trainer.run.setup import Setup
@@ -179,18 +179,18 @@ class Look:
         spec = self._programs.fields.shapes
 
         def run(state: TrainState, batch: Batch) -> TaskOutput:
-            return self._forward(Tap(), state, batch, slices=1)[0]
+            return self._forward(ModuleRecorder(), state, batch, slices=1)[0]
 
         return self._forward.shapes(run, dataclasses.replace(state, metrics=None), spec).checks
 
     @functools.cached_property
     def _compiled(self) -> Any:
         def run(state: TrainState, batch: Batch) -> Any:
-            tap = Tap(flags)
-            outputs = self._forward(tap, state, batch)
+            recorder = ModuleRecorder(flags)
+            outputs = self._forward(recorder, state, batch)
             losses = all_finite([(o.loss, o.penalties) for o in outputs])
             grads = self._gradients(state, batch)
-            return tap.found, losses, each_finite(grads), each_finite(dict(batch))
+            return recorder.records, losses, each_finite(grads), each_finite(dict(batch))
 
         return self._forward.compiled(run)
 

@@ -35,7 +35,7 @@ from trainer.step import health as lib
 from trainer.step.health import Health
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-from trainer.tasks.bad_values import complain
+from trainer.tasks.bad_values import describe_bad_value
 
 _WHAT = {
     lib.LOSS: 'the loss',
@@ -313,7 +313,9 @@ class Watch:
         blocks = self._streamed(step) if data.is_stream else [data.block(step - 1, 1)]
         checks, when = self._look.checks, f'in step {step:,}'
         numbered = not data.is_stream
-        found = complain('config.task', when, checks, number, value, blocks, numbered=numbered)
+        found = describe_bad_value(
+            'config.task', when, checks, number, value, blocks, numbered=numbered
+        )
         data.close()
         raise UserError(found)
 
@@ -360,6 +362,6 @@ def _first_bad(tree: Any, known: Any) -> str:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     paths = [param_path(path) for path, x in leaves if lib.floats(x)]
-    counts = fetch(jax.jit(lib.count_each)(tree))
+    counts = fetch(jax.jit(lib.count_non_finite)(tree))
     bad = [path for path, n, k in zip(paths, counts, fetch(known), strict=True) if n > k]
     return and_more(bad, 3)

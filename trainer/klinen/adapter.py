@@ -18,4 +18,6 @@ def refusal(module: object) -> str | None:
     )
 
 
-ADAPTER = Adapter(intercept=intermediates.keep, plain=intermediates.plain, refusal=refusal)
+ADAPTER = Adapter(
+    intercept=intermediates.store_fields, plain=intermediates.unwrap_values, refusal=refusal
+)

@@ -71,18 +71,20 @@ class Binding:
             name: value if name in _DIFFERENTIATED else jax.lax.stop_gradient(value)
             for name, value in self.collections.items()
         }
-        module = self.definition.told(self.training)
+        module = self.definition.with_training(self.training)
 
         def call(keys: rngs.Keys) -> Any:
             return module.apply(
                 {'params': self.params, **collections},
-                rngs=rngs.below(keys, self.definition.path),
+                rngs=rngs.fold_path(keys, self.definition.path),
                 mutable=sorted(mutable),
-                method=lambda m: train_flags.method(steps, self.training)(m, *args, **kwargs),
+                method=lambda m: train_flags.method_with_training(steps, self.training)(
+                    m, *args, **kwargs
+                ),
             )
 
         try:
-            with pmap_axes.calling(), nnx_bridge.telling_nnx(self.training):
+            with pmap_axes.intercept_calls(), nnx_bridge.pass_training_to_nnx(self.training):
                 output, changed = rngs.run(call, self.rng, self.definition.streams)
         except errors.ModifyScopeVariableError as error:
             error.add_note(
@@ -100,18 +102,18 @@ class Binding:
             ) from error
         return output, dict(changed)
 
-    def linen(self, *, told: bool = True) -> Any:
+    def linen(self, *, with_training: bool = True) -> Any:
         """Returns the module bound as Linen binds it.
 
         Args:
             told: whether its flags say the mode, or what their maker has left there.
         """
         definition = self.definition
-        module = definition.told(self.training) if told else definition.module
-        keys = rngs.below(rngs.known(self.rng, definition.streams), definition.path)
+        module = definition.with_training(self.training) if with_training else definition.module
+        keys = rngs.fold_path(rngs.known_keys(self.rng, definition.streams), definition.path)
         return nn.Module.bind(module, self.variables, rngs=keys)
 
-    def below(self, part: nn.Module) -> Binding:
+    def bind_part(self, part: nn.Module) -> Binding:
         """Returns what a part of the module is bound to.
 
         Args:

@@ -50,13 +50,13 @@ class Bound:
         return sorted({*object.__dir__(self), *intermediates.parts_of(self._bound.linen())})
 
     def __repr__(self) -> str:
-        return repr(self._bound.definition.told(self._bound.training))
+        return repr(self._bound.definition.with_training(self._bound.training))
 
     def __reduce__(self) -> Any:
-        return bound, (self._bound,)
+        return make_bound, (self._bound,)
 
 
-def _of_definition(name: str) -> Callable[..., Any]:
+def _definition_method(name: str) -> Callable[..., Any]:
     def method(self: Bound, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._bound.definition.module, name)(*args, **kwargs)
 
@@ -66,10 +66,10 @@ def _of_definition(name: str) -> Callable[..., Any]:
 # Linen's own methods, which take variables or make them: they know nothing of these here.
 _LINENS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate')
 for _name in _LINENS:
-    setattr(Bound, _name, _of_definition(_name))
+    setattr(Bound, _name, _definition_method(_name))
 
 
-def bound(binding: Binding) -> Any:
+def make_bound(binding: Binding) -> Any:
     """Returns the bound model: an instance of a subclass of its module's class."""
     cls: Any = type(binding.definition.module)
     model = object.__new__(_bound_class(cls))
@@ -88,13 +88,13 @@ def bind(module: M, variables: Mapping[str, Any]) -> M:
     new = {'params': collections.pop('params', {}), 'collections': collections}
     binding = vars(module).get('_bound')
     if binding is not None:
-        return bound(dataclasses.replace(binding, **new))
+        return make_bound(dataclasses.replace(binding, **new))
     if isinstance(module, Interface):
         # The flag of the definition stays as the class has it: the mode is the binding's.
         default = train_flags.fields(module)['training']
         plain = module if module.training == default else module.clone(training=default)
-        return bound(Binding(definition=Definition(plain), training=module.training, **new))
-    return bound(Binding(definition=Definition(module), **new))
+        return make_bound(Binding(definition=Definition(plain), training=module.training, **new))
+    return make_bound(Binding(definition=Definition(module), **new))
 
 
 @functools.cache
@@ -114,7 +114,7 @@ def _bound_class(cls: Any) -> Any:
             continue
         for name, value in vars(base).items():
             if name not in namespace and name not in interface:
-                member = _routed(name, value)
+                member = _bound_member(name, value)
                 if member is not None:
                     namespace[name] = member
     namespace.update(
@@ -139,12 +139,12 @@ def _bound_class(cls: Any) -> Any:
 def _read(binding: Binding, name: str) -> Any:
     """Returns a field, a property or what `setup` has made; modules come bound."""
     if name in intermediates.fields(binding.definition.module):
-        raise intermediates.unset(binding.definition.module, name)
+        raise intermediates.unset_error(binding.definition.module, name)
     value = getattr(binding.linen(), name)
     if not any(intermediates.modules_in(value)):
         return value
-    untold = getattr(binding.linen(told=False), name)
-    return intermediates.map_modules(untold, lambda part: _part(binding, part))
+    unflagged = getattr(binding.linen(with_training=False), name)
+    return intermediates.map_modules(unflagged, lambda part: _part(binding, part))
 
 
 def _part(binding: Binding, part: nn.Module) -> Any:
@@ -153,7 +153,7 @@ def _part(binding: Binding, part: nn.Module) -> Any:
     # From `vars`: to ask the part itself would run its setup.
     key = part.scope.path, type(part), vars(part).get('training', True)
     if key not in binding.models:
-        binding.models[key] = bound(binding.below(part))
+        binding.models[key] = make_bound(binding.bind_part(part))
     return binding.models[key]
 
 
@@ -161,7 +161,7 @@ def _attribute(name: str) -> property:
     return property(lambda self: _read(self._bound, name))
 
 
-def _routed(name: str, value: Any) -> Any:
+def _bound_member(name: str, value: Any) -> Any:
     """Returns what stands in a bound class for a member of the module's class, if anything."""
     if name == 'setup' or (name.startswith('_') and name != '__call__'):
         return None
@@ -194,7 +194,7 @@ def _flatten_with_keys(model: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 def _unflatten(static: Any, children: Any) -> Any:
     (definition, training), (params, collections, rng) = static, children
-    return bound(
+    return make_bound(
         Binding(
             definition=definition,
             params=params,

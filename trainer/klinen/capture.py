@@ -35,7 +35,7 @@ class Capture:
     binding: Binding
     result: Intermediates = dataclasses.field(default_factory=lambda: Intermediates({}))
 
-    def concerns(self, called: Binding) -> bool:
+    def includes(self, called: Binding) -> bool:
         """Whether a call is of this model, of a copy or a part, or of what it is a part of."""
         mine, theirs = self.binding.definition, called.definition
         depth = min(len(mine.path), len(theirs.path))
@@ -46,9 +46,9 @@ class Capture:
         module: nn.Module | None = called.linen()
         below = self.binding.definition.path[len(called.definition.path) :]
         if below:
-            module = _part_at(called.linen(), below)
+            module = _find_part(called.linen(), below)
         if module is not None:
-            found = _around(self.binding, called.definition.path, mirror(module, kept))
+            found = _embed_in_model(self.binding, called.definition.path, mirror(module, kept))
             self.result._values = found._values
 
 
@@ -70,10 +70,10 @@ def run(
         mutable: names of these collections.
     """
     capture = current.get()
-    if capture is None or not capture.concerns(binding):
+    if capture is None or not capture.includes(binding):
         return binding.apply(steps, args, kwargs, mutable)
     try:
-        with nn.intercept_methods(intermediates.keep):
+        with nn.intercept_methods(intermediates.store_fields):
             output, changed = binding.apply(
                 steps, args, kwargs, {*mutable, intermediates.COLLECTION}
             )
@@ -90,7 +90,7 @@ def run(
     return output, changed
 
 
-def _around(binding: Binding, path: tuple[str, ...], found: Intermediates) -> Intermediates:
+def _embed_in_model(binding: Binding, path: tuple[str, ...], found: Intermediates) -> Intermediates:
     """Returns what the part of a model at `path` has kept, in the structure of the model."""
     own, module = binding.definition.path, binding.linen()
     if own[: len(path)] == path:
@@ -100,16 +100,16 @@ def _around(binding: Binding, path: tuple[str, ...], found: Intermediates) -> In
     names = [name for name, value in parts_of(module).items() if any(modules_in(value))]
 
     def keep(part: nn.Module) -> Intermediates:
-        return _around(binding.below(part), path, found)
+        return _embed_in_model(binding.bind_part(part), path, found)
 
-    parts = binding.linen(told=False)
+    parts = binding.linen(with_training=False)
     return Intermediates({n: map_modules(getattr(parts, n), keep) for n in names})
 
 
-def _part_at(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
+def _find_part(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
     """Returns the part of a bound module that Linen has bound at `path`."""
     assert module.scope is not None
     if module.scope.path == path:
         return module
     parts = (part for value in parts_of(module).values() for part in modules_in(value))
-    return next((found for part in parts if (found := _part_at(part, path))), None)
+    return next((found for part in parts if (found := _find_part(part, path))), None)

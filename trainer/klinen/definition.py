@@ -29,13 +29,13 @@ class Definition:
     path: tuple[str, ...] = ()
     # NNX modules inside ask for 'default', and get a constant where there is none.
     streams: Streams = dataclasses.field(default_factory=lambda: Streams({'dropout', 'default'}))
-    _told: dict[bool, nn.Module] = dataclasses.field(default_factory=dict)
+    _by_training: dict[bool, nn.Module] = dataclasses.field(default_factory=dict)
 
-    def told(self, training: bool) -> nn.Module:
+    def with_training(self, training: bool) -> nn.Module:
         """Returns the module with the mode in its flags."""
-        if training not in self._told:
-            self._told[training] = train_flags.set_fields(self.module, training)
-        return self._told[training]
+        if training not in self._by_training:
+            self._by_training[training] = train_flags.set_fields(self.module, training)
+        return self._by_training[training]
 
     @functools.cached_property
     def _key(self) -> Any:

@@ -38,15 +38,15 @@ class Interface:
         """
         made, keys = _binding(self.with_variables({})), rngs.as_rng(rng)
         if not isinstance(keys, dict):
-            keys = {**rngs.known(keys, made.definition.streams), 'params': keys}
-        module = made.definition.told(made.training)
-        call = train_flags.method(_steps(method), made.training)
+            keys = {**rngs.known_keys(keys, made.definition.streams), 'params': keys}
+        module = made.definition.with_training(made.training)
+        call = train_flags.method_with_training(_steps(method), made.training)
         args, kwargs = jax.tree.map(specs.as_spec, (args, kwargs))
         leaves = jax.tree.leaves((args, kwargs))
         lazy = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
         init = module.lazy_init if lazy else module.init
         mutable = nn.DenyList((intermediates.COLLECTION, 'perturbations'))
-        with pmap_axes.calling(), nnx_bridge.telling_nnx(made.training):
+        with pmap_axes.intercept_calls(), nnx_bridge.pass_training_to_nnx(made.training):
             variables = init(keys, *args, method=call, mutable=mutable, **kwargs)
         return self.with_variables(variables)
 
@@ -58,11 +58,11 @@ class Interface:
                 them.
         """
         collections = dict(variables)
-        return _with(self, params=collections.pop('params', {}), collections=collections)
+        return _replace_binding(self, params=collections.pop('params', {}), collections=collections)
 
     def with_params(self, params: Any) -> Self:
         """Returns a copy with other parameters, such as those that an optimizer has updated."""
-        return _with(self, params=params)
+        return _replace_binding(self, params=params)
 
     def with_rng(self, rng: Any = None) -> Self:
         """Returns a copy with other random keys.
@@ -76,18 +76,18 @@ class Interface:
         """
         current = _binding(self).rng
         if rng is not None:
-            return _with(self, rng=rngs.as_rng(rng))
+            return _replace_binding(self, rng=rngs.as_rng(rng))
         if current is None:
             raise ValueError('with_rng(): there is no key to go on from; first call with_rng(rng)')
-        return _with(self, rng=rngs.following(current))
+        return _replace_binding(self, rng=rngs.next_rng(current))
 
     def train(self) -> Self:
         """Returns a copy in training mode, the default."""
-        return _in_mode(self, True)
+        return _with_training(self, True)
 
     def eval(self) -> Self:
         """Returns a copy in evaluation mode."""
-        return _in_mode(self, False)
+        return _with_training(self, False)
 
     @property
     def params(self) -> Any:
@@ -97,13 +97,13 @@ class Interface:
     @property
     def rngs(self) -> dict[str, jax.Array]:
         """The keys by stream that `with_rng` has given; a part folds them with its path."""
-        return dict(rngs.known(_binding(self).rng, _binding(self).definition.streams))
+        return dict(rngs.known_keys(_binding(self).rng, _binding(self).definition.streams))
 
     @property
     def variables(self) -> Any:
         """Every variable collection by its name, the parameters among them."""
         if vars(self).get('scope') is None:
-            raise unbound(self)
+            raise unbound_error(self)
         return nn.Module.variables.__get__(self)
 
     def call_with_updates(
@@ -130,7 +130,7 @@ class Interface:
                     f'the call changed the structure of the collection {name!r}; values that pile '
                     'up (sow) are no part of a model: keep them in a field knn.Intermediate[...]'
                 )
-        return output, _with(self, collections={**binding.collections, **changed})
+        return output, _replace_binding(self, collections={**binding.collections, **changed})
 
     @contextlib.contextmanager
     def capture_intermediates(self) -> Iterator[Intermediates]:
@@ -172,7 +172,7 @@ class Interface:
 def _binding(model: Any) -> Binding:
     binding = vars(model).get('_bound')
     if binding is None:
-        raise unbound(model)
+        raise unbound_error(model)
     return binding
 
 
@@ -184,7 +184,7 @@ class UnboundError(errors.CallCompactUnboundModuleError, ValueError):
         Exception.__init__(self, message)
 
 
-def unbound(model: Any) -> UnboundError:
+def unbound_error(model: Any) -> UnboundError:
     """Returns the error of a model that has no variables yet."""
     return UnboundError(
         f'{type(model).__name__} is not bound to parameters: first call model = '
@@ -197,13 +197,13 @@ def _steps(method: str | None) -> tuple[Any, ...]:
     return () if method is None else (operator.attrgetter(method),)
 
 
-def _in_mode(model: Any, training: bool) -> Any:
+def _with_training(model: Any, training: bool) -> Any:
     if '_bound' not in vars(model):
         return model.clone(training=training)
-    return _with(model, training=training)
+    return _replace_binding(model, training=training)
 
 
-def _with(model: Any, **changes: Any) -> Any:
+def _replace_binding(model: Any, **changes: Any) -> Any:
     """Returns a copy of a bound model with other variables, keys or mode."""
     binding = dataclasses.replace(_binding(model), **changes)
     copied = object.__new__(type(model))

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 
 from trainer import compat
-from trainer.modules.static_leaves import Carried
+from trainer.modules.static_leaves import WithStaticLeaves
 
 T = TypeVar('T')
 
@@ -81,7 +81,7 @@ def _fields(cls: Any) -> tuple[str, ...]:
     return tuple(f.name for f in every if not f.init and is_marked(f, cls))
 
 
-def unset(module: nn.Module, name: str) -> AttributeError:
+def unset_error(module: nn.Module, name: str) -> AttributeError:
     """Returns the error of a field `Intermediate` that has no value where it is read."""
     where = f'{type(module).__name__}.{name}'
     if module.scope is None:
@@ -95,7 +95,7 @@ def unset(module: nn.Module, name: str) -> AttributeError:
     )
 
 
-def keep(
+def store_fields(
     following: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -108,16 +108,16 @@ def keep(
         return output
     for name in fields(module):
         if name in vars(module):  # Or else it has no default, and the call has not assigned it.
-            module.put_variable(COLLECTION, name, Carried.of(vars(module)[name]))
+            module.put_variable(COLLECTION, name, WithStaticLeaves.of(vars(module)[name]))
     return output
 
 
-def plain(kept: Mapping[str, Any]) -> dict[str, Any]:
+def unwrap_values(kept: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the collection that a call has filled, with the values of fields as they are."""
     found = {}
     for name, x in kept.items():
-        value = x.value if isinstance(x, Carried) else x
-        found[name] = plain(x) if isinstance(x, Mapping) else value
+        value = x.value if isinstance(x, WithStaticLeaves) else x
+        found[name] = unwrap_values(x) if isinstance(x, Mapping) else value
     return found
 
 
@@ -132,10 +132,10 @@ def mirror(module: nn.Module, kept: Mapping[str, Any]) -> Intermediates:
     here: Any = kept
     for name in module.scope.path:
         here = here.get(name, {})
-    values = _own(here)
+    values = _field_values(here)
     parts = {name: value for name, value in parts_of(module).items() if any(modules_in(value))}
     named = {part.scope.path[-1] for value in parts.values() for part in modules_in(value)}
-    values.update({k: v for k, v in _by_name(here).items() if k not in named})
+    values.update({k: v for k, v in _compact_parts(here).items() if k not in named})
     for name, value in parts.items():
         values[name] = map_modules(value, lambda part: mirror(part, kept))
     return Intermediates(values)
@@ -174,14 +174,17 @@ def map_modules(value: Any, function: Callable[[Any], Any]) -> Any:
     return tuple(map_modules(item, function) for item in value)
 
 
-def _own(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: item.value for name, item in tree.items() if isinstance(item, Carried)}
+def _field_values(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: item.value for name, item in tree.items() if isinstance(item, WithStaticLeaves)}
 
 
-def _by_name(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _compact_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the parts that a compact method has made: only their names are known."""
     parts = {name: item for name, item in tree.items() if isinstance(item, Mapping)}
-    return {name: Intermediates({**_own(part), **_by_name(part)}) for name, part in parts.items()}
+    return {
+        name: Intermediates({**_field_values(part), **_compact_parts(part)})
+        for name, part in parts.items()
+    }
 
 
 def is_marked(field: dataclasses.Field[Any], cls: type) -> bool:

@@ -16,7 +16,7 @@ from flax import errors
 from trainer import compat
 from trainer.klinen import intermediates
 from trainer.klinen.bound import Bound, bind
-from trainer.klinen.interface import Interface, unbound
+from trainer.klinen.interface import Interface, unbound_error
 from trainer.modules import train_flags
 
 M = TypeVar('M', bound=nn.Module)
@@ -67,7 +67,7 @@ class Module(Interface, nn.Module):
     @nn.nowrap
     def _follow(self) -> None:
         """Takes evaluation mode over from the module around it, and hands it on."""
-        if self.training and not _mode_around(self):
+        if self.training and not _surrounding_training(self):
             object.__setattr__(self, 'training', False)
             for name in train_flags.fields(self):
                 for part in intermediates.modules_in(getattr(self, name)):
@@ -90,7 +90,7 @@ class Module(Interface, nn.Module):
             return linen.__getattr__(name)
         except AttributeError as error:
             if name in intermediates.fields(self):
-                raise intermediates.unset(self, name) from error
+                raise intermediates.unset_error(self, name) from error
             if self.scope is None and type(self).setup is not nn.Module.setup:
                 raise _NotYetError(
                     f'{type(self).__name__} has no {name!r}; what its setup makes is there after '
@@ -116,29 +116,29 @@ def convert(cls: type[M]) -> type[M]:
             'variables goes to knn.bind(module, variables)'
         )
     linen: Any = cls
-    return cls if issubclass(cls, Module) else _converted(linen)
+    return cls if issubclass(cls, Module) else _convert(linen)
 
 
 @functools.cache
-def _converted(cls: Any) -> Any:
+def _convert(cls: Any) -> Any:
     names = {name: getattr(cls, name) for name in ('__doc__', '__module__', '__qualname__')}
 
     @nn.nowrap
     def reduced(self: Any, protocol: Any) -> Any:
         # By name, pickle would find the class that was converted.
         if type(self) is made:
-            return _empty, (cls,), vars(self)
+            return _make_empty, (cls,), vars(self)
         return object.__reduce_ex__(self, protocol)
 
     made = type(cls.__name__, (cls, Module), {**names, '__reduce_ex__': reduced})
     return made
 
 
-def _empty(cls: Any) -> Any:
-    return object.__new__(_converted(cls))
+def _make_empty(cls: Any) -> Any:
+    return object.__new__(_convert(cls))
 
 
-def _mode_around(module: Module) -> bool:
+def _surrounding_training(module: Module) -> bool:
     """Returns the mode of the nearest Klinen module around, or else of the call."""
     parent = module.parent
     while isinstance(parent, nn.Module):
@@ -168,11 +168,11 @@ def _wrap_methods(cls: Any) -> None:
     """Lets the methods of a class know the mode, and refuse a call without variables."""
     owner = next((base for base in cls.__mro__ if '__call__' in vars(base)), Module)
     if not issubclass(owner, Module):
-        cls.__call__ = _telling(owner.__call__)
+        cls.__call__ = _pass_training(owner.__call__)
     for name, value in _methods(cls).items():
         always = name == '__call__' or compat.is_compact(value)
-        method = value if name in vars(cls) else _of_the_next(cls, name, value)
-        setattr(cls, name, _bound_first(method, always=always))
+        method = value if name in vars(cls) else _inherited_method(cls, name, value)
+        setattr(cls, name, _require_bound(method, always=always))
 
 
 def _methods(cls: Any) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _may_need_variables(name: str, value: Any) -> bool:
     return public and not compat.is_nowrap(value)
 
 
-def _of_the_next(cls: Any, name: str, inherited: Callable[..., Any]) -> Callable[..., Any]:
+def _inherited_method(cls: Any, name: str, inherited: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the method that a class inherits, from whatever class follows it in a subclass."""
 
     @functools.wraps(inherited)
@@ -204,7 +204,7 @@ def _of_the_next(cls: Any, name: str, inherited: Callable[..., Any]) -> Callable
     return method
 
 
-def _bound_first(method: Callable[..., Any], *, always: bool) -> Callable[..., Any]:
+def _require_bound(method: Callable[..., Any], *, always: bool) -> Callable[..., Any]:
     """Refuses a call that has no variables, before Linen does so in its own words.
 
     Args:
@@ -217,16 +217,16 @@ def _bound_first(method: Callable[..., Any], *, always: bool) -> Callable[..., A
         if self.scope is not None:
             return method(self, *args, **kwargs)
         if always:
-            raise unbound(self)
+            raise unbound_error(self)
         try:
             return method(self, *args, **kwargs)
         except errors.CallCompactUnboundModuleError as error:
-            raise unbound(self) from error
+            raise unbound_error(self) from error
 
     return checked
 
 
-def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
+def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
     """Tells the mode to a method that knows nothing of `self.training`."""
 
     @functools.wraps(method)
@@ -234,7 +234,9 @@ def _telling(method: Callable[..., Any]) -> Callable[..., Any]:
         args, kwargs = train_flags.with_flags(self, args, kwargs, self.training)
         layers = isinstance(self, nn.Sequential)
         with (
-            train_flags.telling_layers(self.training, self) if layers else contextlib.nullcontext()
+            train_flags.pass_training_to_layers(self.training, self)
+            if layers
+            else contextlib.nullcontext()
         ):
             return method(self, *args, **kwargs)
 

@@ -11,7 +11,7 @@ from trainer.modules.functional import Functional
 from trainer.modules.linen import Linen
 
 
-def for_notebook(model: Functional, variables: Mapping[str, Any]) -> Any:
+def bind_for_notebook(model: Functional, variables: Mapping[str, Any]) -> Any:
     """Returns the user's own module with these variables in it, in evaluation mode.
 
     A Linen module comes as a bound Klinen model; an NNX module as it is.

@@ -30,23 +30,23 @@ def as_rng(given: Any) -> Rng:
     return _key(given)
 
 
-def following(rng: Rng) -> Rng:
+def next_rng(rng: Rng) -> Rng:
     """Returns the next key, or the next keys of the streams."""
     if isinstance(rng, dict):
         return {name: jax.random.split(key)[0] for name, key in rng.items()}
     return jax.random.split(rng)[0]
 
 
-def known(rng: Rng | None, asked: rng_streams.Streams) -> Keys:
+def known_keys(rng: Rng | None, asked: rng_streams.Streams) -> Keys:
     """Returns the keys of the streams that are known so far."""
     if isinstance(rng, dict):
         return rng
     if not isinstance(rng, (jax.Array, np.ndarray)):
         return {}  # None, or a shape or whatever else a tree function has put in the key's place.
-    return {name: _of_stream(rng, name) for name in sorted(asked.names)}
+    return {name: _stream_key(rng, name) for name in sorted(asked.names)}
 
 
-def below(keys: Keys, path: tuple[str, ...]) -> dict[str, Any]:
+def fold_path(keys: Keys, path: tuple[str, ...]) -> dict[str, Any]:
     """Returns the keys as they arrive at `path` of a model, so that a part draws the same alone."""
     return {name: compat.key_below(key, path) for name, key in keys.items()}
 
@@ -60,7 +60,7 @@ def run(function: Callable[[Keys], Any], rng: Rng | None, asked: rng_streams.Str
     try:
         if rng is None or isinstance(rng, dict):
             return function(rng or {})
-        return asked.run(function, lambda name: _of_stream(rng, name))
+        return asked.run(function, lambda name: _stream_key(rng, name))
     except errors.InvalidRngError as error:
         stream = compat.missing_stream(error)
         if stream is None:
@@ -72,7 +72,7 @@ def run(function: Callable[[Keys], Any], rng: Rng | None, asked: rng_streams.Str
         ) from error
 
 
-def _of_stream(key: jax.Array, name: str) -> jax.Array:
+def _stream_key(key: jax.Array, name: str) -> jax.Array:
     # crc32 and not hash(): Python salts hash() anew in every process.
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 

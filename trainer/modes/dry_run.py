@@ -23,7 +23,7 @@ from trainer.observe.table import human_bytes, nbytes
 from trainer.parallel import processes
 from trainer.parallel.signals import StopRequest
 from trainer.run import banner
-from trainer.tasks.metrics import not_finite
+from trainer.tasks.metrics import non_finite_names
 from trainer.trainer import Trainer
 
 
@@ -51,7 +51,7 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     check_storable(setup.programs.abstract)
     print(banner.summary(dry.run, setup, 0))
     for program in programs:
-        program.ready()
+        program.executable()
         print(f'{program.name}: compiled in {duration(program.compile_secs)}')
     with dry.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
@@ -73,7 +73,7 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
 
 
 def _check_finite(metrics: Any) -> None:
-    if bad := [name for name in not_finite(metrics) if name.endswith('loss')]:
+    if bad := [name for name in non_finite_names(metrics) if name.endswith('loss')]:
         raise UserError(
             f'one step works, but train/{bad[0]} is not finite. Do the labels fit the number of '
             'classes? --mode=train names the module it comes from'

@@ -16,7 +16,7 @@ from trainer.modules.ensemble_outputs import mean
 from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.rng import Keys
-from trainer.modules.static_leaves import Carried
+from trainer.modules.static_leaves import WithStaticLeaves
 
 Combine = Callable[[Any], Any]
 
@@ -77,7 +77,7 @@ class EnsembleModel(BoundModel):
             model = self._functional.bind(variables, dataclasses.replace(self._keys, seed=seed))
             model._calls.count = self._calls.count
             output = model._apply(steps, args, kwargs)
-            return output, model.collections, Carried.of(model.intermediates)
+            return output, model.collections, WithStaticLeaves.of(model.intermediates)
 
         made = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
         outputs, self._calls.collections, sown = made

@@ -23,7 +23,7 @@ from trainer.config.errors import UserError
 from trainer.modules import train_flags
 
 
-def unconstrained() -> contextlib.AbstractContextManager[Any]:
+def allow_flat_names() -> contextlib.AbstractContextManager[Any]:
     """Returns a context for calls of Linen modules: any call asks initialisers for shapes."""
     return nn.intercept_methods(intercept)
 

@@ -45,16 +45,16 @@ def refusal(given: Any) -> str | None:
     """
     called = _without_partial(given)
     if isinstance(getattr(called, '__self__', None), nn.Module):  # Such as `module.apply`.
-        return f'config.model: {_of_method(called)}'
+        return f'config.model: {_method_message(called)}'
     if inspect.isroutine(inspect.unwrap(called)):
-        return None if _may_take_rngs(given) else f'config.model: {_of_function(given)}'
+        return None if _may_take_rngs(given) else f'config.model: {_function_message(given)}'
     if isinstance(called, type):
-        return None if _is_nnx_class(called) else f'config.model: {_of_class(called)}'
+        return None if _is_nnx_class(called) else f'config.model: {_class_message(called)}'
     # Any object may have a call; that of a foreign model takes its inputs, and has parameters.
-    is_maker = callable(given) and not _library(type(called))
+    is_maker = callable(given) and not _foreign_library(type(called))
     if is_maker and (takes_rngs(given) or (_may_take_rngs(given) and not _has_arrays(called))):
         return None
-    return f'config.model: {_of_object(called)}'
+    return f'config.model: {_object_message(called)}'
 
 
 def refusal_of_class(target: Any) -> str | None:
@@ -64,12 +64,12 @@ def refusal_of_class(target: Any) -> str | None:
         target: what `config.model.target` names.
     """
     is_class = isinstance(target, type) and not _is_nnx_class(target)
-    if is_class and not issubclass(target, nn.Module) and _library(target):
-        return f'config.model.target: {_of_class(target)}'
+    if is_class and not issubclass(target, nn.Module) and _foreign_library(target):
+        return f'config.model.target: {_class_message(target)}'
     return None
 
 
-def made_instead(maker: Any, made: Any) -> str:
+def wrong_result_message(maker: Any, made: Any) -> str:
     """Returns the message for a function of `rngs` that has made no NNX module."""
     if isinstance(made, nn.Module):
         return (
@@ -78,12 +78,12 @@ def made_instead(maker: Any, made: Any) -> str:
             'argument `rngs`'
         )
     if not takes_rngs(maker):
-        return f'config.model: {_of_maker(maker)}'
-    said = _of_object(made).removeprefix(_EXPECTED)
+        return f'config.model: {_maker_message(maker)}'
+    said = _object_message(made).removeprefix(_EXPECTED)
     return f'config.model: {_EXPECTED}{said.replace("got ", "got a function that returns ", 1)}'
 
 
-def failed(maker: Any, error: Exception) -> str | None:
+def failure_message(maker: Any, error: Exception) -> str | None:
     """Returns the message for a function of inputs that failed with random streams in their place.
 
     Returns:
@@ -92,7 +92,7 @@ def failed(maker: Any, error: Exception) -> str | None:
     if takes_rngs(maker) or isinstance(error, UserError) or _is_in_a_module(error):
         return None
     said = str(error).partition('\n')[0]
-    return f'config.model: {_of_maker(maker)} (called with `rngs`: {said})'
+    return f'config.model: {_maker_message(maker)} (called with `rngs`: {said})'
 
 
 def takes_rngs(maker: Any) -> bool:
@@ -100,7 +100,7 @@ def takes_rngs(maker: Any) -> bool:
     return 'rngs' in signatures.arguments(maker)[0]
 
 
-def by_name(maker: Any) -> bool:
+def takes_rngs_by_name(maker: Any) -> bool:
     """Whether a callable takes the argument `rngs` by its name."""
     argument = signatures.arguments(maker)[0].get('rngs')
     return argument is not None and argument.kind is not inspect.Parameter.POSITIONAL_ONLY
@@ -136,14 +136,14 @@ def _is_nnx_class(kind: type) -> bool:
     return nnx is not None and issubclass(kind, nnx.Module)
 
 
-def _library(kind: type) -> str | None:
+def _foreign_library(kind: type) -> str | None:
     """Returns the package of another library that a class or a base of it is of."""
     packages = [base.__module__.partition('.')[0] for base in kind.__mro__]
     return next((package for package in packages if package in _LIBRARIES), None)
 
 
-def _of_object(given: Any) -> str:
-    kind, library = type(given), _library(type(given))
+def _object_message(given: Any) -> str:
+    kind, library = type(given), _foreign_library(type(given))
     said = f'{_EXPECTED}, got {kind.__name__}'
     if library is not None:
         said += f' of {_LIBRARIES[library][0]}'
@@ -154,16 +154,16 @@ def _of_object(given: Any) -> str:
             'config.model.target name a function that returns that attribute, and load the weights '
             'with config.init_from'
         )
-    return f'{said}. {_what_to_do(library)}'
+    return f'{said}. {_advice(library)}'
 
 
-def _of_class(kind: type) -> str:
+def _class_message(kind: type) -> str:
     if issubclass(kind, nn.Module):
         return (
             f'expected a module, got the class {kind.__name__} of flax.linen modules; '
             'config.model.target makes a module of it'
         )
-    library = _library(kind)
+    library = _foreign_library(kind)
     of = f' of {_LIBRARIES[library][0]}' if library else ''
     inner = getattr(kind, 'module_class', None)
     if isinstance(inner, type) and issubclass(inner, nn.Module):
@@ -172,12 +172,16 @@ def _of_class(kind: type) -> str:
             f'let config.model.target name {inner.__module__}:{inner.__name__}, or a function that '
             'returns one, and load the weights with config.init_from'
         )
-    return f'{_EXPECTED}, got the class {kind.__name__}{of}. {_what_to_do(library)}'
+    return f'{_EXPECTED}, got the class {kind.__name__}{of}. {_advice(library)}'
 
 
-def _of_maker(given: Any) -> str:
+def _maker_message(given: Any) -> str:
     called = _without_partial(given)
-    return _of_function(given) if inspect.isroutine(inspect.unwrap(called)) else _of_object(called)
+    return (
+        _function_message(given)
+        if inspect.isroutine(inspect.unwrap(called))
+        else _object_message(called)
+    )
 
 
 def _without_partial(given: Any) -> Any:
@@ -186,7 +190,7 @@ def _without_partial(given: Any) -> Any:
     return given
 
 
-def _of_function(given: Any) -> str:
+def _function_message(given: Any) -> str:
     called = _without_partial(given)
     name = getattr(called, '__name__', None) or repr(called)
     try:
@@ -199,7 +203,7 @@ def _of_function(given: Any) -> str:
     )
 
 
-def _of_method(given: Any) -> str:
+def _method_message(given: Any) -> str:
     of = type(given.__self__).__name__
     return (
         f'expected a module, got the method {given.__name__!r} of a module ({of}). Let '
@@ -207,6 +211,6 @@ def _of_method(given: Any) -> str:
     )
 
 
-def _what_to_do(library: str | None) -> str:
+def _advice(library: str | None) -> str:
     extra = _LIBRARIES[library][1] if library else ''
     return f'Write the model as a module of Flax{extra}'

@@ -17,7 +17,7 @@ from trainer.modules import adapters, foreign
 from trainer.modules.linen import Linen
 from trainer.modules.model_view import BoundModel
 from trainer.modules.precision import AS_IS, Precision
-from trainer.modules.recorder import Tap
+from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
 
 _log = logging.getLogger('trainer')
@@ -40,21 +40,21 @@ class Functional(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Tapped:
-    """A functional model whose calls go through a tap.
+class RecordedModel:
+    """A functional model whose calls are recorded.
 
     Attributes:
         model: the functional model.
-        tap: what looks at the calls.
+        recorder: records the calls.
     """
 
     model: Functional
-    tap: Tap
+    recorder: ModuleRecorder
 
     def bind(self, variables: Mapping[str, Any], keys: Keys, *, ema: Any = None) -> BoundModel:
         """Returns the callable that a task gets."""
         bound = self.model.bind(variables, keys, ema=ema)
-        bound.attach(self.tap)
+        bound.attach(self.recorder)
         return bound
 
 
@@ -87,7 +87,7 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
                 'ensemble are the same',
                 type(module).__name__,
             )
-        module = functools.partial(_copied, module)
+        module = functools.partial(_clone, module)
     if (reason := foreign.refusal(module)) is not None:
         raise TypeError(reason)
     from trainer.modules.nnx import NNX
@@ -95,7 +95,7 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
     return NNX(cast(Callable[..., Any], module), precision, named)
 
 
-def _copied(module: Any, rngs: Any) -> Any:
+def _clone(module: Any, rngs: Any) -> Any:
     from flax import nnx
 
     return nnx.clone(module)

@@ -16,10 +16,11 @@ from flax import errors, traverse_util
 
 from trainer import compat
 from trainer.config.errors import UserError
-from trainer.modules import adapters, flat_init, nnx_bridge, recorder, seen, train_flags
+from trainer.modules import adapters, flat_init, nnx_bridge, seen, train_flags
 from trainer.modules.model_view import BoundModel, Calls, Steps
 from trainer.modules.pmap_axes import LINEN_NORMS, PmapAxes
 from trainer.modules.precision import AS_IS, Precision
+from trainer.modules.recorder import INTERMEDIATES, PERTURBATIONS
 from trainer.modules.rng import Keys
 from trainer.modules.rng_streams import Streams
 
@@ -65,7 +66,7 @@ class Linen:
         streams = Streams({'params', 'dropout', 'default'})
         bound = _InitModel({}, Calls({}), keys, None, self.precision, _linen=self, _streams=streams)
         task(bound, batch)
-        return {**bound.variables, 'params': self.precision.for_params(bound.params)}
+        return {**bound.variables, 'params': self.precision.cast_params(bound.params)}
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> LinenModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
@@ -97,19 +98,19 @@ class LinenModel(BoundModel):
         return getattr(module, name) if name in train_flags.fields(module) else None
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        calls, tap, precision = self._calls, self._calls.tap, self._precision
+        calls, recorder, precision = self._calls, self._calls.recorder, self._precision
         training = self._keys.mode == 'train'
         params = self._params
         if precision.compute is not None:
-            args, kwargs = precision.for_compute((args, kwargs))
-            params = precision.for_compute(params)
+            args, kwargs = precision.cast_for_compute((args, kwargs))
+            params = precision.cast_for_compute(params)
         variables = {'params': params, **calls.collections}
         # What nobody reads of the intermediates, the compiler drops.
-        mutable = {recorder.INTERMEDIATES, *(calls.collections if training else ())}
-        if tap is not None:
-            mutable.update(tap.collections)
-            if tap.perturbations:
-                variables[recorder.PERTURBATIONS] = tap.perturbations
+        mutable = {INTERMEDIATES, *(calls.collections if training else ())}
+        if recorder is not None:
+            mutable.update(recorder.collections)
+            if recorder.perturbations:
+                variables[PERTURBATIONS] = recorder.perturbations
         number, calls.count = calls.count, calls.count + 1
         run = functools.partial(self._linen.modes[training].apply, variables)
         try:
@@ -120,14 +121,17 @@ class LinenModel(BoundModel):
                 'happens in evaluation mode. Make all parts in both modes, and choose afterwards '
                 f'what of them is used.\n{str(error).partition(chr(10))[0]}'
             ) from error
-        if tap is not None:
-            calls.intermediates = tap.keep(calls.intermediates)
-            if perturbations := updates.pop(recorder.PERTURBATIONS, None):
-                tap.perturb_more(perturbations)
+        if recorder is not None:
+            calls.intermediates = recorder.take_records(calls.intermediates)
+            if perturbations := updates.pop(PERTURBATIONS, None):
+                recorder.add_perturbations(perturbations)
         if updates:
             self._check_structure(updates)
-            calls.collections = {**calls.collections, **precision.like(updates, calls.collections)}
-        return output if precision.output is None else precision.for_output(output)
+            calls.collections = {
+                **calls.collections,
+                **precision.restore_dtypes(updates, calls.collections),
+            }
+        return output if precision.output is None else precision.cast_output(output)
 
     def _run(
         self,
@@ -151,16 +155,16 @@ class LinenModel(BoundModel):
             number: how many calls were before this one.
         """
         training, calls = self._keys.mode == 'train', self._calls
-        method = functools.partial(train_flags.call, steps, training)
+        method = functools.partial(train_flags.call_with_training, steps, training)
         with contextlib.ExitStack() as stack:  # Interceptors of methods, outermost first.
             stack.enter_context(nn.intercept_methods(self._intercept))
-            if calls.tap is not None:
-                stack.enter_context(calls.tap.on_linen())
+            if calls.recorder is not None:
+                stack.enter_context(calls.recorder.intercept_linen())
             for adapter in adapters.registered:
                 stack.enter_context(nn.intercept_methods(adapter.intercept))
             if 'flax.nnx.bridge' in sys.modules:  # Whoever has made a bridge has imported it.
-                stack.enter_context(self._linen.pmap_axes.calling())
-                stack.enter_context(nnx_bridge.telling_nnx(training))
+                stack.enter_context(self._linen.pmap_axes.intercept_calls())
+                stack.enter_context(nnx_bridge.pass_training_to_nnx(training))
             given = mutable
             while True:
                 rngs = {name: self._keys.stream(name) for name in sorted(self._streams.names)}
@@ -174,15 +178,14 @@ class LinenModel(BoundModel):
                 except errors.InvalidRngError as error:
                     self._streams.learn(error)
                 except TypeError as error:
-                    # Flax wants all branches of `nn.cond` to leave the same behind. A module may
-                    # sow in one of them as long as nobody listens, and so it stays.
-                    if mutable is not given or not compat.branches_differ(
-                        error, recorder.INTERMEDIATES
-                    ):
+                    # Flax requires all branches of `nn.cond` to change the same collections. In
+                    # plain Flax a module may sow in one branch if 'intermediates' is immutable, so
+                    # retry without that collection.
+                    if mutable is not given or not compat.branches_differ(error, INTERMEDIATES):
                         raise
-                    mutable = compat.without_collection(mutable, recorder.INTERMEDIATES)
+                    mutable = compat.without_collection(mutable, INTERMEDIATES)
         updates = dict(updates)
-        intermediates = updates.pop(recorder.INTERMEDIATES, {})
+        intermediates = updates.pop(INTERMEDIATES, {})
         for adapter in adapters.registered:
             intermediates = adapter.plain(intermediates)
         calls.intermediates = dict(intermediates)
@@ -231,7 +234,7 @@ class _InitModel(LinenModel):
             return self._linen.modes[False].init_with_output(rngs, *args, **options)
 
         # A task may read what is sown; the state never holds it.
-        mutable = nn.DenyList((recorder.PERTURBATIONS,))
+        mutable = nn.DenyList((PERTURBATIONS,))
         output, made = self._run(init, steps, args, kwargs, mutable)
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
@@ -239,4 +242,4 @@ class _InitModel(LinenModel):
         variables = traverse_util.unflatten_dict(flat)
         self._params = variables.pop('params', {})
         self._calls.collections = variables
-        return self._precision.for_output(output)
+        return self._precision.cast_output(output)

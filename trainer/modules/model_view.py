@@ -16,7 +16,7 @@ import jax
 from trainer.config import patterns
 from trainer.modules import seen
 from trainer.modules.precision import AS_IS, Precision
-from trainer.modules.recorder import Tap
+from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
 
 # What is read from a module's fields as it is.
@@ -33,13 +33,13 @@ class Calls:
         collections: the variables that are not parameters, as the calls so far have left them.
         count: number of calls so far.
         intermediates: what the last call has left for whoever asks.
-        tap: what looks into the calls, or None.
+        recorder: records the calls; None records nothing.
     """
 
     collections: dict[str, Any]
     count: int = 0
     intermediates: dict[str, Any] = dataclasses.field(default_factory=dict)
-    tap: Tap | None = None
+    recorder: ModuleRecorder | None = None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -101,9 +101,9 @@ class BoundModel(abc.ABC):
 
     def remember(self) -> Callable[[], None]:
         """Returns a function that undoes the side effects of all calls from here on."""
-        calls, tap = self._calls, self._calls.tap
+        calls, recorder = self._calls, self._calls.recorder
         before = dataclasses.replace(calls, collections=dict(calls.collections))
-        back = None if tap is None else tap.remember()
+        back = None if recorder is None else recorder.remember()
 
         def forget() -> None:
             calls.collections = dict(before.collections)
@@ -113,9 +113,9 @@ class BoundModel(abc.ABC):
 
         return forget
 
-    def attach(self, tap: Tap) -> None:
-        """Lets a tap look into all calls from here on, those of the views included."""
-        self._calls.tap = tap
+    def attach(self, recorder: ModuleRecorder) -> None:
+        """Records all calls from here on, including those of the views."""
+        self._calls.recorder = recorder
 
     @property
     def ema(self) -> BoundModel:
@@ -174,7 +174,7 @@ class BoundModel(abc.ABC):
             name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
             call = noted.call(name, args, kwargs)
         is_cast = self._precision.compute is not None
-        with self._precision.calling() if is_cast else contextlib.nullcontext():
+        with self._precision.model_scope() if is_cast else contextlib.nullcontext():
             output = self._apply(steps, args, kwargs)
         if call is not None:
             call.output = seen.describe(output)

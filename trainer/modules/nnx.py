@@ -25,7 +25,7 @@ from trainer.modules.nnx_parts import (
     Path,
     Variables,
     mark_arrays,
-    overlaid,
+    merge_variables,
     values,
 )
 from trainer.modules.pmap_axes import PmapAxes
@@ -68,16 +68,16 @@ class NNX:
             keys: the keys of mode 'init'.
         """
         with nnx.use_eager_sharding(False):
-            module = self._made(keys)
+            module = self._make_module(keys)
             named = values(module, boxed=True)
             if nnx_bridge.linen_parts(module):
                 task(_LazyModel(module, keys, self.precision, self.axes), batch)
                 # What the first input has shaped is known from here on.
                 self.__dict__['_parts'] = Parts.of(module)
                 # The call is for the shapes: what it has moved is left as it was made.
-                named = overlaid(values(module, boxed=True), named)
+                named = merge_variables(values(module, boxed=True), named)
         params = named.pop('params', {})
-        return {**named, 'params': self.precision.for_params(params)}
+        return {**named, 'params': self.precision.cast_params(params)}
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> NNXModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
@@ -95,30 +95,30 @@ class NNX:
         """Returns the module with these variables in it, in evaluation mode."""
         model = NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))
         module = model._module(0, model.params)
-        self.axes.take_out(module)
+        self.axes.remove_axes(module)
         return module
 
     @functools.cached_property
     def _parts(self) -> Parts:
         def split() -> Any:
-            return nnx.split(self._made(Keys(seed=0, mode='init')))
+            return nnx.split(self._make_module(Keys(seed=0, mode='init')))
 
         with nnx.use_eager_sharding(False):
-            # Not `nnx.eval_shape`, which wants an axis of the mesh for each name of a dimension.
+            # Not `nnx.eval_shape`, which requires a mesh axis for each dimension name.
             return Parts(*jax.eval_shape(split))
 
-    def _made(self, keys: Keys) -> nnx.Module:
+    def _make_module(self, keys: Keys) -> nnx.Module:
         rngs = nnx.Rngs(**{name: keys.stream(name) for name in _STREAMS})
         try:
             # By name where it has one: a class may take it by name alone.
             make: Any = self.make
-            made = make(rngs=rngs) if foreign.by_name(make) else make(rngs)
+            made = make(rngs=rngs) if foreign.takes_rngs_by_name(make) else make(rngs)
         except Exception as error:
-            if (reason := foreign.failed(self.make, error)) is None:
+            if (reason := foreign.failure_message(self.make, error)) is None:
                 raise
             raise UserError(reason) from error
         if not isinstance(made, nnx.Module):
-            raise UserError(foreign.made_instead(self.make, made))
+            raise UserError(foreign.wrong_result_message(self.make, made))
         mark_arrays(made)
         return made
 
@@ -145,17 +145,17 @@ class NNXModel(BoundModel):
         self._axes = axes or PmapAxes()
 
     def _field(self, name: str) -> Any:
-        return _plain(getattr(self._module(0, self.params), name, None))
+        return _field_value(getattr(self._module(0, self.params), name, None))
 
     def _module(self, call: int, params: Any) -> nnx.Module:
         """Returns the module of a call, in the mode of this model."""
         variables = {**self.variables, 'params': params}
         with nnx.use_eager_sharding(False):
-            module = self._parts.filled(variables, functools.partial(self._random, call))
-        nnx_bridge.switch(module, self.training)
+            module = self._parts.fill(variables, functools.partial(self._random_value, call))
+        nnx_bridge.set_training(module, self.training)
         return module
 
-    def _random(self, call: int, path: Path, variable: Any) -> jax.Array:
+    def _random_value(self, call: int, path: Path, variable: Any) -> jax.Array:
         """Returns the first value of a key or a count: each layer draws what no other one draws."""
         shape = variable.get_value().shape
         if isinstance(variable, nnx.RngCount):
@@ -166,38 +166,38 @@ class NNXModel(BoundModel):
         return jax.random.split(key, shape) if shape else key
 
     def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        with self._axes.calling(), flat_init.unconstrained():
+        with self._axes.intercept_calls(), flat_init.allow_flat_names():
             return super()._call(steps, args, kwargs)
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         calls = self._calls
-        args, kwargs = self._precision.for_compute((args, kwargs))
-        module = self._module(calls.count, self._precision.for_compute(self.params))
+        args, kwargs = self._precision.cast_for_compute((args, kwargs))
+        module = self._module(calls.count, self._precision.cast_for_compute(self.params))
         kwargs = self._with_rngs(module, steps, args, kwargs)
         calls.count += 1
         run = functools.partial(_runner(steps, self.training), module, args, kwargs)
         looking: Any = contextlib.nullcontext()
-        if calls.tap is not None:
-            looking = nnx_recorder.watch(module, calls.tap)
+        if calls.recorder is not None:
+            looking = nnx_recorder.record_calls(module, calls.recorder)
         elif self._named:
-            looking = nnx_recorder.watch(module, nnx_recorder.Names())
-        with pmap_axes.watching(module), looking, compat.allowing_sow():
+            looking = nnx_recorder.record_calls(module, nnx_recorder.NameScopes())
+        with pmap_axes.omit_in_nnx(module), looking, compat.allowing_sow():
             if bridges := nnx_bridge.linen_parts(module):
                 output = nnx_bridge.run_with_linen(run, bridges, self.training)
             else:
                 output = run()
-        if calls.tap is not None:
-            nnx_recorder.take_perturbations(module, calls.tap)
+        if calls.recorder is not None:
+            nnx_recorder.take_perturbations(module, calls.recorder)
         calls.intermediates = nnx.to_pure_dict(nnx.pop(module, INTERMEDIATES))
-        if calls.tap is not None:
-            calls.intermediates = calls.tap.keep(calls.intermediates)
+        if calls.recorder is not None:
+            calls.intermediates = calls.recorder.take_records(calls.intermediates)
         if self.training:
             updates = values(module)
             updates.pop('params', None)
             self._check_structure(updates)
-            changed = self._precision.like(updates, calls.collections)
+            changed = self._precision.restore_dtypes(updates, calls.collections)
             calls.collections = {**calls.collections, **changed}
-        return self._precision.for_output(output)
+        return self._precision.cast_output(output)
 
     def _with_rngs(self, module: nnx.Module, steps: Steps, args: Any, kwargs: Any) -> Any:
         """Gives `rngs` to a call that must have them; in training also where it has no others."""
@@ -231,9 +231,9 @@ class _LazyModel(NNXModel):
 
     def __init__(self, module: nnx.Module, keys: Keys, precision: Precision, axes: PmapAxes):
         super().__init__(Parts(None, None), {'params': {}}, keys, precision=precision, axes=axes)
-        nnx_bridge.switch(module, self.training)
+        nnx_bridge.set_training(module, self.training)
         self._lazy = module
-        self._keep()
+        self._store_variables()
 
     def stop_gradient(self, pattern: str) -> NNXModel:
         return self
@@ -243,7 +243,7 @@ class _LazyModel(NNXModel):
         return self
 
     def _field(self, name: str) -> Any:
-        return _plain(getattr(self._lazy, name, None))
+        return _field_value(getattr(self._lazy, name, None))
 
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
         # The inputs are not cast: parameters created in this call are not cast either.
@@ -256,13 +256,13 @@ class _LazyModel(NNXModel):
             nnx.bridge.lazy_init(initial, lambda m: outputs.append(run(m, args, kwargs)))
 
         bridges = nnx_bridge.linen_parts(self._lazy)
-        with pmap_axes.watching(self._lazy):
+        with pmap_axes.omit_in_nnx(self._lazy):
             nnx_bridge.run_with_linen(init, bridges, training=False)
         self._calls.intermediates = nnx.to_pure_dict(nnx.pop(self._lazy, INTERMEDIATES))
-        self._keep()
-        return self._precision.for_output(outputs[0])
+        self._store_variables()
+        return self._precision.cast_output(outputs[0])
 
-    def _keep(self) -> None:
+    def _store_variables(self) -> None:
         variables = values(self._lazy)
         self._params = variables.pop('params', {})
         self._calls.collections = variables
@@ -278,7 +278,7 @@ class _Runner(nnx.Module):
         run(self.inner)
 
 
-def _plain(field: Any) -> Any:
+def _field_value(field: Any) -> Any:
     """Returns what a field holds: the value, where it is a variable that lasts."""
     lasts = isinstance(field, nnx.Variable) and not isinstance(field, INTERMEDIATES)
     return field.get_value() if lasts else field
@@ -289,10 +289,10 @@ def _has_rngs(module: nnx.Module) -> bool:
 
 
 def _runner(steps: Steps, training: bool) -> Callable[..., Any]:
-    call = train_flags.method(steps, training)
+    call = train_flags.method_with_training(steps, training)
 
     def run(module: nnx.Module, args: Any, kwargs: Any) -> Any:
-        with nnx_bridge.telling_nnx(training):
+        with nnx_bridge.pass_training_to_nnx(training):
             return call(module, *args, **kwargs)
 
     return run

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bridges between the module systems (`flax.nnx.bridge`): both sides are told whether they train.
+"""Passes the training flag across bridges between the module systems (`flax.nnx.bridge`).
 
-A bridge passes on neither the mode nor, from NNX into Linen, which collections may change.
+A bridge itself passes on neither the flag nor, from NNX into Linen, which collections are mutable.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules import pmap_axes, train_flags
 
-# What a call in training may change within a Linen module; in evaluation only intermediates.
+# The mutable collections of a Linen module in training, and in evaluation.
 _IN_TRAINING = nn.DenyList(('params', 'perturbations'))
 _IN_EVALUATION = ('intermediates',)
 
 
-def switch(module: Any, training: bool) -> None:
-    """Puts an NNX module and its parts into a mode.
+def set_training(module: Any, training: bool) -> None:
+    """Switches an NNX module and its parts to training or evaluation, by `train()` or `eval()`.
 
     Raises:
-        UserError: if it has something else where the method that does it should be.
+        UserError: if an attribute of the module hides that method.
     """
     name = 'train' if training else 'eval'
     method = getattr(type(module), name)
     if name in vars(module) or not callable(method):
         raise UserError(
-            f'config.model: {type(module).__name__}.{name} is not the method `{name}()` of an NNX '
-            'module, which switches its mode. Give what it holds another name, or let the call '
-            'take the mode as an argument (`train`)'
+            f'config.model: {type(module).__name__}.{name} hides the method `{name}()` of an NNX '
+            'module, which switches between training and evaluation. Rename the attribute, or let '
+            'the call take a training flag as an argument (`train`)'
         )
     method(module)
 
@@ -53,16 +53,16 @@ def run_with_linen(run: Callable[[], Any], parts: list[Any], training: bool) -> 
 
     Args:
         run: calls an NNX module.
-        parts: its bridges, as `linen_parts` finds them.
-        training: the mode.
+        parts: its bridges, from `linen_parts`.
+        training: the training flag.
     """
     before = [compat.linen_module(part) for part in parts]
     for part, module in zip(parts, before, strict=True):
         compat.set_linen_module(part, train_flags.set_fields(module, training))
     mutable: Any = _IN_TRAINING if training else _IN_EVALUATION
     try:
-        with nn.intercept_methods(_telling_roots(training)):
-            # A bridge asks the Linen module that calls it what may change.
+        with nn.intercept_methods(_pass_training_to_roots(training)):
+            # A bridge takes the mutable collections from the Linen module that calls it.
             return _Caller().apply({}, run, mutable=mutable)[0]
     finally:
         for part, module in zip(parts, before, strict=True):
@@ -74,7 +74,7 @@ class _Caller(nn.Module):
         return run()
 
 
-def _telling_roots(training: bool) -> Callable[..., Any]:
+def _pass_training_to_roots(training: bool) -> Callable[..., Any]:
     def intercept(
         following: Callable[..., Any],
         args: tuple[Any, ...],
@@ -84,7 +84,7 @@ def _telling_roots(training: bool) -> Callable[..., Any]:
         module, name = context.module, context.method_name
         layer = name == '__call__' and train_flags.is_layer(module)
         if layer or not isinstance(module.parent, nn.Module):
-            # Around a scan over layers Flax calls a lambda, not a method of the module.
+            # For a scan over layers Flax calls a lambda, which is no attribute of the module.
             target = module if name == '__call__' else getattr(module, name, None)
             if target is not None:
                 args, kwargs = train_flags.with_flags(target, args, kwargs, training)
@@ -93,20 +93,21 @@ def _telling_roots(training: bool) -> Callable[..., Any]:
     return intercept
 
 
-def names_for_rules() -> contextlib.AbstractContextManager[Any]:
-    """Lets variables of NNX name dimensions for the rules of a run: not all are axes of its mesh.
+def allow_names_for_rules() -> contextlib.AbstractContextManager[Any]:
+    """Allows NNX variables to name dimensions for sharding rules, not only for mesh axes.
 
     Returns:
-        The context to make such variables in, or to read their names.
+        The context in which to create such variables, or to read their names.
     """
     nnx = sys.modules.get('flax.nnx')
     return contextlib.nullcontext() if nnx is None else nnx.use_eager_sharding(False)
 
 
 @contextlib.contextmanager
-def telling_nnx(training: bool) -> Iterator[None]:
-    """Tells the mode to the NNX modules within the Linen modules that are called meanwhile."""
-    bridge = sys.modules.get('flax.nnx.bridge')  # Whoever has made a bridge has imported it.
+def pass_training_to_nnx(training: bool) -> Iterator[None]:
+    """Passes the training flag to NNX modules in the Linen modules that are called in the block."""
+    # Not imported here: without a bridge there is nothing to do, and the import of NNX is slow.
+    bridge = sys.modules.get('flax.nnx.bridge')
     if bridge is None:
         yield
         return
@@ -119,21 +120,21 @@ def telling_nnx(training: bool) -> Iterator[None]:
     ) -> Any:
         module = context.module
         if isinstance(module, bridge.ToLinen) and context.method_name == '__call__':
-            kwargs = {**kwargs, 'nnx_method': told(module, kwargs.get('nnx_method'))}
+            kwargs = {**kwargs, 'nnx_method': with_training(module, kwargs.get('nnx_method'))}
         return following(*args, **kwargs)
 
-    def told(module: Any, method: Any) -> Callable[..., Any]:
+    def with_training(module: Any, method: Any) -> Callable[..., Any]:
         method = method or '__call__'
         method = getattr(module.nnx_class, method) if isinstance(method, str) else method
 
         def call(inner: Any, *args: Any, **kwargs: Any) -> Any:
-            switch(inner, training)
+            set_training(inner, training)
             bound = functools.partial(method, inner)
             args, kwargs = train_flags.with_flags(bound, args, kwargs, training)
-            with pmap_axes.watching(inner):
+            with pmap_axes.omit_in_nnx(inner):
                 return bound(*args, **kwargs)
 
         return call
 
-    with names_for_rules(), nn.intercept_methods(intercept):
+    with allow_names_for_rules(), nn.intercept_methods(intercept):
         yield

@@ -54,7 +54,7 @@ class Parts:
         graph, state = nnx.split(module)
         return cls(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
 
-    def filled(self, variables: Variables, rng: Callable[[Path, Any], jax.Array]) -> nnx.Module:
+    def fill(self, variables: Variables, rng: Callable[[Path, Any], jax.Array]) -> nnx.Module:
         """Returns the module with these variables.
 
         Args:
@@ -96,7 +96,7 @@ def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
     return {name: traverse_util.unflatten_dict(flat) for name, flat in found.items()}
 
 
-def overlaid(below: Variables, above: Variables) -> dict[str, Any]:
+def merge_variables(below: Variables, above: Variables) -> dict[str, Any]:
     """Returns both as one, and of what is in both that of `above`."""
     flat = {**traverse_util.flatten_dict(below), **traverse_util.flatten_dict(above)}
     return traverse_util.unflatten_dict(flat)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tap on the modules of NNX: see `trainer.modules.recorder`.
+"""Records the calls of NNX modules: see `trainer.modules.recorder`.
 
-`nnx.capture(method_outputs=...)` would do it but for scans and bridges, which it breaks.
+`nnx.capture(method_outputs=...)` does not work with scans and bridges.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from flax import nnx, traverse_util
 from flax.errors import TraceContextError
 
 from trainer import compat
-from trainer.modules.recorder import NAME, Tap
+from trainer.modules.recorder import NAME, ModuleRecorder
 
-_current: contextvars.ContextVar[Tap] = contextvars.ContextVar('tap')
-# How many branches and loops there are around the call of the whole model.
+_current: contextvars.ContextVar[ModuleRecorder] = contextvars.ContextVar('recorder')
+# Number of branches and loops around the call of the whole model.
 _loops_outside: contextvars.ContextVar[int] = contextvars.ContextVar('loops')
 
-# What traces branches and loops.
+# The functions that trace branches and loops.
 _LOOPS = tuple(
     getattr(system, name)
     for system in (nnx, jax.lax)
@@ -32,42 +32,44 @@ _LOOPS = tuple(
 )
 
 
-class Names(Tap):
-    """Records nothing: what a module computes carries its name in traces, as Linen has it."""
+class NameScopes(ModuleRecorder):
+    """Records nothing, but names the operations of each module in traces, as Linen does."""
 
     @contextlib.contextmanager
-    def calling(self, path: str, kind: type) -> Iterator[None]:
-        """Is around a call, in the scope 'norm' or 'layers_0', or of the model's class."""
+    def module_scope(self, path: str, kind: type) -> Iterator[None]:
+        """Traces the block in the scope 'norm' or 'layers_0', or that of the model's class."""
         last = re.search(r'[^/]+(/\d+)*$', path)
         with jax.named_scope(last[0].replace('/', '_') if last else kind.__name__):
             yield
 
 
-def watch(module: nnx.Module, tap: Tap) -> contextlib.AbstractContextManager[None]:
-    """Makes the module and its parts tell the tap of their calls; returns the context to call in.
+def record_calls(
+    module: nnx.Module, recorder: ModuleRecorder
+) -> contextlib.AbstractContextManager[None]:
+    """Makes the module and its parts record their calls; returns the context to call them in.
 
     Args:
-        module: a copy of its own: the classes of its parts are replaced.
-        tap: gets what they record.
+        module: changed in place: the classes of its parts are replaced.
+        recorder: receives the records.
     """
     parts = {path: node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
     for path, node in parts.items():
         name = '/'.join(map(str, path))
-        if tap.wants(name) and _is_callable(type(node)):
-            compat.set_class(node, _watched(type(node), name))
-    for path, value in traverse_util.flatten_dict(tap.perturbations or {}).items():
+        if recorder.selects(name) and _is_callable(type(node)):
+            compat.set_class(node, _recorded_class(type(node), name))
+    for path, value in traverse_util.flatten_dict(recorder.perturbations or {}).items():
         setattr(parts[path[:-1]], path[-1], nnx.Perturbation(value))
-    return _using(tap)
+    return _activate(recorder)
 
 
-def take_perturbations(module: nnx.Module, tap: Tap) -> None:
-    """Moves what the call has perturbed out of the module."""
-    tap.perturb_more(nnx.to_pure_dict(nnx.pop(module, nnx.Perturbation)))
+def take_perturbations(module: nnx.Module, recorder: ModuleRecorder) -> None:
+    """Moves the perturbations that a call has created from the module to the recorder."""
+    recorder.add_perturbations(nnx.to_pure_dict(nnx.pop(module, nnx.Perturbation)))
 
 
 @contextlib.contextmanager
-def _using(tap: Tap) -> Iterator[None]:
-    token, loops = _current.set(tap), _loops_outside.set(_loops())
+def _activate(recorder: ModuleRecorder) -> Iterator[None]:
+    token, loops = _current.set(recorder), _loops_outside.set(_num_open_loops())
     try:
         yield
     finally:
@@ -81,26 +83,27 @@ def _is_callable(kind: type) -> bool:
 
 
 @functools.cache
-def _watched(kind: Any, path: str) -> Any:
-    """Returns a class that does what `kind` does, and tells the tap.
+def _recorded_class(kind: Any, path: str) -> Any:
+    """Returns a subclass of `kind` that records its calls.
 
-    The class knows the path: within a scan nobody else does.
+    There is one for each path, because within a scan a module does not know its path.
     """
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tap = _current.get()
-        # As the call finds them: it may change statistics.
+        recorder = _current.get()
+        # Copied before the call, which may change statistics.
         variables = nnx.to_pure_dict(nnx.state(self, nnx.Not(nnx.Intermediate)))
-        with tap.calling(path, kind):
+        with recorder.module_scope(path, kind):
             output = kind.__call__(self, *args, **kwargs)
-        if _loops() > _loops_outside.get():
+        if _num_open_loops() > _loops_outside.get():
             return output
-        # Within a transform of JAX itself, such as `jax.checkpoint`, a module takes nothing up.
+        # Within a transformation of JAX itself, such as `jax.checkpoint`, NNX forbids changes of
+        # modules.
         with contextlib.suppress(TraceContextError):
-            if tap.perturbations is not None:
-                output = tap.perturbed(output, self.perturb)
-            record = tap.record(output, (args, kwargs), variables)
+            if recorder.perturbations is not None:
+                output = recorder.perturb_output(output, self.perturb)
+            record = recorder.record(output, (args, kwargs), variables)
             if record is not None:
                 before = getattr(self, NAME).get_value() if hasattr(self, NAME) else ()
                 setattr(self, NAME, nnx.Intermediate((*before, record)))
@@ -109,10 +112,10 @@ def _watched(kind: Any, path: str) -> Any:
     return compat.subclass(kind, call)
 
 
-def _loops() -> int:
-    """Returns how many branches and loops are being traced, one within the other.
+def _num_open_loops() -> int:
+    """Returns the number of nested branches and loops that are being traced.
 
-    All branches must leave the same behind, and a loop what it has found, so a tap leaves nothing
-    in any. A scan may.
+    Branches must have equal outputs and loops must keep the structure of their state, so nothing is
+    recorded in either. A scan can return records.
     """
     return compat.num_open_calls(_LOOPS)

@@ -36,14 +36,14 @@ class PmapAxes:
         self._noted: set[Any] = set()
         self._paths: set[str] = set()
 
-    def take_out(self, module: Any) -> None:
+    def remove_axes(self, module: Any) -> None:
         """Takes the axes out of those parts of an NNX module whose calls were without them."""
         for path, node in _norms_with_axes(module):
             if path in self._paths:
                 node.axis_name = None
 
     @contextlib.contextmanager
-    def calling(self) -> Iterator[None]:
+    def intercept_calls(self) -> Iterator[None]:
         """Is around the calls of a model."""
         token = _current.set(self)
         try:
@@ -53,7 +53,7 @@ class PmapAxes:
             _current.reset(token)
 
     @contextlib.contextmanager
-    def left_out(self, module: Any, path: str) -> Iterator[list[Any]]:
+    def omit_axes(self, module: Any, path: str) -> Iterator[list[Any]]:
         """Leaves out the names that are bound nowhere while a module of normalisation is called.
 
         Yields:
@@ -77,7 +77,7 @@ class PmapAxes:
                 'axis_index_groups out for statistics of the global batch, or use '
                 'trainer.models.norm:GroupedBatchNorm for statistics of groups of rows'
             )
-        self._note(missing, where)
+        self._warn_once(missing, where)
         rest = tuple(name for name in names if name not in missing)
         compat.set_in_call(module, 'axis_name', rest or None)
         try:
@@ -85,7 +85,7 @@ class PmapAxes:
         finally:
             compat.set_in_call(module, 'axis_name', given)
 
-    def _note(self, names: list[Any], where: str) -> None:
+    def _warn_once(self, names: list[Any], where: str) -> None:
         new = [name for name in names if name not in self._noted]
         if new:
             self._noted.update(new)
@@ -111,18 +111,18 @@ class PmapAxes:
         # binds the axis, and then calls the one of Flax.
         if not names_axis or not compat.is_call_of(context, LINEN_NORMS):
             return following(*args, **kwargs)
-        with self.left_out(module, '/'.join(map(str, module.path))):
+        with self.omit_axes(module, '/'.join(map(str, module.path))):
             return following(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def watching(module: Any) -> Iterator[None]:
-    """Is around calls of an NNX module within `PmapAxes.calling`, or changes nothing."""
+def omit_in_nnx(module: Any) -> Iterator[None]:
+    """Is around calls of an NNX module within `PmapAxes.intercept_calls`, or changes nothing."""
     norms = _norms_with_axes(module)
     kinds: list[Any] = [type(node) for _, node in norms]
     try:
         for (path, node), kind in zip(norms, kinds, strict=True):
-            compat.set_class(node, _leaving_out(kind, path))
+            compat.set_class(node, _class_without_axes(kind, path))
         yield
     finally:
         for (_, node), kind in zip(norms, kinds, strict=True):
@@ -149,7 +149,7 @@ def _nnx_norms() -> Any:
 
 
 @functools.cache
-def _leaving_out(kind: Any, path: str) -> Any:
+def _class_without_axes(kind: Any, path: str) -> Any:
     """Returns a class that does what `kind` does, without the names of axes that are missing."""
 
     @functools.wraps(kind.__call__)
@@ -157,7 +157,7 @@ def _leaving_out(kind: Any, path: str) -> Any:
         axes = _current.get(None)
         if axes is None or self.axis_name is None:
             return kind.__call__(self, *args, **kwargs)
-        with axes.left_out(self, path) as missing:
+        with axes.omit_axes(self, path) as missing:
             if missing:
                 axes._paths.add(path)
             return kind.__call__(self, *args, **kwargs)

@@ -38,19 +38,19 @@ class Precision:
     compute: Any = None
     output: Any = None
 
-    def for_params(self, tree: Any) -> Any:
+    def cast_params(self, tree: Any) -> Any:
         """Returns the floating-point leaves in the dtype that parameters are kept in."""
         return _cast(tree, self.params)
 
-    def for_compute(self, tree: Any) -> Any:
+    def cast_for_compute(self, tree: Any) -> Any:
         """Returns the floating-point leaves in the dtype that the model computes in."""
         return _cast(tree, self.compute)
 
-    def calling(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context of a call that is cast; `in_call` detects what is traced in it."""
+    def model_scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Returns the scope of a call that is cast, as `is_in_model_call` recognizes it."""
         return jax.named_scope(_SCOPE)
 
-    def like(self, updates: Any, before: Mapping[str, Any]) -> Any:
+    def restore_dtypes(self, updates: Any, before: Mapping[str, Any]) -> Any:
         """Returns collections that a call has changed, in the dtypes that they had."""
         if self.compute is None:
             return updates
@@ -59,7 +59,7 @@ class Precision:
             for name, value in updates.items()
         }
 
-    def for_output(self, tree: Any) -> Any:
+    def cast_output(self, tree: Any) -> Any:
         """Returns the floating-point leaves in the dtype that the task reads."""
         return _cast(tree, self.output)
 
@@ -67,7 +67,7 @@ class Precision:
 AS_IS = Precision()
 
 
-def in_call(equation: Any) -> bool:
+def is_in_model_call(equation: Any) -> bool:
     """Whether an equation of a jaxpr belongs to a model's call, or to its gradient.
 
     An equation in an inner jaxpr (the body of a loop) also does if the outer equation does.
@@ -75,7 +75,7 @@ def in_call(equation: Any) -> bool:
     return _IN_SCOPE.search(compat.name_stack(equation)) is not None
 
 
-def at_least_float32(x: Any) -> Any:
+def accumulation_dtype(x: Any) -> Any:
     """Returns the dtype in which values like these are summed up: float32 for halves."""
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return jnp.float32 if narrow else x.dtype

@@ -87,7 +87,7 @@ current: contextvars.ContextVar[Seen | None] = contextvars.ContextVar('seen', de
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Seen]:
+def record_calls() -> Iterator[Seen]:
     """Records what the last task does that begins in the block."""
     seen = Seen()
     token = current.set(seen)
@@ -98,9 +98,9 @@ def recording() -> Iterator[Seen]:
 
 
 @contextlib.contextmanager
-def explaining() -> Iterator[None]:
+def explain_errors() -> Iterator[None]:
     """Adds what the last task has done to an error, unless that is a mistake of the user."""
-    with recording() as seen:
+    with record_calls() as seen:
         try:
             yield
         except UserError:

@@ -14,7 +14,7 @@ import jax
     jax.tree_util.register_dataclass, data_fields=['arrays'], meta_fields=['rest', 'structure']
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Carried:
+class WithStaticLeaves:
     """A value whose leaves may be of any kind: JAX sees those that it has types for.
 
     Attributes:
@@ -28,7 +28,7 @@ class Carried:
     structure: Any
 
     @classmethod
-    def of(cls, value: Any) -> Carried:
+    def of(cls, value: Any) -> WithStaticLeaves:
         """Takes a value apart."""
         leaves, structure = jax.tree.flatten(value)
         arrays = tuple(leaf for leaf in leaves if _has_type(leaf))

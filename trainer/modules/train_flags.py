@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a Linen module is told whether it trains."""
+"""Passes the training flag to Linen modules, in their fields or in their calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import FrozenDict
 
-# How modules spell "am I training?", and the value that each spelling takes in training.
+# The names of training flags, and the value that each one has in training.
 TRAIN_FLAGS = {
     'train': True,
     'training': True,
@@ -24,24 +24,24 @@ TRAIN_FLAGS = {
     'use_running_average': False,
 }
 
-# The mode of the call that is running, for modules that are made in it.
+# The training flag of the running call, for modules that are made in it.
 current: contextvars.ContextVar[bool | None] = contextvars.ContextVar('training', default=None)
 
 
 def set_fields(module: nn.Module, training: bool) -> nn.Module:
-    """Returns the module with the mode in those of its fields that its maker left at the default.
+    """Returns the module with the training flag in its fields, where they have their defaults.
 
-    The modules among its fields, alone or in lists, tuples and dicts, get it too. What is also an
+    So do the modules among its fields, alone or in lists, tuples and dicts. A flag that is also an
     argument of the module's call is left to the call.
     """
-    # A module that stands in two places stays one module: its parameters are shared.
-    told: dict[int, nn.Module] = {}
+    # By identity: a module in two places stays one module, because its parameters are shared.
+    by_id: dict[int, nn.Module] = {}
 
     def visit(value: Any) -> Any:
         if isinstance(value, nn.Module):
-            if id(value) not in told:
-                told[id(value)] = replaced(value)
-            return told[id(value)]
+            if id(value) not in by_id:
+                by_id[id(value)] = replace_flags(value)
+            return by_id[id(value)]
         if type(value) in (list, tuple):
             items = type(value)(visit(item) for item in value)
             return items if any(map(operator.is_not, items, value)) else value
@@ -50,7 +50,7 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
             return named if any(named[key] is not value[key] for key in named) else value
         return value
 
-    def replaced(module: nn.Module) -> nn.Module:
+    def replace_flags(module: nn.Module) -> nn.Module:
         in_call = inspect.signature(type(module).__call__).parameters
         before = {name: getattr(module, name) for name in fields(module)}
         after: dict[str, Any] = {
@@ -67,12 +67,14 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
     return visit(module)
 
 
-def method(steps: Sequence[Callable[[Any], Any]], training: bool) -> Callable[..., Any]:
-    """Returns the function for `Module.apply` that tells the mode to what it calls: see `call`."""
-    return functools.partial(call, steps, training)
+def method_with_training(
+    steps: Sequence[Callable[[Any], Any]], training: bool
+) -> Callable[..., Any]:
+    """Returns a `method` for `Module.apply` that passes the training flag."""
+    return functools.partial(call_with_training, steps, training)
 
 
-def call(
+def call_with_training(
     steps: Sequence[Callable[[Any], Any]],
     training: bool,
     module: nn.Module,
@@ -80,17 +82,17 @@ def call(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Calls a bound module, or what steps lead to from it, and tells it the mode.
+    """Calls a bound module, or a method or part of it, with the training flag.
 
-    NNX modules within are told by `nnx_bridge.telling_nnx`, in whose context it is to be called.
+    NNX modules within get the flag if this is called in `nnx_bridge.pass_training_to_nnx`.
 
     Args:
-        steps: lead one after the other from the bound module to what is called: a method or a
-            sub-module; none for the module's `__call__`.
-        training: the mode.
+        steps: functions from the bound module to a method or a submodule, applied one after the
+            other; none for the module's `__call__`.
+        training: the training flag.
         module: bound to its variables.
-        *args: of what is called.
-        **kwargs: likewise, by name.
+        *args: positional arguments of the call.
+        **kwargs: keyword arguments of the call.
     """
     target: Any = module
     for step in steps:
@@ -99,19 +101,19 @@ def call(
     layers = isinstance(module, nn.Sequential)
     token = current.set(training)
     try:
-        with telling_layers(training) if layers else contextlib.nullcontext():
+        with pass_training_to_layers(training) if layers else contextlib.nullcontext():
             return target(*args, **kwargs)
     finally:
         current.reset(token)
 
 
-def telling_layers(
+def pass_training_to_layers(
     training: bool, top: nn.Sequential | None = None
 ) -> contextlib.AbstractContextManager[Any]:
-    """Tells each layer of an `nn.Sequential`, which itself passes nothing on.
+    """Passes the training flag to each layer of an `nn.Sequential`, which does not do so itself.
 
     Args:
-        training: the mode.
+        training: the training flag.
         top: the `nn.Sequential`; None if it is the model.
     """
 
@@ -129,9 +131,9 @@ def telling_layers(
 
 
 def is_layer(module: nn.Module, top: nn.Sequential | None = None) -> bool:
-    """Whether only `nn.Sequential`s stand between the module and the top, or the root."""
+    """Whether there are only `nn.Sequential`s between the module and `top`, or the root."""
     if top is not None:
-        # By identity: layers that a compact method has made have its module for a parent.
+        # By identity, not by parent: the parent of layers made in a compact method is its module.
         within = [layer for layer in top.layers if isinstance(layer, nn.Module)]
         nested = [layer for layer in within if isinstance(layer, nn.Sequential)]
         return any(layer is module for layer in within) or any(is_layer(module, n) for n in nested)
@@ -146,25 +148,25 @@ def is_layer(module: nn.Module, top: nn.Sequential | None = None) -> bool:
 def with_flags(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Adds the flags that the target takes and the caller did not give."""
+    """Adds the training flags that the target takes and the caller did not pass."""
     signature = inspect.signature(target.__call__ if isinstance(target, nn.Module) else target)
     try:
         given = signature.bind_partial(*args, **kwargs)
     except TypeError:
-        return args, kwargs  # The call itself says best what is wrong.
+        return args, kwargs  # The call itself raises the better error.
     parameters = signature.parameters
     flags = {
         name: TRAIN_FLAGS[name] == training
         for name, parameter in parameters.items()
         if name in TRAIN_FLAGS
         and name not in given.arguments
-        and not (parameter.default is None and _is_chosen(target, name))
+        and not (parameter.default is None and _is_set_in_constructor(target, name))
     }
     if not flags:
         return args, kwargs
     given.arguments.update(flags)
-    # By position as far as it goes: lifted modules know static arguments, and those that are not
-    # mapped, by their positions only.
+    # By position where possible: lifted modules identify static and unmapped arguments by position
+    # only.
     before = list(parameters)[: max(list(parameters).index(name) for name in flags)]
     for name in before:
         if parameters[name].default is not inspect.Parameter.empty:
@@ -172,8 +174,8 @@ def with_flags(
     return given.args, given.kwargs
 
 
-def _is_chosen(target: Any, name: str) -> bool:
-    """Whether a flag that may stand in the constructor or in the call stands in the constructor."""
+def _is_set_in_constructor(target: Any, name: str) -> bool:
+    """Whether a flag that both the constructor and the call take was set in the constructor."""
     is_field = isinstance(target, nn.Module) and name in fields(target)
     return is_field and not _is_unset(target, name)
 

@@ -29,10 +29,10 @@ from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
 from trainer.tasks.measured import (
     Measured,
+    average_members,
     check_computes,
     compute_on_trial,
-    is_of_member,
-    mean_and_each,
+    is_member_name,
 )
 from trainer.tasks.runner import compute_metrics
 
@@ -186,7 +186,7 @@ class Reporter:
         self._add(step, row)
         # Last: an evaluation without a row counts as not run.
         self._evaluated.add((name, step))
-        shown = {key: value for key, value in metrics.items() if not is_of_member(key)}
+        shown = {key: value for key, value in metrics.items() if not is_member_name(key)}
         self.progress.message(f'eval {name} at step {step:,}: {_listed(shown)}{kept}')
 
     def captured(
@@ -211,7 +211,7 @@ class Reporter:
         """Writes arrays to a file in `metrics/`, and returns their part of the printed line."""
         if not arrays:
             return ''
-        shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_of_member(n)]
+        shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
         if self._directory is None:
             return f'  {", ".join(shown)}'
         path = self._directory / 'metrics' / f'{name}.npz'
@@ -261,14 +261,14 @@ def flat_row(metrics: Any, stopped: Any = None) -> Measured:
     computed = compute_metrics(fetch(metrics))
     if isinstance(metrics, PerMember):
         rows = [_flat(each) for each in computed]
-        row = mean_and_each(rows, () if stopped is None else np.flatnonzero(~stopped))
+        row = average_members(rows, () if stopped is None else np.flatnonzero(~stopped))
         # No member has the mean of several learning rates.
         for name in rows[0]:
             if name.split('/')[0] == 'learning_rate' and len({each[name] for each in rows}) > 1:
                 row.pop(name, None)
     else:
         row = _flat(computed)
-    return row.named('train/')
+    return row.with_prefix('train/')
 
 
 def check_row(metrics: Any) -> None:

@@ -31,7 +31,7 @@ def init_state(experiment: Experiment, programs: Programs) -> TrainState:
         programs.init(),
         experiment.start.weights,
         experiment.start.surgery,
-        restarted=lambda state: programs.restarted(state),
+        restarted=lambda state: programs.restart_optimizer(state),
         members=experiment.ensemble is not None,
     )
 
@@ -82,7 +82,7 @@ def with_health(
         experiment: what is trained.
         programs: of its training.
         state: fresh, or of a checkpoint.
-        kept: what `health.kept` returned when it was saved.
+        kept: what `health.to_metadata` returned when it was saved.
 
     Raises:
         CheckpointError: if that is of another shape.
@@ -101,7 +101,7 @@ def with_hyperparams(experiment: Experiment, state: TrainState) -> TrainState:
     ensemble = experiment.ensemble
     if ensemble is None:
         return state
-    opt_state = hyperparams.written(state.opt_state, ensemble.values)
+    opt_state = hyperparams.write(state.opt_state, ensemble.values)
     return dataclasses.replace(state, opt_state=opt_state)
 
 
@@ -115,11 +115,11 @@ def _clean_health(programs: Programs) -> health.Health | None:
 
 
 def _with_health(state: TrainState, clean: health.Health | None, kept: Any) -> TrainState:
-    """Returns a state with its health, given what `health.kept` returned when it was saved."""
+    """Returns a state with its health from `kept`, the result of `health.to_metadata`."""
     if clean is None:
         return state
     try:
-        return dataclasses.replace(state, health=health.restored(clean, kept))
+        return dataclasses.replace(state, health=health.from_metadata(clean, kept))
     except ValueError as error:
         raise CheckpointError(
             f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' of its "

@@ -185,7 +185,7 @@ class Recovery:
                 'step': step,
                 **self._measured(step),
                 **self._consumed.meta(),
-                **health.kept(state.health),
+                **health.to_metadata(state.health),
                 'batch_sizes': self._run.batch_sizes.parts,
                 'examples': self._run.batch_sizes.examples(step),
                 'data': self._fingerprint,
@@ -255,7 +255,7 @@ class Recovery:
 
     def remember(self, step: int, state: TrainState) -> None:
         """Keeps the state for the next call, if there is no work directory to save it in."""
-        if self._run.checkpoints is None and not donated.is_gone(state):
+        if self._run.checkpoints is None and not donated.is_donated(state):
             self._paused = (state, step)
 
     def _is_worth_keeping(
@@ -271,7 +271,7 @@ class Recovery:
         just failed, in any process.
         """
         failed = isinstance(error, (CheckpointError, NonFiniteError))
-        if processes.sum_over_processes(step == 0 or failed or donated.is_gone(state)):
+        if processes.sum_over_processes(step == 0 or failed or donated.is_donated(state)):
             return False
         try:
             jax.block_until_ready(state)

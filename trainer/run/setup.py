@@ -142,7 +142,7 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
 def start_compiling(experiment: Experiment, programs: Programs) -> list[Program]:
     """Returns the programs that training calls, which compile in the background from here on."""
     started = []
-    if eval_point.is_named(experiment.optimizer):
+    if eval_point.has_eval_params(experiment.optimizer):
         started.append(programs.eval_params.start())
     if experiment.training.steps_per_call > 1:
         started.append(programs.fused.start())
@@ -190,7 +190,7 @@ def eval_params(experiment: Experiment, programs: Programs, state: TrainState) -
         programs: of its training.
         state: with all its members, if the run is an ensemble.
     """
-    if not eval_point.is_named(experiment.optimizer):
+    if not eval_point.has_eval_params(experiment.optimizer):
         return state.params
     return programs.eval_params(dataclasses.replace(state.durable, metrics=None))
 
@@ -208,7 +208,7 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
         shards=batch_shards(mesh),
         log=run.events.log,
         last_step=experiment.training.total_steps,
-        watches=True,
+        tracks_health=True,
         stops=experiment.training.guard == 'stop',
         sweeps=mesh.devices.flat[0].platform != 'cpu',
     )

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
-from trainer.modules.precision import at_least_float32
+from trainer.modules.precision import accumulation_dtype
 from trainer.step import views, weighted
 from trainer.step.context import Batch, StepContext
 from trainer.step.state import TrainState
-from trainer.step.step_metrics import empty_of_task, measure, output_shapes
+from trainer.step.step_metrics import empty_task_metrics, measure, output_shapes
 from trainer.tasks.metrics import merge_metrics
-from trainer.tasks.runner import by_name, inverse, mean_loss
+from trainer.tasks.runner import losses_by_name, mean_loss, safe_inverse
 
 SumsOf = Callable[..., tuple[Any, Any]]
 
@@ -34,7 +34,7 @@ def gradients(
     output = output_shapes(sums_of, state, first, ctx)
     # The weight of all slices is known only after the last one. Dividing by the number of values
     # first keeps what flows back through the model as small as it is in one piece.
-    losses = by_name(output.loss).items()
+    losses = losses_by_name(output.loss).items()
     counts = {name: ctx.accumulate * max(1, math.prod(x.shape)) for name, x in losses}
 
     def body(carry: Any, item: Any) -> tuple[Any, Any]:
@@ -44,7 +44,7 @@ def gradients(
         sums, pullback, (output, collections, weights) = jax.vjp(
             lambda params: sums_of(params, before, rows, ctx, index), state.params, has_aux=True
         )
-        collections = weighted.if_any_counts(weights, collections, before, ctx)
+        collections = weighted.select_collections(weights, collections, before, ctx)
         factors = {name: scale / count for name, count in counts.items()}
         new = weighted.pull_each(pullback, factors, 0.0, weights, ctx)
         grads = jax.tree.map(jnp.add, grads, new)
@@ -57,12 +57,12 @@ def gradients(
         return (grads, penalties, collections, metrics, totals), (*sums, weights)
 
     # Sums of many small terms: bfloat16 would drop the later ones.
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, at_least_float32(p)), state.params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, accumulation_dtype(p)), state.params)
     none = {name: jnp.zeros((), jnp.float32) for name in counts}
-    carry = (zeros, zeros, state.collections, empty_of_task(output, ctx.task), none)
+    carry = (zeros, zeros, state.collections, empty_task_metrics(output, ctx.task), none)
     carry, sums = _scan(body, carry, batch, ctx)
     grads, penalties, collections, metrics, weights = carry
-    rest = {name: count * inverse(weights[name]) for name, count in counts.items()}
+    rest = {name: count * safe_inverse(weights[name]) for name, count in counts.items()}
     factors = {name: jax.tree.map(lambda _, x=x: x, zeros) for name, x in rest.items()}
     grads = jax.tree.map(
         lambda grad, factor, penalty: grad * factor + penalty,
@@ -88,7 +88,7 @@ def loss_at(sums_of: SumsOf, state: TrainState, batch: Batch, ctx: StepContext, 
             'gradient of the step alone: theirs would vanish in float16. Use bfloat16, or set '
             'config.precision.loss_scale=0'
         )
-    params = views.completed(params, state.params)
+    params = views.complete_params(params, state.params)
     if ctx.accumulate == 1:
         sums, (_, _, weights) = sums_of(params, state, batch, ctx)
         return mean_loss(sums, weights)
@@ -97,7 +97,7 @@ def loss_at(sums_of: SumsOf, state: TrainState, batch: Batch, ctx: StepContext, 
         index, rows = item
         before = dataclasses.replace(state, collections=collections)
         sums, (_, collections, weights) = sums_of(params, before, rows, ctx, index)
-        return weighted.if_any_counts(weights, collections, before, ctx), (*sums, weights)
+        return weighted.select_collections(weights, collections, before, ctx), (*sums, weights)
 
     _, sums = _scan(body, state.collections, batch, ctx)
     return _mean_loss_of_slices(*sums)

@@ -12,7 +12,7 @@ from optax import contrib
 
 from trainer.config.errors import UserError
 from trainer.step.optimizer import Optimizer
-from trainer.step.views import holds
+from trainer.step.views import contains_state
 
 _log = logging.getLogger('trainer')
 
@@ -47,19 +47,19 @@ def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, own_step: bool = F
     for each, state in _parts(optimizer, opt_state):
         if not each.groups:
             _check_interface(each.path, state, own_step=own_step)
-    if ema and holds(opt_state, optax.MultiStepsState):
+    if ema and contains_state(opt_state, optax.MultiStepsState):
         raise UserError(
             'config.ema: the average would be updated at every step, but optax:MultiSteps updates '
             f'the parameters only every few steps. {_ACCUMULATE}'
         )
     for each, state in _parts(optimizer, opt_state):
-        if each.clip_norm is not None and holds(state, optax.MultiStepsState):
+        if each.clip_norm is not None and contains_state(state, optax.MultiStepsState):
             raise UserError(
                 f"{each.path}.clip_norm: it would clip each step's gradient, before "
                 f'optax:MultiSteps averages them. {_ACCUMULATE}; or clip inside it, with '
                 'optax:chain of optax:clip_by_global_norm and the optimizer'
             )
-        if each.lr_multipliers and holds(state, _OWN_POINTS):
+        if each.lr_multipliers and contains_state(state, _OWN_POINTS):
             raise UserError(
                 f'{each.path}.lr_multipliers: they scale the update, but not the second set of '
                 'parameters in the state of a schedule-free optimizer, optax.contrib:sam or '
@@ -69,13 +69,13 @@ def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, own_step: bool = F
 
 def _check_interface(path: str, state: Any, *, own_step: bool) -> None:
     """Checks that an optimizer takes gradients of the batch and one set of parameters."""
-    if holds(state, optax.LookaheadState):
+    if contains_state(state, optax.LookaheadState):
         raise UserError(
             f'{path}: optax:lookahead needs two sets of parameters, fast and slow ones, and the '
             'train state has one. Use its fast_optimizer alone; config.ema keeps an average of the '
             'parameters, and evals.NAME.ema=True evaluates it'
         )
-    if holds(state, contrib.DifferentiallyPrivateAggregateState) and not own_step:
+    if contains_state(state, contrib.DifferentiallyPrivateAggregateState) and not own_step:
         raise UserError(
             f'{path}: optax.contrib:dpsgd (differentially_private_aggregate) needs a gradient of '
             'each example, and the default step computes that of the batch. Compute them in a step '
@@ -91,7 +91,7 @@ def warn_of_eval_point(optimizer: Optimizer, opt_state: Any) -> None:
         if each.groups or each.eval_params is not None:
             continue
         for kind, function in _ELSEWHERE.items():
-            if holds(state, kind) and not _is_opaque(state):
+            if contains_state(state, kind) and not _is_opaque(state):
                 _log.warning(
                     '%s: evaluations use the training parameters, but this optimizer is meant to '
                     "be evaluated at others: set %s.eval_params=dict(ref='%s')",

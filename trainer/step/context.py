@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step works with: the settings of the run, and what follows from the state's structure."""
+"""The context of a step: the settings of the run, and facts about the structure of its state."""
 
 from __future__ import annotations
 
@@ -17,57 +17,59 @@ from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner
 
 Batch = Mapping[str, jax.Array]
-# Of a state, a batch and a `StepContext`, or what a step of the user's gets instead.
+# (state, batch, ctx) -> (state, metrics). The context is a `StepContext`; that of a custom step is
+# an `OwnContext`.
 StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StateFacts:
-    """What follows from the structure of a state alone, found once before a step is traced.
+    """Facts about the structure of a state, derived once before the step is traced.
 
     Attributes:
-        tx: the complete transformation, for these parameters.
+        tx: the complete optax transformation for these parameters.
         frozen: for each parameter whether it is frozen.
-        whole: for each parameter whether it is replicated on every device; None: unknown.
-        all_whole: whether all of them are.
-        handles_non_finite: whether the optimizer has a rule of its own for gradients that are not
-            finite.
-        scales_rates: whether the optimizer's state holds factors of its learning rate.
-        asks_more: whether the optimizer takes other arguments than most: see `objective`.
+        replicated: for each parameter whether every device has all of it; None if unknown.
+        all_replicated: whether that is so for all parameters.
+        handles_non_finite: whether the optimizer handles non-finite gradients by itself.
+        scales_rates: whether the optimizer state contains factors of the learning rate.
+        needs_extra_arguments: whether the optimizer takes more than the usual arguments: see
+            `objective`.
     """
 
     tx: optax.GradientTransformationExtraArgs
     frozen: Any
-    whole: Any = None
-    all_whole: bool = False
+    replicated: Any = None
+    all_replicated: bool = False
     handles_non_finite: bool = False
     scales_rates: bool = False
-    asks_more: bool = False
+    needs_extra_arguments: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepContext:
-    """The parts and the settings of a step.
+    """The parts of a step and its settings.
 
     Attributes:
         model: the model's functional interface.
-        task: what the model is asked to do with a batch.
-        optimizer: what turns gradients into updates.
-        seed: the run's seed; of a member of an ensemble, its own.
-        facts: those of the state; None before there is one.
-        accumulate: slices that a batch is split into, to save memory; the update is the same.
-        ema_decay: decay of the moving average of the parameters, or None for no average.
-        loss_scale: first value of the dynamic loss scale, or None for none.
-        shards: number of devices that a batch's rows are spread over.
-        log: when rows are logged; where that is known, norms are computed for those steps only.
-        last_step: of the run; its row is logged too.
-        watches: whether the state has a `health`, which notes labels out of range.
-        stops: whether that also notes what is not finite, and updates stop at either.
-        sweeps: whether each step checks all gradients, parameters and slots for that, and slots
-            stay as they are once updates have stopped. On a CPU that would cost a third of a small
-            model's step. There a step checks its loss, and the trainer checks the rest now and
-            then, and before it evaluates or saves a state.
-        undoes: whether a non-finite update is undone; the old values are kept until it is checked.
+        task: computes the loss of a batch.
+        optimizer: turns gradients into updates.
+        seed: the run's seed; for a member of an ensemble, the seed of that member.
+        facts: facts about the state; None before there is a state.
+        accumulate: number of micro-batches that a batch is split into to save memory; the update
+            is the same.
+        ema_decay: decay of the moving average of the parameters; None for no average.
+        loss_scale: initial value of the dynamic loss scale; None for no scale.
+        shards: number of devices that the examples of a batch are spread over.
+        log: when rows are logged. If given, norms are computed for those steps only.
+        last_step: the last step of the run, whose row is logged too.
+        tracks_health: whether the state has a `health`, which flags labels out of range.
+        stops: whether `health` also flags non-finite values, and any flag stops the updates.
+        sweeps: whether each step checks all gradients, parameters and slots, and slots keep their
+            values once updates have stopped. On a CPU this would cost a third of a small model's
+            step. There a step checks its loss only; the trainer checks the rest from time to time,
+            and before it evaluates or saves a state.
+        undoes: whether a non-finite update is undone; the old values are kept until the check.
     """
 
     model: Functional
@@ -81,7 +83,7 @@ class StepContext:
     shards: int = 1
     log: Periodic | None = None
     last_step: int = 0
-    watches: bool = False
+    tracks_health: bool = False
     stops: bool = True
     sweeps: bool = False
     undoes: bool = False

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step of your own: `config.step` names a function `(state, batch, ctx)`.
+"""Custom steps: `config.step` names a function `(state, batch, ctx) -> (state, metrics)`.
 
-It returns the new state and metrics, and is compiled, sharded, fused, saved and logged like the
-default one, which could be written as such a function::
+It is compiled, sharded, fused, saved and logged like the default step, which as a custom step would
+be::
 
     def default_step(state, batch, ctx):
         grads, collections, metrics = ctx.gradients(state, batch)
@@ -29,7 +29,7 @@ from trainer.modules.rng import Keys
 from trainer.modules.shapes import changes, describe
 from trainer.step import train_step
 from trainer.step.context import Batch, StepContext
-from trainer.step.health import UPDATED, Signs, signs_of, take_signs
+from trainer.step.health import UPDATED, Signs, signs_from_metrics, take_signs
 from trainer.step.loss_scale import choose
 from trainer.step.objective import Objective
 from trainer.step.optimizer import Optimizer
@@ -38,7 +38,7 @@ from trainer.tasks.batch import plain
 from trainer.tasks.measured import check_accumulates
 from trainer.tasks.metrics import WeightedMean, is_metric
 from trainer.tasks.runner import TaskRunner, loss_sums, mean_loss, run_checks
-from trainer.tasks.task import MEASURED, TaskOutput, named_twice
+from trainer.tasks.task import MEASURED, TaskOutput, duplicate_name_message
 from trainer.tasks.weightless import compute_only_needed
 
 OwnFunction = Callable[[TrainState, Any, 'OwnContext'], tuple[TrainState, Any]]
@@ -46,10 +46,10 @@ OwnFunction = Callable[[TrainState, Any, 'OwnContext'], tuple[TrainState, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class OwnContext:
-    """The parts of a step. A function uses those that it wants, and writes the others itself.
+    """The parts of the default step, for a custom step to use or to replace.
 
     Attributes:
-        context: of the default step.
+        context: the context of the default step.
         state: the state at the beginning of this step.
     """
 
@@ -60,39 +60,39 @@ class OwnContext:
 
     @property
     def task(self) -> TaskRunner:
-        """The task, as `task(model, batch) -> TaskOutput`: weights set, 0 for rows of padding."""
+        """The task, as `task(model, batch) -> TaskOutput` with weights, 0 for padding."""
         self._called.add('task')
         return self.context.task
 
     @property
     def runs_task(self) -> bool:
-        """Whether the function has asked for the task so far."""
+        """Whether the function has read `task` so far."""
         return 'task' in self._called
 
     @property
     def optimizer(self) -> Optimizer:
-        """What the config says of the optimizer."""
+        """The optimizer of the config."""
         return self.context.optimizer
 
     @property
     def tx(self) -> optax.GradientTransformation:
         """The complete transformation: clipping, groups, multipliers and frozen parameters.
 
-        It takes gradients as `gradients` returns them; `optax.apply_updates` adds its updates.
+        It takes gradients as `gradients` returns them; add its updates with `optax.apply_updates`.
         """
         return self.optimizer.transformation(self.state.params)
 
     @property
     def seed(self) -> int | jax.Array:
-        """The run's seed; of a member of an ensemble, its own."""
+        """The run's seed; for a member of an ensemble, the seed of that member."""
         return self.context.seed
 
     def keys(self, index: int | jax.Array = 0) -> Keys:
-        """Returns the random keys of this step; another index, other keys."""
+        """Returns the random keys of this step; each index has its own keys."""
         return Keys(seed=self.seed, mode='train', step=self.state.step, index=index)
 
     def rng(self, name: str, index: int | jax.Array = 0) -> jax.Array:
-        """Returns the random key of the stream `name` in this step."""
+        """Returns the random key of the RNG stream `name` in this step."""
         return self.keys(index).stream(name)
 
     def bind(
@@ -102,13 +102,13 @@ class OwnContext:
         *,
         index: int | jax.Array = 0,
     ) -> BoundModel:
-        """Returns the model that a task calls, in training mode.
+        """Returns the model as a task calls it, in training mode.
 
         Args:
-            params: parameters; by default those at the beginning of this step.
-            collections: the other variables, likewise. What the calls make of them is in the
-                model's `collections` afterwards.
-            index: of its random keys. Models of the same index draw the same dropout mask.
+            params: the parameters; by default those at the beginning of this step.
+            collections: the other variables; by default those at the beginning of this step. After
+                the calls, the model's `collections` has the updated ones.
+            index: selects the random keys. Models with the same index draw the same dropout mask.
         """
         params = self.state.params if params is None else params
         collections = self.state.collections if collections is None else collections
@@ -116,22 +116,23 @@ class OwnContext:
         return self.context.model.bind(variables, self.keys(index), ema=self.state.average)
 
     def loss(self, output: TaskOutput) -> Any:
-        """Returns the scalar that the default step minimises; of named losses a dict of scalars."""
+        """Returns the scalar that the default step minimizes; for named losses, a dict of them."""
         totals, weights, penalty = loss_sums(output)
         return mean_loss((totals, penalty), weights)
 
     def gradients(self, state: TrainState, batch: Batch) -> tuple[Any, dict[str, Any], Any]:
-        """Returns the gradients of the default step, accumulated in slices if the config says so.
+        """Computes the gradients of the default step, over micro-batches if the config says so.
 
         Returns:
             Gradients like `state.params` (float32 for half-precision parameters; for complex ones
-            the conjugate of what `jax.grad` returns), the collections of the forward pass, and the
-            task's metrics.
+            the conjugate of what `jax.grad` returns), the collections after the forward pass, and
+            the task's metrics.
         """
         self._called.add('gradients')
         grads, collections, metrics, objective = train_step.gradients(
             state, plain(batch), self.context
         )
+        # So that `update` can pass the optimizer the loss of these gradients.
         self._objectives.append((grads, objective))
         return grads, collections, metrics
 
@@ -144,17 +145,17 @@ class OwnContext:
         signs: Signs | None = None,
         **extra: Any,
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the state after the optimizer's update and the moving average's, and metrics.
+        """Updates the parameters and the moving average; returns the new state and metrics.
 
         Args:
-            state: the state before.
-            grads: pytree like its parameters, as `gradients` returns it.
+            state: the state before the update.
+            grads: pytree like the parameters, as `gradients` returns it.
             collections: all other variables, if they change.
-            signs: of the forward pass; with them, the check after the step needs no second pass
-                over the state.
-            **extra: what the optimizer takes in addition, such as `value=loss`. For gradients that
-                `gradients` returned it gets their loss (`value`), the gradient (`grad`) and the
-                loss as a function of the parameters (`value_fn`) without that.
+            signs: the findings of the forward pass; with them, the check after the step needs no
+                second pass over the state.
+            **extra: further arguments of the optimizer, such as `value=loss`. Gradients that
+                `gradients` returned come with their loss (`value`), the gradient (`grad`) and the
+                loss as a function of the parameters (`value_fn`).
         """
         collections = state.collections if collections is None else collections
         return train_step.apply_update(
@@ -168,21 +169,23 @@ class OwnContext:
         )
 
     def check_used(self) -> None:
-        """Checks, after a step, that it did what the config asks of it.
+        """Checks that the function has used what the config asks for.
 
         Raises:
-            UserError: if it did not split the batch into the slices of `config.accumulate`.
+            UserError: if `config.accumulate` is set and it has not called `gradients`.
         """
         slices = self.context.accumulate
         if slices > 1 and 'gradients' not in self._called:
             raise UserError(
-                f'config.accumulate: only ctx.gradients cuts a batch into {slices} slices, and the '
-                'function of config.step does not call it. Call it, or leave config.accumulate out '
-                '(one that cuts slices itself takes their number as an argument of its own)'
+                f'config.accumulate={slices}: only ctx.gradients splits a batch into '
+                'micro-batches, and the function of config.step does not call it. Call it, or '
+                'remove config.accumulate (a function that splits batches itself takes their '
+                'number as an argument of its own)'
             )
 
     def _objective(self, grads: Any) -> Objective | None:
         """Returns the loss of these gradients; None if `gradients` did not return them."""
+        # By the identity of the arrays: a scaled or clipped gradient is no longer that of the loss.
         leaves = jax.tree.leaves(grads)
         for made, objective in self._objectives:
             if [*map(id, leaves)] == [*map(id, jax.tree.leaves(made))]:
@@ -193,27 +196,27 @@ class OwnContext:
 def run(
     state: TrainState, batch: Batch, ctx: StepContext, *, function: OwnFunction
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Returns what a function of `config.step` makes of a state and a batch, checked."""
+    """Runs the function of `config.step`, checks its result, and updates the health."""
     own = OwnContext(ctx, state)
-    result = function(state, ctx.task.whole(batch, 'the function of config.step'), own)
+    result = function(state, ctx.task.wrap_batch(batch, 'the function of config.step'), own)
     own.check_used()
-    new, metrics, signs = checked(state, result)
-    if ctx.watches:
+    new, metrics, signs = check_result(state, result)
+    if ctx.tracks_health:
         if signs is None:
             signs = _signs(state, batch, metrics, ctx, labels=own.runs_task)
-        new = _watched(new, state, signs, ctx)
+        new = _apply_health(new, state, signs, ctx)
     return new, metrics
 
 
 def _signs(
     state: TrainState, batch: Batch, metrics: Any, ctx: StepContext, *, labels: bool
 ) -> Signs:
-    """Returns the signs of a function that has not called `ctx.gradients`.
+    """Returns the findings for a function that has not called `ctx.gradients`.
 
-    Its losses are among its metrics. The labels are those of the task, whose model the compiler
-    drops again: their range follows from its shape alone.
+    Losses are found among its metrics. Labels are checked by running the task; the compiler removes
+    its model again, because the range of labels depends on shapes only.
     """
-    signs = signs_of(metrics)
+    signs = signs_from_metrics(metrics)
     if not labels:
         return signs
 
@@ -225,42 +228,45 @@ def _signs(
     return dataclasses.replace(signs, label=label, value=value)
 
 
-def _watched(new: TrainState, old: TrainState, signs: Signs, ctx: StepContext) -> TrainState:
-    """Returns the state after a custom step, or the old one if its forward pass was bad.
+def _apply_health(new: TrainState, old: TrainState, signs: Signs, ctx: StepContext) -> TrainState:
+    """Returns the state after a custom step; the old values if its forward pass was bad.
 
     Args:
         new: the state after the step.
-        old: the state before it.
-        signs: of its forward pass.
+        old: the state before the step.
+        signs: the findings of its forward pass.
         ctx: of the step.
     """
     checked = train_step.skip_if_not_finite(new, old, signs, None, ctx)
+    # The forward pass comes first, so its findings take precedence over those of the updates.
     early = checked.health
     assert early is not None and new.health is not None
     health = choose(early.is_bad, early, new.health)
-    # However many updates the function makes, this is one step.
+    # Each update of the function increments `step`, but the function as a whole is one step.
     step = jnp.where(health.is_bad & ~early.is_bad, old.step + 1, health.bad_step)
-    health = health.at_step(step)
+    health = health.with_bad_step(step)
     if not ctx.stops:
         return dataclasses.replace(checked, health=health)
     fields = UPDATED if ctx.sweeps else tuple(name for name in UPDATED if name != 'opt_state')
-    return dataclasses.replace(new.keeping(health.is_bad, old, fields), health=health)
+    return dataclasses.replace(new.revert_if(health.is_bad, old, fields), health=health)
 
 
-def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any], Signs | None]:
-    """Returns what a function of the user's returned, fit to go into the next step.
+def check_result(
+    before: TrainState, result: Any
+) -> tuple[TrainState, dict[str, Any], Signs | None]:
+    """Checks the result of a custom step, and returns its state, metrics and findings.
 
-    The signs are those of its calls of `ctx.gradients`, if their metrics are among its own.
+    The findings are those of its calls of `ctx.gradients`, if it returned their metrics.
 
-    However many updates the function makes, `step` goes up by one: it counts batches.
+    `step` increases by one however many updates the function makes: it counts batches.
 
     Raises:
-        UserError: if it is not `(state, metrics)`, or the state's shapes have changed.
+        UserError: if the result is not `(state, metrics)`, or the state's shapes have changed.
     """
     if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], TrainState):
         raise UserError(
-            'config.step: the function returns (state, metrics), the state made from the given '
-            f'one as in state.replace(params=...); got {_kind(result)}'
+            'config.step: the function must return (state, metrics), with a state made from the '
+            f'given one as in state.replace(params=...); got {_kind(result)}'
         )
     after = dataclasses.replace(result[0], step=before.step + 1, metrics=before.metrics)
     found = changes(before, after)
@@ -272,7 +278,7 @@ def checked(before: TrainState, result: Any) -> tuple[TrainState, dict[str, Any]
 
 
 def empty_like(metrics: Any) -> Any:
-    """Returns accumulators that have seen nothing, for (abstract) metrics.
+    """Returns empty accumulators for (abstract) metrics.
 
     Raises:
         UserError: naming a metric whose accumulators change shape.
@@ -287,13 +293,14 @@ def _as_metrics(metrics: Any) -> dict[str, Any]:
         return {'task': metrics}
     if not isinstance(metrics, Mapping):
         raise UserError(
-            'config.step: the function returns (state, metrics), the metrics in a dict by name; '
+            'config.step: the function must return (state, metrics), with metrics in a dict by '
+            'name; '
             f'got {_kind(metrics)}'
         )
     for name, value in metrics.items():
         whole = name in ('task', 'penalties', 'norms') and not isinstance(value, Mapping)
         if name in MEASURED or (whole and not isinstance(value, clu.metrics.Collection)):
-            raise UserError(f'config.step: the function {named_twice("metric", name)}')
+            raise UserError(f'config.step: the function {duplicate_name_message("metric", name)}')
     return {name: _as_metric(name, value) for name, value in metrics.items()}
 
 

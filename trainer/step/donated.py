@@ -20,7 +20,7 @@ class DonatedError(RuntimeError):
     """A state is used that was donated to a later step."""
 
 
-def is_gone(state: Any) -> bool:
+def is_donated(state: Any) -> bool:
     """Whether arrays of a state, or of any pytree, were donated to a step."""
     return any(x.is_deleted() for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
 
@@ -35,7 +35,7 @@ def check(state: Any, what: str) -> None:
     Raises:
         DonatedError: if its arrays were donated to a step.
     """
-    if is_gone(state):
+    if is_donated(state):
         raise DonatedError(f'{what}: the arrays of this state are gone. {_ADVICE}')
 
 

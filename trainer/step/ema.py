@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.modules.precision import at_least_float32
+from trainer.modules.precision import accumulation_dtype
 
 
-def started(params: Any) -> Any:
+def init(params: Any) -> Any:
     """Returns the average of one set of parameters: a copy, float32 for half-precision ones.
 
     Two leaves of one donated state must not share a buffer.
@@ -20,14 +20,14 @@ def started(params: Any) -> Any:
     return jax.tree.map(_copy, params)
 
 
-def moved(average: Any, params: Any, decay: float) -> Any:
+def update(average: Any, params: Any, decay: float) -> Any:
     """Returns the average after one more update."""
     return jax.tree.map(functools.partial(_move, share=1.0 - decay), average, params)
 
 
 def _copy(param: jax.Array) -> jax.Array:
     # In a dtype in which small changes are not lost.
-    return jnp.array(param, at_least_float32(param))
+    return jnp.array(param, accumulation_dtype(param))
 
 
 def _move(mean: jax.Array, param: jax.Array, share: float) -> jax.Array:

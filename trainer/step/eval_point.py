@@ -18,17 +18,17 @@ from trainer.config.errors import UserError
 from trainer.modules.model_view import param_path
 from trainer.step import views
 from trainer.step.optimizer import Optimizer
-from trainer.step.views import holds
+from trainer.step.views import contains_state
 from trainer.tasks.returned import name_of
 
 
-def is_named(optimizer: Optimizer) -> bool:
+def has_eval_params(optimizer: Optimizer) -> bool:
     """Whether an optimizer, or that of one of its groups, has `eval_params`."""
     groups = [group.optimizer for group in optimizer.groups.values()]
     return any(each.eval_params is not None for each in (optimizer, *groups))
 
 
-def evaluated(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
+def compute_eval_params(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
     """Returns the parameters that are evaluated, in the dtypes of the parameters.
 
     Args:
@@ -39,19 +39,19 @@ def evaluated(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
     Raises:
         UserError: if `eval_params` fails with this optimizer's state, or returns something else.
     """
-    found = _evaluated(optimizer, views.in_float32(params), opt_state)
+    found = _compute(optimizer, views.to_float32(params), opt_state)
     return jax.tree.map(lambda old, new: new.astype(old.dtype), params, found)
 
 
-def _evaluated(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
-    if not is_named(optimizer):
+def _compute(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
+    if not has_eval_params(optimizer):
         return params
     state = optimizer.state_of_base(opt_state)
     trained = jax.tree.map(
-        lambda frozen, x: optax.MaskedNode() if frozen else x, optimizer.frozen(params), params
+        lambda frozen, x: optax.MaskedNode() if frozen else x, optimizer.frozen_mask(params), params
     )
     if not optimizer.groups:
-        return _filled(_asked(optimizer, trained, state), params)
+        return _fill(_call_eval_params(optimizer, trained, state), params)
     owners = optimizer.owners(params)
     for name, group in optimizer.groups.items():
         mine = jax.tree_util.tree_map_with_path(
@@ -60,12 +60,12 @@ def _evaluated(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
             ),
             trained,
         )
-        new = _evaluated(group.optimizer, mine, state.inner_states[name].inner_state)
-        params = _filled(new, params)
+        new = _compute(group.optimizer, mine, state.inner_states[name].inner_state)
+        params = _fill(new, params)
     return params
 
 
-def _filled(some: Any, rest: Any) -> Any:
+def _fill(some: Any, rest: Any) -> Any:
     """Returns `some` with its masked leaves taken from `rest`."""
     return jax.tree.map(lambda x, y: y if _is_masked(x) else x, some, rest, is_leaf=_is_masked)
 
@@ -74,7 +74,7 @@ def _is_masked(x: Any) -> bool:
     return isinstance(x, optax.MaskedNode)
 
 
-def _asked(optimizer: Optimizer, params: Any, state: Any) -> Any:
+def _call_eval_params(optimizer: Optimizer, params: Any, state: Any) -> Any:
     """Calls `eval_params` with the state and the parameters as the target sees them."""
     assert optimizer.eval_params is not None
     where = f'{optimizer.path}.eval_params'
@@ -82,24 +82,24 @@ def _asked(optimizer: Optimizer, params: Any, state: Any) -> Any:
     try:
         found = optimizer.eval_params(views.split(state), mine)
     except Exception as error:
-        accumulates = holds(state, optax.MultiStepsState)
+        accumulates = contains_state(state, optax.MultiStepsState)
         raise UserError(
             f'{where}: {name_of(optimizer.eval_params)} was called with the state of the optimizer '
             f'({type(state).__name__}) and the parameters, and failed: {type(error).__name__}: '
             f'{error}. Give a function (state, parameters) -> parameters for this optimizer'
             + (', and accumulate with config.accumulate, not optax:MultiSteps' * accumulates)
         ) from error
-    expected, given = _by_path(mine), _by_path(found)
+    expected, given = _shapes_by_path(mine), _shapes_by_path(found)
     if expected != given:
         paths = [path for path in {**expected, **given} if expected.get(path) != given.get(path)]
         raise UserError(
             f'{where}: {name_of(optimizer.eval_params)} must return parameters with the same paths '
             f'and shapes as those it is given, but differs at {", ".join(paths[:5])}'
         )
-    return views.merged(jax.tree.map(jnp.asarray, found))
+    return views.merge(jax.tree.map(jnp.asarray, found))
 
 
-def _by_path(tree: Any) -> dict[str, tuple[int, ...]]:
+def _shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {param_path(path): jnp.shape(x) for path, x in leaves}
 

@@ -13,18 +13,18 @@ import jax.numpy as jnp
 _SMALL = 2**17
 
 
-def all_finite(tree: Any, *, whole: bool = False) -> jax.Array:
+def all_finite(tree: Any, *, replicated: bool = False) -> jax.Array:
     """Returns a bool scalar: whether all floats of a tree are finite.
 
     Args:
         tree: arrays.
-        whole: whether every device holds all of every array.
+        replicated: whether every device holds all of every array.
     """
     leaves = floats(tree)
-    return ~any_more(leaves, jnp.zeros(len(leaves), jnp.int32), whole=whole)
+    return ~has_new_non_finite(leaves, jnp.zeros(len(leaves), jnp.int32), replicated=replicated)
 
 
-def is_clear(leaves: Sequence[jax.Array]) -> jax.Array:
+def is_surely_finite(leaves: Sequence[jax.Array]) -> jax.Array:
     """Returns true only if all elements are finite; false for very large ones, too."""
     total = jnp.float32(0)
     for leaf in leaves:
@@ -36,7 +36,9 @@ def is_clear(leaves: Sequence[jax.Array]) -> jax.Array:
     return jnp.isfinite(total)
 
 
-def any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> jax.Array:
+def has_new_non_finite(
+    leaves: Sequence[jax.Array], known: jax.Array, *, replicated: bool
+) -> jax.Array:
     """Returns whether more elements are not finite than at the start.
 
     Small arrays share one kernel if none of them is sharded.
@@ -45,7 +47,7 @@ def any_more(leaves: Sequence[jax.Array], known: jax.Array, *, whole: bool) -> j
     alone: list[int] = []
     for index, leaf in enumerate(leaves):
         plain = leaf.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        (joined if whole and plain and leaf.size <= _SMALL else alone).append(index)
+        (joined if replicated and plain and leaf.size <= _SMALL else alone).append(index)
     groups = [[index] for index in alone] + ([joined] if joined else [])
     found = [jnp.zeros((), bool)]
     for group in groups:
@@ -63,7 +65,7 @@ def _count(x: jax.Array) -> jax.Array:
     return jnp.minimum(count, 2.0**30).astype(jnp.int32)
 
 
-def count_each(tree: Any) -> list[jax.Array]:
+def count_non_finite(tree: Any) -> list[jax.Array]:
     """Returns for each float leaf of a tree the number of elements that are not finite."""
     return [_count(x) for x in floats(tree)]
 

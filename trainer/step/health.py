@@ -21,7 +21,7 @@ import optax
 
 from trainer.modules.model_view import param_path
 from trainer.parallel.host import fetch
-from trainer.step.finite import any_more, count_each, floats, is_clear
+from trainer.step.finite import count_non_finite, floats, has_new_non_finite, is_surely_finite
 from trainer.step.loss_scale import LossScale
 from trainer.tasks.metrics import WeightedMean
 
@@ -57,7 +57,7 @@ class Health:
     def of(cls, params: Any, opt_state: Any) -> Health:
         """Returns the health of a state that training starts from, its elements counted."""
         tree = (params, opt_state)
-        known = map(jnp.maximum, count_each(tree), _unsearched(tree))
+        known = map(jnp.maximum, count_non_finite(tree), _mark_line_search(tree))
         return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array([*known], jnp.int32)]))
 
     @classmethod
@@ -95,7 +95,7 @@ class Health:
         """Whether updates have stopped: bool (...)."""
         return self.packed[..., _BAD_STEP] > 0
 
-    def flagged(
+    def with_flag(
         self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: float | jax.Array = 0
     ) -> Health:
         """Returns the health after a check; the first finding is kept.
@@ -119,16 +119,16 @@ class Health:
         packed = jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]])
         return Health(jnp.where(first, packed, self.packed))
 
-    def at_step(self, step: jax.Array) -> Health:
+    def with_bad_step(self, step: jax.Array) -> Health:
         """Returns the health with another step as the first bad one."""
         return Health(self.packed.at[_BAD_STEP].set(step))
 
-    def skipping(self, skips: jax.Array) -> Health:
+    def with_skips(self, skips: jax.Array) -> Health:
         """Returns the health with another number of skipped updates."""
         return Health(self.packed.at[_SKIPS].set(jnp.where(self.is_bad, self.skips, skips)))
 
 
-def kept(health: Health | None) -> dict[str, Any]:
+def to_metadata(health: Health | None) -> dict[str, Any]:
     """Returns the checkpoint metadata of a health that differs from that of a new run.
 
     A member of an ensemble may have stopped, and the loss scale may have skipped recent updates.
@@ -139,7 +139,7 @@ def kept(health: Health | None) -> dict[str, Any]:
     return {'health': first.tolist()} if first.any() else {}
 
 
-def restored(health: Health, kept: Any) -> Health:
+def from_metadata(health: Health, kept: Any) -> Health:
     """Returns the health of a restored state, given what `kept` returned when it was saved.
 
     Raises:
@@ -199,7 +199,7 @@ def take_signs(metrics: Any) -> tuple[Any, list[Signs]]:
     return rest, found
 
 
-def signs_of(metrics: Any) -> Signs:
+def signs_from_metrics(metrics: Any) -> Signs:
     """Returns the signs of a step that returns none, from its metrics named as losses."""
     leaves = jax.tree_util.tree_leaves_with_path(
         metrics, is_leaf=lambda node: isinstance(node, WeightedMean)
@@ -234,14 +234,14 @@ def check_gradients(
         excused: whether gradients may be non-finite.
     """
     if scale is None:
-        return health if excused else health.flagged(~finite, GRADIENT, step)
+        return health if excused else health.with_flag(~finite, GRADIENT, step)
     skips = jnp.where(finite, 0, health.skips + 1)
     hopeless = ~finite & (scale.is_smallest | (skips >= MOST_SKIPS))
-    return health.skipping(skips).flagged(hopeless, GRADIENT, step)
+    return health.with_skips(skips).with_flag(hopeless, GRADIENT, step)
 
 
 def check_arrays(
-    health: Health, params: Any, opt_state: Any, step: jax.Array, *, whole: bool = False
+    health: Health, params: Any, opt_state: Any, step: jax.Array, *, replicated: bool = False
 ) -> Health:
     """Returns the health after an update: of the new parameters and the optimizer state.
 
@@ -250,25 +250,25 @@ def check_arrays(
         params: the new parameters.
         opt_state: the new state of the optimizer.
         step: number of the step, from 1.
-        whole: whether every device holds all of every parameter.
+        replicated: whether every device holds all of every parameter.
     """
     arrays, slots = floats(params), floats(opt_state)
     known = health.known
 
     def look() -> tuple[jax.Array, jax.Array]:
-        bad = any_more(arrays, known[: len(arrays)], whole=whole)
-        return bad, any_more(slots, known[len(arrays) :], whole=whole)
+        bad = has_new_non_finite(arrays, known[: len(arrays)], replicated=replicated)
+        return bad, has_new_non_finite(slots, known[len(arrays) :], replicated=replicated)
 
     if jax.default_backend() == 'cpu':
         # A contraction rules it out most of the time, several times faster and without a copy.
         none = jnp.zeros((), bool)
         bad_params, bad_slots = jax.lax.cond(
-            is_clear([*arrays, *slots]), lambda: (none, none), look
+            is_surely_finite([*arrays, *slots]), lambda: (none, none), look
         )
     else:
         bad_params, bad_slots = look()
-    health = health.flagged(bad_params, PARAMETER, step)
-    return health.flagged(bad_slots, SLOT, step)
+    health = health.with_flag(bad_params, PARAMETER, step)
+    return health.with_flag(bad_slots, SLOT, step)
 
 
 def handles_non_finite(opt_state: Any) -> bool:
@@ -285,7 +285,7 @@ def handles_non_finite(opt_state: Any) -> bool:
     return False
 
 
-def _unsearched(tree: Any) -> list[int]:
+def _mark_line_search(tree: Any) -> list[int]:
     """Returns 1 for each float leaf that is a number of a line search, which may find none."""
     kinds = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from trainer.modules.precision import at_least_float32
+from trainer.modules.precision import accumulation_dtype
 from trainer.tasks.metrics import Last
 
 _SMALLEST = 1.0
@@ -49,7 +49,7 @@ class LossScale:
         """Returns what a row of metrics says of it."""
         return {'loss_scale': self.scale, 'skipped_updates': self.skipped}
 
-    def after(self, finite: jax.Array) -> LossScale:
+    def update(self, finite: jax.Array) -> LossScale:
         """Returns the scale for the next step.
 
         Args:
@@ -72,11 +72,11 @@ def choose(condition: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
 
 
-def as_optimizers_expect(grads: Any, scale: LossScale | None) -> Any:
+def to_optimizer_gradients(grads: Any, scale: LossScale | None) -> Any:
     """Returns gradients of JAX as optimizers expect them: float32, unscaled, conjugate."""
 
     def convert(grad: jax.Array) -> jax.Array:
-        grad = grad.astype(at_least_float32(grad))
+        grad = grad.astype(accumulation_dtype(grad))
         grad = grad if scale is None else grad / scale.scale
         return grad.conj() if jnp.iscomplexobj(grad) else grad
 
@@ -95,8 +95,8 @@ def skip_overflow(new: Any, old: Any, updates: Any, finite: jax.Array) -> tuple[
     Returns:
         The state, the updates (zero if they were undone), and the metrics of the scale.
     """
-    scale = old.loss_scale.after(finite)
+    scale = old.loss_scale.update(finite)
     skipped = ('params', 'opt_state', 'collections', 'ema')
-    new = dataclasses.replace(new.keeping(~finite, old, skipped), loss_scale=scale)
+    new = dataclasses.replace(new.revert_if(~finite, old, skipped), loss_scale=scale)
     metrics = {name: Last.from_model_output(value) for name, value in scale.metrics().items()}
     return new, choose(finite, updates, jax.tree.map(jnp.zeros_like, updates)), metrics

@@ -15,7 +15,7 @@ from optax import contrib
 from trainer import compat
 from trainer.config.errors import UserError
 from trainer.step.state import TrainState
-from trainer.step.views import holds
+from trainer.step.views import contains_state
 from trainer.tasks.task import ONLY_LOSS
 
 _WHERE = 'config.optimizer'
@@ -49,13 +49,15 @@ def arguments(objective: Objective, grads: Any, state: TrainState) -> dict[str, 
     names go only to those that are known to want them, because line searches refuse them.
     """
     value, function = objective.value, objective.function
-    if holds(state.opt_state, contrib.SAMState):  # Refuses all others.
+    if contains_state(state.opt_state, contrib.SAMState):  # Refuses all others.
         return {'grad_fn': lambda params, _: _gradient(function, params)}
     if isinstance(value, Mapping):
         value = _PerLoss(value)
     extra = {'value': value, 'grad': grads, 'value_fn': function}
     return (
-        {**extra, 'obj_fn': function} if holds(state.opt_state, contrib.HutchinsonState) else extra
+        {**extra, 'obj_fn': function}
+        if contains_state(state.opt_state, contrib.HutchinsonState)
+        else extra
     )
 
 
@@ -77,7 +79,7 @@ def _named(loss: Any, name: str) -> Any:
     return loss[name] if isinstance(loss, Mapping) else loss
 
 
-def of_loss(tx: optax.GradientTransformation, name: str | None) -> optax.GradientTransformation:
+def bind_loss(tx: optax.GradientTransformation, name: str | None) -> optax.GradientTransformation:
     """Returns an optimizer that is given the value of one of several losses, and its function."""
     if name is None:
         return tx
@@ -97,17 +99,19 @@ def of_loss(tx: optax.GradientTransformation, name: str | None) -> optax.Gradien
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def asks_more(losses: Sequence[str], opt_state: Any) -> bool:
+def needs_extra_arguments(losses: Sequence[str], opt_state: Any) -> bool:
     """Whether an optimizer takes other arguments than most, which `arguments` has.
 
     Args:
         losses: names of those that drive some parameters.
         opt_state: the optimizer's state, or its shapes.
     """
-    return losses != (ONLY_LOSS,) or holds(opt_state, (contrib.SAMState, contrib.HutchinsonState))
+    return losses != (ONLY_LOSS,) or contains_state(
+        opt_state, (contrib.SAMState, contrib.HutchinsonState)
+    )
 
 
-def update_without(
+def retry_update(
     error: Exception,
     update: Callable[..., tuple[Any, Any]],
     state: TrainState,
@@ -162,19 +166,19 @@ def _failure(error: Exception, state: TrainState) -> str:
     return (
         f'the optimizer failed: {type(error).__name__}: {text}. It is given the gradient of the '
         'batch, its own state, the parameters, and value, grad and value_fn. '
-        + masks * holds(state.opt_state, optax.MaskedState)
+        + masks * contains_state(state.opt_state, optax.MaskedState)
         + 'If it needs something else, call it in a step of your own: config.step'
     )
 
 
 def _what_is_missing(names: str, state: TrainState, found: Mapping[str, Any]) -> str:
     example = f'ctx.update(state, grads, {re.split(r"[ ,]", names)[0]}=...)'
-    if holds(state.opt_state, optax.MultiStepsState):
+    if contains_state(state.opt_state, optax.MultiStepsState):
         return (
             f'it needs {names}, which optax:MultiSteps cannot give it: that makes one update of '
             'several batches. Use config.accumulate instead of optax:MultiSteps'
         )
-    if holds(state.opt_state, contrib.SAMState):
+    if contains_state(state.opt_state, contrib.SAMState):
         return (
             f'it needs {names}, and optax.contrib:sam refuses it, which gets the same arguments as '
             'what it is chained with. Leave one of the two out'

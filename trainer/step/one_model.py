@@ -31,7 +31,7 @@ from trainer.step.health import Health, handles_non_finite
 from trainer.step.loss_scale import LossScale
 from trainer.step.state import TrainState
 from trainer.step.train_step import default_step, train_step, weighted_sums
-from trainer.tasks.batch import recording
+from trainer.tasks.batch import record_reads
 from trainer.tasks.runner import TaskRunner
 
 
@@ -65,51 +65,51 @@ class TrainStep:
         """Whether each step looks at all values for what is not finite."""
         return self.context.sweeps
 
-    def changed(self, **changes: Any) -> TrainStep:
+    def with_context(self, **changes: Any) -> TrainStep:
         """Returns the step with another context: `changes` are fields of `StepContext`."""
         return dataclasses.replace(self, context=dataclasses.replace(self.context, **changes))
 
-    def for_fields(
+    def with_fields(
         self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
     ) -> TrainStep:
         """Returns the step for batches with fields that stay on the host."""
-        return self.changed(task=self.task.without(kept, is_weighted))
+        return self.with_context(task=self.task.with_host_fields(kept, is_weighted))
 
-    def for_state(self, state: TrainState, whole: Any = None) -> TrainStep:
+    def with_state(self, state: TrainState, replicated: Any = None) -> TrainStep:
         """Returns the step for states with this structure.
 
         Args:
             state: arrays or their shapes.
-            whole: for each parameter whether it is replicated on every device; None: unknown.
+            replicated: for each parameter whether it is replicated on every device; None: unknown.
         """
         optimizer, opt_state = self.context.optimizer, state.opt_state
         facts = StateFacts(
             tx=optimizer.transformation(state.params),
-            frozen=optimizer.frozen(state.params),
-            whole=whole,
-            all_whole=whole is not None and all(jax.tree.leaves(whole)),
+            frozen=optimizer.frozen_mask(state.params),
+            replicated=replicated,
+            all_replicated=replicated is not None and all(jax.tree.leaves(replicated)),
             handles_non_finite=handles_non_finite(opt_state),
             scales_rates=bool(step_sizes.factors(opt_state)),
-            asks_more=objective.asks_more(optimizer.losses, opt_state),
+            needs_extra_arguments=objective.needs_extra_arguments(optimizer.losses, opt_state),
         )
-        return self.changed(facts=facts)
+        return self.with_context(facts=facts)
 
-    def placed(self, state: TrainState, mesh: Mesh) -> TrainState:
+    def state_specs(self, state: TrainState, mesh: Mesh) -> TrainState:
         """Returns the shapes and shardings of the state: those of one model."""
         return state
 
     def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
         """Returns the first state, from the shapes of a training batch."""
-        return meta.unbox(self.named_init(spec))
+        return meta.unbox(self.init_boxed(spec))
 
-    def named_init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
+    def init_boxed(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
         """Returns the first state, variables still in the boxes that name their dimensions."""
         context, optimizer = self.context, self.context.optimizer
         optimizer.check_learning_rates()
         # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
-        with recording():  # Fields read here, from zeros, need not be read in a step.
-            seen = self.task.prepared(batch)
+        with record_reads():  # Fields read here, from zeros, need not be read in a step.
+            seen = self.task.prepare_batch(batch)
             keys = Keys(seed=context.seed, mode='init')
             variables = dict(context.model.init(self.task.task, seen, keys))
         views.check_arrays(meta.unbox(variables))
@@ -123,11 +123,11 @@ class TrainStep:
             metrics=None,
             loss_scale=None if context.loss_scale is None else LossScale.of(context.loss_scale),
         )
-        state = self.restarted(state)
+        state = self.restart_optimizer(state)
         metrics = self.empty_metrics(meta.unbox(state), batch)
         return dataclasses.replace(state, params=named, metrics=metrics)
 
-    def restarted(self, state: TrainState) -> TrainState:
+    def restart_optimizer(self, state: TrainState) -> TrainState:
         """Returns the state with optimizer state and moving average as its parameters start them.
 
         Some optimizers keep a copy of the parameters, so this follows every change of these.
@@ -137,8 +137,8 @@ class TrainStep:
         return dataclasses.replace(
             state,
             opt_state=opt_state,
-            ema=None if self.context.ema_decay is None else ema.started(params),
-            health=Health.clean(params, opt_state) if self.context.watches else None,
+            ema=None if self.context.ema_decay is None else ema.init(params),
+            health=Health.clean(params, opt_state) if self.context.tracks_health else None,
         )
 
     def examine(self, state: TrainState) -> Health:
@@ -153,20 +153,20 @@ class TrainStep:
 
     def eval_params(self, state: TrainState) -> Any:
         """Returns the parameters that are evaluated: see `config.optimizer.eval_params`."""
-        return eval_point.evaluated(self.context.optimizer, state.params, state.opt_state)
+        return eval_point.compute_eval_params(self.context.optimizer, state.params, state.opt_state)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
         # The metrics of the state that is being made are not known yet, and not needed.
         state = dataclasses.replace(state, metrics=None)
-        context = self.for_state(state).context
+        context = self.with_state(state).context
         if self.function is default_step:
             output = step_metrics.output_shapes(weighted_sums, state, batch, context)
-            return step_metrics.empty(output, state, context)
+            return step_metrics.empty_metrics(output, state, context)
         with contextlib.suppress(Exception):
             # Captures and the guard run the task, whatever the custom step reads.
             output = step_metrics.output_shapes(weighted_sums, state, batch, context)
-            step_metrics.empty_of_task(output, self.task)
+            step_metrics.empty_task_metrics(output, self.task)
         # A new function object: with a cached trace, no reads would be recorded.
         run = functools.partial(custom_step.run, ctx=context, function=self.function)
         shapes = jax.eval_shape(lambda s, b: run(s, b), state, batch)

@@ -17,7 +17,7 @@ from trainer.config.errors import UserError
 from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 from trainer.step import views
-from trainer.step.objective import of_loss
+from trainer.step.objective import bind_loss
 from trainer.tasks.task import ONLY_LOSS
 
 Schedule = Callable[[Any], Any]
@@ -143,17 +143,17 @@ class Optimizer:
                 complex.
         """
         views.check_numbers(params)
-        tx = views.of_float32(self._bare(params), params)
+        tx = views.with_float32_view(self._without_float32_view(params), params)
         return optax.with_extra_args_support(tx)
 
-    def _bare(self, params: Any) -> optax.GradientTransformation:
+    def _without_float32_view(self, params: Any) -> optax.GradientTransformation:
         """Returns the transformation without the float32 view, as `state_of_base` expects it."""
         _check_decays(_paths(params), self.decay_mask, f'{self.path}.decay_mask')
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
         if self.base is None:
-            parts.append(self._grouped(params))
+            parts.append(self._combine_groups(params))
         else:
-            parts.append(views.of_real_numbers(self.base, params))
+            parts.append(views.with_real_view(self.base, params))
         if self.lr_multipliers:
             where = f'{self.path}.lr_multipliers'
             parts.append(_scale_each(_multipliers(params, self.lr_multipliers, where)))
@@ -178,7 +178,7 @@ class Optimizer:
             return opt_state
         return opt_state[0 if self.clip_norm is None else 1]
 
-    def frozen(self, params: Any) -> Any:
+    def frozen_mask(self, params: Any) -> Any:
         """Returns for each parameter whether it is frozen."""
         return RegexMask(self.freeze)(params)
 
@@ -194,7 +194,7 @@ class Optimizer:
             self.freeze_statistics, paths, where, 'no variable beside the parameters'
         )
 
-    def held(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    def keep_frozen_statistics(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         """Returns the new collections with the old values of what `freeze_statistics` matches."""
         if not self.freeze_statistics:
             return new
@@ -282,7 +282,7 @@ class Optimizer:
                 f'{self.path}.groups names it. Return it among the metrics, or name it in a group'
             )
 
-    def _grouped(self, params: Any) -> optax.GradientTransformation:
+    def _combine_groups(self, params: Any) -> optax.GradientTransformation:
         owners = self.owners(params)
 
         def labels(tree: Any) -> Any:
@@ -297,7 +297,7 @@ class Optimizer:
 
         return optax.multi_transform(
             {
-                name: of_loss(group.optimizer._bare(members(name)), group.loss)
+                name: bind_loss(group.optimizer._without_float32_view(members(name)), group.loss)
                 for name, group in self.groups.items()
             },
             labels,

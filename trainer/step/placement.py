@@ -30,7 +30,7 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
     shardings: dict[str, Any] = dict(
         step=everywhere,
         params=params,
-        opt_state=_like_params(abstract.opt_state, abstract.params, params, everywhere),
+        opt_state=_match_params(abstract.opt_state, abstract.params, params, everywhere),
         collections=whole(abstract.collections),
         metrics=whole(abstract.metrics),
         ema=None if abstract.ema is None else params,
@@ -40,7 +40,7 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
     return TrainState(**shardings)
 
 
-def _like_params(tree: Any, params: Any, shardings: Any, default: NamedSharding) -> Any:
+def _match_params(tree: Any, params: Any, shardings: Any, default: NamedSharding) -> Any:
     """Gives each leaf of `tree` the sharding of the parameter that its path ends with.
 
     An optimizer keeps a slot of parameter a/b at .../mu/a/b; `optax.tree_map_params` would say so

@@ -24,7 +24,7 @@ from trainer.config.objects import place
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.modules import seen
-from trainer.modules.nnx_bridge import names_for_rules
+from trainer.modules.nnx_bridge import allow_names_for_rules
 from trainer.modules.shapes import changes, describe
 from trainer.parallel.mesh import batch_sharding, replicated
 from trainer.parallel.sharding import Rule, named_axes, param_specs
@@ -32,7 +32,7 @@ from trainer.step.context import Batch
 from trainer.step.health import Health
 from trainer.step.placement import state_shardings
 from trainer.step.state import TrainState
-from trainer.tasks.batch import plain, recording
+from trainer.tasks.batch import plain, record_reads
 from trainer.tasks.returned import name_of
 from trainer.tasks.runner import TaskRunner
 
@@ -49,7 +49,7 @@ class Program:
 
     Attributes:
         name: what messages call it.
-        compile_secs: time that tracing and compiling took, once `ready()`.
+        compile_secs: time that tracing and compiling took, once `executable()`.
         compiles: number of compilations so far.
     """
 
@@ -80,8 +80,8 @@ class Program:
         # What traces and dumps call it: 'train_step'.
         run.__name__ = re.sub(r'\W+', '_', name.removeprefix('the ')).strip('_')
         self._jitted = jax.jit(run, **jit)
-        self._abstract = jax.tree.map(_shape_of, arguments)
-        self._virtual = _on_virtual_devices(self._abstract)
+        self._abstract = jax.tree.map(_shape_spec, arguments)
+        self._virtual = _uses_virtual_devices(self._abstract)
         self._calls = 0
         self._future: concurrent.futures.Future[jax.stages.Compiled] | None = None
         self._compiled: Any = None
@@ -96,7 +96,7 @@ class Program:
             self._future = _compiler.submit(self._compile, self._lower())
         return self
 
-    def ready(self) -> jax.stages.Compiled:
+    def executable(self) -> jax.stages.Compiled:
         """Waits for the compiler and returns the executable."""
         if self._compiled is None:
             self.start()
@@ -107,7 +107,7 @@ class Program:
     def temporary_bytes(self) -> int | None:
         """Returns the compiler's count of the bytes of temporaries, None if it has none."""
         try:
-            analysis = self.ready().memory_analysis()
+            analysis = self.executable().memory_analysis()
         except jax.errors.JaxRuntimeError:
             return None
         return None if analysis is None else int(analysis.temp_size_in_bytes)
@@ -128,20 +128,20 @@ class Program:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the program. Shapes or dtypes that changed compile it again, with a warning."""
-        compiled = self._compiled or self.ready()
+        compiled = self._compiled or self.executable()
         try:
-            return self._limited(compiled(*args))
+            return self._wait_if_due(compiled(*args))
         except TypeError:
             found = changes(self._abstract, args)
             if not found:
                 raise
         _log.warning('%s compiles again, because its arguments changed: %s', self.name, found)
-        self._abstract = jax.tree.map(_shape_of, args)
+        self._abstract = jax.tree.map(_shape_spec, args)
         self._compiled = self._compile(self._lower())
         self._calls = 0
-        return self._limited(self._compiled(*args))
+        return self._wait_if_due(self._compiled(*args))
 
-    def _limited(self, result: Any) -> Any:
+    def _wait_if_due(self, result: Any) -> Any:
         """Waits for the first call, and now and then where calls may not pile up.
 
         What fails for want of memory mostly fails in the first one, and is said here, before anyone
@@ -184,25 +184,25 @@ class StepKind(Protocol):
     def sweeps(self) -> bool:
         """Whether each step looks at all values for what is not finite."""
 
-    def changed(self, **changes: Any) -> Self:
+    def with_context(self, **changes: Any) -> Self:
         """Returns the step with another context: `changes` are fields of `StepContext`."""
 
-    def for_fields(self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None) -> Self:
+    def with_fields(self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None) -> Self:
         """Returns the step for batches with fields that stay on the host."""
 
-    def for_state(self, state: TrainState, whole: Any = None) -> Self:
+    def with_state(self, state: TrainState, replicated: Any = None) -> Self:
         """Returns the step for states of one model with this structure."""
 
-    def placed(self, state: TrainState, mesh: Mesh) -> TrainState:
+    def state_specs(self, state: TrainState, mesh: Mesh) -> TrainState:
         """Returns the shapes and shardings of the whole state, from those of one model's."""
 
-    def named_init(self, spec: Mapping[str, Any]) -> TrainState:
+    def init_boxed(self, spec: Mapping[str, Any]) -> TrainState:
         """Returns the first state of one model, variables in the boxes that name dimensions."""
 
     def init(self, spec: Mapping[str, Any]) -> TrainState:
         """Returns the first state, from the shapes of a training batch."""
 
-    def restarted(self, state: TrainState) -> TrainState:
+    def restart_optimizer(self, state: TrainState) -> TrainState:
         """Returns the state with the rest of it as its parameters start them."""
 
     def examine(self, state: TrainState) -> Health:
@@ -249,19 +249,19 @@ class Programs:
         self._tracing = functools.partial(named_axes, sharding, mesh)
         fields = Fields.from_spec(spec, 'config.data')
         self._shapes = fields.shapes
-        self._first_step = train_step.for_fields(fields.host_fields())
-        with self._tracing(), recording() as reads:
+        self._first_step = train_step.with_fields(fields.host_fields())
+        with self._tracing(), record_reads() as reads:
             named = _init_shapes(self._first_step, self._shapes)
         self.fields = fields.with_sent(reads.names)
-        train_step = train_step.for_fields(self.fields.host_fields(), reads.weighted)
+        train_step = train_step.with_fields(self.fields.host_fields(), reads.weighted)
         shapes = meta.unbox(named)
-        with names_for_rules():
+        with allow_names_for_rules():
             names = nn.get_partition_spec(named.params)
         specs = param_specs(shapes.params, names, sharding, mesh)
-        one: TrainState = jax.tree.map(_abstract, shapes, state_shardings(shapes, specs, mesh))
-        whole = jax.tree.map(lambda leaf: leaf.sharding.is_fully_replicated, one.params)
-        self._train_step = train_step.for_state(one, whole)
-        self.abstract = train_step.placed(one, mesh)
+        one: TrainState = jax.tree.map(_to_spec, shapes, state_shardings(shapes, specs, mesh))
+        replicated = jax.tree.map(lambda leaf: leaf.sharding.is_fully_replicated, one.params)
+        self._train_step = train_step.with_state(one, replicated)
+        self.abstract = train_step.state_specs(one, mesh)
 
     @property
     def sweeps(self) -> bool:
@@ -277,7 +277,7 @@ class Programs:
             (self.abstract, self._batch(batch_sharding(self._mesh))),
             tracing=self._tracing,
             donate_argnums=0,
-            keep_unused=_in_place(self._mesh),
+            keep_unused=_keeps_unused_arguments(self._mesh),
             out_shardings=self._shardings,
         )
 
@@ -297,7 +297,7 @@ class Programs:
             (self.abstract, self._batch(stacked, (self._fused_steps,))),
             tracing=self._tracing,
             donate_argnums=0,
-            keep_unused=_in_place(self._mesh),
+            keep_unused=_keeps_unused_arguments(self._mesh),
             out_shardings=self._shardings,
         )
 
@@ -313,11 +313,11 @@ class Programs:
         )
 
     @functools.cached_property
-    def restarted(self) -> Program:
+    def restart_optimizer(self) -> Program:
         """The first state with other variables: `state -> state`, donating the state."""
         return Program(
             'the program that makes the optimizer state',
-            self._train_step.restarted,
+            self._train_step.restart_optimizer,
             (self.abstract,),
             tracing=self._tracing,
             donate_argnums=0,
@@ -374,9 +374,9 @@ class Programs:
         """Returns the jaxpr of one update with another model of the same variables.
 
         Args:
-            model: called as `model.bind(...)`, such as a `trainer.modules.functional.Tapped`.
+            model: called as `model.bind(...)`, such as a `RecordedModel` (`modules.functional`).
         """
-        step = self._train_step.changed(model=model).update
+        step = self._train_step.with_context(model=model).update
         with self._tracing():
             return jax.make_jaxpr(step)(self.abstract, self._batch(batch_sharding(self._mesh)))
 
@@ -397,11 +397,11 @@ class Programs:
 
 
 def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
-    """Returns the shapes of `named_init`; whatever the model objects to, the batch is shown too."""
+    """Returns the shapes of `init_boxed`; whatever the model objects to, the batch is shown too."""
     try:
-        with seen.explaining():
+        with seen.explain_errors():
             # A new function object: with a cached trace, no reads would be recorded.
-            return jax.eval_shape(lambda spec: train_step.named_init(spec), spec)
+            return jax.eval_shape(lambda spec: train_step.init_boxed(spec), spec)
     except HostFieldError as error:
         raise UserError(f'config.data: {error}') from error
     except UserError:
@@ -413,7 +413,7 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
                 f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
             ) from error
         if axis := compat.unbound_axis(error):
-            raise UserError(_of_unbound(axis, error)) from error
+            raise UserError(_unbound_axis_message(axis, error)) from error
         if wrong := compat.wrong_rank(error):
             raise UserError(
                 f'the model or the task asks for the sharding {wrong[0]} of an array that has '
@@ -424,13 +424,13 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
             ) from error
         task, fields = train_step.task, spec
         with contextlib.suppress(Exception):  # It may be a transform that has failed.
-            fields = jax.eval_shape(lambda batch: plain(task.prepared(batch)), spec)
+            fields = jax.eval_shape(lambda batch: plain(task.prepare_batch(batch)), spec)
         batch = ', '.join(f'{name}: {describe(x)}' for name, x in fields.items())
         error.add_note(f'The task {name_of(task.task)} was called with the batch {batch}')
         raise
 
 
-def _of_unbound(axis: str, error: Exception) -> str:
+def _unbound_axis_message(axis: str, error: Exception) -> str:
     """Returns what is said of a collective over an axis that no transformation has bound."""
     mesh = jax.sharding.get_abstract_mesh()
     of = 'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
@@ -444,11 +444,11 @@ def _of_unbound(axis: str, error: Exception) -> str:
     )
 
 
-def _abstract(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _to_spec(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def _in_place(mesh: Mesh) -> bool:
+def _keeps_unused_arguments(mesh: Mesh) -> bool:
     """Returns whether a step keeps arguments that nothing reads: for speed alone, not on CPUs.
 
     JAX matches donated arguments to results by shape, in order. Without those that nothing reads
@@ -461,14 +461,14 @@ def _in_place(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform != 'cpu'
 
 
-def _on_virtual_devices(abstract: Any) -> bool:
+def _uses_virtual_devices(abstract: Any) -> bool:
     shardings = [x.sharding for x in jax.tree.leaves(abstract) if x.sharding is not None]
     return any(
         len(s.device_set) > 1 and next(iter(s.device_set)).platform == 'cpu' for s in shardings
     )
 
 
-def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+def _shape_spec(x: Any) -> jax.ShapeDtypeStruct:
     # An array that was never put anywhere goes where the program wants it.
     placed = getattr(x, 'committed', True)
     return jax.ShapeDtypeStruct(

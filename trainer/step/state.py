@@ -57,7 +57,7 @@ class TrainState:
             return None
         return jax.tree.map(_in_dtype_of, self.params, self.ema)
 
-    def keeping(self, condition: jax.Array, old: TrainState, fields: Sequence[str]) -> TrainState:
+    def revert_if(self, condition: jax.Array, old: TrainState, fields: Sequence[str]) -> TrainState:
         """Returns the state with the values of another in some fields where a condition holds.
 
         Args:

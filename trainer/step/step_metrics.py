@@ -55,7 +55,7 @@ def output_shapes(
     return jax.eval_shape(run, dataclasses.replace(state, metrics=None), batch)
 
 
-def empty_of_task(output: TaskOutput, task: TaskRunner) -> dict[str, Any]:
+def empty_task_metrics(output: TaskOutput, task: TaskRunner) -> dict[str, Any]:
     """Returns accumulators that have seen nothing for what `measure` returns of such an output."""
     return {
         'task': task.empty(output),
@@ -64,9 +64,9 @@ def empty_of_task(output: TaskOutput, task: TaskRunner) -> dict[str, Any]:
     }
 
 
-def empty(output: TaskOutput, state: TrainState, ctx: StepContext) -> dict[str, Any]:
+def empty_metrics(output: TaskOutput, state: TrainState, ctx: StepContext) -> dict[str, Any]:
     """Returns accumulators that have seen nothing for the metrics of a default step."""
-    found = empty_of_task(output, ctx.task)
+    found = empty_task_metrics(output, ctx.task)
     del found[SIGNS]
     found['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
     rates = functools.partial(learning_rates, ctx.optimizer)
@@ -100,7 +100,7 @@ def step_metrics(
             old=old.params,
             new=new.params,
             frozen=ctx.facts.frozen,
-            whole=ctx.facts.whole,
+            replicated=ctx.facts.replicated,
             due=due,
         )
     }
@@ -139,7 +139,7 @@ def norms(
     new: Any,
     frozen: Any,
     due: jax.Array | None,
-    whole: Any = None,
+    replicated: Any = None,
 ) -> dict[str, jax.Array]:
     """Returns the float32 norms 'grad', 'param' and 'update' of one step.
 
@@ -151,15 +151,15 @@ def norms(
         frozen: for each parameter whether it is left out of 'grad' and 'update'.
         due: whether anyone will look at this step's; else they are 0, and cost next to nothing.
             None: always.
-        whole: for each parameter whether no device holds only a part of it; None: unknown.
+        replicated: for each parameter whether no device holds only a part of it; None: unknown.
     """
     trees = (grads, updates, old, new, frozen)
     leaves = [_Leaf(*x) for x in zip(*map(jax.tree.leaves, trees), strict=True)]
-    squares = _joined(leaves, whole) if due is None else _if_due(due, leaves)
+    squares = _batched_squares(leaves, replicated) if due is None else _squares_if_due(due, leaves)
     return dict(zip(('grad', 'param', 'update'), jnp.sqrt(squares), strict=True))
 
 
-def _if_due(due: jax.Array, leaves: list[_Leaf]) -> jax.Array:
+def _squares_if_due(due: jax.Array, leaves: list[_Leaf]) -> jax.Array:
     """Returns the squares of gradient, parameters and update where `due` holds, or zeros.
 
     For speed alone, and on CPUs alone: on an accelerator a branch costs more than the norms.
@@ -179,14 +179,14 @@ def _if_due(due: jax.Array, leaves: list[_Leaf]) -> jax.Array:
     return functools.reduce(jnp.add, found)
 
 
-def _joined(leaves: list[_Leaf], whole: Any) -> jax.Array:
+def _batched_squares(leaves: list[_Leaf], replicated: Any) -> jax.Array:
     """Returns the squares of gradient, parameters and update.
 
     For speed alone: small arrays share one kernel, which on an accelerator takes less time than it
     takes to start.
     """
     # Arrays that are sharded stay alone, or they would be gathered.
-    each = [False] * len(leaves) if whole is None else jax.tree.leaves(whole)
+    each = [False] * len(leaves) if replicated is None else jax.tree.leaves(replicated)
     groups: dict[bool, list[_Leaf]] = {True: [], False: []}
     for leaf, all_of_it in zip(leaves, each, strict=True):
         groups[all_of_it and leaf.new.size <= _LARGE].append(leaf)
@@ -205,7 +205,7 @@ def _squares(leaves: list[_Leaf], *, at_once: bool = False) -> jax.Array:
     sums = []
     for arrays in ([leaf.grad for leaf in trained], [leaf.new for leaf in leaves], updates):
         total = jnp.float32(0)
-        for x in [_concatenated(arrays)] if at_once and arrays else arrays:
+        for x in [_concatenate(arrays)] if at_once and arrays else arrays:
             squares = []
             for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
                 part, dims = part.astype(jnp.float32), tuple(range(part.ndim))
@@ -218,7 +218,7 @@ def _squares(leaves: list[_Leaf], *, at_once: bool = False) -> jax.Array:
     return jnp.stack(sums)
 
 
-def _concatenated(arrays: Sequence[jax.Array]) -> jax.Array:
+def _concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
     parts = [p for x in arrays for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
     return jnp.concatenate([x.astype(jnp.float32).ravel() for x in parts])
 

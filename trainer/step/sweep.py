@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of all parameters and slots for values that are not finite, after an update."""
+"""Checks all parameters and optimizer slots for non-finite values after an update."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from trainer.step.state import TrainState
 
 
 def check(state: TrainState, ctx: StepContext) -> Health:
-    """Returns the health of a state after looking at its parameters and slots."""
+    """Returns the health of a state after checking its parameters and slots."""
     assert state.health is not None
-    whole = ctx.facts is not None and ctx.facts.all_whole
-    return check_arrays(state.health, state.params, state.opt_state, state.step, whole=whole)
+    replicated = ctx.facts is not None and ctx.facts.all_replicated
+    return check_arrays(
+        state.health, state.params, state.opt_state, state.step, replicated=replicated
+    )
 
 
 def check_update(new: TrainState, old: TrainState, ctx: StepContext) -> TrainState:
     """Returns the new state with its health, or with the old values if `undoes` says so.
 
     Args:
-        new: after the update.
-        old: before it.
+        new: the state after the update.
+        old: the state before the update.
         ctx: of the step.
     """
     health = check(new, ctx)
     if ctx.undoes:
-        new = new.keeping(health.is_bad, old, UPDATED)
+        new = new.revert_if(health.is_bad, old, UPDATED)
     return dataclasses.replace(new, health=health)

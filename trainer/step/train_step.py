@@ -11,9 +11,9 @@
         params = optax.apply_updates(state.params, updates)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), accuracy
 
-The rest is for batches with padding or weights (the mean is over what counts), for metrics that
-accumulate on the devices, and for updates that stop when a value is not finite. What a config may
-add is in other files: `accumulation`, `loss_scale`, `weighted`, `custom_step`, and ensembles.
+The rest handles batches with padding or weights (the mean is weighted), metrics that accumulate on
+the devices, and updates that stop when a value is not finite. Optional features are in modules of
+their own: `accumulation`, `loss_scale`, `weighted`, `custom_step`, and the package `ensemble`.
 """
 
 from __future__ import annotations
@@ -36,15 +36,17 @@ from trainer.step.objective import Objective
 from trainer.step.state import TrainState
 from trainer.step.step_metrics import measure, step_metrics
 from trainer.tasks.metrics import merge_metrics
-from trainer.tasks.runner import inverse, loss_sums
+from trainer.tasks.runner import loss_sums, safe_inverse
 from trainer.tasks.task import ONLY_LOSS
 
 
 def default_step(
     state: TrainState, batch: Batch, ctx: StepContext
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The step of a config without `step`: one gradient, one update."""
+    """Computes one gradient and makes one update: the step of a config without `step`."""
     grads, collections, metrics, loss = gradients(state, batch, ctx)
+    # The findings of the forward pass travel as a metric, so that micro-batches merge them. They
+    # are no metric of a row.
     signs = metrics.pop(SIGNS)
     state, more = apply_update(state, grads, collections, ctx, signs=signs, loss=loss)
     return state, {**metrics, **more}
@@ -53,13 +55,16 @@ def default_step(
 def train_step(
     state: TrainState, batch: Batch, ctx: StepContext, function: StepFunction = default_step
 ) -> TrainState:
-    """Returns the state after one step, its metrics added to those since the last row."""
+    """Returns the state after one step, its metrics merged into those since the last row."""
+    # Without the accumulated metrics, so that no step function can depend on when rows are logged.
     before = dataclasses.replace(state, metrics=None)
     new, metrics = function(before, batch, ctx)
     if ctx.optimizer.freeze_statistics:
-        collections = ctx.optimizer.held(state.collections, new.collections)
+        # Here and not in `apply_update`, so that it holds for a custom step too.
+        collections = ctx.optimizer.keep_frozen_statistics(state.collections, new.collections)
         new = dataclasses.replace(new, collections=collections)
-    if ctx.watches and ctx.stops and ctx.sweeps:
+    # Last, because it looks at the parameters and optimizer slots that the step has written.
+    if ctx.tracks_health and ctx.stops and ctx.sweeps:
         new = sweep.check_update(new, before, ctx)
     return dataclasses.replace(new, metrics=merge_metrics(state.metrics, metrics))
 
@@ -67,13 +72,13 @@ def train_step(
 def gradients(
     state: TrainState, batch: Batch, ctx: StepContext
 ) -> tuple[Any, dict[str, Any], dict[str, Any], Objective]:
-    """Returns the gradient of the batch's loss, the new collections, metrics, and the loss itself.
+    """Returns the gradient of the batch's loss, the new collections, the metrics, and the loss.
 
     The loss is the weighted mean over the global batch, plus the penalties. With several losses,
-    each parameter gets the gradient of its own loss. Under a loss scale the backward pass is of the
-    scaled loss; what is returned is not scaled. Gradients of half-precision parameters are float32:
-    after unscaling, small ones would underflow in float16. Those of complex parameters are the
-    conjugate of what JAX returns.
+    each parameter gets the gradient of its own loss. With a loss scale, the backward pass
+    differentiates the scaled loss, and the returned gradients are unscaled. Gradients of
+    half-precision parameters are float32, because small ones would underflow in float16 once they
+    are unscaled. Gradients of complex parameters are the conjugates of what JAX returns.
     """
     scale = jnp.ones((), jnp.float32) if state.loss_scale is None else state.loss_scale.scale
     if ctx.accumulate > 1:
@@ -81,22 +86,27 @@ def gradients(
             weighted_sums, state, batch, scale, ctx
         )
     else:
+        # `jax.vjp` of the sums, not `value_and_grad` of the mean: the loss scale and the inverse
+        # weights enter as cotangents, and with several losses each one gets its own backward pass.
         sums_at = functools.partial(weighted_sums, state=state, batch=batch, ctx=ctx)
         sums, pullback, (output, collections, weights) = jax.vjp(
             sums_at, state.params, has_aux=True
         )
-        shares = {name: inverse(weight) for name, weight in weights.items()}
+        shares = {name: safe_inverse(weight) for name, weight in weights.items()}
         factors = {name: scale * share for name, share in shares.items()}
         if len(factors) == 1 and ctx.task.is_weighted is False:
-            (grads,) = pullback((factors, scale))
+            (grads,) = pullback((factors, scale))  # One loss, every example counts.
         else:
             grads = weighted.pull_each(pullback, factors, scale, weights, ctx)
-            collections = weighted.if_any_counts(weights, collections, state, ctx)
+            collections = weighted.select_collections(weights, collections, state, ctx)
         metrics = measure(output, sums, ctx.task)
         losses = {name: total * shares[name] + sums[1] for name, total in sums[0].items()}
         value = losses[ONLY_LOSS] if tuple(losses) == (ONLY_LOSS,) else losses
+    # Also for complex parameters without a loss scale: optimizers expect conjugate gradients.
     if state.loss_scale is not None or any(g.dtype != jnp.float32 for g in jax.tree.leaves(grads)):
-        grads = loss_scale.as_optimizers_expect(grads, state.loss_scale)
+        grads = loss_scale.to_optimizer_gradients(grads, state.loss_scale)
+    # For optimizers that evaluate the loss at other parameters (line searches, SAM). Others ignore
+    # it, and nothing is traced.
     loss_at = functools.partial(accumulation.loss_at, weighted_sums, state, batch, ctx)
     return grads, collections, metrics, Objective(value, loss_at)
 
@@ -104,17 +114,27 @@ def gradients(
 def weighted_sums(
     params: Any, state: TrainState, batch: Batch, ctx: StepContext, index: Any = 0
 ) -> tuple[Any, Any]:
-    """Runs the task on a batch, or on a slice of one.
+    """Runs the task on a batch, or on a micro-batch of it.
+
+    Args:
+        params: the parameters to differentiate.
+        state: everything else that the model reads.
+        batch: arrays (rows, ...).
+        ctx: of the step.
+        index: number of the micro-batch, so that each one draws its own random numbers.
 
     Returns:
-        What is differentiated: each loss's sum of weight x value, and the sum of the penalties.
-        And what comes with it: the task's output, the new collections, each loss's sum of weights.
+        The values that are differentiated: the sum of weight x value of each loss, and the sum of
+        the penalties. And the auxiliary values: the task's output, the new collections, and the sum
+        of weights of each loss.
     """
     keys = Keys(seed=ctx.seed, mode='train', step=state.step, index=index)
     average = None if state.ema is None else state.average
     model = ctx.model.bind({'params': params, **state.collections}, keys, ema=average)
     output = ctx.task(model, batch)
-    if ctx.task.is_weighted is None:  # While the shapes are traced, before anything is compiled.
+    if ctx.task.is_weighted is None:
+        # `is_weighted` is known once the shapes were traced. So this runs in that first trace, and
+        # mistakes in a task are reported before anything is compiled.
         weighted.check_losses(output, ctx.optimizer)
     totals, weights, penalties = loss_sums(output)
     return (totals, penalties), (output, model.own_collections, weights)
@@ -133,24 +153,25 @@ def apply_update(
     """Returns the state after the optimizer's update, and its norms and learning rates.
 
     Args:
-        state: before the update.
-        grads: as `gradients` returns them.
-        collections: all variables that are not parameters, after the forward pass.
+        state: the state before the update.
+        grads: the gradients, as `gradients` returns them.
+        collections: all variables but the parameters, after the forward pass.
         ctx: of the step.
-        signs: what was found in the forward pass.
-        loss: that the gradients are of, for optimizers that ask for its value.
-        extra: arguments of the optimizer by name, from a step of the user's.
+        signs: the findings of the forward pass.
+        loss: the loss that was differentiated, for optimizers that take its value.
+        extra: further arguments of the optimizer by name, from a custom step.
     """
     assert ctx.facts is not None
     given = {} if loss is None else {'value': loss.value, 'grad': grads, 'value_fn': loss.function}
-    if loss is not None and ctx.facts.asks_more:
+    if loss is not None and ctx.facts.needs_extra_arguments:
         given = objective.arguments(loss, grads, state)
     extra = {} if extra is None else extra
     update = functools.partial(ctx.facts.tx.update, grads, state.opt_state, state.params)
     try:
         updates, opt_state = update(**{**given, **extra})
     except Exception as error:
-        updates, opt_state = objective.update_without(error, update, state, given, extra)
+        # While tracing: some optimizers reject extra arguments, and errors of optax name no config.
+        updates, opt_state = objective.retry_update(error, update, state, given, extra)
     new = dataclasses.replace(
         state,
         step=state.step + 1,
@@ -159,15 +180,18 @@ def apply_update(
         collections=collections,
     )
     if ctx.ema_decay is not None:
-        new = dataclasses.replace(new, ema=ema.moved(state.ema, new.params, ctx.ema_decay))
+        new = dataclasses.replace(new, ema=ema.update(state.ema, new.params, ctx.ema_decay))
     metrics: dict[str, Any] = {}
+    # Checked once for both users below. Otherwise no step pays for a pass over all gradients.
     finite = None
     if ctx.sweeps or state.loss_scale is not None:
-        finite = all_finite(grads, whole=ctx.facts.all_whole)
+        finite = all_finite(grads, replicated=ctx.facts.all_replicated)
+    # Before the health check: the scale skips an overflow, which is not a failure of the run.
     if finite is not None and state.loss_scale is not None:
         new, updates, metrics = loss_scale.skip_overflow(new, state, updates, finite)
     if state.health is not None:
         new = skip_if_not_finite(new, state, signs, finite, ctx)
+    # After both, so that the logged norms are those of the update that the state got.
     return new, {**metrics, **step_metrics(state, new, grads, updates, ctx)}
 
 
@@ -178,28 +202,31 @@ def skip_if_not_finite(
     finite: jax.Array | None,
     ctx: StepContext,
 ) -> TrainState:
-    """Returns the new state, or the old values from the first step on that is not finite.
+    """Returns the new state; from the first non-finite step on, the old values.
 
     Args:
-        new: after the update.
-        old: before it.
-        signs: what was found in the forward pass; None if that was not looked at.
-        finite: bool scalar, whether all gradients are; None if they were not looked at.
+        new: the state after the update.
+        old: the state before the update.
+        signs: the findings of the forward pass; None if it was not checked.
+        finite: bool scalar, whether all gradients are finite; None if they were not checked.
         ctx: of the step.
     """
     assert old.health is not None and ctx.facts is not None
     health, step = old.health, old.step + 1
-    # Where the optimizer or the loss scale has a rule for them, losses may be non-finite.
+    # A non-finite loss is no failure if the optimizer or the loss scale handles it.
     excused = ctx.facts.handles_non_finite or old.loss_scale is not None
     if signs is not None:
-        health = health.flagged(signs.label > 0, LABELS + signs.label - 1, step, signs.value)
+        # Labels first: a label out of range explains a NaN loss, and the first flag is kept.
+        health = health.with_flag(signs.label > 0, LABELS + signs.label - 1, step, signs.value)
         if ctx.stops and not excused:
-            health = health.flagged(~jnp.isfinite(signs.losses), LOSS, step)
+            health = health.with_flag(~jnp.isfinite(signs.losses), LOSS, step)
     if not ctx.stops:
         return dataclasses.replace(new, health=health)
     if finite is not None:
         health = check_gradients(health, finite, step, old.loss_scale, excused=excused)
+    # Without a sweep (on CPUs), the slots advance: keeping the old ones would copy them each step.
     fields = UPDATED if ctx.sweeps else tuple(name for name in UPDATED if name != 'opt_state')
+    # `health.is_bad` is sticky, so every later step keeps the old values too.
     keep = functools.partial(jax.tree.map, functools.partial(jnp.where, health.is_bad))
     kept = {name: keep(getattr(old, name), getattr(new, name)) for name in fields}
     return dataclasses.replace(new, **kept, health=health)

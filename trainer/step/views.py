@@ -17,7 +17,7 @@ import optax
 from trainer.config.errors import UserError
 from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
-from trainer.modules.precision import at_least_float32
+from trainer.modules.precision import accumulation_dtype
 
 
 class RealAndImaginary(NamedTuple):
@@ -42,9 +42,9 @@ def is_complex(x: Any) -> bool:
     return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.complexfloating)
 
 
-def in_float32(tree: Any) -> Any:
+def to_float32(tree: Any) -> Any:
     """Returns the tree with half-precision leaves in float32."""
-    return jax.tree.map(lambda x: x.astype(at_least_float32(x)), tree)
+    return jax.tree.map(lambda x: x.astype(accumulation_dtype(x)), tree)
 
 
 def split(tree: Any) -> Any:
@@ -52,41 +52,43 @@ def split(tree: Any) -> Any:
     return jax.tree.map(lambda x: RealAndImaginary(x.real, x.imag) if is_complex(x) else x, tree)
 
 
-def merged(tree: Any) -> Any:
+def merge(tree: Any) -> Any:
     """Returns the tree with pairs merged to complex arrays; undoes `split`."""
-    return jax.tree.map(_merge, tree, is_leaf=is_pair)
+    return jax.tree.map(_merge_pair, tree, is_leaf=is_pair)
 
 
-def _merge(x: Any) -> Any:
+def _merge_pair(x: Any) -> Any:
     if not is_pair(x):
         return x
     floats = [hasattr(part, 'dtype') and jnp.issubdtype(part.dtype, jnp.floating) for part in x]
     if not all(floats):
         return x  # A count, or masked out.
-    return jax.lax.complex(*(part.astype(at_least_float32(part)) for part in x))
+    return jax.lax.complex(*(part.astype(accumulation_dtype(part)) for part in x))
 
 
-def of_float32(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+def with_float32_view(
+    tx: optax.GradientTransformation, params: Any
+) -> optax.GradientTransformation:
     """Returns an optimizer that works in float32 for half-precision parameters.
 
     Its updates are float32, too: `optax.apply_updates` adds in float32, and rounds the sum.
     """
-    if not any(x.dtype != at_least_float32(x) for x in jax.tree.leaves(params)):
+    if not any(x.dtype != accumulation_dtype(x) for x in jax.tree.leaves(params)):
         return tx
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
-        return inner.init(in_float32(params))
+        return inner.init(to_float32(params))
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
         if 'grad' in more:
-            more['grad'] = in_float32(more['grad'])
-        return inner.update(in_float32(updates), state, in_float32(params), **more)
+            more['grad'] = to_float32(more['grad'])
+        return inner.update(to_float32(updates), state, to_float32(params), **more)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def of_real_numbers(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+def with_real_view(tx: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
     """Returns an optimizer that sees each complex parameter as two real ones.
 
     Like `optax.contrib.split_real_and_imaginary`, but its state for a complex parameter is complex
@@ -97,16 +99,16 @@ def of_real_numbers(tx: optax.GradientTransformation, params: Any) -> optax.Grad
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> Any:
-        return merged(inner.init(split(params)))
+        return merge(inner.init(split(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
         updates, state = inner.update(split(updates), split(state), split(params), **split(more))
-        return merged(updates), merged(state)
+        return merge(updates), merge(state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def completed(tree: Any, params: Any) -> Any:
+def complete_params(tree: Any, params: Any) -> Any:
     """Returns parameters for the model from those that an optimizer sees of them.
 
     Args:
@@ -119,7 +121,7 @@ def completed(tree: Any, params: Any) -> Any:
     """
 
     def complete(new: Any, old: jax.Array) -> jax.Array:
-        return old if isinstance(new, optax.MaskedNode) else _merge(new).astype(old.dtype)
+        return old if isinstance(new, optax.MaskedNode) else _merge_pair(new).astype(old.dtype)
 
     def is_leaf(x: Any) -> bool:
         return is_pair(x) or isinstance(x, optax.MaskedNode)
@@ -176,7 +178,7 @@ def check_numbers(params: Any) -> None:
         )
 
 
-def holds(opt_state: Any, kind: type | tuple[type, ...]) -> bool:
+def contains_state(opt_state: Any, kind: type | tuple[type, ...]) -> bool:
     """Whether an optimizer state contains a state of this type."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return any(isinstance(x, kind) for x in nodes)

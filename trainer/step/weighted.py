@@ -74,7 +74,7 @@ def pull_each(
     )
 
 
-def if_any_counts(
+def select_collections(
     weights: Mapping[str, jax.Array],
     collections: dict[str, Any],
     state: TrainState,

@@ -12,7 +12,7 @@ from trainer.tasks.checks import Check
 from trainer.tasks.runner import is_out_of_range
 
 
-def complain(
+def describe_bad_value(
     where: str,
     when: str,
     checks: Mapping[str, Check],

@@ -2,7 +2,7 @@
 """A batch as a task sees it: a dict that records which fields are read.
 
 Fields that nothing reads are not sent to the devices. They are found by tracing the shapes, before
-anything is compiled: see `recording`.
+anything is compiled: see `record_reads`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ reads: contextvars.ContextVar[Reads | None] = contextvars.ContextVar('reads', de
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[Reads]:
+def record_reads() -> Iterator[Reads]:
     """Records what tasks do that are traced in the block; an outer block does not record it."""
     found = Reads()
     token = reads.set(found)

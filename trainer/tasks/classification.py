@@ -92,7 +92,7 @@ class Classification:
         if ignored is not None:
             # With labels for each class, an example counts if any of them does.
             counts = ~ignored if ignored.ndim < logits.ndim else ~ignored.all(-1)
-            weights = _and_weights(counts, weights)
+            weights = _mask_weights(counts, weights)
         whole = labels.ndim == logits.ndim
         high, why = (1, _NO_OR_YES) if whole else (logits.shape[-1] - 1, _CLASSES)
         why = why.format(classes=logits.shape[-1])
@@ -102,7 +102,7 @@ class Classification:
     def _logits(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
         output = model(batch[self.inputs])
         if not isinstance(output, jax.Array):
-            output = returned.array(output, self, 'logits')
+            output = returned.require_array(output, self, 'logits')
         return output.astype(jnp.float32)
 
     def _check_shapes(self, logits: jax.Array, labels: jax.Array) -> None:
@@ -138,7 +138,11 @@ class Classification:
                 f'config.task.top_k: {max(self.top_k)} of {classes} classes; the model returns '
                 f'{list(logits.shape)}'
             )
-        if self.ignore_label is not None and integers and not _holds(labels, self.ignore_label):
+        if (
+            self.ignore_label is not None
+            and integers
+            and not _can_represent(labels, self.ignore_label)
+        ):
             raise UserError(
                 f'config.task.ignore_label: {self.ignore_label} cannot occur, because {name} is '
                 f'{kind}; use a value of that dtype, or convert the labels in a transform'
@@ -200,7 +204,7 @@ class Classification:
         return {'class': logits.argmax(-1), 'probability': jax.nn.softmax(logits).max(-1)}
 
 
-def _holds(labels: jax.Array, value: int) -> bool:
+def _can_represent(labels: jax.Array, value: int) -> bool:
     """Whether integers or booleans may have a value."""
     if labels.dtype == bool:
         return value in (0, 1)
@@ -208,7 +212,7 @@ def _holds(labels: jax.Array, value: int) -> bool:
     return bool(info.min <= value <= info.max)
 
 
-def _and_weights(counts: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _mask_weights(counts: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Returns the weights where `counts` is true, and 0 elsewhere: float32 in its shape."""
     given = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     return counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))

@@ -49,11 +49,11 @@ class NextToken:
         """Returns losses and hits (batch, length)."""
         tokens = batch[self.tokens]
         logits = self._logits(model, batch).astype(jnp.float32)
-        targets = _next(tokens)
+        targets = _shift_left(tokens)
         counts = jnp.ones_like(tokens, jnp.float32)
         if self.segments is not None:
             segments = batch[self.segments]
-            counts = ((segments == _next(segments)) & (segments > 0)).astype(jnp.float32)
+            counts = ((segments == _shift_left(segments)) & (segments > 0)).astype(jnp.float32)
         counts = counts.at[:, -1].set(0.0)
         if self.weight is not None:
             given = batch[self.weight]
@@ -62,7 +62,7 @@ class NextToken:
         hits = {'accuracy': logits.argmax(-1) == targets}
         counted = jnp.where(counts != 0, targets, 0)
         vocabulary = logits.shape[-1]
-        checks = {self.tokens: Check(counted, 0, vocabulary - 1, why=_vocabulary(vocabulary))}
+        checks = {self.tokens: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
         return TaskOutput(loss=loss, weights=counts, metrics=hits, checks=checks)
 
     def combine(self, logits: jax.Array) -> jax.Array:
@@ -80,7 +80,7 @@ class NextToken:
     def _logits(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
         named = {'segments': self.segments, 'positions': self.positions}
         given = {k: batch[v] for k, v in named.items() if v is not None}
-        return returned.array(model(batch[self.tokens], **given), self, 'logits')
+        return returned.require_array(model(batch[self.tokens], **given), self, 'logits')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,14 +118,14 @@ class Answer:
         """Returns losses and hits (batch,)."""
         targets = batch[self.targets]
         asked = (batch[self.inputs], batch[self.lengths])
-        logits = returned.array(model(*asked, targets), self, 'logits').astype(jnp.float32)
+        logits = returned.require_array(model(*asked, targets), self, 'logits').astype(jnp.float32)
         counts = jnp.cumsum(targets == self.end, axis=1) - (targets == self.end) == 0
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         given = logits.argmax(-1) if model.training else model.greedy(*asked, targets.shape[1])
         right = ((given == targets) | ~counts).all(-1)
         vocabulary = logits.shape[-1]
         counted = jnp.where(counts, targets, 0)
-        checks = {self.targets: Check(counted, 0, vocabulary - 1, why=_vocabulary(vocabulary))}
+        checks = {self.targets: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
         # What does not count may be any number, and its loss NaN.
         loss = jnp.where(counts, loss, 0.0).sum(-1)
         return TaskOutput(loss=loss, metrics={'exact_match': right}, checks=checks)
@@ -136,9 +136,9 @@ class Answer:
         return {'answer': model.greedy(batch[self.inputs], batch[self.lengths], count)}
 
 
-def _vocabulary(size: int) -> str:
+def _vocabulary_hint(size: int) -> str:
     return f'The model returns {size} logits: fix the tokens, or its vocab_size'
 
 
-def _next(x: jax.Array) -> jax.Array:
+def _shift_left(x: jax.Array) -> jax.Array:
     return jnp.roll(x, -1, axis=1)

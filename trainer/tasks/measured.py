@@ -64,7 +64,7 @@ class Measured(dict[str, float]):
         for name, value in {**other, **other.arrays}.items():
             self.add(prefix + name, value)
 
-    def named(self, prefix: str) -> Measured:
+    def with_prefix(self, prefix: str) -> Measured:
         """Returns a copy with a prefix to the names of numbers; arrays keep their names."""
         result = Measured({prefix + name: value for name, value in self.items()})
         result.arrays = self.arrays
@@ -87,7 +87,7 @@ def _as_array(name: str, value: Any) -> np.ndarray:
     )
 
 
-def mean_and_each(members: Sequence[Measured], counted: Iterable[int] = ()) -> Measured:
+def average_members(members: Sequence[Measured], counted: Iterable[int] = ()) -> Measured:
     """Returns the mean of each value over the members, and 'member_<i>/<name>' for each of them.
 
     Values that some members lack, or that differ in shape, have no mean.
@@ -110,7 +110,7 @@ def mean_and_each(members: Sequence[Measured], counted: Iterable[int] = ()) -> M
     return row
 
 
-def is_of_member(name: str) -> bool:
+def is_member_name(name: str) -> bool:
     """Whether a name belongs to a value of a single ensemble member."""
     return re.match(r'member_\d+/', name) is not None
 

@@ -174,7 +174,7 @@ def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(weights, shape)
 
 
-def not_finite(metrics: Any) -> list[str]:
+def non_finite_names(metrics: Any) -> list[str]:
     """Returns the names of those means of a tree of metrics whose sum is not finite.
 
     The mean of nothing is NaN too, and nothing is wrong with it.

@@ -75,4 +75,4 @@ class Regression:
         return {'prediction': self._prediction(model, batch)}
 
     def _prediction(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
-        return returned.array(model(batch[self.inputs]), self, 'prediction')
+        return returned.require_array(model(batch[self.inputs]), self, 'prediction')

@@ -40,7 +40,7 @@ def name_of(task: Any) -> str:
     return public_name(named)
 
 
-def array(output: Any, task: Any, what: str) -> jax.Array:
+def require_array(output: Any, task: Any, what: str) -> jax.Array:
     """Returns what a model has returned, if it is one array.
 
     Args:
@@ -118,7 +118,7 @@ def check_rows(loss: Any, mask: jax.Array) -> None:
         )
 
 
-def warn_of_pairs(loss: Any, batch: Mapping[str, Any], task: Any) -> None:
+def warn_about_pairs(loss: Any, batch: Mapping[str, Any], task: Any) -> None:
     """Warns once of a loss for each pair of examples, which broadcasting makes by mistake.
 
     Args:

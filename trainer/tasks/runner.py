@@ -29,14 +29,14 @@ from trainer.tasks.task import (
     OWN_NAMES,
     TaskOutput,
     as_output,
-    named_twice,
+    duplicate_name_message,
 )
-from trainer.tasks.transformed import Transform, origins_of, transformed
+from trainer.tasks.transformed import Transform, apply_transforms, field_origins
 from trainer.tasks.weightless import (
     Weighing,
-    alive_rows,
     compute_only_needed,
-    with_living_rows,
+    counted_rows,
+    replace_uncounted_rows,
 )
 
 # Probabilities may be off by rounding.
@@ -80,22 +80,26 @@ class TaskRunner:
             ) from error
         metrics = getattr(task, 'metrics', None)
         for name in OWN_NAMES & set(getattr(metrics, '__dataclass_fields__', ())):
-            raise UserError(f'the task {returned.name_of(task)} {named_twice("metric", name)}')
+            raise UserError(
+                f'the task {returned.name_of(task)} {duplicate_name_message("metric", name)}'
+            )
         return cls(task, metrics, tuple(transforms))
 
-    def without(self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None) -> TaskRunner:
+    def with_host_fields(
+        self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
+    ) -> TaskRunner:
         """Returns the runner for batches with fields that stay on the host."""
         return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
 
-    def whole(self, batch: Mapping[str, Any], reader: str) -> Batch:
+    def wrap_batch(self, batch: Mapping[str, Any], reader: str) -> Batch:
         """Returns a batch as the loader has it, with the mask, for a reader that is not a task."""
         fields = plain(batch)
-        rest, unsent = self._hidden(fields)
+        rest, unsent = self._hidden_fields(fields)
         rest.update({name: Unsent(name) for name in unsent})
         origins = {name: frozenset({name}) for name in fields}
         return Batch({**fields, **rest}, reader, origins=origins)
 
-    def prepared(self, batch: Mapping[str, Any], *, passing: bool = False) -> PlainBatch:
+    def prepare_batch(self, batch: Mapping[str, Any], *, passing: bool = False) -> PlainBatch:
         """Returns the batch as the task sees it: without the mask, and transformed.
 
         Args:
@@ -103,17 +107,17 @@ class TaskRunner:
             passing: the task may pass on fields that stay on the host.
         """
         if self.kept or passing or reads.get() is not None:
-            return self._recorded(batch, passing=passing)
+            return self._record_batch(batch, passing=passing)
         # All fields are on the devices, and which of them are read is known or does not matter.
         fields = PlainBatch({name: x for name, x in batch.items() if name != MASK})
         for transform in self.transforms:
             fields = PlainBatch(transform(fields))
         return fields
 
-    def _recorded(self, batch: Mapping[str, Any], *, passing: bool) -> Batch:
+    def _record_batch(self, batch: Mapping[str, Any], *, passing: bool) -> Batch:
         """Returns the batch as the task sees it, with a record of what is read of it."""
         fields = {name: x for name, x in plain(batch).items() if name != MASK}
-        hidden, unsent = self._hidden(fields)
+        hidden, unsent = self._hidden_fields(fields)
         if not self.transforms:
             given = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
             origins = {name: frozenset({name}) for name in fields}
@@ -127,15 +131,17 @@ class TaskRunner:
             )
             for name, kept in unsent.items()
         }
-        made = transformed(self.transforms, {**fields, **zeros}, hidden)
+        made = apply_transforms(self.transforms, {**fields, **zeros}, hidden)
         origins = {}
         if zeros or reads.get() is not None:
-            origins = origins_of(self.transforms, {**fields, **zeros}, hidden)
+            origins = field_origins(self.transforms, {**fields, **zeros}, hidden)
         missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
         seen.restart()  # What transforms have read is not of the task.
         return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
 
-    def _hidden(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, HostFieldSpec]]:
+    def _hidden_fields(
+        self, fields: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, HostFieldSpec]]:
         """Returns the fields that can only be passed on, and those that were not read."""
         kept = [each for each in self.kept if each.name not in fields]
         hidden = {each.name: HostField(each) for each in kept if each.device_dtype is None}
@@ -152,7 +158,7 @@ class TaskRunner:
         used, and the compiler drops the rest of it.
         """
         if self.is_weighted is False:
-            return self._with_weights(self.task(model, self.prepared(batch)), batch)[0]
+            return self._with_weights(self.task(model, self.prepare_batch(batch)), batch)[0]
         back = model.remember() if isinstance(model, BoundModel) else lambda: None
         fields = plain(batch)
         weighing = None
@@ -165,13 +171,13 @@ class TaskRunner:
                 return output
             back()
         note_weights()
-        output, _ = self._run(model, with_living_rows(fields, alive_rows(weighing.counted)))
+        output, _ = self._run(model, replace_uncounted_rows(fields, counted_rows(weighing.counted)))
         metrics = output.metrics if weighing.metrics is None else weighing.metrics
         return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
 
     def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
         """Returns the task's output with weights set, and those that the task returned, if any."""
-        fields = self.prepared(batch)
+        fields = self.prepare_batch(batch)
         with explain_host_fields(fields):
             result = self.task(model, fields)
         return self._with_weights(result, batch)
@@ -201,7 +207,7 @@ class TaskRunner:
             weights[name] = jax.lax.stop_gradient(jnp.asarray(each, jnp.float32))
         output = dataclasses.replace(output, weights=weights[ONLY_LOSS] if is_lone else weights)
         # A loss without weights counts all rows.
-        if given is None or not set(by_name(output.loss)) <= set(named):
+        if given is None or not set(losses_by_name(output.loss)) <= set(named):
             return output, None
         # A task may return its own kind of rows, such as one per token, with unknown weights.
         counted = [weights[name] for name in named]
@@ -216,10 +222,10 @@ class TaskRunner:
         mask = batch.get(MASK)
         try:
             output = as_output(result, averaged=self.metrics is None)
-            for loss in by_name(output.loss).values():
+            for loss in losses_by_name(output.loss).values():
                 if mask is not None:
                     returned.check_rows(loss, mask)
-                returned.warn_of_pairs(loss, plain(batch), self.task)
+                returned.warn_about_pairs(loss, plain(batch), self.task)
             return output
         except UserError as error:
             raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
@@ -254,12 +260,12 @@ class TaskRunner:
         return mean_collection(('loss', *sorted(output.metrics)))
 
 
-def inverse(weight: jax.Array) -> jax.Array:
+def safe_inverse(weight: jax.Array) -> jax.Array:
     """Returns 1 / weight, and 0 for a batch without any weight (all padding), never NaN."""
     return jnp.where(weight != 0, 1.0 / jnp.where(weight != 0, weight, 1.0), 0.0)
 
 
-def by_name(loss: Any) -> Mapping[str, Any]:
+def losses_by_name(loss: Any) -> Mapping[str, Any]:
     """Returns the losses by name; a lone one gets a name."""
     return loss if isinstance(loss, Mapping) else {ONLY_LOSS: loss}
 
@@ -289,7 +295,7 @@ def mean_loss(sums: tuple[Any, Any], weights: Mapping[str, jax.Array]) -> Any:
         weights: each loss's sum of weights.
     """
     totals, penalty = sums
-    values = {name: totals[name] * inverse(weights[name]) + penalty for name in totals}
+    values = {name: totals[name] * safe_inverse(weights[name]) + penalty for name in totals}
     return values[ONLY_LOSS] if list(values) == [ONLY_LOSS] else values
 
 

@@ -110,24 +110,24 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
     taken = {*_GIVEN, *(f'{name}_{kind}' for name in names for kind in ('loss', 'weights'))}
     reported = taken | OWN_NAMES
     for name in output.metrics:
-        if averaged and not _may_be_reported(name):
+        if averaged and not _is_reportable(name):
             raise UserError(
                 f"names a metric {name!r}. A name is a Python identifier, such as 'top_5': "
                 'letters, digits and underscores, and no keyword'
             )
         if name in (reported if averaged else taken):
-            raise UserError(named_twice('metric', name))
+            raise UserError(duplicate_name_message('metric', name))
     for name in output.penalties:
         if name in reported | (set(output.metrics) if averaged else set()):
-            raise UserError(named_twice('penalty', name))
+            raise UserError(duplicate_name_message('penalty', name))
 
 
-def _may_be_reported(name: Any) -> bool:
+def _is_reportable(name: Any) -> bool:
     # Each is a field of a class, in which the means accumulate.
     return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
 
 
-def named_twice(kind: str, name: str) -> str:
+def duplicate_name_message(kind: str, name: str) -> str:
     """Returns the message for a name that would hide another in a row of metrics."""
     return (
         f'names a {kind} {name!r}, but every row of metrics already has that name; choose another'

@@ -14,7 +14,7 @@ from trainer.tasks.batch import Batch
 Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def transformed(
+def apply_transforms(
     transforms: Sequence[Transform], fields: Mapping[str, Any], hidden: dict[str, Any]
 ) -> dict[str, Any]:
     """Returns the batch after all transforms.
@@ -31,7 +31,7 @@ def transformed(
     return dict(seen)
 
 
-def origins_of(
+def field_origins(
     transforms: Sequence[Transform], fields: Mapping[str, Any], hidden: dict[str, Any]
 ) -> dict[str, frozenset[str]]:
     """Returns which fields of the loader's batch each transformed one is computed from.
@@ -43,7 +43,7 @@ def origins_of(
     """
 
     def run(fields: Mapping[str, Any]) -> dict[str, Any]:
-        made = transformed(transforms, fields, hidden)
+        made = apply_transforms(transforms, fields, hidden)
         return {name: x for name, x in made.items() if not isinstance(x, HostField)}
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}

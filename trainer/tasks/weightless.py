@@ -29,13 +29,13 @@ class Weighing:
     metrics: Any
 
 
-def alive_rows(weights: Sequence[jax.Array]) -> jax.Array:
+def counted_rows(weights: Sequence[jax.Array]) -> jax.Array:
     """Returns which rows have a weight that is not 0, bool (batch,)."""
     counts = [(x != 0).reshape(x.shape[0], -1).any(-1) for x in weights]
     return jnp.stack(counts).any(0)
 
 
-def with_living_rows(fields: Mapping[str, Any], is_alive: jax.Array) -> dict[str, Any]:
+def replace_uncounted_rows(fields: Mapping[str, Any], is_alive: jax.Array) -> dict[str, Any]:
     """Returns the batch with all rows that do not count replaced by the first one that does.
 
     Not by zeros: a model might divide by their norm. Zeros only if no row counts.

@@ -57,7 +57,7 @@ def start(
     wanted = {path: _shape_of(x) for path, x in fresh.items()}
     if init_from is not None and init_from.optimizer:
         wanted.update({path: _shape_of(x) for path, x in _slots(state).items()})
-    goal = jax.tree.map(step.lone, wanted) if members else wanted
+    goal = jax.tree.map(step.member_spec, wanted) if members else wanted
     if init_from is None:
         weights = lib.of_arrays(fresh)
     else:
@@ -70,7 +70,7 @@ def start(
         fresh[path].delete()  # Or the devices would hold all of it twice.
     loaded = lib.load(fitting, goal)
     if members:
-        loaded = {path: step.repeated(x, wanted[path]) for path, x in loaded.items()}
+        loaded = {path: step.repeat_for_members(x, wanted[path]) for path, x in loaded.items()}
     state = restarted(_with_variables(state, loaded))
     return _with_slots(state, loaded)
 

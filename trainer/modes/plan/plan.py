@@ -97,7 +97,7 @@ def make(experiment: Experiment, setup: Setup) -> Plan:
     programs, shards = setup.programs, batch_shards(setup.mesh)
     state, mesh, spec = programs.abstract, dict(setup.mesh.shape), programs.fields.shapes
     step = programs.step
-    found, complete = collectives.find(step.ready().as_text() or '', mesh)
+    found, complete = collectives.find(step.executable().as_text() or '', mesh)
     kinds = {
         name: bytes_per_device(getattr(state, field)) for name, field in _KINDS_OF_STATE.items()
     }

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fixed key of a config has a sentence, which `--helpconfig` and the reference show."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+
+from docs import generate
+from tests.command import ROOT
+from trainer.config import loading, schema, sections, sentences, show
+
+SECTIONS = [
+    value
+    for value in vars(sections).values()
+    if dataclasses.is_dataclass(value) and value.__module__ == sections.__name__
+]
+
+
+@pytest.mark.parametrize('section', SECTIONS)
+def test_each_key_has_a_sentence(section: type) -> None:
+    """And no other has."""
+    found = sentences.of_section(section)
+    assert list(found) == list(schema.fields(section))
+    for key, sentence in found.items():
+        assert sentence.endswith('.') and '. ' not in sentence.rstrip('.'), key
+        assert len(sentence) < 200, key
+    assert sentences.summary(section).endswith('.')
+
+
+def test_an_object_s_target_has_the_sentence_of_the_object() -> None:
+    assert sentences.at(['model', 'target']) == sentences.at(['model'])
+    assert sentences.at(['evals', 'test', 'every']) == sentences.at(['evals', 'other', 'every'])
+    assert sentences.at(['model', 'features']) == ''
+    assert sentences.at(['optimizer', 'learning_rate']) == ''
+
+
+def test_help_shows_the_sentences_within_100_columns() -> None:
+    config = loading.plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
+    lines = show.helpconfig(config).splitlines()
+    assert max(map(len, lines)) <= 100
+    [at] = [i for i, line in enumerate(lines) if '--config.data.remainder ' in line]
+    text = ' '.join(line.strip() for line in lines[at + 1 : at + 3])
+    assert text == sentences.at(['data', 'remainder'])
+
+
+@pytest.mark.parametrize('name', generate.PAGES)
+def test_the_committed_page_is_what_the_code_says(name: str) -> None:
+    """Write them anew with `python docs/generate.py`."""
+    assert (ROOT / 'docs' / 'reference' / name).read_text() == generate.PAGES[name]()
+
+
+def test_the_reference_has_every_key() -> None:
+    text = ' '.join(generate.config_page().split())
+    for section in SECTIONS:
+        for key, sentence in sentences.of_section(section).items():
+            assert re.search(rf'### `[\w.<>]*\b{key}` ', text), key
+            assert sentence in text
+
+
+def test_without_docstrings_there_are_no_sentences() -> None:
+    """As `python -OO` leaves it: the keys are listed all the same."""
+    code = (
+        'from trainer.config import sentences, sections\n'
+        'print(dict(sentences.of_section(sections.DataSection)))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-OO', '-c', code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == '{}\n', done.stderr
