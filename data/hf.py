@@ -16,7 +16,7 @@ from .sources import Arrays, ArraySpec
 class HuggingFace:
     """A split of a Hugging Face dataset, as numpy arrays.
 
-    The dtype of a field depends on the column type only; the documentation has the list.
+    The dtype of a field depends on the column type only: docs/howto/data.md has a list.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where mkdocstrings finds the package: with `models/` and `data/` in it, as a wheel has them."""
+"""What mkdocs.yml cannot say: folders in the navigation, and where mkdocstrings finds the code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @event_priority(100)  # Before mkdocstrings, which reads the setting.
 def on_config(config: Any) -> Any:
-    """Points mkdocstrings to a folder of links to the package's files."""
+    """Reads the folders of the navigation; links the package's files as a wheel has them."""
+    config.nav = _expanded(config.nav, pathlib.Path(config.docs_dir))
     staging = pathlib.Path(tempfile.mkdtemp(prefix='docs-'))
     atexit.register(shutil.rmtree, staging, ignore_errors=True)
     package = staging / 'trainer'
@@ -32,3 +33,17 @@ def on_config(config: Any) -> Any:
     python = config.plugins['mkdocstrings'].config.handlers.setdefault('python', {})
     python['paths'] = [str(staging)]
     return config
+
+
+def _expanded(entries: list[Any], docs: pathlib.Path) -> list[Any]:
+    """Returns the navigation with the pages of a folder, by title, in place of each `folder/`."""
+    expanded = []
+    for entry in entries:
+        [(title, value)] = entry.items() if isinstance(entry, dict) else [(None, entry)]
+        if isinstance(value, str) and value.endswith('/'):
+            pages = sorted((docs / value).glob('*.md'), key=lambda path: path.read_text())
+            entry = {title: [path.relative_to(docs).as_posix() for path in pages]}
+        elif isinstance(value, str) and not (docs / value).exists():
+            continue
+        expanded.append(entry)
+    return expanded

@@ -77,7 +77,7 @@ def test_predictions_are_written_without_padding(tmp_path: pathlib.Path) -> None
     assert trained.code == 0, trained.err
     finished = command.run(*options, '--mode=predict', devices=2)
     assert finished.code == 0, finished.err
-    assert 'predictions_test_200.npz: 77 rows of class, probability' in finished.out
+    assert 'predictions_test_200.npz: class, probability of 77 examples' in finished.out
     predictions = np.load(tmp_path / 'predictions_test_200.npz')
     assert predictions['class'].shape == predictions['probability'].shape == (77,)
     from trainer.data.mnist import MNIST

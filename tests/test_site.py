@@ -56,6 +56,10 @@ def address(site: pathlib.Path) -> Iterator[str]:
 QUESTIONS = (
     ('how is the code organised', 'How the code is organised'),
     ('load_and_build', 'Experiment and Trainer'),
+    ('data.batch_size', 'Config keys'),
+    ('exit codes', 'Command line'),
+    ('coming from keras', 'Coming from Keras'),
+    ('label smoothing', 'Tasks'),
 )
 
 

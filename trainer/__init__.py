@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train Flax models from `ml_collections` configs. Importing this package imports no JAX.
 
-The names below are imported when they are first used; `__init__.pyi` tells their types.
+The names below are imported on first use; their types are declared in `__init__.pyi`.
 """
 
 import importlib

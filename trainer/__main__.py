@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m trainer ...` is `python -m trainer.main ...`."""
+"""Runs `python -m trainer ...` as `python -m trainer.main ...`."""
 
 import runpy
 
-# As a program, not by a call: the first lines of that file install signal handlers, before the
-# imports that take seconds.
+# Run as a script, not imported: under `__main__` its first lines install signal handlers before the
+# slow imports.
 runpy.run_module('trainer.main', run_name='__main__', alter_sys=True)

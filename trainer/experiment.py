@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a config to an `Experiment`: real objects, and nothing that is still a name.
+"""`build`: turns a config into an `Experiment`, in which every name is resolved to an object.
 
-`build` is a table of calls into `trainer.builders`, one for each section of the config. After it no
-code reads a config.
+It calls one builder of `trainer.builders` for each section of the config. No code after it reads a
+config.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from trainer.weights.surgery import Operation
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where an experiment comes from: for files and messages, never read by the run.
+    """The config that an experiment was built from: for files and messages only.
 
     Attributes:
-        name: the config file's name.
-        path: the config file, None if there is none.
-        config: the resolved config, plain.
+        name: name of the config file.
+        path: path of the config file, or None if the config came from Python.
+        config: the resolved config as plain Python.
         schedule_steps: steps of each duration inside the optimizer, by config path.
     """
 
@@ -69,16 +69,16 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a run trains.
+    """Settings of the training loop and the train step.
 
     Attributes:
-        total_steps: number of updates of the run.
-        accumulate: slices that a batch is cut into.
-        ema_decay: decay of the parameters' moving average, or None.
-        loss_scale: first value of the dynamic loss scale, or None.
-        steps_per_call: updates made by one call of the compiled step.
-        guard: 'stop' or 'warn' where a value is not finite.
-        early_stopping: what ends the run early, or None.
+        total_steps: number of steps of the run.
+        accumulate: number of micro-batches per batch.
+        ema_decay: decay of the moving average of the parameters, or None.
+        loss_scale: initial value of the dynamic loss scale, or None.
+        steps_per_call: steps made by one call of the compiled program.
+        guard: reaction to values that are not finite: 'stop' or 'warn'.
+        early_stopping: the rule that ends the run early, or None.
     """
 
     total_steps: int
@@ -92,7 +92,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Devices:
-    """Where a run computes.
+    """The device mesh and the sharding of parameters.
 
     Attributes:
         mesh: axis name to size.
@@ -105,13 +105,13 @@ class Devices:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Logging:
-    """What a run records.
+    """The output of a run.
 
     Attributes:
         every: period of the metric rows.
         tensorboard: whether event files are written too.
-        profile: the steps that are traced, or None.
-        captures: what is captured inside the model, by name.
+        profile: the steps to profile, or None.
+        captures: captures of intermediate values, by name.
     """
 
     every: Duration
@@ -122,7 +122,7 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """When checkpoints are saved, and which of them are kept."""
+    """The period of checkpoints, and which of them are kept."""
 
     every: Duration
     retention: Retention
@@ -130,11 +130,11 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartFrom:
-    """What a fresh run starts from.
+    """The initial weights of a fresh run.
 
     Attributes:
-        weights: where its first weights come from, or None.
-        surgery: what is done to them before they must fit the model.
+        weights: source of the initial weights, or None.
+        surgery: operations on them, applied before they are matched with the model.
     """
 
     weights: InitFrom | None
@@ -143,7 +143,7 @@ class StartFrom:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timed:
-    """What depends on how many examples the steps of a training loader consume.
+    """The objects that depend on the number of examples per step and per epoch.
 
     Its attributes are those of `Experiment` and of its groups.
     """
@@ -159,7 +159,7 @@ class Timed:
 
     @classmethod
     def of(cls, sections: Sections, data: TrainData) -> Timed:
-        """Builds it from the sections of a config, for a training loader."""
+        """Builds these objects from the sections of a config, for a training loader."""
         clock, total_steps = build_clock(sections, data)
         optimizer, schedule_steps = build_optimizer(
             sections.optimizer, clock, logged=sections.log.learning_rates
@@ -182,23 +182,23 @@ class Experiment:
 
     Attributes:
         origin: the config that it was built from.
-        seed: the run's seed.
-        model: the model's functional interface.
-        task: what the model is asked to do with a batch.
-        data: the training data.
-        prefetch: blocks of batches that are kept ready on the devices.
+        seed: seed of the run.
+        model: functional interface of the model.
+        task: computes loss, metrics and predictions of a batch.
+        data: training data.
+        prefetch: number of blocks of batches kept ready on the devices.
         evals: evaluations by name.
-        clock: turns durations into steps.
-        optimizer: what turns gradients into updates.
-        ensemble: who the members are, if there are several; or None.
-        step: what happens in a step.
-        training: how long and how it trains.
-        devices: where it computes.
-        logging: what it records.
-        saving: its checkpoints.
-        start: what a fresh run starts from.
-        hooks: called with each `Event`, by name.
-        timed: returns what depends on how many examples the steps of a loader consume.
+        clock: converts durations to steps.
+        optimizer: computes updates from gradients.
+        ensemble: the members of an ensemble, or None.
+        step: the function of a train step.
+        training: settings of the training loop and the train step.
+        devices: mesh and sharding.
+        logging: output of the run.
+        saving: checkpoints.
+        start: initial weights of a fresh run.
+        hooks: functions called with each `Event`, by name.
+        timed: builds the objects that depend on the number of examples per step, for a loader.
     """
 
     origin: Origin
@@ -221,13 +221,14 @@ class Experiment:
     timed: Callable[[TrainData], Timed] = dataclasses.field(repr=False)
 
     def after(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
-        """Returns the experiment of a run whose batch size has changed.
+        """Returns the experiment of a run that resumes with a different batch size.
 
-        Its data continues after the batches consumed so far; everything that is not given in steps
-        counts examples.
+        Its data continues after the batches consumed so far. Durations that are not in steps count
+        examples.
 
         Args:
-            batch_sizes: (first step, batch size) of each part of the run, this experiment's last.
+            batch_sizes: (first step, batch size) of each part of the run; the last part is that of
+                this experiment.
 
         Raises:
             UserError: if the loader cannot resume, or a schedule cannot be adjusted.
@@ -251,18 +252,18 @@ class Experiment:
 
 
 def build(loaded: LoadedConfig) -> Experiment:
-    """Imports every target, checks every argument, and makes the objects. No device is touched.
+    """Imports every target, checks every argument and creates the objects, without using a device.
 
     Raises:
-        UserError: for a key that nothing reads, a name that does not exist, an argument that does
-            not fit.
+        UserError: for an unknown key, a name that does not exist, or an invalid argument.
     """
     config = loading.plain(loaded.config)
     literals.check(config, 'config', [])
     sections = schema.read(config)
     check_names(sections)
     data, task = build_train_data(sections), build_task(sections)
-    # Mistakes of the config alone come before what the user's own code does.
+    # Values that the config alone determines come before calls of the user's code, so that a typo
+    # is reported without waiting for, say, a model to be created.
     training: dict[str, Any] = {
         'accumulate': build_accumulate(sections, task),
         'ema_decay': build_ema_decay(sections),
@@ -305,11 +306,14 @@ def build(loaded: LoadedConfig) -> Experiment:
 
 
 def load_and_build(spec: str, **values: Any) -> Experiment:
-    """Returns the experiment of a config file, for notebooks.
+    """Loads a config file and builds its experiment; for notebooks.
 
     Args:
         spec: 'configs/mnist.py' or 'configs/mnist.py:arg'.
-        **values: overrides by path, with '__' for '.': `optimizer__learning_rate=0.1`.
+        **values: overrides by key path, with '__' instead of '.': `optimizer__learning_rate=0.1`.
+
+    Raises:
+        UserError: for a config that cannot be loaded, and as `build`.
     """
     loaded = loading.load(spec)
     paths = {path: path.replace('__', '.') for path in values}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a hook of `config.hooks` is called with."""
+"""The event passed to the hooks of `config.hooks`."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from trainer.step import donated
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Event:
-    """What a hook is called with: `hook(event)`.
+    """The argument of a hook, which is called as `hook(event)`.
 
     Attributes:
         kind: 'start', 'log', 'eval', 'save' or 'end'. Each 'start' is followed by one 'end', even
             if the run fails.
-        step: number of completed updates.
+        step: number of completed steps.
         state: the state at this step. It is donated to the next step: keep a copy, such as
             `jax.tree.map(jnp.copy, event.state)`. None at the end of a run that failed.
-        metrics: flat name to value: the newest of every metric of the run so far.
+        metrics: latest value of every metric of the run, by flat name.
         workdir: the run's directory, or None.
-        row: at 'log' and 'eval' the row just written to `metrics.jsonl`: 'step', and values by flat
-            name. NaN and infinity are null in the file. Empty at other events.
-        evaluation: at 'eval' its name in `config.evals`.
-        config: the resolved config, plain; do not change it.
-        status: at 'end' that of `trainer.run.result.Result`, 'failed' or 'diverged'.
+        row: at 'log' and 'eval', the row just written to `metrics.jsonl`: 'step', and values by
+            flat name. NaN and infinity are null in the file. Empty at other events.
+        evaluation: at 'eval', the name of the evaluation in `config.evals`.
+        config: the resolved config as plain Python; do not modify it.
+        status: at 'end', the status of `trainer.run.result.Result`, 'failed' or 'diverged'.
         error: at the 'end' of a failed run, its error: 'ValueError: ...'.
     """
 
@@ -43,6 +43,6 @@ class Event:
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if name == 'state':  # Of an event that a hook has kept.
+        if name == 'state':  # A hook may have kept the event after its state was donated.
             donated.check(value, 'event.state')
         return value

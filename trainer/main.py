@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == '__main__':
-    # Before all other imports, which take seconds: a signal may arrive during them.
+    # Before the other imports: they take seconds, and a signal may arrive meanwhile.
     from trainer.observe import streams
     from trainer.parallel import signals
 
@@ -33,15 +33,15 @@ from trainer.observe import logfile
 from trainer.parallel import signals
 
 MODES = {
-    'train': 'trains, or resumes the run in the work directory',
-    'eval': 'prints the metrics of a checkpoint',
-    'predict': 'writes the predictions of a checkpoint',
-    'dry_run': 'does one of everything that a run does, and keeps nothing',
-    'summary': 'prints the parameters and the modules of the model',
-    'plan': 'says what a step needs on devices that need not be here',
-    'grad_probe': 'writes gradients of the loss with respect to intermediate values',
-    'export': 'writes a checkpoint for programs that know nothing of this one',
-    'config': 'prints the resolved config, and where each value comes from',
+    'train': 'train, or resume the run in the work directory',
+    'eval': 'evaluate a checkpoint and print its metrics',
+    'predict': 'write the predictions of a checkpoint',
+    'dry_run': 'run one step, one evaluation batch and one save; keep nothing',
+    'summary': 'print the parameters and modules of the model',
+    'plan': 'estimate memory, FLOPs and traffic of a step on any number of devices',
+    'grad_probe': 'write gradients of the loss with respect to intermediate values',
+    'export': 'write a checkpoint as a function that runs without this package',
+    'config': 'print the resolved config and the origin of each value',
 }
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
@@ -49,20 +49,20 @@ _FLAGS = flags.FlagValues()
 flags.DEFINE_string(
     'workdir',
     None,
-    'Directory of the run; default: runs/ and a name made of config and overrides.',
+    'Directory of the run; by default runs/NAME, named after the config and its overrides.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_enum(
     'mode',
     'train',
     list(MODES),
-    'What to do with the config:\n' + '\n'.join(f'{n}: {text}' for n, text in MODES.items()),
+    'What to do:\n' + '\n'.join(f'{n}: {text}' for n, text in MODES.items()),
     flag_values=_FLAGS,
 )
 flags.DEFINE_string(
     'step',
     'latest',
-    "Checkpoint for eval, predict, export and grad_probe: a step, 'latest' or 'best'.",
+    "--mode=eval, predict, export, grad_probe: checkpoint to read: a step, 'latest' or 'best'.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_bool(
@@ -74,13 +74,16 @@ flags.DEFINE_bool(
 flags.DEFINE_string(
     'coordinator',
     None,
-    "Of several processes: 'host:port' of the first. SLURM, Open MPI and TPUs need no such flag.",
+    "Address of process 0, 'host:port'. Detected on TPUs and under SLURM and Open MPI.",
     flag_values=_FLAGS,
 )
-flags.DEFINE_integer('num_processes', None, 'How many processes there are.', flag_values=_FLAGS)
+flags.DEFINE_integer('num_processes', None, 'Number of processes.', flag_values=_FLAGS)
 flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.', flag_values=_FLAGS)
 flags.DEFINE_integer(
-    'init_timeout', 300, 'Seconds to wait for the other processes.', flag_values=_FLAGS
+    'init_timeout',
+    300,
+    'Seconds to wait for the other processes at startup.',
+    flag_values=_FLAGS,
 )
 flags.DEFINE_integer(
     'heartbeat_timeout',
@@ -91,7 +94,7 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     'devices',
     None,
-    'With --mode=plan: on how many devices; virtual ones, nothing runs.',
+    '--mode=plan: number of devices to plan for; they are virtual, and nothing runs.',
     lower_bound=1,
     flag_values=_FLAGS,
 )
@@ -99,29 +102,31 @@ flags.DEFINE_enum(
     'device_kind',
     None,
     DEVICE_KINDS,
-    'With --mode=plan: the accelerator whose memory and speed the plan is compared with.',
+    '--mode=plan: accelerator to check memory and speed against.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_list(
     'platforms',
     ['cpu', 'cuda', 'tpu'],
-    'With --mode=export: what the function is compiled for.',
+    '--mode=export: platforms to compile the function for.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_multi_string(
     'match',
     [],
-    'With --mode=grad_probe: a pattern for paths of modules; may be given several times.',
+    '--mode=grad_probe: regular expression for module paths.',
     flag_values=_FLAGS,
 )
-flags.DEFINE_bool('helpconfig', False, 'List every key of the config.', flag_values=_FLAGS)
-flags.DEFINE_bool('help', False, 'Show this and the keys of the config.', flag_values=_FLAGS)
+flags.DEFINE_bool('helpconfig', False, 'List all config keys and exit.', flag_values=_FLAGS)
+flags.DEFINE_bool(
+    'help', False, 'Show this help, with --config also all config keys.', flag_values=_FLAGS
+)
 
 
 # How long a process whose save has failed waits for its other threads.
 _GRACE_SECS = 5.0
 
-# Flags that only some of the modes read.
+# Flags that apply to some modes only.
 _ONLY_WITH = {
     'step': ('eval', 'predict', 'export', 'grad_probe'),
     'allow_config_change': ('train',),
@@ -137,7 +142,7 @@ def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
 
     Args:
         argv: program name and arguments.
-        stop: set by a signal handler when the run shall end.
+        stop: set by a signal handler when the run is to end.
     """
     try:
         code = _run(argv, stop)
@@ -147,7 +152,8 @@ def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
         print(f'Error: {full_text(error)}', file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        if not _reader_is_gone():
+        # Any other pipe, such as one of a data worker, is an error of its own.
+        if not _is_reader_gone():
             raise
         return 1
 
@@ -161,12 +167,12 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         print(_usage())
         return 0
     if spec is None:
-        raise UserError('--config is missing: name a config file, as in --config=configs/mnist.py')
+        raise UserError('--config is missing; add a config file, as in --config=configs/mnist.py')
     loaded = loading.load(spec)
     applied = overrides.apply(loaded.config, assignments)
     if not (_FLAGS.help or _FLAGS.helpconfig):
-        # Here and not in `build` alone, which needs JAX: a wrong key is reported at once, in any
-        # mode. What has yet to be given is part of what `config` shows.
+        # `build` checks this too, but only after importing JAX: this reports a wrong key at once.
+        # `config` also shows configs whose required values are still missing.
         schema.read(loading.plain(loaded.config), complete=_FLAGS.mode != 'config')
     for override in applied:
         for note in override.notes:
@@ -179,7 +185,7 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     if _FLAGS.mode == 'config':
         print(show.resolved(loading.plain(loaded.config), applied))
         return 0
-    # From here on JAX is needed; most wrong command lines never get so far.
+    # From here on JAX is needed. Most mistakes on the command line have been reported by now.
     logfile.quiet_environment()
     if _FLAGS.mode == 'plan':
         _use_virtual_devices(_FLAGS.devices)
@@ -211,13 +217,13 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
 
 
 def _end_soon(code: int) -> None:
-    """Ends the process soon, although threads of a failed save may wait for minutes.
+    """Ends the process within `_GRACE_SECS`: threads of a failed save may wait for minutes.
 
-    If no thread waits, the interpreter exits normally before this does. Otherwise, functions
-    registered with `atexit` do not run: they would run after the end of all threads.
+    If no thread is waiting, the interpreter exits normally before that. Otherwise `atexit`
+    functions do not run, because Python calls them only after all threads have ended.
     """
 
-    def work() -> None:
+    def exit_after_grace() -> None:
         deadline = time.monotonic() + _GRACE_SECS
         main_thread = threading.main_thread()
         while any(t is not main_thread and not t.daemon for t in threading.enumerate()):
@@ -225,34 +231,35 @@ def _end_soon(code: int) -> None:
                 for stream in (sys.stdout, sys.stderr):
                     with contextlib.suppress(Exception):
                         stream.flush()
-                os._exit(code)  # Log files are flushed after each line.
+                os._exit(code)  # Skips no log line: each one is flushed when written.
             time.sleep(0.05)
 
-    threading.Thread(target=work, name='end-soon', daemon=True).start()
+    threading.Thread(target=exit_after_grace, name='end-soon', daemon=True).start()
 
 
-def _reader_is_gone() -> bool:
-    """Whether nobody reads the output any more, as under `| head`; then it leads nowhere."""
+def _is_reader_gone() -> bool:
+    """Whether the reader of stdout has exited, as with `| head`; then discards further output."""
     try:
         print(flush=True)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        # Python flushes stdout at exit: into the closed pipe, that would fail once more.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)
         return True
     return False
 
 
 def _parse_flags(argv: Sequence[str]) -> None:
     for name in _FLAGS:
-        _FLAGS[name].unparse()  # What an earlier call of `main` was given.
+        _FLAGS[name].unparse()  # Forget the flags of an earlier call of `main`.
     try:
-        words = _FLAGS(list(argv))[1:]
+        positional = _FLAGS(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:
         hint = synonyms.hint(error.flagname, {}, lambda *_: True) or ''
         hint = hint.replace('mean config.', 'mean --config.')
         if error.flagname.partition('.')[0] in schema.fields(Sections):
-            hint = f'Keys of the config are written --config.{error.flagname}=VALUE.'
+            hint = f'Config keys need the prefix: --config.{error.flagname}=VALUE.'
         raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
         raise UserError(f'{shortened(str(error), 400)}. See --help.') from error
@@ -261,22 +268,22 @@ def _parse_flags(argv: Sequence[str]) -> None:
     for name, modes in _ONLY_WITH.items():
         if _FLAGS[name].present and _FLAGS.mode not in modes:
             which = ' or '.join(f'--mode={mode}' for mode in modes)
-            raise UserError(f'--{name} goes with {which}; --mode={_FLAGS.mode} does not read it')
+            raise UserError(f'--{name} requires {which}; --mode={_FLAGS.mode} does not use it')
     unknown = [name for name in _FLAGS.platforms if name not in PLATFORMS]
     if unknown or not _FLAGS.platforms:
         given = repr(unknown[0]) if unknown else 'nothing'
         raise UserError(f'--platforms: expected some of {", ".join(PLATFORMS)}, got {given}')
-    if words:
+    if positional:
         raise UserError(
-            f'{shown(words[0])} is not a flag; overrides are written --config.key=value. '
+            f'{shown(positional[0])} is not a flag; overrides are written --config.key=value. '
             'See --help.'
         )
 
 
 def _use_virtual_devices(count: int | None) -> None:
-    """Lets JAX, which has not started yet, have so many CPU devices."""
+    """Makes JAX, which has not been imported yet, create this many virtual CPU devices."""
     if count is None:
-        raise UserError('--mode=plan needs --devices=N: the number of devices to plan for')
+        raise UserError('--mode=plan needs --devices=N, the number of devices to plan for')
     os.environ['JAX_PLATFORMS'] = 'cpu'
     flag = f'--xla_force_host_platform_device_count={count}'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics for tasks of your own: weighted means, the newest value, exact counts.
+"""Metrics for custom tasks: weighted means, latest values and exact counts.
 
-They are `clu.metrics.Metric`s, and go into a `clu.metrics.Collection` with those of clu.
+They are `clu.metrics.Metric`s and can be combined with those of clu in a `clu.metrics.Collection`.
 """
 
 from trainer.tasks.metrics import Count, Last, WeightedMean, broadcast_weights, mean_collection

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules for `config.sharding`: which dimension of a parameter is split over which mesh axis.
+"""Rules for `config.sharding`: they map dimensions of parameters to mesh axes.
 
-A rule of your own is any object with the method of `Rule`; it is given a `Parameter`.
+A custom rule is any object with the method of `Rule`, which receives a `Parameter`.
 """
 
 from trainer.parallel.sharding import FSDP, ByName, ByPath, Parameter, Replicated, Rule

@@ -49,14 +49,14 @@ from trainer.step.programs import Program
 from trainer.step.state import TrainState
 from trainer.tasks.measured import Measured
 
-# How long a process that fails waits for the others to fail too.
-_MEETING_SECS = 10
+# How long a process that fails waits for the others to fail at the same step.
+_FAILURE_WAIT_SECS = 10
 
 
 class Trainer:
     """Trains, evaluates and predicts with one experiment in one work directory.
 
-    From Python or a notebook::
+    From Python or a notebook:
 
         experiment = load_and_build('configs/mnist.py', train_for='1 epoch')
         trainer = Trainer(experiment, '/tmp/mnist')
@@ -86,15 +86,16 @@ class Trainer:
 
         Args:
             experiment: from `trainer.experiment.build`.
-            workdir: where checkpoints, metrics and results go; None for a run that leaves no trace.
-            mesh: instead of that of `config.mesh`, which takes all devices.
+            workdir: where checkpoints, metrics and results go; None for a run that writes no files.
+            mesh: used instead of that of `config.mesh`, which covers all devices.
             stop: when its `signal` is set, `fit` saves and returns after the current step or the
-                current batch of an evaluation. Without one, Ctrl-C does so.
-            allow_config_change: resume even though the config makes it a different run.
-            overrides: the command line's, for `run.json`.
+                current batch of an evaluation. If None, Ctrl-C has this effect.
+            allow_config_change: resume even though the config identifies a different run.
+            overrides: those of the command line, recorded in `run.json`.
         """
         self.run = open_run(experiment, workdir)
-        experiment = self.run.experiment  # After a change of the batch size it has another length.
+        # Not the argument: if the batch size has changed since the checkpoint, lengths differ.
+        experiment = self.run.experiment
         screen = None if processes.is_primary() else Nowhere()
         ensemble = experiment.ensemble
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
@@ -108,7 +109,7 @@ class Trainer:
         self._hooks = self._make_hooks()
         self._stop, self._given_stop = StopRequest(), stop
         self._fits = 0
-        # What `_rescue` saves: the last completed step.
+        # The last completed step and its state: what `_rescue` saves.
         self._reached: tuple[int, TrainState] | None = None
         self._recovery = Recovery(
             self.run, self.report, allow_config_change=allow_config_change, overrides=overrides
@@ -116,12 +117,12 @@ class Trainer:
 
     @property
     def experiment(self) -> Experiment:
-        """What is trained; after a change of the batch size not the one that was given."""
+        """The experiment; not the one passed in if a checkpoint has another batch size."""
         return self.run.experiment
 
     @property
     def workdir(self) -> Workdir | None:
-        """The run's directory, or None: then nothing is written."""
+        """The run's directory, or None if nothing is written."""
         return self.run.workdir
 
     @property
@@ -130,10 +131,10 @@ class Trainer:
         return self.run.checkpoints
 
     def set_up(self) -> Setup:
-        """Returns mesh, programs and evaluators; the first call makes them, checks and warns.
+        """Returns mesh, programs and evaluators; the first call creates and checks them.
 
         Raises:
-            UserError: if model, task, data and optimizer do not fit each other.
+            UserError: if model, task, data and optimizer are not compatible.
         """
         if self._setup is None:
             self._setup = set_up(self.run, self._make_mesh())
@@ -143,32 +144,33 @@ class Trainer:
         """Checks that a training batch divides over the devices, before anything is traced.
 
         Raises:
-            UserError: naming batch sizes that would.
+            UserError: if it does not; the message suggests batch sizes.
         """
         checks.check_batch(self.experiment, batch_shards(self._make_mesh()))
 
     def monitors(self) -> Monitors:
-        """Returns the captures and the guard of the run, made at the first call."""
+        """Returns the monitors of the run (captures and guard), created by the first call."""
         if self._monitors is None:
             self._monitors = Monitors(self.run, self.set_up(), self.report)
         return self._monitors
 
     def check_agreement(self) -> None:
-        """Checks that the processes of a run do the same; all of them must call it.
+        """Checks that all processes run the same thing; each of them must call this.
 
         Raises:
             UserError: in every process, naming what differs: config, versions, data or checkpoints.
         """
         if jax.process_count() > 1:
-            agreement.check_run(self.run)  # What differs there may fail to be traced.
+            # First, since `set_up` traces: a difference could make tracing fail in one process.
+            agreement.check_run(self.run)
             agreement.check_evaluations(self.set_up().evaluators)
 
     def check_workdir(self) -> None:
-        """Refuses a work directory whose checkpoints are of another run, or of a longer one.
+        """Checks that the checkpoints in the work directory belong to this run.
 
         Raises:
-            UserError: naming what differs, unless `allow_config_change`; or the step that is
-                already behind the end of this run.
+            UserError: if the config differs, unless `allow_config_change`; or if the checkpoint is
+                past the end of this run.
         """
         self.check_agreement()
         self._recovery.check()
@@ -181,12 +183,12 @@ class Trainer:
         fails, the completed steps are saved first.
 
         Args:
-            max_steps: return after this many updates of this call, without a final evaluation; the
+            max_steps: return after this many steps of this call, without a final evaluation. The
                 next call resumes from there, and donates the state in this call's result.
 
         Raises:
-            UserError: for a work directory of another or a longer run, and for mistakes that show
-                only now, such as a batch that does not divide over the mesh.
+            UserError: if the work directory belongs to another or a longer run, and for mistakes
+                found only now, such as a batch that does not divide over the mesh.
         """
         self._stop = self._given_stop or StopRequest()
         self._hooks, self._fits = self._make_hooks(), self._fits + 1
@@ -200,6 +202,8 @@ class Trainer:
         except BaseException as error:
             self._hooks.note_on(error)
             donated.explain(error)
+            # Save first, then record the failure, then call the hooks: each must run although the
+            # one before it fails, and the error record names the step that was saved.
             try:
                 self._rescue(error)
             finally:
@@ -216,7 +220,7 @@ class Trainer:
         if self._given_stop is None:
             until_end.enter_context(signals.interruptible(self._stop))
         if self._evaluate_due(step, state):
-            # The last run ended before these evaluations, and saved this step without them.
+            # The last run saved this step but ended before these evaluations: add their results.
             self._recovery.amend(step)
         due = self._events.next_due(step)
         programs, monitors = self.set_up().programs, self.monitors()
@@ -236,13 +240,13 @@ class Trainer:
                     due = self._events.next_due(step)
                 if self._stopping() or self._stopped_early:
                     break
-        self._tell(self._profile.close(state))
+        self._print(self._profile.close(state))
         if self._stopped_early:
             self._evaluate_all(self._events.final, step, state)
         return self._end(step, state)
 
     def _begin(self) -> tuple[TrainState, int]:
-        """Restores or makes the state, opens the run's files, says what will run."""
+        """Restores or creates the state, opens the run's files and prints the banner."""
         report = self.report
         report.start()
         self.check_workdir()
@@ -250,7 +254,7 @@ class Trainer:
             programs = self.compile()
             state, step = self._recovery.start(self.set_up().programs)
         self._reached = step, state
-        # Not before: a start that has failed so far leaves the directory as it was.
+        # Only now: a start that fails before this point leaves the directory unchanged.
         self._recovery.open(step)
         report.progress.message(banner.summary(self.run, self.set_up(), step))
         self._notify('start', step, state)
@@ -259,20 +263,22 @@ class Trainer:
                 program.executable()
         self.monitors().begin(step, state)
         report.begin(step)
-        self._stop.starting = False  # From here on a signal has something to save.
+        self._stop.starting = False  # From here on there is progress that a signal must save.
         return state, step
 
     def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
-        """Runs what is due after this step, in the order log, monitors, eval, save."""
-        self._tell(self._profile.stepped(step, state))
+        """Runs the events due after this step, in the order log, monitors, eval, save."""
+        self._print(self._profile.stepped(step, state))
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.training.total_steps:
-            # Its row is fetched when it is there: see Reporter.
+            # Does not wait for the step: Reporter fetches the values once they are computed.
             health = None if self.experiment.ensemble is None else state.health
             stopped = None if health is None else health.is_bad
             self.report.log(step, state.metrics, stopped=stopped)
             self._recovery.check_saves()
-            if log_due:  # Or else a longer run goes on counting where this one left off.
+            # At the end of the run alone the metrics are not reset: a longer run that resumes from
+            # here continues the same logging period.
+            if log_due:
                 state = dataclasses.replace(state, metrics=self.set_up().programs.empty_metrics())
                 self._reached = step, state
             self._notify('log', step, state)
@@ -283,7 +289,7 @@ class Trainer:
         return state
 
     def _end(self, step: int, state: TrainState) -> Result:
-        """Final save and result."""
+        """Saves the last step, writes the result and returns it."""
         self.report.flush()
         self.monitors().check(step, state)
         status = self._status(step)
@@ -295,24 +301,24 @@ class Trainer:
         return Result(status=status, step=step, metrics=dict(self.report.latest), state=state)
 
     def _rescue(self, error: BaseException) -> None:
-        """Keeps the state of the last completed step, before an error ends the run."""
+        """Saves the state of the last completed step before an error ends the run."""
         if self._reached is None or not self._all_failed(self._reached[0]):
             return
         if isinstance(error, KeyboardInterrupt) and self._stop.signal == signal.SIGINT:
-            self._recovery.remember(*self._reached)  # The second Ctrl-C: at once.
+            self._recovery.remember(*self._reached)  # A second Ctrl-C means: do not save.
         else:
             self._recovery.rescue(*self._reached, error, is_sound=self.monitors().is_sound)
 
     def _all_failed(self, step: int) -> bool:
-        """Whether all processes end with an error at this step: one alone cannot save."""
+        """Whether all processes failed at this step: a save needs all of them."""
         if jax.process_count() > 1:
-            place = f'failed at step {step} in call {self._fits}'
-            self._stop.all_failed = processes.all_arrive(place, _MEETING_SECS)
+            barrier = f'failed at step {step} in call {self._fits}'
+            self._stop.all_failed = processes.all_arrive(barrier, _FAILURE_WAIT_SECS)
             return self._stop.all_failed
         return True
 
     def _calls(self, step: int, max_steps: int | None) -> Iterator[int]:
-        """Yields how many updates each call of a program makes; none if a stop came early."""
+        """Yields the number of steps of each call of a program; none if already asked to stop."""
         total, most = self.experiment.training.total_steps, self.experiment.training.steps_per_call
         last = total if max_steps is None else min(total, step + max_steps)
         stopped = self._stopping() or self._stopped_early
@@ -320,8 +326,9 @@ class Trainer:
 
     def _status(self, step: int) -> str:
         at_end = step == self.experiment.training.total_steps
-        owed = self._events.final if self._stopped_early else self._events.evals_due(step)
-        if (at_end or self._stopped_early) and all(self.report.has_eval(n, step) for n in owed):
+        # A run whose last evaluations were cut short by a signal has not finished.
+        evals = self._events.final if self._stopped_early else self._events.evals_due(step)
+        if (at_end or self._stopped_early) and all(self.report.has_eval(n, step) for n in evals):
             return 'finished' if at_end else 'stopped_early'
         if self._stop.signal is None:
             return 'paused'
@@ -336,7 +343,7 @@ class Trainer:
         return self._stop.poll()
 
     def _evaluate_due(self, step: int, state: TrainState) -> bool:
-        """Runs what is due and has not run at this step; returns whether there was anything."""
+        """Runs the evaluations that are due and have not run; returns whether there were any."""
         return self._evaluate_all(self._events.evals_due(step), step, state)
 
     def _evaluate_all(self, names: Iterable[str], step: int, state: TrainState) -> bool:
@@ -347,7 +354,7 @@ class Trainer:
         return bool(due)
 
     def _evaluate(self, name: str, step: int, state: TrainState) -> None:
-        # What is still queued is the steps' time, not the evaluation's.
+        # Wait for the queued steps, so that their time is not counted as the evaluation's.
         self.report.flush()
         jax.block_until_ready(state.step)
         self.monitors().check(step, state)
@@ -358,7 +365,7 @@ class Trainer:
                 with self._profile.evaluation(name):
                     metrics = evaluator.run(state, should_stop=self._stopping)
             except Stopped:
-                # The next start runs it: the checkpoint of this step says what it lacks.
+                # The next start runs it: the checkpoint of this step records which are missing.
                 return
             self.report.evaluated(name, step, metrics)
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled)
@@ -366,7 +373,7 @@ class Trainer:
             before = early.stopped
             early.update(name, metrics)
             if early.stopped and not before:
-                self._tell(early.reason())
+                self._print(early.reason())
         self._notify('eval', step, state, evaluation=name)
 
     @functools.cached_property
@@ -375,7 +382,7 @@ class Trainer:
         directory = self.workdir.path / 'profile' if self.workdir and writes else None
         return Profile(self.experiment.logging.profile, directory)
 
-    def _tell(self, message: str | None) -> None:
+    def _print(self, message: str | None) -> None:
         if message is not None:
             self.report.progress.message(message)
 
@@ -390,7 +397,7 @@ class Trainer:
     def _save(self, step: int, state: TrainState) -> None:
         if self.checkpoints is None:
             return
-        # Rows first: they show why the check may end the run.
+        # Write the rows first: they show why the check may end the run.
         self.report.flush()
         self.monitors().check(step, state)
         if self._recovery.save(step, state):
@@ -400,14 +407,14 @@ class Trainer:
         self._hooks.call(kind, step, state, self._stop, **more)
 
     def compile(self) -> list[Program]:
-        """Starts compiling what training calls; checks the evaluations while that goes on.
+        """Starts compiling the training programs, and checks the evaluations meanwhile.
 
         Returns:
             The programs; their `ready()` waits for the compiler.
 
         Raises:
-            UserError: for what only shows now, such as a batch that does not divide over the mesh
-                or an evaluation of an empty split.
+            UserError: for mistakes found only now, such as a batch that does not divide over the
+                mesh or an evaluation of an empty split.
         """
         experiment = self.experiment
         self.check_batch()
@@ -425,11 +432,11 @@ class Trainer:
         return started
 
     def batches(self, start: int, calls: Iterable[int]) -> Prefetcher:
-        """Returns training batches from a position on, each of so many steps as `calls` says."""
+        """Returns the training batches after `start` steps, in blocks of the sizes in `calls`."""
         return training_batches(self.run, self.set_up(), start, calls)
 
     def init_state(self) -> TrainState:
-        """Returns the first state of a run, every leaf created on the devices that hold it.
+        """Returns the initial state of a run; each leaf is created directly on its devices.
 
         Raises:
             UserError: if the weights of `config.init_from` do not fit the model.
@@ -444,49 +451,49 @@ class Trainer:
 
         Raises:
             UserError: if there is no such checkpoint.
-            CheckpointError: if its arrays are not those that were saved.
+            CheckpointError: if its arrays are damaged.
         """
         return restore(self.run, self.set_up().programs, step)
 
     def eval_params(self, state: TrainState) -> Any:
-        """Returns the parameters of a state that are evaluated: see `config.optimizer.eval_params`.
+        """Returns the parameters to evaluate, as given by `config.optimizer.eval_params`.
 
         Args:
-            state: with all its members, if the run is an ensemble.
+            state: for an ensemble, the state of all members.
         """
         return eval_params(self.experiment, self.set_up().programs, state)
 
     def model(self, state: TrainState | None = None, *, member: int | None = None) -> Any:
-        """Returns the user's own model with trained variables in it, to call in a notebook.
+        """Returns the model with trained variables, to call in a notebook.
 
-        It is in evaluation mode: a Linen module as a bound Klinen model (`trainer.klinen`),
-        an NNX module unchanged. Its parameters are those that are evaluated.
+        It does not train (no dropout): a Linen module is returned as a bound Klinen model
+        (`trainer.klinen`), an NNX module as itself. Its parameters are those of `eval_params`.
 
         Args:
-            state: whose variables; by default the newest checkpoint's.
-            member: of an ensemble, which one.
+            state: state to take the variables from; by default the newest checkpoint.
+            member: index of the member, for an ensemble.
 
         Raises:
-            UserError: for an ensemble without a member.
+            UserError: if the run is an ensemble and no member is given.
         """
         experiment = self.experiment
         if experiment.ensemble is not None and member is None:
-            raise UserError('model: choose a member of the ensemble, as in model(member=0)')
+            raise UserError('model: this is an ensemble; choose a member, as in model(member=0)')
         state = self._usable(state, 'model(state)')
         state = dataclasses.replace(state, params=self.eval_params(state))
         if experiment.ensemble is not None:
             assert member is not None
             state = member_state(state, member)
-        # Here, since importing Klinen registers it: a run without Klinen modules does not pay.
+        # Imported here because importing Klinen registers it, a cost that other runs need not pay.
         from trainer.klinen.notebook import bind_for_notebook
 
         return bind_for_notebook(experiment.model, state.variables)
 
     def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
-        """Returns the metrics of each evaluation of the config: numbers by name, and `arrays`.
+        """Returns the metrics of each evaluation in the config: numbers by name, and `arrays`.
 
         Args:
-            state: what to evaluate; by default the newest checkpoint.
+            state: state to evaluate; by default the newest checkpoint.
         """
         state = self._usable(state, 'evaluate(state)')
         return {name: each.run(state) for name, each in self.set_up().evaluators.items()}
@@ -498,7 +505,7 @@ class Trainer:
 
         Args:
             evaluation: its name in the config.
-            state: whose predictions; by default the newest checkpoint's.
+            state: state to predict with; by default the newest checkpoint.
 
         Raises:
             UserError: if the task has no method `predict`.
@@ -507,6 +514,6 @@ class Trainer:
         return self.set_up().evaluators[evaluation].predict(state)
 
     def _usable(self, state: TrainState | None, what: str) -> TrainState:
-        """Returns a state, or the newest checkpoint's; refuses one that is gone."""
+        """Returns the state, or that of the newest checkpoint; refuses a donated state."""
         donated.check(state, what)
         return self.restore() if state is None else state

@@ -83,5 +83,5 @@ def test_the_compile_cache_needs_a_home_directory(home: pathlib.Path) -> None:
     assert finished.returncode == 0, finished.stderr
     default, given = f'{home}/.cache/jax-config-trainer', f'{home}/cache'
     assert finished.stdout.splitlines() == ['None', default, given]
-    assert finished.stderr.count('There is no home directory') == 1
+    assert finished.stderr.count('There is no home directory, so') == 1
     assert not list(pathlib.Path.cwd().iterdir())

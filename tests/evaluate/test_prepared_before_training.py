@@ -103,7 +103,9 @@ def test_a_model_that_does_not_know_its_mode(act: Any, part: str, cause: str) ->
     model = {'target': f'{__name__}:AlwaysTraining', 'part': part}
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
     trainer = Trainer(load_and_build(config, model=model, train_for='5 steps'))
-    words = rf'config\.evals\.test: the model does .*{cause}(.|\n)*take `train`, .*"Add your own"'
+    words = (
+        rf'config\.evals\.test: the model does .*{cause}(.|\n)*take `train`, .*docs/tutorial\.md'
+    )
     with pytest.raises(UserError, match=words) as error:
         act(trainer)
     assert error.value.__cause__ is not None

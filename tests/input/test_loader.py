@@ -30,7 +30,7 @@ from trainer.trainer import Trainer
 
 EXAMPLE, CONFIG = (
     textwrap.dedent(found)
-    for found in re.findall(r'::\n\n((?:    .*\n|\n)+)', contract.__doc__ or '')
+    for found in re.findall(r':\n\n((?:    .*\n|\n)+)', contract.__doc__ or '')
 )
 
 

@@ -68,7 +68,7 @@ def test_the_mode_shows_it() -> None:
     added = sum(int(number.replace(',', '')) for number in own)
     assert total.split()[1] == f'{added:,}'
     assert f'{added:,} parameters' in finished.out
-    assert 'in a train step' in finished.out
+    assert 'FLOPs per train step' in finished.out
 
 
 def test_of_an_ensemble_it_shows_a_member() -> None:

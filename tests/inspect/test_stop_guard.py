@@ -220,7 +220,7 @@ def test_mistakes() -> None:
     ):
         build(linen(), guard={'non_finite': 'go'})
     for key, value in (('guard', {'non_finite': 'warn'}), ('capture', {'a': {'match': '.*'}})):
-        with pytest.raises(UserError, match=rf'config\.{key}: an ensemble cannot be looked into'):
+        with pytest.raises(UserError, match=rf'config\.{key}: not supported for ensembles'):
             build(linen(), ensemble={'size': 2}, **{key: value})
 
 

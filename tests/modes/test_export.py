@@ -115,7 +115,7 @@ def test_variables_are_written_exactly(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_large_variables_are_an_argument(tmp_path: pathlib.Path) -> None:
     trainer, state = trained()
-    about, function = written(tmp_path, trainer, state, most_within=1000)
+    about, function = written(tmp_path, trainer, state, max_embedded_bytes=1000)
     assert about['arguments'] == ['variables', 'batch']
     assert (tmp_path / 'model.jax_export').stat().st_size < 50_000
     variables = serialization.msgpack_restore((tmp_path / 'variables.msgpack').read_bytes())
@@ -142,7 +142,7 @@ def test_a_model_that_computes_with_the_number_of_rows(
     trainer, state = trained(model=model, evals__test__data__batch_size=32)
     with caplog.at_level('WARNING', 'trainer'):
         about, function = written(tmp_path, trainer, state)
-    assert 'takes batches of 32 rows only' in caplog.text
+    assert 'only takes batches of 32 examples' in caplog.text
     assert about['batch'] == {'image': 'uint8[32, 28, 28, 1]'}
     expected = next(iter(trainer.predict('test', state)))
     found = function.call({'image': examples(trainer)[:32]})
@@ -159,13 +159,13 @@ class Looks(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('most_within', [0, export.MOST_WITHIN])
-def test_a_model_that_looks_up(most_within: int, tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize('max_embedded_bytes', [0, export.MAX_EMBEDDED_BYTES])
+def test_a_model_that_looks_up(max_embedded_bytes: int, tmp_path: pathlib.Path) -> None:
     trainer, state = trained(model={'target': f'{__name__}:Looks'})
-    about, function = written(tmp_path, trainer, state, most_within=most_within)
+    about, function = written(tmp_path, trainer, state, max_embedded_bytes=max_embedded_bytes)
     assert about['batch'] == {'image': 'uint8[rows, 28, 28, 1]'}
     (expected,) = trainer.predict('test', state)
-    variables = [] if most_within else [{'params': jax.device_get(state.params)}]
+    variables = [] if max_embedded_bytes else [{'params': jax.device_get(state.params)}]
     found = function.call(*variables, {'image': examples(trainer)[:7]})
     assert np.array_equal(found['class'], expected['class'][:7])
 

@@ -53,7 +53,7 @@ def test_the_state_is_that_of_a_run(mesh: dict[str, int]) -> None:
     assert planned.state['optimizer'] == held(state.opt_state)
     assert planned.state['average'] == planned.state['parameters']
     assert sum(planned.state.values()) + 4 == held(state)  # The step's number is in no kind.
-    assert planned.state_in_all == sum(x.nbytes for x in jax.tree.leaves(state))
+    assert planned.unsharded_state == sum(x.nbytes for x in jax.tree.leaves(state))
     assert planned.devices == 8
     assert planned.temporaries is not None and planned.temporaries > 0
 
@@ -67,7 +67,7 @@ def test_data_parallelism_adds_up_the_gradients_and_no_more() -> None:
     # The gradients, and a few scalars of metrics.
     assert params <= sums <= params + 64
     assert planned.batch == 32 * (28 * 28 + 4) // 8
-    assert planned.all_counted
+    assert planned.is_exact
 
 
 def test_sharded_parameters_are_gathered() -> None:
@@ -75,7 +75,7 @@ def test_sharded_parameters_are_gathered() -> None:
     planned = planned_for(trainer('mnist_mlp', {'fsdp': 8}, **options))
     whole = planned_for(trainer('mnist_mlp', {'data': 8}))
     assert planned.state['parameters'] < 0.15 * whole.state['parameters']
-    assert planned.state_in_all == whole.state_in_all
+    assert planned.unsharded_state == whole.unsharded_state
     assert {c.axes for c in planned.collectives} == {('fsdp',)}
     assert 'all-gather' in {c.kind for c in planned.collectives}
     assert planned.flops == whole.flops
@@ -122,28 +122,28 @@ def test_operations_are_counted_in_loops_and_branches() -> None:
 def some(**changes: Any) -> Plan:
     base = Plan(
         mesh={'data': 8}, state={'parameters': 10**9, 'optimizer': 2 * 10**9},
-        state_in_all=3 * 10**9, rows=64, shards=8, batch=10**6, temporaries=10**9, flops=1e15,
-        collectives=(), all_counted=True, compile_secs=1.0,
+        unsharded_state=3 * 10**9, batch_size=64, shards=8, batch=10**6, temporaries=10**9,
+        flops=1e15, collectives=(), is_exact=True, compile_secs=1.0,
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 
 
 def test_what_fits_and_what_does_not() -> None:
-    assert 'fits         4.0 GB of the 17.2 GB of a v5e' in plan.describe(some(), 'v5e')
+    assert 'fits: 4.0 GB of 17.2 GB (v5e)' in plan.describe(some(), 'v5e').splitlines()
     wide = some(state={'parameters': 10**9, 'collections': 400})
     lines = plan.describe(wide).splitlines()[2:8]
     assert ' collections 400 B' in lines
-    assert {len(re.match(r' ?\w+( all)? +', line)[0]) for line in lines} == {13}
-    large = some(state={'parameters': 20 * 10**9}, state_in_all=20 * 10**9)
+    assert {len(re.match(r' ?\w+( state)? +', line)[0]) for line in lines} == {13}
+    large = some(state={'parameters': 20 * 10**9}, unsharded_state=20 * 10**9)
     text = plan.describe(large, 'v5e')
-    assert text.splitlines()[2] == 'DOES NOT FIT 21.0 GB are needed, and a v5e has 17.2 GB'
+    assert text.splitlines()[2] == 'DOES NOT FIT: 21.0 GB needed, 17.2 GB available (v5e)'
     assert '--config.sharding=fsdp --config.mesh=\'{"data": -1, "fsdp": 8}\'' in text
-    cut = some(state={'parameters': 20 * 10**9}, state_in_all=160 * 10**9)
-    assert 'more devices on the axes that cut it' in plan.describe(cut, 'v5e')
+    sharded = some(state={'parameters': 20 * 10**9}, unsharded_state=160 * 10**9)
+    assert 'more devices on the axes that shard it' in plan.describe(sharded, 'v5e')
     busy = plan.describe(some(temporaries=20 * 10**9), 'v5e')
     assert '--config.accumulate=4' in busy and '--config.model.remat=full' in busy
     # 1e15 operations on 8 devices of 197e12 in a second.
-    assert 'at least 635 ms for a step: compute 635 ms' in plan.describe(some(), 'v5e')
+    assert 'at least 635 ms per step: compute 635 ms' in plan.describe(some(), 'v5e')
 
 
 def test_every_kind_of_device_has_sound_figures() -> None:
@@ -158,7 +158,8 @@ def test_from_the_command_line() -> None:
     mesh = '--config.mesh={"data": 4, "fsdp": 4}'
     finished = command.run(*args, mesh, '--devices=16', '--config.data.batch_size=16')
     assert finished.code == 0, finished.err
-    assert 'a step on 16 devices, mesh data 4 x fsdp 4 x model 1; nothing has run' in finished.out
+    title = 'Train step on 16 devices, mesh data 4 x fsdp 4 x model 1 (compiled, not run)'
+    assert title in finished.out
     for wrong, message in (
         ((*args, mesh, '--devices=8'), 'does not fit 8 devices'),
         ((*args, '--devices=16'), '16 would'),
@@ -172,7 +173,7 @@ def test_from_the_command_line() -> None:
 
 @pytest.mark.slow
 def test_a_billion_parameters_on_512_devices() -> None:
-    """The last row of the README's table; it must fit a laptop."""
+    """The last row of the table in docs/benchmarks.md; it must fit a laptop."""
     table = [sys.executable, str(ROOT / 'tests' / 'benchmarks' / 'plan_table.py'), '--devices=512']
     finished = subprocess.run(table, capture_output=True, text=True, timeout=180)
     assert finished.returncode == 0, finished.stderr

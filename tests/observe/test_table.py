@@ -81,3 +81,13 @@ def test_counts_are_those_of_the_whole_array() -> None:
 )
 def test_human_bytes(size: float, text: str) -> None:
     assert human_bytes(size) == text
+
+
+def test_blocks_are_in_the_order_of_their_numbers_and_repeated_ones_are_one() -> None:
+    layers = {f'layer_{i}': {'bias': jnp.zeros(i // 11 + 1)} for i in range(12)}
+    lines = parameter_table(layers, {}).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ['layer_0..10/bias', '1', 'float32', '11', 'x', '1', '11', 'x', '4'],
+        ['layer_11/bias', '2', 'float32', '2', '8'],
+        ['13', 'parameters,', '52', 'B'],
+    ]

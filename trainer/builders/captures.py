@@ -45,7 +45,7 @@ def build_captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
     asked = {'capture': bool(sections.capture), 'guard': sections.guard.non_finite == 'warn'}
     for key, given in asked.items():
         if given and sections.ensemble is not None:
-            raise UserError(f'config.{key}: an ensemble cannot be looked into; train one member')
+            raise UserError(f'config.{key}: not supported for ensembles; train one member')
     return {
         name: _capture(section, f'config.capture.{name}', sections, clock)
         for name, section in sections.capture.items()

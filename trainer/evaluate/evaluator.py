@@ -312,7 +312,7 @@ class Evaluator:
                 f'config.evals.{self.name}: the model does what it may do in training alone: '
                 f'{error}\nIt must know its mode. Let its call, or its constructor, take `train`, '
                 '`training`, `is_training` or `deterministic`, which is then given, and pass it on '
-                'to its layers: see "Add your own" in the README'
+                'to its layers: see docs/tutorial.md'
             ) from error
 
     def check_predicts(self) -> None:

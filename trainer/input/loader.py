@@ -7,7 +7,7 @@ base class: any class with the attributes and methods of `TrainLoader` (or `Eval
 They are checked once: for a training loader when the config is built, for an evaluation when the
 run is set up. Optional parts are listed at the end of this file.
 
-A complete training loader, for a source as in `trainer.data.sources`::
+A complete training loader, for a source as in `trainer.data.sources`:
 
     from fractions import Fraction
     from typing import NamedTuple
@@ -49,7 +49,7 @@ A complete training loader, for a source as in `trainer.data.sources`::
             shaped = {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in arrays.items()}
             return Block(shaped, ids)
 
-In the config::
+In the config:
 
     config.data = dict(
         loader=dict(target='mine.loader:InOrder'),

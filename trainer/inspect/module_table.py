@@ -18,7 +18,7 @@ from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import floats
 from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, SCOPE, ModuleRecorder
-from trainer.observe import flops
+from trainer.observe import flops, repeats
 from trainer.observe.table import count
 from trainer.run.setup import Setup
 from trainer.step.state import TrainState
@@ -101,9 +101,11 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """Returns the rows and their sum."""
     lines = [('module', 'class', 'output', 'parameters', 'flops forward')]
-    for row in rows:
-        numbers = (f'{row.parameters:,}' if row.parameters else '', _number(row.flops))
-        lines.append((row.path, row.kind, row.output, *numbers))
+    kinds = [(row.kind, row.output, row.parameters, row.flops) for row in rows]
+    for line in repeats.fold([row.path for row in rows], kinds):
+        row = rows[line.entry]
+        numbers = (repeats.text(line.count, x) if x else '' for x in (row.parameters, row.flops))
+        lines.append((line.path, row.kind, row.output, *numbers))
     total = sum(row.parameters for row in rows), sum(row.flops for row in rows)
     lines.append(('total', '', '', f'{total[0]:,}', _number(total[1])))
     return '\n'.join(aligned(lines, right=(3, 4)))

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each `--mode` does. Importing this package imports no JAX."""
+"""The implementation of each `--mode`. Importing this package imports no JAX."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parsed command line, and what several modes do with it."""
+"""The parsed command line, and helpers shared by several modes."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from trainer.trainer import Trainer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """The command line, parsed.
+    """The parsed command line.
 
     Attributes:
         mode: one of `trainer.main.MODES`, but not 'config'.
         workdir: the run's directory.
-        step: 'latest', 'best' or a number: the checkpoint that is read.
-        allow_config_change: go on with a run whose identity the config has changed.
-        overrides: config path to text, as given.
-        device_kind: what `--mode=plan` is held against.
-        platforms: what `--mode=export` compiles for.
-        match: patterns of the modules that `--mode=grad_probe` looks at.
-        cluster: where the processes of the run meet.
+        step: the checkpoint to read: 'latest', 'best' or a number.
+        allow_config_change: resume even though the config identifies a different run.
+        overrides: text of each override, as given, by config path.
+        device_kind: accelerator that `--mode=plan` compares with.
+        platforms: platforms that `--mode=export` compiles for.
+        match: patterns for paths of the modules that `--mode=grad_probe` records.
+        cluster: how the processes of the run find each other.
     """
 
     mode: str
@@ -48,24 +48,27 @@ class Command:
 
 
 def restore(trainer: Trainer, command: Command) -> TrainState:
-    """Returns the state of the checkpoint; says where the config is not that of its run."""
+    """Returns the state of the checkpoint; prints where the config differs from that of its run."""
     experiment = trainer.experiment
     changes = workdir_of(trainer).config_changes(
         experiment.origin.config, experiment.origin.schedule_steps
     )
     if changes := identity.identity_changes(changes):
-        print(f'The config is not that of the run:\n{diff.format_diff(changes)}', file=sys.stderr)
+        text = diff.format_diff(changes)
+        print(
+            f'The config differs from the one this run was trained with:\n{text}', file=sys.stderr
+        )
     return trainer.restore(command.step)
 
 
 def workdir_of(trainer: Trainer) -> Workdir:
-    """Returns the work directory, which a run of the command line always has."""
+    """Returns the work directory; a run started from the command line always has one."""
     assert trainer.workdir is not None
     return trainer.workdir
 
 
 def write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes an .npz file, in the first process.
+    """Writes an .npz file, in the main process.
 
     Raises:
         UserError: if it cannot be written.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the command line to a mode, once the config is known to be sound."""
+"""Runs the mode that the command line names, after the config has been checked."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     """Joins the other processes if there are any, runs the mode, and returns the exit code.
 
     Raises:
-        UserError: for what the config or the work directory does not allow.
+        UserError: for a mistake in the config, or a work directory that cannot be used.
     """
     _enable_compile_cache()
-    # Processes that wait for this one must receive the signal too, and stop together with it.
+    # While `stop.starting` is set, a signal ends this process at once. A process that others wait
+    # for must not do so: they have to learn of the signal, and all of them stop together.
     starting, stop.starting = stop.starting, False
     try:
         watch = processes.join(command.cluster)
@@ -59,7 +60,7 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     logfile.quiet_absl()
     experiment = _build(loaded, command)
     if command.mode != 'train':
-        signals.uninstall()  # Again: where processes have joined, JAX has a handler of its own.
+        signals.uninstall()  # Again: joining other processes makes JAX install its own handler.
     trainer = Trainer(
         experiment,
         command.workdir,
@@ -68,10 +69,10 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         overrides=command.overrides,
     )
     processes.check_agreement({'mode': command.mode, 'step': command.step})
-    if command.mode != 'train':  # Which does so itself.
+    if command.mode != 'train':  # Training checks this itself.
         trainer.check_agreement()
     try:
-        return _mode(command.mode)(trainer, command, stop)
+        return _mode_function(command.mode)(trainer, command, stop)
     except (CheckpointError, NonFiniteError) as error:
         print(f'Error: {full_text(error)}', file=sys.stderr)
         return error.exit_code
@@ -86,8 +87,8 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         return 1
 
 
-def _mode(name: str) -> Callable[[Trainer, Command, StopRequest], int]:
-    """Returns the function of a mode; what only few runs need is imported here."""
+def _mode_function(name: str) -> Callable[[Trainer, Command, StopRequest], int]:
+    """Returns the function of a mode; modules that few runs need are imported here."""
     if name == 'plan':
         from trainer.modes.plan import plan
 
@@ -108,19 +109,19 @@ def _mode(name: str) -> Callable[[Trainer, Command, StopRequest], int]:
 
 
 def _build(loaded: LoadedConfig, command: Command) -> Experiment:
-    """Builds the experiment; if the user's code fails there, the work directory says why."""
+    """Builds the experiment; if user code fails meanwhile, records the error in the workdir."""
     try:
         return build(loaded)
     except UserError:
         raise
     except Exception as error:
         if command.mode == 'train':
-            with contextlib.suppress(Exception):  # Such as a disk that is full, too.
-                _record_no_start(Workdir(command.workdir), error)
+            with contextlib.suppress(Exception):  # A full disk must not hide the user's error.
+                _record_failed_start(Workdir(command.workdir), error)
         raise
 
 
-def _record_no_start(workdir: Workdir, error: Exception) -> None:
+def _record_failed_start(workdir: Workdir, error: Exception) -> None:
     workdir.make()
     logfile.route(workdir.path, jax.process_index())
     logfile.record_error(error)
@@ -130,19 +131,20 @@ def _record_no_start(workdir: Workdir, error: Exception) -> None:
 
 
 def _enable_compile_cache() -> None:
-    """Keeps compiled programs on disk: the second start of a program does not wait for XLA."""
+    """Caches compiled programs on disk, so that later starts need not compile them again."""
     given, home = os.environ.get('JAX_COMPILATION_CACHE_DIR'), places.cache_directory()
     if given:
         given = places.expand(given, 'JAX_COMPILATION_CACHE_DIR')
         jax.config.update('jax_compilation_cache_dir', given)
     elif home is not None:
         jax.config.update('jax_compilation_cache_dir', os.path.join(home, 'jax-config-trainer'))
-    else:  # A directory that all users can write to is no place for programs.
+    else:  # Not /tmp: programs in a directory that anyone can write to are not safe to run.
         print(
-            'There is no home directory: compiled programs are not kept for the next start. '
-            'Set JAX_COMPILATION_CACHE_DIR to keep them.',
+            'There is no home directory, so compiled programs are not cached for later starts. '
+            'Set JAX_COMPILATION_CACHE_DIR to cache them.',
             file=sys.stderr,
         )
         return
+    # JAX's defaults skip small programs, and a start compiles many of those.
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
     jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)

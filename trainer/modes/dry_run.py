@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--mode=dry_run`: one of everything that a run does, of which nothing is kept."""
+"""`--mode=dry_run`: runs one step, one batch of each evaluation and one save, and keeps nothing."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from trainer.trainer import Trainer
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Rehearses the run beside its work directory."""
+    """Rehearses the run without touching its work directory."""
     logfile.route(None)
     rehearse(trainer.experiment, command.workdir)
     return 0
 
 
 def rehearse(experiment: Experiment, workdir: str) -> None:
-    """Does one of everything that a run does, and says so.
+    """Runs one step, one batch of each evaluation and one save, and prints each result.
 
     Args:
         experiment: what would be trained.
-        workdir: where; nothing in it is read or written.
+        workdir: the work directory of the run; nothing in it is read or written.
 
     Raises:
-        UserError: if a loss is no number or a label out of its range, and for all that
-            `Trainer.compile` refuses.
+        UserError: if a loss is not finite or a label is out of range, and for all mistakes that
+            `Trainer.compile` reports.
     """
     dry = Trainer(experiment)
     programs = dry.compile()
@@ -60,31 +60,31 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         state = setup.programs.step(state, batch)
     dry.monitors().check_labels(state)
     _check_finite(state.metrics)
-    print('train: one step is fine')
+    print('train step OK')
     for name, evaluator in setup.evaluators.items():
         evaluator.run(state, max_batches=1)
-        print(f'eval {name}: one batch is fine')
+        print(f'eval {name} OK (one batch)')
     with _directory(workdir) as directory:
         checkpoints = Checkpoints(directory, experiment.saving.retention)
         checkpoints.save(1, state, {})
         checkpoints.close()
-    print(f'a save is fine: {human_bytes(nbytes(state))}')
+    print(f'checkpoint OK ({human_bytes(nbytes(state))})')
     print('Everything works; nothing was kept.')
 
 
 def _check_finite(metrics: Any) -> None:
     if bad := [name for name in non_finite_names(metrics) if name.endswith('loss')]:
         raise UserError(
-            f'one step works, but train/{bad[0]} is not finite. Do the labels fit the number of '
-            'classes? --mode=train names the module it comes from'
+            f'train/{bad[0]} is not finite after one step. Do the labels match the number of '
+            'classes? --mode=train names the module where the first such value appears'
         )
 
 
 @contextlib.contextmanager
 def _directory(workdir: str) -> Iterator[epath.Path]:
-    """Yields a directory for a save that is not kept; of several processes, one that all can see.
+    """Yields a temporary directory for a save, which all processes can see.
 
-    Each may have a `/tmp` of its own, so theirs is beside the work directory.
+    Processes may each have their own `/tmp`: several of them save beside the work directory.
     """
     if jax.process_count() == 1:
         with tempfile.TemporaryDirectory() as directory:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--mode=eval`: the metrics of a checkpoint."""
+"""`--mode=eval`: prints the metrics of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trainer.trainer import Trainer
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Prints the metrics of a checkpoint, and writes those that are arrays."""
+    """Prints the metrics of a checkpoint, and writes array-valued ones to files."""
     logfile.route(None)
     if not trainer.experiment.evals:
-        raise UserError('--mode=eval runs what is in config.evals, and there is nothing')
+        raise UserError('--mode=eval needs at least one evaluation in config.evals')
     state = restore(trainer, command)
     print(f'checkpoint of step {int(state.step):,} in {command.workdir}')
     for name, metrics in trainer.evaluate(state).items():

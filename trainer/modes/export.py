@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--mode=export`: writes a trained model for programs that know nothing of this one.
+"""`--mode=export`: writes a trained model for programs that do not use this package.
 
-A directory holds the task's predictions as a function that any process with `jax` and `flatbuffers`
-can call (StableHLO by `jax.export`, which reads its files with flatbuffers; for batches of any
-size), and the variables as Flax's msgpack and as safetensors.
+The directory contains the task's predictions as a function that any process with `jax` and
+`flatbuffers` can call (StableHLO by `jax.export`, which reads its files with flatbuffers; for
+batches of any size), and the variables as Flax's msgpack and as safetensors.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ FUNCTION = 'model.jax_export'
 MSGPACK, SAFETENSORS = 'variables.msgpack', 'variables.safetensors'
 ABOUT = 'export.json'
 
-# All that a program must have installed to read the function and to call it.
+# The packages needed to read and to call the function.
 REQUIRES = ('jax', 'flatbuffers')
 
-# Variables of more bytes are an argument of the function and not a part of it: its file would hold
-# them all once more, and no such file can be larger than 2 GiB.
-MOST_WITHIN = 2**28
+# Larger variables (in bytes) become an argument of the function instead of constants in it: as
+# constants they are stored a second time, and the file of a function cannot exceed 2 GiB.
+MAX_EMBEDDED_BYTES = 2**28
 
 _log = logging.getLogger('trainer')
 
@@ -56,19 +56,24 @@ Fields = Mapping[str, jax.ShapeDtypeStruct]
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Exports a checkpoint of the work directory, and says what is in the files."""
+    """Exports a checkpoint of the work directory, and prints what the files contain."""
     logfile.route(None)
-    check_alone()
+    check_single_process()
     state = restore(trainer, command)
     setup = trainer.set_up()
     if not setup.evaluators:
-        raise UserError('--mode=export takes task and fields from config.evals, and there are none')
+        raise UserError(
+            '--mode=export needs an evaluation in config.evals: it defines the task and the fields'
+        )
     evaluator = next(iter(setup.evaluators.values()))
     directory = workdir_of(trainer).path / f'export_{int(state.step)}'
     about = write(
         evaluator, state, directory, axes=tuple(setup.mesh.shape), platforms=command.platforms
     )
-    print(f'exported step {about["step"]:,} to {directory}: predictions of evals.{evaluator.name}')
+    print(
+        f'Exported step {about["step"]:,} to {directory} '
+        f'(predictions of the task of evals.{evaluator.name})'
+    )
     print(f'  {FUNCTION}({", ".join(about["arguments"])}) for {", ".join(about["platforms"])}')
     for kind in ('batch', 'outputs'):
         print(f'    {kind}: ' + ', '.join(f'{name} {x}' for name, x in about[kind].items()))
@@ -83,47 +88,47 @@ def write(
     *,
     axes: Sequence[str] = (),
     platforms: Sequence[str] = ('cpu', 'cuda', 'tpu'),
-    most_within: int = MOST_WITHIN,
+    max_embedded_bytes: int = MAX_EMBEDDED_BYTES,
 ) -> dict[str, Any]:
-    """Writes the predictions of an evaluation's task, and the variables that they are made with.
+    """Writes the predictions of an evaluation's task as a function, and its variables.
 
     Args:
-        evaluator: says which task, which fields a batch has, and whether parameters are the moving
-            average.
-        state: of a checkpoint.
-        directory: made if it is not there; files of an earlier export are replaced.
+        evaluator: determines the task, the fields of a batch, and whether the parameters are the
+            moving average.
+        state: state of a checkpoint.
+        directory: created if missing; files of an earlier export are replaced.
         axes: names of the run's mesh axes, which the model may mention.
-        platforms: what the function is compiled for.
-        most_within: variables of more bytes than these are an argument of the function.
+        platforms: platforms that the function is compiled for.
+        max_embedded_bytes: larger variables are an argument of the function.
 
     Returns:
-        What `export.json` says: the function's fields, outputs and platforms, the variables'
+        The content of `export.json`: the function's fields, outputs and platforms, the variables'
         shapes, versions, and under `requires` the packages that a caller needs, with the versions
-        that have written the function.
+        that wrote the function.
 
     Raises:
         UserError: if the task has no predictions, or the directory cannot be written.
     """
-    check_alone()
+    check_single_process()
     prediction = evaluator.prediction(state)
     variables = fetch(evaluator.variables(state))
     kept = {name: tree for name, tree in variables.items() if name != EMA}
-    within = nbytes(kept) <= most_within
-    predict = _Predict(prediction, int(state.step), variables if within else None)
+    is_embedded = nbytes(kept) <= max_embedded_bytes
+    predict = _Predict(prediction, int(state.step), variables if is_embedded else None)
     spec = _spec(prediction, evaluator.name)
-    # Of one device: what the model says of a larger mesh is not for those who call the function.
-    alone = jax.make_mesh(
+    # The model may name axes of the run's mesh, but callers of the function need not have it.
+    single_device = jax.make_mesh(
         (1,) * len(axes), tuple(axes), axis_types=(AxisType.Auto,) * len(axes),
         devices=jax.devices()[:1],
     )  # fmt: skip
-    with named_axes((), alone):
-        function = _exported(predict, () if within else (kept,), spec, platforms)
+    with named_axes((), single_device):
+        function = _export(predict, () if is_embedded else (kept,), spec, platforms)
     flat = {'/'.join(path): np.asarray(x) for path, x in flatten_dict(kept).items()}
     about = {
         'step': int(state.step),
         'evaluation': evaluator.name,
         'task': repr(evaluator.step.task.task),
-        **_about_function(function, ['batch'] if within else ['variables', 'batch']),
+        **_describe_function(function, ['batch'] if is_embedded else ['variables', 'batch']),
         'variables': {path: f'{x.dtype}{list(x.shape)}' for path, x in flat.items()},
         'versions': versions(),
     }
@@ -144,25 +149,27 @@ def _spec(prediction: Prediction, evaluation: str) -> dict[str, Any]:
     if not spec:
         raise UserError(
             f'config.evals.{evaluation}: predict computes nothing from the batch, so there is '
-            'no function to export'
+            'nothing to export'
         )
     if prediction.passed:
         _log.warning(
-            'left out of the exported function, because predict returns these fields of the batch '
+            'Left out of the exported function, because predict returns these fields of the batch '
             'unchanged: %s',
             ', '.join(sorted(prediction.passed)),
         )
     return spec
 
 
-def check_alone() -> None:
-    """Raises a UserError, in each of them, if there are several processes."""
+def check_single_process() -> None:
+    """Raises a UserError, in each process, if there are several."""
     if jax.process_count() > 1:
-        raise UserError('--mode=export: run it as one process; it reads any checkpoint')
+        raise UserError(
+            '--mode=export must run as a single process; it can read the checkpoints of several'
+        )
 
 
 class _Predict:
-    """The predictions of a batch, of some of its fields: the rest is not looked at."""
+    """The predictions as a function of the fields that they depend on; zeros replace the others."""
 
     def __init__(
         self, prediction: Prediction, count: int, variables: Any, unused: Fields | None = None
@@ -172,11 +179,11 @@ class _Predict:
 
     def __call__(self, *args: Any) -> dict[str, jax.Array]:
         *given, batch = args
-        # A model may index with what is traced, and numpy arrays do not take that.
+        # As JAX arrays: a model may index them with traced values, which numpy arrays refuse.
         variables = jax.tree.map(jnp.asarray, given[0] if given else self.variables)
-        rows = next(iter(batch.values())).shape[0]
-        fill = {n: jnp.zeros((rows, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
-        whole = {**batch, **fill, MASK: jnp.ones(rows, bool)}
+        size = next(iter(batch.values())).shape[0]
+        fill = {n: jnp.zeros((size, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
+        whole = {**batch, **fill, MASK: jnp.ones(size, bool)}
         outputs = self.prediction(variables, jnp.int32(self.count), jnp.int32(0), whole)
         return {name: x for name, x in outputs.items() if name != MASK}
 
@@ -184,52 +191,64 @@ class _Predict:
         return _Predict(self.prediction, self.count, self.variables, unused)
 
 
-def _exported(
+def _export(
     predict: _Predict, before: tuple[Any, ...], spec: Fields, platforms: Sequence[str]
 ) -> export.Exported:
-    """Returns the exported function of a batch with the fields that it looks at, and no others."""
+    """Exports the function of a batch with the fields that the predictions depend on only.
+
+    Args:
+        predict: function of `*before` and a batch.
+        before: arguments that come before the batch: the variables, or none.
+        spec: shapes and dtypes of the fields of a batch.
+        platforms: platforms to compile for.
+    """
     traced = jax.make_jaxpr(predict)(*before, dict(spec)).jaxpr
     read = {id(x) for equation in traced.eqns for x in equation.invars}
     read |= {id(x) for x in traced.outvars}
     fields = traced.invars[len(jax.tree.leaves(before)) :]
     used = [name for name, x in zip(sorted(spec), fields, strict=True) if id(x) in read] or spec
     unused = {name: s for name, s in spec.items() if name not in used}
-    return _of_any_rows(predict.without(unused), before, {n: spec[n] for n in used}, platforms)
+    used_spec = {name: spec[name] for name in used}
+    return _export_any_batch_size(predict.without(unused), before, used_spec, platforms)
 
 
-def _of_any_rows(
+def _export_any_batch_size(
     predict: _Predict, before: tuple[Any, ...], spec: Fields, platforms: Sequence[str]
 ) -> export.Exported:
-    """Returns the function for batches of any number of rows, or of one if the model needs it."""
+    """Exports the function for any batch size, or for that of `spec` if the model requires it."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), before)
-    make: Callable[..., export.Exported] = export.export(jax.jit(predict), platforms=platforms)
+    export_for: Callable[..., export.Exported] = export.export(
+        jax.jit(predict), platforms=platforms
+    )
+    # The name is part of `export.json`: shapes are written as 'float32[rows, 10]'.
     (rows,) = export.symbolic_shape('rows')
     try:
-        return make(
+        return export_for(
             *abstract,
             {n: jax.ShapeDtypeStruct((rows, *s.shape[1:]), s.dtype) for n, s in spec.items()},
         )
     except Exception as error:
-        function = make(*abstract, spec)  # What is wrong with the model itself shows here.
+        # If the batch size was not the problem, this raises the model's own error.
+        function = export_for(*abstract, spec)
         _log.warning(
-            'the exported function takes batches of %d rows only, for the model computes with '
-            'their number (%s). Let it say x.shape[0] where it says len(x)',
+            'The exported function only takes batches of %d examples, because the model computes '
+            'with the batch size (%s). Use x.shape[0] instead of len(x) in the model',
             next(iter(spec.values())).shape[0],
             str(error).partition('\n')[0],
         )
         return function
 
 
-def _about_function(function: export.Exported, arguments: list[str]) -> dict[str, Any]:
+def _describe_function(function: export.Exported, arguments: list[str]) -> dict[str, Any]:
     return {
         'function': FUNCTION,
         'arguments': arguments,
-        'batch': _described(function.in_tree, function.in_avals)[0][-1],
-        'outputs': _described(function.out_tree, function.out_avals),
+        'batch': _describe_arrays(function.in_tree, function.in_avals)[0][-1],
+        'outputs': _describe_arrays(function.out_tree, function.out_avals),
         'platforms': list(function.platforms),
         'requires': {name: importlib.metadata.version(name) for name in REQUIRES},
     }
 
 
-def _described(tree: Any, avals: Sequence[Any]) -> Any:
+def _describe_arrays(tree: Any, avals: Sequence[Any]) -> Any:
     return jax.tree.unflatten(tree, [f'{x.dtype}[{", ".join(map(str, x.shape))}]' for x in avals])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features of a frozen backbone, computed once: every later epoch trains the head alone."""
+"""Precomputes the features of a frozen backbone, so that later runs train the head alone."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from trainer.trainer import Trainer
 def precompute(
     trainer: Trainer, evaluation: str, path: epath.PathLike, state: TrainState | None = None
 ) -> dict[str, np.ndarray]:
-    """Writes what an evaluation predicts to an .npz file, for `trainer.data.npz:Npz`; returns it.
+    """Writes the predictions of an evaluation to an .npz file, for `trainer.data.npz:Npz`.
 
     Args:
-        trainer: all processes of a run must call this, and the first one writes.
+        trainer: of the run; all processes must call this function, and the main process writes.
         evaluation: its name in the config; its task is `trainer.tasks:Features` or has `predict`.
-        path: of the file.
-        state: whose features; by default those of a fresh run, with `config.init_from`'s weights.
+        path: path of the file.
+        state: state to predict with; by default that of a fresh run, with the weights of
+            `config.init_from`.
+
+    Returns:
+        The arrays of the file, by name.
 
     Raises:
-        UserError: if there is no such evaluation, or the model has no such method.
+        UserError: if there is no such evaluation, or its task cannot predict.
     """
     evaluators = trainer.set_up().evaluators
     if evaluation not in evaluators:
-        have = ', '.join(evaluators) or 'none'
+        names = ', '.join(evaluators) or 'none'
         raise UserError(
-            f'precompute: there is no evaluation {evaluation!r}; config.evals has {have}'
+            f'precompute: there is no evaluation {evaluation!r}; config.evals has {names}'
         )
     state = trainer.init_state() if state is None else state
     batches = list(trainer.predict(evaluation, state))

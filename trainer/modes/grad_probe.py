@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--mode=grad_probe`: gradients of the loss with respect to intermediate values."""
+"""`--mode=grad_probe`: writes gradients of the loss with respect to intermediate values."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from trainer.trainer import Trainer
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Shows gradients of the loss with respect to intermediate values, and writes them."""
+    """Prints a table of gradients with respect to intermediate values, and writes the arrays."""
     logfile.route(None)
     experiment, workdir = trainer.experiment, workdir_of(trainer)
     if experiment.ensemble is not None:
-        raise UserError('--mode=grad_probe: an ensemble cannot be looked into; train one member')
+        raise UserError('--mode=grad_probe is not supported for ensembles; train one member')
     trainer.check_batch()
     setup = trainer.set_up()
     saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
     state = restore(trainer, command) if saved else trainer.init_state()
-    found = gradient_probe.of_next_step(trainer.run, setup, state, command.match)
+    gradients = gradient_probe.of_next_step(trainer.run, setup, state, command.match)
     path = workdir.path / f'gradients_{int(state.step)}.npz'
     if processes.is_primary():
         workdir.make()
-        write_npz(path, {each.path: each.gradient for each in found})
+        write_npz(path, {each.path: each.gradient for each in gradients})
     print(f'gradients of the loss of step {int(state.step) + 1:,}')
-    print(gradient_probe.table(found))
+    print(gradient_probe.table(gradients))
     print(path)
     return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--mode=predict`: the predictions of a checkpoint, as .npz files."""
+"""`--mode=predict`: writes the predictions of a checkpoint as .npz files."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     workdir = workdir_of(trainer)
     state = restore(trainer, command)
     if not trainer.experiment.evals:
-        raise UserError('--mode=predict reads the splits of config.evals, and there are none')
+        raise UserError('--mode=predict needs at least one evaluation in config.evals')
     for name in trainer.experiment.evals:
         batches = list(trainer.predict(name, state))
         if not batches:
-            raise UserError(f'config.evals.{name}.data: its stream has no example')
+            raise UserError(f'config.evals.{name}.data: the stream has no examples')
         arrays: dict[str, Any] = {
             key: np.concatenate([b[key] for b in batches]) for key in batches[0]
         }
         path = workdir.path / f'predictions_{name}_{int(state.step)}.npz'
         write_arrays(path, arrays)
-        rows = len(next(iter(arrays.values())))
-        print(f'{path}: {rows:,} rows of {", ".join(arrays)}')
+        num_examples = len(next(iter(arrays.values())))
+        print(f'{path}: {", ".join(arrays)} of {num_examples:,} examples')
     return 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--mode=summary`: what a run would be, and the table of its modules."""
+"""`--mode=summary`: prints a summary of the run and the table of its modules."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from trainer.trainer import Trainer
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Prints the parameters, the summary of the run and its modules."""
+    """Prints the summary of the run, its modules and parameters, and the FLOPs of a train step."""
     logfile.route(None)
     trainer.check_batch()
     setup = trainer.set_up()
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     print(banner.summary(trainer.run, setup, latest or 0))
     print(f'\n{module_table.describe(trainer.experiment, setup)}\n')
-    print(f'flops     {flops.count(setup.programs.step.jaxpr()):.3g} in a train step')
+    print(f'compute   {flops.count(setup.programs.step.jaxpr()):.3g} FLOPs per train step')
     return 0

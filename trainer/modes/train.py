@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--mode=train`: trains, or says that the run has finished."""
+"""`--mode=train`: trains, or reports that the run has already finished."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trainer.trainer import Trainer
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Trains; a run that has finished is left as it is."""
+    """Trains, unless the run has finished."""
     trainer.check_workdir()
-    if _already_done(trainer):
+    if _report_finished(trainer):
         return 0
     checkpoint.preload()
     workdir = workdir_of(trainer)
@@ -39,8 +39,8 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     return 0 if result.status in ('finished', 'stopped_early') else stop.exit_code
 
 
-def _already_done(trainer: Trainer) -> bool:
-    """Whether the work directory holds the finished run, which is then said."""
+def _report_finished(trainer: Trainer) -> bool:
+    """Prints the result of a run that has already finished; returns whether it has."""
     workdir, total = workdir_of(trainer), trainer.experiment.training.total_steps
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     result = workdir.result() if latest is not None else None

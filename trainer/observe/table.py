@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,13 @@ from jax.sharding import NamedSharding
 
 from trainer.config.text import aligned
 from trainer.modules.model_view import param_path
+from trainer.observe import repeats
 
 
 def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
     """Returns path, shape, dtype, size and bytes of each parameter, and the totals.
+
+    Repeated blocks are one: `block_0..23/norm/scale` with the size `24 x 512`.
 
     Where parameters are split over devices, two more columns say what each device holds of one, and
     over which mesh axes each of its dimensions is cut.
@@ -25,14 +29,18 @@ def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
         collections: the other variables, of which only the totals are shown.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    leaves.sort(key=lambda item: _numeric(param_path(item[0])))  # JAX has block_10 before block_2.
     split = any(_axes(leaf) for _, leaf in leaves)
     more = ('on a device', 'axes') if split else ()
     rows = [('parameter', 'shape', 'dtype', 'size', 'bytes', *more)]
-    for path, leaf in leaves:
+    kinds = [(leaf.shape, leaf.dtype, _axes(leaf)) for _, leaf in leaves]
+    for line in repeats.fold([param_path(path) for path, _ in leaves], kinds):
+        leaf = leaves[line.entry][1]
         shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
-        size = f'{math.prod(leaf.shape):,}'
-        row = (param_path(path), shape, str(leaf.dtype), size, f'{nbytes(leaf):,}')
-        rows.append((*row, *((f'{bytes_per_device(leaf):,}', _axes(leaf)) if split else ())))
+        sizes = (math.prod(leaf.shape), nbytes(leaf), bytes_per_device(leaf))
+        size, total, here = (repeats.text(line.count, number) for number in sizes)
+        row = (line.path, shape, str(leaf.dtype), size, total)
+        rows.append((*row, here, _axes(leaf)) if split else row)
     lines = aligned(rows, right=(3, 4, 5))
     here = f', {human_bytes(bytes_per_device(params))} on each device' if split else ''
     lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{here}')
@@ -70,6 +78,11 @@ def human_bytes(size: float) -> str:
             return f'{size:.0f} {unit}' if unit == 'B' else f'{size:.1f} {unit}'
         size /= 1000
     return f'{size:.1f} TB'
+
+
+def _numeric(path: str) -> list[str | int]:
+    """Returns a key by which 'block_2' sorts before 'block_10'."""
+    return [int(part) if part.isdigit() else part for part in re.split(r'([0-9]+)', path)]
 
 
 def _axes(leaf: Any) -> str:

@@ -54,7 +54,7 @@ def require_array(output: Any, task: Any, what: str) -> jax.Array:
     if not isinstance(output, (jax.Array, np.ndarray)):
         raise UserError(
             f'config.task: the model returned {describe(output)}, and {name_of(task)} expects one '
-            f'array, the {what}. Write a task that picks it: see "Add your own" in the README'
+            f'array, the {what}. Write a task that picks it: see docs/tutorial.md'
         )
     return jnp.asarray(output)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What devices send each other in a compiled program, read from its text."""
+"""Collective operations of a compiled program, parsed from its HLO text."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Collective:
 
     Attributes:
         kind: one of `KINDS`.
-        axes: mesh axes along which the devices of a group lie.
-        group: devices in a group.
-        count: operations in a step, those in loops counted as often as they run.
-        nbytes: bytes of the whole arrays that a device takes part in making, in a step.
+        axes: mesh axes that the devices of a group span.
+        group: number of devices in a group.
+        count: operations per step; those in a loop count once per iteration.
+        nbytes: bytes per step of the arrays that a group communicates, each at its full size.
     """
 
     kind: str
@@ -49,7 +49,7 @@ class Collective:
 
     @property
     def sent_bytes(self) -> float:
-        """Returns the bytes that a device sends, by a ring."""
+        """Bytes per step that a device sends, assuming ring collectives."""
         if self.kind == 'collective-permute':
             return float(self.nbytes)
         once = self.nbytes * (self.group - 1) / self.group
@@ -57,12 +57,13 @@ class Collective:
 
 
 def find(text: str, mesh: Mapping[str, int]) -> tuple[list[Collective], bool]:
-    """Returns the collectives of a program, the largest first, and whether they are all counted.
+    """Returns the collectives of a program, largest first, and whether all counts are exact.
 
-    They are not where the compiler does not say how often a loop runs: it counts once.
+    They are not exact if the compiler does not know the length of a loop, which then counts as one
+    iteration.
 
     Args:
-        text: a compiled program, as `jax.stages.Compiled.as_text()` has it.
+        text: a compiled program, from `jax.stages.Compiled.as_text()`.
         mesh: axis sizes, in the order of the devices.
     """
     bodies = dict(_computations(text))
@@ -74,12 +75,14 @@ def find(text: str, mesh: Mapping[str, int]) -> tuple[list[Collective], bool]:
     def visit(name: str, times: int) -> None:
         nonlocal complete
         for line in bodies[name][1]:
-            if found := _OPERATION.search(line):
+            if operation := _OPERATION.search(line):
+                result, kind = operation.groups()
                 group = devices_of_group(line, mesh)
-                key = (found[2], _axes(group, mesh), len(group))
+                key = (kind, _axes(group, mesh), len(group))
                 counts[key] += times
-                parts = len(group) if found[2] == 'reduce-scatter' else 1
-                sizes[key] += times * parts * _nbytes(found[1])
+                # The text has the shape of the result, which for reduce-scatter is one shard.
+                num_shards = len(group) if kind == 'reduce-scatter' else 1
+                sizes[key] += times * num_shards * _nbytes(result)
             inner = times
             if ' while(' in line:
                 trips = _TRIPS.search(line)
@@ -90,32 +93,40 @@ def find(text: str, mesh: Mapping[str, int]) -> tuple[list[Collective], bool]:
                     visit(callee, inner)
 
     visit(entry, 1)
-    made = [
+    result = [
         Collective(kind=kind, axes=axes, group=group, count=count, nbytes=sizes[kind, axes, group])
         for (kind, axes, group), count in counts.items()
-        if group > 1
+        if group > 1  # A group of one device communicates nothing.
     ]
-    return sorted(made, key=lambda c: -c.nbytes), complete
+    return sorted(result, key=lambda c: -c.nbytes), complete
 
 
 def devices_of_group(line: str, mesh: Mapping[str, int]) -> list[int]:
-    """Returns the group of the first device, as places in the mesh, from one operation's text."""
+    """Returns the first device group of an operation, as flat indices into the mesh.
+
+    XLA writes groups in several forms, depending on its version and the operation: as a list,
+    as an iota with a transposition, as named mesh axes, or as source-target pairs.
+
+    Args:
+        line: the operation's line of HLO text.
+        mesh: axis sizes, in the order of the devices.
+    """
     if listed := _LISTED.search(line):
         return _numbers(listed[1])
     if iota := _IOTA.search(line):
-        groups = _arranged(iota[2], iota[3]).reshape(_numbers(iota[1]))
+        groups = _iota(iota[2], iota[3]).reshape(_numbers(iota[1]))
         return [int(i) for i in groups[0]]
     if named := _NAMED.search(line):
         axes = re.findall(r"'([^']+)'=(\d+)", named[1])
         shape = [int(size) for _, size in axes]
-        devices = np.arange(math.prod(shape)) if named[2] is None else _arranged(named[2], named[3])
-        along = re.findall(r"'([^']+)'", named[4])
-        where = tuple(slice(None) if axis in along else 0 for axis, _ in axes)
-        return [int(i) for i in devices.reshape(shape)[where].ravel()]
+        devices = np.arange(math.prod(shape)) if named[2] is None else _iota(named[2], named[3])
+        group_axes = re.findall(r"'([^']+)'", named[4])
+        index = tuple(slice(None) if axis in group_axes else 0 for axis, _ in axes)
+        return [int(i) for i in devices.reshape(shape)[index].ravel()]
     if pairs := _PAIRS.search(line):
         moves = [(int(a), int(b)) for a, b in re.findall(r'(\d+),(\d+)', pairs[1])]
         return list(next(((a, b) for a, b in moves if a != b), ()))
-    # No groups are all devices.
+    # No groups means one group of all devices.
     return list(range(math.prod(mesh.values())))
 
 
@@ -133,15 +144,17 @@ def _computations(text: str) -> Iterator[tuple[str, tuple[bool, list[str]]]]:
             lines.append(line)
 
 
-def _arranged(shape: str, order: str | None) -> np.ndarray:
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """Returns the device numbers that HLO writes as `<=[shape]T(order)`, flat."""
     numbers = _numbers(shape)
     devices = np.arange(math.prod(numbers)).reshape(numbers)
     return (devices.transpose(_numbers(order)) if order else devices).ravel()
 
 
 def _axes(group: Sequence[int], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    places = np.array(np.unravel_index(group, tuple(mesh.values())))
-    return tuple(name for name, row in zip(mesh, places, strict=True) if len(set(row)) > 1)
+    """Returns the mesh axes along which the coordinates of the group's devices differ."""
+    coordinates = np.array(np.unravel_index(group, tuple(mesh.values())))
+    return tuple(name for name, row in zip(mesh, coordinates, strict=True) if len(set(row)) > 1)
 
 
 def _nbytes(shape: str) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published figures of accelerators: what a plan is held against."""
+"""Published memory sizes and speeds of accelerators, which a plan is compared with."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class DeviceKind:
-    """An accelerator, by its makers' data sheets (TPU: cloud.google.com/tpu/docs; NVIDIA: SXM).
+    """An accelerator, by its vendor's data sheet (TPU: cloud.google.com/tpu/docs; NVIDIA: SXM).
 
     Attributes:
         memory: bytes.
-        bandwidth: of the memory, in bytes per second.
+        bandwidth: memory bandwidth in bytes per second.
         flops: peak of dense bfloat16 matrix products, per second.
-        links: bytes per second to other devices, both directions together.
+        links: bytes per second to other devices, both directions added.
     """
 
     memory: float

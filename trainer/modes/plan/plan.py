@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory, operations and traffic of one step on a mesh of devices that need not be here.
+"""`--mode=plan`: estimates memory, FLOPs and traffic of a step on a mesh you need not have.
 
-The train step is compiled for virtual CPU devices, and nothing runs: no array is made. What comes
-from shapes and shardings (state, batch, operations, collectives' sizes) holds on any device; what
-the CPU's compiler decides (temporaries, and which collectives it chooses) is an estimate.
+The train step is compiled for virtual CPU devices; nothing runs, and no array is created. Numbers
+derived from shapes and shardings (state, batch, FLOPs, sizes of collectives) hold on any device.
+Decisions of the CPU compiler (temporaries, and the choice of collectives) are estimates.
 """
 
 from __future__ import annotations
@@ -36,32 +36,33 @@ _KINDS_OF_STATE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one step needs.
+    """The resources that one step needs.
 
     Attributes:
         mesh: axis sizes.
-        state: bytes on each device, by kind.
-        state_in_all: bytes of the whole state, held once.
-        rows: rows of a global batch.
-        shards: parts that they are cut into.
-        batch: bytes of a batch on each device.
-        temporaries: bytes on each device, as the CPU's compiler has it; None if it does not say.
-        flops: operations of a step, on all devices together.
-        collectives: what devices send each other in a step.
-        all_counted: whether every loop's collectives are counted as often as it runs.
-        compile_secs: time that compiling took here.
+        state: bytes per device, by kind.
+        unsharded_state: bytes of the whole state on one device.
+        batch_size: examples of a global batch.
+        shards: number of shards of a batch.
+        batch: bytes of a batch per device.
+        temporaries: bytes per device, as the CPU compiler estimates; None if it does not.
+        flops: FLOPs of a step, summed over all devices.
+        collectives: the collective operations of a step.
+        is_exact: whether the counts of collectives are exact; if not, a loop of unknown length
+            counts as one iteration.
+        compile_secs: time that compiling took.
     """
 
     mesh: Mapping[str, int]
     state: Mapping[str, int]
-    state_in_all: int
-    rows: int
+    unsharded_state: int
+    batch_size: int
     shards: int
     batch: int
     temporaries: int | None
     flops: float
     collectives: tuple[Collective, ...]
-    all_counted: bool
+    is_exact: bool
     compile_secs: float
 
     @property
@@ -71,17 +72,17 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes on each device: state, batch and temporaries."""
+        """Bytes per device: state, batch and temporaries."""
         return sum(self.state.values()) + self.batch + (self.temporaries or 0)
 
     @property
     def sent_bytes(self) -> float:
-        """Bytes that a device sends in a step."""
+        """Bytes per step that a device sends."""
         return sum(each.sent_bytes for each in self.collectives)
 
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
-    """Prints what a step would need."""
+    """Prints the resources that a step would need."""
     logfile.route(None)
     trainer.check_batch()
     print(describe(make(trainer.experiment, trainer.set_up()), command.device_kind))
@@ -89,99 +90,101 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
 
 
 def make(experiment: Experiment, setup: Setup) -> Plan:
-    """Compiles the train step and returns what it needs; nothing runs.
+    """Compiles the train step and returns the resources it needs; nothing runs.
 
     Raises:
-        UserError: as the start of a run would.
+        UserError: for any mistake that the start of a run would report.
     """
     programs, shards = setup.programs, batch_shards(setup.mesh)
     state, mesh, spec = programs.abstract, dict(setup.mesh.shape), programs.fields.shapes
     step = programs.step
-    found, complete = collectives.find(step.executable().as_text() or '', mesh)
+    operations, is_exact = collectives.find(step.executable().as_text() or '', mesh)
     kinds = {
         name: bytes_per_device(getattr(state, field)) for name, field in _KINDS_OF_STATE.items()
     }
     return Plan(
         mesh=mesh,
         state={name: size for name, size in kinds.items() if size},
-        state_in_all=nbytes(state),
-        rows=experiment.clock.batch_size,
+        unsharded_state=nbytes(state),
+        batch_size=experiment.clock.batch_size,
         shards=shards,
         batch=sum(math.prod(s.shape) * s.dtype.itemsize for s in spec.values()) // shards,
         temporaries=step.temporary_bytes(),
         flops=flops.count(step.jaxpr()),
-        collectives=tuple(found),
-        all_counted=complete,
+        collectives=tuple(operations),
+        is_exact=is_exact,
         compile_secs=step.compile_secs,
     )
 
 
 def describe(plan: Plan, kind: str | None = None) -> str:
-    """Returns the plan as text, beside a device of `trainer.modes.plan.devices.KINDS`."""
+    """Returns the plan as text, compared with a device of `trainer.modes.plan.devices.KINDS`."""
     mesh = ' x '.join(f'{name} {size}' for name, size in plan.mesh.items())
-    lines = [f'a step on {plan.devices:,} devices, mesh {mesh}; nothing has run', '']
+    lines = [f'Train step on {plan.devices:,} devices, mesh {mesh} (compiled, not run)', '']
     if kind is not None:
-        lines += [*_fit(plan, kind, KINDS[kind]), '']
+        lines += [*_fit_lines(plan, kind, KINDS[kind]), '']
     whole = sum(plan.state.values())
-    lines.append(f'state        {human_bytes(whole)} on each device')
+    lines.append(f'train state  {human_bytes(whole)} per device')
     lines += [f' {name:<12}{human_bytes(size)}' for name, size in plan.state.items()]
-    lines.append(f' in all      {human_bytes(plan.state_in_all)}, held once')
-    rows = plan.rows // plan.shards
-    batch = f'{plan.rows:,} rows, {rows:,} on each device'
-    lines.append(f'batch        {human_bytes(plan.batch)} on each device ({batch})')
+    lines.append(f' total       {human_bytes(plan.unsharded_state)} unsharded')
+    per_device = plan.batch_size // plan.shards
+    size = f'batch size {plan.batch_size:,}, {per_device:,} per device'
+    lines.append(f'batch        {human_bytes(plan.batch)} per device ({size})')
     temporaries = 'unknown' if plan.temporaries is None else human_bytes(plan.temporaries)
-    lines.append(f"temporaries  {temporaries} on each device, by the CPU compiler's estimate")
+    lines.append(f"temporaries  {temporaries} per device (CPU compiler's estimate)")
     each = plan.flops / plan.devices
-    lines.append(f'operations   {plan.flops:.3g} FLOP in a step, {each:.3g} on each device')
+    lines.append(f'compute      {plan.flops:.3g} FLOPs per step, {each:.3g} per device')
     lines.append('')
-    lines += _traffic(plan)
-    lines.append(f'compiled in {plan.compile_secs:.1f} s, for virtual CPU devices')
+    lines += _traffic_lines(plan)
+    lines.append(f'Compiled in {plan.compile_secs:.1f} s for virtual CPU devices.')
     return '\n'.join(lines)
 
 
-def _traffic(plan: Plan) -> Iterator[str]:
+def _traffic_lines(plan: Plan) -> Iterator[str]:
     if not plan.collectives:
-        yield 'no collectives: the devices send each other nothing'
+        yield 'no collectives: the devices do not communicate'
         return
-    yield f'{"collective":<20}{"axis":<16}{"devices":>7}{"in a step":>11}{"bytes":>11}{"sent":>11}'
+    yield f'{"collective":<20}{"axis":<16}{"devices":>7}{"per step":>11}{"bytes":>11}{"sent":>11}'
     for each in plan.collectives:
         axis, sent = '+'.join(each.axes), human_bytes(each.sent_bytes)
         counts = f'{each.group:>7,}{each.count:>11,}'
         yield f'{each.kind:<20}{axis:<16}{counts}{human_bytes(each.nbytes):>11}{sent:>11}'
-    yield f'each device sends {human_bytes(plan.sent_bytes)} in a step, if groups are rings'
-    if not plan.all_counted:
-        yield 'a loop of unknown length is among them, and counted once'
+    sent = human_bytes(plan.sent_bytes)
+    yield f'Each device sends {sent} per step (ring collectives assumed).'
+    if not plan.is_exact:
+        yield 'A loop of unknown length counts as one iteration: the true numbers are larger.'
 
 
-def _fit(plan: Plan, name: str, kind: DeviceKind) -> Iterator[str]:
+def _fit_lines(plan: Plan, name: str, kind: DeviceKind) -> Iterator[str]:
     needed, memory = human_bytes(plan.needed), human_bytes(kind.memory)
     if plan.needed <= kind.memory:
-        yield f'fits         {needed} of the {memory} of a {name}'
+        yield f'fits: {needed} of {memory} ({name})'
     else:
-        yield f'DOES NOT FIT {needed} are needed, and a {name} has {memory}'
+        yield f'DOES NOT FIT: {needed} needed, {memory} available ({name})'
         yield from (f'  {line}' for line in _suggestions(plan, kind))
     compute = plan.flops / plan.devices / kind.flops
-    memory_secs = 2 * sum(plan.state.values()) / kind.bandwidth
-    links = plan.sent_bytes / (kind.links / 2)
+    memory_secs = 2 * sum(plan.state.values()) / kind.bandwidth  # Reads and writes the state.
+    links = plan.sent_bytes / (kind.links / 2)  # Sends in one direction of full-duplex links.
     parts = f'compute {_secs(compute)}, state {_secs(memory_secs)}, links {_secs(links)}'
-    yield f'time         at least {_secs(max(compute, memory_secs, links))} for a step: {parts}'
-    yield '             (bfloat16 peaks, each by itself; a real step takes longer)'
+    yield f'time: at least {_secs(max(compute, memory_secs, links))} per step: {parts}'
+    yield '      (each at its bfloat16 peak, fully overlapped; a real step takes longer)'
 
 
 def _suggestions(plan: Plan, kind: DeviceKind) -> Iterator[str]:
     state, temporaries = sum(plan.state.values()), plan.temporaries or 0
-    if state > kind.memory / 2 and plan.state_in_all < 1.5 * state and plan.devices > 1:
+    if state > kind.memory / 2 and plan.unsharded_state < 1.5 * state and plan.devices > 1:
         yield (
-            'every device holds the whole state: cut it, as in --config.sharding=fsdp '
+            'the state is replicated on every device: shard it, as in --config.sharding=fsdp '
             f'--config.mesh=\'{{"data": -1, "fsdp": {min(plan.devices, 8)}}}\''
         )
     elif state > kind.memory / 2:
-        yield 'the state is the larger part: more devices on the axes that cut it (fsdp, model)'
+        yield 'the state takes most of it: use more devices on the axes that shard it (fsdp, model)'
     if temporaries > kind.memory / 4:
-        rows = plan.rows // plan.shards
-        if rows > 1:
-            yield f'activations: --config.accumulate={min(rows, 4)} cuts a batch into slices'
-        yield 'activations: --config.model.remat=full, if the model has it, computes them twice'
+        per_device = plan.batch_size // plan.shards
+        if per_device > 1:
+            count = min(per_device, 4)
+            yield f'activations: --config.accumulate={count} splits a batch into micro-batches'
+        yield 'activations: --config.model.remat=full, if the model has it, recomputes them'
         yield 'activations: --config.precision.compute=bfloat16 halves them'
 
 
