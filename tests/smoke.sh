@@ -33,7 +33,7 @@ run() {
 .venv-smoke/bin/python -c 'import jax, flax, sys; print("smoke:", sys.version.split()[0], "jax", jax.__version__, "flax", flax.__version__)'
 run --config.train_for=20steps
 run --config.train_for=40steps | tee "$workdir/resumed.txt"
-grep -q 'resumed from step 20' "$workdir/resumed.txt"
+grep -q 'resuming from step 20' "$workdir/resumed.txt"
 run --config.train_for=40steps --mode=eval | tee "$workdir/eval.txt"
 grep -q 'examples 10000' "$workdir/eval.txt"
 echo "smoke: passed"

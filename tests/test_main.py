@@ -55,7 +55,7 @@ def test_mistake(args: tuple[str, ...], message: str, tmp_path: pathlib.Path) ->
 def test_out_of_memory_names_what_fills_it(tmp_path: pathlib.Path) -> None:
     finished = command.run(CNN, '--config.model.hidden=100000000', f'--workdir={tmp_path / "run"}')
     assert finished.code == 1
-    for word in ('out of memory', 'state        2.5 TB', 'batch        25.2 kB', 'temporaries'):
+    for word in ('out of memory', 'train state  2.5 TB', 'batch        25.2 kB', 'temporaries'):
         assert word in finished.err
 
 
@@ -80,7 +80,7 @@ def test_output_in_a_pipe_has_no_control_characters(tmp_path: pathlib.Path) -> N
     assert not set(finished.out + finished.err) & set('\r\x1b\b')
     assert finished.err == ''
     assert 'step 200/300 (66%)  loss' in finished.out
-    for derived in ('50,890 parameters', '32 rows, 32 on each device', '125 steps per epoch'):
+    for derived in ('50,890 parameters', 'batch size   32 (32 per device)', 'epochs of 125 steps'):
         assert derived in finished.out
 
 
@@ -176,8 +176,8 @@ def test_broken_config_file(
         ),
         (
             (CNN, '--config.checkpoint.best.metric=eval/test/acuracy'),
-            "config.checkpoint.best.metric: is 'acuracy' one of your own metrics? Then set "
-            "config.checkpoint.best.mode to 'min' or 'max'. Or did you mean 'accuracy'?",
+            "config.checkpoint.best.metric: no metric 'acuracy'; did you mean 'accuracy'? "
+            "(Otherwise set config.checkpoint.best.mode to 'min' or 'max'.)",
         ),
         ((CNN, '--lr=3'), 'Did you mean --config.optimizer.learning_rate?'),
         ((CNN, '--batch_size=3'), 'Did you mean --config.data.batch_size?'),
@@ -212,8 +212,8 @@ def test_mistakes_before_training(
     [
         ((CNN, '--config.mesh={}'), 'config.mesh: {} does not fit'),
         ((CNN, '--config.mesh={"data": 0, "model": -1}'), 'does not fit'),
-        ((CNN, '--config.train_for=1e99 steps'), 'the state counts to 2^31 - 1'),
-        ((CNN, '--config.ema.decay=2'), 'config.ema.decay: expected a number from 0 to below 1'),
+        ((CNN, '--config.train_for=1e99 steps'), 'the maximum is 2^31 - 1'),
+        ((CNN, '--config.ema.decay=2'), 'config.ema.decay: expected a number in [0, 1)'),
         ((CNN, '--config.task.top_k=5'), 'expected tuple[int, ...], got 5'),
         ((CNN, '--config.task.top_k=(5, "a")'), "top_k[1]: expected int, got 'a'"),
         ((CNN, '--config=configs/lm.py'), '--config is given twice'),

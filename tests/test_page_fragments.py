@@ -215,10 +215,14 @@ def plateaued(text: str) -> None:
 
 
 def watched(text: str) -> None:
-    trainer, _ = fitted(built('mnist_mlp.py', text, {**MNIST, 'train_for': '7 steps'}), 'watched')
+    trainer, _ = fitted(built('mnist_mlp.py', text, MNIST))
     assert trainer.experiment.training.early_stopping is not None
     assert trainer.experiment.training.early_stopping.patience == 2
-    assert any(path.is_file() for path in pathlib.Path('watched/profile').rglob('*'))
+
+
+def profiled(text: str) -> None:
+    fitted(built('mnist_mlp.py', text, {**MNIST, 'train_for': '11 steps'}), 'profiled')
+    assert any(path.is_file() for path in pathlib.Path('profiled/profile').rglob('*'))
 
 
 # By a word of the fragment: the config that it belongs into, and what it must have done there.
@@ -235,6 +239,7 @@ CASES: dict[str, Callable[..., None]] = {
     "compute='bfloat16'": halves,
     "compute='float16'": scaled,
     'early_stopping': watched,
+    'config.profile': profiled,
     'eval_params': averaged,
     'reduce_on_plateau': plateaued,
 }

@@ -11,10 +11,10 @@ if __name__ == '__main__':
     from trainer.parallel import signals
 
     STOP = signals.install()
-    if not signals.trains(sys.argv):
+    if not signals.is_training_command(sys.argv):
         signals.uninstall()
     streams.open_closed_streams()
-    signals.tell_where()
+    signals.enable_stack_dumps()
 
 import contextlib
 import os
@@ -295,7 +295,7 @@ def _usage() -> str:
 
 if __name__ == '__main__':
     code = 1
-    traces.install(logfile.other_frames)
+    traces.install(logfile.full_traceback_location)
     try:
         code = main(sys.argv, STOP)
     finally:

@@ -24,7 +24,7 @@ from trainer.input.prefetch import Prefetcher
 from trainer.inspect import products
 from trainer.inspect.monitors import Monitors
 from trainer.observe.profile import Profile
-from trainer.observe.progress import Nowhere
+from trainer.observe.progress import NullScreen
 from trainer.parallel import last_words, processes, signals
 from trainer.parallel.mesh import batch_shards, make_mesh
 from trainer.parallel.signals import StopRequest
@@ -64,7 +64,7 @@ class Trainer:
         trainer.evaluate()
 
     It never ends the process, and the only signal that it handles is Ctrl-C, while `fit` trains in
-    the main thread: see `trainer.parallel.signals.interruptible`. `trainer.main` handles all
+    the main thread: see `trainer.parallel.signals.handle_interrupts`. `trainer.main` handles all
     others.
 
     Attributes:
@@ -96,7 +96,7 @@ class Trainer:
         self.run = open_run(experiment, workdir)
         # Not the argument: if the batch size has changed since the checkpoint, lengths differ.
         experiment = self.run.experiment
-        screen = None if processes.is_primary() else Nowhere()
+        screen = None if processes.is_main_process() else NullScreen()
         ensemble = experiment.ensemble
         members = [ensemble.describe(i) for i in range(ensemble.size)] if ensemble else []
         total, batch_size = experiment.training.total_steps, experiment.clock.batch_size
@@ -195,12 +195,12 @@ class Trainer:
         try:
             several = jax.process_count() > 1
             with (
-                last_words.registered(self._recovery.record_exit, stay=several),
+                last_words.register(self._recovery.record_exit, stay=several),
                 contextlib.ExitStack() as until_end,
             ):
                 return self._fit(max_steps, until_end)
         except BaseException as error:
-            self._hooks.note_on(error)
+            self._hooks.add_note_to(error)
             donated.explain(error)
             # Save first, then record the failure, then call the hooks: each must run although the
             # one before it fails, and the error record names the step that was saved.
@@ -218,7 +218,7 @@ class Trainer:
     def _fit(self, max_steps: int | None, until_end: contextlib.ExitStack) -> Result:
         state, step = self._begin()
         if self._given_stop is None:
-            until_end.enter_context(signals.interruptible(self._stop))
+            until_end.enter_context(signals.handle_interrupts(self._stop))
         if self._evaluate_due(step, state):
             # The last run saved this step but ended before these evaluations: add their results.
             self._recovery.amend(step)
@@ -231,9 +231,9 @@ class Trainer:
                 self._profile.begin_step(step + batch.count)
                 state = program(state, batch.arrays)
                 step += batch.count
-                self._recovery.count(batch)
+                self._recovery.count_batch(batch)
                 self._reached = step, state
-                self.report.stepped(step)
+                self.report.record_step(step)
                 monitors.poll(state)
                 if step == due:
                     state = self._run_events(step, state, batch)
@@ -250,7 +250,7 @@ class Trainer:
         report = self.report
         report.start()
         self.check_workdir()
-        with report.time.spent('compile'):
+        with report.time.measure('compile'):
             programs = self.compile()
             state, step = self._recovery.start(self.set_up().programs)
         self._reached = step, state
@@ -258,7 +258,7 @@ class Trainer:
         self._recovery.open(step)
         report.progress.message(banner.summary(self.run, self.set_up(), step))
         self._notify('start', step, state)
-        with report.time.spent('compile'):
+        with report.time.measure('compile'):
             for program in programs:
                 program.executable()
         self.monitors().begin(step, state)
@@ -268,7 +268,7 @@ class Trainer:
 
     def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
         """Runs the events due after this step, in the order log, monitors, eval, save."""
-        self._print(self._profile.stepped(step, state))
+        self._print(self._profile.update(step, state))
         log_due = self._events.log.due(step)
         if log_due or step == self.experiment.training.total_steps:
             # Does not wait for the step: Reporter fetches the values once they are computed.
@@ -294,7 +294,7 @@ class Trainer:
         self.monitors().check(step, state)
         status = self._status(step)
         self._save(step, state)
-        self._hooks.raise_late(step)
+        self._hooks.raise_deferred(step)
         self._recovery.end(status, step, state)
         self._hooks.end(step, state, status)
         self.report.end(status, step)
@@ -313,7 +313,7 @@ class Trainer:
         """Whether all processes failed at this step: a save needs all of them."""
         if jax.process_count() > 1:
             barrier = f'failed at step {step} in call {self._fits}'
-            self._stop.all_failed = processes.all_arrive(barrier, _FAILURE_WAIT_SECS)
+            self._stop.all_failed = processes.wait_for_all(barrier, _FAILURE_WAIT_SECS)
             return self._stop.all_failed
         return True
 
@@ -360,14 +360,14 @@ class Trainer:
         self.monitors().check(step, state)
         evaluator = self.set_up().evaluators[name]
         compiled = evaluator.compile_secs
-        with self.report.time.spent('eval'):
+        with self.report.time.measure('eval'):
             try:
-                with self._profile.evaluation(name):
+                with self._profile.annotate_eval(name):
                     metrics = evaluator.run(state, should_stop=self._stopping)
             except Stopped:
                 # The next start runs it: the checkpoint of this step records which are missing.
                 return
-            self.report.evaluated(name, step, metrics)
+            self.report.record_eval(name, step, metrics)
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled)
         if (early := self._recovery.early_stopping) is not None:
             before = early.stopped
@@ -378,7 +378,7 @@ class Trainer:
 
     @functools.cached_property
     def _profile(self) -> Profile:
-        writes = self.workdir is not None and processes.is_primary()
+        writes = self.workdir is not None and processes.is_main_process()
         directory = self.workdir.path / 'profile' if self.workdir and writes else None
         return Profile(self.experiment.logging.profile, directory)
 
@@ -410,7 +410,7 @@ class Trainer:
         """Starts compiling the training programs, and checks the evaluations meanwhile.
 
         Returns:
-            The programs; their `ready()` waits for the compiler.
+            The programs; their `executable()` waits for the compiler.
 
         Raises:
             UserError: for mistakes found only now, such as a batch that does not divide over the

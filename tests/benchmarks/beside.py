@@ -47,7 +47,7 @@ def work(config: str, counter: str, overrides: list[str]) -> None:
         config, train_for='1000000000 steps', evals={}, checkpoint__every='never', **options
     )
     trainer = Trainer(made)
-    stepped = trainer.report.stepped
+    stepped = trainer.report.record_step
     with open(counter, 'r+b') as file:
         memory = mmap.mmap(file.fileno(), STEPS.size)
 
@@ -55,7 +55,7 @@ def work(config: str, counter: str, overrides: list[str]) -> None:
             stepped(step)
             STEPS.pack_into(memory, 0, step)
 
-        trainer.report.stepped = count  # type: ignore[method-assign]
+        trainer.report.record_step = count  # type: ignore[method-assign]
         trainer.fit()
 
 

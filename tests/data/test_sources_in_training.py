@@ -196,7 +196,7 @@ def test_empty_splits() -> None:
     empty = here('Rows', length=0)
     with pytest.raises(UserError, match=r'^config.data: .*Rows is empty; name a split or files'):
         build(data__source=empty)
-    with pytest.raises(UserError, match=r'^config.evals.test.data: its split is empty; name one'):
+    with pytest.raises(UserError, match=r'^config.evals.test.data: the split is empty; use one'):
         Trainer(build(evals__test__data__source=empty)).fit()
 
 

@@ -204,7 +204,7 @@ def test_a_module_left_in_train_mode_is_refused() -> None:
             x = nn.BatchNorm(use_running_average=False)(x.reshape(x.shape[0], -1))
             return nn.Dense(10)(x)
 
-    with pytest.raises(UserError, match='It must know its mode') as caught:
+    with pytest.raises(UserError, match='The model must know whether it is training') as caught:
         evaluator_of(Stuck(), MNIST('test', limit=8), 8, 1).run(state_of(Stuck(), (28, 28, 1)))
     assert isinstance(caught.value.__cause__, flax_errors.ModifyScopeVariableError)
 
@@ -223,7 +223,7 @@ def test_active_dropout_at_evaluation_is_refused() -> None:
     state = TrainState(
         step=jnp.int32(0), params=variables['params'], opt_state=(), collections={}, metrics=()
     )
-    with pytest.raises(UserError, match='It must know its mode') as caught:
+    with pytest.raises(UserError, match='The model must know whether it is training') as caught:
         evaluator_of(Stuck(), MNIST('test', limit=8), 8, 1).run(state)
     assert isinstance(caught.value.__cause__, flax_errors.InvalidRngError)
 

@@ -163,7 +163,7 @@ def test_objects_that_are_no_text_cannot_be_written(tmp_path: pathlib.Path) -> N
     with np.load(path) as file:
         np.testing.assert_array_equal(file['texts'], texts)
     for wrong in (np.array([{}, None], object), ends):
-        with pytest.raises(UserError, match="'x' holds Python objects"):
+        with pytest.raises(UserError, match="'x' has Python objects"):
             write_npz(path, {'x': wrong})
 
 

@@ -23,7 +23,7 @@ from trainer.experiment import Experiment
 from trainer.inspect import statistics
 from trainer.inspect.capture import Captures
 from trainer.inspect.forward import Forward
-from trainer.inspect.gradient_probe import of_next_step
+from trainer.inspect.gradient_probe import next_step_gradients
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
@@ -141,8 +141,8 @@ def test_files_are_bounded(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     assert sorted(path.name for path in folder.iterdir()) == ['35.npz', '40.npz']
     assert np.load(folder / '40.npz')['last'].shape == (3, 10)
     out = capsys.readouterr().out
-    assert out.count(f'capture a: {folder} has files of ') == 1
-    assert 'and at most 2 of them' in out
+    assert out.count(f' to {folder}, keeping the last ') == 1
+    assert 'keeping the last 2 (at most ' in out
 
 
 @pytest.mark.slow
@@ -203,11 +203,13 @@ def test_what_is_not_due_is_not_measured(tmp_path: pathlib.Path) -> None:
     )
     run = Trainer(made, str(tmp_path))
     state = run.init_state()
-    captures = Captures(made.logging.captures, Forward.of(made, run.set_up().mesh), None)
+    captures = Captures(
+        made.logging.captures, Forward.from_experiment(made, run.set_up().mesh), None
+    )
     batch = run.set_up().programs.fields.shapes
 
     def names(due: list[str]) -> str:
-        measure = captures._measuring([made.logging.captures[name] for name in due])
+        measure = captures._make_function([made.logging.captures[name] for name in due])
         return str(captures._forward.shapes(measure, state.replace(metrics=None), batch))
 
     assert 'first' in names(['often']) and 'last' not in names(['often'])
@@ -257,7 +259,7 @@ def test_several_processes(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_what_is_not_finite_is_counted() -> None:
     x = jnp.array([1.0, jnp.nan, 3.0, jnp.inf, 0.0, 0.0])
-    kept = statistics.measures(frozenset({'histogram'}), 0)(x)
+    kept = statistics.make_measure(frozenset({'histogram'}), 0)(x)
     numbers = {name: float(value) for name, value in kept['summary'].items()}
     assert numbers['mean'] == 1.0
     assert (numbers['min'], numbers['max']) == (0.0, 3.0)
@@ -276,8 +278,10 @@ def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
             ).compile()
         return str(caught.value)
 
-    assert 'matches no module and nothing that one sows' in refused({'match': 'layer'})
-    assert 'there are first, layer_0/dense, layer_0, layer_1/dense' in refused({'match': 'layer'})
+    assert 'matches no module and no sown value' in refused({'match': 'layer'})
+    assert 'the paths are first, layer_0/dense, layer_0, layer_1/dense' in refused(
+        {'match': 'layer'}
+    )
     assert "config.capture.a.match: '(' is no regular expression" in refused({'match': '('})
     assert 'config.capture.a.rows: expected' in refused({'match': '.*', 'rows': 0})
     off = refused({'match': '.*', 'what': ('histogram',)}, log__tensorboard=False)
@@ -285,7 +289,7 @@ def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
     closed = {'target': 'tests.modules.test_intermediates:Stack', 'kind': 'scan'}
     task = {'ref': f'{__name__}:on_rows'}
     hidden = refused({'match': 'layers/.*'}, model=closed, task=task)
-    assert "keeps 'intermediates' to itself" in hidden
+    assert "without the collection 'intermediates'" in hidden
     made = build(closed, capture={'a': {'match': '.*'}}, task=task)
     with caplog.at_level(logging.WARNING, 'trainer'):
         Trainer(made).compile()
@@ -327,5 +331,7 @@ def test_lifted_modules_and_bridges(name: str, names: list[str], tmp_path: pathl
     trainer = Trainer(made, str(tmp_path))
     state = trainer.fit().state
     assert list(np.load(tmp_path / 'capture' / 'a' / '10.npz')) == names
-    found = [each.path for each in of_next_step(trainer.run, trainer.set_up(), state, ('.*',))]
+    found = [
+        each.path for each in next_step_gradients(trainer.run, trainer.set_up(), state, ('.*',))
+    ]
     assert found == list(dict.fromkeys(name.partition('[')[0] for name in names))

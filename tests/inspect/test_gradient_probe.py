@@ -192,7 +192,7 @@ def test_a_checkpoint_and_several_processes(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_nothing_to_differentiate_by() -> None:
     params = Shared().init(jax.random.key(0), jnp.ones((2, 9)))['params']
-    with pytest.raises(UserError, match=r"names no value.*--match='\.\*' takes all"):
+    with pytest.raises(UserError, match=r"names no value.*--match='\.\*' selects all"):
         probe(Shared(), params)
     with pytest.raises(UserError, match=r"matches 'Dense'\. A pattern must match a whole path"):
         probe(Shared(), params, ('Dense',))
@@ -201,8 +201,8 @@ def test_nothing_to_differentiate_by() -> None:
     closed = {'target': 'tests.modules.test_intermediates:Stack', 'kind': 'scan'}
     made = build(closed, task={'ref': 'tests.inspect.test_capture:on_rows'})
     trainer = Trainer(made)
-    forward = Forward.of(made, trainer.set_up().mesh)
+    forward = Forward.from_experiment(made, trainer.set_up().mesh)
     with trainer.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
-        with pytest.raises(UserError, match=r"keeps 'perturbations' to itself"):
+        with pytest.raises(UserError, match=r"without the collection 'perturbations'"):
             gradients(forward, trainer.init_state(), batch, ('layers/.*',))

@@ -23,7 +23,7 @@ from trainer.trainer import Trainer
 def table(made: Experiment) -> dict[str, Row]:
     trainer = Trainer(made)
     spec = trainer.set_up().programs.fields.shapes
-    forward = Forward.of(made, trainer.set_up().mesh)
+    forward = Forward.from_experiment(made, trainer.set_up().mesh)
     return {
         row.path: row
         for row in module_table.rows(forward, trainer.set_up().programs.abstract, spec)
@@ -113,15 +113,15 @@ def test_what_the_task_does_has_a_row() -> None:
     assert rows[module_table.TASK].flops == 2 * 32 * 10 * 32
 
 
-def test_operations_by_place() -> None:
+def test_operations_by_module() -> None:
     """What a branch of a `cond` costs is that of the dearest, wherever it stands."""
 
     def function(x: jax.Array) -> Any:
-        with jax.named_scope('tap:a|b'):
+        with jax.named_scope('recorder:a|b'):
             y = jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)
         return jax.lax.scan(lambda c, _: (c @ x, None), y, None, length=5)[0]
 
-    found = flops.by_place(
+    found = flops.count_by_key(
         jax.make_jaxpr(function)(jax.numpy.ones((4, 4))), module_table.module_of, 'out'
     )
     assert found == {'a/b': 2 * 128, 'out': 5 * 128}

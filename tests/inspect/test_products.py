@@ -206,7 +206,7 @@ def test_the_whole_step_is_where_it_looks() -> None:
     for options in ({}, {'accumulate': 2}, {'ensemble': {'size': 2}}):
         made = experiment(linen(scans=True), **options)
         programs = Trainer(made).set_up().programs
-        found = sum(products.in_model(programs.jaxpr(made.model)).values())
+        found = sum(products.model_operations(programs.jaxpr(made.model)).values())
         plain = experiment(linen(scans=True), precision=None, **options)
         whole = flops.count(Trainer(plain).set_up().programs.jaxpr(plain.model))
         # The rest are three norms of all parameters, and a look at them and at their momentum.
@@ -246,7 +246,7 @@ def test_products_of_the_optimizer_and_of_the_task_are_there() -> None:
     for name in ('muon', 'task'):
         made = experiment(**QUIET[name])
         jaxpr = Trainer(made).set_up().programs.jaxpr(made.model)
-        assert flops.count(jaxpr) > 1.2 * sum(products.in_model(jaxpr).values())
+        assert flops.count(jaxpr) > 1.2 * sum(products.model_operations(jaxpr).values())
 
 
 @pytest.mark.slow
@@ -280,7 +280,7 @@ def test_configs(name: str, half: str) -> None:
     """Every product of the shipped models is in half precision."""
     path = str(ROOT / 'configs' / f'{name}.py')
     made = load_and_build(path, precision={'compute': half}, **SHORT[name])
-    found = products.in_model(Trainer(made).set_up().programs.jaxpr(made.model))
+    found = products.model_operations(Trainer(made).set_up().programs.jaxpr(made.model))
     assert {place.dtype for place in found} == {half}
 
 

@@ -112,7 +112,7 @@ def test_when_a_state_is_looked_at(
     secs: float, looks: list[int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Now and then, and before each save."""
-    monkeypatch.setattr('trainer.inspect.stop_guard._LEAST_SECS', secs)
+    monkeypatch.setattr('trainer.inspect.stop_guard._MIN_SECS', secs)
     options = {'train_for': '12 steps', 'log__every': '1 steps', 'checkpoint__every': '5 steps'}
     trainer = Trainer(build(linen(), guard=STOP, **options), str(tmp_path))
     seen: list[int] = []

@@ -90,7 +90,7 @@ def dtypes(
     rest = jax.eval_shape(init, batch)
     params = rest.pop('params')
     run = jax.grad(loss) if mode == 'train' else loss
-    return set(flops.by_place(jax.make_jaxpr(run)(params, rest, batch), of_products, ''))
+    return set(flops.count_by_key(jax.make_jaxpr(run)(params, rest, batch), of_products, ''))
 
 
 def transformer(**options: Any) -> Transformer:
@@ -153,7 +153,7 @@ def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
     assert {x.dtype for x in jax.tree.leaves(made) if x.ndim > 1} == {jnp.dtype(half)}
     for cache in (made, {'cache': variables['cache']}):
         jaxpr, (logits, after) = jax.make_jaxpr(step, return_shape=True)(cache)
-        assert set(flops.by_place(jaxpr, of_products, '')) == {half}
+        assert set(flops.count_by_key(jaxpr, of_products, '')) == {half}
         assert logits.dtype == jnp.dtype(half)
         kept = jax.tree.map(lambda new, old: new.dtype == old.dtype, after, dict(cache))
         assert all(jax.tree.leaves(kept))
@@ -191,7 +191,7 @@ def test_recurrent(way: str) -> None:
     params = jax.tree.map(lambda x: x if own else x.astype(half), params)
     carried: list[Any] = []
     jaxpr = jax.make_jaxpr(lambda params: model.apply({'params': params}, *inputs))(params)
-    flops.by_place(jaxpr, state, None)
+    flops.count_by_key(jaxpr, state, None)
     # Two texts are read, one is written, each with two states.
     assert [x.name for x in carried if jnp.issubdtype(x, jnp.floating)] == 6 * [half]
 

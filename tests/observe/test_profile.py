@@ -45,7 +45,7 @@ def test_a_window_of_a_run(
     assert trainer.fit().step == 20
     (trace,) = (tmp_path / 'profile').rglob('*.trace.json.gz')
     assert b'jit_train_step' in gzip.decompress(trace.read_bytes())
-    assert f'trace written to {tmp_path}/profile' in capsys.readouterr().out
+    assert f'Trace written to {tmp_path}/profile' in capsys.readouterr().out
     named = traced(tmp_path)
     for layer in (b'Dense_0', b'Dense_1'):
         assert b'/jvp(MLP)/' + layer + b'/' in named

@@ -50,12 +50,12 @@ def test_split_parameters_show_their_mesh_axes() -> None:
         'trivial': jnp.zeros(3),
     }
     lines = parameter_table(params, {}).splitlines()
-    assert lines[0].endswith('on a device  axes')
+    assert lines[0].endswith('per device  axes')
     assert lines[1].split()[-2:] == ['256', '256']
     assert lines[2].split()[-5:] == ['256', '128', '-', 'x', 'model']
     assert lines[3].endswith(' 32  data+model x -')
     assert lines[4].split()[-2:] == ['12', '12']
-    assert lines[5] == '195 parameters, 780 B, 428 B on each device'
+    assert lines[5] == '195 parameters, 780 B, 428 B per device'
     whole = parameter_table({'bias': split()}, {})
     assert 'axes' not in whole
 

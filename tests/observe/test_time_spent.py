@@ -13,9 +13,9 @@ from trainer.observe.time_spent import TimeSpent
 
 def test_time_adds_up_by_part_even_when_the_part_fails() -> None:
     spent = TimeSpent()
-    with spent.spent('eval'):
+    with spent.measure('eval'):
         time.sleep(0.02)
-    with pytest.raises(KeyError), spent.spent('eval'):
+    with pytest.raises(KeyError), spent.measure('eval'):
         time.sleep(0.02)
         raise KeyError
     spent.set('data wait', 75.0)

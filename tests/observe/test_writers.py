@@ -15,7 +15,7 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from tests import command
-from trainer.observe.writers import MetricsFile, TensorBoard, Writers, cut_after
+from trainer.observe.writers import MetricsFile, TensorBoard, Writers, truncate_after
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -73,7 +73,7 @@ def test_a_blank_line_is_no_damage(
 ) -> None:
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 1}\n\n  \n{"step": 2}\n')
-    cut_after(epath.Path(path), 3)
+    truncate_after(epath.Path(path), 3)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert not caplog.records
     assert [p.name for p in tmp_path.iterdir()] == ['metrics.jsonl']
@@ -83,9 +83,9 @@ def test_a_file_that_needs_no_cut_is_not_rewritten(tmp_path: pathlib.Path) -> No
     path = tmp_path / 'metrics.jsonl'
     path.write_text('{"step": 3}\n')
     inode = path.stat().st_ino
-    cut_after(epath.Path(path), 3)
+    truncate_after(epath.Path(path), 3)
     assert path.stat().st_ino == inode
-    cut_after(epath.Path(path), 2)
+    truncate_after(epath.Path(path), 2)
     assert path.read_text() == ''
 
 
@@ -173,7 +173,7 @@ def test_a_full_disk_for_tensorboard_stops_no_run(tmp_path: pathlib.Path) -> Non
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count('WARNED') == 1
-    assert 'TensorBoard events are no longer written ([Errno 27]' in done.stderr
+    assert 'writing TensorBoard events failed ([Errno 27]' in done.stderr
     assert [row['step'] for row in read(tmp_path / 'metrics.jsonl')] == list(range(300))
 
 
@@ -184,7 +184,7 @@ def test_tensorboard_that_cannot_start_stops_no_run(
     writers.write(1, {'train/loss': 1.0})
     writers.close()
     assert len(caplog.records) == 1
-    assert 'missing' in caplog.text and 'so does the run' in caplog.text
+    assert 'missing' in caplog.text and 'training and metrics.jsonl continue' in caplog.text
 
 
 def test_an_error_of_a_required_writer_is_the_run_s(tmp_path: pathlib.Path) -> None:

@@ -146,7 +146,7 @@ def test_the_question_where_it_is_ends_nothing(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_which_command_lines_train(words: list[str], expected: bool) -> None:
-    assert signals.trains(['main', *words]) == expected
+    assert signals.is_training_command(['main', *words]) == expected
 
 
 def test_the_first_lines_need_little() -> None:

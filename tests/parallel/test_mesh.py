@@ -277,7 +277,7 @@ def test_an_axis_that_the_mesh_lacks_is_named() -> None:
 def test_an_axis_that_nothing_is_cut_over_is_named(caplog: pytest.LogCaptureFixture) -> None:
     """J1: an axis may have any name; a misspelt one must not repeat the work in silence."""
     assert Trainer(experiment('cnn', mesh={'dada': 8})).set_up().programs.abstract
-    assert 'config.mesh.dada=8 cuts no parameter' in caplog.text
+    assert 'config.mesh.dada=8: no parameter is sharded over this axis' in caplog.text
     caplog.clear()
     made = experiment('cnn', mesh={'rows': 8}, sharding={**FSDP, 'axis': 'rows'})
     assert Trainer(made).set_up().programs.abstract
@@ -304,7 +304,7 @@ def test_where_xla_is_wrong_is_told(caplog: pytest.LogCaptureFixture) -> None:
         trainer = Trainer(on_mesh(experiment('Unnamed', sharding=(rule,)), MESHES[mesh]))
         caplog.clear()
         checks.warn_of_wrong_gradients(trainer.set_up().programs.abstract, trainer.set_up().mesh)
-        assert ('one/kernel is cut over two axes of the mesh of size 2' in caplog.text) == told
+        assert ('one/kernel is sharded over two mesh axes of size 2' in caplog.text) == told
 
 
 def test_xla_is_wrong_where_it_is_told() -> None:

@@ -240,7 +240,7 @@ def test_a_state_that_is_cut_over_processes(mesh: str, rule: str, tmp_path: path
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
     train(1, whole, *SHORT, *cut, devices=4)
     outputs = train(2, parts, *SHORT, *cut, '--config.train_for=30steps', devices=2)
-    assert 'on a device' in outputs[0]
+    assert 'per device' in outputs[0]
     train(1, parts, *SHORT, *cut, devices=4)
     assert command.result(parts)['data_digest'] == command.result(whole)['data_digest']
     last = command.rows(parts)[-1], command.rows(whole)[-1]

@@ -168,7 +168,7 @@ def test_a_busy_port_is_named():
     ],
 )
 def test_clusters_are_detected_by_their_variables(environment, expected):
-    assert processes.detected(environment) is expected
+    assert processes.is_cluster_detected(environment) is expected
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,6 @@ def test_clusters_are_detected_by_their_variables(environment, expected):
     ],
 )
 def test_an_incomplete_declaration_is_refused(given, expected, monkeypatch):
-    monkeypatch.setattr(processes, 'detected', lambda: False)
+    monkeypatch.setattr(processes, 'is_cluster_detected', lambda: False)
     with pytest.raises(processes.UserError, match=expected):
         processes.join(processes.Cluster(**given))

@@ -20,9 +20,9 @@ from trainer.parallel.sharding import (
     Parameter,
     Replicated,
     check_rules,
+    choose_spec,
     logical_rules,
     param_specs,
-    spec_of,
 )
 
 
@@ -51,8 +51,8 @@ def test_fsdp_leaves_small_and_odd_parameters_to_the_next_rule(mesh):
     assert FSDP(min_bytes=0)(parameter(3, 5), mesh) is None
     assert FSDP(min_bytes=0)(parameter(), mesh) is None
     by_path = ByPath(rules=(('.*', ('data',)),))
-    assert spec_of(parameter(2, 3), (FSDP(min_bytes=1000), by_path), mesh) == P('data')
-    assert spec_of(parameter(2, 3), (FSDP(min_bytes=1000),), mesh) == P()
+    assert choose_spec(parameter(2, 3), (FSDP(min_bytes=1000), by_path), mesh) == P('data')
+    assert choose_spec(parameter(2, 3), (FSDP(min_bytes=1000),), mesh) == P()
 
 
 def test_first_rule_with_an_answer_decides(mesh):
@@ -61,9 +61,9 @@ def test_first_rule_with_an_answer_decides(mesh):
         Replicated(),
         FSDP(min_bytes=0),
     )
-    assert spec_of(parameter(4, path='mlp/bias'), rules, mesh) == P()
-    assert spec_of(parameter(4, 4, path='mlp/kernel'), rules, mesh) == P(None, 'model')
-    assert spec_of(parameter(4, 4, path='other/kernel'), rules, mesh) == P()
+    assert choose_spec(parameter(4, path='mlp/bias'), rules, mesh) == P()
+    assert choose_spec(parameter(4, 4, path='mlp/kernel'), rules, mesh) == P(None, 'model')
+    assert choose_spec(parameter(4, 4, path='other/kernel'), rules, mesh) == P()
 
 
 def test_j8_names_take_each_mesh_axis_once_in_order_of_the_rules():
@@ -94,7 +94,7 @@ def test_names_without_a_rule_are_not_cut_and_arrays_without_names_are_left(mesh
 )
 def test_what_cannot_be_is_named(mesh, rule, expected):
     with pytest.raises(UserError) as error:
-        spec_of(parameter(4, 3, names=('a', 'b')), (rule,), mesh)
+        choose_spec(parameter(4, 3, names=('a', 'b')), (rule,), mesh)
     assert expected in str(error.value)
 
 

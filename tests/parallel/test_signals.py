@@ -48,7 +48,7 @@ def test_a_second_ctrl_c_leaves_last_words(monkeypatch: pytest.MonkeyPatch) -> N
     codes: list[int] = []
     monkeypatch.setattr('os._exit', codes.append)
     request = StopRequest()
-    with last_words.registered(lambda *words: said.append(words)):
+    with last_words.register(lambda *words: said.append(words)):
         request.handle(signal.SIGINT, None)
         assert (said, codes) == ([], [])
         request.handle(signal.SIGINT, None)
@@ -65,24 +65,24 @@ def test_last_words_that_take_long_or_fail_hold_nothing_up() -> None:
 
     began = time.monotonic()
     with (
-        last_words.registered(fail),
-        last_words.registered(lambda *_: forever.wait(60) and None),
+        last_words.register(fail),
+        last_words.register(lambda *_: forever.wait(60) and None),
     ):
-        last_words.say('failed', 'why')
+        last_words.record('failed', 'why')
     assert time.monotonic() - began < 10
     assert said == ['why']
     forever.set()
-    with pytest.raises(ValueError), last_words.registered(fail, stay=True):
+    with pytest.raises(ValueError), last_words.register(fail, stay=True):
         raise ValueError
-    last_words.say('failed', 'of another process')
+    last_words.record('failed', 'of another process')
     assert said == ['why', 'of another process']
-    last_words._speakers.clear()
+    last_words._recorders.clear()
 
 
 def test_the_first_interrupt_asks_and_the_second_raises() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     request = StopRequest()
-    with signals.interruptible(request):
+    with signals.handle_interrupts(request):
         assert not request.poll()
         signal.raise_signal(signal.SIGINT)
         assert request.poll()
@@ -96,7 +96,7 @@ def test_the_first_interrupt_asks_and_the_second_raises() -> None:
 @pytest.mark.parametrize('error', [None, ValueError, SystemExit, KeyboardInterrupt])
 def test_the_handler_is_put_back_whatever_ends_the_block(error: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with contextlib.suppress(BaseException), signals.interruptible(StopRequest()):
+    with contextlib.suppress(BaseException), signals.handle_interrupts(StopRequest()):
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
         if error is not None:
             raise error
@@ -108,10 +108,10 @@ def test_a_handler_that_is_not_pythons_own_stays() -> None:
 
     for handler in (mine, signal.SIG_IGN, signal.SIG_DFL):
         signal.signal(signal.SIGINT, handler)
-        with signals.interruptible(StopRequest()):
+        with signals.handle_interrupts(StopRequest()):
             assert signal.getsignal(signal.SIGINT) == handler
     # And one that was installed inside the block stays as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with signals.interruptible(StopRequest()):
+    with signals.handle_interrupts(StopRequest()):
         signal.signal(signal.SIGINT, mine)
     assert signal.getsignal(signal.SIGINT) is mine

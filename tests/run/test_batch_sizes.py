@@ -19,7 +19,7 @@ from trainer.config.errors import UserError
 from trainer.data.order import PADDING, combine
 from trainer.experiment import load_and_build
 from trainer.input.digest import DataDigest
-from trainer.inspect.gradient_probe import of_next_step
+from trainer.inspect.gradient_probe import next_step_gradients
 from trainer.trainer import Trainer
 
 EXAMPLES = 256
@@ -417,7 +417,7 @@ def test_members_of_an_ensemble_go_on_by_examples(tmp_path: pathlib.Path) -> Non
 def test_a_finished_run_is_finished_and_a_shorter_one_refused(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, data__batch_size=32, evals={}).fit()
     shorter = trainer_in(tmp_path, data__batch_size=64, train_for='1 epochs', evals={})
-    with pytest.raises(UserError, match=r'is at step 16, but config\.train_for asks for 8 steps'):
+    with pytest.raises(UserError, match=r'is at step 16, but config\.train_for is only 8 steps'):
         shorter.check_workdir()
     unasked = Trainer(shorter.experiment, str(tmp_path))
     with pytest.raises(UserError, match=r'data\.batch_size +32 -> 64'):
@@ -447,7 +447,7 @@ def test_an_older_checkpoint_has_a_next_batch_too(tmp_path: pathlib.Path) -> Non
     data = trainer_in(None, data__batch_size=64).experiment.data
     np.testing.assert_array_equal(batch['label'], data.block(4, 1).arrays['label'][0])
     np.testing.assert_array_equal(other['label'], data.block(12, 1).arrays['label'][0])
-    assert of_next_step(trainer.run, trainer.set_up(), trainer.restore(8), ['Dense_0'])
+    assert next_step_gradients(trainer.run, trainer.set_up(), trainer.restore(8), ['Dense_0'])
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def warned(caplog: pytest.LogCaptureFixture, **overrides: Any) -> str:
     path = str(ROOT / 'configs' / 'mnist_mlp.py')
     experiment = load_and_build(path, **{**options, **overrides})
     with caplog.at_level(logging.WARNING, 'trainer'):
-        checks.warn_of_best(experiment, Events.of(experiment))
+        checks.warn_of_best(experiment, Events.from_experiment(experiment))
     messages = [record.message for record in caplog.records]
     assert len(messages) < 2
     return ''.join(messages)
@@ -55,7 +55,7 @@ def test_nothing_can_be_best(caplog: pytest.LogCaptureFixture) -> None:
     text = warned(caplog, evals__test__final=False)
     assert text == (
         f'config.checkpoint.best: no checkpoint can be the best. {EVERY} have no step in common '
-        'before the end of this run (50 steps), and a checkpoint is judged by an evaluation at the '
+        'before the end of this run (50 steps), and a checkpoint is ranked by an evaluation at the '
         "same step: set --config.checkpoint.every='30 steps', or leave out "
         'config.evals.test.final=False'
     )

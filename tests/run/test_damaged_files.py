@@ -28,7 +28,7 @@ from trainer.config.errors import UserError
 from trainer.data.sources import ArraySource
 from trainer.data.stream_pipeline import Pipeline
 from trainer.data.stream_reader import Reader
-from trainer.observe.progress import Nowhere
+from trainer.observe.progress import NullScreen
 from trainer.observe.writers import MetricsFile
 from trainer.parallel.signals import StopRequest
 from trainer.run.batch_sizes import BatchSizes
@@ -112,7 +112,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
         trainer: whose run; its programs are compiled only once.
         with_arrays: whether to restore the arrays too, or only to use all of the metadata.
     """
-    report = Reporter(50, 64, Nowhere())
+    report = Reporter(50, 64, NullScreen())
     recovery = Recovery(trainer.run, report)
     workdir, checkpoints = Workdir(_path(trainer)), trainer.checkpoints
     assert checkpoints is not None and trainer.workdir is not None
@@ -122,7 +122,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
     workdir.is_this_run()
     checkpoints._scores.clear()  # It keeps what it has read.
     checkpoints.best()
-    BatchSizes.of_run(workdir, 64)
+    BatchSizes.from_run(workdir, 64)
     for read in (
         lambda: workdir.config_changes(experiment.origin.config, experiment.origin.schedule_steps),
         lambda: opening.locate(workdir.path, 'best'),
@@ -149,10 +149,10 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
 def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
     """Does with the metadata what `Recovery.start` does."""
     empty.stored(meta)
-    BatchSizes.of_checkpoint(meta, 64).going_on(50, 64)
+    BatchSizes.from_checkpoint(meta, 64).with_size(50, 64)
     recovery._consumed.restore(50, meta, may_restart=False)
-    recovery._look_at_data()
-    recovery._tell_data_changes(50, meta)
+    recovery._fingerprint_data()
+    recovery._report_data_changes(50, meta)
     with contextlib.suppress(ValueError):  # Which `with_health` puts into words.
         health.from_metadata(health.Health(jnp.zeros(6, jnp.int32)), meta.get('health'))
     recovery._restore_early_stopping(meta)
@@ -306,7 +306,7 @@ def test_a_damaged_result_is_ignored_in_words(
         (path / 'result.json').write_text('{"status": "finished"}')
         with caplog.at_level(logging.WARNING, logger='trainer'):
             assert Workdir(path).result() is None
-    assert "result.json is damaged and ignored ('step' is wrong)" in caplog.text
+    assert "result.json is damaged and ignored ('step' is invalid)" in caplog.text
 
 
 def test_a_damaged_config_says_what_deleting_it_costs(run: Trainer) -> None:

@@ -96,7 +96,7 @@ def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None
     }
     Trainer(build(evals__late=late)).fit()
     said = capsys.readouterr().out
-    assert said.count('early stopping: eval/test/loss has not improved on') == 1
+    assert said.count('Stopped early: eval/test/loss has not improved on') == 1
     assert "for 2 evaluations (mode 'min', patience 1)" in said
 
 
@@ -163,7 +163,10 @@ def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'metric': 'eval/tset/loss'}, "'eval/tset/loss' is no metric of an evaluation; expected"),
+        (
+            {'metric': 'eval/tset/loss'},
+            "'eval/tset/loss' is not a metric of an evaluation; expected",
+        ),
         ({'metric': 'eval/test/loss', 'patience': -1}, 'patience: expected at least 0'),
         ({'metric': 'eval/test/loss', 'mode': 'less'}, 'mode'),
     ],

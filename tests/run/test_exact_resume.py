@@ -69,7 +69,7 @@ def test_stopped_runs_save_first(
     assert any(line.endswith('Run the same command again to continue.') for line in log)
     assert 0 < stopped['step'] < 6000
     again = command.train(workdir, *LENGTH)
-    assert f'resumed from step {stopped["step"]:,}' in again.out
+    assert f'resuming from step {stopped["step"]:,}' in again.out
     assert_same_run(workdir, whole)
 
 

@@ -62,7 +62,7 @@ def refuse(event: Event) -> None:
 
 def leave(event: Event) -> None:
     if event.kind == 'log':
-        last_words.say('failed', 'the process ends now')
+        last_words.record('failed', 'the process ends now')
         workdir = pathlib.Path(event.workdir or '')
         SAID.append({**command.result(workdir), 'run': run_json(workdir)['status']})
 
@@ -178,7 +178,7 @@ def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(tmp_path: pathlib.Pa
 
 def test_a_start_that_fails_in_an_empty_directory_says_so(tmp_path: pathlib.Path) -> None:
     for directory in (tmp_path, tmp_path / 'none'):
-        with pytest.raises(UserError, match='do not divide'):
+        with pytest.raises(UserError, match='is not divisible by'):
             trainer_in(directory, accumulate=7).fit()
     found = command.result(tmp_path)
     assert (found['status'], found['step'], found['error']['type']) == ('failed', 0, 'UserError')
@@ -205,7 +205,7 @@ def test_last_words(tmp_path: pathlib.Path) -> None:
         ('failed', step, 'failed') for step in (10, 20, 30, 40)
     ]
     assert SAID[0]['error']['message'] == 'the process ends now'
-    last_words.say('failed', 'no run is on any more')
+    last_words.record('failed', 'no run is on any more')
     assert command.result(tmp_path)['status'] == 'finished'
 
 

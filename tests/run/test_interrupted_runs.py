@@ -169,7 +169,7 @@ def test_an_evaluation_that_raises(
     FAULTS.add('evaluation')
     with pytest.raises(OSError, match='the storage is gone'):
         trainer.fit()
-    assert 'Saved at step 20 before the run ends.' in capsys.readouterr().out
+    assert 'Saved step 20 before exiting.' in capsys.readouterr().out
     assert meta(trainer, 20)['evaluated'] == []
     # It is still gone: nothing more is lost, and nothing is saved twice.
     with pytest.raises(OSError, match='the storage is gone'):

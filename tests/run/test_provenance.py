@@ -39,7 +39,7 @@ def made(directory: pathlib.Path) -> pathlib.Path:
 def test_a_clean_repository(tmp_path: pathlib.Path) -> None:
     repo = made(tmp_path / 'repo')
     (repo / 'deep').mkdir()
-    found = provenance.look(repo / 'deep', None)
+    found = provenance.inspect_code(repo / 'deep', None)
     assert found.diffs == {}
     assert found.about['git'] == {
         'directory': str(repo),
@@ -58,7 +58,7 @@ def test_changes_and_untracked_files(tmp_path: pathlib.Path) -> None:
     (repo / 'model.py').write_text('one = 2\n')
     for i in range(150):
         (repo / f'new {i:03}.py').write_text('')
-    found = provenance.look(repo, None)
+    found = provenance.inspect_code(repo, None)
     about = found.about['git']
     assert (about['dirty'], about['diff']) == (True, 'code.diff')
     assert about['untracked'][:2] == ['new 000.py', 'new 001.py']
@@ -71,27 +71,27 @@ def test_changes_and_untracked_files(tmp_path: pathlib.Path) -> None:
     assert (repo / 'model.py').read_text() == 'one = 2\n'
     # It and a concurrent commit do not block each other.
     (repo / '.git' / 'index.lock').write_text('')
-    assert provenance.look(repo, None).about['git']['dirty'] is True
+    assert provenance.inspect_code(repo, None).about['git']['dirty'] is True
 
 
 def test_a_large_diff_is_cut(tmp_path: pathlib.Path) -> None:
     repo = made(tmp_path / 'repo')
     (repo / 'model.py').write_text('x' * 99 + '\n' + ('y' * 99 + '\n') * 50_000)
-    diff = provenance.look(repo, None).diffs['code.diff']
+    diff = provenance.inspect_code(repo, None).diffs['code.diff']
     assert len(diff) < 1_100_000
-    assert diff.rstrip().endswith(b'[cut after 1,048,576 bytes]')
+    assert diff.rstrip().endswith(b'[truncated after 1,048,576 bytes]')
 
 
 def test_repositories_that_say_little(tmp_path: pathlib.Path) -> None:
-    assert provenance.look(tmp_path, None).about['git'] is None
+    assert provenance.inspect_code(tmp_path, None).about['git'] is None
     empty = tmp_path / 'empty'
     empty.mkdir()
     git(empty, 'init', '-q')
-    about = provenance.look(empty, None).about['git']
+    about = provenance.inspect_code(empty, None).about['git']
     assert (about['commit'], about['branch'], about['dirty']) == (None, 'main', False)
     repo = made(tmp_path / 'detached')
     git(repo, 'checkout', '-q', '--detach')
-    about = provenance.look(repo, None).about['git']
+    about = provenance.inspect_code(repo, None).about['git']
     assert (about['commit'], about['branch']) == (git(repo, 'rev-parse', 'HEAD'), None)
 
 
@@ -99,20 +99,20 @@ def test_repositories_that_say_little(tmp_path: pathlib.Path) -> None:
 def test_the_repository_of_the_config(tmp_path: pathlib.Path) -> None:
     mine, its = made(tmp_path / 'mine'), made(tmp_path / 'its')
     (its / 'model.py').write_text('one = 3\n')
-    found = provenance.look(mine, its / 'config.py')
+    found = provenance.inspect_code(mine, its / 'config.py')
     assert found.about['git']['directory'] == str(mine)
     assert found.about['config_git']['directory'] == str(its)
     assert found.about['config_git']['diff'] == 'config.diff'
     assert list(found.diffs) == ['config.diff']
-    assert 'config_git' not in provenance.look(mine, mine / 'configs' / 'mnist.py').about
+    assert 'config_git' not in provenance.inspect_code(mine, mine / 'configs' / 'mnist.py').about
     # For the trainer's own configs, it is recorded under `trainer`.
-    assert 'config_git' not in provenance.look(mine, ROOT / 'configs' / 'mnist.py').about
+    assert 'config_git' not in provenance.inspect_code(mine, ROOT / 'configs' / 'mnist.py').about
 
 
 def test_the_version_of_the_trainer(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    about = provenance.look(tmp_path, None).about['trainer']
+    about = provenance.inspect_code(tmp_path, None).about['trainer']
     assert about['version']
     if (ROOT / '.git').exists():
         assert about['commit'].removesuffix('-dirty') == git(ROOT, 'rev-parse', 'HEAD')
@@ -122,7 +122,7 @@ def test_the_version_of_the_trainer(
     installed.mkdir(parents=True)
     (installed / '__init__.py').write_text('')
     monkeypatch.setattr(provenance, '_HERE', installed)
-    assert provenance.look(tmp_path, None).about['trainer']['commit'] is None
+    assert provenance.inspect_code(tmp_path, None).about['trainer']['commit'] is None
 
 
 def stand_in(directory: pathlib.Path, script: str) -> pathlib.Path:
@@ -138,7 +138,7 @@ def test_where_git_is_missing_or_fails(
 ) -> None:
     for path in (tmp_path, stand_in(tmp_path / 'bin', 'exit 1')):
         monkeypatch.setenv('PATH', str(path))
-        found = provenance.look(ROOT, ROOT / 'configs' / 'mnist.py')
+        found = provenance.inspect_code(ROOT, ROOT / 'configs' / 'mnist.py')
         assert found.about['git'] is None
         assert found.about['trainer']['commit'] is None
 
@@ -147,7 +147,7 @@ def test_a_slow_git_is_given_up(tmp_path: pathlib.Path, monkeypatch: pytest.Monk
     monkeypatch.setenv('PATH', f'{stand_in(tmp_path / "bin", "exec sleep 60")}:/usr/bin:/bin')
     monkeypatch.setattr(provenance, '_TIMEOUT_SECS', 0.1)
     began = time.monotonic()
-    assert provenance.look(tmp_path, None).about['git'] is None
+    assert provenance.inspect_code(tmp_path, None).about['git'] is None
     assert time.monotonic() - began < 5
 
 
@@ -187,14 +187,14 @@ def test_a_run_does_not_wait_for_a_slow_git(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, answer = threading.Event(), threading.Event()
-    look = provenance.look
+    look = provenance.inspect_code
 
     def slow(directory: pathlib.Path, config: pathlib.Path | None) -> provenance.Code:
         asked.set()
         answer.wait(60)
         return look(directory, config)
 
-    monkeypatch.setattr(provenance, 'look', slow)
+    monkeypatch.setattr(provenance, 'inspect_code', slow)
     trainer = trainer_in(tmp_path)
     trainer.fit(max_steps=2)
     assert asked.is_set()
@@ -212,11 +212,11 @@ def test_a_run_does_not_wait_for_a_slow_git(
 
 def test_what_is_found_late_is_written_all_the_same() -> None:
     found: list[provenance.Code] = []
-    lookout = provenance.Lookout(None)
-    lookout.then(found.append)
+    inspector = provenance.CodeInspector(None)
+    inspector.deliver_to(found.append)
     for thread in threading.enumerate():
         if thread.name == 'provenance':
             thread.join(60)
     assert len(found) == 1
-    lookout.then(found.append)
+    inspector.deliver_to(found.append)
     assert len(found) == 2

@@ -107,7 +107,7 @@ def test_a_restore_that_fails_leaves_the_directory_as_it_was(tmp_path: pathlib.P
 def test_a_longer_run_is_refused(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path).fit()
     before = files(tmp_path)
-    with pytest.raises(UserError, match=r'is at step 50, but config\.train_for asks for 30 steps'):
+    with pytest.raises(UserError, match=r'is at step 50, but config\.train_for is only 30 steps'):
         trainer_in(tmp_path, train_for='30 steps').fit()
     with pytest.raises(UserError, match='is at step 50'):
         trainer_in(tmp_path, train_for='30 steps').check_workdir()

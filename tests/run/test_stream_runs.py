@@ -100,7 +100,10 @@ def test_a_stream_without_a_place_begins_anew_if_it_may(
     capsys.readouterr()
     result = Trainer(build(), str(tmp_path), allow_config_change=True).fit()
     assert (result.status, result.step) == ('finished', 40)
-    assert 'The data restarts from the beginning' in capsys.readouterr().out
+    assert (
+        'Restarting the data from the beginning, because the config changed.'
+        in capsys.readouterr().out
+    )
 
 
 def is_small(example: dict[str, Any]) -> bool:

@@ -130,7 +130,7 @@ def test_updates_and_slots(optimizer: dict[str, Any], kind: int, said: str) -> N
         (linen(bad=1), {}, 'The first module whose output is not finite is layer_1'),
         (
             PLAIN, {'learning_rate': {'ref': f'{__name__}:broken_rate'}},
-            'The loss of step 7 is not finite, because a parameter was not when it began: '
+            'The loss of step 7 is not finite, because a parameter already was not: '
             'Dense_0/bias, Dense_0/kernel. First non-finite step: 6, in its update.',
         ),
         (PLAIN, {'target': f'{__name__}:overflowing'}, 'became non-finite by step 10: sum.'),
@@ -140,7 +140,7 @@ def test_without_a_copy_to_run_again(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As for a large state: the step is named by what the flag and the state show."""
-    monkeypatch.setattr('trainer.inspect.stop_guard._MOST_KEPT_BYTES', 0)
+    monkeypatch.setattr('trainer.inspect.stop_guard._MAX_COPY_BYTES', 0)
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     if 'target' in optimizer:
         default = {}
@@ -168,7 +168,7 @@ def test_where_each_step_looks_at_all(
     model: Any, optimizer: Any, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run of an accelerator, which keeps no copies."""
-    monkeypatch.setattr('trainer.inspect.stop_guard._MOST_KEPT_BYTES', 0)
+    monkeypatch.setattr('trainer.inspect.stop_guard._MAX_COPY_BYTES', 0)
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     trainer = Trainer(build(model, optimizer={**default, **optimizer}))
     programs = trainer.set_up().programs

@@ -167,7 +167,10 @@ def test_every_optimizer_of_optax_that_takes_a_decay_mask_is_known() -> None:
     ('node', 'message'),
     [
         ({'target': 'optax:sgd'}, r'optax:sgd has no weight decay to mask'),
-        ({'target': 'optax.contrib:prodigy'}, r'weight_decay is of all parameters. Use two groups'),
+        (
+            {'target': 'optax.contrib:prodigy'},
+            r'weight_decay applies to all parameters. Use two groups',
+        ),
         ({**ADAMW, 'mask': None}, r'decay_mask and config\.optimizer\.mask both'),
         (
             {'target': 'optax.contrib:muon', 'adam_weight_decay': 0.1},
@@ -191,7 +194,7 @@ def test_decay_masks_that_would_mask_something_else(node: dict[str, Any], messag
 def test_a_decay_mask_without_decay_is_said(caplog: pytest.LogCaptureFixture) -> None:
     node = {'target': 'optax:adafactor', 'learning_rate': 0.1, 'decay_mask': '.*/kernel'}
     load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), optimizer=repr(node))
-    assert 'decay_mask masks nothing: config.optimizer.weight_decay_rate is not set' in caplog.text
+    assert 'decay_mask has no effect: config.optimizer.weight_decay_rate is not set' in caplog.text
 
 
 @pytest.mark.parametrize(

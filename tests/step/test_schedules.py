@@ -211,11 +211,11 @@ def test_a_warm_up_that_is_left_out() -> None:
         (
             {'target': 'optax:warmup_constant_schedule', 'init_value': 0.0, 'peak_value': 0.1,
              'warmup_steps': '0%'},
-            r'warmup_steps is 0 steps, and optax:warmup_constant_schedule needs at least 1',
+            r'warmup_steps is 0 steps, but optax:warmup_constant_schedule needs at least 1',
         ),
         (
             {'target': 'optax:linear_schedule', 'args': (0.0, 0.1, '0%')},
-            r'learning_rate\.args\[2\] is 0 steps, and optax:linear_schedule needs at least 1',
+            r'learning_rate\.args\[2\] is 0 steps, but optax:linear_schedule needs at least 1',
         ),
     ],
 )  # fmt: skip
@@ -268,7 +268,9 @@ def test_patience_counts_means_where_losses_are_averaged() -> None:
     }  # fmt: skip
     sgd = {'target': 'optax:sgd', 'learning_rate': 0.1}
     chain = {'target': 'optax:chain', 'args': (sgd, plateau)}
-    with pytest.raises(UserError, match=r'args\[1\]\.patience: .* counts means of so many steps'):
+    with pytest.raises(
+        UserError, match=r'args\[1\]\.patience: .* counts averages over that many steps'
+    ):
         load_and_build(CONFIG, optimizer=repr(chain), **SMALL)
     fine = {**chain, 'args': (sgd, {**plateau, 'patience': 2})}
     assert load_and_build(CONFIG, optimizer=repr(fine), **SMALL).origin.schedule_steps == {
@@ -442,7 +444,7 @@ def test_a_rate_that_is_not_known_is_said(
 ) -> None:
     assert made(node).learning_rates is None
     hint = f": name it in config.log.learning_rates=('{inside}',)" if inside else ''
-    text = f'The learning rate of config.optimizer is not known and not logged{hint}'
+    text = f'The learning rate of config.optimizer is unknown and will not be logged{hint}'
     assert caplog.messages == [text]
     caplog.clear()
     made(SGD)
@@ -482,16 +484,17 @@ def test_keys_of_rates_that_there_are_not(
     [
         (
             {'target': 'optax:cosine_decay_schedule', 'init_value': 0.1, 'decay_steps': 10},
-            r'optimizer\.target: optax:cosine_decay_schedule makes no optimizer.*'
+            r'optimizer\.target: optax:cosine_decay_schedule does not return an optimizer.*'
             r'a schedule belongs in config\.optimizer\.learning_rate',
         ),
         (
             {'target': 'optax:inject_hyperparams', 'inner_factory': {'ref': 'optax:adam'}},
-            r'optax:inject_hyperparams makes no optimizer.* not needed .* config\.ensemble\.vary',
+            r'optax:inject_hyperparams does not return an optimizer.* not needed .*'
+            r'config\.ensemble\.vary',
         ),
         (
             {'target': 'optax:sgd', 'learning_rate': {'ref': 'optax:cosine_decay_schedule'}},
-            r'learning_rate: .* is no schedule.*decay_steps.*named by target=',
+            r'learning_rate: .* is not a schedule.*decay_steps.*named by target=',
         ),
         (
             {'target': 'optax:sgd', 'learning_rate': {'target': 'optax:adam', 'args': (0.1,)}},

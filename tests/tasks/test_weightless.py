@@ -16,7 +16,7 @@ from flax import nnx
 
 from tests.marks import slow_after
 from trainer.config.errors import UserError
-from trainer.evaluate.evaluator import summarise
+from trainer.evaluate.evaluator import summarize
 from trainer.evaluate.step import EvalStep
 from trainer.modules.functional import functional
 from trainer.observe import flops
@@ -238,7 +238,7 @@ def test_evaluation(fill: float) -> None:
     variables = Net().init(jax.random.key(0), jnp.ones((1, 5)))
     args = (variables, jnp.int32(0), jnp.int32(0), {**batch, MASK: mask})
     totals = jax.jit(step)(step.empty(step.output_shapes(variables, args[-1])), *args)
-    metrics = summarise(totals)
+    metrics = summarize(totals)
     assert metrics['examples'] == ROWS - 3
     live = [i for i in range(ROWS - 3) if i not in DEAD]
     logits = Net().apply(variables, batch['x'][live])
@@ -287,7 +287,7 @@ def test_batch_statistics_are_warned_of(
     task: Any, model: Any, padded: bool, why: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     batch = {**batch_of(1.0), **({MASK: np.ones(ROWS, bool)} if padded else {})}
-    checks.warn_of_rows_that_do_not_count(programs(task, model(), batch=batch))
+    checks.warn_of_padding_in_batch_stats(programs(task, model(), batch=batch))
     assert (why in caplog.text) if why else not caplog.text
 
 

@@ -64,7 +64,10 @@ def test_surgery_of_what_all_members_start_with(tmp_path: pathlib.Path) -> None:
     kernels = np.asarray(made.init_state().params['head']['kernel'])
     np.testing.assert_array_equal(kernels[0][:, :3], flat(old.params)['head/kernel'])
     np.testing.assert_array_equal(kernels[0], kernels[1])
-    with pytest.raises(UserError, match=r'config\.surgery of the fresh weights of several members'):
+    with pytest.raises(
+        UserError,
+        match=r'config\.surgery is not supported for the fresh weights of several members',
+    ):
         trainer(tmp_path, ensemble={'size': 2}, surgery=(resize,), **size)
 
 

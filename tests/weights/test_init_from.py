@@ -348,4 +348,4 @@ def test_the_summary_says_where_weights_come_from(
     path, _ = pretrained(tmp_path)
     capsys.readouterr()
     trainer(tmp_path, init_from={'path': path}).fit()
-    assert f'start     from the beginning, with weights of {path}' in capsys.readouterr().out
+    assert f'starting from scratch, with weights from {path}' in capsys.readouterr().out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the sections of a config to objects: one builder for each section.
+"""Builders that turn the sections of a config into objects, one for each section.
 
-Not `trainer.build`: that is a function, which `from trainer import build` imports.
+The package is not called `trainer.build`, because `from trainer import build` imports a function.
 """

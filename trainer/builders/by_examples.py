@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rate schedules of a run that resumes with another batch size.
+"""Adjusts learning rate schedules when a run resumes with a different batch size.
 
 Optax's schedules are functions of the number of updates. If the durations of a schedule are epochs,
 examples or percentages of the run, it is called with the number of examples consumed, in batches of
@@ -24,8 +24,8 @@ _RATES = ('learning_rate', 'step_size_fn')
 _COUNTS = ('step', 'begin', 'boundar')
 
 
-def found(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
-    """Returns the paths of an optimizer's schedules that count examples.
+def find_schedules(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
+    """Returns the key paths of an optimizer's schedules that count examples.
 
     Args:
         node: names the optimizer, with durations as given in the config.
@@ -35,15 +35,15 @@ def found(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
     Raises:
         UserError: naming the key to set, if a duration cannot be counted in examples.
     """
-    return list(_found(node, [], path, clock))
+    return list(_find_schedules(node, [], path, clock))
 
 
-def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
-    """Returns an optimizer's node whose schedules at these paths count examples."""
+def shift_schedules(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
+    """Returns an optimizer's node in which the schedules at these key paths count examples."""
     if clock.progress is None:
         return node
     ahead = clock.progress.ahead
-    # As an integer if it is one: a schedule may index a table.
+    # An integer where possible, since a schedule may use its argument as an index.
     by = ahead.numerator if ahead.denominator == 1 else float(ahead)
     for keys in schedules:
         schedule = paths.get(node, keys)
@@ -52,7 +52,7 @@ def moved(node: Node, schedules: list[paths.Keys], clock: Clock) -> Node:
     return node
 
 
-def _found(value: Any, keys: paths.Keys, path: str, clock: Clock) -> Iterator[paths.Keys]:
+def _find_schedules(value: Any, keys: paths.Keys, path: str, clock: Clock) -> Iterator[paths.Keys]:
     if _counts_examples(value):
         raise UserError(
             f'{path}.{paths.join(keys)}: {value!r} is a different number of steps now that '
@@ -63,20 +63,20 @@ def _found(value: Any, keys: paths.Keys, path: str, clock: Clock) -> Iterator[pa
         _, names = learning_rate.parameters(value, f'{path}.{paths.join(keys)}'.rstrip('.'))
     else:
         names = {}
-    for at, item in _items(value):
+    for at, item in _children(value):
         inner = [*keys, *at]
         if names.get(at) in _RATES and isinstance(item, Mapping):
             if _check_schedule(item, inner, path, clock):
                 yield inner
         else:
-            yield from _found(item, inner, path, clock)
+            yield from _find_schedules(item, inner, path, clock)
 
 
 def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) -> bool:
-    """Whether a schedule counts examples.
+    """Returns whether a schedule counts examples.
 
     Raises:
-        UserError: if another part of it counts steps.
+        UserError: if some of its durations count examples and others steps.
     """
     leaves = list(_leaves(schedule, keys, ''))
     where = next((at for at, _, value in leaves if _counts_examples(value)), None)
@@ -90,7 +90,7 @@ def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) ->
             raise UserError(
                 f'{path}.{paths.join(at)}: {value!r} counts steps, and {example} counts examples. '
                 'Now that config.data.batch_size has changed, a schedule cannot mix the two. '
-                f"Write '{examples} examples', which is what the run consumes by step {count:,}"
+                f"Write '{examples} examples', the number consumed by step {count:,}"
             )
     return True
 
@@ -103,7 +103,7 @@ def _counts_examples(value: Any) -> bool:
 
 
 def _updates(name: str, value: Any) -> int:
-    """Returns how many updates a leaf of a schedule counts; 0 if it counts none."""
+    """Returns the number of updates that a leaf of a schedule stands for; 0 if it is no count."""
     if durations.is_duration(value):
         given = Duration.parse(value, zero=True)
         return math.ceil(given.value) if given.unit == 'steps' else 0
@@ -112,15 +112,15 @@ def _updates(name: str, value: Any) -> int:
 
 
 def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Keys, str, Any]]:
-    """Yields (path, argument name, value) of each leaf of a schedule, and of numeric keys."""
-    names: dict[learning_rate.Place, str] = {}
+    """Yields (key path, argument name, value) of each leaf of a schedule, and of numeric keys."""
+    names: dict[learning_rate.KeyPath, str] = {}
     if isinstance(value, Mapping) and 'target' in value:
         _, names = learning_rate.parameters(value, paths.join(keys))
-    for at, item in _items(value):
+    for at, item in _children(value):
         key, where = at[-1], [*keys, *at]
         is_argument = at in names or isinstance(value, tuple | list)
         if not is_argument and (isinstance(key, int) or durations.is_duration(key)):
-            # A table: its keys count updates, its values do not.
+            # A dict of boundaries: its keys count updates, its values do not.
             yield where, 'boundaries', key
             inner = ''
         else:
@@ -131,8 +131,8 @@ def _leaves(value: Any, keys: paths.Keys, name: str) -> Iterator[tuple[paths.Key
             yield where, inner, item
 
 
-def _items(value: Any) -> Iterator[tuple[learning_rate.Place, Any]]:
-    """Yields the direct children of a node; positional arguments one by one."""
+def _children(value: Any) -> Iterator[tuple[learning_rate.KeyPath, Any]]:
+    """Yields the direct children of a node, with each positional argument as a child."""
     for key, item in learning_rate.items(value):
         if key == 'args' and 'target' in value:
             yield from (((key, index), each) for index, each in enumerate(item))

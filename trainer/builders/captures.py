@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `config.capture` to captures."""
+"""Builds the captures of `config.capture`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Capture:
     """An entry of `config.capture`.
 
     Attributes:
-        match: patterns for the whole path of a module, or of what one has sown.
-        every: when.
-        what: of 'summary', 'histogram' and 'file'.
-        rows: how many rows of each array go into a file.
-        keep: how many files there are at most; the oldest are removed.
+        match: patterns for the full path of a module, or of a value that it sows.
+        every: when to capture.
+        what: outputs, of 'summary', 'histogram' and 'file'.
+        rows: number of examples of each array that are written to a file.
+        keep: maximum number of files; the oldest are deleted.
     """
 
     match: tuple[str, ...]
@@ -32,19 +32,19 @@ class Capture:
     keep: int
 
     def wants(self, path: str) -> bool:
-        """Whether it captures what has this path ('' is the model)."""
+        """Whether it captures the value at this path ('' is the model)."""
         return patterns.matches(self.match, path or ROOT)
 
 
 def build_captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
-    """Returns what `config.capture` asks for, by name.
+    """Returns the captures of `config.capture` by name.
 
     Raises:
-        UserError: for a value that does not fit; and if an ensemble shall be looked into.
+        UserError: for an invalid value, and for captures or `guard='warn'` of an ensemble.
     """
-    asked = {'capture': bool(sections.capture), 'guard': sections.guard.non_finite == 'warn'}
-    for key, given in asked.items():
-        if given and sections.ensemble is not None:
+    enabled = {'capture': bool(sections.capture), 'guard': sections.guard.non_finite == 'warn'}
+    for key, is_enabled in enabled.items():
+        if is_enabled and sections.ensemble is not None:
             raise UserError(f'config.{key}: not supported for ensembles; train one member')
     return {
         name: _capture(section, f'config.capture.{name}', sections, clock)
@@ -58,7 +58,7 @@ def _capture(given: CaptureSection, path: str, sections: Sections, clock: Clock)
         patterns.compiled(pattern, f'{path}.match')
     if 'histogram' in given.what and not sections.log.tensorboard:
         raise UserError(
-            f"{path}.what: a 'histogram' goes to TensorBoard, and config.log.tensorboard is off"
+            f"{path}.what: 'histogram' needs TensorBoard, but config.log.tensorboard is off"
         )
     return Capture(
         match=match,

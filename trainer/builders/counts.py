@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers of steps inside `config.optimizer`: dict keys in JSON, lengths of 0, what else counts."""
+"""Checks and converts step counts in `config.optimizer`, including integer keys given as text."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trainer.config import paths
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
 
-# How annotations say that a dict's keys are whole numbers.
+# Annotations of dicts whose keys are integers.
 _WHOLE_KEYS = re.compile(r'\b(?:dict|Dict|Mapping)\[int\b')
 
-# Lengths that a schedule of optax takes no 0 for: it keeps its first value forever. Within
-# `join_schedules` such a schedule may be left out by a boundary of 0.
+# Lengths of optax schedules that must not be 0: with 0 the schedule would keep its first value
+# forever. Inside `join_schedules` 0 is fine, where a boundary of 0 skips the schedule.
 _NO_ZERO = (
     (':warmup_constant_schedule', 'warmup_steps'),
     (':linear_schedule', 'transition_steps'),
@@ -27,17 +27,17 @@ _NO_ZERO = (
 )
 _JOINED = ':join_schedules'
 
-# Arguments of `reduce_on_plateau` that count means, and not steps.
+# Arguments of `reduce_on_plateau` that count averages of several steps, not steps.
 _COUNT_MEANS = ('patience', 'cooldown')
 
 
 def with_whole_keys(node: Node, path: str) -> Node:
-    """Returns an optimizer's node in which keys such as '30' are 30, where whole numbers belong.
+    """Returns an optimizer's node with keys such as '30' converted where integers are expected.
 
-    JSON, and so the command line, has no other keys than text.
+    In JSON, and so on the command line, all keys are strings.
 
     Raises:
-        UserError: if both are there.
+        UserError: if a dict has both '30' and 30.
     """
     for keys, name, value in _arguments(node, [], path):
         if not isinstance(value, Mapping) or not _has_whole_keys(node, keys, name, path):
@@ -47,7 +47,7 @@ def with_whole_keys(node: Node, path: str) -> Node:
             number = int(key) if isinstance(key, str) and key.strip().isdecimal() else key
             if number in whole:
                 where = f'{path}.{paths.join(keys)}'
-                raise UserError(f'{where}: step {number} is given twice. Leave one of them out')
+                raise UserError(f'{where}: step {number} is given twice; remove one of them')
             whole[number] = item
         node = paths.changed(node, keys, whole)
     return node
@@ -57,13 +57,13 @@ def check(node: Node, steps: Mapping[str, int], path: str) -> None:
     """Checks lengths that were given as durations.
 
     Args:
-        node: names the optimizer; durations are steps already.
-        steps: the steps of each duration by config path.
-        path: of the node.
+        node: names the optimizer; durations have been converted to steps.
+        steps: steps of each duration, by config path.
+        path: config path of the node.
 
     Raises:
-        UserError: for one of 0 where something must happen, and where something else than steps is
-            counted.
+        UserError: for a length of 0 where at least one step is needed, and for a duration where
+            something other than steps is counted.
     """
     _check_inner_counts(node, steps, path)
     for keys, name, value in _arguments(node, [], path):
@@ -73,14 +73,14 @@ def check(node: Node, steps: Mapping[str, int], path: str) -> None:
         is_needed = any(target.endswith(kind) and name == of for kind, of in _NO_ZERO)
         if value == 0 and where in steps and is_needed and not _is_joined(node, keys):
             raise UserError(
-                f'{where} is 0 steps, and {target} needs at least 1: with 0 it would keep its '
-                'first value forever. Make it longer, or replace it by what comes after it'
+                f'{where} is 0 steps, but {target} needs at least 1: with 0 it would keep its '
+                'first value forever. Make it longer, or remove this schedule'
             )
         of_means = target.endswith(':reduce_on_plateau') and name in _COUNT_MEANS
         if of_means and where in steps and owner.get('accumulation_size', 1) != 1:
             raise UserError(
-                f'{where}: a duration is converted to steps, but with accumulation_size '
-                f'{target} counts means of so many steps. Give their number, such as {name}=5'
+                f'{where}: durations are converted to steps, but with accumulation_size {target} '
+                f'counts averages over that many steps. Give a number, such as {name}=5'
             )
 
 
@@ -96,7 +96,7 @@ def _check_inner_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
         within = [where for where in mine if where != f'{path}.every_k_schedule']
         if within:
             raise UserError(
-                f'{within[0]}: a duration is converted to training steps, but optax:MultiSteps '
+                f'{within[0]}: durations are converted to training steps, but optax:MultiSteps '
                 'makes one update per several steps, and the optimizer inside counts updates. Use '
                 'config.accumulate instead, or give the number of updates'
             )
@@ -105,7 +105,7 @@ def _check_inner_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
 
 
 def _arguments(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.Keys, str, Any]]:
-    """Yields the place of each argument of the targets below a node, its name and its value."""
+    """Yields (key path, name, value) of each argument of all targets below a node."""
     if isinstance(node, Mapping) and 'target' in node:
         _, names = learning_rate.parameters(node, path)
         for at, name in names.items():
@@ -115,7 +115,7 @@ def _arguments(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[paths.K
 
 
 def _owner(keys: paths.Keys) -> paths.Keys:
-    """Returns the place of the target that an argument belongs to."""
+    """Returns the key path of the target that an argument belongs to."""
     return keys[:-2] if len(keys) > 1 and keys[-2] == 'args' else keys[:-1]
 
 
@@ -125,7 +125,7 @@ def _has_whole_keys(node: Node, keys: paths.Keys, name: str, path: str) -> bool:
 
 
 def _is_joined(node: Node, keys: paths.Keys) -> bool:
-    """Whether a schedule is one of several that follow each other."""
+    """Whether a schedule is inside `optax:join_schedules`."""
     above = [paths.get(node, keys[:depth]) for depth in range(len(_owner(keys)))]
     return any(
         isinstance(each, Mapping) and str(each.get('target')).endswith(_JOINED) for each in above

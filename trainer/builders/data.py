@@ -20,7 +20,7 @@ def build_train_data(sections: Sections) -> TrainData:
     """Returns the data of the training batches.
 
     Raises:
-        UserError: for an argument that does not fit, or a loader that is none.
+        UserError: for an invalid argument, or an object that is not a loader.
     """
     data, path = sections.data, 'config.data'
     node = {
@@ -37,13 +37,13 @@ def build_train_data(sections: Sections) -> TrainData:
 
 
 def build_task(sections: Sections) -> TaskRunner:
-    """Returns what the model is asked to do with a training batch."""
+    """Returns the task of the training batches."""
     transforms = build_device_transforms(sections.data, 'config.data')
     return TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
 
 
 def build_evaluations(sections: Sections, task: TaskRunner) -> dict[str, Evaluation]:
-    """Returns the evaluations by name; one without a task of its own has the training's."""
+    """Returns the evaluations by name; without `task`, they use the training task."""
     return {
         name: _evaluation(name, section, sections, task.task)
         for name, section in sections.evals.items()
@@ -56,11 +56,11 @@ def _evaluation(
     """Returns `config.evals.<name>`.
 
     Raises:
-        UserError: for an average that is not kept, or an argument that does not fit.
+        UserError: for `ema` without `config.ema`, or an invalid argument.
     """
     path = f'config.evals.{name}'
     if section.ema and sections.ema is None:
-        raise UserError(f'{path}.ema: this run keeps no average; set config.ema.decay')
+        raise UserError(f'{path}.ema: this run has no moving average; set config.ema.decay')
     if section.task is not None:
         task = targets.instantiate(section.task, f'{path}.task')
     source = targets.instantiate(section.data.source, f'{path}.data.source')
@@ -92,13 +92,13 @@ def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> t
     """Returns the transforms that run in the compiled step.
 
     Raises:
-        UserError: for one that asks for numpy's random numbers.
+        UserError: for one that takes a numpy generator.
     """
     transforms = targets.instantiate(data.device_transforms, f'{path}.device_transforms')
     for index, transform in enumerate(transforms):
         if 'rng' in inspect.signature(transform).parameters:
             raise UserError(
-                f'{path}.device_transforms[{index}]: {transform!r} draws random numbers from '
-                f"numpy's generator; it belongs in {path}.transforms"
+                f'{path}.device_transforms[{index}]: {transform!r} draws random numbers from a '
+                f'numpy generator; move it to {path}.transforms'
             )
     return tuple(transforms)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rule by which a metric that no longer improves ends a run."""
+"""The early stopping rule: ends a run when a metric no longer improves."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import math
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStopping:
-    """Which metric must keep improving, and by how much.
+    """The metric that must keep improving, and by how much.
 
     Attributes:
         metric: 'eval/<name>/<metric>'.
-        mode: whether 'min' or 'max' is better.
-        min_delta: smaller changes are no improvement.
-        patience: evaluations in a row without an improvement that do not end the run; the next one
-            does.
+        mode: 'min' if smaller values are better, 'max' if larger ones are.
+        min_delta: smallest change that counts as an improvement.
+        patience: number of consecutive evaluations without improvement that are tolerated; the
+            next one ends the run.
     """
 
     metric: str
@@ -25,7 +25,7 @@ class EarlyStopping:
     patience: int = 0
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Whether a value improves on the best so far, None before the first; NaN never does."""
+        """Whether a value improves on the best so far (None before the first); NaN never does."""
         if math.isnan(value):
             return False
         if best is None:

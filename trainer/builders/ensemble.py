@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `config.ensemble` to who the members are."""
+"""Builds the ensemble of `config.ensemble`: seeds and hyperparameters of its members."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _OPTIMIZER = 'optimizer.'
 
 
 def build_ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
-    """Returns the members that the config asks for, None if it trains one model.
+    """Returns the ensemble, or None if the config trains a single model.
 
     Raises:
-        UserError: for what cannot vary among the members, or not in this way.
+        UserError: for a value that cannot vary among the members, and for invalid values.
     """
     given = sections.ensemble
     if given is None:
@@ -34,51 +34,52 @@ def build_ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
         raise UserError(f'config.ensemble.size: expected at least 1, got {given.size}')
     if sections.surgery and sections.init_from is None:
         raise UserError(
-            'config.ensemble: config.surgery of the fresh weights of several members is not '
-            'possible; with config.init_from it is, of the weights that all of them start with'
+            'config.ensemble: config.surgery is not supported for the fresh weights of several '
+            'members; use config.init_from to start all members from the same weights'
         )
     seeds = tuple(sections.seed + member for member in range(given.size))
     values: dict[str, tuple[float, ...]] = {}
-    for path, found in _by_path(given.vary).items():
-        _check_values(path, found, given.size)
+    for path, per_member in _flatten(given.vary).items():
+        _check_values(path, per_member, given.size)
         if path == 'seed':
-            seeds = tuple(found)
+            seeds = tuple(per_member)
         elif path.startswith(_OPTIMIZER):
-            values[path.removeprefix(_OPTIMIZER)] = tuple(found)
+            values[path.removeprefix(_OPTIMIZER)] = tuple(per_member)
         else:
             raise UserError(
-                f"{_VARY}: {path!r} cannot vary in one program; 'seed' can, and the numbers among "
-                "the arguments of config.optimizer, such as 'optimizer.learning_rate'"
+                f"{_VARY}: {path!r} cannot vary among members; 'seed' can, and so can numeric "
+                "arguments of config.optimizer, such as 'optimizer.learning_rate'"
             )
     _check_seeds(seeds)
     for path in values:
         _check_path(sections.optimizer, path)
-    made = functools.partial(_optimizer, sections, clock)
+    build = functools.partial(_build_optimizer, sections, clock)
+    # Build each member's optimizer once, so that a value it refuses is reported here.
     for member in range(given.size if values else 0):
-        made({path: each[member] for path, each in values.items()})  # It may refuse the number.
-    return Ensemble(seeds=seeds, values=values, optimizer=made)
+        build({path: each[member] for path, each in values.items()})
+    return Ensemble(seeds=seeds, values=values, optimizer=build)
 
 
-def _optimizer(sections: Sections, clock: Clock, values: Mapping[str, Any]) -> Optimizer:
+def _build_optimizer(sections: Sections, clock: Clock, values: Mapping[str, Any]) -> Optimizer:
     return build_optimizer(sections.optimizer, clock, values, sections.log.learning_rates)[0]
 
 
-def _by_path(vary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the leaves by their paths, such as 'optimizer.args[1].learning_rate'.
+def _flatten(vary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves by key path, such as 'optimizer.args[1].learning_rate'.
 
     Raises:
-        UserError: if one path is there as a dotted key and as nested keys.
+        UserError: if a path is given both as a dotted key and as nested keys.
     """
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for keys, value in _leaves(vary, []):
         path = paths.join(keys)
-        if path in found:
+        if path in leaves:
             raise UserError(
-                f'{_VARY}.{path} is given twice, {found[path]!r} and {value!r}: by a key with dots '
-                'and by nested ones. Leave one of them out'
+                f'{_VARY}.{path} is given twice, {leaves[path]!r} and {value!r}: as a dotted key '
+                'and as nested keys; remove one of them'
             )
-        found[path] = value
-    return found
+        leaves[path] = value
+    return leaves
 
 
 def _leaves(node: Mapping[Any, Any], before: paths.Keys) -> Iterator[tuple[paths.Keys, Any]]:
@@ -97,38 +98,36 @@ def _check_values(path: str, values: Any, size: int) -> None:
     if not fits or not all(isinstance(x, kind) and not isinstance(x, bool) for x in values):
         raise UserError(
             f'{_VARY}.{path}: expected a tuple of {size} {"integers" if whole else "numbers"}, one '
-            f'for each member (config.ensemble.size), got {shown(values)}'
+            f'per member (config.ensemble.size), got {shown(values)}'
         )
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> None:
     for seed in seeds:
         if not -(2**31) <= seed < 2**31:
-            raise UserError(f'config.ensemble: the seed {seed} of a member has more than 32 bits')
+            raise UserError(f"config.ensemble: a member's seed {seed} has more than 32 bits")
 
 
 def _check_path(optimizer: OptimizerSection, path: str) -> None:
-    """Checks that a path below `config.optimizer` may be an argument of an optimizer."""
+    """Checks that a path below `config.optimizer` can be a numeric argument of an optimizer."""
     section, keys = _owner(optimizer, path)
     own = {field.name for field in dataclasses.fields(section)} - {'node'}
     if keys[0] in own:
         raise UserError(
-            f'{_VARY}: config.optimizer.{path} is no argument of an optimizer, and only those can '
+            f'{_VARY}: config.optimizer.{path} is not an argument of an optimizer; only those can '
             'vary'
         )
     inner: Any = section.node
     for key in keys[:-1]:
-        inner = _at(inner, key)
+        inner = _child(inner, key)
         if not isinstance(inner, (Mapping, tuple, list)):
-            raise UserError(
-                f'{_VARY}: there is no config.optimizer.{path}: {key!r} is {inner!r} there'
-            )
-    there = _at(inner, keys[-1])
-    if isinstance(there, Mapping) and 'target' in there:
+            raise UserError(f'{_VARY}: there is no config.optimizer.{path}: {key!r} is {inner!r}')
+    current = _child(inner, keys[-1])
+    if isinstance(current, Mapping) and 'target' in current:
         raise UserError(
-            f'{_VARY}: config.optimizer.{path} is no number but {there["target"]}, which numbers '
-            f'would replace. Vary one of its own arguments, config.optimizer.{path}.NAME, or the '
-            'factor of trainer.schedules:scaled around it'
+            f'{_VARY}: config.optimizer.{path} is not a number but {current["target"]}, which '
+            f'numbers would replace. Vary one of its arguments, config.optimizer.{path}.NAME, or '
+            'the factor of a trainer.schedules:scaled around it'
         )
 
 
@@ -136,7 +135,7 @@ def _owner(section: OptimizerSection, path: str) -> tuple[OptimizerSection | Gro
     """Returns the section whose optimizer a path leads into, and the keys below it.
 
     Raises:
-        UserError: if there are groups, and it leads into none of them.
+        UserError: if there are groups, and the path is in none of them.
     """
     keys = paths.parse(path)
     ours = {field.name for field in dataclasses.fields(section)} - {'node', 'groups'}
@@ -152,7 +151,7 @@ def _owner(section: OptimizerSection, path: str) -> tuple[OptimizerSection | Gro
     name = str(keys[1]) if len(keys) > 1 else ''
     near = suggest.nearest(name, section.groups)
     raise UserError(
-        f'{_VARY}: config.optimizer.{path} is no argument of the optimizer of a group. '
+        f'{_VARY}: config.optimizer.{path} is not an argument of the optimizer of a group. '
         + (
             f'Did you mean optimizer.{paths.join(["groups", near, *keys[2:]])}?'
             if near and near != name
@@ -161,7 +160,7 @@ def _owner(section: OptimizerSection, path: str) -> tuple[OptimizerSection | Gro
     )
 
 
-def _at(node: Any, key: str | int) -> Any:
+def _child(node: Any, key: str | int) -> Any:
     try:
         return node[key]
     except (LookupError, TypeError):

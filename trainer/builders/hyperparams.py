@@ -17,22 +17,22 @@ from trainer.config.errors import UserError
 from trainer.config.sections import Node
 from trainer.ensemble.hyperparams import Values, name_of
 
-# How JAX says that a number must be known before the program runs.
-_NEEDS_TO_KNOW = (
+# Errors that JAX raises if Python code needs the concrete value of a traced number.
+_CONCRETIZATION_ERRORS = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
 )
 
 
-def placed(node: Node, values: Values) -> Node:
-    """Returns an optimizer's node with these numbers in it."""
+def insert_values(node: Node, values: Values) -> Node:
+    """Returns an optimizer's node with these values set."""
     for path, value in values.items():
         node = paths.changed(node, paths.parse(path), value)
     return node
 
 
-def injected(
+def inject(
     node: Node,
     where: str,
     values: Values,
@@ -40,64 +40,66 @@ def injected(
     prefix: str = '',
     changed: Callable[[Node], Node] = lambda node: node,
 ) -> optax.GradientTransformation:
-    """Returns the optimizer of a node, with these numbers in its state.
+    """Returns the optimizer of a node, with these hyperparameters in its state.
 
     Args:
         node: names the optimizer.
         where: its config path, for messages.
-        values: first values.
-        prefix: what the names in the state begin with: no two optimizers of a run may share one.
-        changed: applied to the node once the numbers are in it.
+        values: initial values.
+        prefix: prefix of the names in the state, unique to this optimizer.
+        changed: applied to the node after the values are set.
     """
     names = {name_of(prefix + path): path for path in values}
 
     def make(**numbers: Any) -> optax.GradientTransformation:
         inner = {names[name]: number for name, number in numbers.items()}
-        with _one_program(where, inner):
-            made = targets.instantiate(changed(placed(node, inner)), where)
-            return _in_its_dtypes(made, where, inner)
+        with _explain_concretization(where, inner):
+            optimizer = targets.instantiate(changed(insert_values(node, inner)), where)
+            return _keep_dtypes(optimizer, where, inner)
 
-    make(**{name: values[path] for name, path in names.items()})  # Or it would refuse them later.
-    # What `optax.inject_hyperparams` reads the names from.
+    # Call it once with plain numbers: a value that the optimizer refuses is reported here.
+    make(**{name: values[path] for name, path in names.items()})
+    # `optax.inject_hyperparams` reads the names from the signature.
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    # Not in the dtype of the parameters: 0.999 is 1 in bfloat16.
+    # Not the dtype of the parameters, optax's default: in bfloat16 0.999 is 1.
     inject = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
     return inject(**{name: values[path] for name, path in names.items()})
 
 
 @contextlib.contextmanager
-def _one_program(where: str, values: Values) -> Iterator[None]:
-    """Explains what JAX says where an optimizer needs to know a number to be traced."""
+def _explain_concretization(where: str, values: Values) -> Iterator[None]:
+    """Explains errors of JAX about an optimizer that needs the concrete value of a number."""
     try:
         yield
-    except (UserError, *_NEEDS_TO_KNOW) as error:
+    except (UserError, *_CONCRETIZATION_ERRORS) as error:
         who = where
         if isinstance(error, UserError):
-            if not isinstance(error.__cause__, _NEEDS_TO_KNOW):
+            if not isinstance(error.__cause__, _CONCRETIZATION_ERRORS):
                 raise
             who = str(error).partition(' refused its arguments')[0]
         raise UserError(
-            f'{who} decides by a number what to compute, so one program cannot have several values '
-            f'of {" or ".join(values)} (config.ensemble.vary)'
+            f'{who} branches in Python on {" or ".join(values)}, so it cannot differ between '
+            'ensemble members (config.ensemble.vary)'
         ) from error
 
 
-def _in_its_dtypes(
+def _keep_dtypes(
     inner: optax.GradientTransformation, where: str, values: Values
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns an optimizer whose state has the dtypes that it began with.
+    """Returns an optimizer whose updates keep the dtypes of its initial state.
 
-    A number that is an array makes float32 of what a Python number leaves in bfloat16.
+    A hyperparameter in the state is a float32 array, which promotes bfloat16 arrays; a Python
+    number would not.
     """
     tx = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        with _one_program(where, values):
+        with _explain_concretization(where, values):
             return tx.init(params)
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
-        with _one_program(where, values):
+        with _explain_concretization(where, values):
             updates, after = tx.update(updates, state, params, **more)
         return updates, jax.tree.map(lambda new, old: new.astype(old.dtype), after, state)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rates of an optimizer that are logged: its own, and those that the config names."""
+"""Builds the learning rate schedules of an optimizer that are logged."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from trainer.config.sections import Node
 
 Schedule = Callable[[Any], Any]
 
-# Where something stands below a node.
-Place = tuple[str | int, ...]
+# A key path below a node.
+KeyPath = tuple[str | int, ...]
 
-# Whose learning rate is a bound: each step computes a smaller one from the loss.
+# Optimizers whose learning rate is an upper bound: each step computes its own from the loss.
 _BOUNDED = (':momo', ':momo_adam')
 
-# Whose learning rate is 1 unless given; a line search scales that (see `step_sizes`).
+# Optimizers whose learning rate is 1 by default; a line search scales it (see `step_sizes`).
 _LINE_SEARCHED = ':lbfgs'
 
 _KEY = 'config.log.learning_rates'
 
 
-def made(
+def build_rates(
     node: Node, path: str, named: Sequence[str] = ()
 ) -> tuple[Node, Schedule | dict[str, Schedule] | None]:
-    """Returns an optimizer's node with its schedules made, and the learning rates that are logged.
+    """Returns an optimizer's node with its schedules built, and the learning rates to log.
 
-    These are functions of the number of calls, which is that of updates for any optimizer that
-    makes one of each (`optax:apply_if_finite` counts those that it makes). Several are named by
-    what tells their places apart; None if there is none.
+    The rates are functions of the number of calls, which equals that of updates for optimizers
+    that make one update per call (`optax:apply_if_finite` counts the updates it makes). Several
+    rates are a dict, named by the parts in which their key paths differ; None if there is none.
 
     Args:
-        node: names the optimizer; its targets and their arguments are checked already.
-        path: where it stands, for messages.
-        named: where other learning rates stand below it, such as 'args[1].learning_rate'.
+        node: names the optimizer; its targets and their arguments have been checked.
+        path: config path of the optimizer, for messages.
+        named: key paths of other learning rates below it, such as 'args[1].learning_rate'.
 
     Raises:
         UserError: if one is neither a number nor a function of one argument, or does not exist.
     """
-    node, own = _own(node, path)
+    node, own = _build_own(node, path)
     rates: list[tuple[paths.Keys, Schedule]] = [] if own is None else [([], own)]
     for name in named:
         try:
@@ -54,24 +54,24 @@ def made(
             value = paths.get(node, keys)
         except (UserError, KeyError, IndexError, TypeError) as error:
             raise UserError(f'{_KEY}: {path} has no {name!r}') from error
-        node, schedule = _at(node, keys, value, path)
-        every = _calls_for_an_update(node, keys, path)
+        node, schedule = _build_schedule(node, keys, value, path)
+        every = _calls_per_update(node, keys, path)
         # The optimizer that it is an argument of, by name or by position.
         owner = keys[:-2] if keys[-2:-1] == ['args'] else keys[:-1]
-        rates.append((owner, _each(schedule, every)))
+        rates.append((owner, _per_call(schedule, every)))
     if len(rates) < 2:
         return node, next((rate for _, rate in rates), None)
     names = _names([keys for keys, _ in rates])
     if len(set(names)) < len(names):
         raise UserError(
             f'{_KEY}: {", ".join(named)} name one optimizer twice, or the optimizer itself, whose '
-            'learning rate is logged anyway; leave one out'
+            'learning rate is logged anyway; remove one of them'
         )
     return node, dict(zip(names, (rate for _, rate in rates), strict=True))
 
 
-def first_inside(node: Any, before: paths.Keys | None = None) -> str | None:
-    """Returns where the first learning rate of an optimizer inside this one stands, or None."""
+def find_first_inside(node: Any, before: paths.Keys | None = None) -> str | None:
+    """Returns the key path of the first learning rate of an inner optimizer, or None."""
     before = before or []
     items: Any = ()
     if isinstance(node, Mapping):
@@ -81,19 +81,19 @@ def first_inside(node: Any, before: paths.Keys | None = None) -> str | None:
     for key, value in items:
         if before and key == 'learning_rate' and value is not None:
             return paths.join([*before, key])
-        if found := first_inside(value, [*before, key]):
-            return found
+        if inner := find_first_inside(value, [*before, key]):
+            return inner
     return None
 
 
-def _own(node: Node, path: str) -> tuple[Node, Schedule | None]:
-    """Returns a node with its own schedule made, and that: of its argument `learning_rate`."""
+def _build_own(node: Node, path: str) -> tuple[Node, Schedule | None]:
+    """Builds the schedule of the argument `learning_rate`; returns the new node and it."""
     if str(node['target']).endswith(_BOUNDED):
         return node, None
     known, names = parameters(node, path)
     at = next((list(k) for k, name in names.items() if name == 'learning_rate'), None)
     if at is not None and (value := paths.get(node, at)) is not None:
-        return _at(node, at, value, path)
+        return _build_schedule(node, at, value, path)
     default = known['learning_rate'].default if 'learning_rate' in known else None
     if default is None and str(node['target']).endswith(_LINE_SEARCHED):
         return node, optax.constant_schedule(1.0)
@@ -101,8 +101,8 @@ def _own(node: Node, path: str) -> tuple[Node, Schedule | None]:
     return node, optax.constant_schedule(default) if is_used else None
 
 
-def _at(node: Node, keys: paths.Keys, value: Any, path: str) -> tuple[Node, Schedule]:
-    """Returns a node with the schedule at a place made: one for the optimizer and for the log."""
+def _build_schedule(node: Node, keys: paths.Keys, value: Any, path: str) -> tuple[Node, Schedule]:
+    """Builds the schedule at a key path: one object for both the optimizer and the log."""
     where = f'{path}.{paths.join(keys)}'
     if isinstance(value, Mapping):
         value = targets.instantiate(value, where)
@@ -110,16 +110,16 @@ def _at(node: Node, keys: paths.Keys, value: Any, path: str) -> tuple[Node, Sche
     return node, _as_schedule(value, where)
 
 
-def _each(schedule: Schedule, every: int) -> Schedule:
-    """Returns a schedule of updates as one of calls, `every` of which make an update."""
+def _per_call(schedule: Schedule, every: int) -> Schedule:
+    """Converts a schedule of updates to one of calls, `every` of which make an update."""
     return schedule if every == 1 else lambda count: schedule(count // every)
 
 
-def _calls_for_an_update(node: Node, keys: paths.Keys, path: str) -> int:
-    """Returns how many calls make an update of the optimizer that has what stands at a place.
+def _calls_per_update(node: Node, keys: paths.Keys, path: str) -> int:
+    """Returns the number of calls per update of the optimizer around a key path.
 
     Raises:
-        UserError: if that changes.
+        UserError: if the number changes during the run.
     """
     every = 1
     for depth in range(len(keys)):
@@ -148,11 +148,11 @@ def items(node: Any) -> Iterator[tuple[Any, Any]]:
 
 def parameters(
     node: Mapping[str, Any], path: str
-) -> tuple[Mapping[str, inspect.Parameter], dict[Place, str]]:
-    """Returns the parameters of a node's target, and the name of what stands at each place."""
+) -> tuple[Mapping[str, inspect.Parameter], dict[KeyPath, str]]:
+    """Returns the parameters of a node's target, and the argument name of each key path."""
     known, _ = targets.arguments(objects.resolve(node['target'], f'{path}.target'))
     by_position = [p.name for p in known.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY]
-    names: dict[Place, str] = {
+    names: dict[KeyPath, str] = {
         ('args', index): name
         for index, (name, _) in enumerate(zip(by_position, node.get('args', ()), strict=False))
     }
@@ -160,15 +160,15 @@ def parameters(
     return known, names
 
 
-def _names(places: list[paths.Keys]) -> list[str]:
-    """Returns what tells places apart: 'head' and 'body' of 'parts.head' and 'parts.body'."""
-    every = [list(map(str, keys)) for keys in places]
-    first = _common(every)
-    last = _common([keys[first:][::-1] for keys in every])
+def _names(key_paths: list[paths.Keys]) -> list[str]:
+    """Returns the differing parts of key paths: 'head' and 'body' of 'a.head' and 'a.body'."""
+    every = [list(map(str, keys)) for keys in key_paths]
+    first = _common_length(every)
+    last = _common_length([keys[first:][::-1] for keys in every])
     return ['.'.join(keys[first : len(keys) - last]) or 'top' for keys in every]
 
 
-def _common(rows: list[list[str]]) -> int:
+def _common_length(rows: list[list[str]]) -> int:
     """Returns the number of items that all rows begin with."""
     columns = zip(*rows, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
@@ -180,11 +180,12 @@ def _as_schedule(value: Any, where: str) -> Schedule:
             inspect.signature(value).bind(0)
         except TypeError as error:
             raise UserError(
-                f'{where}: {value!r} is no schedule, which is a function of the number of updates '
-                f'({error}). What makes a schedule is named by target=..., with its arguments'
+                f'{where}: {value!r} is not a schedule, a function of the number of updates '
+                f'({error}). A function that returns a schedule is named by target=..., with its '
+                'arguments'
             ) from error
         except ValueError:
-            pass  # It does not tell.
+            pass  # Its signature is not known; some builtins have none.
         return value
     if _is_number(value):
         return optax.constant_schedule(value)

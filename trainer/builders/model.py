@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `config.model` and `config.precision` to the model's functional interface."""
+"""Builds the model of `config.model`, in the dtypes of `config.precision`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _PATH = 'config.model'
 
 
 def check_model(node: Any) -> None:
-    """Refuses a model of another library, and a function of inputs, by what they are.
+    """Checks that the target of `config.model` makes a model of a supported library.
 
     Raises:
-        UserError: naming what it is, and what to do.
+        UserError: for a model of another library, and for a function of inputs.
     """
     if not isinstance(node, Mapping) or 'target' not in node:
         return
@@ -34,21 +34,22 @@ def check_model(node: Any) -> None:
     except UserError as error:
         if inspect.isroutine(target) and ' is missing: ' in str(error):
             raise UserError(
-                f'{error}. A function that is the target of config.model makes the model: it is '
-                'called once, with the other keys of config.model, and not with inputs'
+                f'{error}. A function named by config.model.target must return the model: it is '
+                'called once, with the other keys of config.model, not with inputs'
             ) from error
         raise
 
 
 def build_model(sections: Sections) -> Functional:
-    """Returns the model's functional interface; an NNX module is made later, with its parameters.
+    """Returns the model's functional interface; an NNX module is created later.
 
     Raises:
-        UserError: if it is no model.
+        UserError: if the target does not make a model.
     """
     if isinstance(sections.model.get('rngs'), int):
-        raise UserError(f'{_PATH}.rngs: leave it out; random numbers come from config.seed')
-    if targets.takes(sections.model, 'rngs', _PATH):  # NNX makes its parameters with the module.
+        raise UserError(f'{_PATH}.rngs: remove it; random numbers come from config.seed')
+    # An NNX constructor creates parameters, so it is called only when the state is created.
+    if targets.takes(sections.model, 'rngs', _PATH):
         module: Any = functools.partial(_with_rngs, sections.model)
     else:
         module = targets.instantiate(sections.model, _PATH)
@@ -63,7 +64,7 @@ def build_model(sections: Sections) -> Functional:
 
 
 def build_loss_scale(precision: PrecisionSection | None) -> float | None:
-    """Returns the first value of the dynamic loss scale; None for none."""
+    """Returns the initial value of the dynamic loss scale, or None if there is none."""
     if precision is None:
         return None
     if precision.loss_scale is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics that decide something: which checkpoint is the best, and when a run ends early."""
+"""Builds checkpoint retention and early stopping, which depend on evaluation metrics."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import BestSection, EarlyStoppingSection, Sections
 
-# Metrics of the tasks that come with the trainer.
+# Metrics of the bundled tasks.
 _USUAL = ('loss', 'accuracy', 'mean_absolute_error')
 
 
 def build_retention(sections: Sections, clock: Clock) -> Retention:
-    """Returns which checkpoints `config.checkpoint` keeps.
+    """Returns the retention rule of `config.checkpoint`.
 
     Raises:
-        UserError: for a metric of no evaluation, or one that does not say which values are better.
+        UserError: for a metric that belongs to no evaluation, or whose mode is unknown.
     """
     given, path = sections.checkpoint, 'config.checkpoint'
     kept = Retention(
@@ -30,15 +30,15 @@ def build_retention(sections: Sections, clock: Clock) -> Retention:
     )
     if given.best is None:
         return kept
-    metric, mode = _watched(given.best, f'{path}.best', sections)
+    metric, mode = _metric_and_mode(given.best, f'{path}.best', sections)
     return dataclasses.replace(kept, best_metric=metric, best_mode=mode)
 
 
 def build_early_stopping(sections: Sections) -> EarlyStopping | None:
-    """Returns what ends the run before its time, or None.
+    """Returns the early stopping rule, or None.
 
     Raises:
-        UserError: for a number below 0, and as `build_retention`.
+        UserError: for a negative number, and as `build_retention`.
     """
     given, path = sections.early_stopping, 'config.early_stopping'
     if given is None:
@@ -46,23 +46,23 @@ def build_early_stopping(sections: Sections) -> EarlyStopping | None:
     for name in ('min_delta', 'patience'):
         if not getattr(given, name) >= 0:
             raise UserError(f'{path}.{name}: expected at least 0, got {getattr(given, name)}')
-    metric, mode = _watched(given, path, sections)
+    metric, mode = _metric_and_mode(given, path, sections)
     return EarlyStopping(
         metric=metric, mode=mode, min_delta=given.min_delta, patience=given.patience
     )
 
 
-def _watched(
+def _metric_and_mode(
     given: BestSection | EarlyStoppingSection, path: str, sections: Sections
 ) -> tuple[str, str]:
-    """Returns a metric, which must be one of an evaluation of this config, and 'min' or 'max'."""
+    """Returns the name of an evaluation metric, and whether 'min' or 'max' of it is better."""
     parts = given.metric.split('/')
-    # Of an ensemble there is 'eval/test/member_0/loss' too.
+    # Ensembles have names of four parts as well, such as 'eval/test/member_0/loss'.
     if len(parts) < 3 or parts[0] != 'eval' or parts[1] not in sections.evals:
         names = [f'eval/{name}/...' for name in sections.evals]
         near = suggest.nearest(given.metric, names, cutoff=0.0)
         raise UserError(
-            f'{path}.metric: {given.metric!r} is no metric of an evaluation'
+            f'{path}.metric: {given.metric!r} is not a metric of an evaluation'
             + (f'; expected {near}' if near else ', and this config has no evals')
         )
     mode = given.mode or better_mode(parts[-1])
@@ -70,8 +70,8 @@ def _watched(
         near = suggest.nearest(parts[-1], _USUAL)
         if near:
             raise UserError(
-                f'{path}.metric: is {parts[-1]!r} one of your own metrics? Then set {path}.mode to '
-                f"'min' or 'max'. Or did you mean {near!r}?"
+                f'{path}.metric: no metric {parts[-1]!r}; did you mean {near!r}? (Otherwise set '
+                f"{path}.mode to 'min' or 'max'.)"
             )
         raise UserError(
             f"{path}.mode is missing: set it to 'max' if larger values of {parts[-1]!r} are "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks every name in a config before any object is made, so that a typo costs no data loading."""
+"""Checks every name in a config before any object is created, so that typos are found at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.config.durations import Duration
 from trainer.config.errors import UserError, shown
 from trainer.config.sections import Sections
 
-# What has a check of its own, or names nothing.
+# Sections with a check of their own, or without targets.
 _OTHERS = ('vars', 'optimizer', 'step', 'ensemble')
 
 
@@ -21,7 +21,7 @@ def check_names(sections: Sections) -> None:
     """Checks that every target exists and takes its arguments; nothing is called.
 
     Raises:
-        UserError: for a name that does not exist, or an argument that does not fit.
+        UserError: for a name that does not exist, or an invalid argument.
     """
     check_model(sections.model)
     for field in dataclasses.fields(sections):
@@ -42,7 +42,7 @@ def _check_below(value: Any, path: str) -> None:
         if 'target' not in value:
             raise UserError(
                 f"{path}: expected a dict with 'target', a class like "
-                f'trainer.data.loader:TrainLoader that is given the source; got {shown(value)}'
+                f'trainer.data.loader:TrainLoader that takes the source; got {shown(value)}'
             )
         objects.resolve(value['target'], f'{path}.target')
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `config.optimizer` and `config.step` to the objects that a train step is made of."""
+"""Builds the optimizer of `config.optimizer` and the step function of `config.step`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _log = logging.getLogger('trainer')
 
 _OPTIMIZER, _STEP = 'config.optimizer', 'config.step'
 
-# Whose `decay_steps` count the warm-up, too: of the schedule, or of each of its cycles.
+# Schedules whose `decay_steps` (of the schedule, or of each cycle) include the warm-up.
 _WARMED_UP = (':warmup_cosine_decay_schedule', ':sgdr_schedule')
 
-# What a step is called with. A target that takes these is the step itself, and not its maker.
+# The arguments of a step. A target that takes them is the step itself; any other returns it.
 _STEP_ARGUMENTS = ('state', 'batch', 'ctx')
 
 
@@ -51,8 +51,8 @@ def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIM
     given = [*section.node, *(name for name in own if getattr(section, name) is not None)]
     if given:
         raise UserError(
-            f'{path}.{given[0]}: with {path}.groups each group has an optimizer of its own, and '
-            f'this key belongs there, as in {path}.groups.{next(iter(groups))}.{given[0]}'
+            f'{path}.{given[0]}: with {path}.groups each group has its own optimizer, and this '
+            f'key belongs there, as in {path}.groups.{next(iter(groups))}.{given[0]}'
         )
 
 
@@ -66,40 +66,43 @@ def build_optimizer(
 
     Args:
         section: `config.optimizer`.
-        clock: turns durations into steps.
-        numbers: others for some of its arguments, by path below the section, perhaps traced; the
-            optimizer's state holds them.
+        clock: converts durations to steps.
+        numbers: replacements for some of its arguments, by path below the section, possibly
+            traced; they become part of the optimizer's state.
         logged: `config.log.learning_rates`.
 
     Raises:
-        UserError: for an argument that does not fit.
+        UserError: for an invalid argument.
     """
     numbers = numbers or {}
     _check_logged(section, logged)
     if not section.groups:
-        made, steps = _one_optimizer(section, clock, _OPTIMIZER, numbers, logged)
-        return _freezing(made, section), steps
+        single, steps = _build_one(section, clock, _OPTIMIZER, numbers, logged)
+        return _with_freezing(single, section), steps
     groups: dict[str, Group] = {}
     steps = {}
     for name, group in section.groups.items():
         path = f'{_OPTIMIZER}.groups.{name}'
-        made, more = _one_optimizer(group, clock, path, numbers, logged)
-        groups[name] = Group(params=_patterns(group.params), optimizer=made, loss=group.loss)
+        single, more = _build_one(group, clock, path, numbers, logged)
+        groups[name] = Group(params=_patterns(group.params), optimizer=single, loss=group.loss)
         steps.update(more)
     whole = Optimizer(
         groups=groups,
         clip_norm=section.clip_norm,
         lr_multipliers=section.lr_multipliers or (),
     )
-    return _freezing(whole, section), steps
+    return _with_freezing(whole, section), steps
 
 
-def _freezing(made: Optimizer, section: OptimizerSection) -> Optimizer:
-    statistics = _patterns(section.freeze_statistics)
-    return dataclasses.replace(made, freeze=_patterns(section.freeze), freeze_statistics=statistics)
+def _with_freezing(optimizer: Optimizer, section: OptimizerSection) -> Optimizer:
+    return dataclasses.replace(
+        optimizer,
+        freeze=_patterns(section.freeze),
+        freeze_statistics=_patterns(section.freeze_statistics),
+    )
 
 
-def _one_optimizer(
+def _build_one(
     section: OptimizerSection | GroupSection,
     clock: Clock,
     path: str,
@@ -107,26 +110,29 @@ def _one_optimizer(
     logged: Sequence[str],
 ) -> tuple[Optimizer, dict[str, int]]:
     given = counts.with_whole_keys(section.node, path)
-    by_example = by_examples.found(given, path, clock) if clock.progress else []
-    moved = functools.partial(by_examples.moved, schedules=by_example, clock=clock)
+    # Before durations become steps: afterwards nothing shows which schedules count examples.
+    by_example = by_examples.find_schedules(given, path, clock) if clock.progress else []
+    shift = functools.partial(by_examples.shift_schedules, schedules=by_example, clock=clock)
     node, steps = durations.resolve(given, clock, path)
     _check_warmups(node, path)
     counts.check(node, steps, path)
     decaying = _patterns(section.decay_mask)
     if section.decay_mask is not None:
-        node = decay.masked(node, path, RegexMask(decaying))
+        node = decay.mask_decay(node, path, RegexMask(decaying))
     prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
     mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
-    base = hyperparams.injected(node, path, mine, prefix=prefix, changed=moved) if mine else None
+    base = hyperparams.inject(node, path, mine, prefix=prefix, changed=shift) if mine else None
     named = [name.removeprefix(prefix) for name in logged if name.startswith(prefix)]
-    node, learning_rate = rates.made(moved(hyperparams.placed(node, mine)), path, named)
+    node, learning_rate = rates.build_rates(
+        shift(hyperparams.insert_values(node, mine)), path, named
+    )
     if base is None:
         base = targets.instantiate(node, path)
-        _check_made(base, node, path)
+        _check_is_optimizer(base, node, path)
         if learning_rate is None and not str(node['target']).endswith(':set_to_zero'):
-            inside = rates.first_inside(node)
+            inside = rates.find_first_inside(node)
             hint = f": name it in config.log.learning_rates=('{prefix}{inside}',)" if inside else ''
-            _log.warning('The learning rate of %s is not known and not logged%s', path, hint)
+            _log.warning('The learning rate of %s is unknown and will not be logged%s', path, hint)
     return Optimizer(
         base=base,
         learning_rate=learning_rate,
@@ -139,10 +145,10 @@ def _one_optimizer(
 
 
 def _check_logged(section: OptimizerSection, logged: Sequence[str]) -> None:
-    """Checks that keys of learning rates belong to a group, if there are groups.
+    """Checks that each key of `config.log.learning_rates` is in a group, if there are groups.
 
     Raises:
-        UserError: otherwise.
+        UserError: for a key that is in none.
     """
     for name in logged if section.groups else ():
         if not any(name.startswith(f'groups.{group}.') for group in section.groups):
@@ -157,9 +163,9 @@ def _eval_params(node: Node | None, path: str, *, injected: bool) -> Any:
     """Returns the `eval_params` function of an optimizer, or None.
 
     Args:
-        node: names it.
-        path: of the optimizer.
-        injected: whether the optimizer state is wrapped by one that has its hyperparameters.
+        node: names the function.
+        path: config path of the optimizer.
+        injected: whether the optimizer state is wrapped in one that holds hyperparameters.
     """
     if node is None:
         return None
@@ -171,16 +177,16 @@ def _eval_params(node: Node | None, path: str, *, injected: bool) -> Any:
             f'{path}.eval_params: expected a function (state, parameters) -> parameters, got '
             f'{function!r} ({error})'
         ) from error
-    return functools.partial(_of_injected, function) if injected else function
+    return functools.partial(_call_with_inner_state, function) if injected else function
 
 
-def _of_injected(function: Any, state: Any, params: Any) -> Any:
+def _call_with_inner_state(function: Any, state: Any, params: Any) -> Any:
     return function(state.inner_state, params)
 
 
-def _check_made(made: Any, node: Node, path: str) -> None:
-    """Checks that a target has made an optimizer."""
-    if all(callable(getattr(made, name, None)) for name in ('init', 'update')):
+def _check_is_optimizer(value: Any, node: Node, path: str) -> None:
+    """Checks that a target has returned an optimizer."""
+    if all(callable(getattr(value, name, None)) for name in ('init', 'update')):
         return
     advice = "Name one that does, such as 'optax:sgd'"
     if str(node['target']).endswith(('inject_hyperparams', 'inject_stateful_hyperparams')):
@@ -188,16 +194,16 @@ def _check_made(made: Any, node: Node, path: str) -> None:
             'It is not needed here: name the optimizer itself. The learning rate is logged, and '
             'numbers that config.ensemble.vary names are in the state'
         )
-    elif callable(made):
+    elif callable(value):
         advice += f'; a schedule belongs in {path}.learning_rate'
     raise UserError(
-        f'{path}.target: {node["target"]} makes no optimizer, with methods `init` and `update`, '
-        f'but {made!r:.200}. {advice}'
+        f'{path}.target: {node["target"]} does not return an optimizer (with methods `init` and '
+        f'`update`), but {value!r:.200}. {advice}'
     )
 
 
 def _check_warmups(node: Any, path: str, within: str = '') -> None:
-    """Checks that a warm-up is shorter than the schedule that it is part of."""
+    """Checks that a warm-up is shorter than the schedule that includes it."""
     if isinstance(node, (tuple, list)):
         for index, value in enumerate(node):
             _check_warmups(value, f'{path}[{index}]', within)
@@ -209,7 +215,7 @@ def _check_warmups(node: Any, path: str, within: str = '') -> None:
         if isinstance(warmup, int) and isinstance(whole, int) and warmup >= whole:
             raise UserError(
                 f'{path}.warmup_steps: a warm-up of {warmup:,} steps does not fit into the '
-                f'{whole:,} steps of {path}.decay_steps, which count it too; make it shorter, or '
+                f'{whole:,} steps of {path}.decay_steps, which include it; make it shorter, or '
                 'the run longer (config.train_for)'
             )
     for key, value in node.items():
@@ -226,7 +232,7 @@ def check_step(node: Node | None) -> None:
     """Checks the name and the arguments of `config.step`, without calling anything.
 
     Raises:
-        UserError: for one that does not exist or does not fit.
+        UserError: for a name that does not exist, or an invalid argument.
     """
     if node is not None:
         own = dict.fromkeys(_STEP_ARGUMENTS) if _is_step(node) else {}
@@ -234,13 +240,13 @@ def check_step(node: Node | None) -> None:
 
 
 def build_step(node: Node | None) -> StepFunction:
-    """Returns the function of a step: what `ref` names, or `target` makes, or `target` itself.
+    """Returns the step function, the default one if `config.step` is not set.
 
-    A target that takes `state`, `batch` and `ctx` is the step, and its other arguments are those of
-    the config; any other target is called, and makes it.
+    A target that takes `state`, `batch` and `ctx` is the step itself; its other arguments come
+    from the config. Any other target is called and must return the step. A `ref` names the step.
 
     Raises:
-        UserError: if it is no function of these three.
+        UserError: if the result is not a function of these three arguments.
     """
     if node is None:
         return default_step
@@ -253,8 +259,8 @@ def build_step(node: Node | None) -> StepFunction:
         inspect.signature(function).bind(*_STEP_ARGUMENTS)
     except TypeError as error:
         raise UserError(
-            f'{_STEP}: expected a function (state, batch, ctx) -> (state, metrics), or what makes '
-            f'one; got {function!r} ({error})'
+            f'{_STEP}: expected a function (state, batch, ctx) -> (state, metrics), or a target '
+            f'that returns one; got {function!r} ({error})'
         ) from error
     return function
 

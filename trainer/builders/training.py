@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From keys that say how long, and how, a run trains, to numbers."""
+"""Builds the length of a run, and settings of training, sharding, hooks and profiling."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from trainer.tasks.runner import TaskRunner
 
 
 def build_clock(sections: Sections, data: TrainData) -> tuple[Clock, int]:
-    """Returns what turns durations into steps of a run with this loader, and the run's length.
+    """Returns the clock that converts durations to steps, and the number of steps of the run.
 
     Raises:
-        UserError: for a duration that has no meaning here, or too many steps.
+        UserError: for a duration that cannot be converted, or too many steps.
     """
     clock = Clock(
         batch_size=sections.data.batch_size,
@@ -30,34 +30,34 @@ def build_clock(sections: Sections, data: TrainData) -> tuple[Clock, int]:
     )
     total = clock.step_after(sections.train_for, path='config.train_for')
     if total >= 2**31:
-        raise UserError(f'config.train_for: {total:.3g} steps; the state counts to 2^31 - 1')
+        raise UserError(f'config.train_for: {total:.3g} steps; the maximum is 2^31 - 1')
     return dataclasses.replace(clock, total_steps=total), total
 
 
 def build_accumulate(sections: Sections, task: TaskRunner) -> int:
-    """Returns the number of slices that a batch is cut into.
+    """Returns the number of micro-batches per batch.
 
     Raises:
-        UserError: if the task's examples depend on each other.
+        UserError: if the examples of the task depend on each other.
     """
-    slices = positive(sections.accumulate, 'config.accumulate')
-    if slices > 1 and not getattr(task.task, 'decomposable', True):
+    count = positive(sections.accumulate, 'config.accumulate')
+    if count > 1 and not getattr(task.task, 'decomposable', True):
         raise UserError(
-            f'config.accumulate: {slices} slices of a batch are not the batch: the examples of '
-            f'{type(task.task).__name__} depend on each other (decomposable = False)'
+            f'config.accumulate: {type(task.task).__name__} cannot be computed in {count} '
+            'micro-batches: its examples depend on each other (decomposable = False)'
         )
-    return slices
+    return count
 
 
 def build_ema_decay(sections: Sections) -> float | None:
-    """Returns the decay of the parameters' moving average; None for no average.
+    """Returns the decay of the moving average of the parameters, or None if there is none.
 
     Raises:
-        UserError: if it is not from 0 to below 1.
+        UserError: if it is not in [0, 1).
     """
     decay = sections.ema.decay if sections.ema else None
     if decay is not None and not 0 <= decay < 1:
-        raise UserError(f'config.ema.decay: expected a number from 0 to below 1, got {decay}')
+        raise UserError(f'config.ema.decay: expected a number in [0, 1), got {decay}')
     return decay
 
 
@@ -70,7 +70,7 @@ def build_sharding(sections: Sections) -> tuple[Rule, ...]:
 
 
 def build_hooks(sections: Sections) -> dict[str, Any]:
-    """Returns what is called with each event, by name."""
+    """Returns the hooks by name."""
     return {
         name: targets.instantiate(node, f'config.hooks.{name}')
         for name, node in sections.hooks.items()
@@ -78,7 +78,7 @@ def build_hooks(sections: Sections) -> dict[str, Any]:
 
 
 def build_profile(sections: Sections, clock: Clock) -> Window | None:
-    """Returns the steps that are traced, or None."""
+    """Returns the steps to profile, or None."""
     given = sections.profile
     if given is None:
         return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From `config.init_from` and `config.surgery` to where the first weights come from."""
+"""Builds the source of the initial weights: `config.init_from` and `config.surgery`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trainer.weights.surgery import Operation
 
 
 def build_init_from(sections: Sections) -> InitFrom | None:
-    """Returns what the config loads into a fresh run, or None.
+    """Returns the checkpoint to load into a fresh run, or None.
 
     Raises:
-        UserError: for a pattern that is none, and for keys that do not go together.
+        UserError: for an invalid pattern, and for keys that exclude each other.
     """
     section = sections.init_from
     if section is None:
@@ -34,7 +34,7 @@ def build_init_from(sections: Sections) -> InitFrom | None:
 
 
 def build_surgery(sections: Sections) -> tuple[Operation, ...]:
-    """Returns the operations on the first weights, in order."""
+    """Returns the operations on the initial weights, in order."""
     return tuple(
         targets.instantiate(node, f'config.surgery[{index}]')
         for index, node in enumerate(sections.surgery)
@@ -42,12 +42,12 @@ def build_surgery(sections: Sections) -> tuple[Operation, ...]:
 
 
 def _pairs(entry: Any, index: int) -> Sequence[tuple[str, str]]:
-    """Returns one pair of a config as it is, and all those that a name stands for."""
+    """Returns the (pattern, replacement) pairs of an entry: a pair, or an object that is a list."""
     if not isinstance(entry, Mapping):
         return [entry]
     path = f'{WHERE}.rename[{index}]'
-    named = targets.instantiate(entry, path)
-    is_list = isinstance(named, (tuple, list))
-    if not is_list or not all(isinstance(p, tuple) and len(p) == 2 for p in named):
-        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {shown(named)}')
-    return named
+    pairs = targets.instantiate(entry, path)
+    is_list = isinstance(pairs, (tuple, list))
+    if not is_list or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
+        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {shown(pairs)}')
+    return pairs

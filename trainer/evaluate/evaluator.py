@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates a whole split: every example once, for any batch size and number of devices."""
+"""Evaluation of a whole split: every example once, for any batch size and number of devices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trainer.modules import seen
 from trainer.modules.shapes import describe
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
-from trainer.parallel.mesh import replicated
+from trainer.parallel.mesh import replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import SIGNS
 from trainer.step.programs import Program
@@ -47,7 +47,7 @@ from trainer.tasks.runner import MASK, compute_metrics
 
 
 class Stopped(Exception):
-    """An evaluation was asked to end before it had seen the whole split."""
+    """An evaluation was stopped before it had seen the whole split."""
 
 
 class Evaluator:
@@ -55,8 +55,8 @@ class Evaluator:
 
     Attributes:
         name: the evaluation's name in the config.
-        step: what is done with a batch.
-        data: the batches of its split.
+        step: evaluates one batch.
+        data: the batches of the split.
     """
 
     def __init__(
@@ -70,35 +70,35 @@ class Evaluator:
         use_ema: bool = False,
         params: Callable[[TrainState], Any] = operator.attrgetter('params'),
     ):
-        """Makes an evaluator; it compiles at its first batch.
+        """Creates an evaluator, which compiles at its first batch.
 
         Args:
-            name: the evaluation's name.
-            step: one batch.
+            name: the evaluation's name in the config.
+            step: evaluates one batch.
             data: batches of one static shape, with a mask.
             mesh: the device mesh.
-            sharding: the rules that names of activations follow.
-            use_ema: evaluate the moving average of the parameters.
-            params: otherwise, returns the parameters of a state that are evaluated.
+            sharding: the rules of `config.sharding`, for activations with named axes.
+            use_ema: whether to evaluate the moving average of the parameters.
+            params: returns the parameters of a state to evaluate, unless `use_ema`.
 
         Raises:
             UserError: if the split is empty.
         """
         if data.num_batches == 0:
             raise UserError(
-                f'config.evals.{name}.data: its split is empty; name one that has examples, or '
-                'leave this evaluation out'
+                f'config.evals.{name}.data: the split is empty; use one with examples, or remove '
+                'this evaluation'
             )
         self.name = name
         self.data = data
-        # By the members that count, of an ensemble.
+        # By the members of an ensemble that have not diverged.
         self._programs: dict[tuple[int, ...], Program] = {}
         self._empty: Callable[[], Any] | None = None
-        self._on_trial: Measured | None = None
+        self._trial_metrics: Measured | None = None
         self.step = step
-        # Set by `prepare`: the fields that are read, and the step for batches of these.
+        # Set by `prepare`: the batch fields that the task reads, and the step for such batches.
         self._fields: Fields | None = None
-        self._counting = step
+        self._run_step = step
         self._predicts: Prediction | None = None
         self._mesh = mesh
         self._tracing = functools.partial(named_axes, sharding, mesh)
@@ -106,7 +106,7 @@ class Evaluator:
         self._params = params
 
     def prepare(self, state: TrainState) -> None:
-        """Prepares `run`, so that mistakes are found before training begins.
+        """Prepares `run`, so that mistakes are found before training starts.
 
         Reads and transforms one batch and traces the task's shapes; nothing is compiled.
 
@@ -114,25 +114,26 @@ class Evaluator:
             state: the state that will be evaluated, or its shapes.
 
         Raises:
-            UserError: if the task asks for a field that the batch does not have, or the model is
-                in training mode even here, or a metric cannot be accumulated or computed.
+            UserError: if the task reads a field that the batch does not have, the model drops or
+                updates statistics as in training, or a metric cannot be accumulated or computed.
         """
-        with self._telling_its_mode():
+        with self._explain_training_errors():
             output = self._output_shapes(state)
         self._empty = jax.jit(
-            functools.partial(self.step.empty, output), out_shardings=replicated(self._mesh)
+            functools.partial(self.step.empty, output),
+            out_shardings=replicated_sharding(self._mesh),
         )
-        self._on_trial = self._check_metrics()
+        self._trial_metrics = self._check_metrics()
 
     def _check_metrics(self) -> Measured | None:
         assert self._empty is not None
-        with self._naming_it():
+        with self._add_name_to_errors():
             empty = jax.eval_shape(self._empty)
             check_computes(empty['task'])
-            return compute_on_trial(summarise, empty)
+            return compute_on_trial(summarize, empty)
 
     @contextlib.contextmanager
-    def _naming_it(self) -> Iterator[None]:
+    def _add_name_to_errors(self) -> Iterator[None]:
         """Adds the name of the evaluation to errors in its metrics."""
         try:
             yield
@@ -150,12 +151,12 @@ class Evaluator:
             step, task = self.step, self.step.task
             step = dataclasses.replace(step, task=task.with_host_fields(fields.host_fields()))
             with self._tracing(), record_reads() as reads, seen.explain_errors():
-                # Whatever is evaluated has the shapes of the parameters.
+                # The evaluated parameters, averaged or not, have the shapes of `params`.
                 variables = {**state.variables, EMA: state.average}
                 output = step.output_shapes(variables, shapes)
             self._fields = fields.with_sent(reads.names)
             task = task.with_host_fields(self._fields.host_fields(), reads.weighted)
-            self._counting = dataclasses.replace(step, task=task)
+            self._run_step = dataclasses.replace(step, task=task)
             return output
         except UserError as error:
             raise UserError(f'config.evals.{self.name}: {error}') from error
@@ -172,24 +173,24 @@ class Evaluator:
         return Fields.from_spec(self.data.spec, f'config.evals.{self.name}.data')
 
     def check_metric(self, name: str, path: str) -> None:
-        """Checks that `run` will return a metric of this name; `prepare` must have been called.
+        """Checks that `run` will return a metric; `prepare` must have been called.
 
         Args:
             name: such as 'accuracy'.
             path: the config path that names it, for the message.
 
         Raises:
-            UserError: naming those that there are.
+            UserError: if there is no such metric, naming the available ones.
         """
-        found = self._on_trial
-        if found is None or name in found:
+        metrics = self._trial_metrics
+        if metrics is None or name in metrics:
             return
-        if name in found.arrays:
-            kind = describe(found.arrays[name])
+        if name in metrics.arrays:
+            kind = describe(metrics.arrays[name])
             raise UserError(
                 f'{path}: {name!r} of evaluation {self.name!r} is not a number but {kind}'
             )
-        have = ', '.join(found)
+        have = ', '.join(metrics)
         raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
 
     def run(
@@ -199,25 +200,25 @@ class Evaluator:
         max_batches: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Measured:
-        """Returns the metrics over the split, `examples` (the number of them) included.
+        """Returns the metrics over the split, including `examples` (their number).
 
         Metrics that are not numbers are in its `arrays`.
 
         Args:
-            state: what to evaluate.
+            state: the state to evaluate.
             max_batches: stop after this many batches, for a dry run.
-            should_stop: asked before each batch.
+            should_stop: called before each batch.
 
         Raises:
-            Stopped: if `should_stop` said so.
+            Stopped: if `should_stop` returned True.
         """
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
-        counted = self._leave_out_stopped(state)
+        counted = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
         with self._batches(max_batches, fields=self._fields) as batches:
-            for batch in self._until_the_end(batches):
+            for batch in self._read_to_end(batches):
                 if should_stop():
                     raise Stopped
                 args = (totals, variables, state.step, np.int32(batch.start), batch.arrays)
@@ -225,19 +226,22 @@ class Evaluator:
                     self._programs[counted] = self._compile(args)
                 totals = self._programs[counted](*args)
         self._check_labels(totals, state)
-        with self._naming_it():
-            return summarise(totals, counted)
+        with self._add_name_to_errors():
+            return summarize(totals, counted)
 
-    def _leave_out_stopped(self, state: TrainState) -> tuple[int, ...]:
-        """Sets which members make up an ensemble, and returns them; empty for all.
+    def _leave_out_diverged(self, state: TrainState) -> tuple[int, ...]:
+        """Leaves diverged members out of an ensemble, unless all have diverged.
 
-        Those that have diverged do not, unless all have. A change compiles the step again.
+        A change compiles the step again.
+
+        Returns:
+            The indices of the remaining members; empty for all.
         """
         if state.health is not None:
             step = self.step.without_diverged(state.health)
             if step.counted != self.step.counted:
                 self.step = step
-                self._counting = dataclasses.replace(self._counting, counted=step.counted)
+                self._run_step = dataclasses.replace(self._run_step, counted=step.counted)
                 self._predicts = None
                 vars(self).pop('_predict', None)
         return self.step.counted
@@ -252,7 +256,7 @@ class Evaluator:
         count = self.data.num_batches
         numbers = itertools.count() if count is None else range(count)
         blocks: Iterable[Any] = (self.data.block(i, 1) for i in numbers)
-        if count is None:  # Behind the end of a stream there is padding.
+        if count is None:  # After its end, a stream yields padding, with negative ids.
             blocks = itertools.takewhile(lambda block: (block.ids >= 0).any(), blocks)
         path = f'config.evals.{self.name}'
         number, value = int(signs.label) - 1, float(signs.value)
@@ -264,67 +268,68 @@ class Evaluator:
         )
 
     def predict(self, state: TrainState) -> Iterator[dict[str, np.ndarray]]:
-        """Yields the task's predictions for each batch, without the padding.
+        """Yields the task's predictions for each batch, without padding.
 
-        A field of the batch that the task returns unchanged is as the loader has it, including
-        text and 64-bit integers.
+        A batch field that the task returns unchanged comes from the loader as it is, including text
+        and 64-bit integers.
 
         Raises:
             UserError: if the task has no method `predict`.
         """
         variables, prediction = self.variables(state), self.prediction(state)
-        host = tuple(set(prediction.passed.values()))
+        host = tuple(set(prediction.unchanged.values()))
         with self._batches(fields=prediction.fields, host=host) as batches:
-            for batch in self._until_the_end(batches):
+            for batch in self._read_to_end(batches):
                 args = (variables, state.step, np.int32(batch.start), batch.arrays)
-                with self._tracing(), self._telling_its_mode():
+                with self._tracing(), self._explain_training_errors():
                     outputs = self._predict(*args)
                 outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
-                outputs.update(prediction.whole(batch.host, batch.rows))
+                outputs.update(prediction.gather_unchanged(batch.host, batch.rows))
                 yield {name: outputs[name][mask] for name in sorted(outputs)}
 
     def prediction(self, state: TrainState) -> Prediction:
-        """Returns what `predict` does with a batch.
+        """Returns the traced `predict` of the task.
 
         Raises:
             UserError: if the task has no method `predict`, or computes with a field that devices
                 cannot store.
         """
         self.check_predicts()
-        self._leave_out_stopped(state)
+        self._leave_out_diverged(state)
         if self._predicts is None:
             try:
-                with self._tracing(), self._telling_its_mode(), seen.explain_errors():
+                with self._tracing(), self._explain_training_errors(), seen.explain_errors():
                     variables = self.variables(state)
-                    self._predicts = Prediction.of(self.step, self._all_fields, variables)
+                    self._predicts = Prediction.trace(self.step, self._all_fields, variables)
             except HostFieldError as error:
                 raise UserError(f'config.evals.{self.name}: {error}') from error
         return self._predicts
 
     @contextlib.contextmanager
-    def _telling_its_mode(self) -> Iterator[None]:
-        """Explains what Flax says of a model that trains while it is evaluated."""
+    def _explain_training_errors(self) -> Iterator[None]:
+        """Explains Flax errors of a model that behaves as in training while it is evaluated."""
         try:
             yield
         except (InvalidRngError, ModifyScopeVariableError) as error:
             raise UserError(
-                f'config.evals.{self.name}: the model does what it may do in training alone: '
-                f'{error}\nIt must know its mode. Let its call, or its constructor, take `train`, '
-                '`training`, `is_training` or `deterministic`, which is then given, and pass it on '
-                'to its layers: see docs/tutorial.md'
+                f'config.evals.{self.name}: the model drops values or updates statistics as in '
+                f'training: {error}\nThe model must know whether it is training. Add an argument '
+                '`train`, `training`, `is_training` or `deterministic` to its call or its '
+                'constructor (the trainer sets it) and pass it on to the layers: see '
+                'docs/tutorial.md'
             ) from error
 
     def check_predicts(self) -> None:
         """Raises a UserError if the task has no method `predict`."""
         if not hasattr(self.step.task.task, 'predict'):
             raise UserError(
-                f'evals.{self.name}: its task {self.step.task.task!r} has no method '
-                'predict(model, batch), which returns a dict of arrays'
+                f'config.evals.{self.name}: its task {self.step.task.task!r} has no method '
+                'predict(model, batch) that returns a dict of arrays'
             )
 
     def variables(self, state: TrainState) -> dict[str, Any]:
-        """Returns what is evaluated of a state; `EMA` is what a task's `model.ema` reads."""
+        """Returns the variables to evaluate; under `EMA` those of a task's `model.ema`."""
         average = state.average
         params = average if self._use_ema else self._params(state)
         return {**state.variables, 'params': params, EMA: average}
@@ -336,24 +341,26 @@ class Evaluator:
 
     @property
     def compile_secs(self) -> float:
-        """Time that the compilations so far took."""
+        """Seconds spent in the compilations so far."""
         return sum(program.compile_secs for program in self._programs.values())
 
     def _compile(self, args: tuple[Any, ...]) -> Program:
         name = f'the step of evaluation {self.name!r}'
         return Program(
             name,
-            self._counting,
+            self._run_step,
             args,
             tracing=self._tracing,
             donate_argnums=0,
-            out_shardings=replicated(self._mesh),
+            out_shardings=replicated_sharding(self._mesh),
         )
 
     @functools.cached_property
     def _predict(self) -> Callable[..., Any]:
         assert self._predicts is not None
-        return jax.jit(functools.partial(self._predicts), out_shardings=replicated(self._mesh))
+        return jax.jit(
+            functools.partial(self._predicts), out_shardings=replicated_sharding(self._mesh)
+        )
 
     def _batches(self, most: int | None = None, **options: Any) -> Prefetcher:
         known = [n for n in (self.data.num_batches, most) if n is not None]
@@ -361,10 +368,11 @@ class Evaluator:
         data = self.data
         return Prefetcher(data.block, calls, self._mesh, data.rows, release=data.close, **options)
 
-    def _until_the_end(self, batches: Prefetcher) -> Iterator[LoadedBatch]:
-        """Yields the batches; of data without a length until no process has any example left.
+    def _read_to_end(self, batches: Prefetcher) -> Iterator[LoadedBatch]:
+        """Yields the batches; for data without a length, until no process has any example left.
 
-        After its last example it yields padding, so that all processes take part in each batch.
+        Processes that run out of examples earlier yield padding, because every process must take
+        part in each batch.
         """
         for batch in batches:
             if self.data.num_batches is None:
@@ -374,15 +382,15 @@ class Evaluator:
             yield batch
 
 
-def summarise(totals: Any, counted: Sequence[int] = ()) -> Measured:
+def summarize(totals: Any, counted: Sequence[int] = ()) -> Measured:
     """Returns flat host values of an evaluation's accumulators, fetched in one transfer.
 
-    For an ensemble, also the means over its members ('members/loss') and the values of each
-    ('member_0/loss').
+    For an ensemble, these include the means over its members ('members/loss') and the values of
+    each member ('member_0/loss').
 
     Args:
         totals: the accumulators.
-        counted: indices of the members that count in those means; empty for all.
+        counted: indices of the members that the means include; empty for all.
     """
     computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != SIGNS}))
     row = Measured(computed['task'])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pad_shard_unpad`: call a compiled function on batches of any size, on any mesh."""
+"""`pad_shard_unpad`: calls a compiled function on batches of any size, on any mesh."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from trainer.parallel.host import fetch
-from trainer.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated
+from trainer.parallel.mesh import batch_sharding, batch_shards, make_mesh, replicated_sharding
 
 
 def pad_shard_unpad(
@@ -22,12 +22,12 @@ def pad_shard_unpad(
     static_argnames: Sequence[str] = (),
     static_return: bool = False,
 ) -> Callable[..., Any]:
-    """Wraps a (compiled) function so that the rows of its arguments need not divide over devices.
+    """Wraps a (compiled) function so that the batch size need not be divisible by the devices.
 
-    Every argument that is not static is a pytree of arrays that share their first dimension. They
-    are padded on the host with zeros of their own dtype, sharded over the mesh's data axes, and the
-    result is cut back to the number of rows given. `flax.jax_utils.pad_shard_unpad` does the same
-    for a `pmap`ped function; here arrays stay global and keep their two dimensions.
+    Every argument that is not static is a pytree of arrays with the same first dimension. They are
+    padded on the host with zeros of their own dtype and sharded over the mesh's data axes; the
+    padding is removed from the result. `flax.jax_utils.pad_shard_unpad` does the same for a
+    `pmap`ped function; here arrays stay global, without an extra dimension for devices.
 
     Args:
         fn: usually `jax.jit(...)`; called once for each call of the wrapper.
@@ -37,12 +37,12 @@ def pad_shard_unpad(
         static_return: return the result as it is (accumulators), on the devices.
 
     Returns:
-        A function with the arguments of `fn` and the keyword `min_device_batch`: the rows that each
-        device gets at least. Give the static size, or a smaller last batch compiles again. Rows of
-        numpy arrays come back, unless `static_return`.
+        A function with the arguments of `fn` and the keyword `min_device_batch`: the minimum
+        number of examples per device. Pass the usual number, or a smaller last batch compiles
+        again. The results are numpy arrays, unless `static_return`.
 
     Raises:
-        ValueError: (when called) if the arguments disagree on the number of rows, or have none.
+        ValueError: (when called) if the arguments have different first dimensions, or none.
     """
 
     def wrapped(*args: Any, min_device_batch: int | None = None, **kwargs: Any) -> Any:
@@ -56,7 +56,7 @@ def pad_shard_unpad(
 
         def place(tree: Any, is_static: bool) -> Any:
             if is_static:
-                return jax.device_put(tree, replicated(over))
+                return jax.device_put(tree, replicated_sharding(over))
             tree = jax.tree.map(lambda x: _pad(np.asarray(x), padded), tree)
             return jax.device_put(tree, batch_sharding(over))
 
@@ -74,8 +74,8 @@ def _row_count(trees: Sequence[Any]) -> int:
     if len(counts) != 1 or None in counts:
         raise ValueError(
             'pad_shard_unpad: inconsistent batch sizes: the arguments that are not static have '
-            f'first dimensions {sorted(map(str, counts))}; mark the others in static_argnums or '
-            'static_argnames'
+            f'first dimensions {sorted(map(str, counts))}; list those without a batch dimension in '
+            'static_argnums or static_argnames'
         )
     return counts.pop() or 0
 

@@ -19,10 +19,10 @@ class Evaluation:
         every: when it runs.
         final: whether it also runs at the end of training.
         ema: whether it evaluates the moving average of the parameters.
-        task: what the model is asked to do.
+        task: computes the metrics.
         batch_size: examples in a batch.
-        data: returns the data of the split in batches padded to so many rows, which the number of
-            devices decides.
+        data: returns the data of the split in batches padded to the given size, which depends on
+            the number of devices.
     """
 
     every: Duration

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One batch of an evaluation, as pure functions."""
+"""The evaluation of one batch, as pure functions."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from trainer.tasks.metrics import Count, merge_metrics
 from trainer.tasks.runner import MASK, TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
 
-# Where a task's `model.ema` travels among the variables.
+# The key of the averaged parameters, for a task's `model.ema`, among the variables.
 EMA = '_ema'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalStep:
-    """One batch of an evaluation, as a pure function that accumulates on the devices.
+    """The evaluation of one batch, as a pure function that accumulates on the devices.
 
     Attributes:
         model: the model's functional interface.
-        task: what the model is asked to do with a batch.
-        seed: the run's seed, for tasks that draw random numbers at evaluation.
-        counted: indices of the members that make up an ensemble; empty for all.
+        task: computes the metrics of a batch.
+        seed: the run's seed, for tasks that use random numbers during evaluation.
+        counted: indices of the members of an ensemble to evaluate; empty for all.
     """
 
     model: Functional
@@ -40,16 +40,16 @@ class EvalStep:
     counted: tuple[int, ...] = ()
 
     def without_diverged(self, health: Health) -> EvalStep:
-        """Returns the step without the members that have diverged: here there are none."""
+        """Returns the step without members that have diverged; here, itself: no ensemble."""
         return self
 
     def output_shapes(self, variables: Any, batch: Any) -> TaskOutput:
         """Returns the shapes of the task's output, from arrays or their shapes."""
-        # A new function object: with a cached trace, no reads would be recorded.
+        # A new function object: a cached trace would not record which fields the task reads.
         return jax.eval_shape(lambda *args: self._output(*args), variables, batch, 0, 0)
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:
-        """Returns accumulators that have seen nothing, for outputs of these shapes."""
+        """Returns empty accumulators for outputs of these shapes."""
         return {'task': self.task.empty(output), 'examples': Count.empty(), SIGNS: Signs.empty()}
 
     def __call__(
@@ -60,14 +60,14 @@ class EvalStep:
         index: jax.Array,
         batch: Mapping[str, jax.Array],
     ) -> dict[str, Any]:
-        """Returns the totals with this batch's real rows added.
+        """Returns the accumulators with this batch added, without its padding.
 
         Args:
-            totals: what `empty` or an earlier call returned; donated.
+            totals: the result of `empty` or of an earlier call; donated.
             variables: parameters and collections.
             step: int32 scalar, the state's step.
             index: int32 scalar, the batch's number.
-            batch: arrays (rows, ...), `_mask` among them.
+            batch: arrays (examples, ...), including `_mask`.
         """
         output = self._output(variables, batch, step, index)
         label, value = run_checks(output.checks, output.weights)
@@ -81,9 +81,9 @@ class EvalStep:
     def predict(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> dict[str, Any]:
-        """Returns the task's predictions for all rows of a batch, and their mask.
+        """Returns the task's predictions for a whole batch, padding included, and its mask.
 
-        A field that stays on the host is a `HostField` among them.
+        Fields that stay on the host are `HostField`s among them.
         """
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task

@@ -91,9 +91,8 @@ class DataPosition:
             UserError: if a stream cannot continue, unless it may restart.
         """
         self._digest, self._state = DataDigest(), None
-        if (
-            processes.is_primary()
-        ):  # Digests are summed over processes: the total so far may be in one only.
+        # Digests are summed over processes, so only one of them restores the total so far.
+        if processes.is_main_process():
             self._digest.restore(meta['data_digest'])
         if not self._data.is_stream:
             return True

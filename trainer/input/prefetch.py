@@ -78,7 +78,7 @@ class Prefetcher:
         """
         self._sharding = batch_sharding(mesh)
         self._stacked = batch_sharding(mesh, leading_dims=1)
-        self._rows = ProcessRows.of(mesh, batch_rows) if jax.process_count() > 1 else None
+        self._rows = ProcessRows.from_mesh(mesh, batch_rows) if jax.process_count() > 1 else None
         rows = slice(None) if self._rows is None else self._rows.held
         self._block = functools.partial(block, rows=rows)
         self._release = release

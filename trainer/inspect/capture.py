@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.capture`: what modules return and sow, as metrics, histograms and files.
+"""`config.capture`: outputs and sown values of modules as metrics, histograms and files.
 
-It is a forward pass of its own, of the parameters after the step on the batch of that step (of its
-last one under `steps_per_call`, of its first slice under `accumulate`), in training mode. The train
-step knows nothing of it.
+A capture is a separate program: a forward pass with `train=True` after the step, with the updated
+parameters and the same batch (the last one under `steps_per_call`, its first micro-batch under
+`accumulate`). The train step is not changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.builders.captures import Capture
 from trainer.config.errors import UserError
 from trainer.config.text import and_more
 from trainer.inspect.forward import Batch, Forward
-from trainer.inspect.statistics import Histogram, floats, histogram, measures
+from trainer.inspect.statistics import Histogram, floats, histogram, make_measure
 from trainer.modules.recorder import ROOT, ModuleRecorder, order_records
 from trainer.observe.npz import write_npz
 from trainer.observe.table import human_bytes
@@ -32,13 +32,13 @@ _log = logging.getLogger('trainer')
 
 
 @dataclasses.dataclass(frozen=True)
-class Captured:
-    """What was captured after a step.
+class CaptureResult:
+    """The captured values of one step.
 
     Attributes:
         row: flat name to value.
         histograms: by flat name.
-        message: what the user should know, or None.
+        message: for the user, or None.
     """
 
     row: dict[str, float]
@@ -47,7 +47,7 @@ class Captured:
 
 
 class Captures:
-    """Runs the captures of a config, those that are due together in one program."""
+    """Runs the captures of a config; those that are due together run in one program."""
 
     def __init__(
         self, captures: Mapping[str, Capture], forward: Forward, directory: epath.Path | None
@@ -57,13 +57,13 @@ class Captures:
         Args:
             captures: by name.
             forward: the forward pass of the train step.
-            directory: where files go; None for a process or a run that writes none.
+            directory: where files go; None to write none.
         """
         self._captures = dict(captures)
         self._forward = forward
         self._directory = directory
         self._programs: dict[tuple[str, ...], Callable[..., Any]] = {}
-        self._told: set[str] = set()
+        self._announced: set[str] = set()
 
     def prepare(self, state: TrainState, batch: Batch) -> None:
         """Checks that every pattern matches something.
@@ -73,7 +73,7 @@ class Captures:
             batch: shapes.
 
         Raises:
-            UserError: naming what there is.
+            UserError: for a pattern without a match, naming the paths that exist.
         """
         recorder = ModuleRecorder(lambda output, inputs, variables: ())
 
@@ -89,22 +89,22 @@ class Captures:
                 _check(f'config.capture.{name}.match', pattern, seen, hidden)
 
     def due(self, step: int) -> list[str]:
-        """Returns the names of those that are due after a step."""
+        """Returns the names of the captures that are due after a step."""
         return [name for name, capture in self._captures.items() if capture.every.due(step)]
 
     def run(
         self, names: Sequence[str], step: int, state: TrainState, batch: Batch, *, stacked: bool
-    ) -> Captured:
-        """Captures; writes the files.
+    ) -> CaptureResult:
+        """Runs captures and writes their files.
 
         Args:
             names: of the captures.
             step: number of completed updates.
             state: at this step.
             batch: of this step.
-            stacked: whether it is the stack of several batches.
+            stacked: whether `batch` is a stack of the batches of several fused steps.
         """
-        # Fetched at once: the arrays that go into files are the same on every device.
+        # One transfer for everything: the results are replicated, so each device has all of them.
         program = self._program(tuple(names))
         kept = list(self._entries(fetch(program(state, batch, stacked=stacked))))
         row: dict[str, float] = {}
@@ -123,35 +123,36 @@ class Captures:
             if 'file' in capture.what and self._directory is not None:
                 arrays = {label: values['rows'] for label, values in mine.items()}
                 messages += self._write(name, capture, step, arrays)
-        return Captured(row, histograms, '\n'.join(messages) or None)
+        return CaptureResult(row, histograms, '\n'.join(messages) or None)
 
     def _program(self, names: tuple[str, ...]) -> Callable[..., Any]:
-        """Returns what measures for these captures, and nothing for the others."""
+        """Returns the compiled program of these captures."""
         if names not in self._programs:
             due = [self._captures[name] for name in names]
-            self._programs[names] = self._forward.compiled(self._measuring(due))
+            self._programs[names] = self._forward.compile(self._make_function(due))
         return self._programs[names]
 
-    def _measuring(self, due: Sequence[Capture]) -> Callable[[TrainState, Batch], Any]:
+    def _make_function(self, due: Sequence[Capture]) -> Callable[[TrainState, Batch], Any]:
         what = frozenset[str]().union(*(capture.what for capture in due))
         rows = max((capture.rows for capture in due if 'file' in capture.what), default=0)
-        measure = measures(what, rows)
+        measure = make_measure(what, rows)
 
         def wants(path: str) -> bool:
             return any(capture.wants(path) for capture in due)
 
-        def look(output: Any, inputs: Any, variables: Any) -> dict[str, Any]:
+        def measure_output(output: Any, inputs: Any, variables: Any) -> dict[str, Any]:
             return {name: measure(x) for name, x in floats(output)}
 
-        def look_at_all(sown: Any) -> dict[str, Any]:
-            found = {name: measure(x) for name, x in floats(sown)}
-            return {'': found['0']} if list(found) == ['0'] else found  # A lone one has no number.
+        def measure_sown(sown: Any) -> dict[str, Any]:
+            values = {name: measure(x) for name, x in floats(sown)}
+            # Flax collects sown values in a tuple; a single one needs no number in its name.
+            return {'': values['0']} if list(values) == ['0'] else values
 
         def run(state: TrainState, batch: Batch) -> Any:
-            recorder = ModuleRecorder(look, selects=wants)
+            recorder = ModuleRecorder(measure_output, selects=wants)
             self._forward(recorder, state, batch, slices=1)
             sown = [
-                {path: look_at_all(value) for path, value in call.items() if wants(path)}
+                {path: measure_sown(value) for path, value in call.items() if wants(path)}
                 for call in recorder.sown
             ]
             return recorder.records, sown
@@ -160,7 +161,7 @@ class Captures:
 
     @staticmethod
     def _entries(fetched: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
-        """Yields (path, label, what was kept) in the order of the calls."""
+        """Yields (path, label, measured values), outputs in the order of the calls, then sown."""
         found, sown = fetched
         for seen in order_records(found):
             for leaf, values in seen.value.items():
@@ -174,42 +175,43 @@ class Captures:
     def _write(
         self, name: str, capture: Capture, step: int, arrays: Mapping[str, np.ndarray]
     ) -> list[str]:
-        """Writes a file and removes the oldest; returns what the user should know, once."""
+        """Writes a file and deletes the oldest ones; returns a message, the first time only."""
         assert self._directory is not None
         folder = self._directory / 'capture' / name
         folder.mkdir(parents=True, exist_ok=True)
         rows = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
         size = write_npz(folder / f'{step}.npz', rows)
         steps = sorted(int(path.stem) for path in folder.glob('*.npz') if path.stem.isdigit())
-        # Later ones are of a run that was resumed from before them.
+        # Files of later steps are left over from before the run was resumed at an earlier step.
         past = [number for number in steps if number <= step]
         for number in {*past[: -capture.keep], *steps[len(past) :]}:
             (folder / f'{number}.npz').unlink(missing_ok=True)
-        if name in self._told:
+        if name in self._announced:
             return []
-        self._told.add(name)
+        self._announced.add(name)
         return [
-            f'capture {name}: {folder} has files of {human_bytes(size)}, and at most '
-            f'{capture.keep} of them ({human_bytes(size * capture.keep)})'
+            f'capture {name}: writing files of {human_bytes(size)} to {folder}, keeping the last '
+            f'{capture.keep} (at most {human_bytes(size * capture.keep)})'
         ]
 
 
 def _check(path: str, pattern: str, seen: Sequence[str], hidden: Sequence[str]) -> None:
-    """Raises for a pattern that matches nothing; warns of what it would match and cannot see."""
+    """Raises for a pattern that matches nothing; warns of matches that cannot be captured."""
     expression = re.compile(pattern)
     missed = [p for p in hidden if expression.fullmatch(p or ROOT)]
-    advice = (
-        'in a branch or a loop (nn.cond, nnx.fori_loop), or in a lifted module (nn.scan) that '
-        "keeps 'intermediates' to itself: give that variable_axes={'intermediates': 0, ...}"
+    reason = (
+        'inside a branch or a loop (nn.cond, nnx.fori_loop), or inside a lifted module (nn.scan) '
+        "without the collection 'intermediates': give that one "
+        "variable_axes={'intermediates': 0, ...}"
     )
     if any(expression.fullmatch(p or ROOT) for p in seen):
         if missed:
-            _log.warning('%s: %s not captured: %s', path, ', '.join(missed), advice)
+            _log.warning('%s: %s not captured: %s', path, ', '.join(missed), reason)
         return
     if missed:
-        raise UserError(f'{path}: {pattern!r} matches only what is {advice}')
+        raise UserError(f'{path}: {pattern!r} matches only modules {reason}')
     names = list(dict.fromkeys(p or ROOT for p in seen))
     raise UserError(
-        f'{path}: {pattern!r} matches no module and nothing that one sows. A pattern must match a '
-        f'whole path; there are {and_more(names, 20)}'
+        f'{path}: {pattern!r} matches no module and no sown value. A pattern must match a whole '
+        f'path; the paths are {and_more(names, 20)}'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Explains where in a step values first became non-finite."""
+"""The explanation of where in a step values first became non-finite."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def explain(
         loss: whether the losses are finite.
         grads: whether the gradient of each parameter is finite, by path.
         batch: whether each field of the batch is finite, by name.
-        after: what is not finite once the update is made, such as 'a parameter is not: w'; '' if
-            that is unknown.
+        after: what is not finite after the update, such as 'a parameter is not: w'; '' if unknown.
     """
     calls = order_records(found)
     bad = next((number for number, call in enumerate(calls) if not call.value['output']), None)
@@ -40,13 +39,13 @@ def explain(
         name = call.name if call.path else f'{ROOT}, the model itself'
         return (
             f'The first module whose output is not finite is {name}, number {bad + 1} of '
-            f'{len(calls)} in call order: {_blame(call.value, _not(batch))}'
+            f'{len(calls)} in call order: {_describe_cause(call.value, _list_non_finite(batch))}'
         )
     if not loss:
         return (
-            'The output of every module is finite, but the loss is not: look at the task'
-            f'{_in_batch(_not(batch))}. Typical causes: a label that is not below the number of '
-            'classes, or the logarithm of 0.'
+            'The output of every module is finite, but the loss is not: check the task'
+            f'{_batch_note(_list_non_finite(batch))}. Typical causes: a label that is not '
+            'below the number of classes, or the logarithm of 0.'
         )
     if not grads:
         return (
@@ -54,10 +53,10 @@ def explain(
             + (f'after config.step {after}. ' if after else 'the result of config.step is not. ')
             + 'Check its gradients and its update.'
         )
-    if wrong := _not(grads):
+    if wrong := _list_non_finite(grads):
         return (
             'The loss and the output of every module are finite, but the gradients are not: '
-            f'{and_more(wrong, 5)}. Look for an operation without a finite derivative at '
+            f'{and_more(wrong, 5)}. StepInspector for an operation without a finite derivative at '
             'its input: the square root or norm of zero, or a division masked by `where`.'
         )
     return (
@@ -67,24 +66,24 @@ def explain(
     )
 
 
-def _blame(flags: Mapping[str, Any], fields: Sequence[str]) -> str:
+def _describe_cause(flags: Mapping[str, Any], fields: Sequence[str]) -> str:
     if not flags['variables']:
         return 'its parameters or statistics were already non-finite.'
     if not flags['input']:
-        return f'its input was already non-finite{_in_batch(fields)}; its parameters were finite.'
+        return f'its input was already non-finite{_batch_note(fields)}; its parameters were finite.'
     return 'its input and its parameters were finite.'
 
 
-def _in_batch(fields: Sequence[str]) -> str:
+def _batch_note(fields: Sequence[str]) -> str:
     return f' (and so is {", ".join(fields)} in the batch)' if fields else ''
 
 
-def _not(flags: Mapping[str, bool]) -> list[str]:
+def _list_non_finite(flags: Mapping[str, bool]) -> list[str]:
     return [name for name, fine in flags.items() if not fine]
 
 
 def flags(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
-    """Returns the flags of one call of a module that `explain` uses."""
+    """Returns the flags of one module call for `explain`: whether each part is finite."""
     return {
         'output': all_finite(output),
         'input': all_finite(inputs),
@@ -92,7 +91,7 @@ def flags(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
     }
 
 
-def each_finite(tree: Any) -> dict[str, jax.Array]:
-    """Returns for each float leaf, by path, whether all of it is finite."""
+def finite_by_path(tree: Any) -> dict[str, jax.Array]:
+    """Returns, by path, whether all elements of each float leaf are finite."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {param_path(p): jnp.all(jnp.isfinite(x)) for p, x in leaves if is_float(x)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forward pass of a training step by itself, with a recorder on the model."""
+"""The forward pass of a train step as a separate function, with recorded module calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.experiment import Experiment
 from trainer.modules.functional import Functional, RecordedModel
 from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
-from trainer.parallel.mesh import batch_shards, replicated
+from trainer.parallel.mesh import batch_shards, replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.accumulation import split_rows
 from trainer.step.state import TrainState
@@ -27,15 +27,15 @@ Batch = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Forward:
-    """Runs the task as the next train step on a batch would: its mode, its random keys, its slices.
+    """Runs the task as the next train step would: in training, with its RNG keys and micro-batches.
 
     Attributes:
         model: the model's functional interface.
-        task: what the model is asked to do with a batch.
+        task: computes losses and metrics.
         seed: the run's seed.
-        accumulate: slices that a batch is cut into.
+        accumulate: number of micro-batches.
         mesh: the device mesh.
-        sharding: the rules that names of activations follow.
+        sharding: the rules of `config.sharding`, for activations with named axes.
     """
 
     model: Functional
@@ -46,13 +46,15 @@ class Forward:
     sharding: tuple[Rule, ...]
 
     @classmethod
-    def of(cls, experiment: Experiment, mesh: Mesh, task: TaskRunner | None = None) -> Forward:
+    def from_experiment(
+        cls, experiment: Experiment, mesh: Mesh, task: TaskRunner | None = None
+    ) -> Forward:
         """Returns the forward pass of an experiment's train step.
 
         Args:
             experiment: what is trained.
             mesh: the device mesh.
-            task: that of the programs, if some fields of the batch stay on the host.
+            task: the task of the programs, which knows the batch fields that stay on the host.
         """
         return cls(
             model=experiment.model,
@@ -71,13 +73,13 @@ class Forward:
         *,
         slices: int | None = None,
     ) -> list[TaskOutput]:
-        """Returns what the task makes of each slice of a batch.
+        """Returns the task's output for each micro-batch.
 
         Args:
-            recorder: looks at the calls of the model.
-            state: whose variables.
-            batch: arrays (rows, ...), or their shapes.
-            slices: how many of the slices; all by default.
+            recorder: records the calls of the model's modules.
+            state: the train state, for its variables.
+            batch: arrays (examples, ...), or their shapes.
+            slices: number of micro-batches to run; all by default.
         """
         outputs, variables = [], state.variables
         for index in range(slices or self.accumulate):
@@ -94,26 +96,26 @@ class Forward:
         return jax.tree.map(lambda x: x[index], slices)
 
     def shapes(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Returns the shapes of what a function returns that calls the model."""
+        """Returns the output shapes of a function that calls the model."""
         with named_axes(self.sharding, self.mesh):
             return jax.eval_shape(function, *args)
 
     def jaxpr(self, function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
-        """Returns what JAX traces of such a function, and the shapes of its result."""
+        """Returns the jaxpr of a function that calls the model, and the shapes of its result."""
         with named_axes(self.sharding, self.mesh):
             return jax.make_jaxpr(function, return_shape=True)(*args)
 
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function of (state, batch), compiled at its first call.
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function of (state, batch) that compiles at its first call.
 
-        Its results are whole on every device; the batch may be the stack of those of a fused call:
-        then the last one counts.
+        Its results are replicated. With `stacked=True` the batch is a stack of the batches of
+        several fused steps, of which the last one is used.
         """
 
         def run(stacked: bool, state: TrainState, batch: Batch) -> Any:
             return function(state, jax.tree.map(lambda x: x[-1], batch) if stacked else batch)
 
-        jitted = jax.jit(run, static_argnums=0, out_shardings=replicated(self.mesh))
+        jitted = jax.jit(run, static_argnums=0, out_shardings=replicated_sharding(self.mesh))
 
         def call(state: TrainState, batch: Batch, *, stacked: bool = False) -> Any:
             with named_axes(self.sharding, self.mesh):

@@ -31,11 +31,11 @@ class Gradient:
     """The gradient with respect to one value.
 
     Attributes:
-        path: of the module whose output it is, or what the module calls it in `self.perturb`.
-        gradient: of the loss, in the shape of the value; with a leading dimension for each scan
-            around it. Of a module that is called several times the sum over the calls; those of
-            another shape are apart ('embed#1').
-        value_norm: L2 norm of the value, over these calls; None where only its name is known.
+        path: of the module whose output the value is, or its name in `self.perturb`.
+        gradient: of the loss, in the shape of the value, with a leading dimension for each
+            enclosing scan. For a module that is called several times, the sum over the calls;
+            calls with outputs of another shape have their own entry ('embed#1').
+        value_norm: L2 norm of the value over these calls; None for a value of `self.perturb`.
     """
 
     path: str
@@ -45,19 +45,20 @@ class Gradient:
     @property
     def norm(self) -> float:
         """The L2 norm of the gradient."""
-        wide = np.complex64 if np.iscomplexobj(self.gradient) else np.float32
-        return float(np.linalg.norm(self.gradient.astype(wide).ravel()))
+        # Half precision would overflow.
+        dtype = np.complex64 if np.iscomplexobj(self.gradient) else np.float32
+        return float(np.linalg.norm(self.gradient.astype(dtype).ravel()))
 
 
-def of_next_step(
+def next_step_gradients(
     run: Run, setup: Setup, state: TrainState, match: Sequence[str] = ()
 ) -> list[Gradient]:
-    """Returns the gradients on the batch that comes after a state; of a stream on its first one."""
+    """Returns the gradients on the next batch after a state; for a stream, on its first batch."""
     data, step = run.experiment.data, int(state.step)
     data.restore(step, None)
     with training_batches(run, setup, step, [1]) as batches:
         batch = next(iter(batches)).arrays
-        forward = Forward.of(run.experiment, setup.mesh, setup.programs.task)
+        forward = Forward.from_experiment(run.experiment, setup.mesh, setup.programs.task)
         return gradients(forward, state, batch, match)
 
 
@@ -66,17 +67,17 @@ def gradients(
 ) -> list[Gradient]:
     """Returns the gradients of the loss of a train step, in the order of the calls.
 
-    Under `config.accumulate` the loss is that of the first slice; of several losses it is the sum.
+    Under `config.accumulate` the loss is that of the first micro-batch. Several losses are summed.
 
     Args:
         forward: the forward pass of the train step.
-        state: whose variables.
-        batch: arrays (rows, ...).
-        match: patterns of modules; their outputs come besides what the model itself names with
-            `self.perturb`.
+        state: the train state, for its variables.
+        batch: arrays (examples, ...).
+        match: patterns of module paths, whose outputs are added to the values that the model names
+            with `self.perturb`.
 
     Raises:
-        UserError: if there is nothing to differentiate by.
+        UserError: if no value matches.
     """
     patterns = [compiled(pattern, '--match') for pattern in match]
     state = dataclasses.replace(state, metrics=None)
@@ -84,7 +85,7 @@ def gradients(
     def wants(path: str) -> bool:
         return any(pattern.fullmatch(path or ROOT) for pattern in patterns)
 
-    def made(state: TrainState, batch: Batch) -> Any:
+    def perturbations(state: TrainState, batch: Batch) -> Any:
         recorder = ModuleRecorder(selects=wants, perturbations={})
         forward(recorder, state, batch, slices=1)
         called.extend(recorder.called)
@@ -100,15 +101,15 @@ def gradients(
         return jax.grad(loss, has_aux=True)(zeros)
 
     called: list[str] = []
-    shapes = forward.shapes(made, state, batch)
+    shapes = forward.shapes(perturbations, state, batch)
     if not jax.tree.leaves(shapes):
-        raise UserError(_nothing(match, called))
-    grads, found = fetch(forward.compiled(run)(state, batch))
-    return _in_order(grads, found)
+        raise UserError(_no_values_message(match, called))
+    grads, found = fetch(forward.compile(run)(state, batch))
+    return _to_gradients(grads, found)
 
 
 def table(gradients: Sequence[Gradient]) -> str:
-    """Returns path, shape, norm of value and norm of gradient of each."""
+    """Returns a table with path, shape, norm of value and norm of gradient."""
     rows = [('path', 'shape', 'norm of value', 'norm of gradient')]
     for each in gradients:
         shape = ' x '.join(map(str, each.gradient.shape)) or 'scalar'
@@ -123,23 +124,29 @@ def _loss(output: TaskOutput) -> jax.Array:
 
 
 def _squares(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
-    found = enumerate(x for _, x in floats(output))
-    return {output_name(i, x): jnp.sum(jnp.square(x.astype(jnp.float32))) for i, x in found}
+    arrays = enumerate(x for _, x in floats(output))
+    return {output_name(i, x): jnp.sum(jnp.square(x.astype(jnp.float32))) for i, x in arrays}
 
 
-def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
+def _to_gradients(grads: Any, found: list[Any]) -> list[Gradient]:
+    """Returns the gradients in the order of the calls, with the norms of the values.
+
+    Args:
+        grads: with respect to the perturbations, a nested dict.
+        found: the recorded calls, with the sums of squares of the outputs.
+    """
     squares: dict[str, dict[str, float]] = {}
     orders: dict[str, int] = {}
     for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
         orders.setdefault(path, int(np.min(record['order'])))
-        # Over all layers of a scan, and all calls.
+        # Summed over all layers of a scan and over all calls.
         mine = squares.setdefault(path, {})
-        for name, x in record['seen'].items():
+        for name, x in record['value'].items():
             mine[name] = mine.get(name, 0.0) + float(np.sum(x))
     timed = []
     for keys, gradient in traverse_util.flatten_dict(dict(grads)).items():
-        *place, name = map(str, keys)
-        path = '/'.join(place)
+        *parents, name = map(str, keys)
+        path = '/'.join(parents)
         number = output_number(name)
         if number is not None:
             several = f'/{number}' if len({output_number(n) for n in squares[path]}) > 1 else ''
@@ -148,27 +155,27 @@ def _in_order(grads: Any, found: list[Any]) -> list[Gradient]:
             norm: float | None = math.sqrt(squares[path][name])
             when: tuple[float, int] = (orders[path], number)
         else:
-            # What a module names itself comes at the end: nothing is known of it but the name.
-            label, norm, when = '/'.join((*place, name)), None, (math.inf, 0)
+            # Values of `self.perturb` come last: neither their order nor their norm is recorded.
+            label, norm, when = '/'.join((*parents, name)), None, (math.inf, 0)
         one = Gradient(path=label, gradient=np.asarray(gradient), value_norm=norm)
         timed.append((when, label, one))
     return [one for *_, one in sorted(timed, key=lambda item: item[:2])]
 
 
-def _nothing(match: Sequence[str], called: Sequence[str]) -> str:
+def _no_values_message(match: Sequence[str], called: Sequence[str]) -> str:
     if called:
         return (
-            f'{", ".join(dict.fromkeys(called))}: in a branch of nn.cond or nn.switch, or in a '
-            "lifted module (nn.scan, nn.vmap) that keeps 'perturbations' to itself: give that "
-            "variable_axes={'perturbations': 0, 'intermediates': 0, ...}"
+            f'{", ".join(dict.fromkeys(called))}: inside a branch of nn.cond or nn.switch, or '
+            "inside a lifted module (nn.scan, nn.vmap) without the collection 'perturbations': "
+            "give that one variable_axes={'perturbations': 0, 'intermediates': 0, ...}"
         )
     if not match:
         return (
-            'the model names no value with self.perturb; name modules, whose outputs are taken: '
-            "--match='.*' takes all"
+            'the model names no value with self.perturb; select the outputs of modules with '
+            "--match: --match='.*' selects all"
         )
     return (
-        'the model names no value with self.perturb, and no module has a path that matches '
-        f'{", ".join(map(repr, match))}. A pattern must match a whole path; --mode=summary shows '
-        "the modules, and --match='.*' takes all"
+        'the model names no value with self.perturb, and no module path matches '
+        f'{", ".join(map(repr, match))}. A pattern must match a whole path; --mode=summary lists '
+        "the modules, and --match='.*' selects all"
     )

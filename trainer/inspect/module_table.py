@@ -23,19 +23,20 @@ from trainer.observe.table import count
 from trainer.run.setup import Setup
 from trainer.step.state import TrainState
 
-# Where the operations are that no module does.
+# The row of the operations that are outside of all modules.
 TASK = '(task)'
 _SCOPE = re.compile(rf'{SCOPE}([^/()]*)')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """What a module has of its own; what its sub-modules have is in their rows.
+    """A module by itself, without its submodules, which have rows of their own.
 
     Attributes:
         path: of the module.
         kind: its class.
-        output: shape of its (first) output for a whole batch, with the layers of a scan in front.
+        output: shape of its (first) output for a whole batch, with a leading dimension for each
+            enclosing scan.
         parameters: number of values.
         flops: floating-point operations of its matrix products and convolutions in a forward pass
             of the whole batch.
@@ -49,10 +50,10 @@ class Row:
 
 
 def describe(experiment: Experiment, setup: Setup) -> str:
-    """Returns the table of an experiment's model, or of one member of an ensemble."""
+    """Returns the module table of an experiment's model, or of one member of an ensemble."""
     programs = setup.programs
     state, batch = programs.abstract, programs.fields.shapes
-    forward = Forward.of(experiment, setup.mesh, programs.task)
+    forward = Forward.from_experiment(experiment, setup.mesh, programs.task)
     if experiment.ensemble is None:
         return table(rows(forward, state, batch))
     one = jax.eval_shape(lambda state: member_state(state, 0), state)
@@ -62,8 +63,8 @@ def describe(experiment: Experiment, setup: Setup) -> str:
 def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
     """Returns the modules in the order of their calls; nothing is computed.
 
-    The parameters of a module that is not called, and the operations of the task, have rows too: so
-    the rows sum up to all.
+    Parameters of modules that are not called and operations of the task have rows too, so that the
+    rows sum up to the totals.
 
     Args:
         forward: the forward pass of the train step.
@@ -80,11 +81,11 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
     jaxpr, (_, found) = forward.jaxpr(run, state, batch)
     shapes: dict[str, str] = {}
     for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
-        for x in record['seen'][:1]:
+        for x in record['value'][:1]:
             shapes.setdefault(path, ' x '.join(map(str, x.shape)) or 'scalar')
-    operations = flops.by_place(jaxpr, module_of, TASK)
-    parameters = _by_owner(state.params, recorder.called)
-    # In the order of the calls: `called` has a module before its parts.
+    operations = flops.count_by_key(jaxpr, module_of, TASK)
+    parameters = _count_by_owner(state.params, recorder.called)
+    # In the order of the calls, each module before its submodules.
     paths = dict.fromkeys((*recorder.called, *parameters, *operations))
     return [
         Row(
@@ -99,35 +100,39 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """Returns the rows and their sum."""
-    lines = [('module', 'class', 'output', 'parameters', 'flops forward')]
+    """Returns the rows and their totals as text."""
+    lines: list[tuple[str, ...]] = [('module', 'class', 'output', 'parameters', 'flops forward')]
     kinds = [(row.kind, row.output, row.parameters, row.flops) for row in rows]
     for line in repeats.fold([row.path for row in rows], kinds):
         row = rows[line.entry]
         numbers = (repeats.text(line.count, x) if x else '' for x in (row.parameters, row.flops))
         lines.append((line.path, row.kind, row.output, *numbers))
     total = sum(row.parameters for row in rows), sum(row.flops for row in rows)
-    lines.append(('total', '', '', f'{total[0]:,}', _number(total[1])))
+    lines.append(('total', '', '', f'{total[0]:,}', _format_number(total[1])))
     return '\n'.join(aligned(lines, right=(3, 4)))
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f'{value:,.0f}' if value else ''
 
 
-def _by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:
-    """Returns the number of values that each module has itself, by its path."""
-    owned: dict[str, int] = {}
+def _count_by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:
+    """Returns the number of values that belong to each module itself, by module path."""
+    counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        place = param_path(path).split('/')[:-1]
-        while place and '/'.join(place) not in called:
-            place.pop()
-        owner = '/'.join(place) if place or '' in called else param_path(path[:-1])
-        owned[owner] = owned.get(owner, 0) + count(leaf)
-    return owned
+        # The owner is the innermost module that is called; dicts of parameters are not modules.
+        parents = param_path(path).split('/')[:-1]
+        while parents and '/'.join(parents) not in called:
+            parents.pop()
+        owner = '/'.join(parents) if parents or '' in called else param_path(path[:-1])
+        counts[owner] = counts.get(owner, 0) + count(leaf)
+    return counts
 
 
-def module_of(equation: Any, around: str) -> str:
-    """Returns the path of the innermost module that contains an equation of a tapped call."""
+def module_of(equation: Any, outer: str) -> str:
+    """Returns the path of the innermost module around an equation, `outer` if there is none.
+
+    Only equations traced with a `ModuleRecorder` have the names of modules.
+    """
     scopes = _SCOPE.findall(compat.name_stack(equation))
-    return scopes[-1].replace('|', '/') if scopes else around
+    return scopes[-1].replace('|', '/') if scopes else outer

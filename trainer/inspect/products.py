@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks whether a model computes in the dtype of `config.precision.compute`.
+"""Warns if a model does not compute in the dtype of `config.precision.compute`.
 
-One float32 array (a constant, a softmax whose result is not cast back) promotes everything after
-it, which otherwise shows only in the time of a step.
+A single float32 array (a constant, a softmax whose result is not cast back) promotes everything
+after it, which otherwise shows only in the step time.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from trainer.step.programs import Programs
 
 _log = logging.getLogger('trainer')
 
-# Share of a model's operations in a wider dtype from which on a run warns. Matrix units are 8 to 16
-# times faster in half precision than in float32: a tenth takes about as long as all the rest.
-# Intended float32 (a router, position angles, a head of a few classes) is usually far below that;
-# promotion affects everything after its cause, and is usually far above.
-_SHARE = 0.1
+# A run warns if a larger share of the model's operations is in a wider dtype. Matrix units are 8 to
+# 16 times faster in half precision than in float32, so a tenth takes about as long as the rest.
+# Intended float32 (a router, position angles, a head of a few classes) is usually far below this
+# share; promotion affects everything after its cause, and is usually far above.
+_MAX_SHARE = 0.1
 
 
-class Place(NamedTuple):
-    """Where an equation belongs.
+class ProductKey(NamedTuple):
+    """The key by which operations are counted.
 
     Attributes:
-        called: whether to the model, and not to the task, the optimizer, a norm or a metric.
-        module: path of the innermost module, if a recorder names them.
-        dtype: the widest of the operands of a product, '' for another equation.
+        in_model: whether the model computes it, rather than the task, the optimizer or a metric.
+        module: path of the innermost module, if traced with a `ModuleRecorder`.
+        dtype: the widest dtype of a product's operands, '' for other equations.
     """
 
-    called: bool = False
+    in_model: bool = False
     module: str = ''
     dtype: str = ''
 
@@ -45,11 +45,11 @@ class Place(NamedTuple):
 def warn_of_other_dtypes(programs: Programs, model: Functional) -> None:
     """Warns if much of the train step is not computed in `config.precision.compute`.
 
-    It reads the jaxpr of the step, which takes milliseconds; the step is traced a second time only
-    to name the module.
+    Reading the jaxpr of the step takes milliseconds. The step is traced a second time only if there
+    is something to warn of, to name the module.
 
     Args:
-        programs: of the training.
+        programs: the training programs.
         model: their model.
     """
     compute = model.precision.compute
@@ -64,17 +64,19 @@ def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
     """Returns the warning for a step, None if it computes in the requested dtype.
 
     Args:
-        programs: of the training.
+        programs: the training programs.
         model: their model, with a `precision.compute`.
         jaxpr: of the step.
     """
     asked = jnp.dtype(model.precision.compute)
-    operations = in_model(jaxpr)
-    wide = wider(operations, asked)
+    operations = model_operations(jaxpr)
+    wide = select_wider(operations, asked)
     share = sum(wide.values()) / max(1.0, sum(operations.values()))
-    if share < _SHARE:
+    if share < _MAX_SHARE:
         return None
-    named = wider(in_model(programs.jaxpr(RecordedModel(model, ModuleRecorder()))), asked)
+    named = select_wider(
+        model_operations(programs.jaxpr(RecordedModel(model, ModuleRecorder()))), asked
+    )
     first = next(iter(named or wide))
     return (
         f"config.precision.compute={asked.name}, but {100 * share:.0f} % of the model's operations "
@@ -84,30 +86,32 @@ def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
     )
 
 
-def in_model(jaxpr: Any) -> dict[Place, float]:
-    """Returns the floating-point operations of a model's products, in order of occurrence.
+def model_operations(jaxpr: Any) -> dict[ProductKey, float]:
+    """Returns the operations of the model's products and convolutions, in order of occurrence.
 
     Args:
         jaxpr: of a step or a part of it; the model has a `Precision` with `compute`.
     """
-    found = flops.by_place(jaxpr, _place, Place())
-    return {place: operations for place, operations in found.items() if place.called}
+    operations = flops.count_by_key(jaxpr, _key_of, ProductKey())
+    return {key: n for key, n in operations.items() if key.in_model}
 
 
-def wider(operations: dict[Place, float], dtype: Any) -> dict[Place, float]:
-    """Returns the operations in a wider dtype."""
+def select_wider(operations: dict[ProductKey, float], dtype: Any) -> dict[ProductKey, float]:
+    """Returns the operations in a dtype that is wider than this one."""
     size = jnp.dtype(dtype).itemsize
-    return {place: n for place, n in operations.items() if jnp.dtype(place.dtype).itemsize > size}
+    return {key: n for key, n in operations.items() if jnp.dtype(key.dtype).itemsize > size}
 
 
-def _place(equation: Any, around: Place) -> Place:
-    called, module = around.called or is_in_model_call(equation), module_of(equation, around.module)
+def _key_of(equation: Any, outer: ProductKey) -> ProductKey:
+    in_model = outer.in_model or is_in_model_call(equation)
+    module = module_of(equation, outer.module)
     if equation.primitive.name not in flops.PRODUCTS:
-        return Place(called, module)
-    # There are no complex halves, and integers are intended.
+        return ProductKey(in_model, module)
+    # Products of complex numbers or integers are left out: complex dtypes have no half precision,
+    # and integers are intended.
     dtypes = [operand.aval.dtype for operand in equation.invars]
     floats = [dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating)]
     if len(floats) < len(dtypes):
-        return Place()
-    # If the two differ, the compiler converts the narrower one.
-    return Place(called, module, max(floats, key=lambda dtype: dtype.itemsize).name)
+        return ProductKey()
+    # If the operands differ, the compiler converts the narrower one.
+    return ProductKey(in_model, module, max(floats, key=lambda dtype: dtype.itemsize).name)

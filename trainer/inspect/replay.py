@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reruns the steps since a finite state, to find where a value is first not finite.
+"""Reruns the steps since a finite state, to find the first non-finite value.
 
-A run is checked late, when later steps have spread the non-finite values. Training is a function of
-the state and of the position in the data, so it can be rerun one step at a time.
+Checks run late, when later steps have spread the non-finite values. Training is a function of the
+state and the position in the data, so it can be rerun one step at a time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer.experiment import Experiment
 from trainer.input.data import TrainData
 from trainer.input.fields import Fields
 from trainer.input.prefetch import Prefetcher
-from trainer.inspect.explain import each_finite, explain, flags
+from trainer.inspect.explain import explain, finite_by_path, flags
 from trainer.inspect.forward import Batch, Forward
 from trainer.modules.recorder import ModuleRecorder
 from trainer.parallel.host import fetch
@@ -38,18 +38,18 @@ from trainer.tasks.task import TaskOutput
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """A state from which steps can be rerun.
+class ReplayStart:
+    """A point from which steps can be rerun.
 
     Attributes:
         step: number of completed updates.
-        state: a copy, or None: then only the place is known.
-        place: position of a stream, None for data that is a function of the step.
+        state: a copy of the state, or None if only the position in the data is known.
+        position: of a stream; None for data that is a function of the step.
     """
 
     step: int
     state: TrainState | None
-    place: Any = None
+    position: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class Reader:
     Attributes:
         data: the training data.
         mesh: the device mesh.
-        batch_size: rows of the global batch.
-        fields: those that are sent to the devices.
+        batch_size: examples of the global batch.
+        fields: the batch fields that are sent to the devices.
     """
 
     data: TrainData
@@ -72,9 +72,9 @@ class Reader:
         """Returns the batches of the steps from `start` up to `stop`.
 
         Args:
-            start: position of the first one.
-            stop: position behind the last one.
-            ends: whether the run no longer reads its data, so that the loader is closed afterwards.
+            start: number of steps before the first batch.
+            stop: number of steps including the last batch.
+            ends: whether the run has stopped reading, so that the loader is closed afterwards.
         """
         return Prefetcher(
             self.data.block,
@@ -90,26 +90,26 @@ class Reader:
 class Replay:
     """Keeps copies of states, and reruns the steps after one."""
 
-    def __init__(self, programs: Programs, reader: Reader, look: Look):
-        """Makes a replay; nothing is kept yet.
+    def __init__(self, programs: Programs, reader: Reader, inspector: StepInspector):
+        """Compiles nothing yet.
 
         Args:
-            programs: of the training.
+            programs: the training programs.
             reader: rereads batches.
-            look: finds where in a step a value is not finite.
+            inspector: finds where in a step a value is not finite.
         """
         self._programs = programs
         self._reader = reader
-        self._look = look
+        self._inspector = inspector
         self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
 
-    def keep(self, step: int, state: TrainState, place: Any = None) -> Kept:
-        """Returns a copy of a state: the step donates its own."""
-        return Kept(step, self._copy(state), place)
+    def keep(self, step: int, state: TrainState, position: Any = None) -> ReplayStart:
+        """Returns a copy of a state, whose own buffers are donated to the next step."""
+        return ReplayStart(step, self._copy(state), position)
 
     def find(
         self,
-        kept: Kept,
+        kept: ReplayStart,
         stop: int,
         is_bad: Callable[[TrainState], bool],
         *,
@@ -119,31 +119,33 @@ class Replay:
         """Describes the first step up to `stop` with a non-finite value, and where it is.
 
         Args:
-            kept: a sound state.
-            stop: number of a step after which the state is not.
-            is_bad: whether a state is not sound.
-            what: says which of its values are not, as `explain` is told.
-            ends: whether the run ends here, and no longer reads its data.
+            kept: a finite state.
+            stop: a step after which the state is not finite.
+            is_bad: returns whether a state is not finite.
+            what: describes the non-finite values of a state, for the argument `after` of `explain`.
+            ends: whether the run has stopped reading its data.
         """
         step, state, data = kept.step, kept.state, self._reader.data
         assert state is not None
         if data.is_stream:
-            if not ends or (kept.place is None and step > 0):
+            if not ends or (kept.position is None and step > 0):
                 return (
                     f'Last known finite step: {step:,}. Where it began is unknown: the data is '
                     'a stream, which cannot be reread during the run.'
                 )
-            data.restore(step, kept.place)
+            data.restore(step, kept.position)
         with self._reader(step, stop, ends=ends) as batches:
             for number, batch in enumerate(batches, start=step + 1):
-                look = self._look(state, batch.arrays)
+                # Before the step, which donates the state. Run for every step, because only the
+                # state after it shows whether this one was bad.
+                inspection = self._inspector(state, batch.arrays)
                 empty = self._programs.empty_metrics()
                 state = dataclasses.replace(state, metrics=empty)
                 state = self._programs.step(state, batch.arrays)
                 if is_bad(state):
                     return (
                         f'Last finite step: {number - 1:,}. First non-finite step: {number:,}.\n'
-                        + explain(*fetch(look), after=what(state))
+                        + explain(*fetch(inspection), after=what(state))
                     )
         return (
             f'Last finite step: {step:,}. When the {stop - step:,} steps since then were rerun, '
@@ -151,11 +153,11 @@ class Replay:
         )
 
 
-class Look:
-    """Reruns a step's forward and backward pass, and flags what is not finite in them."""
+class StepInspector:
+    """Reruns the forward and backward pass of a step, and flags non-finite values in them."""
 
     def __init__(self, experiment: Experiment, setup: Setup, forward: Forward):
-        """Nothing is compiled yet.
+        """Compiles nothing yet.
 
         Args:
             experiment: what is trained.
@@ -167,7 +169,7 @@ class Look:
         self._forward = forward
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        """Returns the input of `explain`, on the devices, for a state and the batch of its step."""
+        """Returns the arguments of `explain`, on the devices, for a state and its next batch."""
         return self._compiled(state, batch)
 
     @property
@@ -190,9 +192,9 @@ class Look:
             outputs = self._forward(recorder, state, batch)
             losses = all_finite([(o.loss, o.penalties) for o in outputs])
             grads = self._gradients(state, batch)
-            return recorder.records, losses, each_finite(grads), each_finite(dict(batch))
+            return recorder.records, losses, finite_by_path(grads), finite_by_path(dict(batch))
 
-        return self._forward.compiled(run)
+        return self._forward.compile(run)
 
     def _gradients(self, state: TrainState, batch: Batch) -> Any:
         experiment = self._experiment

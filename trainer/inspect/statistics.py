@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of an array: numbers, a histogram, or its first rows."""
+"""Statistics of captured arrays: scalars, a histogram, or the first rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BINS = 30
 
 
 def summary(x: jax.Array) -> dict[str, jax.Array]:
-    """Returns float32 scalars: of the finite values, and the shares of zeros and of the rest."""
+    """Returns float32 scalars: statistics of the finite values, shares of zeros and non-finite."""
     x = x.astype(jnp.float32)
     finite = jnp.isfinite(x)
     count = jnp.sum(finite)
@@ -34,22 +34,22 @@ def summary(x: jax.Array) -> dict[str, jax.Array]:
 
 
 def counts(x: jax.Array) -> jax.Array:
-    """Returns how many of the finite values are in each bin from the least to the largest."""
+    """Returns the number of finite values in each bin between their minimum and maximum."""
     x = x.astype(jnp.float32).ravel()
     finite = jnp.isfinite(x)
     numbers = summary(x)
     width = (numbers['max'] - numbers['min']) / BINS
-    place = jnp.where(finite, x - numbers['min'], 0.0) / jnp.where(width > 0, width, 1.0)
-    bins = jnp.clip(place.astype(jnp.int32), 0, BINS - 1)
+    index = jnp.where(finite, x - numbers['min'], 0.0) / jnp.where(width > 0, width, 1.0)
+    bins = jnp.clip(index.astype(jnp.int32), 0, BINS - 1)  # The maximum is in the last bin.
     return jnp.zeros(BINS, jnp.float32).at[bins].add(finite)
 
 
-def measures(what: frozenset[str], rows: int) -> Callable[[jax.Array], dict[str, Any]]:
-    """Returns the function that keeps of an array what is asked for.
+def make_measure(what: frozenset[str], rows: int) -> Callable[[jax.Array], dict[str, Any]]:
+    """Returns a function that measures an array.
 
     Args:
-        what: of 'summary', 'histogram' and 'file'.
-        rows: how many rows of an array go into a file.
+        what: some of 'summary', 'histogram' and 'file'.
+        rows: number of rows of an array that go into a file.
     """
 
     def measure(x: jax.Array) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def measures(what: frozenset[str], rows: int) -> Callable[[jax.Array], dict[str,
 
 
 def histogram(kept: Mapping[str, Any]) -> Histogram:
-    """Returns the histogram of what `measures` has kept, on the host."""
+    """Returns the histogram of a measured array, on the host."""
     numbers = {name: float(value) for name, value in kept['summary'].items()}
     return Histogram(
         numbers['min'], numbers['max'], kept['counts'], numbers['mean'], numbers['std']
@@ -72,7 +72,7 @@ def histogram(kept: Mapping[str, Any]) -> Histogram:
 
 
 def floats(tree: Any) -> Iterator[tuple[str, jax.Array]]:
-    """Yields the arrays of floats in a value, by their path in it ('' for a lone one)."""
+    """Yields (path, array) for each float array in a tree; the path of a lone array is ''."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if is_float(leaf):
             yield param_path(path), leaf

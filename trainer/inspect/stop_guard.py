@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends a run when its step has found a label out of range, or a value that is not finite.
+"""Ends a run if its step has found a label out of range or a non-finite value.
 
-The latter only with `config.guard.non_finite='stop'`. The check itself is in the step
-(`trainer.step.health`). Here the host reads its result, when it is available anyway or before a
-state is saved, and reports what was found.
+Non-finite values end it only with `config.guard.non_finite='stop'`. The check itself is part of the
+train step (`trainer.step.health`). Here the host reads its result, once that is computed or before
+a state is saved, and explains it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.config.text import and_more
 from trainer.ensemble.step import Ensemble
 from trainer.input.prefetch import Prefetcher
 from trainer.inspect.explain import explain
-from trainer.inspect.replay import Kept, Look, Reader, Replay
+from trainer.inspect.replay import Reader, Replay, ReplayStart, StepInspector
 from trainer.modules.model_view import param_path
 from trainer.observe.table import nbytes
 from trainer.parallel.host import fetch
@@ -45,98 +45,98 @@ _WHAT = {
 }
 
 
-# On CPUs, copies of states up to this size are kept, to rerun steps.
-_MOST_KEPT_BYTES = 2**28
+# On CPUs, states up to this size are copied, to rerun steps from the copy.
+_MAX_COPY_BYTES = 2**28
 
-# Time between two looks at states that are neither evaluated nor saved: a look costs as much as a
-# few steps of a small model.
-_LEAST_SECS = 1.0
+# Minimum time between checks of states that are neither evaluated nor saved: a check costs as much
+# as a few steps of a small model.
+_MIN_SECS = 1.0
 
 
-class Watch:
+class StopGuard:
     """Reads the health of a run, and ends the run if it has diverged.
 
-    On an accelerator every step checks all values, and a bad step does not change the state. On a
-    CPU a step checks only its loss. The rest is checked here, once a second and before a state is
-    evaluated or saved; copies of small states are kept, to name the step and the module all the
-    same.
+    On an accelerator, every step checks all values, and a bad step does not change the state. On a
+    CPU, a step checks only its loss; the rest is checked here, at most once a second and before a
+    state is evaluated or saved. To name the step and the module nevertheless, small states are
+    copied and the steps since then are rerun.
 
     Attributes:
-        batches: those that the run reads, or None.
+        batches: the prefetcher of the run, or None.
     """
 
     def __init__(
         self,
         programs: Programs,
         reader: Reader,
-        look: Look,
+        inspector: StepInspector,
         *,
         stops: bool,
         ensemble: Ensemble | None,
         checkpoints: Checkpoints | None,
-        say: Callable[[str], None],
+        show: Callable[[str], None],
     ):
-        """Makes a watch; `begin` starts it.
+        """Creates a guard; `begin` starts it.
 
         Args:
-            programs: of the training.
+            programs: the training programs.
             reader: rereads batches.
-            look: finds where in a step a value is not finite.
+            inspector: finds where in a step a value is not finite.
             stops: whether a non-finite value ends the run; otherwise only labels are checked.
-            ensemble: who the members are, or None.
+            ensemble: describes the members, or None.
             checkpoints: those of the run, or None.
-            say: shows a message to the user.
+            show: prints a message to the user.
         """
         self.batches: Prefetcher | None = None
         self._programs = programs
         self._reader = reader
-        self._look = look
+        self._inspector = inspector
         self._stops = stops
         self._ensemble = ensemble
         self._checkpoints = checkpoints
-        self._replay = Replay(programs, reader, look)
-        self._say = say
+        self._replay = Replay(programs, reader, inspector)
+        self._show = show
         self._pending: Health | None = None
-        # The newest state known to be finite, and one that is not checked yet.
-        self._kept: Kept | None = None
-        self._next: Kept | None = None
+        # The newest state known to be finite, and the one whose check is pending.
+        self._kept: ReplayStart | None = None
+        self._next: ReplayStart | None = None
         self._checked: int | None = None
         self._named: set[int] = set()
-        self._taken = -math.inf
+        self._noted_at = -math.inf
 
-    def begin(self, step: int, state: TrainState, place: Any) -> None:
+    def begin(self, step: int, state: TrainState, position: Any) -> None:
         """Sets the state that the run starts from.
 
         Args:
             step: number of completed updates.
-            state: at this step; finite by definition.
-            place: position of a stream, or None.
+            state: at this step; assumed to be finite.
+            position: of a stream, or None.
         """
         self._pending = self._next = self._checked = None
-        self._kept = self._keep(step, state, place)
+        self._kept = self._copy_or_position(step, state, position)
         self._named.clear()
 
-    def note(self, step: int, state: TrainState, place: Any) -> None:
-        """Takes a state; `poll` looks at it once its step is done.
+    def note(self, step: int, state: TrainState, position: Any) -> None:
+        """Starts the check of a state, whose result `poll` reads once it is computed.
 
-        Not if one was taken less than a second ago; several processes take every one, because their
-        clocks differ. Arguments as of `begin`.
+        Does nothing within a second of the last one. Several processes check every state, because
+        their clocks differ. The arguments are those of `begin`.
         """
         several, now = jax.process_count() > 1, time.monotonic()
-        if now < self._taken + _LEAST_SECS and not several:
+        if now < self._noted_at + _MIN_SECS and not several:
             return
-        self._taken = now
+        self._noted_at = now
         if self._pending is not None and several:
-            self._judge(self._pending, state)
+            self._check_health(self._pending, state)
             self._kept = self._next
         self._pending = self._programs.sweep(state)
-        self._next = self._keep(step, state, place)
+        self._next = self._copy_or_position(step, state, position)
 
     def poll(self, state: TrainState) -> None:
-        """Checks the noted state, if its step is done; does not wait.
+        """Reads the result of a pending check if it is computed; does not wait.
 
-        Several processes do so at the next event: each would find it ready at another step, and
-        what finds the cause needs them all.
+        With several processes, this happens at the next event instead: each would find the result
+        ready at another step, but finding the cause is collective.
 
         Raises:
             NonFiniteError: if the run has diverged; see `check`.
@@ -145,7 +145,7 @@ class Watch:
             return
         if self._pending is not None and self._pending.packed.is_ready():  # type: ignore[attr-defined]
             pending, self._pending = self._pending, None
-            self._judge(pending, state)
+            self._check_health(pending, state)
             self._kept = self._next
 
     def check(self, step: int, state: TrainState) -> None:
@@ -165,96 +165,98 @@ class Watch:
         health, self._pending = self._pending, None
         if health is None or self._next is None or self._next.step != step:
             health = self._programs.sweep(state)
-        self._judge(health, state)
+        self._check_health(health, state)
         self._kept, self._checked = self._next or self._kept, step
 
     def check_labels(self, state: TrainState) -> None:
-        """Waits for the state's step, and checks the labels that were found up to it.
+        """Waits for the state's step, and raises if any step so far has found a bad label.
 
         Raises:
-            UserError: if one is out of its range.
+            UserError: if a label is out of its range.
         """
         assert state.health is not None
-        self._judge_labels(np.atleast_2d(fetch(state.health.packed)))
+        self._check_labels(np.atleast_2d(fetch(state.health.packed)))
 
-    def _keep(self, step: int, state: TrainState, place: Any) -> Kept:
-        """Returns a copy of a state if steps may have to be rerun, otherwise only its place."""
+    def _copy_or_position(self, step: int, state: TrainState, position: Any) -> ReplayStart:
+        """Returns a copy of a state if steps may have to be rerun, otherwise only the position."""
         on_cpu = self._reader.mesh.devices.flat[0].platform == 'cpu'
-        if not (on_cpu and self._stops) or nbytes(state) > _MOST_KEPT_BYTES:
-            return Kept(step, None, place)
-        return self._replay.keep(step, state, place)
+        if not (on_cpu and self._stops) or nbytes(state) > _MAX_COPY_BYTES:
+            return ReplayStart(step, None, position)
+        return self._replay.keep(step, state, position)
 
-    def _judge(self, health: Health, state: TrainState) -> None:
+    def _check_health(self, health: Health, state: TrainState) -> None:
+        """Waits for the result of a check, and raises if it is bad."""
         packed = np.atleast_2d(fetch(health.packed))
         bad_step, kind = packed[:, 0], packed[:, 1]
         bad = np.flatnonzero(bad_step)
         if not len(bad):
             return
-        self._judge_labels(packed)
+        self._check_labels(packed)
         if self._ensemble is None:
             self._stop(int(kind[0]), int(bad_step[0]), state)
         for member in bad:
-            self._name(int(member), int(kind[member]), int(bad_step[member]))
+            self._report_member(int(member), int(kind[member]), int(bad_step[member]))
         if len(bad) == len(bad_step):
             raise NonFiniteError('all members of the ensemble have diverged.')
 
-    def _judge_labels(self, packed: np.ndarray) -> None:
+    def _check_labels(self, packed: np.ndarray) -> None:
         for bad_step, kind, value in zip(*packed[:, :3].T, strict=True):
             if bad_step and kind >= lib.LABELS:
                 number = float(value.view(np.float32))
-                self._refuse(int(kind) - lib.LABELS, number, int(bad_step))
+                self._raise_label_error(int(kind) - lib.LABELS, number, int(bad_step))
 
-    def _name(self, member: int, kind: int, step: int) -> None:
+    def _report_member(self, member: int, kind: int, step: int) -> None:
+        """Warns, once, of a member that has diverged."""
         if member in self._named:
             return
         self._named.add(member)
         assert self._ensemble is not None
-        self._say(
+        self._show(
             f'Warning: member {member} ({self._ensemble.describe(member)}) has diverged: '
             f'{_WHAT[kind]} is not finite in step {step:,}. It keeps its state from before that '
             'step; the other members continue training.'
         )
 
     def _stop(self, kind: int, bad_step: int, state: TrainState) -> NoReturn:
-        self._end_reading()
-        saved, late = 'no checkpoint was saved', None
+        self._stop_reading()
+        saved, save_error = 'no checkpoint was saved', None
         if (checkpoints := self._checkpoints) is not None:
             try:
                 checkpoints.wait()
             except CheckpointError as error:
-                late = error
+                save_error = error
             if (newest := checkpoints.latest()) is not None:
                 saved = f'the newest checkpoint is of step {newest:,}'
         try:
             explained = self._explain(kind, bad_step, state)
-        except Exception as error:  # Such as out of memory: report the divergence all the same.
+        except Exception as error:  # Such as out of memory: still report the divergence.
             explained = (
-                f'{_WHAT[kind].capitalize()} is not finite at step {bad_step:,}; where that began '
-                f'was not found ({type(error).__name__}: {str(error).splitlines()[:1]}).'
+                f'{_WHAT[kind].capitalize()} is not finite at step {bad_step:,}; finding the cause '
+                f'failed ({type(error).__name__}: {str(error).splitlines()[:1]}).'
             )
-        found = NonFiniteError(f'the run has diverged; {saved}.\n{explained}')
-        if late is not None:
-            found.add_note(f'A save in the background failed too: {late}')
-        raise found
+        diverged = NonFiniteError(f'the run has diverged; {saved}.\n{explained}')
+        if save_error is not None:
+            diverged.add_note(f'A background save failed too: {save_error}')
+        raise diverged
 
-    def _end_reading(self) -> None:
-        """Ends the run's own reading: a loader that both read may mix up their places."""
+    def _stop_reading(self) -> None:
+        """Stops the run's prefetcher: a loader need not support two readers at a time."""
         if self.batches is not None:
             self.batches.close()
 
     def _explain(self, kind: int, bad_step: int, state: TrainState) -> str:
-        """Returns in which step something was first not finite, and where."""
+        """Returns a message on the step and the place of the first non-finite value."""
         assert state.health is not None
         if kind == lib.GRADIENT and state.loss_scale is not None:
             skips, scale = fetch((state.health.skips, state.loss_scale.scale))
             return (
                 f'The gradients of step {bad_step:,} are not finite: the loss scale has skipped '
                 f'{int(skips)} updates in a row, and is down to {float(scale):g}.\n'
-                + self._of_overflow(bad_step, state)
+                + self._explain_overflow(bad_step, state)
             )
         if self._kept is not None and self._kept.state is not None:
             return self._replay.find(
-                self._kept, bad_step, self._is_bad, what=_what_is_bad, ends=True
+                self._kept, bad_step, self._is_bad, what=_describe_bad_state, ends=True
             )
         on_cpu = not self._programs.sweeps
         bad_param, bad_slot = _bad_leaves(state)
@@ -263,28 +265,28 @@ class Watch:
             bad = bad_param or bad_slot
             return f'{_WHAT[kind].capitalize()} became non-finite {when}: {bad}.'
         if on_cpu and (bad := bad_param):
-            # Of the update before, for the loss that the parameters had until then was finite.
+            # The step before must have written it, because its own loss was still finite.
             return (
-                f'The loss of step {bad_step:,} is not finite, because a parameter was not when it '
-                f'began: {bad}. First non-finite step: {bad_step - 1:,}, in its update.'
+                f'The loss of step {bad_step:,} is not finite, because a parameter already was '
+                f'not: {bad}. First non-finite step: {bad_step - 1:,}, in its update.'
             )
         steps = f'Last finite step: {bad_step - 1:,}. First non-finite step: {bad_step:,}.'
-        batch = self._batch(bad_step)
+        batch = self._reread_batch(bad_step)
         if batch is None:
             return f'{steps}\nThe data is a stream, and its batch cannot be reread.'
-        # Parameters are as the bad step has found them, but the number of the step is not.
+        # The bad step did not change the parameters, but it increased the step number.
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
-        return f'{steps}\n{explain(*fetch(self._look(before, batch)))}'
+        return f'{steps}\n{explain(*fetch(self._inspector(before, batch)))}'
 
-    def _of_overflow(self, bad_step: int, state: TrainState) -> str:
-        """Returns where a step's gradients are not finite although the loss scale is small."""
-        hint = 'Look for values above 65,504, which float16 cannot represent.'
-        batch = self._batch(bad_step)
+    def _explain_overflow(self, bad_step: int, state: TrainState) -> str:
+        """Returns a message on where a step's gradients overflow in spite of the loss scale."""
+        hint = 'StepInspector for values above 65,504, which float16 cannot represent.'
+        batch = self._reread_batch(bad_step)
         if batch is None:
             return hint
-        # The updates were skipped: the parameters are those that the step began with.
+        # The updates were skipped, so the parameters are those before the step.
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
-        found, losses, grads, fields = fetch(self._look(before, batch))
+        found, losses, grads, fields = fetch(self._inspector(before, batch))
         explained = explain(found, losses, grads, fields)
         return f'{explained}\n{hint}' if all(fields.values()) else explained
 
@@ -296,47 +298,54 @@ class Watch:
     def _is_bad(self, state: TrainState) -> bool:
         return not self.is_sound(state)
 
-    def _batch(self, step: int) -> Any:
-        """Rereads the batch of a step; None if that is impossible."""
+    def _reread_batch(self, step: int) -> Any:
+        """Returns the batch of a step, read again; None if that is impossible."""
         start: int | None = step - 1
         if self._reader.data.is_stream:
-            start = self._rewound()
+            start = self._rewind_stream()
         if start is None:
             return None
         with self._reader(start, step, ends=True) as batches:
-            # The last one, and not a list: the devices would hold all of them.
+            # Not a list: all of the batches would stay in the memory of the devices.
             return collections.deque(batches, maxlen=1)[0].arrays
 
-    def _refuse(self, number: int, value: float, step: int) -> NoReturn:
-        self._end_reading()
+    def _raise_label_error(self, number: int, value: float, step: int) -> NoReturn:
+        """Raises the UserError on a label out of range.
+
+        Args:
+            number: index of the task's check that failed.
+            value: the label.
+            step: whose batch has it.
+        """
+        self._stop_reading()
         data = self._reader.data
-        blocks = self._streamed(step) if data.is_stream else [data.block(step - 1, 1)]
-        checks, when = self._look.checks, f'in step {step:,}'
+        blocks = self._reread_stream_block(step) if data.is_stream else [data.block(step - 1, 1)]
+        checks, when = self._inspector.checks, f'in step {step:,}'
         numbered = not data.is_stream
-        found = describe_bad_value(
+        message = describe_bad_value(
             'config.task', when, checks, number, value, blocks, numbered=numbered
         )
         data.close()
-        raise UserError(found)
+        raise UserError(message)
 
-    def _streamed(self, step: int) -> list[Any]:
-        """Returns the block of a step of a stream, read again; nothing if that is impossible."""
-        start = self._rewound()
+    def _reread_stream_block(self, step: int) -> list[Any]:
+        """Returns a list of a step's block of a stream, read again; empty if impossible."""
+        start = self._rewind_stream()
         if start is None:
             return []
         blocks = (self._reader.data.block(i, 1) for i in range(start, step))
         return list(collections.deque(blocks, maxlen=1))
 
-    def _rewound(self) -> int | None:
-        """Takes a stream back to the last known place, and returns its step; None if unknown."""
-        if self._kept is None or (self._kept.place is None and self._kept.step > 0):
+    def _rewind_stream(self) -> int | None:
+        """Rewinds a stream to the last known position, and returns its step; None if unknown."""
+        if self._kept is None or (self._kept.position is None and self._kept.step > 0):
             return None
-        self._reader.data.restore(self._kept.step, self._kept.place)
+        self._reader.data.restore(self._kept.step, self._kept.position)
         return self._kept.step
 
 
-def _what_is_bad(state: TrainState) -> str:
-    """Returns 'a parameter is not: PATHS' of a state with a value that is not finite, or ''."""
+def _describe_bad_state(state: TrainState) -> str:
+    """Returns 'a parameter is not: PATHS' if a value of the state is not finite, otherwise ''."""
     for kind, paths in zip((lib.PARAMETER, lib.SLOT), _bad_leaves(state), strict=True):
         if paths:
             return f'{_WHAT[kind]} is not: {paths}'
@@ -344,7 +353,7 @@ def _what_is_bad(state: TrainState) -> str:
 
 
 def _bad_leaves(state: TrainState) -> tuple[str, str]:
-    """Returns the paths of parameters, and of leaves of the optimizer state; see `_first_bad`."""
+    """Returns the non-finite parameters and the non-finite leaves of the optimizer state."""
     assert state.health is not None
     params, known = len(lib.floats(state.params)), state.health.known
     return (
@@ -358,7 +367,8 @@ def _first_bad(tree: Any, known: Any) -> str:
 
     Args:
         tree: parameters, or an optimizer's state.
-        known: for each float leaf, the number of elements that do not count.
+        known: for each float leaf, the number of non-finite elements to ignore: they were there
+            from the start.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     paths = [param_path(path) for path, x in leaves if lib.floats(x)]

@@ -8,33 +8,33 @@ from collections.abc import Mapping
 
 import jax
 
-from trainer.inspect.replay import Kept, Replay
+from trainer.inspect.replay import Replay, ReplayStart
 from trainer.parallel.host import fetch
 from trainer.run.reporter import flat_row
 from trainer.step.finite import all_finite
 from trainer.step.state import TrainState
 
 
-class Guard:
-    """Checks a run at each of its events, and explains what is not finite."""
+class WarnGuard:
+    """Checks a run at each of its events, and reports the first non-finite value once."""
 
     def __init__(self, replay: Replay):
-        """Makes a guard without a kept state.
+        """Creates a guard; call `keep` before `check`.
 
         Args:
             replay: reruns steps.
         """
         self._replay = replay
-        self._kept: Kept | None = None
+        self._kept: ReplayStart | None = None
         self._done = False
         self._sound = jax.jit(all_finite)
 
     def keep(self, step: int, state: TrainState) -> None:
-        """Keeps a copy of a finite state."""
+        """Keeps a copy of a finite state, from which steps can be rerun."""
         self._kept = self._replay.keep(step, state)
 
     def check(self, step: int, state: TrainState, row: Mapping[str, float]) -> str | None:
-        """Keeps the state if it is finite.
+        """Keeps the state if it is finite, otherwise explains where it first was not.
 
         Args:
             step: number of completed updates.
@@ -42,33 +42,32 @@ class Guard:
             row: the newest value of each metric, by flat name.
 
         Returns:
-            A message for the user, once.
+            A message for the user the first time that a value is not finite, otherwise None.
         """
         if self._done:
             return None
-        bad = non_finite(row)
+        bad = non_finite_names(row)
         if not bad and self._is_sound(state):
             self.keep(step, state)
             return None
         self._done = True
         assert self._kept is not None
         what = f'{bad[0]} of step {step:,} is' if bad else f'a parameter after step {step:,} is'
-        found = self._replay.find(self._kept, step, self._is_bad)
+        explained = self._replay.find(self._kept, step, self._is_bad)
         self._kept = None
-        return f'config.guard: {what} not finite.\n{found}\nTraining continues.'
+        return f'config.guard: {what} not finite.\n{explained}\nTraining continues.'
 
     def _is_bad(self, state: TrainState) -> bool:
-        return bool(non_finite(flat_row(state.metrics))) or not self._is_sound(state)
+        return bool(non_finite_names(flat_row(state.metrics))) or not self._is_sound(state)
 
     def _is_sound(self, state: TrainState) -> bool:
         return bool(fetch(self._sound((state.params, state.collections))))
 
 
-def non_finite(row: Mapping[str, float]) -> list[str]:
+def non_finite_names(row: Mapping[str, float]) -> list[str]:
     """Returns the names of the losses and norms in a row that are not finite.
 
-    A step under a loss scale may have infinite gradients, and so their norm: it is skipped, and
-    nothing is wrong.
+    With a loss scale, norms are ignored: a step with infinite gradients is skipped as intended.
     """
     watched = ('loss',) if 'train/loss_scale' in row else ('loss', '_norm')
     mine = {name: value for name, value in row.items() if name.startswith('train/')}

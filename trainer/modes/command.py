@@ -73,7 +73,7 @@ def write_arrays(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    if not processes.is_primary():
+    if not processes.is_main_process():
         return
     try:
         write_npz(path, arrays)

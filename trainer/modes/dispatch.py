@@ -19,7 +19,7 @@ from trainer.experiment import Experiment, build
 from trainer.modes import dry_run, evaluate, grad_probe, predict, summary, train
 from trainer.modes.command import Command
 from trainer.observe import logfile
-from trainer.observe.progress import Nowhere
+from trainer.observe.progress import NullScreen
 from trainer.parallel import processes, signals
 from trainer.parallel.handshake import PeerError
 from trainer.parallel.signals import StopRequest
@@ -49,10 +49,10 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         return _run(loaded, command, stop)
     stop.share()
     logfile.keep_stdout_for_python()
-    with processes.ending_together(watch, stop):
-        if processes.is_primary():
+    with processes.exit_together(watch, stop):
+        if processes.is_main_process():
             return _run(loaded, command, stop)
-        with contextlib.redirect_stdout(Nowhere()):
+        with contextlib.redirect_stdout(NullScreen()):
             return _run(loaded, command, stop)
 
 
@@ -125,7 +125,7 @@ def _record_failed_start(workdir: Workdir, error: Exception) -> None:
     workdir.make()
     logfile.route(workdir.path, jax.process_index())
     logfile.record_error(error)
-    if processes.is_primary() and workdir.is_fresh():
+    if processes.is_main_process() and workdir.is_fresh():
         described = failure.describe(error, 0)
         workdir.write_result('failed', 0, None, None, {}, described)
 

@@ -90,10 +90,10 @@ def _directory(workdir: str) -> Iterator[epath.Path]:
         with tempfile.TemporaryDirectory() as directory:
             yield epath.Path(directory)
         return
-    number = secrets.randbits(32) if processes.is_primary() else 0
+    number = secrets.randbits(32) if processes.is_main_process() else 0
     directory = f'{workdir}.dry_run_{processes.sum_over_processes(number):x}'
     try:
         yield epath.Path(directory)
     finally:
-        if processes.is_primary():
+        if processes.is_main_process():
             epath.Path(directory).rmtree(missing_ok=True)

@@ -151,11 +151,11 @@ def _spec(prediction: Prediction, evaluation: str) -> dict[str, Any]:
             f'config.evals.{evaluation}: predict computes nothing from the batch, so there is '
             'nothing to export'
         )
-    if prediction.passed:
+    if prediction.unchanged:
         _log.warning(
             'Left out of the exported function, because predict returns these fields of the batch '
             'unchanged: %s',
-            ', '.join(sorted(prediction.passed)),
+            ', '.join(sorted(prediction.unchanged)),
         )
     return spec
 

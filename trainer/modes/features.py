@@ -41,7 +41,7 @@ def precompute(
     state = trainer.init_state() if state is None else state
     batches = list(trainer.predict(evaluation, state))
     arrays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
-    if processes.is_primary():
+    if processes.is_main_process():
         file = epath.Path(places.expand(path, 'precompute'))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_npz(file, arrays)

@@ -23,9 +23,9 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     setup = trainer.set_up()
     saved = trainer.checkpoints is not None and trainer.checkpoints.latest() is not None
     state = restore(trainer, command) if saved else trainer.init_state()
-    gradients = gradient_probe.of_next_step(trainer.run, setup, state, command.match)
+    gradients = gradient_probe.next_step_gradients(trainer.run, setup, state, command.match)
     path = workdir.path / f'gradients_{int(state.step)}.npz'
-    if processes.is_primary():
+    if processes.is_main_process():
         workdir.make()
         write_npz(path, {each.path: each.gradient for each in gradients})
     print(f'gradients of the loss of step {int(state.step) + 1:,}')

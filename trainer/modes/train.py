@@ -26,7 +26,7 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     logfile.route(workdir.path, jax.process_index())
     try:
         several = jax.process_count() > 1
-        with last_words.registered(lambda _, message: logfile.record(message), stay=several):
+        with last_words.register(lambda _, message: logfile.record(message), stay=several):
             result = trainer.fit()
     except BaseException as error:
         logfile.record_error(error)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays by name in a file that `numpy.load` reads."""
+"""Writes named arrays to an .npz file."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from trainer.config.errors import UserError
 
 
 def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
-    """Writes the file, whole or not at all, and returns its bytes.
+    """Writes the file atomically, and returns its size in bytes.
 
     Object arrays of only text or only bytes are written as numpy text or bytes, which `numpy.load`
-    reads without `allow_pickle`. Not by `numpy.savez`: its own parameters keep arrays from being
-    called 'file' or 'allow_pickle', and fields of a batch may be.
+    reads without `allow_pickle`.
 
     Raises:
         UserError: for an array of other objects.
     """
     content = io.BytesIO()
+    # Not with `numpy.savez`: its parameters 'file' and 'allow_pickle' could not be names of arrays.
     with zipfile.ZipFile(content, 'w') as file:
         for name, array in arrays.items():
             with file.open(f'{name}.npy', 'w', force_zip64=True) as entry:
-                np.lib.format.write_array(entry, _plain(name, array), allow_pickle=False)
+                np.lib.format.write_array(entry, _without_objects(name, array), allow_pickle=False)
     files.replace(path, content.getbuffer())
     return content.getbuffer().nbytes
 
 
-def _plain(name: str, array: np.ndarray) -> np.ndarray:
+def _without_objects(name: str, array: np.ndarray) -> np.ndarray:
     array = np.asarray(array)
     if not array.dtype.hasobject:
         return array
     items = array.ravel().tolist()
     for kind in (str, bytes):
         if all(type(item) is kind for item in items):
-            # numpy pads with zeros, so zeros at the end of an item would be lost.
+            # numpy pads items with zeros, so trailing zeros of an item would be lost.
             written = np.array(items, kind).reshape(array.shape)
             if written.ravel().tolist() == items:
                 return written
     kinds = ', '.join(sorted({type(item).__name__ for item in items}))
     raise UserError(
-        f'{name!r} holds Python objects ({kinds}), but only arrays of numbers or text can be '
+        f'{name!r} has Python objects ({kinds}), but only arrays of numbers or text can be '
         "written. Convert them to text, such as JSON, in the data's `transforms`"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A window of steps whose trace is written for TensorBoard's profiler or Perfetto."""
+"""Profiles a window of steps, for TensorBoard's profiler or Perfetto."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from etils import epath
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Some consecutive steps.
+    """A range of consecutive steps.
 
     Attributes:
-        start: the trace begins when this many steps are done.
-        stop: and ends when this many are.
+        start: number of completed steps when the trace begins.
+        stop: number of completed steps when it ends.
     """
 
     start: int
@@ -25,48 +25,49 @@ class Window:
 
 
 class Profile:
-    """Traces a window of a run, into `profile/` of its directory.
+    """Traces a window of a run into `profile/` of its work directory.
 
-    A run that begins or ends inside the window traces the part that it has.
+    A run that begins or ends inside the window traces the steps that it runs.
     """
 
     def __init__(self, window: Window | None, directory: epath.Path | None):
-        """Traces nothing yet, and nothing at all without a window or a directory."""
+        """Traces nothing yet; without a window or a directory, never."""
         self._window = window if directory is not None else None
         self._directory = directory
         self._running = False
-        # The name of the step that runs, while a trace is being taken.
-        self._name: jax.profiler.StepTraceAnnotation | None = None
+        # The annotation of the current step, while a trace is running.
+        self._annotation: jax.profiler.StepTraceAnnotation | None = None
 
     def begin_step(self, step: int) -> None:
-        """Names the step that is dispatched next in a trace that is being taken.
+        """Annotates the step that is dispatched next, if a trace is running.
 
-        XProf derives the times of steps from it. It ends where the next step or an event begins:
-        the call alone returns long before the devices are done.
+        XProf derives step times from the annotation. It ends where the next step or an event
+        begins, because the call itself returns long before the devices are done.
 
         Args:
-            step: number of completed updates after it; of several in one call, after the last.
+            step: number of completed updates after it; after the last one of fused steps.
         """
         if not self._running:
             return
         self._end_step()
-        self._name = jax.profiler.StepTraceAnnotation('train', step_num=step)
-        self._name.__enter__()
+        self._annotation = jax.profiler.StepTraceAnnotation('train', step_num=step)
+        self._annotation.__enter__()
 
-    def evaluation(self, name: str) -> contextlib.AbstractContextManager[Any]:
-        """Returns the context of an evaluation: it is named in a trace that is being taken."""
+    def annotate_eval(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context that annotates an evaluation, if a trace is running."""
         if not self._running:
             return contextlib.nullcontext()
         return jax.profiler.TraceAnnotation(f'eval {name}')
 
-    def stepped(self, step: int, state: Any) -> str | None:
-        """Handles steps with an event; returns what the user should know.
-
-        At the window's borders the trace begins and ends.
+    def update(self, step: int, state: Any) -> str | None:
+        """Starts or ends the trace at the window's borders; called at steps with an event.
 
         Args:
             step: number of completed updates.
-            state: the newest state; the trace begins and ends when it is there.
+            state: the newest state; the trace starts and ends when it is computed.
+
+        Returns:
+            A message for the user, or None.
         """
         if self._window is None:
             return None
@@ -80,16 +81,16 @@ class Profile:
         return None
 
     def close(self, state: Any = None) -> str | None:
-        """Ends a trace that is being taken."""
+        """Ends the trace if one is running; returns a message for the user, or None."""
         if not self._running:
             return None
         self._running = False
         jax.block_until_ready(state)
         self._end_step()
         jax.profiler.stop_trace()
-        return f'trace written to {self._directory}: tensorboard --logdir {self._directory}'
+        return f'Trace written to {self._directory}: tensorboard --logdir {self._directory}'
 
     def _end_step(self) -> None:
-        if self._name is not None:
-            self._name.__exit__(None, None, None)
-            self._name = None
+        if self._annotation is not None:
+            self._annotation.__exit__(None, None, None)
+            self._annotation = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run on the user's screen: one live line on a terminal, plain lines in a pipe."""
+"""The printed progress of a run: a live line on a terminal, plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from typing import TextIO
 Screen = TextIO | io.TextIOBase
 
 _log = logging.getLogger('trainer')
-# Receives the screen output, without the live line: see `trainer.observe.logfile`.
+# Receives the printed output, without the live line: see `trainer.observe.logfile`.
 _record = logging.getLogger('trainer.screen')
 _record.propagate = False
 _REFRESH_SECS = 0.2
 _DEFAULT_COLUMNS = 80
 _SPACE = '  '
-# What a narrow terminal can do without, least important first; and what it says shorter before.
-_FIRST_TO_GO = ('accuracy', 'step_time', 'learning_rate', 'examples')
-_SHORTER = (('accuracy', 'acc'), ('examples/s', 'ex/s'), ('ms/step', 'ms'))
+# A line that is too long for the terminal is first abbreviated, then loses parts in this order.
+_ABBREVIATIONS = (('accuracy', 'acc'), ('examples/s', 'ex/s'), ('s/step', 's'))
+_DROPPED_FIRST = ('accuracy', 'step_time', 'learning_rate', 'examples')
 
-# Back to the first column, and clear to the end of the line.
+# Moves the cursor to the first column and clears the line.
 CLEAR = '\r\x1b[K'
 
 
-class Nowhere(io.TextIOBase):
-    """The screen of a process that shows nothing."""
+class NullScreen(io.TextIOBase):
+    """The output stream of a process that prints nothing."""
 
     def write(self, text: str) -> int:
-        """Drops the text."""
+        """Discards the text."""
         return len(text)
 
 
 class Progress:
-    """Shows step, percent, losses, learning rate, examples per second, step time and time left."""
+    """Prints step, percent, losses, learning rate, examples per second, step time and ETA."""
 
     def __init__(self, total_steps: int, stream: Screen):
-        """Shows on a stream; live if it is a terminal.
+        """Prints nothing yet; the line is live if the stream is a terminal.
 
         Args:
             total_steps: length of the run.
-            stream: where to write; control characters reach only a terminal that knows them.
+            stream: where to write; control characters are sent only to a terminal that is not
+                'dumb'.
         """
         self._total = total_steps
         self._stream = stream
@@ -53,7 +54,7 @@ class Progress:
         self._open = False
 
     def tick(self, step: int) -> None:
-        """Is told of every step; refreshes the live line at most five times a second."""
+        """Called after every step; refreshes the live line at most five times a second."""
         if not self._live:
             return
         now = time.monotonic()
@@ -62,7 +63,7 @@ class Progress:
             self._show(step)
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
-        """Takes a new row: part of the next live line, or in a pipe a line of its own."""
+        """Sets a new row: on a terminal for the next live line, in a pipe printed at once."""
         self._row = row
         line = _SPACE.join(self._parts(step).values())
         _record.info(line)
@@ -70,19 +71,19 @@ class Progress:
             self._print(line)
 
     def message(self, text: str) -> None:
-        """Prints lines that stay."""
+        """Prints text, in place of the live line if there is one."""
         _record.info(text)
         clear = CLEAR if self._open else ''
         self._open = False
         self._print(clear + text)
 
     def _show(self, step: int) -> None:
-        # One less than the width: some terminals wrap when their last column is written.
+        # One column less than the width: some terminals wrap when the last column is written.
         width = self._columns() - 1
         parts = self._parts(step)
         if len(_SPACE.join(parts.values())) > width:
-            parts = {name: _shorter(text) for name, text in parts.items()}
-        for name in _FIRST_TO_GO:
+            parts = {name: _shorten(text) for name, text in parts.items()}
+        for name in _DROPPED_FIRST:
             if len(_SPACE.join(parts.values())) > width:
                 parts.pop(name, None)
         self._open = True
@@ -96,10 +97,12 @@ class Progress:
             self._stream.write(text)
             self._stream.flush()
         except OSError as error:
-            # As under `| head`. A run is worth more than its lines, and its rows are in a file.
+            # As with `| head`. Not a reason to end the run: its rows are also in a file.
             self._live = self._open = False
-            _discard(self._stream)
-            _log.warning('standard output is closed (%s); the run continues', error)
+            _redirect_to_devnull(self._stream)
+            _log.warning(
+                'standard output is closed (%s); training continues, see metrics.jsonl', error
+            )
 
     def _columns(self) -> int:
         try:
@@ -123,13 +126,19 @@ class Progress:
         rate = row.get('steps_per_sec', 0.0)
         if rate > 0:
             parts['examples'] = f'{row["examples_per_sec"]:,.0f} examples/s'
-            parts['step_time'] = f'{1e3 / rate:.3g} ms/step'
+            parts['step_time'] = _step_time(1 / rate)
             parts['eta'] = f'ETA {duration((self._total - step) / rate)}'
         return parts
 
 
-def _shorter(text: str) -> str:
-    for long, short in _SHORTER:
+def _step_time(secs: float) -> str:
+    """Returns '7.25 ms/step' or '2.08 s/step'."""
+    # Rounding must not lead to '1e+03 ms/step'.
+    return f'{1e3 * secs:.3g} ms/step' if secs < 0.9995 else f'{secs:.3g} s/step'
+
+
+def _shorten(text: str) -> str:
+    for long, short in _ABBREVIATIONS:
         text = text.replace(long, short)
     return text
 
@@ -143,9 +152,9 @@ def duration(secs: float) -> str:
     return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'
 
 
-def _discard(stream: Screen) -> None:
-    """Sends to nowhere what is still written to a stream that nobody reads."""
-    # Also what the stream holds back: Python would fail to write it when the process ends.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+def _redirect_to_devnull(stream: Screen) -> None:
+    """Discards what is written to a stream from here on, and what it has buffered."""
+    # Otherwise flushing the buffer at exit would fail, and change the exit code.
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream.fileno())
+    os.close(devnull)

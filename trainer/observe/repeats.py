@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 # Two equal layers are shown as they are: a reader sees at once that they are alike.
 _FEWEST = 3
@@ -62,7 +62,7 @@ def _fold(
     for name in blocks:
         if name in done:
             continue
-        same = _equal_neighbours(name, equal)
+        same = _equal_neighbors(name, equal)
         done.update(same)
         title = name if len(same) == 1 else f'{same[0]}..{_number(same[-1])}'
         block, path, copies = blocks[same[0]], f'{prefix}{title}', count * len(same)
@@ -72,7 +72,7 @@ def _fold(
     return lines
 
 
-def _equal_neighbours(name: str, contents: dict[str, Hashable]) -> list[str]:
+def _equal_neighbors(name: str, contents: Mapping[str, Hashable]) -> list[str]:
     """Returns the names around a numbered one with equal contents, if they are enough to fold."""
     if not (digits := _number(name)):
         return [name]
@@ -80,8 +80,8 @@ def _equal_neighbours(name: str, contents: dict[str, Hashable]) -> list[str]:
     # Paths are often in the order of their text, in which 10 comes before 2.
     for step in (-1, 1):
         number = int(digits) + step
-        while contents.get(neighbour := f'{stem}{number}') == contents[name]:
-            same.insert(0 if step < 0 else len(same), neighbour)
+        while contents.get(neighbor := f'{stem}{number}') == contents[name]:
+            same.insert(0 if step < 0 else len(same), neighbor)
             number += step
     return same if len(same) >= _FEWEST else [name]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The standard streams of a process; imported first, so it uses only the standard library."""
+"""Opens closed standard streams; imported first, so it uses only the standard library."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 
 
 def open_closed_streams() -> None:
-    """Opens /dev/null for standard streams that are closed, as with `>&-`.
+    """Opens /dev/null in place of standard streams that are closed, as with `>&-`.
 
-    Otherwise the next file that is opened would get the descriptor of standard output, and with it
-    whatever a C++ library prints.
+    Otherwise the next file to be opened would get the descriptor of standard output, and whatever
+    a C++ library prints would end up in it.
     """
     for number, name in enumerate(('stdin', 'stdout', 'stderr')):
         try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parameter table."""
+"""The parameter table, and sizes of trees of arrays."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from trainer.observe import repeats
 def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
     """Returns path, shape, dtype, size and bytes of each parameter, and the totals.
 
-    Repeated blocks are one: `block_0..23/norm/scale` with the size `24 x 512`.
+    Repeated blocks share a row: `block_0..23/norm/scale` with the size `24 x 512`.
 
-    Where parameters are split over devices, two more columns say what each device holds of one, and
-    over which mesh axes each of its dimensions is cut.
+    If any parameter is sharded, two more columns show the bytes of each per device, and the mesh
+    axes over which its dimensions are sharded.
 
     Args:
-        params: arrays or their shapes, with shardings or without.
+        params: arrays or their shapes, with or without shardings.
         collections: the other variables, of which only the totals are shown.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     leaves.sort(key=lambda item: _numeric(param_path(item[0])))  # JAX has block_10 before block_2.
-    split = any(_axes(leaf) for _, leaf in leaves)
-    more = ('on a device', 'axes') if split else ()
+    sharded = any(_axes(leaf) for _, leaf in leaves)
+    more = ('per device', 'axes') if sharded else ()
     rows = [('parameter', 'shape', 'dtype', 'size', 'bytes', *more)]
     kinds = [(leaf.shape, leaf.dtype, _axes(leaf)) for _, leaf in leaves]
     for line in repeats.fold([param_path(path) for path, _ in leaves], kinds):
         leaf = leaves[line.entry][1]
         shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
         sizes = (math.prod(leaf.shape), nbytes(leaf), bytes_per_device(leaf))
-        size, total, here = (repeats.text(line.count, number) for number in sizes)
+        size, total, each = (repeats.text(line.count, number) for number in sizes)
         row = (line.path, shape, str(leaf.dtype), size, total)
-        rows.append((*row, here, _axes(leaf)) if split else row)
+        rows.append((*row, each, _axes(leaf)) if sharded else row)
     lines = aligned(rows, right=(3, 4, 5))
-    here = f', {human_bytes(bytes_per_device(params))} on each device' if split else ''
-    lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{here}')
+    each = f', {human_bytes(bytes_per_device(params))} per device' if sharded else ''
+    lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{each}')
     for name, tree in collections.items():
         lines.append(f'{name}: {count(tree):,} values, {human_bytes(nbytes(tree))}')
     return '\n'.join(lines)
@@ -55,25 +55,25 @@ def count(tree: Any) -> int:
 
 
 def nbytes(tree: Any) -> int:
-    """Returns the bytes of a tree of arrays or shapes, as if held once."""
+    """Returns the bytes of a tree of arrays or shapes, without counting replicas."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Returns the bytes that one device holds of a tree of arrays or shapes."""
+    """Returns the bytes per device of a tree of arrays or shapes."""
 
-    def held(leaf: Any) -> int:
+    def size_on_device(leaf: Any) -> int:
         sharding = getattr(leaf, 'sharding', None)
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
-    return sum(held(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(size_on_device(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def human_bytes(size: float) -> str:
     """Returns '3.3 MB' (decimal units)."""
     for unit in ('B', 'kB', 'MB', 'GB'):
-        # What would be rounded to 1000 belongs to the next unit.
+        # A number that would be rounded to 1000 takes the next unit.
         if size < 999.95:
             return f'{size:.0f} {unit}' if unit == 'B' else f'{size:.1f} {unit}'
         size /= 1000
@@ -86,7 +86,7 @@ def _numeric(path: str) -> list[str | int]:
 
 
 def _axes(leaf: Any) -> str:
-    """Returns '- x model' for a matrix whose columns lie along `model`, '' for a whole array."""
+    """Returns '- x model' if dimension 1 is sharded over `model`, '' for a replicated array."""
     sharding = getattr(leaf, 'sharding', None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return ''

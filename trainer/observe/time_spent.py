@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time went."""
+"""The time spent in each part of a run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class TimeSpent:
     """Seconds by part of the run."""
 
     def __init__(self) -> None:
-        """Starts the clock of the whole."""
+        """Starts the clock."""
         self._began = time.perf_counter()
         self._secs: dict[str, float] = collections.defaultdict(float)
 
     @contextlib.contextmanager
-    def spent(self, part: str) -> Iterator[None]:
-        """Counts the time inside the block for a part."""
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the time inside the block to a part."""
         began = time.perf_counter()
         try:
             yield
@@ -29,7 +29,7 @@ class TimeSpent:
             self._secs[part] += time.perf_counter() - began
 
     def set(self, part: str, secs: float) -> None:
-        """Says how long a part that is measured elsewhere has taken."""
+        """Sets the seconds of a part that is measured elsewhere."""
         self._secs[part] = secs
 
     def add(self, part: str, secs: float) -> None:
@@ -37,7 +37,7 @@ class TimeSpent:
         self._secs[part] += secs
 
     def move(self, source: str, to: str, secs: float) -> None:
-        """Counts some of one part's seconds for another."""
+        """Moves seconds from one part to another."""
         self._secs[source] -= secs
         self._secs[to] += secs
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where metric rows go: `metrics.jsonl`, and TensorBoard event files without TensorFlow."""
+"""Writers of metric rows: `metrics.jsonl`, and TensorBoard event files without TensorFlow."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from trainer.config.errors import UserError
 
 _log = logging.getLogger('trainer')
 _FLUSH_SECS = 30.0
-# Errors of a path that is a directory, or a link that leads nowhere.
+# Errors of a path that is a directory or a dangling link.
 _NO_FILE = (errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 @dataclasses.dataclass(frozen=True)
 class Histogram:
-    """How the finite values of an array are spread.
+    """A histogram of the finite values of an array.
 
     Attributes:
-        low: the smallest of them.
-        high: the largest.
-        counts: in bins of equal width between these, (bins,).
-        mean: of them.
+        low: the smallest value.
+        high: the largest value.
+        counts: number of values in bins of equal width from `low` to `high`, (bins,).
+        mean: of the values.
         std: their standard deviation.
     """
 
@@ -46,7 +46,7 @@ class Histogram:
 
 
 class Writer(Protocol):
-    """Takes rows."""
+    """A destination of metric rows."""
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds the values of a step."""
@@ -58,7 +58,7 @@ class Writer(Protocol):
         """Returns when all rows are on disk."""
 
     def close(self) -> None:
-        """Ends the writing."""
+        """Closes the destination."""
 
 
 class MetricsFile:
@@ -69,28 +69,28 @@ class MetricsFile:
 
         Args:
             path: the file.
-            resume_step: rows beyond this step, and a torn last line, are cut first; damaged lines
-                move to a file beside it.
+            resume_step: rows after this step and an incomplete last line are removed first;
+                damaged lines move to a separate file.
 
         Raises:
-            UserError: if there is something else than a file that can be written.
+            UserError: if the path exists but is not a file.
         """
         self._path = epath.Path(path)
         self._resume_step = resume_step
         try:
-            cut_after(self._path, resume_step)
-            self._resumed_names = _names_at(self._path, resume_step)
+            truncate_after(self._path, resume_step)
+            self._resumed_names = _read_names(self._path, resume_step)
             self._file = self._path.open('a')
         except OSError as error:
             if error.errno not in _NO_FILE:
                 raise
             raise UserError(
                 f'{path} cannot be opened: {error.strerror}. The run writes its metrics there: '
-                'expected a file, or nothing. Move or delete what is there.'
+                'expected a file or nothing. Move or delete it.'
             ) from error
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Appends one line, unless the run that goes on had written it before it was cut short."""
+        """Appends one line, unless the resumed run had already written it."""
         if step == self._resume_step and not self._resumed_names.isdisjoint(row):
             return
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}
@@ -98,7 +98,7 @@ class MetricsFile:
         self._file.flush()
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Writes none: a line holds numbers."""
+        """Does nothing: a line has only numbers."""
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""
@@ -112,17 +112,17 @@ class MetricsFile:
 class TensorBoard:
     """Event files for TensorBoard, one event for each row.
 
-    Written in the caller's thread: when the thread of tensorboardX's `EventFileWriter` dies of a
-    full disk, the queue in front of it fills up and the next row would wait forever.
+    They are written in the caller's thread. If the thread of tensorboardX's `EventFileWriter` dies
+    because the disk is full, its queue fills up and the next row waits forever.
     """
 
     def __init__(self, directory: epath.PathLike, *, resume_step: int = 0):
-        """Opens a new event file; TensorBoard hides what older ones hold beyond `resume_step`."""
-        # Imported here because it takes time that a run without it need not spend.
+        """Opens a new event file; TensorBoard ignores events after `resume_step` in older ones."""
+        # Imported here because the import takes time, which a run without it need not spend.
         events_writer, event, summary = compat.tensorboard_events()
         self._event = event.Event
         self._summary, self._proto = summary.Summary, summary.HistogramProto
-        # The name has whole seconds; a restart within one must not overwrite the file before it.
+        # The name has a time in whole seconds; a restart within one must not overwrite the file.
         suffix = f'.{os.getpid()}.{time.monotonic_ns()}'
         self._writer = events_writer(os.path.join(os.fspath(directory), 'events'), suffix)
         self._flushed = time.monotonic()
@@ -131,7 +131,7 @@ class TensorBoard:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Adds one event with all values."""
-        # SummaryWriter.add_scalar makes an event for each value, ten times the work.
+        # SummaryWriter.add_scalar would write one event per value, ten times the work.
         values = [self._summary.Value(tag=name, simple_value=v) for name, v in row.items()]
         self._add(step, summary=self._summary(value=values))
         if time.monotonic() - self._flushed > _FLUSH_SECS:
@@ -176,14 +176,14 @@ class TensorBoard:
 
 
 class Writers:
-    """Several writers; an optional one that fails is left out, with one warning."""
+    """Several writers; an optional one that fails is dropped with one warning."""
 
     def __init__(self, required: Sequence[Writer], optional: Sequence[Callable[[], Writer]] = ()):
-        """Bundles the writers.
+        """Creates the optional writers.
 
         Args:
-            required: an error of theirs is the run's.
-            optional: make the writers whose errors cost only their own rows.
+            required: writers whose errors end the run.
+            optional: functions that create writers whose errors lose only their own rows.
         """
         self._required = list(required)
         self._optional: list[Writer] = []
@@ -194,22 +194,22 @@ class Writers:
                 _warn_stopped(error)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
-        """Adds the values of a step everywhere."""
-        self._each(lambda writer: writer.write(step, row))
+        """Adds the values of a step to all writers."""
+        self._for_each(lambda writer: writer.write(step, row))
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
-        """Adds the histograms of a step where there is a place for them."""
-        self._each(lambda writer: writer.write_histograms(step, histograms))
+        """Adds the histograms of a step to the writers that support them."""
+        self._for_each(lambda writer: writer.write_histograms(step, histograms))
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""
-        self._each(lambda writer: writer.sync())
+        self._for_each(lambda writer: writer.sync())
 
     def close(self) -> None:
-        """Closes all."""
-        self._each(lambda writer: writer.close())
+        """Closes all writers."""
+        self._for_each(lambda writer: writer.close())
 
-    def _each(self, act: Callable[[Writer], None]) -> None:
+    def _for_each(self, act: Callable[[Writer], None]) -> None:
         for writer in self._required:
             act(writer)
         for writer in list(self._optional):
@@ -220,33 +220,33 @@ class Writers:
                 _warn_stopped(error)
 
 
-def cut_after(path: epath.Path, step: int) -> None:
-    """Drops the rows beyond a step and a torn last line, atomically.
+def truncate_after(path: epath.Path, step: int) -> None:
+    """Removes the rows after a step and an incomplete last line, atomically.
 
-    Lines that are not rows, such as those of a torn page, move to a file beside it, with a warning.
+    Lines that are not rows, as after a disk error, move to a separate file, with a warning.
     """
     if not path.exists():
         return
     data = path.read_bytes()
-    *lines, _ = data.split(b'\n')  # The last one is empty, or was torn.
+    *lines, _ = data.split(b'\n')  # The last one is empty or incomplete.
     kept, damaged = [], []
     for number, line in enumerate(lines, 1):
-        if not line.strip():  # A blank line is no damage: an editor may have left it.
+        if not line.strip():  # A blank line is not damage: an editor may have left it.
             continue
-        at = _step_of(line)
-        if at is None:
+        line_step = _parse_step(line)
+        if line_step is None:
             damaged.append((number, line))
-        elif at <= step:
+        elif line_step <= step:
             kept.append(line)
     if damaged:
-        _set_aside(path, damaged)
+        _move_damaged(path, damaged)
     text = b''.join(line + b'\n' for line in kept)
     if text != data:
         files.replace(path, text, sync=True)
 
 
-def _set_aside(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
-    """Appends lines to the file for damaged ones; it says which they were."""
+def _move_damaged(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
+    """Appends damaged lines to their own file, and warns with their line numbers."""
     aside = path.parent / f'{path.name}.damaged'
     with aside.open('ab') as file:
         file.write(b''.join(line + b'\n' for _, line in damaged))
@@ -258,8 +258,8 @@ def _set_aside(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
     _log.warning('%s is damaged: moved %s to %s', path, which, aside)
 
 
-def _step_of(line: bytes) -> int | None:
-    """Returns the step of a row; None if the line is none."""
+def _parse_step(line: bytes) -> int | None:
+    """Returns the step of a row; None if the line is not a row."""
     try:
         row = json_text.parse(line)
     except ValueError:
@@ -268,10 +268,10 @@ def _step_of(line: bytes) -> int | None:
     return step if json_text.is_int(step) else None
 
 
-def _names_at(path: epath.Path, step: int) -> set[str]:
-    """Returns the names of the values that the last rows, those of this step, hold."""
+def _read_names(path: epath.Path, step: int) -> set[str]:
+    """Returns the names of the values in the last rows that are of this step."""
     names: set[str] = set()
-    # Not `splitlines`: a carriage return within a row is white space of JSON.
+    # Not `splitlines`: a carriage return within a row is JSON white space.
     lines = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
     for row in map(json_text.parse, reversed(lines)):
         if row['step'] != step:
@@ -282,6 +282,6 @@ def _names_at(path: epath.Path, step: int) -> set[str]:
 
 def _warn_stopped(error: Exception) -> None:
     _log.warning(
-        'TensorBoard events are no longer written (%s); metrics.jsonl goes on, and so does the run',
+        'writing TensorBoard events failed (%s); training and metrics.jsonl continue without them',
         error,
     )

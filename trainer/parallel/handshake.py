@@ -77,20 +77,20 @@ def _receive_all(meeting: _Meeting, port: int, deadline: float) -> dict[socket.s
                     f'{meeting.timeout_secs} s (--init_timeout). Has it been started, and can it '
                     f'reach {meeting.coordinator}?'
                 )
-                _tell(peers.values(), problem)
+                _send_all(peers.values(), problem)
                 raise PeerError(problem) from None
             problem = _check_hello(hello, meeting, peers) or ''
             if problem:
-                _tell((connection, *peers.values()), problem)
+                _send_all((connection, *peers.values()), problem)
                 raise PeerError(problem)
             if hello is not None:
                 peers[hello['process_id']] = connection
-        _tell(peers.values(), 'go')
+        _send_all(peers.values(), 'go')
         stack.pop_all()
     return {connection: number for number, connection in peers.items()}
 
 
-def _tell(peers: Iterable[socket.socket], text: str) -> None:
+def _send_all(peers: Iterable[socket.socket], text: str) -> None:
     for peer in peers:
         with contextlib.suppress(OSError):  # One that is gone already is noticed by the watch.
             peer.sendall(f'{text}\n'.encode())

@@ -9,43 +9,43 @@ from collections.abc import Callable, Iterator
 
 # A hanging disk may be the reason for the exit.
 _LIMIT_SECS = 1.0
-_speakers: list[Callable[[str, str], None]] = []
+_recorders: list[Callable[[str, str], None]] = []
 
 
 @contextlib.contextmanager
-def registered(speak: Callable[[str, str], None], *, stay: bool = False) -> Iterator[None]:
-    """While the context is open, `say` calls `speak(status, message)`.
+def register(record_one: Callable[[str, str], None], *, stay: bool = False) -> Iterator[None]:
+    """While the context is open, `record` calls `record_one(status, message)`.
 
     Args:
-        speak: records them.
-        stay: keep it registered after an error: a process may fail because another one has, and
+        record_one: records them.
+        stay: keep it register after an error: a process may fail because another one has, and
             find that out a moment later.
     """
-    _speakers.append(speak)
+    _recorders.append(record_one)
     try:
         yield
     except BaseException:
         if not stay:
-            _speakers.remove(speak)
+            _recorders.remove(record_one)
         raise
     else:
-        _speakers.remove(speak)
+        _recorders.remove(record_one)
 
 
-def say(status: str, message: str) -> None:
-    """Calls the registered functions; returns within a second, even if they hang.
+def record(status: str, message: str) -> None:
+    """Calls the register functions; returns within a second, even if they hang.
 
     Args:
         status: for `result.json`.
         message: why the process ends.
     """
 
-    def speak() -> None:
-        for each in list(_speakers):
+    def record_one() -> None:
+        for each in list(_recorders):
             with contextlib.suppress(Exception):
                 each(status, message)
 
     # In another thread: the thread that a signal has interrupted may hold a lock that it needs.
-    thread = threading.Thread(target=speak, name='last-words', daemon=True)
+    thread = threading.Thread(target=record_one, name='last-words', daemon=True)
     thread.start()
     thread.join(_LIMIT_SECS)

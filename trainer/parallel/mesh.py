@@ -77,7 +77,7 @@ class ProcessRows:
     total: int
 
     @classmethod
-    def of(cls, mesh: Mesh, rows: int) -> ProcessRows:
+    def from_mesh(cls, mesh: Mesh, rows: int) -> ProcessRows:
         """Returns those of this process, of batches of so many rows."""
         slices: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((rows,))
         owner = np.full(rows, jax.process_count())
@@ -99,6 +99,6 @@ class ProcessRows:
         return jax.make_array_from_process_local_data(sharding, x, shape)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

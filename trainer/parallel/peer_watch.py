@@ -59,7 +59,7 @@ class PeerWatch:
         self._thread = threading.Thread(target=self._watch, name='peer-watch', daemon=True)
         self._thread.start()
 
-    def blame(self) -> None:
+    def exit_if_peer_lost(self) -> None:
         """Called when this process fails: ends it here if that is for want of another one."""
         if self._lost.wait(_GRACE_SECS):
             self._thread.join()  # It ends the process.
@@ -67,7 +67,7 @@ class PeerWatch:
     def close(self) -> None:
         """Tells the others that this process ends as it should."""
         self._closing.set()
-        self._tell_all(_BYE)
+        self._send_all(_BYE)
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -79,19 +79,19 @@ class PeerWatch:
                     if not said or said == _BYE:
                         selector.unregister(key.fileobj)
                     if said != _BYE and not self._closing.is_set():
-                        self._end(said, self._peers[key.fileobj])
+                        self._exit(said, self._peers[key.fileobj])
 
-    def _tell_all(self, text: str) -> None:
+    def _send_all(self, text: str) -> None:
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.sendall(f'{text}\n'.encode())
 
-    def _end(self, said: str, number: int) -> None:
+    def _exit(self, said: str, number: int) -> None:
         self._lost.set()
         if said.startswith(_LOST):
             number = int(said.split()[1])
         if self._number == 0:
-            self._tell_all(f'{_LOST} {number}')
+            self._send_all(f'{_LOST} {number}')
             time.sleep(2 * _GRACE_SECS)
         elif said:
             time.sleep(_GRACE_SECS)
@@ -102,7 +102,7 @@ class PeerWatch:
         )
         # Not print: the main thread may hold the lock of the stream.
         os.write(sys.stderr.fileno(), f'Error: {message}\n'.encode())
-        last_words.say('failed', message)
+        last_words.record('failed', message)
         os._exit(self._exit_code)
 
 

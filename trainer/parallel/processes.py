@@ -49,7 +49,7 @@ class Cluster:
     heartbeat_secs: int = 100
 
 
-def detected(environment: Mapping[str, str] | None = None) -> bool:
+def is_cluster_detected(environment: Mapping[str, str] | None = None) -> bool:
     """Whether the environment is that of one process among several that JAX can connect."""
     env = os.environ if environment is None else environment
     if 'SLURM_STEP_NODELIST' in env:
@@ -70,7 +70,7 @@ def join(cluster: Cluster) -> PeerWatch | None:
 
     Returns:
         What ends this process when another one is gone, or None where no cluster is declared or
-        detected.
+        is_cluster_detected.
 
     Raises:
         UserError: if the declaration is incomplete or the coordinator's port is taken.
@@ -82,9 +82,9 @@ def join(cluster: Cluster) -> PeerWatch | None:
         '--process_id': cluster.process_id,
     }
     missing = [name for name, value in declared.items() if value is None]
-    if len(missing) == len(declared) and not detected():
+    if len(missing) == len(declared) and not is_cluster_detected():
         return None
-    if missing and not detected():
+    if missing and not is_cluster_detected():
         raise UserError(
             f'{", ".join(missing)} is missing: several processes need all of '
             f'{", ".join(declared)}, unless a scheduler declares them'
@@ -123,7 +123,7 @@ def _watch(
     )
 
 
-def is_primary() -> bool:
+def is_main_process() -> bool:
     """Whether this process writes what is written once: files, and the user's screen."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
@@ -174,7 +174,7 @@ def sum_over_processes(value: int) -> int:
     return sum((int(high) << 32) + int(low) for high, low in halves) % 2**64
 
 
-def all_arrive(where: str, timeout_secs: int) -> bool:
+def wait_for_all(where: str, timeout_secs: int) -> bool:
     """Returns whether all processes call this within some seconds.
 
     Args:
@@ -206,7 +206,7 @@ def _gather(row: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def ending_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
+def exit_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
     """Ends this process at once when what runs inside fails, or when another process is gone.
 
     An ordinary exit would wait for the others, who wait in a collective for this process.
@@ -226,7 +226,7 @@ def ending_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
             print(f'Error: {full_text(error)}', file=sys.stderr)
             code = error.exit_code
         else:
-            watch.blame()
+            watch.exit_if_peer_lost()
             print(traces.shorten(error), file=sys.stderr)
             code = 1
         sys.stderr.flush()

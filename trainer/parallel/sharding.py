@@ -81,7 +81,7 @@ class FSDP:
 
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
         """Returns a spec with one dimension cut, or None."""
-        parts = sharding_checks.parts(self.axis, mesh, 'FSDP')
+        parts = sharding_checks.count_shards(self.axis, mesh, 'FSDP')
         fits = [size % parts == 0 and size > 0 for size in parameter.shape]
         if parameter.nbytes < self.min_bytes or not any(fits):
             return None
@@ -157,7 +157,7 @@ class ByName:
 BUILT_IN: dict[str, Rule] = {'replicated': Replicated(), 'fsdp': FSDP()}
 
 
-def spec_of(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> PartitionSpec:
+def choose_spec(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> PartitionSpec:
     """Returns the answer of the first rule that has one.
 
     Without any, a parameter whose dimensions are named after mesh axes is cut over those, and all
@@ -191,10 +191,10 @@ def check_rules(rules: Iterable[Rule], mesh: Mesh) -> None:
         if isinstance(rule, ByPath):
             for pattern, axes in rule.rules:
                 for each in _as_axes(axes):
-                    sharding_checks.parts(each, mesh, f'the pattern {pattern!r}')
+                    sharding_checks.count_shards(each, mesh, f'the pattern {pattern!r}')
         elif isinstance(rule, ByName):
             for name, each in rule.logical_rules:
-                sharding_checks.parts(each, mesh, f'the rule for {name!r}')
+                sharding_checks.count_shards(each, mesh, f'the rule for {name!r}')
 
 
 def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> Any:
@@ -207,7 +207,7 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
         mesh: the device mesh.
 
     Raises:
-        UserError: as `spec_of`, and for a pattern that matches no parameter.
+        UserError: as `choose_spec`, and for a pattern that matches no parameter.
     """
     paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for rule in rules:
@@ -222,7 +222,7 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
             # A box of the user's own says nothing of devices.
             names=tuple(named or ()) or None,
         )
-        return spec_of(parameter, rules, mesh)
+        return choose_spec(parameter, rules, mesh)
 
     return jax.tree_util.tree_map_with_path(find, params, names)
 

@@ -38,8 +38,8 @@ def check_patterns(rules: Sequence[Any]) -> None:
             )
 
 
-def parts(axes: Axes, mesh: Mesh, who: str) -> int:
-    """Returns the number of parts that `axes` cut a dimension into.
+def count_shards(axes: Axes, mesh: Mesh, who: str) -> int:
+    """Returns the number of count_shards that `axes` cut a dimension into.
 
     Args:
         axes: of the mesh.
@@ -70,7 +70,7 @@ def check_spec(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh,
     if len(set(used)) < len(used):
         raise UserError(f'config.sharding: {who} uses a mesh axis twice in {path}: {tuple(spec)}')
     for dimension, axes in enumerate(spec):
-        pieces = parts(axes, mesh, who)
+        pieces = count_shards(axes, mesh, who)
         if shape[dimension] % pieces:
             raise UserError(
                 f'config.sharding: {who} cuts dimension {dimension} of {path} {shape} '

@@ -83,25 +83,25 @@ class StopRequest:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Asks for a stop; a second Ctrl-C leaves at once, the last committed save intact."""
         if self.starting:
-            _leave(number)
+            _exit_at_once(number)
         if self.signal is not None and number == signal.SIGINT:
-            _say('\nStopped at once, without saving.\n')
-            last_words.say('interrupted', 'Ctrl-C twice: stopped at once, without saving')
+            _write_stderr('\nStopped at once, without saving.\n')
+            last_words.record('interrupted', 'Ctrl-C twice: stopped at once, without saving')
             os._exit(EXIT_INTERRUPTED)
         if self.signal is None:
             self.signal = number
             name = signal.Signals(number).name
             hint = '; Ctrl-C again to stop at once' if number == signal.SIGINT else ''
-            _say(f'\n{name}: saving after this step{hint}.\n')
+            _write_stderr(f'\n{name}: saving after this step{hint}.\n')
             if self.shared and number == signal.SIGINT:
                 os.kill(os.getpid(), signal.SIGTERM)  # Tells the others.
 
 
-def _leave(number: int) -> None:
+def _exit_at_once(number: int) -> None:
     name = signal.Signals(number).name
-    _say(f'\n{name}: stopped before the first step; nothing is lost.\n')
+    _write_stderr(f'\n{name}: stopped before the first step; nothing is lost.\n')
     status = 'preempted' if number == signal.SIGTERM else 'interrupted'
-    last_words.say(status, f'{name} before the first step')
+    last_words.record(status, f'{name} before the first step')
     # Not an exception: it would come out of the middle of any import, and the threads that compile
     # would be waited for.
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
@@ -109,14 +109,14 @@ def _leave(number: int) -> None:
     os._exit(EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED)
 
 
-def _say(text: str) -> None:
+def _write_stderr(text: str) -> None:
     # os.write and not print: a handler may run in the middle of another print. And whoever reads
     # our messages may be gone, which must not keep us from saving.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), text.encode())
 
 
-def tell_where() -> None:
+def enable_stack_dumps() -> None:
     """Writes the Python stacks of all threads at each SIGUSR1, and when native code crashes."""
     # In C: they come also while the interpreter waits for a collective that never ends.
     faulthandler.enable()
@@ -136,7 +136,7 @@ def install() -> StopRequest:
 
 
 @contextlib.contextmanager
-def interruptible(request: StopRequest) -> Iterator[None]:
+def handle_interrupts(request: StopRequest) -> Iterator[None]:
     """Makes Ctrl-C inside the block request a stop instead of raising KeyboardInterrupt.
 
     That exception could be raised in the middle of a step or a save, and lose the state. A second
@@ -154,10 +154,10 @@ def interruptible(request: StopRequest) -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt
         request.signal = number
-        _say('\nStopping after this step; interrupt again to stop at once.\n')
+        _write_stderr('\nStopping after this step; interrupt again to stop at once.\n')
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if before is not signal.default_int_handler or not in_main_thread or _is_one_of_several():
+    if before is not signal.default_int_handler or not in_main_thread or _has_several_processes():
         yield
         return
     signal.signal(signal.SIGINT, handle)
@@ -168,13 +168,13 @@ def interruptible(request: StopRequest) -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _is_one_of_several() -> bool:
+def _has_several_processes() -> bool:
     import jax
 
     return jax.process_count() > 1
 
 
-def trains(argv: Sequence[str]) -> bool:
+def is_training_command(argv: Sequence[str]) -> bool:
     """Whether a command line looks like training, before its flags can be parsed."""
     modes = ['train']
     for word, following in zip(argv, [*argv[1:], ''], strict=True):

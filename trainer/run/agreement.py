@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the processes of a run agree on what they do."""
+"""Checks that all processes of a run have the same config, versions, data and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trainer.run.workdir import versions
 
 
 def check_run(run: Run) -> None:
-    """Checks, before anything is traced, that the processes of a run do the same.
+    """Checks, before anything is traced, that all processes run the same thing.
 
-    All of them must call it.
+    All processes must call it.
 
     Raises:
-        UserError: in every process, naming what differs: config, versions, data or checkpoints.
+        UserError: in every process, naming the difference in config, versions, data or checkpoints.
     """
     workdir, checkpoints = run.workdir, run.checkpoints
     processes.check_agreement(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The summary of a run that is printed before its first step."""
+"""The banner: the summary of a run that is printed before its first step."""
 
 from __future__ import annotations
 
@@ -12,37 +12,49 @@ from trainer.run.setup import Run, Setup
 
 
 def summary(run: Run, setup: Setup, step: int) -> str:
-    """Returns what a run that starts at `step` says of itself."""
+    """Returns the banner of a run that starts at `step`."""
     experiment, state = run.experiment, setup.programs.abstract
     devices = jax.devices()
     shards = batch_shards(setup.mesh)
     mesh = ' x '.join(f'{name} {size}' for name, size in setup.mesh.shape.items())
-    per_epoch = experiment.clock.steps_per_epoch
-    batch = experiment.clock.batch_size
+    batch_size = experiment.clock.batch_size
     workdir = 'none (nothing is written)' if run.workdir is None else run.workdir.path
     lines = [
         parameter_table(state.params, state.collections),
         '',
-        f'devices   {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), mesh {mesh}',
-        f'state     {human_bytes(bytes_per_device(state))} on each device',
-        f'batch     {batch} rows, {batch // shards} on each device',
-        f'length    {experiment.training.total_steps:,} steps'
-        + (f', {float(per_epoch):,.6g} steps per epoch' if per_epoch else '')
-        + (' at the current batch size' if per_epoch and experiment.clock.progress else ''),
-        f'workdir   {workdir}',
-        f'start     {_start(experiment, step)}',
+        f'devices      {len(devices)} x {devices[0].device_kind} ({devices[0].platform}), '
+        f'mesh {mesh}',
+        f'train state  {human_bytes(bytes_per_device(state))} per device',
+        f'batch size   {batch_size} ({batch_size // shards} per device)',
+        f'training     {_length(experiment)}',
+        f'workdir      {workdir}',
+        _start(experiment, step),
     ]
     if (ensemble := experiment.ensemble) is not None:
         members = [f'member {i}  {ensemble.describe(i)}' for i in range(ensemble.size)]
-        lines += [f'ensemble  {ensemble.size} members', *(f'  {member}' for member in members)]
+        lines += [f'ensemble     {ensemble.size} members', *(f'  {member}' for member in members)]
     return '\n'.join(lines)
+
+
+def _length(experiment: Experiment) -> str:
+    """Returns '18,750 steps = 10 epochs of 1,875 steps'; without epochs only the steps."""
+    clock, total = experiment.clock, experiment.training.total_steps
+    if clock.steps_per_epoch is None:
+        return f'{total:,} steps'
+    whole = clock.steps_per_epoch.denominator == 1
+    per_epoch = f'{"" if whole else "about "}{round(clock.steps_per_epoch):,} steps'
+    epochs = f'{float(clock.batches(total) / clock.steps_per_epoch):,.6g}'
+    if clock.progress:
+        # Earlier epochs had another number of steps, so the product would not be the total.
+        return f'{total:,} steps = {epochs} epochs; {per_epoch} per epoch at this batch size'
+    return f'{total:,} steps = {epochs} epoch{"" if epochs == "1" else "s"} of {per_epoch}'
 
 
 def _start(experiment: Experiment, step: int) -> str:
     if step > 0:
-        return f'resumed from step {step:,}'
+        return f'resuming from step {step:,}'
     weights = experiment.start.weights
     if weights is None:
-        return 'from the beginning'
+        return 'starting from scratch'
     member = '' if weights.member is None else f'member {weights.member} of '
-    return f'from the beginning, with weights of {member}{weights.path}'
+    return f'starting from scratch, with weights from {member}{weights.path}'

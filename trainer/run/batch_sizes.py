@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The batch sizes that a run has used: they convert steps to examples."""
+"""The batch sizes that a run has used, which convert steps to examples."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class BatchSizes:
     parts: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of_run(cls, workdir: Workdir | None, batch_size: int) -> BatchSizes:
-        """Returns the batch sizes of a run that resumes in a work directory, with this one last."""
+    def from_run(cls, workdir: Workdir | None, batch_size: int) -> BatchSizes:
+        """Returns the batch sizes of a run in a work directory, ending with the current one."""
         fresh = cls(((0, batch_size),))
         if workdir is None:
             return fresh
@@ -38,36 +38,39 @@ class BatchSizes:
             meta = checkpoints.meta(latest)
         except CheckpointError:
             return fresh  # Restoring will fail and report the reason.
-        return cls.of_checkpoint(meta, batch_size).going_on(latest, batch_size)
+        return cls.from_checkpoint(meta, batch_size).with_size(latest, batch_size)
 
     @classmethod
-    def of_checkpoint(cls, meta: Mapping[str, Any], batch_size: int) -> BatchSizes:
-        """Returns the batch sizes stored in a checkpoint; in an older one, that of its config."""
+    def from_checkpoint(cls, meta: Mapping[str, Any], batch_size: int) -> BatchSizes:
+        """Returns the batch sizes stored in a checkpoint.
+
+        Checkpoints from before batch sizes were stored have only the one of their config.
+        """
         if 'batch_sizes' in meta:
             return cls(tuple((step, size) for step, size in meta['batch_sizes']))
         return cls(((0, meta.get('config', {}).get('data', {}).get('batch_size', batch_size)),))
 
-    def going_on(self, step: int, batch_size: int) -> BatchSizes:
-        """Returns the batch sizes of a run that resumes at a step with this batch size."""
+    def with_size(self, step: int, batch_size: int) -> BatchSizes:
+        """Returns the batch sizes of a run that resumes at `step` with this batch size."""
         parts = tuple(part for part in self.parts if part[0] < step)
         if parts and parts[-1][1] == batch_size:
             return BatchSizes(parts)
         return BatchSizes((*parts, (step, batch_size)))
 
-    def changed_at(self, step: int) -> int | None:
-        """Returns the previous size if the current one begins at this step, but not at step 0."""
+    def previous_size(self, step: int) -> int | None:
+        """Returns the batch size before `step` if it changes there, otherwise None."""
         first, _ = self.parts[-1]
         return self.parts[-2][1] if first == step and len(self.parts) > 1 else None
 
     def examples(self, step: int) -> int:
-        """Returns the number of rows that the steps up to this one have consumed."""
+        """Returns the number of examples consumed by the end of a step."""
         ends = (*(first for first, _ in self.parts[1:]), step)
         starts = zip(self.parts, ends, strict=True)
         return sum((end - first) * size for (first, size), end in starts)
 
 
-def resized(experiment: Experiment, sizes: BatchSizes, step: int, before: int) -> str:
-    """Returns the message of a run that resumes at `step` with another batch size."""
+def describe_resize(experiment: Experiment, sizes: BatchSizes, step: int, before: int) -> str:
+    """Returns the message for a run that resumes at `step` with another batch size."""
     clock, total = experiment.clock, experiment.training.total_steps
     lines = [
         f'config.data.batch_size {before} -> {clock.batch_size}: resuming at step {step:,}, '
@@ -90,10 +93,10 @@ def resized(experiment: Experiment, sizes: BatchSizes, step: int, before: int) -
     return '\n'.join(lines)
 
 
-def place_in_other_data(
+def describe_position_in_new_data(
     experiment: Experiment, sizes: BatchSizes, step: int, before: int | None
 ) -> str:
-    """Describes where a run resumes whose training data has another length than before."""
+    """Returns a sentence on where a run resumes if its training data has changed in length."""
     data = experiment.data
     if before is None or data.examples is None:
         return ''

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks and warnings at the start of a run: what does not fit, and what will never happen."""
+"""Checks at the start of a run: inconsistent settings, and settings that have no effect."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _log = logging.getLogger('trainer')
 
 
 def check_batch(experiment: Experiment, shards: int) -> None:
-    """Checks that a batch divides over devices and accumulation slices.
+    """Checks that the batch size is a multiple of devices times micro-batches.
 
     Raises:
-        UserError: naming batch sizes that would.
+        UserError: naming the nearest batch sizes that are.
     """
-    rows, parts = experiment.clock.batch_size, shards * experiment.training.accumulate
-    if rows % parts == 0:
+    size, divisor = experiment.clock.batch_size, shards * experiment.training.accumulate
+    if size % divisor == 0:
         return
-    below, above = rows // parts * parts, -(-rows // parts) * parts
-    near = f'{above}' if below == 0 else f'{below} or {above}'
+    below, above = size // divisor * divisor, -(-size // divisor) * divisor
+    nearest = f'{above}' if below == 0 else f'{below} or {above}'
     raise UserError(
-        f'config.data.batch_size: {rows} rows do not divide over {shards} devices x '
-        f'{experiment.training.accumulate} accumulation slices; {near} would'
+        f'config.data.batch_size={size} is not divisible by {shards} devices x '
+        f'{experiment.training.accumulate} micro-batches (config.accumulate); use {nearest}'
     )
 
 
 def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> None:
-    """Checks what the traced state shows, and warns of what is suspicious in it.
+    """Checks the traced train state, and warns of suspicious settings.
 
     Raises:
-        UserError: if the optimizer's state does not fit other keys of the config.
+        UserError: if the optimizer cannot be combined with other keys of the config.
     """
     state = programs.abstract
     combinations.check(
@@ -56,30 +56,31 @@ def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> No
         own_step=experiment.step is not default_step,
     )
     combinations.warn_of_eval_point(experiment.optimizer, state.opt_state)
-    warn_of_slices(experiment, state)
-    warn_of_rows_that_do_not_count(programs)
+    warn_of_micro_batch_stats(experiment, state)
+    warn_of_padding_in_batch_stats(programs)
     warn_of_idle_axes(experiment, state, mesh)
 
 
 def warn_at_start(experiment: Experiment, events: Events, state: TrainState, mesh: Mesh) -> None:
-    """Warns of what this run asks for in vain, and of gradients that may be wrong."""
-    warn_of_what_never_comes(experiment)
+    """Warns of settings without effect, and of a sharding that may yield wrong gradients."""
+    warn_of_unreachable_events(experiment)
     warn_of_best(experiment, events)
     warn_of_wrong_gradients(state, mesh)
 
 
-def warn_of_slices(experiment: Experiment, state: TrainState) -> None:
-    """Says that batch statistics are those of slices, where a batch is cut into some."""
+def warn_of_micro_batch_stats(experiment: Experiment, state: TrainState) -> None:
+    """Warns that micro-batches are normalized one by one, if the model has batch statistics."""
     if experiment.training.accumulate > 1 and 'batch_stats' in state.collections:
         _log.warning(
-            'the model has batch statistics and config.accumulate=%d: each slice is normalised by '
-            'its own, so the update is not quite that of the whole batch',
+            'the model has batch statistics and config.accumulate=%d: each micro-batch is '
+            'normalized by its own statistics, so the update differs slightly from that of the '
+            'whole batch',
             experiment.training.accumulate,
         )
 
 
-def warn_of_rows_that_do_not_count(programs: Programs) -> None:
-    """Warns that batch statistics count rows of weight 0, if there may be any."""
+def warn_of_padding_in_batch_stats(programs: Programs) -> None:
+    """Warns that batch statistics include examples of weight 0, if there may be any."""
     if 'batch_stats' not in programs.abstract.collections:
         return
     why = []
@@ -89,16 +90,16 @@ def warn_of_rows_that_do_not_count(programs: Programs) -> None:
         why.append('a task that returns weights')
     if why:
         _log.warning(
-            'the model has batch statistics, and rows may have weight 0 (%s): in the statistics, '
-            'each such row counts as a copy of a row with nonzero weight',
+            'the model has batch statistics, and examples may have weight 0 (%s): in the '
+            'statistics, each of them counts as a copy of an example with nonzero weight',
             ' and '.join(why),
         )
 
 
 def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> None:
-    """Says which axes of the mesh cut neither the batch nor any array: their devices repeat work.
+    """Warns of mesh axes that shard neither the batch nor any array: their devices repeat work.
 
-    Axes that rules by name mention are left out, for activations may be cut over them.
+    Axes in rules by name are exempt, because activations may be sharded over them.
     """
     used = set(BATCH_AXES)
     for _, axes in logical_rules(experiment.devices.sharding):
@@ -109,8 +110,9 @@ def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> 
     for name, size in mesh.shape.items():
         if size > 1 and name not in used:
             _log.warning(
-                'config.mesh.%s=%d cuts no parameter, and batches are cut over %s only: unless the '
-                'model names this axis in its activations, its devices all do the same work',
+                'config.mesh.%s=%d: no parameter is sharded over this axis, and batches are '
+                'sharded over %s only. Unless the model shards activations over it, its devices '
+                'repeat the same work',
                 name,
                 size,
                 ' and '.join(BATCH_AXES),
@@ -118,10 +120,10 @@ def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> 
 
 
 def warn_of_wrong_gradients(state: TrainState, mesh: Mesh) -> None:
-    """Says where XLA for CPUs has been seen to compute wrong gradients, in JAX alone.
+    """Warns of shardings for which XLA on CPUs has been seen to compute wrong gradients.
 
-    It is so for kernels cut over two axes of one size, beside a batch that is cut over another
-    axis, as long as nothing says how what the layers return is cut.
+    The cause is in XLA and shows in JAX alone. It needs a kernel sharded over two axes of the same
+    size, a batch sharded over a third, and activations without sharding constraints.
     """
     if mesh.devices.flat[0].platform != 'cpu' or mesh.shape.get('data', 1) == 1:
         return
@@ -131,9 +133,9 @@ def warn_of_wrong_gradients(state: TrainState, mesh: Mesh) -> None:
         sizes = [size for size in sizes if size > 1]
         if len(set(sizes)) < len(sizes):
             _log.warning(
-                '%s is cut over two axes of the mesh of size %d, and batches over config.mesh.data:'
-                ' XLA for CPUs has been seen to compute wrong gradients there, unless the model '
-                'names its activations: nn.with_logical_constraint, '
+                '%s is sharded over two mesh axes of size %d, and batches over config.mesh.data: '
+                'XLA on CPUs has been seen to compute wrong gradients for this. Constrain the '
+                "model's activations with nn.with_logical_constraint or "
                 'jax.lax.with_sharding_constraint',
                 param_path(path),
                 max(size for size in sizes if sizes.count(size) > 1),
@@ -141,8 +143,8 @@ def warn_of_wrong_gradients(state: TrainState, mesh: Mesh) -> None:
             return
 
 
-def warn_of_what_never_comes(experiment: Experiment) -> None:
-    """Says which keys ask for something that this run is too short for."""
+def warn_of_unreachable_events(experiment: Experiment) -> None:
+    """Warns of keys that have no effect because the run is too short."""
     total = experiment.training.total_steps
     late = []
     if experiment.logging.profile is not None and experiment.logging.profile.start >= total:
@@ -152,15 +154,15 @@ def warn_of_what_never_comes(experiment: Experiment) -> None:
         if first is not None and first > total:
             late.append(f'config.capture.{name}')
     if late:
-        _log.warning('%s: never comes in a run of %d steps', ', '.join(late), total)
+        _log.warning('%s: not reached in a run of %d steps', ', '.join(late), total)
     if (early := experiment.training.early_stopping) is not None:
         name = early.metric.split('/')[1]
         every = experiment.evals[name].every
         first = experiment.clock.period(every, path=f'config.evals.{name}.every').next_due(0)
         if first is None or first >= total:
             _log.warning(
-                'config.early_stopping: evaluation %r does not run before the end, so nothing '
-                'can stop earlier',
+                'config.early_stopping: evaluation %r does not run before the end, so the run '
+                'cannot stop early',
                 name,
             )
 
@@ -168,7 +170,7 @@ def warn_of_what_never_comes(experiment: Experiment) -> None:
 def warn_of_best(experiment: Experiment, events: Events) -> None:
     """Warns if `config.checkpoint.best` has too few steps that are both evaluated and saved.
 
-    A checkpoint is judged by an evaluation at the same step.
+    A checkpoint is ranked by an evaluation at the same step.
     """
     metric = experiment.saving.retention.best_metric
     if metric is None:
@@ -178,7 +180,7 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
     at_end, first = name in events.evals_due(total), evals.next_due(0)
     if at_end and (first is None or first >= total):
         return  # The only evaluation is at the end, which is saved.
-    if _meet_before(evals, save, total):
+    if _coincide_before(evals, save, total):
         return
     periods = (
         f'config.evals.{name}.every={str(experiment.evals[name].every)!r}',
@@ -194,7 +196,7 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
         fix += f', or leave out config.evals.{name}.final=False'
     _log.warning(
         'config.checkpoint.best: %s. %s and %s have no step in common before the end of this run '
-        '(%d steps), and a checkpoint is judged by an evaluation at the same step: %s',
+        '(%d steps), and a checkpoint is ranked by an evaluation at the same step: %s',
         'only the last checkpoint can be the best' if at_end else 'no checkpoint can be the best',
         *periods,
         total,
@@ -202,10 +204,11 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
     )
 
 
-def _meet_before(one: Periodic, other: Periodic, end: int) -> bool:
+def _coincide_before(one: Periodic, other: Periodic, end: int) -> bool:
     """Whether two events are due at the same step before `end`."""
     if one.period_steps is None or other.period_steps is None:
         return False
+    # Stepping through the rarer event takes fewer iterations.
     rare, often = sorted((one, other), key=lambda each: each.period_steps or 0, reverse=True)
     step = rare.next_due(0)
     while step is not None and step < end:
@@ -216,8 +219,8 @@ def _meet_before(one: Periodic, other: Periodic, end: int) -> bool:
 
 
 def watched_metrics(experiment: Experiment) -> dict[str, str]:
-    """Returns the metrics that decide something, by the config path that names each."""
+    """Returns the metrics that early stopping and retention watch, by config path."""
     early, best = experiment.training.early_stopping, experiment.saving.retention.best_metric
-    found = {'config.early_stopping.metric': early.metric if early else None}
-    found['config.checkpoint.best.metric'] = best
-    return {path: metric for path, metric in found.items() if metric is not None}
+    metrics = {'config.early_stopping.metric': early.metric if early else None}
+    metrics['config.checkpoint.best.metric'] = best
+    return {path: metric for path, metric in metrics.items() if metric is not None}

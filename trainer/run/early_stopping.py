@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends a run whose metric no longer improves.
+"""The counter of early stopping, which ends a run whose metric no longer improves.
 
-`flax.training.early_stopping` counts the same way, but keeps no state in a checkpoint, and a first
-value that is NaN stays its best for ever.
+`flax.training.early_stopping` counts the same way, but its state is not saved in checkpoints, and
+if its first value is NaN, no later value is ever better.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from trainer.config.errors import UserError
 
 
 class Patience:
-    """Counts the evaluations of a run that are no improvement.
+    """Counts the evaluations of a run without an improvement.
 
     Attributes:
-        rule: when a value is an improvement, and how many may be none.
+        rule: decides whether a value is an improvement, and how many may fail to be one.
         best: the best value so far, None before the first.
         count: evaluations since the last improvement.
         stopped: whether the run has to end.
@@ -32,18 +32,20 @@ class Patience:
         self.stopped = False
 
     def reason(self) -> str:
-        """Returns why the run ends."""
+        """Returns the message on why the run ends."""
         rule = self.rule
         if self.best is None:
-            return f'early stopping: {rule.metric} was never a number'
+            return f'Stopped early: {rule.metric} has been NaN at every evaluation'
         times = '1 evaluation' if self.count == 1 else f'{self.count} evaluations'
+        # Without the margin, a better value within it would make the message look wrong.
+        margin = f' by {rule.min_delta:g}' if rule.min_delta else ''
         return (
-            f'early stopping: {rule.metric} has not improved on {self.best:.6g} for {times} '
+            f'Stopped early: {rule.metric} has not improved on {self.best:.6g}{margin} for {times} '
             f'(mode {rule.mode!r}, patience {rule.patience})'
         )
 
     def update(self, evaluation: str, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of an evaluation; ignores all but the one that the rule names.
+        """Counts an evaluation; only the rule's metric matters.
 
         Raises:
             UserError: if the evaluation has no such metric.
@@ -64,10 +66,10 @@ class Patience:
             self.count += 1
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps, as JSON values."""
+        """Returns the state for a checkpoint, as JSON values."""
         return {'best': self.best, 'count': self.count, 'stopped': self.stopped}
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Continues from a `state`; None starts from no evaluation."""
+        """Sets what `state` returned; None resets the counter."""
         state = state or {'best': None, 'count': 0, 'stopped': False}
         self.best, self.count, self.stopped = state['best'], state['count'], state['stopped']

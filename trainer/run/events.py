@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When a run logs, evaluates, saves, captures and traces."""
+"""The schedule of a run's events: log, evaluate, save, capture and profile."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from trainer.observe.profile import Window
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Events:
-    """The events of a run; all that are due after one step run log, eval, save.
+    """The events of a run; those due after the same step run in the order log, eval, save.
 
     Attributes:
-        log: when rows are written; the steps that are left at the end have one too.
+        log: when rows are written; the last step always has one.
         evals: when each evaluation runs, by name.
-        save: when the state is saved; that at the end always is.
-        final: names of the evaluations that run at the end too.
-        profile: the steps that are traced, or None.
+        save: when the state is saved; the last one always is.
+        final: names of the evaluations that also run at the end.
+        profile: the steps that are profiled, or None.
         captures: when each capture runs.
         total_steps: length of the run.
     """
@@ -34,7 +34,7 @@ class Events:
     total_steps: int
 
     @classmethod
-    def of(cls, experiment: Experiment) -> Events:
+    def from_experiment(cls, experiment: Experiment) -> Events:
         """Returns the events of an experiment."""
         clock = experiment.clock
         return cls(
@@ -51,17 +51,14 @@ class Events:
         )
 
     def evals_due(self, step: int) -> list[str]:
-        """Returns the evaluations that are due at a step, in the config's order."""
+        """Returns the evaluations due at a step, in the config's order."""
         if step == 0:
             return []
         ending = self.final if step == self.total_steps else frozenset()
         return [name for name, each in self.evals.items() if each.due(step) or name in ending]
 
     def next_due(self, step: int) -> int | None:
-        """Returns the first step after `step` with an event, or None if there is none.
-
-        The end of the run is one.
-        """
+        """Returns the first step after `step` with an event, or None; the end of the run is one."""
         due = [
             p.next_due(step) for p in (self.log, self.save, *self.captures, *self.evals.values())
         ]
@@ -70,7 +67,15 @@ class Events:
         return min((d for d in due if d is not None), default=None)
 
     def calls(self, step: int, last: int, most: int) -> Iterator[int]:
-        """Yields how many updates each call makes: `most`, or 1 where an event is nearer."""
+        """Yields the number of steps of each call: `most`, or 1 if an event is closer than that.
+
+        So at most two programs are compiled, one for `most` fused steps and one for a single step.
+
+        Args:
+            step: number of completed updates.
+            last: the step to stop at.
+            most: fused steps per call.
+        """
         due = self.next_due(step)
         while step < last:
             room = min(last, due or last) - step

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describes errors that end a run, for files and hooks."""
+"""Descriptions of errors that end a run, for files and hooks."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _MAX_LINE = 500
 
 
 class NonFiniteError(RuntimeError):
-    """A run has been stopped because a value was not finite; the message says where it began."""
+    """A value was not finite, and the guard has stopped the run; the message says where."""
 
     exit_code = 1
     status = 'diverged'
 
 
 def status(error: BaseException) -> str:
-    """Returns the status of a run that an error ended: 'failed', or the error's own `status`."""
-    if isinstance(error, KeyboardInterrupt):  # In a notebook, where no handler asks for a save.
+    """Returns the status of a run that an error ended: the error's own `status`, or 'failed'."""
+    if isinstance(error, KeyboardInterrupt):  # In a notebook, where no handler requests a save.
         return 'interrupted'
     return str(getattr(error, 'status', 'failed'))
 
 
 def describe(error: BaseException, step: int) -> dict[str, Any]:
-    """Returns an error for `result.json`.
+    """Returns the 'error' entry of `result.json`.
 
     Args:
-        error: what was raised.
-        step: number of completed updates when it was.
+        error: the exception.
+        step: number of completed updates when it was raised.
     """
     lines = str(error).splitlines()
     shown = [line[:_MAX_LINE] for line in lines[:_MAX_LINES]]
@@ -41,19 +41,19 @@ def describe(error: BaseException, step: int) -> dict[str, Any]:
     return {
         'type': type(error).__name__,
         'message': '\n'.join(shown),
-        'where': _where(error),
+        'where': _location(error),
         'step': step,
     }
 
 
 def summary(error: BaseException) -> str:
-    """Returns 'ValueError: its message', in one line."""
+    """Returns 'ValueError: MESSAGE' with the first line of the message."""
     first = next(iter(str(error).splitlines()), '')[:_MAX_LINE]
     return f'{type(error).__name__}: {first}' if first else type(error).__name__
 
 
-def _where(error: BaseException) -> str | None:
-    """Returns 'file.py:10 in f': the user's innermost frame, or else the program's own."""
+def _location(error: BaseException) -> str | None:
+    """Returns 'file.py:10 in f': the innermost frame of user code, or else of the trainer."""
     if (own_place := traces.own_place(error)) is not None:
         return own_place
     frames = traceback.extract_tb(error.__traceback__)

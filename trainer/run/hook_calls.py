@@ -21,7 +21,7 @@ _log = logging.getLogger('trainer')
 
 
 class PeerHookError(UserError):
-    """A hook has failed in another process, and all have stopped for it with everything saved."""
+    """A hook failed in another process; all processes have saved and stopped because of it."""
 
     exit_code = EXIT_PEER_FAILED
 
@@ -29,18 +29,18 @@ class PeerHookError(UserError):
 class Hooks:
     """The hooks of a run.
 
-    A hook that fails ends the run. One process alone cannot save, so several stop after a step that
-    all agree on, and the other hooks are called until then.
+    A hook that fails ends the run. With several processes, none can save alone: they all stop after
+    the same step, and the remaining hooks are called until then.
 
     Attributes:
-        error: that of the first hook that failed, if the processes were asked to stop for it.
+        error: the first error of a hook, if the processes were asked to stop because of it.
     """
 
     def __init__(self, experiment: Experiment, workdir: Workdir | None, report: Reporter):
         """Calls nothing yet.
 
         Args:
-            experiment: whose hooks and config.
+            experiment: has the hooks and the config.
             workdir: the run's directory, or None.
             report: the run's rows.
         """
@@ -49,91 +49,93 @@ class Hooks:
         self._workdir = workdir
         self._hooks = dict(experiment.hooks)
         self._report = report
-        self._begun = False
+        self._started = False
 
     def call(self, kind: str, step: int, state: TrainState, stop: StopRequest, **more: Any) -> None:
         """Calls all hooks at an event before the end.
 
         Args:
-            kind: of `Event`, like all others.
+            kind: `Event.kind`.
             step: number of completed updates.
             state: at this step.
-            stop: asked to stop if a hook fails, where that stops several processes.
-            **more: other attributes of the event.
+            stop: receives the request to stop if a hook fails and there are several processes.
+            **more: further attributes of the event.
         """
         if not self._hooks:
             return
         if kind == 'start':
-            self._begun = True
+            self._started = True
         event = self._event(kind, step, state, **more)
         for name, hook in list(self._hooks.items()):
             try:
                 hook(event)
             except Exception as error:
+                # With several processes the error is raised later, by `raise_deferred`: raised
+                # here, it would leave the others waiting in their next collective.
                 if not stop.ask():
                     raise
                 _log.warning('config.hooks.%s failed at step %d', name, step, exc_info=error)
                 self.error = self.error or error
                 del self._hooks[name]
 
-    def raise_late(self, step: int) -> None:
-        """Raises the error of a hook for which the processes have stopped; all must call it.
+    def raise_deferred(self, step: int) -> None:
+        """Raises the error of a hook because of which all processes stopped; all must call it.
 
         Args:
-            step: at which they have.
+            step: where they stopped.
 
         Raises:
-            PeerHookError: where only hooks of other processes have failed.
+            PeerHookError: if only hooks of other processes have failed.
         """
         mine = None if self.error is None else failure.summary(self.error)
-        found = enumerate(processes.gather(mine) if self._experiment.hooks else ())
-        others = [f'process {number}: {text}' for number, text in found if text is not None]
+        texts = enumerate(processes.gather(mine) if self._experiment.hooks else ())
+        others = [f'process {number}: {text}' for number, text in texts if text is not None]
         if self.error is not None:
             raise self.error
         if others:
             raise PeerHookError(
-                f'a hook has failed in another process, and all stopped at step {step:,}. '
+                f'a hook failed in another process, so all processes stopped at step {step:,}. '
                 f'{"; ".join(others)}'
             )
 
-    def note_on(self, error: BaseException) -> None:
-        """Adds to an error that a hook had failed before it."""
+    def add_note_to(self, error: BaseException) -> None:
+        """Adds a note to an error if a hook had failed before it."""
         if self.error is not None and self.error is not error:
             error.add_note(f'A hook had failed before: {failure.summary(self.error)}')
 
     def end(
         self, step: int, state: TrainState | None, status: str, error: str | None = None
     ) -> None:
-        """Calls all hooks at the end, whatever one of them does.
+        """Calls all hooks at the end, even if one of them fails.
 
         Args:
             step: number of completed updates.
             state: at this step, None if the run has failed.
             status: of the run.
-            error: of the run; then the errors of hooks are only logged.
+            error: of the run; if there is one, errors of hooks are only logged.
         """
-        if not self._begun:
+        if not self._started:
             return
-        self._begun = False
+        self._started = False
         event = self._event('end', step, state, status=status, error=error)
         errors = []
         for hook in self._hooks.values():
             try:
                 hook(event)
-            except Exception as found:
-                errors.append(found)
+            except Exception as hook_error:
+                errors.append(hook_error)
         for each in errors[1:] if error is None else errors:
-            _log.warning("a hook failed at the 'end' of this run: %s", failure.summary(each))
+            _log.warning("a hook failed at the 'end' event: %s", failure.summary(each))
         if errors and error is None:
             raise errors[0]
 
     def end_failed(self, error: BaseException) -> None:
-        """Calls all hooks at the end of a failed run; if one of them fails, it warns."""
+        """Calls all hooks at the end of a failed run; a hook that fails causes only a warning."""
         self.end(self._report.step, None, failure.status(error), failure.summary(error))
 
     def _event(self, kind: str, step: int, state: TrainState | None, **more: Any) -> Event:
         if kind == 'log':
-            # Waits for the row's step, so that a hook gets row and state of the same step.
+            # Waits for the row, so that a hook gets the row and the state of the same step.
             self._report.flush()
         return Event(
             kind=kind,

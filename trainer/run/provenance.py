@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records which code a run used: the user's repositories, and the trainer's own version.
+"""Records the code of a run: the git state of the user's repositories and the trainer's version.
 
-git runs in a thread with time limits, so that no repository, however large or slow its disk,
-stops or delays a run.
+git runs in a thread with time limits, so that a large repository or a slow disk neither stops nor
+delays a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 _DISTRIBUTION = 'jax-config-trainer'
 _HERE = pathlib.Path(__file__).resolve().parents[1]
 _TIMEOUT_SECS = 20.0
-# A larger diff is not code: a data file was changed.
+# A larger diff is hardly code: a data file has changed.
 _MAX_DIFF_BYTES = 1 << 20
 _MAX_STATUS_BYTES = 1 << 22
 _MAX_NAMES = 100
@@ -33,7 +33,7 @@ class Repository:
 
     Attributes:
         directory: its root.
-        commit: the one that is checked out; None before the first.
+        commit: the one that is checked out; None before the first commit.
         branch: None for a detached head.
         dirty: whether tracked files differ from the commit; None if git took too long.
         untracked: files and directories that git neither tracks nor ignores.
@@ -72,7 +72,8 @@ class Code:
     """The code of a run.
 
     Attributes:
-        about: fields of `run.json`: 'git', 'config_git' if that is a different one, 'trainer'.
+        about: fields of `run.json`: 'git', 'config_git' if the config file is in another
+            repository, 'trainer'.
         diffs: file name to content.
     """
 
@@ -80,21 +81,21 @@ class Code:
     diffs: dict[str, bytes]
 
 
-def look(directory: pathlib.Path, config: pathlib.Path | None) -> Code:
+def inspect_code(directory: pathlib.Path, config: pathlib.Path | None) -> Code:
     """Returns the code of a run.
 
     Args:
-        directory: the user's.
+        directory: the directory that the run was started in.
         config: the config file, or None if there is none.
     """
     user = repository(directory)
     about: dict[str, Any] = {'git': None}
     diffs: dict[str, bytes] = {}
 
-    def add(field: str, found: Repository, name: str) -> None:
-        about[field] = found.about(name)
-        if found.diff:
-            diffs[name] = found.diff
+    def add(field: str, state: Repository, name: str) -> None:
+        about[field] = state.about(name)
+        if state.diff:
+            diffs[name] = state.diff
 
     if user is not None:
         add('git', user, 'code.diff')
@@ -108,11 +109,11 @@ def look(directory: pathlib.Path, config: pathlib.Path | None) -> Code:
 
 
 def repository(directory: pathlib.Path) -> Repository | None:
-    """Returns the repository of a directory, None outside of git or if git does not answer."""
+    """Returns the repository of a directory, or None outside of git or if git does not answer."""
     root = _root(directory)
     if root is None:
         return None
-    # One command for all: in a large repository, the walk over the files dominates.
+    # A single command: in a large repository, the walk over the files takes most of the time.
     text = _git(root, 'status', '--porcelain=v2', '--branch', '-z', limit=_MAX_STATUS_BYTES)
     if text is None:
         head = _git(root, 'rev-parse', '--verify', '-q', 'HEAD')
@@ -121,7 +122,7 @@ def repository(directory: pathlib.Path) -> Repository | None:
     entries = text.decode(errors='replace').split('\0')
     heads = dict(e[2:].split(' ', 1) for e in entries if e.startswith('# branch.'))
     commit, branch = heads.get('branch.oid'), heads.get('branch.head')
-    # 1: changed, 2: renamed, u: not merged.
+    # Entries of the porcelain format begin with 1 (changed), 2 (renamed) or u (unmerged).
     dirty = any(entry[:2] in ('1 ', '2 ', 'u ') for entry in entries)
     known = None if commit == '(initial)' else commit
     return Repository(
@@ -138,40 +139,40 @@ def trainer_version() -> dict[str, Any]:
     """Returns the version of the trainer, and its commit if it runs from a checkout."""
     about: dict[str, Any] = {'version': _version(), 'commit': None}
     root = _root(_HERE)
-    # A virtual environment may be inside one of the user's repositories.
+    # The repository around an installed trainer may be the user's, with a virtual environment.
     if root is not None and _is_trainer(root):
         text = _git(root, 'describe', '--always', '--dirty', '--abbrev=40', '--exclude=*')
         about['commit'] = text.decode().strip() if text else None
     return about
 
 
-class Lookout:
-    """Looks at the code of a run in a thread."""
+class CodeInspector:
+    """Inspects the code of a run in a thread."""
 
     def __init__(self, config: pathlib.Path | None):
-        """Starts looking, from the current directory."""
+        """Starts the thread; it inspects the current directory and that of the config file."""
         self._code: Code | None = None
-        self._then: Callable[[Code], None] | None = None
+        self._receiver: Callable[[Code], None] | None = None
         self._lock = threading.Lock()
-        self._where = pathlib.Path.cwd(), config
-        threading.Thread(target=self._look, name='provenance', daemon=True).start()
+        self._paths = pathlib.Path.cwd(), config
+        threading.Thread(target=self._inspect, name='provenance', daemon=True).start()
 
-    def then(self, act: Callable[[Code], None]) -> None:
-        """Calls a function with what was found: now if that is known, else in the thread."""
+    def deliver_to(self, act: Callable[[Code], None]) -> None:
+        """Calls a function with the code: now if it is known, otherwise later in the thread."""
         with self._lock:
             if self._code is None:
-                self._then = act
+                self._receiver = act
                 return
         with contextlib.suppress(OSError):
             act(self._code)
 
-    def _look(self) -> None:
+    def _inspect(self) -> None:
         try:
-            code = look(*self._where)
-        except Exception as error:  # Never a reason to end a run.
+            code = inspect_code(*self._paths)
+        except Exception as error:  # Not worth ending the run for.
             code = Code(about={'git': None, 'git_error': repr(error)}, diffs={})
         with self._lock:
-            self._code, act = code, self._then
+            self._code, act = code, self._receiver
         if act is not None:
             with contextlib.suppress(OSError):
                 act(code)
@@ -195,8 +196,8 @@ def _diff(root: pathlib.Path) -> bytes:
 
 def _git(directory: pathlib.Path, *words: str, limit: int = 1 << 16) -> bytes | None:
     """Returns git's output, truncated at `limit` bytes; None if it fails or takes too long."""
-    # git's file system monitor would keep our pipe open, and its optional locks could block a
-    # commit in another window.
+    # git's file system monitor would inherit the pipe and keep it open, and git's optional locks
+    # could block a commit that the user makes meanwhile.
     command = ['git', '--no-optional-locks', '-c', 'core.fsmonitor=false', *words]
     try:
         process = subprocess.Popen(
@@ -215,11 +216,11 @@ def _git(directory: pathlib.Path, *words: str, limit: int = 1 << 16) -> bytes | 
     with process:
         assert process.stdout is not None
         text = process.stdout.read(limit + 1)
-        if cut := len(text) > limit:
+        if is_truncated := len(text) > limit:
             process.kill()
     timer.cancel()
-    if cut:
-        return text[:limit] + f'\n[cut after {limit:,} bytes]\n'.encode()
+    if is_truncated:
+        return text[:limit] + f'\n[truncated after {limit:,} bytes]\n'.encode()
     return text if process.returncode == 0 else None
 
 
@@ -228,6 +229,6 @@ def _version() -> str | None:
         return importlib.metadata.version(_DISTRIBUTION)
     project = _HERE.parent / 'pyproject.toml'
     with contextlib.suppress(OSError, ValueError, KeyError):
-        found = tomllib.loads(project.read_text())['project']
-        return str(found['version']) if found['name'] == _DISTRIBUTION else None
+        table = tomllib.loads(project.read_text())['project']
+        return str(table['version']) if table['name'] == _DISTRIBUTION else None
     return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells its user: metric rows, the progress line, and where the time went.
+"""The output of a run: metric rows, the progress line, and the time spent in each part.
 
-Metrics accumulate on the devices. A row is fetched when it is there, while later steps are queued,
-so that the devices never wait for the host to read a number and to write it down.
+Metrics accumulate on the devices. A row is fetched once its step is done, while later steps are
+already queued, so that the devices never wait for the host to read and write numbers.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from trainer.tasks.runner import compute_metrics
 
 
 class Reporter:
-    """Collects the rows of a run and shows them.
+    """Collects, writes and prints the rows of a run.
 
-    A training row holds means over all steps since the previous row; `train/data_wait_secs` is the
-    mean time that a step waited for its batch. Only learning rates and norms are the values at the
-    row's step.
+    The values of a training row are means over all steps since the previous row;
+    `train/data_wait_secs` is the mean time that a step waited for its batch. Only learning rates
+    and norms are the values at the row's step.
 
     Attributes:
-        step: number of updates that have been dispatched.
-        row: the newest row, as it was written: 'step' and values by flat name.
+        step: number of steps that have been dispatched.
+        row: the newest row as it was written: 'step' and values by flat name.
         latest: the newest value of each metric, by flat name.
         time: seconds spent in each part of the run.
-        progress: the user's screen.
+        progress: prints messages and the progress line.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Reporter:
         stream: Screen | None = None,
         members: Sequence[str] = (),
     ):
-        """Makes a reporter that writes no files until `open`.
+        """Creates a reporter that writes no files before `open`.
 
         Args:
             total_steps: length of the run.
-            batch_size: rows of the global batch, for examples per second.
-            stream: the user's screen; standard output by default.
+            batch_size: examples of the global batch, for examples per second.
+            stream: where to print; standard output by default.
             members: descriptions of an ensemble's members: 'seed 3, optimizer.learning_rate 0.1'.
         """
         self.step = 0
@@ -78,16 +78,18 @@ class Reporter:
         self._members = members
         self._pending: _Pending | None = None
         self._evaluated: set[tuple[str, int]] = set()
+        # Of the newest row: its step and the seconds of the loop until then.
         self._mark = (0, 0.0)
+        # The same for the seconds spent waiting for data.
         self._waited = (0, 0.0)
         self._began = 0.0
 
     def start(self) -> None:
-        """Starts the clock of the whole: `time` is that of one call of `fit`."""
+        """Resets `time`, which covers one call of `fit`."""
         self.time = TimeSpent()
 
     def restore(self, step: int, metrics: Mapping[str, float], evaluated: Iterable[str]) -> None:
-        """Takes what is known of the run so far in the place of all that was.
+        """Replaces the metrics by those of a checkpoint.
 
         Args:
             step: number of completed updates.
@@ -99,7 +101,7 @@ class Reporter:
         self._evaluated = {(name, step) for name in evaluated}
 
     def open(self, directory: epath.Path, step: int, *, tensorboard: bool) -> None:
-        """Opens the run's files, cut back to the step that the run goes on from."""
+        """Opens the run's files, truncated to the step that the run resumes from."""
         self._directory = directory
         self._writer = Writers(
             [MetricsFile(directory / 'metrics.jsonl', resume_step=step)],
@@ -109,32 +111,33 @@ class Reporter:
     def begin(self, step: int) -> None:
         """Starts the clock of the loop."""
         self._pending = None
-        self._began = self._busy()
+        self._began = self._loop_secs()
         self._mark = (step, self._began)
         self._waited = (step, 0.0)
 
     def end(self, status: str, step: int) -> None:
-        """Shows how the run ended and where the time went, and closes its files."""
+        """Prints the status, the newest metrics and the time spent, and closes the run's files."""
         self.flush()
-        steps = self._busy() - self._began - self.time.get('data wait')
+        steps = self._loop_secs() - self._began - self.time.get('data wait')
         self.time.set('steps', max(0.0, steps))
         self.close()
         lines = [f'{status} at step {step:,}']
-        known = sorted(self.latest.items())
-        lines += [f'  {name} {_number(value)}' for name, value in known if not _member(name)]
-        evals = [each for each in known if each[0].startswith('eval/') and _member(each[0])]
-        for member, values in itertools.groupby(evals, key=lambda each: _member(each[0])):
-            named = {name.removeprefix(f'{member}/'): x for name, x in values}
-            lines.append(f'  {self._named(member)}  {_listed(named)}')
+        items = [(name, value, _member_prefix(name)) for name, value in sorted(self.latest.items())]
+        lines += [f'  {name} {_format_number(x)}' for name, x, member in items if not member]
+        # Of the members of an ensemble only evaluations are printed: one line each.
+        evals = [item for item in items if item[0].startswith('eval/') and item[2]]
+        for member, group in itertools.groupby(evals, key=lambda item: item[2]):
+            values = {name.removeprefix(f'{member}/'): x for name, x, _ in group}
+            lines.append(f'  {self._member_label(member)}  {_format_values(values)}')
         self.progress.message('\n'.join([*lines, self.time.summary()]))
 
     def close(self) -> None:
-        """Closes the run's files; what comes after is only shown."""
+        """Closes the run's files; later rows are only printed."""
         writer, self._writer = self._writer, Writers(())
         writer.close()
 
-    def stepped(self, step: int) -> None:
-        """Is told of each dispatched step: writes the row that waits, once its step is done."""
+    def record_step(self, step: int) -> None:
+        """Called after each dispatched step; writes the pending row if its step is done."""
         self.step = step
         self.flush_ready()
         self.progress.tick(step)
@@ -145,13 +148,13 @@ class Reporter:
             self.flush()
 
     def log(self, step: int, metrics: Any, *, stopped: Any = None) -> None:
-        """Takes the accumulators of a log event; `flush` or a later `stepped` writes their row.
+        """Queues the row of a log event; `flush` or a later `record_step` writes it.
 
         Args:
             step: number of completed updates.
             metrics: the accumulators.
-            stopped: of an ensemble, bool (members,): which have diverged. They are left out of the
-                means over its members.
+            stopped: for an ensemble, bool (members,): which members have diverged. The means over
+                the members leave them out.
         """
         self.flush()
         (before, waited), secs = self._waited, self.time.get('data wait')
@@ -159,40 +162,40 @@ class Reporter:
         self._pending = _Pending(step, (metrics, stopped), (secs - waited) / (step - before))
 
     def flush(self) -> None:
-        """Writes the row that waits, if one does; blocks until its step is done."""
+        """Writes the pending row, if there is one; blocks until its step is done."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
         step = pending.step
         row = flat_row(*fetch(pending.values))
-        # Read now, when the step is known to be done, and not when it was dispatched.
-        (began_step, began), self._mark = self._mark, (step, self._busy())
+        # The clock is read here, where the step is known to be done: dispatching returns at once.
+        (began_step, began), self._mark = self._mark, (step, self._loop_secs())
         steps, secs = step - began_step, self._mark[1] - began
         rate = steps / secs if secs > 0 else math.nan
         row['train/steps_per_sec'] = rate
         row['train/examples_per_sec'] = rate * self._batch_size
         row['train/data_wait_secs'] = pending.data_wait_secs
-        kept = self._keep(f'train_{step}', row.arrays)
+        kept = self._write_arrays(f'train_{step}', row.arrays)
         self._add(step, row)
         self.progress.update(step, row)
         if kept:
             self.progress.message(f'step {step:,}:{kept}')
 
-    def evaluated(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the row of an evaluation, and a file of the arrays of a `Measured`."""
+    def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes the row of an evaluation, and a file with the arrays of a `Measured`."""
         arrays = metrics.arrays if isinstance(metrics, Measured) else {}
-        kept = self._keep(f'eval_{name}_{step}', arrays)
+        kept = self._write_arrays(f'eval_{name}_{step}', arrays)
         row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
         self._add(step, row)
-        # Last: an evaluation without a row counts as not run.
+        # After the row is written: an evaluation without a row counts as not run.
         self._evaluated.add((name, step))
         shown = {key: value for key, value in metrics.items() if not is_member_name(key)}
-        self.progress.message(f'eval {name} at step {step:,}: {_listed(shown)}{kept}')
+        self.progress.message(f'eval {name} at step {step:,}: {_format_values(shown)}{kept}')
 
-    def captured(
+    def record_capture(
         self, step: int, row: Mapping[str, float], histograms: Mapping[str, Histogram]
     ) -> None:
-        """Writes what was captured of the model's insides after a step; shows none of it."""
+        """Writes the captured values and histograms of a step; prints nothing."""
         if row:
             self._writer.write(step, row)
         if histograms:
@@ -203,12 +206,12 @@ class Reporter:
         return (name, step) in self._evaluated
 
     def sync(self) -> None:
-        """Writes all rows and returns when they are on disk: what a save waits for."""
+        """Writes all rows and returns once they are on disk."""
         self.flush()
         self._writer.sync()
 
-    def _keep(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
-        """Writes arrays to a file in `metrics/`, and returns their part of the printed line."""
+    def _write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> str:
+        """Writes arrays to a file in `metrics/`; returns their part of the printed line."""
         if not arrays:
             return ''
         shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
@@ -224,14 +227,14 @@ class Reporter:
         self.latest.update(row)
         self._writer.write(step, row)
 
-    def _named(self, member: str) -> str:
+    def _member_label(self, member: str) -> str:
         """Returns 'eval/test member 3 (seed 3)' for 'eval/test/member_3'."""
-        place, _, number = member.rpartition('/member_')
-        described = self._members[int(number)] if int(number) < len(self._members) else ''
-        return f'{place} member {number}' + (f' ({described})' if described else '')
+        prefix, _, number = member.rpartition('/member_')
+        description = self._members[int(number)] if int(number) < len(self._members) else ''
+        return f'{prefix} member {number}' + (f' ({description})' if description else '')
 
-    def _busy(self) -> float:
-        """Seconds of the loop so far, without its evaluations and saves."""
+    def _loop_secs(self) -> float:
+        """Returns the seconds of the loop so far, without its evaluations and saves."""
         return time.perf_counter() - self.time.get('eval') - self.time.get('save')
 
 
@@ -242,7 +245,7 @@ class _Pending:
         self.step = step
         self.values = values
         self.data_wait_secs = data_wait_secs
-        # The metrics are of one call of a program, and the rest follows it.
+        # One array suffices: all metrics are outputs of the same call of a program.
         self._one = next((x for x in jax.tree.leaves(values) if isinstance(x, jax.Array)), None)
 
     def is_ready(self) -> bool:
@@ -252,27 +255,28 @@ class _Pending:
 def flat_row(metrics: Any, stopped: Any = None) -> Measured:
     """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer.
 
-    Of an ensemble the means over its members, and under 'train/member_<i>/...' those of each.
+    For an ensemble: the means over its members, and 'train/member_<i>/...' for each member.
 
     Args:
         metrics: the accumulators.
-        stopped: of an ensemble, bool (members,): which to leave out of the means; not if all are.
+        stopped: for an ensemble, bool (members,): members to leave out of the means, unless all
+            have stopped.
     """
     computed = compute_metrics(fetch(metrics))
     if isinstance(metrics, PerMember):
-        rows = [_flat(each) for each in computed]
+        rows = [_flatten(each) for each in computed]
         row = average_members(rows, () if stopped is None else np.flatnonzero(~stopped))
-        # No member has the mean of several learning rates.
+        # A mean of different learning rates is the learning rate of no member.
         for name in rows[0]:
             if name.split('/')[0] == 'learning_rate' and len({each[name] for each in rows}) > 1:
                 row.pop(name, None)
     else:
-        row = _flat(computed)
+        row = _flatten(computed)
     return row.with_prefix('train/')
 
 
 def check_row(metrics: Any) -> None:
-    """Checks that a row can be made of a step's accumulators, from their shapes.
+    """Checks, from the shapes of a step's accumulators, that they make a row.
 
     Raises:
         UserError: naming the metric that cannot be written to a row or a file.
@@ -287,26 +291,26 @@ def check_row(metrics: Any) -> None:
         raise UserError(f'the metrics of training: {error}') from error
 
 
-def _flat(computed: Mapping[str, Any]) -> Measured:
+def _flatten(computed: Mapping[str, Any]) -> Measured:
     rest = dict(computed)
     row = Measured(rest.pop('task', {}))
     row.update_with(Measured(rest.pop('penalties', {})))
     norms = rest.pop('norms', {})
     row.update_with(Measured({f'{name}_norm': value for name, value in norms.items()}))
-    # Learning rates, perhaps one for each group, and what a step of the user's own returns.
+    # Learning rates, possibly one for each parameter group, and the metrics of a custom step.
     row.update_with(Measured(rest))
     return row
 
 
-def _member(name: str) -> str:
+def _member_prefix(name: str) -> str:
     """Returns 'eval/test/member_0' for a value of one member of an ensemble, '' for any other."""
-    found = re.match(r'.*/member_\d+(?=/)', name)
-    return found[0] if found else ''
+    match = re.match(r'.*/member_\d+(?=/)', name)
+    return match[0] if match else ''
 
 
-def _listed(values: Mapping[str, float]) -> str:
-    return '  '.join(f'{name} {_number(value)}' for name, value in values.items())
+def _format_values(values: Mapping[str, float]) -> str:
+    return '  '.join(f'{name} {_format_number(value)}' for name, value in values.items())
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f'{value:,}' if isinstance(value, int) else f'{value:.5g}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a run: its first one, and those of its checkpoints."""
+"""The state that a run starts from: initialized, or restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.weights.first_state import start
 
 
 def init_state(experiment: Experiment, programs: Programs) -> TrainState:
-    """Returns the first state of a run, every leaf created on the devices that hold it.
+    """Returns the initial state of a run, every leaf created on the devices that hold it.
 
     Raises:
         UserError: if the weights of `config.init_from` do not fit the model.
@@ -40,36 +40,36 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
     """Returns the state of a checkpoint of the work directory.
 
     Args:
-        run: whose checkpoints.
-        programs: of its training.
-        step: a number, 'latest' or 'best'.
+        run: the run that saved it.
+        programs: the training programs.
+        step: a step, 'latest' or 'best'.
 
     Raises:
         UserError: if there is no such checkpoint.
-        CheckpointError: if its arrays are not those that were saved.
+        CheckpointError: if its arrays differ from those that were saved.
     """
     checkpoints, experiment = run.checkpoints, run.experiment
     if checkpoints is None:
-        raise UserError('restore: this trainer has no work directory')
+        raise UserError('restore: this Trainer has no work directory')
     if step == 'best' and experiment.saving.retention.best_metric is None:
         raise UserError(
-            "step 'best' needs a metric, and this config names none: add "
+            "step 'best' needs a metric, and this config defines none. Add "
             '--config.checkpoint.best.metric=eval/NAME/accuracy'
         )
     if run.workdir is not None and not run.workdir.path.exists():
-        raise UserError(f'there is no run in {run.workdir.path}')
+        raise UserError(f'no run in {run.workdir.path}: the directory does not exist')
     steps = checkpoints.steps()
     named = {'latest': checkpoints.latest, 'best': checkpoints.best}
     number = int(step) if str(step).isascii() and str(step).isdigit() else None
-    found = named[str(step)]() if step in named else number
-    if found is None or found not in steps:
+    chosen = named[str(step)]() if step in named else number
+    if chosen is None or chosen not in steps:
         have = ', '.join(map(str, steps)) or 'none'
-        raise UserError(f'no checkpoint {step!r} in {checkpoints.directory}; there: {have}')
-    state = checkpoints.restore(found, programs.abstract)
+        raise UserError(f'no checkpoint {step!r} in {checkpoints.directory}; available: {have}')
+    state = checkpoints.restore(chosen, programs.abstract)
     if experiment.ensemble is None:
         return state
-    # An evaluation leaves out members that have diverged.
-    kept = checkpoints.meta(found).get('health')
+    # Evaluations leave out members that have diverged, so they need the health too.
+    kept = checkpoints.meta(chosen).get('health')
     return state if kept is None else _with_health(state, _clean_health(programs), kept)
 
 
@@ -80,24 +80,25 @@ def with_health(
 
     Args:
         experiment: what is trained.
-        programs: of its training.
-        state: fresh, or of a checkpoint.
-        kept: what `health.to_metadata` returned when it was saved.
+        programs: the training programs.
+        state: fresh, or from a checkpoint.
+        kept: what `health.to_metadata` returned when the state was saved.
 
     Raises:
-        CheckpointError: if that is of another shape.
+        CheckpointError: if `kept` has another shape.
     """
-    found = _clean_health(programs)
-    if found is None:
+    clean = _clean_health(programs)
+    if clean is None:
         return state
-    state = dataclasses.replace(state, health=found)
+    state = dataclasses.replace(state, health=clean)
     if experiment.ensemble is not None or fetch(programs.sweep(state).kind):
-        found = programs.examine(state.durable)  # Mostly there is nothing to count.
-    return _with_health(state, found, kept)
+        # Counts non-finite values in every leaf; usually the sweep shows that there are none.
+        clean = programs.examine(state.durable)
+    return _with_health(state, clean, kept)
 
 
 def with_hyperparams(experiment: Experiment, state: TrainState) -> TrainState:
-    """Returns a restored state with the numbers that `config.ensemble.vary` has now."""
+    """Returns a restored state with the current values of `config.ensemble.vary`."""
     ensemble = experiment.ensemble
     if ensemble is None:
         return state
@@ -106,7 +107,7 @@ def with_hyperparams(experiment: Experiment, state: TrainState) -> TrainState:
 
 
 def _clean_health(programs: Programs) -> health.Health | None:
-    """Returns the health of a finite state; None if the run does not look at it."""
+    """Returns the health of a finite state; None if the train step does not track health."""
     abstract = programs.abstract.health
     if abstract is None:
         return None
@@ -122,6 +123,6 @@ def _with_health(state: TrainState, clean: health.Health | None, kept: Any) -> T
         return dataclasses.replace(state, health=health.from_metadata(clean, kept))
     except ValueError as error:
         raise CheckpointError(
-            f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' of its "
-            f'metadata: {error}. Remove its directory to resume from an older one.'
+            f"the checkpoint of step {int(fetch(state.step)):,} is damaged: 'health' in its "
+            f'metadata: {error}. Delete its directory to resume from an older one.'
         ) from error

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a call of `Trainer.fit` ended."""
+"""The result of `Trainer.fit`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from trainer.step.state import TrainState
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """How a call of `fit` ended.
+    """The result of a call of `fit`.
 
     Attributes:
         status: 'finished', 'stopped_early' (`config.early_stopping`), 'preempted' (SIGTERM),
             'interrupted' (Ctrl-C, or the stop button of a notebook) or 'paused' (`max_steps`).
         step: number of completed updates.
-        metrics: the newest value of each metric, by its flat name ('eval/test/accuracy').
-        state: the state at `step`; gone once another call of `fit` has donated it to a step.
+        metrics: the newest value of each metric, by flat name ('eval/test/accuracy').
+        state: the state at `step`; deleted once another call of `fit` has donated it to a step.
     """
 
     status: str
     step: int
     metrics: Mapping[str, float]
-    state: TrainState = dataclasses.field(repr=False, compare=False)  # Thousands of numbers.
+    # Not in the repr, which would print its arrays.
+    state: TrainState = dataclasses.field(repr=False, compare=False)
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run keeps, so that it goes on where it stopped as if nothing had happened."""
+"""Starting, saving and resuming a run, so that a resumed run equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trainer.input.fingerprint import data_changes, fingerprint
 from trainer.input.position import DataPosition
 from trainer.parallel import processes
 from trainer.run import failure
-from trainer.run.batch_sizes import BatchSizes, place_in_other_data, resized
+from trainer.run.batch_sizes import BatchSizes, describe_position_in_new_data, describe_resize
 from trainer.run.early_stopping import Patience
 from trainer.run.failure import NonFiniteError
-from trainer.run.provenance import Lookout
+from trainer.run.provenance import CodeInspector
 from trainer.run.reporter import Reporter
 from trainer.run.restore import init_state, restore, with_health, with_hyperparams
 from trainer.run.setup import Run
@@ -33,13 +33,14 @@ from trainer.step.state import TrainState
 
 
 class Recovery:
-    """Starts a run from what the last one kept, and keeps what the next one needs.
+    """Restores the state to start from, and saves the state to resume from.
 
-    That is the state, in a checkpoint or between two calls in memory, and beside it what the host
-    has counted: the digest of the data, the newest metrics, the evaluations of the saved step.
+    The train state is kept in a checkpoint, or in memory between two calls without a work
+    directory. With it goes what the host has counted: the position in the data and its digest, the
+    newest metrics, the evaluations that have run at the saved step.
 
     Attributes:
-        early_stopping: what ends the run before its time, or None.
+        early_stopping: the counter of `config.early_stopping`, or None.
     """
 
     def __init__(
@@ -53,10 +54,10 @@ class Recovery:
         """Reads and writes nothing yet.
 
         Args:
-            run: whose checkpoints and work directory.
+            run: has the checkpoints and the work directory.
             report: the run's metrics.
-            allow_config_change: go on with a run although the config makes it another one.
-            overrides: the command line's, for `run.json`.
+            allow_config_change: resume even though the config has changed.
+            overrides: those of the command line, for `run.json`.
         """
         self._run = run
         self._report = report
@@ -65,23 +66,22 @@ class Recovery:
         self._consumed = DataPosition(run.experiment.data)
         rule = run.experiment.training.early_stopping
         self.early_stopping = None if rule is None else Patience(rule)
-        # What tells the training data from other data; None of a loader that has no first example.
+        # Identifies the training data; None for a loader that has no first example.
         self._fingerprint: dict[str, Any] | None = None
-        # Without a work directory the next call goes on from here.
+        # Without a work directory, the next call resumes from here.
         self._paused: tuple[TrainState, int] | None = None
-        # True from `open` to `end`: a failure in between is one of the run.
+        # True from `open` to `end`: only a failure in between belongs in the run's files.
         self._running = False
         self._failed = False
         self._called = now()
-        self._code: Lookout | None = None
+        self._code: CodeInspector | None = None
 
     def check(self) -> None:
-        """Refuses a work directory whose checkpoints are of another run, or of a longer one.
+        """Checks that the run can resume from the checkpoints in its work directory.
 
         Raises:
-            UserError: naming what differs, unless that is allowed; or the checkpoint's step, if it
-                is after the end of this run; or that the checkpoints of a run that had saved are
-                missing.
+            UserError: if they are from another config (unless that is allowed), from a step after
+                the end of this run, or missing although the run had saved some.
         """
         workdir, experiment = self._run.workdir, self._run.experiment
         self._called = now()
@@ -97,51 +97,57 @@ class Recovery:
         if latest > experiment.training.total_steps:
             checkpoints.check_name(latest, checkpoints.meta(latest))
             raise UserError(
-                f'{workdir.path} is at step {latest:,}, but config.train_for asks for '
-                f'{experiment.training.total_steps:,} steps. Name another --workdir, or a longer '
+                f'{workdir.path} is at step {latest:,}, but config.train_for is only '
+                f'{experiment.training.total_steps:,} steps. Use another --workdir or a longer '
                 '--config.train_for.'
             )
 
     def start(self, programs: Programs) -> tuple[TrainState, int]:
         """Returns the state that the run starts from, restored or fresh, and its step."""
         experiment = self._run.experiment
-        if self._run.workdir is not None and processes.is_primary():
-            self._code = Lookout(self._run.experiment.origin.path)
+        if self._run.workdir is not None and processes.is_main_process():
+            self._code = CodeInspector(self._run.experiment.origin.path)
         if self._paused is not None:
             self._consumed.resume(self._paused[1])
             return self._paused
-        self._look_at_data()
+        self._fingerprint_data()
         latest, checkpoints = self._latest(), self._run.checkpoints
         if checkpoints is None or latest is None:
             if checkpoints is not None:
                 check_storable(programs.abstract.durable)
             self._report.restore(0, {}, ())
-            # An earlier call may have failed and left its counts behind.
+            # An earlier call may have failed after counting some batches.
             self._consumed.restart()
             self._restore_early_stopping({})
             return with_health(experiment, programs, init_state(experiment, programs)), 0
-        if self._run.workdir is not None and processes.is_primary():
-            # A run that goes on there would delete what is read here.
+        if self._run.workdir is not None and processes.is_main_process():
+            # Another run in this directory could delete the checkpoint while it is read.
             self._run.workdir.claim()
-        # Before the arrays, which can take minutes to read.
+        # Metadata first: it may be wrong, and the arrays can take minutes to read.
         meta = checkpoints.meta(latest, checked.OF_A_RUN)
         state = restore(self._run, programs, latest)
         if self._allow_config_change:
             state = with_hyperparams(experiment, state)
         if not self._consumed.restore(latest, meta, may_restart=self._allow_config_change):
-            self._report.progress.message('The data restarts from the beginning.')
-        self._tell_data_changes(latest, meta)
+            self._report.progress.message(
+                'Restarting the data from the beginning, because the config changed.'
+            )
+        self._report_data_changes(latest, meta)
         state = with_health(experiment, programs, state, meta.get('health'))
         self._restore_early_stopping(meta)
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
         return state, latest
 
     def open(self, step: int) -> None:
-        """Opens the run's files over those of the run that resumes from `step`."""
-        # The next step donates its buffers: it can be used only once.
+        """Opens the run's files, and writes the config and `run.json`.
+
+        Args:
+            step: where the run starts or resumes.
+        """
+        # The next step donates the buffers of this state, so it can be used only once.
         self._paused = None
         workdir, experiment = self._run.workdir, self._run.experiment
-        if workdir is None or not processes.is_primary():
+        if workdir is None or not processes.is_main_process():
             return
         workdir.claim()
         run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
@@ -149,34 +155,36 @@ class Recovery:
         self._running, self._failed = True, False
         workdir.forget_failure()
         if self._code is not None:
-            self._code.then(workdir.keep_code)
+            self._code.deliver_to(workdir.keep_code)
         if step > 0:
             workdir.mark_saved()
         else:
             workdir.unmark_saved()
         if changes and step > 0:
             self._report.progress.message(f'The config has changed:\n{diff.format_diff(changes)}')
-        before = self._run.batch_sizes.changed_at(step)
+        before = self._run.batch_sizes.previous_size(step)
         if before is not None:
-            self._report.progress.message(resized(experiment, self._run.batch_sizes, step, before))
+            self._report.progress.message(
+                describe_resize(experiment, self._run.batch_sizes, step, before)
+            )
         self._report.open(workdir.path, step, tensorboard=experiment.logging.tensorboard)
 
-    def count(self, batch: LoadedBatch) -> None:
+    def count_batch(self, batch: LoadedBatch) -> None:
         """Counts a batch that a step has consumed."""
         self._report.time.add('data wait', batch.wait_secs)
         self._consumed.add(batch)
 
     def check_saves(self) -> None:
-        """Raises what a save in the background has failed of; does not wait for one."""
+        """Raises the error of a failed background save; does not wait for one in progress."""
         if self._run.checkpoints is not None:
             self._run.checkpoints.check()
 
     def save(self, step: int, state: TrainState) -> bool:
-        """Starts a save, unless this step has one; returns whether it did."""
+        """Starts to save a step, unless it is saved already; returns whether it did."""
         checkpoints = self._run.checkpoints
         if checkpoints is None or checkpoints.has(step):
             return False
-        with self._report.time.spent('save'):
+        with self._report.time.measure('save'):
             # All rows up to this step are on disk before its save starts, so that a resumed run
             # neither misses a row nor writes it twice.
             self._report.sync()
@@ -196,24 +204,24 @@ class Recovery:
         return True
 
     def amend(self, step: int) -> None:
-        """Adds to the checkpoint of a step what evaluations have measured since it was saved."""
+        """Adds the results of evaluations that ran after a step was saved to its checkpoint."""
         if self._run.checkpoints is not None:
             self._report.sync()
             self._run.checkpoints.amend(step, self._measured(step))
 
     def end(self, status: str, step: int, state: TrainState) -> None:
-        """Waits for the saves, and writes `result.json` if the run is not merely paused."""
+        """Waits for the saves, and writes `result.json` unless the run is only paused."""
         checkpoints, workdir = self._run.checkpoints, self._run.workdir
         if checkpoints is None or workdir is None:
             self._paused = (state, step)
             return
-        with self._report.time.spent('save'):
+        with self._report.time.measure('save'):
             checkpoints.close()
         self._check_workdir(step)
         if status != 'paused':
             digest, metrics = checkpoints.meta(step)['digest'], dict(self._report.latest)
             data_digest = self._consumed.digest()
-            if processes.is_primary():
+            if processes.is_main_process():
                 workdir.write_result(status, step, digest, data_digest, metrics)
         self._running = self._failed = False
         workdir.end_run(status, step)
@@ -227,18 +235,18 @@ class Recovery:
         *,
         is_sound: Callable[[TrainState], bool],
     ) -> None:
-        """Saves the completed steps when an error ends the run; keeps them without a directory.
+        """Saves the state when an error ends the run; without a work directory, in memory.
 
-        Evaluations that were due at this step and have not run will run at the next start. All
+        Evaluations that were due at this step and have not run will run after the next start. All
         processes must call it.
 
         Args:
             step: number of completed updates.
             state: at this step.
             error: what ends the run; it gets a note if the save fails as well.
-            is_sound: whether a state is finite.
+            is_sound: returns whether a state is finite.
         """
-        if not self._is_worth_keeping(step, state, error, is_sound):
+        if not self._can_save(step, state, error, is_sound):
             return
         checkpoints = self._run.checkpoints
         if checkpoints is None:
@@ -249,26 +257,26 @@ class Recovery:
         try:
             if self.save(step, state):
                 checkpoints.close()
-                self._report.progress.message(f'Saved at step {step:,} before the run ends.')
-        except Exception as late:
-            error.add_note(f'The state of step {step:,} could not be saved either: {late}')
+                self._report.progress.message(f'Saved step {step:,} before exiting.')
+        except Exception as save_error:
+            error.add_note(f'The state of step {step:,} could not be saved either: {save_error}')
 
     def remember(self, step: int, state: TrainState) -> None:
-        """Keeps the state for the next call, if there is no work directory to save it in."""
+        """Keeps the state in memory for the next call, if there is no work directory."""
         if self._run.checkpoints is None and not donated.is_donated(state):
             self._paused = (state, step)
 
-    def _is_worth_keeping(
+    def _can_save(
         self,
         step: int,
         state: TrainState,
         error: BaseException,
         is_sound: Callable[[TrainState], bool],
     ) -> bool:
-        """Whether a run that an error ends may save its state, which the next start resumes from.
+        """Whether a run that an error ends may save its state for the next start.
 
-        Not if the guard has stopped it, if a failed step has donated its buffers, or if a save has
-        just failed, in any process.
+        It may not if, in any process, the guard has stopped the run, a failed step has donated the
+        buffers of the state, or a save has just failed.
         """
         failed = isinstance(error, (CheckpointError, NonFiniteError))
         if processes.sum_over_processes(step == 0 or failed or donated.is_donated(state)):
@@ -280,18 +288,18 @@ class Recovery:
             return False
 
     def abandon(self, error: BaseException) -> None:
-        """Closes what is open when the run fails, and writes `result.json`.
+        """Closes all files when the run fails, and writes `result.json`.
 
         A save in progress is completed first.
         """
         if self._run.checkpoints is not None:
             try:
                 self._run.checkpoints.close()
-            except Exception as late:
-                error.add_note(f'A save in the background failed too: {late!r}')
+            except Exception as save_error:
+                error.add_note(f'A background save failed too: {save_error!r}')
         with contextlib.suppress(Exception):  # The pending row may be of a step that failed.
             self._report.flush_ready()
-        # Whatever fails from here on, the disk or a library, must not hide the first error.
+        # Further errors, of the disk or a library, must not hide the first one.
         with contextlib.suppress(Exception):
             self._report.close()
         try:
@@ -303,7 +311,7 @@ class Recovery:
                 self._run.workdir.release()
 
     def record_exit(self, status: str, message: str) -> None:
-        """Records how the run ends, when the process is about to exit.
+        """Records how the run ends, just before the process exits.
 
         Args:
             status: for `result.json`.
@@ -313,14 +321,14 @@ class Recovery:
         self._record(status, {'type': None, 'message': message, 'where': None, 'step': step})
 
     def _record(self, status: str, error: Mapping[str, Any]) -> None:
-        """Records the end of a run that has begun here, or has failed to begin."""
+        """Records the end of a run that started in this process, or failed to start."""
         workdir = self._run.workdir
-        if workdir is None or not processes.is_primary():
+        if workdir is None or not processes.is_main_process():
             return
         if not workdir.is_this_run():  # It was deleted, or belongs to another run now.
             return
         if not self._running:
-            # The files of an earlier run do not change.
+            # A run that failed to start must not change the files of an earlier one.
             if not (self._failed or workdir.is_fresh()):
                 return
             workdir.claim()
@@ -330,7 +338,7 @@ class Recovery:
         workdir.write_result(status, step, *self._saved_digests(step), metrics, error)
 
     def _saved_digests(self, step: int) -> tuple[str | None, str | None]:
-        """Returns the digests of state and data at a step, if it is saved."""
+        """Returns the digests of state and data at a step, or None for both if it is not saved."""
         checkpoints = self._run.checkpoints
         with contextlib.suppress(CheckpointError, OSError):
             if checkpoints is not None and step in checkpoints.steps():
@@ -339,44 +347,44 @@ class Recovery:
         return None, None
 
     def _check_workdir(self, step: int) -> None:
-        """Checks that the directory has not been deleted; all processes must call it."""
+        """Checks that the work directory has not been deleted; all processes must call it."""
         workdir = self._run.workdir
         if workdir is None or not processes.sum_over_processes(not workdir.is_this_run()):
             return
         raise SaveError(
             f'{workdir.path} was deleted during this run, or another run has overwritten its '
-            f'run.json. This run ends at step {step:,}; deleted files are lost. Start it again in '
-            'a directory of its own that nothing deletes.',
+            f'run.json. This run ends at step {step:,}; deleted files are lost. Start it again '
+            'with a --workdir that no other run or program uses.',
             may_pass=False,
         )
 
-    def _look_at_data(self) -> None:
-        """Takes the fingerprint of the training data, for the checkpoints.
+    def _fingerprint_data(self) -> None:
+        """Computes the fingerprint of the training data, which each checkpoint stores.
 
-        Before anything else reads it: a save must not read a source that the run is reading.
+        Done before training reads the data: a save must not read a source that is in use.
         """
         data = self._run.experiment.data
         if self._run.checkpoints is not None and data.with_first is not None:
             self._fingerprint = fingerprint(data)
 
-    def _tell_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:
+    def _report_data_changes(self, step: int, meta: Mapping[str, Any]) -> None:
         """Warns if the data has changed since a checkpoint was saved."""
         before, now = meta.get('data'), self._fingerprint
         if not before or not now or not (changes := data_changes(before, now)):
             return
         text = f'Warning: the training data has changed: {"; ".join(changes)}.'
         if before['examples'] != now['examples']:
-            text += ' ' + place_in_other_data(
+            text += ' ' + describe_position_in_new_data(
                 self._run.experiment, self._run.batch_sizes, step, before['examples']
             )
         self._report.progress.message(text)
 
     def _check_batch_sizes(self) -> None:
-        """Raises a UserError if the run cannot resume with the batch size of the experiment."""
+        """Raises a UserError if the run cannot resume with the experiment's batch size."""
         run = self._run
         if run.refusal is not None:
             raise run.refusal
-        now = BatchSizes.of_run(run.workdir, run.experiment.clock.batch_size)
+        now = BatchSizes.from_run(run.workdir, run.experiment.clock.batch_size)
         if now != run.batch_sizes and run.workdir is not None:
             raise UserError(
                 f'the batch size of the run in {run.workdir.path} has changed since this Trainer '

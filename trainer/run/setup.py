@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run is made of.
+"""The parts of a run: work directory, events, device mesh, programs and evaluators.
 
-`open_run` says what is known before any device is used; `set_up` makes what the run computes with.
+`open_run` returns the parts that need no device; `set_up` builds the mesh-dependent ones.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Run:
     Attributes:
         experiment: what is trained; after a change of the batch size, with data and schedules that
             continue where the run stopped.
-        workdir: the run's directory, or None: then nothing is written.
-        checkpoints: those of the directory, or None without one.
+        workdir: the work directory, or None to write nothing.
+        checkpoints: those of the work directory, or None without one.
         batch_sizes: those of the run so far, and the experiment's.
         events: when it logs, evaluates and saves.
         refusal: why training cannot resume with this batch size, or None. Evaluations can.
@@ -59,11 +59,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a run computes with.
+    """The parts of a run that depend on the devices.
 
     Attributes:
         mesh: the device mesh.
-        programs: of training; each compiles when it is started or first called.
+        programs: the training programs; each compiles when it is started or first called.
         evaluators: one for each entry of `config.evals`; each compiles at its first batch.
     """
 
@@ -73,17 +73,17 @@ class Setup:
 
 
 def open_run(experiment: Experiment, workdir: str | None) -> Run:
-    """Returns the run of an experiment in a work directory; reads its newest checkpoint's metadata.
+    """Returns the run of an experiment; reads the metadata of its newest checkpoint.
 
     Args:
         experiment: from `trainer.experiment.build`.
-        workdir: where checkpoints, metrics and results go; None leaves no trace.
+        workdir: where checkpoints, metrics and results go; None writes nothing.
     """
     directory = None if workdir is None else Workdir(workdir)
-    batch_sizes = BatchSizes.of_run(directory, experiment.clock.batch_size)
+    batch_sizes = BatchSizes.from_run(directory, experiment.clock.batch_size)
     refusal: UserError | None = None
     try:
-        # The compiled programs depend on it.
+        # Before anything is traced: schedules are compiled into the programs.
         experiment = experiment.after(batch_sizes.parts)
     except UserError as error:
         refusal = error
@@ -97,20 +97,20 @@ def open_run(experiment: Experiment, workdir: str | None) -> Run:
         workdir=directory,
         checkpoints=checkpoints,
         batch_sizes=batch_sizes,
-        events=Events.of(experiment),
+        events=Events.from_experiment(experiment),
         refusal=refusal,
     )
 
 
 def set_up(run: Run, mesh: Mesh) -> Setup:
-    """Traces the shapes of the state, makes evaluators, checks and warns; nothing is compiled.
+    """Traces the train state, creates the evaluators and checks them; compiles nothing.
 
     Args:
-        run: what is trained.
+        run: the run.
         mesh: the device mesh.
 
     Raises:
-        UserError: if model, task, optimizer or sharding rules do not fit each other, or a split is
+        UserError: if model, task, optimizer or sharding rules are inconsistent, or a split is
             empty.
     """
     experiment = run.experiment
@@ -128,7 +128,7 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
         name: Evaluator(
             name,
             _eval_step(experiment, spec, mesh),
-            spec.data(_padded(spec.batch_size, batch_shards(mesh))),
+            spec.data(_round_up(spec.batch_size, batch_shards(mesh))),
             mesh,
             sharding=experiment.devices.sharding,
             use_ema=spec.ema,
@@ -140,7 +140,7 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
 
 
 def start_compiling(experiment: Experiment, programs: Programs) -> list[Program]:
-    """Returns the programs that training calls, which compile in the background from here on."""
+    """Starts to compile the training programs in the background, and returns them."""
     started = []
     if eval_point.has_eval_params(experiment.optimizer):
         started.append(programs.eval_params.start())
@@ -151,10 +151,10 @@ def start_compiling(experiment: Experiment, programs: Programs) -> list[Program]
 
 
 def prepare_evaluators(experiment: Experiment, setup: Setup) -> None:
-    """Traces the evaluations, so that mistakes in them are found before training begins.
+    """Traces the evaluations, so that mistakes in them are found before training starts.
 
     Raises:
-        UserError: if a task or a metric does not fit, or a metric that the config names is missing.
+        UserError: if a task or a metric is invalid, or a metric that the config names is missing.
     """
     for evaluator in setup.evaluators.values():
         evaluator.prepare(setup.programs.abstract)
@@ -164,12 +164,20 @@ def prepare_evaluators(experiment: Experiment, setup: Setup) -> None:
 
 
 def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -> Prefetcher:
-    """Returns training batches from a position on, each of so many steps as `calls` says."""
+    """Returns the training batches from a position on.
+
+    Args:
+        run: the run.
+        setup: its mesh and programs.
+        start: number of steps whose batches are already consumed.
+        calls: number of steps of each call of a program.
+    """
     experiment = run.experiment
     data, batch_size = experiment.data, experiment.clock.batch_size
     if start < run.batch_sizes.parts[-1][0] and not data.is_stream:
-        # From an older checkpoint: as if the run resumed from there.
-        data = data.with_batch_sizes(run.batch_sizes.going_on(start, batch_size).parts)
+        # Reading begins before the last change of the batch size, as after restoring an older
+        # checkpoint: the data is laid out as if the run resumed there.
+        data = data.with_batch_sizes(run.batch_sizes.with_size(start, batch_size).parts)
     return Prefetcher(
         data.block,
         calls,
@@ -183,12 +191,12 @@ def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -
 
 
 def eval_params(experiment: Experiment, programs: Programs, state: TrainState) -> Any:
-    """Returns the parameters of a state that are evaluated: see `config.optimizer.eval_params`.
+    """Returns the parameters to evaluate: see `config.optimizer.eval_params`.
 
     Args:
         experiment: what is trained.
-        programs: of its training.
-        state: with all its members, if the run is an ensemble.
+        programs: the training programs.
+        state: the train state, with all members if the run is an ensemble.
     """
     if not eval_point.has_eval_params(experiment.optimizer):
         return state.params
@@ -227,6 +235,6 @@ def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep
     )
 
 
-def _padded(rows: int, shards: int) -> int:
-    """Returns the rows of a batch that divides over the devices."""
-    return -(-rows // shards) * shards
+def _round_up(batch_size: int, shards: int) -> int:
+    """Returns the smallest multiple of `shards` that is at least the batch size."""
+    return -(-batch_size // shards) * shards

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The run's directory: its config, what started it, how it ended, and whether it may go on."""
+"""The work directory of a run: its config, starts, result, and checks before resuming."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.config.errors import UserError
 from trainer.run.provenance import Code
 
 _log = logging.getLogger('trainer')
-# A file whose presence says that a checkpoint was committed.
+# Exists if a checkpoint was ever committed.
 _SAVED = '.saved'
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'ml_collections', 'numpy')
 # The fields of each start in `run.json`, and the maximum number of starts.
@@ -43,26 +43,26 @@ class Workdir:
     """Files of one run: `config.json`, `run.json`, `metrics.jsonl`, `checkpoints/`, `result.json`.
 
     Attributes:
-        path: the directory; made by `begin`.
+        path: the directory; created by `begin`.
     """
 
     def __init__(self, path: epath.PathLike):
-        """Names the directory; nothing is read or written yet."""
+        """Reads and writes nothing yet."""
         self.path = epath.Path(places.expand(path, 'workdir'))
         self._claim: Any = None
         self._run: dict[str, Any] | None = None
         self._starts: list[dict[str, Any]] = []
-        # The thread that records the code writes run.json too.
+        # Two threads write run.json: the main one, and the one that inspects the code.
         self._lock = threading.Lock()
         self._start: str | None = None
 
     def claim(self) -> None:
-        """Keeps every other run out of the directory until `release`, or the end of this process.
+        """Locks the directory against other runs until `release` or the end of this process.
 
-        Where the file system knows no locks (object stores), nothing keeps them out.
+        Does nothing on file systems without locks (object stores).
 
         Raises:
-            UserError: naming the run that is there.
+            UserError: naming the run that holds the lock.
         """
         if fcntl is None or self._claim is not None or '://' in str(self.path):
             return
@@ -75,7 +75,7 @@ class Workdir:
             holder = file.read().strip() or 'unknown'
             file.close()
             raise UserError(
-                f'another run is training in {self.path} ({holder}). Wait for its end, or name '
+                f'another run is training in {self.path} ({holder}). Wait until it ends, or use '
                 'another --workdir.'
             ) from None
         except OSError:
@@ -87,7 +87,7 @@ class Workdir:
         self._claim = file
 
     def release(self) -> None:
-        """Lets other runs in again."""
+        """Unlocks the directory."""
         with self._lock:
             self._run = None
         claim, self._claim = self._claim, None
@@ -96,14 +96,14 @@ class Workdir:
 
     @property
     def checkpoints(self) -> epath.Path:
-        """Where the checkpoints are."""
+        """The directory of the checkpoints."""
         return self.path / 'checkpoints'
 
     def make(self) -> None:
-        """Makes the directory; several processes may do so at the same time.
+        """Creates the directory; several processes may do so at the same time.
 
         Raises:
-            UserError: if nothing can be written there.
+            UserError: if it is not writable.
         """
         probe = self.path / f'.writable.{platform.node()}.{os.getpid()}'
         try:
@@ -113,22 +113,21 @@ class Workdir:
         except OSError as error:
             reason = error.strerror or str(error)
             raise UserError(
-                f'nothing can be written to the work directory {self.path}: {reason}. Name another '
-                'with --workdir.'
+                f'the work directory {self.path} is not writable: {reason}. Use another --workdir.'
             ) from error
 
     def begin(
         self, config: Any, resolved: Mapping[str, int], run: Mapping[str, Any]
     ) -> list[diff.Change]:
-        """Writes the files of a starting run over those of the run that it goes on with.
+        """Writes `config.json` and `run.json` of a start, over those of the previous start.
 
         Args:
             config: the resolved config, plain.
             resolved: steps of each duration inside the optimizer, by path.
-            run: what `run.json` says of this start.
+            run: fields of `run.json` for this start.
 
         Returns:
-            What changed in the config since the last start.
+            The changes in the config since the last start.
         """
         changes = self.config_changes(config, resolved)
         self.make()
@@ -142,20 +141,20 @@ class Workdir:
         return changes
 
     def update_run(self, **fields: Any) -> None:
-        """Changes fields of `run.json`, from `begin` until `release`."""
+        """Changes fields of `run.json`; does nothing before `begin` and after `release`."""
         with self._lock:
             if self._run is not None:
                 self._run.update(fields)
                 self._write_run()
 
     def end_run(self, status: str, step: int) -> None:
-        """Writes to `run.json` how a run has ended."""
+        """Writes the final status to `run.json`."""
         self.update_run(status=status, step=step, end=now())
 
     def keep_code(self, code: Code) -> None:
         """Records the code of a run: in `run.json`, with diffs in separate files."""
         with self._lock:
-            if self._run is None:  # The run has ended before git has answered.
+            if self._run is None:  # The run ended before git answered.
                 return
             for name in _DIFFS:
                 path = self.path / name
@@ -167,7 +166,7 @@ class Workdir:
             self._write_run()
 
     def is_fresh(self) -> bool:
-        """Whether the directory exists, and no run has begun in it."""
+        """Whether the directory exists, and no run has started in it."""
         return self.path.exists() and not (self.path / 'config.json').exists()
 
     def is_this_run(self) -> bool:
@@ -179,26 +178,26 @@ class Workdir:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError):
-            return True  # It exists, but cannot be read now.
+            return True  # It exists, but cannot be read at the moment.
         return isinstance(run, dict) and run.get('id') == self._start
 
     def forget_failure(self) -> None:
-        """Removes the result of an earlier start that has failed: this one's may be another."""
+        """Deletes `result.json` of an earlier start that failed: it does not apply to this one."""
         with contextlib.suppress(OSError, UserError):
             if (self.result() or {}).get('status') in ('failed', 'diverged'):
                 (self.path / 'result.json').unlink()
 
     def mark_saved(self) -> None:
-        """Notes that a checkpoint was committed here; a start without one is then an error."""
+        """Records that a checkpoint was committed; starting without one is then an error."""
         with contextlib.suppress(OSError):
             (self.path / _SAVED).write_text('')
 
     def unmark_saved(self) -> None:
-        """Removes that note: a run starts from scratch."""
+        """Deletes the record of `mark_saved`, when a run starts from scratch."""
         (self.path / _SAVED).unlink(missing_ok=True)
 
     def check_not_lost(self) -> None:
-        """Refuses to start from scratch in the directory of a run that has saved.
+        """Checks that a start from scratch does not overwrite a run that saved checkpoints.
 
         A run that was killed before its first save has metrics too, and may start again.
 
@@ -207,7 +206,7 @@ class Workdir:
         """
         metrics = self.path / 'metrics.jsonl'
         result = self.result() or {}
-        # A copy of the directory may be without the marker, and an older run has none.
+        # Copies of the directory may lack the hidden marker, and runs of old versions have none.
         was_saved = (self.path / _SAVED).exists() or result.get('digest') is not None
         if was_saved and metrics.exists():
             raise UserError(
@@ -217,12 +216,13 @@ class Workdir:
             )
 
     def config_changes(self, config: Any, resolved: Mapping[str, int]) -> list[diff.Change]:
-        """Returns the differences to the config that this directory holds, if it holds one."""
+        """Returns the changes from the directory's config, if it has one, to this config."""
         old = self._config()
         if old is None:
             return []
         changes = diff.diff(old['config'], config)
-        # A schedule that ends with the run changes when the run gets longer, by no edit of its own.
+        # The steps of a schedule that ends with the run change if the run gets longer, although
+        # its own keys do not.
         changes += [
             diff.Change(f'{path} (in steps)', before, resolved[path])
             for path, before in old['resolved'].items()
@@ -231,7 +231,7 @@ class Workdir:
         return changes
 
     def check_same_run(self, config: Any, resolved: Mapping[str, int]) -> None:
-        """Refuses to go on with a run under a config that would make it another run.
+        """Checks that no change of the config makes this another run.
 
         Raises:
             UserError: naming the changes.
@@ -239,28 +239,28 @@ class Workdir:
         changes = identity.identity_changes(self.config_changes(config, resolved))
         if changes:
             raise UserError(
-                f'{self.path} holds a run of another config:\n{diff.format_diff(changes)}\n'
-                'Name another --workdir, or pass --allow_config_change to go on with this one.'
+                f'{self.path} has a run with another config:\n{diff.format_diff(changes)}\n'
+                'Use another --workdir, or pass --allow_config_change to resume this run.'
             )
 
     def result(self) -> dict[str, Any] | None:
-        """Returns `result.json`, or None if no run has ended here; a null metric is a NaN.
+        """Returns `result.json`, or None if no run has ended here; null metrics become NaN.
 
-        A damaged one counts as none, with a warning: the run writes it again when it ends.
+        A damaged file is ignored with a warning: the run rewrites it when it ends.
         """
         path = self.path / 'result.json'
         if not path.exists():
             return None
         try:
-            found = json_text.parse(path.read_bytes())
-            if problem := _problem_of_result(found):
+            result = json_text.parse(path.read_bytes())
+            if problem := _problem_of_result(result):
                 raise ValueError(problem)
         except (OSError, ValueError) as error:
             _log.warning('%s is damaged and ignored (%s)', path, error)
             return None
-        values = found['metrics'].items()
-        found['metrics'] = {name: math.nan if v is None else v for name, v in values}
-        return cast(dict[str, Any], found)
+        values = result['metrics'].items()
+        result['metrics'] = {name: math.nan if v is None else v for name, v in values}
+        return cast(dict[str, Any], result)
 
     def write_result(
         self,
@@ -273,15 +273,15 @@ class Workdir:
     ) -> None:
         """Writes `result.json`: how the run ended, and digests of its state and of its data.
 
-        A metric that is not finite becomes null: JSON cannot represent it.
+        Metrics that are not finite become null: JSON cannot represent them.
 
         Args:
-            status: see `trainer.run.result.Result`; 'failed' and 'diverged' too.
-            step: the last one that the run has reached.
+            status: see `trainer.run.result.Result`; also 'failed' and 'diverged'.
+            step: the last step that the run has reached.
             digest: of the state at that step; None if it was not saved.
-            data_digest: of the batches up to that step; None if it is not known.
-            metrics: the newest value of each, by flat name.
-            error: what ended the run; see `trainer.run.failure.describe`.
+            data_digest: of the batches up to that step; None if it is unknown.
+            metrics: the newest value of each metric, by flat name.
+            error: what ended the run, from `trainer.run.failure.describe`.
         """
         result: dict[str, Any] = {
             'status': status,
@@ -307,7 +307,7 @@ class Workdir:
             _log.warning('%s is damaged: its list of earlier starts is lost (%s)', path, error)
             return []
         for each in starts:
-            if each.get('status') == 'running':  # It was killed before it could record its end.
+            if each.get('status') == 'running':  # Killed before it could record its end.
                 each['status'] = 'failed'
         return starts[-_MAX_STARTS + 1 :]
 
@@ -317,23 +317,23 @@ class Workdir:
         self._write('run.json', {**run, 'starts': [*self._starts, this]})
 
     def _config(self) -> dict[str, Any] | None:
-        """Returns `config.json`, the config in it restored; None if there is none."""
+        """Returns `config.json` with the config parsed; None if there is no such file."""
         path = self.path / 'config.json'
         if not path.exists():
             return None
         try:
-            found = json_text.parse(path.read_bytes())
-            if not isinstance(found, dict):
-                raise ValueError(f'it is {json_text.name(found)}')
+            content = json_text.parse(path.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError(f'it is {json_text.name(content)}')
             for key in ('config', 'resolved'):
-                if not isinstance(found.get(key), dict):
-                    raise ValueError(f'{key!r} is {json_text.name(found.get(key))}')
-            return {**found, 'config': diff.from_jsonable(found['config'])}
+                if not isinstance(content.get(key), dict):
+                    raise ValueError(f'{key!r} is {json_text.name(content.get(key))}')
+            return {**content, 'config': diff.from_jsonable(content['config'])}
         except (OSError, ValueError) as error:
             raise UserError(
                 f'{path} is damaged: {error}. Expected an object with the objects "config" and '
-                '"resolved", as a start of a run writes it. Restore it, or delete it: the config '
-                'of this run is then not compared with that of its last start.'
+                '"resolved", as written when a run starts. Restore it, or delete it: then the '
+                'config of this run is not compared with that of its last start.'
             ) from error
 
     def _write(self, name: str, value: Any) -> None:
@@ -341,26 +341,27 @@ class Workdir:
             files.replace(self.path / name, json.dumps(value, indent=2) + '\n')
         except IsADirectoryError as error:
             raise UserError(
-                f'{self.path / name} is a directory, where the run writes a file: move or delete it'
+                f'{self.path / name} is a directory, but the run writes a file there: move or '
+                'delete it'
             ) from error
 
 
-def _problem_of_result(found: Any) -> str | None:
-    """Returns what is wrong with the value of `result.json`, or None."""
-    if not isinstance(found, dict):
-        return f'it is {json_text.name(found)}, not an object'
-    metrics = found.get('metrics')
+def _problem_of_result(result: Any) -> str | None:
+    """Returns what is wrong with the content of `result.json`, or None."""
+    if not isinstance(result, dict):
+        return f'it is {json_text.name(result)}, not an object'
+    metrics = result.get('metrics')
     values = metrics.values() if isinstance(metrics, dict) else ['']
-    is_right = {
-        'status': isinstance(found.get('status'), str),
-        'step': json_text.is_int(found.get('step')),
+    is_valid = {
+        'status': isinstance(result.get('status'), str),
+        'step': json_text.is_int(result.get('step')),
         'metrics': all(v is None or json_text.is_number(v) for v in values),
     }
-    return next((f'{key!r} is wrong' for key, right in is_right.items() if not right), None)
+    return next((f'{key!r} is invalid' for key, valid in is_valid.items() if not valid), None)
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
+    """Returns the versions of Python and of the packages that a result depends on."""
     return {
         'python': platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -386,5 +387,5 @@ def describe_run(overrides: Mapping[str, str]) -> dict[str, Any]:
 
 
 def now() -> str:
-    """Returns the time as written to files: ISO 8601, UTC."""
+    """Returns the current time as written to files: ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from trainer.parallel.mesh import replicated
+from trainer.parallel.mesh import replicated_sharding
 from trainer.step.state import TrainState
 
 
@@ -20,7 +20,7 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
         param_specs: the spec of each parameter.
         mesh: the device mesh.
     """
-    everywhere = replicated(mesh)
+    everywhere = replicated_sharding(mesh)
 
     def whole(tree: Any) -> Any:
         return jax.tree.map(lambda _: everywhere, tree)

@@ -26,7 +26,7 @@ from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.modules import seen
 from trainer.modules.nnx_bridge import allow_names_for_rules
 from trainer.modules.shapes import changes, describe
-from trainer.parallel.mesh import batch_sharding, replicated
+from trainer.parallel.mesh import batch_sharding, replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes, param_specs
 from trainer.step.context import Batch
 from trainer.step.health import Health
@@ -334,7 +334,7 @@ class Programs:
             self._train_step.examine,
             (self.abstract.durable,),
             tracing=self._tracing,
-            out_shardings=replicated(self._mesh),
+            out_shardings=replicated_sharding(self._mesh),
         )
 
     @functools.cached_property
@@ -345,7 +345,7 @@ class Programs:
             self._train_step.sweep,
             (self.abstract,),
             tracing=self._tracing,
-            out_shardings=replicated(self._mesh),
+            out_shardings=replicated_sharding(self._mesh),
         )
 
     @functools.cached_property
@@ -367,7 +367,7 @@ class Programs:
             lambda: self._train_step.empty_metrics(self.abstract, self.fields.shapes),
             (),
             tracing=self._tracing,
-            out_shardings=replicated(self._mesh),
+            out_shardings=replicated_sharding(self._mesh),
         )
 
     def jaxpr(self, model: Any) -> Any:
