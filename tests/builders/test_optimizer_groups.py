@@ -149,7 +149,7 @@ def no_loss(model: Any, batch: Any) -> jax.Array:
         ),
         (
             Optimizer(groups={'all': group('(', GEN)}), gan.task,
-            r"groups.all.params: '\(' is no regular expression",
+            r"groups.all.params: '\(' is not a regular expression",
         ),
         (
             Optimizer(groups={
