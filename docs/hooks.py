@@ -43,7 +43,5 @@ def _expanded(entries: list[Any], docs: pathlib.Path) -> list[Any]:
         if isinstance(value, str) and value.endswith('/'):
             pages = sorted((docs / value).glob('*.md'), key=lambda path: path.read_text())
             entry = {title: [path.relative_to(docs).as_posix() for path in pages]}
-        elif isinstance(value, str) and not (docs / value).exists():
-            continue
         expanded.append(entry)
     return expanded

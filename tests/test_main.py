@@ -164,7 +164,7 @@ def test_broken_config_file(
         ((CNN, '--config.optimizer.decay_mask=.*kernel'), 'no weight decay to mask'),
         (
             (CNN, '--config.optimizer.lr_multipliers=(("Conv.*",0.1),)'),
-            'covers every parameter but',
+            'no pattern matches',
         ),
         ((CNN, '--config.accumulate=5'), '40 would'),
         ((CNN, '--config.accumulate=5', '--mode=summary'), '40 would'),

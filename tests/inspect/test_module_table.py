@@ -16,6 +16,7 @@ from trainer.experiment import Experiment, load_and_build
 from trainer.inspect import module_table
 from trainer.inspect.forward import Forward
 from trainer.inspect.module_table import Row
+from trainer.modules.recorder import SCOPE
 from trainer.observe import flops
 from trainer.trainer import Trainer
 
@@ -117,7 +118,7 @@ def test_operations_by_module() -> None:
     """What a branch of a `cond` costs is that of the dearest, wherever it stands."""
 
     def function(x: jax.Array) -> Any:
-        with jax.named_scope('recorder:a|b'):
+        with jax.named_scope(f'{SCOPE}a|b'):
             y = jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x)
         return jax.lax.scan(lambda c, _: (c @ x, None), y, None, length=5)[0]
 

@@ -334,7 +334,7 @@ def test_xla_is_wrong_where_it_is_told() -> None:
 
 def test_rules_are_checked_before_the_model_is_traced() -> None:
     rule = {'target': 'trainer.sharding:ByName', 'rules': (('mlp', 'nowhere'),)}
-    with pytest.raises(UserError, match="the rule for 'mlp' asks for the mesh axis 'nowhere'"):
+    with pytest.raises(UserError, match="the rule for 'mlp' names the mesh axis 'nowhere'"):
         Trainer(experiment('cnn', sharding=(rule,))).compile()
 
 

@@ -80,7 +80,7 @@ def test_a_missing_peer_is_named_by_those_who_came():
     codes, outputs = finish(start(port, 3, 0, timeout=3), start(port, 3, 2, timeout=3))
     assert codes == [75, 75], outputs
     for output in outputs:
-        assert 'process 1 of 3 did not come within 3 s' in output
+        assert 'process 1 of 3 did not connect within 3 s' in output
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_missing_first_process_is_named():
     codes, outputs = finish(start(free_port(), 2, 1, timeout=2))
     assert codes == [75]
-    assert 'process 1 did not reach process 0' in outputs[0]
+    assert 'process 1 could not reach process 0' in outputs[0]
 
 
 @pytest.mark.slow

@@ -84,12 +84,12 @@ def test_names_without_a_rule_are_not_cut_and_arrays_without_names_are_left(mesh
 @pytest.mark.parametrize(
     ('rule', 'expected'),
     [
-        (ByPath(rules=(('.*', ('modle',)),)), "'modle', and the axes of config.mesh are data, fsd"),
+        (ByPath(rules=(('.*', ('modle',)),)), "'modle', but the axes of config.mesh are data, fsd"),
         (ByPath(rules=(('.*', (None, None, 'model')),)), 'gives 3 dimensions to a/kernel, which'),
         (ByPath(rules=(('.*', ('model', 'model')),)), 'uses a mesh axis twice in a/kernel'),
         (ByPath(rules=(('.*', (None, 'model')),)), 'dimension 1 of a/kernel (4, 3) over'),
-        (ByName(rules=(('b', ('data', 'model')),)), '3 does not divide by 4'),
-        (FSDP(axis='nowhere'), "FSDP asks for the mesh axis 'nowhere'"),
+        (ByName(rules=(('b', ('data', 'model')),)), '3 is not divisible by 4'),
+        (FSDP(axis='nowhere'), "FSDP names the mesh axis 'nowhere'"),
     ],
 )
 def test_what_cannot_be_is_named(mesh, rule, expected):
@@ -101,7 +101,7 @@ def test_what_cannot_be_is_named(mesh, rule, expected):
 @pytest.mark.parametrize(
     ('make', 'expected'),
     [
-        (lambda: ByPath(rules=(('a(', ()),)), "'a(' is no regular expression: missing )"),
+        (lambda: ByPath(rules=(('a(', ()),)), "'a(' is not a regular expression: missing )"),
         (lambda: ByPath(rules=(('.*', 'model'),)), "as in (None, 'model'); got 'model'"),
         (lambda: ByPath(rules=(('.*',),)), "a rule is a pair such as ('mlp', 'model')"),
         (lambda: ByName(rules=('mlp',)), "got 'mlp'"),
@@ -115,7 +115,7 @@ def test_what_is_no_rule_is_named(make, expected):
 
 @pytest.mark.parametrize('rule', [ByPath(rules=(('z', ('x',)),)), ByName(rules=(('z', 'x'),))])
 def test_an_axis_that_no_parameter_asks_for_has_to_be_there_too(mesh, rule):
-    with pytest.raises(UserError, match="'z' asks for the mesh axis 'x', and the axes of config"):
+    with pytest.raises(UserError, match="'z' names the mesh axis 'x', but the axes of config"):
         check_rules((rule,), mesh)
 
 

@@ -79,7 +79,7 @@ def test_a_peer_that_does_not_come_is_named(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / 'run'
     ended = command.run(command.MLP, f'--workdir={workdir}', *flags, '--process_id=0')
     assert ended.code == 75
-    assert 'process 1 of 2 did not come within 2 s (--init_timeout)' in ended.err
+    assert 'process 1 of 2 did not connect within 2 s (--init_timeout)' in ended.err
     assert 'Traceback' not in ended.err
     assert not workdir.exists()
 

@@ -20,7 +20,7 @@ from trainer.tasks.batch import record_reads
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The predictions of a task, split into what is computed and what is unchanged on.
+    """The predictions of a task, split into computed outputs and unchanged fields.
 
     Fields that devices cannot store, or only in fewer bits, may be returned unchanged: they come
     from the host, in their own dtype. Fields that are used in computations are sent to the devices.

@@ -105,8 +105,10 @@ def table(rows: list[Row]) -> str:
     kinds = [(row.kind, row.output, row.parameters, row.flops) for row in rows]
     for line in repeats.fold([row.path for row in rows], kinds):
         row = rows[line.entry]
-        numbers = (repeats.text(line.count, x) if x else '' for x in (row.parameters, row.flops))
-        lines.append((line.path, row.kind, row.output, *numbers))
+        parameters, operations = (
+            repeats.text(line.count, x) if x else '' for x in (row.parameters, row.flops)
+        )
+        lines.append((line.path, row.kind, row.output, parameters, operations))
     total = sum(row.parameters for row in rows), sum(row.flops for row in rows)
     lines.append(('total', '', '', f'{total[0]:,}', _format_number(total[1])))
     return '\n'.join(aligned(lines, right=(3, 4)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that are told of each other meet before JAX connects them, to say who is missing."""
+"""The first connection of the processes of a run, before JAX's: it reports which are missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GRACE_SECS = 5.0
 
 
 class PeerError(Exception):
-    """Another process is missing, or not one of this run."""
+    """Another process is missing, or belongs to another run."""
 
     exit_code = EXIT_PEER_FAILED
 
@@ -35,20 +35,21 @@ class _Meeting:
 def meet(
     coordinator: str, num_processes: int, process_id: int, timeout_secs: int
 ) -> dict[socket.socket, int]:
-    """Waits until every process has said hello to process 0 on the coordinator's port.
+    """Waits until every process has connected to process 0 on the coordinator's port.
 
     Args:
         coordinator: 'host:port' of process 0.
-        num_processes: how many there are.
-        process_id: which one this is.
+        num_processes: number of processes.
+        process_id: index of this process.
         timeout_secs: how long to wait.
 
     Returns:
-        Open connections, and who is at their other end: process 0, or there all others.
+        Open connections with the index of the process at the other end: process 0, or in process 0
+        all others.
 
     Raises:
-        UserError: if the address is none, or its port is taken.
-        PeerError: if another process does not come, or is not one of this run.
+        UserError: if the address is invalid or its port is in use.
+        PeerError: if another process does not connect, or belongs to another run.
     """
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdigit():
@@ -61,7 +62,7 @@ def meet(
 
 
 def _receive_all(meeting: _Meeting, port: int, deadline: float) -> dict[socket.socket, int]:
-    """Process 0: collects a hello of each other process, then lets all of them go on."""
+    """Process 0: waits for a hello from each other process, then lets all of them continue."""
     expected = set(range(1, meeting.num_processes))
     peers: dict[int, socket.socket] = {}
     with _listen(port) as server, contextlib.ExitStack() as stack:
@@ -73,7 +74,7 @@ def _receive_all(meeting: _Meeting, port: int, deadline: float) -> dict[socket.s
             except (TimeoutError, BlockingIOError):
                 names = ', '.join(map(str, sorted(missing)))
                 problem = (
-                    f'process {names} of {meeting.num_processes} did not come within '
+                    f'process {names} of {meeting.num_processes} did not connect within '
                     f'{meeting.timeout_secs} s (--init_timeout). Has it been started, and can it '
                     f'reach {meeting.coordinator}?'
                 )
@@ -92,13 +93,13 @@ def _receive_all(meeting: _Meeting, port: int, deadline: float) -> dict[socket.s
 
 def _send_all(peers: Iterable[socket.socket], text: str) -> None:
     for peer in peers:
-        with contextlib.suppress(OSError):  # One that is gone already is noticed by the watch.
+        with contextlib.suppress(OSError):  # `PeerWatch` reports a process that has exited.
             peer.sendall(f'{text}\n'.encode())
 
 
 def _check_hello(hello: Any, meeting: _Meeting, peers: Mapping[int, Any]) -> str | None:
     if hello is None:
-        return None  # A port scanner, or a process that died: not one of ours yet.
+        return None  # A port scanner, or a process that died: keep waiting.
     number, count = hello['process_id'], hello['num_processes']
     if count != meeting.num_processes:
         return (
@@ -116,12 +117,13 @@ def _say_hello(meeting: _Meeting, address: tuple[str, int], deadline: float) -> 
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             peer = stack.enter_context(socket.create_connection(address, timeout=2))
             if peer.getsockname() == peer.getpeername():
-                # Nobody listens yet, and the kernel lent the port to this very connection. Reset:
-                # a closed one would keep process 0 from the port for a minute.
+                # Nobody listens yet, and the kernel chose this very port for the client side: the
+                # socket is connected to itself. Reset it, because closing it would block the port
+                # for process 0 for a minute.
                 peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
                 raise ConnectionError
             peer.sendall(f'{json.dumps(hello)}\n'.encode())
-            # Process 0 knows who is missing, and says so when its own time is over.
+            # Wait a little longer than process 0, which reports who is missing at its deadline.
             answer = _read_text(peer, deadline + _GRACE_SECS)
             if answer == 'go':
                 stack.pop_all()
@@ -130,7 +132,7 @@ def _say_hello(meeting: _Meeting, address: tuple[str, int], deadline: float) -> 
                 raise PeerError(answer)
         if time.monotonic() > deadline:
             raise PeerError(
-                f'process {meeting.process_id} did not reach process 0 at {meeting.coordinator} '
+                f'process {meeting.process_id} could not reach process 0 at {meeting.coordinator} '
                 f'within {meeting.timeout_secs} s (--init_timeout). Is process 0 running, and is '
                 'the port open?'
             )
@@ -151,7 +153,7 @@ def _listen(port: int) -> Iterator[socket.socket]:
 
 
 def _read_line(peer: socket.socket, deadline: float) -> Any:
-    """Returns the JSON object of a hello, or None if there was no such thing."""
+    """Returns the JSON object of a hello, or None if the line is anything else."""
     text = _read_text(peer, min(deadline, time.monotonic() + 5))
     with contextlib.suppress(ValueError, KeyError, TypeError):
         hello = json.loads(text)
@@ -164,7 +166,7 @@ def _read_text(peer: socket.socket, deadline: float) -> str:
     while not data.endswith(b'\n'):
         peer.settimeout(max(0.01, deadline - time.monotonic()))
         try:
-            received = peer.recv(1)  # What follows is for whoever reads next.
+            received = peer.recv(1)  # Not more: the bytes after the line are for the next reader.
         except (TimeoutError, ConnectionError):
             break
         if not received:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results on the host."""
+"""Transfers arrays from the devices to the host."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax
 
 
 def fetch(tree: Any) -> Any:
-    """Returns the tree's arrays as numpy arrays, in one transfer; raises what their program raised.
+    """Returns the tree's arrays as numpy arrays, in one transfer.
 
-    Waits first: on CPUs a copy of what a failed program gave may wait for ever.
+    Raises the error of the program that computed them, if it failed.
     """
+    # Wait first: on CPUs, copying the output of a failed program may block forever.
     return jax.device_get(jax.block_until_ready(tree))

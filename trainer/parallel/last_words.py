@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets a process record its end before it exits at once, by `os._exit`."""
+"""Functions that record the end of a process just before it exits by `os._exit`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def register(record_one: Callable[[str, str], None], *, stay: bool = False) -> I
     """While the context is open, `record` calls `record_one(status, message)`.
 
     Args:
-        record_one: records them.
-        stay: keep it register after an error: a process may fail because another one has, and
-            find that out a moment later.
+        record_one: records the status and the message.
+        stay: whether it stays registered after an error: a process may fail because another one
+            did, which shows only a moment later.
     """
     _recorders.append(record_one)
     try:
@@ -45,7 +45,7 @@ def record(status: str, message: str) -> None:
             with contextlib.suppress(Exception):
                 each(status, message)
 
-    # In another thread: the thread that a signal has interrupted may hold a lock that it needs.
+    # In another thread: the thread that a signal has interrupted may hold a lock that is needed.
     thread = threading.Thread(target=record_one, name='last-words', daemon=True)
     thread.start()
     thread.join(_LIMIT_SECS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device mesh and where each array of the run lives on it."""
+"""The device mesh, and the sharding of batches over it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
 
-# The mesh axes that the rows of a batch are spread over, those of them that a mesh has.
+# The mesh axes over which batches are sharded, if the mesh has them.
 BATCH_AXES = ('data', 'fsdp')
 
 
 def make_mesh(axes: Mapping[str, int]) -> Mesh:
-    """Returns a mesh over all devices, the axes in the order given; one size may be -1 (the rest).
+    """Returns a mesh over all devices, axes in the given order; one size may be -1 (the rest).
 
     Raises:
         UserError: if the sizes do not multiply to the number of devices.
@@ -34,42 +34,48 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
     if not positive or math.prod(sizes.values()) != devices:
         advice = 'one of them may be -1 for the rest'
         if len(free) > 1:
-            # The default has an axis that the user may never have heard of.
+            # One may come from the default config, so name the axes and the override.
             advice = (
                 f'one of them may be -1 for the rest: give {" or ".join(free)} a size, such as '
             )
             advice += (
-                f'--config.mesh.{free[0]}=1 (an axis that is not given is that of the default)'
+                f'--config.mesh.{free[0]}=1 (axes that are not set come from the default config)'
             )
         raise UserError(
             f'config.mesh: {dict(axes)} does not fit {devices} devices. The sizes must multiply to '
             f'{devices}; {advice}.'
         )
-    # Auto axes: Linen's partitioned initialisation fails under the default, Explicit ones.
+    # Auto axes: Linen's partitioned initialization fails with explicit ones, JAX's default.
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Returns the number of parts that the rows of a batch are cut into."""
+    """Returns the number of shards of a batch."""
     return math.prod(mesh.shape[name] for name in BATCH_AXES if name in mesh.shape)
 
 
 def batch_sharding(mesh: Mesh, *, leading_dims: int = 0) -> NamedSharding:
-    """Returns the sharding of a batch: rows over the data axes, after `leading_dims` whole ones."""
+    """Returns the sharding of a batch: examples over `BATCH_AXES`.
+
+    Args:
+        mesh: the device mesh.
+        leading_dims: number of dimensions before that of the examples, which are not sharded.
+    """
     axes = tuple(name for name in BATCH_AXES if name in mesh.shape)
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading_dims, axes or None))
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessRows:
-    """Which rows of a global batch one process has to do with.
+    """The examples of a global batch that are on the devices of one process.
 
     Attributes:
-        held: int64, the rows that its devices hold, ascending.
-        owned: bool, which of these it answers for: where two processes hold a row, one of them.
-        total: rows of the global batch.
+        held: int64, their indices, ascending.
+        owned: bool, whether this process owns each of them: an example that is replicated over
+            several processes has one owner.
+        total: number of examples of the global batch.
     """
 
     held: np.ndarray
@@ -78,7 +84,7 @@ class ProcessRows:
 
     @classmethod
     def from_mesh(cls, mesh: Mesh, rows: int) -> ProcessRows:
-        """Returns those of this process, of batches of so many rows."""
+        """Returns those of this process, for a global batch of this size."""
         slices: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((rows,))
         owner = np.full(rows, jax.process_count())
         held = np.zeros(rows, bool)
@@ -88,10 +94,10 @@ class ProcessRows:
         return cls(np.flatnonzero(held), (owner == jax.process_index())[held], rows)
 
     def assemble(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        """Returns the global array whose held rows are those of `x`.
+        """Returns the global array, given the examples of this process.
 
         Args:
-            x: (held, ...), or (steps, held, ...) for a sharding with a dimension before the rows.
+            x: (held, ...), or (steps, held, ...) for a sharding with leading dimensions.
             sharding: of the global array.
         """
         before = len(sharding.spec) - 1
@@ -100,5 +106,5 @@ class ProcessRows:
 
 
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of a replicated array."""
     return NamedSharding(mesh, PartitionSpec())

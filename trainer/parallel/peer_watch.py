@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ends a process when another one of its run is gone, at once and with a message.
+"""Ends a process with a message as soon as another process of its run has died.
 
-JAX notices by missing heartbeats, some minutes later, and aborts the process from C++. Here each
-process holds a connection to process 0, which the kernel closes when either of them dies.
+JAX notices only by missing heartbeats, minutes later, and aborts the process from C++. Here each
+process keeps a connection to process 0, which the kernel closes when either of them dies.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from trainer.parallel import last_words
 
 _KEY = 'trainer/watch'
 _BYE, _LOST = 'bye', 'lost'
-# A process that fails gives the others so long to say what they have to say themselves: they may
-# have failed of the same thing. Process 0 waits longer, for JAX's coordinator ends with it.
+# A process that exits because of another one waits this long first: it may be about to report the
+# same error itself. Process 0 waits longer, because JAX's coordinator ends with it.
 _GRACE_SECS = 2.0
 
 
 class PeerWatch:
-    """A thread of each process that waits for the end of the others."""
+    """A thread that waits for other processes to end."""
 
     def __init__(
         self,
@@ -44,11 +44,12 @@ class PeerWatch:
         """Starts the thread.
 
         Args:
-            peers: connections and who is at their other end: process 0, or there all others.
-            number: of this process.
-            count: how many processes there are.
-            exit_code: of this process when another one is gone.
-            keepalive_secs: after so long a host that does not answer counts as gone.
+            peers: connections with the index of the process at the other end: process 0, or in
+                process 0 all others.
+            number: index of this process.
+            count: number of processes.
+            exit_code: of this process when another one has died.
+            keepalive_secs: seconds after which a host that does not respond is considered dead.
         """
         self._exit_code = exit_code
         self._number, self._count = number, count
@@ -60,12 +61,12 @@ class PeerWatch:
         self._thread.start()
 
     def exit_if_peer_lost(self) -> None:
-        """Called when this process fails: ends it here if that is for want of another one."""
+        """Called when this process fails; does not return if the cause is another process."""
         if self._lost.wait(_GRACE_SECS):
-            self._thread.join()  # It ends the process.
+            self._thread.join()  # The thread ends the process.
 
     def close(self) -> None:
-        """Tells the others that this process ends as it should."""
+        """Tells the other processes that this one is about to exit normally."""
         self._closing.set()
         self._send_all(_BYE)
 
@@ -100,7 +101,7 @@ class PeerWatch:
             f'{self._number} cannot continue without it. Run the same command again to resume from '
             'the newest checkpoint.'
         )
-        # Not print: the main thread may hold the lock of the stream.
+        # Not `print`: the main thread may hold the lock of the stream.
         os.write(sys.stderr.fileno(), f'Error: {message}\n'.encode())
         last_words.record('failed', message)
         os._exit(self._exit_code)
@@ -133,7 +134,7 @@ def connect(timeout_secs: int) -> dict[socket.socket, int]:
 def _keep_alive(peer: socket.socket, secs: int) -> None:
     peer.settimeout(None)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Before JAX's own limit: it would abort without a word.
+    # Sooner than JAX's own limit, at which it would abort without a message.
     every = max(1, secs // 6)
     for option in ('TCP_KEEPIDLE', 'TCP_KEEPINTVL'):
         if hasattr(socket, option):
@@ -143,7 +144,7 @@ def _keep_alive(peer: socket.socket, secs: int) -> None:
 
 
 def _receive(peer: Any) -> str:
-    """Returns what a peer says; '' when it is gone."""
+    """Returns the message of a peer; '' if the connection is closed."""
     try:
         return peer.recv(64).decode(errors='replace').strip()
     except OSError:
@@ -151,5 +152,5 @@ def _receive(peer: Any) -> str:
 
 
 def _host() -> str:
-    """Returns the host name under which the others have reached this process already."""
+    """Returns the host name by which the others have already reached this process."""
     return compat.coordinator_address().rpartition(':')[0] or socket.gethostname()

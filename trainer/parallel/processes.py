@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run of several processes: how they find each other and make sure that they agree.
+"""Connects the processes of a run, and checks that they agree.
 
-The collectives, the coordinator and its heartbeats are JAX's own. What is here is what JAX leaves
-out: an error that a person can act on when a peer is missing, and a check that all peers run the
-same thing.
+The collectives, the coordinator and its heartbeats are JAX's own. This module adds an actionable
+error if a process is missing, and a check that all processes run the same thing.
 """
 
 from __future__ import annotations
@@ -32,14 +31,15 @@ from trainer.parallel.signals import StopRequest
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Where the processes of a run meet.
+    """The processes of a run.
 
     Attributes:
         coordinator: 'host:port' of process 0, or None to let JAX detect the cluster.
-        num_processes: how many there are.
-        process_id: which one this is.
+        num_processes: number of processes.
+        process_id: index of this process, from 0.
         timeout_secs: how long to wait for the others at the start.
-        heartbeat_secs: a process that is silent for so long counts as dead, and ends the run.
+        heartbeat_secs: seconds without a heartbeat after which a process is considered dead, which
+            ends the run.
     """
 
     coordinator: str | None = None
@@ -50,10 +50,10 @@ class Cluster:
 
 
 def is_cluster_detected(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether the environment is that of one process among several that JAX can connect."""
+    """Whether the environment is that of one of several processes that JAX can connect."""
     env = os.environ if environment is None else environment
     if 'SLURM_STEP_NODELIST' in env:
-        # Of the step, not of the job: a batch script itself is one process.
+        # The tasks of the job step, not of the job: the batch script itself is one process.
         return int(env.get('SLURM_STEP_NUM_TASKS', env.get('SLURM_NTASKS', 1))) > 1
     if 'OMPI_COMM_WORLD_SIZE' in env:
         return int(env['OMPI_COMM_WORLD_SIZE']) > 1
@@ -69,12 +69,12 @@ def join(cluster: Cluster) -> PeerWatch | None:
     """Connects this process with the others of its run, before any backend is started.
 
     Returns:
-        What ends this process when another one is gone, or None where no cluster is declared or
-        is_cluster_detected.
+        The watch that ends this process if another one dies, or None if no cluster is declared or
+        detected.
 
     Raises:
-        UserError: if the declaration is incomplete or the coordinator's port is taken.
-        PeerError: if the others do not come, or are not the ones that were expected.
+        UserError: if the declaration is incomplete or the coordinator's port is in use.
+        PeerError: if other processes do not connect, or belong to another run.
     """
     declared = {
         '--coordinator': cluster.coordinator,
@@ -102,10 +102,10 @@ def join(cluster: Cluster) -> PeerWatch | None:
         raise UserError(
             f'--process_id={cluster.process_id}: expected 0 to {cluster.num_processes - 1}'
         )
-    # JAX ends the process from C++, without a word on who is missing; so we meet first ourselves.
+    # If a process is missing, JAX aborts from C++ without naming it; so they connect here first.
     where = cluster.coordinator, cluster.num_processes, cluster.process_id
     peers = meet(*where, cluster.timeout_secs)
-    # Before JAX connects them: there it would wait for one that has died, and abort.
+    # Started before JAX connects the processes: JAX would wait for one that has died, and abort.
     watch = _watch(peers, cluster.process_id, cluster.num_processes, cluster)
     jax.distributed.initialize(*where, **timeouts)
     return watch
@@ -124,18 +124,19 @@ def _watch(
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what is written once: files, and the user's screen."""
+    """Whether this is the main process (process 0), which writes the files and prints."""
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def check_agreement(items: Mapping[str, Any]) -> None:
-    """Makes sure that all processes have equal items; all of them must call it.
+    """Checks that all processes have equal items; all of them must call it.
 
     Args:
-        items: by name; what `json.dumps` makes of a value is compared.
+        items: by name; compared as `json.dumps` writes them.
 
     Raises:
-        UserError: in every process, saying which processes differ from process 0, and in what.
+        UserError: in every process, naming the processes that differ from process 0, and the
+            differences.
     """
     if jax.process_count() == 1:
         return
@@ -148,19 +149,19 @@ def check_agreement(items: Mapping[str, Any]) -> None:
     for number, other in enumerate(others, 1):
         if changes := diff.diff(first, other):
             groups.setdefault(diff.format_diff(changes), []).append(str(number))
-    told = [f'process {", ".join(numbers)}:\n{lines}' for lines, numbers in groups.items()]
-    raise UserError('the processes of this run do not agree. From process 0 to\n' + '\n'.join(told))
+    texts = [f'process {", ".join(numbers)}:\n{lines}' for lines, numbers in groups.items()]
+    raise UserError('the processes of this run differ. From process 0 to\n' + '\n'.join(texts))
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns the JSON value of every process, in their order; all of them must call it."""
+    """Returns the JSON values of all processes, by process index; all of them must call it."""
     if jax.process_count() == 1:
         return [value]
     return [json.loads(text) for text in _gather_bytes(json.dumps(value).encode())]
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Returns the values of all processes, such as arrays of any dtype; all must call it."""
+    """Returns the picklable values of all processes, by process index; all must call it."""
     if jax.process_count() == 1:
         return [value]
     return [pickle.loads(content) for content in _gather_bytes(pickle.dumps(value))]
@@ -170,15 +171,16 @@ def sum_over_processes(value: int) -> int:
     """Returns the sum of every process's unsigned 64-bit `value`, modulo 2^64."""
     if jax.process_count() == 1:
         return value
+    # In two halves: without x64, JAX has no 64-bit integers.
     halves = _gather(np.array([value >> 32, value & 0xFFFFFFFF], np.uint32))
     return sum((int(high) << 32) + int(low) for high, low in halves) % 2**64
 
 
 def wait_for_all(where: str, timeout_secs: int) -> bool:
-    """Returns whether all processes call this within some seconds.
+    """Waits for all processes to call this; returns whether they did in time.
 
     Args:
-        where: the same text in all of them, and another one at each call.
+        where: the key of the barrier: equal in all processes, different at each call.
         timeout_secs: how long to wait for the others.
     """
     if jax.process_count() == 1:
@@ -187,7 +189,7 @@ def wait_for_all(where: str, timeout_secs: int) -> bool:
 
     try:
         get_barrier_sync_fn()(key=where, timeout_ms=1000 * timeout_secs)
-    except Exception:  # Of the runtime, for want of time or because another one is gone.
+    except Exception:  # Errors of the runtime: a timeout, or another process has died.
         return False
     return True
 
@@ -207,9 +209,9 @@ def _gather(row: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def exit_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
-    """Ends this process at once when what runs inside fails, or when another process is gone.
+    """Exits at once if the block fails or another process has died.
 
-    An ordinary exit would wait for the others, who wait in a collective for this process.
+    A normal exit would wait for the other processes, which wait for this one in a collective.
 
     Args:
         watch: from `join`.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules that say over which mesh axes each parameter is cut.
+"""Rules that decide over which mesh axes each parameter is sharded.
 
-`config.sharding` is a list of rules. For each parameter the first rule that has an answer decides.
-A parameter without an answer is cut as its model says with `nn.with_partitioning`, or else it is
-replicated: every device holds all of it.
+`config.sharding` is a list of rules. For each parameter, the first rule that returns a spec
+decides. A parameter without a spec is sharded as its model declares with `nn.with_partitioning`,
+and otherwise replicated.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.parallel.sharding_checks import Axes
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """What a rule is asked about.
+    """A parameter as a rule sees it.
 
     Attributes:
         path: 'Dense_0/kernel'.
@@ -56,7 +56,7 @@ class Rule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Replicated:
-    """Every device holds every parameter whole."""
+    """Replicates every parameter."""
 
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec:
         """Returns the empty spec."""
@@ -66,41 +66,41 @@ class Replicated:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FSDP:
-    """Fully sharded data parallelism: cuts the largest dimension that the axis divides.
+    """Fully sharded data parallelism: shards the largest dimension that is divisible by the axis.
 
-    A parameter that is small, or that has no such dimension, is left to the next rule; without one
-    it is replicated.
+    A parameter that is small or has no such dimension is left to the next rule; without another
+    rule it is replicated.
 
     Attributes:
-        axis: mesh axis, or several taken together.
-        min_bytes: smaller parameters are not cut: gathering them costs more than they take.
+        axis: mesh axis, or several used together.
+        min_bytes: smaller parameters are not sharded: gathering them costs more than it saves.
     """
 
     axis: str | tuple[str, ...] = 'fsdp'
     min_bytes: int = 2**16
 
     def __call__(self, parameter: Parameter, mesh: Mesh) -> PartitionSpec | None:
-        """Returns a spec with one dimension cut, or None."""
-        parts = sharding_checks.count_shards(self.axis, mesh, 'FSDP')
-        fits = [size % parts == 0 and size > 0 for size in parameter.shape]
+        """Returns a spec with one sharded dimension, or None."""
+        shards = sharding_checks.count_shards(self.axis, mesh, 'FSDP')
+        fits = [size % shards == 0 and size > 0 for size in parameter.shape]
         if parameter.nbytes < self.min_bytes or not any(fits):
             return None
         sizes = [size if fit else 0 for size, fit in zip(parameter.shape, fits, strict=True)]
-        # The last of equals: rows stay contiguous on a device.
+        # Of equal dimensions the last one.
         largest = max(range(len(sizes)), key=lambda i: (sizes[i], i))
         return PartitionSpec(*(self.axis if i == largest else None for i in range(largest + 1)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByPath:
-    """Specs by regular expressions over parameter paths, for tensor parallelism by hand.
+    """Specs by regular expressions on parameter paths, for manual tensor parallelism.
 
     Attributes:
         rules: (pattern, axes) pairs; the first pattern that matches the whole path decides. `axes`
             has an entry for each dimension: a mesh axis, a tuple of them, or None.
 
     Raises:
-        UserError: for a pattern that is none, or axes that are no sequence.
+        UserError: for an invalid pattern, or axes that are not a sequence.
     """
 
     rules: Sequence[tuple[str, Sequence[Axes]]]
@@ -124,12 +124,12 @@ class ByPath:
 class ByName:
     """Specs by the names that the model gives to dimensions ('embed', 'mlp').
 
-    Linen modules name them with `nn.with_logical_partitioning`. A mesh axis is given out once in an
-    array, to the first rule that asks; a name without a rule is not cut. Activations that the model
-    names with `nn.with_logical_constraint` follow the same rules.
+    Linen modules name them with `nn.with_logical_partitioning`. Each mesh axis is used at most once
+    per array, by the first rule that applies; a dimension whose name has no rule is not sharded.
+    Activations that the model names with `nn.with_logical_constraint` follow the same rules.
 
     Attributes:
-        rules: (name, axes) pairs in order of precedence; a name may come more than once.
+        rules: (name, axes) pairs in order of precedence; a name may occur more than once.
     """
 
     rules: Sequence[tuple[str, Axes]]
@@ -150,7 +150,7 @@ class ByName:
 
     @property
     def logical_rules(self) -> tuple[tuple[str, Axes], ...]:
-        """The rules as Flax takes them."""
+        """The rules in Flax's format."""
         return tuple((name, _as_axes([axes])[0]) for name, axes in self.rules)
 
 
@@ -158,13 +158,14 @@ BUILT_IN: dict[str, Rule] = {'replicated': Replicated(), 'fsdp': FSDP()}
 
 
 def choose_spec(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> PartitionSpec:
-    """Returns the answer of the first rule that has one.
+    """Returns the spec of the first rule that has one.
 
-    Without any, a parameter whose dimensions are named after mesh axes is cut over those, and all
-    others are replicated.
+    Without one, a parameter whose dimensions are named after mesh axes is sharded over those, and
+    any other is replicated.
 
     Raises:
-        UserError: if a rule names an axis that the mesh has not, or cuts a dimension unevenly.
+        UserError: if a rule names an axis that the mesh does not have, or the size of a dimension
+            is not divisible by its axes.
     """
     for rule in rules:
         spec = rule(parameter, mesh)
@@ -182,7 +183,7 @@ def choose_spec(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> Part
 
 
 def check_rules(rules: Iterable[Rule], mesh: Mesh) -> None:
-    """Makes sure that a mesh has the axes that rules name, also where no parameter asks for them.
+    """Checks that the mesh has all axes that the rules name, even if no parameter uses them.
 
     Raises:
         UserError: naming the rule and the axis.
@@ -219,7 +220,7 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
             path=param_path(path),
             shape=tuple(leaf.shape),
             itemsize=leaf.dtype.itemsize,
-            # A box of the user's own says nothing of devices.
+            # Without names if the metadata of the parameter's box is not about sharding.
             names=tuple(named or ()) or None,
         )
         return choose_spec(parameter, rules, mesh)
@@ -228,13 +229,13 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
 
 
 def logical_rules(rules: Iterable[Rule]) -> tuple[tuple[str, Axes], ...]:
-    """Returns the name rules of all `ByName` entries, in order: what activations follow."""
+    """Returns the pairs of all `ByName` rules, in order; activations follow them."""
     return tuple(pair for rule in rules if isinstance(rule, ByName) for pair in rule.logical_rules)
 
 
 @contextlib.contextmanager
 def named_axes(rules: Iterable[Rule], mesh: Mesh) -> Iterator[None]:
-    """Lets what is traced inside name the axes of its activations: of the mesh, or by the rules."""
+    """While tracing inside, activations may name mesh axes, or dimensions that have rules."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(rules)):
         yield
 

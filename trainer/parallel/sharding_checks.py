@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be wrong with the rules of `config.sharding`, said before anything is cut."""
+"""Checks of the rules of `config.sharding`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from jax.sharding import Mesh, PartitionSpec
 from trainer.config import patterns
 from trainer.config.errors import UserError
 
-# What a dimension is cut over: nothing, one mesh axis, or several.
+# The mesh axes over which a dimension is sharded: none, one, or several.
 Axes = str | tuple[str, ...] | None
 
 
 def check_pairs(rules: Sequence[Any]) -> None:
-    """Raises a UserError for a rule that is no pair of a name or pattern and something else."""
+    """Raises a UserError for a rule that is not a pair of a name or pattern and axes."""
     for pair in rules:
         if isinstance(pair, str) or len(pair) != 2 or not isinstance(pair[0], str):
             raise UserError(
@@ -39,12 +39,12 @@ def check_patterns(rules: Sequence[Any]) -> None:
 
 
 def count_shards(axes: Axes, mesh: Mesh, who: str) -> int:
-    """Returns the number of count_shards that `axes` cut a dimension into.
+    """Returns the number of shards of a dimension that is sharded over `axes`.
 
     Args:
         axes: of the mesh.
         mesh: the device mesh.
-        who: asks for them, in the words of a message.
+        who: the rule that names them, for the message.
 
     Raises:
         UserError: if the mesh has no such axis.
@@ -53,14 +53,14 @@ def count_shards(axes: Axes, mesh: Mesh, who: str) -> int:
     for name in names:
         if name not in mesh.shape:
             raise UserError(
-                f'config.sharding: {who} asks for the mesh axis {name!r}, and the axes of '
-                f'config.mesh are {", ".join(mesh.shape)}'
+                f'config.sharding: {who} names the mesh axis {name!r}, but the axes of config.mesh '
+                f'are {", ".join(mesh.shape)}'
             )
     return math.prod(mesh.shape[name] for name in names)
 
 
 def check_spec(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh, who: str) -> None:
-    """Raises a UserError unless a parameter of this shape can be cut like this over the mesh."""
+    """Raises a UserError unless a parameter of this shape can be sharded with this spec."""
     if len(spec) > len(shape):
         raise UserError(
             f'config.sharding: {who} gives {len(spec)} dimensions to {path}, which has '
@@ -70,9 +70,9 @@ def check_spec(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh,
     if len(set(used)) < len(used):
         raise UserError(f'config.sharding: {who} uses a mesh axis twice in {path}: {tuple(spec)}')
     for dimension, axes in enumerate(spec):
-        pieces = count_shards(axes, mesh, who)
-        if shape[dimension] % pieces:
+        shards = count_shards(axes, mesh, who)
+        if shape[dimension] % shards:
             raise UserError(
-                f'config.sharding: {who} cuts dimension {dimension} of {path} {shape} '
-                f'over {axes!r}, and {shape[dimension]} does not divide by {pieces}'
+                f'config.sharding: {who} shards dimension {dimension} of {path} {shape} '
+                f'over {axes!r}, but {shape[dimension]} is not divisible by {shards}'
             )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and Ctrl-C request a stop after the current step, with everything saved.
+"""Signal handlers: SIGTERM and Ctrl-C request a stop after the current step, with a save.
 
 Before the first step there is nothing to save, and they end the process at once. On SIGUSR1 a
 process prints its stacks and continues.
 
-The command line imports this module before all others: it needs only a little of the standard
+The command line imports this module before all others, so it uses only a little of the standard
 library.
 """
 
@@ -32,12 +32,12 @@ class StopRequest:
         signal: the number of the first signal that arrived, or None.
         shared: whether several processes must stop at the same poll.
         starting: whether there is nothing to save yet, so that a signal ends the process at once.
-        all_failed: whether all processes end with an error at the same step, so that none waits in
-            a collective for another.
+        all_failed: whether all processes fail at the same step, so that none waits for another in a
+            collective.
     """
 
     def __init__(self, signal: int | None = None, *, starting: bool = False):
-        """Makes a request that a handler or a caller sets."""
+        """Creates a request; `signal` is None unless a stop is already requested."""
         self.signal = signal
         self.shared = False
         self.starting = starting
@@ -46,10 +46,10 @@ class StopRequest:
         self._agreed = False
 
     def poll(self) -> bool:
-        """Returns whether to stop now; several processes must all poll equally often.
+        """Returns whether to stop now; all processes must poll equally often.
 
-        There JAX's own handler takes SIGTERM, in whichever process it arrives, and its sync manager
-        finds a poll that none of them has passed yet.
+        With several processes, JAX's own handler receives SIGTERM in whichever process it arrives,
+        and JAX's preemption sync manager chooses a poll that none of them has passed yet.
         """
         if not self.shared:
             return self.signal is not None
@@ -69,10 +69,10 @@ class StopRequest:
         return self.shared
 
     def share(self) -> None:
-        """From now on several processes stop together; `jax.distributed` must be initialised."""
+        """Makes all processes stop together; `jax.distributed` must be initialized."""
         self.shared = True
         self.starting = False
-        if self.signal is not None:  # It came before JAX was there to tell the others.
+        if self.signal is not None:  # It arrived before JAX could notify the other processes.
             os.kill(os.getpid(), signal.SIGTERM)
 
     @property
@@ -81,7 +81,7 @@ class StopRequest:
         return EXIT_PREEMPTED if self.signal == signal.SIGTERM else EXIT_INTERRUPTED
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Asks for a stop; a second Ctrl-C leaves at once, the last committed save intact."""
+        """Requests a stop; a second Ctrl-C exits at once, with the last committed save intact."""
         if self.starting:
             _exit_at_once(number)
         if self.signal is not None and number == signal.SIGINT:
@@ -102,23 +102,23 @@ def _exit_at_once(number: int) -> None:
     _write_stderr(f'\n{name}: stopped before the first step; nothing is lost.\n')
     status = 'preempted' if number == signal.SIGTERM else 'interrupted'
     last_words.record(status, f'{name} before the first step')
-    # Not an exception: it would come out of the middle of any import, and the threads that compile
-    # would be waited for.
+    # Not an exception: it would be raised in the middle of an import, and the process would still
+    # wait for the threads that compile.
     with contextlib.suppress(OSError, ValueError, RuntimeError, AttributeError):
         sys.stdout.flush()
     os._exit(EXIT_PREEMPTED if number == signal.SIGTERM else EXIT_INTERRUPTED)
 
 
 def _write_stderr(text: str) -> None:
-    # os.write and not print: a handler may run in the middle of another print. And whoever reads
-    # our messages may be gone, which must not keep us from saving.
+    # `os.write`, not `print`: a handler may run in the middle of another print. Errors are ignored,
+    # because a closed stderr must not prevent the save.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.write(sys.stderr.fileno(), text.encode())
 
 
 def enable_stack_dumps() -> None:
     """Writes the Python stacks of all threads at each SIGUSR1, and when native code crashes."""
-    # In C: they come also while the interpreter waits for a collective that never ends.
+    # faulthandler works in C, so also while the interpreter waits in a collective that hangs.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
 
@@ -127,7 +127,7 @@ def install() -> StopRequest:
     """Installs the handlers of a single-process run; the caller must be the main thread.
 
     Returns:
-        The request, which is `starting` until the caller says otherwise.
+        The request, which is `starting` until the caller changes that.
     """
     request = StopRequest(starting=True)
     signal.signal(signal.SIGTERM, request.handle)
@@ -140,7 +140,7 @@ def handle_interrupts(request: StopRequest) -> Iterator[None]:
     """Makes Ctrl-C inside the block request a stop instead of raising KeyboardInterrupt.
 
     That exception could be raised in the middle of a step or a save, and lose the state. A second
-    Ctrl-C does raise it. The previous handler is restored after the block. Nothing changes if the
+    Ctrl-C does raise it. The previous handler is restored after the block. Does nothing if the
     program has its own handler, outside of the main thread, and with several processes.
 
     Args:
@@ -150,7 +150,7 @@ def handle_interrupts(request: StopRequest) -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request.signal is not None:
-            # Restored here too: this may happen just before the end of the block.
+            # Restored here too: a further Ctrl-C may follow before the block ends.
             signal.signal(signal.SIGINT, before)
             raise KeyboardInterrupt
         request.signal = number
@@ -175,7 +175,7 @@ def _has_several_processes() -> bool:
 
 
 def is_training_command(argv: Sequence[str]) -> bool:
-    """Whether a command line looks like training, before its flags can be parsed."""
+    """Whether a command line trains, judged before its flags can be parsed."""
     modes = ['train']
     for word, following in zip(argv, [*argv[1:], ''], strict=True):
         name, equals, value = word.lstrip('-').partition('=')
@@ -185,9 +185,9 @@ def is_training_command(argv: Sequence[str]) -> bool:
 
 
 def uninstall() -> None:
-    """Lets a signal end the process as it ends any other, where there is nothing to save.
+    """Restores the default effect of signals, for modes that save nothing.
 
-    Handlers that are neither ours nor the runtime's stay: `main` may be called from Python.
+    Handlers of other code stay, because `main` may be called from Python.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         handler = signal.getsignal(number)

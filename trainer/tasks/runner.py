@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a user's task inside a step: padding masked, weights set, metrics made."""
+"""Runs a user's task inside a step: masks padding, sets weights, computes metrics."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class TaskRunner:
         """
         if self.kept or passing or reads.get() is not None:
             return self._record_batch(batch, passing=passing)
-        # All fields are on the devices, and which of them are read is known or does not matter.
+        # The common case: all fields are on the devices, and reads need not be recorded.
         fields = PlainBatch({name: x for name, x in batch.items() if name != MASK})
         for transform in self.transforms:
             fields = PlainBatch(transform(fields))
@@ -152,10 +152,10 @@ class TaskRunner:
 
         Named losses have weights by name, an entry for the metrics among them.
 
-        A row whose weights are all 0 affects nothing, whatever its values: 0 times a non-finite
-        gradient would not be 0. So a task that returns weights runs again on a batch in which each
-        such row is replaced by a row with nonzero weight. Only the weights of the first run are
-        used, and the compiler drops the rest of it.
+        A row whose weights are all 0 must not affect anything, whatever its values, but 0 times a
+        non-finite gradient is not 0. So a task that returns weights runs a second time, on a batch
+        in which each such row is replaced by a row with nonzero weight. Only the weights of the
+        first run are used, and the compiler removes the rest of it.
         """
         if self.is_weighted is False:
             return self._with_weights(self.task(model, self.prepare_batch(batch)), batch)[0]
@@ -231,7 +231,7 @@ class TaskRunner:
             raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
-        """Returns accumulators that have seen nothing, for outputs like this (abstract) one.
+        """Returns empty accumulators for outputs like this (abstract) one.
 
         Raises:
             UserError: naming a metric whose accumulators change shape.

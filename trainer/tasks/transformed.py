@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device transforms: their result, and the fields that it is computed from."""
+"""Applies device transforms, and finds the fields that their results depend on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def apply_transforms(
 def field_origins(
     transforms: Sequence[Transform], fields: Mapping[str, Any], hidden: dict[str, Any]
 ) -> dict[str, frozenset[str]]:
-    """Returns which fields of the loader's batch each transformed one is computed from.
+    """Returns for each transformed field the fields of the loader's batch that it depends on.
 
     Args:
         transforms: run in this order.
