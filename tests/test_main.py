@@ -167,7 +167,7 @@ def test_broken_config_file(
         ((CNN, '--config.optimizer.decay_mask=.*kernel'), 'no weight decay to mask'),
         (
             (CNN, '--config.optimizer.lr_multipliers=(("Conv.*",0.1),)'),
-            'covers every parameter but',
+            'no pattern matches',
         ),
         ((CNN, '--config.accumulate=5'), 'micro-batches (config.accumulate); use 40'),
         (

@@ -129,34 +129,34 @@ def no_loss(model: Any, batch: Any) -> jax.Array:
 @pytest.mark.parametrize(
     ('optimizer', 'task', 'message'),
     [
-        (Optimizer(base=GEN), gan.task, r'the losses gen, disc, and config.optimizer.groups does'),
+        (Optimizer(base=GEN), gan.task, r'the losses gen, disc, but config.optimizer.groups does'),
         (
             Optimizer(groups={'all': group('.*', GEN, 'gen')}), gan.task,
-            "returns the loss 'disc', which trains nothing",
+            "returns the loss 'disc', but no entry of config.optimizer.groups names it",
         ),
         (
             Optimizer(groups={'gen': group('generator/.*', GEN, 'gen')}), gan.task,
-            r'In none: discriminator/Dense_0/bias, .*\n.*or name what should stay',
+            r'In none: discriminator/Dense_0/bias, .*\n.*or list parameters that should not change',
         ),
         (
             Optimizer(groups={'all': group('.*', GEN)}), gan.task,
-            'groups.all.loss: None is no loss of the task; it returns gen, disc',
+            'groups.all.loss: the task has no loss None; it returns gen, disc',
         ),
-        (two_players(), no_loss, r"groups.gen.loss: 'gen' is no loss .* one without a name"),
+        (two_players(), no_loss, r"the task has no loss 'gen'; it returns one without a name"),
         (
             Optimizer(groups={'all': group('nothing', GEN)}), gan.task,
             "groups.all.params: the pattern 'nothing' matches no parameter",
         ),
         (
             Optimizer(groups={'all': group('(', GEN)}), gan.task,
-            r"groups.all.params: '\(' is no regular expression",
+            r"groups.all.params: '\(' is not a regular expression",
         ),
         (
             Optimizer(groups={
                 'all': group('.*', GEN, path='config.optimizer.groups.all',
                              lr_multipliers=(('generator/.*', 1.0),)),
             }), gan.task,
-            'config.optimizer.groups.all.lr_multipliers covers every parameter but discriminator',
+            'config.optimizer.groups.all.lr_multipliers: no pattern matches discriminator',
         ),
     ],
 )  # fmt: skip
@@ -170,7 +170,7 @@ def test_groups_are_checked(optimizer: Optimizer, task: Any, message: str) -> No
     [
         (TaskOutput(loss={}), 'empty dict of losses'),
         (TaskOutput(loss={'a/b': jnp.ones(2)}), "names a loss 'a/b'"),
-        (TaskOutput(loss={'metrics': jnp.ones(2)}), "and not 'metrics'"),
+        (TaskOutput(loss={'metrics': jnp.ones(2)}), "other than 'metrics'"),
         (TaskOutput(loss={'a': jnp.ones(2)}, weights={'b': jnp.ones(2)}), 'the losses a'),
         (TaskOutput(loss=jnp.ones(2), weights={'b': jnp.ones(2)}), 'no losses'),
     ],

@@ -121,7 +121,7 @@ def test_a_variable_that_nothing_references_is_an_error() -> None:
     changed.model.hidden = changed.vars.get_ref('width') + 1
     loading.check_vars(changed)
     changed.vars.depth = 2
-    with pytest.raises(UserError, match=r'config\.vars\.depth is read by nothing'):
+    with pytest.raises(UserError, match=r'config\.vars\.depth is not used'):
         loading.check_vars(changed)
 
 

@@ -19,7 +19,7 @@ def test_a_pattern_must_match_a_whole_path() -> None:
 
 def test_what_is_no_pattern_is_refused_by_its_place() -> None:
     assert patterns.compiled('a+', 'config.x').fullmatch('aaa')
-    with pytest.raises(UserError, match=r"^config\.x: 'a\(' is no regular expression: missing \)"):
+    with pytest.raises(UserError, match=r"^config\.x: 'a\(' is not a regular expression: missing"):
         patterns.compiled('a(', 'config.x')
 
 

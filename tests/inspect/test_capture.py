@@ -282,7 +282,7 @@ def test_mistakes(caplog: pytest.LogCaptureFixture) -> None:
     assert 'the paths are first, layer_0/dense, layer_0, layer_1/dense' in refused(
         {'match': 'layer'}
     )
-    assert "config.capture.a.match: '(' is no regular expression" in refused({'match': '('})
+    assert "config.capture.a.match: '(' is not a regular expression" in refused({'match': '('})
     assert 'config.capture.a.rows: expected' in refused({'match': '.*', 'rows': 0})
     off = refused({'match': '.*', 'what': ('histogram',)}, log__tensorboard=False)
     assert 'config.log.tensorboard is off' in off

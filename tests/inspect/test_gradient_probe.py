@@ -196,7 +196,7 @@ def test_nothing_to_differentiate_by() -> None:
         probe(Shared(), params)
     with pytest.raises(UserError, match=r"matches 'Dense'\. A pattern must match a whole path"):
         probe(Shared(), params, ('Dense',))
-    with pytest.raises(UserError, match=r"--match: '\(' is no regular expression"):
+    with pytest.raises(UserError, match=r"--match: '\(' is not a regular expression"):
         probe(Shared(), params, ('(',))
     closed = {'target': 'tests.modules.test_intermediates:Stack', 'kind': 'scan'}
     made = build(closed, task={'ref': 'tests.inspect.test_capture:on_rows'})

@@ -45,7 +45,7 @@ def test_one_of_everything(tmp_path: pathlib.Path, extra: tuple[str, ...]) -> No
     ('override', 'said'),
     [
         # Labels up to 9, and a model of five classes.
-        ('model.features=(64, 5)', "batch['label'] holds 5 (example "),
+        ('model.features=(64, 5)', "batch['label'] contains 5 (example "),
         ('data.device_transforms[0].scale=inf', 'train/loss is not finite after one step.'),
     ],
 )

@@ -101,7 +101,7 @@ def test_what_cannot_be_is_named(mesh, rule, expected):
 @pytest.mark.parametrize(
     ('make', 'expected'),
     [
-        (lambda: ByPath(rules=(('a(', ()),)), "'a(' is no regular expression: missing )"),
+        (lambda: ByPath(rules=(('a(', ()),)), "'a(' is not a regular expression: missing )"),
         (lambda: ByPath(rules=(('.*', 'model'),)), "as in (None, 'model'); got 'model'"),
         (lambda: ByPath(rules=(('.*',),)), "a rule is a pair such as ('mlp', 'model')"),
         (lambda: ByName(rules=('mlp',)), "got 'mlp'"),

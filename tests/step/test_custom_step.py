@@ -145,8 +145,14 @@ def test_a_step_runs_sharded_and_donates_its_state() -> None:
         ({'ref': 'tests.step.steps:drops_state'}, r'must return \(state, metrics\), with a state'),
         ({'ref': 'tests.step.steps:metric_is_vector'}, r"metric 'a/b' must be a .*float32\[3\]"),
         ({'ref': 'tests.step.steps:metrics_is_scalar'}, r'in a dict by name; got float32\[\]'),
-        ({'ref': 'tests.step.steps:names_norms'}, "names a metric 'norms', but every row"),
-        ({'ref': 'tests.step.steps:names_speed'}, "names a metric 'steps_per_sec', but every row"),
+        (
+            {'ref': 'tests.step.steps:names_norms'},
+            "names a metric 'norms', but this name is reserved",
+        ),
+        (
+            {'ref': 'tests.step.steps:names_speed'},
+            "names a metric 'steps_per_sec', but this name is reserved",
+        ),
         ({'ref': 'tests.step.steps:takes_two'}, r'expected a function \(state, batch, ctx\)'),
         ({'target': 'tests.step.steps:takes_two'}, 'config.step.state is missing'),
         ({'target': 'tests.step.steps:sam'}, 'config.step.rho is missing'),

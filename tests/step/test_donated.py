@@ -68,7 +68,7 @@ def test_a_hook_that_keeps_a_state(hook: Callable[[Event], None]) -> None:
 
 
 def test_a_hook_that_keeps_an_event() -> None:
-    with pytest.raises(DonatedError, match=f'event.state: the arrays .*are gone.*{COPY}'):
+    with pytest.raises(DonatedError, match=f'event.state: the arrays .*were deleted.*{COPY}'):
         hooked(keep_event).fit()
 
 

@@ -387,7 +387,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     'several batches': (
         {'optimizer': {'target': 'optax:MultiSteps', 'opt': POLYAK, 'every_k_schedule': 2}},
-        r'needs value, which optax:MultiSteps cannot give it.*config\.accumulate',
+        r'needs value, which optax:MultiSteps cannot provide.*config\.accumulate',
     ),
     'another form': (
         {'optimizer': {'target': 'optax:flatten', 'inner': LBFGS}}, r'the optimizer failed: ',
@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {'optimizer': chain({'target': 'optax.contrib:sam', 'optimizer': ADAM,
                              'adv_optimizer': {'target': 'optax:sgd', 'learning_rate': 0.1}},
                             {'target': 'optax.contrib:reduce_on_plateau'})},
-        r'needs value, and optax\.contrib:sam refuses it',
+        r'needs value, which optax\.contrib:sam, chained with it, does not accept',
     ),
     'masked by optax alone': (
         {'optimizer': {'target': 'optax:masked', 'inner': LBFGS,

@@ -88,10 +88,10 @@ def test_multipliers_scale_the_learning_rate() -> None:
     ('options', 'message'),
     [
         ({'freeze': ('nothing/.*',)}, "pattern 'nothing/.*' matches no parameter"),
-        ({'lr_multipliers': (('head/.*', 2.0),)}, 'covers every parameter but backbone/bias'),
+        ({'lr_multipliers': (('head/.*', 2.0),)}, 'no pattern matches backbone/bias'),
         ({'lr_multipliers': (('.*', 1.0), ('neck', 1.0))}, "'neck' matches no parameter"),
         ({'decay_mask': ('kernel', 'neck/.*')}, "decay_mask: 'kernel', 'neck/.*' matches no param"),
-        ({'decay_mask': ('*kernel',)}, "'*kernel' is no regular expression: nothing to repeat"),
+        ({'decay_mask': ('*kernel',)}, "'*kernel' is not a regular expression: nothing to repeat"),
     ],
 )
 def test_patterns_are_checked(options: Any, message: str) -> None:

@@ -33,7 +33,7 @@ def test_a_branch_says_what_is_said_without_one(frozen: tuple[str, ...], dtype: 
     step = step_of({name: name in frozen for name in ('small', 'less', 'large')}, dtype)
     always = norms_lib.norms(**step, due=None)
     whole = jax.tree.map(lambda _: True, step['new'])
-    joined = norms_lib.norms(**step, due=None, whole=whole)
+    joined = norms_lib.norms(**step, due=None, replicated=whole)
 
     @jax.jit
     def branched(arrays: Any, due: Any) -> Any:

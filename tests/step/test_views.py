@@ -206,9 +206,7 @@ class Texts(nn.Module):
 
 
 def test_variables_that_are_no_arrays_are_named() -> None:
-    with pytest.raises(
-        UserError, match=r'the model keeps notes/version \(str\) among its variables'
-    ):
+    with pytest.raises(UserError, match=r'the model has notes/version \(str\) among its variables'):
         tiny.trainer(model={'target': f'{__name__}:Texts'}).compile()
     tiny.trainer(model={'target': f'{__name__}:Texts', 'text': 1.5}).compile()
 
@@ -217,7 +215,7 @@ def test_variables_that_are_no_arrays_are_named() -> None:
 @pytest.mark.parametrize('name', ['Ordered', 'NNXOrdered'])
 def test_integers_among_the_parameters_are_named(name: str, freeze: str | None) -> None:
     model = {'target': f'{__name__}:{name}'}
-    with pytest.raises(UserError, match=r'order \(int32\).*Keep it in another collection') as error:
+    with pytest.raises(UserError, match=r'order \(int32\).*Use another collection') as error:
         tiny.trainer(model=model, optimizer={**SGD, 'freeze': freeze}).compile()
     assert ('flag (bool)' in str(error.value)) == (name == 'Ordered')
     assert 'config.optimizer.freeze' in str(error.value)

@@ -65,7 +65,7 @@ def test_a_label_out_of_its_range(bad: int, options: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
         made.fit()
     said = str(caught.value)
-    assert f"config.task: batch['label'] holds {bad} (example 37 in step " in said
+    assert f"config.task: batch['label'] contains {bad} (example 37 in step " in said
     assert 'expected 0 to 3. The model returns 4 logits.' in said
 
 
@@ -84,16 +84,16 @@ def test_a_label_of_a_stream() -> None:
     made = trainer(
         {'bad': -1, 'at': 37}, data__loader=of('StreamLoader'), checkpoint__every='never'
     )
-    with pytest.raises(UserError, match=r'holds -1 \(row \d of batch 0 in step \d'):
+    with pytest.raises(UserError, match=r'contains -1 \(row \d of batch 0 in step \d'):
         made.fit()
     made = trainer({}, {'bad': 9, 'at': 37}, evals__test__data__loader=of('StreamEvalLoader'))
-    with pytest.raises(UserError, match=r'holds 9 \(row 5 of batch 2 of its split\)'):
+    with pytest.raises(UserError, match=r'contains 9 \(row 5 of batch 2 of its split\)'):
         made.fit()
 
 
 def test_a_label_of_an_evaluation() -> None:
     with pytest.raises(
-        UserError, match=r"config\.evals\.test: batch\['label'\] holds -1 \(example 5"
+        UserError, match=r"config\.evals\.test: batch\['label'\] contains -1 \(example 5"
     ):
         trainer({}, {'bad': -1, 'at': 5}).fit()
 
@@ -136,7 +136,7 @@ def test_labels_for_each_class_may_be_missing() -> None:
         ({'column': True, 'dtype': 'float32'}, {}, r'is float32\[8, 1\], and the model'),
         ({'dtype': 'float32'}, {}, 'is float32.*Class indices must be integers'),
         ({'column': True}, {'loss': 'sigmoid'}, r'is int32\[8, 1\]'),
-        ({}, {'top_k': (2, 9)}, 'config.task.top_k: 9 of 4 classes'),
+        ({}, {'top_k': (2, 9)}, 'config.task.top_k: 9 exceeds the 4 classes'),
     ],
 )
 def test_shapes_and_kinds(train: dict[str, Any], task: dict[str, Any], message: str) -> None:
@@ -156,7 +156,7 @@ def by_hand(state: Any, batch: Any, ctx: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize('options', [{}, WARN])
 def test_a_step_of_ones_own(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r'holds 9 \(example 37 in step'):
+    with pytest.raises(UserError, match=r'contains 9 \(example 37 in step'):
         trainer({'bad': 9}, step={'ref': f'{__name__}:by_hand'}, evals={}, **options).fit()
 
 
@@ -192,7 +192,7 @@ def test_a_label_to_ignore_must_be_possible() -> None:
 
 def test_the_softmax_of_one_logit() -> None:
     batch = {'image': jnp.zeros((3, 1)), 'label': jnp.zeros((3, 1))}
-    with pytest.raises(UserError, match='the softmax of one is always 1'):
+    with pytest.raises(UserError, match='whose softmax is always 1'):
         Classification()(lambda x: x, batch)
 
 

@@ -106,7 +106,7 @@ def test_what_a_task_should_return(task: Any, message: str) -> None:
 @pytest.mark.parametrize('name', ['f1-score', 'class', 'top 5', '', 1])
 def test_the_name_of_a_metric(name: Any) -> None:
     text = message_for(lambda m, b: (m(b['x']), {name: m(b['x'])}))
-    assert f'names a metric {name!r}. A name is a Python identifier, such as' in text
+    assert f'names a metric {name!r}. A name must be a Python identifier, such as' in text
 
 
 def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> None:
@@ -167,7 +167,7 @@ def test_rows_that_are_not_those_of_the_batch() -> None:
         (lambda m, b: m(b['image']).sum(-1) + 1j, 'a loss that is complex64[32]: expected real'),
         (
             lambda m, b: {'loss': m(b['image']).sum(-1), 'logits': m(b['image'])},
-            'the losses loss, logits, and config.optimizer.groups does not say',
+            'the losses loss, logits, but config.optimizer.groups does not assign',
         ),
     ],
 )

@@ -67,7 +67,7 @@ def test_sigmoid_predicts_each_class() -> None:
     ('options', 'message'),
     [
         ({'loss': 'hinge'}, "expected 'softmax' or 'sigmoid', got 'hinge'"),
-        ({'loss': 'sigmoid', 'top_k': (5,)}, 'no class is the best'),
+        ({'loss': 'sigmoid', 'top_k': (5,)}, 'which does not rank classes'),
         ({'top_k': [5]}, r'expected a tuple of integers such as \(5,\)'),
     ],
 )
@@ -90,7 +90,7 @@ def test_what_does_not_fit(options: dict[str, Any], message: str) -> None:
 )
 def test_no_name_hides_another(extra: dict[str, Any], name: str) -> None:
     """A metric called 'weights' would be those of all means."""
-    with pytest.raises(UserError, match=f'names a {name}, but every row of metrics already'):
+    with pytest.raises(UserError, match=f'names a {name}, but this name is reserved'):
         as_output(TaskOutput(**{'loss': jnp.ones(4), **extra}))
     as_output(TaskOutput(loss=jnp.ones(4), metrics={'l1': jnp.ones(4)}, penalties={'l2': 1.0}))
 
@@ -109,7 +109,7 @@ class Own:
 
 
 def test_names_of_a_collection_are_those_that_it_reports() -> None:
-    with pytest.raises(UserError, match="names a metric 'examples', but every row"):
+    with pytest.raises(UserError, match="names a metric 'examples', but this name is reserved"):
         TaskRunner.of(Own('examples'))
     experiment = dataclasses.replace(mlp().experiment, task=TaskRunner.of(Own('mean')))
     Trainer(experiment).init_state()

@@ -86,7 +86,9 @@ def test_the_features_of_a_trained_state(tmp_path: pathlib.Path) -> None:
     assert len(Npz(tmp_path / 'f.npz', limit=7)) == 7
     with pytest.raises(UserError, match=r"no evaluation 'feature'; config\.evals has features"):
         precompute(run, 'feature', tmp_path / 'f.npz')
-    with pytest.raises(UserError, match=r"Features: the model has no method 'feats'; name the one"):
+    with pytest.raises(
+        UserError, match=r"Features: the model has no method 'feats'; set the argument"
+    ):
         Features(method='feats').predict(run.model(result.state), {'label': image})
     # As an evaluation it measures what the features are like.
     mean = (np.asarray(expected) ** 2).mean()

@@ -93,7 +93,7 @@ def test_statistics_of_a_frozen_part(
     assert moved == {path for path in before if not re.fullmatch(frozen, path)}
     with pytest.raises(
         UserError,
-        match=r"freeze_statistics: the pattern 'norm' matches no variable beside the parameters",
+        match=r"freeze_statistics: the pattern 'norm' matches no variable other than parameters",
     ):
         trainer(tmp_path, **options, optimizer__freeze_statistics='norm').init_state()
 

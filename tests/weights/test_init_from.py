@@ -183,7 +183,7 @@ def test_rename(tmp_path: pathlib.Path) -> None:
         ((('^stage_', 'backbone/'),), r'the pattern .\^stage_. changes no path of the checkpoint'),
         ((('.*', 'x'),), 'several arrays get the path'),
         ((('^layer_', r'\3'),), 'invalid group reference'),
-        ((('(', ''),), 'is no regular expression'),
+        ((('(', ''),), 'is not a regular expression'),
         (
             (('^layer_', 'spine/'),),
             r'It lacks\n  batch_stats/backbone/BatchNorm_0/mean: float32\[12\]',

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What to write in a config in the place of a value that it cannot hold."""
+"""Advice for values that a config cannot hold: what to write instead."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models, data and configs that come with the trainer: where their files are.
+"""The location and names of the bundled models, data and configs.
 
 They have one name, in a checkout and in an installed wheel: `trainer.models.cnn:CNN`,
 `trainer.data.mnist:MNIST`, `--config=mnist` or `--config=configs/mnist.py`. A name that does not

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which arguments a `get_config(arg)` knows, as far as its source says so."""
+"""Finds the arguments that a `get_config(arg)` accepts, by reading its source."""
 
 from __future__ import annotations
 

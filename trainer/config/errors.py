@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistakes of the user, told without a traceback."""
+"""`UserError`, a user's mistake reported without a traceback, and helpers for messages."""
 
 from __future__ import annotations
 

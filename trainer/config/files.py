@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written whole or not at all, on disks and object stores."""
+"""Atomic writes of files, on disks and object stores."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes two runs the same run, and the directory that follows from it."""
+"""The identity of a run (the config keys that define it), and its default work directory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trainer.config.diff import Change
 from trainer.config.loading import LoadedConfig
 from trainer.config.overrides import Override
 
-# Changes below these keys leave the trained state what it is (to the last bits, for mesh,
-# sharding and steps_per_call). All others make another run.
+# Changes below these keys do not affect the trained state (except for rounding, with mesh,
+# sharding and steps_per_call). All other changes make a different run.
 _FREE = (
     'train_for', 'log', 'checkpoint', 'evals', 'hooks', 'mesh', 'steps_per_call', 'sharding',
     'profile', 'data.prefetch', 'early_stopping', 'data.loader.threads', 'data.loader.workers',
@@ -30,14 +30,14 @@ _UNFIT_VALUE = re.compile(r'[^\w.+%-]+')
 
 
 def is_identity(path: str) -> bool:
-    """Whether a change at this path makes another run."""
+    """Whether a change at this key path makes a different run."""
     if _EVAL_PARAMS.fullmatch(path):
         return False
     return not any(path == free or path.startswith((f'{free}.', f'{free}[')) for free in _FREE)
 
 
 def identity_changes(changes: Sequence[Change]) -> list[Change]:
-    """Returns the changes that make another run."""
+    """Returns the changes that make a different run."""
     return [change for change in changes if is_identity(change.path)]
 
 

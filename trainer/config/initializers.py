@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initializers that a config gives by a word, as in `bias_init='ones'`."""
+"""Resolves initializers that a config gives by name, as in `bias_init='ones'`."""
 
 from __future__ import annotations
 

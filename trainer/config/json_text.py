@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON of files that anything may have happened to: a value that can be used, or a ValueError."""
+"""Parses JSON of files that may be damaged: returns a usable value or raises ValueError."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a text of the command line says, and which of that a config can hold."""
+"""Parses literals of the command line, and checks that a config can hold them."""
 
 from __future__ import annotations
 

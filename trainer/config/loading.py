@@ -199,7 +199,7 @@ def check_vars(config: ml_collections.ConfigDict) -> None:
     """Checks that each key of `config.vars` is referenced by a key outside of it.
 
     Raises:
-        UserError: for one that is not: changing it would change nothing.
+        UserError: for a key that is not, since changing it would have no effect.
     """
     if 'vars' not in config:
         return
@@ -212,7 +212,7 @@ def check_vars(config: ml_collections.ConfigDict) -> None:
     for key, value in config.vars.items(preserve_field_references=True):
         if id(value) not in used:
             raise UserError(
-                f'config.vars.{key} is read by nothing: reference it, as in '
+                f'config.vars.{key} is not used: reference it, as in '
                 f"config.model.x = config.vars.get_ref('{key}')"
             )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands at a path of a config, whether it may be set, and what a wrong one probably meant."""
+"""Looks up values and types at key paths of a config, and reports unknown paths."""
 
 from __future__ import annotations
 

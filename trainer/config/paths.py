@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Paths into a config: 'data.transforms[1].size' as keys, and what is read and stored there."""
+"""Key paths of a config, such as 'data.transforms[1].size': parsing, reading and storing."""
 
 from __future__ import annotations
 

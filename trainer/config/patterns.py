@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions of a config, which must match whole paths."""
+"""Regular expressions in a config, which must match whole key paths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compiled(pattern: str, where: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UserError(f'{where}: {pattern!r} is no regular expression: {error}') from error
+        raise UserError(f'{where}: {pattern!r} is not a regular expression: {error}') from error
 
 
 def matches(patterns: Iterable[str], path: str) -> bool:

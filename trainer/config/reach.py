@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which paths of a config exist: those that it holds, and those that may be set."""
+"""Checks which key paths of a config exist: those it contains, and those that may be set."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a plain config into its sections, and answers what type a path has."""
+"""Reads a plain config into its sections, and returns the types of its key paths."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Required:
         return '(required)'
 
 
-# Stands where a value must still be given.
+# The value of a required placeholder that has not been set.
 REQUIRED = _Required()
 
 
@@ -46,7 +46,7 @@ def read(config: Mapping[str, Any], *, complete: bool = True) -> Sections:
         complete: whether placeholders that have no value yet are errors; else they stay `REQUIRED`.
 
     Raises:
-        UserError: for a key that nothing reads, a required one that is missing, or a wrong type.
+        UserError: for an unknown key, a missing required key, or a wrong type.
     """
     if complete:
         _check_given(config, 'config')
@@ -170,7 +170,7 @@ def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any
         key = next(iter(unknown))
         more = [f'{path}.{name}' for name in known]
         hint = suggest.did_you_mean(f'{path}.{key}', whole, more)
-        raise UserError(f'{path}.{key} is read by nothing. {hint}')
+        raise UserError(f'Unknown key {path}.{key}. {hint}')
     missing = [
         f.name
         for f in dataclasses.fields(section)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many elements a tuple or list may have, by the annotation of the argument that it is."""
+"""The number and types of elements of a tuple or list, from the annotation of an argument."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which arguments a callable takes."""
+"""The arguments of a callable."""
 
 from __future__ import annotations
 

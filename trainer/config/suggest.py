@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which path was probably meant."""
+"""Suggestions for misspelled key paths and names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# Names of so few characters are all alike.
+# Names of at most so many characters resemble too many others.
 _SHORT = 3
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other frameworks call the keys of a config: the one table of their words."""
+"""A table of the names that other frameworks use for the keys of a config."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From names to objects: `dict(target='package.module:Name', ...)` and `dict(ref=...)`."""
+"""Creates objects from `dict(target='package.module:Name', ...)` and `dict(ref=...)`."""
 
 from __future__ import annotations
 

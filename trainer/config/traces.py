@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tracebacks cut down to the user's own frames: the last one is where the error is."""
+"""Tracebacks reduced to the user's own frames."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts of the command line as values of the type that a config key has."""
+"""Converts texts of the command line to the type of a config key."""
 
 from __future__ import annotations
 

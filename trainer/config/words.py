@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions, classes and dtypes that a config gives by a word, as in `activation='gelu'`."""
+"""Resolves functions, classes and dtypes that a config gives by name, as `activation='gelu'`."""
 
 from __future__ import annotations
 

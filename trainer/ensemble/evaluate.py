@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One batch of an evaluation of an ensemble: as one model, and each of its members."""
+"""Evaluates an ensemble on a batch, as one model and as single members."""
 
 from __future__ import annotations
 

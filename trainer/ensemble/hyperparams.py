@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in an optimizer's state that may differ between the members of an ensemble."""
+"""Hyperparameters in the optimizer state, which can differ between members of an ensemble."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ensembles and sweeps: several members of one experiment trained by one program.
 
-Every member is the experiment with another seed, and perhaps other numbers in its optimizer. The
-state holds them side by side, in a dimension before all others; the batch and the step's number are
-common to all. A member's course is the one that it would take alone.
+Every member is the experiment with another seed, and optionally other optimizer hyperparameters.
+The state has all members along a leading dimension; they share the batch and the step counter. A
+member trains exactly as it would alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
-from trainer.input.host_field import Kept
+from trainer.input.host_field import HostFieldSpec
 from trainer.step.context import Batch
 from trainer.step.health import Health
 from trainer.step.one_model import TrainStep
@@ -31,19 +31,19 @@ from trainer.tasks.runner import TaskRunner, compute_metrics
 # The mesh axis that members are spread over, where a mesh has it.
 AXIS = 'ensemble'
 
-# Which of the state's parts every member has for itself.
+# The fields of the state that have the dimension of the members.
 _PARTS = ('params', 'opt_state', 'collections', 'metrics', 'ema', 'loss_scale', 'health')
 _DIMS = TrainState(**dict.fromkeys(_PARTS, 0), step=None)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """Who the members are.
+    """The members of an ensemble.
 
     Attributes:
-        seeds: of each member.
-        values: what each member's optimizer has at a path below `config.optimizer`, by path.
-        optimizer: makes the optimizer with other values at those paths.
+        seeds: the seed of each member.
+        values: the values of the members by key path below `config.optimizer`.
+        optimizer: returns the optimizer with other values at these paths.
     """
 
     seeds: tuple[int, ...]
@@ -164,7 +164,9 @@ class EnsembleStep:
         """Returns the step with another context of its members: fields of `StepContext`."""
         return dataclasses.replace(self, member=self.member.with_context(**changes))
 
-    def with_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> EnsembleStep:
+    def with_fields(
+        self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
+    ) -> EnsembleStep:
         """Returns the step for batches with fields that stay on the host."""
         return dataclasses.replace(self, member=self.member.with_fields(kept, is_weighted))
 

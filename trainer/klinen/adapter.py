@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Klinen modules need in the calls of any Linen model that they are a part of."""
+"""The adapter for Klinen modules within any Linen model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bound model holds: a module, variables, random keys and a mode; and how it is called."""
+"""The contents of a bound model (module, variables, RNG keys, training flag), and its calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.klinen.definition import Definition
 from trainer.modules import nnx_bridge, train_flags
 from trainer.modules.pmap_axes import PmapAxes
 
-# One for all models: what is said of an axis, is said once.
+# One for all models, so that there is one warning for each axis.
 pmap_axes = PmapAxes()
 
 # A gradient with respect to a whole model is of its parameters, and of the collections that are
@@ -29,14 +29,14 @@ _DIFFERENTIATED = frozenset({'perturbations', OVERWRITE_WITH_GRADIENT})
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Binding:
-    """What a model is bound to.
+    """The values that a model is bound to.
 
     Attributes:
         definition: the module.
         params: its parameters.
         collections: its other variables, by the name of their collection.
         rng: a key for all streams, keys by stream, or None.
-        training: the mode.
+        training: the training flag.
         models: bound models of the parts, made when they are read: a part that is used in several
             places is one object.
     """
@@ -106,7 +106,7 @@ class Binding:
         """Returns the module bound as Linen binds it.
 
         Args:
-            told: whether its flags say the mode, or what their maker has left there.
+            with_training: whether to set its training flags, or to leave them as constructed.
         """
         definition = self.definition
         module = definition.with_training(self.training) if with_training else definition.module
@@ -114,7 +114,7 @@ class Binding:
         return nn.Module.bind(module, self.variables, rngs=keys)
 
     def bind_part(self, part: nn.Module) -> Binding:
-        """Returns what a part of the module is bound to.
+        """Returns the binding of a part of the module.
 
         Args:
             part: as Linen binds it within the module.

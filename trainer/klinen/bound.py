@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules bound to variables, random keys and a mode: pytrees that are called like functions."""
+"""Bound models: pytrees of a module, its variables, RNG keys and training flag."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ M = TypeVar('M', bound=nn.Module)
 
 
 class Bound:
-    """What the bound form of a module's class has before that class."""
+    """Base of all bound classes, before the module's class in their MRO."""
 
     _bound: Binding
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of bound models, and the capture of the values that their modules keep."""
+"""Calls bound models, and captures the intermediate values of their modules."""
 
 from __future__ import annotations
 

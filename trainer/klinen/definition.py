@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a bound model that is no array, comparable for the cache of compiled programs."""
+"""The static (hashable) part of a bound model, which is part of the jit cache key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer.modules.rng_streams import Streams
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
-    """What of a bound model is no array: equal definitions run the same compiled program.
+    """The static part of a bound model; equal definitions share compiled programs.
 
     Attributes:
         module: the module, unbound, with the flags of its maker.
@@ -32,7 +32,7 @@ class Definition:
     _by_training: dict[bool, nn.Module] = dataclasses.field(default_factory=dict)
 
     def with_training(self, training: bool) -> nn.Module:
-        """Returns the module with the mode in its flags."""
+        """Returns the module with its training flags set."""
         if training not in self._by_training:
             self._by_training[training] = train_flags.set_fields(self.module, training)
         return self._by_training[training]

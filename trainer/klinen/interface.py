@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a Klinen model can do besides its own methods."""
+"""The methods that every Klinen model has."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from trainer.modules import nnx_bridge, train_flags
 
 
 class Interface:
-    """What a model can do besides its own methods.
+    """The methods that every Klinen model has.
 
-    Everything returns a copy or a value; no method changes the model.
+    They return copies or values; no method changes the model.
     """
 
     def init_bind(self, rng: Any, *args: Any, method: str | None = None, **kwargs: Any) -> Self:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values that modules keep during a call, and the tree in which a caller gets them."""
+"""Intermediate values of modules, and the tree in which a call returns them."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Module):
 
 
 class Sequential(nn.Sequential, Module):
-    """`flax.linen.Sequential`; its layers of any kind are told the mode."""
+    """`flax.linen.Sequential`; passes the training flag to its layers of any kind."""
 
 
 class OptimizedLSTMCell(nn.OptimizedLSTMCell, Module):

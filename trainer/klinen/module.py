@@ -139,7 +139,7 @@ def _make_empty(cls: Any) -> Any:
 
 
 def _surrounding_training(module: Module) -> bool:
-    """Returns the mode of the nearest Klinen module around, or else of the call."""
+    """Returns the training flag of the nearest enclosing Klinen module, or of the call."""
     parent = module.parent
     while isinstance(parent, nn.Module):
         if isinstance(parent, Module):
@@ -165,7 +165,7 @@ def _check_names(cls: Any) -> None:
 
 
 def _wrap_methods(cls: Any) -> None:
-    """Lets the methods of a class know the mode, and refuse a call without variables."""
+    """Makes the methods of a class pass on the training flag, and reject unbound calls."""
     owner = next((base for base in cls.__mro__ if '__call__' in vars(base)), Module)
     if not issubclass(owner, Module):
         cls.__call__ = _pass_training(owner.__call__)
@@ -227,10 +227,10 @@ def _require_bound(method: Callable[..., Any], *, always: bool) -> Callable[...,
 
 
 def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells the mode to a method that knows nothing of `self.training`."""
+    """Passes the training flag to a method that does not read `self.training`."""
 
     @functools.wraps(method)
-    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = train_flags.with_flags(self, args, kwargs, self.training)
         layers = isinstance(self, nn.Sequential)
         with (
@@ -240,4 +240,4 @@ def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
         ):
             return method(self, *args, **kwargs)
 
-    return told
+    return wrapped

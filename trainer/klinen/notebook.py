@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model as its user has written it, to call in a notebook."""
+"""Returns a trained model as the user's own module, to call in a notebook."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random keys of a bound model: given once, drawn from by the name of a stream and a path."""
+"""Random keys of a bound model, derived from the name of the RNG stream and the path."""
 
 from __future__ import annotations
 

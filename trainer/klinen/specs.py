@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Descriptions of arrays, of any library, as JAX has them."""
+"""Converts array specifications of other libraries to `jax.ShapeDtypeStruct`."""
 
 from __future__ import annotations
 

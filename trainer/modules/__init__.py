@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One functional interface over module systems: what the step needs to know of a model."""
+"""A functional interface over the module systems of Flax: Linen, NNX and Klinen."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a package above adds a kind of Linen modules of its own, which is unknown here."""
+"""Adapters, with which a package adds its own kind of Linen modules (Klinen does)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What a kind of Linen modules needs beside what all Linen modules need.
+    """Special treatment of a kind of Linen modules.
 
     Attributes:
         intercept: runs around each method of each Linen module that a model calls, as
             `flax.linen.intercept_methods` takes it.
-        plain: called as `plain(intermediates)` with the nested dicts that a call has left; returns
-            them as a task reads them.
+        plain: called as `plain(intermediates)` with the nested dicts of a call; returns them as a
+            task reads them.
         refusal: called as `refusal(module)`; returns why a module cannot be a config's model, or
             None.
     """
@@ -26,7 +26,7 @@ class Adapter:
     refusal: Callable[[object], str | None]
 
 
-# Empty in a run whose modules are all Flax's: then none of it costs anything.
+# Empty in a run with only Flax's own modules, which then costs nothing.
 registered: list[Adapter] = []
 
 

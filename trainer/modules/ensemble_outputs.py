@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of the outputs of an ensemble's members."""
+"""Combines the outputs of an ensemble's members."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def mean(outputs: Any, *, whose: str = '') -> Any:
 
     Args:
         outputs: pytree of arrays (members, ...).
-        whose: whose they are, for messages; '' for those of the model's own call.
+        whose: what returned them, for messages; '' for the model's own call.
 
     Raises:
         UserError: for an array that has no mean.
@@ -24,14 +24,14 @@ def mean(outputs: Any, *, whose: str = '') -> Any:
     advice = (
         'evaluate with a task that only calls the model itself (config.evals.NAME.task)'
         if whose
-        else 'let the task say what becomes of them: a method combine(outputs)'
+        else 'give the task a method combine(outputs)'
     )
 
     def one(x: jax.Array) -> jax.Array:
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise UserError(
-                f'config.ensemble: {whose or "the model"} returns arrays of {x.dtype}, of which '
-                f'there is no mean over the members; {advice}'
+                f'config.ensemble: {whose or "the model"} returns arrays of {x.dtype}, which have '
+                f'no mean over the members; {advice}'
             )
         return x.mean(0)
 

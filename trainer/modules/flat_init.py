@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters that are flat while they are initialised, and whose names are for the final shape.
+"""Parameters that are initialized flat, with dimension names for their final shape.
 
-`nn.DenseGeneral` calls its initialiser with the shape of a matrix, and reshapes what it returns.
-The names that `nn.with_partitioning(init, ('data', None, None))` puts around it are those of the
-final dimensions: as a sharding constraint of the matrix they are an error wherever a mesh is in
-context. Nothing is lost without it: the whole state is created with the sharding of the run.
+`nn.DenseGeneral` calls its initializer with the shape of a matrix, and reshapes the result. The
+names of `nn.with_partitioning(init, ('data', None, None))` are those of the final dimensions. As a
+sharding constraint of the matrix they raise an error wherever a mesh is in context. The constraint
+can be left out, because the whole state is created with the sharding of the run.
 """
 
 from __future__ import annotations

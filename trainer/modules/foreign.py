@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Error messages for objects that are no models, before they are called as if they made one."""
+"""Error messages for objects that are not models, raised before they are called."""
 
 from __future__ import annotations
 

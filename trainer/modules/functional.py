@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One functional interface over module systems: what the step needs to know of a model."""
+"""A functional interface over module systems, as the step uses it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Functional(Protocol):
     def init(
         self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys
     ) -> Mapping[str, Any]:
-        """Returns fresh variables, 'params' among them, of all that a task calls on a batch."""
+        """Returns fresh variables, 'params' among them, for all modules that a task calls."""
 
     def bind(self, variables: Mapping[str, Any], keys: Keys, *, ema: Any = None) -> BoundModel:
         """Returns the callable that a task gets."""

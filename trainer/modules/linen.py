@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linen modules as functions of (variables, rngs, mode), and the bound view that a task calls."""
+"""Linen modules behind the functional interface, and as the bound model of a task."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.modules.rng_streams import Streams
 
 Variables = Mapping[str, Any]
 
-# Dropout that is active at evaluation is always a mistake: without a key Flax says so.
+# Active dropout in evaluation is always a mistake. Without a key for it, Flax raises an error.
 _TRAIN_ONLY_STREAMS = frozenset({'dropout'})
 
 
@@ -38,7 +38,7 @@ class Linen:
         module: the module.
         precision: the dtypes of its parameters, its computation and its output.
         pmap_axes: leaves axes of `jax.pmap` out of its normalisation layers.
-        modes: the module with the mode in its flags, by whether it trains.
+        modes: the module with its training flags set, for False and for True.
     """
 
     module: nn.Module
@@ -105,7 +105,7 @@ class LinenModel(BoundModel):
             args, kwargs = precision.cast_for_compute((args, kwargs))
             params = precision.cast_for_compute(params)
         variables = {'params': params, **calls.collections}
-        # What nobody reads of the intermediates, the compiler drops.
+        # Unused intermediates cost nothing: the compiler removes them.
         mutable = {INTERMEDIATES, *(calls.collections if training else ())}
         if recorder is not None:
             mutable.update(recorder.collections)
@@ -117,9 +117,9 @@ class LinenModel(BoundModel):
             output, updates = self._run(run, steps, args, kwargs, sorted(mutable), number)
         except errors.ScopeParamNotFoundError as error:
             raise UserError(
-                'the model asks for a parameter that it did not have when it was made, which '
-                'happens in evaluation mode. Make all parts in both modes, and choose afterwards '
-                f'what of them is used.\n{str(error).partition(chr(10))[0]}'
+                'the model uses a parameter that was not created by initialization, which runs in '
+                'evaluation mode. Call all submodules in both modes, and select their outputs '
+                f'afterwards.\n{str(error).partition(chr(10))[0]}'
             ) from error
         if recorder is not None:
             calls.intermediates = recorder.take_records(calls.intermediates)
@@ -218,7 +218,7 @@ class LinenModel(BoundModel):
 
 
 class _InitModel(LinenModel):
-    """A model without variables yet: each call makes those that are still missing."""
+    """A model during initialization: each call creates the variables that are still missing."""
 
     def stop_gradient(self, pattern: str) -> LinenModel:
         return self

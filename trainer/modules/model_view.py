@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task calls: a model bound to its variables, to random keys and to a mode."""
+"""The model as a task calls it: bound to variables, RNG keys and the training flag."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
 
-# What is read from a module's fields as it is.
+# Types of fields that are returned as they are.
 _PLAIN = (bool, int, float, str)
-# What leads from a module to a part of it.
+# Functions from a module to a method or a part of it, applied one after the other.
 Steps = tuple[Callable[[Any], Any], ...]
 
 
 @dataclasses.dataclass
 class Calls:
-    """What the calls of a model and of its views have in common.
+    """The state that a model shares with its views, updated by each call.
 
     Attributes:
-        collections: the variables that are not parameters, as the calls so far have left them.
+        collections: the variables other than parameters, after the calls so far.
         count: number of calls so far.
-        intermediates: what the last call has left for whoever asks.
+        intermediates: the intermediates of the last call.
         recorder: records the calls; None records nothing.
     """
 
@@ -44,7 +44,7 @@ class Calls:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class BoundModel(abc.ABC):
-    """A module bound to parameters, collections, random keys and a mode: what a task calls.
+    """A module bound to variables, RNG keys and the training flag, as a task calls it.
 
     `model(x)` runs `__call__`; `model.encode(x)`, `model.encoder(x)` or `model.layers[0](x)` runs a
     method or a sub-module (of a Linen module, one that `setup` makes: what a compact method makes
@@ -72,7 +72,7 @@ class BoundModel(abc.ABC):
 
     @property
     def collections(self) -> dict[str, Any]:
-        """Every variable collection but the parameters, as the calls so far have left them."""
+        """Every variable collection but the parameters, after the calls so far."""
         return dict(self._calls.collections)
 
     @property
@@ -87,7 +87,7 @@ class BoundModel(abc.ABC):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Every variable collection, as the calls so far have left them."""
+        """Every variable collection, after the calls so far."""
         return {'params': self._params, **self._calls.collections}
 
     @property
@@ -182,16 +182,16 @@ class BoundModel(abc.ABC):
 
     @abc.abstractmethod
     def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        """Runs what the steps lead to, and keeps what it changes."""
+        """Calls the method or part at the end of `steps`, and stores changed collections."""
 
     @abc.abstractmethod
     def _field(self, name: str) -> Any:
-        """Returns what the module holds by that name, None if nothing."""
+        """Returns the attribute of the module with this name, None if there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """`model.encoder` or `model.layers[0].attend`: the way to a method or sub-module to call."""
+    """`model.encoder` or `model.layers[0].attend`: a method or submodule that can be called."""
 
     _model: BoundModel
     _steps: Steps = ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NNX modules as functions of (variables, rngs, mode), and the bound view that a task calls."""
+"""NNX modules behind the functional interface, and as the bound model of a task."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class NNX:
             named = values(module, boxed=True)
             if nnx_bridge.linen_parts(module):
                 task(_LazyModel(module, keys, self.precision, self.axes), batch)
-                # What the first input has shaped is known from here on.
+                # The first input has determined the shapes of lazy modules.
                 self.__dict__['_parts'] = Parts.of(module)
-                # The call is for the shapes: what it has moved is left as it was made.
+                # The call was for the shapes only, so its changes of variables are discarded.
                 named = merge_variables(values(module, boxed=True), named)
         params = named.pop('params', {})
         return {**named, 'params': self.precision.cast_params(params)}

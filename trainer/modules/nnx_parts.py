@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An NNX module taken apart: its graph, and its variables as nested dicts by collection."""
+"""Splits an NNX module into its graph, and its variables as nested dicts by collection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from trainer.config.errors import UserError
 Variables = Mapping[str, Any]
 Path = tuple[str, ...]
 
-# What a call leaves behind for whoever asks, and no step keeps.
+# Variables that last for one call only, and are not part of the state.
 INTERMEDIATES = (nnx.Intermediate, nnx.Perturbation)
 # The names that Linen gives to collections of the same meaning.
 _NAMES = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats', nnx.Cache: 'cache'}
@@ -97,7 +97,7 @@ def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
 
 
 def merge_variables(below: Variables, above: Variables) -> dict[str, Any]:
-    """Returns both as one, and of what is in both that of `above`."""
+    """Merges two trees of variables; values of `above` take precedence."""
     flat = {**traverse_util.flatten_dict(below), **traverse_util.flatten_dict(above)}
     return traverse_util.unflatten_dict(flat)
 
@@ -125,7 +125,7 @@ def collection(variable: Any) -> str:
 
 
 def mark_arrays(module: nnx.Module) -> None:
-    """Marks bare arrays as data: NNX takes one that is traced for a part of the graph."""
+    """Marks bare arrays as data, because NNX treats traced ones as a part of the graph."""
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Pytree):
             for name, value in list(vars(node).items()):

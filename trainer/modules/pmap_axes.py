@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Normalisation that names an axis of `jax.pmap`, in a program that has no such axis.
+"""Runs normalization layers that name an axis of `jax.pmap` in a program without that axis.
 
 Under `pmap` each device sees its part of the batch, and `BatchNorm(axis_name='batch')` averages the
 statistics over the parts. A step is one program over the whole batch: the statistics of a call are
@@ -30,21 +30,21 @@ LINEN_NORMS = tuple(getattr(nn, name) for name in _NORMS)
 
 
 class PmapAxes:
-    """Leaves axis names of `pmap` out of normalisation, and says so once for each name."""
+    """Omits axis names of `pmap` in normalization layers, and warns once for each name."""
 
     def __init__(self) -> None:
         self._noted: set[Any] = set()
         self._paths: set[str] = set()
 
     def remove_axes(self, module: Any) -> None:
-        """Takes the axes out of those parts of an NNX module whose calls were without them."""
+        """Removes the axes from the layers of an NNX module that were called without them."""
         for path, node in _norms_with_axes(module):
             if path in self._paths:
                 node.axis_name = None
 
     @contextlib.contextmanager
     def intercept_calls(self) -> Iterator[None]:
-        """Is around the calls of a model."""
+        """Omits missing axes in the calls of a model in the block."""
         token = _current.set(self)
         try:
             with nn.intercept_methods(self.intercept):
@@ -117,7 +117,7 @@ class PmapAxes:
 
 @contextlib.contextmanager
 def omit_in_nnx(module: Any) -> Iterator[None]:
-    """Is around calls of an NNX module within `PmapAxes.intercept_calls`, or changes nothing."""
+    """Omits missing axes in the calls of an NNX module, within `PmapAxes.intercept_calls`."""
     norms = _norms_with_axes(module)
     kinds: list[Any] = [type(node) for _, node in norms]
     try:
@@ -150,7 +150,7 @@ def _nnx_norms() -> Any:
 
 @functools.cache
 def _class_without_axes(kind: Any, path: str) -> Any:
-    """Returns a class that does what `kind` does, without the names of axes that are missing."""
+    """Returns a subclass of `kind` whose calls omit the names of missing axes."""
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

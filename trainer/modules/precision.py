@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Number types of a run: what parameters are kept in, and what a model computes in."""
+"""The dtypes of a run: those of its parameters, computation and output."""
 
 from __future__ import annotations
 

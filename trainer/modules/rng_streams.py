@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which streams of random numbers a Linen module asks for."""
+"""The RNG streams that a Linen module uses, found as it asks for them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from trainer import compat
 
 @dataclasses.dataclass(eq=False)
 class Streams:
-    """The streams of a module, learnt as it asks for them.
+    """The RNG streams of a module, found as it asks for them.
 
     Attributes:
-        names: those known so far.
-        never: those that it must not ask for.
+        names: the streams known so far.
+        never: streams that it must not use.
     """
 
     names: set[str]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a task has done so far when it fails: the fields that it has read, the model's outputs."""
+"""Records what a task has done before it fails: fields that it read, calls of the model."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Seen:
     _values: dict[int, tuple[str, Any]] = dataclasses.field(default_factory=dict)
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Clears the record."""
         self.calls.clear()
         self.fields.clear()
         self._values.clear()
@@ -70,7 +70,7 @@ class Seen:
         return self.calls[-1]
 
     def sentences(self) -> list[str]:
-        """Returns what the task has done, a sentence for each call of the model."""
+        """Returns a sentence for each call of the model, and one for other fields."""
         found = []
         for call in self.calls[-_MOST:]:
             end = 'has not returned' if call.output is None else f'has returned {call.output}'
@@ -88,7 +88,7 @@ current: contextvars.ContextVar[Seen | None] = contextvars.ContextVar('seen', de
 
 @contextlib.contextmanager
 def record_calls() -> Iterator[Seen]:
-    """Records what the last task does that begins in the block."""
+    """Records the calls and reads of the last task that starts in the block."""
     seen = Seen()
     token = current.set(seen)
     try:
@@ -99,7 +99,7 @@ def record_calls() -> Iterator[Seen]:
 
 @contextlib.contextmanager
 def explain_errors() -> Iterator[None]:
-    """Adds what the last task has done to an error, unless that is a mistake of the user."""
+    """Adds notes on what the last task has done to an error, unless it is a `UserError`."""
     with record_calls() as seen:
         try:
             yield
@@ -112,7 +112,7 @@ def explain_errors() -> Iterator[None]:
 
 
 def restart() -> None:
-    """Forgets what an earlier task has done: another one begins."""
+    """Clears the record, because another task starts."""
     if (seen := current.get()) is not None:
         seen.clear()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays and trees of arrays in words: dtypes and shapes, and what differs between two trees."""
+"""Describes dtypes and shapes of arrays, and differences between trees of arrays."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of any kind on their way through JAX's transformations."""
+"""A pytree whose leaves that are not arrays are static."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import jax
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WithStaticLeaves:
-    """A value whose leaves may be of any kind: JAX sees those that it has types for.
+    """A value with leaves of any type, of which JAX's transformations see only the arrays.
 
     Attributes:
-        arrays: the leaves of the value that JAX has types for.
-        rest: every other leaf after its number among all.
-        structure: of the value.
+        arrays: the leaves that are JAX types.
+        rest: every other leaf, as (index among all leaves, leaf).
+        structure: the pytree structure of the value.
     """
 
     arrays: tuple[Any, ...]
@@ -29,7 +29,7 @@ class WithStaticLeaves:
 
     @classmethod
     def of(cls, value: Any) -> WithStaticLeaves:
-        """Takes a value apart."""
+        """Splits a value."""
         leaves, structure = jax.tree.flatten(value)
         arrays = tuple(leaf for leaf in leaves if _has_type(leaf))
         rest = tuple((number, leaf) for number, leaf in enumerate(leaves) if not _has_type(leaf))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients summed over slices of a batch (`config.accumulate`): the update is that of the whole.
+"""Gradient accumulation over micro-batches (`config.accumulate`); the update is that of the batch.
 
-The slices' sums are divided by the weight of them all. `sums_of` is `train_step.weighted_sums`.
+Gradients of the weighted sums are added up, and divided by the weight of the whole batch. In this
+module `sums_of` is `train_step.weighted_sums`.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ SumsOf = Callable[..., tuple[Any, Any]]
 def gradients(
     sums_of: SumsOf, state: TrainState, batch: Batch, scale: jax.Array, ctx: StepContext
 ) -> tuple[Any, dict[str, Any], dict[str, Any], Any]:
-    """Returns the gradient times the loss scale, the new collections, the metrics and the loss."""
+    """Returns the scaled gradient, the new collections, the metrics and the unscaled loss."""
     first = jax.tree.map(lambda x: x[0], split_rows(batch, ctx.accumulate, ctx.shards))
     output = output_shapes(sums_of, state, first, ctx)
-    # The weight of all slices is known only after the last one. Dividing by the number of values
-    # first keeps what flows back through the model as small as it is in one piece.
+    # The weight of all micro-batches is known only after the last one. So cotangents are divided by
+    # the number of values first, which keeps them as small as without accumulation (they would
+    # overflow in float16), and the result is corrected at the end.
     losses = losses_by_name(output.loss).items()
     counts = {name: ctx.accumulate * max(1, math.prod(x.shape)) for name, x in losses}
 
@@ -56,7 +58,7 @@ def gradients(
         totals = jax.tree.map(jnp.add, totals, weights)
         return (grads, penalties, collections, metrics, totals), (*sums, weights)
 
-    # Sums of many small terms: bfloat16 would drop the later ones.
+    # In float32: in sums of many small terms, bfloat16 would lose the later ones.
     zeros = jax.tree.map(lambda p: jnp.zeros_like(p, accumulation_dtype(p)), state.params)
     none = {name: jnp.zeros((), jnp.float32) for name in counts}
     carry = (zeros, zeros, state.collections, empty_task_metrics(output, ctx.task), none)
@@ -74,19 +76,19 @@ def gradients(
 
 
 def loss_at(sums_of: SumsOf, state: TrainState, batch: Batch, ctx: StepContext, params: Any) -> Any:
-    """Returns the loss of a batch at other parameters, as an optimizer sees these.
+    """Returns the loss of a batch at other parameters, given in the optimizer's view.
 
-    It draws the same random keys as the gradient did, and starts from the same collections.
+    It uses the same random keys and collections as the gradient of the step.
 
     Raises:
-        UserError: under a loss scale.
+        UserError: with a loss scale.
     """
     if state.loss_scale is not None:
         raise UserError(
             f'{ctx.optimizer.path}: this optimizer computes the loss at other parameters, as a '
-            'line search does, and a dynamic loss scale (config.precision.loss_scale) covers the '
-            'gradient of the step alone: theirs would vanish in float16. Use bfloat16, or set '
-            'config.precision.loss_scale=0'
+            'line search does, but a dynamic loss scale (config.precision.loss_scale) covers only '
+            'the gradient of the step; other gradients would vanish in float16. Use bfloat16, or '
+            'set config.precision.loss_scale=0'
         )
     params = views.complete_params(params, state.params)
     if ctx.accumulate == 1:
@@ -104,21 +106,21 @@ def loss_at(sums_of: SumsOf, state: TrainState, batch: Batch, ctx: StepContext, 
 
 
 def _scan(body: Any, carry: Any, batch: Batch, ctx: StepContext) -> tuple[Any, Any]:
-    """Runs `body(carry, (index, rows))` over the slices of a batch."""
+    """Runs `body(carry, (index, rows))` over the micro-batches of a batch."""
     slices = split_rows(batch, ctx.accumulate, ctx.shards)
-    # Unrolled where the compiler's loops are slow: XLA's CPU convolutions crawl inside a scan.
+    # Unrolled on CPUs, where XLA's convolutions are very slow inside a scan.
     unroll = ctx.accumulate if jax.default_backend() == 'cpu' else 1
     return jax.lax.scan(body, carry, (jnp.arange(ctx.accumulate), slices), unroll=unroll)
 
 
 def _mean_loss_of_slices(totals: Any, penalties: Any, weights: Any) -> Any:
-    """Returns the loss of a batch from the sums of its slices, (slices,) each."""
+    """Returns the loss of a batch from the sums of its micro-batches, (slices,) each."""
     totals, weights = jax.tree.map(lambda x: x.sum(0), (totals, weights))
     return mean_loss((totals, penalties.mean(0)), weights)
 
 
 def split_rows(batch: Any, slices: int, shards: int) -> Any:
-    """Cuts every array into (slices, rows / slices, ...), each device keeping its own rows."""
+    """Splits every array into (slices, rows / slices, ...), so that no example changes device."""
 
     def split(x: jax.Array) -> jax.Array:
         rows = x.shape[0] // (shards * slices)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks config keys against the optimizer state: combinations that are wrong or suspicious."""
+"""Checks combinations of config keys with the optimizer state."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _ACCUMULATE = (
 
 
 def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, own_step: bool = False) -> None:
-    """Checks that the step can call an optimizer, and that other keys work with it.
+    """Checks that the step can call an optimizer, and that other config keys work with it.
 
     Args:
-        optimizer: of the run.
-        opt_state: its state, or the shapes of it.
+        optimizer: the optimizer of the run.
+        opt_state: its state, or the shapes of its state.
         ema: whether the run keeps a moving average of the parameters.
         own_step: whether `config.step` replaces the default step.
 
@@ -55,8 +55,8 @@ def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, own_step: bool = F
     for each, state in _parts(optimizer, opt_state):
         if each.clip_norm is not None and contains_state(state, optax.MultiStepsState):
             raise UserError(
-                f"{each.path}.clip_norm: it would clip each step's gradient, before "
-                f'optax:MultiSteps averages them. {_ACCUMULATE}; or clip inside it, with '
+                f"{each.path}.clip_norm: it would clip each step's gradient before "
+                f'optax:MultiSteps averages them. {_ACCUMULATE}; or clip inside of it, with '
                 'optax:chain of optax:clip_by_global_norm and the optimizer'
             )
         if each.lr_multipliers and contains_state(state, _OWN_POINTS):
@@ -71,15 +71,15 @@ def _check_interface(path: str, state: Any, *, own_step: bool) -> None:
     """Checks that an optimizer takes gradients of the batch and one set of parameters."""
     if contains_state(state, optax.LookaheadState):
         raise UserError(
-            f'{path}: optax:lookahead needs two sets of parameters, fast and slow ones, and the '
+            f'{path}: optax:lookahead needs two sets of parameters, fast and slow ones, but the '
             'train state has one. Use its fast_optimizer alone; config.ema keeps an average of the '
             'parameters, and evals.NAME.ema=True evaluates it'
         )
     if contains_state(state, contrib.DifferentiallyPrivateAggregateState) and not own_step:
         raise UserError(
             f'{path}: optax.contrib:dpsgd (differentially_private_aggregate) needs a gradient of '
-            'each example, and the default step computes that of the batch. Compute them in a step '
-            'of your own (config.step, with jax.vmap of jax.grad), and give them to ctx.update. '
+            'each example, but the default step computes that of the batch. Compute them in a '
+            'custom step (config.step, with jax.vmap of jax.grad), and pass them to ctx.update. '
             'optax:noisy_sgd adds noise to the gradient of the batch, without a guarantee of '
             'privacy'
         )
@@ -102,13 +102,16 @@ def warn_of_eval_point(optimizer: Optimizer, opt_state: Any) -> None:
 
 
 def _is_opaque(state: Any) -> bool:
-    """Whether a state is that of `optax.contrib:sam` that keeps no adversarial step pending."""
+    """Whether a state is that of `optax.contrib:sam` in its opaque mode.
+
+    Its parameters are never those of an adversarial step.
+    """
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, contrib.SAMState))
     return any(isinstance(x, contrib.SAMState) and x.cache is None for x in nodes)
 
 
 def _parts(optimizer: Optimizer, opt_state: Any) -> list[tuple[Optimizer, Any]]:
-    """Returns the optimizer and those of its groups, each with its state."""
+    """Returns the optimizer and the optimizers of its groups, each with its state."""
     state = optimizer.state_of_base(opt_state)
     groups = optimizer.groups.items()
     parts = [(group.optimizer, state.inner_states[name].inner_state) for name, group in groups]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States whose arrays were donated to a later step: how that shows, and what to do instead."""
+"""Detects and explains the use of states that were donated to a later step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ADVICE = (
 
 
 class DonatedError(RuntimeError):
-    """A state is used that was donated to a later step."""
+    """A state was used after it had been donated to a later step."""
 
 
 def is_donated(state: Any) -> bool:
@@ -36,10 +36,10 @@ def check(state: Any, what: str) -> None:
         DonatedError: if its arrays were donated to a step.
     """
     if is_donated(state):
-        raise DonatedError(f'{what}: the arrays of this state are gone. {_ADVICE}')
+        raise DonatedError(f'{what}: the arrays of this state were deleted. {_ADVICE}')
 
 
 def explain(error: BaseException) -> None:
-    """Adds to JAX's error about an array that is gone why it is, and what to do."""
+    """Adds a note to JAX's error about a deleted array: why it was deleted, and what to do."""
     if compat.is_deleted_array(error) and not isinstance(error, DonatedError):
         error.add_note(f'It probably belongs to a state that a hook or a notebook kept. {_ADVICE}')

@@ -15,7 +15,7 @@ from trainer.modules.precision import accumulation_dtype
 def init(params: Any) -> Any:
     """Returns the average of one set of parameters: a copy, float32 for half-precision ones.
 
-    Two leaves of one donated state must not share a buffer.
+    A copy, because two leaves of a donated state must not share a buffer.
     """
     return jax.tree.map(_copy, params)
 
@@ -26,10 +26,10 @@ def update(average: Any, params: Any, decay: float) -> Any:
 
 
 def _copy(param: jax.Array) -> jax.Array:
-    # In a dtype in which small changes are not lost.
+    # In half precision, small changes of the average would be rounded away.
     return jnp.array(param, accumulation_dtype(param))
 
 
 def _move(mean: jax.Array, param: jax.Array, share: float) -> jax.Array:
-    # By their difference: the average of a frozen parameter stays as it is, to the bit.
+    # In this form, the average of a frozen parameter stays bitwise equal to the parameter.
     return mean + share * (_copy(param) - mean)

@@ -29,10 +29,10 @@ def has_eval_params(optimizer: Optimizer) -> bool:
 
 
 def compute_eval_params(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
-    """Returns the parameters that are evaluated, in the dtypes of the parameters.
+    """Returns the parameters to evaluate, in the dtypes of the parameters.
 
     Args:
-        optimizer: has `eval_params`, or its groups have.
+        optimizer: the optimizer; `eval_params` is its own or that of its groups.
         params: the training parameters.
         opt_state: of `optimizer.transformation(params)`.
 
@@ -66,7 +66,7 @@ def _compute(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
 
 
 def _fill(some: Any, rest: Any) -> Any:
-    """Returns `some` with its masked leaves taken from `rest`."""
+    """Returns `some`, with its masked leaves replaced by those of `rest`."""
     return jax.tree.map(lambda x, y: y if _is_masked(x) else x, some, rest, is_leaf=_is_masked)
 
 
@@ -75,7 +75,7 @@ def _is_masked(x: Any) -> bool:
 
 
 def _call_eval_params(optimizer: Optimizer, params: Any, state: Any) -> Any:
-    """Calls `eval_params` with the state and the parameters as the target sees them."""
+    """Calls `eval_params` with the state and the parameters in the optimizer's view."""
     assert optimizer.eval_params is not None
     where = f'{optimizer.path}.eval_params'
     mine = views.split(params)
@@ -94,7 +94,7 @@ def _call_eval_params(optimizer: Optimizer, params: Any, state: Any) -> Any:
         paths = [path for path in {**expected, **given} if expected.get(path) != given.get(path)]
         raise UserError(
             f'{where}: {name_of(optimizer.eval_params)} must return parameters with the same paths '
-            f'and shapes as those it is given, but differs at {", ".join(paths[:5])}'
+            f'and shapes as its arguments; they differ at {", ".join(paths[:5])}'
         )
     return views.merge(jax.tree.map(jnp.asarray, found))
 
@@ -105,9 +105,11 @@ def _shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def adversarial(state: contrib.SAMState, params: Any) -> Any:
-    """Returns the parameters of `optax.contrib.sam` without the adversarial steps since an update.
+    """Returns the parameters of `optax.contrib.sam` without adversarial steps, as `eval_params`.
 
-    For `config.optimizer.eval_params`.
+    Args:
+        state: of the optimizer.
+        params: the training parameters.
     """
     there = state.steps_since_sync == 0
     return jax.tree.map(lambda now, kept: jnp.where(there, now, kept), params, state.cache)

@@ -2,8 +2,8 @@
 """Detects non-finite values inside the step, and stops updates from then on.
 
 The flag is sticky and part of the state: from the first bad step on, updates change no parameter.
-The host reads it after some of the steps, and no step waits for that. Checkpoints do not contain
-it: nothing is saved while it is set.
+The host reads it from time to time, and no step waits for that. Checkpoints do not contain it,
+because nothing is saved while it is set.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from trainer.step.finite import count_non_finite, floats, has_new_non_finite, is
 from trainer.step.loss_scale import LossScale
 from trainer.tasks.metrics import WeightedMean
 
-# The kind of the first finding; a label out of range is LABELS + the index of its check.
+# The kinds of findings; a label out of range is LABELS + the index of its check.
 LOSS, GRADIENT, PARAMETER, SLOT, LABELS = 1, 2, 3, 4, 8
 
-# Updates in a row that a loss scale may skip.
+# Consecutive updates that a loss scale may skip.
 MOST_SKIPS = 50
 
 # The key of a batch's signs among the metrics of a step.
 SIGNS = '_signs'
 
-# The fields of a state that stay as they are once updates have stopped; on a CPU not the
-# optimizer's state, which would be copied for that.
+# The fields of a state that keep their values once updates have stopped. On CPUs the optimizer
+# state is left out, because it would be copied in each step.
 UPDATED = ('params', 'collections', 'ema', 'loss_scale', 'opt_state')
 
 _BAD_STEP, _KIND, _VALUE, _SKIPS, _KNOWN = range(5)
@@ -43,26 +43,27 @@ _BAD_STEP, _KIND, _VALUE, _SKIPS, _KNOWN = range(5)
 
 @flax.struct.dataclass
 class Health:
-    """Whether a run is healthy, and if not, since when and why.
+    """Whether a run is healthy, and if not, since which step and why.
 
     Attributes:
         packed: int32 (4 + leaves,): the properties below, and for each parameter and each leaf of
-            the optimizer state the number of elements that were not finite at the start (a mask of
-            -inf), which are ignored. One array, because each one costs microseconds per step.
+            the optimizer state the number of elements that were non-finite at the start (such as a
+            mask of -inf), which are ignored. All in one array, because each array of a state costs
+            microseconds per step.
     """
 
     packed: jax.Array
 
     @classmethod
     def of(cls, params: Any, opt_state: Any) -> Health:
-        """Returns the health of a state that training starts from, its elements counted."""
+        """Returns the health of a state that training starts from; counts non-finite elements."""
         tree = (params, opt_state)
         known = map(jnp.maximum, count_non_finite(tree), _mark_line_search(tree))
         return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array([*known], jnp.int32)]))
 
     @classmethod
     def clean(cls, params: Any, opt_state: Any) -> Health:
-        """Returns the health of such a state if all of it is finite."""
+        """Returns the health of a state whose elements are all finite."""
         return cls(jnp.zeros(_KNOWN + len(floats((params, opt_state))), jnp.int32))
 
     @property
@@ -72,22 +73,22 @@ class Health:
 
     @property
     def kind(self) -> jax.Array:
-        """What was found there: LOSS, GRADIENT, PARAMETER, SLOT or LABELS + n: int32 (...)."""
+        """The kind of the finding: LOSS, GRADIENT, PARAMETER, SLOT or LABELS + n: int32 (...)."""
         return self.packed[..., _KIND]
 
     @property
     def value(self) -> jax.Array:
-        """The label that was found: float32 (...)."""
+        """The label that is out of range: float32 (...)."""
         return jax.lax.bitcast_convert_type(self.packed[..., _VALUE], jnp.float32)
 
     @property
     def skips(self) -> jax.Array:
-        """Updates in a row that the loss scale has skipped: int32 (...)."""
+        """Consecutive updates that the loss scale has skipped: int32 (...)."""
         return self.packed[..., _SKIPS]
 
     @property
     def known(self) -> jax.Array:
-        """Elements that were not finite at the start, of each leaf: int32 (..., leaves)."""
+        """Elements of each leaf that were non-finite at the start: int32 (..., leaves)."""
         return self.packed[..., _KNOWN:]
 
     @property
@@ -98,22 +99,22 @@ class Health:
     def with_flag(
         self, bad: jax.Array, kind: int | jax.Array, step: jax.Array, value: float | jax.Array = 0
     ) -> Health:
-        """Returns the health after a check; the first finding is kept.
+        """Returns the health after a check; only the first finding is kept.
 
         Args:
-            bad: bool scalar, whether the check has found something.
-            kind: what that is.
+            bad: bool scalar, whether the check has failed.
+            kind: kind of the finding.
             step: number of the step, from 1.
-            value: of a label.
+            value: the label, if the kind is that of a label.
         """
         first = bad & ~self.is_bad
         bits = jax.lax.bitcast_convert_type(jnp.asarray(value, jnp.float32), jnp.int32)
         found = [jnp.asarray(x, jnp.int32) for x in (step, kind, bits)]
         if jax.device_count() == 1:
-            # One number at a time: the compiler then sees what `is_bad` depends on, and updates do
-            # not wait for the whole array. With several CPU devices they must: XLA runs collectives
-            # that do not depend on each other in any order, and a device that starts with the other
-            # one may block the rest forever.
+            # Element by element, so that the compiler sees what `is_bad` depends on, and updates
+            # need not wait for the whole array. With several CPU devices they must wait: XLA runs
+            # independent collectives in any order, and devices that start with different ones
+            # would deadlock.
             found = [jnp.where(first, x, self.packed[i]) for i, x in enumerate(found)]
             return Health(jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]]))
         packed = jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]])
@@ -129,9 +130,9 @@ class Health:
 
 
 def to_metadata(health: Health | None) -> dict[str, Any]:
-    """Returns the checkpoint metadata of a health that differs from that of a new run.
+    """Returns the health as checkpoint metadata; empty if it equals that of a new run.
 
-    A member of an ensemble may have stopped, and the loss scale may have skipped recent updates.
+    It differs if a member of an ensemble has stopped, or the loss scale has just skipped updates.
     """
     if health is None:
         return {}
@@ -140,10 +141,10 @@ def to_metadata(health: Health | None) -> dict[str, Any]:
 
 
 def from_metadata(health: Health, kept: Any) -> Health:
-    """Returns the health of a restored state, given what `kept` returned when it was saved.
+    """Returns the health of a restored state from its metadata: see `to_metadata`.
 
     Raises:
-        ValueError: if that is of another shape.
+        ValueError: if the metadata has another shape.
     """
     if kept is None:
         return health
@@ -160,7 +161,7 @@ class Signs(clu.metrics.Metric):
     """Findings of a forward pass, merged over the slices of a batch like a metric.
 
     Attributes:
-        losses: float32 scalar that is finite exactly if all losses and penalties are.
+        losses: float32 scalar that is finite if and only if all losses and penalties are.
         label: int32 scalar, 1 + the number of the first check that failed; 0 for none.
         value: float32 scalar, the value that failed.
     """
@@ -171,14 +172,14 @@ class Signs(clu.metrics.Metric):
 
     @classmethod
     def empty(cls) -> Signs:
-        """Returns the signs of nothing."""
+        """Returns signs without findings."""
         return cls(*(jnp.zeros((), kind) for kind in (jnp.float32, jnp.int32, jnp.float32)))
 
     def merge(self, other: Signs) -> Signs:
-        """Returns the signs of both."""
+        """Returns the merged signs; the first label counts."""
         mine = self.label > 0
         return Signs(
-            # Never becomes finite again: infinities of both signs give NaN.
+            # A sum stays non-finite: inf - inf is NaN.
             losses=self.losses + other.losses,
             label=jnp.where(mine, self.label, other.label),
             value=jnp.where(mine, self.value, other.value),
@@ -186,7 +187,7 @@ class Signs(clu.metrics.Metric):
 
 
 def take_signs(metrics: Any) -> tuple[Any, list[Signs]]:
-    """Returns metrics without the signs among them, at any depth, and these."""
+    """Returns the metrics without the signs in them, at any depth, and the list of signs."""
     if not isinstance(metrics, Mapping):
         return metrics, []
     rest, found = {}, []
@@ -200,7 +201,7 @@ def take_signs(metrics: Any) -> tuple[Any, list[Signs]]:
 
 
 def signs_from_metrics(metrics: Any) -> Signs:
-    """Returns the signs of a step that returns none, from its metrics named as losses."""
+    """Returns the signs of a step that returns none, from metrics whose names end in 'loss'."""
     leaves = jax.tree_util.tree_leaves_with_path(
         metrics, is_leaf=lambda node: isinstance(node, WeightedMean)
     )
@@ -222,13 +223,13 @@ def check_gradients(
 ) -> Health:
     """Returns the health after a backward pass.
 
-    A dynamic loss scale adapts by overflows: these are skipped and counted, and bad only if the
-    scale cannot shrink any more, or after `MOST_SKIPS` in a row. An optimizer with its own rule for
-    non-finite gradients applies that.
+    A dynamic loss scale adapts by overflows, so these are skipped and counted. They are bad only if
+    the scale cannot shrink further, or after `MOST_SKIPS` in a row. An optimizer that handles
+    non-finite gradients by itself is excused.
 
     Args:
-        health: after the forward pass.
-        finite: bool scalar, whether all gradients are.
+        health: the health after the forward pass.
+        finite: bool scalar, whether all gradients are finite.
         step: number of the step, from 1.
         scale: the loss scale before the update, or None.
         excused: whether gradients may be non-finite.
@@ -243,10 +244,10 @@ def check_gradients(
 def check_arrays(
     health: Health, params: Any, opt_state: Any, step: jax.Array, *, replicated: bool = False
 ) -> Health:
-    """Returns the health after an update: of the new parameters and the optimizer state.
+    """Returns the health after checking the new parameters and optimizer state.
 
     Args:
-        health: before that check.
+        health: the health before the check.
         params: the new parameters.
         opt_state: the new state of the optimizer.
         step: number of the step, from 1.
@@ -260,7 +261,8 @@ def check_arrays(
         return bad, has_new_non_finite(slots, known[len(arrays) :], replicated=replicated)
 
     if jax.default_backend() == 'cpu':
-        # A contraction rules it out most of the time, several times faster and without a copy.
+        # Usually one contraction shows that all are finite. It is several times faster than the
+        # exact check, and needs no copy.
         none = jnp.zeros((), bool)
         bad_params, bad_slots = jax.lax.cond(
             is_surely_finite([*arrays, *slots]), lambda: (none, none), look
@@ -272,12 +274,12 @@ def check_arrays(
 
 
 def handles_non_finite(opt_state: Any) -> bool:
-    """Whether an optimizer has a rule of its own for gradients that are not finite."""
+    """Whether an optimizer handles non-finite gradients by itself."""
     kinds = (optax.ApplyIfFiniteState, optax.ZeroNansState, optax.MultiStepsState)
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
     for node in nodes:
         if isinstance(node, optax.MultiStepsState):
-            # It may skip them, too; or what it wraps has a rule.
+            # It can skip them as well; or the optimizer that it wraps handles them.
             if jax.tree.leaves(node.skip_state) or handles_non_finite(node.inner_opt_state):
                 return True
         elif isinstance(node, kinds):
@@ -286,7 +288,7 @@ def handles_non_finite(opt_state: Any) -> bool:
 
 
 def _mark_line_search(tree: Any) -> list[int]:
-    """Returns 1 for each float leaf that is a number of a line search, which may find none."""
+    """Returns for each float leaf 1 if it is a scalar of a line search, which may be non-finite."""
     kinds = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
     def mark(node: Any) -> Any:

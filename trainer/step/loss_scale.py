@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The loss scale that keeps float16 gradients from vanishing."""
+"""The dynamic loss scale, which keeps float16 gradients from underflowing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMALLEST = 1.0
 
 @flax.struct.dataclass
 class LossScale:
-    """A factor on the loss that grows while gradients are finite and shrinks when they are not.
+    """A factor on the loss that grows while gradients are finite, and shrinks otherwise.
 
     The constants are those of `flax.training.dynamic_scale`: the scale doubles after 2,000 finite
     steps in a row and halves at each step that is not; it never falls below 1.
@@ -26,7 +26,7 @@ class LossScale:
     Attributes:
         scale: float32 scalar.
         finite_steps: int32 scalar, finite steps since the scale last changed.
-        skipped: int32 scalar, updates that were left out so far.
+        skipped: int32 scalar, updates skipped so far.
     """
 
     scale: jax.Array
@@ -36,24 +36,24 @@ class LossScale:
 
     @classmethod
     def of(cls, scale: float) -> LossScale:
-        """Returns a scale that has seen no step."""
+        """Returns a scale before the first step."""
         zero = jnp.zeros((), jnp.int32)
         return cls(scale=jnp.float32(scale), finite_steps=zero, skipped=jnp.copy(zero))
 
     @property
     def is_smallest(self) -> jax.Array:
-        """Whether the scale cannot shrink any more: bool scalar."""
+        """Whether the scale cannot shrink further: bool scalar."""
         return self.scale <= _SMALLEST
 
     def metrics(self) -> dict[str, jax.Array]:
-        """Returns what a row of metrics says of it."""
+        """Returns its entries of a row of metrics."""
         return {'loss_scale': self.scale, 'skipped_updates': self.skipped}
 
     def update(self, finite: jax.Array) -> LossScale:
         """Returns the scale for the next step.
 
         Args:
-            finite: bool scalar, whether this step's gradients were.
+            finite: bool scalar, whether this step's gradients were finite.
         """
         finite_steps = jnp.where(finite, self.finite_steps + 1, 0)
         grow = finite_steps >= self.growth_interval
@@ -73,7 +73,7 @@ def choose(condition: jax.Array, new: Any, old: Any) -> Any:
 
 
 def to_optimizer_gradients(grads: Any, scale: LossScale | None) -> Any:
-    """Returns gradients of JAX as optimizers expect them: float32, unscaled, conjugate."""
+    """Converts gradients of JAX to those that optimizers expect: float32, unscaled, conjugate."""
 
     def convert(grad: jax.Array) -> jax.Array:
         grad = grad.astype(accumulation_dtype(grad))
@@ -84,13 +84,13 @@ def to_optimizer_gradients(grads: Any, scale: LossScale | None) -> Any:
 
 
 def skip_overflow(new: Any, old: Any, updates: Any, finite: jax.Array) -> tuple[Any, Any, Any]:
-    """Adapts the scale, and undoes an update whose gradients were not finite.
+    """Adapts the scale, and undoes an update with non-finite gradients.
 
     Args:
         new: the state after the update.
-        old: the state before it.
-        updates: that were added to the parameters.
-        finite: bool scalar, whether all gradients are.
+        old: the state before the update.
+        updates: the updates that were added to the parameters.
+        finite: bool scalar, whether all gradients are finite.
 
     Returns:
         The state, the updates (zero if they were undone), and the metrics of the scale.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What optimizers take in addition to gradients: the loss, and a function that computes it."""
+"""The loss as an argument of optimizers: its value, and a function that computes it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Objective:
     """The loss that is differentiated.
 
     Attributes:
-        value: float32 scalar, that of the whole batch, without a loss scale; of several losses a
-            dict of scalars.
-        function: computes it at other parameters: on the same batch, with the same random keys.
+        value: float32 scalar, the unscaled loss of the whole batch; for several losses, a dict of
+            scalars.
+        function: computes it at other parameters, on the same batch with the same random keys.
     """
 
     value: Any
@@ -37,19 +37,19 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class _PerLoss:
-    """The values of several losses; a leaf, which no mask for parameters applies to."""
+    """The values of several losses; a pytree leaf, so that masks for parameters leave it alone."""
 
     values: Mapping[str, Any]
 
 
 def arguments(objective: Objective, grads: Any, state: TrainState) -> dict[str, Any]:
-    """Returns the extra arguments that an optimizer in this state is given, by optax's names.
+    """Returns the extra arguments for an optimizer with this state, by optax's names.
 
-    `value`, `grad` and `value_fn` go to all: optax drops them where they are not wanted. Other
-    names go only to those that are known to want them, because line searches refuse them.
+    All optimizers get `value`, `grad` and `value_fn`, which optax drops where they are unused.
+    Other names go only to the optimizers that take them, because line searches reject them.
     """
     value, function = objective.value, objective.function
-    if contains_state(state.opt_state, contrib.SAMState):  # Refuses all others.
+    if contains_state(state.opt_state, contrib.SAMState):  # It rejects all others.
         return {'grad_fn': lambda params, _: _gradient(function, params)}
     if isinstance(value, Mapping):
         value = _PerLoss(value)
@@ -66,8 +66,8 @@ def _gradient(function: Callable[[Any], Any], params: Any) -> Any:
         value = function(params)
         if isinstance(value, Mapping):
             raise UserError(
-                f'{_WHERE}: optax.contrib:sam with opaque_mode computes gradients of one loss, and '
-                f'the task returns {", ".join(value)}. Leave opaque_mode out'
+                f'{_WHERE}: optax.contrib:sam with opaque_mode computes gradients of one loss, but '
+                f'the task returns {", ".join(value)}. Remove opaque_mode'
             )
         return value
 
@@ -75,12 +75,12 @@ def _gradient(function: Callable[[Any], Any], params: Any) -> Any:
 
 
 def _named(loss: Any, name: str) -> Any:
-    """Returns one of several losses; a task may have this one only."""
+    """Returns the named loss; a lone loss is returned as it is."""
     return loss[name] if isinstance(loss, Mapping) else loss
 
 
 def bind_loss(tx: optax.GradientTransformation, name: str | None) -> optax.GradientTransformation:
-    """Returns an optimizer that is given the value of one of several losses, and its function."""
+    """Returns the optimizer, which then gets the value and the function of the named loss only."""
     if name is None:
         return tx
     inner = optax.with_extra_args_support(tx)
@@ -100,10 +100,10 @@ def bind_loss(tx: optax.GradientTransformation, name: str | None) -> optax.Gradi
 
 
 def needs_extra_arguments(losses: Sequence[str], opt_state: Any) -> bool:
-    """Whether an optimizer takes other arguments than most, which `arguments` has.
+    """Whether an optimizer takes more than the usual arguments: see `arguments`.
 
     Args:
-        losses: names of those that drive some parameters.
+        losses: names of the losses that drive some parameters.
         opt_state: the optimizer's state, or its shapes.
     """
     return losses != (ONLY_LOSS,) or contains_state(
@@ -118,31 +118,31 @@ def retry_update(
     found: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> tuple[Any, Any]:
-    """Calls an optimizer again, without the arguments that it has refused, or explains its error.
+    """Calls an optimizer again without the arguments that it rejected, or explains its error.
 
     Args:
-        error: that of the first call.
-        update: of the optimizer, to be called with extra arguments.
-        state: before the update.
-        found: extra arguments that the step has.
-        given: those that a step of the user's passes, which take precedence.
+        error: the error of the first call.
+        update: the optimizer's update, to be called with extra arguments.
+        state: the state before the update.
+        found: the extra arguments that the step provides.
+        given: the extra arguments of a custom step, which take precedence.
 
     Raises:
-        UserError: if the optimizer needs more than it is given, or fails within optax.
+        UserError: if the optimizer needs more arguments, or fails within optax.
     """
     try:
         refused = compat.refused_argument(error)
         if refused is None or refused in given or refused not in found:
             raise error
-        # Against optax's convention, some take no other extra arguments than their own.
+        # Against optax's convention, some optimizers take no extra arguments but their own.
         try:
             return update(**given)
         except TypeError as second:
             if compat.missing_arguments(second) is None:
                 raise
             raise UserError(
-                f'{_WHERE}: {error}. What takes extra arguments in its update must accept those '
-                'of others too (**extra_args): see optax.GradientTransformationExtraArgs'
+                f'{_WHERE}: {error}. An update that takes extra arguments must also accept those '
+                'of others (**extra_args): see optax.GradientTransformationExtraArgs'
             ) from second
     except UserError:
         raise
@@ -164,10 +164,10 @@ def _failure(error: Exception, state: TrainState) -> str:
     )
     text = str(error).rstrip('. ')
     return (
-        f'the optimizer failed: {type(error).__name__}: {text}. It is given the gradient of the '
+        f'the optimizer failed: {type(error).__name__}: {text}. It gets the gradient of the '
         'batch, its own state, the parameters, and value, grad and value_fn. '
         + masks * contains_state(state.opt_state, optax.MaskedState)
-        + 'If it needs something else, call it in a step of your own: config.step'
+        + 'If it needs other arguments, call it in a custom step: config.step'
     )
 
 
@@ -175,13 +175,13 @@ def _what_is_missing(names: str, state: TrainState, found: Mapping[str, Any]) ->
     example = f'ctx.update(state, grads, {re.split(r"[ ,]", names)[0]}=...)'
     if contains_state(state.opt_state, optax.MultiStepsState):
         return (
-            f'it needs {names}, which optax:MultiSteps cannot give it: that makes one update of '
-            'several batches. Use config.accumulate instead of optax:MultiSteps'
+            f'it needs {names}, which optax:MultiSteps cannot provide, because it makes one '
+            'update from several batches. Use config.accumulate instead of optax:MultiSteps'
         )
     if contains_state(state.opt_state, contrib.SAMState):
         return (
-            f'it needs {names}, and optax.contrib:sam refuses it, which gets the same arguments as '
-            'what it is chained with. Leave one of the two out'
+            f'it needs {names}, which optax.contrib:sam, chained with it, does not accept. Remove '
+            'one of the two'
         )
     if not found:
         return (
@@ -189,6 +189,6 @@ def _what_is_missing(names: str, state: TrainState, found: Mapping[str, Any]) ->
             f'returned. Pass it by name: {example}'
         )
     return (
-        f'it needs {names}, which the trainer does not compute. Pass it by name in a step of your '
-        f'own (config.step): {example}'
+        f'it needs {names}, which the trainer does not compute. Pass it by name in a custom step '
+        f'(config.step): {example}'
     )

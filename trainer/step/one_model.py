@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step of one model as `Programs` compile it, with the state that it starts from."""
+"""The step of one model, and the state that it starts from, as `Programs` compile them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import Mesh
 
-from trainer.input.host_field import Kept
+from trainer.input.host_field import HostFieldSpec
 from trainer.modules.rng import Keys
 from trainer.step import (
     custom_step,
@@ -40,8 +40,8 @@ class TrainStep:
     """A step as a pure function `(state, batch) -> state`, and the state that it starts from.
 
     Attributes:
-        context: the parts and the settings of the step.
-        function: what happens in a step: `config.step`, or the default.
+        context: the parts of the step and its settings.
+        function: the step function: that of `config.step`, or `default_step`.
     """
 
     context: StepContext
@@ -49,7 +49,7 @@ class TrainStep:
 
     @property
     def update(self) -> Callable[[TrainState, Batch], TrainState]:
-        """What is compiled: `(state, batch) -> state`."""
+        """The function to compile: `(state, batch) -> state`."""
         function = self.function
         if function is not default_step:
             function = functools.partial(custom_step.run, function=function)
@@ -57,19 +57,21 @@ class TrainStep:
 
     @property
     def task(self) -> TaskRunner:
-        """What the model is asked to do with a batch."""
+        """The task, which computes the loss of a batch."""
         return self.context.task
 
     @property
     def sweeps(self) -> bool:
-        """Whether each step looks at all values for what is not finite."""
+        """Whether each step checks all values for non-finite ones."""
         return self.context.sweeps
 
     def with_context(self, **changes: Any) -> TrainStep:
         """Returns the step with another context: `changes` are fields of `StepContext`."""
         return dataclasses.replace(self, context=dataclasses.replace(self.context, **changes))
 
-    def with_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TrainStep:
+    def with_fields(
+        self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
+    ) -> TrainStep:
         """Returns the step for batches with fields that stay on the host."""
         return self.with_context(task=self.task.with_host_fields(kept, is_weighted))
 
@@ -78,7 +80,7 @@ class TrainStep:
 
         Args:
             state: arrays or their shapes.
-            replicated: for each parameter whether it is replicated on every device; None: unknown.
+            replicated: for each parameter whether every device has all of it; None if unknown.
         """
         optimizer, opt_state = self.context.optimizer, state.opt_state
         facts = StateFacts(
@@ -93,7 +95,7 @@ class TrainStep:
         return self.with_context(facts=facts)
 
     def state_specs(self, state: TrainState, mesh: Mesh) -> TrainState:
-        """Returns the shapes and shardings of the state: those of one model."""
+        """Returns the shapes and shardings of the state, which are those of one model."""
         return state
 
     def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
@@ -101,12 +103,13 @@ class TrainStep:
         return meta.unbox(self.init_boxed(spec))
 
     def init_boxed(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
-        """Returns the first state, variables still in the boxes that name their dimensions."""
+        """Returns the first state, with variables in the boxes that name their dimensions."""
         context, optimizer = self.context, self.context.optimizer
         optimizer.check_learning_rates()
-        # Zeros of no consequence: the compiler drops the forward pass, only shapes matter.
+        # The values do not matter: the compiler removes the forward pass of initialization.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
-        with record_reads():  # Fields read here, from zeros, need not be read in a step.
+        # Recorded apart: a field that is read only for initialization need not be sent in steps.
+        with record_reads():
             seen = self.task.prepare_batch(batch)
             keys = Keys(seed=context.seed, mode='init')
             variables = dict(context.model.init(self.task.task, seen, keys))
@@ -126,9 +129,10 @@ class TrainStep:
         return dataclasses.replace(state, params=named, metrics=metrics)
 
     def restart_optimizer(self, state: TrainState) -> TrainState:
-        """Returns the state with optimizer state and moving average as its parameters start them.
+        """Returns the state with optimizer state and moving average initialized anew.
 
-        Some optimizers keep a copy of the parameters, so this follows every change of these.
+        This must follow every change of the parameters from outside, because some optimizers keep a
+        copy of them.
         """
         params = state.params
         opt_state = self.context.optimizer.transformation(params).init(params)
@@ -144,7 +148,7 @@ class TrainStep:
         return Health.of(state.params, state.opt_state)
 
     def sweep(self, state: TrainState) -> Health:
-        """Returns the health of a state, checking its parameters and slots if updates may stop."""
+        """Returns the health of a state; checks its parameters and slots if updates can stop."""
         if not self.context.stops:
             return jax.tree.map(jnp.copy, state.health)
         return sweep.check(state, self.context)
@@ -154,15 +158,16 @@ class TrainStep:
         return eval_point.compute_eval_params(self.context.optimizer, state.params, state.opt_state)
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
-        # The metrics of the state that is being made are not known yet, and not needed.
+        """Returns empty accumulators for the shapes of this state and batch."""
+        # The metrics of the state are what is computed here.
         state = dataclasses.replace(state, metrics=None)
         context = self.with_state(state).context
         if self.function is default_step:
             output = step_metrics.output_shapes(weighted_sums, state, batch, context)
             return step_metrics.empty_metrics(output, state, context)
         with contextlib.suppress(Exception):
-            # Captures and the guard run the task, whatever the custom step reads.
+            # Captures and the guard run the task even if the custom step does not, so its fields
+            # must be recorded as read. Errors of the task do not matter here.
             output = step_metrics.output_shapes(weighted_sums, state, batch, context)
             step_metrics.empty_task_metrics(output, self.task)
         # A new function object: with a cached trace, no reads would be recorded.

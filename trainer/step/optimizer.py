@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the config's optimizer to one optax transformation over all parameters."""
+"""The config's optimizer as one optax transformation over all parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Schedule = Callable[[Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class RegexMask:
-    """Maps a parameter tree to booleans: whether a leaf's whole path matches any pattern."""
+    """Maps a parameter tree to booleans: whether any pattern matches a leaf's whole path."""
 
     patterns: tuple[str, ...]
 
@@ -40,12 +40,12 @@ class RegexMask:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-    """Some of the parameters, what updates them and which loss drives them.
+    """A group of parameters, with its optimizer and the loss that drives it.
 
     Attributes:
         params: patterns of whole parameter paths.
-        optimizer: what turns their gradients into updates; it has no groups of its own.
-        loss: name of the loss whose gradient they follow; None where the task names none.
+        optimizer: turns their gradients into updates; it has no groups of its own.
+        loss: name of the loss whose gradient they follow; None if the task has one unnamed loss.
     """
 
     params: tuple[str, ...]
@@ -55,22 +55,23 @@ class Group:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """An optax transformation and what the trainer adds around it.
+    """An optax transformation, and what the trainer adds to it.
 
     Attributes:
-        base: the transformation that the config's target made; None with groups.
-        groups: instead of one transformation, one for each group of parameters, by name.
-        learning_rate: the schedule of `base`, as a function of the number of updates; several by
-            name; None if unknown.
-        clip_norm: global norm over the trained parameters that gradients are scaled down to.
-        freeze: patterns of whole parameter paths that keep their values and hold no state.
+        base: the transformation that the config's target returned; None with groups.
+        groups: the groups of parameters by name, used instead of `base`.
+        learning_rate: the schedule of `base`, a function of the number of updates; several by name;
+            None if unknown.
+        clip_norm: maximal global norm of the gradients of all trained parameters.
+        freeze: patterns of whole parameter paths that keep their values and have no slots.
         freeze_statistics: patterns of whole paths of other variables that keep their values, such
-            as the running mean of a normalisation. In training it still normalises with the batch.
-        lr_multipliers: (pattern, factor) pairs; the first match counts, all must be covered.
-        decay_mask: patterns of the parameters that `base` lets decay, for a check alone.
+            as the running mean of a normalization layer. In training, the layer still normalizes
+            with the statistics of the batch.
+        lr_multipliers: (pattern, factor) pairs; the first match counts. Every parameter must match.
+        decay_mask: patterns of the parameters that `base` decays; they are only checked here.
         eval_params: computes the parameters to evaluate from the state of `base` and the
             parameters; None evaluates the parameters themselves.
-        path: where it stands in the config, for messages.
+        path: its key path in the config, for messages.
     """
 
     base: optax.GradientTransformation | None = None
@@ -99,7 +100,7 @@ class Optimizer:
 
     @property
     def learning_rates(self) -> Schedule | Mapping[str, Schedule] | None:
-        """The known schedule, or those of the groups by name; None if there is none."""
+        """The schedule, or those of the groups by name; None if none is known."""
         known: dict[str, Schedule] = {}
         for name, group in self.groups.items():
             rate = group.optimizer.learning_rate
@@ -110,10 +111,10 @@ class Optimizer:
         return known or self.learning_rate
 
     def check_learning_rates(self) -> None:
-        """Checks that each is a number at every step.
+        """Checks that each learning rate is a number at every step.
 
         Raises:
-            UserError: otherwise.
+            UserError: if one is not.
         """
         found = self.learning_rates
         several = found if isinstance(found, Mapping) else {'': found}
@@ -125,29 +126,28 @@ class Optimizer:
                 shape = jax.eval_shape(rate, jax.ShapeDtypeStruct((), jnp.int32)).shape
             except (TypeError, AttributeError) as error:
                 raise UserError(
-                    f'{where} must be a number for each number of updates, and {rate!r} gives '
-                    f'none: {error}'
+                    f'{where} must be a function from the number of updates to a number; '
+                    f'{rate!r} failed: {error}'
                 ) from error
             if shape != ():
-                raise UserError(f'{where} must be one number, and {rate!r} gives the shape {shape}')
+                raise UserError(f'{where} must be a scalar; {rate!r} returned shape {shape}')
 
     def transformation(self, params: Any) -> optax.GradientTransformationExtraArgs:
-        """Returns the complete transformation for these parameters (abstract ones will do).
+        """Returns the complete transformation for these parameters, arrays or shapes.
 
-        Its state and updates for half-precision parameters are float32. For complex parameters,
+        Its state and updates for half-precision parameters are float32. For complex parameters its
         updates are complex, and it expects the conjugate of what `jax.grad` returns.
 
         Raises:
-            UserError: if a pattern matches no parameter, a multiplier is missing for one, or one
-                does not belong to exactly one group; if a parameter is neither floating-point nor
-                complex.
+            UserError: if a pattern matches no parameter; if a parameter has no multiplier, does not
+                belong to exactly one group, or is neither floating-point nor complex.
         """
         views.check_numbers(params)
         tx = views.with_float32_view(self._without_float32_view(params), params)
         return optax.with_extra_args_support(tx)
 
     def _without_float32_view(self, params: Any) -> optax.GradientTransformation:
-        """Returns the transformation without the float32 view, as `state_of_base` expects it."""
+        """Returns the transformation without the float32 view: see also `state_of_base`."""
         _check_decays(_paths(params), self.decay_mask, f'{self.path}.decay_mask')
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
         if self.base is None:
@@ -157,6 +157,7 @@ class Optimizer:
         if self.lr_multipliers:
             where = f'{self.path}.lr_multipliers'
             parts.append(_scale_each(_multipliers(params, self.lr_multipliers, where)))
+        # `state_of_base` indexes into this chain: clipping, the optimizer, multipliers.
         tx = parts[0] if len(parts) == 1 else optax.chain(*parts)
         if not self.freeze:
             return tx
@@ -171,7 +172,7 @@ class Optimizer:
         )
 
     def state_of_base(self, opt_state: Any) -> Any:
-        """Returns the state of `base`, or of the groups, from that of the transformation."""
+        """Returns the state of `base`, or of the groups, within that of the transformation."""
         if self.freeze:
             opt_state = opt_state.inner_states['trained'].inner_state
         if self.clip_norm is None and not self.lr_multipliers:
@@ -186,16 +187,16 @@ class Optimizer:
         """Checks that each pattern of `freeze_statistics` matches a variable.
 
         Raises:
-            UserError: otherwise.
+            UserError: if one does not.
         """
         paths = [path for tree in collections.values() for path in _paths(tree)]
         where = f'{self.path}.freeze_statistics'
         patterns.check_used(
-            self.freeze_statistics, paths, where, 'no variable beside the parameters'
+            self.freeze_statistics, paths, where, 'no variable other than parameters'
         )
 
     def keep_frozen_statistics(self, old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-        """Returns the new collections with the old values of what `freeze_statistics` matches."""
+        """Returns the new collections, with old values where `freeze_statistics` matches."""
         if not self.freeze_statistics:
             return new
         frozen = RegexMask(self.freeze_statistics)
@@ -223,12 +224,12 @@ class Optimizer:
         shared = [f'{path} ({", ".join(names)})' for path, names in found.items() if len(names) > 1]
         if missing or shared:
             raise UserError(
-                f'{self.path}.groups: every parameter belongs to exactly one group.'
+                f'{self.path}.groups: every parameter must belong to exactly one group.'
                 + (f'\nIn none: {and_more(missing, 5)}.' if missing else '')
                 + (f'\nIn several: {and_more(shared, 5)}.' if shared else '')
-                + '\nChange the patterns `params` of the groups'
+                + '\nChange the patterns in `params` of the groups'
                 + (
-                    f', or name what should stay unchanged in {self.path}.freeze.'
+                    f', or list parameters that should not change in {self.path}.freeze.'
                     if missing
                     else '.'
                 )
@@ -236,11 +237,11 @@ class Optimizer:
         return {path: names[0] for path, names in found.items()}
 
     def select(self, by_loss: Mapping[str, Any]) -> Any:
-        """Returns one parameter-shaped tree, each leaf from the tree of the loss that drives it.
+        """Returns one parameter-shaped tree, with each leaf from the tree of its loss.
 
         Args:
-            by_loss: a parameter-shaped tree for each of `losses`. A frozen leaf gets zeros, unless
-                there is only one loss.
+            by_loss: a parameter-shaped tree for each of `losses`. With several losses, frozen
+                leaves become zeros.
         """
         if len(by_loss) == 1:
             return next(iter(by_loss.values()))
@@ -256,37 +257,37 @@ class Optimizer:
         return jax.tree_util.tree_map_with_path(pick, *trees)
 
     def check_losses(self, loss: Any) -> None:
-        """Checks that the groups name the losses of the task's output, and all of them.
+        """Checks that the groups name losses of the task's output, and all of them.
 
         Raises:
-            UserError: otherwise.
+            UserError: if a group names another loss, or no group names one of them.
         """
         names = tuple(loss) if isinstance(loss, Mapping) else ()
         if names and not self.groups:
             raise UserError(
-                f'the task returns the losses {", ".join(names)}, and {self.path}.groups does not '
-                "say what each one trains: groups={'NAME': dict(target=..., params='REGEX', "
+                f'the task returns the losses {", ".join(names)}, but {self.path}.groups does not '
+                "assign parameters to them: groups={'NAME': dict(target=..., params='REGEX', "
                 f'loss={names[0]!r}), ...}}. A dict means several losses; for one loss and its '
                 'metrics return (loss, dict of metrics)'
             )
         for name, group in self.groups.items():
             if group.loss not in (names or (None,)):
                 raise UserError(
-                    f'{self.path}.groups.{name}.loss: {group.loss!r} is no loss of the task; it '
+                    f'{self.path}.groups.{name}.loss: the task has no loss {group.loss!r}; it '
                     + (f'returns {", ".join(names)}' if names else 'returns one without a name')
                 )
         unused = [name for name in names if name not in self.losses]
         if unused:
             raise UserError(
-                f'the task returns the loss {unused[0]!r}, which trains nothing: no entry of '
-                f'{self.path}.groups names it. Return it among the metrics, or name it in a group'
+                f'the task returns the loss {unused[0]!r}, but no entry of {self.path}.groups '
+                'names it. Return it among the metrics, or name it in a group'
             )
 
     def _combine_groups(self, params: Any) -> optax.GradientTransformation:
         owners = self.owners(params)
 
         def labels(tree: Any) -> Any:
-            # Not of `params`, once and for all: frozen ones are masked out of the tree that comes.
+            # Recomputed for each tree: frozen leaves are masked out of those that arrive here.
             return jax.tree_util.tree_map_with_path(lambda path, _: owners[param_path(path)], tree)
 
         def members(name: str) -> Any:
@@ -306,10 +307,10 @@ class Optimizer:
 
 
 def _scale_each(factors: Any) -> optax.GradientTransformation:
-    """Scales each update by its own static factor: the same as scaling its learning rate."""
+    """Scales each update by a static factor, which is the same as scaling its learning rate."""
 
     def update(updates: Any, _: Any = None) -> Any:
-        # Frozen parameters are masked out of the tree that arrives here, hence the look-up by path.
+        # By path, because frozen leaves are masked out of the tree that arrives here.
         return jax.tree_util.tree_map_with_path(
             lambda path, u: u * factors[param_path(path)], updates
         )
@@ -329,19 +330,19 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) ->
     missing = [path for path in _paths(params) if path not in factors]
     if missing:
         raise UserError(
-            f'{where} covers every parameter but {and_more(missing, 5)}.\n'
+            f'{where}: no pattern matches {and_more(missing, 5)}.\n'
             'Add a last pair such as (".*", 1.0).'
         )
     return factors
 
 
 def _check_decays(paths: Sequence[str], decayed: Sequence[str], where: str) -> None:
-    """Checks that some parameter decays; a list for several models may name more than this has."""
+    """Checks that some parameter decays; single patterns may match nothing in this model."""
     expressions = [patterns.compiled(pattern, where) for pattern in decayed]
     found = [path for path in paths if any(each.fullmatch(path) for each in expressions)]
     if decayed and paths and not found:
         raise UserError(
-            f'{where}: {", ".join(map(repr, decayed))} matches no parameter, so none would decay. '
+            f'{where}: {", ".join(map(repr, decayed))} matches no parameter, so nothing decays. '
             f'A pattern must match a whole path, such as {and_more(paths, 5)}.'
         )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where each array of the state is on the mesh."""
+"""The sharding of each array of the state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.step.state import TrainState
 
 
 def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
-    """Returns a sharding for every leaf; optimizer slots and average live with their parameter.
+    """Returns a sharding for every leaf; optimizer slots and average have that of their parameter.
 
     Args:
         abstract: the state's shapes, from `jax.eval_shape`.
@@ -26,7 +26,7 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
         return jax.tree.map(lambda _: everywhere, tree)
 
     params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs)
-    # Not an array but a sharding in each place.
+    # A `TrainState` of shardings instead of arrays.
     shardings: dict[str, Any] = dict(
         step=everywhere,
         params=params,
@@ -41,10 +41,10 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
 
 
 def _match_params(tree: Any, params: Any, shardings: Any, default: NamedSharding) -> Any:
-    """Gives each leaf of `tree` the sharding of the parameter that its path ends with.
+    """Returns for each leaf of `tree` the sharding of the parameter that its path ends with.
 
-    An optimizer keeps a slot of parameter a/b at .../mu/a/b; `optax.tree_map_params` would say so
-    too, but fails where some parameters are masked out.
+    The slot of parameter a/b is at .../mu/a/b in an optimizer state. `optax.tree_map_params` fails
+    if some parameters are masked out.
     """
     known = {
         _keys(path): (leaf.shape, sharding)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled programs of a run: init, train step, fused steps. Each compiles exactly once."""
+"""The compiled programs of a run: init, train step, fused steps. Each is compiled once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer import compat
 from trainer.config.errors import UserError
 from trainer.config.objects import place
 from trainer.input.fields import Fields
-from trainer.input.host_field import HostFieldError, Kept
+from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.modules import seen
 from trainer.modules.nnx_bridge import allow_names_for_rules
 from trainer.modules.shapes import changes, describe
@@ -37,8 +37,8 @@ from trainer.tasks.returned import name_of
 from trainer.tasks.runner import TaskRunner
 
 _log = logging.getLogger('trainer')
-# Several CPU devices share the threads of one pool: too many programs at once that wait for each
-# other's collectives leave none to arrive, and the process is aborted.
+# Virtual CPU devices share one thread pool. With too many programs in flight, all threads wait in
+# collectives for devices that get no thread, and XLA aborts the process.
 _MOST_IN_FLIGHT = 16
 
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
@@ -48,7 +48,7 @@ class Program:
     """A function compiled ahead of time for given shapes, in the background.
 
     Attributes:
-        name: what messages call it.
+        name: name in messages.
         compile_secs: time that tracing and compiling took, once `executable()`.
         compiles: number of compilations so far.
     """
@@ -62,22 +62,23 @@ class Program:
         tracing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
         **jit: Any,
     ):
-        """Says what is compiled; `start` does it, or the first call.
+        """Prepares the program; `start` or the first call compiles it.
 
         Args:
-            name: what messages call it.
+            name: name in messages.
             fn: the function.
             arguments: arrays, or their shapes, dtypes and shardings.
-            tracing: makes the context that `fn` is traced in.
+            tracing: returns the context in which `fn` is traced.
             **jit: options of `jax.jit`.
         """
         self.name = name
         self.compile_secs = 0.0
         self.compiles = 0
         self._tracing = tracing
-        # JAX hashes what it compiles: a partial has a hash, a module with a list has none.
+        # JAX hashes the function: a partial is hashable, a bound method of a module with a list
+        # in its fields is not.
         run: Any = functools.partial(fn)
-        # What traces and dumps call it: 'train_step'.
+        # The name in traces and HLO dumps: 'train_step'.
         run.__name__ = re.sub(r'\W+', '_', name.removeprefix('the ')).strip('_')
         self._jitted = jax.jit(run, **jit)
         self._abstract = jax.tree.map(_shape_spec, arguments)
@@ -87,10 +88,10 @@ class Program:
         self._compiled: Any = None
 
     def start(self) -> Program:
-        """Traces the function and has it compiled in the background, at the first call; returns it.
+        """Traces the function and compiles it in the background, once; returns the program.
 
-        It is traced in the caller's thread, which is where settings such as
-        `jax.default_matmul_precision` hold.
+        It is traced in the caller's thread, because settings such as `jax.default_matmul_precision`
+        are per thread.
         """
         if self._future is None:
             self._future = _compiler.submit(self._compile, self._lower())
@@ -105,7 +106,7 @@ class Program:
         return self._compiled
 
     def temporary_bytes(self) -> int | None:
-        """Returns the compiler's count of the bytes of temporaries, None if it has none."""
+        """Returns the bytes of temporaries that the compiler reports, None if it reports none."""
         try:
             analysis = self.executable().memory_analysis()
         except jax.errors.JaxRuntimeError:
@@ -113,21 +114,21 @@ class Program:
         return None if analysis is None else int(analysis.temp_size_in_bytes)
 
     def jaxpr(self) -> Any:
-        """Returns what JAX traces of the function, before any compiler has seen it."""
+        """Returns the jaxpr of the function."""
         with self._tracing():
             return self._jitted.trace(*self._abstract).jaxpr
 
     def flops(self) -> float | None:
         """Returns the floating-point operations of a call, None if they cannot be counted.
 
-        Counted before the compiler has optimised, with the body of a loop counted once.
+        Counted before the compiler optimizes; the body of a loop counts once.
         """
         with self._tracing():
             analysis = self._jitted.lower(*self._abstract).cost_analysis()
         return (analysis or {}).get('flops')
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the program. Shapes or dtypes that changed compile it again, with a warning."""
+        """Runs the program. If shapes or dtypes have changed, compiles it again with a warning."""
         compiled = self._compiled or self.executable()
         try:
             return self._wait_if_due(compiled(*args))
@@ -142,13 +143,13 @@ class Program:
         return self._wait_if_due(self._compiled(*args))
 
     def _wait_if_due(self, result: Any) -> Any:
-        """Waits for the first call, and now and then where calls may not pile up.
+        """Waits for the first call, and on virtual devices from time to time.
 
-        What fails for want of memory mostly fails in the first one, and is said here, before anyone
-        else copies what it gave: see `fetch`.
+        Most failures for lack of memory occur in the first call. They are raised here, before the
+        host copies its results: see `fetch`.
         """
-        # On one device programs pile up as they like: waiting for each would idle the device. With
-        # several virtual ones the wait is not for speed: see `_MOST_IN_FLIGHT`.
+        # On one device there is no limit: waiting for each call would idle the device. With several
+        # virtual ones the wait prevents a deadlock: see `_MOST_IN_FLIGHT`.
         self._calls += 1
         if self._calls == 1 or (self._virtual and self._calls % _MOST_IN_FLIGHT == 0):
             jax.block_until_ready(result)
@@ -170,7 +171,7 @@ class Program:
 
 
 class StepKind(Protocol):
-    """What `Programs` compile: the step of one model, or those of an ensemble's members as one."""
+    """The interface that `Programs` compile: the step of one model or of an ensemble."""
 
     @property
     def update(self) -> Callable[[TrainState, Batch], TrainState]:
@@ -178,16 +179,16 @@ class StepKind(Protocol):
 
     @property
     def task(self) -> TaskRunner:
-        """What the model is asked to do with a batch."""
+        """The task, which computes the loss of a batch."""
 
     @property
     def sweeps(self) -> bool:
-        """Whether each step looks at all values for what is not finite."""
+        """Whether each step checks all values for non-finite ones."""
 
     def with_context(self, **changes: Any) -> Self:
         """Returns the step with another context: `changes` are fields of `StepContext`."""
 
-    def with_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> Self:
+    def with_fields(self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None) -> Self:
         """Returns the step for batches with fields that stay on the host."""
 
     def with_state(self, state: TrainState, replicated: Any = None) -> Self:
@@ -203,7 +204,7 @@ class StepKind(Protocol):
         """Returns the first state, from the shapes of a training batch."""
 
     def restart_optimizer(self, state: TrainState) -> TrainState:
-        """Returns the state with the rest of it as its parameters start them."""
+        """Returns the state with optimizer state and average initialized from its parameters."""
 
     def examine(self, state: TrainState) -> Health:
         """Returns the health of a state that training starts from."""
@@ -215,15 +216,15 @@ class StepKind(Protocol):
         """Returns the parameters that are evaluated."""
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
-        """Returns accumulators that have seen nothing."""
+        """Returns empty accumulators."""
 
 
 class Programs:
-    """All programs of training, from one step on one mesh.
+    """All programs of training, for one step on one mesh.
 
     Attributes:
         abstract: the state's shapes, dtypes and shardings.
-        fields: those of a batch that the step reads, which are sent to the devices.
+        fields: the fields of a batch that the step reads; only these are sent to the devices.
     """
 
     def __init__(
@@ -238,22 +239,24 @@ class Programs:
         """Traces the shapes; programs are compiled at their first use.
 
         Args:
-            train_step: the step's functions.
-            spec: shape and dtype of each field of a global batch, as the loader has it.
+            train_step: the functions of the step.
+            spec: shape and dtype of each field of a global batch of the loader.
             mesh: the device mesh.
-            sharding: rules that cut parameters over the mesh.
+            sharding: rules that shard parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
         """
         self._mesh = mesh
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
-        fields = Fields.of(spec, 'config.data')
+        fields = Fields.from_spec(spec, 'config.data')
         self._shapes = fields.shapes
-        self._first_step = train_step.with_fields(fields.kept())
+        self._first_step = train_step.with_fields(fields.host_fields())
+        # The first trace finds which fields the task reads and whether it returns weights. From
+        # here on, the step is that of batches with those fields.
         with self._tracing(), record_reads() as reads:
             named = _init_shapes(self._first_step, self._shapes)
-        self.fields = fields.only(reads.names)
-        train_step = train_step.with_fields(self.fields.kept(), reads.weighted)
+        self.fields = fields.with_sent(reads.names)
+        train_step = train_step.with_fields(self.fields.host_fields(), reads.weighted)
         shapes = meta.unbox(named)
         with allow_names_for_rules():
             names = nn.get_partition_spec(named.params)
@@ -265,7 +268,7 @@ class Programs:
 
     @property
     def sweeps(self) -> bool:
-        """Whether each step looks at all values for what is not finite: see `StepContext`."""
+        """Whether each step checks all values for non-finite ones: see `StepContext`."""
         return self._train_step.sweeps
 
     @functools.cached_property
@@ -303,7 +306,7 @@ class Programs:
 
     @functools.cached_property
     def init(self) -> Program:
-        """The first state: `() -> state`, every leaf born on the devices that hold it."""
+        """The first state: `() -> state`, with every leaf created in its sharding."""
         return Program(
             'the program that makes the state',
             lambda: self._first_step.init(self._shapes),
@@ -314,14 +317,15 @@ class Programs:
 
     @functools.cached_property
     def restart_optimizer(self) -> Program:
-        """The first state with other variables: `state -> state`, donating the state."""
+        """The optimizer state for changed parameters: `state -> state`, donating the state."""
         return Program(
             'the program that makes the optimizer state',
             self._train_step.restart_optimizer,
             (self.abstract,),
             tracing=self._tracing,
             donate_argnums=0,
-            # Or the old slots, which nothing reads, would live beside the new ones.
+            # Otherwise the old slots, which the program does not read, would not be donated, and
+            # would take up memory beside the new ones.
             keep_unused=True,
             out_shardings=self._shardings,
         )
@@ -341,7 +345,7 @@ class Programs:
     def sweep(self) -> Program:
         """The health of a state, checking its parameters and slots: `state -> health`."""
         return Program(
-            'the program that looks for what is not finite',
+            'the program that checks for non-finite values',
             self._train_step.sweep,
             (self.abstract,),
             tracing=self._tracing,
@@ -361,7 +365,7 @@ class Programs:
 
     @functools.cached_property
     def empty_metrics(self) -> Program:
-        """Accumulators that have seen nothing: `() -> metrics`."""
+        """Empty accumulators: `() -> metrics`."""
         return Program(
             'the program that makes empty accumulators',
             lambda: self._train_step.empty_metrics(self.abstract, self.fields.shapes),
@@ -397,7 +401,7 @@ class Programs:
 
 
 def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
-    """Returns the shapes of `init_boxed`; whatever the model objects to, the batch is shown too."""
+    """Returns the shapes of `init_boxed`; errors of the model get a note with the batch."""
     try:
         with seen.explain_errors():
             # A new function object: with a cached trace, no reads would be recorded.
@@ -409,8 +413,8 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
     except Exception as error:
         if name := compat.unknown_mesh_axis(error):
             raise UserError(
-                f'config.mesh: the model names the mesh axis {name!r}, and the mesh has none. Add '
-                f'it, with size 1 where nothing is to be cut: --config.mesh.{name}=1'
+                f'config.mesh: the model names the mesh axis {name!r}, which the mesh lacks. Add '
+                f'it, with size 1 if nothing is to be sharded: --config.mesh.{name}=1'
             ) from error
         if axis := compat.unbound_axis(error):
             raise UserError(_unbound_axis_message(axis, error)) from error
@@ -418,12 +422,12 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
             raise UserError(
                 f'the model or the task asks for the sharding {wrong[0]} of an array that has '
                 f'{wrong[1]} dimensions{place(error)}. Give a mesh axis, or None, for each '
-                'dimension that the array has there; names of a parameter that is initialised in '
-                'another shape go around the reshaped one: '
+                'dimension that the array has there; if a parameter is initialized in another '
+                'shape, put the names around the reshaped one: '
                 'box.replace_boxed(box.value.reshape(shape))'
             ) from error
         task, fields = train_step.task, spec
-        with contextlib.suppress(Exception):  # It may be a transform that has failed.
+        with contextlib.suppress(Exception):  # The error may be that of a transform.
             fields = jax.eval_shape(lambda batch: plain(task.prepare_batch(batch)), spec)
         batch = ', '.join(f'{name}: {describe(x)}' for name, x in fields.items())
         error.add_note(f'The task {name_of(task.task)} was called with the batch {batch}')
@@ -431,16 +435,16 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
 
 
 def _unbound_axis_message(axis: str, error: Exception) -> str:
-    """Returns what is said of a collective over an axis that no transformation has bound."""
+    """Returns the message for a collective over an axis that no transformation has bound."""
     mesh = jax.sharding.get_abstract_mesh()
     of = 'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
     return (
         f'the model or the task names the axis {axis!r} {of}{place(error)}, and there is none '
-        'here: a step is one program over the whole batch, on any number of devices. Take the '
-        f'collective out, or leave axis_name={axis!r} out: a mean over the batch is that of the '
-        'global batch already, so are gradients, metrics and the statistics of normalisation '
-        'layers. For statistics of groups of rows use trainer.models.norm:GroupedBatchNorm; an '
-        'axis of your own is bound by jax.vmap(..., axis_name=...)'
+        'here: a step is one program over the whole batch, on any number of devices. Remove the '
+        f'collective, or axis_name={axis!r}: a mean over the batch is that of the global batch '
+        'already, and so are gradients, metrics and the statistics of normalization layers. For '
+        'statistics of groups of examples use trainer.models.norm:GroupedBatchNorm; to bind an '
+        'axis of your own use jax.vmap(..., axis_name=...)'
     )
 
 
@@ -449,11 +453,11 @@ def _to_spec(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeD
 
 
 def _keeps_unused_arguments(mesh: Mesh) -> bool:
-    """Returns whether a step keeps arguments that nothing reads: for speed alone, not on CPUs.
+    """Returns whether a step keeps its unused arguments; for speed only, and not on CPUs.
 
-    JAX matches donated arguments to results by shape, in order. Without those that nothing reads
-    the pairs shift: leaves move from buffer to buffer, which costs a copy of each and keeps a graph
-    of kernels from being replayed. CPUs have no such graphs.
+    JAX matches donated arguments to results by shape, in order. If unused ones are dropped, leaves
+    move to other buffers, which costs copies and prevents the replay of CUDA graphs. CPUs have no
+    such graphs.
     """
     # On a CPU each argument costs time, too little to measure: a step of the MLP takes
     # 0.96 [0.83, 1.12] of the CPU time of one with them (`tests/benchmarks/beside.py OTHER mlp`,
@@ -469,7 +473,7 @@ def _uses_virtual_devices(abstract: Any) -> bool:
 
 
 def _shape_spec(x: Any) -> jax.ShapeDtypeStruct:
-    # An array that was never put anywhere goes where the program wants it.
+    # An uncommitted array has no sharding that the program must follow.
     placed = getattr(x, 'committed', True)
     return jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=getattr(x, 'sharding', None) if placed else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning rate schedules that optax does not have: functions of the number of updates."""
+"""Learning rate schedules that optax lacks: functions of the number of updates."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import optax
 
 
 def rsqrt(peak_value: float, warmup_steps: int) -> optax.Schedule:
-    """Returns a linear rise to the peak, and from there a decay by the root of the step.
+    """Returns a linear warmup to the peak, followed by decay with the inverse root of the step.
 
     See "Attention Is All You Need" (Vaswani et al., 2017), section 5.3.
 
     Args:
-        peak_value: the rate after the warm-up.
-        warmup_steps: updates of the rise, at least 1.
+        peak_value: the rate after the warmup.
+        warmup_steps: number of updates of the warmup, at least 1.
     """
     if warmup_steps < 1:
         raise ValueError(f'warmup_steps: expected at least 1, got {warmup_steps}')
@@ -28,10 +28,10 @@ def rsqrt(peak_value: float, warmup_steps: int) -> optax.Schedule:
 
 
 def scaled(schedule: optax.Schedule, factor: float) -> optax.Schedule:
-    """Returns a schedule times a factor, which the members of an ensemble may have several of."""
+    """Returns a schedule times a factor, which can differ between members of an ensemble."""
     return lambda count: factor * schedule(count)
 
 
 def moved(schedule: optax.Schedule, by: float) -> optax.Schedule:
-    """Returns a schedule whose value at update 0 is that of another one at update `by`."""
+    """Returns a schedule shifted in time: its value at update 0 is that of `schedule` at `by`."""
     return lambda count: schedule(count + by)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training state: all that changes from step to step, and nothing else."""
+"""The training state: everything that changes from step to step, and nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TrainState:
             that the uninterrupted one would have written.
         ema: moving average of `params`, in float32 for half-precision ones; or None.
         loss_scale: the dynamic loss scale, or None.
-        health: whether the run is healthy; None if that is not checked, and in checkpoints.
+        health: whether the run is healthy; None in checkpoints, and if it is not checked.
     """
 
     step: jax.Array
@@ -58,12 +58,12 @@ class TrainState:
         return jax.tree.map(_in_dtype_of, self.params, self.ema)
 
     def revert_if(self, condition: jax.Array, old: TrainState, fields: Sequence[str]) -> TrainState:
-        """Returns the state with the values of another in some fields where a condition holds.
+        """Returns the state, with some fields of an older one if a condition holds.
 
         Args:
             condition: bool scalar.
-            old: the other state.
-            fields: names of those fields.
+            old: the older state.
+            fields: names of the fields to revert.
         """
         kept = {name: choose(condition, getattr(old, name), getattr(self, name)) for name in fields}
         return dataclasses.replace(self, **kept)
@@ -71,12 +71,12 @@ class TrainState:
     def apply_gradients(
         self, *, grads: Any, tx: optax.GradientTransformation, **changes: Any
     ) -> TrainState:
-        """Returns the state after one update: `step` + 1, and every other change at once.
+        """Returns the state after one update, with `step` + 1.
 
         Args:
             grads: pytree like `params`.
-            tx: the optimizer that made `opt_state`.
-            **changes: other fields to replace, such as `ema`, which stays as it is otherwise; the
+            tx: the optimizer that initialized `opt_state`.
+            **changes: other fields to replace, such as `ema`, which otherwise keeps its value; the
                 name of a collection replaces that collection.
         """
         fields = {field.name for field in dataclasses.fields(self)}

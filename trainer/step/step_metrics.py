@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of a step: those of the task, and the norms and learning rates that a row shows."""
+"""The metrics of a step: those of the task, norms, and learning rates."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from trainer.tasks.metrics import Last, WeightedMean
 from trainer.tasks.runner import TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
 
-# Elements above which an array does not stay in a core's cache until the end of the step, and above
-# which a kernel of a GPU works longer than it takes to start.
+# Number of elements above which an array leaves a CPU core's cache before the end of the step, and
+# above which a GPU kernel runs longer than its launch takes.
 _LARGE = 2**17
 
 
 def measure(output: TaskOutput, sums: Any, task: TaskRunner) -> dict[str, Any]:
-    """Returns what is measured of a forward pass.
+    """Returns the metrics and findings of a forward pass.
 
     Args:
-        output: of the task.
-        sums: each loss's weighted sum, and the penalties' sum.
-        task: whose output it is.
+        output: output of the task.
+        sums: the weighted sum of each loss, and the sum of the penalties.
+        task: the task.
     """
     label, value = run_checks(output.checks, output.weights)
     penalties = output.penalties.items()
@@ -56,7 +56,7 @@ def output_shapes(
 
 
 def empty_task_metrics(output: TaskOutput, task: TaskRunner) -> dict[str, Any]:
-    """Returns accumulators that have seen nothing for what `measure` returns of such an output."""
+    """Returns empty accumulators for what `measure` returns of such an output."""
     return {
         'task': task.empty(output),
         'penalties': {name: WeightedMean.empty() for name in output.penalties},
@@ -65,7 +65,7 @@ def empty_task_metrics(output: TaskOutput, task: TaskRunner) -> dict[str, Any]:
 
 
 def empty_metrics(output: TaskOutput, state: TrainState, ctx: StepContext) -> dict[str, Any]:
-    """Returns accumulators that have seen nothing for the metrics of a default step."""
+    """Returns empty accumulators for the metrics of a default step."""
     found = empty_task_metrics(output, ctx.task)
     del found[SIGNS]
     found['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
@@ -80,16 +80,17 @@ def empty_metrics(output: TaskOutput, state: TrainState, ctx: StepContext) -> di
 def step_metrics(
     old: TrainState, new: TrainState, grads: Any, updates: Any, ctx: StepContext
 ) -> dict[str, Any]:
-    """Returns the norms and the learning rates of an update: each row has those of its own step.
+    """Returns the norms and learning rates of an update; a row has those of its own step only.
 
     Args:
         old: the state before the update.
-        new: the state after it.
-        grads: of all parameters.
-        updates: what the optimizer has added to them.
+        new: the state after the update.
+        grads: gradients of all parameters.
+        updates: the updates that were added to the parameters.
         ctx: of the step.
     """
     assert ctx.facts is not None
+    # Norms are read in steps with a row only. On CPUs they cost a noticeable part of a small step.
     due = None
     if ctx.log is not None and jax.default_backend() == 'cpu':
         due = is_due(ctx.log, old.step + 1) | (old.step + 1 == ctx.last_step)
@@ -104,7 +105,7 @@ def step_metrics(
             due=due,
         )
     }
-    # Of the update just made: a schedule counts the updates before it.
+    # The rate of this update: schedules count the updates before it, without skipped ones.
     count = old.step if old.loss_scale is None else old.step - old.loss_scale.skipped
     rates = ctx.optimizer.learning_rate
     if ctx.optimizer.groups or isinstance(rates, Mapping):
@@ -119,9 +120,9 @@ def step_metrics(
 
 
 class _Leaf(NamedTuple):
-    """One parameter in a step; what is frozen has no gradient and no update to measure.
+    """One parameter in a step; frozen parameters count in the norm of the parameters only.
 
-    Without an update, it is the difference of the parameter after and before.
+    If `update` is None, it is computed as `new - old`.
     """
 
     grad: jax.Array
@@ -144,14 +145,14 @@ def norms(
     """Returns the float32 norms 'grad', 'param' and 'update' of one step.
 
     Args:
-        grads: of all parameters.
-        updates: what was added to them.
-        old: the parameters before.
-        new: the parameters after.
-        frozen: for each parameter whether it is left out of 'grad' and 'update'.
-        due: whether anyone will look at this step's; else they are 0, and cost next to nothing.
-            None: always.
-        replicated: for each parameter whether no device holds only a part of it; None: unknown.
+        grads: gradients of all parameters.
+        updates: the updates that were added to the parameters.
+        old: the parameters before the update.
+        new: the parameters after the update.
+        frozen: for each parameter whether to leave it out of 'grad' and 'update'.
+        due: bool scalar, whether the norms of this step are needed; otherwise they are 0 and cost
+            almost nothing. None computes them always.
+        replicated: for each parameter whether every device has all of it; None if unknown.
     """
     trees = (grads, updates, old, new, frozen)
     leaves = [_Leaf(*x) for x in zip(*map(jax.tree.leaves, trees), strict=True)]
@@ -160,18 +161,18 @@ def norms(
 
 
 def _squares_if_due(due: jax.Array, leaves: list[_Leaf]) -> jax.Array:
-    """Returns the squares of gradient, parameters and update where `due` holds, or zeros.
+    """Returns the squared norms of gradient, parameters and update if `due`, otherwise zeros.
 
-    For speed alone, and on CPUs alone: on an accelerator a branch costs more than the norms.
+    For speed only, and on CPUs only: on an accelerator a branch costs more than the norms.
     """
     # CPU time of a step of the MLP (`tests/benchmarks/beside.py OTHER mlp`, 11 pairs, two cores,
     # jax 0.10.2): 0.90 [0.86, 0.99] of that with norms in every step.
-    # A branch keeps its operands alive. So a large array has one of its own, right where it is at
-    # hand; small ones share one, for each branch costs some microseconds.
+    # `lax.cond` keeps its operands alive until it runs. So each large array has a branch of its
+    # own, which frees it early; small arrays share one, because a branch costs microseconds.
     groups = [[leaf for leaf in leaves if leaf.new.size <= _LARGE]]
     for leaf in leaves:
         if leaf.new.size > _LARGE:
-            # The update itself would be written to memory only for this.
+            # As `new - old`: as an operand, the update would be written to memory just for this.
             is_exact = leaf.new.dtype == jnp.float32
             groups.append([leaf._replace(update=None) if is_exact else leaf])
     zeros = functools.partial(jnp.zeros, 3)
@@ -180,12 +181,12 @@ def _squares_if_due(due: jax.Array, leaves: list[_Leaf]) -> jax.Array:
 
 
 def _batched_squares(leaves: list[_Leaf], replicated: Any) -> jax.Array:
-    """Returns the squares of gradient, parameters and update.
+    """Returns the squared norms of gradient, parameters and update.
 
-    For speed alone: small arrays share one kernel, which on an accelerator takes less time than it
-    takes to start.
+    For speed only: small arrays share one kernel, because on an accelerator launching a kernel
+    takes longer than the norm of a small array.
     """
-    # Arrays that are sharded stay alone, or they would be gathered.
+    # Sharded arrays are not concatenated, which would gather them on every device.
     each = [False] * len(leaves) if replicated is None else jax.tree.leaves(replicated)
     groups: dict[bool, list[_Leaf]] = {True: [], False: []}
     for leaf, all_of_it in zip(leaves, each, strict=True):
@@ -194,11 +195,11 @@ def _batched_squares(leaves: list[_Leaf], replicated: Any) -> jax.Array:
 
 
 def _squares(leaves: list[_Leaf], *, at_once: bool = False) -> jax.Array:
-    """Returns the squares of gradient, parameters and update, float32 (3,).
+    """Returns the squared norms of gradient, parameters and update, float32 (3,).
 
     Args:
-        leaves: the parameters; of complex ones both parts are squared.
-        at_once: measures all arrays as one.
+        leaves: the parameters; complex ones count with both parts.
+        at_once: whether to concatenate the arrays first.
     """
     trained = [leaf for leaf in leaves if not leaf.frozen]
     updates = [leaf.new - leaf.old if leaf.update is None else leaf.update for leaf in trained]
@@ -209,7 +210,7 @@ def _squares(leaves: list[_Leaf], *, at_once: bool = False) -> jax.Array:
             squares = []
             for part in (x.real, x.imag) if jnp.iscomplexobj(x) else (x,):
                 part, dims = part.astype(jnp.float32), tuple(range(part.ndim))
-                # A contraction and not a sum of squares: the CPU backend does not vectorise sums.
+                # A contraction, because XLA's CPU backend does not vectorize a sum of squares.
                 contracted = ((dims, dims), ((), ()))
                 exact = jax.lax.Precision.HIGHEST
                 squares.append(jax.lax.dot_general(part, part, contracted, precision=exact))
@@ -224,10 +225,10 @@ def _concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
-    """Returns `periodic.due(step)` for a traced step; always true if int32 cannot represent it.
+    """Returns `periodic.due(step)` for a traced step, or true if int32 cannot represent it.
 
-    If the batch size has changed, it is exact for steps of the current size once each step is one
-    batch, and true before that.
+    It may be true too often, never too rarely. After a change of the batch size it is exact from
+    the first full step of the new size on, and true before.
     """
     period, progress = periodic.period_steps, periodic.progress
     if period is None:
@@ -237,8 +238,8 @@ def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
     num, plus = int(period * den), int(ahead * den)
     if num * (den + 1) >= 2**31:
         return jnp.ones((), bool)
-    # step + ahead crosses a multiple of num / den exactly if (step + ahead) * den mod num is less
-    # than den.
+    # step + ahead crosses a multiple of num / den if and only if (step + ahead) * den mod num is
+    # less than den.
     due = ((step % num) * den + plus % num) % num < den
     if progress is None:
         return due

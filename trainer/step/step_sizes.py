@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rates that an update was made with: the schedules', times what the state scales."""
+"""The learning rates of an update: those of the schedules, times factors in the optimizer state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optax import contrib
 
 from trainer.step.optimizer import Optimizer
 
-# State types of transformations that scale the update by a number of their state, and its name.
+# State types of transformations that scale the update by a number in their state, with its name.
 _FACTORS: dict[type, str] = {
     contrib.ReduceLROnPlateauState: 'scale',
     optax.ScaleByBacktrackingLinesearchState: 'learning_rate',
@@ -22,12 +22,12 @@ _FACTORS: dict[type, str] = {
 
 
 def learning_rates(optimizer: Optimizer, opt_state: Any, count: Any) -> dict[str, Any]:
-    """Returns what a row says of the learning rates: nothing if they are not known.
+    """Returns the learning rates as an entry of a row; empty if they are unknown.
 
     Args:
-        optimizer: of the run.
+        optimizer: the optimizer of the run.
         opt_state: its state after the update.
-        count: number of updates before that one.
+        count: number of updates before that update.
     """
     found = _rates(optimizer, opt_state, count)
     return {} if found is None else {'learning_rate': found}
@@ -48,7 +48,7 @@ def _rates(optimizer: Optimizer, opt_state: Any, count: Any) -> Any:
         return known or None
     schedules, scales = optimizer.learning_rate, factors(state)
     if isinstance(schedules, Mapping):
-        # Which of them a factor belongs to is not known: rather none than a wrong one.
+        # It is unknown which of the rates a factor belongs to. No rate is better than a wrong one.
         return None if scales else {name: each(count) for name, each in schedules.items()}
     if schedules is None:
         return None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an optimizer sees the parameters: halves in float32, complex numbers as two real ones.
+"""The optimizer's view of the parameters: halves as float32, complex numbers as two real ones.
 
 In float16, Adam's `eps` and the squares of small gradients underflow to 0; in bfloat16, sums lose
-small terms. And few optimizers are correct for complex numbers: their squares and signs assume real
-ones.
+small terms. And most optimizers are wrong for complex numbers, because they take squares and signs
+as of real ones.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _merge_pair(x: Any) -> Any:
         return x
     floats = [hasattr(part, 'dtype') and jnp.issubdtype(part.dtype, jnp.floating) for part in x]
     if not all(floats):
-        return x  # A count, or masked out.
+        return x  # A count (integers), or a masked leaf.
     return jax.lax.complex(*(part.astype(accumulation_dtype(part)) for part in x))
 
 
@@ -71,7 +71,7 @@ def with_float32_view(
 ) -> optax.GradientTransformation:
     """Returns an optimizer that works in float32 for half-precision parameters.
 
-    Its updates are float32, too: `optax.apply_updates` adds in float32, and rounds the sum.
+    Its updates are float32 too: `optax.apply_updates` adds in float32 and rounds the sum.
     """
     if not any(x.dtype != accumulation_dtype(x) for x in jax.tree.leaves(params)):
         return tx
@@ -109,15 +109,15 @@ def with_real_view(tx: optax.GradientTransformation, params: Any) -> optax.Gradi
 
 
 def complete_params(tree: Any, params: Any) -> Any:
-    """Returns parameters for the model from those that an optimizer sees of them.
+    """Returns parameters for the model, from the optimizer's view of them.
 
     Args:
-        tree: like `params`, with pairs for complex numbers, float32 for halves, and those that the
-            optimizer does not train masked out.
-        params: all parameters of the model; what is masked out is taken from here.
+        tree: like `params`, with pairs for complex numbers, float32 for halves, and masked leaves
+            for parameters that the optimizer does not train.
+        params: all parameters of the model; they replace the masked leaves.
 
     Raises:
-        UserError: if it is another tree.
+        UserError: if the trees have different structures.
     """
 
     def complete(new: Any, old: jax.Array) -> jax.Array:
@@ -130,9 +130,9 @@ def complete_params(tree: Any, params: Any) -> Any:
         return jax.tree.map(complete, tree, params, is_leaf=is_leaf)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            'config.optimizer: the optimizer computes the loss of parameters in another form than '
-            "the model's (optax:flatten makes one vector of them). Leave out what changes their "
-            f'form: {error}'
+            'config.optimizer: the optimizer evaluates the loss at parameters of another structure '
+            "than the model's (such as the single vector of optax:flatten). Remove the "
+            f'transformation that changes their structure: {error}'
         ) from error
 
 
@@ -150,8 +150,8 @@ def check_arrays(variables: Any) -> None:
     ]
     if other:
         raise UserError(
-            f'the model keeps {and_more(other, 5)} among its variables, which must be '
-            'arrays: training keeps and saves them. Keep other objects in attributes of the module'
+            f'the model has {and_more(other, 5)} among its variables, which must be arrays, '
+            'because they are part of checkpoints. Store other objects in attributes of the module'
         )
 
 
@@ -170,9 +170,9 @@ def check_numbers(params: Any) -> None:
     ]
     if other:
         raise UserError(
-            f'the model keeps {and_more(other, 5)} among its parameters, which must be '
+            f'the model has {and_more(other, 5)} among its parameters, which must be '
             'floating-point or complex: gradients are taken with respect to all of them, including '
-            'those in config.optimizer.freeze. Keep it in another collection: '
+            'those in config.optimizer.freeze. Use another collection: '
             "self.variable('constants', NAME, ...) in a Linen module, a subclass of nnx.Variable "
             'other than nnx.Param in an NNX one'
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of several losses, and of batches in which some rows do not count."""
+"""Gradients of several losses, and of batches with examples of weight 0."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from trainer.tasks.task import TaskOutput
 
 
 def check_losses(output: TaskOutput, optimizer: Optimizer) -> None:
-    """Checks that losses have gradients, and that each of them trains something.
+    """Checks that losses are differentiable, and that each of them trains some parameters.
 
     Raises:
-        UserError: naming the one that does not.
+        UserError: naming the loss that is or does not.
     """
     optimizer.check_losses(output.loss)
     returned.check_differentiable(output.loss)
@@ -38,21 +38,22 @@ def pull(
 ) -> Any:
     """Returns the gradient of factor x (the sum of the named loss) + penalty x (penalties).
 
-    One backward pass for each call; the compiler drops what nothing reads.
+    Each call is one backward pass; the compiler removes the unused parts of it.
 
     Args:
-        pullback: from cotangents of (each loss's weighted sum, the penalties' sum) to gradients.
-        weights: the sum of each loss's weights.
-        factors: by the loss's name.
+        pullback: maps cotangents of (weighted sum of each loss, sum of the penalties) to gradients.
+        weights: the sum of weights of each loss.
+        factors: factors by name of the loss.
         penalty: factor of the penalties.
-        name: of the loss; None for the penalties alone.
-        is_weighted: whether some rows may not count.
+        name: name of the loss; None for the penalties alone.
+        is_weighted: whether examples can have weight 0.
     """
     each = {key: jnp.float32(factors[key] if key == name else 0.0) for key in weights}
     grads = pullback((each, jnp.float32(penalty)))[0]
     if name is None or not is_weighted:
         return grads
-    # Where no row counts there is none that could stand in for the others, whatever they hold.
+    # If no example counts, none can replace the others (see `tasks.weightless`), so their values
+    # can be anything and the gradient NaN.
     counts = weights[name] != 0
     return jax.tree.map(lambda g: jnp.where(counts, g, jnp.zeros_like(g)), grads)
 
@@ -64,7 +65,7 @@ def pull_each(
     weights: Mapping[str, jax.Array],
     ctx: StepContext,
 ) -> Any:
-    """Returns for each parameter the gradient of the loss that drives it: see `pull`."""
+    """Returns for each parameter the gradient of its loss: see `pull`."""
     is_weighted = ctx.task.is_weighted is not False
     return ctx.optimizer.select(
         {
@@ -80,9 +81,9 @@ def select_collections(
     state: TrainState,
     ctx: StepContext,
 ) -> dict[str, Any]:
-    """Returns the collections that a forward pass leaves to the next one.
+    """Returns the collections after a forward pass, or the old ones if no example counts.
 
-    Rows that do not count leave nothing behind, nor does a slice that has no others.
+    Examples of weight 0 must not change statistics, so a micro-batch without others changes none.
     """
     if ctx.task.is_weighted is False:
         return collections

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: what a model is asked to do with a batch, as `trainer.tasks:Classification` names one.
+"""Tasks, which compute the loss and metrics of a batch, such as `trainer.tasks:Classification`.
 
-`TaskOutput` is the contract, for tasks of your own.
+Tasks of your own return a `TaskOutput`.
 """
 
 from trainer.tasks.checks import Check

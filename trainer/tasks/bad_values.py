@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the example whose value is out of its range, once a step has found that one is."""
+"""Finds the example with a value out of range, after a step has reported one."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ def describe_bad_value(
     *,
     numbered: bool = True,
 ) -> str:
-    """Returns the message for a value out of its range.
+    """Returns the message for a value out of range.
 
     Args:
-        where: config path of the task.
+        where: key path of the task in the config.
         when: such as 'in step 12'.
-        checks: by batch key; their `values` are not used.
+        checks: the checks by batch key; their `values` are not used.
         number: index of the failed check, in order of the names.
-        value: the one found.
-        blocks: of the loader, with the rows to search; a transform may have changed the value.
+        value: the value that failed.
+        blocks: blocks of the loader to search. A transform may have changed the value, so it may
+            not be found.
         numbered: whether examples have numbers; those of a stream have none.
     """
     name, check = sorted(checks.items())[number]
@@ -38,7 +39,7 @@ def describe_bad_value(
     at = f'{place} {when}' if place else when
     shown = f'{value:.0f}' if value.is_integer() else f'{value:.9g}'
     return (
-        f'{where}: batch[{name!r}] holds {shown} ({at}); expected {check.low} to {check.high}. '
+        f'{where}: batch[{name!r}] contains {shown} ({at}); expected {check.low} to {check.high}. '
         f'{check.why}'
     )
 
@@ -46,13 +47,13 @@ def describe_bad_value(
 def _find_example(
     name: str, check: Check, value: float, blocks: Iterable[Any], *, numbered: bool
 ) -> str:
-    """Returns 'example 37' or 'row 5 of batch 2' for the first one with the value, or ''."""
+    """Returns 'example 37' or 'row 5 of batch 2' for the first match, '' if there is none."""
     batches = 0
     for block in blocks:
         if name not in block.arrays:
             return ''
         values = np.asarray(block.arrays[name])
-        # As the devices have seen it: rounded.
+        # In float32, to which the devices have rounded the value.
         same = np.isclose(values.astype(np.float32), value, rtol=1e-6, atol=0, equal_nan=True)
         bad = same & is_out_of_range(check, values)
         rows = bad.reshape(*block.ids.shape, -1).any(-1) & (block.ids >= 0)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch as a task sees it: a dict that records which fields are read.
+"""The batch of a task: a dict that records which fields are read.
 
-Fields that nothing reads are not sent to the devices. They are found by tracing the shapes, before
-anything is compiled: see `record_reads`.
+Unread fields are not sent to the devices. They are found by tracing the shapes before anything is
+compiled: see `record_reads`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer.modules import seen
 
 @dataclasses.dataclass
 class Reads:
-    """What a task has read and returned.
+    """What a task reads and returns.
 
     Attributes:
         names: the fields of the batch that it has read, directly or through device transforms.
@@ -33,13 +33,13 @@ class Reads:
     weighted: bool = False
 
 
-# What is being recorded, or None.
+# The record that is open, or None.
 reads: contextvars.ContextVar[Reads | None] = contextvars.ContextVar('reads', default=None)
 
 
 @contextlib.contextmanager
 def record_reads() -> Iterator[Reads]:
-    """Records what tasks do that are traced in the block; an outer block does not record it."""
+    """Records the reads of tasks that are traced in the block, and not in outer blocks."""
     found = Reads()
     token = reads.set(found)
     try:
@@ -59,16 +59,16 @@ class Unsent:
     """Placeholder for a field that was not read when the shapes were traced.
 
     Attributes:
-        name: of the field.
+        name: name of the field.
     """
 
     name: str
 
 
 class PlainBatch(dict[str, Any]):
-    """The fields of a batch by name; a missing field is an error that lists those there are.
+    """The fields of a batch by name; the error for a missing field lists the existing ones.
 
-    A JAX pytree like any dict.
+    It is a JAX pytree like any dict.
     """
 
     _reader = 'the task'
@@ -84,7 +84,7 @@ class PlainBatch(dict[str, Any]):
 
 
 class Batch(PlainBatch):
-    """A batch that records which fields are read, and explains those that cannot be.
+    """A batch that records which fields are read, and raises errors for those that cannot be.
 
     Every access to a value goes through `__getitem__`, including `dict(batch)` and `f(**batch)`,
     which bypass it unless `__iter__` is overridden. It is a JAX pytree; flattening it reads all
@@ -106,7 +106,8 @@ class Batch(PlainBatch):
             reader: description of the code that reads them, for messages.
             origins: the fields of the loader's batch that each one is computed from; reads of
                 fields without an entry are not recorded.
-            passing: return a `HostField`, to be passed on; otherwise reading one is an error.
+            passing: whether reading a `HostField` returns it, to be passed on; otherwise this is
+                an error.
         """
         super().__init__(fields)
         self._reader = reader
@@ -117,8 +118,8 @@ class Batch(PlainBatch):
         value = super().__getitem__(name)
         if isinstance(value, Unsent):
             raise UserError(
-                f'{self._reader} reads batch[{value.name!r}], but did not when it was traced at '
-                'the start, so the field is not on the devices. Read the same fields in every call'
+                f'{self._reader} reads batch[{value.name!r}], but did not when it was first '
+                'traced, so the field is not on the devices. Read the same fields in every call'
             )
         names = self._origins.get(name, frozenset())
         if isinstance(value, HostField):
@@ -135,7 +136,7 @@ class Batch(PlainBatch):
         return super().__iter__()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Returns the field, or the default if the batch has none of that name."""
+        """Returns the field, or the default if there is no such field."""
         if name not in self:
             return default
         return self[name]
@@ -166,7 +167,7 @@ class Batch(PlainBatch):
         return name, self.pop(name)
 
     def setdefault(self, name: str, default: Any = None) -> Any:
-        """Returns the field, after adding it if the batch has none of that name."""
+        """Returns the field; adds it first if there is no such field."""
         if name not in self:
             self[name] = default
         return self[name]
@@ -204,6 +205,6 @@ jax.tree_util.register_pytree_with_keys(Batch, _flatten, _unflatten)
 
 
 def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of a batch that are on the devices as a plain dict, without reading."""
+    """Returns the device fields of a batch as a plain dict, without recording reads."""
     fields = dict.items(batch) if isinstance(batch, dict) else batch.items()
     return {name: x for name, x in fields if not isinstance(x, (HostField, Unsent))}

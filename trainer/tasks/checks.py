@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The allowed range of values of a batch, such as labels: part of a task's output."""
+"""Range checks of a batch's values, such as labels; they are part of a task's output."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Check:
 
     Attributes:
         values: (batch, ...), integers or floats.
-        low: the smallest that may be there.
-        high: the largest.
-        ignored: a value that may be there, too, or None.
-        why: where the range comes from, and what to do: the end of the message.
+        low: the smallest allowed value.
+        high: the largest allowed value.
+        ignored: another allowed value, or None.
+        why: the end of the message: the reason for the range, and how to fix the data.
     """
 
     values: jax.Array

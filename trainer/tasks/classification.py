@@ -19,8 +19,10 @@ from trainer.tasks.checks import Check
 from trainer.tasks.metrics import mean_collection
 from trainer.tasks.task import Batch, TaskOutput
 
-# Why a label has a range, and what to do about one that is out of it.
-_NO_OR_YES = 'A label for each class is between no and yes: fix the data, or set ignore_label'
+# The end of the message for a label out of range: the reason, and the fix.
+_NO_OR_YES = (
+    'A label per class is a number from 0 (no) to 1 (yes): fix the data, or set ignore_label'
+)
 _CLASSES = (
     'The model returns {classes} logits. Fix the data or the number of outputs; a value that marks '
     'unlabeled examples belongs in config.task.ignore_label'
@@ -29,17 +31,18 @@ _CLASSES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
-    """Cross-entropy over classes: one of them (softmax), or each for itself (sigmoid).
+    """Cross-entropy over classes, with one label per example (softmax) or per class (sigmoid).
 
-    A label outside the classes ends the run, naming the example, unless it is `ignore_label`.
+    A label out of range stops the run with an error that names the example, unless it is
+    `ignore_label`.
 
     Attributes:
         inputs: batch key of the model's input.
         label: batch key of the labels: integers (batch, ...), or one number for each class in
             (batch, ..., classes): one-hot, probabilities, or with 'sigmoid' any number of ones.
         weight: batch key of per-example weights, or None.
-        loss: 'softmax', or 'sigmoid': then summed over the classes, each of which is a yes or no
-            whose mean is the accuracy.
+        loss: 'softmax', or 'sigmoid' for a binary decision per class: the loss is their sum, the
+            accuracy their mean.
         label_smoothing: mass moved from the label to all classes, in [0, 1).
         top_k: also report `top{k}_accuracy` for each of these k.
         ignore_label: the label of unlabeled examples, such as -1, which are left out of losses and
@@ -58,7 +61,9 @@ class Classification:
         if self.loss not in ('softmax', 'sigmoid'):
             raise ValueError(f"loss: expected 'softmax' or 'sigmoid', got {self.loss!r}")
         if self.loss == 'sigmoid' and self.top_k:
-            raise ValueError("top_k: with loss='sigmoid' no class is the best")
+            raise ValueError(
+                "top_k: not available with loss='sigmoid', which does not rank classes"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
                 f'label_smoothing: expected a number from 0 to below 1, got {self.label_smoothing}'
@@ -70,27 +75,28 @@ class Classification:
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
-        """loss, accuracy and the asked top-k accuracies, each weighted like the loss."""
+        """loss, accuracy and the top-k accuracies, each weighted like the loss."""
         return mean_collection(('loss', 'accuracy', *(f'top{k}_accuracy' for k in self.top_k)))
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
         """Returns per-example losses and hits.
 
         Raises:
-            UserError: if the labels do not fit the logits.
+            UserError: if shapes or dtypes of labels and logits do not match.
         """
         logits = self._logits(model, batch)
         labels = batch[self.label]
         self._check_shapes(logits, labels)
-        # Before they are compared with a number that their dtype may not hold.
+        # Converted before the comparison with `ignore_label`, which may be out of their range.
         labels = labels.astype(jnp.int32 if labels.ndim < logits.ndim else jnp.float32)
         ignored = None if self.ignore_label is None else labels == self.ignore_label
+        # Ignored labels may be out of range and are replaced, so that no loss becomes NaN.
         safe = labels if ignored is None else jnp.where(ignored, 0, labels)
         measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
         loss, hits = measure(logits, safe, ignored)
         weights = None if self.weight is None else batch[self.weight]
         if ignored is not None:
-            # With labels for each class, an example counts if any of them does.
+            # With labels per class, an example counts if any of its labels does.
             counts = ~ignored if ignored.ndim < logits.ndim else ~ignored.all(-1)
             weights = _mask_weights(counts, weights)
         whole = labels.ndim == logits.ndim
@@ -106,7 +112,7 @@ class Classification:
         return output.astype(jnp.float32)
 
     def _check_shapes(self, logits: jax.Array, labels: jax.Array) -> None:
-        """Checks while the step is traced that shapes and dtypes of labels and logits fit."""
+        """Checks, while the step is traced, that shapes and dtypes of labels and logits match."""
         whole = labels.shape == logits.shape and logits.ndim > 1
         numbers = labels.shape == logits.shape[:-1]
         integers = not jnp.issubdtype(labels.dtype, jnp.inexact)
@@ -125,8 +131,8 @@ class Classification:
             )
         if self.loss == 'softmax' and classes == 1:
             raise UserError(
-                f'config.task: the model returns {list(logits.shape)}, one logit for each example, '
-                "and the softmax of one is always 1. Use loss='sigmoid' for a yes or no"
+                f'config.task: the model returns {list(logits.shape)}, one logit per example, '
+                "whose softmax is always 1. Use loss='sigmoid' for binary classification"
             )
         if self.loss == 'sigmoid' and numbers and not whole and classes == 1:
             raise UserError(
@@ -135,7 +141,7 @@ class Classification:
             )
         if any(k > classes for k in self.top_k):
             raise UserError(
-                f'config.task.top_k: {max(self.top_k)} of {classes} classes; the model returns '
+                f'config.task.top_k: {max(self.top_k)} exceeds the {classes} classes of the logits '
                 f'{list(logits.shape)}'
             )
         if (
@@ -165,7 +171,7 @@ class Classification:
             loss = optax.softmax_cross_entropy(logits, target)
         hits = {'accuracy': logits.argmax(-1) == classes}
         if self.top_k:
-            # The rank of the label's logit, so that ties never count more than k classes.
+            # By a stable sort, so that with ties no more than k classes count.
             best = jnp.argsort(-logits, axis=-1, stable=True)
             for k in self.top_k:
                 hits[f'top{k}_accuracy'] = (best[..., :k] == classes[..., None]).any(-1)
@@ -175,7 +181,7 @@ class Classification:
         self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         yes = _one_hot(labels, logits)
-        # Mass moves to the other of two answers.
+        # Smoothing moves mass between the two answers of a binary decision.
         target = yes * (1 - self.label_smoothing) + self.label_smoothing / 2
         loss = optax.sigmoid_binary_cross_entropy(logits, target)
         right = (logits > 0) == (yes > 0.5)
@@ -186,7 +192,7 @@ class Classification:
         return loss, {'accuracy': (right & ~ignored).sum(-1) / counted}
 
     def combine(self, logits: jax.Array) -> jax.Array:
-        """Returns an ensemble's logits, of the mean of its members' probabilities.
+        """Returns the logits of the mean of the members' probabilities, for an ensemble.
 
         Args:
             logits: (members, batch, ..., classes).
@@ -196,7 +202,8 @@ class Classification:
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
         """Returns the most probable class and its probability for each example.
 
-        With 'sigmoid' the answer and the probability of each class: (batch, ..., classes).
+        With 'sigmoid', returns the decision and the probability of each class: (batch, ...,
+        classes).
         """
         logits = self._logits(model, batch)
         if self.loss == 'sigmoid':
@@ -205,7 +212,7 @@ class Classification:
 
 
 def _can_represent(labels: jax.Array, value: int) -> bool:
-    """Whether integers or booleans may have a value."""
+    """Whether the dtype of integer or boolean labels can represent a value."""
     if labels.dtype == bool:
         return value in (0, 1)
     info = jnp.iinfo(labels.dtype)
@@ -213,7 +220,7 @@ def _can_represent(labels: jax.Array, value: int) -> bool:
 
 
 def _mask_weights(counts: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Returns the weights where `counts` is true, and 0 elsewhere: float32 in its shape."""
+    """Returns the weights where `counts` is true, and 0 elsewhere, float32 in its shape."""
     given = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     return counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The features of a model as predictions, for `trainer.precompute`."""
+"""A task that returns features of a model as predictions, for `trainer.precompute`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.config.errors import UserError
 
 
 class Features:
-    """The task of an evaluation whose predictions are features, with fields of the batch beside.
+    """The task of an evaluation whose predictions are features and fields of the batch.
 
     In a config: `evals.features=dict(every='never', final=False, task=dict(target=...), data=...)`.
     """
@@ -21,24 +21,24 @@ class Features:
     def __init__(
         self, method: str = 'features', inputs: str = 'image', keep: Sequence[str] = ('label',)
     ):
-        """Names what is computed and kept.
+        """Sets the method to call and the fields to keep.
 
         Args:
-            method: of the model; it takes the inputs and returns an array (batch, ...).
-            inputs: the batch's field that it is called with.
-            keep: fields of the batch that go with the features.
+            method: method of the model that takes the inputs and returns an array (batch, ...).
+            inputs: batch key of the inputs.
+            keep: batch keys of fields to return with the features.
         """
         self._method = method
         self._inputs = inputs
         self._keep = tuple(keep)
 
     def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns the mean square of each example's features: a feature that died shows as 0."""
+        """Returns the mean square of each example's features; 0 shows dead features."""
         features = self._features(model, batch)
         return jnp.square(features).reshape(len(features), -1).mean(-1)
 
     def predict(self, model: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns the features, by that name, and the fields that are kept."""
+        """Returns the features as 'features', and the fields to keep."""
         kept = {name: batch[name] for name in self._keep}
         return {'features': self._features(model, batch), **kept}
 
@@ -47,7 +47,7 @@ class Features:
             method = getattr(model, self._method)
         except AttributeError as error:
             raise UserError(
-                f'{type(self).__name__}: the model has no method {self._method!r}; name the one '
-                "that returns its features in the task's `method`"
+                f'{type(self).__name__}: the model has no method {self._method!r}; set the '
+                'argument `method` of the task to the method that returns its features'
             ) from error
         return method(batch[self._inputs])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks of language models: the next token at every position, and a text as the answer to one."""
+"""Tasks of language models: next-token prediction, and answers to texts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from trainer.tasks.task import Batch, TaskOutput
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextToken:
-    """Cross-entropy of each token given those before it, in rows of one or several sequences.
+    """Cross-entropy of each token given those before it, for examples of one or more sequences.
 
-    The model is called as `model(tokens)`, with packed rows as `model(tokens, segments=...,
+    The model is called as `model(tokens)`, for packed sequences as `model(tokens, segments=...,
     positions=...)`, and returns logits (batch, length, vocabulary). The last token of a sequence
-    has no target and does not count, and neither does what is behind the last sequence.
+    has no target and weight 0, and so has padding after the last sequence.
 
     Attributes:
         tokens: batch key of the tokens, int (batch, length).
-        segments: batch key of the number of each token's sequence, int (batch, length), 0 where
-            there is none; None where each row is one sequence.
-        positions: batch key of each token's place in its sequence, int (batch, length), or None.
+        segments: batch key of the number of each token's sequence, int (batch, length), 0 for
+            padding; None if each example is one sequence.
+        positions: batch key of each token's position in its sequence, int (batch, length), or None.
         weight: batch key of weights, (batch,) or (batch, length), or None.
     """
 
@@ -66,7 +66,7 @@ class NextToken:
         return TaskOutput(loss=loss, weights=counts, metrics=hits, checks=checks)
 
     def combine(self, logits: jax.Array) -> jax.Array:
-        """Returns an ensemble's logits, of the mean of its members' probabilities.
+        """Returns the logits of the mean of the members' probabilities, for an ensemble.
 
         Args:
             logits: (members, batch, length, vocabulary).
@@ -85,19 +85,19 @@ class NextToken:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Cross-entropy of a text given another one, summed over the tokens of each text.
+    """Cross-entropy of an answer given a text, summed over the tokens of each answer.
 
     The model is called as `model(inputs, lengths, targets)`, which returns logits (batch, length,
-    vocabulary) that may depend on the targets before them, and in evaluation also as
-    `model.greedy(inputs, lengths, count)`, which writes int (batch, count) by itself. An answer
-    goes up to its first token `end`, that one included; what is behind it does not count. Not for
-    ensembles: what their members write has no mean.
+    vocabulary) that may depend on the targets before them. In evaluation it is also called as
+    `model.greedy(inputs, lengths, count)`, which generates tokens, int (batch, count). An answer
+    ends with its first token `end`, inclusive; later tokens are ignored. Not supported for
+    ensembles, because generated texts have no mean.
 
     Attributes:
-        inputs: batch key of the tokens that are read, int (batch, length).
-        lengths: batch key of their number, int (batch,).
+        inputs: batch key of the input tokens, int (batch, length).
+        lengths: batch key of the number of input tokens, int (batch,).
         targets: batch key of the answer, int (batch, length).
-        end: the token behind an answer.
+        end: the token that ends an answer.
     """
 
     inputs: str = 'inputs'
@@ -107,10 +107,10 @@ class Answer:
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
-        """loss in nats per answer, and how many answers are right from the first token to the end.
+        """loss in nats per answer, and the share of answers that match exactly.
 
-        In evaluation that is the answer which the model writes by itself; in training each of its
-        tokens follows the right ones.
+        In evaluation these are generated answers; in training each token is predicted from the
+        correct ones before it.
         """
         return mean_collection(('loss', 'exact_match'))
 
@@ -126,18 +126,18 @@ class Answer:
         vocabulary = logits.shape[-1]
         counted = jnp.where(counts, targets, 0)
         checks = {self.targets: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
-        # What does not count may be any number, and its loss NaN.
+        # Ignored tokens can be any number, and their loss NaN.
         loss = jnp.where(counts, loss, 0.0).sum(-1)
         return TaskOutput(loss=loss, metrics={'exact_match': right}, checks=checks)
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
-        """Returns the answer that the model writes, int (batch, length)."""
+        """Returns the generated answer, int (batch, length)."""
         count = batch[self.targets].shape[1]
         return {'answer': model.greedy(batch[self.inputs], batch[self.lengths], count)}
 
 
 def _vocabulary_hint(size: int) -> str:
-    return f'The model returns {size} logits: fix the tokens, or its vocab_size'
+    return f'The model returns {size} logits: fix the tokens, or the vocab_size of the model'
 
 
 def _shift_left(x: jax.Array) -> jax.Array:

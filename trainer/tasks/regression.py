@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Squared and other errors of predicted numbers."""
+"""Regression: squared, absolute and Huber errors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Regression:
 
     def __post_init__(self) -> None:
         if self.loss not in _ERRORS:
-            raise ValueError(f'loss: {self.loss!r} is none of {", ".join(_ERRORS)}')
+            raise ValueError(f'loss: expected one of {", ".join(_ERRORS)}, got {self.loss!r}')
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
@@ -58,8 +58,9 @@ class Regression:
         prediction, wanted = self._prediction(model, batch), batch[self.targets]
         if prediction.shape != wanted.shape:
             raise UserError(
-                f'config.task: the model returned shape {prediction.shape}, the field '
-                f'{self.targets!r} has {wanted.shape}: broadcasting would average over pairs'
+                f'config.task: the model returned shape {prediction.shape}, but the field '
+                f'{self.targets!r} has shape {wanted.shape}; broadcasting them would average over '
+                'pairs. Make the shapes equal'
             )
 
         def per_example(values: jax.Array) -> jax.Array:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The task contract: what a model is asked to do with a batch, as one loss value per example.
+"""The interface of a task, which computes one loss per example of a batch.
 
-A task is a callable `task(model, batch) -> TaskOutput`. The step minimises
+A task is a callable `task(model, batch) -> TaskOutput`. The step minimizes
 sum(weight x loss) / sum(weight) over the global batch, plus the penalties; a task never averages.
 A plain function may return the loss values alone, or `(values, metrics)`.
 
 A task of several losses (a GAN) returns a dict of values, one entry for each loss, and
-`config.optimizer.groups` says which parameters each one trains. All come from one forward pass.
+`config.optimizer.groups` assigns parameters to each of them. All come from one forward pass.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from trainer.tasks.checks import Check
 
 Batch = Mapping[str, jax.Array]
 
-# What the loss of a task is called that does not name it.
+# The name of a loss that the task does not name.
 ONLY_LOSS = 'loss'
 
-# Among the weights of named losses, those of the metrics.
+# The key of the metrics' weights among those of named losses.
 METRIC_WEIGHTS = 'metrics'
 
-# What metrics are made from beside the task's own.
+# Inputs of every metric, in addition to the task's own.
 _GIVEN = ('loss', 'weights', 'mask')
 
-# What is measured of a step from outside.
+# Metrics that the trainer measures from outside of a step.
 MEASURED = ('steps_per_sec', 'examples_per_sec', 'data_wait_secs')
 
-# What a row of metrics says of a step or of an evaluation, whatever the task.
+# Metrics that rows have for any task.
 OWN_NAMES = {
     *('learning_rate', 'grad_norm', 'param_norm', 'update_norm', 'loss_scale', 'skipped_updates'),
     *(*MEASURED, 'examples'),
@@ -45,18 +45,19 @@ OWN_NAMES = {
 
 @flax.struct.dataclass
 class TaskOutput:
-    """What a task says of a batch.
+    """The result of a task for a batch.
 
     Attributes:
-        loss: (batch, ...) loss values, one per example (or per token); or several such by name,
-            each a Python identifier. They are reported as `<name>_loss`.
-        weights: (batch,) or the shape of `loss`; None weights all equally. With named losses either
-            shared, or by name; a missing name weights all equally, and the entry 'metrics' has the
-            weights of the metrics.
-        metrics: what the task's metrics are made from; without a `metrics` attribute on the task,
-            each is averaged with the weights of the loss.
-        penalties: named scalars added to the loss once, such as an L2 term; to each of several.
-        checks: by batch key, values that end the run if one is out of range.
+        loss: (batch, ...) loss values, one per example (or per token); or a dict of several such
+            losses, whose names are Python identifiers. These are reported as `<name>_loss`.
+        weights: (batch,) or the shape of `loss`; None weights all equally. With named losses, one
+            array for all or a dict by name; a loss without an entry is weighted equally, and the
+            entry 'metrics' has the weights of the metrics.
+        metrics: inputs of the task's metrics. If the task has no attribute `metrics`, each of them
+            is averaged with the weights of the loss.
+        penalties: named scalars that are added to the loss (to each loss of several), such as an L2
+            term.
+        checks: range checks by batch key; a value out of range stops the run.
     """
 
     loss: jax.Array | Mapping[str, jax.Array]
@@ -67,17 +68,17 @@ class TaskOutput:
 
 
 def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:
-    """Returns the TaskOutput of whatever form a task's result has.
+    """Converts a task's result to a TaskOutput, and checks it.
 
     Args:
-        result: what the task has returned.
-        averaged: whether its metrics are averaged and reported under their names; or else the
-            task's own collection makes something of them.
+        result: the result of the task.
+        averaged: whether its metrics are averaged and reported under their names; otherwise they
+            are the inputs of the task's own collection.
 
     Raises:
-        UserError: if it is none of TaskOutput, values, or (values, metrics); if a loss is a scalar:
-            the step averages, not the task; if kinds, shapes or names do not fit. Its text goes on
-            from the name of the task.
+        UserError: if the result is none of TaskOutput, values, or (values, metrics); if a loss is a
+            scalar, because the step averages and not the task; if types, shapes or names are
+            invalid. The message continues a sentence that begins with the name of the task.
     """
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         result = TaskOutput(loss=result[0], metrics=result[1])
@@ -98,13 +99,13 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
     for name in names:
         if not str(name).isidentifier() or name == METRIC_WEIGHTS:
             raise UserError(
-                f'names a loss {name!r}. A name is a Python identifier, for the loss is '
-                f"reported as '<name>_loss', and not {METRIC_WEIGHTS!r}"
+                f'names a loss {name!r}. A name must be a Python identifier other than '
+                f"{METRIC_WEIGHTS!r}; the loss is reported as '<name>_loss'"
             )
     for name in weights if isinstance(weights, Mapping) else ():
         if not names or name not in (*names, METRIC_WEIGHTS):
             raise UserError(
-                f'returned weights for {name!r}; it names '
+                f'returned weights for {name!r}, which is no loss; it names '
                 + (f'the losses {", ".join(names)}' if names else 'no losses')
             )
     taken = {*_GIVEN, *(f'{name}_{kind}' for name in names for kind in ('loss', 'weights'))}
@@ -112,8 +113,8 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
     for name in output.metrics:
         if averaged and not _is_reportable(name):
             raise UserError(
-                f"names a metric {name!r}. A name is a Python identifier, such as 'top_5': "
-                'letters, digits and underscores, and no keyword'
+                f"names a metric {name!r}. A name must be a Python identifier, such as 'top_5', "
+                'and no keyword'
             )
         if name in (reported if averaged else taken):
             raise UserError(duplicate_name_message('metric', name))
@@ -123,12 +124,10 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
 
 
 def _is_reportable(name: Any) -> bool:
-    # Each is a field of a class, in which the means accumulate.
+    # The means accumulate in a dataclass, whose fields have these names.
     return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
 
 
 def duplicate_name_message(kind: str, name: str) -> str:
     """Returns the message for a name that would hide another in a row of metrics."""
-    return (
-        f'names a {kind} {name!r}, but every row of metrics already has that name; choose another'
-    )
+    return f'names a {kind} {name!r}, but this name is reserved; choose another'

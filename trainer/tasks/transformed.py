@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device transforms: their result, and the fields that it is computed from."""
+"""Applies device transforms, and finds the fields that their results depend on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from trainer.input.host_field import HostField, naming_host_fields
+from trainer.input.host_field import HostField, explain_host_fields
 from trainer.tasks.batch import Batch
 
 Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -26,7 +26,7 @@ def apply_transforms(
     """
     seen: Mapping[str, Any] = {**fields, **hidden}
     for transform in transforms:
-        with naming_host_fields(hidden):
+        with explain_host_fields(hidden):
             seen = transform(Batch(seen, f'the device transform {transform}', passing=True))
     return dict(seen)
 
@@ -34,7 +34,7 @@ def apply_transforms(
 def field_origins(
     transforms: Sequence[Transform], fields: Mapping[str, Any], hidden: dict[str, Any]
 ) -> dict[str, frozenset[str]]:
-    """Returns which fields of the loader's batch each transformed one is computed from.
+    """Returns for each transformed field the fields of the loader's batch that it depends on.
 
     Args:
         transforms: run in this order.
