@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums of two numbers as text, made when they are asked for: '48+7' and its answer '55'."""
+"""Addition problems as text, generated on the fly: '48+7' and its answer '55'."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import numpy as np
 from .rng import ExampleRng
 from .sources import Arrays, ArraySpec
 
-# A token is a place in it; 0 stands behind the end of each text.
+# A token is an index into it; 0 pads the end of each text.
 ALPHABET = ' 0123456789+'
 
 
 class Numbered:
-    """Examples that are nothing but their number: a transform makes the rest.
+    """Examples that consist of their index only; a transform generates the other fields.
 
     Field: `index` int64 ().
     """
 
     def __init__(self, count: int):
-        """Counts them.
+        """Sets the size of the source.
 
         Args:
-            count: examples of an epoch.
+            count: number of examples in an epoch.
         """
         self._count = count
 
@@ -38,23 +38,25 @@ class Numbered:
         return self._count
 
     def gather(self, indices: np.ndarray) -> Arrays:
-        """Returns the numbers themselves."""
+        """Returns the indices themselves, as the field `index`."""
         return {'index': np.array(indices, np.int64)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Addition:
-    """Draws a sum for each example: another one in each epoch.
+    """Draws a random sum for each example, a different one in each epoch.
 
-    One sum in ten is held out, together with the one of the exchanged numbers: a model that knows
-    them has learned to add.
+    One sum in ten is held out, together with its mirror image (a+b and b+a), so a model that
+    answers the held-out sums has learned to add and not memorized them.
 
-    Fields: `inputs` int32 (2 x digits + 1,), `lengths` int32 () of them, and `targets` int32
-    (digits + 2,): the answer, its last digit first, and at least one 0 behind it.
+    Fields: `inputs` int32 (2 x digits + 1,); `lengths` int32 (), the number of characters in
+    `inputs`; and `targets` int32 (digits + 2,), the answer with its last digit first, followed by
+    at least one 0.
 
     Attributes:
-        digits: of the largest numbers, at most 7: there is a table of all.
-        held_out: draw from the sums that are held out, or from the others.
+        digits: number of digits of the largest numbers, at most 7 (a table of all numbers is in
+            memory).
+        held_out: True draws from the held-out sums, False from all others.
     """
 
     digits: int = 3
@@ -65,13 +67,14 @@ class Addition:
             raise ValueError(f'digits: expected 1 to 7, got {self.digits}')
 
     def __call__(self, batch: Arrays, rng: ExampleRng) -> Arrays:
-        """Returns the three fields in the place of all others."""
+        """Returns a batch with these three fields only."""
         count = 10**self.digits
-        dealt, group = _groups(count)
-        # A sum is held out if the groups of both numbers add up to ten, or to none.
+        by_group, group = _groups(count)
+        # A sum is held out if the groups of its two numbers add up to 0 modulo 10. The condition is
+        # symmetric, so a+b and b+a are always on the same side.
         a = rng.integers(0, count)
         other = np.zeros_like(a) if self.held_out else rng.integers(1, 10)
-        b = dealt[(other - group[a]) % 10, rng.integers(0, count // 10)]
+        b = by_group[(other - group[a]) % 10, rng.integers(0, count // 10)]
 
         first, second = np.char.mod('%d', a), np.char.mod('%d', b)
         questions = np.char.add(np.char.add(first, '+'), second)
@@ -85,19 +88,19 @@ class Addition:
 
 @functools.cache
 def _groups(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Deals the numbers below `count` into ten groups.
+    """Assigns the numbers below `count` to ten groups of equal size, at random.
 
     Returns:
         The numbers of each group (10, count / 10), and the group of each number (count,).
     """
-    dealt = np.random.default_rng(0).permutation(count).reshape(10, -1)
+    by_group = np.random.default_rng(0).permutation(count).reshape(10, -1)
     group = np.empty(count, np.int64)
-    group[dealt] = np.arange(10)[:, None]
-    return dealt, group
+    group[by_group] = np.arange(10)[:, None]
+    return by_group, group
 
 
 def encode(texts: np.ndarray, length: int) -> np.ndarray:
-    """Returns texts (n,) as tokens, int32 (n, length), with 0 behind each of them."""
+    """Returns texts (n,) as tokens, int32 (n, length), padded with 0 at the end."""
     codes = texts.astype(f'U{length}').view(np.uint32).reshape(len(texts), length)
     table = np.zeros(128, np.int32)
     table[[ord(character) for character in ALPHABET]] = np.arange(len(ALPHABET))

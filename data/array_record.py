@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ArrayRecord files: records of any kind, read in any order."""
+"""Source for ArrayRecord files: records of any kind with random access."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .compat import record_place
+from .compat import locate_record
 from .sources import RandomAccessSource
 
 
@@ -16,24 +16,25 @@ class ArrayRecord(RandomAccessSource):
     """The records of ArrayRecord files, in the order of the files."""
 
     def __init__(self, path: str | Sequence[str], *, decode: Callable[[bytes], Mapping[str, Any]]):
-        """Opens the files; no record is read but the first.
+        """Opens the files and reads the first record only.
 
         Args:
             path: a file, a pattern such as 'train/*.array_record', or several of these. The files
-                of a pattern stand in the order of their names.
-            decode: makes a dict of arrays of a record's bytes; of equal shapes for all records.
+                that match a pattern are sorted by name.
+            decode: turns the bytes of a record into a dict of arrays, with the same shapes for
+                all records.
 
         Raises:
-            ValueError: if there is no such file, one is no ArrayRecord, there is no record, or the
-                first one is damaged.
+            ValueError: if no file matches, a file is not an ArrayRecord file, there are no records,
+                or the first record is damaged.
         """
         paths = [path] if isinstance(path, str) else list(path)
-        files = [file for one in paths for file in _matching(os.path.expanduser(one))]
+        files = [file for one in paths for file in _list_files(os.path.expanduser(one))]
         self._files = files
         records = _open(files)
         try:
             super().__init__(_Decoded(records, decode))
-        except RuntimeError as error:  # The library's word for a damaged record.
+        except RuntimeError as error:  # What the library raises for a damaged record.
             raise ValueError(f'{error}, while reading {self.describe(0)}') from error
         except Exception as error:
             if len(records):
@@ -41,13 +42,13 @@ class ArrayRecord(RandomAccessSource):
             raise
 
     def describe(self, index: int) -> str:
-        """Returns what messages call a record: by its file, and its place in it."""
-        file, place = record_place(self._items.records, index)
-        return f'record {place} of {self._files[file]}'
+        """Returns the name of a record for messages: its file and its index in that file."""
+        file, position = locate_record(self._items.records, index)
+        return f'record {position} of {self._files[file]}'
 
 
 class _Decoded:
-    """Records as examples."""
+    """A sequence of decoded records."""
 
     def __init__(self, records: Any, decode: Callable[[bytes], Mapping[str, Any]]):
         self.records = records
@@ -70,19 +71,20 @@ def _open(files: list[str]) -> Any:
         return grain.ArrayRecordDataSource(files)
     except (ValueError, RuntimeError, OSError) as error:
         if len(files) == 1:
-            raise ValueError(f'path: {files[0]} is no ArrayRecord file: {error}') from error
+            raise ValueError(f'path: {files[0]} is not an ArrayRecord file: {error}') from error
+        # The library does not say which file is bad: open them one by one to find it.
         for file in files:
             _open([file])
         raise
 
 
-def _matching(path: str) -> list[str]:
+def _list_files(path: str) -> list[str]:
     if os.path.isfile(path):  # Its name may have brackets.
         return [path]
     files = sorted(glob.glob(path, recursive=True))
     if not files:
         raise ValueError(
-            f'path: {path!r} is no file and matches none; relative to {os.getcwd()}. The files of '
-            "a directory are written 'directory/*.array_record'"
+            f'path: no file matches {path!r}, relative to {os.getcwd()}. For all files of a '
+            "directory, write 'directory/*.array_record'"
         )
     return files

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Columns of Arrow tables as numpy arrays, in the types that the columns have.
+"""Converts the columns of Arrow tables to numpy arrays.
 
-The formats of `datasets` choose a dtype by the values of each call, so one row and many rows of the
-same column differ. Here the type of the column decides alone.
+The numpy format of `datasets` picks a dtype from the values of each call, so one row and many rows
+of the same column may get different dtypes. Here only the column type decides.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .compat import is_decoded
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Lengths of lists are compared over a whole column up to so many lists: 40 MB of offsets.
+# Maximum number of lists in a column whose lengths are compared up front: 40 MB of offsets.
 _MOST_LISTS = 10_000_000
-# The kinds of values, by the predicates of `pyarrow.types`.
+# Kinds of values by the name of their predicate in `pyarrow.types` (without `is_`).
 _KINDS = {
     'boolean': 'number',
     'integer': 'number',
@@ -43,14 +43,14 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A field of the examples: a column, or what is at one place in the structs of a column.
+    """A field of the examples: a column, or one leaf field of a struct column.
 
     Attributes:
-        name: of the field: the column's, and the names inside it, joined by dots.
-        top: the column's name.
-        path: numbers of the struct fields on the way to the values.
-        kind: of the values: one of `_KINDS`, or 'image'.
-        feature: of `datasets`, which decodes an image.
+        name: name of the field: that of the column and of the struct fields in it, joined by dots.
+        top: name of the column.
+        path: indices of the struct fields that lead to the values.
+        kind: kind of the values: one of `_KINDS`, or 'image'.
+        feature: the `datasets` feature that decodes an image.
         problem: why the values cannot be read, or None.
     """
 
@@ -62,12 +62,12 @@ class Column:
     problem: str | None = None
 
 
-def of_schema(schema: pa.Schema, features: Mapping[str, Any] | None) -> list[Column]:
-    """Returns the columns of a table, those that cannot be read among them.
+def from_schema(schema: pa.Schema, features: Mapping[str, Any] | None) -> list[Column]:
+    """Returns the columns of a table, including those that cannot be read.
 
     Args:
-        schema: of the table.
-        features: of `datasets`, by column; None if the types say all.
+        schema: schema of the table.
+        features: the `datasets` features by column; None if the Arrow types are sufficient.
     """
     features = features or {}
     return [
@@ -84,7 +84,7 @@ def _columns(
 
     if is_decoded(feature):
         is_image = type(feature).__name__ == 'Image'
-        problem = None if is_image else f'{type(feature).__name__} is not read as arrays'
+        problem = None if is_image else f'{type(feature).__name__} cannot be converted to arrays'
         yield Column(name, top, path, 'image', feature, problem)
     elif isinstance(type_, pa.BaseExtensionType):
         yield from _columns(type_.storage_type, None, name, top, path)
@@ -93,48 +93,50 @@ def _columns(
     elif pa.types.is_struct(type_):
         inner = feature if isinstance(feature, dict) else {}
         for number, field in enumerate(type_):
-            below = f'{name}.{field.name}', top, (*path, number)
-            yield from _columns(field.type, inner.get(field.name), *below)
+            nested = f'{name}.{field.name}', top, (*path, number)
+            yield from _columns(field.type, inner.get(field.name), *nested)
     elif _is_list(type_):
         yield from _columns(type_.value_type, getattr(feature, 'feature', None), name, top, path)
     else:
         kind = _kind(type_)
-        problem = None if kind else f'the type {type_} is not read as arrays'
+        problem = None if kind else f'the type {type_} cannot be converted to arrays'
         if pa.types.is_null(type_):
-            problem = 'it has no values at all'
+            problem = 'it has no values'
         yield Column(name, top, path, kind or '', problem=problem)
 
 
-def chosen(columns: Sequence[Column], keys: Sequence[str] | None) -> list[Column]:
+def select(columns: Sequence[Column], keys: Sequence[str] | None) -> list[Column]:
     """Returns the columns to read, in the order of the keys.
 
     Args:
-        columns: all of them.
-        keys: names of fields, or of columns whose fields are all meant; None for all.
+        columns: all columns of the table.
+        keys: names of fields, or of struct columns (which select all of their fields); None for
+            all.
 
     Raises:
         ValueError: if a key is unknown, or a column cannot be read.
     """
-    found = list(columns)
+    selected = list(columns)
     if keys is not None:
         if isinstance(keys, str):
             raise ValueError(f"keys: expected a sequence of names, got '{keys}'; write ('{keys}',)")
-        found = [c for key in keys for c in columns if _is_meant(c.name, key)]
-        unknown = [k for k in keys if not any(_is_meant(c.name, k) for c in columns)]
+        selected = [c for key in keys for c in columns if _matches_key(c.name, key)]
+        unknown = [k for k in keys if not any(_matches_key(c.name, k) for c in columns)]
         if unknown:
             known = dict.fromkeys(c.name for c in columns)
-            raise ValueError(f'keys: {sorted(unknown)} are none of {", ".join(known)}')
-    for column in found:
+            raise ValueError(f'keys: unknown {sorted(unknown)}; the fields are {", ".join(known)}')
+    for column in selected:
         if column.problem:
-            raise ValueError(f'column {column.name!r}: {column.problem}. {_advice(column, found)}')
-    names = [column.name for column in found]
+            advice = _advice(column, selected)
+            raise ValueError(f'column {column.name!r}: {column.problem}. {advice}')
+    names = [column.name for column in selected]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f'{twice} name two fields each; rename a column, or list each key once')
-    return found
+        raise ValueError(f'duplicate fields {twice}; rename a column, or list each key once')
+    return selected
 
 
-def _is_meant(name: str, key: str) -> bool:
+def _matches_key(name: str, key: str) -> bool:
     return name == key or name.startswith(f'{key}.')
 
 
@@ -145,55 +147,55 @@ def _advice(column: Column, columns: Sequence[Column]) -> str:
 
 
 def check(column: Column, array: pa.ChunkedArray, columns: Sequence[Column]) -> str | None:
-    """Looks at all values of a column, without reading more than what is known of them.
+    """Checks a whole column by its metadata (null counts, list offsets), without reading values.
 
     Returns:
-        What differs from example to example, or None.
+        A message if lists differ in length from example to example, or None.
 
     Raises:
-        ValueError: if values are missing and the type has no value for that.
+        ValueError: if values are missing and the type cannot represent that.
     """
     missing = 0
     lengths: dict[int, tuple[int, int]] = {}
     for chunk in array.chunks:
         for depth, level in enumerate(_levels(chunk, column)):
-            missing += level.null_count if _needs_all(level, column) else 0
+            missing += level.null_count if _forbids_null(level, column) else 0
             if _is_list(level.type) and len(level) <= _MOST_LISTS and len(level):
-                low, high = _lengths(level)
+                low, high = _length_range(level)
                 before = lengths.get(depth, (low, high))
                 lengths[depth] = min(low, before[0]), max(high, before[1])
     if missing:
         raise ValueError(
-            f'column {column.name!r}: {missing:,} values are missing (null), which only floats can '
-            f'represent, as NaN. Fill them in or drop these rows. {_advice(column, columns)}'
+            f'column {column.name!r}: {missing:,} values are missing (null); only float columns '
+            f'can have these, as NaN. Fill them in or drop these rows. {_advice(column, columns)}'
         )
     different = [each for each in lengths.values() if each[0] != each[1]]
-    return _ragged(column, *different[0]) if different else None
+    return _ragged_message(column, *different[0]) if different else None
 
 
-def _ragged(column: Column, low: int, high: int) -> str:
+def _ragged_message(column: Column, low: int, high: int) -> str:
     return (
         f'column {column.name!r} has lists of {low} to {high} values, and a batch needs one '
-        'length: pad or cut them with Dataset.map and save_to_disk, or read them with '
-        'trainer.data.streaming:StreamLoader and a stage that does so (trainer.data.stages)'
+        'length: pad or truncate them with Dataset.map and save_to_disk, or in a stage '
+        '(trainer.data.stages) of trainer.data.streaming:StreamLoader'
     )
 
 
 def to_numpy(column: Column, array: pa.ChunkedArray) -> np.ndarray:
-    """Returns the values of all rows, (rows, ...), in an array of its own.
+    """Returns the values of all rows, (rows, ...), in a new, writable array.
 
     Raises:
         ValueError: if values are missing, or lists or images differ in length or shape.
     """
     levels = list(_levels(array.combine_chunks(), column))
-    if any(level.null_count and _needs_all(level, column) for level in levels):
+    if any(level.null_count and _forbids_null(level, column) for level in levels):
         raise ValueError(f'column {column.name!r}: a value is missing (null)')
     shape = [len(levels[0])]
     for level in levels:
         if _is_list(level.type):
-            low, high = _lengths(level) if len(level) else (0, 0)
+            low, high = _length_range(level) if len(level) else (0, 0)
             if low != high:
-                raise ValueError(_ragged(column, low, high))
+                raise ValueError(_ragged_message(column, low, high))
             shape.append(low)
     values = _values(column, levels[-1])
     values = values if values.flags.writeable else values.copy()
@@ -201,7 +203,7 @@ def to_numpy(column: Column, array: pa.ChunkedArray) -> np.ndarray:
 
 
 def _levels(array: pa.Array, column: Column) -> Iterator[pa.Array]:
-    """Yields the arrays from the column to its values: lists, what is in them, and so on."""
+    """Yields the nested arrays from the column down to its values: lists, their items, etc."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -222,14 +224,14 @@ def _levels(array: pa.Array, column: Column) -> Iterator[pa.Array]:
             return
 
 
-def _lengths(lists: pa.Array) -> tuple[int, int]:
+def _length_range(lists: pa.Array) -> tuple[int, int]:
     import pyarrow.compute as pc
 
-    found = pc.min_max(pc.list_value_length(lists)).as_py()
-    return found['min'] or 0, found['max'] or 0
+    limits = pc.min_max(pc.list_value_length(lists)).as_py()
+    return limits['min'] or 0, limits['max'] or 0
 
 
-def _needs_all(level: pa.Array, column: Column) -> bool:
+def _forbids_null(level: pa.Array, column: Column) -> bool:
     import pyarrow as pa
 
     return not (pa.types.is_floating(level.type) and column.kind == 'number')
@@ -239,10 +241,10 @@ def _values(column: Column, array: pa.Array) -> np.ndarray:
     import pyarrow as pa
 
     if column.kind == 'image':
-        return _stacked(column, [_decoded(column, x) for x in array.to_pylist()])
+        return _stack_images(column, [_decode_image(column, x) for x in array.to_pylist()])
     if column.kind == 'text':
         return np.array(array.to_pylist(), np.str_)
-    if column.kind == 'bytes':  # Of numpy's own type they would lose the zeros at their ends.
+    if column.kind == 'bytes':  # numpy's bytes dtype would strip trailing zeros.
         values = np.empty(len(array), object)
         values[:] = array.to_pylist()
         return values
@@ -255,18 +257,18 @@ def _values(column: Column, array: pa.Array) -> np.ndarray:
     return array.to_numpy(zero_copy_only=False)
 
 
-def _decoded(column: Column, value: Any) -> np.ndarray:
+def _decode_image(column: Column, value: Any) -> np.ndarray:
     try:
         return np.asarray(column.feature.decode_example(value))
     except ImportError as error:
         raise ValueError(f'column {column.name!r}: {error}') from error
 
 
-def _stacked(column: Column, images: list[np.ndarray]) -> np.ndarray:
-    found = dict.fromkeys(f'{x.dtype} {x.shape}' for x in images)
-    if len(found) > 1:
+def _stack_images(column: Column, images: list[np.ndarray]) -> np.ndarray:
+    kinds = dict.fromkeys(f'{x.dtype} {x.shape}' for x in images)
+    if len(kinds) > 1:
         raise ValueError(
-            f'column {column.name!r} has images of {" and ".join(list(found)[:2])}; a batch needs '
+            f'column {column.name!r} has images of {" and ".join(list(kinds)[:2])}; a batch needs '
             'one shape and type: resize or crop them with Dataset.map and save_to_disk, or in a '
             'stage of trainer.data.streaming:StreamLoader'
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small text classification task that every installation of Python has: whose docstring is it?"""
+"""A text classification dataset that needs no download: which package is a docstring from?"""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PACKAGES = (
     'asyncio', 'email', 'http', 'importlib', 'logging', 'multiprocessing', 'unittest', 'xml',
 )  # fmt: skip
 
-# Shorter ones say too little of where they stand.
-_LEAST_CHARACTERS = 30
+# Shorter docstrings say too little about their package.
+_MIN_CHARACTERS = 30
 
 
 class Docstrings(ArraySource):
-    """The docstrings of packages of Python's standard library, and the number of the package.
+    """Docstrings from packages of Python's standard library, labeled with the package index.
 
-    No text is in both splits, or twice in one; which split it is in depends on the text alone.
+    Duplicate texts are removed. The split of a text depends on the text alone, so none is in both.
 
     Fields: `tokens` int32 (length,), word pieces padded with 0, and `label` int32 ().
     """
@@ -42,30 +42,30 @@ class Docstrings(ArraySource):
         holdout: float = 0.25,
         limit: int | None = None,
     ):
-        """Reads the source code and cuts its docstrings into word pieces.
+        """Reads the source code and tokenizes its docstrings into word pieces.
 
         Args:
-            tokenizer: a `tokenizer.json` of Hugging Face, or the directory that it is in.
-            packages: names of packages; their order is that of the labels.
-            length: tokens of a row; what is longer is cut off.
+            tokenizer: a Hugging Face `tokenizer.json`, or the directory that contains it.
+            packages: names of packages; the label of a text is the index of its package.
+            length: tokens per example; longer texts are truncated.
             split: 'train' or 'test'.
-            holdout: fraction of the texts that is the test split.
+            holdout: fraction of the texts in the test split.
             limit: use only this many texts of the split.
 
         Raises:
             ValueError: if there is no such tokenizer or package.
         """
         if split not in ('train', 'test'):
-            raise ValueError(f'split: {split!r} is none of train, test')
+            raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
         texts: dict[str, int] = {}
         for label, package in enumerate(packages):
             for text in _docstrings(package):
                 texts.setdefault(text, label)
-        # In an order that says nothing of the package: any limit leaves some of each.
+        # Sorted by hash, which is independent of the package: any `limit` keeps some texts of each.
         ordered = sorted(texts, key=_fraction)
-        chosen = [text for text in ordered if (_fraction(text) < holdout) == (split == 'test')]
-        tokens = encode(chosen, tokenizer, length)
-        labels = np.array([texts[text] for text in chosen], np.int32)
+        in_split = [text for text in ordered if (_fraction(text) < holdout) == (split == 'test')]
+        tokens = encode(in_split, tokenizer, length)
+        labels = np.array([texts[text] for text in in_split], np.int32)
         super().__init__({'tokens': tokens, 'label': labels}, limit=limit)
 
 
@@ -74,8 +74,8 @@ def encode(texts: Sequence[str], tokenizer: str, length: int) -> np.ndarray:
 
     Args:
         texts: of any length.
-        tokenizer: a `tokenizer.json` of Hugging Face, or the directory that it is in.
-        length: of each row; padded with 0, cut off behind.
+        tokenizer: a Hugging Face `tokenizer.json`, or the directory that contains it.
+        length: tokens per text: longer texts are truncated, shorter ones padded with 0.
 
     Raises:
         ValueError: if there is no such file, or the library is not installed.
@@ -84,14 +84,14 @@ def encode(texts: Sequence[str], tokenizer: str, length: int) -> np.ndarray:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ValueError(
-            'texts are cut into word pieces by the package tokenizers: pip install tokenizers'
+            "the package 'tokenizers' is not installed: pip install tokenizers"
         ) from error
     path = os.path.expanduser(tokenizer)
     path = os.path.join(path, 'tokenizer.json') if os.path.isdir(path) else path
     if not os.path.isfile(path):
         raise ValueError(
-            f'tokenizer: there is no file {path}, relative to {os.getcwd()}; expected a '
-            'tokenizer.json of Hugging Face, or the directory that it is in'
+            f'tokenizer: no file {path}, relative to {os.getcwd()}; expected a Hugging Face '
+            'tokenizer.json, or the directory that contains it'
         )
     pieces = Tokenizer.from_file(path)
     pieces.enable_truncation(length)
@@ -103,30 +103,33 @@ def _docstrings(package: str) -> Iterator[str]:
     root = os.path.join(sysconfig.get_path('stdlib'), package)
     if not os.path.isdir(root):
         raise ValueError(f'packages: the standard library has no package {package!r} in {root}')
-    for directory, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if name not in ('test', 'tests', '__pycache__'))
+    for directory, subdirectories, names in os.walk(root):
+        subdirectories[:] = sorted(
+            name for name in subdirectories if name not in ('test', 'tests', '__pycache__')
+        )
         for name in sorted(name for name in names if name.endswith('.py')):
             with open(os.path.join(directory, name), encoding='utf-8') as file:
-                tree = _parsed(file.read())
+                tree = _parse(file.read())
             for node in ast.walk(tree):
                 if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                     text = inspect.cleandoc(ast.get_docstring(node, clean=False) or '')
-                    if len(text) >= _LEAST_CHARACTERS:
+                    if len(text) >= _MIN_CHARACTERS:
                         yield text
 
 
-def _parsed(text: str) -> ast.Module:
-    # Python 3.11 counts the depth of all conversions to trees in one place. What the collector of
-    # garbage calls amid one may begin another, and the first ends in a SystemError.
-    collects = gc.isenabled()
+def _parse(text: str) -> ast.Module:
+    # Python 3.11 has one recursion counter for all conversions to an AST. If garbage collection
+    # runs code that starts another conversion in the middle of this one, this one fails with
+    # SystemError.
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         return ast.parse(text)
     finally:
-        if collects:
+        if was_enabled:
             gc.enable()
 
 
 def _fraction(text: str) -> float:
-    """Returns a number in [0, 1) that is the same for the same text everywhere."""
+    """Returns a hash of the text in [0, 1), the same on every machine."""
     return zlib.crc32(text.encode()) / 2**32

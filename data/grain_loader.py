@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loader for sources that are slow to read: threads or processes make its batches."""
+"""A training loader for slow sources: threads or worker processes prepare its batches."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from .compat import worker_death
+from .compat import worker_death_cause
 from .loader import Block, TrainLoader
 from .order import PADDING, Marks
 from .record_errors import describe
 from .sources import Arrays, ArraySpec, Source
-from .workers import WorkerError, portable, prefetched
+from .workers import WorkerError, prefetch_in_workers, to_portable
 
 
 class GrainLoader:
     """The batches of `TrainLoader`, read and transformed ahead of time by Grain.
 
-    For records that are read from disk and decoded. What stands in memory is quicker with
-    TrainLoader: a gather of many rows costs less than handing them over.
+    For records that are read from disk and decoded. For data in memory `TrainLoader` is faster: a
+    gather of many rows costs less than passing them between threads or processes.
 
-    A batch is cut into tasks of a few rows, which threads or worker processes take in turn. The
-    tasks are a pure function of the position, so that neither their number nor the workers' shows
-    in a batch.
+    A batch is divided into tasks of a few rows, which threads or worker processes take in turn. The
+    tasks are a pure function of the position, so batches depend neither on the number of tasks nor
+    on the number of workers.
 
     Attributes:
         batch_size: rows of a global batch.
@@ -50,24 +50,25 @@ class GrainLoader:
         task_rows: int = 32,
         ahead: int = 2,
     ):
-        """Makes a loader; threads and processes start with the first block.
+        """Creates the loader; threads and processes start with the first block.
 
         Args:
-            source: where examples come from; it is sent to the workers, so it must pickle.
+            source: source of the examples; with workers it must be picklable.
             batch_size: rows of a global batch.
-            transforms: run over the rows of each task, see `trainer.data.transforms`.
-            seed: of the order and of random transforms.
-            shuffle: a new order in each epoch, or the source's.
+            transforms: applied to the rows of each task, see `trainer.data.transforms`.
+            seed: seed of the order and of random transforms.
+            shuffle: True for a new order in each epoch, False for the order of the source.
             remainder: 'carry', 'pad' or 'drop': see `trainer.data.order.Order`.
-            repeat_batch: use only the first so many batches, over and over.
-            workers: processes that read and transform; 0 for threads of this one, which suffice
-                where the work is done outside Python (files, decoding of images).
-            threads: of each process; by default 8, and none beside its own in a worker.
+            repeat_batch: use only this many batches from the start, over and over.
+            workers: number of worker processes; 0 for threads of this process, which suffice if
+                most of the work releases the interpreter lock (reading files, decoding images).
+            threads: threads per process; by default 8 without workers, and 0 in a worker (its main
+                thread does the work).
             task_rows: rows that are read and transformed at once.
-            ahead: batches that are kept ready.
+            ahead: number of batches to prefetch.
 
         Raises:
-            ValueError: as `TrainLoader`, or if a number is out of its range.
+            ValueError: as `TrainLoader`, or if a number is out of range.
         """
         least = {'workers': 0, 'threads': 0, 'task_rows': 1, 'ahead': 1}
         given = {'workers': workers, 'threads': threads, 'task_rows': task_rows, 'ahead': ahead}
@@ -99,7 +100,7 @@ class GrainLoader:
 
     @property
     def marks(self) -> Marks:
-        """What a run whose batch size has changed had consumed by which step."""
+        """See `trainer.input.loader.Resizable.marks`."""
         return self._loader.marks
 
     @property
@@ -121,7 +122,7 @@ class GrainLoader:
     def block(self, start: int, count: int, rows: slice | np.ndarray = slice(None)) -> Block:
         """Returns the batches of the steps [start, start + count).
 
-        Quick where the last block ended; anywhere else the threads or processes start anew.
+        Fast if it starts where the last block ended; otherwise the threads or processes restart.
 
         Args:
             start: position of the first batch.
@@ -129,20 +130,20 @@ class GrainLoader:
             rows: which rows of each global batch; all by default.
 
         Raises:
-            WorkerError: if a worker failed or died; it names the example.
+            WorkerError: if a worker failed or died; the message names the example.
         """
         wanted = np.arange(self.batch_size)[rows]
         stream = self._stream
-        if stream is None or not stream.stands_at(start, wanted):
+        if stream is None or not stream.is_at(start, wanted):
             self.close()
             self._stream = stream = self._open(start, wanted)
         try:
             return stream.take(count)
         except BaseException as error:
-            # Grain would go on behind the task that failed.
+            # Otherwise Grain would continue after the failed task and skip its rows.
             self.close()
             if self._workers and isinstance(error, RuntimeError):
-                raise self._told(error, stream) from error
+                raise self._as_worker_error(error, stream) from error
             raise
 
     def close(self) -> None:
@@ -155,39 +156,39 @@ class GrainLoader:
         import grain.python as grain
 
         tasks = _Tasks(self._loader, rows, self._task_rows, step, in_worker=self._workers > 0)
-        in_all = self._ahead * tasks.per_step
-        buffer = max(self._threads, -(-in_all // max(1, self._workers)))
+        num_tasks = self._ahead * tasks.per_step
+        buffer = max(self._threads, -(-num_tasks // max(1, self._workers)))
         options = grain.ReadOptions(
             num_threads=self._threads, prefetch_buffer_size=buffer if self._threads else 0
         )
         dataset = grain.MapDataset.source(tasks).to_iter_dataset(options)
-        return _Stream(tasks, iter(prefetched(dataset, self._workers, buffer)))
+        return _Stream(tasks, iter(prefetch_in_workers(dataset, self._workers, buffer)))
 
-    def _told(self, error: RuntimeError, stream: _Stream) -> WorkerError:
-        """Returns the error of a worker, or what to say of one that died without a word."""
+    def _as_worker_error(self, error: RuntimeError, stream: _Stream) -> WorkerError:
+        """Returns the error of a worker, or a new one for a worker that died silently."""
         if isinstance(error, WorkerError):
             return error
-        step, rows = stream.tasks.place(stream.taken)
+        step, rows = stream.tasks.locate(stream.num_taken)
         ids = self._loader.order(step, 1)[0][0, rows]
         records = ', '.join(describe(self._source, i) for i in ids.tolist() if i != PADDING)
         return WorkerError(
-            f'a worker process of the data has died: {worker_death(error)}. What it owed '
-            f'begins with rows {rows[0]} to {rows[-1]} of the batch at position {step}: {records}. '
-            'Exit code -9 is a kill from outside, often for want of memory (fewer workers, or a '
-            'smaller `ahead`, need less); -11 is a crash in the library that decodes the record.'
+            f'a data worker process died: {worker_death_cause(error)}. The first missing rows '
+            f'are {rows[0]} to {rows[-1]} of the batch at position {step}: {records}. '
+            'Exit code -9 means that it was killed, often because memory ran out (use fewer '
+            'workers or a smaller `ahead`); -11 is a crash in the library that decodes the record.'
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tasks:
-    """What Grain reads from: task i is some rows of one batch; there is no end of them.
+    """The endless sequence of tasks that Grain reads; each is some rows of one batch.
 
     Attributes:
-        loader: what makes a batch.
-        rows: the rows of each batch that are wanted.
-        task_rows: rows of a task.
-        first_step: the batch of task 0.
-        in_worker: whether an error has to leave a worker process.
+        loader: produces the batches.
+        rows: which rows of each batch to read.
+        task_rows: rows per task.
+        first_step: position of the batch of task 0.
+        in_worker: whether tasks run in a worker process, so errors must be picklable.
     """
 
     loader: TrainLoader
@@ -198,10 +199,10 @@ class _Tasks:
 
     @property
     def per_step(self) -> int:
-        """Number of tasks of a batch."""
+        """Number of tasks per batch."""
         return -(-len(self.rows) // self.task_rows)
 
-    def place(self, task: int) -> tuple[int, np.ndarray]:
+    def locate(self, task: int) -> tuple[int, np.ndarray]:
         """Returns the position of a task's batch, and the rows in it."""
         step, part = divmod(task, self.per_step)
         first = part * self.task_rows
@@ -211,46 +212,47 @@ class _Tasks:
         return sys.maxsize
 
     def __getitem__(self, task: int) -> dict[str, Any]:
-        step, rows = self.place(task)
+        step, rows = self.locate(task)
         try:
             block = self.loader.block(step, 1, rows)
         except Exception as error:
             if not self.in_worker:
                 raise
-            raise portable(error) from None
+            raise to_portable(error) from None
         return {'arrays': {k: x[0] for k, x in block.arrays.items()}, 'ids': block.ids[0]}
 
 
 class _Stream:
-    """The tasks in their order, as blocks of batches.
+    """Joins the results of consecutive tasks into blocks of batches.
 
     Attributes:
-        tasks: what is read.
-        elements: Grain's iterator over them.
-        taken: number of tasks taken.
+        tasks: the tasks.
+        elements: Grain's iterator over their results.
+        num_taken: number of results taken so far.
     """
 
     def __init__(self, tasks: _Tasks, elements: Any):
         self.tasks = tasks
         self.elements = elements
-        self.taken = 0
+        self.num_taken = 0
 
-    def stands_at(self, step: int, rows: np.ndarray) -> bool:
-        """Whether the next task is the first one of these rows of a batch."""
-        return self.tasks.place(self.taken)[0] == step and np.array_equal(self.tasks.rows, rows)
+    def is_at(self, step: int, rows: np.ndarray) -> bool:
+        """Whether the next batch is that of `step`, with these rows."""
+        position, _ = self.tasks.locate(self.num_taken)
+        return position == step and np.array_equal(self.tasks.rows, rows)
 
     def take(self, count: int) -> Block:
         """Returns the next batches."""
         parts = []
         for _ in range(count * self.tasks.per_step):
             parts.append(next(self.elements))
-            self.taken += 1
+            self.num_taken += 1
         shape = (count, len(self.tasks.rows))
 
-        def joined(pieces: list[np.ndarray]) -> np.ndarray:
+        def join(pieces: list[np.ndarray]) -> np.ndarray:
             whole = np.concatenate(pieces)
             return whole.reshape(*shape, *whole.shape[1:])
 
         names = parts[0]['arrays']
-        arrays = {name: joined([part['arrays'][name] for part in parts]) for name in names}
-        return Block(arrays, joined([part['ids'] for part in parts]))
+        arrays = {name: join([part['arrays'][name] for part in parts]) for name in names}
+        return Block(arrays, join([part['ids'] for part in parts]))

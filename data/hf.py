@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face datasets: those on the disk, by index, and those that are read from the front."""
+"""Hugging Face datasets: a random-access source, and a stream."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sources import Arrays, ArraySpec
 class HuggingFace:
     """A split of a Hugging Face dataset, as numpy arrays.
 
-    The type of a column decides on the dtype, as docs/howto/data.md lists.
+    The dtype of a field depends on the column type only: docs/howto/data.md has a list.
     """
 
     def __init__(
@@ -29,35 +29,36 @@ class HuggingFace:
         data_files: Any = None,
         data_dir: str | None = None,
     ):
-        """Opens the split, and looks for missing values and for lists of several lengths.
+        """Opens the split, and checks for missing values and lists of different lengths.
 
         Args:
-            path: a directory that `save_to_disk` has written; or what `datasets.load_dataset`
-                takes: a name, or 'parquet', 'json', 'csv', 'imagefolder' with `data_files` or
-                `data_dir`.
+            path: a directory written by `save_to_disk`, or an argument of
+                `datasets.load_dataset`: a name, or 'parquet', 'json', 'csv', 'imagefolder' with
+                `data_files` or `data_dir`.
             split: 'train', 'test[:10%]', ...
             keys: fields to read; by default all. The fields of a struct are named 'column.field'.
-            name: which configuration of the dataset.
+            name: configuration of the dataset.
             data_files: files, patterns, or a dict of these by split.
             data_dir: directory of the files.
 
         Raises:
-            ValueError: if the package is missing, if there is no such dataset, split or field, or
-                if a column holds what numpy cannot.
+            ValueError: if the package is not installed, the dataset, split or field does not exist,
+                or a column cannot be converted to numpy arrays.
         """
         files = {'data_files': data_files, 'data_dir': data_dir}
         items = _load(path, name=name, split=split, streaming=False, **files)
-        every = columns.of_schema(items.features.arrow_schema, items.features)
-        self._columns = columns.chosen(every, keys)
+        every = columns.from_schema(items.features.arrow_schema, items.features)
+        self._columns = columns.select(every, keys)
         names = list(dict.fromkeys(column.top for column in self._columns))
         self._items = items.select_columns(names).with_format('arrow')
         if not len(items):
             raise ValueError('the source is empty')
-        # A table of more rows than the dataset has others than the split's.
+        # If the table has more rows than the split (a slice such as 'train[:10%]'), a check of
+        # whole columns would cover rows of other splits.
         table = self._items.data
         checked = self._columns if table.num_rows == len(items) else ()
-        found = [columns.check(c, table.column(c.top), self._columns) for c in checked]
-        self._differs = next(filter(None, found), None)
+        problems = [columns.check(c, table.column(c.top), self._columns) for c in checked]
+        self._ragged_problem = next(filter(None, problems), None)
         self._first = self[0]
 
     @property
@@ -67,8 +68,8 @@ class HuggingFace:
         Raises:
             ValueError: if the lists of a column differ in length; `source[index]` still reads them.
         """
-        if self._differs:
-            raise ValueError(self._differs)
+        if self._ragged_problem:
+            raise ValueError(self._ragged_problem)
         return {name: ArraySpec(x.shape, x.dtype) for name, x in self._first.items()}
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class HuggingFace:
 
     def __getitem__(self, index: int) -> Arrays:
         """Returns one example; examples may differ in shape."""
-        return _one(self._read([index]))
+        return _squeeze_row(self._read([index]))
 
     def gather(self, indices: np.ndarray) -> Arrays:
         """Returns the examples at `indices` (n,), stacked.
@@ -92,7 +93,7 @@ class HuggingFace:
             first, is_text = spec[name], x.dtype.kind == 'U'
             if x.shape[1:] != first.shape or not (is_text or x.dtype == first.dtype):
                 raise ValueError(
-                    f'{name!r} is {x.dtype} {x.shape[1:]}, of example 0 it is {first.dtype} '
+                    f'{name!r} is {x.dtype} {x.shape[1:]}, but in example 0 it is {first.dtype} '
                     f'{first.shape}; a batch needs one shape and dtype: resize, crop or pad with '
                     'Dataset.map and save_to_disk, or leave the field out of `keys`'
                 )
@@ -104,10 +105,10 @@ class HuggingFace:
 
 
 class HuggingFaceStream:
-    """A Hugging Face dataset that is read from the front, as `load_dataset(streaming=True)` does.
+    """A Hugging Face dataset read as a stream, as by `load_dataset(streaming=True)`.
 
-    A stream for `trainer.data.streaming`; each of several processes reads its own files, so there
-    must be as many. The order is that of the files in every pass.
+    For the loaders of `trainer.data.streaming`. Each process reads its own files, so there must be
+    at least as many files as processes. Every pass reads the files in the same order.
     """
 
     def __init__(
@@ -123,25 +124,25 @@ class HuggingFaceStream:
         """Opens the split.
 
         Args:
-            path: what `datasets.load_dataset` takes: a name, or 'parquet', 'json', 'csv',
+            path: an argument of `datasets.load_dataset`: a name, or 'parquet', 'json', 'csv',
                 'imagefolder' with `data_files` or `data_dir`.
             split: 'train', ...
             keys: fields to read; by default all. The fields of a struct are named 'column.field'.
-            name: which configuration of the dataset.
+            name: configuration of the dataset.
             data_files: files, patterns, or a dict of these by split.
             data_dir: directory of the files.
 
         Raises:
-            ValueError: if the package is missing, if there is no such dataset, split or field, or
-                if a column holds what numpy cannot.
+            ValueError: if the package is not installed, the dataset, split or field does not exist,
+                or a column cannot be converted to numpy arrays.
         """
         files = {'data_files': data_files, 'data_dir': data_dir}
         items = _load(path, name=name, split=split, streaming=True, **files)
         self._keys = keys
-        if items.features is not None:  # Otherwise its first example says what there is.
-            every = columns.of_schema(items.features.arrow_schema, items.features)
-            found = columns.chosen(every, keys)
-            items = items.select_columns(list(dict.fromkeys(column.top for column in found)))
+        if items.features is not None:  # Otherwise the columns are known from the first example.
+            every = columns.from_schema(items.features.arrow_schema, items.features)
+            selected = columns.select(every, keys)
+            items = items.select_columns(list(dict.fromkeys(column.top for column in selected)))
         self._items = items.with_format('arrow')
 
     def shard(self, index: int, count: int) -> Any:
@@ -153,23 +154,23 @@ class HuggingFaceStream:
         files = self._items.num_shards
         if files < count:
             raise ValueError(
-                f'data_files: {count} processes read files of their own, and there are {files}; '
-                'split them up, or use trainer.data.hf:HuggingFace'
+                f'data_files: {count} processes need at least {count} files, and there are '
+                f'{files}; split the files, or use trainer.data.hf:HuggingFace'
             )
         return _Part(self._items, self._keys, index, count)
 
 
 class _Part:
     def __init__(self, items: Any, keys: Sequence[str] | None, index: int, count: int):
-        self._all = items, keys, index, count
+        self._args = items, keys, index, count
 
-    def __iter__(self) -> _Place:
-        items, keys, index, count = self._all
-        # An object of its own, for a dataset counts in itself how far it was read.
-        return _Place(items.shard(num_shards=count, index=index), keys)
+    def __iter__(self) -> _PartIterator:
+        items, keys, index, count = self._args
+        # A new object for each iterator: a dataset stores its own read position.
+        return _PartIterator(items.shard(num_shards=count, index=index), keys)
 
 
-class _Place:
+class _PartIterator:
     def __init__(self, items: Any, keys: Sequence[str] | None):
         self._items = items
         self._keys = keys
@@ -178,19 +179,21 @@ class _Place:
         self._examples = iter(items)
         self._started = False
 
-    def __iter__(self) -> _Place:
+    def __iter__(self) -> _PartIterator:
         return self
 
     def __next__(self) -> Any:
         self._started = True
         table = next(self._examples)
         if self._schema is None or not table.schema.equals(self._schema):
-            # Each block of a JSON file has types of its own.
+            # The blocks of a JSON file may differ in their types.
             self._schema = table.schema
-            self._columns = columns.chosen(
-                columns.of_schema(table.schema, self._items.features), self._keys
+            self._columns = columns.select(
+                columns.from_schema(table.schema, self._items.features), self._keys
             )
-        return _one({c.name: columns.to_numpy(c, table.column(c.top)) for c in self._columns})
+        return _squeeze_row(
+            {c.name: columns.to_numpy(c, table.column(c.top)) for c in self._columns}
+        )
 
     def get_state(self) -> Any:
         return self._items.state_dict() if self._started else None
@@ -207,19 +210,20 @@ def _load(path: str, *, split: str | None, **options: Any) -> Any:
         import datasets
     except ImportError as error:
         raise ValueError(
-            "the package 'datasets' of Hugging Face is not installed: "
+            "the Hugging Face package 'datasets' is not installed: "
             "pip install 'jax-config-trainer[hf]'"
         ) from error
     path = os.path.expanduser(path)
     if options.get('data_files') is not None:
-        options['data_files'] = _expanded(options['data_files'])
+        options['data_files'] = _expand_user(options['data_files'])
     saved = os.path.join(path, 'dataset_info.json'), os.path.join(path, 'dataset_dict.json')
     try:
         if any(map(os.path.exists, saved)):
-            found = datasets.load_from_disk(path)
-            found = found[split] if split is not None and isinstance(found, dict) else found
+            dataset = datasets.load_from_disk(path)
+            if split is not None and isinstance(dataset, dict):
+                dataset = dataset[split]
         else:
-            found = datasets.load_dataset(path, split=split, **options)
+            dataset = datasets.load_dataset(path, split=split, **options)
     except (
         OSError,
         ValueError,
@@ -229,23 +233,23 @@ def _load(path: str, *, split: str | None, **options: Any) -> Any:
         datasets.exceptions.DatasetsError,
     ) as error:
         raise ValueError(
-            f'path: {path!r}, split {split!r} cannot be opened: '
+            f'path: cannot open {path!r}, split {split!r}: '
             + f'{type(error).__name__}: {error}'.splitlines()[0]
         ) from error
-    if isinstance(found, dict):
-        raise ValueError(f'split: name one of {", ".join(found)}')
-    return found
+    if isinstance(dataset, dict):
+        raise ValueError(f'split: expected one of {", ".join(dataset)}')
+    return dataset
 
 
-def _expanded(files: Any) -> Any:
-    """Returns file names, a sequence or a dict of them, with the home directory for '~'."""
+def _expand_user(files: Any) -> Any:
+    """Returns a file name, or a sequence or dict of them, with '~' expanded."""
     if isinstance(files, Mapping):
-        return {split: _expanded(each) for split, each in files.items()}
+        return {split: _expand_user(each) for split, each in files.items()}
     if isinstance(files, (list, tuple)):
-        return [_expanded(each) for each in files]
+        return [_expand_user(each) for each in files]
     return os.path.expanduser(files)
 
 
-def _one(arrays: Arrays) -> Arrays:
-    """Returns the only row of each array, as an array even of text and bytes."""
+def _squeeze_row(arrays: Arrays) -> Arrays:
+    """Returns the only row of each array, as an array also for text and bytes."""
     return {name: x.reshape(x.shape[1:]) for name, x in arrays.items()}

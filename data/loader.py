@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders: batches of a source as numpy arrays, many steps in one gather."""
+"""The default loaders: batches of a random-access source, many steps in one gather."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from . import transforms as transforms_lib
-from .order import PADDING, Marks, Order, after
+from .order import PADDING, Marks, Order, replay_batch_sizes
 from .record_errors import blame
 from .sources import Arrays, ArraySpec, Source, check_rows, check_source
 
-# Marks the real rows of a batch that may be padded: bool, (batch,).
+# Name of the mask in batches that may be padded: bool, (batch,), False for padding.
 MASK = '_mask'
 
 
@@ -27,8 +27,7 @@ class Block:
     Attributes:
         arrays: each field as (steps, rows, ...).
         ids: int64 (steps, rows), the example in each row; -1 is padding.
-        states: of a loader whose place is not its position alone, the place behind each batch, as
-            JSON values.
+        states: for a stream, its state after each batch, as JSON values; None for other loaders.
     """
 
     arrays: Arrays
@@ -40,12 +39,13 @@ class TrainLoader:
     """Training batches as a pure function of their position.
 
     A row of padding (`remainder='pad'`) holds the example of its batch's first row, and `_mask` is
-    false there. Not zeros: dividing by the norm of such a row gives NaN, and 0 x NaN is not 0.
+    false there. Not zeros: dividing by the norm of a zero row gives NaN, and the
+    mask cannot remove it (0 x NaN is NaN).
 
     Attributes:
         batch_size: rows of a global batch.
         steps_per_epoch: a fraction only where batches run across epoch borders.
-        marks: for a run whose batch size has changed, what it had consumed by which step.
+        marks: see `trainer.input.loader.Resizable.marks`.
     """
 
     marks: Marks = ()
@@ -61,20 +61,21 @@ class TrainLoader:
         remainder: str = 'carry',
         repeat_batch: int | None = None,
     ):
-        """Makes a loader.
+        """Creates the loader.
 
         Args:
-            source: where examples come from.
+            source: source of the examples.
             batch_size: rows of a global batch.
-            transforms: run over every block, see `trainer.data.transforms`.
-            seed: of the order and of random transforms.
-            shuffle: a new order in each epoch, or the source's.
+            transforms: applied to every block, see `trainer.data.transforms`.
+            seed: seed of the order and of random transforms.
+            shuffle: True for a new order in each epoch, False for the order of the source.
             remainder: 'carry', 'pad' or 'drop': see `trainer.data.order.Order`.
-            repeat_batch: use only the first so many batches, over and over, to see a model overfit.
+            repeat_batch: use only this many batches from the start, over and over (to check that a
+                model can overfit).
 
         Raises:
-            ValueError: if there is not a single batch, the source does not keep to what a `Source`
-                is, or an argument is out of its range.
+            ValueError: if there is no batch, the source violates the `Source` protocol, or an
+                argument is out of range.
         """
         if repeat_batch is not None and repeat_batch < 1:
             raise ValueError(f'repeat_batch: {repeat_batch} batches; expected at least 1, or None')
@@ -126,7 +127,7 @@ class TrainLoader:
                 one is that of this loader.
         """
         loader = copy.copy(self)
-        order, loader.marks = after(self._order, batch_sizes)
+        order, loader.marks = replay_batch_sizes(self._order, batch_sizes)
         if self._repeat is None:  # Otherwise the repeated batches are still the first ones.
             loader._order = order
         return loader
@@ -156,12 +157,12 @@ class TrainLoader:
         first, ids, epochs = ids[:, 0], ids[:, rows], epochs[:, rows]
         arrays = _read(self._source, self._transforms, self._seed, ids, epochs, first)
         if self._order.remainder == 'pad':
-            arrays = _masked(arrays, ids)
+            arrays = _with_mask(arrays, ids)
         return Block(arrays, ids)
 
 
 class EvalLoader:
-    """All examples of a source once, in its order, in batches of one static shape.
+    """All examples of a source once, in its order, in batches of equal shape.
 
     A row of padding holds the example of its batch's first row, as in training, and `_mask` is
     false there.
@@ -180,17 +181,17 @@ class EvalLoader:
         transforms: Sequence[Callable[..., Arrays]] = (),
         padded_to: int | None = None,
     ):
-        """Makes a loader.
+        """Creates the loader.
 
         Args:
-            source: where examples come from.
-            batch_size: examples in a batch.
-            transforms: run over every block; random ones draw what they draw in epoch 0.
-            padded_to: rows of a batch, at least `batch_size`, so that they divide over devices.
+            source: source of the examples.
+            batch_size: examples per batch.
+            transforms: applied to every block; random ones use the random numbers of epoch 0.
+            padded_to: rows per batch including padding, so that they divide evenly over devices.
 
         Raises:
-            ValueError: if the batch size is not positive, or the source does not keep to what a
-                `Source` is.
+            ValueError: if the batch size is not positive, or the source violates the `Source`
+                protocol.
         """
         if batch_size < 1:
             raise ValueError(f'batch_size: {batch_size} examples; expected a positive number')
@@ -219,11 +220,11 @@ class EvalLoader:
         row = np.arange(self.rows)[None, :]
         ids = first + row
         ids = np.where((row < self._batch_size) & (ids < self.examples), ids, PADDING)
-        # Behind the last batch there is no first row; any example does.
+        # Batches after the last one have no first row: any example can fill them.
         filler, ids = np.maximum(ids[:, 0], 0), ids[:, rows]
         epochs = np.zeros_like(ids)
         arrays = _read(self._source, self._transforms, 0, ids, epochs, filler)
-        return Block(_masked(arrays, ids), ids)
+        return Block(_with_mask(arrays, ids), ids)
 
 
 def _read(
@@ -234,27 +235,27 @@ def _read(
     epochs: np.ndarray,
     filler: np.ndarray,
 ) -> Arrays:
-    """One gather and one pass of transforms over the real rows.
+    """Reads and transforms all rows with one gather; fills the rows of padding.
 
     Args:
-        source: where examples come from.
-        transforms: run over the rows.
-        seed: of random transforms.
+        source: source of the examples.
+        transforms: applied to the rows.
+        seed: seed of random transforms.
         ids: int64 (steps, rows).
         epochs: int64 (steps, rows).
-        filler: int64 (steps,), the example that stands in the rows of padding.
+        filler: int64 (steps,), the example that fills the rows of padding.
     """
     real = ids != PADDING
     if real.all():
-        batch = _transformed(source, transforms, seed, ids.ravel(), epochs.ravel())
+        batch = _gather_and_transform(source, transforms, seed, ids.ravel(), epochs.ravel())
         return {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in batch.items()}
     padded = np.flatnonzero(~real.all(axis=1))
     wanted = np.concatenate([ids[real], filler[padded]])
     when = np.concatenate([epochs[real], epochs[padded, 0]])
-    # Read once for each padded step, and repeated to the number of its rows of padding.
+    # The filler is read once per padded step, and repeated for each of its rows of padding.
     repeats = (~real).sum(axis=1)[padded]
     arrays = {}
-    for name, x in _transformed(source, transforms, seed, wanted, when).items():
+    for name, x in _gather_and_transform(source, transforms, seed, wanted, when).items():
         rows, fill = x[: -len(padded)], x[-len(padded) :]
         arrays[name] = np.empty((*ids.shape, *x.shape[1:]), x.dtype)
         arrays[name][real] = rows
@@ -262,7 +263,7 @@ def _read(
     return arrays
 
 
-def _transformed(
+def _gather_and_transform(
     source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
 ) -> Arrays:
     def read(rows: slice) -> Arrays:
@@ -278,10 +279,10 @@ def _transformed(
         raise
 
 
-def _masked(arrays: Arrays, ids: np.ndarray) -> Arrays:
+def _with_mask(arrays: Arrays, ids: np.ndarray) -> Arrays:
     if MASK in arrays:
         raise ValueError(
-            f'a field of the batch is named {MASK!r}, as is the mask of padded rows; rename it '
+            f'field name {MASK!r} is reserved for the mask of padded rows; rename the field '
             'with trainer.data.transforms:Rename'
         )
     return {**arrays, MASK: ids != PADDING}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several sources as one, in the proportions that weights say."""
+"""Several sources combined into one, in proportion to their weights."""
 
 from __future__ import annotations
 
@@ -7,38 +7,41 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .record_errors import describe as describe_in
+from .record_errors import describe as describe_example
 from .sources import Arrays, ArraySpec, Source, check_source
 
 
 class Mixture:
-    """A source of whose examples each other source has a fixed part.
+    """A source that mixes other sources in fixed proportions.
 
-    An epoch holds every example of every source at least once: the source that is the longest for
-    its weight sets the length, and the examples of the others come again, as evenly as they can.
-    What is an example here is a pure function of its index, so the order of the data, and a resume,
-    are what they are for any other source; an example that comes twice is augmented in two ways.
+    An epoch has every example of every source at least once: the source with the largest ratio of
+    length to weight sets the length of the epoch, and the examples of the others repeat, as evenly
+    as possible. An example is a pure function of its index, so shuffling and resuming work as for
+    any other source. A repeated example gets different random augmentations each time.
     """
 
     def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None = None):
         """Mixes sources of equal fields.
 
         Args:
-            sources: at least one.
-            weights: the part of each, in any unit; by default every example comes once.
+            sources: at least one source.
+            weights: relative weight of each source; by default its length, so that every example
+                occurs once per epoch.
 
         Raises:
-            ValueError: if there is nothing to mix, a weight is not positive, or the fields differ.
+            ValueError: if there are no sources, a source is empty, a weight is not positive, or the
+                fields differ.
         """
         for source in sources:
             check_source(source)
         lengths = np.array([len(source) for source in sources], np.int64)
         if not len(lengths) or (lengths < 1).any():
-            raise ValueError(f'sources: expected some that are not empty, of lengths {lengths}')
+            raise ValueError(f'sources: expected non-empty sources, got lengths {lengths}')
         parts = np.asarray(lengths if weights is None else weights, np.float64)
         if parts.shape != lengths.shape or not (np.isfinite(parts) & (parts > 0)).all():
             raise ValueError(
-                f'weights: {weights}; expected a positive number for each of {len(sources)} sources'
+                f'weights: expected a positive number for each of {len(sources)} sources, got '
+                f'{weights}'
             )
         _check_fields(sources)
         self._sources = tuple(sources)
@@ -56,22 +59,22 @@ class Mixture:
 
     def gather(self, indices: np.ndarray) -> Arrays:
         """Returns the examples at `indices` (n,), each field as (n, ...)."""
-        which, inner = self._place(indices)
-        made: Arrays = {}
+        which, inner = self._locate(indices)
+        arrays: Arrays = {}
         for number in np.unique(which):
             rows = np.flatnonzero(which == number)
             for name, x in self._sources[number].gather(inner[rows]).items():
-                if name not in made:
-                    made[name] = np.empty((len(indices), *x.shape[1:]), x.dtype)
-                made[name][rows] = x
-        return made
+                if name not in arrays:
+                    arrays[name] = np.empty((len(indices), *x.shape[1:]), x.dtype)
+                arrays[name][rows] = x
+        return arrays
 
     def describe(self, index: int) -> str:
-        """Returns what messages call an example: by its own source."""
-        which, inner = self._place(np.array([index]))
-        return describe_in(self._sources[which[0]], int(inner[0]))
+        """Returns the name of an example for messages, as its own source describes it."""
+        which, inner = self._locate(np.array([index]))
+        return describe_example(self._sources[which[0]], int(inner[0]))
 
-    def _place(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns the source of each index, and the index in it."""
         which = np.searchsorted(self._ends, indices, side='right')
         begins = np.concatenate([[0], self._ends[:-1]])
@@ -83,10 +86,10 @@ def _check_fields(sources: Sequence[Source]) -> None:
     for number, source in enumerate(sources):
         if dict(source.spec) != first:
             raise ValueError(
-                f'sources: one batch needs the same fields of all. Source 0 has {_told(first)}; '
-                f'source {number} has {_told(dict(source.spec))}'
+                f'sources: all need the same fields. Source 0 has {_describe_spec(first)}; '
+                f'source {number} has {_describe_spec(dict(source.spec))}'
             )
 
 
-def _told(spec: dict[str, ArraySpec]) -> str:
+def _describe_spec(spec: dict[str, ArraySpec]) -> str:
     return ', '.join(f'{name}: {s.dtype}{list(s.shape)}' for name, s in spec.items())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A source that numpy has saved: one array for each field."""
+"""Source for .npz files, with one array per field."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Npz(ArraySource):
         """Reads the file.
 
         Args:
-            path: what `numpy.savez` has written; each array is (examples, ...).
+            path: a file written by `numpy.savez`; each array is (examples, ...).
             limit: use only this many examples from the start.
 
         Raises:
-            ValueError: if the lengths differ or there is nothing.
+            ValueError: if the arrays differ in length, or there are none.
         """
         with np.load(os.path.expanduser(path), allow_pickle=False) as arrays:
             super().__init__(dict(arrays), limit=limit)

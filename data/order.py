@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one global order of examples, as a pure function of (seed, position)."""
+"""The global order of examples, as a pure function of seed and position."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 PADDING = -1
 
-# (step, what a run had consumed by then, in batches of its current size), ascending.
+# Pairs (step, data that a run had consumed by then, in batches of its current size), ascending.
 Marks = tuple[tuple[Fraction, Fraction], ...]
 
 
@@ -41,19 +41,19 @@ def epoch_order(examples: int, seed: int, epoch: int) -> np.ndarray:
     """Returns a permutation of range(examples), int64.
 
     Sorted hashes and not numpy's shuffle: numpy may change its streams between versions, and a
-    changed order would break resumed runs in silence. The hash is one-to-one for a seed and an
+    changed order would silently break resumed runs. The hash is one-to-one for a seed and an
     epoch, so there are no ties, and any kind of sort gives the same order.
     """
     return np.argsort(combine(seed, epoch, np.arange(examples)))
 
 
 def even_split(examples: int, parts: int) -> list[range]:
-    """Returns consecutive examples for each of so many readers, the first ones with one more.
+    """Divides examples into consecutive ranges, one per reader; the first ones may have one more.
 
-    Every example stands in exactly one part; the sizes differ by at most one.
+    Every example is in exactly one part; the sizes differ by at most one.
 
     Raises:
-        ValueError: if there is no part.
+        ValueError: if `parts` is not positive.
     """
     if parts < 1:
         raise ValueError(f'parts: {parts}; expected a positive number')
@@ -69,8 +69,8 @@ class Since:
     Attributes:
         step: the first step with the new size.
         epoch: the current epoch.
-        done: examples of that epoch that were already consumed.
-        epochs: epochs consumed, with the current one counted in the steps that it was split into.
+        done: number of examples of that epoch that were already consumed.
+        epochs: number of epochs consumed, with the current one measured in steps.
     """
 
     step: int = 0
@@ -81,16 +81,16 @@ class Since:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Order:
-    """Which example each row of each training batch holds.
+    """Maps each row of each training batch to an example.
 
     Attributes:
         examples: length of the source.
         batch_size: rows of a global batch.
         seed: seed of the shuffle.
-        shuffle: False keeps the source's order in every epoch.
-        remainder: 'carry' runs batches across epoch borders, 'pad' fills an epoch's last batch up
+        shuffle: whether to shuffle; False keeps the order of the source in every epoch.
+        remainder: 'carry' lets batches cross epoch borders, 'pad' fills the last batch of an epoch
             with padding, 'drop' leaves it out.
-        since: where batches of this size begin; steps before it are unknown here.
+        since: where batches of this size begin; steps before it are not supported.
     """
 
     examples: int
@@ -102,14 +102,16 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.remainder not in ('carry', 'pad', 'drop'):
-            raise ValueError(f"remainder: {self.remainder!r} is none of 'carry', 'pad', 'drop'")
+            raise ValueError(
+                f"remainder: expected 'carry', 'pad' or 'drop', got {self.remainder!r}"
+            )
         if self.examples < 1 or self.batch_size < 1:
             raise ValueError(
                 f'{self.examples} examples in batches of {self.batch_size}: both must be positive'
             )
         if self.remainder == 'drop' and self.examples < self.batch_size:
             raise ValueError(
-                f"remainder='drop' leaves nothing of {self.examples} examples in batches of "
+                f"remainder='drop' leaves no batch: {self.examples} examples in batches of "
                 f"{self.batch_size}; use 'carry' or 'pad'"
             )
 
@@ -134,7 +136,7 @@ class Order:
         epochs = np.arange(first, last) // period
         return np.concatenate(pieces).reshape(shape), epochs.reshape(shape)
 
-    def resized(self, step: int, batch_size: int) -> Order:
+    def resize(self, step: int, batch_size: int) -> Order:
         """Returns the order of a run that resumes at `step` with another batch size.
 
         The rest of the current epoch comes first, without examples that were already consumed.
@@ -149,10 +151,11 @@ class Order:
     def epochs(self, step: int) -> Fraction:
         """Returns how many epochs a run has consumed by a step; without jumps, unlike its rows."""
         since, left = self.since, self.steps_left
-        gone = step - since.step
-        if gone > left:
-            return since.epoch + 1 + (gone - left) / self.steps_per_epoch
-        return since.epochs + (since.epoch + 1 - since.epochs) * (gone / left if gone else 0)
+        elapsed = step - since.step
+        if elapsed > left:
+            return since.epoch + 1 + (elapsed - left) / self.steps_per_epoch
+        # The rest of the epoch in which the batch size changed is spread evenly over its steps.
+        return since.epochs + (since.epoch + 1 - since.epochs) * (elapsed / left if elapsed else 0)
 
     @property
     def steps_left(self) -> Fraction:
@@ -181,9 +184,10 @@ class Order:
 
     @functools.cached_property
     def _epoch(self) -> Callable[[int], np.ndarray]:
-        """Ids of all rows of an epoch; kept for two, since a repeated batch may cross their border.
+        """Returns the ids of all rows of an epoch, cached for two: a batch may cross their border.
 
-        Kept here and not beside `epoch_order`: two loaders read in turn must not evict each other.
+        Cached per order and not in `epoch_order`: two loaders that alternate must not evict each
+        other's epochs.
         """
 
         def ids(epoch: int) -> np.ndarray:
@@ -202,34 +206,35 @@ class Order:
 
         cached, lock = functools.lru_cache(maxsize=2)(ids), threading.Lock()
 
-        def once(epoch: int) -> np.ndarray:
-            # Of several threads that need an epoch at once, one shuffles it and the others wait.
+        def compute_once(epoch: int) -> np.ndarray:
+            # If several threads need an epoch at once, one shuffles it and the others wait.
             with lock:
                 return cached(epoch)
 
-        return once
+        return compute_once
 
     def __getstate__(self) -> dict[str, Any]:
-        # Another process shuffles for itself.
+        # The cache and its lock are not sent to other processes.
         return {name: value for name, value in self.__dict__.items() if name != '_epoch'}
 
 
-def after(order: Order, batch_sizes: Sequence[tuple[int, int]]) -> tuple[Order, Marks]:
+def replay_batch_sizes(order: Order, batch_sizes: Sequence[tuple[int, int]]) -> tuple[Order, Marks]:
     """Returns the order of a run whose batch size has changed, and its marks.
 
     Args:
-        order: without a history.
+        order: the order without a history of batch sizes.
         batch_sizes: (first step, batch size) of each part of the run, from step 0 on; the last one
             is that of `order`.
     """
     order = dataclasses.replace(order, batch_size=batch_sizes[0][1], since=Since())
     marks = [(Fraction(0), Fraction(0))]
     for step, batch_size in batch_sizes[1:]:
-        order = order.resized(step, batch_size)
+        order = order.resize(step, batch_size)
         since = order.since
         marks = [mark for mark in marks if mark[0] <= step]
         marks.append((Fraction(step), since.epochs))
-        # If the rest of an epoch is padded or dropped, its steps cover less or more of it.
+        # Padding or dropping the rest of an epoch changes the number of examples per step, so the
+        # end of the epoch gets a mark of its own.
         marks.append((step + order.steps_left, Fraction(since.epoch + 1)))
     if len(batch_sizes) == 1:
         return order, ()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names the record that cannot be read, among many that were asked for at once."""
+"""Finds the record that cannot be read among many that were requested at once."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 
 
 def describe(source: Any, index: int) -> str:
-    """Returns what a message calls an example; a source with `describe(index)` says it itself."""
+    """Returns the name of an example for messages, from `source.describe(index)` if it exists."""
     own = getattr(source, 'describe', None)
     return own(index) if own else f'example {index} of the source {type(source).__name__}'
 
 
 def blame(source: Any, ids: np.ndarray, read: Callable[[slice], Any]) -> str:
-    """Returns a sentence that names the example that `read` fails at.
+    """Returns a note that names the example at which `read` fails.
 
     Args:
-        source: where they come from.
+        source: source of the examples.
         ids: int64 (n,), the examples in the order in which they were read.
-        read: reads those at the given places, and raises again.
+        read: reads the given slice of `ids`, and raises if it fails.
     """
-    place = _first_failing(read, len(ids))
-    if place is not None:
-        return f'while reading {describe(source, int(ids[place]))}'
+    index = _find_first_failing(read, len(ids))
+    if index is not None:
+        return f'while reading {describe(source, int(ids[index]))}'
     some = ', '.join(map(str, ids[:8].tolist())) + (', ...' if len(ids) > 8 else '')
-    return f'while reading the examples {some} together; each can be read alone'
+    return f'while reading the examples {some} together; each can be read on its own'
 
 
-def _first_failing(read: Callable[[slice], Any], rows: int) -> int | None:
-    """Halves the rows until one is left, so that a large batch is read again only once in all."""
+def _find_first_failing(read: Callable[[slice], Any], rows: int) -> int | None:
+    """Bisects the rows, so that about as many rows are read again as the batch has."""
 
     def fails(low: int, high: int) -> bool:
         try:

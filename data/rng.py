@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Randomness of transforms: a function of seed, epoch and example, not of batch or process."""
+"""Random numbers for transforms: a function of seed, epoch and example, not of batch or process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ExampleRng:
 
     Attributes:
         seed: the data seed.
-        stream: position of the transform, so that two in a row draw different numbers.
-        epochs: int64 (n,), the epoch that each row belongs to.
+        stream: index of the transform, so that two transforms draw different numbers.
+        epochs: int64 (n,), the epoch of each row.
         ids: int64 (n,), the example in each row.
     """
 
@@ -42,12 +42,12 @@ class ExampleRng:
         return radius * np.cos(2.0 * np.pi * self.uniform(shape))
 
     def generator(self, row: int) -> np.random.Generator:
-        """Returns a numpy generator of the example in one row."""
+        """Returns a numpy generator for the example in one row."""
         key = combine(self.seed, self.stream, self.epochs[row], self.ids[row])
         return np.random.Generator(np.random.Philox(key=int(key)))
 
     def _bits(self, shape: tuple[int, ...]) -> np.ndarray:
         self._draws += 1
         rows = combine(self.seed, self.stream, self._draws, self.epochs, self.ids)
-        places = np.arange(math.prod(shape), dtype=np.uint64)
-        return combine(rows[:, None], places[None, :]).reshape(len(rows), *shape)
+        positions = np.arange(math.prod(shape), dtype=np.uint64)
+        return combine(rows[:, None], positions[None, :]).reshape(len(rows), *shape)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sources: a length, a spec, and a gather of many examples at once."""
+"""The source protocol (length, spec, gather of many examples) and the basic sources."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ArraySpec:
 
 
 class Source(Protocol):
-    """What a loader reads from."""
+    """A random-access dataset, as a loader reads it."""
 
     @property
     def spec(self) -> Mapping[str, ArraySpec]:
@@ -37,19 +37,20 @@ class Source(Protocol):
     def gather(self, indices: np.ndarray) -> Arrays:
         """Returns the examples at int64 `indices` (n,), each field as (n, ...).
 
-        In arrays of their own, that no later call changes: the devices may still read them.
+        Each call returns new arrays: devices may still read those of earlier calls.
         """
 
 
 def check_source(source: Source) -> None:
-    """Reads the first and the last example, to see that a source is one.
+    """Checks the protocol of a source by reading its first and last example.
 
-    An exception in its `gather` is left to the first batch, where it keeps its traceback.
+    An exception in `gather` is ignored here: the first batch raises it with its traceback.
 
     Raises:
-        TypeError: if it has no length or `gather`, or that returns no dict of arrays.
-        ValueError: if `gather` returns another number of rows, or the source knows that its
-            examples differ in shape and raises this where its `spec` is read.
+        TypeError: if the source has no length or `gather`, or `gather` does not return a dict of
+            arrays.
+        ValueError: if `gather` returns a wrong number of rows, or reading `spec` raises it because
+            examples differ in shape.
     """
     missing = [name for name in ('__len__', 'gather') if not hasattr(source, name)]
     if missing:
@@ -60,7 +61,7 @@ def check_source(source: Source) -> None:
         )
     if not len(source):
         return
-    getattr(source, 'spec', None)
+    getattr(source, 'spec', None)  # May raise ValueError, see above.
     indices = np.array([len(source) - 1, 0, 0])
     try:
         arrays = source.gather(indices)
@@ -70,11 +71,11 @@ def check_source(source: Source) -> None:
 
 
 def check_rows(source: Source, arrays: Any, rows: int) -> None:
-    """Checks what `source.gather` returned for so many indices.
+    """Checks the result of `source.gather` for `rows` indices.
 
     Raises:
-        TypeError: if it is no dict of arrays.
-        ValueError: if a field has another number of rows.
+        TypeError: if it is not a dict of arrays.
+        ValueError: if a field has a different number of rows.
     """
     if not isinstance(arrays, dict):
         raise TypeError(
@@ -89,8 +90,8 @@ def check_rows(source: Source, arrays: Any, rows: int) -> None:
             )
         if x.shape[:1] != (rows,):
             raise ValueError(
-                f'gather of the source {_name(source)} returned {name!r} in the shape {x.shape} '
-                f'for {rows} indices; expected one row for each index, in their order'
+                f'gather of the source {_name(source)} returned {name!r} of shape {x.shape} '
+                f'for {rows} indices; expected one row per index, in the same order'
             )
 
 
@@ -98,36 +99,36 @@ def _name(value: Any) -> str:
     return type(value).__name__
 
 
-def _native(x: np.ndarray) -> np.ndarray:
-    """Returns the array in this machine's byte order, the only one that devices take."""
+def _to_native_order(x: np.ndarray) -> np.ndarray:
+    """Returns the array in the native byte order, the only one that devices accept."""
     return x.astype(x.dtype.newbyteorder('='), copy=False)
 
 
 class ArraySource:
-    """Examples held in memory, one array for each field."""
+    """Examples in memory, one array per field."""
 
     def __init__(self, arrays: Mapping[str, np.ndarray], *, limit: int | None = None):
-        """Holds the arrays (examples, ...).
+        """Keeps the arrays (examples, ...).
 
         Args:
             arrays: fields of equal length.
             limit: use only this many examples from the start.
 
         Raises:
-            ValueError: if the lengths differ, there is nothing, or the limit is not positive.
+            ValueError: if the lengths differ, there are no examples, or the limit is not positive.
         """
         if limit is not None and limit < 1:
             raise ValueError(
                 f'limit: {limit} examples; expected a positive number, or None for all'
             )
-        held = {name: _native(np.asarray(x)) for name, x in arrays.items()}
-        lengths = {name: len(x) if x.ndim else None for name, x in held.items()}
+        fields = {name: _to_native_order(np.asarray(x)) for name, x in arrays.items()}
+        lengths = {name: len(x) if x.ndim else None for name, x in fields.items()}
         if len(set(lengths.values())) != 1 or {0, None} & set(lengths.values()):
             raise ValueError(
-                'the fields of a source must have one positive length, the number of examples; got '
-                f'{lengths}'
+                'all fields of a source must have the same positive length (number of examples); '
+                f'got {lengths}'
             )
-        self._arrays = {name: x[:limit] for name, x in held.items()}
+        self._arrays = {name: x[:limit] for name, x in fields.items()}
 
     @property
     def spec(self) -> dict[str, ArraySpec]:
@@ -143,14 +144,14 @@ class ArraySource:
 
 
 class RandomAccessSource:
-    """Any object with a length and items that are dicts of arrays of the same shapes.
+    """Wraps an object with a length and items that are dicts of arrays of equal shapes.
 
-    Where the object has `__getitems__` (as the data sources of TFDS, and PyTorch's datasets), it is
-    asked for many items at once; its readers are then far quicker.
+    If the object has `__getitems__` (like the data sources of TFDS and PyTorch datasets), many
+    items are read with one call, which is much faster.
     """
 
     def __init__(self, items: Any):
-        """Holds the object; reads its first item to learn the spec.
+        """Keeps the object; reads its first item for the spec.
 
         Raises:
             ValueError: if it is empty.
@@ -168,7 +169,7 @@ class RandomAccessSource:
         """Returns the examples at `indices` (n,), stacked.
 
         Raises:
-            ValueError: if an example has another shape or number type than the first one.
+            ValueError: if an example differs from the first one in shape or dtype.
         """
         wanted = indices.tolist()
         read_many = getattr(self._items, '__getitems__', None)
@@ -179,11 +180,12 @@ class RandomAccessSource:
         first = self.spec[name]
         arrays = [np.asarray(item[name]) for item in items]
         for index, x in zip(indices, arrays, strict=True):
-            text = first.dtype.kind in 'SU' and x.dtype.kind == first.dtype.kind  # of any length
-            if x.shape != first.shape or not (text or x.dtype == first.dtype):
+            # The dtype of text includes its length, which may differ.
+            is_text = first.dtype.kind in 'SU' and x.dtype.kind == first.dtype.kind
+            if x.shape != first.shape or not (is_text or x.dtype == first.dtype):
                 raise ValueError(
-                    f'{name!r} of example {index} is {x.dtype} {x.shape}, of example 0 it is '
-                    f'{first.dtype} {first.shape}; a batch needs one shape and type: resize, crop '
+                    f'{name!r} of example {index} is {x.dtype} {x.shape}, but in example 0 it is '
+                    f'{first.dtype} {first.shape}; a batch needs one shape and dtype: resize, crop '
                     'or pad in the items themselves, or leave the field out'
                 )
         return np.stack(arrays)

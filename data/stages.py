@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages of a stream: callables from one Grain dataset to another.
 
-Any function of the user that takes a `grain.IterDataset` and returns one is a stage too.
+Any function that takes a `grain.IterDataset` and returns one can be a stage.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from .sources import Arrays
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Leaves out the examples for which `keep(example)` is false."""
+    """Keeps only the examples for which `keep(example)` is true."""
 
     keep: Callable[[Arrays], bool]
 
     def __call__(self, dataset: Any) -> Any:
-        """Returns the `grain.IterDataset` of what is left."""
+        """Returns the `grain.IterDataset` of the remaining examples."""
         return dataset.filter(self.keep)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongerThan:
-    """Whether a field of an example, (n, ...), has more than `length` elements: for `Filter`."""
+    """A predicate for `Filter`: a field, (n, ...), has more than `length` elements."""
 
     length: int
     field: str = 'tokens'
 
     def __call__(self, example: Arrays) -> bool:
-        """Returns whether it does."""
+        """Returns whether the field is longer than `length`."""
         return len(example[self.field]) > self.length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Map:
-    """Changes each example into `fn(example)`, a dict of arrays."""
+    """Replaces each example by `fn(example)`, a dict of arrays."""
 
     fn: Callable[[Arrays], Arrays]
 
@@ -51,11 +51,13 @@ class Map:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
-    """Cuts a field that is longer than `length` into several examples; the other fields go.
+    """Splits a field into pieces of at most `length` elements, each an example of its own.
+
+    The other fields are removed.
 
     Attributes:
-        length: the most elements of a piece.
-        field: the field, (n, ...); one of no element gives no example.
+        length: maximum number of elements per piece.
+        field: the field, (n, ...); an empty one gives no example.
     """
 
     length: int
@@ -81,18 +83,18 @@ class Split:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Puts sequences of different lengths beside each other into rows of one length.
+    """Packs sequences of different lengths into rows of equal length (first fit).
 
-    A sequence goes into the first of some open rows that has room for it; one that is longer than a
-    row is cut first. Beside the field, (length, ...) and zeros behind the last sequence, a row has
-    `<field>_segment_ids`, int32 (length,), which counts the sequences from 1 and is 0 where there
-    is none, and `<field>_positions`, int32 (length,), which counts in each from 0.
+    A sequence goes into the first open row with enough room; one longer than a row is split first.
+    Besides the field, (length, ...), padded with zeros, a row has `<field>_segment_ids`, int32
+    (length,), the number of the sequence from 1, or 0 for padding; and `<field>_positions`, int32
+    (length,), the position within each sequence from 0.
 
     Attributes:
-        length: elements of a row.
-        field: the field that is packed, (n, ...); the other fields go.
-        open_rows: rows that are filled at the same time: more of them leave less room unused, and a
-            restored run reads again what was open.
+        length: elements per row.
+        field: the field to pack, (n, ...); the other fields are removed.
+        open_rows: number of rows that are filled at the same time. More of them waste less room,
+            but a resumed run has to read the examples of all open rows again.
     """
 
     length: int
@@ -114,8 +116,8 @@ class Pack:
             num_packing_bins=self.open_rows,
             shuffle_bins=False,
         )
-        return packed.map(_plain)
+        return packed.map(_to_plain_dict)
 
 
-def _plain(row: Any) -> Arrays:
+def _to_plain_dict(row: Any) -> Arrays:
     return {name: np.asarray(x) for name, x in row.items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream as a Grain pipeline: what one of several readers iterates over in one pass."""
+"""A stream as a Grain pipeline: the dataset of one reader for one pass."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ import numpy as np
 
 from .order import epoch_order
 from .record_errors import describe
-from .workers import portable, prefetched
+from .workers import prefetch_in_workers, to_portable
 
 
 class Stream(Protocol):
-    """What can only be read from the front, by several readers who each take a part.
+    """Data that can only be read from the front, by several readers that each take a part.
 
-    The iterator of a part has, beside `__next__` (a dict of arrays), `get_state()`: the place
-    behind the last example as a JSON value, and `set_state(state)`, which goes there.
+    Besides `__next__`, which returns a dict of arrays, the iterator of a part has `get_state()`,
+    which returns the position after the last example as a JSON value, and `set_state(state)`, which
+    moves there.
     """
 
     def shard(self, index: int, count: int) -> Any:
-        """Returns the iterable of reader `index` of `count`."""
+        """Returns an iterable over the examples of reader `index` of `count`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """A source, and the stages that its examples run through.
+    """A source and the stages that are applied to it.
 
     Attributes:
-        source: a source of `trainer.data.sources`; anything with a length and items that are dicts
-            of arrays, of any shapes; a Grain dataset; or a `Stream`.
+        source: a source as in `trainer.data.sources`; any object with a length and items that are
+            dicts of arrays, of any shapes; a Grain dataset; or a `Stream`.
         stages: callables from one `grain.IterDataset` to another, see `trainer.data.stages`.
-        seed: of the order.
-        shuffle: a new order in each pass, where the source is one that can be read in any order.
-        threads: that read ahead.
-        workers: processes that read and run the stages; 0 leaves it to this one.
+        seed: seed of the order.
+        shuffle: whether to shuffle in each pass, if the source has random access.
+        threads: number of threads that read ahead.
+        workers: number of processes that read and run the stages; 0 for none.
     """
 
     source: Any
@@ -52,16 +53,16 @@ class Pipeline:
                 raise ValueError(f'{name}: {getattr(self, name)}; expected at least 0')
         if self.workers and not _is_random_access(self.source):
             raise ValueError(
-                f'workers: {self.workers}; {_name(self.source)} is read from the front, by one '
-                'process. Leave it to threads with workers=0'
+                f'workers: {self.workers}; {_name(self.source)} has no random access, so only one '
+                'process can read it. Set workers=0'
             )
 
     def part(self, index: int, count: int, epoch: int) -> Any:
         """Returns the `grain.IterDataset` of one pass of reader `index` of `count`.
 
         Raises:
-            TypeError: if the source is none, or a stage returns no dataset.
-            ValueError: if the source cannot be read by several.
+            TypeError: if the source cannot be read, or a stage does not return a dataset.
+            ValueError: if the source cannot be divided among readers.
         """
         import grain.python as grain
 
@@ -75,7 +76,7 @@ class Pipeline:
                 )
         if not self.workers:
             return dataset
-        return prefetched(_told(dataset), self.workers, buffer=16)
+        return prefetch_in_workers(_with_portable_errors(dataset), self.workers, buffer=16)
 
     def _source(self, index: int, count: int, epoch: int) -> Any:
         import grain.python as grain
@@ -84,13 +85,13 @@ class Pipeline:
         if isinstance(source, grain.IterDataset):
             if count > 1:
                 raise ValueError(
-                    f'a grain.IterDataset cannot be divided among {count} processes. Give a '
-                    'grain.MapDataset and put what follows into `stages`, or an object with '
-                    'shard(index, count)'
+                    f'a grain.IterDataset cannot be divided among {count} processes. Use a '
+                    'grain.MapDataset and move the other operations to `stages`, or an object '
+                    'with shard(index, count)'
                 )
             return source
         if hasattr(source, 'shard'):
-            return _stateful(source.shard(index, count))
+            return _as_grain_dataset(source.shard(index, count))
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=4 * self.threads)
         return self._items(index, count, epoch).to_iter_dataset(options)
 
@@ -99,13 +100,14 @@ class Pipeline:
 
         source = self.source
         if isinstance(source, grain.MapDataset):
-            # Grain counts on over the end of a pass, and shuffles each in another way.
+            # In a repeated Grain dataset the indices continue after the end of a pass, and each
+            # pass is shuffled differently.
             first = epoch * len(source)
             return source.repeat(epoch + 1)[first + index :: count]
         if not _is_random_access(source):
             raise TypeError(
-                f'the source {_name(source)} can be neither read by index (__len__, and '
-                '__getitem__ or gather) nor from the front (shard(index, count))'
+                f'the source {_name(source)} can be read neither by index (__len__, and '
+                '__getitem__ or gather) nor as a stream (shard(index, count))'
             )
         order = np.arange(len(source))
         if self.shuffle:
@@ -120,7 +122,7 @@ def _is_random_access(source: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Ordered:
-    """Some examples of a source, in an order."""
+    """A selection of the examples of a source, in a given order."""
 
     source: Any
     order: np.ndarray
@@ -128,8 +130,8 @@ class _Ordered:
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, place: int) -> dict[str, np.ndarray]:
-        index = int(self.order[place])
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        index = int(self.order[position])
         try:
             if hasattr(self.source, '__getitem__'):
                 return {name: np.asarray(x) for name, x in self.source[index].items()}
@@ -139,60 +141,59 @@ class _Ordered:
             raise
 
 
-def _stateful(part: Any) -> Any:
-    """Returns a Grain dataset over an iterable whose iterator keeps its own place."""
+def _as_grain_dataset(part: Any) -> Any:
+    """Returns a Grain dataset over an iterable whose iterator saves and restores its position."""
+
+    def read(examples: Any) -> dict[str, np.ndarray]:
+        return {name: np.asarray(x) for name, x in next(examples).items()}
+
+    return _wrap(part, read, is_grain=False)
+
+
+def _with_portable_errors(dataset: Any) -> Any:
+    """Returns the dataset with exceptions that can be pickled by a worker process."""
+
+    def read(examples: Any) -> Any:
+        try:
+            return next(examples)
+        except StopIteration:
+            raise
+        except Exception as error:
+            raise to_portable(error) from None
+
+    return _wrap(dataset, read, is_grain=True)
+
+
+def _wrap(inner: Any, read: Callable[[Any], Any], *, is_grain: bool) -> Any:
+    """Returns a Grain dataset that reads each example by `read(iterator of inner)`.
+
+    Args:
+        inner: an iterable whose iterator has `get_state` and `set_state`.
+        read: returns the next example of the iterator; raises StopIteration at the end.
+        is_grain: whether `inner` is a `grain.IterDataset`. Grain has to know the parent of a
+            dataset, and of its iterator, to pass options on and to close the iterator.
+    """
     import grain.python as grain
 
     class Iterator(grain.DatasetIterator):
-        def __init__(self, inner: Any):
-            super().__init__()
-            self._inner = inner
+        def __init__(self, examples: Any):
+            super().__init__((examples,) if is_grain else ())
+            self._examples = examples
 
         def __next__(self) -> Any:
-            return {name: np.asarray(x) for name, x in next(self._inner).items()}
+            return read(self._examples)
 
         def get_state(self) -> Any:
-            return self._inner.get_state()
+            return self._examples.get_state()
 
         def set_state(self, state: Any) -> None:
-            self._inner.set_state(state)
+            self._examples.set_state(state)
 
     class Dataset(grain.IterDataset):
         def __iter__(self) -> Iterator:
-            return Iterator(iter(part))
+            return Iterator(iter(self.parents[0] if is_grain else inner))
 
-    return Dataset()
-
-
-def _told(dataset: Any) -> Any:
-    """Returns the dataset with errors that survive the way out of a worker process."""
-    import grain.python as grain
-
-    class Iterator(grain.DatasetIterator):
-        def __init__(self, inner: Any):
-            super().__init__(inner)
-            self._inner = inner
-
-        def __next__(self) -> Any:
-            try:
-                return next(self._inner)
-            except StopIteration:
-                raise
-            except Exception as error:
-                raise portable(error) from None
-
-        def get_state(self) -> Any:
-            return self._inner.get_state()
-
-        def set_state(self, state: Any) -> None:
-            self._inner.set_state(state)
-
-    class Dataset(grain.IterDataset):
-        def __iter__(self) -> Iterator:
-            (parent,) = self.parents
-            return Iterator(iter(parent))
-
-    return Dataset(dataset)
+    return Dataset((inner,) if is_grain else ())
 
 
 def _name(value: Any) -> str:

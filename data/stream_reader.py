@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One reader of a stream: its examples in batches, and the place where it stands."""
+"""One reader of a stream: its examples, and its position for checkpoints."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ import numpy as np
 from .sources import Arrays
 from .stream_pipeline import Pipeline
 
-# Of each field, for an example's number: enough to tell examples apart, and cheap for images.
-_MOST_HASHED = 4096
+# Bytes of each field that are hashed for an example's id: enough to distinguish examples, and
+# cheap for images.
+_MAX_HASHED_BYTES = 4096
 
-# Kinds of dtypes whose values have no fixed width, and their names.
+# Names of the dtype kinds whose values have no fixed width.
 _TEXT = {'U': 'text', 'S': 'bytes', 'O': 'object'}
 
 
 class Reader:
-    """The part of a stream that one of several readers takes.
+    """Reads the part of a stream that belongs to one of several readers.
 
     Attributes:
-        part: (index, count): which reader of how many.
+        part: (index, count): the index of the reader, and the number of readers.
     """
 
     def __init__(self, pipeline: Pipeline, part: tuple[int, int] = (0, 1)):
-        """Stands before the first example; nothing is read yet."""
+        """Positions the reader before the first example, without reading it."""
         self.part = part
         self._pipeline = pipeline
         self._epoch = 0
@@ -37,20 +38,20 @@ class Reader:
         self._examples: Any = None
 
     @classmethod
-    def at(cls, state: Any, pipeline: Pipeline) -> Reader:
+    def from_state(cls, state: Any, pipeline: Pipeline) -> Reader:
         """Returns the reader positioned at a `state`.
 
         Raises:
-            ValueError: if it is the place of another pipeline, or none.
+            ValueError: if the state is damaged, or belongs to another pipeline.
         """
         if not _is_state(state):
-            raise ValueError(f'its place in the checkpoint is damaged: {state!r:.200}')
+            raise ValueError(f'the stream position in the checkpoint is damaged: {state!r:.200}')
         reader = cls(pipeline, tuple(state['part']))
         reader.restore(state)
         return reader
 
     def next(self) -> Arrays | None:
-        """Returns the next example of this pass, None at its end."""
+        """Returns the next example of this pass, or None at its end."""
         if self._ended:
             return None
         if self._examples is None:
@@ -59,20 +60,20 @@ class Reader:
         self._ended = example is None
         return example
 
-    def next_of_all(self) -> Arrays:
-        """Returns the next example; behind the end of a pass the next one begins.
+    def next_repeating(self) -> Arrays:
+        """Returns the next example, of the next pass after the end of one.
 
         Raises:
-            ValueError: if a whole pass gives no example.
+            ValueError: if a whole pass has no example.
         """
         example = self.next()
         while example is None:
             if not self._read_any:
                 index, count = self.part
-                of_whom = f' for reader {index} of {count}' if count > 1 else ''
+                reader = f' for reader {index} of {count}' if count > 1 else ''
                 raise ValueError(
-                    f'the stream gave no example{of_whom} in a whole pass: its source is too '
-                    'small, or its filters leave nothing'
+                    f'a whole pass over the stream has no example{reader}: the source is too '
+                    'small, or its filters remove everything'
                 )
             self.close()
             self._epoch += 1
@@ -82,27 +83,28 @@ class Reader:
         return example
 
     def state(self) -> Any:
-        """Returns the place behind the last example, as a JSON value.
+        """Returns the position after the last example, as a JSON value.
 
         Raises:
-            TypeError: if the place that the stream names is none.
+            TypeError: if `get_state` of the stream does not return a JSON value.
         """
-        place = None if self._examples is None else self._examples.get_state()
+        position = None if self._examples is None else self._examples.get_state()
         state = {'part': list(self.part), 'epoch': self._epoch, 'any': self._read_any}
         state['workers'] = self._pipeline.workers
-        # What is kept must not change as the stream goes on.
-        return {**state, 'place': json.loads(json.dumps(place, default=_number))}
+        # A deep copy, because the stream may change its state in place as it continues.
+        return {**state, 'place': json.loads(json.dumps(position, default=_to_json))}
 
     def restore(self, state: Any) -> None:
-        """Goes to the place of a `state`.
+        """Moves to the position in a `state`.
 
         Raises:
-            ValueError: if it is the place of another pipeline.
+            ValueError: if the state belongs to another pipeline.
         """
         if state['workers'] != self._pipeline.workers:
             raise ValueError(
-                f'the place of the stream in the checkpoint is that of {state["workers"]} workers, '
-                f'and here are {self._pipeline.workers}'
+                'the stream position in the checkpoint is for '
+                f'{state["workers"]} workers, and this run has {self._pipeline.workers}; set '
+                f'workers={state["workers"]}'
             )
         self.close()
         self._epoch, self._read_any = state['epoch'], state['any']
@@ -113,7 +115,7 @@ class Reader:
             self._examples.set_state(state['place'])
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise ValueError(
-                'the place of the stream in the checkpoint is not one of this pipeline: '
+                'the stream position in the checkpoint does not fit this pipeline: '
                 f'{type(error).__name__}: {error}'
             ) from error
 
@@ -125,33 +127,33 @@ class Reader:
 
 
 def _is_state(state: Any) -> bool:
-    """Whether it has the form of what `Reader.state` returns."""
+    """Whether a value has the form of `Reader.state()`."""
     kinds = {'part': list, 'epoch': int, 'any': bool, 'workers': int, 'place': object}
     if not isinstance(state, dict) or not kinds.keys() <= state.keys():
         return False
     if not all(isinstance(state[key], kind) for key, kind in kinds.items()):
         return False
     part = state['part']
-    whole = len(part) == 2 and all(type(x) is int for x in part)
-    return whole and 0 <= part[0] < part[1] and state['epoch'] >= 0
+    is_pair = len(part) == 2 and all(type(x) is int for x in part)
+    return is_pair and 0 <= part[0] < part[1] and state['epoch'] >= 0
 
 
-def part_of(rows: np.ndarray, total: int) -> tuple[int, int]:
-    """Returns which reader of how many reads these rows of each batch.
+def reader_part(rows: np.ndarray, total: int) -> tuple[int, int]:
+    """Returns (index, count): which of how many readers reads these rows of each batch.
 
     Args:
         rows: int64, ascending.
         total: rows of a batch.
 
     Raises:
-        ValueError: if they are no equal, consecutive part of a batch.
+        ValueError: if the rows are not one of several equal, consecutive parts of a batch.
     """
     size = len(rows)
     if not size or total % size or rows[0] % size or (np.diff(rows) != 1).any():
         raise ValueError(
             'a stream is read in equal parts of consecutive rows, one for each process; on this '
-            f'mesh a process holds rows {rows.tolist()} of {total}. Put the axes of the mesh that '
-            'cut the batch first'
+            f'mesh a process needs rows {rows.tolist()} of {total}. Put the mesh axes that '
+            'shard the batch first'
         )
     return int(rows[0]) // size, total // size
 
@@ -164,57 +166,58 @@ def stack(examples: Sequence[Arrays]) -> Arrays:
     """
     first = examples[0]
     for example in examples:
-        if _told(example) != _told(first):
+        if _describe(example) != _describe(first):
             raise ValueError(
-                f'a batch needs examples of one shape; the stream gave {_told(first)}, and then '
-                f'{_told(example)}. Pack, pad or cut them in a stage (trainer.data.stages)'
+                f'all examples of a batch need the same shapes; the stream has {_describe(first)}, '
+                f'then {_describe(example)}. Pack, pad or split them in a stage '
+                '(trainer.data.stages)'
             )
-    return {name: _stacked([example[name] for example in examples]) for name in first}
+    return {name: _stack_values([example[name] for example in examples]) for name in first}
 
 
-def _stacked(values: list[Any]) -> np.ndarray:
+def _stack_values(values: list[Any]) -> np.ndarray:
     if isinstance(values[0], np.ndarray | np.generic):
         return np.stack(values)
     objects = np.empty(len(values), object)
-    for row, value in enumerate(values):  # One by one: otherwise numpy would look into lists.
+    for row, value in enumerate(values):  # One by one: numpy would turn lists into dimensions.
         objects[row] = value
     return objects
 
 
-def numbers(arrays: Arrays) -> np.ndarray:
-    """Returns what stands for an example's number in a stream: a hash of each row, int64 (n,)."""
+def hash_rows(arrays: Arrays) -> np.ndarray:
+    """Returns a hash of each row, int64 (n,): the example ids of a stream, which has no indices."""
     rows = len(next(iter(arrays.values())))
-    found = np.zeros(rows, np.int64)
+    hashes = np.zeros(rows, np.int64)
     for row in range(rows):
         value = 0
         for name in sorted(arrays):
             value = zlib.crc32(_content(np.asarray(arrays[name][row])), value)
-        found[row] = value
-    return found
+        hashes[row] = value
+    return hashes
 
 
 def _content(x: np.ndarray) -> bytes:
-    """Returns a limited number of bytes of a value, the same in any batch."""
-    if x.dtype.kind in _TEXT:  # Its width is that of the longest text in the batch.
-        return repr(x.tolist()).encode()[:_MOST_HASHED]
+    """Returns the first bytes of a value, which do not depend on the rest of the batch."""
+    if x.dtype.kind in _TEXT:  # Its raw bytes depend on the longest text in the batch.
+        return repr(x.tolist()).encode()[:_MAX_HASHED_BYTES]
     flat = np.ascontiguousarray(x).reshape(-1)
-    return flat[: -(-_MOST_HASHED // flat.itemsize)].tobytes()
+    return flat[: -(-_MAX_HASHED_BYTES // flat.itemsize)].tobytes()
 
 
-def _told(example: Arrays) -> str:
+def _describe(example: Arrays) -> str:
     return ', '.join(f'{name}: {_kind(x)}' for name, x in sorted(example.items()))
 
 
 def _kind(x: Any) -> str:
-    """Returns dtype and shape; text of any length has the same dtype."""
+    """Returns dtype and shape, with one dtype name for text of any length."""
     if not isinstance(x, np.ndarray | np.generic):
         return 'object[]'
     return f'{_TEXT.get(x.dtype.kind, x.dtype)}{list(x.shape)}'
 
 
-def _number(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     raise TypeError(
-        f'the place of a stream must be a JSON value; its get_state() holds a {type(value)}'
+        f'get_state() of a stream must return a JSON value; it contains a {type(value)}'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders of streams: data that is filtered, packed or only read from the front."""
+"""Loaders for streams: data that is filtered, packed or has no random access."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .loader import MASK, Block
 from .order import PADDING, Marks
 from .sources import Arrays, ArraySpec
 from .stream_pipeline import Pipeline
-from .stream_reader import Reader, numbers, part_of, stack
+from .stream_reader import Reader, hash_rows, reader_part, stack
 
 Rows = slice | np.ndarray
 ALL = slice(None)
 
 
 class _Loader:
-    """What training and evaluation share: batches of `rows` rows, from a pipeline."""
+    """Base class of the loaders for training and evaluation."""
 
     def __init__(self, pipeline: Pipeline, transforms: Sequence[Any], rows: int, seed: int):
         if rows < 1:
@@ -42,7 +42,7 @@ class _Loader:
         if self._first is None:
             reader = Reader(self._pipeline)
             try:
-                self._first = self._batch([reader.next_of_all()], np.zeros(1, np.int64))
+                self._first = self._batch([reader.next_repeating()], np.zeros(1, np.int64))
             finally:
                 reader.close()
         return self._first
@@ -54,48 +54,48 @@ class _Loader:
         return {name: ArraySpec(shape, self.first[name].dtype) for name, shape in shapes.items()}
 
     def close(self) -> None:
-        """Ends threads and processes; the stream stands at its beginning then."""
+        """Ends threads and processes, and moves the stream back to its beginning."""
         reader, self._reader, self._position = self._reader, None, 0
         if reader is not None:
             reader.close()
 
-    def _go_to(self, start: int, held: np.ndarray) -> Reader:
-        """Returns the reader, which stands at `start`; at the beginning it may start anew."""
-        part = part_of(held, self._rows)
-        moved = self._reader is not None and self._reader.part != part
-        if start == 0 and (self._position or moved):
+    def _go_to(self, start: int, local_rows: np.ndarray) -> Reader:
+        """Returns the reader at batch `start`, which is the next one, or 0 for a restart."""
+        part = reader_part(local_rows, self._rows)
+        other_rows = self._reader is not None and self._reader.part != part
+        if start == 0 and (self._position or other_rows):
             self.close()
-        elif start != self._position or moved:
+        elif start != self._position or other_rows:
             raise RuntimeError(
-                f'a stream is read in order: it is at batch {self._position}, and was asked '
-                f'for batch {start}'
+                f'a stream is read in order: expected a request for batch {self._position}, got '
+                f'{start}'
             )
         self._reader = self._reader or Reader(self._pipeline, part)
         return self._reader
 
-    def _batch(self, examples: list[Arrays], places: np.ndarray) -> Arrays:
-        """Returns the examples stacked and transformed; chance goes by their places."""
+    def _batch(self, examples: list[Arrays], positions: np.ndarray) -> Arrays:
+        """Returns the stacked and transformed examples; their positions seed random transforms."""
         return transforms_lib.apply(
             self._transforms,
             stack(examples),
             seed=self._seed,
-            epochs=np.zeros_like(places),
-            ids=places,
+            epochs=np.zeros_like(positions),
+            ids=positions,
         )
 
 
 class StreamLoader(_Loader):
     """Training batches of a stream, pass after pass, with no end.
 
-    A batch is not a function of its position alone: the position of the stream is saved in the
-    checkpoint. Each process reads its own part, so a run resumes exactly only with the same number
-    of processes.
+    A batch is not a function of its position alone, so checkpoints include the state of the stream.
+    Each process reads its own part, so a run resumes exactly only with the same number of
+    processes.
 
     Attributes:
         batch_size: rows of a global batch.
-        examples: None, for the length of a stream is not known.
+        examples: None, because the length of a stream is unknown.
         steps_per_epoch: None, for the same reason.
-        marks: for a run whose batch size has changed, what it had consumed by which step.
+        marks: see `trainer.input.loader.Resizable.marks`.
     """
 
     examples = None
@@ -116,22 +116,22 @@ class StreamLoader(_Loader):
         threads: int = 8,
         workers: int = 0,
     ):
-        """Makes a loader; nothing is read before it is asked for something.
+        """Creates the loader; nothing is read before it is needed.
 
         Args:
-            source: what is read, see `trainer.data.stream_pipeline.Pipeline`.
+            source: the data, see `trainer.data.stream_pipeline.Pipeline`.
             batch_size: rows of a global batch.
-            transforms: run over every batch, see `trainer.data.transforms`.
-            stages: what examples run through before they are batched, see `trainer.data.stages`.
-            seed: of the order and of random transforms.
-            shuffle: a new order in each pass, where the source can be read in any order.
+            transforms: applied to every batch, see `trainer.data.transforms`.
+            stages: applied to the examples before batching, see `trainer.data.stages`.
+            seed: seed of the order and of random transforms.
+            shuffle: whether to shuffle in each pass, if the source has random access.
             remainder: 'carry': a stream has no last batch that could be padded or dropped.
-            repeat_batch: use only the first so many batches, over and over.
-            threads: that read ahead.
-            workers: processes that read and run the stages; 0 leaves it to this one.
+            repeat_batch: use only this many batches from the start, over and over.
+            threads: number of threads that read ahead.
+            workers: number of processes that read and run the stages; 0 for none.
 
         Raises:
-            ValueError: if an argument is out of its range.
+            ValueError: if an argument is out of range.
         """
         if remainder != 'carry':
             raise ValueError(f"remainder: {remainder!r}; a stream has no last batch: use 'carry'")
@@ -148,8 +148,9 @@ class StreamLoader(_Loader):
         super().__init__(pipeline, transforms, batch_size, seed)
         self.batch_size = batch_size
         self._repeat = repeat_batch
-        self._kept: Block | None = None
-        # Examples of this run before position 0, if all of its batches had this size.
+        self._repeated: Block | None = None
+        # Added to `position * batch_size` to get the number of examples consumed before, if the
+        # batch size has changed.
         self._shift = 0
 
     def after(self, batch_sizes: Sequence[tuple[int, int]]) -> StreamLoader:
@@ -171,7 +172,7 @@ class StreamLoader(_Loader):
         return loader
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> Block:
-        """Returns the batches of the steps [start, start + count): the next ones, or the first.
+        """Returns the batches of the steps [start, start + count), in order or from 0.
 
         Args:
             start: position of the first batch.
@@ -179,54 +180,57 @@ class StreamLoader(_Loader):
             rows: which rows of each global batch; all by default.
 
         Raises:
-            ValueError: if these rows are no equal part of a batch, or a pass gives no example.
-            RuntimeError: if the stream stands elsewhere.
+            ValueError: if these rows are not an equal part of a batch, or a pass has no example.
+            RuntimeError: if the stream is at another position.
         """
-        held = np.arange(self._rows)[rows]
+        local_rows = np.arange(self._rows)[rows]
         if self._repeat is None:
-            return self._next(self._go_to(start, held), count, held)
-        if self._kept is None:
-            self._kept = self._next(self._go_to(0, held), self._repeat, held)
+            return self._next(self._go_to(start, local_rows), count, local_rows)
+        if self._repeated is None:
+            self._repeated = self._next(self._go_to(0, local_rows), self._repeat, local_rows)
             self.close()
         again = np.arange(start, start + count) % self._repeat
-        return Block({k: x[again] for k, x in self._kept.arrays.items()}, self._kept.ids[again])
+        return Block(
+            {k: x[again] for k, x in self._repeated.arrays.items()}, self._repeated.ids[again]
+        )
 
     def restore(self, position: int, state: Any) -> None:
-        """Goes to a place.
+        """Moves to a position.
 
         Args:
-            position: of the next batch.
-            state: what `Block.states` holds of the batch before it; None for the stream's
-                beginning.
+            position: position of the next batch.
+            state: the entry of `Block.states` for the batch before it; None for the beginning of
+                the stream.
 
         Raises:
-            ValueError: if it is the place of another pipeline.
+            ValueError: if the state belongs to another pipeline.
         """
         self.close()
         self._position = position
         if state is not None:
-            self._reader = Reader.at(state, self._pipeline)
+            self._reader = Reader.from_state(state, self._pipeline)
 
-    def _next(self, reader: Reader, count: int, held: np.ndarray) -> Block:
-        made, states = [], []
+    def _next(self, reader: Reader, count: int, local_rows: np.ndarray) -> Block:
+        batches, states = [], []
         for _ in range(count):
-            examples = [reader.next_of_all() for _ in held]
-            place = self._position * self._rows + self._shift
-            made.append(self._batch(examples, place + held))
+            examples = [reader.next_repeating() for _ in local_rows]
+            first = self._position * self._rows + self._shift
+            batches.append(self._batch(examples, first + local_rows))
             states.append(reader.state())
             self._position += 1
-        arrays = {name: np.stack([batch[name] for batch in made]) for name in made[0]}
-        return Block(arrays, np.stack([numbers(batch) for batch in made]), states)
+        arrays = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        return Block(arrays, np.stack([hash_rows(batch) for batch in batches]), states)
 
 
 class StreamEvalLoader(_Loader):
-    """Every example of a stream once, in batches of one static shape, until nobody has any left.
+    """Every example of a stream once, in batches of equal shape, until no process has any left.
 
-    The number of examples need not be known. Each of several readers takes its part; behind its end
-    it gives padding: the stream's first example, with a false `_mask`, until all are at the end.
+    The number of examples need not be known. Each process reads its part; after the end of it, its
+    batches are padding (the first example of the stream, with `_mask` false) until all processes
+    are at the end.
 
     Attributes:
-        examples: None, for the length of a stream is not known.
+        examples: None, because the length of a stream is unknown.
         num_batches: None, for the same reason.
         rows: rows of a global batch.
     """
@@ -245,19 +249,19 @@ class StreamEvalLoader(_Loader):
         threads: int = 8,
         workers: int = 0,
     ):
-        """Makes a loader; nothing is read before it is asked for something.
+        """Creates the loader; nothing is read before it is needed.
 
         Args:
-            source: what is read, see `trainer.data.stream_pipeline.Pipeline`.
-            batch_size: examples in a batch.
-            transforms: run over every batch; random ones draw by an example's place.
-            stages: what examples run through before they are batched, see `trainer.data.stages`.
-            padded_to: rows of a batch, at least `batch_size`, so that they divide over devices.
-            threads: that read ahead.
-            workers: processes that read and run the stages; 0 leaves it to this one.
+            source: the data, see `trainer.data.stream_pipeline.Pipeline`.
+            batch_size: examples per batch.
+            transforms: applied to every batch; random numbers depend on the position of an example.
+            stages: applied to the examples before batching, see `trainer.data.stages`.
+            padded_to: rows per batch including padding, so that they divide evenly over devices.
+            threads: number of threads that read ahead.
+            workers: number of processes that read and run the stages; 0 for none.
 
         Raises:
-            ValueError: if an argument is out of its range.
+            ValueError: if an argument is out of range.
         """
         pipeline = Pipeline(source=source, stages=tuple(stages), threads=threads, workers=workers)
         super().__init__(pipeline, transforms, max(batch_size, padded_to or 0), seed=0)
@@ -277,26 +281,29 @@ class StreamEvalLoader(_Loader):
             rows: which rows of each global batch; all by default.
 
         Raises:
-            ValueError: if these rows are no equal part of a batch.
-            RuntimeError: if the stream stands elsewhere.
+            ValueError: if these rows are not an equal part of a batch.
+            RuntimeError: if the stream is at another position.
         """
-        held = np.arange(self._rows)[rows]
-        reader = self._go_to(start, held)
-        made = []
+        local_rows = np.arange(self._rows)[rows]
+        reader = self._go_to(start, local_rows)
+        batches = []
         for _ in range(count):
-            made.append(self._next(reader, held))
+            batches.append(self._next(reader, local_rows))
             self._position += 1
-        arrays = {name: np.stack([batch[name] for batch, _ in made]) for name in made[0][0]}
-        return Block(arrays, np.stack([ids for _, ids in made]))
+        arrays = {name: np.stack([batch[name] for batch, _ in batches]) for name in batches[0][0]}
+        return Block(arrays, np.stack([ids for _, ids in batches]))
 
-    def _next(self, reader: Reader, held: np.ndarray) -> tuple[Arrays, np.ndarray]:
-        examples = [x for x in (reader.next() for _ in held) if x is not None]
-        real = len(examples)
-        ids = np.full(len(held), PADDING)
-        batch = {name: np.repeat(x, len(held) - real, axis=0) for name, x in self.first.items()}
+    def _next(self, reader: Reader, local_rows: np.ndarray) -> tuple[Arrays, np.ndarray]:
+        examples = [x for x in (reader.next() for _ in local_rows) if x is not None]
+        num_real = len(examples)
+        ids = np.full(len(local_rows), PADDING)
+        batch = {
+            name: np.repeat(x, len(local_rows) - num_real, axis=0) for name, x in self.first.items()
+        }
         if examples:
-            read = self._batch(examples, self._position * self._rows + held[:real])
-            ids[:real] = numbers(read)
-            # Not assigned into copies of the first example: its text may be shorter.
+            read = self._batch(examples, self._position * self._rows + local_rows[:num_real])
+            ids[:num_real] = hash_rows(read)
+            # Concatenated, not assigned into the padding: the text of the first example may be
+            # shorter, and numpy would truncate.
             batch = {name: np.concatenate([x, batch[name]]) for name, x in read.items()}
         return {**batch, MASK: ids != PADDING}, ids

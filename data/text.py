@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text for language models: bytes as tokens, cut into sequences, held in memory."""
+"""Text sources for language models: byte tokens in sequences, and documents."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from .sources import Arrays, ArraySource, ArraySpec
 
-# Parts of the standard library that say little of Python, or that not every installation has.
-_LEFT_OUT = (
+# Parts of the standard library that are not typical Python code, or not always installed.
+_EXCLUDED = (
     '__pycache__', 'distutils', 'encodings', 'ensurepip', 'idlelib', 'lib2to3', 'pydoc_data',
     'test', 'tests', 'tkinter', 'turtledemo', 'venv',
 )  # fmt: skip
@@ -22,8 +22,8 @@ _LEFT_OUT = (
 class Bytes(ArraySource):
     """The bytes of text files as tokens 0..255, in sequences that do not overlap.
 
-    The files are one text, in the order of their names. Its end is the test split, the rest is for
-    training; what does not fill a sequence at the end of a split is left out.
+    The files are concatenated in the order of their names. The end of the text is the test split,
+    the rest the train split; the last, incomplete sequence of a split is dropped.
 
     Fields: `inputs` int32 (seq_len,), and `targets` int32 (seq_len,), the byte after each of them.
     """
@@ -41,29 +41,29 @@ class Bytes(ArraySource):
 
         Args:
             path: a file, a pattern such as 'books/**/*.txt', or several of these.
-            seq_len: tokens of a sequence.
+            seq_len: tokens per sequence.
             split: 'train' or 'test'.
-            holdout: fraction of the text that is the test split.
+            holdout: fraction of the text in the test split.
             limit: use only this many sequences from the start of the split.
 
         Raises:
             ValueError: if there is no such file, the split is shorter than a sequence, or an
-                argument is out of its range.
+                argument is out of range.
         """
         _check_split(split, holdout)
         if seq_len < 1:
             raise ValueError(f'seq_len: {seq_len} tokens; expected a positive number')
-        text = _read(_listed(path))
-        border = len(text) - round(holdout * len(text))
-        tokens = text[:border] if split == 'train' else text[border:]
+        text = _read(_as_list(path))
+        boundary = len(text) - round(holdout * len(text))
+        tokens = text[:boundary] if split == 'train' else text[boundary:]
         used = (len(tokens) - 1) // seq_len * seq_len
         if used < 1:
             raise ValueError(
-                f'split {split!r} has {len(tokens):,} of {len(text):,} bytes; a sequence of '
-                f'{seq_len} and the byte after it need {seq_len + 1}: give more text, a shorter '
-                'seq_len or another holdout'
+                f'split {split!r} has {len(tokens):,} of {len(text):,} bytes, but a sequence '
+                f'and its last target need {seq_len + 1}. Use more text, a shorter seq_len or '
+                'another holdout'
             )
-        # Views of the same bytes: four times smaller than int32, eight times than both fields.
+        # Both fields are views of the same bytes: 8 times less memory than two int32 arrays.
         super().__init__(
             {
                 'inputs': tokens[:used].reshape(-1, seq_len),
@@ -83,10 +83,10 @@ class Bytes(ArraySource):
 
 
 class Documents:
-    """Text files as documents of different lengths, read when they are asked for.
+    """Text files as documents of different lengths, read on demand.
 
-    The last of the files, in the order of their names, are the test split. Packed or cut into
-    sequences by the stages of a stream, see `trainer.data.stages`.
+    The last files, in the order of their names, are the test split. The stages of a stream pack or
+    split documents into sequences: see `trainer.data.stages`.
 
     Field: `tokens` int32 (bytes,), 0..255.
     """
@@ -97,19 +97,19 @@ class Documents:
         Args:
             path: a file, a pattern such as 'books/**/*.txt', or several of these.
             split: 'train' or 'test'.
-            holdout: fraction of the files that is the test split.
+            holdout: fraction of the files in the test split.
 
         Raises:
-            ValueError: if there is no such file, the split has none, or an argument is out of its
+            ValueError: if there is no such file, the split has no files, or an argument is out of
                 range.
         """
         _check_split(split, holdout)
-        files = [file for one in _listed(path) for file in _matching(one)]
-        border = len(files) - round(holdout * len(files))
-        self._files = files[:border] if split == 'train' else files[border:]
+        files = [file for pattern in _as_list(path) for file in _list_files(pattern)]
+        boundary = len(files) - round(holdout * len(files))
+        self._files = files[:boundary] if split == 'train' else files[boundary:]
         if not self._files:
             raise ValueError(
-                f'split {split!r} has none of {len(files)} files: give more files, or another '
+                f'split {split!r} gets none of {len(files)} files: use more files, or another '
                 'holdout'
             )
 
@@ -120,7 +120,7 @@ class Documents:
         return {'tokens': np.fromfile(self._files[index], np.uint8).astype(np.int32)}
 
     def describe(self, index: int) -> str:
-        """Returns what messages call a document: its file."""
+        """Returns the name of a document for messages: its file."""
         return self._files[index]
 
 
@@ -129,7 +129,7 @@ def python_documents(*, split: str = 'train', holdout: float = 0.05) -> Document
 
     Args:
         split: 'train' or 'test'.
-        holdout: fraction of the files that is the test split.
+        holdout: fraction of the files in the test split.
 
     Raises:
         ValueError: as `Documents`.
@@ -140,14 +140,14 @@ def python_documents(*, split: str = 'train', holdout: float = 0.05) -> Document
 def python_source(
     seq_len: int, *, split: str = 'train', holdout: float = 0.05, limit: int | None = None
 ) -> Bytes:
-    """Returns the source code of Python's standard library: some megabytes, without a download.
+    """Returns the source code of Python's standard library: a few megabytes, without a download.
 
-    Always the same on one installation of Python; another version has another text.
+    The text is always the same for one Python installation, but differs between versions.
 
     Args:
-        seq_len: tokens of a sequence.
+        seq_len: tokens per sequence.
         split: 'train' or 'test'.
-        holdout: fraction of the text that is the test split.
+        holdout: fraction of the text in the test split.
         limit: use only this many sequences from the start of the split.
 
     Raises:
@@ -159,45 +159,47 @@ def python_source(
 def _python_files() -> list[str]:
     root = sysconfig.get_path('stdlib')
     files: list[str] = []
-    for directory, below, names in os.walk(root):
-        # No 'site-packages', and no 'config-3.11-x86_64-linux-gnu'.
-        below[:] = [name for name in below if name not in _LEFT_OUT and '-' not in name]
-        # The files '_sysconfigdata...' are of this machine's build too.
+    for directory, subdirectories, names in os.walk(root):
+        # The '-' excludes 'site-packages' and 'config-3.11-x86_64-linux-gnu'.
+        subdirectories[:] = [
+            name for name in subdirectories if name not in _EXCLUDED and '-' not in name
+        ]
+        # '_sysconfigdata...' files describe the build of this Python, and differ by machine.
         code = [n for n in names if n.endswith('.py') and not n.startswith('_sysconfigdata')]
         files += [os.path.join(directory, name) for name in code]
     if not files:
-        raise ValueError(f"this Python has its library's source code not in {root}")
+        raise ValueError(f'no source code of the standard library in {root}')
     return sorted(files)
 
 
 def _check_split(split: str, holdout: float) -> None:
     if split not in ('train', 'test'):
-        raise ValueError(f'split: {split!r} is none of train, test')
+        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
     if not 0 <= holdout < 1:
-        raise ValueError(f'holdout: {holdout}; expected a fraction of the text, in [0, 1)')
+        raise ValueError(f'holdout: expected a fraction in [0, 1), got {holdout}')
 
 
-def _listed(path: str | Sequence[str]) -> Sequence[str]:
+def _as_list(path: str | Sequence[str]) -> Sequence[str]:
     return [path] if isinstance(path, str) else path
 
 
 def _read(paths: Sequence[str]) -> np.ndarray:
     """Returns the bytes of all files, uint8 (bytes,)."""
-    files = [file for path in paths for file in _matching(path)]
+    files = [file for path in paths for file in _list_files(path)]
     try:
         return np.concatenate([np.fromfile(file, np.uint8) for file in files])
     except OSError as error:
-        raise ValueError(f'the text cannot be read: {error}') from error
+        raise ValueError(f'cannot read the text: {error}') from error
 
 
-def _matching(path: str) -> list[str]:
+def _list_files(path: str) -> list[str]:
     path = os.path.expanduser(path)
     if os.path.isfile(path):  # Its name may have brackets.
         return [path]
     files = sorted(name for name in glob.glob(path, recursive=True) if os.path.isfile(name))
     if not files:
         raise ValueError(
-            f'path: {path!r} is no file and matches none; relative to {os.getcwd()}. A directory '
-            "is written 'directory/*.txt'"
+            f'path: no file matches {path!r}, relative to {os.getcwd()}. For all files of a '
+            "directory, write 'directory/*.txt'"
         )
     return files

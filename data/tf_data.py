@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipelines of tf.data, for those who have TensorFlow and such a pipeline."""
+"""A stream that reads an existing tf.data pipeline; needs TensorFlow."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 class TFData:
     """A `tf.data.Dataset` as a stream for `trainer.data.streaming`.
 
-    Its place is the number of elements that were read, and a run that goes on reads over them once
-    more (`Dataset.skip`): exact, and slow for a place far behind. The dataset is made anew for each
-    pass, with the same seed; one that ends has the same order in each pass, and one that shuffles
-    and repeats itself (`.shuffle(...).repeat()`) never ends.
+    Its position is the number of elements read so far, and a resumed run skips them
+    (`Dataset.skip`): exact, but slow after many elements. The dataset is created again for each
+    pass with the same seed, so a finite dataset has the same order in each pass. For a new order in
+    each pass, let the dataset shuffle and repeat itself (`.shuffle(...).repeat()`).
     """
 
     def __init__(self, make: Callable[[], Any], *, seed: int = 0):
-        """Keeps TensorFlow off the accelerators; nothing is read.
+        """Hides the accelerators from TensorFlow; reads nothing.
 
         Args:
             make: returns the `tf.data.Dataset` of examples, each a dict of tensors; in a config
                 `dict(ref='my.pipeline:train')`.
-            seed: of `tf.random`, which its shuffles follow.
+            seed: seed of `tf.random`, which determines its shuffles.
 
         Raises:
-            ValueError: if TensorFlow is missing.
-            TypeError: if `make` cannot be called.
+            ValueError: if TensorFlow is not installed.
+            TypeError: if `make` is not callable.
         """
         if not callable(make):
             raise TypeError(
@@ -55,8 +55,8 @@ class _Part:
         self._seed = seed
         self._shard = count, index
 
-    def __iter__(self) -> _Place:
-        return _Place(self.read)
+    def __iter__(self) -> _PartIterator:
+        return _PartIterator(self.read)
 
     def read(self, skip: int) -> Iterator[Any]:
         import tensorflow as tf
@@ -64,11 +64,11 @@ class _Part:
         tf.random.set_seed(self._seed)
         dataset = self._make()
         if not isinstance(dataset, tf.data.Dataset):
-            raise TypeError(f'make: expected a tf.data.Dataset, it returned {dataset!r}')
+            raise TypeError(f'make: expected it to return a tf.data.Dataset, got {dataset!r}')
         if not isinstance(dataset.element_spec, dict):
             raise TypeError(
-                'make: the elements must be dicts of tensors, one for each field of an example; '
-                f'they are {dataset.element_spec}'
+                'make: expected elements that are dicts of tensors, one tensor per field; got '
+                f'{dataset.element_spec}'
             )
         options = tf.data.Options()
         options.deterministic = True
@@ -76,22 +76,22 @@ class _Part:
         return dataset.as_numpy_iterator()
 
 
-class _Place:
+class _PartIterator:
     def __init__(self, read: Callable[[int], Iterator[Any]]):
         self._read = read
         self.set_state(0)
 
-    def __iter__(self) -> _Place:
+    def __iter__(self) -> _PartIterator:
         return self
 
     def __next__(self) -> Any:
         example = next(self._elements)
-        self._taken += 1
+        self._num_read += 1
         return example
 
     def get_state(self) -> int:
-        return self._taken
+        return self._num_read
 
     def set_state(self, state: int) -> None:
-        self._taken = state
+        self._num_read = state
         self._elements = self._read(state)

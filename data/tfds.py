@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datasets prepared by tensorflow-datasets, read without TensorFlow."""
+"""Source for datasets prepared by tensorflow-datasets, read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class TFDS(RandomAccessSource):
         Args:
             name: 'mnist', 'imagenet2012:5.1.0', ...
             split: 'train', 'test[:10%]', ...
-            data_dir: where the datasets are; by default TFDS's own directory.
+            data_dir: directory of the datasets; by default that of TFDS.
             keys: fields to read; by default all.
 
         Raises:
-            ValueError: if the dataset is not prepared there in such a format, or has no such split
-                or field.
+            ValueError: if the dataset is not prepared there in a random-access format, or has no
+                such split or field.
         """
         import tensorflow_datasets as tfds
 
@@ -45,7 +45,7 @@ class TFDS(RandomAccessSource):
             where = '' if data_dir is None else f', data_dir={data_dir!r}'
             raise ValueError(
                 f'TFDS cannot open split {split!r} of {name!r}{where}: {_first_line(error)}\n'
-                'It reads datasets that are prepared for random access. To prepare this one:\n'
+                'Only datasets in a random-access format can be read. To prepare this one:\n'
                 f"  builder = tfds.builder({name!r}{where}, file_format='array_record')\n"
                 '  builder.download_and_prepare()'
             ) from error
@@ -53,7 +53,7 @@ class TFDS(RandomAccessSource):
 
 
 class _Fields:
-    """Some fields of raw records; the others are never decoded."""
+    """Decodes only some fields of raw records."""
 
     def __init__(self, records: Any, keys: tuple[str, ...]):
         import tensorflow_datasets as tfds
@@ -61,8 +61,10 @@ class _Fields:
         features = records.dataset_info.features
         unknown = set(keys) - set(features)
         if unknown:
-            raise ValueError(f'keys: {sorted(unknown)} are none of {", ".join(sorted(features))}')
-        # tfds.decode.PartialDecoding, made for this, imports TensorFlow.
+            raise ValueError(
+                f'keys: unknown {sorted(unknown)}; the fields are {", ".join(sorted(features))}'
+            )
+        # tfds.decode.PartialDecoding, which is meant for this, imports TensorFlow.
         self._features = tfds.features.FeaturesDict({key: features[key] for key in keys})
         self._records = records
 
@@ -78,5 +80,5 @@ class _Fields:
 
 
 def _first_line(error: Exception) -> str:
-    """TFDS's own messages go on with hundreds of names of datasets."""
+    """Returns the first line of an error; the rest lists hundreds of datasets."""
     return f'{type(error).__name__}: {error}'.splitlines()[0]

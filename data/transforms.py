@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transforms: callables on batches, `transform(batch)` or `transform(batch, rng)`.
 
-A batch is a dict of arrays (n, ...) of any number of rows: the loader runs one call over many
-steps. Randomness comes from `rng` alone, so the same example is changed in the same way wherever it
-is read.
+A batch is a dict of arrays (n, ...) with any number of rows: the loader calls a transform once for
+many steps. All randomness comes from `rng`, so the result for an example does not depend on the
+batch or process in which it is read.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def apply(
 ) -> Arrays:
     """Returns the batch after all transforms, in order.
 
-    An exception in a transform keeps its type and traceback and gets a note that names it.
+    An exception in a transform keeps its type and traceback, and gets a note with its name.
 
     Raises:
-        TypeError: if a transform returns anything but a dict of arrays.
+        TypeError: if a transform does not return a dict of arrays.
         ValueError: if a transform changes the number of rows.
     """
     for position, transform in enumerate(transforms):
@@ -51,14 +51,14 @@ def apply(
 
 def _check(batch: Arrays, rows: int) -> None:
     if not isinstance(batch, dict):
-        raise TypeError(f'a transform returns a dict of arrays; this one returned a {type(batch)}')
+        raise TypeError(f'a transform must return a dict of arrays, got {type(batch)}')
     for name, x in batch.items():
         if not isinstance(x, np.ndarray):
-            raise TypeError(f'{name!r} must be a numpy array (rows, ...); it is a {type(x)}')
+            raise TypeError(f'{name!r} must be a numpy array (rows, ...), got {type(x)}')
         if x.shape[:1] != (rows,):
             raise ValueError(
                 f'{name!r} has shape {x.shape} after a transform of {rows} rows; a transform '
-                'keeps the number of rows: to leave examples out, do so in the source'
+                'must keep the number of rows. Filter examples in the source instead'
             )
 
 
@@ -74,7 +74,7 @@ class ToFloat:
     Attributes:
         key: the field.
         scale: factor.
-        dtype: result's dtype.
+        dtype: dtype of the result.
     """
 
     key: str = 'image'
@@ -119,7 +119,7 @@ class OneHot:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Keep:
-    """Keeps the named fields and drops the others."""
+    """Keeps the named fields and removes the others."""
 
     keys: tuple[str, ...]
 
@@ -175,7 +175,7 @@ class RandomFlip:
 class PerExample:
     """Runs `fn(example)` or `fn(example, rng)` on each row and stacks what it returns.
 
-    Convenient and slow: Python runs once for each example. `rng` is a numpy generator.
+    Convenient but slow: Python code runs once per example. `rng` is a numpy generator.
     """
 
     fn: Callable[..., Mapping[str, Any]]

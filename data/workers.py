@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grain's worker processes: how they start, what they say when they fail, and that they end."""
+"""Worker processes of Grain: start, error reports, and exit with the parent process."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .compat import mark_grain_flags_parsed
 
 
 class WorkerError(RuntimeError):
-    """A worker process failed, or died; the message has its own error and traceback."""
+    """A worker process failed or died; the message includes the error of the worker."""
 
 
-def prefetched(dataset: Any, workers: int, buffer: int) -> Any:
-    """Returns a Grain dataset whose elements are made by so many worker processes.
+def prefetch_in_workers(dataset: Any, workers: int, buffer: int) -> Any:
+    """Returns a Grain dataset whose elements are computed by worker processes.
 
     Args:
         dataset: a `grain.IterDataset`.
-        workers: number of processes; 0 leaves the work to this one.
-        buffer: elements that each worker keeps ready.
+        workers: number of processes; 0 computes the elements in this one.
+        buffer: number of elements that each worker prefetches.
     """
     import grain.python as grain
 
@@ -33,20 +33,20 @@ def prefetched(dataset: Any, workers: int, buffer: int) -> Any:
 
 
 def _start(index: int, count: int) -> None:
-    """Runs first in a worker."""
-    # A signal to the whole group asks the trainer to save and end; it still needs batches for that.
+    """Initializes a worker process."""
+    # A signal to the process group asks the trainer to save and exit; until then it needs batches.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # The accelerator is the trainer's, should a transform import JAX.
+    # If a transform imports JAX, it must not occupy the accelerator of the trainer.
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    threading.Thread(target=_end_with_parent, name='end-with-parent', daemon=True).start()
+    threading.Thread(target=_exit_with_parent, name='exit-with-parent', daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Ends this process when the trainer is gone, even by SIGKILL.
+def _exit_with_parent() -> None:
+    """Exits this process when the trainer has ended, even by SIGKILL.
 
-    The kernel's own means (PR_SET_PDEATHSIG) goes by the thread that started the process, and Grain
-    starts its workers in threads that end early.
+    PR_SET_PDEATHSIG of the kernel depends on the thread that started the process, and Grain starts
+    its workers in short-lived threads.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -54,13 +54,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def portable(error: Exception) -> WorkerError:
-    """Returns an error that says the same and survives the way to another process.
+def to_portable(error: Exception) -> WorkerError:
+    """Returns an error with the same message that can be pickled.
 
-    An exception of any class need not: Grain would lose one that cannot be pickled, and wait for
-    ever.
+    Other exceptions may not pickle: Grain would lose such an exception and wait forever.
     """
     lines = traceback.format_exception_only(error)
-    said = WorkerError(''.join(lines).rstrip())
-    said.add_note(f"The worker's traceback:\n{''.join(traceback.format_tb(error.__traceback__))}")
-    return said
+    portable = WorkerError(''.join(lines).rstrip())
+    portable.add_note(
+        f"The worker's traceback:\n{''.join(traceback.format_tb(error.__traceback__))}"
+    )
+    return portable

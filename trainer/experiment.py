@@ -235,7 +235,7 @@ class Experiment:
         """
         if len(batch_sizes) == 1 and not self.data.marks:
             return self
-        data = self.data.after(batch_sizes)
+        data = self.data.with_batch_sizes(batch_sizes)
         new = self.timed(data)
         logging = dataclasses.replace(self.logging, profile=new.profile, captures=new.captures)
         return dataclasses.replace(

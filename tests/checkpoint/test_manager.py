@@ -99,7 +99,7 @@ def test_what_was_cut_short_is_invisible_and_the_next_save_removes_it(
         ('[]', 'it is a list, not an object'),
         ('[' * 5000 + ']' * 5000, 'levels of nesting'),
         ('{"custom_metadata": 3}', "'custom_metadata' is a number, not an object"),
-        ('{"commit_timestamp_nsecs": "now"}', "'commit_timestamp_nsecs' is no time"),
+        ('{"commit_timestamp_nsecs": "now"}', "'commit_timestamp_nsecs' is not a time"),
     ],
 )
 def test_damaged_notes_of_orbax_do_not_fail_the_next_save(

@@ -44,7 +44,7 @@ def test_every_nth_without_drift(tmp_path: pathlib.Path) -> None:
     found = kept(tmp_path, scores, keep_last=1, keep_every=Periodic(Fraction(5, 2)))
     assert found.steps() == [3, 5, 8, 9]
     never = Retention(keep_last=1, keep_every=Periodic(None))
-    assert never.kept(range(5), lambda step: 0.0) == {4}
+    assert never.steps_to_keep(range(5), lambda step: 0.0) == {4}
 
 
 @pytest.mark.parametrize(('mode', 'best'), [('max', 20), ('min', 30)])

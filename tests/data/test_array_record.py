@@ -104,14 +104,14 @@ def test_a_damaged_record_is_named(damaged: int, tmp_path: pathlib.Path) -> None
 
 def test_a_damaged_file_is_named(shelf: pathlib.Path) -> None:
     (shelf / 'b.array_record').write_bytes(b'no such format' * 10_000)
-    with pytest.raises(ValueError, match=r'/b\.array_record is no ArrayRecord file'):
+    with pytest.raises(ValueError, match=r'/b\.array_record is not an ArrayRecord file'):
         ArrayRecord(str(shelf / '*.array_record'), decode=decode)
 
 
 def test_mistakes_are_told_in_words(tmp_path: pathlib.Path) -> None:
     node = {'target': 'trainer.data.array_record:ArrayRecord', 'path': f'{tmp_path}/*.array_record'}
     decoder = {'ref': f'{__name__}:decode'}
-    with pytest.raises(UserError, match='matches none'):
+    with pytest.raises(UserError, match='no file matches'):
         targets.instantiate({**node, 'decode': decoder}, 'config.data.source')
     write(tmp_path / 'empty.array_record', [])
     with pytest.raises(UserError, match='the source is empty'):

@@ -15,7 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from tests.command import ROOT
 from trainer.data import compat
-from trainer.data.workers import prefetched
+from trainer.data.workers import prefetch_in_workers
 
 # Grain's own reader of its options, in a program that has parsed no flags.
 _UNPARSED = """
@@ -75,12 +75,12 @@ def test_worker_death() -> None:
 
     dataset = grain.MapDataset.source(_Deadly()).to_iter_dataset()
     with pytest.raises(RuntimeError) as caught:
-        next(iter(prefetched(dataset, 1, 1)))
-    sentence = compat.worker_death(caught.value)
+        next(iter(prefetch_in_workers(dataset, 1, 1)))
+    sentence = compat.worker_death_cause(caught.value)
     assert sentence.endswith('exit code 3') and len(sentence) < 100
 
 
-def test_record_place(tmp_path: pathlib.Path) -> None:
+def test_locate_record(tmp_path: pathlib.Path) -> None:
     import grain.python as grain
 
     for name, count in (('a', 2), ('b', 3)):
@@ -89,7 +89,7 @@ def test_record_place(tmp_path: pathlib.Path) -> None:
             writer.write(f'{name}{index}'.encode())
         writer.close()
     records = grain.ArrayRecordDataSource([str(tmp_path / name) for name in 'ab'])
-    assert [compat.record_place(records, i) for i in (0, 1, 2, 4)] == [
+    assert [compat.locate_record(records, i) for i in (0, 1, 2, 4)] == [
         (0, 0),
         (0, 1),
         (1, 0),

@@ -67,10 +67,13 @@ def test_local_files_are_loaded_by_kind(saved: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'path': 'both'}, 'split: name one of train, test'),
-        ({'path': 'both', 'split': 'other'}, "split 'other' cannot be opened"),
-        ({'path': 'both', 'split': 'test', 'keys': ('z',)}, "keys: ['z'] are none of x, y, text"),
-        ({'path': 'nowhere'}, 'cannot be opened'),
+        ({'path': 'both'}, 'split: expected one of train, test'),
+        ({'path': 'both', 'split': 'other'}, "/both', split 'other': "),
+        (
+            {'path': 'both', 'split': 'test', 'keys': ('z',)},
+            "keys: unknown ['z']; the fields are x, y, text",
+        ),
+        ({'path': 'nowhere'}, 'path: cannot open '),
     ],
 )
 def test_mistakes_are_told_in_words(
@@ -113,7 +116,7 @@ def test_readers_take_files_of_their_own(saved: pathlib.Path) -> None:
         arrays = [loader.block(step, 1, rows).arrays for step in range(12)]
         seen += [x for a in arrays for x in a['x'][a['_mask']].tolist()]
     assert sorted(seen) == list(range(40))
-    with pytest.raises(ValueError, match='5 processes read files of their own, and there are 4'):
+    with pytest.raises(ValueError, match='5 processes need at least 5 files, and there are 4'):
         stream(saved).shard(0, 5)
 
 

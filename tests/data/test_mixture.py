@@ -66,7 +66,7 @@ def test_batches_are_mixed_and_a_function_of_their_position() -> None:
 @pytest.mark.parametrize(
     ('sources', 'weights', 'message'),
     [
-        ((), None, 'expected some'),
+        ((), None, 'sources: expected non-empty sources'),
         ((source(0, 3),), (1, 2), 'for each of 1 sources'),
         ((source(0, 3), source(0, 3)), (1, 0), 'expected a positive number'),
         ((source(0, 3), source(0, 3)), (1, float('nan')), 'expected a positive number'),

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from trainer.data.order import Order, after, epoch_order, even_split
+from trainer.data.order import Order, epoch_order, even_split, replay_batch_sizes
 
 GOLDEN = [
     [4, 5, 7, 0, 9, 2, 6, 1, 8, 3],
@@ -153,7 +153,7 @@ def test_even_split() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(ValueError, match=r"'wrap' is none of 'carry', 'pad', 'drop'"):
+    with pytest.raises(ValueError, match=r"expected 'carry', 'pad' or 'drop', got 'wrap'"):
         Order(examples=10, batch_size=4, remainder='wrap')
     for examples, batch_size in [(0, 4), (10, 0), (10, -1)]:
         with pytest.raises(ValueError, match='both must be positive'):
@@ -209,7 +209,7 @@ def rows_of(
     for number, (start, size) in enumerate(sizes, start=1):
         stop = sizes[number][0] if number < len(sizes) else steps
         sized = dataclasses.replace(order, batch_size=size)
-        found = after(sized, sizes[:number])[0].rows(start, stop - start)
+        found = replay_batch_sizes(sized, sizes[:number])[0].rows(start, stop - start)
         ids.append(found[0].ravel())
         epochs.append(found[1].ravel())
     return np.concatenate(ids), np.concatenate(epochs)
@@ -221,7 +221,7 @@ def test_what_is_consumed_by_a_step_goes_with_its_rows(
     remainder: str, sizes: tuple[tuple[int, int], ...]
 ) -> None:
     order = Order(examples=23, batch_size=sizes[-1][1], remainder=remainder)
-    moved, marks = after(order, sizes)
+    moved, marks = replay_batch_sizes(order, sizes)
     assert marks == tuple(sorted(marks))
     for step in range(sizes[-1][0] + 1, 40):
         epochs = moved.rows(step - 1, 1)[1]
@@ -234,6 +234,9 @@ def test_what_is_consumed_by_a_step_goes_with_its_rows(
 
 def test_an_order_without_changes_has_no_marks() -> None:
     order = Order(examples=23, batch_size=4)
-    assert after(order, ((0, 4),)) == (order, ())
+    assert replay_batch_sizes(order, ((0, 4),)) == (order, ())
     # And one that had other sizes begins again.
-    assert after(after(order, ((0, 3), (5, 4)))[0], ((0, 4),)) == (order, ())
+    assert replay_batch_sizes(replay_batch_sizes(order, ((0, 3), (5, 4)))[0], ((0, 4),)) == (
+        order,
+        (),
+    )

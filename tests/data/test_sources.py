@@ -73,7 +73,7 @@ def test_items_of_other_shapes_or_types() -> None:
     items = [{'x': np.zeros((2, 3))}, {'x': np.zeros((3, 2))}, {'x': np.zeros((2, 3), np.float32)}]
     source = RandomAccessSource(items)
     with pytest.raises(
-        ValueError, match=r"'x' of example 1 is float64 \(3, 2\), of example 0 it is"
+        ValueError, match=r"'x' of example 1 is float64 \(3, 2\), but in example 0 it is"
     ):
         source.gather(np.array([0, 1]))
     with pytest.raises(ValueError, match=r"'x' of example 2 is float32.* resize, crop or pad"):
@@ -109,11 +109,11 @@ def test_items_are_read_many_at_once_where_they_can_be() -> None:
 
 
 def test_sources_of_nothing() -> None:
-    with pytest.raises(ValueError, match=r"one positive length.*got \{'x': 2, 'y': 3\}"):
+    with pytest.raises(ValueError, match=r"the same positive length.*got \{'x': 2, 'y': 3\}"):
         ArraySource({'x': np.zeros(2), 'y': np.zeros(3)})
-    with pytest.raises(ValueError, match='one positive length'):
+    with pytest.raises(ValueError, match='the same positive length'):
         ArraySource({'x': np.zeros(0)})
-    with pytest.raises(ValueError, match=r"one positive length.*got \{'x': None\}"):
+    with pytest.raises(ValueError, match=r"the same positive length.*got \{'x': None\}"):
         ArraySource({'x': np.array(3)})
     with pytest.raises(ValueError, match='empty'):
         RandomAccessSource([])

@@ -170,12 +170,12 @@ class Uneven(ArraySource):
 
 
 SOURCES = [
-    (here('Rows', more=1), r"gather of the source Rows returned 'image' in the shape \(4, 28,"),
-    (here('Rows', more=-2), 'for 3 indices; expected one row for each index, in their order'),
+    (here('Rows', more=1), r"gather of the source Rows returned 'image' of shape \(4, 28,"),
+    (here('Rows', more=-2), 'for 3 indices; expected one row per index, in the same order'),
     (here('Listed'), 'gather of the source Listed returned list; expected a dict of'),
     (here('Items'), 'the source Items has no gather.* trainer.data.sources:RandomAccessSource'),
-    (here('Uneven', images=5, labels=6), r"one positive length.*\{'image': 5, 'label': 6\}"),
-    (here('Uneven', images=0, labels=0), "one positive length.*'image': 0"),
+    (here('Uneven', images=5, labels=6), r"the same positive length.*\{'image': 5, 'label': 6\}"),
+    (here('Uneven', images=0, labels=0), "the same positive length.*'image': 0"),
 ]
 
 

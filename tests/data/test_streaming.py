@@ -15,7 +15,7 @@ from tests.marks import slow_except
 from trainer.data.loader import Block
 from trainer.data.sources import ArraySource
 from trainer.data.stages import Filter, LongerThan, Map, Pack, Split
-from trainer.data.stream_reader import part_of
+from trainer.data.stream_reader import reader_part
 from trainer.data.streaming import StreamEvalLoader, StreamLoader
 from trainer.data.transforms import PerExample
 
@@ -208,18 +208,18 @@ def test_two_readers_share_a_pass(kind: str, opened: list[Any]) -> None:
 
 
 def test_rows_that_are_no_part_are_refused() -> None:
-    assert part_of(np.arange(8), 8) == (0, 1)
-    assert part_of(np.array([4, 5]), 8) == (2, 4)
+    assert reader_part(np.arange(8), 8) == (0, 1)
+    assert reader_part(np.array([4, 5]), 8) == (2, 4)
     for rows in ([0, 2], [1, 2], [0, 1, 2], []):
         with pytest.raises(ValueError, match='equal parts of consecutive rows'):
-            part_of(np.array(rows, np.int64), 8)
+            reader_part(np.array(rows, np.int64), 8)
 
 
 def test_a_jump_is_refused(opened: list[Any]) -> None:
     loader = packed()
     opened.append(loader)
     loader.block(0, 2)
-    with pytest.raises(RuntimeError, match='is at batch 2, and was asked for batch 5'):
+    with pytest.raises(RuntimeError, match='expected a request for batch 2, got 5'):
         loader.block(5, 1)
     first = loader.block(0, 1)
     equal(first, packed().block(0, 1))
@@ -230,11 +230,11 @@ def test_a_jump_is_refused(opened: list[Any]) -> None:
     [
         (
             lambda: StreamLoader(source=Counter(9), batch_size=2, stages=(Filter(keep=is_none),)),
-            'gave no example in a whole pass',
+            'a whole pass over the stream has no example: ',
         ),
         (
             lambda: StreamLoader(source=Documents(), batch_size=4),
-            r'examples of one shape; the stream gave tokens: int32\[\d+\], and then tokens: int32',
+            r'need the same shapes; the stream has tokens: int32\[\d+\], then tokens: int32',
         ),
         (
             lambda: StreamLoader(source=grain.MapDataset.range(9).to_iter_dataset(), batch_size=2),
@@ -252,7 +252,7 @@ def is_none(example: Any) -> bool:
 
 
 def test_what_is_no_source_or_stage_is_named() -> None:
-    with pytest.raises(TypeError, match='the source int can be neither read by index'):
+    with pytest.raises(TypeError, match='the source int can be read neither by index'):
         StreamLoader(source=3, batch_size=2).block(0, 1)
     with pytest.raises(TypeError, match=r'stages\[0\] = .* returned NoneType'):
         StreamLoader(source=Counter(9), batch_size=2, stages=(lambda ds: None,)).block(0, 1)
@@ -265,7 +265,7 @@ def test_what_is_no_source_or_stage_is_named() -> None:
         ({'repeat_batch': 0}, 'repeat_batch: 0'),
         ({'batch_size': 0}, 'batch_size: 0'),
         ({'threads': -1}, 'threads: -1'),
-        ({'workers': 2}, 'workers: 2; Counter is read from the front'),
+        ({'workers': 2}, 'workers: 2; Counter has no random access'),
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
@@ -280,9 +280,9 @@ def test_the_place_of_another_pipeline_is_refused() -> None:
     state = packed().block(0, 1).states
     assert state is not None
     other = StreamLoader(source=Documents(), batch_size=4, stages=(Pack(length=16),))
-    with pytest.raises(ValueError, match='not one of this pipeline'):
+    with pytest.raises(ValueError, match='does not fit this pipeline'):
         other.restore(1, {**state[0], 'place': {'another': 1}})
-    with pytest.raises(ValueError, match='that of 3 workers, and here are 0'):
+    with pytest.raises(ValueError, match='is for 3 workers, and this run has 0'):
         other.restore(1, {**state[0], 'workers': 3})
 
 
@@ -342,7 +342,7 @@ def test_an_evaluation_sees_everything_once(readers: int, left: int, opened: lis
         rows = np.arange(reader * 6 // readers, (reader + 1) * 6 // readers)
         for step in range(12):
             if not left:
-                with pytest.raises(ValueError, match='gave no example'):
+                with pytest.raises(ValueError, match='a whole pass over the stream has no example'):
                     loader.block(step, 1, rows)
                 break
             block = loader.block(step, 1, rows)

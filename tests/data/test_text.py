@@ -89,15 +89,15 @@ def test_limit(letters: str) -> None:
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'split': 'valid'}, "split: 'valid' is none of train, test"),
+        ({'split': 'valid'}, "split: expected 'train' or 'test', got 'valid'"),
         ({'seq_len': 0}, 'seq_len: 0 tokens; expected a positive number'),
-        ({'holdout': 1.0}, 'holdout: 1.0; expected a fraction of the text'),
-        ({'holdout': 5}, 'holdout: 5; expected a fraction of the text'),
+        ({'holdout': 1.0}, 'holdout: expected a fraction in [0, 1), got 1.0'),
+        ({'holdout': 5}, 'holdout: expected a fraction in [0, 1), got 5'),
         ({'holdout': 0.0, 'split': 'test'}, "split 'test' has 0 of 200 bytes"),
-        ({'seq_len': 190}, 'a sequence of 190 and the byte after it need 191: give more text'),
+        ({'seq_len': 190}, 'a sequence and its last target need 191. Use more text'),
         ({'limit': 0}, 'limit: 0 examples; expected a positive number'),
-        ({'path': 'nowhere/*.txt'}, "'nowhere/*.txt' is no file and matches none"),
-        ({'path': '.'}, "'.' is no file and matches none; relative to /"),
+        ({'path': 'nowhere/*.txt'}, "path: no file matches 'nowhere/*.txt', relative to /"),
+        ({'path': '.'}, "path: no file matches '.', relative to /"),
     ],
 )
 def test_mistakes(letters: str, options: dict[str, Any], message: str) -> None:
@@ -165,13 +165,13 @@ def test_documents_are_files(tmp_path: pathlib.Path) -> None:
     assert tokens.tolist() == [74] * 10 and tokens.dtype == np.int32
     assert test.describe(1) == str(tmp_path / '9.txt')
     for options, message in (
-        ({'split': 'other'}, 'none of train, test'),
-        ({'holdout': 1.0}, 'holdout: 1.0'),
-        ({'split': 'test', 'holdout': 0.0}, "split 'test' has none of 10 files"),
+        ({'split': 'other'}, "expected 'train' or 'test', got 'other'"),
+        ({'holdout': 1.0}, r'holdout: .* got 1\.0'),
+        ({'split': 'test', 'holdout': 0.0}, "split 'test' gets none of 10 files"),
     ):
         with pytest.raises(ValueError, match=message):
             Documents(pattern, **options)
-    with pytest.raises(ValueError, match='matches none'):
+    with pytest.raises(ValueError, match='no file matches'):
         Documents(str(tmp_path / '*.md'))
 
 

@@ -161,7 +161,9 @@ def test_keys(prepared: str) -> None:
     assert set(batch) == {'label', 'position'}
     assert batch['label'].tolist() == [4]
     assert batch['position'].tolist() == [[4, 4.5, -4]]
-    with pytest.raises(ValueError, match=r"'lable'.* none of image, label, position"):
+    with pytest.raises(
+        ValueError, match=r"unknown \['lable'\]; the fields are image, label, position"
+    ):
         TFDS('tiny', split='train', data_dir=prepared, keys=('lable',))
 
 

@@ -71,7 +71,7 @@ def evaluator_of(module: nn.Module, source: Any, batch_size: int, devices: int) 
         padded_to=-(-batch_size // shards) * shards,
     )
     step = EvalStep(model=functional(module), task=TaskRunner.of(Classification()), seed=0)
-    return Evaluator('test', step, EvalData.of(loader, 'loader'), mesh)
+    return Evaluator('test', step, EvalData.from_loader(loader, 'loader'), mesh)
 
 
 @pytest.mark.parametrize('devices', [1, 8])
@@ -111,7 +111,7 @@ def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
         source=MNIST('test'), batch_size=batch_size, transforms=(ToFloat(),), stages=stages
     )
     step = EvalStep(model=functional(module), task=TaskRunner.of(Classification()), seed=0)
-    return Evaluator('test', step, EvalData.of(loader, 'loader'), mesh_of(8))
+    return Evaluator('test', step, EvalData.from_loader(loader, 'loader'), mesh_of(8))
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_metrics_of_clu_do_not_count_the_padding() -> None:
     mesh = mesh_of(8)
     loader = EvalLoader(source=source, batch_size=96, transforms=(ToFloat(),))
     step = EvalStep(model=functional(Linear()), task=TaskRunner.of(CluTask()), seed=0)
-    theirs = Evaluator('test', step, EvalData.of(loader, 'loader'), mesh).run(state)
+    theirs = Evaluator('test', step, EvalData.from_loader(loader, 'loader'), mesh).run(state)
     assert theirs['accuracy'] == pytest.approx(ours['accuracy'], abs=1e-6)
     assert theirs['loss'] == pytest.approx(ours['loss'], rel=1e-5)
 

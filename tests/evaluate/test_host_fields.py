@@ -121,7 +121,7 @@ def test_a_label_that_does_not_fit_ends_the_run(tmp_path: pathlib.Path) -> None:
         f'--config={CONFIG}', f'--workdir={tmp_path}', f'--config.data.source.label={2**33 + 1}'
     )
     assert finished.code == 2, finished.err
-    assert "config.data: the field 'label' of example 50 holds 8589934593" in finished.err
+    assert "config.data: the field 'label' of example 50 has the value 8589934593" in finished.err
     assert 'Traceback' not in finished.err
 
 

@@ -81,17 +81,17 @@ def test_our_training_loaders_keep_the_contract(name: str) -> None:
     loader = TRAIN[name]()
     assert isinstance(loader, contract.TrainLoader)
     assert isinstance(loader, contract.StreamLoader) == (name == 'StreamLoader')
-    data = TrainData.of(loader, 'config.data.loader')
+    data = TrainData.from_loader(loader, 'config.data.loader')
     assert data.is_stream == (name == 'StreamLoader')
     assert data.examples == (None if data.is_stream else 50)
     assert data.steps_per_epoch == (None if data.is_stream else 12.5)
-    assert data.first()['x'].shape == (1,)
+    assert data.first_example()['x'].shape == (1,)
     data.restore(0, None)
     block = data.block(0, 3)
     assert isinstance(block, contract.StreamBlock)
     assert (block.states is not None) == data.is_stream
     assert block.arrays['x'].shape == block.ids.shape == (3, 4)
-    assert data.marks == () != data.after(((0, 2), (7, 4))).marks
+    assert data.marks == () != data.with_batch_sizes(((0, 2), (7, 4))).marks
     data.close()
 
 
@@ -99,11 +99,11 @@ def test_our_training_loaders_keep_the_contract(name: str) -> None:
 def test_our_evaluation_loaders_keep_the_contract(name: str) -> None:
     loader = EVAL[name]()
     assert isinstance(loader, contract.EvalLoader)
-    data = EvalData.of(loader, 'config.evals.test.data.loader')
+    data = EvalData.from_loader(loader, 'config.evals.test.data.loader')
     assert data.num_batches == (None if name == 'StreamEvalLoader' else 13)
     assert data.rows == 4
     assert {'x', '_mask'} == set(data.spec) == set(data.block(0, 1).arrays)
-    assert data.first()['x'].tolist() == [0]
+    assert data.first_example()['x'].tolist() == [0]
     data.close()
 
 
@@ -113,18 +113,18 @@ def test_our_loaders_have_the_types_of_the_contract() -> None:
     for module, name, protocol in (
         ('loader', 'TrainLoader', 'TrainLoader'),
         ('loader', 'TrainLoader', 'Resizable'),
-        ('loader', 'TrainLoader', 'TellsFirst'),
+        ('loader', 'TrainLoader', 'HasFirst'),
         ('loader', 'EvalLoader', 'EvalLoader'),
         ('loader', 'Block', 'StreamBlock'),
         ('grain_loader', 'GrainLoader', 'TrainLoader'),
         ('grain_loader', 'GrainLoader', 'Resizable'),
-        ('grain_loader', 'GrainLoader', 'TellsFirst'),
-        ('grain_loader', 'GrainLoader', 'Closes'),
+        ('grain_loader', 'GrainLoader', 'HasFirst'),
+        ('grain_loader', 'GrainLoader', 'Closable'),
         ('streaming', 'StreamLoader', 'StreamLoader'),
         ('streaming', 'StreamLoader', 'Resizable'),
-        ('streaming', 'StreamLoader', 'Closes'),
+        ('streaming', 'StreamLoader', 'Closable'),
         ('streaming', 'StreamEvalLoader', 'EvalLoader'),
-        ('streaming', 'StreamEvalLoader', 'Closes'),
+        ('streaming', 'StreamEvalLoader', 'Closable'),
     ):
         lines += [
             f'import data.{module}',
@@ -168,21 +168,21 @@ class Wrapping:
 
 
 def test_what_a_loader_may_leave_out() -> None:
-    data = TrainData.of(Whole(), 'config.data.loader')
+    data = TrainData.from_loader(Whole(), 'config.data.loader')
     assert (data.is_stream, data.marks, data.with_first) == (False, (), None)
-    assert data.first()['x'].tolist() == [[0]]
+    assert data.first_example()['x'].tolist() == [[0]]
     data.restore(3, None)
     data.close()
     assert data.block(1, 1).states is None
     with pytest.raises(UserError, match=r'Whole cannot resume a run whose batch size was 2'):
-        data.after(((0, 2), (5, 4)))
+        data.with_batch_sizes(((0, 2), (5, 4)))
 
 
 def test_a_loader_that_forwards_its_attributes() -> None:
-    data = TrainData.of(Wrapping(TRAIN['TrainLoader']()), 'config.data.loader')
+    data = TrainData.from_loader(Wrapping(TRAIN['TrainLoader']()), 'config.data.loader')
     assert data.with_first is not None and not data.is_stream
     with pytest.raises(UserError, match='Wrapping has no `examples`'):
-        TrainData.of(Wrapping(without('examples')), 'config.data.loader')
+        TrainData.from_loader(Wrapping(without('examples')), 'config.data.loader')
 
 
 def test_a_property_is_not_evaluated_by_the_check() -> None:
@@ -191,7 +191,7 @@ def test_a_property_is_not_evaluated_by_the_check() -> None:
         def first(self) -> Any:
             raise AssertionError('reads data')
 
-    assert TrainData.of(Reading(), 'config.data.loader').with_first is not None
+    assert TrainData.from_loader(Reading(), 'config.data.loader').with_first is not None
 
 
 class NoRows(Whole):
@@ -220,24 +220,24 @@ def without(name: str) -> Any:
 @pytest.mark.parametrize(
     ('loader', 'message'),
     [
-        *((without(n), f'Part has no `{n}`: a loader for this place has examples, steps_per_epoch')
+        *((without(n), f'Part has no `{n}`; this loader needs examples, steps_per_epoch')
           for n in ('examples', 'steps_per_epoch', 'block')),
-        (object(), 'object has no `examples`, `steps_per_epoch`, `spec`, `block`: a loader'),
+        (object(), 'object has no `examples`, `steps_per_epoch`, `spec`, `block`; this loader'),
         (NoRows(), r'NoRows.block cannot be called as block\(start, count, rows=slice\(None\)\)'),
         (OneArgument(), r'OneArgument.restore cannot be called as restore\(position, state\)'),
-        (NoMarks(), 'NoMarks has `after`, and so it must have `marks`'),
+        (NoMarks(), 'NoMarks has `after` but no `marks`; see '),
         (NoMethod(), r'NoMethod.close cannot be called as close\(\)'),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_training_loader_is_named(loader: Any, message: str) -> None:
     with pytest.raises(UserError, match=f'^config.data.loader: {message}'):
-        TrainData.of(loader, 'config.data.loader')
+        TrainData.from_loader(loader, 'config.data.loader')
 
 
 def test_a_training_loader_is_no_evaluation_loader() -> None:
-    expected = 'TrainLoader has no `num_batches`, `rows`: .* see trainer.input.loader.EvalLoader'
+    expected = 'TrainLoader has no `num_batches`, `rows`; .*: see trainer.input.loader.EvalLoader'
     with pytest.raises(UserError, match=expected):
-        EvalData.of(TRAIN['TrainLoader'](), 'config.evals.test.data.loader')
+        EvalData.from_loader(TRAIN['TrainLoader'](), 'config.evals.test.data.loader')
 
 
 def test_the_check_runs_when_the_config_is_built() -> None:

@@ -75,7 +75,7 @@ def test_layers_follow_the_mode() -> None:
 
 
 class Flagged(nn.Module):
-    """A Linen module that is told in its call."""
+    """A Linen module with a training flag in its call."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -159,7 +159,7 @@ class WithDefault(knn.Module):
 
 
 class InField(nn.Module):
-    """A Linen module that is told in its constructor."""
+    """A Linen module with a training flag in its constructor."""
 
     deterministic: bool | None = None
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules are told whether they train, however they spell it and wherever they stand."""
+"""Modules get their training flag, whatever its name and wherever they are in the model."""
 
 from __future__ import annotations
 

@@ -428,14 +428,14 @@ def test_the_place_of_a_stream_has_its_form() -> None:
     reader.next()
     state = json.loads(json.dumps(reader.state()))
     reader.close()
-    again = Reader.at(state, pipeline)
+    again = Reader.from_state(state, pipeline)
     example = again.next()
     assert example is not None and example['x'] == 1
     again.close()
     chance, data = random.Random(13), json.dumps(state).encode()
     for damage in _values(data, chance, 100):
         try:
-            found = Reader.at(json.loads(damage), pipeline)
+            found = Reader.from_state(json.loads(damage), pipeline)
             found.next()
             found.close()
         except ValueError as error:

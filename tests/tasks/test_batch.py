@@ -42,8 +42,8 @@ def test_what_devices_hold(dtype: Any, held: Any) -> None:
 
 def placed(x: Any) -> np.ndarray:
     x = np.asarray(x)
-    fields = Fields.of({'x': ArraySpec((2, *x.shape[2:]), x.dtype)}, 'config.data')
-    return fields.placed({'x': x}, IDS)['x']
+    fields = Fields.from_spec({'x': ArraySpec((2, *x.shape[2:]), x.dtype)}, 'config.data')
+    return fields.to_device_dtypes({'x': x}, IDS)['x']
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,10 @@ def test_what_does_not_fit_is_an_error(
     with pytest.raises(UserError) as info:
         placed(x)
     message = str(info.value)
-    assert f"config.data: the field 'x' of example {example} holds {x[(*place, 2)]}," in message
+    assert (
+        f"config.data: the field 'x' of example {example} has the value {x[(*place, 2)]},"
+        in message
+    )
     assert f'store {dtype} as {device_dtype(x.dtype)}' in message
 
 
@@ -94,11 +97,11 @@ def test_a_real_example_is_named_rather_than_padding() -> None:
 
 def runner(task: Any = None, *transforms: Any, kept: Any = None) -> TaskRunner:
     made = TaskRunner.of(task or (lambda model, batch: batch['x'][:, 0]), transforms)
-    return made.with_host_fields(Fields.of(SPEC, '').kept() if kept is None else kept)
+    return made.with_host_fields(Fields.from_spec(SPEC, '').host_fields() if kept is None else kept)
 
 
 def arrays() -> dict[str, jax.Array]:
-    return {n: jnp.zeros(s.shape, s.dtype) for n, s in Fields.of(SPEC, '').shapes.items()}
+    return {n: jnp.zeros(s.shape, s.dtype) for n, s in Fields.from_spec(SPEC, '').shapes.items()}
 
 
 def reads(read: Callable[[Any], Any], *transforms: Any) -> set[str]:
@@ -185,12 +188,14 @@ def test_a_transform_that_computes_with_text_is_an_error(transform: Any) -> None
 
 
 def test_a_field_that_is_read_later_but_not_at_the_start() -> None:
-    fields = Fields.of(SPEC, '').only({'x'})
-    made = runner(lambda model, batch: batch['label'], kept=fields.kept())
+    fields = Fields.from_spec(SPEC, '').with_sent({'x'})
+    made = runner(lambda model, batch: batch['label'], kept=fields.host_fields())
     with pytest.raises(UserError, match=r"reads batch\['label'\], but did not"):
         made(None, {'x': jnp.zeros((4, 3))})
     through = runner(
-        lambda model, batch: batch['y'], lambda b: {**b, 'y': b['label'] + 1}, kept=fields.kept()
+        lambda model, batch: batch['y'],
+        lambda b: {**b, 'y': b['label'] + 1},
+        kept=fields.host_fields(),
     )
     with pytest.raises(UserError, match=r"reads batch\['y'\], but did not"):
         through(None, {'x': jnp.zeros((4, 3))})
@@ -204,6 +209,6 @@ def test_a_batch_is_a_dict_and_a_pytree() -> None:
     assert isinstance(again, Batch) and again['a'] == 20
     assert jax.tree.structure(again) == jax.tree.structure(batch)
     assert batch.popitem() == ('a', 2) and list(batch) == ['b']
-    hidden = HostField(Fields.of(SPEC, '').kept()[0])
+    hidden = HostField(Fields.from_spec(SPEC, '').host_fields()[0])
     assert plain(Batch({'x': 1, 'name': hidden}, 'the task')) == {'x': 1}
     assert (hidden.shape, hidden.ndim, hidden.size) == ((4,), 1, 4)

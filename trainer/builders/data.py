@@ -33,7 +33,7 @@ def build_train_data(sections: Sections) -> TrainData:
         'remainder': data.remainder,
         'repeat_batch': data.repeat_batch,
     }
-    return TrainData.of(targets.instantiate(node, path), f'{path}.loader')
+    return TrainData.from_loader(targets.instantiate(node, path), f'{path}.loader')
 
 
 def build_task(sections: Sections) -> TaskRunner:
@@ -76,7 +76,7 @@ def _evaluation(
             'padded_to': padded_to,
         }
         loader = targets.instantiate(node, f'{path}.data')
-        return EvalData.of(loader, f'{path}.data.loader')
+        return EvalData.from_loader(loader, f'{path}.data.loader')
 
     return Evaluation(
         every=section.every,

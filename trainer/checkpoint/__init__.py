@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saving and restoring the state with Orbax."""
+"""Checkpoints: saving and restoring the training state with Orbax."""

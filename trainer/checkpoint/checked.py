@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a checkpoint's metadata has the form in which it was written."""
+"""Checks the form of checkpoint metadata."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from trainer.config.errors import shown
 from trainer.config.json_text import is_int, is_number, name
 
-# What every checkpoint of a run has; a resume cannot do without it.
+# Keys in every checkpoint of a run; a resume needs them.
 OF_A_RUN = ('data_digest', 'metrics', 'evaluated')
 
 
@@ -55,7 +55,7 @@ def _metrics(value: Any) -> bool:
 
 
 def _batch_sizes(value: Any) -> bool:
-    """Whether they are pairs of a first step and a size, from step 0 on."""
+    """Whether a value is a list of (first step, batch size), from step 0 on."""
     if not _each(value, lambda x: _each(x, _count) and len(x) == 2 and x[1] > 0) or not value:
         return False
     starts = [start for start, _ in value]
@@ -73,7 +73,7 @@ def _data(value: Any) -> bool:
 
 
 def _config(value: Any) -> bool:
-    """Whether the sections that are read of a checkpoint's config are such."""
+    """Whether a value is a config with valid sections where a resume reads them."""
     if not isinstance(value, dict):
         return False
     data, checkpoint = value.get('data', {}), value.get('checkpoint', {})
@@ -95,7 +95,7 @@ def _early_stopping(value: Any) -> bool:
 
 
 def _health(value: Any) -> bool:
-    """Whether it is a row of 32-bit integers, or such a row for each member of an ensemble."""
+    """Whether a value is a row of 32-bit integers, or one such row per ensemble member."""
 
     def is_row(row: Any) -> bool:
         return bool(row) and _each(row, lambda x: is_int(x) and -(2**31) <= x < 2**31)
@@ -120,7 +120,7 @@ def _dtype(value: Any) -> bool:
         return False
 
 
-# What is expected of a key where it is there, in words and as a function.
+# The expected form of each key, if present: a description for messages, and a predicate.
 _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     'digest': ('a string', lambda x: isinstance(x, str)),
     'step': ('a number of steps', _count),

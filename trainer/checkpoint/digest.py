@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A number over a whole state that is equal for equal states on any mesh."""
+"""A digest of a whole state, which is equal for equal states on any mesh.
+
+A sum over hashed words and not a cryptographic hash: it can be computed on the devices, shard by
+shard, without gathering the state.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,22 @@ import numpy as np
 
 from trainer.modules.model_view import param_path
 
-# Words that numpy mixes at once: small enough to stay in a core's cache.
+# Number of words that numpy hashes at once: small enough for the CPU cache.
 _PIECE = 2**16
 
 
 def leaf_sums(state: Any) -> jax.Array:
-    """Returns one uint32 for each leaf, (leaves,), computed where the leaf lives.
+    """Returns one uint32 per leaf, (leaves,), computed on the devices of the leaf.
 
-    The sum wraps around, so it is the same in any order of addition: on one device or on many.
+    Sums wrap around, so the order of addition does not matter: one device and many agree.
     """
     return jnp.stack([_leaf_sum(leaf) for leaf in jax.tree.leaves(state)])
 
 
 def host_sums(state: Any) -> np.ndarray:
-    """Returns what `leaf_sums` does, computed by numpy a piece at a time.
+    """Returns the same as `leaf_sums`, computed by numpy piece by piece.
 
-    For states in host memory: a program over a whole state would hold up the training step.
+    For states in host memory, where a program over the whole state would block the training step.
     """
     return np.array([_host_sum(leaf) for leaf in jax.tree.leaves(state)], np.uint32)
 
@@ -60,7 +64,7 @@ def _leaf_sum(leaf: jax.Array) -> jax.Array:
 def _host_sum(leaf: Any) -> int:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated:
         return _sum_of_words(np.asarray(leaf))
-    # Part by part: numpy's view of the array would put all of it together, and keep that.
+    # Shard by shard: converting the whole array would assemble it, and JAX would cache the copy.
     parts = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
     sums = (_sum_of_words(np.asarray(p.data), _places(p.index, leaf.shape)) for p in parts)
     return sum(sums) % 2**32

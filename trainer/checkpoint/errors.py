@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong with a checkpoint."""
+"""Checkpoint errors, and which of them are temporary."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import errno
 
 from trainer import compat
 
-# A file system that was away for a while; a full disk or a missing right stays as it is.
-_PASSING = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN}
+# Errors of a file system that was unavailable for a while; not a full disk, or no permission.
+_TEMPORARY = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN}
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be trusted: unreadable, or other arrays than those saved."""
+    """A checkpoint is unreadable, or its arrays differ from those that were saved."""
 
     exit_code = 65
 
 
 class SaveError(CheckpointError):
-    """A save that failed; earlier checkpoints are unchanged.
+    """A save failed; earlier checkpoints are unchanged.
 
     Attributes:
         may_pass: whether a later save may succeed without any change.
@@ -29,19 +29,19 @@ class SaveError(CheckpointError):
     occurred = False
 
     def __init__(self, text: str, *, may_pass: bool):
-        """Takes the complete text to print."""
+        """Keeps the complete message."""
         super().__init__(text)
         self.may_pass = may_pass
         SaveError.occurred = True
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether an error of a save is one that goes away by itself."""
-    return compat.os_error_number(error) in _PASSING
+    """Whether the error of a save is temporary, so that a later save may succeed."""
+    return compat.os_error_number(error) in _TEMPORARY
 
 
 def first_line(error: BaseException) -> str:
-    """Returns 'ValueError: text', without the pages that TensorStore adds, its end kept."""
+    """Returns 'ValueError: text', without the details of TensorStore, shortened in the middle."""
     line = compat.without_details(error)
     short = line if len(line) <= 300 else f'{line[:100]} ... {line[-200:]}'
     return f'{type(error).__name__}: {short}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of one run: asynchronous Orbax saves, retention, and restores that are checked."""
+"""Checkpoints of one run: asynchronous saves with Orbax, retention, and verified restores."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _log = logging.getLogger('trainer')
 
 
 def preload() -> None:
-    """Imports Orbax in the background: it takes as long as the compiler leaves us waiting."""
+    """Imports Orbax in the background, while the main thread waits for the compiler."""
 
     def work() -> None:
         import orbax.checkpoint  # noqa: F401
 
-    # Not a daemon: a process that ends in the middle of this import is aborted.
+    # Not a daemon: if the process exits in the middle of this import, it aborts.
     threading.Thread(target=work, name='import-orbax').start()
 
 
 class _Save(NamedTuple):
-    """A save that is being written by a thread of its own."""
+    """A save in progress, in its own thread."""
 
     step: int
     future: concurrent.futures.Future[None]
@@ -49,8 +49,8 @@ class _Save(NamedTuple):
 class Checkpoints:
     """The checkpoints below one directory, named by the number of completed updates.
 
-    Reading changes nothing on the disk, so a process that only reads may run beside one that
-    trains. The first save opens Orbax's manager and removes what a killed process left behind.
+    Reading does not change files, so a process that only reads may run beside one that trains. The
+    first save opens Orbax's manager and removes the incomplete saves of a killed process.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class Checkpoints:
         retention: Retention,
         on_commit: Callable[[], None] = lambda: None,
     ):
-        """Names the directory; the first save makes it.
+        """Sets the directory; the first save creates it.
 
         Args:
-            directory: where the checkpoints are.
-            retention: which of them are kept.
-            on_commit: called in the background, by the first process, when a save is committed.
+            directory: directory of the checkpoints.
+            retention: which checkpoints to keep.
+            on_commit: called in the background, by the main process, when a save is committed.
         """
         self.directory = epath.Path(directory).absolute()
         self._on_commit = on_commit
@@ -72,11 +72,11 @@ class Checkpoints:
         self._lazy_manager: ocp.CheckpointManager | None = None
         self._in_flight: _Save | None = None
         self._scores: dict[int, float] = {}
-        # One program each: a copy that the next step cannot donate, and the digest's sums.
+        # Compiled once: the copy (the next step donates the original), and the sums of the digest.
         self._copy = jax.jit(lambda state: jax.tree.map(lambda x: x.copy(), state))
         self._sums = jax.jit(digest.leaf_sums)
 
-    # ---- what is there -------------------------------------------------------------------------
+    # ---- listing -------------------------------------------------------------------------------
 
     def steps(self) -> list[int]:
         """Returns the committed steps, oldest first."""
@@ -97,14 +97,14 @@ class Checkpoints:
         return self._retention.best(self.steps(), self._score)
 
     def meta(self, step: int, needed: Sequence[str] = ()) -> dict[str, Any]:
-        """Returns what was stored beside the arrays of a step, `digest` included.
+        """Returns the metadata of a step, including `digest`.
 
         Args:
-            step: of the checkpoint.
+            step: step of the checkpoint.
             needed: keys that it must have, such as `checked.OF_A_RUN`.
 
         Raises:
-            CheckpointError: if it cannot be read, or has another form than it was written in.
+            CheckpointError: if it cannot be read, or does not have the expected form.
         """
         try:
             meta = json_text.parse(self._meta_file(step).read_bytes())
@@ -120,8 +120,8 @@ class Checkpoints:
         """Returns the state of a step, with the shardings of the abstract one.
 
         Raises:
-            UserError: if there is no such checkpoint, or its leaves are not those of `abstract`.
-            CheckpointError: if the arrays read are not those that were saved.
+            UserError: if there is no such checkpoint, or its leaves differ from `abstract`.
+            CheckpointError: if the arrays differ from those that were saved.
         """
         steps = self.steps()
         if step not in steps:
@@ -160,12 +160,12 @@ class Checkpoints:
         """Checks that a checkpoint belongs to the step that its directory is named after.
 
         Args:
-            step: the name.
+            step: the step in the name of the directory.
             meta: the metadata.
-            state: the arrays, if they have been read.
+            state: the state, if it has been read.
 
         Raises:
-            CheckpointError: if it was copied, renamed or linked, naming all the steps.
+            CheckpointError: if it was copied, renamed or linked; the message names all steps.
         """
         found = {'its metadata': meta.get('step', step)}
         if hasattr(state, 'step'):
@@ -178,7 +178,7 @@ class Checkpoints:
             )
 
     def digest(self, state: Any) -> str:
-        """Returns the state's digest."""
+        """Returns the digest of a state."""
         return self._start_digest(_durable(state))()
 
     # ---- writing -------------------------------------------------------------------------------
@@ -186,24 +186,24 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts a save in the background and returns as soon as the state may be donated.
 
-        It waits for the save before, if that is still being written.
+        If the previous save is still in progress, it waits for that first.
 
         Args:
-            step: number of completed updates, the directory's name.
+            step: number of completed updates, and name of the directory.
             state: the state; it is copied on the devices.
-            meta: JSON values stored beside the arrays; 'metrics' and 'evaluated' decide on the
-                best step.
+            meta: JSON values saved beside the arrays; 'metrics' and 'evaluated' decide which
+                step is the best.
 
         Raises:
-            SaveError: if the save before has failed of something that lasts, as `check` does.
+            SaveError: if the previous save failed with a permanent error, as in `check`.
         """
-        self._notice()
+        self._report_finished()
         self._scores[step] = self._retention.score(meta)
-        # The copy is all that the training waits for: the step that follows donates the state.
+        # Training waits only for this copy: the next step donates the state.
         snapshot = self._copy(_durable(state))
-        # A thread of its own, which ends with the save: a trainer that rests holds none.
+        # One thread per save, so that an idle trainer has no threads.
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
-        if writing.on_host(snapshot):
+        if writing.is_on_host(snapshot):
             future = writer.submit(self._write, step, snapshot, dict(meta))
         else:
             try:
@@ -215,24 +215,24 @@ class Checkpoints:
         self._in_flight = _Save(step, future, writer)
 
     def amend(self, step: int, values: Mapping[str, Any]) -> None:
-        """Changes values of the `meta` of a committed step; its arrays and digest stay."""
+        """Updates metadata of a committed step; its arrays and digest do not change."""
         meta = {**self.meta(step), **values}
         self._scores[step] = self._retention.score(meta)
         if jax.process_index() == 0:
             files.replace(self._meta_file(step), json.dumps(meta))
 
     def check(self) -> None:
-        """Notices, without waiting, that the save in flight has failed.
+        """Checks, without waiting, whether the save in progress has failed.
 
         Raises:
-            SaveError: if it failed of something that lasts, such as a full disk. What may pass by
-                itself is a warning: the next save tries again.
+            SaveError: if it failed with a permanent error, such as a full disk. A temporary error
+                is a warning: the next save tries again.
         """
         if self._in_flight is not None and self._in_flight.future.done():
-            self._notice()
+            self._report_finished()
 
     def wait(self) -> None:
-        """Returns when every save is committed.
+        """Waits until every save is committed.
 
         Raises:
             SaveError: if one has failed.
@@ -240,7 +240,7 @@ class Checkpoints:
         if self._in_flight is None:
             return
         save = self._in_flight
-        # An interrupt here leaves it in flight.
+        # If this is interrupted, the save remains in progress.
         save.writer.shutdown()
         self._in_flight = None
         error = save.future.exception()
@@ -248,7 +248,7 @@ class Checkpoints:
             raise self._failed(save.step, error) from error
 
     def close(self) -> None:
-        """Waits for the save in flight and ends all threads; a later save opens them anew.
+        """Waits for the save in progress and ends all threads; a later save starts them again.
 
         Raises:
             SaveError: if that save has failed.
@@ -258,8 +258,8 @@ class Checkpoints:
             self._lazy_manager.close()
             self._lazy_manager = None
 
-    def _notice(self) -> None:
-        """Waits like `wait`; a failure that may pass by itself is only told."""
+    def _report_finished(self) -> None:
+        """Waits like `wait`, but only warns of a temporary failure."""
         try:
             self.wait()
         except SaveError as error:
@@ -295,8 +295,8 @@ class Checkpoints:
         )
 
     def _start_digest(self, state: Any) -> Callable[[], str]:
-        """Returns what ends the digest; on devices its sums are under way at once."""
-        if writing.on_host(state):
+        """Starts the sums of the digest on the devices; returns a function that finishes it."""
+        if writing.is_on_host(state):
             return lambda: digest.combine(state, digest.host_sums(state))
         sums = self._sums(state)
         return lambda: digest.combine(state, fetch(sums))
@@ -309,7 +309,7 @@ class Checkpoints:
         return self._lazy_manager
 
     def _score(self, step: int) -> float:
-        """Returns the retention's score of a step; one that cannot be read is never the best."""
+        """Returns the retention score of a step; an unreadable one is never the best."""
         if step not in self._scores:
             try:
                 self._scores[step] = self._retention.score(self.meta(step))
@@ -332,8 +332,8 @@ class Checkpoints:
     def _failed(self, step: int, error: BaseException) -> SaveError:
         manager, self._lazy_manager = self._lazy_manager, None
         if manager is not None:
-            # After a failure Orbax's own list of steps is wrong: the next save opens it anew.
-            # It raises the error once in each thread, and closes nothing before it has.
+            # After a failure Orbax's list of steps is wrong, so the next save opens a new manager.
+            # It raises the error once in each thread, and closes only after that: hence twice.
             with contextlib.suppress(Exception):
                 manager.wait_until_finished()
             with contextlib.suppress(Exception):
@@ -348,5 +348,5 @@ class Checkpoints:
 
 
 def _durable(state: Any) -> Any:
-    """Returns the part of a training state that is saved; anything else is saved as a whole."""
+    """Returns the part of a training state that is saved; other states are saved as a whole."""
     return getattr(state, 'durable', state)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON beside the arrays, as an Orbax item whose digest is computed during the save."""
+"""Checkpoint metadata: an Orbax JSON item whose digest is computed during the save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer import compat
 
 
 class MetaHandler(ocp.JsonCheckpointHandler):
-    """Writes JSON like Orbax's own handler, but asks for the digest in the background thread."""
+    """Writes JSON like Orbax's handler, but computes the digest in the background thread."""
 
     async def async_save(
         self, directory: epath.Path, item: Any = None, args: MetaSave | None = None
@@ -51,4 +51,4 @@ class MetaSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(MetaHandler, for_restore=True)
 @dataclasses.dataclass
 class MetaRestore(ocp.args.CheckpointArgs):
-    """Arguments of a restore: none, but Orbax wants both kinds of a handler."""
+    """Arguments of a restore: none, but Orbax requires the class."""

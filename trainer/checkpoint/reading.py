@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the arrays of a checkpoint, leaf by leaf, and changes nothing on the disk."""
+"""Reads the arrays of a checkpoint, matched by path; does not change files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.config.text import listed
 
 
 class OtherState(Exception):
-    """A checkpoint has other leaves than the run expects; the text has a line for each.
+    """A checkpoint has other leaves than the run expects; the message has a line for each.
 
     Attributes:
         only_slots_in_half: whether the only difference is that the optimizer state was kept in
@@ -28,10 +28,10 @@ class OtherState(Exception):
 def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any]) -> Any:
     """Returns the state stored in a directory.
 
-    Leaves are found by their paths, so containers without leaves may differ.
+    Leaves are matched by path, so containers without leaves may differ.
 
     Args:
-        directory: where Orbax wrote the state.
+        directory: directory to which Orbax wrote the state.
         abstract: shape, dtype and sharding of each leaf.
         empties: the saved leaves without elements, which are not in the directory.
 
@@ -61,7 +61,7 @@ def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any
 
 
 def _by_names(tree: Any) -> dict[Names, Any]:
-    # Orbax writes tuples with field names as dicts: their paths agree by name only.
+    # Orbax stores named tuples as dicts: only the names along their paths agree.
     return {names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -89,6 +89,6 @@ def _describe(leaf: Any) -> str:
     if leaf is None:
         return 'absent'
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        # What is stored of a typed key is its data.
+        # A typed key is stored as its data.
         leaf = jax.eval_shape(jax.random.key_data, leaf)
     return f'{leaf.dtype}{list(leaf.shape)}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints are kept, and which of them is the best."""
+"""Retention: which checkpoints to keep, and which one is the best."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.config.durations import Periodic
 
 
 def better_mode(name: str) -> str | None:
-    """Returns which values of a metric are better by its name; None where that does not tell."""
+    """Returns 'min' or 'max', whichever is better judging by the name; None if unclear."""
     if name.endswith(('loss', 'error', 'perplexity')):
         return 'min'
     return 'max' if name.endswith('accuracy') else None
@@ -20,11 +20,11 @@ def better_mode(name: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Retention:
-    """Which checkpoints are kept; the newest always are.
+    """Decides which checkpoints to keep; the newest is always kept.
 
     Attributes:
-        keep_last: how many of the newest.
-        keep_every: all at these steps too, or None.
+        keep_last: number of newest checkpoints to keep.
+        keep_every: steps of further checkpoints to keep, or None.
         best_metric: flat name of the metric ('eval/test/accuracy') whose best step is kept too.
         best_mode: 'max' or 'min'.
     """
@@ -35,10 +35,10 @@ class Retention:
     best_mode: str = 'max'
 
     def score(self, meta: Mapping[str, Any]) -> float:
-        """Returns a number that is higher for better.
+        """Returns a score, which is higher for a better checkpoint.
 
-        A NaN is never the best, nor is a metric of an evaluation that did not run at this very
-        step: those weights were never measured.
+        NaN is never the best. Neither is a metric from an evaluation at another step: these weights
+        were never evaluated.
         """
         metric = self.best_metric or ''
         measured = metric.split('/')[1:2] and metric.split('/')[1] in meta.get('evaluated', ())
@@ -48,16 +48,16 @@ class Retention:
         return value if self.best_mode == 'max' else -value
 
     def best(self, steps: Iterable[int], score: Callable[[int], float]) -> int | None:
-        """Returns the step of the highest score, the newest of equals; None if none has one."""
+        """Returns the step with the highest score, the newest if several; None if none has one."""
         scored = [(score(step), step) for step in steps]
         return max((pair for pair in scored if pair[0] > -math.inf), default=(0, None))[1]
 
-    def kept(self, steps: Iterable[int], score: Callable[[int], float]) -> set[int]:
-        """Returns the steps that stay.
+    def steps_to_keep(self, steps: Iterable[int], score: Callable[[int], float]) -> set[int]:
+        """Returns the steps to keep.
 
         Args:
-            steps: all that there are.
-            score: of a step, as `score` returns it for the step's `meta`.
+            steps: all steps with a checkpoint.
+            score: returns the `score` of a step.
         """
         ordered = sorted(steps)
         kept = set(ordered[-max(1, self.keep_last) :])
@@ -75,6 +75,6 @@ class Policy:
     score: Callable[[int], float]
 
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
-        """Returns one boolean for each checkpoint."""
-        kept = self.retention.kept((info.step for info in checkpoints), self.score)
+        """Returns for each checkpoint whether to keep it."""
+        kept = self.retention.steps_to_keep((info.step for info in checkpoints), self.score)
         return [info.step in kept for info in checkpoints]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks before the first step whether the state of a run can be saved.
+"""Checks before the first step that the state of a run can be saved.
 
-It saves one small array with Orbax for each dtype and each kind of name: saving all leaves of a
-large model would take seconds.
+It saves one small array with Orbax for each dtype and each kind of name, because saving all leaves
+of a large model would take seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Question(NamedTuple):
 
 
 _CONTROL = _Question(_PLAIN, np.dtype('float32'))
-# Cache of this process: most runs ask the same questions.
+# Cache of this process: most runs have the same dtypes and names.
 _accepted: set[_Question] = set()
 
 
@@ -44,14 +44,14 @@ def check_storable(abstract: Any) -> None:
         abstract: the state, or its abstract shapes.
 
     Raises:
-        UserError: naming the leaves that cannot be stored.
+        UserError: naming the leaves that cannot be saved.
     """
     leaves = {
         empty.names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
     }
-    lines = _same_place(leaves)
+    lines = _duplicate_names(leaves)
     if not lines and jax.process_count() == 1:
-        lines = _refused(leaves)
+        lines = _check_leaves(leaves)
     if lines:
         raise UserError(
             f'the state of this run cannot be saved in a checkpoint:\n{listed(lines)}\n'
@@ -59,7 +59,7 @@ def check_storable(abstract: Any) -> None:
         )
 
 
-def _same_place(leaves: Iterable[Names]) -> list[str]:
+def _duplicate_names(leaves: Iterable[Names]) -> list[str]:
     """Returns a line for each pair of leaves with the same Orbax name: 'a.b' and 'a', 'b'.
 
     Orbax would silently keep only one of them.
@@ -73,13 +73,13 @@ def _same_place(leaves: Iterable[Names]) -> list[str]:
     return lines
 
 
-def _refused(leaves: dict[Names, Any]) -> list[str]:
+def _check_leaves(leaves: dict[Names, Any]) -> list[str]:
     asked: dict[_Question, Names] = {}
     for names, leaf in leaves.items():
         # For a typed key its data is stored; an empty array is not stored.
         if not empty.is_key(leaf) and not empty.is_empty(leaf):
             asked.setdefault(_Question(_PLAIN, np.dtype(leaf.dtype)), names)
-    for names in _odd(leaves):
+    for names in _unusual_names(leaves):
         asked[_Question(names, np.dtype('float32'))] = names
     new = [question for question in asked if question not in _accepted]
     if not new or _error(new) is None:
@@ -95,7 +95,7 @@ def _refused(leaves: dict[Names, Any]) -> list[str]:
     ]
 
 
-def _odd(leaves: Iterable[Names]) -> list[Names]:
+def _unusual_names(leaves: Iterable[Names]) -> list[Names]:
     """Returns leaves that together cover all unusual characters and the longest name."""
     found: list[Names] = []
     seen: set[str] = set()
@@ -122,7 +122,7 @@ def _error(questions: list[_Question]) -> str | None:
     )
     before = SaveError.occurred
     try:
-        # Threads of a save that has failed may still write there.
+        # Threads of a failed save may still write there.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
             checkpoints = Checkpoints(directory, Retention())
             checkpoints.save(0, state, {})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens Orbax's manager for a run that writes, and the directory below it."""
+"""Opens Orbax's checkpoint manager for writing, and cleans up its directory."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def step_directories(directory: epath.Path) -> Iterator[tuple[int, epath.Path]]:
 
 
 def is_committed(step_directory: epath.Path) -> bool:
-    """Whether the save of a step has ended."""
+    """Whether the save of a step is complete."""
     return compat.is_orbax_committed(step_directory)
 
 
-def on_host(state: Any) -> bool:
-    """Whether a state lies in the memory of this one process.
+def is_on_host(state: Any) -> bool:
+    """Whether a state is in the host memory of a single process.
 
-    Then Orbax may run in a thread of ours; several processes must call it from their main threads.
+    Then Orbax may run in a background thread; otherwise it must be called from the main thread.
     """
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     on_cpu = all(device.platform == 'cpu' for leaf in arrays for device in leaf.devices())
@@ -45,7 +45,7 @@ def on_host(state: Any) -> bool:
 
 
 def check_writable(directory: epath.Path) -> None:
-    """Raises what the file system says to a new file; Orbax would wait ten minutes to say it."""
+    """Creates and deletes a file, to raise errors at once that Orbax raises after ten minutes."""
     directory.mkdir(parents=True, exist_ok=True)
     probe = directory / f'.writable.{jax.process_index()}'
     probe.write_text('')
@@ -53,10 +53,10 @@ def check_writable(directory: epath.Path) -> None:
 
 
 def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
-    """Returns Orbax's manager of a directory, after removing saves that were cut short there.
+    """Returns Orbax's manager of a directory, after removing incomplete saves.
 
     Args:
-        directory: where the steps are.
+        directory: directory of the steps.
         policy: Orbax preservation policy.
     """
     import orbax.checkpoint as ocp
@@ -66,10 +66,10 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
 
     if jax.process_index() == 0:
         _remove_uncommitted(directory)
-        _set_damaged_notes_aside(directory)
+        _move_damaged_notes(directory)
 
     class Manager(ocp.CheckpointManager):
-        """Preemption is the run's own affair; Orbax's thread would ask about steps of the past."""
+        """A manager without preemption handling, which the run does itself."""
 
         def reached_preemption(self, step: int) -> bool:
             return False
@@ -81,7 +81,8 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
         options=ocp.CheckpointManagerOptions(
             create=True,
             preservation_policy=policy,
-            # A half-copied or empty step directory counts as a checkpoint under a mere rename.
+            # If Orbax committed by a rename, an empty or half-copied directory would count as a
+            # checkpoint.
             atomicity_options=ocp_options.AtomicityOptions(
                 mode=ocp_options.AtomicityMode.COMMIT_FILE
             ),
@@ -90,18 +91,18 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
     )
 
 
-def _set_damaged_notes_aside(directory: epath.Path) -> None:
-    # Orbax does without them, but of another shape they would fail the next save, and not the
-    # restore, and so each resume would lose its steps again.
+def _move_damaged_notes(directory: epath.Path) -> None:
+    # Orbax does not need its notes to restore, but malformed ones make the next save fail, so that
+    # each resume would lose its steps again.
     for _, path in step_directories(directory):
         notes = compat.orbax_notes(path)
-        if notes.is_file() and (problem := _problem_of_notes(notes.read_bytes())):
+        if notes.is_file() and (problem := _find_notes_problem(notes.read_bytes())):
             aside = notes.parent / f'{notes.name}.damaged'
             notes.replace(aside)
             _log.warning('%s is damaged (%s): moved to %s', notes, problem, aside)
 
 
-def _problem_of_notes(data: bytes) -> str | None:
+def _find_notes_problem(data: bytes) -> str | None:
     try:
         found = json_text.parse(data)
     except ValueError as error:
@@ -114,14 +115,14 @@ def _problem_of_notes(data: bytes) -> str | None:
             return f'{name!r} is {json_text.name(found[name])}, not an object'
     for name in times:
         if found.get(name) is not None and not json_text.is_int(found[name]):
-            return f'{name!r} is no time'
+            return f'{name!r} is not a time'
     return None
 
 
 def _remove_uncommitted(directory: epath.Path) -> None:
-    # Orbax's own cleaning removes every directory without a commit file, a user's too.
+    # Not Orbax's own cleanup: it removes every directory without a commit file, even a user's.
     for _, path in step_directories(directory):
         if path.is_dir() and not is_committed(path):
-            # Threads of a save that has just failed may still write; then it stays for the next.
+            # Threads of a save that has just failed may still write: leave it for the next time.
             with contextlib.suppress(OSError):
                 path.rmtree()

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer.config.errors import UserError
 from trainer.ensemble import hyperparams
-from trainer.input.host_field import Kept
+from trainer.input.host_field import HostFieldSpec
 from trainer.step.context import Batch
 from trainer.step.health import Health
 from trainer.step.one_model import TrainStep
@@ -164,7 +164,9 @@ class EnsembleStep:
         """Returns the step with another context of its members: fields of `StepContext`."""
         return dataclasses.replace(self, member=self.member.with_context(**changes))
 
-    def with_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> EnsembleStep:
+    def with_fields(
+        self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
+    ) -> EnsembleStep:
         """Returns the step for batches with fields that stay on the host."""
         return dataclasses.replace(self, member=self.member.with_fields(kept, is_weighted))
 

@@ -149,13 +149,13 @@ class Evaluator:
             fields = self._all_fields
             shapes = fields.shapes
             step, task = self.step, self.step.task
-            step = dataclasses.replace(step, task=task.with_host_fields(fields.kept()))
+            step = dataclasses.replace(step, task=task.with_host_fields(fields.host_fields()))
             with self._tracing(), record_reads() as reads, seen.explain_errors():
                 # The evaluated parameters, averaged or not, have the shapes of `params`.
                 variables = {**state.variables, EMA: state.average}
                 output = step.output_shapes(variables, shapes)
-            self._fields = fields.only(reads.names)
-            task = task.with_host_fields(self._fields.kept(), reads.weighted)
+            self._fields = fields.with_sent(reads.names)
+            task = task.with_host_fields(self._fields.host_fields(), reads.weighted)
             self._run_step = dataclasses.replace(step, task=task)
             return output
         except UserError as error:
@@ -170,7 +170,7 @@ class Evaluator:
 
     @functools.cached_property
     def _all_fields(self) -> Fields:
-        return Fields.of(self.data.spec, f'config.evals.{self.name}.data')
+        return Fields.from_spec(self.data.spec, f'config.evals.{self.name}.data')
 
     def check_metric(self, name: str, path: str) -> None:
         """Checks that `run` will return a metric; `prepare` must have been called.

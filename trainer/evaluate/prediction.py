@@ -51,7 +51,7 @@ class Prediction:
         # that the task computes with, so these are sent in the next one.
         opaque = fields.narrowed
         while True:
-            sent = fields.only(fields.sent - opaque)
+            sent = fields.with_sent(fields.sent - opaque)
             made = cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged={})
             with record_reads() as reads:
                 try:
@@ -72,7 +72,7 @@ class Prediction:
                             )
                         raise
                     opaque = opaque - reads.names
-        sent = sent.only(reads.names)
+        sent = sent.with_sent(reads.names)
         return cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged=unchanged)
 
     def __call__(
@@ -127,4 +127,4 @@ class Prediction:
 
 
 def _keep_on_host(step: EvalStep, sent: Fields, opaque: Iterable[str]) -> EvalStep:
-    return dataclasses.replace(step, task=step.task.with_host_fields(sent.kept(opaque)))
+    return dataclasses.replace(step, task=step.task.with_host_fields(sent.host_fields(opaque)))

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from trainer.input.host_field import naming_host_fields
+from trainer.input.host_field import explain_host_fields
 from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
@@ -88,7 +88,7 @@ class EvalStep:
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
         seen = self.task.prepare_batch(batch, passing=True)
-        with naming_host_fields(seen):
+        with explain_host_fields(seen):
             outputs = task.predict(self._bind(variables, keys), seen)
         return {**outputs, MASK: batch[MASK]}
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches on their way to the devices, and the position of a run in its data."""
+"""Input: from a loader to batches on the devices, and the position of a run in its data."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch on its way to a step, with everything that is known about it."""
+"""A batch for a training step, with its example ids and other host data."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from trainer.parallel.mesh import ProcessRows
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LoadedBatch:
-    """The batch of one step, or those of several steps stacked, for one call of a program.
+    """The batch of one step, or the stacked batches of several steps, for one call of a program.
 
     Attributes:
-        start: position of the (first) step: its number, from 0.
+        start: index of the (first) step, from 0.
         count: number of steps.
-        arrays: the fields that are sent to the devices: (rows, ...), or (count, rows, ...) if
-            `count` is more than 1.
+        arrays: the fields on the devices: (rows, ...), or (count, rows, ...) if `count` is more
+            than 1.
         ids: int64 (count, rows), the example in each row that this process reads; -1 is padding.
-        rows: which rows of the global batch these are; None for all.
-        state: where a stream stands after the (last) step; None for other data.
-        host: the fields that were asked for on the host, as the loader has them and with the
-            dimensions of `arrays`.
-        wait_secs: time that the loop waited for this batch.
+        rows: which rows of the global batch this process reads; None for all.
+        state: state of a stream after the (last) step; None for other data.
+        host: the requested host fields, in the dtypes of the loader and with the leading dimensions
+            of `arrays`.
+        wait_secs: time that the training loop waited for this batch.
     """
 
     start: int

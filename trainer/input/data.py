@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loaders behind one interface: checked once, with everything that a loader may leave out.
+"""Wrappers that check a loader once, and give all loaders the same interface.
 
-Nothing else asks what a loader can do. See `trainer.input.loader` for the contract.
+No other code asks which optional methods a loader has. See `trainer.input.loader`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from trainer.config.errors import UserError
 from trainer.input.loader import (
     ALL,
     ArraySpec,
-    Closes,
+    Closable,
     EvalLoader,
+    HasFirst,
     Resizable,
     Rows,
     StreamLoader,
-    TellsFirst,
     TrainLoader,
 )
 
-# How each method of a loader is called: the number of arguments by position, those by name, and
-# what to write in a message. The signatures are those of `trainer.input.loader`.
+# How the trainer calls each method: number of positional arguments, names of keyword arguments,
+# and the signature for messages. See `trainer.input.loader`.
 _CALLS: Mapping[str, tuple[int, tuple[str, ...], str]] = {
     'block': (2, ('rows',), 'block(start, count, rows=slice(None))'),
     'restore': (2, (), 'restore(position, state)'),
@@ -44,7 +44,7 @@ class LoadedBlock:
     Attributes:
         arrays: each field, (steps, rows, ...).
         ids: int64 (steps, rows), the example in each row; -1 is padding.
-        states: where a stream stands after each step; None for other data.
+        states: state of a stream after each step; None for other data.
     """
 
     arrays: Mapping[str, np.ndarray]
@@ -53,35 +53,35 @@ class LoadedBlock:
 
 
 class Data(Protocol):
-    """What training and evaluation data have in common."""
+    """The interface that training and evaluation data share."""
 
     @property
     def examples(self) -> int | None:
-        """Number of examples, None if it is not known."""
+        """Number of examples; None if unknown."""
         ...
 
-    def first(self) -> Mapping[str, np.ndarray]:
+    def first_example(self) -> Mapping[str, np.ndarray]:
         """Returns the first example, each field (1, ...)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Common:
-    """What `TrainData` and `EvalData` share.
+    """Base class of `TrainData` and `EvalData`.
 
     Attributes:
-        loader: as the config names it.
-        with_first: the loader if it tells its first example, None otherwise.
-        closing: the loader if it has something to close, None otherwise.
+        loader: the loader that the config defines.
+        with_first: the loader if it has `first`, None otherwise.
+        closing: the loader if it has `close`, None otherwise.
     """
 
     loader: Any
-    with_first: TellsFirst | None
-    closing: Closes | None
+    with_first: HasFirst | None
+    closing: Closable | None
 
     @property
     def examples(self) -> int | None:
-        """Number of examples, None if it is not known."""
+        """Number of examples; None if unknown."""
         return self.loader.examples
 
     @property
@@ -94,10 +94,10 @@ class _Common:
         block = self.loader.block(start, count, rows=rows)
         return LoadedBlock(block.arrays, block.ids)
 
-    def first(self) -> Mapping[str, np.ndarray]:
-        """Returns the first example, each field (1, ...); of the first batch, if there is no other.
+    def first_example(self) -> Mapping[str, np.ndarray]:
+        """Returns the first example, each field (1, ...); by default the first row of batch 0.
 
-        A stream may have to be restored afterwards.
+        Reading batch 0 moves a stream, so the caller may have to restore its position.
         """
         if self.with_first is not None:
             return self.with_first.first
@@ -105,7 +105,7 @@ class _Common:
         return {name: x[0] for name, x in arrays.items()}
 
     def close(self) -> None:
-        """Ends the loader's threads and processes, if it has any; `block` starts them again."""
+        """Ends the threads and processes of the loader, if any; `block` starts them again."""
         if self.closing is not None:
             self.closing.close()
 
@@ -124,21 +124,21 @@ class TrainData(_Common):
     resizable: Resizable | None
 
     @classmethod
-    def of(cls, loader: Any, path: str) -> TrainData:
-        """Returns the data of a loader.
+    def from_loader(cls, loader: Any, path: str) -> TrainData:
+        """Checks a loader and wraps it.
 
         Args:
-            loader: whatever the config has made.
-            path: its config path, for messages.
+            loader: any object built from the config.
+            path: config path of the loader, for messages.
 
         Raises:
-            UserError: naming what it lacks of `trainer.input.loader.TrainLoader`, or the method
-                that takes other arguments.
+            UserError: if it lacks a part of `trainer.input.loader.TrainLoader`, or a method has
+                other arguments.
         """
         _check(loader, path, 'TrainLoader', ('examples', 'steps_per_epoch', 'spec', 'block'))
         if _has(loader, 'after') and not _has(loader, 'marks'):
             raise UserError(
-                f'{path}: {_name(loader)} has `after`, and so it must have `marks`: see '
+                f'{path}: {_name(loader)} has `after` but no `marks`; see '
                 'trainer.input.loader.Resizable'
             )
         return cls(
@@ -151,18 +151,18 @@ class TrainData(_Common):
 
     @property
     def steps_per_epoch(self) -> Fraction | None:
-        """Steps in which every example is used once, None if there are no epochs."""
+        """Number of steps that use every example once; None if there are no epochs."""
         steps = self.loader.steps_per_epoch
         return None if steps is None else Fraction(steps)
 
     @property
     def is_stream(self) -> bool:
-        """Whether a batch depends on what was read before, and not only on its position."""
+        """Whether a batch depends on what was read before, not only on its position."""
         return self.stream is not None
 
     @property
     def marks(self) -> tuple[tuple[Fraction, Fraction], ...]:
-        """(step, consumed batches of the current size), after a change of the batch size."""
+        """See `trainer.input.loader.Resizable.marks`; empty if the batch size has not changed."""
         return () if self.resizable is None else self.resizable.marks
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> LoadedBlock:
@@ -173,15 +173,15 @@ class TrainData(_Common):
         return LoadedBlock(block.arrays, block.ids, block.states)
 
     def restore(self, position: int, state: Any) -> None:
-        """Goes to a position; only a stream has anything to do.
+        """Moves a stream to a position; does nothing for other data.
 
         Raises:
-            ValueError: if the state is of another stream.
+            ValueError: if the state belongs to another stream.
         """
         if self.stream is not None:
             self.stream.restore(position, state)
 
-    def after(self, batch_sizes: Sequence[tuple[int, int]]) -> TrainData:
+    def with_batch_sizes(self, batch_sizes: Sequence[tuple[int, int]]) -> TrainData:
         """Returns the data of a run whose batch size has changed.
 
         Args:
@@ -195,13 +195,13 @@ class TrainData(_Common):
             raise UserError(
                 f'config.data.batch_size: {_name(self.loader)} cannot resume a run whose '
                 f'batch size was {before}: it has no method `after`, unlike '
-                'trainer.data.loader:TrainLoader. Use the old batch size, or add the method'
+                'trainer.data.loader:TrainLoader. Use the old batch size, or add `after`'
             )
         try:
             loader = self.resizable.after(batch_sizes)
         except ValueError as error:
             raise UserError(f'config.data, after batch size {before}: {error}') from error
-        return TrainData.of(loader, 'config.data.loader')
+        return TrainData.from_loader(loader, 'config.data.loader')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,16 +211,16 @@ class EvalData(_Common):
     loader: EvalLoader
 
     @classmethod
-    def of(cls, loader: Any, path: str) -> EvalData:
-        """Returns the data of a loader.
+    def from_loader(cls, loader: Any, path: str) -> EvalData:
+        """Checks a loader and wraps it.
 
         Args:
-            loader: whatever the config has made.
-            path: its config path, for messages.
+            loader: any object built from the config.
+            path: config path of the loader, for messages.
 
         Raises:
-            UserError: naming what it lacks of `trainer.input.loader.EvalLoader`, or the method
-                that takes other arguments.
+            UserError: if it lacks a part of `trainer.input.loader.EvalLoader`, or a method has
+                other arguments.
         """
         _check(loader, path, 'EvalLoader', ('examples', 'num_batches', 'rows', 'spec', 'block'))
         return cls(
@@ -231,7 +231,7 @@ class EvalData(_Common):
 
     @property
     def num_batches(self) -> int | None:
-        """Number of batches, None if it is not known: then padding follows the last example."""
+        """Number of batches; None if unknown: then padding follows the last example."""
         return self.loader.num_batches
 
     @property
@@ -240,45 +240,45 @@ class EvalData(_Common):
         return self.loader.rows
 
 
-def _check(loader: Any, path: str, contract: str, names: Sequence[str]) -> None:
-    """Checks that a loader has the parts of a contract, and that its methods can be called.
+def _check(loader: Any, path: str, protocol: str, names: Sequence[str]) -> None:
+    """Checks that a loader has the attributes of a protocol, and the signatures of its methods.
 
     Raises:
-        UserError: naming what is missing, or how a method is called.
+        UserError: naming the missing attribute, or the signature that a method needs.
     """
-    page = f'trainer.input.loader.{contract}'
+    page = f'trainer.input.loader.{protocol}'
     if missing := [f'`{name}`' for name in names if not _has(loader, name)]:
         raise UserError(
-            f'{path}: {_name(loader)} has no {", ".join(missing)}: a loader for this place has '
-            f'{", ".join(names)}; see {page}'
+            f'{path}: {_name(loader)} has no {", ".join(missing)}; this loader needs '
+            f'{", ".join(names)}: see {page}'
         )
-    for name, (placed, named, written) in _CALLS.items():
-        if _has(loader, name) and not _takes(getattr(loader, name), placed, named):
+    for name, (num_positional, keywords, signature) in _CALLS.items():
+        if _has(loader, name) and not _accepts(getattr(loader, name), num_positional, keywords):
             raise UserError(
-                f'{path}: {_name(loader)}.{name} cannot be called as {written}, which is how the '
-                'trainer calls it; see trainer.input.loader'
+                f'{path}: {_name(loader)}.{name} cannot be called as {signature}; see '
+                'trainer.input.loader'
             )
 
 
 def _has(loader: Any, name: str) -> bool:
-    """Whether a loader has an attribute; a property, which may read data, is not evaluated."""
+    """Whether a loader has an attribute, without evaluating properties, which may read data."""
     missing = object()
     if inspect.getattr_static(loader, name, missing) is not missing:
         return True
-    # One that wraps another loader may forward attributes.
+    # A wrapper may forward attributes to another loader.
     return hasattr(type(loader), '__getattr__') and hasattr(loader, name)
 
 
-def _takes(method: Any, placed: int, named: Sequence[str]) -> bool:
-    """Whether it is a method that can be called with these arguments."""
+def _accepts(method: Any, num_positional: int, keywords: Sequence[str]) -> bool:
+    """Whether a value can be called with these arguments."""
     if not callable(method):
         return False
     try:
         signature = inspect.signature(method)
-    except (TypeError, ValueError):  # It may be unknown for a function written in C.
+    except (TypeError, ValueError):  # Functions written in C may have no signature.
         return True
     try:
-        signature.bind(*range(placed), **dict.fromkeys(named))
+        signature.bind(*range(num_positional), **dict.fromkeys(keywords))
     except TypeError:
         return False
     return True

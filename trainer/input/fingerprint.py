@@ -13,13 +13,13 @@ from trainer.input.data import Data
 
 
 def fingerprint(data: Data) -> dict[str, Any]:
-    """Returns the number of examples, and dtype, shape and checksum of the first one's fields.
+    """Returns the number of examples, and dtype, shape and checksum of each field of the first one.
 
-    Processes compare it to find out that they read different data, and checkpoints keep it as JSON.
+    Processes compare it to detect that they read different data; checkpoints save it as JSON.
     """
     first = {
         name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(_content(x)):08x}'
-        for name, x in data.first().items()
+        for name, x in data.first_example().items()
     }
     return {'examples': data.examples, 'first example': first}
 
@@ -31,13 +31,14 @@ def data_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     if old != new:
         counts = ['a stream' if n is None else f'{n:,} examples' for n in (old, new)]
         changes.append(f'{counts[0]} before, {counts[1]} now')
-    first, other = before['first example'], now['first example']
-    fields = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+    old_first, new_first = before['first example'], now['first example']
+    names = {**old_first, **new_first}
+    fields = [name for name in names if old_first.get(name) != new_first.get(name)]
     if fields:
         changes.append(f'the first example differs in {", ".join(fields)}')
     return changes
 
 
 def _content(x: np.ndarray) -> bytes:
-    # The bytes of an array of objects are addresses, which differ from process to process.
+    # The bytes of an object array are addresses, which differ between processes.
     return repr(x.tolist()).encode() if x.dtype.hasobject else x.tobytes()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of a batch that stay on the host, as traced functions see them."""
+"""Placeholders for batch fields that stay on the host."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from trainer.config.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
-    """A field of the batch that stays on the host.
+class HostFieldSpec:
+    """Name, shape and dtypes of a batch field that stays on the host.
 
     Attributes:
-        name: of the field.
-        shape: of a global batch, (rows, ...).
-        dtype: in which the loader has it.
-        held: the dtype in which devices would store it; None if a task gets a `HostField`.
+        name: name of the field.
+        shape: shape in a global batch, (rows, ...).
+        dtype: dtype in the loader.
+        device_dtype: dtype in which devices would store it; None if a task gets a `HostField`.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    held: np.dtype[Any] | None
+    device_dtype: np.dtype[Any] | None
 
 
 class HostFieldError(UserError):
-    """Code computed with a field that is not on the devices.
+    """Traced code computed with a field that stays on the host.
 
     Attributes:
-        name: of the field.
+        name: name of the field.
     """
 
     def __init__(self, name: str, message: str):
@@ -45,16 +45,16 @@ class HostFieldError(UserError):
 
 
 class HostField:
-    """Stands for a field that stays on the host: it can be passed on, but not computed with.
+    """Placeholder for a field that stays on the host: code can pass it on, but not compute with it.
 
     Attributes:
-        name: of the field in the batch.
-        shape: of a global batch.
-        dtype: of its values on the host.
+        name: name of the field.
+        shape: shape in a global batch.
+        dtype: dtype on the host.
     """
 
-    def __init__(self, kept: Kept):
-        self.name, self.shape, self.dtype = kept.name, kept.shape, kept.dtype
+    def __init__(self, spec: HostFieldSpec):
+        self.name, self.shape, self.dtype = spec.name, spec.shape, spec.dtype
 
     @property
     def ndim(self) -> int:
@@ -63,15 +63,15 @@ class HostField:
 
     @property
     def size(self) -> int:
-        """Number of values of a global batch."""
+        """Number of elements in a global batch."""
         return math.prod(self.shape)
 
     def error(self, reader: str = '', others: tuple[str, ...] = ()) -> HostFieldError:
-        """Returns the error for code that computes with it.
+        """Returns the error for code that computes with the field.
 
         Args:
             reader: description of that code.
-            others: names of the fields that devices can store, if they are known.
+            others: names of the fields that devices can store, if known.
         """
         reader = reader or 'a transform or the task'
         return HostFieldError(
@@ -90,6 +90,7 @@ class HostField:
         return id(self)
 
     def __getattr__(self, name: str) -> Any:
+        # JAX and copy probe for private and special names: those must look absent.
         if name.startswith('_'):
             raise AttributeError(name)
         raise self.error()
@@ -107,8 +108,8 @@ class HostField:
 
 
 @contextlib.contextmanager
-def naming_host_fields(fields: dict[str, Any]) -> Iterator[None]:
-    """Names the field when JAX rejects a `HostField` among these."""
+def explain_host_fields(fields: dict[str, Any]) -> Iterator[None]:
+    """Raises an error that names the field when JAX rejects a `HostField` in `fields`."""
     try:
         yield
     except TypeError as error:

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a loader must offer: read this file to write one of your own.
+"""The loader protocols: read this file to write a loader of your own.
 
 A loader turns a source into batches, as numpy arrays on the host. `data.loader` in a config names
-the class of the training loader, `evals.<name>.data.loader` that of an evaluation. There is nothing
-to inherit from: whatever has the attributes and methods of `TrainLoader` (or `EvalLoader`) fits,
-with any names for its other parts. They are checked once: those of a training loader when the
-config is built, those of an evaluation's when the run is set up. What a loader may leave out is
-listed at the end of this page.
+the class of the training loader, `evals.<name>.data.loader` that of an evaluation. There is no
+base class: any class with the attributes and methods of `TrainLoader` (or `EvalLoader`) will do.
+They are checked once: for a training loader when the config is built, for an evaluation when the
+run is set up. Optional parts are listed at the end of this file.
 
-Here is a complete training loader, of a source as in `trainer.data.sources`:
+A complete training loader, for a source as in `trainer.data.sources`:
 
     from fractions import Fraction
     from typing import NamedTuple
@@ -22,7 +21,7 @@ Here is a complete training loader, of a source as in `trainer.data.sources`:
 
 
     class InOrder:
-        # The examples in the order of the source, over and over.
+        # Reads the examples in the order of the source, over and over.
 
         def __init__(
             self, *, source, batch_size, transforms, seed, shuffle, remainder, repeat_batch
@@ -60,13 +59,13 @@ In the config:
         shuffle=False,
     )
 
-A training loader is called with the keyword arguments that `InOrder` takes: the source and the
-transforms, built, and `batch_size`, `seed`, `shuffle`, `remainder` and `repeat_batch` from
-`config.data`; an evaluation's loader with `source`, `transforms`, `batch_size` and `padded_to`.
-Further keys of `data.loader` are further arguments.
+A training loader is called with the keyword arguments of `InOrder`: the built source and
+transforms, and `batch_size`, `seed`, `shuffle`, `remainder` and `repeat_batch` from `config.data`;
+an evaluation loader with `source`, `transforms`, `batch_size` and `padded_to`. Other keys of
+`data.loader` are passed as further arguments.
 
-The trainer calls `block` from one thread at a time. With several processes each of them makes the
-loader, and asks for the rows that its own devices hold.
+The trainer calls `block` from one thread at a time. With several processes, each creates its own
+loader, and requests the rows for its own devices.
 """
 
 from __future__ import annotations
@@ -86,35 +85,34 @@ class ArraySpec(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Number of rows first."""
+        """Shape, with the number of rows first."""
         ...
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """As the loader has it; 64-bit values are converted when they are sent to devices."""
+        """dtype in the loader; 64-bit values are converted when they are sent to the devices."""
         ...
 
 
 @runtime_checkable
 class Block(Protocol):
-    """The batches of consecutive steps. One call serves many steps, because calls cost time."""
+    """The batches of consecutive steps: one call returns many, because each call has a cost."""
 
     @property
     def arrays(self) -> Mapping[str, np.ndarray]:
         """Each field of the batch, (steps, rows, ...).
 
-        `_mask`, bool (steps, rows), is false in rows of padding. An evaluation always has it; a
-        training loader only if it pads. A row of padding should repeat a real one: zeros may turn
-        into NaN, and 0 x NaN is not 0.
+        `_mask`, bool (steps, rows), is false in rows of padding. An evaluation loader always has
+        it; a training loader only if it pads. A row of padding should repeat a real one: zeros may
+        turn into NaN, which the mask cannot remove (0 x NaN is NaN).
         """
         ...
 
     @property
     def ids(self) -> np.ndarray:
-        """The number of the example in each row, int64 (steps, rows); -1 is padding.
+        """The index of the example in each row, int64 (steps, rows); -1 is padding.
 
-        The trainer proves the order of the data with them (`data_digest` in `result.json`), and
-        names examples in errors.
+        The trainer computes `data_digest` in `result.json` from them, and names examples in errors.
         """
         ...
 
@@ -125,7 +123,7 @@ class StreamBlock(Block, Protocol):
 
     @property
     def states(self) -> Sequence[Any] | None:
-        """Where the stream stands after each step, (steps,): JSON values, saved in checkpoints.
+        """State of the stream after each step, (steps,): JSON values, saved in checkpoints.
 
         None if these batches do not depend on the position of the stream.
         """
@@ -134,22 +132,22 @@ class StreamBlock(Block, Protocol):
 
 @runtime_checkable
 class TrainLoader(Protocol):
-    """Training batches, without end. Batch s must be the same whenever it is asked for.
+    """An endless sequence of training batches. Batch s must be the same each time it is requested.
 
-    That makes a resumed run exact: it starts at the step that it reached. A loader that cannot go
-    back to any step is a `StreamLoader`.
+    This makes a resumed run exact: it continues with the batch of the step that it reached. A
+    loader without random access to batches is a `StreamLoader`.
     """
 
     @property
     def examples(self) -> int | None:
-        """Number of examples of the source; None if it is not known."""
+        """Number of examples of the source; None if unknown."""
         ...
 
     @property
     def steps_per_epoch(self) -> Fraction | int | None:
-        """Steps in which every example is used once; None if there are no epochs.
+        """Number of steps that use every example once; None if there are no epochs.
 
-        A fraction if batches run across epoch borders. With None, the durations of the config must
+        A fraction if batches cross epoch borders. With None, the durations of the config must
         be in steps or examples.
         """
         ...
@@ -163,7 +161,7 @@ class TrainLoader(Protocol):
         """Returns the batches of the steps [start, start + count).
 
         Args:
-            start: position of the first batch: the number of the step, from 0.
+            start: step of the first batch, from 0.
             count: number of batches, at least 1.
             rows: which rows of each global batch to return: a slice, or int64 indices, ascending.
         """
@@ -174,24 +172,24 @@ class TrainLoader(Protocol):
 class StreamLoader(TrainLoader, Protocol):
     """Training batches of a stream, which can only be read in order.
 
-    `block` is asked for one step after the other, except after `restore`. Each process reads a
-    stream of its own, so a run resumes exactly only with the same number of processes.
+    `block` is called for consecutive steps, except after `restore`. Each process reads its own
+    stream, so a run resumes exactly only with the same number of processes.
     """
 
     def block(self, start: int, count: int, rows: Rows = ALL) -> StreamBlock:
-        """Returns the next batches; arguments as of `TrainLoader.block`."""
+        """Returns the next batches; arguments as for `TrainLoader.block`."""
         ...
 
     def restore(self, position: int, state: Any) -> None:
-        """Goes to a position that a checkpoint holds.
+        """Moves to a position saved in a checkpoint.
 
         Args:
-            position: of the next batch that `block` will be asked for.
+            position: step of the next batch that `block` will return.
             state: `StreamBlock.states` of the step before it; None for the beginning of the
                 stream, whatever the position.
 
         Raises:
-            ValueError: if the state is of another stream; the message says why.
+            ValueError: if the state belongs to another stream; the message says why.
         """
         ...
 
@@ -202,15 +200,15 @@ class EvalLoader(Protocol):
 
     @property
     def examples(self) -> int | None:
-        """Number of examples of the split; None if it is not known."""
+        """Number of examples of the split; None if unknown."""
         ...
 
     @property
     def num_batches(self) -> int | None:
-        """Number of batches; None if it is not known.
+        """Number of batches; None if unknown.
 
-        With None `block` goes on with batches of padding after the last example, and the evaluation
-        ends when no process has any example left.
+        With None, `block` returns batches of padding after the last example, and the evaluation
+        ends when no process has any examples left.
         """
         ...
 
@@ -218,7 +216,7 @@ class EvalLoader(Protocol):
     def rows(self) -> int:
         """Rows of a global batch, padding included: `padded_to`, or `batch_size` if that is more.
 
-        `padded_to` is `batch_size`, rounded up so that the rows divide over the devices.
+        `padded_to` is `batch_size`, rounded up so that the rows divide evenly over the devices.
         """
         ...
 
@@ -231,30 +229,30 @@ class EvalLoader(Protocol):
         """Returns the batches [start, start + count), `_mask` among the arrays.
 
         Args:
-            start: number of the first batch, from 0; or, where `num_batches` is None, the next one.
+            start: index of the first batch, from 0; if `num_batches` is None, always the next one.
             count: number of batches, at least 1.
             rows: which rows of each global batch to return: a slice, or int64 indices, ascending.
         """
         ...
 
 
-# What a loader may leave out. -------------------------------------------------------------------
+# Optional parts of a loader. -------------------------------------------------------------------
 
 
-class TellsFirst(Protocol):
-    """A loader that tells its first example, so that a resumed run notices changed data."""
+class HasFirst(Protocol):
+    """A loader with its first example, so that a resumed run can detect changed data."""
 
     @property
     def first(self) -> Mapping[str, np.ndarray]:
-        """The first example of the source as in epoch 0, each field (1, ...)."""
+        """The first example of the source, transformed as in epoch 0, each field (1, ...)."""
         ...
 
 
-class Closes(Protocol):
-    """A loader that has threads, processes or files to end."""
+class Closable(Protocol):
+    """A loader with threads, processes or files that must be closed."""
 
     def close(self) -> None:
-        """Ends them. A later call of `block` starts them again."""
+        """Closes them. A later call of `block` opens them again."""
         ...
 
 
@@ -263,9 +261,9 @@ class Resizable(TrainLoader, Protocol):
 
     @property
     def marks(self) -> tuple[tuple[Fraction, Fraction], ...]:
-        """(step, what the run had consumed by then, in batches of its current size), ascending.
+        """Pairs (step, data consumed by then, in batches of the current size), ascending.
 
-        Empty for a loader that `after` has not returned.
+        Empty for a loader that was not returned by `after`.
         """
         ...
 
@@ -277,6 +275,6 @@ class Resizable(TrainLoader, Protocol):
                 one is that of this loader.
 
         Raises:
-            ValueError: if the run cannot resume so; the message says why.
+            ValueError: if the run cannot resume this way; the message says why.
         """
         ...

@@ -18,14 +18,14 @@ from trainer.parallel.mesh import ProcessRows
 
 
 class DataPosition:
-    """Counts the batches that steps have consumed, and moves the data to where a run resumes.
+    """Tracks the batches that the steps have consumed, and moves the data to where a run resumes.
 
-    Most data is a function of the position, which is the number of steps. A stream has a state in
-    each process besides, which is kept with the checkpoint.
+    Most data is a function of the position, which is the number of steps. A stream also has a state
+    in each process, which is saved with the checkpoint.
     """
 
     def __init__(self, data: TrainData):
-        """Has counted nothing.
+        """Starts at the beginning of the data.
 
         Args:
             data: the training data.
@@ -34,18 +34,19 @@ class DataPosition:
         self._digest = DataDigest()
         self._state: Any = None
         self._rows: ProcessRows | None = None
-        self._places: np.ndarray | None = None
+        self._row_indices: np.ndarray | None = None
 
     def add(self, batch: LoadedBatch) -> None:
-        """Counts a batch that a step has consumed; batches come in their order, each once."""
+        """Records a batch that a step has consumed; call it for each batch once, in order."""
         ids = batch.ids
         if batch.rows is not self._rows:
             self._rows = batch.rows
-            owned = None if batch.rows is None else batch.rows.held[batch.rows.owned]
-            self._places = owned
+            rows = batch.rows
+            # Processes may read the same rows: only one of them counts each row.
+            self._row_indices = None if rows is None else rows.held[rows.owned]
         if batch.rows is not None:
             ids = ids[:, batch.rows.owned]
-        self._digest.add(batch.start, ids, self._places)
+        self._digest.add(batch.start, ids, self._row_indices)
         if batch.state is not None:
             self._state = batch.state
 
@@ -54,21 +55,21 @@ class DataPosition:
         return f'{processes.sum_over_processes(int(self._digest.value, 16)):016x}'
 
     def meta(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps; all processes must call it."""
+        """Returns the metadata for a checkpoint; all processes must call it."""
         meta: dict[str, Any] = {'data_digest': self.digest()}
         if self._data.is_stream:
             meta['data_states'] = processes.gather(self._state)
         return meta
 
     def restart(self) -> None:
-        """Begins with the first batch."""
+        """Restarts with the first batch."""
         self._digest, self._state = DataDigest(), None
         self._data.restore(0, None)
 
     def resume(self, step: int) -> None:
-        """Continues in this process after the batch that was counted last.
+        """Moves the data of this process back to the batch after the last recorded one.
 
-        A stream may have read further since.
+        The prefetcher may have read a stream further ahead.
 
         Args:
             step: number of completed updates.
@@ -76,21 +77,22 @@ class DataPosition:
         self._data.restore(step, self._state)
 
     def restore(self, step: int, meta: Mapping[str, Any], *, may_restart: bool) -> bool:
-        """Goes to where a checkpoint was saved.
+        """Moves the data to the position of a checkpoint.
 
         Args:
-            step: of the checkpoint.
-            meta: what `meta` returned, and more.
+            step: step of the checkpoint.
+            meta: metadata of the checkpoint, which includes that of `meta`.
             may_restart: whether a stream that cannot continue there restarts from its beginning.
 
         Returns:
-            Whether the data continues exactly where it was.
+            True if the data continues exactly, False if it restarts.
 
         Raises:
             UserError: if a stream cannot continue, unless it may restart.
         """
         self._digest, self._state = DataDigest(), None
-        if processes.is_main_process():  # The others count only what they read from here on.
+        # Digests are summed over processes, so only one of them restores the total so far.
+        if processes.is_main_process():
             self._digest.restore(meta['data_digest'])
         if not self._data.is_stream:
             return True
@@ -107,8 +109,8 @@ class DataPosition:
         if not may_restart:
             raise UserError(
                 f'the data of this run cannot resume at step {step:,}: {problem}\n'
-                'With --allow_config_change it restarts from the beginning: examples that this '
-                'pass has used are used again.'
+                'With --allow_config_change it restarts from the beginning: examples that were '
+                'used in this pass are used again.'
             )
         self._state = None
         self._data.restore(step, None)
@@ -117,11 +119,11 @@ class DataPosition:
 
 def _problem(states: Any) -> str | None:
     if states is None:
-        return 'it is a stream, and the checkpoint was saved with data that is none.'
+        return 'it is a stream, and the checkpoint was saved with data that is not a stream.'
     if len(states) != jax.process_count():
         return (
-            f'it is a stream, of which each process keeps a place of its own, and the checkpoint '
-            f'is of {len(states)} where this run has {jax.process_count()}. Start it with '
-            f'{len(states)} (a source that is no stream goes on with any number).'
+            f'each process has its own position in a stream; the checkpoint has {len(states)} '
+            f'processes, and this run {jax.process_count()}. Start the run with {len(states)} '
+            'processes (only a source with random access resumes with any number).'
         )
     return None

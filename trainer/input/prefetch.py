@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches ahead of time: a thread gathers blocks of steps and puts them on the devices."""
+"""Prefetching: a thread reads blocks of batches ahead of time and puts them on the devices."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from trainer.input.fields import Fields
 from trainer.input.loader import Block, StreamBlock
 from trainer.parallel.mesh import ProcessRows, batch_sharding
 
-# One gather serves many steps, because what costs is Python's work per call. A block that outgrows
-# the cores' caches costs more than it saves; for one that takes long the loop waits, and `close`.
+# Limits of a block. One gather serves many steps because of Python's overhead per call. But a block
+# larger than the CPU caches is slower, and both the loop and `close` have to wait for a slow one.
 _BLOCK_STEPS = 64
 _BLOCK_BYTES = 2**21
 _BLOCK_SECS = 0.1
-# A batch that is gathered faster than this is gathered in the loop itself, if it needs no transfer:
-# handing the interpreter's lock between two threads costs more.
+# Batches that take less time than this are read by the loop itself, if they need no transfer:
+# passing the interpreter lock between two threads costs more.
 _CHEAP_SECS = 50e-6
 _WINDOW_SECS = 2.0
-# Slower than these in a single block is expensive beyond doubt. Time spent waiting proves less than
-# time spent computing: the thread may have waited for the interpreter's lock, or for a core.
+# A single block that is slower than this per batch proves that batches are expensive. Wall time
+# proves less than CPU time: the thread may have waited for the interpreter lock or for a core.
 _EXPENSIVE_CPU_SECS = 5e-3
 _EXPENSIVE_SECS = 0.1
 
@@ -43,9 +43,9 @@ Arrays = dict[str, Any]
 class Prefetcher:
     """Iterates over batches, each of one step, or of several stacked ones.
 
-    There is one iteration: a second loop continues where the first one stopped, and finds nothing
-    after the end, an exception or `close`. An exception in the thread (a source, a transform) is
-    raised from the iteration with its own traceback, after the blocks before it.
+    All loops share one iterator: a second loop continues where the first one stopped, and gets
+    nothing after the end, an exception or `close`. An exception in the thread (from a source or a
+    transform) is raised by the iterator with its own traceback, after the blocks before it.
     """
 
     def __init__(
@@ -61,31 +61,31 @@ class Prefetcher:
         depth: int = 2,
         release: Callable[[], None] | None = None,
     ):
-        """Starts the thread; without a transfer, the iteration starts it.
+        """Starts the thread; if no transfer is needed, the iteration starts it when it pays off.
 
         Each process reads the rows of its own devices.
 
         Args:
-            block: of the data: `block(start, count, rows=...)`.
-            calls: the number of steps of each batch, in order; its end is the end of the iteration.
+            block: method of the data: `block(start, count, rows=...)`.
+            calls: the number of steps of each batch, in order; the iteration ends with it.
             mesh: the device mesh, over which the rows are sharded.
             batch_rows: rows of a global batch.
-            fields: those that are sent to the devices; None for all of a block.
-            host: names of fields that a batch also has as the loader has them.
-            start: position of the first batch.
-            depth: number of blocks that are kept ready.
-            release: called by `close` when no block is asked for any more.
+            fields: which fields are sent to the devices; None for all.
+            host: names of fields to keep on the host too, in the dtypes of the loader.
+            start: step of the first batch.
+            depth: number of blocks to prefetch.
+            release: called by `close` after the last call of `block`.
         """
         self._sharding = batch_sharding(mesh)
         self._stacked = batch_sharding(mesh, leading_dims=1)
         self._rows = ProcessRows.from_mesh(mesh, batch_rows) if jax.process_count() > 1 else None
-        held = slice(None) if self._rows is None else self._rows.held
-        self._block = functools.partial(block, rows=held)
+        rows = slice(None) if self._rows is None else self._rows.held
+        self._block = functools.partial(block, rows=rows)
         self._release = release
         self._fields = fields
         self._host = tuple(host)
-        # The memory of a lone CPU device is the host's: the compiled call reads numpy arrays as
-        # they are, and a transfer of each would only take the interpreter's lock from the loop.
+        # A single CPU device shares the host's memory: compiled code reads numpy arrays directly,
+        # and transfers would only compete with the loop for the interpreter lock.
         devices = mesh.devices
         self._on_host = devices.size == 1 and devices.flat[0].platform == 'cpu'
         self._items = self._prepare(start, iter(calls))
@@ -113,11 +113,11 @@ class Prefetcher:
         self.close()
 
     def close(self) -> None:
-        """Ends the iteration, and the thread as soon as it is done with its block; waits for it."""
+        """Ends the iteration, and waits for the thread to finish its current block."""
         self._stopped.set()
         self._batches.close()
         while self._thread.is_alive():
-            # It may be blocked on a full queue.
+            # The thread may be blocked on a full queue.
             with contextlib.suppress(queue.Empty):
                 self._queue.get_nowait()
             self._thread.join(0.02)
@@ -156,26 +156,26 @@ class Prefetcher:
             self._queue.put(error)
 
     def _prepare(self, start: int, calls: Iterator[int]) -> Iterator[list[LoadedBatch]]:
-        """Yields the batches of one block after the other."""
-        # Small blocks first: the first step must not wait for the sixty-fourth batch.
+        """Yields the batches of one block at a time."""
+        # Start with small blocks: the first step must not wait for 64 batches.
         limit = 1
         while counts := _take(calls, limit):
             steps, began = sum(counts), time.perf_counter()
             block = self._block(start, steps)
-            in_time = _BLOCK_SECS * steps / max(time.perf_counter() - began, 1e-9)
+            steps_in_time = _BLOCK_SECS * steps / max(time.perf_counter() - began, 1e-9)
             yield self._divide(start, block, counts)
             start += steps
-            fitting = min(_BLOCK_BYTES // _batch_bytes(block), int(in_time))
-            limit = min(2 * limit, _BLOCK_STEPS, max(1, fitting))
+            max_steps = min(_BLOCK_BYTES // _batch_bytes(block), int(steps_in_time))
+            limit = min(2 * limit, _BLOCK_STEPS, max(1, max_steps))
 
     def _divide(self, start: int, block: StreamBlock, counts: list[int]) -> list[LoadedBatch]:
-        """Returns the batches of a block, one for each count."""
+        """Returns the batches of a block, one per entry of `counts`."""
         arrays = block.arrays
         if self._fields is not None:
-            arrays = self._fields.placed(arrays, block.ids)
+            arrays = self._fields.to_device_dtypes(arrays, block.ids)
         ends = list(itertools.accumulate(counts))
         spans = [slice(end - n, end) for n, end in zip(counts, ends, strict=True)]
-        # A batch of one step has no dimension for steps.
+        # An integer index removes the dimension of steps from a batch of one step.
         parts = [span if n > 1 else span.start for n, span in zip(counts, spans, strict=True)]
         on_devices = self._put([{k: x[part] for k, x in arrays.items()} for part in parts], counts)
         return [
@@ -192,7 +192,7 @@ class Prefetcher:
         ]
 
     def _put(self, batches: list[Arrays], counts: list[int]) -> list[Arrays]:
-        """Returns the batches of a block on the devices, after one transfer."""
+        """Puts the batches of a block on the devices, with one transfer."""
         if self._on_host:
             return batches
         shardings = [self._sharding if n == 1 else self._stacked for n in counts]
@@ -204,14 +204,14 @@ class Prefetcher:
 
 
 class _Cost:
-    """Judges from each block's time whether batches are too expensive to be gathered in the loop.
+    """Measures whether batches are too expensive to be read in the training loop itself.
 
-    A single block does so only if it leaves no doubt, and else the fastest of a window: neither the
-    mean nor the first ones, for an import in another thread, or a busy machine, slows blocks down
-    for a while, and says nothing of what they cost.
+    Decided by the fastest block of a time window, or by a single block that is very slow. Not by
+    the mean or the first blocks: an import in another thread or a busy machine slows some blocks
+    down, which says nothing about their cost.
 
     Attributes:
-        is_high: the judgement so far.
+        is_high: whether batches were found to be too expensive.
     """
 
     def __init__(self) -> None:
@@ -221,7 +221,7 @@ class _Cost:
         self._fastest = math.inf
 
     def add(self, secs: float, cpu_secs: float, batches: int) -> None:
-        """Counts a block of so many batches: its time, and the part of it spent computing."""
+        """Adds a block: its wall time, its CPU time, and its number of batches."""
         self._fastest = min(self._fastest, secs / batches)
         # The first block opens files, imports modules and shuffles the epoch.
         if not self._is_first:
@@ -234,7 +234,7 @@ class _Cost:
 
 
 def _take(calls: Iterator[int], limit: int) -> list[int]:
-    """Returns the next calls, at least one if there is one, up to `limit` steps in all."""
+    """Returns the next calls until they reach `limit` steps; empty at the end."""
     counts: list[int] = []
     for count in calls:
         counts.append(count)

@@ -230,7 +230,7 @@ def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
     """Passes the training flag to a method that does not read `self.training`."""
 
     @functools.wraps(method)
-    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = train_flags.with_flags(self, args, kwargs, self.training)
         layers = isinstance(self, nn.Sequential)
         with (
@@ -240,4 +240,4 @@ def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
         ):
             return method(self, *args, **kwargs)
 
-    return told
+    return wrapped

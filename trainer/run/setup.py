@@ -177,7 +177,7 @@ def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -
     if start < run.batch_sizes.parts[-1][0] and not data.is_stream:
         # Reading begins before the last change of the batch size, as after restoring an older
         # checkpoint: the data is laid out as if the run resumed there.
-        data = data.after(run.batch_sizes.with_size(start, batch_size).parts)
+        data = data.with_batch_sizes(run.batch_sizes.with_size(start, batch_size).parts)
     return Prefetcher(
         data.block,
         calls,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.sharding import Mesh
 
-from trainer.input.host_field import Kept
+from trainer.input.host_field import HostFieldSpec
 from trainer.modules.rng import Keys
 from trainer.step import (
     custom_step,
@@ -69,7 +69,9 @@ class TrainStep:
         """Returns the step with another context: `changes` are fields of `StepContext`."""
         return dataclasses.replace(self, context=dataclasses.replace(self.context, **changes))
 
-    def with_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TrainStep:
+    def with_fields(
+        self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
+    ) -> TrainStep:
         """Returns the step for batches with fields that stay on the host."""
         return self.with_context(task=self.task.with_host_fields(kept, is_weighted))
 

@@ -22,7 +22,7 @@ from trainer import compat
 from trainer.config.errors import UserError
 from trainer.config.objects import place
 from trainer.input.fields import Fields
-from trainer.input.host_field import HostFieldError, Kept
+from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.modules import seen
 from trainer.modules.nnx_bridge import allow_names_for_rules
 from trainer.modules.shapes import changes, describe
@@ -188,7 +188,7 @@ class StepKind(Protocol):
     def with_context(self, **changes: Any) -> Self:
         """Returns the step with another context: `changes` are fields of `StepContext`."""
 
-    def with_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> Self:
+    def with_fields(self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None) -> Self:
         """Returns the step for batches with fields that stay on the host."""
 
     def with_state(self, state: TrainState, replicated: Any = None) -> Self:
@@ -248,15 +248,15 @@ class Programs:
         self._mesh = mesh
         self._fused_steps = fused
         self._tracing = functools.partial(named_axes, sharding, mesh)
-        fields = Fields.of(spec, 'config.data')
+        fields = Fields.from_spec(spec, 'config.data')
         self._shapes = fields.shapes
-        self._first_step = train_step.with_fields(fields.kept())
+        self._first_step = train_step.with_fields(fields.host_fields())
         # The first trace finds which fields the task reads and whether it returns weights. From
         # here on, the step is that of batches with those fields.
         with self._tracing(), record_reads() as reads:
             named = _init_shapes(self._first_step, self._shapes)
-        self.fields = fields.only(reads.names)
-        train_step = train_step.with_fields(self.fields.kept(), reads.weighted)
+        self.fields = fields.with_sent(reads.names)
+        train_step = train_step.with_fields(self.fields.host_fields(), reads.weighted)
         shapes = meta.unbox(named)
         with allow_names_for_rules():
             names = nn.get_partition_spec(named.params)

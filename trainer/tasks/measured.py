@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computed metrics: numbers for a row, arrays for a file, and checks that they are either."""
+"""Computed metrics (numbers for rows, arrays for files), and checks of them before training."""
 
 from __future__ import annotations
 

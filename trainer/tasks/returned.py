@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with what a task has returned, and what it should return instead."""
+"""Checks the result of a task, with messages that say what it should return."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def require_array(output: Any, task: Any, what: str) -> jax.Array:
 
 
 def refusal(result: Any) -> str:
-    """Returns what is said of a result that is none of the forms that a task's result may have."""
+    """Returns the message for a result that has none of the supported forms."""
     text = f'returned {describe(result)}. '
     if result is None:
         return f'{text}Is a return statement missing? {_FORMS}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a user's task inside a step: padding masked, weights set, metrics made."""
+"""Runs a user's task inside a step: masks padding, sets weights, computes metrics."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.config.errors import UserError
 from trainer.input.fields import MASK as MASK
-from trainer.input.host_field import HostField, Kept, naming_host_fields
+from trainer.input.host_field import HostField, HostFieldSpec, explain_host_fields
 from trainer.modules import seen
 from trainer.modules.model_view import BoundModel
 from trainer.tasks import returned
@@ -60,7 +60,7 @@ class TaskRunner:
     task: Callable[..., Any]
     metrics: type[clu.metrics.Collection] | None
     transforms: tuple[Transform, ...] = ()
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[HostFieldSpec, ...] = ()
     is_weighted: bool | None = None
 
     @classmethod
@@ -85,7 +85,9 @@ class TaskRunner:
             )
         return cls(task, metrics, tuple(transforms))
 
-    def with_host_fields(self, kept: Sequence[Kept], is_weighted: bool | None = None) -> TaskRunner:
+    def with_host_fields(
+        self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
+    ) -> TaskRunner:
         """Returns the runner for batches with fields that stay on the host."""
         return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
 
@@ -106,7 +108,7 @@ class TaskRunner:
         """
         if self.kept or passing or reads.get() is not None:
             return self._record_batch(batch, passing=passing)
-        # All fields are on the devices, and which of them are read is known or does not matter.
+        # The common case: all fields are on the devices, and reads need not be recorded.
         fields = PlainBatch({name: x for name, x in batch.items() if name != MASK})
         for transform in self.transforms:
             fields = PlainBatch(transform(fields))
@@ -124,7 +126,9 @@ class TaskRunner:
         rows = next((x.shape[0] for x in plain(batch).values()), None)
         # A transform that passes on all fields must find them; fields made from these are omitted.
         zeros = {
-            name: jnp.zeros((kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.held)
+            name: jnp.zeros(
+                (kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.device_dtype
+            )
             for name, kept in unsent.items()
         }
         made = apply_transforms(self.transforms, {**fields, **zeros}, hidden)
@@ -135,21 +139,23 @@ class TaskRunner:
         seen.restart()  # What transforms have read is not of the task.
         return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
 
-    def _hidden_fields(self, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Kept]]:
+    def _hidden_fields(
+        self, fields: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, HostFieldSpec]]:
         """Returns the fields that can only be passed on, and those that were not read."""
         kept = [each for each in self.kept if each.name not in fields]
-        hidden = {each.name: HostField(each) for each in kept if each.held is None}
-        return hidden, {each.name: each for each in kept if each.held is not None}
+        hidden = {each.name: HostField(each) for each in kept if each.device_dtype is None}
+        return hidden, {each.name: each for each in kept if each.device_dtype is not None}
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
         """Returns the task's output with `weights` always set, and 0 where a row is padding.
 
         Named losses have weights by name, an entry for the metrics among them.
 
-        A row whose weights are all 0 affects nothing, whatever its values: 0 times a non-finite
-        gradient would not be 0. So a task that returns weights runs again on a batch in which each
-        such row is replaced by a row with nonzero weight. Only the weights of the first run are
-        used, and the compiler drops the rest of it.
+        A row whose weights are all 0 must not affect anything, whatever its values, but 0 times a
+        non-finite gradient is not 0. So a task that returns weights runs a second time, on a batch
+        in which each such row is replaced by a row with nonzero weight. Only the weights of the
+        first run are used, and the compiler removes the rest of it.
         """
         if self.is_weighted is False:
             return self._with_weights(self.task(model, self.prepare_batch(batch)), batch)[0]
@@ -172,7 +178,7 @@ class TaskRunner:
     def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
         """Returns the task's output with weights set, and those that the task returned, if any."""
         fields = self.prepare_batch(batch)
-        with naming_host_fields(fields):
+        with explain_host_fields(fields):
             result = self.task(model, fields)
         return self._with_weights(result, batch)
 
@@ -225,7 +231,7 @@ class TaskRunner:
             raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
-        """Returns accumulators that have seen nothing, for outputs like this (abstract) one.
+        """Returns empty accumulators for outputs like this (abstract) one.
 
         Raises:
             UserError: naming a metric whose accumulators change shape.

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from trainer.input.host_field import HostField, naming_host_fields
+from trainer.input.host_field import HostField, explain_host_fields
 from trainer.tasks.batch import Batch
 
 Transform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -26,7 +26,7 @@ def apply_transforms(
     """
     seen: Mapping[str, Any] = {**fields, **hidden}
     for transform in transforms:
-        with naming_host_fields(hidden):
+        with explain_host_fields(hidden):
             seen = transform(Batch(seen, f'the device transform {transform}', passing=True))
     return dict(seen)
 
