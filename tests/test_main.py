@@ -38,7 +38,10 @@ CNN = '--config=configs/mnist.py'
         (('--config=configs/mnst.py',), 'Did you mean configs/mnist.py?'),
         ((CNN, 'stray'), "'stray' is not a flag"),
         ((CNN, '--wrkdir=x'), 'workdir'),
-        ((CNN, '--mode=eval', '--workdir=nowhere'), 'there is no run in nowhere'),
+        (
+            (CNN, '--mode=eval', '--workdir=nowhere'),
+            'no run in nowhere: the directory does not exist',
+        ),
         ((), '--config is missing'),
     ],
 )
@@ -166,8 +169,11 @@ def test_broken_config_file(
             (CNN, '--config.optimizer.lr_multipliers=(("Conv.*",0.1),)'),
             'no pattern matches',
         ),
-        ((CNN, '--config.accumulate=5'), '40 would'),
-        ((CNN, '--config.accumulate=5', '--mode=summary'), '40 would'),
+        ((CNN, '--config.accumulate=5'), 'micro-batches (config.accumulate); use 40'),
+        (
+            (CNN, '--config.accumulate=5', '--mode=summary'),
+            'micro-batches (config.accumulate); use 40',
+        ),
         ((CNN, '--config.evals.test.ema=true'), 'set config.ema.decay'),
         ((CNN, '--config.checkpoint.best.metric=accuracy'), 'expected eval/test/...'),
         (
