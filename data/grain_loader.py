@@ -172,8 +172,8 @@ class GrainLoader:
         ids = self._loader.order(step, 1)[0][0, rows]
         records = ', '.join(describe(self._source, i) for i in ids.tolist() if i != PADDING)
         return WorkerError(
-            f'a data worker process died: {worker_death_cause(error)}. The first missing rows '
-            f'are {rows[0]} to {rows[-1]} of the batch at position {step}: {records}. '
+            f'a data worker process died: {worker_death_cause(error)}. Its first missing '
+            f'task is rows {rows[0]} to {rows[-1]} of the batch at position {step}: {records}. '
             'Exit code -9 means that it was killed, often because memory ran out (use fewer '
             'workers or a smaller `ahead`); -11 is a crash in the library that decodes the record.'
         )
