@@ -155,7 +155,7 @@ def _key(path: str, section: type, field: dataclasses.Field[Any]) -> list[str]:
     hint = schema.describe(schema.fields(section)[field.name])
     default = schema.default_of(field)
     facts = [f'`{hint}`']
-    if dataclasses.is_dataclass(default):
+    if dataclasses.is_dataclass(default) and not isinstance(default, Duration):
         facts = ['section']
     elif default is schema.REQUIRED:
         facts.append('required')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What mkdocs.yml cannot say: folders in the navigation, and where mkdocstrings finds the code."""
+"""Settings that mkdocs.yml cannot express: where mkdocstrings finds the code."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 @event_priority(100)  # Before mkdocstrings, which reads the setting.
 def on_config(config: Any) -> Any:
-    """Reads the folders of the navigation; links the package's files as a wheel has them."""
-    config.nav = _expanded(config.nav, pathlib.Path(config.docs_dir))
+    """Links the package's files as a wheel has them."""
     staging = pathlib.Path(tempfile.mkdtemp(prefix='docs-'))
     atexit.register(shutil.rmtree, staging, ignore_errors=True)
     package = staging / 'trainer'
@@ -33,15 +32,3 @@ def on_config(config: Any) -> Any:
     python = config.plugins['mkdocstrings'].config.handlers.setdefault('python', {})
     python['paths'] = [str(staging)]
     return config
-
-
-def _expanded(entries: list[Any], docs: pathlib.Path) -> list[Any]:
-    """Returns the navigation with the pages of a folder, by title, in place of each `folder/`."""
-    expanded = []
-    for entry in entries:
-        [(title, value)] = entry.items() if isinstance(entry, dict) else [(None, entry)]
-        if isinstance(value, str) and value.endswith('/'):
-            pages = sorted((docs / value).glob('*.md'), key=lambda path: path.read_text())
-            entry = {title: [path.relative_to(docs).as_posix() for path in pages]}
-        expanded.append(entry)
-    return expanded

@@ -32,7 +32,7 @@ SAYS = (
     ('--mode=config', r"^train_for = '3 steps'  # --config\.train_for=3steps$"),
     ('--helpconfig', r'^  --config\.optimizer\.learning_rate +float +'),
     ('--mode=eval', r'^eval \w+: '),
-    ('--mode=predict', r'predictions_\w+_3\.npz: [\d,]+ rows'),
+    ('--mode=predict', r'predictions_\w+_3\.npz: .* of [\d,]+ examples'),
     ('--mode=plan', r'^fits'),
     ("--match='Conv_", r'Conv_1'),
     ('--mode=export', r'model\.jax_export\(batch\) for '),
@@ -51,8 +51,8 @@ SAYS = (
     ('mine/config.py', r'^hook: step 50 wrong [\d.]+$'),
     ('gan/', r'^  train/gen_loss '),
     ('sam.step', r'^  train/first_norm '),
-    ('init_from.path', r'^start .*runs/pretrained'),
-    ('transfer/digits', r'^start .*runs/pretrained'),
+    ('init_from.path', r'^starting from scratch, with weights from .*runs/pretrained'),
+    ('transfer/digits', r'^starting from scratch, with weights from .*runs/pretrained'),
 )
 
 

@@ -74,7 +74,7 @@ flags.DEFINE_bool(
 flags.DEFINE_string(
     'coordinator',
     None,
-    "Address of process 0, 'host:port'. Detected on TPUs and under SLURM and Open MPI.",
+    "Address of process 0, 'host:port'. Detected on TPUs and under Slurm and Open MPI.",
     flag_values=_FLAGS,
 )
 flags.DEFINE_integer('num_processes', None, 'Number of processes.', flag_values=_FLAGS)

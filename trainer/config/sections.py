@@ -111,7 +111,7 @@ class GroupSection:
 
     Attributes:
         params: patterns of the parameters of the group; every parameter is in exactly one.
-        loss: name of the loss that the group minimises, of a task with several; None for the
+        loss: name of the loss that the group minimizes, of a task with several; None for the
             only one.
         clip_norm: largest global norm of the group's gradients; larger ones are scaled down.
         decay_mask: patterns of the parameters with weight decay; None leaves it to the
@@ -198,7 +198,7 @@ class PrecisionSection:
 class BestSection:
     """`config.checkpoint.best`: the checkpoint that is kept for its metric.
 
-    `mode` says which values are better; losses and errors are better below, accuracies above.
+    `mode` says which values are better; losses and errors should fall, accuracies rise.
 
     Attributes:
         metric: the metric that decides, such as 'eval/test/accuracy'; it must be measured at
@@ -230,9 +230,9 @@ class CheckpointSection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EarlyStoppingSection:
-    """`config.early_stopping`: the end of a run whose metric has stopped getting better.
+    """`config.early_stopping`: the end of a run whose metric has stopped improving.
 
-    `mode` says which values are better; losses and errors are better below, accuracies above.
+    `mode` says which values are better; losses and errors should fall, accuracies rise.
 
     Attributes:
         metric: the metric that must improve, such as 'eval/test/loss'.
@@ -318,8 +318,8 @@ class ProfileSection:
 class CaptureSection:
     """`config.capture.<name>`: what modules return or sow, after some steps.
 
-    `match` has patterns for the whole path of a module or of a sown value. By default that is at
-    every row of metrics. Files hold the first `rows` rows of each array, and the last `keep` stay.
+    `match` has patterns for the whole path of a module or of a sown value. Files hold the first
+    `rows` examples of each array, and the newest `keep` files are kept.
 
     Attributes:
         match: patterns for whole paths of modules or sown values; `(model)` is the output of
@@ -376,7 +376,7 @@ class Sections:
         task: what the model does with a batch: its loss and metrics.
         data: where training batches come from.
         optimizer: the optimizer; keys other than those below are arguments of its target.
-        seed: seed of initialisation, dropout, order and augmentation.
+        seed: seed of initialization, dropout, order and augmentation.
         evals: evaluations, by name.
         accumulate: number of micro-batches that a batch is split into; the gradients are those
             of the whole batch.
