@@ -114,7 +114,7 @@ flags.DEFINE_list(
 flags.DEFINE_multi_string(
     'match',
     [],
-    '--mode=grad_probe: regular expression for module paths.',
+    '--mode=grad_probe: regular expression for whole module paths; may be repeated.',
     flag_values=_FLAGS,
 )
 flags.DEFINE_bool('helpconfig', False, 'List all config keys and exit.', flag_values=_FLAGS)

@@ -65,7 +65,7 @@ def test_the_best_needs_a_metric(trained: pathlib.Path) -> None:
     options = (command.MLP, *command.SMALL, f'--workdir={trained}', '--mode=eval')
     done = command.run(*options, '--step=best')
     assert done.code == 2
-    assert 'add --config.checkpoint.best.metric' in done.err
+    assert 'Add --config.checkpoint.best.metric' in done.err
 
 
 @pytest.mark.slow

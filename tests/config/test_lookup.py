@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import time
+import typing
 
 import pytest
 
 from tests.config.examples import applied, config, referencing
-from trainer.config import loading, overrides, schema, synonyms, unknown
+from trainer.config import loading, lookup, overrides, schema, synonyms, unknown
 from trainer.config.errors import UserError
 
 
@@ -84,7 +85,7 @@ def test_suggestions_are_likely_or_none(path: str, hint: str) -> None:
 def test_a_wrong_key_of_the_file_is_compared_with_the_fixed_keys() -> None:
     changed = loading.plain(config())
     changed['checkpoint'] = {'keep_lst': 3}
-    with pytest.raises(UserError, match=r'keep_lst is .* mean config\.checkpoint\.keep_last\?'):
+    with pytest.raises(UserError, match=r'Unknown key config\.checkpoint\.keep_lst\. .* mean config\.checkpoint\.keep_last\?'):
         schema.read(changed)
 
 
@@ -246,3 +247,32 @@ def test_values_of_other_frameworks(given: str, hint: str) -> None:
         overrides.apply(changed, [(path, text)])
         schema.read({k: v for k, v in loading.plain(changed).items() if k != 'vars'})
     assert hint in str(error.value)
+
+
+class Annotated:
+    """Annotations as other people write them."""
+
+    def __init__(
+        self,
+        old: typing.Optional[int] = 3,  # noqa: UP045
+        bare: typing.Sequence = (),
+        unimported: Iterable[str] | None = (),  # noqa: F821
+        unknown: Missing | None = 0.5,  # noqa: F821
+        names: tuple[str, ...] = ('a',),
+    ) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ('key', 'kind', 'may_be_none'),
+    [
+        ('old', int | None, True),
+        ('bare', None, False),
+        ('unimported', None, True),
+        ('unknown', None, True),
+        ('names', tuple[str, ...], False),
+    ],
+)
+def test_types_that_annotations_give(key: str, kind: typing.Any, may_be_none: bool) -> None:
+    node = {'target': f'{__name__}:Annotated'}
+    assert lookup.argument_type(node, key, 'model') == kind
+    assert lookup.takes_none(node, key, 'model') is may_be_none

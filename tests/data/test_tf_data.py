@@ -66,9 +66,9 @@ def test_readers_share_a_pipeline(readers: int, tensorflow: Any) -> None:
 def test_what_is_no_pipeline_is_told(tensorflow: Any) -> None:
     with pytest.raises(TypeError, match='make: expected a function'):
         TFData(counted())
-    with pytest.raises(TypeError, match='must be dicts of tensors'):
+    with pytest.raises(TypeError, match='expected elements that are dicts of tensors'):
         StreamLoader(source=TFData(bare), batch_size=1).block(0, 1)
-    with pytest.raises(TypeError, match=r'expected a tf\.data\.Dataset, it returned 3'):
+    with pytest.raises(TypeError, match=r'expected it to return a tf\.data\.Dataset, got 3'):
         StreamLoader(source=TFData(lambda: 3), batch_size=1).block(0, 1)
 
 

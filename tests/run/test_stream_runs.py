@@ -166,5 +166,8 @@ def test_a_stream_of_two_processes(tmp_path: pathlib.Path) -> None:
     assert command.result(parts)['data_digest'] == command.result(whole)['data_digest']
     ended = command.run(*PACKED, f'--workdir={parts}', *steps, '--config.train_for=60steps')
     assert ended.code == 2
-    assert 'the checkpoint is of 2 where this run has 1. Start it with 2' in ended.err
+    assert (
+        'the checkpoint has 2 processes, and this run 1. Start the run with 2 processes'
+        in ended.err
+    )
     assert 'Traceback' not in ended.err

@@ -50,7 +50,7 @@ def run(made: Any, steps: int, *, sweeps: bool = False) -> list[Any]:
     trainer = Trainer(made)
     function = trainer.set_up().programs._train_step
     if sweeps:  # As on an accelerator.
-        function = function.changed(sweeps=True)
+        function = function.with_context(sweeps=True)
     step, state = (
         jax.jit(function.update),
         with_health(made, trainer.set_up().programs, trainer.init_state()),
@@ -172,7 +172,7 @@ def test_where_each_step_looks_at_all(
     default = {'target': 'optax:sgd', 'learning_rate': 0.01}
     trainer = Trainer(build(model, optimizer={**default, **optimizer}))
     programs = trainer.set_up().programs
-    programs._train_step = programs._train_step.changed(sweeps=True)
+    programs._train_step = programs._train_step.with_context(sweeps=True)
     with pytest.raises(NonFiniteError) as caught:
         trainer.fit()
     assert said in str(caught.value)

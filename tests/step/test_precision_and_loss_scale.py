@@ -236,7 +236,7 @@ def test_an_overflow_keeps_the_state_and_halves_the_scale() -> None:
 def test_the_scale_doubles_after_so_many_finite_steps() -> None:
     """F9: 2,000 of them; an overflow starts the count again; never below 1, never infinite."""
     scale = LossScale.of(65536.0)
-    after = jax.jit(lambda s, finite: s.after(finite))
+    after = jax.jit(lambda s, finite: s.update(finite))
     for _ in range(1999):
         scale = after(scale, jnp.array(True))
     assert (float(scale.scale), int(scale.finite_steps)) == (65536, 1999)

@@ -114,8 +114,13 @@ def takes_none(node: Any, key: str | int, path: str) -> bool:
     parameter = _parameter(node, key, path)
     if parameter is None:
         return False
+    if parameter.default is None:
+        return True
+    if parameter.annotation is inspect.Parameter.empty:
+        return False
     hint = annotation(node, key, path)
-    return parameter.default is None or hint is Any or types.NoneType in sequences.options(hint)
+    # None is an annotation that cannot be evaluated: the target decides.
+    return hint is None or hint is Any or types.NoneType in sequences.options(hint)
 
 
 def _plain_type(hint: Any) -> Any:
@@ -128,7 +133,7 @@ def _plain_type(hint: Any) -> Any:
         return hint
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     is_sequence = origin is Sequence or (origin is tuple and args[1:] == (...,))
-    if not is_sequence or args[0] not in _PLAIN:
+    if not is_sequence or not args or args[0] not in _PLAIN:
         return None
     return types.GenericAlias(tuple, (args[0], ...))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import contextlib
 import functools
 import inspect
@@ -38,7 +39,12 @@ def evaluated(annotation: str, target: Any) -> Any:
     # The fields of a dataclass may come from a base in another module.
     owners = target.__mro__ if inspect.isclass(target) else (target,)
     for owner in owners:
-        scope = vars(sys.modules.get(getattr(owner, '__module__', ''), typing))
+        # Generic names are often imported for type checkers alone.
+        scope = {
+            **vars(typing),
+            **vars(collections.abc),
+            **vars(sys.modules.get(getattr(owner, '__module__', ''), typing)),
+        }
         holder = types.SimpleNamespace(__annotations__={'it': annotation})
         with contextlib.suppress(Exception):  # Whatever the evaluation of a text raises.
             return typing.get_type_hints(holder, globalns=scope)['it']

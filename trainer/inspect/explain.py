@@ -56,7 +56,7 @@ def explain(
     if wrong := _list_non_finite(grads):
         return (
             'The loss and the output of every module are finite, but the gradients are not: '
-            f'{and_more(wrong, 5)}. StepInspector for an operation without a finite derivative at '
+            f'{and_more(wrong, 5)}. Look for an operation without a finite derivative at '
             'its input: the square root or norm of zero, or a division masked by `where`.'
         )
     return (

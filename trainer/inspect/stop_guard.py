@@ -280,7 +280,7 @@ class StopGuard:
 
     def _explain_overflow(self, bad_step: int, state: TrainState) -> str:
         """Returns a message on where a step's gradients overflow in spite of the loss scale."""
-        hint = 'StepInspector for values above 65,504, which float16 cannot represent.'
+        hint = 'Look for values above 65,504, which float16 cannot represent.'
         batch = self._reread_batch(bad_step)
         if batch is None:
             return hint

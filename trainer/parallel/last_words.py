@@ -33,7 +33,7 @@ def register(record_one: Callable[[str, str], None], *, stay: bool = False) -> I
 
 
 def record(status: str, message: str) -> None:
-    """Calls the register functions; returns within a second, even if they hang.
+    """Calls the registered functions; returns within a second, even if they hang.
 
     Args:
         status: for `result.json`.
