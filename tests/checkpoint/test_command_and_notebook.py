@@ -72,7 +72,7 @@ def test_the_best_needs_a_metric(trained: pathlib.Path) -> None:
 def test_eval_of_a_step_that_is_not_there(trained: pathlib.Path) -> None:
     done = run_mode(trained, '--mode=eval', '--step=40')
     assert done.code == 2
-    assert "no checkpoint '40'" in done.err and 'there: 20, 60' in done.err
+    assert "no checkpoint '40'" in done.err and 'available: 20, 60' in done.err
 
 
 @pytest.mark.slow

@@ -85,7 +85,8 @@ def test_suggestions_are_likely_or_none(path: str, hint: str) -> None:
 def test_a_wrong_key_of_the_file_is_compared_with_the_fixed_keys() -> None:
     changed = loading.plain(config())
     changed['checkpoint'] = {'keep_lst': 3}
-    with pytest.raises(UserError, match=r'Unknown key config\.checkpoint\.keep_lst\. .* mean config\.checkpoint\.keep_last\?'):
+    known = r'Unknown key config\.checkpoint\.keep_lst\. .* mean config\.checkpoint\.keep_last\?'
+    with pytest.raises(UserError, match=known):
         schema.read(changed)
 
 
