@@ -41,9 +41,9 @@ def main() -> None:
         secs = time.monotonic() - began
         # Of the largest child so far; the rows grow.
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        state = found(r'state +(\S+ \S+) on each', text)
-        sent = found(r'each device sends (\S+ \S+)', text) or 'nothing'
-        compiled = found(r'compiled in (\S+ s)', text)
+        state = found(r'train state +(\S+ \S+) per device', text)
+        sent = found(r'Each device sends (\S+ \S+)', text) or 'nothing'
+        compiled = found(r'Compiled in (\S+ s)', text)
         mesh = f'data {count // fsdp} x fsdp {fsdp}'
         print(
             f'| {count} | {mesh} | {state} | {sent} | {compiled} | {secs:.0f} s | {peak:.1f} GiB |'

@@ -224,7 +224,7 @@ class Shrinking(Rows):
 
 @pytest.mark.slow
 def test_a_source_that_returns_too_little_later() -> None:
-    with pytest.raises(ValueError, match=r"source Shrinking returned 'label' in the shape"):
+    with pytest.raises(ValueError, match=r"source Shrinking returned 'label' of shape"):
         Trainer(build(data__source=here('Shrinking'))).fit()
 
 

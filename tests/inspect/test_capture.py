@@ -310,7 +310,7 @@ def test_branches_are_left_alone(tmp_path: pathlib.Path, caplog: pytest.LogCaptu
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, 'trainer'):
         Trainer(made, str(tmp_path)).fit()
-    assert 'one, two not captured: in a branch or a loop (nn.cond' in caplog.text
+    assert 'one, two not captured: inside a branch or a loop (nn.cond' in caplog.text
     names = {name.split('/')[2] for name in rows(tmp_path)[0] if name != 'step'}
     assert names == {'last', '(model)'}
 

@@ -277,7 +277,7 @@ def test_mistakes_are_told_as_for_linen() -> None:
         UserError, match=r'model\.featurs: .*Did you mean config\.model\.features\?'
     ):
         experiment('trainer.models.cnn_nnx:CNN', model__featurs=(8, 16))
-    with pytest.raises(UserError, match=r'model\.rngs: leave it out; .* from config\.seed'):
+    with pytest.raises(UserError, match=r'model\.rngs: remove it; .* from config\.seed'):
         experiment('trainer.models.cnn_nnx:CNN', model__rngs=3)
     with pytest.raises(UserError, match='got a function that returns int'):
         init(lambda rngs: 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -67,7 +68,8 @@ def measure(what, make):
     state = jax.block_until_ready(make())
     assert {s.data.shape for s in state.params['wide']['kernel'].addressable_shards} == {
         (4096, 512)}
-    print(what, (status('VmHWM') - before) / whole, (status('VmRSS') - before) / whole)
+    peak, now = ((status(name) - before) / whole for name in ('VmHWM', 'VmRSS'))
+    print('of the state:', what, peak, now)
 
 
 trainer = Trainer(experiment(), workdir)
@@ -98,8 +100,8 @@ def test_a_process_holds_little_more_than_its_parts(tmp_path: pathlib.Path) -> N
         cwd=ROOT, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    lines = [line.split() for line in ended.stdout.splitlines()]
-    found = {words[0]: (float(words[1]), float(words[2])) for words in lines if len(words) == 3}
+    measured = re.findall(r'^of the state: (\w+) (\S+) (\S+)$', ended.stdout, flags=re.MULTILINE)
+    found = {what: (float(peak), float(after)) for what, peak, after in measured}
     assert found.keys() >= {'init', 'restore', 'init_from'}, ended.stdout
     # Making normal numbers takes a few times their own share on each device, and no more.
     most = {'init': 2.0, 'restore': 1.5, 'init_from': 2.0}

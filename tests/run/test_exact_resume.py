@@ -140,5 +140,8 @@ def test_an_evaluation_says_where_its_config_is_another(whole: pathlib.Path) -> 
     args = ('--mode=eval', f'--workdir={whole}', *LENGTH, '--config.optimizer.momentum=0.5')
     finished = command.run(command.MLP, *command.SMALL, *args)
     assert finished.code == 0
-    assert 'not that of the run:\n  optimizer.momentum  0.9 -> 0.5\n' in finished.err
+    assert (
+        'differs from the one this run was trained with:\n  optimizer.momentum  0.9 -> 0.5\n'
+        in finished.err
+    )
     assert 'eval test: loss' in finished.out

@@ -230,8 +230,12 @@ def test_norms_by_every_way_of_measuring(size: int) -> None:
     x = {'z': jnp.full(size, 3 - 4j, jnp.complex64), 'x': jnp.full(2, 2.0)}
     step = dict(grads=x, updates=x, old=x, new=x, frozen={'z': False, 'x': False})
     expected = np.sqrt(25 * size + 8)
-    whole = {'z': True, 'x': True}
-    for options in ({'due': None}, {'due': None, 'whole': whole}, {'due': jnp.bool_(True)}):
+    replicated = {'z': True, 'x': True}
+    for options in (
+        {'due': None},
+        {'due': None, 'replicated': replicated},
+        {'due': jnp.bool_(True)},
+    ):
         for value in norms.norms(**step, **options).values():
             assert float(value) == pytest.approx(expected, rel=1e-5)
 

@@ -115,7 +115,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     'durations': (
         multi({**SGD, 'learning_rate': {**DECAY, 'transition_steps': '100%'}}),
         {},
-        r'config\.optimizer\.opt\.learning_rate\.transition_steps: a duration is converted',
+        r'config\.optimizer\.opt\.learning_rate\.transition_steps: durations are converted',
     ),
     'durations by position': (
         {'groups': {'all': {
@@ -123,7 +123,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
             'args': ({**SGD, 'learning_rate': {**DECAY, 'transition_steps': '1 epoch'}},),
         }}},
         {},
-        r'config\.optimizer\.groups\.all\.args\[0\]\.learning_rate\.transition_steps: a duration',
+        r'config\.optimizer\.groups\.all\.args\[0\]\.learning_rate\.transition_steps: durations',
     ),
 }  # fmt: skip
 

@@ -256,7 +256,7 @@ def test_the_logged_rate_is_the_applied_one(caplog: pytest.LogCaptureFixture) ->
     caplog.clear()
     result = tiny.trainer(optimizer=OPTIMIZERS['momo'], **ONE).fit()
     assert 'train/learning_rate' not in result.metrics
-    assert 'learning rate of config.optimizer is not known' in caplog.text
+    assert 'learning rate of config.optimizer is unknown' in caplog.text
 
 
 @pytest.mark.slow

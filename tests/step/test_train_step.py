@@ -354,7 +354,7 @@ class OnlyInTraining(nn.Module):
 
 
 def test_a_part_that_is_made_in_training_only_is_told() -> None:
-    with pytest.raises(UserError, match=r'did not have when it was made(.|\n)*"/more"'):
+    with pytest.raises(UserError, match=r'was not created by initialization(.|\n)*"/more"'):
         programs(OnlyInTraining(), mesh=one_device_mesh()).step.executable()
 
 

@@ -172,7 +172,10 @@ def mlp(**options: Any) -> Trainer:
 def test_a_task_with_in_batch_negatives_cannot_be_accumulated() -> None:
     target = {'target': f'{__name__}:InBatch'}
     assert mlp(task=target).fit().step == 2
-    with pytest.raises(UserError, match=r'config.accumulate: 4 slices .* InBatch depend'):
+    with pytest.raises(
+        UserError,
+        match=r'InBatch cannot be computed in 4 micro-batches: its examples depend',
+    ):
         mlp(task=target, accumulate=4)
 
 

@@ -40,5 +40,5 @@ def test_device_transforms_run_inside_the_step_for_training_evaluation_and_predi
 
 def test_a_random_host_transform_is_refused_on_the_device():
     flip = "[{'target': 'trainer.data.transforms:RandomFlip'}]"
-    with pytest.raises(UserError, match=r'device_transforms\[0\].*belongs in config.data.transf'):
+    with pytest.raises(UserError, match=r'device_transforms\[0\].*move it to config.data.transf'):
         load_and_build('configs/mnist_mlp.py', data__device_transforms=flip)

@@ -57,5 +57,5 @@ def test_the_whole_encoder_learns_faster() -> None:
 
 @pytest.mark.slow
 def test_where_the_weights_are_is_told(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(UserError, match=r'tokenizer: there is no file all-MiniLM-L6-v2'):
+    with pytest.raises(UserError, match=r'tokenizer: no file all-MiniLM-L6-v2'):
         load_and_build(str(ROOT / 'configs' / 'docstrings.py'))
