@@ -112,6 +112,7 @@ def test_command_of_another_program(block: Block, tmp_path: pathlib.Path) -> Non
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', dict.fromkeys(block.page for block in OTHERS))
 def test_code_of_a_page(page: str) -> None:
     """What is neither a file nor a fragment, from the top of the page to its end."""

@@ -297,6 +297,7 @@ def trained(module: Any, precision: Precision, task: Any, batch: Any, **options:
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'row',
     [pytest.param(row, marks=() if row in QUICK else pytest.mark.slow) for row in PAIRWISE],

@@ -56,6 +56,7 @@ def losses(trainer: Trainer, state: Any) -> list[float]:
     return trained(trainer, state)[0]
 
 
+@pytest.mark.slow
 def test_the_same_network_in_both_has_the_same_losses() -> None:
     """The quickstart CNN with copied parameters: twenty steps of momentum."""
     options = {'model__features': (8, 16), 'model__hidden': 32}

@@ -53,6 +53,7 @@ def assert_same(a: Any, b: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'options', [{}, pytest.param({'accumulate': 2, 'ema__decay': 0.9}, marks=pytest.mark.slow)]
 )
