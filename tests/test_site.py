@@ -54,7 +54,7 @@ def address(site: pathlib.Path) -> Iterator[str]:
 
 # What a reader types, and the heading of a page that answers it.
 QUESTIONS = (
-    ('how is the code organised', 'How the code is organised'),
+    ('how is the code organized', 'How the code is organized'),
     ('several devices', 'How do I train on several devices?'),
     ('start from other weights', 'How do I start from other weights?'),
     ('data.batch_size', 'Config keys'),
