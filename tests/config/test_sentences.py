@@ -50,7 +50,7 @@ def test_help_shows_the_sentences_within_100_columns() -> None:
 
 @pytest.mark.parametrize('name', generate.PAGES)
 def test_the_committed_page_is_what_the_code_says(name: str) -> None:
-    """Write them anew with `python docs/generate.py`."""
+    """`python docs/generate.py` writes them."""
     assert (ROOT / 'docs' / 'reference' / name).read_text() == generate.PAGES[name]()
 
 

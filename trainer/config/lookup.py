@@ -24,11 +24,6 @@ from trainer.config import (
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
 
-# Types for which an annotation decides how text on the command line is read; for all others, and
-# for unions of several, the default and the target decide.
-_PLAIN = (int, float, str, bool)
-
-
 def value_at(config: Any, keys: paths.Keys) -> Any:
     """Returns the value at a path, None if it may be set but is not.
 
@@ -103,37 +98,42 @@ def argument_type(node: Any, key: str | int, path: str) -> Any:
     parameter = _parameter(node, key, path)
     if parameter is None:
         return None
-    kind = _plain_type(annotation(node, key, path))
+    hint = annotation(node, key, path)
+    kind = _plain_type(hint)
     if kind is None and isinstance(parameter.default, bool):
         kind = bool
-    return kind | None if kind is not None and takes_none(node, key, path) else kind
+    return kind | None if kind is not None and _may_be_none(parameter, hint) else kind
 
 
 def takes_none(node: Any, key: str | int, path: str) -> bool:
     """Whether an argument of an object may be None: by its default, or by its annotation."""
     parameter = _parameter(node, key, path)
-    if parameter is None:
-        return False
+    return parameter is not None and _may_be_none(parameter, annotation(node, key, path))
+
+
+def _may_be_none(parameter: inspect.Parameter, hint: Any) -> bool:
     if parameter.default is None:
         return True
     if parameter.annotation is inspect.Parameter.empty:
         return False
-    hint = annotation(node, key, path)
     # None is an annotation that cannot be evaluated: the target decides.
     return hint is None or hint is Any or types.NoneType in sequences.options(hint)
 
 
 def _plain_type(hint: Any) -> Any:
-    """Returns int for `int` and `int | None`, tuple[int, ...] for any sequence of int, or None."""
+    """Returns int for `int` and `int | None`, tuple[int, ...] for any sequence of int, or None.
+
+    For None the default and the target decide how a text of the command line is read.
+    """
     options = [option for option in sequences.options(hint) if option is not types.NoneType]
     if len(options) != 1:
         return None
     [hint] = options
-    if hint in _PLAIN:
+    if hint in sequences.PLAIN:
         return hint
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     is_sequence = origin is Sequence or (origin is tuple and args[1:] == (...,))
-    if not is_sequence or not args or args[0] not in _PLAIN:
+    if not is_sequence or not args or args[0] not in sequences.PLAIN:
         return None
     return types.GenericAlias(tuple, (args[0], ...))
 

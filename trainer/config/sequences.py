@@ -11,6 +11,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# The types of single values that a text of the command line can be.
+PLAIN = (int, float, str, bool)
+
 
 @dataclasses.dataclass(frozen=True)
 class Elements:
@@ -68,7 +71,7 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 def is_plain(hint: Any) -> bool:
     """Whether an annotation allows numbers, text and None only."""
-    return all(each in (int, float, str, bool, types.NoneType) for each in options(hint))
+    return all(each in (*PLAIN, types.NoneType) for each in options(hint))
 
 
 def describe(hint: Any) -> str:

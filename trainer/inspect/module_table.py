@@ -105,17 +105,15 @@ def table(rows: list[Row]) -> str:
     kinds = [(row.kind, row.output, row.parameters, row.flops) for row in rows]
     for line in repeats.fold([row.path for row in rows], kinds):
         row = rows[line.entry]
-        parameters, operations = (
-            repeats.text(line.count, x) if x else '' for x in (row.parameters, row.flops)
-        )
-        lines.append((line.path, row.kind, row.output, parameters, operations))
+        numbers = (_format_number(x, line.count) for x in (row.parameters, row.flops))
+        lines.append((line.path, row.kind, row.output, *numbers))
     total = sum(row.parameters for row in rows), sum(row.flops for row in rows)
     lines.append(('total', '', '', f'{total[0]:,}', _format_number(total[1])))
     return '\n'.join(aligned(lines, right=(3, 4)))
 
 
-def _format_number(value: float) -> str:
-    return f'{value:,.0f}' if value else ''
+def _format_number(value: float, count: int = 1) -> str:
+    return repeats.text(count, value) if value else ''
 
 
 def _count_by_owner(params: Any, called: Mapping[str, str]) -> dict[str, int]:

@@ -28,22 +28,23 @@ def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
         params: arrays or their shapes, with or without shardings.
         collections: the other variables, of which only the totals are shown.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    leaves.sort(key=lambda item: _numeric(param_path(item[0])))  # JAX has block_10 before block_2.
-    sharded = any(_axes(leaf) for _, leaf in leaves)
+    named = [(param_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(params)]
+    named.sort(key=lambda item: _numeric(item[0]))  # JAX has block_10 before block_2.
+    paths, leaves = [path for path, _ in named], [leaf for _, leaf in named]
+    sharded = any(map(_axes, leaves))
     more = ('per device', 'axes') if sharded else ()
     rows = [('parameter', 'shape', 'dtype', 'size', 'bytes', *more)]
-    kinds = [(leaf.shape, leaf.dtype, _axes(leaf)) for _, leaf in leaves]
-    for line in repeats.fold([param_path(path) for path, _ in leaves], kinds):
-        leaf = leaves[line.entry][1]
+    kinds = [(leaf.shape, leaf.dtype, _axes(leaf)) for leaf in leaves]
+    for line in repeats.fold(paths, kinds):
+        leaf = leaves[line.entry]
         shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
         sizes = (math.prod(leaf.shape), nbytes(leaf), bytes_per_device(leaf))
         size, total, each = (repeats.text(line.count, number) for number in sizes)
         row = (line.path, shape, str(leaf.dtype), size, total)
         rows.append((*row, each, _axes(leaf)) if sharded else row)
     lines = aligned(rows, right=(3, 4, 5))
-    each = f', {human_bytes(bytes_per_device(params))} per device' if sharded else ''
-    lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{each}')
+    here = f', {human_bytes(bytes_per_device(params))} per device' if sharded else ''
+    lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{here}')
     for name, tree in collections.items():
         lines.append(f'{name}: {count(tree):,} values, {human_bytes(nbytes(tree))}')
     return '\n'.join(lines)
