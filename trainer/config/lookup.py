@@ -24,6 +24,7 @@ from trainer.config import (
 from trainer.config.errors import UserError
 from trainer.config.loading import plain
 
+
 def value_at(config: Any, keys: paths.Keys) -> Any:
     """Returns the value at a path, None if it may be set but is not.
 
