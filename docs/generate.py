@@ -167,7 +167,7 @@ def _key(path: str, section: type, field: dataclasses.Field[Any]) -> list[str]:
     if not identity.is_identity(path.replace('.<name>', '.name')):
         facts.append('may change on resume')
     label = f'{{ #{_anchor(path)} data-toc-label="{field.name}" }}'
-    sentence = sentences.of_section(section)[field.name]
+    sentence = sentences.key_sentences(section)[field.name]
     if inner := _section_below(path, schema.fields(section)[field.name]):
         facts[0] = f'[{facts[0]}](#{_anchor(f"config.{inner[0]}")})'
     return [f'### `{path}` {label}', '', _wrapped(sentence), '', f'Type: {", ".join(facts)}.', '']

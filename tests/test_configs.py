@@ -82,7 +82,7 @@ def test_it_says_what_to_expect(config: str, result: str, time: str, day: str) -
 
 @pytest.mark.parametrize('name', NAMES)
 def test_every_key_is_read(name: str) -> None:
-    config = loading.plain(loading.load(str(ROOT / 'configs' / f'{name}.py')).config)
+    config = loading.to_plain(loading.load(str(ROOT / 'configs' / f'{name}.py')).config)
     assert schema.read(config).train_for is not None
 
 

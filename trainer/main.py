@@ -26,7 +26,7 @@ from absl import flags
 
 from trainer.checkpoint.errors import SaveError
 from trainer.config import identity, loading, overrides, places, schema, show, synonyms, traces
-from trainer.config.errors import UserError, full_text, shortened, shown
+from trainer.config.errors import UserError, full_text, short_repr, shorten
 from trainer.config.sections import Sections
 from trainer.modes.plan.devices import KINDS as DEVICE_KINDS
 from trainer.observe import logfile
@@ -173,17 +173,17 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
     if not (FLAGS.help or FLAGS.helpconfig):
         # `build` checks this too, but only after importing JAX: this reports a wrong key at once.
         # `config` also shows configs whose required values are still missing.
-        schema.read(loading.plain(loaded.config), complete=FLAGS.mode != 'config')
+        schema.read(loading.to_plain(loaded.config), complete=FLAGS.mode != 'config')
     for override in applied:
         for note in override.notes:
             print(note, file=sys.stderr)
     if FLAGS.help or FLAGS.helpconfig:
         if FLAGS.help:
             print(_usage())
-        print(show.helpconfig(loading.plain(loaded.config)))
+        print(show.format_helpconfig(loading.to_plain(loaded.config)))
         return 0
     if FLAGS.mode == 'config':
-        print(show.resolved(loading.plain(loaded.config), applied))
+        print(show.format_resolved(loading.to_plain(loaded.config), applied))
         return 0
     # From here on JAX is needed. Most mistakes on the command line have been reported by now.
     logfile.quiet_environment()
@@ -262,7 +262,7 @@ def _parse_flags(argv: Sequence[str]) -> None:
             hint = f'Config keys need the prefix: --config.{error.flagname}=VALUE.'
         raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
-        raise UserError(f'{shortened(str(error), 400)}. See --help.') from error
+        raise UserError(f'{shorten(str(error), 400)}. See --help.') from error
     if FLAGS.workdir == '' or (FLAGS.workdir or '').startswith('-'):
         raise UserError(f'--workdir needs a value, got {FLAGS.workdir!r}')
     for name, modes in _ONLY_WITH.items():
@@ -275,7 +275,7 @@ def _parse_flags(argv: Sequence[str]) -> None:
         raise UserError(f'--platforms: expected some of {", ".join(PLATFORMS)}, got {given}')
     if positional:
         raise UserError(
-            f'{shown(positional[0])} is not a flag; overrides are written --config.key=value. '
+            f'{short_repr(positional[0])} is not a flag; overrides are written --config.key=value. '
             'See --help.'
         )
 

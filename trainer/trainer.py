@@ -269,7 +269,7 @@ class Trainer:
     def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
         """Runs the events due after this step, in the order log, monitors, eval, save."""
         self._print(self._profile.update(step, state))
-        log_due = self._events.log.due(step)
+        log_due = self._events.log.is_due(step)
         if log_due or step == self.experiment.training.total_steps:
             # Does not wait for the step: Reporter fetches the values once they are computed.
             health = None if self.experiment.ensemble is None else state.health
@@ -284,7 +284,7 @@ class Trainer:
             self._notify('log', step, state)
         self.monitors().run(batch, step, state)
         self._evaluate_due(step, state)
-        if self._events.save.due(step):
+        if self._events.save.is_due(step):
             self._save(step, state)
         return state
 
