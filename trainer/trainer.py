@@ -368,6 +368,7 @@ class Trainer:
                 # The next start runs it: the checkpoint of this step records which are missing.
                 return
             self.report.record_eval(name, step, metrics)
+            checks.check_watched(self.experiment, name, metrics)
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled)
         if (early := self._recovery.early_stopping) is not None:
             before = early.stopped

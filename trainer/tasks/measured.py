@@ -16,6 +16,7 @@ import numpy as np
 from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules.shapes import changes, describe
+from trainer.observe.summaries import Summary, as_summary
 
 # Errors of the code itself, for any values. Other errors may be due to a metric without data.
 _BROKEN = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)
@@ -26,12 +27,14 @@ class Measured(dict[str, float]):
 
     Attributes:
         arrays: values that do not have exactly one element, by flat name.
+        summaries: texts and images, by flat name.
     """
 
     def __init__(self, computed: Mapping[Any, Any] | None = None):
         """Takes computed metrics: see `add`."""
         super().__init__()
         self.arrays: dict[str, np.ndarray] = {}
+        self.summaries: dict[str, Summary] = {}
         for name, value in (computed or {}).items():
             self.add(str(name), value)
 
@@ -40,7 +43,8 @@ class Measured(dict[str, float]):
 
         Args:
             name: flat name.
-            value: a number, an array or a dict. An array of one element is a number.
+            value: a number, an array, a text, a list of texts, a summary, or a dict of these. An
+                array of one element is a number.
 
         Raises:
             UserError: if the value is none of these, or the name is already taken.
@@ -49,8 +53,11 @@ class Measured(dict[str, float]):
             for key, each in value.items():
                 self.add(f'{name}/{key}', each)
             return
-        if name in self or name in self.arrays:
+        if name in self or name in self.arrays or name in self.summaries:
             raise UserError(f'two values are named {name!r} in a row of metrics; rename one')
+        if (summary := as_summary(value)) is not None:
+            self.summaries[name] = summary
+            return
         if not isinstance(value, (int, float)):
             array = _as_array(name, value)
             if array.size != 1:
@@ -61,13 +68,13 @@ class Measured(dict[str, float]):
 
     def update_with(self, other: Measured, prefix: str = '') -> None:
         """Adds all values of another one, with a prefix to their names."""
-        for name, value in {**other, **other.arrays}.items():
+        for name, value in {**other, **other.arrays, **other.summaries}.items():
             self.add(prefix + name, value)
 
     def with_prefix(self, prefix: str) -> Measured:
         """Returns a copy with a prefix to the names of numbers; arrays keep their names."""
         result = Measured({prefix + name: value for name, value in self.items()})
-        result.arrays = self.arrays
+        result.arrays, result.summaries = self.arrays, self.summaries
         return result
 
 
@@ -82,8 +89,9 @@ def _as_array(name: str, value: Any) -> np.ndarray:
             return np.asarray(value)
     what = describe(value) if hasattr(value, 'shape') else type(value).__name__
     raise UserError(
-        f'the metric {name!r} computes {what}; expected a number, an array of numbers, or a dict '
-        'of these. For several values return a dict, or an array made with jnp.stack'
+        f'the metric {name!r} computes {what}; expected a number, an array of numbers, a text, '
+        'an image, or a dict of these. For several values return a dict, or an array made with '
+        'jnp.stack'
     )
 
 
@@ -138,13 +146,6 @@ def check_accumulates(empty: Any, new: Any) -> None:
         UserError: naming the metric that does not.
     """
     for (name, before), (_, one) in zip(metrics_by_name(empty), metrics_by_name(new), strict=True):
-        if isinstance(before, clu.metrics.CollectingMetric):
-            raise UserError(
-                f'the metric {name!r} is a clu.metrics.CollectingMetric: it gathers all examples '
-                'on the host and cannot accumulate on the devices, where metrics are arrays of '
-                'fixed shape. Use one that accumulates sums or counts, such as the hits above each '
-                'of a hundred thresholds'
-            )
         after = jax.eval_shape(lambda a, b: a.merge(b), before, one)
         grown = changes(_shapes(before), _shapes(after))
         if grown:

@@ -21,6 +21,7 @@ from trainer.modules.model_view import BoundModel
 from trainer.tasks import returned
 from trainer.tasks.batch import Batch, PlainBatch, Unsent, note_weights, plain, reads
 from trainer.tasks.checks import Check
+from trainer.tasks.collecting import collect, split_collecting
 from trainer.tasks.measured import check_accumulates, metrics_by_name
 from trainer.tasks.metrics import broadcast_weights, is_metric, mean_collection
 from trainer.tasks.task import (
@@ -55,6 +56,8 @@ class TaskRunner:
         kept: the fields that stay on the host.
         is_weighted: whether the task returns weights; None until its shapes were traced, which
             is also when its output is checked.
+        collecting: names and classes of the metrics that need all examples at once, on the host:
+            `clu.metrics.CollectingMetric`. They are not in `metrics`.
     """
 
     task: Callable[..., Any]
@@ -62,6 +65,7 @@ class TaskRunner:
     transforms: tuple[Transform, ...] = ()
     kept: tuple[HostFieldSpec, ...] = ()
     is_weighted: bool | None = None
+    collecting: tuple[tuple[str, type[clu.metrics.CollectingMetric]], ...] = ()
 
     @classmethod
     def of(cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()) -> TaskRunner:
@@ -83,7 +87,8 @@ class TaskRunner:
             raise UserError(
                 f'the task {returned.name_of(task)} {duplicate_name_message("metric", name)}'
             )
-        return cls(task, metrics, tuple(transforms))
+        on_devices, collecting = split_collecting(metrics)
+        return cls(task, on_devices, tuple(transforms), collecting=collecting)
 
     def with_host_fields(
         self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
@@ -242,6 +247,22 @@ class TaskRunner:
 
     def measure(self, output: TaskOutput) -> clu.metrics.Collection:
         """Returns the metrics of one batch."""
+        collection = self.metrics or self._means(output)
+        return collection.single_from_model_output(**self._metric_inputs(output))
+
+    def collect(self, output: TaskOutput) -> dict[str, dict[str, jax.Array]]:
+        """Returns what the collecting metrics collect of one batch, by name.
+
+        Raises:
+            UserError: if they collect something that has not one row for each example.
+        """
+        if not self.collecting:
+            return {}
+        inputs = self._metric_inputs(output)
+        rows = next(iter(losses_by_name(output.loss).values())).shape[0]
+        return {name: collect(name, kind, inputs, rows) for name, kind in self.collecting}
+
+    def _metric_inputs(self, output: TaskOutput) -> dict[str, Any]:
         loss, weights = output.loss, output.weights
         outputs: dict[str, Any] = {'loss': loss}
         if isinstance(loss, Mapping) and isinstance(weights, Mapping):
@@ -250,8 +271,7 @@ class TaskRunner:
             weights = weights[METRIC_WEIGHTS]
         # `weights` for our own metrics, `mask` for those of clu, which know 0 and 1 only.
         outputs = {'mask': jnp.asarray(weights) != 0, 'weights': weights, **outputs}
-        collection = self.metrics or self._means(output)
-        return collection.single_from_model_output(**{**outputs, **output.metrics})
+        return {**outputs, **output.metrics}
 
     def _means(self, output: TaskOutput) -> type[clu.metrics.Collection]:
         """Returns the metrics of a task that declares none: means of what it returns."""
