@@ -95,4 +95,4 @@ def test_a_run_goes_on_from_one_member(tmp_path: pathlib.Path) -> None:
     alone = tmp_path / 'alone'
     alone.mkdir()
     path, _ = pretrained(alone)
-    assert refused(path=path, member=0).match('the checkpoint is not that of an ensemble')
+    assert refused(path=path, member=0).match('the checkpoint is not one of an ensemble')

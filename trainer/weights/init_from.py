@@ -171,9 +171,7 @@ class InitFrom:
             names = new
         new_paths = list(names.values())
         if twice := sorted(path for path in set(new_paths) if new_paths.count(path) > 1):
-            raise UserError(
-                f'{self.where}rename: several arrays would have the path\n{listed(twice)}'
-            )
+            raise UserError(f'{self.where}rename: several arrays get the path\n{listed(twice)}')
         return names
 
 

@@ -300,7 +300,7 @@ def _empty_leaves(directory: epath.Path) -> Leaves:
         return {}
     try:
         meta = Checkpoints(step.parent, Retention()).meta(int(step.name))
-        empties = empty.stored(meta)
+        empties = empty.from_metadata(meta)
     except (CheckpointError, ValueError, TypeError, AttributeError):
         return {}  # The metadata is not ours.
     return {keys: HostLeaf(np.zeros(x.shape, x.dtype)) for keys, x in empties.items()}
