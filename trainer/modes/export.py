@@ -111,7 +111,6 @@ def write(
     """
     check_single_process()
     prediction = evaluator.prediction(state)
-    # On the host: as constants of the function they must not depend on the run's devices.
     variables = fetch(evaluator.variables(state))
     saved = {name: tree for name, tree in variables.items() if name != EMA}
     is_embedded = nbytes(saved) <= max_embedded_bytes
