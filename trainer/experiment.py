@@ -32,7 +32,7 @@ from trainer.builders.training import (
 from trainer.builders.weights import build_init_from, build_surgery
 from trainer.checkpoint.retention import Retention
 from trainer.config import literals, loading, overrides, schema
-from trainer.config.checks import positive
+from trainer.config.checks import check_positive
 from trainer.config.durations import Clock, Duration
 from trainer.config.loading import LoadedConfig
 from trainer.config.sections import Sections
@@ -262,7 +262,7 @@ def build(loaded: LoadedConfig) -> Experiment:
     Raises:
         UserError: for an unknown key, a name that does not exist, or an invalid argument.
     """
-    config = loading.plain(loaded.config)
+    config = loading.to_plain(loaded.config)
     # First: the sections and the builders handle only values that a config can hold.
     literals.check(config, 'config', [])
     sections = schema.read(config)
@@ -276,11 +276,11 @@ def build(loaded: LoadedConfig) -> Experiment:
         'accumulate': build_accumulate(sections, task),
         'ema_decay': build_ema_decay(sections),
         'loss_scale': build_loss_scale(sections.precision),
-        'steps_per_call': positive(sections.steps_per_call, 'config.steps_per_call'),
+        'steps_per_call': check_positive(sections.steps_per_call, 'config.steps_per_call'),
         'guard': sections.guard.non_finite,
         'early_stopping': build_early_stopping(sections),
     }
-    prefetch = positive(sections.data.prefetch, 'config.data.prefetch')
+    prefetch = check_positive(sections.data.prefetch, 'config.data.prefetch')
     model, evals = build_model(sections), build_evaluations(sections, task)
     step, sharding = build_step(sections.step), build_sharding(sections)
     start = StartFrom(weights=build_init_from(sections), surgery=build_surgery(sections))

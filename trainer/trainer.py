@@ -289,7 +289,7 @@ class Trainer:
         """Runs the events due after this step, in the order log, monitors, eval, save."""
         # First: a trace covers whole steps, and none of the events after them.
         self._print(self._profile.update(step, state))
-        log_due = self._events.log.due(step)
+        log_due = self._events.log.is_due(step)
         if log_due or step == self.experiment.training.total_steps:
             # Does not wait for the step: Reporter fetches the values once they are computed.
             health = None if self.experiment.ensemble is None else state.health
@@ -306,7 +306,7 @@ class Trainer:
         self.monitors().run(batch, step, state)
         self._evaluate_due(step, state)
         # After the evaluations, whose results go into the checkpoint: retention ranks it by them.
-        if self._events.save.due(step):
+        if self._events.save.is_due(step):
             self._save(step, state)
         return state
 

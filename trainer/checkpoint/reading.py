@@ -11,7 +11,7 @@ from etils import epath
 
 from trainer.checkpoint import empty
 from trainer.checkpoint.empty import Names, names_of
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 
 
 class OtherState(Exception):
@@ -47,7 +47,7 @@ def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any
         there = {**_by_names(stored), **empties}
         differences = _differences(there, wanted)
         if differences:
-            other = OtherState(listed(differences))
+            other = OtherState(indented_list(differences))
             other.only_slots_in_half = len(differences) == _slots_in_half(there, wanted)
             raise other
         item = jax.tree_util.tree_map_with_path(lambda path, _: wanted[names_of(path)], stored)

@@ -108,11 +108,11 @@ def _find_notes_problem(data: bytes) -> str | None:
     except ValueError as error:
         return str(error)
     if not isinstance(found, dict):
-        return f'it is {json_text.name(found)}, not an object'
+        return f'it is {json_text.type_name(found)}, not an object'
     objects, times = compat.orbax_notes_fields()
     for name in objects:
         if not isinstance(found.get(name, {}), dict):
-            return f'{name!r} is {json_text.name(found[name])}, not an object'
+            return f'{name!r} is {json_text.type_name(found[name])}, not an object'
     for name in times:
         if found.get(name) is not None and not json_text.is_int(found[name]):
             return f'{name!r} is not a time'

@@ -94,7 +94,7 @@ class Captures:
 
     def names_due(self, step: int) -> list[str]:
         """Returns the names of the captures that are due after a step."""
-        return [name for name, capture in self._captures.items() if capture.every.due(step)]
+        return [name for name, capture in self._captures.items() if capture.every.is_due(step)]
 
     def run(
         self, names: Sequence[str], step: int, state: TrainState, batch: Batch, *, stacked: bool

@@ -14,8 +14,8 @@ import numpy as np
 from flax import traverse_util
 
 from trainer.config.errors import UserError
-from trainer.config.patterns import compiled
-from trainer.config.text import aligned
+from trainer.config.patterns import compile_pattern
+from trainer.config.text import align_columns
 from trainer.inspect.forward import Batch, Forward
 from trainer.inspect.statistics import float_leaves
 from trainer.modules.recorder import ROOT, ModuleRecorder, output_name, output_number
@@ -81,7 +81,7 @@ def gradients(
     Raises:
         UserError: if no value matches.
     """
-    patterns = [compiled(pattern, '--match') for pattern in match]
+    patterns = [compile_pattern(pattern, '--match') for pattern in match]
     state = dataclasses.replace(state, metrics=None)
 
     def wants(path: str) -> bool:
@@ -120,7 +120,7 @@ def table(gradients: Sequence[Gradient]) -> str:
         shape = ' x '.join(map(str, each.gradient.shape)) or 'scalar'
         value = '-' if each.value_norm is None else f'{each.value_norm:.5g}'
         rows.append((each.path, shape, value, f'{each.norm:.5g}'))
-    return '\n'.join(aligned(rows, right=(2, 3)))
+    return '\n'.join(align_columns(rows, right=(2, 3)))
 
 
 def _loss(output: TaskOutput) -> jax.Array:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from trainer import compat
-from trainer.config.text import aligned
+from trainer.config.text import align_columns
 from trainer.ensemble.step import member_state
 from trainer.experiment import Experiment
 from trainer.inspect.forward import Batch, Forward
@@ -114,7 +114,7 @@ def table(rows: list[Row]) -> str:
         lines.append((line.path, row.kind, row.output, *numbers))
     total = sum(row.parameters for row in rows), sum(row.flops for row in rows)
     lines.append(('total', '', '', f'{total[0]:,}', _format_number(total[1])))
-    return '\n'.join(aligned(lines, right=(3, 4)))
+    return '\n'.join(align_columns(lines, right=(3, 4)))
 
 
 def _format_number(value: float, count: int = 1) -> str:

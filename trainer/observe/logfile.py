@@ -105,7 +105,8 @@ def record_error(error: BaseException) -> None:
     if hasattr(error, 'exit_code'):  # An expected error, whose message suffices.
         record(f'Error: {full_text(error)}')
     else:
-        record(f'The run has failed:\n{traces.shorten(error, elsewhere=full_traceback_location())}')
+        text = traces.format_traceback(error, elsewhere=full_traceback_location())
+        record(f'The run has failed:\n{text}')
     # To the root, which only `debug.log` listens to.
     logging.getLogger().error('the run has failed', exc_info=error)
 

@@ -218,7 +218,7 @@ def _coincide_before(one: Periodic, other: Periodic, end: int) -> bool:
     rare, often = sorted((one, other), key=lambda each: each.period_steps or 0, reverse=True)
     step = rare.next_due(0)
     while step is not None and step < end:
-        if often.due(step):
+        if often.is_due(step):
             return True
         step = rare.next_due(step)
     return False

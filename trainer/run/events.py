@@ -56,7 +56,7 @@ class Events:
         if step == 0:
             return []
         ending = self.final if step == self.total_steps else frozenset()
-        return [name for name, each in self.evals.items() if each.due(step) or name in ending]
+        return [name for name, each in self.evals.items() if each.is_due(step) or name in ending]
 
     def next_due(self, step: int) -> int | None:
         """Returns the first step after `step` with an event, or None; the end of the run is one."""

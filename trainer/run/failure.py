@@ -56,7 +56,7 @@ def summary(error: BaseException) -> str:
 def _location(error: BaseException) -> str | None:
     """Returns 'file.py:10 in f': the innermost frame of user code, or else of the trainer."""
     # The innermost frame is usually inside JAX or this package; users look for their own line.
-    if (own_place := traces.own_place(error)) is not None:
+    if (own_place := traces.user_location(error)) is not None:
         return own_place
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if 'site-packages' not in pathlib.Path(f.filename).parts]

@@ -312,7 +312,7 @@ class Workdir:
         try:
             old = json_text.parse(path.read_bytes()) if path.exists() else {}
             if not isinstance(old, dict):
-                raise ValueError(f'it is {json_text.name(old)}, not an object')
+                raise ValueError(f'it is {json_text.type_name(old)}, not an object')
             starts = old.get('starts', [])
             if not isinstance(starts, list) or not all(isinstance(each, dict) for each in starts):
                 raise ValueError("'starts' is not a list of objects")
@@ -338,10 +338,10 @@ class Workdir:
         try:
             content = json_text.parse(path.read_bytes())
             if not isinstance(content, dict):
-                raise ValueError(f'it is {json_text.name(content)}')
+                raise ValueError(f'it is {json_text.type_name(content)}')
             for key in ('config', 'resolved'):
                 if not isinstance(content.get(key), dict):
-                    raise ValueError(f'{key!r} is {json_text.name(content.get(key))}')
+                    raise ValueError(f'{key!r} is {json_text.type_name(content.get(key))}')
             # Tuples and other values that JSON lacks come back, or every start would see them as
             # changed.
             return {**content, 'config': diff.from_jsonable(content['config'])}
@@ -365,7 +365,7 @@ class Workdir:
 def _problem_of_result(result: Any) -> str | None:
     """Returns what is wrong with the content of `result.json`, or None."""
     if not isinstance(result, dict):
-        return f'it is {json_text.name(result)}, not an object'
+        return f'it is {json_text.type_name(result)}, not an object'
     metrics = result.get('metrics')
     # The empty text fails the check below, as a missing dict should.
     values = metrics.values() if isinstance(metrics, dict) else ['']

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 from trainer.ensemble import step
 from trainer.modules.shapes import describe
 from trainer.step.state import TrainState
@@ -95,13 +95,17 @@ def matched(weights: Weights, goal: Mapping[str, Any], chosen: InitFrom) -> Weig
         raise UserError(_complaint(chosen, missing, other, spare, members))
     if missing:
         text = 'are not there, and keep their fresh values'
-        _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(missing), text, listed(missing))
+        _log.warning(
+            '%s: %d arrays %s:\n%s', chosen.path, len(missing), text, indented_list(missing)
+        )
     if spare:
         text = 'have no place in the model, and are left out'
-        _log.warning('%s: %d arrays %s:\n%s', chosen.path, len(spare), text, listed(_shown(spare)))
+        _log.warning(
+            '%s: %d arrays %s:\n%s', chosen.path, len(spare), text, indented_list(_shown(spare))
+        )
     found = {path: weights[path] for path in asked if path in weights}
     if not found:
-        held = listed(_shown(weights))
+        held = indented_list(_shown(weights))
         raise UserError(f'{chosen.title}nothing of {chosen.path} is loaded; it holds\n{held}')
     return found
 
@@ -116,11 +120,11 @@ def _complaint(
     title = '' if chosen.path == _FRESH else chosen.title
     lines = [f'{title}{chosen.path} does not fit the model.']
     if missing:
-        lines += ['It lacks', listed(missing)]
+        lines += ['It lacks', indented_list(missing)]
     if other:
-        lines += ['Of another shape or kind are', listed(other)]
+        lines += ['Of another shape or kind are', indented_list(other)]
     if spare:
-        lines += ['It has besides', listed(_shown(spare))]
+        lines += ['It has besides', indented_list(_shown(spare))]
     if missing and chosen.layout != 'torch' and any(path.endswith('/weight') for path in spare):
         layout_key = f"{chosen.where}layout='torch'"
         lines.append(f"These are names of PyTorch: {layout_key} turns them into Flax's.")

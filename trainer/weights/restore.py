@@ -18,7 +18,7 @@ from etils import epath
 from flax.core import meta
 
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 from trainer.modules.shapes import describe
 from trainer.weights import flax_layout, pre_linen, torch_layout
 from trainer.weights import leaves as lib
@@ -49,7 +49,9 @@ def raw(path: epath.PathLike, step: str | int = 'latest', *, at: str = '') -> An
             tree = tree[int(name) if isinstance(tree, list) else name]
         except (LookupError, TypeError, ValueError):
             held = list(tree) if isinstance(tree, dict) else [describe(tree)]
-            raise UserError(f'{path} has no {name!r} of {at!r}; there is\n{listed(held)}') from None
+            raise UserError(
+                f'{path} has no {name!r} of {at!r}; there is\n{indented_list(held)}'
+            ) from None
     return tree
 
 
@@ -151,7 +153,7 @@ def into(
     shapes = (keys for keys, x in wanted if isinstance(x, jax.ShapeDtypeStruct))
     if empty := ['/'.join(n) for n in map(lib.keys_of, shapes) if n not in leaves]:
         raise UserError(
-            f'{path} lacks what the target has no value of:\n{listed(empty)}\n'
+            f'{path} lacks what the target has no value of:\n{indented_list(empty)}\n'
             "on_missing='init' keeps values, and these are shapes alone."
         )
 
@@ -208,17 +210,17 @@ def _check(leaves: Leaves, wanted: dict[Any, Any], path: Any, on_missing: str) -
     ]
     if other:
         text = 'other shapes or kinds of number than the target'
-        raise UserError(f'{path} holds {text}:\n{listed(other)}')
+        raise UserError(f'{path} holds {text}:\n{indented_list(other)}')
     if missing and on_missing == 'error':
         spare = ['/'.join(keys) for keys in leaves if keys not in wanted]
-        besides = f'It has besides\n{listed(spare)}\n' if spare else ''
+        besides = f'It has besides\n{indented_list(spare)}\n' if spare else ''
         raise UserError(
-            f'{path} lacks what the target has:\n{listed(missing)}\n{besides}'
+            f'{path} lacks what the target has:\n{indented_list(missing)}\n{besides}'
             "on_missing='init' leaves what is missing as it is in the target."
         )
     if missing:
         text = 'are not there, and stay as they are in the target'
-        _log.warning('%s: %d leaves %s:\n%s', path, len(missing), text, listed(missing))
+        _log.warning('%s: %d leaves %s:\n%s', path, len(missing), text, indented_list(missing))
 
 
 def _goes_into(leaf: Any, target: Any) -> bool:

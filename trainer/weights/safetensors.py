@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from trainer.config import json_text
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 
 DTYPES: dict[str, Any] = {
     'C64': np.complex64,
@@ -103,7 +103,7 @@ def _header(data: np.ndarray) -> tuple[dict[str, Any], int]:
         raise ValueError(f'its header has {length:,} bytes; the format allows {_MOST_HEADER:,}')
     header = json_text.parse(data[8 : 8 + length].tobytes())
     if not isinstance(header, dict):
-        raise ValueError(f'its header is {json_text.name(header)}, not an object')
+        raise ValueError(f'its header is {json_text.type_name(header)}, not an object')
     header.pop('__metadata__', None)
     return header, 8 + length
 
@@ -117,17 +117,18 @@ def _tensor(name: str, data: np.ndarray, entry: Any) -> np.ndarray:
     keys = ('dtype', 'shape', 'data_offsets')
     if not isinstance(entry, dict) or not all(key in entry for key in keys):
         raise ValueError(
-            f'{name!r} of its header is {shown(entry, limit=60)}; expected {", ".join(keys)}'
+            f'{name!r} of its header is {short_repr(entry, limit=60)}; expected {", ".join(keys)}'
         )
     if not isinstance(entry['dtype'], str) or entry['dtype'] not in DTYPES:
         raise ValueError(
-            f'{name!r} has the dtype {shown(entry["dtype"], limit=60)}; known are '
+            f'{name!r} has the dtype {short_repr(entry["dtype"], limit=60)}; known are '
             f'{", ".join(DTYPES)}'
         )
     dtype, shape, place = np.dtype(DTYPES[entry['dtype']]), entry['shape'], entry['data_offsets']
     if not _are_counts(shape) or not _are_counts(place) or len(place) != 2:
         raise ValueError(
-            f'{name!r} has the shape {shown(shape, limit=60)} at the bytes {shown(place, limit=60)}'
+            f'{name!r} has the shape {short_repr(shape, limit=60)} at the bytes '
+            f'{short_repr(place, limit=60)}'
         )
     begin, end = place
     if end > data.size or end - begin != math.prod(shape) * dtype.itemsize:

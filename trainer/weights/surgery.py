@@ -21,7 +21,7 @@ import optax
 from flax import traverse_util
 
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 from trainer.modules.shapes import describe
 from trainer.weights.leaves import (
     HostLeaf,
@@ -71,7 +71,9 @@ class Rename:
             raise nothing(self, weights)
         new = list(named.values())
         if twice := sorted(path for path in set(new) if new.count(path) > 1):
-            raise UserError(f'config.surgery: {self} gives one path to several:\n{listed(twice)}')
+            raise UserError(
+                f'config.surgery: {self} gives one path to several:\n{indented_list(twice)}'
+            )
         return {named[path]: leaf for path, leaf in weights.items()}
 
 
@@ -248,7 +250,7 @@ def _state_of(
     ]
     if other:
         raise UserError(
-            f'the state of the optimizer does not go with its parameters:\n{listed(other)}\n'
+            f'the state of the optimizer does not go with its parameters:\n{indented_list(other)}\n'
             'Begin with a new one, tx.init(params).'
         )
     return jax.tree.unflatten(jax.tree.structure(wanted), found.values())
@@ -305,5 +307,6 @@ def nothing(operation: Operation, weights: Weights) -> UserError:
     """Returns the error of an operation that has nothing to do, with the paths that there are."""
     paths = dict.fromkeys(place(path) for path in weights)
     return UserError(
-        f'config.surgery: {operation} applies to nothing. There is\n{listed(filter(None, paths))}'
+        f'config.surgery: {operation} applies to nothing. There is\n'
+        f'{indented_list(filter(None, paths))}'
     )
