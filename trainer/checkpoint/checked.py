@@ -13,8 +13,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from trainer.config.errors import shown
-from trainer.config.json_text import is_int, is_number, name
+from trainer.config.errors import short_repr
+from trainer.config.json_text import is_int, is_number, type_name
 
 # Keys in every checkpoint of a run; a resume needs them.
 RUN_KEYS = ('data_digest', 'metrics', 'evaluated')
@@ -28,13 +28,13 @@ def find_problem(meta: Any, needed: Sequence[str] = ()) -> str | None:
         needed: keys that it must have.
     """
     if not isinstance(meta, dict):
-        return f'its metadata is {name(meta)}, not an object'
+        return f'its metadata is {type_name(meta)}, not an object'
     missing = [key for key in ('digest', *needed) if key not in meta]
     if missing:
         return f'its metadata lacks {", ".join(map(repr, missing))}'
     for key, (expected, is_right) in _FORMS.items():
         if key in meta and not is_right(meta[key]):
-            return f'{key!r} in its metadata is {shown(meta[key], limit=40)}, not {expected}'
+            return f'{key!r} in its metadata is {short_repr(meta[key], limit=40)}, not {expected}'
     return None
 
 

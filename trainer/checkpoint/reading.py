@@ -11,7 +11,7 @@ from etils import epath
 
 from trainer.checkpoint import empty
 from trainer.checkpoint.empty import Names, names_of
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 
 
 class StateMismatch(Exception):
@@ -48,7 +48,7 @@ def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any
         # Compared first, for one message about all leaves; and Orbax casts other dtypes silently.
         differences = _differences(saved, wanted)
         if differences:
-            other = StateMismatch(listed(differences))
+            other = StateMismatch(indented_list(differences))
             other.only_half_precision_slots = len(differences) == _count_half_precision_slots(
                 saved, wanted
             )

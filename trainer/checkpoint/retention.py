@@ -71,7 +71,7 @@ class Retention:
         ordered = sorted(steps)
         kept = set(ordered[-max(1, self.keep_last) :])
         if self.keep_every is not None:
-            kept.update(step for step in ordered if self.keep_every.due(step))
+            kept.update(step for step in ordered if self.keep_every.is_due(step))
         best = None if self.best_metric is None else self.best(ordered, score)
         return kept if best is None else kept | {best}
 

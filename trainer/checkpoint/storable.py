@@ -20,7 +20,7 @@ from trainer.checkpoint.empty import Names
 from trainer.checkpoint.errors import SaveError, first_line
 from trainer.checkpoint.manager import Checkpoints, Retention
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 
 _PLAIN = ('x',)
 
@@ -56,7 +56,7 @@ def check_storable(abstract: Any) -> None:
         lines = _check_leaves(leaves)
     if lines:
         raise UserError(
-            f'cannot save the state of this run in a checkpoint:\n{listed(lines)}\n'
+            f'cannot save the state of this run in a checkpoint:\n{indented_list(lines)}\n'
             'Change the model or optimizer that creates these arrays. Nothing was trained.'
         )
 

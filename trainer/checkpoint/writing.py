@@ -110,11 +110,11 @@ def _find_metadata_problem(data: bytes) -> str | None:
     except ValueError as error:
         return str(error)
     if not isinstance(metadata, dict):
-        return f'it is {json_text.name(metadata)}, not an object'
+        return f'it is {json_text.type_name(metadata)}, not an object'
     objects, times = compat.orbax_step_metadata_fields()
     for name in objects:
         if not isinstance(metadata.get(name, {}), dict):
-            return f'{name!r} is {json_text.name(metadata[name])}, not an object'
+            return f'{name!r} is {json_text.type_name(metadata[name])}, not an object'
     for name in times:
         if metadata.get(name) is not None and not json_text.is_int(metadata[name]):
             return f'{name!r} is not a time'

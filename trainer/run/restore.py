@@ -60,6 +60,7 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
         raise UserError(f'no run in {run.workdir.path}: the directory does not exist')
     steps = checkpoints.steps()
     named = {'latest': checkpoints.latest, 'best': checkpoints.best}
+    # The command line passes text. `isdigit` alone accepts digits such as '²', which `int` rejects.
     number = int(step) if str(step).isascii() and str(step).isdigit() else None
     chosen = named[str(step)]() if step in named else number
     if chosen is None or chosen not in steps:
@@ -111,6 +112,7 @@ def _clean_health(programs: Programs) -> health.Health | None:
     abstract = programs.abstract.health
     if abstract is None:
         return None
+    # With the sharding of the traced state: compiled programs accept no other.
     zeros = np.zeros(abstract.packed.shape, np.int32)
     return health.Health(jax.device_put(zeros, abstract.packed.sharding))
 

@@ -338,7 +338,7 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) ->
 
 def _check_decays(paths: Sequence[str], decayed: Sequence[str], where: str) -> None:
     """Checks that some parameter decays; single patterns may match nothing in this model."""
-    expressions = [patterns.compiled(pattern, where) for pattern in decayed]
+    expressions = [patterns.compile_pattern(pattern, where) for pattern in decayed]
     found = [path for path in paths if any(each.fullmatch(path) for each in expressions)]
     if decayed and paths and not found:
         raise UserError(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer import compat
 from trainer.config.errors import UserError
-from trainer.config.objects import place
+from trainer.config.objects import error_location
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.modules import seen
@@ -421,9 +421,9 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
         if wrong := compat.wrong_rank(error):
             raise UserError(
                 f'the model or the task asks for the sharding {wrong[0]} of an array that has '
-                f'{wrong[1]} dimensions{place(error)}. Give a mesh axis, or None, for each '
-                'dimension that the array has there; if a parameter is initialized in another '
-                'shape, put the names around the reshaped one: '
+                f'{wrong[1]} dimensions{error_location(error)}. Give a mesh axis, or None, for '
+                'each dimension that the array has there; if a parameter is initialized in '
+                'another shape, put the names around the reshaped one: '
                 'box.replace_boxed(box.value.reshape(shape))'
             ) from error
         task, fields = train_step.task, spec
@@ -439,12 +439,12 @@ def _unbound_axis_message(axis: str, error: Exception) -> str:
     mesh = jax.sharding.get_abstract_mesh()
     of = 'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
     return (
-        f'the model or the task names the axis {axis!r} {of}{place(error)}, and there is none '
-        'here: a step is one program over the whole batch, on any number of devices. Remove the '
-        f'collective, or axis_name={axis!r}: a mean over the batch is that of the global batch '
-        'already, and so are gradients, metrics and the statistics of normalization layers. For '
-        'statistics of groups of examples use trainer.models.norm:GroupedBatchNorm; to bind an '
-        'axis of your own use jax.vmap(..., axis_name=...)'
+        f'the model or the task names the axis {axis!r} {of}{error_location(error)}, and there '
+        'is none here: a step is one program over the whole batch, on any number of devices. '
+        f'Remove the collective, or axis_name={axis!r}: a mean over the batch is that of the '
+        'global batch already, and so are gradients, metrics and the statistics of normalization '
+        'layers. For statistics of groups of examples use trainer.models.norm:GroupedBatchNorm; '
+        'to bind an axis of your own use jax.vmap(..., axis_name=...)'
     )
 
 

@@ -225,7 +225,7 @@ def _concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
-    """Returns `periodic.due(step)` for a traced step, or true if int32 cannot represent it.
+    """Returns `periodic.is_due(step)` for a traced step, or true if int32 cannot represent it.
 
     It may be true too often, never too rarely. After a change of the batch size it is exact from
     the first full step of the new size on, and true before.
@@ -233,7 +233,7 @@ def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
     period, progress = periodic.period_steps, periodic.progress
     if period is None:
         return jnp.zeros((), bool)
-    ahead = Fraction(0) if progress is None else progress.ahead
+    ahead = Fraction(0) if progress is None else progress.offset
     den = math.lcm(period.denominator, ahead.denominator)
     num, plus = int(period * den), int(ahead * den)
     if num * (den + 1) >= 2**31:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 from trainer.ensemble import step
 from trainer.modules.shapes import describe
 from trainer.step.state import TrainState
@@ -107,14 +107,14 @@ def match_weights(weights: Weights, goal: Mapping[str, Any], init_from: InitFrom
         raise UserError(_mismatch_message(init_from, missing, other, spare, members))
     if missing:
         text = 'missing arrays keep their initial values'
-        _log.warning('%s: %d %s:\n%s', init_from.path, len(missing), text, listed(missing))
+        _log.warning('%s: %d %s:\n%s', init_from.path, len(missing), text, indented_list(missing))
     if spare:
         text = 'arrays ignored that are not in the model'
-        lines = listed(_display_paths(spare))
+        lines = indented_list(_display_paths(spare))
         _log.warning('%s: %d %s:\n%s', init_from.path, len(spare), text, lines)
     selected = {path: weights[path] for path in asked if path in weights}
     if not selected:
-        lines = listed(_display_paths(weights))
+        lines = indented_list(_display_paths(weights))
         raise UserError(
             f'{init_from.title}nothing to load from {init_from.path}, which contains\n{lines}'
         )
@@ -131,11 +131,11 @@ def _mismatch_message(
     title = '' if init_from.path == _FRESH else init_from.title
     lines = [f'{title}{init_from.path} does not fit the model.']
     if missing:
-        lines += ['Missing:', listed(missing)]
+        lines += ['Missing:', indented_list(missing)]
     if other:
-        lines += ['Different shape or kind of dtype:', listed(other)]
+        lines += ['Different shape or kind of dtype:', indented_list(other)]
     if spare:
-        lines += ['Not in the model:', listed(_display_paths(spare))]
+        lines += ['Not in the model:', indented_list(_display_paths(spare))]
     if missing and init_from.layout != 'torch' and any(path.endswith('/weight') for path in spare):
         layout_key = f"{init_from.where}layout='torch'"
         lines.append(f'These look like names of PyTorch: set {layout_key} to convert them.')

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from trainer.config import patterns
-from trainer.config.errors import UserError, shown
-from trainer.config.text import listed
+from trainer.config.errors import UserError, short_repr
+from trainer.config.text import indented_list
 from trainer.weights import flax_layout, flax_optim, pre_linen, torch_layout
 from trainer.weights import leaves as lib
 from trainer.weights.leaves import Weights, key_path
@@ -69,10 +69,10 @@ class InitFrom:
             for entry in getattr(self, name):
                 if name in _PAIRS and (isinstance(entry, str) or len(entry) != 2):
                     raise UserError(
-                        f'{self.where}{name}: expected {_PAIRS[name]}, got {shown(entry)}'
+                        f'{self.where}{name}: expected {_PAIRS[name]}, got {short_repr(entry)}'
                     )
                 pattern = entry if isinstance(entry, str) else entry[0]
-                patterns.compiled(pattern, f'{self.where}{name}')
+                patterns.compile_pattern(pattern, f'{self.where}{name}')
         if self.flatten and self.layout != 'torch':
             raise UserError(
                 f"{self.where}flatten is for PyTorch only: set {self.where}layout='torch' too"
@@ -166,12 +166,14 @@ class InitFrom:
             if new == names:
                 raise UserError(
                     f'{self.where}rename: the pattern {pattern!r} changes no path of the '
-                    f'checkpoint, which are\n{listed(names.values())}'
+                    f'checkpoint, which are\n{indented_list(names.values())}'
                 )
             names = new
         new_paths = list(names.values())
         if twice := sorted(path for path in set(new_paths) if new_paths.count(path) > 1):
-            raise UserError(f'{self.where}rename: several arrays get the path\n{listed(twice)}')
+            raise UserError(
+                f'{self.where}rename: several arrays get the path\n{indented_list(twice)}'
+            )
         return names
 
 

@@ -21,7 +21,7 @@ from trainer.checkpoint.retention import Retention, better_mode
 from trainer.checkpoint.writing import step_directories
 from trainer.config import places
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 from trainer.weights import safetensors, torch_file
 from trainer.weights.leaves import (
     HostLeaf,
@@ -154,7 +154,9 @@ def subtree(leaves: Leaves, at: str) -> Leaves:
     found = {path[len(keys) :]: x for path, x in leaves.items() if path[: len(keys)] == keys}
     if not found:
         top = dict.fromkeys('/'.join(path[:2]) for path in leaves)
-        raise UserError(f'nothing at {at!r} in the checkpoint, which contains\n{listed(top)}')
+        raise UserError(
+            f'nothing at {at!r} in the checkpoint, which contains\n{indented_list(top)}'
+        )
     return found
 
 

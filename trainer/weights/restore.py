@@ -18,7 +18,7 @@ from etils import epath
 from flax.core import meta
 
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 from trainer.modules.shapes import describe
 from trainer.weights import flax_layout, pre_linen, torch_layout
 from trainer.weights import leaves as lib
@@ -48,7 +48,7 @@ def raw(path: epath.PathLike, step: str | int = 'latest', *, at: str = '') -> An
         try:
             tree = tree[int(name) if isinstance(tree, list) else name]
         except (LookupError, TypeError, ValueError):
-            available = listed(list(tree) if isinstance(tree, dict) else [describe(tree)])
+            available = indented_list(list(tree) if isinstance(tree, dict) else [describe(tree)])
             raise UserError(f'{path} has no {name!r} of {at!r}; available:\n{available}') from None
     return tree
 
@@ -153,7 +153,7 @@ def into(
     shapes = (keys for keys, x in wanted if isinstance(x, jax.ShapeDtypeStruct))
     if empty := ['/'.join(n) for n in map(lib.keys_of, shapes) if n not in leaves]:
         raise UserError(
-            f'missing from {path}, and the target has no value:\n{listed(empty)}\n'
+            f'missing from {path}, and the target has no value:\n{indented_list(empty)}\n'
             "on_missing='init' keeps the target's values, but these leaves are only shapes."
         )
 
@@ -214,17 +214,17 @@ def _check_leaves(leaves: Leaves, wanted: dict[Any, Any], path: Any, on_missing:
     ]
     if other:
         text = 'has other shapes or kinds of dtype than the target'
-        raise UserError(f'{path} {text}:\n{listed(other)}')
+        raise UserError(f'{path} {text}:\n{indented_list(other)}')
     if missing and on_missing == 'error':
         spare = ['/'.join(keys) for keys in leaves if keys not in wanted]
-        ignored = f'Not in the target:\n{listed(spare)}\n' if spare else ''
+        ignored = f'Not in the target:\n{indented_list(spare)}\n' if spare else ''
         raise UserError(
-            f'missing from {path}:\n{listed(missing)}\n{ignored}'
+            f'missing from {path}:\n{indented_list(missing)}\n{ignored}'
             "on_missing='init' keeps the target's values of missing leaves."
         )
     if missing:
         text = "missing leaves keep the target's values"
-        _log.warning('%s: %d %s:\n%s', path, len(missing), text, listed(missing))
+        _log.warning('%s: %d %s:\n%s', path, len(missing), text, indented_list(missing))
 
 
 def _is_compatible(leaf: Any, target: Any) -> bool:

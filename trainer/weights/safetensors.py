@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from trainer.config import json_text
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 
 DTYPES: dict[str, Any] = {
     'C64': np.complex64,
@@ -110,7 +110,7 @@ def _parse_header(data: np.ndarray) -> tuple[dict[str, Any], int]:
         raise ValueError(f'its header has {length:,} bytes; the limit is {_MAX_HEADER_BYTES:,}')
     header = json_text.parse(data[8 : 8 + length].tobytes())
     if not isinstance(header, dict):
-        raise ValueError(f'its header is {json_text.name(header)}, not an object')
+        raise ValueError(f'its header is {json_text.type_name(header)}, not an object')
     header.pop('__metadata__', None)
     return header, 8 + length
 
@@ -124,18 +124,19 @@ def _tensor_view(name: str, data: np.ndarray, entry: Any) -> np.ndarray:
     keys = ('dtype', 'shape', 'data_offsets')
     if not isinstance(entry, dict) or not all(key in entry for key in keys):
         raise ValueError(
-            f'the header entry of {name!r} is {shown(entry, limit=60)}; expected an object with '
-            f'{", ".join(keys)}'
+            f'the header entry of {name!r} is {short_repr(entry, limit=60)}; expected an object '
+            f'with {", ".join(keys)}'
         )
     if not isinstance(entry['dtype'], str) or entry['dtype'] not in DTYPES:
         raise ValueError(
-            f'the dtype of {name!r} is {shown(entry["dtype"], limit=60)}; expected one of '
+            f'the dtype of {name!r} is {short_repr(entry["dtype"], limit=60)}; expected one of '
             f'{", ".join(DTYPES)}'
         )
     dtype, shape, span = np.dtype(DTYPES[entry['dtype']]), entry['shape'], entry['data_offsets']
     if not _are_counts(shape) or not _are_counts(span) or len(span) != 2:
         raise ValueError(
-            f'{name!r} has shape {shown(shape, limit=60)} and bytes {shown(span, limit=60)}'
+            f'{name!r} has shape {short_repr(shape, limit=60)} and bytes '
+            f'{short_repr(span, limit=60)}'
         )
     begin, end = span
     if end > data.size or end - begin != math.prod(shape) * dtype.itemsize:

@@ -21,7 +21,7 @@ import optax
 from flax import traverse_util
 
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 from trainer.modules.shapes import describe
 from trainer.weights.leaves import (
     HostLeaf,
@@ -78,7 +78,9 @@ class Rename:
             raise no_match_error(self, weights)
         new = list(named.values())
         if twice := sorted(path for path in set(new) if new.count(path) > 1):
-            raise UserError(f'config.surgery: {self}: several arrays get the path\n{listed(twice)}')
+            raise UserError(
+                f'config.surgery: {self}: several arrays get the path\n{indented_list(twice)}'
+            )
         return {named[path]: leaf for path, leaf in weights.items()}
 
 
@@ -260,7 +262,7 @@ def _rebuild_state(
     ]
     if other:
         raise UserError(
-            f'the optimizer state does not fit the new parameters:\n{listed(other)}\n'
+            f'the optimizer state does not fit the new parameters:\n{indented_list(other)}\n'
             'Start with a new state, tx.init(params).'
         )
     return jax.tree.unflatten(jax.tree.structure(wanted), leaves.values())
@@ -325,5 +327,6 @@ def no_match_error(operation: Operation, weights: Weights) -> UserError:
     """Returns the error of an operation that applies to nothing, listing the available paths."""
     paths = dict.fromkeys(key_path(path) for path in weights)
     return UserError(
-        f'config.surgery: {operation} matches nothing. Available:\n{listed(filter(None, paths))}'
+        f'config.surgery: {operation} matches nothing. Available:\n'
+        f'{indented_list(filter(None, paths))}'
     )

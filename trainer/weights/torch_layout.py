@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.config.text import listed
+from trainer.config.text import indented_list
 from trainer.weights import torch_recurrent
 from trainer.weights.leaves import HostLeaf, Weights
 
@@ -121,7 +121,7 @@ def _check_flatten(flatten: Sequence[Flatten], wanted: Mapping[str, Any], where:
             dense = [module for module, shape in kernels.items() if len(shape) == 2]
             raise UserError(
                 f'{where}: the pattern {pattern!r} matches no dense layer. A pattern must match '
-                f'a whole path; available:\n{listed(dense)}'
+                f'a whole path; available:\n{indented_list(dense)}'
             )
 
 
