@@ -126,10 +126,13 @@ class Evaluator:
         """
         with self._explain_training_errors():
             output = self._output_shapes(state)
+        # Replicated, like the results of the step: it donates the totals, and a donated buffer is
+        # reused only for a result of the same shape and sharding.
         self._empty = jax.jit(
             functools.partial(self.step.empty, output),
             out_shardings=replicated_sharding(self._mesh),
         )
+        # From shapes alone: a metric that cannot be computed is found before training starts.
         self._trial_metrics = self._check_metrics()
         if self._score is not None:
             self.check_predicts()
@@ -158,6 +161,8 @@ class Evaluator:
         try:
             fields = self._all_fields
             shapes = fields.shapes
+            # Fields that devices cannot store are placeholders while the task is traced. Afterwards
+            # the fields that it has not read stay on the host too, which saves their transfer.
             step, task = self.step, self.step.task
             step = dataclasses.replace(step, task=task.with_host_fields(fields.host_fields()))
             with self._tracing(), record_reads() as reads, seen.explain_errors():
@@ -172,6 +177,7 @@ class Evaluator:
             raise UserError(f'config.evals.{self.name}: {error}') from error
         except Exception as error:
             error.add_note(f'This happened at the first batch of config.evals.{self.name}')
+            # The task's own traceback does not say what the batch looked like.
             if shapes is not None:
                 batch = ', '.join(f'{name}: {describe(x)}' for name, x in shapes.items())
                 name = name_of(self.step.task.task)
@@ -230,29 +236,33 @@ class Evaluator:
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
-        counted = self._leave_out_diverged(state)
+        members = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
         host = self._host_scores()
         prediction = None if self._score is None else self.prediction(state)
         unchanged = {} if prediction is None else prediction.unchanged
         pending: tuple[Any, LoadedBatch] | None = None
+        # A context: leaving it by `Stopped` or an error ends the thread of the prefetcher.
         with self._batches(max_batches, **self._sent(prediction)) as batches:
             for batch in self._read_to_end(batches):
                 if should_stop():
                     raise Stopped
                 args = (totals, variables, state.step, np.int32(batch.start), batch.arrays)
-                if counted not in self._programs:
-                    self._programs[counted] = self._compile(args, prediction)
-                totals, rows = self._programs[counted](*args)
+                if members not in self._programs:
+                    self._programs[members] = self._compile(args, prediction)
+                # Nothing is fetched here: the batches are queued, and the devices add them up
+                # without waiting for the host.
+                totals, rows = self._programs[members](*args)
                 # The rows of a batch are read while the devices compute the next one.
                 if host is not None and pending is not None:
                     host.add(pending[0], unchanged, pending[1])
                 pending = rows, batch
         if host is not None and pending is not None:
             host.add(pending[0], unchanged, pending[1])
+        # Before the metrics: with labels out of range they are wrong, or NaN.
         self._check_labels(totals, state)
         with self._add_name_to_errors():
-            measured = summarize(totals, counted)
+            measured = summarize(totals, members)
         if host is not None:
             values = host.finish()
             with self._add_name_to_errors():
@@ -288,6 +298,7 @@ class Evaluator:
                 self.step = step
                 self._run_step = dataclasses.replace(self._run_step, counted=step.counted)
                 self._predicts = None
+                # The cached property was compiled with the members before the change.
                 vars(self).pop('_predict', None)
         return self.step.counted
 
@@ -297,6 +308,8 @@ class Evaluator:
         if not signs.label:
             return
         output = self._output_shapes(state)
+        # The devices report only the number of the check and the value. The split is read again to
+        # name the example, which costs nothing unless there is an error.
         checks = (output[0] if isinstance(output, tuple) else output).checks
         count = self.data.num_batches
         numbers = itertools.count() if count is None else range(count)
@@ -322,15 +335,19 @@ class Evaluator:
             UserError: if the task has no method `predict`.
         """
         variables, prediction = self.variables(state), self.prediction(state)
+        # Several outputs may be the same field.
         host = tuple(set(prediction.unchanged.values()))
         with self._batches(fields=prediction.fields, host=host) as batches:
             for batch in self._read_to_end(batches):
                 args = (variables, state.step, np.int32(batch.start), batch.arrays)
                 with self._tracing(), self._explain_training_errors():
                     outputs = self._predict(*args)
+                # One transfer for all outputs, in every process: they are replicated.
                 outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
                 outputs.update(prediction.gather_unchanged(batch.host, batch.rows))
+                # Sorted, so that files and messages list them in the same order whatever the task
+                # does.
                 yield {name: outputs[name][mask] for name in sorted(outputs)}
 
     def prediction(self, state: TrainState) -> Prediction:
@@ -380,6 +397,7 @@ class Evaluator:
         """Returns the variables to evaluate; under `EMA` those of a task's `model.ema`."""
         average = state.average
         params = average if self._use_ema else self._params(state)
+        # The average has its own key, because a task may use both.
         return {**state.variables, 'params': params, EMA: average}
 
     @property
@@ -411,9 +429,10 @@ class Evaluator:
             functools.partial(self._predicts), out_shardings=replicated_sharding(self._mesh)
         )
 
-    def _batches(self, most: int | None = None, **options: Any) -> Prefetcher:
-        known = [n for n in (self.data.num_batches, most) if n is not None]
-        calls = itertools.repeat(1, min(known)) if known else itertools.repeat(1)
+    def _batches(self, max_batches: int | None = None, **options: Any) -> Prefetcher:
+        # Unknown lengths are None; `_read_to_end` ends the iteration of those.
+        limits = [n for n in (self.data.num_batches, max_batches) if n is not None]
+        calls = itertools.repeat(1, min(limits)) if limits else itertools.repeat(1)
         data = self.data
         return Prefetcher(data.block, calls, self._mesh, data.rows, release=data.close, **options)
 
@@ -425,6 +444,8 @@ class Evaluator:
         """
         for batch in batches:
             if self.data.num_batches is None:
+                # One small collective per batch. Deciding alone would leave the other processes
+                # waiting in the step.
                 real = int((batch.ids >= 0).sum())
                 if not processes.sum_over_processes(real):
                     return
@@ -441,6 +462,7 @@ def summarize(totals: Any, counted: Sequence[int] = ()) -> Measured:
         totals: the accumulators.
         counted: indices of the members that the means include; empty for all.
     """
+    # The signs are no metrics: `_check_labels` has read them.
     computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != SIGNS}))
     row = Measured(computed['task'])
     row.add('examples', computed['examples'])
