@@ -18,7 +18,7 @@ from trainer.run.setup import Run
 from trainer.step import health
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-from trainer.weights.first_state import start
+from trainer.weights.first_state import load_initial_weights
 
 
 def init_state(experiment: Experiment, programs: Programs) -> TrainState:
@@ -27,11 +27,11 @@ def init_state(experiment: Experiment, programs: Programs) -> TrainState:
     Raises:
         UserError: if the weights of `config.init_from` do not fit the model.
     """
-    return start(
+    return load_initial_weights(
         programs.init(),
         experiment.start.weights,
         experiment.start.surgery,
-        restarted=lambda state: programs.restart_optimizer(state),
+        restart_optimizer=lambda state: programs.restart_optimizer(state),
         members=experiment.ensemble is not None,
     )
 

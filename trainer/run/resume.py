@@ -130,7 +130,7 @@ class Recovery:
             # Another run in this directory could delete the checkpoint while it is read.
             self._run.workdir.claim()
         # Metadata first: it may be wrong, and the arrays can take minutes to read.
-        meta = checkpoints.meta(latest, checked.OF_A_RUN)
+        meta = checkpoints.meta(latest, checked.RUN_KEYS)
         state = restore(self._run, programs, latest)
         if self._allow_config_change:
             # Hyperparameters of an ensemble are part of the optimizer state, so the checkpoint has
@@ -380,7 +380,7 @@ class Recovery:
             f'{workdir.path} was deleted during this run, or another run has overwritten its '
             f'run.json. This run ends at step {step:,}; deleted files are lost. Start it again '
             'with a --workdir that no other run or program uses.',
-            may_pass=False,
+            is_temporary=False,
         )
 
     def _fingerprint_data(self) -> None:
