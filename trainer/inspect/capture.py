@@ -78,7 +78,7 @@ class Captures:
         recorder = ModuleRecorder(lambda output, inputs, variables: ())
 
         def run(state: TrainState, batch: Batch) -> Any:
-            self._forward(recorder, state, batch, slices=1)
+            self._forward(recorder, state, batch, micro_batches=1)
             return ()
 
         self._forward.shapes(run, dataclasses.replace(state, metrics=None), batch)
@@ -150,7 +150,7 @@ class Captures:
 
         def run(state: TrainState, batch: Batch) -> Any:
             recorder = ModuleRecorder(measure_output, selects=wants)
-            self._forward(recorder, state, batch, slices=1)
+            self._forward(recorder, state, batch, micro_batches=1)
             sown = [
                 {path: measure_sown(value) for path, value in call.items() if wants(path)}
                 for call in recorder.sown

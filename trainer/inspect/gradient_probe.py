@@ -87,14 +87,14 @@ def gradients(
 
     def perturbations(state: TrainState, batch: Batch) -> Any:
         recorder = ModuleRecorder(selects=wants, perturbations={})
-        forward(recorder, state, batch, slices=1)
+        forward(recorder, state, batch, micro_batches=1)
         called.extend(recorder.called)
         return recorder.perturbations
 
     def run(state: TrainState, batch: Batch) -> Any:
         def loss(perturbations: Any) -> Any:
             recorder = ModuleRecorder(_squares, selects=wants, perturbations=perturbations)
-            (output,) = forward(recorder, state, batch, slices=1)
+            (output,) = forward(recorder, state, batch, micro_batches=1)
             return _loss(output), recorder.records
 
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
