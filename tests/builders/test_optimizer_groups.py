@@ -181,7 +181,7 @@ def test_names_of_losses_are_checked(output: TaskOutput, message: str) -> None:
 
 
 def test_help_lists_the_keys_that_a_group_leaves_out() -> None:
-    text = show.helpconfig(loading.plain(loading.load(CONFIG).config))
+    text = show.format_helpconfig(loading.to_plain(loading.load(CONFIG).config))
     for key in ('gen.clip_norm', 'disc.decay_mask', 'disc.lr_multipliers'):
         assert f'--config.optimizer.groups.{key}' in text
 

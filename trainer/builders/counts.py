@@ -49,7 +49,7 @@ def with_integer_keys(node: Node, path: str) -> Node:
                 where = f'{path}.{paths.join(keys)}'
                 raise UserError(f'{where}: step {number} is given twice; remove one of them')
             whole[number] = item
-        node = paths.changed(node, keys, whole)
+        node = paths.with_value(node, keys, whole)
     return node
 
 

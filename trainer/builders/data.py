@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.config import targets
-from trainer.config.checks import positive
+from trainer.config.checks import check_positive
 from trainer.config.errors import UserError
 from trainer.config.sections import DataSection, EvalDataSection, EvalSection, Sections
 from trainer.evaluate.spec import Evaluation
@@ -27,7 +27,7 @@ def build_train_data(sections: Sections) -> TrainData:
         **data.loader,
         'source': data.source,
         'transforms': data.transforms,
-        'batch_size': positive(data.batch_size, f'{path}.batch_size'),
+        'batch_size': check_positive(data.batch_size, f'{path}.batch_size'),
         'seed': sections.seed if data.seed is None else data.seed,
         'shuffle': data.shuffle,
         'remainder': data.remainder,
@@ -83,7 +83,7 @@ def _evaluation(
         final=section.final,
         ema=section.ema,
         task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
-        batch_size=positive(batch_size, f'{path}.data.batch_size'),
+        batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
         data=data,
     )
 

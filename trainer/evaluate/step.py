@@ -74,6 +74,8 @@ class EvalStep:
             batch: arrays (examples, ...), including `_mask`.
         """
         output = self._output(variables, batch, step, index)
+        # Accumulated like a metric, so that a label out of range costs no synchronization per
+        # batch.
         label, value = run_checks(output.checks, output.weights)
         new = {
             FINDINGS: Findings(jnp.zeros((), jnp.float32), label, value),
@@ -89,11 +91,13 @@ class EvalStep:
 
         Fields that stay on the host are `HostField`s among them.
         """
+        # The keys of `_output`: a task that samples predicts what its metrics were computed from.
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
         seen = self.task.prepare_batch(batch, passing=True)
         with explain_host_fields(seen):
             outputs = task.predict(self._bind(variables, keys), seen)
+        # The caller removes the padding on the host: the number of real examples is not static.
         return {**outputs, MASK: batch[MASK]}
 
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
@@ -101,5 +105,6 @@ class EvalStep:
         return self.task(self._bind(variables, keys), batch)
 
     def _bind(self, variables: Mapping[str, Any], keys: Keys) -> BoundModel:
+        # The model would take the average for a collection of its own.
         rest = {name: value for name, value in variables.items() if name != EMA}
         return self.model.bind(rest, keys, ema=variables.get(EMA))

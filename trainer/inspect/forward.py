@@ -86,12 +86,15 @@ class Forward:
             keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
             model = RecordedModel(self.model, recorder).bind(variables, keys, ema=state.average)
             outputs.append(self.task(model, self._micro_batch(batch, index)))
+            # As in a step, each micro-batch sees the batch statistics that the one before it has
+            # updated.
             variables = {**variables, **model.collections}
         return outputs
 
     def _micro_batch(self, batch: Batch, index: int) -> Batch:
         if self.accumulate == 1:
             return batch
+        # The same division as in the step, so that micro-batch i has the same examples.
         micro_batches = split_micro_batches(batch, self.accumulate, batch_shards(self.mesh))
         return jax.tree.map(lambda x: x[index], micro_batches)
 
@@ -115,6 +118,7 @@ class Forward:
         def run(stacked: bool, state: TrainState, batch: Batch) -> Any:
             return function(state, jax.tree.map(lambda x: x[-1], batch) if stacked else batch)
 
+        # Replicated: every process can fetch the results without a further collective.
         jitted = jax.jit(run, static_argnums=0, out_shardings=replicated_sharding(self.mesh))
 
         def call(state: TrainState, batch: Batch, *, stacked: bool = False) -> Any:

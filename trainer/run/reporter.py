@@ -118,6 +118,8 @@ class Reporter:
     def end(self, status: str, step: int) -> None:
         """Prints the status, the newest metrics and the time spent, and closes the run's files."""
         self.flush()
+        # What remains of the loop's time: the host cannot measure the steps themselves, which run
+        # while it does other things.
         steps = self._loop_secs() - self._began - self.time.get('data wait')
         self.time.set('steps', max(0.0, steps))
         self.close()
@@ -133,6 +135,7 @@ class Reporter:
 
     def close(self) -> None:
         """Closes the run's files; later rows are only printed."""
+        # Replaced first: if closing fails, a later row is not written to a closed file.
         writer, self._writer = self._writer, Writers(())
         writer.close()
 
@@ -157,6 +160,8 @@ class Reporter:
                 the members leave them out.
         """
         self.flush()
+        # Two rows cannot be pending at once. Blocking is cheap here: the step of the older one is a
+        # whole logging period ago.
         (before, waited), secs = self._waited, self.time.get('data wait')
         self._waited = (step, secs)
         self._pending = _Pending(step, (metrics, stopped), (secs - waited) / (step - before))
@@ -177,6 +182,7 @@ class Reporter:
         row['train/data_wait_secs'] = pending.data_wait_secs
         kept = self._write_arrays(f'train_{step}', row.arrays)
         self._add(step, row)
+        # After the file, so that no printed value is missing there if the run is killed.
         self.progress.update(step, row)
         if kept:
             self.progress.message(f'step {step:,}:{kept}')
@@ -217,6 +223,7 @@ class Reporter:
         shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
         if self._directory is None:
             return f'  {", ".join(shown)}'
+        # Named after the step, so a resumed run overwrites the file of a step that it repeats.
         path = self._directory / 'metrics' / f'{name}.npz'
         path.parent.mkdir(parents=True, exist_ok=True)
         write_npz(path, arrays)
@@ -230,11 +237,14 @@ class Reporter:
     def _member_label(self, member: str) -> str:
         """Returns 'eval/test member 3 (seed 3)' for 'eval/test/member_3'."""
         prefix, _, number = member.rpartition('/member_')
+        # A metric of the task may have such a name too, in a run that is no ensemble.
         description = self._members[int(number)] if int(number) < len(self._members) else ''
         return f'{prefix} member {number}' + (f' ({description})' if description else '')
 
     def _loop_secs(self) -> float:
         """Returns the seconds of the loop so far, without its evaluations and saves."""
+        # Rates are of training: an evaluation or a save between two rows must not look like slow
+        # steps.
         return time.perf_counter() - self.time.get('eval') - self.time.get('save')
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from trainer import compat
 from trainer.config.errors import UserError
-from trainer.config.objects import place
+from trainer.config.objects import error_location
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostFieldError, HostFieldSpec
 from trainer.modules import seen
@@ -425,8 +425,8 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
         if wrong := compat.wrong_rank(error):
             raise UserError(
                 f'the model or the task requests the sharding {wrong[0]} for an array that has '
-                f'{wrong[1]} dimensions{place(error)}. Name a mesh axis, or None, for each '
-                'dimension that the array has there. If a parameter is initialized in another '
+                f'{wrong[1]} dimensions{error_location(error)}. Name a mesh axis, or None, for '
+                'each dimension that the array has there. If a parameter is initialized in another '
                 'shape, put the names around the reshaped array: '
                 'box.replace_boxed(box.value.reshape(shape))'
             ) from error
@@ -445,12 +445,12 @@ def _unbound_axis_message(axis: str, error: Exception) -> str:
         'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
     )
     return (
-        f'the model or the task names the axis {axis!r} {kind}{place(error)}, but no such axis is '
-        'bound: a step is one program over the whole batch, on any number of devices. Remove the '
-        f'collective, or axis_name={axis!r}: means over the batch, gradients, metrics and the '
-        'statistics of normalization layers are already those of the global batch. For statistics '
-        'of groups of examples use trainer.models.norm:GroupedBatchNorm; to bind an axis of your '
-        'own use jax.vmap(..., axis_name=...)'
+        f'the model or the task names the axis {axis!r} {kind}{error_location(error)}, but no '
+        'such axis is bound: a step is one program over the whole batch, on any number of devices. '
+        f'Remove the collective, or axis_name={axis!r}: means over the batch, gradients, metrics '
+        'and the statistics of normalization layers are already those of the global batch. For '
+        'statistics of groups of examples use trainer.models.norm:GroupedBatchNorm; to bind an '
+        'axis of your own use jax.vmap(..., axis_name=...)'
     )
 
 

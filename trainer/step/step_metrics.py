@@ -231,7 +231,7 @@ def _concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
-    """Returns `periodic.due(step)` for a traced step; true if it cannot be computed in int32.
+    """Returns `periodic.is_due(step)` for a traced step; true if it cannot be computed in int32.
 
     It may be true too often, but never too rarely. After a change of the batch size it is exact
     from the first full step of the new size on, and true before.
@@ -239,7 +239,7 @@ def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
     period, progress = periodic.period_steps, periodic.progress
     if period is None:
         return jnp.zeros((), bool)
-    ahead = Fraction(0) if progress is None else progress.ahead
+    ahead = Fraction(0) if progress is None else progress.offset
     den = math.lcm(period.denominator, ahead.denominator)
     num, plus = int(period * den), int(ahead * den)
     # An upper bound of the intermediate values of the expression below.
