@@ -13,6 +13,7 @@ if __name__ == '__main__':
     STOP = signals.install()
     if not signals.is_training_command(sys.argv):
         signals.uninstall()
+    # Before any file or socket is opened: it would get the descriptor of the closed stream.
     streams.open_closed_streams()
     signals.enable_stack_dumps()
 
@@ -45,6 +46,8 @@ MODES = {
 }
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
+# Not absl's global flags: importing a library that defines flags of its own would add them to
+# --help, or clash.
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
     'workdir',
@@ -159,10 +162,12 @@ def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
 
 
 def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
+    # absl would reject --config.KEY=VALUE, whose flags are not known in advance.
     spec, assignments, rest = overrides.parse_argv(list(argv[1:]))
     _parse_flags([argv[0], *rest])
     if FLAGS.mode != 'train':
         signals.uninstall()
+    # Without a config there are no keys to list.
     if spec is None and FLAGS.help:
         print(_usage())
         return 0
@@ -174,6 +179,8 @@ def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
         # `build` checks this too, but only after importing JAX: this reports a wrong key at once.
         # `config` also shows configs whose required values are still missing.
         schema.read(loading.to_plain(loaded.config), complete=FLAGS.mode != 'config')
+    # After the config is known to be valid: a note on a key that does not exist would only
+    # distract.
     for override in applied:
         for note in override.notes:
             print(note, file=sys.stderr)
@@ -226,6 +233,7 @@ def _end_soon(code: int) -> None:
     def exit_after_grace() -> None:
         deadline = time.monotonic() + _GRACE_SECS
         main_thread = threading.main_thread()
+        # A daemon thread does not delay the exit; this one is a daemon itself.
         while any(t is not main_thread and not t.daemon for t in threading.enumerate()):
             if time.monotonic() > deadline:
                 for stream in (sys.stdout, sys.stderr):
@@ -257,12 +265,14 @@ def _parse_flags(argv: Sequence[str]) -> None:
         positional = FLAGS(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:
         hint = synonyms.hint(error.flagname, {}, lambda *_: True) or ''
+        # The hint is written for keys in a file; here it is about a flag.
         hint = hint.replace('mean config.', 'mean --config.')
         if error.flagname.partition('.')[0] in schema.fields(Sections):
             hint = f'Config keys need the prefix: --config.{error.flagname}=VALUE.'
         raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
         raise UserError(f'{shorten(str(error), 400)}. See --help.') from error
+    # An empty shell variable gives '', and a forgotten value makes absl take the next flag for it.
     if FLAGS.workdir == '' or (FLAGS.workdir or '').startswith('-'):
         raise UserError(f'--workdir needs a value, got {FLAGS.workdir!r}')
     for name, modes in _ONLY_WITH.items():
@@ -284,6 +294,7 @@ def _use_virtual_devices(count: int | None) -> None:
     """Makes JAX, which has not been imported yet, create this many virtual CPU devices."""
     if count is None:
         raise UserError('--mode=plan needs --devices=N, the number of devices to plan for')
+    # JAX and XLA read both variables once, when they start.
     os.environ['JAX_PLATFORMS'] = 'cpu'
     flag = f'--xla_force_host_platform_device_count={count}'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
@@ -295,10 +306,13 @@ def _usage() -> str:
 
 if __name__ == '__main__':
     code = 1
+    # Before `main`: an error while a config is imported should have a short traceback too.
     traces.install(logfile.full_traceback_location)
     try:
         code = main(sys.argv, STOP)
     finally:
+        # Threads of the failed save may wait for a slow disk or network for minutes, and the
+        # interpreter would wait for them.
         if SaveError.occurred:
             _end_soon(code)
     sys.exit(code)
