@@ -16,11 +16,12 @@ from trainer.evaluate.prediction import Prediction
 from trainer.evaluate.score import Score, is_streaming, merge_fields
 from trainer.evaluate.step import EvalStep
 from trainer.input.batch import LoadedBatch
+from trainer.observe.summaries import as_summary
 from trainer.parallel import processes
 from trainer.parallel.handshake import EXIT_PEER_FAILED
 from trainer.parallel.messages import Messages
 from trainer.tasks.collecting import Collecting, compute_collected
-from trainer.tasks.measured import Measured
+from trainer.tasks.measured import MetricValues
 from trainer.tasks.runner import MASK
 
 # Names of gathered arrays: what metrics collect, what the task predicts, fields of the batch.
@@ -115,7 +116,7 @@ class HostScores:
             arrays = {name: x for name, x in arrays.items() if name.startswith(_COLLECTED)}
         self._rows.add(ids, arrays)
 
-    def finish(self) -> Measured:
+    def finish(self) -> MetricValues:
         """Returns the values; all processes must call it.
 
         Arrays, texts and images are in the main process only.
@@ -123,7 +124,7 @@ class HostScores:
         Raises:
             MainScoreError: in the other processes, if the main process has failed.
         """
-        measured = Measured()
+        measured = MetricValues()
         if processes.is_main_process() and self._error is None:
             self._try(lambda: self._compute(measured))
         failure = None if self._error is None else f'{type(self._error).__name__}: {self._error}'
@@ -135,9 +136,9 @@ class HostScores:
                 f'config.evals.{self._evaluation}: its metrics could not be computed in process 0: '
                 f'{failure}'
             )
-        return measured if processes.is_main_process() else Measured(numbers)
+        return measured if processes.is_main_process() else MetricValues(numbers)
 
-    def _compute(self, measured: Measured) -> None:
+    def _compute(self, measured: MetricValues) -> None:
         arrays = self._rows.join()
         for name, kind in self._collecting:
             collected = _with_prefix(arrays, f'{_COLLECTED}{name}/')
@@ -154,7 +155,8 @@ class HostScores:
                 "of values by name, such as {'auc': 0.9}"
             )
         for name, value in values.items():
-            measured.add(str(name), value)
+            summary = as_summary(value)
+            measured.add(str(name), value if summary is None else summary)
 
     def _examples(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
         assert self._score is not None

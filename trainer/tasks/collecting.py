@@ -7,8 +7,9 @@ batches and computes its value at the end of an evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import clu.metrics
@@ -50,28 +51,33 @@ def _is_collecting(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, clu.metrics.CollectingMetric)
 
 
-def collect(
-    name: str, kind: type[clu.metrics.CollectingMetric], inputs: Mapping[str, Any], rows: int
+@contextlib.contextmanager
+def explain_missing_output(name: str, outputs: Iterable[str]) -> Iterator[None]:
+    """Explains the error of a metric that collects what the task does not return."""
+    try:
+        yield
+    except KeyError as error:
+        have = ', '.join(sorted({'loss', 'mask', 'weights', *outputs}))
+        raise UserError(
+            f'the metric {name!r} collects {error}, which the task does not return; it returns '
+            f'{have}'
+        ) from error
+
+
+def collected_rows(
+    name: str, metric: clu.metrics.CollectingMetric, rows: int
 ) -> dict[str, jax.Array]:
-    """Returns the arrays that a metric collects of a batch, by name, each (rows, ...).
+    """Returns the arrays that a metric has collected of a batch, by name, each (rows, ...).
 
     Args:
         name: of the metric, for messages.
-        kind: its class.
-        inputs: the outputs of the task, by name.
+        metric: that of one batch.
         rows: of the batch.
 
     Raises:
-        UserError: if the task does not return one of them, or not with one row for each example.
+        UserError: if an array has not one row for each example.
     """
-    try:
-        values = kind.from_model_output(**inputs).values
-    except KeyError as error:
-        raise UserError(
-            f'the metric {name!r} collects {error}, which the task does not return; it returns '
-            f'{", ".join(sorted(inputs))}'
-        ) from error
-    arrays = {key: parts[0] for key, parts in values.items()}
+    arrays = {key: parts[0] for key, parts in metric.values.items()}
     for key, x in arrays.items():
         if x.shape[:1] != (rows,):
             raise UserError(
