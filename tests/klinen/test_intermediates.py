@@ -17,7 +17,7 @@ from tests.modules.examples import bind, init, same
 from trainer import klinen as knn
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 
 
@@ -266,7 +266,7 @@ def test_values_of_any_kind_in_an_ensemble() -> None:
     both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), init(Noted()))
     x = jnp.ones((3, 4))
     model = EnsembleModel(
-        functional(Noted()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
+        as_functional(Noted()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
     )
     y = jax.jit(model)(x)
     model(x)

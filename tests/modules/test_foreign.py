@@ -15,7 +15,7 @@ from flax import nnx
 
 from tests.modules.learning import learned, trainer
 from trainer.config.errors import UserError, full_text
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 
 
 class Callable4:
@@ -130,7 +130,7 @@ def test_what_haiku_makes_is_wrapped_in_linen() -> None:
     """As the message says of it."""
     made = type('Transformed', (Transformed,), {'__module__': 'haiku._src.transform'})
     with pytest.raises(TypeError, match=r'got Transformed of Haiku\..* self\.param\("net", net.i'):
-        functional(made(*transformed()))
+        as_functional(made(*transformed()))
     learned({'target': f'{__name__}:OfHaiku'}, steps=100)
 
 
@@ -202,9 +202,9 @@ def test_a_maker_that_fails_says_how() -> None:
     from trainer.modules.rng import Keys
 
     with pytest.raises(UserError, match=r'got the function make\(streams.*called with `rngs`: '):
-        functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     with pytest.raises(TypeError) as raised:  # A mistake in the module, and not in what makes it.
-        functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     assert not isinstance(raised.value, UserError)
     with pytest.raises(ZeroDivisionError):
-        functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))

@@ -25,7 +25,7 @@ from trainer.modes import dry_run, export
 from trainer.modes.plan import plan
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 
 NOTICE = "names the axis 'batch' of jax.pmap"
@@ -80,7 +80,7 @@ def branches() -> nn.Module:
 
 def output(model: Any, mode: str = 'train') -> tuple[Any, Any]:
     """Returns what a call of a model gives, and the collections after it."""
-    wrapped = functional(model)
+    wrapped = as_functional(model)
     variables = wrapped.init(lambda m, b: m(b), X, Keys(seed=0, mode='init'))
     bound = wrapped.bind(variables, Keys(seed=0, mode=mode))
     return bound(X), bound.collections
@@ -300,7 +300,7 @@ def test_an_axis_of_the_mesh_is_none_of_pmap() -> None:
 @pytest.mark.slow
 def test_members_of_an_ensemble() -> None:
     """Their evaluation leaves the name out, too."""
-    model, named = functional(Normed(nn.LayerNorm)), functional(Normed(nn.LayerNorm, 'batch'))
+    model, named = as_functional(Normed(nn.LayerNorm)), as_functional(Normed(nn.LayerNorm, 'batch'))
     keys = Keys(seed=0, mode='eval')
     one = model.init(lambda bound, batch: bound(batch['x']), {'x': X}, keys)
     both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), one)

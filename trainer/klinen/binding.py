@@ -57,12 +57,12 @@ class Binding:
         return {'params': self.params, **self.collections}
 
     def apply(
-        self, steps: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str]
+        self, getters: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str]
     ) -> tuple[Any, dict[str, Any]]:
         """Calls a method, and returns its output and the collections that it may change.
 
         Args:
-            steps: lead from the module to the method; none for `__call__`.
+            getters: lead from the module to the method; none for `__call__`.
             args: of the call.
             kwargs: of the call.
             mutable: names of these collections.
@@ -78,7 +78,7 @@ class Binding:
                 {'params': self.params, **collections},
                 rngs=rngs.fold_path(keys, self.definition.path),
                 mutable=sorted(mutable),
-                method=lambda m: train_flags.method_with_training(steps, self.training)(
+                method=lambda m: train_flags.method_with_training(getters, self.training)(
                     m, *args, **kwargs
                 ),
             )
@@ -102,7 +102,7 @@ class Binding:
             ) from error
         return output, dict(changed)
 
-    def linen(self, *, with_training: bool = True) -> Any:
+    def bind_linen(self, *, with_training: bool = True) -> Any:
         """Returns the module bound as Linen binds it.
 
         Args:
@@ -110,7 +110,7 @@ class Binding:
         """
         definition = self.definition
         module = definition.with_training(self.training) if with_training else definition.module
-        keys = rngs.fold_path(rngs.known_keys(self.rng, definition.streams), definition.path)
+        keys = rngs.fold_path(rngs.stream_keys(self.rng, definition.streams), definition.path)
         return nn.Module.bind(module, self.variables, rngs=keys)
 
     def bind_part(self, part: nn.Module) -> Binding:
@@ -121,7 +121,7 @@ class Binding:
         """
         assert part.scope is not None
         module, variables = part.unbind()
-        variables = _with_shared(part, module, variables)
+        variables = _with_shared_variables(part, module, variables)
         return dataclasses.replace(
             self,
             definition=Definition(
@@ -135,7 +135,7 @@ class Binding:
         )
 
 
-def _with_shared(part: nn.Module, alone: nn.Module, variables: Any) -> dict[str, Any]:
+def _with_shared_variables(part: nn.Module, alone: nn.Module, variables: Any) -> dict[str, Any]:
     """Adds the variables of modules that a part uses and another part owns.
 
     Args:

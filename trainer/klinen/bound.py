@@ -47,7 +47,9 @@ class Bound:
         raise errors.SetAttributeFrozenModuleError(type(self).__name__, name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *intermediates.parts_of(self._bound.linen())})
+        return sorted(
+            {*object.__dir__(self), *intermediates.module_attributes(self._bound.bind_linen())}
+        )
 
     def __repr__(self) -> str:
         return repr(self._bound.definition.with_training(self._bound.training))
@@ -107,7 +109,7 @@ def _bound_class(cls: Any) -> Any:
         if not name.startswith('_')
     }
     names = {f.name for f in dataclasses.fields(cls)} - {'parent', 'name', *interface}
-    namespace: dict[str, Any] = {name: _attribute(name) for name in sorted(names)}
+    namespace: dict[str, Any] = {name: _field_property(name) for name in sorted(names)}
     for base in cls.__mro__:
         # Not the members of Linen's own classes, nor of `knn.Module`, whose base the interface is.
         if base in nn.Module.__mro__ or Interface in (base, *base.__bases__):
@@ -140,14 +142,14 @@ def _read(binding: Binding, name: str) -> Any:
     """Returns a field, a property or what `setup` has made; modules come bound."""
     if name in intermediates.fields(binding.definition.module):
         raise intermediates.unset_error(binding.definition.module, name)
-    value = getattr(binding.linen(), name)
+    value = getattr(binding.bind_linen(), name)
     if not any(intermediates.modules_in(value)):
         return value
-    unflagged = getattr(binding.linen(with_training=False), name)
-    return intermediates.map_modules(unflagged, lambda part: _part(binding, part))
+    unflagged = getattr(binding.bind_linen(with_training=False), name)
+    return intermediates.map_modules(unflagged, lambda part: _bound_part(binding, part))
 
 
-def _part(binding: Binding, part: nn.Module) -> Any:
+def _bound_part(binding: Binding, part: nn.Module) -> Any:
     """Returns a part as a bound model."""
     assert part.scope is not None
     # From `vars`: to ask the part itself would run its setup.
@@ -157,7 +159,7 @@ def _part(binding: Binding, part: nn.Module) -> Any:
     return binding.models[key]
 
 
-def _attribute(name: str) -> property:
+def _field_property(name: str) -> property:
     return property(lambda self: _read(self._bound, name))
 
 
@@ -168,12 +170,12 @@ def _bound_member(name: str, value: Any) -> Any:
     if compat.is_nowrap(value) or isinstance(value, (staticmethod, classmethod, type)):
         return None
     if not inspect.isfunction(value):
-        return _attribute(name) if hasattr(value, '__get__') else None
-    steps = () if name == '__call__' else (operator.attrgetter(name),)
+        return _field_property(name) if hasattr(value, '__get__') else None
+    getters = () if name == '__call__' else (operator.attrgetter(name),)
 
     @functools.wraps(value)
     def method(self: Bound, *args: Any, **kwargs: Any) -> Any:
-        return capture.run(self._bound, steps, args, kwargs)[0]
+        return capture.run(self._bound, getters, args, kwargs)[0]
 
     return nn.nowrap(method)
 

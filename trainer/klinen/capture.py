@@ -18,8 +18,8 @@ from trainer.klinen.intermediates import (
     Intermediates,
     map_modules,
     mirror,
+    module_attributes,
     modules_in,
-    parts_of,
 )
 
 
@@ -43,10 +43,10 @@ class Capture:
 
     def fill(self, called: Binding, kept: Mapping[str, Any]) -> None:
         """Takes what a call has kept, in the structure of the model that is captured."""
-        module: nn.Module | None = called.linen()
+        module: nn.Module | None = called.bind_linen()
         below = self.binding.definition.path[len(called.definition.path) :]
         if below:
-            module = _find_part(called.linen(), below)
+            module = _find_part(called.bind_linen(), below)
         if module is not None:
             found = _embed_in_model(self.binding, called.definition.path, mirror(module, kept))
             self.result._values = found._values
@@ -56,7 +56,7 @@ current: contextvars.ContextVar[Capture | None] = contextvars.ContextVar('captur
 
 
 def run(
-    binding: Binding, steps: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str] = ()
+    binding: Binding, getters: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str] = ()
 ) -> tuple[Any, dict[str, Any]]:
     """Calls a method, and returns its output and the collections that it may change.
 
@@ -64,18 +64,18 @@ def run(
 
     Args:
         binding: of the model that is called.
-        steps: lead from the module to the method; none for `__call__`.
+        getters: lead from the module to the method; none for `__call__`.
         args: of the call.
         kwargs: of the call.
         mutable: names of these collections.
     """
     capture = current.get()
     if capture is None or not capture.includes(binding):
-        return binding.apply(steps, args, kwargs, mutable)
+        return binding.apply(getters, args, kwargs, mutable)
     try:
         with nn.intercept_methods(intermediates.store_fields):
             output, changed = binding.apply(
-                steps, args, kwargs, {*mutable, intermediates.COLLECTION}
+                getters, args, kwargs, {*mutable, intermediates.COLLECTION}
             )
     except TypeError as error:
         if not compat.branches_differ(error, intermediates.COLLECTION):
@@ -85,24 +85,24 @@ def run(
             'keep other intermediate values, so none of this call is captured',
             stacklevel=3,
         )
-        output, changed = binding.apply(steps, args, kwargs, mutable)
+        output, changed = binding.apply(getters, args, kwargs, mutable)
     capture.fill(binding, changed.pop(intermediates.COLLECTION, {}))
     return output, changed
 
 
 def _embed_in_model(binding: Binding, path: tuple[str, ...], found: Intermediates) -> Intermediates:
     """Returns what the part of a model at `path` has kept, in the structure of the model."""
-    own, module = binding.definition.path, binding.linen()
+    own, module = binding.definition.path, binding.bind_linen()
     if own[: len(path)] == path:
         return found
     if own != path[: len(own)]:
         return mirror(module, {})
-    names = [name for name, value in parts_of(module).items() if any(modules_in(value))]
+    names = [name for name, value in module_attributes(module).items() if any(modules_in(value))]
 
     def keep(part: nn.Module) -> Intermediates:
         return _embed_in_model(binding.bind_part(part), path, found)
 
-    parts = binding.linen(with_training=False)
+    parts = binding.bind_linen(with_training=False)
     return Intermediates({n: map_modules(getattr(parts, n), keep) for n in names})
 
 
@@ -111,5 +111,5 @@ def _find_part(module: nn.Module, path: tuple[str, ...]) -> nn.Module | None:
     assert module.scope is not None
     if module.scope.path == path:
         return module
-    parts = (part for value in parts_of(module).values() for part in modules_in(value))
+    parts = (part for value in module_attributes(module).values() for part in modules_in(value))
     return next((found for part in parts if (found := _find_part(part, path))), None)

@@ -38,9 +38,9 @@ class Interface:
         """
         made, keys = _binding(self.with_variables({})), rngs.as_rng(rng)
         if not isinstance(keys, dict):
-            keys = {**rngs.known_keys(keys, made.definition.streams), 'params': keys}
+            keys = {**rngs.stream_keys(keys, made.definition.streams), 'params': keys}
         module = made.definition.with_training(made.training)
-        call = train_flags.method_with_training(_steps(method), made.training)
+        call = train_flags.method_with_training(_method_getters(method), made.training)
         args, kwargs = jax.tree.map(specs.as_spec, (args, kwargs))
         leaves = jax.tree.leaves((args, kwargs))
         lazy = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -97,7 +97,7 @@ class Interface:
     @property
     def rngs(self) -> dict[str, jax.Array]:
         """The keys by stream that `with_rng` has given; a part folds them with its path."""
-        return dict(rngs.known_keys(_binding(self).rng, _binding(self).definition.streams))
+        return dict(rngs.stream_keys(_binding(self).rng, _binding(self).definition.streams))
 
     @property
     def variables(self) -> Any:
@@ -122,7 +122,7 @@ class Interface:
         """
         binding = _binding(self)
         names = sorted(binding.collections)
-        output, changed = capture.run(binding, _steps(method), args, kwargs, mutable=names)
+        output, changed = capture.run(binding, _method_getters(method), args, kwargs, mutable=names)
         for name, value in changed.items():
             before: Any = jax.tree.structure(binding.collections[name])
             if before != jax.tree.structure(value):
@@ -163,7 +163,7 @@ class Interface:
             **kwargs: of the call.
         """
         with self.capture_intermediates() as found:
-            output, _ = capture.run(_binding(self), _steps(method), args, kwargs)
+            output, _ = capture.run(_binding(self), _method_getters(method), args, kwargs)
         return output, found
 
     call_with_intermediate = call_with_intermediates
@@ -193,7 +193,7 @@ def unbound_error(model: Any) -> UnboundError:
     )
 
 
-def _steps(method: str | None) -> tuple[Any, ...]:
+def _method_getters(method: str | None) -> tuple[Any, ...]:
     return () if method is None else (operator.attrgetter(method),)
 
 

@@ -96,19 +96,19 @@ def unset_error(module: nn.Module, name: str) -> AttributeError:
 
 
 def store_fields(
-    following: Callable[..., Any],
+    next_fun: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
     """Runs a method, as an interceptor of Linen, and stores what its module's fields hold then."""
-    output = following(*args, **kwargs)
+    output = next_fun(*args, **kwargs)
     module = context.module
     if module.scope is None or not module.is_mutable_collection(COLLECTION):
         return output
     for name in fields(module):
         if name in vars(module):  # Or else it has no default, and the call has not assigned it.
-            module.put_variable(COLLECTION, name, WithStaticLeaves.of(vars(module)[name]))
+            module.put_variable(COLLECTION, name, WithStaticLeaves.from_value(vars(module)[name]))
     return output
 
 
@@ -133,7 +133,9 @@ def mirror(module: nn.Module, kept: Mapping[str, Any]) -> Intermediates:
     for name in module.scope.path:
         here = here.get(name, {})
     values = _field_values(here)
-    parts = {name: value for name, value in parts_of(module).items() if any(modules_in(value))}
+    parts = {
+        name: value for name, value in module_attributes(module).items() if any(modules_in(value))
+    }
     named = {part.scope.path[-1] for value in parts.values() for part in modules_in(value)}
     values.update({k: v for k, v in _compact_parts(here).items() if k not in named})
     for name, value in parts.items():
@@ -141,7 +143,7 @@ def mirror(module: nn.Module, kept: Mapping[str, Any]) -> Intermediates:
     return Intermediates(values)
 
 
-def parts_of(module: nn.Module) -> dict[str, Any]:
+def module_attributes(module: nn.Module) -> dict[str, Any]:
     """Returns what a bound module's fields and its `setup` hold, by name."""
     compat.run_setup(module)  # It waits until somebody looks.
     return {

@@ -57,7 +57,7 @@ class Module(Interface, nn.Module):
                     f'{type(self).__name__}.{name} is bound to variables, which a new model would '
                     'lose: give it part.clone(), and the variables to model.with_variables(...)'
                 )
-        self._follow()
+        self._inherit_evaluation()
 
     @nn.nowrap
     def with_variables(self, variables: Mapping[str, Any]) -> Self:
@@ -65,14 +65,14 @@ class Module(Interface, nn.Module):
         return bind(self, variables)
 
     @nn.nowrap
-    def _follow(self) -> None:
+    def _inherit_evaluation(self) -> None:
         """Takes evaluation mode over from the module around it, and hands it on."""
         if self.training and not _surrounding_training(self):
             object.__setattr__(self, 'training', False)
             for name in train_flags.fields(self):
                 for part in intermediates.modules_in(getattr(self, name)):
                     if isinstance(part, Module):
-                        part._follow()
+                        part._inherit_evaluation()
 
     @nn.nowrap
     def __setattr__(self, name: str, value: Any) -> None:
@@ -124,13 +124,13 @@ def _convert(cls: Any) -> Any:
     names = {name: getattr(cls, name) for name in ('__doc__', '__module__', '__qualname__')}
 
     @nn.nowrap
-    def reduced(self: Any, protocol: Any) -> Any:
+    def reduce(self: Any, protocol: Any) -> Any:
         # By name, pickle would find the class that was converted.
         if type(self) is made:
             return _make_empty, (cls,), vars(self)
         return object.__reduce_ex__(self, protocol)
 
-    made = type(cls.__name__, (cls, Module), {**names, '__reduce_ex__': reduced})
+    made = type(cls.__name__, (cls, Module), {**names, '__reduce_ex__': reduce})
     return made
 
 
@@ -213,7 +213,7 @@ def _require_bound(method: Callable[..., Any], *, always: bool) -> Callable[...,
     """
 
     @functools.wraps(method)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call_if_bound(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.scope is not None:
             return method(self, *args, **kwargs)
         if always:
@@ -223,14 +223,14 @@ def _require_bound(method: Callable[..., Any], *, always: bool) -> Callable[...,
         except errors.CallCompactUnboundModuleError as error:
             raise unbound_error(self) from error
 
-    return checked
+    return call_if_bound
 
 
 def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
     """Passes the training flag to a method that does not read `self.training`."""
 
     @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call_with_training(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = train_flags.with_flags(self, args, kwargs, self.training)
         layers = isinstance(self, nn.Sequential)
         with (
@@ -240,4 +240,4 @@ def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
         ):
             return method(self, *args, **kwargs)
 
-    return wrapped
+    return call_with_training

@@ -17,7 +17,7 @@ def bind_for_notebook(model: Functional, variables: Mapping[str, Any]) -> Any:
     A Linen module comes as a bound Klinen model; an NNX module as it is.
 
     Args:
-        model: of the run, as `functional` wraps it.
+        model: of the run, as `as_functional` wraps it.
         variables: all collections, 'params' among them.
     """
     if isinstance(model, Linen):

@@ -26,8 +26,8 @@ def as_rng(given: Any) -> Rng:
         TypeError: if it is none of these.
     """
     if isinstance(given, Mapping):
-        return {name: _key(value) for name, value in given.items()}
-    return _key(given)
+        return {name: _as_key(value) for name, value in given.items()}
+    return _as_key(given)
 
 
 def next_rng(rng: Rng) -> Rng:
@@ -37,7 +37,7 @@ def next_rng(rng: Rng) -> Rng:
     return jax.random.split(rng)[0]
 
 
-def known_keys(rng: Rng | None, asked: rng_streams.Streams) -> Keys:
+def stream_keys(rng: Rng | None, asked: rng_streams.Streams) -> Keys:
     """Returns the keys of the streams that are known so far."""
     if isinstance(rng, dict):
         return rng
@@ -77,7 +77,7 @@ def _stream_key(key: jax.Array, name: str) -> jax.Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
-def _key(given: Any) -> jax.Array:
+def _as_key(given: Any) -> jax.Array:
     wrapped = given
     if not isinstance(given, (jax.Array, np.ndarray)):  # Perhaps an object around a key.
         given = given.__jax_array__() if hasattr(given, '__jax_array__') else given

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.modules.ensemble_outputs import mean
 from trainer.modules.functional import Functional
-from trainer.modules.model_view import BoundModel, Calls, Steps
+from trainer.modules.model_view import BoundModel, Calls, Getters
 from trainer.modules.rng import Keys
 from trainer.modules.static_leaves import WithStaticLeaves
 
@@ -72,12 +72,12 @@ class EnsembleModel(BoundModel):
             )
         return field
 
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         def call(variables: Any, seed: jax.Array) -> Any:
             model = self._functional.bind(variables, dataclasses.replace(self._keys, seed=seed))
             model._calls.count = self._calls.count
-            output = model._apply(steps, args, kwargs)
-            return output, model.collections, WithStaticLeaves.of(model.intermediates)
+            output = model._apply(getters, args, kwargs)
+            return output, model.collections, WithStaticLeaves.from_value(model.intermediates)
 
         made = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
         outputs, self._calls.collections, sown = made
@@ -85,7 +85,7 @@ class EnsembleModel(BoundModel):
             outputs, sown = jax.tree.map(lambda x: x[self._counted], (outputs, sown))
         self._calls.intermediates = jax.tree.map(_mean_of_floats, sown).value
         self._calls.count += 1
-        if not steps:
+        if not getters:
             return self._combine(outputs)
         return mean(outputs, whose='a method or a part of the model')
 

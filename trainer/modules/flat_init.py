@@ -29,7 +29,7 @@ def allow_flat_names() -> contextlib.AbstractContextManager[Any]:
 
 
 def intercept(
-    following: Callable[..., Any],
+    next_fun: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
@@ -37,7 +37,7 @@ def intercept(
     """Runs a method of a module, with initialisers that return flat values if it asks for some."""
     module = context.module
     if not isinstance(module, nn.DenseGeneral):
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
     before = {
         name: value
         for name in train_flags.fields(module)
@@ -46,7 +46,7 @@ def intercept(
     try:
         for name, value in before.items():
             compat.set_in_call(module, name, _Flat(value))
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
     finally:
         for name, value in before.items():
             compat.set_in_call(module, name, value)

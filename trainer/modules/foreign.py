@@ -51,8 +51,8 @@ def refusal(given: Any) -> str | None:
     if isinstance(called, type):
         return None if _is_nnx_class(called) else f'config.model: {_class_message(called)}'
     # Any object may have a call; that of a foreign model takes its inputs, and has parameters.
-    is_maker = callable(given) and not _foreign_library(type(called))
-    if is_maker and (takes_rngs(given) or (_may_take_rngs(given) and not _has_arrays(called))):
+    is_factory = callable(given) and not _foreign_library(type(called))
+    if is_factory and (takes_rngs(given) or (_may_take_rngs(given) and not _has_arrays(called))):
         return None
     return f'config.model: {_object_message(called)}'
 
@@ -69,7 +69,7 @@ def refusal_of_class(target: Any) -> str | None:
     return None
 
 
-def wrong_result_message(maker: Any, made: Any) -> str:
+def wrong_result_message(factory: Any, made: Any) -> str:
     """Returns the message for a function of `rngs` that has made no NNX module."""
     if isinstance(made, nn.Module):
         return (
@@ -77,32 +77,32 @@ def wrong_result_message(maker: Any, made: Any) -> str:
             f'{type(made).__name__}, a module of flax.linen. Make it in a function without the '
             'argument `rngs`'
         )
-    if not takes_rngs(maker):
-        return f'config.model: {_maker_message(maker)}'
+    if not takes_rngs(factory):
+        return f'config.model: {_factory_message(factory)}'
     said = _object_message(made).removeprefix(_EXPECTED)
     return f'config.model: {_EXPECTED}{said.replace("got ", "got a function that returns ", 1)}'
 
 
-def failure_message(maker: Any, error: Exception) -> str | None:
+def failure_message(factory: Any, error: Exception) -> str | None:
     """Returns the message for a function of inputs that failed with random streams in their place.
 
     Returns:
         None for an error of a function that makes a module.
     """
-    if takes_rngs(maker) or isinstance(error, UserError) or _is_in_a_module(error):
+    if takes_rngs(factory) or isinstance(error, UserError) or _is_in_a_module(error):
         return None
     said = str(error).partition('\n')[0]
-    return f'config.model: {_maker_message(maker)} (called with `rngs`: {said})'
+    return f'config.model: {_factory_message(factory)} (called with `rngs`: {said})'
 
 
-def takes_rngs(maker: Any) -> bool:
+def takes_rngs(factory: Any) -> bool:
     """Whether a callable has an argument `rngs`."""
-    return 'rngs' in signatures.arguments(maker)[0]
+    return 'rngs' in signatures.arguments(factory)[0]
 
 
-def takes_rngs_by_name(maker: Any) -> bool:
+def takes_rngs_by_name(factory: Any) -> bool:
     """Whether a callable takes the argument `rngs` by its name."""
-    argument = signatures.arguments(maker)[0].get('rngs')
+    argument = signatures.arguments(factory)[0].get('rngs')
     return argument is not None and argument.kind is not inspect.Parameter.POSITIONAL_ONLY
 
 
@@ -116,14 +116,14 @@ def _is_in_a_module(error: Exception) -> bool:
     """Whether an error came out of a module that was being made."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     makers = (frame.f_locals.get('self') for frame in frames if frame.f_code.co_name == '__init__')
-    return any(_is_nnx_class(type(maker)) or isinstance(maker, nn.Module) for maker in makers)
+    return any(_is_nnx_class(type(factory)) or isinstance(factory, nn.Module) for factory in makers)
 
 
-def _may_take_rngs(maker: Any) -> bool:
-    if takes_rngs(maker):
+def _may_take_rngs(factory: Any) -> bool:
+    if takes_rngs(factory):
         return True
     try:
-        inspect.signature(maker).bind(None)
+        inspect.signature(factory).bind(None)
     except TypeError:
         return False
     except ValueError:  # It has no signature.
@@ -175,7 +175,7 @@ def _class_message(kind: type) -> str:
     return f'{_EXPECTED}, got the class {kind.__name__}{of}. {_advice(library)}'
 
 
-def _maker_message(given: Any) -> str:
+def _factory_message(given: Any) -> str:
     called = _without_partial(given)
     return (
         _function_message(given)

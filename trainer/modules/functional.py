@@ -58,7 +58,9 @@ class RecordedModel:
         return bound
 
 
-def functional(module: object, precision: Precision = AS_IS, *, named: bool = False) -> Functional:
+def as_functional(
+    module: object, precision: Precision = AS_IS, *, named: bool = False
+) -> Functional:
     """Wraps a user's module for the step functions.
 
     Args:

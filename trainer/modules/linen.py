@@ -17,7 +17,7 @@ from flax import errors, traverse_util
 from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules import adapters, flat_init, nnx_bridge, seen, train_flags
-from trainer.modules.model_view import BoundModel, Calls, Steps
+from trainer.modules.model_view import BoundModel, Calls, Getters
 from trainer.modules.pmap_axes import LINEN_NORMS, PmapAxes
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.recorder import INTERMEDIATES, PERTURBATIONS
@@ -97,7 +97,7 @@ class LinenModel(BoundModel):
         module = self._linen.modes[self.training]
         return getattr(module, name) if name in train_flags.fields(module) else None
 
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         calls, recorder, precision = self._calls, self._calls.recorder, self._precision
         training = self._keys.mode == 'train'
         params = self._params
@@ -114,7 +114,7 @@ class LinenModel(BoundModel):
         number, calls.count = calls.count, calls.count + 1
         run = functools.partial(self._linen.modes[training].apply, variables)
         try:
-            output, updates = self._run(run, steps, args, kwargs, sorted(mutable), number)
+            output, updates = self._run(run, getters, args, kwargs, sorted(mutable), number)
         except errors.ScopeParamNotFoundError as error:
             raise UserError(
                 'the model uses a parameter that was not created by initialization, which runs in '
@@ -136,7 +136,7 @@ class LinenModel(BoundModel):
     def _run(
         self,
         run: Callable[..., Any],
-        steps: Steps,
+        getters: Getters,
         args: Any,
         kwargs: Any,
         mutable: Any,
@@ -148,14 +148,14 @@ class LinenModel(BoundModel):
 
         Args:
             run: `apply` or `init_with_output` of the module: pure, so that it can start again.
-            steps: lead from the module to what is called.
+            getters: lead from the module to what is called.
             args: of what is called.
             kwargs: likewise, by name.
             mutable: the collections that may change.
             number: how many calls were before this one.
         """
         training, calls = self._keys.mode == 'train', self._calls
-        method = functools.partial(train_flags.call_with_training, steps, training)
+        method = functools.partial(train_flags.call_with_training, getters, training)
         with contextlib.ExitStack() as stack:  # Interceptors of methods, outermost first.
             stack.enter_context(nn.intercept_methods(self._intercept))
             if calls.recorder is not None:
@@ -193,17 +193,17 @@ class LinenModel(BoundModel):
 
     def _intercept(
         self,
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
         """Runs a method of a module; some of Flax's layers need something around it."""
         if isinstance(context.module, LINEN_NORMS):
-            return self._linen.pmap_axes.intercept(following, args, kwargs, context)
+            return self._linen.pmap_axes.intercept(next_fun, args, kwargs, context)
         if isinstance(context.module, nn.DenseGeneral):
-            return flat_init.intercept(following, args, kwargs, context)
-        return following(*args, **kwargs)
+            return flat_init.intercept(next_fun, args, kwargs, context)
+        return next_fun(*args, **kwargs)
 
     def _check_structure(self, updates: Variables) -> None:
         for name, value in updates.items():
@@ -227,7 +227,7 @@ class _InitModel(LinenModel):
     def ema(self) -> LinenModel:
         return self
 
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         # The inputs are not cast: with the new float32 parameters, the carry of a scan over layers
         # would start in half precision and become float32.
         def init(*args: Any, rngs: dict[str, jax.Array], **options: Any) -> Any:
@@ -235,7 +235,7 @@ class _InitModel(LinenModel):
 
         # A task may read what is sown; the state never holds it.
         mutable = nn.DenyList((PERTURBATIONS,))
-        output, made = self._run(init, steps, args, kwargs, mutable)
+        output, made = self._run(init, getters, args, kwargs, mutable)
         # A second call makes equal values for what it shares with the first (a parameter's key
         # comes from its path), so it does not matter which of the two is kept.
         flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}

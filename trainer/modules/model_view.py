@@ -22,7 +22,7 @@ from trainer.modules.rng import Keys
 # Types of fields that are returned as they are.
 _PLAIN = (bool, int, float, str)
 # Functions from a module to a method or a part of it, applied one after the other.
-Steps = tuple[Callable[[Any], Any], ...]
+Getters = tuple[Callable[[Any], Any], ...]
 
 
 @dataclasses.dataclass
@@ -126,7 +126,7 @@ class BoundModel(abc.ABC):
         """
         if self._ema is None:
             raise ValueError('model.ema: this run keeps no average; set config.ema.decay')
-        return self._with(self._ema)
+        return self._with_params(self._ema)
 
     def rng(self, name: str) -> jax.Array:
         """Returns the random key of the stream `name` in this step."""
@@ -147,7 +147,7 @@ class BoundModel(abc.ABC):
             matches = expression.fullmatch(param_path(path))
             return jax.lax.stop_gradient(value) if matches else value
 
-        return self._with(jax.tree_util.tree_map_with_path(stop, self.params))
+        return self._with_params(jax.tree_util.tree_map_with_path(stop, self.params))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's `__call__` and returns its output."""
@@ -163,26 +163,26 @@ class BoundModel(abc.ABC):
             return field
         return getattr(_Method(self), name)
 
-    def _with(self, params: Any) -> BoundModel:
+    def _with_params(self, params: Any) -> BoundModel:
         view = copy.copy(self)
         view._params = params
         return view
 
-    def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _call(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         noted, call = seen.current.get(), None
         if noted is not None:
-            name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
-            call = noted.call(name, args, kwargs)
+            name = '.'.join(['model', *(str(getter.__reduce__()[1][0]) for getter in getters)])
+            call = noted.note_call(name, args, kwargs)
         is_cast = self._precision.compute is not None
         with self._precision.model_scope() if is_cast else contextlib.nullcontext():
-            output = self._apply(steps, args, kwargs)
+            output = self._apply(getters, args, kwargs)
         if call is not None:
             call.output = seen.describe(output)
         return output
 
     @abc.abstractmethod
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        """Calls the method or part at the end of `steps`, and stores changed collections."""
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
+        """Calls the method or part at the end of `getters`, and stores changed collections."""
 
     @abc.abstractmethod
     def _field(self, name: str) -> Any:
@@ -194,18 +194,18 @@ class _Method:
     """`model.encoder` or `model.layers[0].attend`: a method or submodule that can be called."""
 
     _model: BoundModel
-    _steps: Steps = ()
+    _getters: Getters = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model._call(self._steps, args, kwargs)
+        return self._model._call(self._getters, args, kwargs)
 
     def __getattr__(self, name: str) -> _Method:
         if name.startswith('_'):
             raise AttributeError(name)
-        return _Method(self._model, (*self._steps, operator.attrgetter(name)))
+        return _Method(self._model, (*self._getters, operator.attrgetter(name)))
 
     def __getitem__(self, key: int | str) -> _Method:
-        return _Method(self._model, (*self._steps, operator.itemgetter(key)))
+        return _Method(self._model, (*self._getters, operator.itemgetter(key)))
 
 
 def param_path(path: Iterable[Any]) -> str:

@@ -18,15 +18,15 @@ from flax import nnx
 from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules import flat_init, foreign, nnx_bridge, nnx_recorder, pmap_axes, train_flags
-from trainer.modules.model_view import BoundModel, Calls, Steps
+from trainer.modules.model_view import BoundModel, Calls, Getters
 from trainer.modules.nnx_parts import (
     INTERMEDIATES,
-    Parts,
     Path,
+    SplitModule,
     Variables,
     mark_arrays,
     merge_variables,
-    values,
+    variable_values,
 )
 from trainer.modules.pmap_axes import PmapAxes
 from trainer.modules.precision import AS_IS, Precision
@@ -69,20 +69,20 @@ class NNX:
         """
         with nnx.use_eager_sharding(False):
             module = self._make_module(keys)
-            named = values(module, boxed=True)
+            named = variable_values(module, boxed=True)
             if nnx_bridge.linen_parts(module):
                 task(_LazyModel(module, keys, self.precision, self.axes), batch)
                 # The first input has determined the shapes of lazy modules.
-                self.__dict__['_parts'] = Parts.of(module)
+                self.__dict__['_split_module'] = SplitModule.from_module(module)
                 # The call was for the shapes only, so its changes of variables are discarded.
-                named = merge_variables(values(module, boxed=True), named)
+                named = merge_variables(variable_values(module, boxed=True), named)
         params = named.pop('params', {})
         return {**named, 'params': self.precision.cast_params(params)}
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> NNXModel:
         """Returns the callable that a task gets; `keys.mode` says whether it trains."""
         return NNXModel(
-            self._parts,
+            self._split_module,
             variables,
             keys,
             ema=ema,
@@ -93,19 +93,19 @@ class NNX:
 
     def with_variables(self, variables: Variables) -> nnx.Module:
         """Returns the module with these variables in it, in evaluation mode."""
-        model = NNXModel(self._parts, variables, Keys(seed=0, mode='eval'))
+        model = NNXModel(self._split_module, variables, Keys(seed=0, mode='eval'))
         module = model._module(0, model.params)
         self.axes.remove_axes(module)
         return module
 
     @functools.cached_property
-    def _parts(self) -> Parts:
+    def _split_module(self) -> SplitModule:
         def split() -> Any:
             return nnx.split(self._make_module(Keys(seed=0, mode='init')))
 
         with nnx.use_eager_sharding(False):
             # Not `nnx.eval_shape`, which requires a mesh axis for each dimension name.
-            return Parts(*jax.eval_shape(split))
+            return SplitModule(*jax.eval_shape(split))
 
     def _make_module(self, keys: Keys) -> nnx.Module:
         rngs = nnx.Rngs(**{name: keys.stream(name) for name in _STREAMS})
@@ -128,7 +128,7 @@ class NNXModel(BoundModel):
 
     def __init__(
         self,
-        parts: Parts,
+        parts: SplitModule,
         variables: Variables,
         keys: Keys,
         *,
@@ -140,7 +140,7 @@ class NNXModel(BoundModel):
         """Binds; nothing runs before a call."""
         collections = {name: value for name, value in variables.items() if name != 'params'}
         super().__init__(variables['params'], Calls(collections), keys, ema, precision)
-        self._parts = parts
+        self._split_module = parts
         self._named = named
         self._axes = axes or PmapAxes()
 
@@ -151,7 +151,7 @@ class NNXModel(BoundModel):
         """Returns the module of a call, in the mode of this model."""
         variables = {**self.variables, 'params': params}
         with nnx.use_eager_sharding(False):
-            module = self._parts.fill(variables, functools.partial(self._random_value, call))
+            module = self._split_module.fill(variables, functools.partial(self._random_value, call))
         nnx_bridge.set_training(module, self.training)
         return module
 
@@ -165,17 +165,17 @@ class NNXModel(BoundModel):
             key = jax.random.fold_in(key, number)
         return jax.random.split(key, shape) if shape else key
 
-    def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _call(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         with self._axes.intercept_calls(), flat_init.allow_flat_names():
-            return super()._call(steps, args, kwargs)
+            return super()._call(getters, args, kwargs)
 
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         calls = self._calls
         args, kwargs = self._precision.cast_for_compute((args, kwargs))
         module = self._module(calls.count, self._precision.cast_for_compute(self.params))
-        kwargs = self._with_rngs(module, steps, args, kwargs)
+        kwargs = self._with_rngs(module, getters, args, kwargs)
         calls.count += 1
-        run = functools.partial(_runner(steps, self.training), module, args, kwargs)
+        run = functools.partial(_runner(getters, self.training), module, args, kwargs)
         looking: Any = contextlib.nullcontext()
         if calls.recorder is not None:
             looking = nnx_recorder.record_calls(module, calls.recorder)
@@ -192,16 +192,16 @@ class NNXModel(BoundModel):
         if calls.recorder is not None:
             calls.intermediates = calls.recorder.take_records(calls.intermediates)
         if self.training:
-            updates = values(module)
+            updates = variable_values(module)
             updates.pop('params', None)
             self._check_structure(updates)
             changed = self._precision.restore_dtypes(updates, calls.collections)
             calls.collections = {**calls.collections, **changed}
         return self._precision.cast_output(output)
 
-    def _with_rngs(self, module: nnx.Module, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _with_rngs(self, module: nnx.Module, getters: Getters, args: Any, kwargs: Any) -> Any:
         """Gives `rngs` to a call that must have them; in training also where it has no others."""
-        target = functools.reduce(lambda found, step: step(found), steps, module)
+        target = functools.reduce(lambda target, getter: getter(target), getters, module)
         try:
             signature = inspect.signature(target)
             given = signature.bind_partial(*args, **kwargs).arguments
@@ -230,7 +230,9 @@ class _LazyModel(NNXModel):
     """A model some of whose modules have no parameters before their first input."""
 
     def __init__(self, module: nnx.Module, keys: Keys, precision: Precision, axes: PmapAxes):
-        super().__init__(Parts(None, None), {'params': {}}, keys, precision=precision, axes=axes)
+        super().__init__(
+            SplitModule(None, None), {'params': {}}, keys, precision=precision, axes=axes
+        )
         nnx_bridge.set_training(module, self.training)
         self._lazy = module
         self._store_variables()
@@ -245,10 +247,10 @@ class _LazyModel(NNXModel):
     def _field(self, name: str) -> Any:
         return _field_value(getattr(self._lazy, name, None))
 
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         # The inputs are not cast: parameters created in this call are not cast either.
-        kwargs = self._with_rngs(self._lazy, steps, args, kwargs)
-        run = _runner(steps, training=False)
+        kwargs = self._with_rngs(self._lazy, getters, args, kwargs)
+        run = _runner(getters, training=False)
         outputs: list[Any] = []
 
         def init() -> None:
@@ -263,7 +265,7 @@ class _LazyModel(NNXModel):
         return self._precision.cast_output(outputs[0])
 
     def _store_variables(self) -> None:
-        variables = values(self._lazy)
+        variables = variable_values(self._lazy)
         self._params = variables.pop('params', {})
         self._calls.collections = variables
 
@@ -288,8 +290,8 @@ def _has_rngs(module: nnx.Module) -> bool:
     return bool(jax.tree.leaves(nnx.state(module, nnx.RngState)))
 
 
-def _runner(steps: Steps, training: bool) -> Callable[..., Any]:
-    call = train_flags.method_with_training(steps, training)
+def _runner(getters: Getters, training: bool) -> Callable[..., Any]:
+    call = train_flags.method_with_training(getters, training)
 
     def run(module: nnx.Module, args: Any, kwargs: Any) -> Any:
         with nnx_bridge.pass_training_to_nnx(training):

@@ -76,7 +76,7 @@ class _Caller(nn.Module):
 
 def _pass_training_to_roots(training: bool) -> Callable[..., Any]:
     def intercept(
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
@@ -88,7 +88,7 @@ def _pass_training_to_roots(training: bool) -> Callable[..., Any]:
             target = module if name == '__call__' else getattr(module, name, None)
             if target is not None:
                 args, kwargs = train_flags.with_flags(target, args, kwargs, training)
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
 
     return intercept
 
@@ -113,7 +113,7 @@ def pass_training_to_nnx(training: bool) -> Iterator[None]:
         return
 
     def intercept(
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
@@ -121,7 +121,7 @@ def pass_training_to_nnx(training: bool) -> Iterator[None]:
         module = context.module
         if isinstance(module, bridge.ToLinen) and context.method_name == '__call__':
             kwargs = {**kwargs, 'nnx_method': with_training(module, kwargs.get('nnx_method'))}
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
 
     def with_training(module: Any, method: Any) -> Callable[..., Any]:
         method = method or '__call__'

@@ -37,7 +37,7 @@ _RESERVED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class SplitModule:
     """A module without the values of its variables.
 
     Attributes:
@@ -49,7 +49,7 @@ class Parts:
     state: Any
 
     @classmethod
-    def of(cls, module: nnx.Module) -> Parts:
+    def from_module(cls, module: nnx.Module) -> SplitModule:
         """Takes a module apart, made with values or with shapes alone."""
         graph, state = nnx.split(module)
         return cls(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
@@ -70,13 +70,15 @@ class Parts:
                 shapes = variable.get_value()
                 value = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             else:
-                value = functools.reduce(operator.getitem, place, variables[collection(variable)])
+                value = functools.reduce(
+                    operator.getitem, place, variables[collection_name(variable)]
+                )
             is_variable = isinstance(variable, nnx.Variable)
             filled.append((path, variable.replace(value) if is_variable else value))
         return nnx.merge(self.graph, nnx.from_flat_state(filled), copy=True)
 
 
-def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
+def variable_values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
     """Returns the values of a module's variables as nested dicts, by collection.
 
     Args:
@@ -92,7 +94,7 @@ def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
         if boxed and isinstance(variable, nnx.Variable):
             names = compat.dimension_names(variable)
             value = value if names is None else nn.LogicallyPartitioned(value, tuple(names))
-        found.setdefault(collection(variable), {})[tuple(map(str, path))] = value
+        found.setdefault(collection_name(variable), {})[tuple(map(str, path))] = value
     return {name: traverse_util.unflatten_dict(flat) for name, flat in found.items()}
 
 
@@ -102,7 +104,7 @@ def merge_variables(below: Variables, above: Variables) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat)
 
 
-def collection(variable: Any) -> str:
+def collection_name(variable: Any) -> str:
     """Returns the name under which the variables of a class are kept.
 
     Raises:

@@ -99,7 +99,7 @@ class PmapAxes:
 
     def intercept(
         self,
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
@@ -110,9 +110,9 @@ class PmapAxes:
         # A lifted class, such as `nn.vmap(nn.BatchNorm, axis_name=...)`, overrides the method: it
         # binds the axis, and then calls the one of Flax.
         if not names_axis or not compat.is_call_of(context, LINEN_NORMS):
-            return following(*args, **kwargs)
+            return next_fun(*args, **kwargs)
         with self.omit_axes(module, '/'.join(map(str, module.path))):
-            return following(*args, **kwargs)
+            return next_fun(*args, **kwargs)
 
 
 @contextlib.contextmanager

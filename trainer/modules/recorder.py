@@ -88,7 +88,7 @@ class ModuleRecorder:
 
     def _intercept(
         self,
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
@@ -96,7 +96,7 @@ class ModuleRecorder:
         module = context.module
         path = '/'.join(map(str, module.path))
         if context.method_name != '__call__' or not self._selects(path):
-            return following(*args, **kwargs)
+            return next_fun(*args, **kwargs)
         # Copied before the call, which may change statistics.
         variables = {
             name: jax.tree.map(lambda x: x, value)
@@ -104,7 +104,7 @@ class ModuleRecorder:
             if name not in (INTERMEDIATES, PERTURBATIONS)
         }
         with self.module_scope(path, type(module)):
-            output = following(*args, **kwargs)
+            output = next_fun(*args, **kwargs)
         # All branches of a condition must change the same collections, so record in none of them.
         if compat.num_open_calls(_BRANCHES):
             return output

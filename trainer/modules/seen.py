@@ -35,7 +35,7 @@ class Call:
 
 
 @dataclasses.dataclass
-class Seen:
+class TaskRecord:
     """What a task has done.
 
     Attributes:
@@ -56,12 +56,12 @@ class Seen:
         self._values.clear()
         self._passed.clear()
 
-    def field(self, name: str, value: Any) -> None:
+    def note_field(self, name: str, value: Any) -> None:
         """Notes that a field was read."""
         self.fields[name] = describe(value)
         self._values[id(value)] = name, value
 
-    def call(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> Call:
+    def note_call(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> Call:
         """Notes a call that begins; its `output` is to be set."""
         for value in jax.tree.leaves((args, dict(kwargs))):
             self._passed.add(self._values.get(id(value), ('', None))[0])
@@ -83,13 +83,13 @@ class Seen:
         return found
 
 
-current: contextvars.ContextVar[Seen | None] = contextvars.ContextVar('seen', default=None)
+current: contextvars.ContextVar[TaskRecord | None] = contextvars.ContextVar('seen', default=None)
 
 
 @contextlib.contextmanager
-def record_calls() -> Iterator[Seen]:
+def record_calls() -> Iterator[TaskRecord]:
     """Records the calls and reads of the last task that starts in the block."""
-    seen = Seen()
+    seen = TaskRecord()
     token = current.set(seen)
     try:
         yield seen
@@ -120,7 +120,7 @@ def restart() -> None:
 def note_field(name: str, value: Any) -> None:
     """Records that a task reads a field."""
     if (seen := current.get()) is not None:
-        seen.field(name, value)
+        seen.note_field(name, value)
 
 
 def describe(value: Any) -> str:

@@ -28,7 +28,7 @@ class WithStaticLeaves:
     structure: Any
 
     @classmethod
-    def of(cls, value: Any) -> WithStaticLeaves:
+    def from_value(cls, value: Any) -> WithStaticLeaves:
         """Splits a value."""
         leaves, structure = jax.tree.flatten(value)
         arrays = tuple(leaf for leaf in leaves if _has_type(leaf))

@@ -68,14 +68,14 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
 
 
 def method_with_training(
-    steps: Sequence[Callable[[Any], Any]], training: bool
+    getters: Sequence[Callable[[Any], Any]], training: bool
 ) -> Callable[..., Any]:
     """Returns a `method` for `Module.apply` that passes the training flag."""
-    return functools.partial(call_with_training, steps, training)
+    return functools.partial(call_with_training, getters, training)
 
 
 def call_with_training(
-    steps: Sequence[Callable[[Any], Any]],
+    getters: Sequence[Callable[[Any], Any]],
     training: bool,
     module: nn.Module,
     /,
@@ -87,7 +87,7 @@ def call_with_training(
     NNX modules within get the flag if this is called in `nnx_bridge.pass_training_to_nnx`.
 
     Args:
-        steps: functions from the bound module to a method or a submodule, applied one after the
+        getters: functions from the bound module to a method or a submodule, applied one after the
             other; none for the module's `__call__`.
         training: the training flag.
         module: bound to its variables.
@@ -95,8 +95,8 @@ def call_with_training(
         **kwargs: keyword arguments of the call.
     """
     target: Any = module
-    for step in steps:
-        target = step(target)
+    for getter in getters:
+        target = getter(target)
     args, kwargs = with_flags(target, args, kwargs, training)
     layers = isinstance(module, nn.Sequential)
     token = current.set(training)
@@ -118,14 +118,14 @@ def pass_training_to_layers(
     """
 
     def intercept(
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
         if context.method_name == '__call__' and is_layer(context.module, top):
             args, kwargs = with_flags(context.module, args, kwargs, training)
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
 
     return nn.intercept_methods(intercept)
 
