@@ -125,11 +125,11 @@ def test_names_that_would_hide_the_interface() -> None:
     def made(**names: Any) -> type:
         return type('Wrong', (knn.Module,), names)
 
-    with pytest.raises(TypeError, match=r'Wrong\.train would hide .* give it another name'):
+    with pytest.raises(TypeError, match=r'Wrong\.train would override .* rename it'):
         made(train=True, __annotations__={'train': bool})
-    with pytest.raises(TypeError, match=r'Wrong\.params would hide'):
+    with pytest.raises(TypeError, match=r'Wrong\.params would override'):
         made(__annotations__={'params': int})
-    with pytest.raises(TypeError, match=r'Wrong\.eval would hide'):
+    with pytest.raises(TypeError, match=r'Wrong\.eval would override'):
         made(eval=lambda self, x: x)
 
 
