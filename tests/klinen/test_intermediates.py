@@ -290,7 +290,7 @@ class OneBranch(knn.Module):
 def test_a_branch_that_keeps_what_another_one_does_not() -> None:
     """K12: such a call runs all the same, and says that it has captured nothing."""
     model = OneBranch().init_bind(RNG, X)
-    with pytest.warns(UserWarning, match='OneBranch: the branches of nn.cond .* this call is not captured'):
+    with pytest.warns(UserWarning, match='OneBranch: the branches of nn.cond .* is not captured'):
         y, found = model.call_with_intermediates(X)
     assert same(y, model(X))
     assert dir(found) == []

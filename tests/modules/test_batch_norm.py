@@ -262,7 +262,7 @@ def test_an_axis_of_pmap(caplog: pytest.LogCaptureFixture) -> None:
         stepped(programs(MLP(axis_name='batch')), x).variables,
         stepped(programs(MLP()), x).variables,
     )
-    assert "names the axis 'batch' of jax.pmap" in caplog.text
+    assert "names the jax.pmap axis 'batch'" in caplog.text
     with pytest.raises(
         UserError, match=r'groups of devices .*trainer.models.norm:GroupedBatchNorm'
     ):

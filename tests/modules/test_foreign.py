@@ -94,7 +94,7 @@ tree = {'w': array}
 
 EXPECTED = r'expected a module of flax\.linen or flax\.nnx, got '
 REFUSED = {
-    'target:Callable4': rf'^config\.model: {EXPECTED}Callable4\. Write the model as a module',
+    'target:Callable4': rf'^config\.model: {EXPECTED}Callable4\. Write the model as a Flax module',
     'target:equinox': rf'^config\.model\.target: {EXPECTED}the class Net of Equinox\.',
     'target:torch': rf'{EXPECTED}the class Net of PyTorch\..*config\.init_from reads',
     'target:transformed': rf'{EXPECTED}Transformed\.',
@@ -110,8 +110,8 @@ REFUSED = {
     'ref:bound': rf'{EXPECTED}the function with_params\(x',
     'ref:with_params': rf'{EXPECTED}the function with_params\(params',
     'ref:makes_without': rf'{EXPECTED}the function makes_without\(\).*config\.model\.target name',
-    'ref:method': r"got the method 'apply' of a module \(Dense\)\. Let config\.model give the",
-    'ref:linen_class': r'got the class Dense of flax\.linen modules; config\.model\.target makes',
+    'ref:method': r"got the method 'apply' of a module \(Dense\)\. Set config\.model to the module",
+    'ref:linen_class': r'got the flax\.linen module class Dense; use it as config\.model\.target',
     'ref:array': rf'{EXPECTED}ndarray\.',
     'ref:tree': rf'{EXPECTED}dict\.',
 }

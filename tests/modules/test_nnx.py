@@ -207,7 +207,7 @@ class Growing(nnx.Module):
 @pytest.mark.parametrize('new', [Count, lambda x: x], ids=['variable', 'array'])
 def test_what_a_call_makes_is_refused(new: Any, run: Any) -> None:
     """X10: it would not be in the next step."""
-    with pytest.raises(ValueError, match=r'must be an nnx\.Intermediate'):
+    with pytest.raises(ValueError, match=r'that a call creates must be nnx\.Intermediate'):
         run(lambda x: bind(lambda rngs: Growing(new, rngs))(x))(X)
 
 

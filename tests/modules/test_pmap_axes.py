@@ -28,7 +28,7 @@ from trainer.modules.ensemble_outputs import mean
 from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 
-NOTICE = "names the axis 'batch' of jax.pmap"
+NOTICE = "names the jax.pmap axis 'batch'"
 X = np.random.default_rng(0).normal(1.0, 2.0, (8, 6)).astype('f4')
 
 
@@ -210,10 +210,10 @@ def test_an_axis_that_nnx_binds_stays(caplog: pytest.LogCaptureFixture) -> None:
 def test_groups_of_devices_are_refused() -> None:
     groups = [[0, 1], [2, 3]]
     linen = functools.partial(nn.LayerNorm, axis_index_groups=groups)
-    with pytest.raises(UserError, match=r'norm \(LayerNorm\) normalises by groups.*GroupedBatch'):
+    with pytest.raises(UserError, match=r'norm \(LayerNorm\) normalizes over groups.*GroupedBatch'):
         output(Normed(linen, 'batch'))
     of_nnx = functools.partial(nnx.BatchNorm, axis_index_groups=groups)
-    with pytest.raises(UserError, match=r'norm \(BatchNorm\) normalises by groups.*GroupedBatch'):
+    with pytest.raises(UserError, match=r'norm \(BatchNorm\) normalizes over groups.*GroupedBatch'):
         output(functools.partial(NormedNNX, of_nnx, axis_name='batch'))
 
 
