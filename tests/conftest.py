@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
+import logging
 import os
 import pathlib
 import signal
@@ -42,6 +43,22 @@ def temporary_files_go_with_the_others(tmp_path_factory: pytest.TempPathFactory)
         patch.setenv('TMPDIR', str(tmp_path_factory.mktemp('tmp')))
         patch.setattr(tempfile, 'tempdir', None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def loggers_stay_as_they_were() -> Iterator[None]:
+    """A run in a test sends the log to its files; the next test's warnings go nowhere else."""
+    names = ('', 'trainer', 'trainer.screen', 'absl')
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(log, log.level, log.propagate, list(log.handlers)) for log in loggers]
+    yield
+    for log, level, propagate, handlers in before:
+        log.setLevel(level)
+        log.propagate = propagate
+        for handler in set(log.handlers) - set(handlers):
+            log.removeHandler(handler)
+            handler.close()
+        log.handlers[:] = handlers
 
 
 @pytest.fixture(scope='module', autouse=True)

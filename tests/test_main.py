@@ -16,7 +16,7 @@ from tests import command
 from trainer import main
 from trainer.parallel.signals import StopRequest
 
-CNN = '--config=configs/mnist.py'
+CNN = f'--config={command.ROOT}/configs/mnist.py'
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,9 @@ def test_mistakes_before_training(
     message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: pathlib.Path,
 ) -> None:
-    monkeypatch.chdir(command.ROOT)
+    monkeypatch.chdir(tmp_path)
     assert main.main(['trainer', *args], StopRequest()) == 2
     printed = capsys.readouterr()
     assert message in printed.err

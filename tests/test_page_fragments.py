@@ -280,14 +280,14 @@ def test_override_within_a_sentence(block: Block) -> None:
     errors = []
     for name in CONFIGS:
         loaded = loading.load(str(command.ROOT / 'configs' / name))
-        before = loading.plain(loaded.config)
+        before = loading.to_plain(loaded.config)
         try:
             overrides.apply(loaded.config, given)
-            schema.read(loading.plain(loaded.config))
+            schema.read(loading.to_plain(loaded.config))
         except UserError as error:
             errors.append(str(error))
         else:
-            if loading.plain(loaded.config) != before:
+            if loading.to_plain(loaded.config) != before:
                 return
     raise AssertionError(f'{block.text} suits no config:\n' + '\n'.join(dict.fromkeys(errors)))
 

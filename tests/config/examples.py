@@ -35,7 +35,7 @@ def applied(*assignments: str) -> dict[str, Any]:
     changed = config()
     parts = (a.partition('=') for a in assignments)
     overrides.apply(changed, [(path, text) for path, _, text in parts])
-    return loading.plain(changed)
+    return loading.to_plain(changed)
 
 
 def referencing() -> ml_collections.ConfigDict:

@@ -13,5 +13,5 @@ from trainer.config import loading, show  # noqa: E402
 
 for path in sorted((ROOT / 'configs').glob('*.py')):
     if path.name != '__init__.py':
-        text = show.resolved(loading.plain(loading.load(str(path)).config), ())
+        text = show.format_resolved(loading.to_plain(loading.load(str(path)).config), ())
         (ROOT / 'tests' / 'config' / 'golden' / f'{path.stem}.txt').write_text(text + '\n')

@@ -100,7 +100,7 @@ def makes() -> Any:
 )
 def test_what_to_write_instead(value: Any, says: str) -> None:
     with pytest.raises(UserError) as error:
-        literals.check(loading.plain({'a': (1, {'b': value})}), 'config', [])
+        literals.check(loading.to_plain({'a': (1, {'b': value})}), 'config', [])
     text = str(error.value)
     assert re.fullmatch(r'config\.a\[1\]\.b: expected a number, text, [^;]*, got .*; .*', text)
     assert re.search(re.escape(says).replace(r'\.\*', '.*'), text), text

@@ -18,7 +18,7 @@ SCHEDULE = '{"target": "optax:linear_schedule", "init_value": 1}'
 def resolved(*assignments: tuple[str, str]) -> list[str]:
     loaded = loading.load(str(ROOT / 'configs' / 'mnist.py'))
     applied = overrides.apply(loaded.config, assignments)
-    return show.resolved(loading.plain(loaded.config), applied).splitlines()
+    return show.format_resolved(loading.to_plain(loaded.config), applied).splitlines()
 
 
 def overridden(*assignments: tuple[str, str]) -> list[str]:
@@ -78,7 +78,7 @@ def test_elements_of_a_tuple_have_their_origins() -> None:
     ]
     loaded = loading.load(str(ROOT / 'configs' / 'mnist_mlp.py'))
     applied = overrides.apply(loaded.config, [('model.features[0]', '7')])
-    lines = show.resolved(loading.plain(loaded.config), applied).splitlines()
+    lines = show.format_resolved(loading.to_plain(loaded.config), applied).splitlines()
     assert 'model.features = (7, 10)  # --config.model.features[0]=7' in lines
 
 
@@ -89,8 +89,8 @@ def test_defaults_beside_what_was_set_are_told_as_such() -> None:
 
 def help_rows() -> list[list[str]]:
     """Returns the words of each line that shows a key."""
-    config = loading.plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
-    lines = show.helpconfig(config).replace('\n    = ', ' ').splitlines()
+    config = loading.to_plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
+    lines = show.format_helpconfig(config).replace('\n    = ', ' ').splitlines()
     return [line.split() for line in lines if line.startswith('  --config.')]
 
 
@@ -101,7 +101,7 @@ def test_help_lists_the_keys_of_optional_sections() -> None:
 
 
 def test_what_cannot_be_checked_is_marked() -> None:
-    lines = show.resolved({'x': {'target': 'a:b', 'accepts_any': True}}, ()).splitlines()
+    lines = show.format_resolved({'x': {'target': 'a:b', 'accepts_any': True}}, ()).splitlines()
     assert 'x.accepts_any = True  # unchecked: the target takes any argument' in lines
     assert "x.target = 'a:b'" in lines
 
@@ -217,7 +217,7 @@ def test_values_that_follow_a_reference_name_the_override_that_set_it(
 ) -> None:
     config = referring()
     applied = overrides.apply(config, assignments)
-    lines = show.resolved(loading.plain(config), applied).splitlines()
+    lines = show.format_resolved(loading.to_plain(config), applied).splitlines()
     found = dict(line.split('  # --config.') for line in lines if '  # --config.' in line)
     said = {text.split(' = ')[0]: origin for text, origin in found.items()}
     assert said == {path: '='.join(assignments[i]) for path, i in origins.items()}

@@ -51,7 +51,7 @@ def test_what_cannot_be_counted() -> None:
 def test_events_do_not_drift() -> None:
     """Ten epochs of 117.1875 steps hold ten events, each at the first step past its border."""
     periodic = CLOCK.period(Duration.parse('1 epochs'), path='x')
-    due = [step for step in range(1, 1173) if periodic.due(step)]
+    due = [step for step in range(1, 1173) if periodic.is_due(step)]
     assert due == [118, 235, 352, 469, 586, 704, 821, 938, 1055, 1172]
 
 
@@ -60,7 +60,7 @@ def test_events_do_not_drift() -> None:
 )
 def test_next_due_and_the_traced_form_agree_with_due(period: Fraction) -> None:
     periodic = Periodic(period)
-    due = [step for step in range(1, 400) if periodic.due(step)]
+    due = [step for step in range(1, 400) if periodic.is_due(step)]
     walked, step = [], 0
     while (step := periodic.next_due(step) or 0) < 400:
         walked.append(step)
@@ -72,7 +72,7 @@ def test_next_due_and_the_traced_form_agree_with_due(period: Fraction) -> None:
 def test_never() -> None:
     periodic = CLOCK.period(Duration.parse('never'), path='x')
     assert periodic.next_due(0) is None
-    assert not any(periodic.due(step) for step in range(1, 10))
+    assert not any(periodic.is_due(step) for step in range(1, 10))
 
 
 def test_durations_inside_an_optimizer_become_steps() -> None:
@@ -88,27 +88,27 @@ def test_ten_periods_fire_ten_times(period: str) -> None:
     """However the tenth part of ten epochs, 1171.875 steps at batch 512, is written."""
     clock = Clock(batch_size=512, steps_per_epoch=Fraction(60_000, 512), total_steps=1172)
     periodic = clock.period(Duration.parse(period), path='x')
-    assert sum(periodic.due(step) for step in range(1, 1173)) == 10
-    assert periodic.due(1172)
+    assert sum(periodic.is_due(step) for step in range(1, 1173)) == 10
+    assert periodic.is_due(1172)
 
 
 def test_periods_do_not_drift_over_a_long_run() -> None:
     periodic = CLOCK.period(Duration.parse('0.1 epochs'), path='x')
     steps = 117_188  # 1000 epochs, 117187.5 steps
-    assert sum(periodic.due(step) for step in range(1, steps + 1)) == 10_000
-    assert periodic.due(steps)
+    assert sum(periodic.is_due(step) for step in range(1, steps + 1)) == 10_000
+    assert periodic.is_due(steps)
 
 
 def test_next_due_from_any_step() -> None:
     periodic = Periodic(Fraction(7, 2))
-    due = [step for step in range(1, 100) if periodic.due(step)]
+    due = [step for step in range(1, 100) if periodic.is_due(step)]
     for step in range(90):
         assert periodic.next_due(step) == next(d for d in due if d > step)
 
 
 def test_a_period_shorter_than_a_step_is_always_due() -> None:
     periodic = CLOCK.period(Duration.parse('1 examples'), path='x')
-    assert all(periodic.due(step) for step in range(1, 20))
+    assert all(periodic.is_due(step) for step in range(1, 20))
     assert periodic.next_due(7) == 8
 
 
@@ -180,7 +180,7 @@ def test_events_count_examples_across_batch_sizes(period: str) -> None:
     periodic = clock.period(Duration.parse(period), path='x')
     done = [consumed(SIZES, step) for step in range(62)]
     expected = [s for s in range(1, 61) if done[s] // examples > done[s - 1] // examples]
-    assert [step for step in range(1, 61) if periodic.due(step)] == expected
+    assert [step for step in range(1, 61) if periodic.is_due(step)] == expected
     for step in range(50):
         assert periodic.next_due(step) == next(due for due in [*expected, 61] if due > step)
     # The compiled form knows only the current part, and its first step is always due.
@@ -208,8 +208,8 @@ def test_what_is_over_at_a_change_is_due_at_the_step_after() -> None:
     marks = ((0, 0), (7, Fraction(7, 2)), (7, 4))
     progress = Progress(tuple((Fraction(a), Fraction(b)) for a, b in marks))
     periodic = Periodic(Fraction(4), progress)
-    assert [step for step in range(1, 20) if periodic.due(step)] == [8, 11, 15, 19]
+    assert [step for step in range(1, 20) if periodic.is_due(step)] == [8, 11, 15, 19]
     assert periodic.next_due(7) == 8
-    assert progress.step_of(Fraction(4)) == 7
+    assert progress.step_at(Fraction(4)) == 7
     assert is_due(periodic, 8)
     assert [step for step in range(9, 20) if is_due(periodic, step)] == [11, 15, 19]

@@ -29,7 +29,7 @@ def unapplied(*assignments: tuple[str, str]) -> str:
     """The directory of overrides of keys that this config does not have."""
     loaded = loading.load(str(ROOT / 'configs' / 'mnist.py'))
     given = [
-        overrides.Override(path=path, place=path, text=text, old=None, new=text)
+        overrides.Override(path=path, value_path=path, text=text, old=None, new=text)
         for path, text in assignments
     ]
     return identity.default_workdir(loaded, given)

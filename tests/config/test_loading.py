@@ -118,9 +118,9 @@ def test_what_a_config_cannot_hold(tmp_path: pathlib.Path, value: str, message: 
 
 def test_a_required_placeholder_must_be_given(tmp_path: pathlib.Path) -> None:
     config = load(tmp_path, PLACEHOLDERS).config
-    assert '(required)' in show.helpconfig(loading.plain(config))
+    assert '(required)' in show.format_helpconfig(loading.to_plain(config))
     with pytest.raises(UserError, match=r'config\.model\.hidden is required .*: --config\.model'):
-        schema.read(loading.plain(config))
+        schema.read(loading.to_plain(config))
 
 
 def test_the_mode_config_shows_what_is_required(tmp_path: pathlib.Path) -> None:
@@ -156,7 +156,7 @@ def test_a_placeholder_has_the_type_that_it_declares(tmp_path: pathlib.Path) -> 
 def test_a_merge_gives_a_required_placeholder_its_value(tmp_path: pathlib.Path) -> None:
     config = load(tmp_path, PLACEHOLDERS).config
     overrides.apply(config, [('model', '{"hidden": 7}')])
-    assert loading.plain(config)['model'] == {
+    assert loading.to_plain(config)['model'] == {
         'target': 'trainer.models.cnn:CNN', 'hidden': 7, 'dropout_rate': None, 'num_classes': 3,
     }  # fmt: skip
 

@@ -83,7 +83,7 @@ def test_suggestions_are_likely_or_none(path: str, hint: str) -> None:
 
 
 def test_a_wrong_key_of_the_file_is_compared_with_the_fixed_keys() -> None:
-    changed = loading.plain(config())
+    changed = loading.to_plain(config())
     changed['checkpoint'] = {'keep_lst': 3}
     known = r'Unknown key config\.checkpoint\.keep_lst\. .* mean config\.checkpoint\.keep_last\?'
     with pytest.raises(UserError, match=known):
@@ -222,13 +222,13 @@ def test_a_sibling_may_be_what_a_foreign_word_means() -> None:
 
 
 def test_every_path_that_a_word_leads_to_exists() -> None:
-    changed = loading.plain(config())
+    changed = loading.to_plain(config())
     changed['evals'] = {'test': {'data': {'source': {'target': 'trainer.data.mnist:MNIST'}}}}
     changed['optimizer'] = {'target': 'optax:adamw', 'learning_rate': 0.1}
     for words, leads in synonyms._TABLE:
         for lead in leads:
             if synonyms._is_path(lead) and lead != 'optimizer.momentum':  # Which adamw has not.
-                assert synonyms.hint(words.split()[0], changed, unknown._may_have), lead
+                assert synonyms.hint(words.split()[0], changed, unknown._may_exist), lead
     words = [word for line, _ in synonyms._TABLE for word in line.split()]
     assert len(words) == len(set(words))
 
@@ -246,7 +246,7 @@ def test_values_of_other_frameworks(given: str, hint: str) -> None:
         changed = config()
         path, _, text = given.partition('=')
         overrides.apply(changed, [(path, text)])
-        schema.read({k: v for k, v in loading.plain(changed).items() if k != 'vars'})
+        schema.read({k: v for k, v in loading.to_plain(changed).items() if k != 'vars'})
     assert hint in str(error.value)
 
 

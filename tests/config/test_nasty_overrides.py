@@ -63,7 +63,7 @@ def refused(assignments: list[tuple[str, str]], *, then: Any = None) -> bool:
     config = loading.load(CONFIG)
     try:
         overrides.apply(config.config, assignments)
-        schema.read(loading.plain(config.config))
+        schema.read(loading.to_plain(config.config))
         if then is not None:
             then(config)
     except UserError as error:
@@ -119,7 +119,7 @@ def test_what_is_listed_while_a_section_is_wrong() -> None:
             config = loading.load(CONFIG)
             with contextlib.suppress(UserError):
                 overrides.apply(config.config, [(path, value)])
-                assert 'train_for' in show.helpconfig(loading.plain(config.config))
+                assert 'train_for' in show.format_helpconfig(loading.to_plain(config.config))
                 overrides.apply(config.config, [('no_such_key', '1')])
 
 

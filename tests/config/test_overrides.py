@@ -72,7 +72,7 @@ def test_a_new_target_keeps_what_it_takes_and_says_what_it_drops(form: str) -> N
     changed = config()
     path, _, text = form.partition('=')
     (override,) = overrides.apply(changed, [(path, text)])
-    new = loading.plain(changed)['optimizer']
+    new = loading.to_plain(changed)['optimizer']
     assert new == {'target': 'optax:adam', 'learning_rate': 0.1, 'nesterov': False}
     assert override.notes == ('config.optimizer.momentum dropped: optax:adam does not take it',)
 
@@ -130,7 +130,7 @@ def test_variables_are_free_values() -> None:
     changed = config()
     changed.vars = ml_collections.ConfigDict(dict(width=3, names=('a', 'b'), inner=dict(x=1.5)))
     changed.model.widths = (changed.vars.get_ref('width'),)
-    assert schema.read(loading.plain(changed)).vars['inner'] == {'x': 1.5}
+    assert schema.read(loading.to_plain(changed)).vars['inner'] == {'x': 1.5}
 
 
 def test_command_lines() -> None:
@@ -150,7 +150,7 @@ def test_no_jax_until_targets_are_imported() -> None:
         'from trainer.config import loading, overrides, schema, show\n'
         "loaded = loading.load('configs/mnist.py')\n"
         "overrides.apply(loaded.config, [('optimizer.learning_rate', '0.1')])\n"
-        'schema.read(loading.plain(loaded.config))\n'
+        'schema.read(loading.to_plain(loaded.config))\n'
         "assert not {'jax', 'flax', 'optax', 'orbax'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True, timeout=60)
@@ -196,12 +196,12 @@ def test_an_argument_of_a_list_element_that_the_file_leaves_out() -> None:
 def test_an_index_from_the_end_is_the_same_place() -> None:
     changed = config()
     (override,) = overrides.apply(changed, [('data.transforms[-1].padding', '5')])
-    assert override.place == 'data.transforms[1].padding'
-    assert loading.plain(changed)['data']['transforms'][1]['padding'] == 5
+    assert override.value_path == 'data.transforms[1].padding'
+    assert loading.to_plain(changed)['data']['transforms'][1]['padding'] == 5
 
 
 def test_a_merge_loses_nothing_at_any_depth() -> None:
-    before = loading.plain(config())
+    before = loading.to_plain(config())
     new = applied('data={"source": {"limit": 10}}')
     assert new['data']['source'] == {**before['data']['source'], 'limit': 10}
     assert {**new, 'data': {**new['data'], 'source': before['data']['source']}} == before
@@ -213,7 +213,7 @@ def test_a_merge_that_changes_the_target_within() -> None:
         changed,
         [('data', '{"source": {"target": "trainer.data.transforms:Keep", "keys": ("a",)}}')],
     )
-    assert loading.plain(changed)['data']['source'] == {
+    assert loading.to_plain(changed)['data']['source'] == {
         'target': 'trainer.data.transforms:Keep', 'keys': ('a',),
     }  # fmt: skip
     assert override.notes == (
@@ -264,7 +264,7 @@ def test_values_that_look_like_flags_and_words_that_are_none() -> None:
 def test_references_survive_other_changes(assignments: list[tuple[str, str]]) -> None:
     changed = referencing()
     overrides.apply(changed, assignments)
-    model = loading.plain(changed)['model']
+    model = loading.to_plain(changed)['model']
     assert (model['hidden'], model['layers']) == (7, (14, {'a': 7}))
     loading.check_vars(changed)
 
@@ -282,7 +282,7 @@ def test_a_dict_used_in_two_places_changes_in_one(tmp_path: pathlib.Path) -> Non
     )
     changed = loading.load(str(path)).config
     overrides.apply(changed, [('a.part.split', 'train'), ('vars.width', '4')])
-    plain = loading.plain(changed)
+    plain = loading.to_plain(changed)
     assert plain['a']['part']['split'] == 'train'
     assert plain['b']['part']['split'] == 'test'
     assert plain['a']['width'] == 4

@@ -18,9 +18,9 @@ def test_a_pattern_must_match_a_whole_path() -> None:
 
 
 def test_what_is_no_pattern_is_refused_by_its_place() -> None:
-    assert patterns.compiled('a+', 'config.x').fullmatch('aaa')
+    assert patterns.compile_pattern('a+', 'config.x').fullmatch('aaa')
     with pytest.raises(UserError, match=r"^config\.x: 'a\(' is not a regular expression: missing"):
-        patterns.compiled('a(', 'config.x')
+        patterns.compile_pattern('a(', 'config.x')
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is() -> None:

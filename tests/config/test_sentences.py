@@ -24,7 +24,7 @@ SECTIONS = [
 @pytest.mark.parametrize('section', SECTIONS)
 def test_each_key_has_a_sentence(section: type) -> None:
     """And no other has."""
-    found = sentences.of_section(section)
+    found = sentences.key_sentences(section)
     assert list(found) == list(schema.fields(section))
     for key, sentence in found.items():
         assert sentence.endswith('.') and '. ' not in sentence.rstrip('.'), key
@@ -33,19 +33,21 @@ def test_each_key_has_a_sentence(section: type) -> None:
 
 
 def test_an_object_s_target_has_the_sentence_of_the_object() -> None:
-    assert sentences.at(['model', 'target']) == sentences.at(['model'])
-    assert sentences.at(['evals', 'test', 'every']) == sentences.at(['evals', 'other', 'every'])
-    assert sentences.at(['model', 'features']) == ''
-    assert sentences.at(['optimizer', 'learning_rate']) == ''
+    assert sentences.sentence_at(['model', 'target']) == sentences.sentence_at(['model'])
+    assert sentences.sentence_at(['evals', 'test', 'every']) == sentences.sentence_at(
+        ['evals', 'other', 'every']
+    )
+    assert sentences.sentence_at(['model', 'features']) == ''
+    assert sentences.sentence_at(['optimizer', 'learning_rate']) == ''
 
 
 def test_help_shows_the_sentences_within_100_columns() -> None:
-    config = loading.plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
-    lines = show.helpconfig(config).splitlines()
+    config = loading.to_plain(loading.load(str(ROOT / 'configs' / 'mnist.py')).config)
+    lines = show.format_helpconfig(config).splitlines()
     assert max(map(len, lines)) <= 100
     [at] = [i for i, line in enumerate(lines) if '--config.data.remainder ' in line]
     text = ' '.join(line.strip() for line in lines[at + 1 : at + 3])
-    assert text == sentences.at(['data', 'remainder'])
+    assert text == sentences.sentence_at(['data', 'remainder'])
 
 
 @pytest.mark.parametrize('name', generate.PAGES)
@@ -57,7 +59,7 @@ def test_the_committed_page_is_what_the_code_says(name: str) -> None:
 def test_the_reference_has_every_key() -> None:
     text = ' '.join(generate.config_page().split())
     for section in SECTIONS:
-        for key, sentence in sentences.of_section(section).items():
+        for key, sentence in sentences.key_sentences(section).items():
             assert re.search(rf'### `[\w.<>]*\b{key}` ', text), key
             assert sentence in text
 
@@ -66,7 +68,7 @@ def test_without_docstrings_there_are_no_sentences() -> None:
     """As `python -OO` leaves it: the keys are listed all the same."""
     code = (
         'from trainer.config import sentences, sections\n'
-        'print(dict(sentences.of_section(sections.DataSection)))'
+        'print(dict(sentences.key_sentences(sections.DataSection)))'
     )
     done = subprocess.run(
         [sys.executable, '-OO', '-c', code], cwd=ROOT, capture_output=True, text=True

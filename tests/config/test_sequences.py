@@ -57,7 +57,7 @@ def changed(path: str, text: str, target: str = 'Shaped') -> Any:
     )  # fmt: skip
     config = ml_collections.ConfigDict(dict(model=model))
     overrides.apply(config, [(path, text)])
-    return loading.plain(config)['model'][path.rpartition('.')[2]]
+    return loading.to_plain(config)['model'][path.rpartition('.')[2]]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_lengths_of_time_in_a_schedule_stay_texts() -> None:
     path = 'optimizer.learning_rate.boundaries'
     for text, value in (('("1 epochs", "50%")', ('1 epochs', '50%')), ('(1, 2, 3)', (1, 2, 3))):
         overrides.apply(config, [(path, text)])
-        assert loading.plain(config)['optimizer']['learning_rate']['boundaries'] == value
+        assert loading.to_plain(config)['optimizer']['learning_rate']['boundaries'] == value
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def test_golden_text_of_each_config(name: str) -> None:
     """A changed default shows as a diff; write them anew with tests/config/regenerate.py."""
     loaded = loading.load(str(ROOT / 'configs' / name))
     golden = pathlib.Path(__file__).parent / 'golden' / f'{name.removesuffix(".py")}.txt'
-    assert show.resolved(loading.plain(loaded.config), ()) + '\n' == golden.read_text()
+    assert show.format_resolved(loading.to_plain(loaded.config), ()) + '\n' == golden.read_text()
 
 
 def test_origins() -> None:
@@ -33,7 +33,7 @@ def test_origins() -> None:
         ('data.device_transforms[0].scale', '2'),
         ('ema.decay', '0.9'),
     )
-    text = show.resolved(loading.plain(loaded.config), applied).splitlines()
+    text = show.format_resolved(loading.to_plain(loaded.config), applied).splitlines()
     assert 'optimizer.momentum = 0.5  # --config.optimizer={"momentum": 0.5}' in text
     assert 'optimizer.learning_rate = 0.01' in text
     scale = 'data.device_transforms[0].scale'
@@ -43,7 +43,7 @@ def test_origins() -> None:
 
 
 def test_help_lists_what_the_file_leaves_out() -> None:
-    text = show.helpconfig(loading.plain(load()[0].config))
+    text = show.format_helpconfig(loading.to_plain(load()[0].config))
     for key in ('data.batch_size', 'data.repeat_batch', 'optimizer.clip_norm', 'evals.test.ema'):
         assert f'--config.{key} ' in text
 

@@ -66,7 +66,7 @@ def test_a_shape_error_names_the_output_of_the_model_and_the_label() -> None:
         f'The task {HERE}:mismatched was called with the batch image: float32[32, 28, 28, 1], '
         'label: int32[32]',
     ]
-    shown = traces.shorten(raised.value).splitlines()
+    shown = traces.format_traceback(raised.value).splitlines()
     assert shown[0] == 'Traceback (most recent call last):'
     assert shown[1].endswith(f'frames of libraries are left out: {traces.SHOWN}]')
     assert [line for line in shown if line.startswith('  File')][1:] == [shown[4]]
@@ -87,7 +87,7 @@ def test_a_shape_error_inside_of_the_model() -> None:
     with pytest.raises(TypeError, match='contracting') as raised:
         small.trainer_in(None, model={'target': f'{HERE}:Net'}).compile()
     assert 'model(float32[32, 28, 28, 1]) did not return' in notes_of(raised)
-    shown = traces.shorten(raised.value).splitlines()
+    shown = traces.format_traceback(raised.value).splitlines()
     last = max(number for number, line in enumerate(shown) if line.startswith('  File'))
     assert shown[last].endswith('in __call__')
     assert shown[last + 1 : last + 5] == [
@@ -119,19 +119,19 @@ def test_what_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyError) as raised:
         decode()
     raised.value.add_note('a note')
-    shown = traces.shorten(raised.value)
+    shown = traces.format_traceback(raised.value)
     # What it was raised from has frames of ours, too; the frames of json do not show.
     assert shown.count('Traceback (most recent call last):') == 2 and 'direct cause of' in shown
     assert "json.loads('{')" in shown and 'decoder.py' not in shown
     assert shown.endswith('KeyError: \'no "a"\'\na note')
     monkeypatch.setenv('JAX_TRACEBACK_FILTERING', 'off')
-    assert 'decoder.py' in traces.shorten(raised.value)
+    assert 'decoder.py' in traces.format_traceback(raised.value)
     monkeypatch.delenv('JAX_TRACEBACK_FILTERING')
     # Without a frame of the user all of it shows: the fault is not theirs.
     error = raised.value.__cause__
     assert error is not None and error.__traceback__ is not None
     inside = error.with_traceback(error.__traceback__.tb_next)
-    assert 'decoder.py' in traces.shorten(inside)
+    assert 'decoder.py' in traces.format_traceback(inside)
 
 
 def test_what_a_traceback_keeps() -> None:
@@ -146,7 +146,7 @@ def test_what_a_traceback_keeps() -> None:
 
     with pytest.raises(ValueError) as raised:
         down(50)
-    shown = traces.shorten(raised.value)
+    shown = traces.format_traceback(raised.value)
     assert 'OSError: no space left\n\nThe above exception was the direct cause' in shown
     assert '[repeated 47 more times]' in shown and shown.count('in down') == 4
 
@@ -155,7 +155,7 @@ def test_what_a_traceback_keeps() -> None:
 
     with pytest.raises(ExceptionGroup) as group:
         several()
-    assert 'OSError: other' in traces.shorten(group.value)
+    assert 'OSError: other' in traces.format_traceback(group.value)
 
 
 def test_a_message_has_no_note_of_jax() -> None:

@@ -148,7 +148,7 @@ def overridden(path: str, text: str, **changes: Any) -> Any:
     )
     overrides.apply(config, [(path, text)])
     section, key = path.split('.')
-    return loading.plain(config)[section][key]
+    return loading.to_plain(config)[section][key]
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ for file in files:
     for spec in (file.stem, f'configs/{file.name}'):
         loaded = loading.load(spec)
         assert loaded.path == file, spec
-    for name in names(loading.plain(loaded.config)):
+    for name in names(loading.to_plain(loaded.config)):
         objects.resolve(name, file.name)
 paths = [getattr(module, '__file__', None) or '' for module in list(sys.modules.values())]
 ours = [path for path in paths if path.startswith(str(bundled.FOLDER))]

@@ -14,7 +14,7 @@ import pytest
 from tests import small
 from tests.marks import slow_after
 from trainer.config import traces
-from trainer.config.errors import notes_of
+from trainer.config.errors import error_notes
 from trainer.hooks import Event
 from trainer.step.donated import DonatedError, explain
 
@@ -59,10 +59,10 @@ def hooked(hook: Callable[[Event], None]) -> Any:
 def test_a_hook_that_keeps_a_state(hook: Callable[[Event], None]) -> None:
     with pytest.raises(RuntimeError, match='deleted') as raised:
         hooked(hook).fit()
-    [note] = notes_of(raised.value)
+    [note] = error_notes(raised.value)
     assert 'a state that a hook or a notebook kept. Each step reuses the memory of' in note
     assert 'jax.tree.map(jnp.copy, state)' in note
-    shown = traces.shorten(raised.value).splitlines()
+    shown = traces.format_traceback(raised.value).splitlines()
     assert shown[-1] == note
     assert any(line.endswith(f'in {hook.__name__}') for line in shown)
 

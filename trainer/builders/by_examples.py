@@ -42,13 +42,13 @@ def shift_schedules(node: Node, schedules: list[paths.Keys], clock: Clock) -> No
     """Returns an optimizer's node in which the schedules at these key paths count examples."""
     if clock.progress is None:
         return node
-    ahead = clock.progress.ahead
+    ahead = clock.progress.offset
     # An integer where possible, since a schedule may use its argument as an index.
     by = ahead.numerator if ahead.denominator == 1 else float(ahead)
     for keys in schedules:
         schedule = paths.get(node, keys)
         wrapped = {'target': 'trainer.step.schedules:moved', 'schedule': schedule, 'by': by}
-        node = paths.changed(node, keys, wrapped)
+        node = paths.with_value(node, keys, wrapped)
     return node
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from trainer.config import patterns
-from trainer.config.checks import positive
+from trainer.config.checks import check_positive
 from trainer.config.durations import Clock, Periodic
 from trainer.config.errors import UserError
 from trainer.config.sections import CaptureSection, Sections
@@ -55,7 +55,7 @@ def build_captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
 def _capture(given: CaptureSection, path: str, sections: Sections, clock: Clock) -> Capture:
     match = (given.match,) if isinstance(given.match, str) else given.match
     for pattern in match:
-        patterns.compiled(pattern, f'{path}.match')
+        patterns.compile_pattern(pattern, f'{path}.match')
     if 'histogram' in given.what and not sections.log.tensorboard:
         raise UserError(
             f"{path}.what: 'histogram' needs TensorBoard, but config.log.tensorboard is off"
@@ -64,6 +64,6 @@ def _capture(given: CaptureSection, path: str, sections: Sections, clock: Clock)
         match=match,
         every=clock.period(given.every or sections.log.every, path=f'{path}.every'),
         what=frozenset(given.what),
-        rows=positive(given.rows, f'{path}.rows'),
-        keep=positive(given.keep, f'{path}.keep'),
+        rows=check_positive(given.rows, f'{path}.rows'),
+        keep=check_positive(given.keep, f'{path}.keep'),
     )

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trainer.config import targets
-from trainer.config.checks import positive
+from trainer.config.checks import check_positive
 from trainer.config.errors import UserError
 from trainer.config.sections import DataSection, EvalDataSection, EvalSection, Sections
 from trainer.evaluate.spec import Evaluation
@@ -27,7 +27,7 @@ def build_train_data(sections: Sections) -> TrainData:
         **data.loader,
         'source': data.source,
         'transforms': data.transforms,
-        'batch_size': positive(data.batch_size, f'{path}.batch_size'),
+        'batch_size': check_positive(data.batch_size, f'{path}.batch_size'),
         'seed': sections.seed if data.seed is None else data.seed,
         'shuffle': data.shuffle,
         'remainder': data.remainder,
@@ -39,7 +39,7 @@ def build_train_data(sections: Sections) -> TrainData:
 def build_task(sections: Sections) -> TaskRunner:
     """Returns the task of the training batches."""
     transforms = build_device_transforms(sections.data, 'config.data')
-    return TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
+    return TaskRunner.from_task(targets.instantiate(sections.task, 'config.task'), transforms)
 
 
 def build_evaluations(sections: Sections, task: TaskRunner) -> dict[str, Evaluation]:
@@ -82,8 +82,8 @@ def _evaluation(
         every=section.every,
         final=section.final,
         ema=section.ema,
-        task=TaskRunner.of(task, build_device_transforms(section.data, f'{path}.data')),
-        batch_size=positive(batch_size, f'{path}.data.batch_size'),
+        task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
+        batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
         data=data,
     )
 

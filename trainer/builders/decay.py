@@ -58,7 +58,7 @@ def mask_decay(node: Node, path: str, mask: RegexMask) -> Node:
         decay = next((each for each in _DECAYS if each in known), None)
         if decay is not None and not given.get(decay, known[decay].default):
             _log.warning('%s.decay_mask has no effect: %s.%s is not set', path, at, decay)
-        node = paths.changed(node, [*keys, name], mask)
+        node = paths.with_value(node, [*keys, name], mask)
     return node
 
 

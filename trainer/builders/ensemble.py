@@ -12,7 +12,7 @@ from typing import Any
 from trainer.builders.optimizer import build_optimizer
 from trainer.config import paths, suggest
 from trainer.config.durations import Clock
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 from trainer.config.sections import GroupSection, OptimizerSection, Sections
 from trainer.ensemble.step import Ensemble
 from trainer.step.optimizer import Optimizer
@@ -98,7 +98,7 @@ def _check_values(path: str, values: Any, size: int) -> None:
     if not fits or not all(isinstance(x, kind) and not isinstance(x, bool) for x in values):
         raise UserError(
             f'{_VARY}.{path}: expected a tuple of {size} {"integers" if whole else "numbers"}, one '
-            f'per member (config.ensemble.size), got {shown(values)}'
+            f'per member (config.ensemble.size), got {short_repr(values)}'
         )
 
 
@@ -149,7 +149,7 @@ def _owner(section: OptimizerSection, path: str) -> tuple[OptimizerSection | Gro
     if len(keys) > 2 and keys[1] in section.groups:
         return section.groups[keys[1]], keys[2:]
     name = str(keys[1]) if len(keys) > 1 else ''
-    near = suggest.nearest(name, section.groups)
+    near = suggest.nearest_name(name, section.groups)
     raise UserError(
         f'{_VARY}: config.optimizer.{path} is not an argument of the optimizer of a group. '
         + (

@@ -28,7 +28,7 @@ _CONCRETIZATION_ERRORS = (
 def insert_values(node: Node, values: Values) -> Node:
     """Returns an optimizer's node with these values set."""
     for path, value in values.items():
-        node = paths.changed(node, paths.parse(path), value)
+        node = paths.with_value(node, paths.parse(path), value)
     return node
 
 

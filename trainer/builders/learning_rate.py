@@ -106,7 +106,7 @@ def _build_schedule(node: Node, keys: paths.Keys, value: Any, path: str) -> tupl
     where = f'{path}.{paths.join(keys)}'
     if isinstance(value, Mapping):
         value = targets.instantiate(value, where)
-        node = paths.changed(node, keys, value)
+        node = paths.with_value(node, keys, value)
     return node, _as_schedule(value, where)
 
 

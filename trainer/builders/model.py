@@ -49,7 +49,7 @@ def build_model(sections: Sections) -> Functional:
     if isinstance(sections.model.get('rngs'), int):
         raise UserError(f'{_PATH}.rngs: remove it; random numbers come from config.seed')
     # An NNX constructor creates parameters, so it is called only when the state is created.
-    if targets.takes(sections.model, 'rngs', _PATH):
+    if targets.takes_argument(sections.model, 'rngs', _PATH):
         module: Any = functools.partial(_with_rngs, sections.model)
     else:
         module = targets.instantiate(sections.model, _PATH)

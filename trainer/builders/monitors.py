@@ -8,7 +8,7 @@ import dataclasses
 from trainer.builders.early_stopping import EarlyStopping
 from trainer.checkpoint.retention import Retention, better_mode
 from trainer.config import suggest
-from trainer.config.checks import positive
+from trainer.config.checks import check_positive
 from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import BestSection, EarlyStoppingSection, Sections
@@ -25,7 +25,7 @@ def build_retention(sections: Sections, clock: Clock) -> Retention:
     """
     given, path = sections.checkpoint, 'config.checkpoint'
     kept = Retention(
-        keep_last=positive(given.keep_last, f'{path}.keep_last'),
+        keep_last=check_positive(given.keep_last, f'{path}.keep_last'),
         keep_every=clock.period(given.keep_every, path=f'{path}.keep_every'),
     )
     if given.best is None:
@@ -60,14 +60,14 @@ def _metric_and_mode(
     # Ensembles have names of four parts as well, such as 'eval/test/member_0/loss'.
     if len(parts) < 3 or parts[0] != 'eval' or parts[1] not in sections.evals:
         names = [f'eval/{name}/...' for name in sections.evals]
-        near = suggest.nearest(given.metric, names, cutoff=0.0)
+        near = suggest.nearest_name(given.metric, names, cutoff=0.0)
         raise UserError(
             f'{path}.metric: {given.metric!r} is not a metric of an evaluation'
             + (f'; expected {near}' if near else ', and this config has no evals')
         )
     mode = given.mode or better_mode(parts[-1])
     if mode is None:
-        near = suggest.nearest(parts[-1], _USUAL)
+        near = suggest.nearest_name(parts[-1], _USUAL)
         if near:
             raise UserError(
                 f'{path}.metric: no metric {parts[-1]!r}; did you mean {near!r}? (Otherwise set '

@@ -10,7 +10,7 @@ from trainer.builders.model import check_model
 from trainer.builders.optimizer import check_optimizer, check_step
 from trainer.config import objects, targets
 from trainer.config.durations import Duration
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 from trainer.config.sections import Sections
 
 # Sections with a check of their own, or without targets.
@@ -42,7 +42,7 @@ def _check_below(value: Any, path: str) -> None:
         if 'target' not in value:
             raise UserError(
                 f"{path}: expected a dict with 'target', a class like "
-                f'trainer.data.loader:TrainLoader that takes the source; got {shown(value)}'
+                f'trainer.data.loader:TrainLoader that takes the source; got {short_repr(value)}'
             )
         objects.resolve(value['target'], f'{path}.target')
     else:

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from trainer.config import targets
-from trainer.config.checks import positive
+from trainer.config.checks import check_positive
 from trainer.config.durations import Clock, Progress
 from trainer.config.errors import UserError
 from trainer.config.sections import Sections
@@ -40,7 +40,7 @@ def build_accumulate(sections: Sections, task: TaskRunner) -> int:
     Raises:
         UserError: if the examples of the task depend on each other.
     """
-    count = positive(sections.accumulate, 'config.accumulate')
+    count = check_positive(sections.accumulate, 'config.accumulate')
     if count > 1 and not getattr(task.task, 'decomposable', True):
         raise UserError(
             f'config.accumulate: {type(task.task).__name__} cannot be computed in {count} '
@@ -83,7 +83,7 @@ def build_profile(sections: Sections, clock: Clock) -> Window | None:
     if given is None:
         return None
     start = clock.step_after(given.start, path='config.profile.start')
-    return Window(start, start + positive(given.steps, 'config.profile.steps'))
+    return Window(start, start + check_positive(given.steps, 'config.profile.steps'))
 
 
 def _rule(given: Any, path: str) -> Rule:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config import targets
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 from trainer.config.sections import Sections
 from trainer.weights.init_from import WHERE, InitFrom
 from trainer.weights.surgery import Operation
@@ -49,5 +49,5 @@ def _pairs(entry: Any, index: int) -> Sequence[tuple[str, str]]:
     pairs = targets.instantiate(entry, path)
     is_list = isinstance(pairs, (tuple, list))
     if not is_list or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {shown(pairs)}')
+        raise UserError(f'{path}: expected (pattern, replacement) pairs, got {short_repr(pairs)}')
     return pairs

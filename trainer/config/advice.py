@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer.config.errors import shown
+from trainer.config.errors import short_repr
 
 # Where a function or class of a library is looked for under a public name; its own package, too.
 _PUBLIC = (
@@ -43,74 +43,77 @@ def advice(value: Any, path: str = '') -> str:
     if _dtype_name(value) is not None:
         return f'write the name of the dtype: {_dtype_name(value)!r}'
     if inspect.isclass(value) or (callable(value) and hasattr(value, '__qualname__')):
-        return _of_function(value)
+        return _callable_advice(value)
     if hasattr(value, 'dtype') and hasattr(value, 'shape'):
-        return _of_array(value)
+        return _array_advice(value)
     if isinstance(value, tuple):  # A named one, as optimizers are.
-        return _of_tuple(value)
-    return _of_object(value)
+        return _named_tuple_advice(value)
+    return _object_advice(value)
 
 
-def _of_path(path: os.PathLike[str]) -> str:
+def _path_advice(path: os.PathLike[str]) -> str:
     return f'write it as text: {str(path)!r}'
 
 
-def _of_member(member: enum.Enum) -> str:
+def _enum_advice(member: enum.Enum) -> str:
     whole = f'{public_name(type(member))}.{member.name}'
     plain = isinstance(member.value, (bool, int, float, str))
     value = f'its value, {member.value!r}, or ' if plain else ''
     return f'write {value}its name, {member.name!r}, or name the member: dict(ref={whole!r})'
 
 
-def _of_partial(made: functools.partial[Any]) -> str:
-    given = ''.join(f', {key}={shown(x)}' for key, x in made.keywords.items())
-    args = f'dict(ref={public_name(made.func)!r}),' + ''.join(f' {shown(x)},' for x in made.args)
+def _partial_advice(made: functools.partial[Any]) -> str:
+    given = ''.join(f', {key}={short_repr(x)}' for key, x in made.keywords.items())
+    args = f'dict(ref={public_name(made.func)!r}),' + ''.join(
+        f' {short_repr(x)},' for x in made.args
+    )
     return (
         f"write dict(target='functools:partial', args=({args.rstrip(',')},){given}, "
         'accepts_any=True), or name a function of a module: dict(ref=...)'
     )
 
 
-def _of_call(value: Any) -> str:
+def _call_advice(value: Any) -> str:
     """Of a value whose repr is the call of its class: slice(0, 3, None), range(0, 3)."""
     args = value.__reduce__()[1]
     return f"write dict(target='builtins:{type(value).__name__}', args={args!r})"
 
 
-def _of_complex(value: complex) -> str:
+def _complex_advice(value: complex) -> str:
     return f"write dict(target='builtins:complex', args=({value.real!r}, {value.imag!r}))"
 
 
-def _of_set(value: Any) -> str:
-    return f'write a tuple, whose order is always the same: {shown(tuple(sorted(value, key=repr)))}'
+def _set_advice(value: Any) -> str:
+    ordered = tuple(sorted(value, key=repr))
+    return f'write a tuple, whose order is always the same: {short_repr(ordered)}'
 
 
-def _of_bytes(value: bytes) -> str:
-    return f'write text: {shown(value.decode(errors="replace"))}'
+def _bytes_advice(value: bytes) -> str:
+    return f'write text: {short_repr(value.decode(errors="replace"))}'
 
 
-def _of_number(value: Any) -> str:
+def _number_advice(value: Any) -> str:
     whole = isinstance(value, numbers.Integral)
     return f'write a plain number: {int(value) if whole else float(value)!r}'
 
 
-def _of_time(value: Any) -> str:
+def _time_advice(value: Any) -> str:
     return f"write text: {str(value)!r}. A length of the run is '10 epochs' or '2000 steps'"
 
 
-def _of_module(value: types.ModuleType) -> str:
+def _module_advice(value: types.ModuleType) -> str:
     return f'name what it is to be of the module: dict(ref={value.__name__ + ":name"!r})'
 
 
-def _of_pattern(value: re.Pattern[Any]) -> str:
+def _pattern_advice(value: re.Pattern[Any]) -> str:
     return f'write the pattern as text: {value.pattern!r}'
 
 
-def _of_iterator(value: Any) -> str:
+def _iterator_advice(value: Any) -> str:
     return "write a tuple, or name what makes it: dict(target='package.module:name')"
 
 
-def _of_function(value: Any) -> str:
+def _callable_advice(value: Any) -> str:
     kind, module = 'class' if inspect.isclass(value) else 'function', value.__module__ or ''
     own = module.startswith('_config_')
     outer = value.__qualname__.partition('.<locals>')[0]
@@ -127,13 +130,13 @@ def _of_function(value: Any) -> str:
             f"write dict(ref='package.module:{value.__name__}')"
         )
     if '<locals>' in value.__qualname__:
-        maker = _named(module, outer)
+        maker = _importable_name(module, outer)
         return f'describe the call that makes it: dict(target={maker!r}, ...)'
     name = public_name(value)
     return f'name it: dict(ref={name!r}), or, to have it called, dict(target={name!r}, ...)'
 
 
-def _of_array(value: Any) -> str:
+def _array_advice(value: Any) -> str:
     if str(value.dtype).startswith('key<'):
         return 'write a seed, a plain integer'
     if value.shape == ():
@@ -143,7 +146,7 @@ def _of_array(value: Any) -> str:
     return "make it in a function: dict(target='package.module:make'), or in the data"
 
 
-def _of_tuple(value: Any) -> str:
+def _named_tuple_advice(value: Any) -> str:
     """Of a named tuple; of those of optax it is not known which call has made them."""
     if type(value).__module__.partition('.')[0] == 'optax':
         return (
@@ -155,7 +158,7 @@ def _of_tuple(value: Any) -> str:
     return f'describe how it is made: dict(target={name!r}, ...) with {fields}'
 
 
-def _of_object(value: Any) -> str:
+def _object_advice(value: Any) -> str:
     name = public_name(type(value))
     return f'describe how it is made: dict(target={name!r}, ...), with its arguments'
 
@@ -175,22 +178,22 @@ def _dtype_name(value: Any) -> str | None:
 def public_name(value: Any) -> str:
     """Returns the name that a ref or target has for a function or class, public if there is one."""
     module, name = getattr(value, '__module__', None), getattr(value, '__qualname__', None)
-    return _named(module, name) if module and name else 'package.module:name'
+    return _importable_name(module, name) if module and name else 'package.module:name'
 
 
-def _named(module: str, name: str) -> str:
+def _importable_name(module: str, name: str) -> str:
     """Returns 'optax:adam' for what is defined in 'optax._src.alias': where it is public."""
     if module.startswith('_config_'):  # The config file itself, which nothing can import.
         return f'package.module:{name}'
-    value, parts = _attribute(module, name), module.split('.')
+    value, parts = _find_attribute(module, name), module.split('.')
     parents = ['.'.join(parts[:count]) for count in range(1, len(parts))]
     for place in (*(p for p in parents if '._' not in p), *_PUBLIC):
-        if value is not None and _attribute(place, name) is value:
+        if value is not None and _find_attribute(place, name) is value:
             return f'{place}:{name}'
     return f'{module}:{name}'
 
 
-def _attribute(module: str, name: str) -> Any:
+def _find_attribute(module: str, name: str) -> Any:
     found: Any = sys.modules.get(module)
     for part in name.split('.'):
         found = getattr(found, part, None)
@@ -198,17 +201,17 @@ def _attribute(module: str, name: str) -> Any:
 
 
 _KINDS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
-    (enum.Enum, _of_member),
-    (os.PathLike, _of_path),
-    (functools.partial, _of_partial),
-    ((slice, range), _of_call),
-    ((set, frozenset), _of_set),
-    ((bytes, bytearray), _of_bytes),
-    ((datetime.date, datetime.time, datetime.timedelta), _of_time),
-    (types.ModuleType, _of_module),
-    (re.Pattern, _of_pattern),
-    (Iterator, _of_iterator),
-    (fractions.Fraction, _of_number),
-    (complex, _of_complex),
-    (numbers.Number, _of_number),
+    (enum.Enum, _enum_advice),
+    (os.PathLike, _path_advice),
+    (functools.partial, _partial_advice),
+    ((slice, range), _call_advice),
+    ((set, frozenset), _set_advice),
+    ((bytes, bytearray), _bytes_advice),
+    ((datetime.date, datetime.time, datetime.timedelta), _time_advice),
+    (types.ModuleType, _module_advice),
+    (re.Pattern, _pattern_advice),
+    (Iterator, _iterator_advice),
+    (fractions.Fraction, _number_advice),
+    (complex, _complex_advice),
+    (numbers.Number, _number_advice),
 )

@@ -35,20 +35,20 @@ def full_name(module_name: str) -> str | None:
     twice, and an object of one class would be no instance of the other.
     """
     package, _, rest = module_name.partition('.')
-    if package not in PACKAGES or not _exists(FOLDER / package, rest):
+    if package not in PACKAGES or not _is_module(FOLDER / package, rest):
         return None
-    found = _find(package, rest.partition('.')[0])
+    found = _find_file(package, rest.partition('.')[0])
     if found is None or found.is_relative_to(FOLDER / package):
         return f'trainer.{module_name}'
     return None
 
 
-def _exists(folder: pathlib.Path, rest: str) -> bool:
+def _is_module(folder: pathlib.Path, rest: str) -> bool:
     path = folder.joinpath(*rest.split('.'))
     return path.with_suffix('.py').is_file() or (path / '__init__.py').is_file()
 
 
-def _find(package: str, name: str) -> pathlib.Path | None:
+def _find_file(package: str, name: str) -> pathlib.Path | None:
     """Returns the file of a module of a top-level package, as Python finds it, without a load."""
     if package in sys.modules:
         folders = getattr(sys.modules[package], '__path__', ())

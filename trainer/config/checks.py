@@ -6,7 +6,7 @@ from __future__ import annotations
 from trainer.config.errors import UserError
 
 
-def positive(value: int, path: str) -> int:
+def check_positive(value: int, path: str) -> int:
     """Returns the value.
 
     Args:

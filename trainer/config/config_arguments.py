@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from trainer.config import suggest
-from trainer.config.errors import shortened, shown
+from trainer.config.errors import short_repr, shorten
 from trainer.config.text import and_more
 
 # More than these are not listed.
 _MOST = 20
 
 
-def known(get_config: Callable[..., Any]) -> list[str]:
+def known_arguments(get_config: Callable[..., Any]) -> list[str]:
     """Returns the texts that a function compares its argument with, or looks it up in.
 
     By its annotation (`Literal['small', 'big']`), comparisons (`arg == 'small'`, `arg in SIZES`),
@@ -42,8 +42,8 @@ def describe(arg: str, names: list[str]) -> str:
     """Returns ' It knows: small, big. Did you mean big?', or '' if nothing is known."""
     if not names or arg in names:
         return ''
-    near = suggest.nearest(arg, names)
-    listed = shortened(and_more([shown(name) for name in names], _MOST), 300)
+    near = suggest.nearest_name(arg, names)
+    listed = shorten(and_more([short_repr(name) for name in names], _MOST), 300)
     return f' It knows {listed}.' + (f' Did you mean {near!r}?' if near else '')
 
 
@@ -73,7 +73,7 @@ class _Scope:
             yield from _texts(self._value(node.value))
         elif isinstance(node, ast.Match) and self._is_argument(node.subject):
             for case in node.cases:
-                yield from _texts(self._value(each) for each in _patterns(case.pattern))
+                yield from _texts(self._value(each) for each in _pattern_values(case.pattern))
 
     def _is_argument(self, node: ast.AST) -> bool:
         """Whether a node is the argument, perhaps in lower case or with a default (`or`)."""
@@ -97,7 +97,7 @@ class _Scope:
         return node.value if isinstance(node, ast.Constant) else None
 
 
-def _patterns(pattern: ast.AST) -> Iterator[ast.AST]:
+def _pattern_values(pattern: ast.AST) -> Iterator[ast.AST]:
     return (node.value for node in ast.walk(pattern) if isinstance(node, ast.MatchValue))
 
 

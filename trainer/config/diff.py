@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.config.errors import shown
+from trainer.config.errors import short_repr
 
 ABSENT = '(absent)'
 
@@ -29,7 +29,7 @@ class Change:
 
 def diff(old: Any, new: Any) -> list[Change]:
     """Returns the differences between two plain configs, by path."""
-    return list(_diff(old, new, ''))
+    return list(_changes(old, new, ''))
 
 
 def format_diff(changes: Sequence[Change]) -> str:
@@ -60,7 +60,9 @@ def from_jsonable(node: Any) -> Any:
     if isinstance(node, Mapping):
         if set(node) == {'__tuple__'}:
             if not isinstance(node['__tuple__'], list):
-                raise ValueError(f'"__tuple__" is {shown(node["__tuple__"], limit=40)}, not a list')
+                raise ValueError(
+                    f'"__tuple__" is {short_repr(node["__tuple__"], limit=40)}, not a list'
+                )
             return tuple(from_jsonable(value) for value in node['__tuple__'])
         return {key: from_jsonable(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -68,24 +70,24 @@ def from_jsonable(node: Any) -> Any:
     return node
 
 
-def _diff(old: Any, new: Any, path: str) -> Iterator[Change]:
+def _changes(old: Any, new: Any, path: str) -> Iterator[Change]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         # JSON has made every key a string, so {1000: 0.1} is what was saved as {'1000': 0.1}.
         old, new = ({str(k): v for k, v in node.items()} for node in (old, new))
         for key in dict.fromkeys([*old, *new]):
             where = f'{path}.{key}' if path else key
-            yield from _diff(old.get(key, ABSENT), new.get(key, ABSENT), where)
-    elif _same_length(old, new):
+            yield from _changes(old.get(key, ABSENT), new.get(key, ABSENT), where)
+    elif _have_same_length(old, new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _diff(a, b, f'{path}[{index}]')
-    elif type(old) is not type(new) or (old != new and not _both_nan(old, new)):
+            yield from _changes(a, b, f'{path}[{index}]')
+    elif type(old) is not type(new) or (old != new and not _are_both_nan(old, new)):
         yield Change(path, old, new)
 
 
-def _both_nan(old: Any, new: Any) -> bool:
+def _are_both_nan(old: Any, new: Any) -> bool:
     return old != old and new != new
 
 
-def _same_length(old: Any, new: Any) -> bool:
+def _have_same_length(old: Any, new: Any) -> bool:
     sequences = isinstance(old, (tuple, list)) and type(old) is type(new)
     return sequences and len(old) == len(new)

@@ -9,13 +9,13 @@ import sys
 from typing import Any
 
 from trainer.config import objects, suggest, synonyms
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 
 # Numpy has abbreviations of one or two characters, which are like anything.
 _SHORTEST = 3
 
 
-def named(value: Any, default: Any, path: str, *, must: bool) -> Any:
+def from_name(value: Any, default: Any, path: str, *, must: bool) -> Any:
     """Returns a dtype by name as the kind of object that the default is.
 
     Args:
@@ -32,7 +32,7 @@ def named(value: Any, default: Any, path: str, *, must: bool) -> Any:
     if not isinstance(value, str):
         if not must:
             return value
-        raise UserError(f"{path}: expected a dtype such as 'bfloat16', got {shown(value)}")
+        raise UserError(f"{path}: expected a dtype such as 'bfloat16', got {short_repr(value)}")
     if re.fullmatch(r'[\w.]+:[\w.]+', value):
         found = objects.resolve(value, path)
     else:
@@ -42,12 +42,12 @@ def named(value: Any, default: Any, path: str, *, must: bool) -> Any:
             name = ''
         # Of other frameworks' names, numpy reads 'f16' as 16 bytes.
         is_ours = bool(name) and synonyms.DTYPES.get(value, name) == name
-        found = _like(default, name, value) if is_ours else None
+        found = _as_default_kind(default, name, value) if is_ours else None
     if found is value or is_dtype(found):
         return found
     if not must:
         return value
-    raise UserError(f'{path}: {shown(value)} is not a dtype. {_hint(value)}')
+    raise UserError(f'{path}: {short_repr(value)} is not a dtype. {_hint(value)}')
 
 
 def is_dtype(value: Any) -> bool:
@@ -62,7 +62,7 @@ def is_dtype(value: Any) -> bool:
     return of_class or isinstance(value, np.dtype)
 
 
-def _like(default: Any, name: str, value: str) -> Any:
+def _as_default_kind(default: Any, name: str, value: str) -> Any:
     """Returns JAX's class if the default is one, None if it has none; otherwise the text."""
     home = sys.modules.get('jax.numpy')
     if home is None or not any(each is default for each in vars(home).values()) or default is None:
@@ -78,5 +78,5 @@ def _hint(value: str) -> str:
     word = value.rpartition('.')[2]
     near = synonyms.DTYPES.get(word)
     if near is None and ':' not in value:  # A full name has led to something else.
-        near = suggest.nearest(word, ['bfloat16', *known])
+        near = suggest.nearest_name(word, ['bfloat16', *known])
     return f'Did you mean {near!r}?' if near else "Write 'bfloat16', 'float16' or 'float32'."

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 
 _UNITS = {
     'step': 'steps', 'steps': 'steps', 'epoch': 'epochs', 'epochs': 'epochs',
@@ -51,14 +51,14 @@ class Duration:
         match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
         if match is None or match[2] not in _UNITS:
             raise UserError(
-                f'{path or "a duration"}: {shown(text)} is not a duration; write a number and a '
-                "unit, such as '10 epochs', '2000 steps', '60000 examples', '5%' or 'never'"
+                f'{path or "a duration"}: {short_repr(text)} is not a duration; write a number and '
+                "a unit, such as '10 epochs', '2000 steps', '60000 examples', '5%' or 'never'"
             )
         # As a float first: the digits of '1e999999999' fill the memory.
         number = float(match[1])
         if not (0 < number < math.inf or (zero and number == 0)):
             raise UserError(
-                f'{path or "a duration"}: {shown(text)} must be positive and finite'
+                f'{path or "a duration"}: {short_repr(text)} must be positive and finite'
                 + ('' if zero else ", or 'never'")
             )
         return cls(Fraction(match[1]), _UNITS[match[2]])
@@ -90,16 +90,16 @@ class Progress:
 
     marks: tuple[tuple[Fraction, Fraction], ...]
 
-    def at(self, step: int) -> Fraction:
+    def batches_at(self, step: int) -> Fraction:
         """Returns the batches by the end of a step."""
         return self._line(Fraction(step), 0, 1)
 
-    def step_of(self, batches: Fraction) -> Fraction:
+    def step_at(self, batches: Fraction) -> Fraction:
         """Returns the (possibly fractional) step at which this many batches are consumed."""
         return self._line(batches, 1, 0)
 
     @property
-    def ahead(self) -> Fraction:
+    def offset(self) -> Fraction:
         """Offset that converts a step after the last mark to its batches."""
         step, batches = self.marks[-1]
         return batches - step
@@ -126,27 +126,30 @@ class Periodic:
     period_steps: Fraction | None
     progress: Progress | None = None
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether step number `step` (1 is the first) crosses a multiple of the period."""
         period = self.period_steps
-        return period is not None and self._at(step) // period > self._at(step - 1) // period
+        return (
+            period is not None
+            and self._position_at(step) // period > self._position_at(step - 1) // period
+        )
 
     def next_due(self, step: int) -> int | None:
         """Returns the first due step after `step`, or None."""
         period = self.period_steps
         if period is None:
             return None
-        then = (self._at(step) // period + 1) * period
+        then = (self._position_at(step) // period + 1) * period
         if self.progress is None:
             return max(step + 1, math.ceil(then))
         # A change of batch size may leave out the rest of an epoch, and with it the multiple.
-        following = max(step + 1, math.ceil(self.progress.step_of(then)))
-        while not self.due(following):
+        following = max(step + 1, math.ceil(self.progress.step_at(then)))
+        while not self.is_due(following):
             following += 1
         return following
 
-    def _at(self, step: int) -> Fraction | int:
-        return step if self.progress is None else self.progress.at(step)
+    def _position_at(self, step: int) -> Fraction | int:
+        return step if self.progress is None else self.progress.batches_at(step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +187,9 @@ class Clock:
             return duration.value * self.steps_per_epoch
         if duration.unit == 'percent' and self.total_steps is not None:
             total = (
-                self.total_steps if self.progress is None else self.progress.at(self.total_steps)
+                self.total_steps
+                if self.progress is None
+                else self.progress.batches_at(self.total_steps)
             )
             return duration.value * total / 100
         raise UserError(
@@ -193,7 +198,7 @@ class Clock:
 
     def batches(self, step: int) -> Fraction:
         """Returns what the run has consumed by a step, in batches of the current size."""
-        return Fraction(step) if self.progress is None else self.progress.at(step)
+        return Fraction(step) if self.progress is None else self.progress.batches_at(step)
 
     def steps(self, duration: Duration, *, path: str) -> int:
         """Returns the number of steps of the current size; a fraction of a step counts as one."""
@@ -203,7 +208,7 @@ class Clock:
         """Returns the step by which a duration from the start of the run has passed."""
         steps = self.exact_steps(duration, path=path)
         if self.progress is not None and duration.unit != 'steps':
-            steps = self.progress.step_of(steps)
+            steps = self.progress.step_at(steps)
         return math.ceil(steps)
 
     def period(self, duration: Duration, *, path: str) -> Periodic:

@@ -16,7 +16,7 @@ class UserError(Exception):
     exit_code = 2
 
 
-def shown(value: object, limit: int = 100) -> str:
+def short_repr(value: object, limit: int = 100) -> str:
     """Returns the repr of a value for a message, shortened in the middle beyond `limit` characters.
 
     A text of the command line may have thousands of characters.
@@ -26,10 +26,10 @@ def shown(value: object, limit: int = 100) -> str:
         text = re.sub(r'\s*\n\s*', ' ', repr(value))
     except (ValueError, RecursionError):  # An integer of thousands of digits; a dict in itself.
         return f'a very long {type(value).__name__}'
-    return shortened(text, limit)
+    return shorten(text, limit)
 
 
-def shortened(text: str, limit: int = 100) -> str:
+def shorten(text: str, limit: int = 100) -> str:
     """Returns a text whose middle is left out if it has more than `limit` characters."""
     if len(text) <= limit:
         return text
@@ -41,10 +41,10 @@ def full_text(error: BaseException) -> str:
 
     A line that repeats a value of thousands of characters is shortened.
     """
-    text = '\n'.join([str(error), *notes_of(error)])
-    return '\n'.join(shortened(line, _LONGEST_LINE) for line in text.split('\n'))
+    text = '\n'.join([str(error), *error_notes(error)])
+    return '\n'.join(shorten(line, _LONGEST_LINE) for line in text.split('\n'))
 
 
-def notes_of(error: BaseException) -> list[str]:
+def error_notes(error: BaseException) -> list[str]:
     """Returns the notes of an error, without that of JAX about frames that it leaves out."""
     return [note for note in getattr(error, '__notes__', ()) if not compat.is_note_on_frames(note)]

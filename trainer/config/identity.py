@@ -51,7 +51,7 @@ def default_workdir(loaded: LoadedConfig, overrides: Sequence[Override]) -> str:
     """
     mine = [o for o in overrides if is_identity(o.path) and o.new != o.old]
     last = sorted({o.path: o.text for o in mine}.items())
-    given = [(o.path, o.text) for o in mine] if _order_matters(mine) else last
+    given = [(o.path, o.text) for o in mine] if _does_order_matter(mine) else last
     config = _config_name(loaded.path)
     words = [word for word in (config, loaded.arg) if word]
     fit_words = [_UNFIT.sub('_', word) for word in words]
@@ -76,11 +76,13 @@ def _config_name(path: pathlib.Path) -> str:
     return f'{path.stem}.{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}'
 
 
-def _order_matters(overrides: Sequence[Override]) -> bool:
+def _does_order_matter(overrides: Sequence[Override]) -> bool:
     """Whether one changes, or merges into, what another has set."""
-    return any(_inside(a, b) or _inside(b, a) for a, b in itertools.combinations(overrides, 2))
+    return any(
+        _is_inside(a, b) or _is_inside(b, a) for a, b in itertools.combinations(overrides, 2)
+    )
 
 
-def _inside(inner: Override, outer: Override) -> bool:
-    merges = inner.place == outer.place and isinstance(inner.new, Mapping)
-    return merges or inner.place.startswith((f'{outer.place}.', f'{outer.place}['))
+def _is_inside(inner: Override, outer: Override) -> bool:
+    merges = inner.value_path == outer.value_path and isinstance(inner.new, Mapping)
+    return merges or inner.value_path.startswith((f'{outer.value_path}.', f'{outer.value_path}['))

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from trainer.config import objects, suggest
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 
 # Most functions there make an initializer: they are named by a target, and not by a ref.
 PLACES = ('flax.linen.initializers', 'flax.nnx.initializers', 'jax.nn.initializers')
@@ -18,12 +18,12 @@ PLACES = ('flax.linen.initializers', 'flax.nnx.initializers', 'jax.nn.initialize
 _OTHERS = ('jax.nn', 'flax.linen', 'jax.numpy')
 
 
-def makes(function: Any) -> bool:
+def is_factory(function: Any) -> bool:
     """Whether a function of one of `PLACES` makes an initializer, and is not one itself."""
     return 'key' not in inspect.signature(function).parameters
 
 
-def named(value: Any, default: Any, path: str, *, must: bool) -> Any:
+def from_name(value: Any, default: Any, path: str, *, must: bool) -> Any:
     """Returns the initializer that a word names beside the default.
 
     Args:
@@ -38,28 +38,28 @@ def named(value: Any, default: Any, path: str, *, must: bool) -> Any:
     home = next((p for p in PLACES if any(f is default for f in _functions(p).values())), None)
     if isinstance(value, str):
         found = _functions(home).get(value) if home else None
-        if found is not None and not makes(found):
+        if found is not None and not is_factory(found):
             return found
         if re.fullmatch(r'[\w.]+:[\w.]+', value):
             return objects.resolve(value, path)
     word = str(value).rpartition('.')[2]
     names = {name: place for place in reversed(PLACES) for name in _functions(place)}
-    meant = word if word in names else suggest.nearest(word, names, cutoff=0.7)
+    meant = word if word in names else suggest.nearest_name(word, names, cutoff=0.7)
     elsewhere = any(callable(getattr(sys.modules.get(other), word, None)) for other in _OTHERS)
     if meant is None and not must and not elsewhere:
         return value  # The target may know what to do with it.
-    text = f'{path}: expected an initializer, got {shown(value)}.'
+    text = f'{path}: expected an initializer, got {short_repr(value)}.'
     if meant is not None and meant != word:
         text = f'{text} Did you mean {meant!r}?'
     name = meant or 'lecun_normal'
     place = names.get(name, PLACES[0])
-    is_made = meant is None or makes(_functions(place)[name])
+    is_made = meant is None or is_factory(_functions(place)[name])
     raise UserError(
-        f'{text} {how_to_name("target" if is_made else "ref", f"{place}:{name}", path)}'
+        f'{text} {naming_hint("target" if is_made else "ref", f"{place}:{name}", path)}'
     )
 
 
-def how_to_name(key: str, name: str, path: str) -> str:
+def naming_hint(key: str, name: str, path: str) -> str:
     """Returns how a config file and the command line name a function by its module."""
     shell = f'--{path}=\'{{"{key}": "{name}"}}\''
     return f'Name it by its module, as in dict({key}={name!r}); on the command line, {shell}'

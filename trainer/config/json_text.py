@@ -29,11 +29,11 @@ def parse(data: bytes) -> Any:
         levels += 1
         if levels > _MOST_LEVELS:
             raise ValueError(_TOO_DEEP)
-        level = [inner for each in level for inner in _inside(each)]
+        level = [inner for each in level for inner in _nested_containers(each)]
     return value
 
 
-def _inside(value: Any) -> list[Any]:
+def _nested_containers(value: Any) -> list[Any]:
     """Returns the objects and lists directly inside a value."""
     inner = list(value.values()) if isinstance(value, dict) else value
     return [x for x in inner if isinstance(x, dict | list)] if isinstance(inner, list) else []
@@ -51,7 +51,7 @@ def is_number(value: Any) -> bool:
     return is_int(value) and abs(value) < 2**1000
 
 
-def name(value: Any) -> str:
+def type_name(value: Any) -> str:
     """Returns what JSON calls the kind of a value: 'a list'."""
     kinds = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a boolean'}
     return 'null' if value is None else kinds.get(type(value), 'a number')

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trainer.config import advice, schema
-from trainer.config.errors import UserError, shortened, shown
+from trainer.config.errors import UserError, short_repr, shorten
 
 # Deeper than any real config; it keeps what walks a config from running out of stack.
 MAX_DEPTH = 50
@@ -25,7 +25,7 @@ def literal(text: str) -> Any:
 
     `inf` and `nan` are numbers, also within a tuple, list or dict.
     """
-    for parse in (json.loads, _python):
+    for parse in (json.loads, _parse_python):
         try:
             return parse(text)
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -33,7 +33,7 @@ def literal(text: str) -> Any:
     return text
 
 
-def _python(text: str) -> Any:
+def _parse_python(text: str) -> Any:
     tree = ast.parse(text.lstrip(' \t'), mode='eval')
     return ast.literal_eval(_NamedNumbers().visit(tree))
 
@@ -45,9 +45,9 @@ class _NamedNumbers(ast.NodeTransformer):
         return ast.copy_location(ast.Constant(_NUMBERS[node.id]), node)
 
 
-def written(value: Any) -> str:
+def to_text(value: Any) -> str:
     """Returns a literal as a text of the command line."""
-    return value if isinstance(value, str) else shown(value, limit=100_000)
+    return value if isinstance(value, str) else short_repr(value, limit=100_000)
 
 
 def check_depth(value: Any, path: str) -> None:
@@ -61,7 +61,9 @@ def check_depth(value: Any, path: str) -> None:
         level = [inner for node in level for inner in _children(node)]
         if not level:
             return
-    raise UserError(f'{path}: expected at most {MAX_DEPTH} levels of nesting, got {shown(value)}')
+    raise UserError(
+        f'{path}: expected at most {MAX_DEPTH} levels of nesting, got {short_repr(value)}'
+    )
 
 
 def check(value: Any, path: str, keys: Sequence[str | int]) -> None:
@@ -85,11 +87,11 @@ def check(value: Any, path: str, keys: Sequence[str | int]) -> None:
             check(inner, f'{path}[{index}]', [*keys, index])
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**64:
-            raise UserError(f'{path}: {shown(value)} does not fit 64 bits')
+            raise UserError(f'{path}: {short_repr(value)} does not fit 64 bits')
     elif not (value is None or value is schema.REQUIRED or isinstance(value, (float, str))):
         raise UserError(
             f'{path}: expected a number, text, None, dict, tuple or list, got '
-            f'{type(value).__name__} {shown(value)}; {advice.advice(value, path)}'
+            f'{type(value).__name__} {short_repr(value)}; {advice.advice(value, path)}'
         )
 
 
@@ -102,7 +104,7 @@ def check_overflow(value: Any, text: str, path: str) -> None:
     infinite = [where for where, number in _floats(value, path) if math.isinf(number)]
     if len(infinite) > text.lower().count('inf'):
         raise UserError(
-            f'{infinite[0]}: {shortened(text)} is too large for a float (the largest is 1.8e308); '
+            f'{infinite[0]}: {shorten(text)} is too large for a float (the largest is 1.8e308); '
             'for infinity write inf'
         )
 
@@ -134,7 +136,7 @@ def check_names(node: Mapping[Any, Any], path: str, keys: Sequence[str | int]) -
         mixed = ' beside names' if free and not others else ''
         raise UserError(
             f'{path}: expected names as the keys of a dict, as in {{"name": 1}}, got '
-            f'{shown(wrong[0])}{mixed}'
+            f'{short_repr(wrong[0])}{mixed}'
         )
     for key in node:
         if isinstance(key, str):
@@ -148,7 +150,7 @@ def check_name(key: str, path: str) -> None:
         UserError: for '', `__class__` and the like, and what is longer than any name.
     """
     if not key or len(key) > _MAX_NAME or (key.startswith('__') and key.endswith('__')):
-        raise UserError(f'{path}: {shown(key)} cannot be the name of a key')
+        raise UserError(f'{path}: {short_repr(key)} cannot be the name of a key')
 
 
 def _children(node: Any) -> Sequence[Any]:

@@ -16,7 +16,7 @@ from ml_collections import config_dict
 
 from trainer import compat
 from trainer.config import bundled, config_arguments, literals, objects, places, suggest
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 from trainer.config.schema import REQUIRED
 
 
@@ -48,7 +48,7 @@ def load(spec: str) -> LoadedConfig:
         UserError: if the file is missing, fails, or returns something else.
     """
     text, colon, arg = spec.partition(':')
-    path = _find(text)
+    path = _find_file(text)
     get_config = _get_config(path)
     args = _arguments(get_config, path, arg if colon else None)
     try:
@@ -69,38 +69,40 @@ def load(spec: str) -> LoadedConfig:
             )
         said = f'{path}: get_config failed: {objects.last_line(error)}'
         if args:
-            hint += config_arguments.describe(arg, config_arguments.known(get_config))
+            hint += config_arguments.describe(arg, config_arguments.known_arguments(get_config))
         if args and isinstance(error, LookupError) and error.args == (arg,):
-            said = f'{path}: get_config does not know the argument {shown(arg)}.'
+            said = f'{path}: get_config does not know the argument {short_repr(arg)}.'
         if hint.startswith(' It') and not said.endswith('.'):
             said += '.'
         raise UserError(f'{said}{hint}') from error
     if config is None and args:
-        hint = config_arguments.describe(arg, config_arguments.known(get_config))
-        raise UserError(f'{path}: get_config returns nothing for the argument {shown(arg)}.{hint}')
+        hint = config_arguments.describe(arg, config_arguments.known_arguments(get_config))
+        raise UserError(
+            f'{path}: get_config returns nothing for the argument {short_repr(arg)}.{hint}'
+        )
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f'{path}: get_config must return an ml_collections.ConfigDict, got '
             f'{type(config).__name__}'
         )
     try:
-        plain(config)
+        to_plain(config)
         check_vars(config)
-        literals.check(plain(config), 'config', [])
-        config = _unshared(config)
+        literals.check(to_plain(config), 'config', [])
+        config = _copy_unshared(config)
     except RecursionError as error:
         raise UserError(f'{path}: a dict of the config contains itself') from error
     return LoadedConfig(config=config, name=path.stem, arg=arg, path=path)
 
 
-def plain(node: Any) -> Any:
+def to_plain(node: Any) -> Any:
     """Returns a config as plain dicts, lists and tuples, its references resolved.
 
     A required placeholder that has no value yet becomes `REQUIRED`.
     """
     if isinstance(node, ml_collections.FieldReference):
         try:
-            return plain(node.get())
+            return to_plain(node.get())
         except config_dict.RequiredValueError:
             return REQUIRED
     if isinstance(node, ml_collections.ConfigDict):
@@ -108,15 +110,15 @@ def plain(node: Any) -> Any:
             items = node.items(preserve_field_references=True)
         except TypeError as error:  # Items come in the order of their keys.
             raise UserError(f'a dict of the config has names and other keys: {error}') from error
-        return {k: plain(v) for k, v in items}
+        return {k: to_plain(v) for k, v in items}
     if isinstance(node, dict):
-        return {key: plain(value) for key, value in node.items()}
+        return {key: to_plain(value) for key, value in node.items()}
     if type(node) in (tuple, list):  # And no object that is a tuple, such as an optimizer.
-        return type(node)(plain(value) for value in node)
+        return type(node)(to_plain(value) for value in node)
     return node
 
 
-def _find(text: str) -> pathlib.Path:
+def _find_file(text: str) -> pathlib.Path:
     path = pathlib.Path(places.expand(text, '--config'))
     try:
         for candidate in _candidates(path):
@@ -124,18 +126,18 @@ def _find(text: str) -> pathlib.Path:
                 return candidate
         is_directory = path.is_dir()
     except OSError as error:  # A name that is too long, a folder that may not be read.
-        raise UserError(f'--config: {shown(text)}: {error.strerror or error}') from error
+        raise UserError(f'--config: {short_repr(text)}: {error.strerror or error}') from error
     if is_directory:
-        raise UserError(f'--config: {shown(text)} is a directory; name a file in it')
+        raise UserError(f'--config: {short_repr(text)} is a directory; name a file in it')
     hint = ''
     # As it is, or one of `configs` by its name alone, or as a module is named.
     stem = path.name.removesuffix('.py').split('.')[-1]
     for guess in (path, pathlib.Path('configs', f'{stem}.py')):
         folders = {found.parent for found in _candidates(guess) if found.name == guess.name}
         files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
-        near = suggest.nearest(guess.name, sorted(files))
+        near = suggest.nearest_name(guess.name, sorted(files))
         hint = hint or (f' Did you mean {guess.parent / near}?' if near else '')
-    raise UserError(f'--config: there is no file {shown(text)}.{hint}')
+    raise UserError(f'--config: there is no file {short_repr(text)}.{hint}')
 
 
 def _candidates(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -172,7 +174,7 @@ def _arguments(
     """Returns what `get_config` is called with: the text behind the colon, if it takes any."""
     signature = inspect.signature(get_config)
     if arg and not signature.parameters:
-        raise UserError(f'{path}: get_config() takes no argument, got {shown(arg)}')
+        raise UserError(f'{path}: get_config() takes no argument, got {short_repr(arg)}')
     args = (arg,) if arg is not None and signature.parameters else ()
     try:
         signature.bind(*args)
@@ -184,14 +186,14 @@ def _arguments(
     return args
 
 
-def _unshared(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _copy_unshared(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Returns a copy where a dict that the file uses in two places is two: an override changes one.
 
     References stay references.
     """
     copy = ml_collections.ConfigDict(allow_dotted_keys=True)
     for key, value in config.items(preserve_field_references=True):
-        copy[key] = _unshared(value) if isinstance(value, ml_collections.ConfigDict) else value
+        copy[key] = _copy_unshared(value) if isinstance(value, ml_collections.ConfigDict) else value
     return copy
 
 
@@ -204,7 +206,7 @@ def check_vars(config: ml_collections.ConfigDict) -> None:
     if 'vars' not in config:
         return
     if not isinstance(config.vars, ml_collections.ConfigDict):
-        raise UserError(f'config.vars: expected a dict, got {shown(config.vars)}')
+        raise UserError(f'config.vars: expected a dict, got {short_repr(config.vars)}')
     used: set[int] = set()
     for key, value in config.items(preserve_field_references=True):
         if key != 'vars':

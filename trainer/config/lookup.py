@@ -22,7 +22,7 @@ from trainer.config import (
     unknown,
 )
 from trainer.config.errors import UserError
-from trainer.config.loading import plain
+from trainer.config.loading import to_plain
 
 
 def value_at(config: Any, keys: paths.Keys) -> Any:
@@ -33,7 +33,7 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
     Raises:
         UserError: if nothing reads that path.
     """
-    node = plain(config)
+    node = to_plain(config)
     for depth, key in enumerate(keys):
         if isinstance(node, (tuple, list)) and isinstance(key, int):
             if not -len(node) <= key < len(node):
@@ -48,11 +48,11 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
         elif reach.may_be_set(node, keys, depth):
             return None
         else:
-            raise UserError(unknown.message(plain(config), keys, depth))
+            raise UserError(unknown.message(to_plain(config), keys, depth))
     return node
 
 
-def check_given(config: Any, given: Any, keys: paths.Keys) -> None:
+def check_names(config: Any, given: Any, keys: paths.Keys) -> None:
     """Checks the names in a dict or list that was given for a path, as the names of a path.
 
     Args:
@@ -63,13 +63,13 @@ def check_given(config: Any, given: Any, keys: paths.Keys) -> None:
     Raises:
         UserError: for a name that nothing reads.
     """
-    _check_names(plain(config), given, keys)
+    _check_names_at(to_plain(config), given, keys)
 
 
-def _check_names(whole: Mapping[str, Any], given: Any, keys: paths.Keys) -> None:
+def _check_names_at(whole: Mapping[str, Any], given: Any, keys: paths.Keys) -> None:
     if isinstance(given, (tuple, list)):
         for index, inner in enumerate(given):
-            _check_names(whole, inner, [*keys, index])
+            _check_names_at(whole, inner, [*keys, index])
     if not isinstance(given, Mapping):
         return
     node, section = paths.get(whole, keys), schema.section_at(keys)
@@ -85,7 +85,7 @@ def _check_names(whole: Mapping[str, Any], given: Any, keys: paths.Keys) -> None
             known = True  # A dict of anything.
         if not known:
             raise UserError(unknown.message(whole, inside, len(keys)))
-        _check_names(whole, inner, inside)
+        _check_names_at(whole, inner, inside)
 
 
 def argument_type(node: Any, key: str | int, path: str) -> Any:
@@ -153,7 +153,7 @@ def annotation(node: Any, key: str | int, path: str) -> Any:
     if not isinstance(parameter.annotation, str):
         return parameter.annotation
     target = objects.resolve(node['target'], f'{path}.target')
-    return targets.evaluated(parameter.annotation, target)
+    return targets.evaluate_annotation(parameter.annotation, target)
 
 
 def _parameter(node: Any, key: str | int, path: str) -> inspect.Parameter | None:
@@ -165,7 +165,7 @@ def _parameter(node: Any, key: str | int, path: str) -> inspect.Parameter | None
 
 def placeholder_type(config: Any, keys: paths.Keys) -> type | None:
     """Returns the type that the file declares for a value yet to come, None if it declares none."""
-    if not paths.holds(config, keys):
+    if not paths.contains(config, keys):
         return None
     parent = paths.get(config, keys[:-1])
     if not isinstance(parent, ml_collections.ConfigDict):

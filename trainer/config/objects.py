@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from trainer.config import bundled, suggest
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 
 # Where a name without a module is looked for, to say which module was probably meant.
 _KNOWN = ('optax', 'trainer.tasks', 'jax.nn', 'flax.linen', 'optax.contrib')
@@ -39,26 +39,28 @@ def resolve(name: object, path: str) -> Any:
     """
     if not isinstance(name, str) or name.count(':') != 1 or not all(name.split(':')):
         raise UserError(
-            f"{path}: expected 'package.module:Name', got {shown(name)}{_with_colon(name)}"
+            f"{path}: expected 'package.module:Name', got {short_repr(name)}{_colon_hint(name)}"
         )
     module_name, _, attribute = name.partition(':')
     if full_name := bundled.full_name(module_name):
-        raise UserError(_no_module(name, path, f'{full_name}:{attribute}'))
+        raise UserError(_missing_module_text(name, path, f'{full_name}:{attribute}'))
     try:
         module = _import(module_name, path)
         # `pkgutil.resolve_name` would not tell a missing module from one that fails to import.
         return functools.reduce(getattr, attribute.split('.'), module)
     except AttributeError as error:
-        raise UserError(_no_attribute(module, attribute, name, path)) from error
+        raise UserError(_missing_attribute_text(module, attribute, name, path)) from error
     except _NoModuleError as error:
-        raise UserError(_no_module(name, path, _near_name(module_name, attribute))) from error
+        raise UserError(
+            _missing_module_text(name, path, _nearest_name(module_name, attribute))
+        ) from error
 
 
-def _with_colon(name: object) -> str:
+def _colon_hint(name: object) -> str:
     """Returns a hint, if the last dot of a name should be a colon, or its module is missing."""
     module_name, _, attribute = str(name).rpartition('.')
     if not module_name and attribute.isidentifier():
-        return _in_known_module(attribute)
+        return _known_module_hint(attribute)
     try:
         found = importlib.util.find_spec(module_name)
     except (ImportError, ValueError):
@@ -66,7 +68,7 @@ def _with_colon(name: object) -> str:
     return '' if found is None else f'. Did you mean {module_name}:{attribute}?'
 
 
-def _in_known_module(word: str) -> str:
+def _known_module_hint(word: str) -> str:
     for place in _KNOWN:
         try:
             found = getattr(importlib.import_module(place), word, None)
@@ -87,14 +89,14 @@ def _import(module_name: str, path: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(f'{error.name}.')):
             raise _NoModuleError from error
-        raise UserError(_failed_import(module_name, error, path)) from error
+        raise UserError(_import_failure_text(module_name, error, path)) from error
     except UserError:
         raise
     except Exception as error:
-        raise UserError(_failed_import(module_name, error, path)) from error
+        raise UserError(_import_failure_text(module_name, error, path)) from error
 
 
-def _failed_import(module_name: str, error: BaseException, path: str) -> str:
+def _import_failure_text(module_name: str, error: BaseException, path: str) -> str:
     return f'{path}: importing {module_name} failed: {last_line(error)}'
 
 
@@ -103,10 +105,10 @@ def last_line(error: BaseException) -> str:
     text = traceback.format_exception_only(error)[-1].strip().partition('\n')[0]
     if isinstance(error, SyntaxError):
         return f'{text} ({error.filename}, line {error.lineno})'
-    return f'{text}{place(error)}'
+    return f'{text}{error_location(error)}'
 
 
-def place(error: BaseException) -> str:
+def error_location(error: BaseException) -> str:
     """Returns ' (file.py, line 3)', the last of the user's lines that led to an error, or ''."""
     raised = traceback.extract_tb(error.__traceback__)
     frames = [frame for frame in raised if not is_library(frame.filename)]
@@ -119,35 +121,36 @@ def is_library(filename: str) -> bool:
     return filename.startswith(('<frozen', *folders))
 
 
-def _no_attribute(module: ModuleType, attribute: str, name: str, path: str) -> str:
-    near = _in_package_of(module.__name__, attribute)
+def _missing_attribute_text(module: ModuleType, attribute: str, name: str, path: str) -> str:
+    near = _name_in_package(module.__name__, attribute)
     if not near:
         known = [n for n in dir(module) if not n.startswith('_')]
-        word = suggest.nearest(attribute, known)
+        word = suggest.nearest_name(attribute, known)
         near = f'{name.partition(":")[0]}:{word}' if word else ''
     hint = f' Did you mean {near}?' if near else ''
-    return f'{path}: {shown(name)}: the module has no {shown(attribute)}.{hint}'
+    return f'{path}: {short_repr(name)}: the module has no {short_repr(attribute)}.{hint}'
 
 
-def _no_module(name: str, path: str, near: str) -> str:
+def _missing_module_text(name: str, path: str, near: str) -> str:
     hint = f' Did you mean {near}?' if near else ''
-    return f'{path}: {shown(name)}: there is no module {shown(name.partition(":")[0])}.{hint}'
+    module = short_repr(name.partition(':')[0])
+    return f'{path}: {short_repr(name)}: there is no module {module}.{hint}'
 
 
-def _in_package_of(module_name: str, attribute: str) -> str:
+def _name_in_package(module_name: str, attribute: str) -> str:
     """Returns 'package:Name' if the package of a module has the name, else ''."""
     package = module_name.rpartition('.')[0]
     found = package in sys.modules and hasattr(sys.modules[package], attribute.split('.')[0])
     return f'{package}:{attribute}' if found else ''
 
 
-def _near_name(module_name: str, attribute: str) -> str:
+def _nearest_name(module_name: str, attribute: str) -> str:
     """Returns the name with the most similar module of the same package, or of ours, or ''."""
     package = module_name.rpartition('.')[0]
-    if found := _in_package_of(module_name, attribute):
+    if found := _name_in_package(module_name, attribute):
         return found
     if not package:
-        near = suggest.nearest(module_name, [m.name for m in pkgutil.iter_modules()])
+        near = suggest.nearest_name(module_name, [m.name for m in pkgutil.iter_modules()])
         return f'{near}:{attribute}' if near else ''
     places = [package, f'trainer.{package}'] if package in bundled.PACKAGES else [package]
     names: dict[str, str] = {}
@@ -156,5 +159,5 @@ def _near_name(module_name: str, attribute: str) -> str:
         for module in pkgutil.iter_modules(getattr(loaded, '__path__', [])):
             sibling = f'{package}.{module.name}'
             names.setdefault(sibling, bundled.full_name(sibling) or sibling)
-    near = suggest.nearest(module_name, names)
+    near = suggest.nearest_name(module_name, names)
     return f'{names[near]}:{attribute}' if near else ''

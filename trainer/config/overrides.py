@@ -13,8 +13,8 @@ import ml_collections
 
 from trainer.config import diff, literals, lookup, paths, schema, targets, values
 from trainer.config.durations import is_duration
-from trainer.config.errors import UserError, shortened, shown
-from trainer.config.loading import plain
+from trainer.config.errors import UserError, short_repr, shorten
+from trainer.config.loading import to_plain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,22 +23,22 @@ class Override:
 
     Attributes:
         path: 'optimizer.learning_rate'.
-        place: where the value is: `path`, or the object whose target `path` changes.
+        value_path: path of `new`: `path`, or the object whose target `path` sets.
         text: the text after '='.
         old: the value before, None if there was none.
         new: the value after.
-        filled: paths that the file leaves out and that got their defaults.
-        linked: values at other paths that changed through a reference, by path.
+        default_paths: paths that the file leaves out and that were set to their defaults.
+        linked_values: new values at other paths that share a reference with this one, by path.
         notes: lines to print.
     """
 
     path: str
-    place: str
+    value_path: str
     text: str
     old: Any
     new: Any
-    filled: tuple[str, ...] = ()
-    linked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    default_paths: tuple[str, ...] = ()
+    linked_values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -63,11 +63,13 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
         if not equals:
             value = next(words, '--')
         if (not equals and value.startswith('--')) or (name == '-config' and not value):
-            flag = shortened(word.partition('=')[0])
+            flag = shorten(word.partition('=')[0])
             raise UserError(f'{flag} needs a value: {flag}=...')
         if name == '-config':
             if spec not in (None, value):
-                raise UserError(f'--config is given twice: {shown(spec)} and {shown(value)}')
+                raise UserError(
+                    f'--config is given twice: {short_repr(spec)} and {short_repr(value)}'
+                )
             spec = value
         else:
             assignments.append((name.removeprefix('-config.'), value))
@@ -84,7 +86,7 @@ def from_python(value: Any, path: str) -> str:
         value = os.fspath(value)
     if isinstance(value, str):
         return value
-    value = plain(value)
+    value = to_plain(value)
     literals.check_depth(value, f'config.{path}')
     value = _python_numbers(value)
     literals.check(value, f'config.{path}', paths.parse(path))
@@ -116,45 +118,45 @@ def apply(
 
 def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override:
     keys = paths.parse(path)
-    filled = _fill(config, keys)
+    default_paths = _fill_default(config, keys)
     old = lookup.value_at(config, keys)
     hint = schema.type_at(keys) or lookup.placeholder_type(config, keys)
-    like, annotation = old, values.unannotated
+    like, annotation = old, values.no_annotation
     if hint is None:
         node = paths.get(config, keys[:-1])
-        like, hint, annotation = _argument(node, keys[-1], old, text, keys[:-1])
+        like, hint, annotation = _argument_type(node, keys[-1], old, text, keys[:-1])
     new = values.parse(text, like, hint, keys, f'config.{path}', annotation)
     if isinstance(new, Mapping):
-        new = paths.nested(new, f'config.{path}')  # A ConfigDict takes no key with a dot.
+        new = paths.nest(new, f'config.{path}')  # A ConfigDict takes no key with a dot.
         literals.check(new, f'config.{path}', keys)
     given, notes = new, list[str]()
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
-        keys, new, old = keys[:-1], {'target': new}, plain(paths.get(config, keys[:-1]))
+        keys, new, old = keys[:-1], {'target': new}, to_plain(paths.get(config, keys[:-1]))
     if isinstance(new, Mapping) and isinstance(old, Mapping):
         new = _merge(old, new, keys, notes)
-    before, place = plain(config), paths.join(keys)
+    before, value_path = to_plain(config), paths.join(keys)
     paths.store(config, keys, new)
     if isinstance(given, (Mapping, tuple, list)):
-        lookup.check_given(config, given, keys)
+        lookup.check_names(config, given, keys)
     return Override(
         path=path,
-        place=place,
+        value_path=value_path,
         text=text,
         old=old,
         new=new,
-        filled=filled,
-        linked=_linked(config, before, place),
+        default_paths=default_paths,
+        linked_values=_linked_values(config, before, value_path),
         notes=tuple(notes),
     )
 
 
-def _linked(config: ml_collections.ConfigDict, before: Any, place: str) -> dict[str, Any]:
+def _linked_values(config: ml_collections.ConfigDict, before: Any, place: str) -> dict[str, Any]:
     """Returns the values that an assignment has set at paths other than `place`, by path."""
     references = dict(_references(config, ''))
     mine = references.get(place)
     # Also those that had this value before: their value now comes from this assignment.
-    linked = {path: plain(ref) for path, ref in references.items() if ref is mine}
-    linked.update({each.path: each.new for each in diff.diff(before, plain(config))})
+    linked = {path: to_plain(ref) for path, ref in references.items() if ref is mine}
+    linked.update({each.path: each.new for each in diff.diff(before, to_plain(config))})
     inside = (f'{place}.', f'{place}[')
     return {p: new for p, new in linked.items() if p != place and not p.startswith(inside)}
 
@@ -170,12 +172,12 @@ def _references(
             yield from _references(value, where)
 
 
-def _fill(config: ml_collections.ConfigDict, keys: paths.Keys) -> tuple[str, ...]:
+def _fill_default(config: ml_collections.ConfigDict, keys: paths.Keys) -> tuple[str, ...]:
     """Stores the default object that a path leads into, so that the assignment merges with it."""
     for depth in range(1, len(keys) + 1):
         head = keys[:depth]
         default = schema.default_object(head)
-        if default and not paths.holds(config, head):
+        if default and not paths.contains(config, head):
             paths.store(config, head, default)
             return tuple(f'{paths.join(head)}.{key}' for key in default)
     return ()
@@ -193,7 +195,7 @@ def _merge(
     if 'target' in new and 'target' in old and new['target'] != old['target']:
         section = schema.section_at(keys)
         ours = schema.fields(section) if section is not None else {}
-        fits = targets.accepted(new['target'], kept, path) | set(ours)
+        fits = targets.accepted_keys(new['target'], kept, path) | set(ours)
         kept = {key: value for key, value in kept.items() if key in fits}
         dropped = [key for key in old if key not in (*kept, *new)]
         notes.extend(f'{path}.{key} dropped: {new["target"]} does not take it' for key in dropped)
@@ -203,16 +205,16 @@ def _merge(
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             kept[key] = _merge(before, value, inner_keys, notes)
             continue
-        text, annotation = literals.written(value), values.unannotated
+        text, annotation = literals.to_text(value), values.no_annotation
         # A merged key is held to the same types as one set by its own path.
         inner = schema.type_at(inner_keys)
         if inner is None:
-            before, inner, annotation = _argument({**kept, **new}, key, before, text, keys)
+            before, inner, annotation = _argument_type({**kept, **new}, key, before, text, keys)
         kept[key] = values.convert(value, text, before, inner, f'{path}.{key}', annotation)
     return kept
 
 
-def _argument(
+def _argument_type(
     node: Any, key: str | int, old: Any, text: str, keys: paths.Keys
 ) -> tuple[Any, Any, values.Annotation]:
     """Returns what a new value is checked against: a value like it, a type, an annotation.

@@ -12,8 +12,8 @@ from ml_collections import config_dict
 
 from trainer.config import diff, literals
 from trainer.config.durations import is_duration
-from trainer.config.errors import UserError, shortened, shown
-from trainer.config.loading import plain
+from trainer.config.errors import UserError, short_repr, shorten
+from trainer.config.loading import to_plain
 
 _KEY = re.compile(r'([^.\[\]]+)|\[(-?\d+)\]')
 Keys = list[str | int]
@@ -26,7 +26,7 @@ def parse(path: str) -> Keys:
     Raises:
         UserError: if the text is no path.
     """
-    short = f'--config.{shortened(path)}'
+    short = f'--config.{shorten(path)}'
     try:
         keys: Keys = [int(m[2]) if m[2] else m[1] for m in _KEY.finditer(path)]
     except ValueError as error:  # An index of thousands of digits.
@@ -47,7 +47,7 @@ def join(keys: Sequence[str | int]) -> str:
     return text.removeprefix('.')
 
 
-def nested(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+def nest(node: Mapping[str, Any], path: str) -> dict[str, Any]:
     """Returns a dict in which what was at the key 'a.b' is at 'b' of 'a'.
 
     Args:
@@ -61,13 +61,13 @@ def nested(node: Mapping[str, Any], path: str) -> dict[str, Any]:
     for key, value in node.items():
         if isinstance(key, str) and '.' in key and (is_duration(key) or _is_number(key)):
             raise UserError(
-                f'{path}: the key {shown(key)} has a dot, which no key of a config may have; '
+                f'{path}: the key {short_repr(key)} has a dot, which no key of a config may have; '
                 'write a whole number of steps'
             )
-        inner = nested(value, f'{path}.{key}') if isinstance(value, Mapping) else value
+        inner = nest(value, f'{path}.{key}') if isinstance(value, Mapping) else value
         for name in reversed(key.split('.') if isinstance(key, str) else [key]):
             inner = {name: inner}
-        whole = _joined(whole, inner, [])
+        whole = _merge(whole, inner, [])
     return whole
 
 
@@ -75,7 +75,7 @@ def _is_number(text: str) -> bool:
     return isinstance(literals.literal(text), (int, float))
 
 
-def _joined(one: Mapping[Any, Any], other: Mapping[Any, Any], before: Keys) -> dict[Any, Any]:
+def _merge(one: Mapping[Any, Any], other: Mapping[Any, Any], before: Keys) -> dict[Any, Any]:
     """Returns what stands in either of two dicts."""
     whole = dict(one)
     for key, value in other.items():
@@ -83,11 +83,11 @@ def _joined(one: Mapping[Any, Any], other: Mapping[Any, Any], before: Keys) -> d
         if key not in whole:
             whole[key] = value
         elif isinstance(whole[key], Mapping) and isinstance(value, Mapping):
-            whole[key] = _joined(whole[key], value, keys)
+            whole[key] = _merge(whole[key], value, keys)
         else:
             raise UserError(
-                f'{shown(join(keys))} is given twice, {shown(whole[key])} and {shown(value)}: by a '
-                'key with dots and by nested ones. Leave one of them out'
+                f'{short_repr(join(keys))} is given twice, {short_repr(whole[key])} and '
+                f'{short_repr(value)}: by a key with dots and by nested keys. Remove one of them'
             )
     return whole
 
@@ -99,7 +99,7 @@ def get(config: Any, keys: Sequence[str | int]) -> Any:
     return config
 
 
-def holds(config: Any, keys: Sequence[str | int]) -> bool:
+def contains(config: Any, keys: Sequence[str | int]) -> bool:
     """Whether a path of names exists in a config."""
     for key in keys:
         if not isinstance(config, Mapping | ml_collections.ConfigDict) or key not in config:
@@ -117,7 +117,7 @@ def store(config: ml_collections.ConfigDict, keys: Keys, value: Any) -> None:
     elif isinstance(inner, ml_collections.ConfigDict) and isinstance(value, Mapping):
         _update(inner, value)
     elif rest:
-        config[key] = changed({} if inner is None else inner, rest, value)
+        config[key] = with_value({} if inner is None else inner, rest, value)
     else:
         config[key] = value
 
@@ -133,19 +133,19 @@ def _update(config: ml_collections.ConfigDict, value: Mapping[str, Any]) -> None
     """Makes a config equal to `value`; what does not change keeps its references."""
     for key in [key for key in config if key not in value]:
         del config[key]
-    before = plain(config)
+    before = to_plain(config)
     for key, new in value.items():
         if key not in before or diff.diff(before[key], new):
             store(config, [key], new)
 
 
-def changed(node: Any, keys: Keys, value: Any) -> Any:
+def with_value(node: Any, keys: Keys, value: Any) -> Any:
     """Returns plain containers with another value at one place; those on the way are copies."""
     if not keys:
         return value
     key, rest = keys[0], keys[1:]
     if isinstance(node, (tuple, list)):
         items = list(node)
-        items[int(key)] = changed(items[int(key)], rest, value)
+        items[int(key)] = with_value(items[int(key)], rest, value)
         return type(node)(items)
-    return {**node, key: changed(node.get(key, {}), rest, value)}
+    return {**node, key: with_value(node.get(key, {}), rest, value)}

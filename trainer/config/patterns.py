@@ -12,7 +12,7 @@ from trainer.config.text import and_more
 _SHOWN = 5
 
 
-def compiled(pattern: str, where: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
     """Returns the expression.
 
     Args:
@@ -48,7 +48,7 @@ def check_used(
         UserError: for a pattern that is none, or matches none of the paths.
     """
     for pattern in patterns:
-        expression = compiled(pattern, where)
+        expression = compile_pattern(pattern, where)
         if any(map(expression.fullmatch, paths)):
             continue
         if not paths:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from trainer.config.errors import UserError, shortened
+from trainer.config.errors import UserError, shorten
 
 
 def expand(path: str | os.PathLike[str], where: str) -> str:
@@ -21,9 +21,9 @@ def expand(path: str | os.PathLike[str], where: str) -> str:
     text = os.fspath(path)
     expanded = os.path.expanduser(text)
     if expanded.startswith('~'):
-        name = shortened(text.partition('/')[0])
+        name = shorten(text.partition('/')[0])
         raise UserError(
-            f'{where}: {shortened(text)}: the home directory {name} is not known (HOME is not set, '
+            f'{where}: {shorten(text)}: the home directory {name} is not known (HOME is not set, '
             f"or there is no such user); write the whole path, or './{name}' for a directory of "
             'that name'
         )

@@ -16,7 +16,7 @@ _FIRST_KEYS: dict[tuple[str | int, ...], str] = {
 }
 
 
-def holds(node: Any, key: str | int) -> bool:
+def contains(node: Any, key: str | int) -> bool:
     """Whether a plain container has an element of that name or (non-negative) index."""
     if isinstance(node, (tuple, list)):
         return isinstance(key, int) and 0 <= key < len(node)
@@ -44,17 +44,17 @@ def may_be_set(node: Any, keys: Sequence[str | int], depth: int) -> bool:
     if not is_object or depth != len(keys) - 1:
         return False
     where = f'config.{paths.join(keys[:depth])}'
-    return key == 'args' or key in targets.accepted(node['target'], {key: None}, where)
+    return key == 'args' or key in targets.accepted_keys(node['target'], {key: None}, where)
 
 
-def names(node: Any, keys: Sequence[str | int]) -> list[str]:
+def possible_names(node: Any, keys: Sequence[str | int]) -> list[str]:
     """Returns the names that a container at a path may have: held, fixed, or arguments."""
     section = schema.section_at(keys)
     known = [key for key in node if isinstance(key, str)] if isinstance(node, Mapping) else []
     known += list(schema.fields(section)) if section is not None else []
     if isinstance(node, Mapping) and 'target' in node:
         target = objects.resolve(node['target'], f'config.{paths.join(keys)}.target')
-        known += targets.listed(signatures.arguments(target)[0])
+        known += targets.visible_arguments(signatures.arguments(target)[0])
     return list(dict.fromkeys(known))
 
 
@@ -63,7 +63,7 @@ def _takes_any_name(keys: Sequence[str | int]) -> bool:
     return schema.section_at(keys) is None and schema.type_at([*keys, 'any']) is not None
 
 
-def repaired(whole: Any, keys: Sequence[str | int]) -> tuple[paths.Keys, bool]:
+def repair(whole: Any, keys: Sequence[str | int]) -> tuple[paths.Keys, bool]:
     """Returns a path with each wrong name replaced by the one most like it.
 
     Returns:
@@ -74,15 +74,17 @@ def repaired(whole: Any, keys: Sequence[str | int]) -> tuple[paths.Keys, bool]:
     for depth, key in enumerate(keys):
         rest = [*out, *keys[depth:]]
         try:
-            if not holds(node, key) and not may_be_set(node, rest, depth):
-                near = suggest.nearest(str(key), [n for n in names(node, out) if n != key])
+            if not contains(node, key) and not may_be_set(node, rest, depth):
+                near = suggest.nearest_name(
+                    str(key), [n for n in possible_names(node, out) if n != key]
+                )
                 if near is None:
                     return out, False
                 key, replaced = near, True
-            elif replaced and not holds(node, key) and _takes_any_name(out):
+            elif replaced and not contains(node, key) and _takes_any_name(out):
                 return out, False  # That a new name fits there says nothing about the repair.
         except UserError:  # The target of a node on the way does not exist.
             return out, False
         out.append(key)
-        node = node[key] if holds(node, key) else None
+        node = node[key] if contains(node, key) else None
     return out, True

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from trainer.config import suggest, synonyms
 from trainer.config.durations import Duration
-from trainer.config.errors import UserError, shortened, shown
+from trainer.config.errors import UserError, short_repr, shorten
 from trainer.config.sections import (
     EmaSection,
     InitFromSection,
@@ -49,7 +49,7 @@ def read(config: Mapping[str, Any], *, complete: bool = True) -> Sections:
         UserError: for an unknown key, a missing required key, or a wrong type.
     """
     if complete:
-        _check_given(config, 'config')
+        _check_required(config, 'config')
     return _read_section(Sections, config, 'config', config)
 
 
@@ -109,7 +109,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return REQUIRED if field.default is dataclasses.MISSING else field.default
 
 
-def optional(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def optional_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Yields (path, type, default) of what is inside the optional sections that are left out."""
     for path, _, default in defaults(config):
         section = section_at(path.split('.'))
@@ -146,23 +146,24 @@ def _defaults(
                     yield from _defaults(typing.get_args(hint)[1], value, f'{path}.{name}.')
 
 
-def _check_given(node: Any, path: str) -> None:
+def _check_required(node: Any, path: str) -> None:
     if node is REQUIRED:
         raise UserError(f'{path} is required and has no value; give it one: --{path}=VALUE')
     if isinstance(node, Mapping):
         for key, value in node.items():
-            _check_given(value, f'{path}.{key}')
+            _check_required(value, f'{path}.{key}')
     elif isinstance(node, (tuple, list)):
         for index, value in enumerate(node):
-            _check_given(value, f'{path}[{index}]')
+            _check_required(value, f'{path}[{index}]')
 
 
 def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any]) -> Any:
     if not isinstance(config, Mapping):
         keys = ', '.join(fields(section))
-        hint = _instead_of_section(section, config, path)
+        hint = _section_hint(section, config, path)
         raise UserError(
-            f'{path}: expected a section (a dict) with keys of {keys}; got {shown(config)}{hint}'
+            f'{path}: expected a section (a dict) with keys of {keys}; got '
+            f'{short_repr(config)}{hint}'
         )
     known = fields(section)
     unknown = {key: value for key, value in config.items() if key not in known}
@@ -211,12 +212,14 @@ def check(value: Any, hint: Any, path: str, whole: Mapping[str, Any]) -> Any:
         if value not in args:
             meant = synonyms.VALUES.get(value) if isinstance(value, str) else None
             hint = f'. Did you mean {meant!r}?' if meant in args else ''
-            raise UserError(f'{path}: {shown(value)} is none of {", ".join(map(repr, args))}{hint}')
+            raise UserError(
+                f'{path}: {short_repr(value)} is none of {", ".join(map(repr, args))}{hint}'
+            )
         return value
     if origin is dict and isinstance(value, Mapping):
         wrong = [key for key in value if not isinstance(key, str)]
         if wrong:
-            raise UserError(f'{path}: expected names as keys, got {shown(wrong[0])}')
+            raise UserError(f'{path}: expected names as keys, got {short_repr(wrong[0])}')
         return {k: check(v, args[1], f'{path}.{k}', whole) for k, v in value.items()}
     if origin is tuple and isinstance(value, (tuple, list)):
         return _check_tuple(value, args, path, whole)
@@ -224,10 +227,10 @@ def check(value: Any, hint: Any, path: str, whole: Mapping[str, Any]) -> Any:
         return to_float(value, path)
     is_bool = isinstance(value, bool)
     if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UserError(f'{path}: {shown(value)} does not fit 64 bits')
+        raise UserError(f'{path}: {short_repr(value)} does not fit 64 bits')
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == is_bool:
         return value
-    raise UserError(f'{path}: expected {describe(hint)}, got {shown(value)}')
+    raise UserError(f'{path}: expected {describe(hint)}, got {short_repr(value)}')
 
 
 def to_float(value: float, path: str) -> float:
@@ -239,7 +242,7 @@ def to_float(value: float, path: str) -> float:
     try:
         return float(value)
     except OverflowError as error:
-        raise UserError(f'{path}: {shown(value)} is too large for a float') from error
+        raise UserError(f'{path}: {short_repr(value)} is too large for a float') from error
 
 
 def describe(hint: Any) -> str:
@@ -274,10 +277,10 @@ def _check_union(value: Any, args: Sequence[Any], path: str, whole: Mapping[str,
             if inside or len(options) == 1:
                 raise
     expected = ' or '.join(describe(option) for option in options)
-    raise UserError(f'{path}: expected {expected}, got {shown(value)}')
+    raise UserError(f'{path}: expected {expected}, got {short_repr(value)}')
 
 
-def _instead_of_section(section: type, value: Any, path: str) -> str:
+def _section_hint(section: type, value: Any, path: str) -> str:
     """Returns which key of a section was probably meant by a value in the section's place."""
     key, meant = None, value
     if section is PrecisionSection and isinstance(value, str) and value in synonyms.VALUES:
@@ -288,19 +291,19 @@ def _instead_of_section(section: type, value: Any, path: str) -> str:
         key = 'path'
     elif section is EmaSection and isinstance(value, float):
         key = 'decay'
-    return f'. Did you mean {path}.{key}={shortened(str(meant), 100)}?' if key else ''
+    return f'. Did you mean {path}.{key}={shorten(str(meant), 100)}?' if key else ''
 
 
 def _check_node(value: Any, path: str) -> Node:
     if not isinstance(value, Mapping) or not ('target' in value or 'ref' in value):
         raise UserError(
             f"{path}: expected an object, a dict with 'target' (or 'ref') = 'package.module:Name', "
-            f'got {shown(value)}{_as_target(value, path)}'
+            f'got {short_repr(value)}{_target_hint(value, path)}'
         )
     return dict(value)
 
 
-def _as_target(value: Any, path: str) -> str:
+def _target_hint(value: Any, path: str) -> str:
     """Returns how to write an object, for a text that names one."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         return ''
@@ -315,7 +318,9 @@ def _check_tuple(
 ) -> tuple[Any, ...]:
     hints = args[:1] * len(value) if args[-1] is Ellipsis else args
     if len(hints) != len(value):
-        raise UserError(f'{path}: expected {len(hints)} elements, got {len(value)}: {shown(value)}')
+        raise UserError(
+            f'{path}: expected {len(hints)} elements, got {len(value)}: {short_repr(value)}'
+        )
     pairs = enumerate(zip(value, hints, strict=True))
     return tuple(check(v, h, f'{path}[{i}]', whole) for i, (v, h) in pairs)
 

@@ -14,7 +14,7 @@ _KEY = re.compile(r'    (\w+): (.*)')
 
 
 @functools.cache
-def of_section(section: type) -> Mapping[str, str]:
+def key_sentences(section: type) -> Mapping[str, str]:
     """Returns the sentence of each key of a section; none if Python has removed docstrings."""
     _, _, attributes = inspect.cleandoc(section.__doc__ or '').partition('\n\nAttributes:\n')
     found: dict[str, str] = {}
@@ -34,13 +34,13 @@ def summary(section: type) -> str:
     return '\n\n'.join(' '.join(part.split()) for part in text.split('\n\n'))
 
 
-def at(keys: Sequence[str]) -> str:
+def sentence_at(keys: Sequence[str]) -> str:
     """Returns the sentence of a key path, '' if it is not a fixed key.
 
     That of an object is also that of its `target`, or its `ref`.
     """
     section = schema.section_at(keys[:-1])
-    found = of_section(section).get(keys[-1], '') if section is not None else ''
+    found = key_sentences(section).get(keys[-1], '') if section is not None else ''
     if not found and keys[-1] in ('target', 'ref') and len(keys) > 1:
-        return at(keys[:-1])
+        return sentence_at(keys[:-1])
     return found

@@ -38,20 +38,20 @@ def elements(hint: Any) -> Elements | None:
     `Sequence[int]`, `list[int]`, `tuple[int, ...]` and `tuple` have any number of elements,
     `tuple[int, int]` has two. Of a union, a sequence of any length counts first.
     """
-    found = [each for each in map(_of_one, options(hint)) if each is not None]
+    found = [each for each in map(_type_elements, options(hint)) if each is not None]
     return min(found, key=lambda each: each.fixed, default=None)
 
 
-def alike(values: Sequence[Any]) -> bool:
+def are_alike(values: Sequence[Any]) -> bool:
     """Whether elements are of one kind, so that there may be more or fewer of them."""
     return len({_kind(value) for value in values}) <= 1
 
 
-def same_lengths(one: Any, other: Any) -> bool:
+def have_same_lengths(one: Any, other: Any) -> bool:
     """Whether two sequences have as many elements, at every depth."""
     if not isinstance(one, (tuple, list)) or not isinstance(other, (tuple, list)):
         return not isinstance(one, (tuple, list)) and not isinstance(other, (tuple, list))
-    return len(one) == len(other) and all(map(same_lengths, one, other))
+    return len(one) == len(other) and all(map(have_same_lengths, one, other))
 
 
 def is_list(hint: Any) -> bool:
@@ -87,7 +87,7 @@ def _kind(value: Any) -> Any:
     return type(value)
 
 
-def _of_one(hint: Any) -> Elements | None:
+def _type_elements(hint: Any) -> Elements | None:
     origin, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if not isinstance(origin, type) or not issubclass(origin, collections.abc.Iterable):
         return None

@@ -22,7 +22,7 @@ _INDENT: Any = {
 }
 
 
-def resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
+def format_resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
     """Returns 'path = value' lines; an origin stands behind each value that is not the file's.
 
     Args:
@@ -43,28 +43,29 @@ def resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
     return '\n'.join(f'{text}  # {note}' if note else text for text, note in lines)
 
 
-def helpconfig(config: Mapping[str, Any]) -> str:
+def format_helpconfig(config: Mapping[str, Any]) -> str:
     """Returns every key of a config with its type and value, and the fixed keys it leaves out.
 
     Below each fixed key is what it is for. No line is longer than 100 characters, unless it holds a
     single value.
     """
     rows = [
-        (f'--config.{path}', _type(path, value), repr(value)) for path, value in _leaves(config, '')
+        (f'--config.{path}', _type_name(path, value), repr(value))
+        for path, value in _leaves(config, '')
     ]
-    for path, hint, default in [*schema.defaults(config), *schema.optional(config)]:
+    for path, hint, default in [*schema.defaults(config), *schema.optional_fields(config)]:
         rows.append((f'--config.{path}', schema.describe(hint), repr(_plain_default(default))))
     lines = ['Keys of the config (type, value):']
     for flag, hint, value in rows:
         line = f'  {flag:<{_FLAG_WIDTH}}  {hint:<{_TYPE_WIDTH}}  {value}'
         if len(line) > _WIDTH:
             line = f'  {flag}  {hint}\n    = {value}'
-        sentence = sentences.at(re.split(r'[.\[]', flag.removeprefix('--config.')))
+        sentence = sentences.sentence_at(re.split(r'[.\[]', flag.removeprefix('--config.')))
         lines += [line, *textwrap.wrap(sentence, _WIDTH, **_INDENT)]
     return '\n'.join(lines)
 
 
-def _type(path: str, value: Any) -> str:
+def _type_name(path: str, value: Any) -> str:
     hint = schema.type_at(path.split('.'))
     return type(value).__name__ if hint is None else schema.describe(hint)
 
@@ -77,15 +78,15 @@ def _origins(overrides: Sequence[Override]) -> dict[str, str]:
     """Returns the override that set each path last; a merge sets only what it changed."""
     origins: dict[str, str] = {}
     for override in overrides:
-        origins.update((leaf, 'default') for leaf in override.filled)
+        origins.update((leaf, 'default') for leaf in override.default_paths)
         text = f'--config.{override.path}={override.text}'
-        place = override.place
+        place = override.value_path
         origins[place] = text
         for change in diff.diff(override.old, override.new):
             inner = change.path and not change.path.startswith('[')
             where = f'{place}.{change.path}' if inner else f'{place}{change.path}'
             origins.update((leaf, text) for leaf, _ in _leaves(change.new, where))
-        for path, value in override.linked.items():
+        for path, value in override.linked_values.items():
             origins.update((leaf, text) for leaf, _ in _leaves(value, path))
     return origins
 

@@ -23,7 +23,7 @@ def paths(node: Any, prefix: str) -> Iterator[str]:
             yield from paths(value, f'{prefix}[{index}]')
 
 
-def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
+def nearest_name(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the candidate most like `word`, or None if none is like it."""
     found = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=1, cutoff=cutoff)
     return found[0] if found else None
@@ -46,7 +46,7 @@ def nearest_path(path: str, candidates: Iterable[str]) -> str | None:
         for candidate in by_last[word]
     ]
     beginnings = [c for group in by_last.values() for c in group if path.startswith(f'{c}.')]
-    return nearest(path, alike, cutoff=0.0) or max(beginnings, key=len, default=None)
+    return nearest_name(path, alike, cutoff=0.0) or max(beginnings, key=len, default=None)
 
 
 def did_you_mean(path: str, config: Mapping[str, Any], more: Iterable[str] = ()) -> str:

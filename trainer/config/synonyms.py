@@ -141,7 +141,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
 # Words for the class of an object, which mean anything elsewhere.
 _CLASSES = ('name', 'type')
 
-_LEADS = {word: leads for words, leads in _TABLE for word in words.split()}
+_LEADS = {word: find_leads for words, find_leads in _TABLE for word in words.split()}
 
 
 def hint(
@@ -154,28 +154,28 @@ def hint(
         config: the plain config.
         exists: whether a path of the config is held, or may be set.
     """
-    for lead in leads(word):
+    for lead in find_leads(word):
         if not _is_path(lead):
             return f'{lead}.' if not lead.startswith('--') else f'Write {lead}.'
-        found = _named(lead, config)
+        found = _fill_in_eval(lead, config)
         if found is not None and exists(config, found):
             return f'Did you mean config.{found}?'
     return None
 
 
-def among(word: str, names: Sequence[str]) -> str | None:
+def find_synonym(word: str, names: Sequence[str]) -> str | None:
     """Returns the one of some names that the word of another framework means there, or None.
 
     That is ours, or another word for the same: of a model with `num_steps`, `steps` is that.
     """
     if word in _CLASSES and 'target' in names:
         return 'target'
-    ends = [lead.rpartition('.')[2] for lead in leads(word) if _is_path(lead)]
-    same = [name for name in names if leads(word) and leads(name) == leads(word)]
+    ends = [lead.rpartition('.')[2] for lead in find_leads(word) if _is_path(lead)]
+    same = [name for name in names if find_leads(word) and find_leads(name) == find_leads(word)]
     return next((name for name in (*ends, *same) if name in names), None)
 
 
-def leads(word: str) -> tuple[str, ...]:
+def find_leads(word: str) -> tuple[str, ...]:
     """Returns what a word of another framework leads to: paths, flags and sentences."""
     return _LEADS.get(word.lower().replace('-', '_'), ())
 
@@ -184,7 +184,7 @@ def _is_path(lead: str) -> bool:
     return not lead.startswith('--') and ' ' not in lead
 
 
-def _named(path: str, config: Mapping[str, Any]) -> str | None:
+def _fill_in_eval(path: str, config: Mapping[str, Any]) -> str | None:
     """Returns a path with the first evaluation for its '*', None if there is none."""
     if '*' not in path:
         return path

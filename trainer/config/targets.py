@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import objects, suggest, words
-from trainer.config.errors import UserError, shortened, shown
+from trainer.config.errors import UserError, short_repr, shorten
 from trainer.config.signatures import arguments
 
 # Arguments that the framework or the module system gives, so a config need not.
@@ -28,7 +28,7 @@ RESERVED = frozenset({'target', 'args', 'accepts_any'})
 _REFUSALS = (TypeError, ValueError, LookupError, AssertionError, ImportError, FileNotFoundError)
 
 
-def evaluated(annotation: str, target: Any) -> Any:
+def evaluate_annotation(annotation: str, target: Any) -> Any:
     """Returns the type that the text of an annotation names where its target was defined.
 
     None if that cannot be found out.
@@ -51,7 +51,7 @@ def evaluated(annotation: str, target: Any) -> Any:
     return None
 
 
-def listed(parameters: Mapping[str, Any]) -> list[str]:
+def visible_arguments(parameters: Mapping[str, Any]) -> list[str]:
     """Returns the arguments that a message names: not what the framework or Linen supplies."""
     linens = {'parent', 'name'} if 'parent' in parameters else set()
     return [name for name in parameters if name not in FRAMEWORK_SUPPLIED | linens]
@@ -67,7 +67,7 @@ def check(node: Any, path: str) -> None:
         if 'target' in node:
             _check_arguments(objects.resolve(node['target'], f'{path}.target'), node, path)
         elif 'ref' in node:
-            _reference(node, path)
+            _resolve_reference(node, path)
         for key, value in node.items():
             check(value, f'{path}.{key}')
     elif isinstance(node, (tuple, list)):
@@ -75,16 +75,16 @@ def check(node: Any, path: str) -> None:
             check(value, f'{path}[{index}]')
 
 
-def takes(node: Any, name: str, path: str) -> bool:
+def takes_argument(node: Any, name: str, path: str) -> bool:
     """Whether any target below a node has an argument of that name which the node leaves out."""
     if isinstance(node, (tuple, list)):
-        return any(takes(value, name, f'{path}[{i}]') for i, value in enumerate(node))
+        return any(takes_argument(value, name, f'{path}[{i}]') for i, value in enumerate(node))
     if not isinstance(node, Mapping):
         return False
     target = node.get('target')
     mine = target is not None and name in arguments(objects.resolve(target, f'{path}.target'))[0]
     return (mine and name not in node) or any(
-        takes(v, name, f'{path}.{k}') for k, v in node.items()
+        takes_argument(v, name, f'{path}.{k}') for k, v in node.items()
     )
 
 
@@ -104,7 +104,7 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     if not isinstance(node, Mapping):
         return node
     if 'ref' in node and 'target' not in node:
-        return _reference(node, path)
+        return _resolve_reference(node, path)
     if 'target' not in node:
         return {key: instantiate(v, f'{path}.{key}', supplied) for key, v in node.items()}
     target = objects.resolve(node['target'], f'{path}.target')
@@ -114,7 +114,7 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     kwargs = {k: instantiate(v, f'{path}.{k}', supplied) for k, v in given.items()}
     known, _ = arguments(target)
     for key in set(given) & set(known):
-        kwargs[key] = words.meant(kwargs[key], known[key], f'{path}.{key}')
+        kwargs[key] = words.resolve_word(kwargs[key], known[key], f'{path}.{key}')
     if supplied:
         kwargs = {**{k: v for k, v in supplied.items() if k in known}, **kwargs}
     try:
@@ -123,7 +123,8 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
         raise
     except _REFUSALS as error:
         raise UserError(
-            f'{path}: {node["target"]} refused its arguments: {_said(error)}{_hint(given, path)}'
+            f'{path}: {node["target"]} refused its arguments: {_error_text(error)}'
+            f'{_hint(given, path)}'
         ) from error
 
 
@@ -132,37 +133,38 @@ def _hint(given: Mapping[str, Any], path: str) -> str:
     for key, value in given.items():
         if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?', value):
             unit = (
-                f'a length of time has a unit ({shortened(value, 30)} steps), '
+                f'a length of time has a unit ({shorten(value, 30)} steps), '
                 if value.isdigit()
                 else ''
             )
             return (
-                f'\n{path}.{key} is the text {shown(value)}: {unit}a number has no quotation marks'
+                f'\n{path}.{key} is the text {short_repr(value)}: {unit}a number has no quotation '
+                'marks'
             )
         if isinstance(value, Mapping) and not {'target', 'ref'} & set(value):
             return f"\n{path}.{key} is a dict that names no object: it has no 'target'"
     return ''
 
 
-def _said(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """What a target says of its arguments, and where, if it did not mean to."""
     if isinstance(error, ValueError):
         said = str(error)
     elif isinstance(error, TypeError):
-        said = f'{error}{objects.place(error)}'
+        said = f'{error}{objects.error_location(error)}'
     else:
         said = objects.last_line(error)
     # It may repeat what it was given, however long that is.
-    return '\n'.join([shortened(said, 300), *getattr(error, '__notes__', ())])
+    return '\n'.join([shorten(said, 300), *getattr(error, '__notes__', ())])
 
 
-def accepted(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:
+def accepted_keys(target_name: str, keys: Mapping[str, Any], path: str) -> set[str]:
     """Returns those of `keys` that are arguments of the named target."""
     parameters, open_ended = arguments(objects.resolve(target_name, f'{path}.target'))
     return {key for key in keys if open_ended or key in parameters or key in RESERVED}
 
 
-def _reference(node: Mapping[str, Any], path: str) -> Any:
+def _resolve_reference(node: Mapping[str, Any], path: str) -> Any:
     extra = [key for key in node if key != 'ref']
     if extra:
         raise UserError(f"{path}.{extra[0]}: a 'ref' names an object and takes no other key")
@@ -174,7 +176,7 @@ def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
         raise UserError(f"{path}.target: {node['target']} is not callable; to name it, use 'ref'")
     parameters, open_ended = arguments(target)
     if not isinstance(node.get('args', ()), (tuple, list)):
-        raise UserError(f'{path}.args: expected a tuple, got {shown(node["args"])}')
+        raise UserError(f'{path}.args: expected a tuple, got {short_repr(node["args"])}')
     keys = [key for key in node if key not in RESERVED]
     unknown = [key for key in keys if key not in parameters]
     if unknown and not (open_ended and node.get('accepts_any')):
@@ -200,7 +202,7 @@ def _check_arguments(target: Any, node: Mapping[str, Any], path: str) -> None:
         )
     for key in keys:
         if key in parameters:
-            words.meant(node[key], parameters[key], f'{path}.{key}')
+            words.resolve_word(node[key], parameters[key], f'{path}.{key}')
 
 
 def _unknown_argument(target: Any, node: Mapping[str, Any], key: str, path: str) -> str:
@@ -210,18 +212,18 @@ def _unknown_argument(target: Any, node: Mapping[str, Any], key: str, path: str)
             f'{path}.{key}: {node["target"]} takes **kwargs, so the name cannot be checked; '
             f'add {path}.accepts_any=True if it is right'
         )
-    near = suggest.nearest(key, parameters)
-    takes = listed(parameters)
+    near = suggest.nearest_name(key, parameters)
+    takes = visible_arguments(parameters)
     if near:
         hint = f'Did you mean {path}.{near}?'
     elif takes:
         hint = f'It takes: {", ".join(takes)}.'
     else:
-        hint = _takes_no_names(target, node, key, path)
-    return f'{path}.{key}: {node["target"]} takes no argument {shown(key)}. {hint}'
+        hint = _no_names_hint(target, node, key, path)
+    return f'{path}.{key}: {node["target"]} takes no argument {short_repr(key)}. {hint}'
 
 
-def _takes_no_names(target: Any, node: Mapping[str, Any], key: str, path: str) -> str:
+def _no_names_hint(target: Any, node: Mapping[str, Any], key: str, path: str) -> str:
     kinds = {parameter.kind for parameter in inspect.signature(target).parameters.values()}
     if inspect.Parameter.VAR_POSITIONAL not in kinds:
         return 'It takes none.'

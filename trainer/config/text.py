@@ -14,14 +14,14 @@ def and_more(items: Sequence[str], limit: int, separator: str = ', ') -> str:
     return separator.join(items[:limit]) + more
 
 
-def listed(items: Iterable[str], limit: int = _MOST_LINES) -> str:
+def indented_list(items: Iterable[str], limit: int = _MOST_LINES) -> str:
     """Returns a line for each item, indented, and beyond `limit` one that says how many more."""
     lines = [f'  {item}' for item in items]
     more = [f'  and {len(lines) - limit} more'] if len(lines) > limit else []
     return '\n'.join([*lines[:limit], *more])
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
     """Returns a line for each row, with the cells of a column below each other.
 
     Args:

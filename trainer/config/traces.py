@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
-from trainer.config.errors import notes_of
+from trainer.config.errors import error_notes
 from trainer.config.objects import is_library
 
 # The switch with which JAX, too, shows all of its frames.
@@ -27,7 +27,7 @@ _DURING = 'During handling of the above exception, another exception occurred:'
 SHOWN = f'{_SWITCH}=off shows them'
 
 
-def shorten(error: BaseException, *, elsewhere: str = SHOWN) -> str:
+def format_traceback(error: BaseException, *, elsewhere: str = SHOWN) -> str:
     """Returns a traceback as Python writes it, with the user's frames alone, and whole statements.
 
     All of it, if no frame is the user's or if JAX_TRACEBACK_FILTERING=off is in the environment.
@@ -39,12 +39,12 @@ def shorten(error: BaseException, *, elsewhere: str = SHOWN) -> str:
     chain = _chain(error)
     is_whole = os.environ.get(_SWITCH, '').lower() == 'off'
     groups = any(isinstance(each, BaseExceptionGroup) for each in chain)
-    if is_whole or groups or not any(map(_own, chain)):
+    if is_whole or groups or not any(map(_user_frames, chain)):
         return ''.join(traceback.format_exception(error)).rstrip()
-    shown = _shown(chain[0], elsewhere)
+    shown = _format_error(chain[0], elsewhere)
     for before, after in itertools.pairwise(chain):
         how = _CAUSED if after.__cause__ is before else _DURING
-        shown += f'\n\n{how}\n\n{_shown(after, elsewhere)}'
+        shown += f'\n\n{how}\n\n{_format_error(after, elsewhere)}'
     return shown
 
 
@@ -53,34 +53,34 @@ def install(elsewhere: Callable[[], str]) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
         if isinstance(error, Exception):
-            print(shorten(error, elsewhere=elsewhere()), file=sys.stderr)
+            print(format_traceback(error, elsewhere=elsewhere()), file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, error.__traceback__)
 
     sys.excepthook = hook
 
 
-def own_place(error: BaseException) -> str | None:
+def user_location(error: BaseException) -> str | None:
     """Returns 'file.py:10 in f' for the last frame of the user, None if there is none."""
-    frame = next(reversed(_own(error)), None)
+    frame = next(reversed(_user_frames(error)), None)
     return None if frame is None else f'{frame.filename}:{frame.lineno} in {frame.name}'
 
 
-def _shown(error: BaseException, elsewhere: str) -> str:
-    frames, own = traceback.extract_tb(error.__traceback__), _own(error)
+def _format_error(error: BaseException, elsewhere: str) -> str:
+    frames, own = traceback.extract_tb(error.__traceback__), _user_frames(error)
     lines = ['Traceback (most recent call last):'] if own else []
     if len(own) < len(frames):
         lines.append(f'  [frames of libraries are left out: {elsewhere}]')
-    for frame, repeats in _counted(own):
+    for frame, repeats in _group_repeats(own):
         lines.append(f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}')
-        lines += [f'    {line}' for line in _statement(frame)]
+        lines += [f'    {line}' for line in _statement_lines(frame)]
         if repeats:
             lines.append(f'  [repeated {repeats} more times]')
-    lines += [line.rstrip('\n') for line in _message(error)]
+    lines += [line.rstrip('\n') for line in _message_lines(error)]
     return '\n'.join(lines)
 
 
-def _counted(
+def _group_repeats(
     frames: Sequence[traceback.FrameSummary],
 ) -> Iterator[tuple[traceback.FrameSummary, int]]:
     """Yields frames, of a recursion the first few, and how many more of one there are."""
@@ -91,14 +91,14 @@ def _counted(
         yield shown[-1], len(same) - len(shown)
 
 
-def _message(error: BaseException) -> Iterator[str]:
+def _message_lines(error: BaseException) -> Iterator[str]:
     """Yields the lines of an error's own text and its notes, without JAX's about its frames."""
     whole = traceback.TracebackException.from_exception(error)
-    whole.__notes__ = notes_of(error)
+    whole.__notes__ = error_notes(error)
     yield from whole.format_exception_only()
 
 
-def _statement(frame: traceback.FrameSummary) -> list[str]:
+def _statement_lines(frame: traceback.FrameSummary) -> list[str]:
     """Returns all lines of a frame's statement, without their common indentation."""
     first = frame.lineno or 0
     last = min(frame.end_lineno or first, first + _MOST_LINES - 1)
@@ -109,7 +109,7 @@ def _statement(frame: traceback.FrameSummary) -> list[str]:
     return [line[indent:] for line in lines if line]
 
 
-def _own(error: BaseException) -> list[traceback.FrameSummary]:
+def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
     frames = traceback.extract_tb(error.__traceback__)
     # What libraries generate, such as the constructor of a dataclass, has no source either.
     return [f for f in frames if not is_library(f.filename) and (f.line or f.filename[0] != '<')]

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.config import literals, schema, sequences
 from trainer.config.durations import Duration, is_duration
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 
 # The shell takes quotes away: --config.mesh={"data": 2} arrives as {data: 2}.
 _UNREADABLE = (
@@ -24,14 +24,14 @@ _NUMBERS = {'inf': math.inf, '+inf': math.inf, '-inf': -math.inf, 'nan': math.na
 Annotation = Callable[[], Any]
 
 
-def unannotated() -> Any:
+def no_annotation() -> Any:
     """The annotation of what has none."""
     return None
 
 
 def parse(
     text: str, old: Any, hint: Any, keys: Sequence[str | int], path: str,
-    annotation: Annotation = unannotated,
+    annotation: Annotation = no_annotation,
 ) -> Any:  # fmt: skip
     """Returns the value of a text of the command line for a key.
 
@@ -54,7 +54,7 @@ def parse(
 
 
 def convert(
-    value: Any, text: str, old: Any, hint: Any, path: str, annotation: Annotation = unannotated
+    value: Any, text: str, old: Any, hint: Any, path: str, annotation: Annotation = no_annotation
 ) -> Any:
     """Returns a literal as a value of the type that a key has.
 
@@ -70,32 +70,32 @@ def convert(
         UserError: if it is no value of that type.
     """
     if hint is not None and (not isinstance(value, Mapping) or _is_scalar(hint)):
-        return _for_hint(text, value, hint, path)
+        return _convert_to_hint(text, value, hint, path)
     if old is None or old is schema.REQUIRED:
         if isinstance(value, (tuple, list)) and sequences.elements(annotation()) is not None:
-            return _annotated(text, value, (), annotation(), path)
+            return _convert_annotated(text, value, (), annotation(), path)
         return value
     if isinstance(value, Mapping):
         if isinstance(old, Mapping) or _names_object(value):
             return value
         raise UserError(
-            f'{path}: expected {type(old).__name__}, as {shown(old)} is, or a dict that names an '
-            f"object (with 'target' or 'ref'); got {shown(text)}"
+            f'{path}: expected {type(old).__name__}, as {short_repr(old)} is, or a dict that '
+            f"names an object (with 'target' or 'ref'); got {short_repr(text)}"
         )
-    return _like(text, value, old, path, annotation)
+    return _convert_like(text, value, old, path, annotation)
 
 
 def _names_object(value: Mapping[Any, Any]) -> bool:
     return 'target' in value or 'ref' in value
 
 
-def _for_hint(text: str, value: Any, hint: Any, path: str) -> Any:
+def _convert_to_hint(text: str, value: Any, hint: Any, path: str) -> Any:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and _wants_text(hint):
         value = text
     if schema.without_none(hint) is float:
-        value = _number_of(value)
+        value = _to_number(value)
     if value is not None and schema.without_none(hint) is bool:
-        return _bool(text, path)
+        return _to_bool(text, path)
     if isinstance(value, list):
         value = tuple(value)
     checked = schema.check(value, hint, path, {})
@@ -110,19 +110,21 @@ def _wants_text(hint: Any) -> bool:
     return hint is str or hint is Duration
 
 
-def _number_of(value: Any) -> Any:
+def _to_number(value: Any) -> Any:
     """Returns the number for 'inf' and 'nan', which a dict has as texts; other values unchanged."""
     return _NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
-def _like(text: str, value: Any, old: Any, path: str, annotation: Annotation = unannotated) -> Any:
+def _convert_like(
+    text: str, value: Any, old: Any, path: str, annotation: Annotation = no_annotation
+) -> Any:
     """Returns a literal as a value of the type of `old`."""
     many = isinstance(value, (tuple, list)) and not isinstance(old, (tuple, list, Mapping, bool))
     if many and sequences.elements(annotation()) is not None:
         # `int | Sequence[int]`: a size for all, or one for each.
-        return _annotated(text, value, (), annotation(), path)
+        return _convert_annotated(text, value, (), annotation(), path)
     if isinstance(old, bool):
-        return _bool(text, path)
+        return _to_bool(text, path)
     if isinstance(old, Mapping):
         # A schedule may become a number; everything else that is an object stays one.
         if isinstance(value, (int, float)) or value is None:
@@ -133,22 +135,22 @@ def _like(text: str, value: Any, old: Any, path: str, annotation: Annotation = u
         if set(old) == {'ref'} and isinstance(value, str) and ':' in value:
             return {'ref': value}
         raise UserError(
-            f'{path}: expected a dict or a number, got {shown(text)}{_in_object(old, path)}'
+            f'{path}: expected a dict or a number, got {short_repr(text)}{_object_hint(old, path)}'
         )
     if isinstance(old, str):
-        return _text(text, value, old, path)
+        return _convert_text(text, value, old, path)
     if isinstance(old, (tuple, list)):
-        return _sequence(text, value, old, path, annotation)
-    return _number(text, value, old, path)
+        return _convert_sequence(text, value, old, path, annotation)
+    return _convert_number(text, value, old, path)
 
 
-def _bool(text: str, path: str) -> bool:
+def _to_bool(text: str, path: str) -> bool:
     if text.lower() not in _BOOLS:
-        raise UserError(f'{path}: expected true or false, got {shown(text)}')
+        raise UserError(f'{path}: expected true or false, got {short_repr(text)}')
     return _BOOLS[text.lower()]
 
 
-def _text(text: str, value: Any, old: str, path: str) -> Any:
+def _convert_text(text: str, value: Any, old: str, path: str) -> Any:
     # Of free strings, 'never' is a word like any other.
     if is_duration(old) and old != 'never':
         in_optimizer = path.startswith('config.optimizer.')
@@ -159,9 +161,9 @@ def _text(text: str, value: Any, old: str, path: str) -> Any:
     return value if isinstance(value, str) else text
 
 
-def _number(text: str, value: Any, old: Any, path: str) -> Any:
+def _convert_number(text: str, value: Any, old: Any, path: str) -> Any:
     if isinstance(old, float):
-        value = _number_of(value)
+        value = _to_number(value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(old, float) and is_number:
         return schema.to_float(value, path)
@@ -175,10 +177,10 @@ def _number(text: str, value: Any, old: Any, path: str) -> Any:
             '. A schedule is an object, as in \'{"target": "optax:cosine_decay_schedule", '
             '"init_value": 0.1, "decay_steps": "100%"}\''
         )
-    raise UserError(f'{path}: expected {type(old).__name__}, got {shown(text)}{hint}')
+    raise UserError(f'{path}: expected {type(old).__name__}, got {short_repr(text)}{hint}')
 
 
-def _in_object(old: Mapping[str, Any], path: str) -> str:
+def _object_hint(old: Mapping[str, Any], path: str) -> str:
     """Says how to choose another object, or to change an argument of the present one."""
     kind = next((key for key in ('target', 'ref') if key in old), None)
     if kind is None:
@@ -186,32 +188,32 @@ def _in_object(old: Mapping[str, Any], path: str) -> str:
     return f'. It is {old[kind]} now; to choose another, set --{path}.{kind}=package.module:Name'
 
 
-def _sequence(text: str, value: Any, old: Any, path: str, annotation: Annotation) -> Any:
+def _convert_sequence(text: str, value: Any, old: Any, path: str, annotation: Annotation) -> Any:
     """Returns a literal as a sequence like `old`; how long it may be, the annotation says."""
-    if sequences.same_lengths(value, old):
+    if sequences.have_same_lengths(value, old):
         try:
-            return _each(value, [(x,) for x in old], path, type(old))
+            return _convert_each(value, [(x,) for x in old], path, type(old))
         except UserError:
             if sequences.elements(annotation()) is None:
                 raise
     hint = annotation()
     if not isinstance(value, (tuple, list)):
-        if _is_an_option(value, hint):
+        if _is_allowed(value, hint):
             return value
         kind = type(old).__name__
-        raise UserError(f'{path}: expected a {kind} like {shown(old)}, got {shown(text)}')
+        raise UserError(f'{path}: expected a {kind} like {short_repr(old)}, got {short_repr(text)}')
     wanted = sequences.elements(hint)
     if wanted is not None:
-        return _annotated(text, value, old, hint, path)
-    if not isinstance(old, list) and not sequences.alike(old) and len(value) != len(old):
+        return _convert_annotated(text, value, old, hint, path)
+    if not isinstance(old, list) and not sequences.are_alike(old) and len(value) != len(old):
         raise UserError(
-            f'{path}: expected {len(old)} elements, as in {shown(old)}, got {len(value)}: '
-            f'{shown(text)}'
+            f'{path}: expected {len(old)} elements, as in {short_repr(old)}, got {len(value)}: '
+            f'{short_repr(text)}'
         )
-    return _each(value, [old[:1]] * len(value), path, type(old))
+    return _convert_each(value, [old[:1]] * len(value), path, type(old))
 
 
-def _annotated(text: str, value: Any, old: Any, hint: Any, path: str) -> Any:
+def _convert_annotated(text: str, value: Any, old: Any, hint: Any, path: str) -> Any:
     """Returns a literal as the sequence that an annotation describes."""
     wanted = sequences.elements(hint)
     assert wanted is not None
@@ -219,33 +221,33 @@ def _annotated(text: str, value: Any, old: Any, hint: Any, path: str) -> Any:
         count = len(wanted.hints)
         raise UserError(
             f'{path}: expected {count} element{"s" if count != 1 else ""} '
-            f'({sequences.describe(hint)}), got {len(value)}: {shown(text)}'
+            f'({sequences.describe(hint)}), got {len(value)}: {short_repr(text)}'
         )
     kind = list if isinstance(old, list) or sequences.is_list(hint) else tuple
     # Of a fixed number of elements, each has a type of its own: that of the others says nothing.
     apart = wanted.fixed and len(old) == len(wanted.hints)
     return kind(
-        _element(x, inner, old[i : i + 1] if apart else old, f'{path}[{i}]')
+        _convert_element(x, inner, old[i : i + 1] if apart else old, f'{path}[{i}]')
         for i, (x, inner) in enumerate(zip(value, wanted.of(len(value)), strict=True))
     )
 
 
-def _element(value: Any, hint: Any, others: Sequence[Any], path: str) -> Any:
+def _convert_element(value: Any, hint: Any, others: Sequence[Any], path: str) -> Any:
     """Returns an element as its annotation wants it, or like one of the elements until now."""
     if isinstance(value, (tuple, list)) and sequences.elements(hint) is not None:
         like = next((x for x in others if isinstance(x, (tuple, list))), ())
-        return _annotated(literals.written(value), value, like, hint, path)
+        return _convert_annotated(literals.to_text(value), value, like, hint, path)
     if is_duration(value) and path.startswith('config.optimizer.'):
         return value
     # Where the file has durations or objects instead of numbers, they say what is right.
-    if sequences.is_plain(hint) and all(_is_an_option(x, hint) for x in others):
+    if sequences.is_plain(hint) and all(_is_allowed(x, hint) for x in others):
         return schema.check(value, hint, path, {})
-    if hint is Any or (sequences.is_union(hint) and _is_an_option(value, hint)):
+    if hint is Any or (sequences.is_union(hint) and _is_allowed(value, hint)):
         return schema.check(value, hint, path, {})
-    return _like_one_of(value, others, path)
+    return _convert_like_one_of(value, others, path)
 
 
-def _is_an_option(value: Any, hint: Any) -> bool:
+def _is_allowed(value: Any, hint: Any) -> bool:
     """Whether a value has a type that an annotation (`int | Sequence[int]`) allows."""
     try:
         schema.check(value, hint, '', {})
@@ -254,20 +256,24 @@ def _is_an_option(value: Any, hint: Any) -> bool:
     return hint is not None and hint is not Any
 
 
-def _each(value: Sequence[Any], likes: Sequence[Sequence[Any]], path: str, kind: type[Any]) -> Any:
+def _convert_each(
+    value: Sequence[Any], likes: Sequence[Sequence[Any]], path: str, kind: type[Any]
+) -> Any:
     pairs = zip(value, likes, strict=True)
-    return kind(_like_one_of(x, like, f'{path}[{i}]') for i, (x, like) in enumerate(pairs))
+    return kind(_convert_like_one_of(x, like, f'{path}[{i}]') for i, (x, like) in enumerate(pairs))
 
 
-def _like_one_of(value: Any, likes: Sequence[Any], path: str) -> Any:
+def _convert_like_one_of(value: Any, likes: Sequence[Any], path: str) -> Any:
     """Returns an element as a value of the type of the first of `likes` that it fits."""
     for index, like in enumerate(likes):
         if isinstance(value, Mapping) and (isinstance(like, Mapping) or _names_object(value)):
             return value
         try:
             if isinstance(like, str) and not isinstance(value, (str, int, float)):
-                raise UserError(f'{path}: expected str, as {shown(like)} is, got {shown(value)}')
-            return _like(literals.written(value), value, like, path)
+                raise UserError(
+                    f'{path}: expected str, as {short_repr(like)} is, got {short_repr(value)}'
+                )
+            return _convert_like(literals.to_text(value), value, like, path)
         except UserError:
             if index == len(likes) - 1:
                 raise

@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer import compat
 from trainer.config import dtypes, initializers, objects
-from trainer.config.errors import UserError, shown
+from trainer.config.errors import UserError, short_repr
 
 # A word means what the first of these calls so that has the argument's default, too. In other
 # modules the neighbours of a function do not do the same job.
@@ -29,7 +29,7 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
 _DTYPES = {'Dtype', 'DType', 'dtype', 'DTypeLike', 'SupportsDType'}
 
 
-def meant(value: Any, parameter: inspect.Parameter, path: str) -> Any:
+def resolve_word(value: Any, parameter: inspect.Parameter, path: str) -> Any:
     """Returns the function, class or dtype that a word names; any other value as it is.
 
     Args:
@@ -42,19 +42,19 @@ def meant(value: Any, parameter: inspect.Parameter, path: str) -> Any:
     """
     if not isinstance(value, (str, bool, int, float)):
         return value
-    kinds, default = _kinds(parameter.annotation), parameter.default
+    kinds, default = _annotation_names(parameter.annotation), parameter.default
     if _is_allowed(value, kinds):
         return value
     if dtypes.is_dtype(default) or kinds & _DTYPES:
         must = dtypes.is_dtype(default) or kinds <= _DTYPES | _NONE
-        return dtypes.named(value, default, path, must=must)
+        return dtypes.from_name(value, default, path, must=must)
     if kinds & _MADE and kinds <= _MADE | _NONE:
-        raise UserError(_no_object(value, path))
-    if not (_is_called(default) or _only_called(kinds)):
+        raise UserError(_not_an_object_text(value, path))
+    if not (_is_callable(default) or _takes_only_callables(kinds)):
         return value
     if 'Initializer' in kinds or compat.is_initializer(default):
-        return initializers.named(value, default, path, must=_only_called(kinds))
-    return _function(value, default, path, must=_only_called(kinds))
+        return initializers.from_name(value, default, path, must=_takes_only_callables(kinds))
+    return _resolve_function(value, default, path, must=_takes_only_callables(kinds))
 
 
 def _is_allowed(value: Any, kinds: set[str]) -> bool:
@@ -64,56 +64,58 @@ def _is_allowed(value: Any, kinds: set[str]) -> bool:
     return bool(kinds & {'str', *_NUMBERS.get(type(value), ())})
 
 
-def _function(value: Any, default: Any, path: str, *, must: bool) -> Any:
-    homes = _homes_of(default)
+def _resolve_function(value: Any, default: Any, path: str, *, must: bool) -> Any:
+    homes = _modules_of(default)
     if isinstance(value, str):
         for home in homes:
             found = getattr(home, value, None)
-            if _is_called(found) and inspect.isclass(found) == inspect.isclass(default):
+            if _is_callable(found) and inspect.isclass(found) == inspect.isclass(default):
                 return found
         if re.fullmatch(r'[\w.]+:[\w.]+', value):
             return objects.resolve(value, path)
-    near = _near(value, homes, inspect.isclass(default)) if isinstance(value, str) else []
+    near = _near_names(value, homes, inspect.isclass(default)) if isinstance(value, str) else []
     if not must and not near:
         return value  # The target may know what to do with it.
-    raise UserError(_no_function(value, default, path, near))
+    raise UserError(_not_a_function_text(value, default, path, near))
 
 
-def _no_function(value: Any, default: Any, path: str, near: list[str]) -> str:
+def _not_a_function_text(value: Any, default: Any, path: str, near: list[str]) -> str:
     what = 'class' if inspect.isclass(default) else 'function'
     name = _public_name(default)
     like = f' such as {name} (its default)' if name else ''
-    text = f'{path}: expected a {what}{like}, got {shown(value)}.'
+    text = f'{path}: expected a {what}{like}, got {short_repr(value)}.'
     if near:
         return f'{text} Did you mean {" or ".join(map(repr, near))}?'
-    key, name = _elsewhere(str(value))
-    return f'{text} {initializers.how_to_name(key, name, path)}'
+    key, name = _guess_full_name(str(value))
+    return f'{text} {initializers.naming_hint(key, name, path)}'
 
 
-def _no_object(value: Any, path: str) -> str:
-    _, name = _elsewhere(str(value))
+def _not_an_object_text(value: Any, path: str) -> str:
+    _, name = _guess_full_name(str(value))
     return (
-        f'{path}: expected an object, got {shown(value)}. Describe how it is made, as in '
+        f'{path}: expected an object, got {short_repr(value)}. Describe how it is made, as in '
         f'dict(target={name!r}, ...)'
     )
 
 
-def _elsewhere(word: str) -> tuple[str, str]:
+def _guess_full_name(word: str) -> tuple[str, str]:
     """Returns 'ref' or 'target', and the full name of what a word may be, or an example of one."""
     word = word.rpartition('.')[2]
     for place in (*initializers.PLACES, *_HOMES):
         found = getattr(sys.modules.get(place), word, None)
         if found is not None and callable(found):
-            makes = place in initializers.PLACES and initializers.makes(found)
+            makes = place in initializers.PLACES and initializers.is_factory(found)
             return ('target' if makes else 'ref'), f'{place}:{word}'
     return 'ref', 'package.module:name'
 
 
-def _near(word: str, homes: list[Any], is_class: bool) -> list[str]:
+def _near_names(word: str, homes: list[Any], is_class: bool) -> list[str]:
     """Returns names in one of the modules that are like a word, or that end it: 'nn.gelu'."""
     word = word.rpartition('.')[2]
     for home in homes:
-        names = [name for name, each in _public(home) if inspect.isclass(each) == is_class]
+        names = [
+            name for name, each in _public_callables(home) if inspect.isclass(each) == is_class
+        ]
         if word in names:
             return [word]
         if near := difflib.get_close_matches(word, names, n=3, cutoff=0.7):
@@ -121,35 +123,37 @@ def _near(word: str, homes: list[Any], is_class: bool) -> list[str]:
     return []
 
 
-def _homes_of(default: Any) -> list[Any]:
+def _modules_of(default: Any) -> list[Any]:
     """Returns the modules that have a function or class under its own name."""
-    if not _is_called(default):
+    if not _is_callable(default):
         return []
     modules = [sys.modules[name] for name in _HOMES if name in sys.modules]
-    return [m for m in modules if any(each is default for _, each in _public(m))][:1]
+    return [m for m in modules if any(each is default for _, each in _public_callables(m))][:1]
 
 
 def _public_name(default: Any) -> str | None:
-    for home in _homes_of(default):
-        return next(f'{home.__name__}:{n}' for n, each in _public(home) if each is default)
+    for home in _modules_of(default):
+        return next(
+            f'{home.__name__}:{n}' for n, each in _public_callables(home) if each is default
+        )
     return None
 
 
-def _public(module: Any) -> Iterator[tuple[str, Any]]:
+def _public_callables(module: Any) -> Iterator[tuple[str, Any]]:
     for name, each in list(vars(module).items()):
-        if not name.startswith('_') and _is_called(each):
+        if not name.startswith('_') and _is_callable(each):
             yield name, each
 
 
-def _is_called(value: Any) -> bool:
+def _is_callable(value: Any) -> bool:
     return callable(value) and value is not inspect.Parameter.empty
 
 
-def _only_called(kinds: set[str]) -> bool:
+def _takes_only_callables(kinds: set[str]) -> bool:
     return bool(kinds & _CALLED) and kinds <= _CALLED | _NONE
 
 
-def _kinds(annotation: Any) -> set[str]:
+def _annotation_names(annotation: Any) -> set[str]:
     """Returns {'Callable', 'None'} for the annotation `Callable[..., Any] | None`."""
     if annotation is inspect.Parameter.empty:
         return set()

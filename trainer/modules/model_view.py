@@ -140,7 +140,7 @@ class BoundModel(abc.ABC):
             UserError: if the pattern matches no parameter.
         """
         where = 'model.stop_gradient'
-        expression = patterns.compiled(pattern, where)
+        expression = patterns.compile_pattern(pattern, where)
         paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(self.params)]
         patterns.check_used([pattern], paths, where)
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from trainer.config.text import aligned
+from trainer.config.text import align_columns
 from trainer.modules.model_view import param_path
 from trainer.observe import repeats
 
@@ -42,7 +42,7 @@ def parameter_table(params: Any, collections: Mapping[str, Any]) -> str:
         size, total, each = (repeats.text(line.count, number) for number in sizes)
         row = (line.path, shape, str(leaf.dtype), size, total)
         rows.append((*row, each, _axes(leaf)) if sharded else row)
-    lines = aligned(rows, right=(3, 4, 5))
+    lines = align_columns(rows, right=(3, 4, 5))
     here = f', {human_bytes(bytes_per_device(params))} per device' if sharded else ''
     lines.append(f'{count(params):,} parameters, {human_bytes(nbytes(params))}{here}')
     for name, tree in collections.items():
@@ -65,6 +65,7 @@ def bytes_per_device(tree: Any) -> int:
 
     def size_on_device(leaf: Any) -> int:
         sharding = getattr(leaf, 'sharding', None)
+        # Shapes alone have no sharding: they count as replicated.
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
@@ -91,5 +92,6 @@ def _axes(leaf: Any) -> str:
     sharding = getattr(leaf, 'sharding', None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return ''
+    # A spec may be shorter than the shape: the rest is not sharded.
     spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
     return ' x '.join('+'.join(a) if isinstance(a, tuple) else a or '-' for a in spec)

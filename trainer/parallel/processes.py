@@ -229,7 +229,7 @@ def exit_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
             code = error.exit_code
         else:
             watch.exit_if_peer_lost()
-            print(traces.shorten(error), file=sys.stderr)
+            print(traces.format_traceback(error), file=sys.stderr)
             code = 1
         sys.stderr.flush()
         sys.stdout.flush()

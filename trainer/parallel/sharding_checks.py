@@ -30,7 +30,7 @@ def check_patterns(rules: Sequence[Any]) -> None:
     """Raises a UserError unless the rules are pairs of a regular expression and a list of axes."""
     check_pairs(rules)
     for pattern, axes in rules:
-        patterns.compiled(pattern, 'config.sharding')
+        patterns.compile_pattern(pattern, 'config.sharding')
         if isinstance(axes, str) or not isinstance(axes, Sequence):
             raise UserError(
                 f'config.sharding: the pattern {pattern!r} needs a mesh axis or None for each '
