@@ -282,15 +282,15 @@ def test_is_orbax_committed(tmp_path: pathlib.Path) -> None:
     assert not compat.is_orbax_committed(epath.Path(tmp_path))
 
 
-def test_orbax_notes(tmp_path: pathlib.Path) -> None:
-    assert compat.orbax_notes(saved(tmp_path)).is_file()
+def test_orbax_step_metadata(tmp_path: pathlib.Path) -> None:
+    assert compat.orbax_step_metadata(saved(tmp_path)).is_file()
 
 
-def test_orbax_notes_fields(tmp_path: pathlib.Path) -> None:
-    notes = json.loads(compat.orbax_notes(saved(tmp_path)).read_text())
-    objects, times = compat.orbax_notes_fields()
-    assert all(isinstance(notes[name], dict) for name in objects)
-    assert all(isinstance(notes[name], int) for name in times)
+def test_orbax_step_metadata_fields(tmp_path: pathlib.Path) -> None:
+    metadata = json.loads(compat.orbax_step_metadata(saved(tmp_path)).read_text())
+    objects, times = compat.orbax_step_metadata_fields()
+    assert all(isinstance(metadata[name], dict) for name in objects)
+    assert all(isinstance(metadata[name], int) for name in times)
 
 
 def test_is_orbax_tree(tmp_path: pathlib.Path) -> None:

@@ -264,7 +264,7 @@ def is_orbax_array(directory: epath.Path) -> bool:
     return (directory / 'checkpoint' / '.zarray').exists()
 
 
-def orbax_notes(step_directory: epath.Path) -> epath.Path:
+def orbax_step_metadata(step_directory: epath.Path) -> epath.Path:
     """Returns the file with Orbax's own notes about a step, such as when it was saved.
 
     Checked with: orbax-checkpoint 0.12.8.
@@ -274,12 +274,12 @@ def orbax_notes(step_directory: epath.Path) -> epath.Path:
     return step_directory / '_CHECKPOINT_METADATA'
 
 
-def orbax_notes_fields() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the names of the objects and of the times in `orbax_notes`.
+def orbax_step_metadata_fields() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the names of the objects and of the times in `orbax_step_metadata`.
 
     Checked with: orbax-checkpoint 0.12.8.
     Why: Orbax fails if one of them is of another kind.
-    Without it: as `orbax_notes`.
+    Without it: as `orbax_step_metadata`.
     """
     objects = 'metrics', 'performance_metrics', 'custom_metadata'
     return objects, ('init_timestamp_nsecs', 'commit_timestamp_nsecs')

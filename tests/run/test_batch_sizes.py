@@ -467,11 +467,16 @@ def test_checkpoints_are_kept_at_the_ends_of_epochs(tmp_path: pathlib.Path) -> N
 def test_a_profile_begins_by_examples() -> None:
     more = {'profile': {'start': '3 epochs', 'steps': 2}}
     experiment = trainer_in(None, data__batch_size=64, train_for='4 epochs', **more).experiment
-    window = experiment.after(((0, 32), (16, 64))).logging.profile
+    window = experiment.with_batch_sizes(((0, 32), (16, 64))).logging.profile
     assert window is not None
     assert (window.start, window.stop) == (20, 22)
-    assert experiment.after(((0, 64),)) is experiment
-    assert experiment.after(((0, 32), (16, 64))).after(((0, 64),)).training.total_steps == 16
+    assert experiment.with_batch_sizes(((0, 64),)) is experiment
+    assert (
+        experiment.with_batch_sizes(((0, 32), (16, 64)))
+        .with_batch_sizes(((0, 64),))
+        .training.total_steps
+        == 16
+    )
 
 
 @pytest.mark.slow

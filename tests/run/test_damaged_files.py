@@ -138,7 +138,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
             if thread.name == 'provenance':
                 thread.join(60)
     else:
-        _use(recovery, report, checkpoints.meta(50, checked.OF_A_RUN))
+        _use(recovery, report, checkpoints.meta(50, checked.RUN_KEYS))
     try:
         recovery.open(50)
     finally:
@@ -148,7 +148,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
 
 def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
     """Does with the metadata what `Recovery.start` does."""
-    empty.stored(meta)
+    empty.from_metadata(meta)
     BatchSizes.from_checkpoint(meta, 64).with_size(50, 64)
     recovery._consumed.restore(50, meta, may_restart=False)
     recovery._fingerprint_data()
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_an_error_of_data(
     code = main.main(['x', *command], StopRequest())
     message = capsys.readouterr().err
     assert code == 65, message
-    assert 'its metadata is a list, and not an object' in message
+    assert 'its metadata is a list, not an object' in message
     assert 'Traceback' not in message
 
 
@@ -246,14 +246,14 @@ def test_a_damaged_checkpoint_is_an_error_of_data(
     [
         (lambda m: m.pop('data_digest'), "lacks 'data_digest'"),
         (lambda m: m.pop('metrics'), "lacks 'metrics'"),
-        (lambda m: m.update(metrics=[1]), "'metrics' of its metadata is [1], and not an object"),
-        (lambda m: m.update(evaluated=3), "'evaluated' of its metadata is 3"),
-        (lambda m: m.update(step='50'), "'step' of its metadata is '50'"),
+        (lambda m: m.update(metrics=[1]), "'metrics' in its metadata is [1], not an object"),
+        (lambda m: m.update(evaluated=3), "'evaluated' in its metadata is 3"),
+        (lambda m: m.update(step='50'), "'step' in its metadata is '50'"),
         (lambda m: m.update(step=49), 'is not the checkpoint of step 50'),
-        (lambda m: m.update(batch_sizes=[[0, 64], [0, 8]]), "'batch_sizes' of its metadata"),
+        (lambda m: m.update(batch_sizes=[[0, 64], [0, 8]]), "'batch_sizes' in its metadata"),
         (lambda m: m.update(health=[1, 2]), 'expected the shape (4,), got (2,)'),
-        (lambda m: m.update(early_stopping={}), "'early_stopping' of its metadata is {}"),
-        (lambda m: m.update(data={'examples': 5}), "'data' of its metadata"),
+        (lambda m: m.update(early_stopping={}), "'early_stopping' in its metadata is {}"),
+        (lambda m: m.update(data={'examples': 5}), "'data' in its metadata"),
     ],
 )
 def test_metadata_of_another_form_is_named(
@@ -272,8 +272,8 @@ def test_metadata_of_another_form_is_named(
 
 def test_metadata_as_it_is_written_is_right(run: Trainer) -> None:
     meta = json.loads((_path(run) / META).read_text())
-    assert {'step', 'data', 'early_stopping', 'batch_sizes', *checked.OF_A_RUN} <= meta.keys()
-    assert checked.problem(meta, checked.OF_A_RUN) is None
+    assert {'step', 'data', 'early_stopping', 'batch_sizes', *checked.RUN_KEYS} <= meta.keys()
+    assert checked.find_problem(meta, checked.RUN_KEYS) is None
 
 
 def test_damaged_lines_of_metrics_are_set_aside(
@@ -352,20 +352,20 @@ def _entry(begin: Any, end: Any, shape: Any = (2,), dtype: Any = 'F32') -> dict[
     [
         ({'a': _entry(0, 8), 'b': _entry(4, 12)}, "'a' and 'b' share bytes"),
         ({'a': _entry(0, 8), 'b': _entry(0, 8)}, "'a' and 'b' share bytes"),
-        ({'a': _entry(8, 24, (4,))}, "'a', float32 (4,), is at the bytes 8 to 24"),
-        ({'a': _entry(0, 16)}, "'a', float32 (2,), is at the bytes 0 to 16"),
-        ({'a': _entry(-8, 0)}, "'a' has the shape [2] at the bytes [-8, 0]"),
-        ({'a': _entry(8, 0, [-2])}, "'a' has the shape [-2]"),
-        ({'a': _entry(0, 8, [[2]])}, "'a' has the shape [[2]]"),
-        ({'a': _entry(0, 8, [True, 2])}, "'a' has the shape [True, 2]"),
-        ({'a': _entry(0, 8.0)}, "'a' has the shape [2] at the bytes [0, 8.0]"),
-        ({'a': _entry(0, 0, [0, 10**30])}, 'is no safetensors file, or is damaged'),
-        ({'a': _entry(0, 8, dtype='F4')}, "'a' has the dtype 'F4'; known are"),
-        ({'a': _entry(0, 8, dtype=['F32'])}, "'a' has the dtype ['F32']"),
-        ({'a': {'b': _entry(0, 8)}}, "'a' of its header is {'b'"),
-        ({'a': [1]}, "'a' of its header is [1]"),
-        ({'a.b': _entry(0, 8), 'a/b': _entry(8, 16)}, "two tensors are named 'a/b'"),
-        ({'a': _entry(0, 8), 'a.b': _entry(8, 16)}, "'a' is a tensor, and 'a/b' is inside it"),
+        ({'a': _entry(8, 24, (4,))}, "'a', float32 (4,), has bytes 8 to 24"),
+        ({'a': _entry(0, 16)}, "'a', float32 (2,), has bytes 0 to 16"),
+        ({'a': _entry(-8, 0)}, "'a' has shape [2] and bytes [-8, 0]"),
+        ({'a': _entry(8, 0, [-2])}, "'a' has shape [-2]"),
+        ({'a': _entry(0, 8, [[2]])}, "'a' has shape [[2]]"),
+        ({'a': _entry(0, 8, [True, 2])}, "'a' has shape [True, 2]"),
+        ({'a': _entry(0, 8.0)}, "'a' has shape [2] and bytes [0, 8.0]"),
+        ({'a': _entry(0, 0, [0, 10**30])}, 'is not a safetensors file or is damaged'),
+        ({'a': _entry(0, 8, dtype='F4')}, "the dtype of 'a' is 'F4'; expected one of"),
+        ({'a': _entry(0, 8, dtype=['F32'])}, "the dtype of 'a' is ['F32']"),
+        ({'a': {'b': _entry(0, 8)}}, "the header entry of 'a' is {'b'"),
+        ({'a': [1]}, "the header entry of 'a' is [1]"),
+        ({'a.b': _entry(0, 8), 'a/b': _entry(8, 16)}, "two tensors have the name 'a/b'"),
+        ({'a': _entry(0, 8), 'a.b': _entry(8, 16)}, "'a/b' is below 'a', which is a tensor too"),
     ],
 )
 def test_headers_that_do_not_fit_their_file_are_named(

@@ -188,7 +188,7 @@ def test_a_metric_that_cannot_be_computed(tmp_path: pathlib.Path, where: str) ->
     FAULTS.add('metric')
     with pytest.raises(ValueError, match='no such metric') as error:
         trainer.fit()
-    assert "This happened when the metric 'fragile' was computed" in error.value.__notes__
+    assert "Raised while computing the metric 'fragile'" in error.value.__notes__
     # The row of a step may be fetched while later steps run.
     assert trainer.checkpoints is not None
     latest = trainer.checkpoints.latest()

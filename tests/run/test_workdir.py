@@ -38,10 +38,10 @@ def test_values_that_are_not_finite_are_null_in_the_result(tmp_path: pathlib.Pat
 def test_where_nothing_can_be_written(tmp_path: pathlib.Path) -> None:
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'the work directory .* is not writable: Not a directory'):
-        Workdir(tmp_path / 'file' / 'run').make()
+        Workdir(tmp_path / 'file' / 'run').create()
     with pytest.raises(UserError, match=r'the work directory .* is not writable: File exists'):
-        Workdir(tmp_path / 'file').make()
-    Workdir(tmp_path / 'a' / 'b').make()
+        Workdir(tmp_path / 'file').create()
+    Workdir(tmp_path / 'a' / 'b').create()
     assert list((tmp_path / 'a' / 'b').iterdir()) == []
 
 

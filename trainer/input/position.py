@@ -52,12 +52,15 @@ class DataPosition:
 
     def digest(self) -> str:
         """Returns the digest of the data over all processes; all of them must call it."""
+        # Each process has the digest of its own rows; the sum does not depend on how they are
+        # divided.
         return f'{processes.sum_over_processes(int(self._digest.value, 16)):016x}'
 
     def meta(self) -> dict[str, Any]:
         """Returns the metadata for a checkpoint; all processes must call it."""
         meta: dict[str, Any] = {'data_digest': self.digest()}
         if self._data.is_stream:
+            # Each process reads its own part of a stream, so each has a state.
             meta['data_states'] = processes.gather(self._state)
         return meta
 
