@@ -150,7 +150,7 @@ def retry_update(
         missing = compat.missing_arguments(last)
         if missing is not None:
             said = _what_is_missing(missing, state, found)
-        elif compat.is_of_optax(last):
+        elif compat.is_optax_error(last):
             said = _failure(last, state)
         else:
             raise

@@ -418,7 +418,7 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
             ) from error
         if axis := compat.unbound_axis(error):
             raise UserError(_unbound_axis_message(axis, error)) from error
-        if wrong := compat.wrong_rank(error):
+        if wrong := compat.rank_mismatch(error):
             raise UserError(
                 f'the model or the task asks for the sharding {wrong[0]} of an array that has '
                 f'{wrong[1]} dimensions{error_location(error)}. Give a mesh axis, or None, for '

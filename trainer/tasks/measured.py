@@ -124,7 +124,7 @@ def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
         tree, is_leaf=lambda x: isinstance(x, clu.metrics.Metric)
     )
     named = ((jax.tree_util.keystr(path[-1:], simple=True), x) for path, x in leaves)
-    return [(name, x) for name, x in named if not compat.is_own_field(name)]
+    return [(name, x) for name, x in named if not compat.is_reduction_counter(name)]
 
 
 def check_accumulates(empty: Any, new: Any) -> None:
