@@ -30,8 +30,8 @@ class GroupedBatchNorm(nn.BatchNorm):
     the variables are those of `nn.BatchNorm`.
 
     Attributes:
-        groups: their number, which divides the rows. Of a batch that `accumulate` cuts into slices,
-            it is that of each slice.
+        groups: their number, which divides the rows. With `accumulate`, it is that of each
+            micro-batch.
     """
 
     groups: int = 1

@@ -47,7 +47,7 @@ from trainer.run.workdir import Workdir
 from trainer.step import donated
 from trainer.step.programs import Program
 from trainer.step.state import TrainState
-from trainer.tasks.measured import Measured
+from trainer.tasks.measured import MetricValues
 
 # How long a process that fails waits for the others to fail at the same step.
 _FAILURE_WAIT_SECS = 10
@@ -528,7 +528,7 @@ class Trainer:
 
         return bind_for_notebook(experiment.model, state.variables)
 
-    def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
+    def evaluate(self, state: TrainState | None = None) -> dict[str, MetricValues]:
         """Returns the metrics of each evaluation in the config: numbers by name, and `arrays`.
 
         Args:

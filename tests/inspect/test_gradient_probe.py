@@ -77,7 +77,7 @@ def probe(
     make: Any, params: Any, match: tuple[str, ...] = (), task: Any = squares
 ) -> list[Gradient]:
     forward = Forward(
-        model=functional(make), task=TaskRunner.of(task), seed=0, accumulate=1,
+        model=functional(make), task=TaskRunner.from_task(task), seed=0, accumulate=1,
         mesh=make_mesh({'data': -1}), sharding=(),
     )  # fmt: skip
     state = TrainState(

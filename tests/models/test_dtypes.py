@@ -278,7 +278,7 @@ def test_the_rows_have_every_pair() -> None:
 def trained(module: Any, precision: Precision, task: Any, batch: Any, **options: Any) -> None:
     """Makes a step; every parameter that it changes becomes another finite number."""
     step = TrainStep(StepContext(
-        model=functional(module, precision), task=TaskRunner.of(task), seed=0,
+        model=functional(module, precision), task=TaskRunner.from_task(task), seed=0,
         optimizer=Optimizer(base=optax.sgd(0.1)), **options
 ))  # fmt: skip
     types = (jax.sharding.AxisType.Auto,)

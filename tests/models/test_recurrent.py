@@ -197,4 +197,4 @@ def test_dtypes() -> None:
 def test_a_batch_without_lengths_is_told() -> None:
     model = functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode='eval'))
     with pytest.raises(UserError, match=r"asks for batch\['lengths'\]"):
-        TaskRunner.of(Answer())(model, {'inputs': INPUTS, 'targets': TARGETS})
+        TaskRunner.from_task(Answer())(model, {'inputs': INPUTS, 'targets': TARGETS})

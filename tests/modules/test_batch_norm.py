@@ -61,7 +61,7 @@ def square(model: Callable[..., Any], batch: Any) -> jax.Array:
 
 def programs(model: nn.Module, mesh: Any = None, precision: Precision = AS_IS) -> Programs:
     step = TrainStep(StepContext(
-        model=functional(model, precision), task=TaskRunner.of(square),
+        model=functional(model, precision), task=TaskRunner.from_task(square),
         optimizer=Optimizer(base=optax.sgd(0.1)), seed=0
 ))  # fmt: skip
     spec = {'x': jax.ShapeDtypeStruct((16, 3), np.float32)}
@@ -122,7 +122,7 @@ def test_training_and_evaluation_are_told_apart() -> None:
     loss = state.metrics['task'].loss.compute()
     assert float(loss) == pytest.approx(float((expected**2).mean()), rel=1e-5)
     assert_close(state.collections['batch_stats'], moved['batch_stats'])
-    evaluation = EvalStep(model=functional(model), task=TaskRunner.of(square), seed=0)
+    evaluation = EvalStep(model=functional(model), task=TaskRunner.from_task(square), seed=0)
     after, real = jax.device_get(state.variables), {**batch, MASK: np.ones(16, bool)}
     totals = evaluation.empty(evaluation.output_shapes(after, real))
     totals = evaluation(totals, after, state.step, jnp.int32(0), real)

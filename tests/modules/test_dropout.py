@@ -134,7 +134,7 @@ def test_shards_of_a_batch_have_masks_of_their_own() -> None:
     cut = ByPath(rules=(('shifts', ('model',)),))
     for mesh, rules in (({'data': 8}, ()), ({'data': 2, 'model': 4}, (cut,))):
         step = TrainStep(StepContext(
-            model=functional(Shifted()), task=TaskRunner.of(rows_of_masks), seed=3,
+            model=functional(Shifted()), task=TaskRunner.from_task(rows_of_masks), seed=3,
             optimizer=Optimizer(base=optax.sgd(0.0))
 ))  # fmt: skip
         spec = {'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}

@@ -53,7 +53,7 @@ def programs(
     step = TrainStep(
         StepContext(
             model=functional(model or gan.GAN()),
-            task=TaskRunner.of(task),
+            task=TaskRunner.from_task(task),
             optimizer=optimizer,
             seed=0,
             shards=devices,
@@ -185,7 +185,7 @@ def test_named_losses_are_averaged_by_their_own_weights() -> None:
             loss = {'a': batch['x'], 'b': 10 * batch['x']}
             return TaskOutput(loss=loss, weights=weights, metrics={'m': batch['x']})
 
-        runner = TaskRunner.of(task)
+        runner = TaskRunner.from_task(task)
         return runner.measure(runner(None, batch)).compute()
 
     two = np.array([0.0, 1.0, 3.0, 5.0], np.float32)
@@ -280,5 +280,5 @@ def test_frozen_parameters_need_no_group() -> None:
 
 
 def test_a_dict_of_losses_alone_is_a_result() -> None:
-    output = TaskRunner.of(lambda model, batch: {'a': jnp.ones(2)})(None, {})
+    output = TaskRunner.from_task(lambda model, batch: {'a': jnp.ones(2)})(None, {})
     assert set(output.loss) == {'a'}

@@ -79,7 +79,7 @@ def programs(
     step = TrainStep(
         StepContext(
             model=functional(module, precision),
-            task=TaskRunner.of(classify),
+            task=TaskRunner.from_task(classify),
             seed=0,
             shards=size,
             **options,
@@ -235,7 +235,7 @@ def test_an_overflow_keeps_the_state_and_halves_the_scale() -> None:
 
 def test_the_scale_doubles_after_so_many_finite_steps() -> None:
     """F9: 2,000 of them; an overflow starts the count again; never below 1, never infinite."""
-    scale = LossScale.of(65536.0)
+    scale = LossScale.from_value(65536.0)
     after = jax.jit(lambda s, finite: s.update(finite))
     for _ in range(1999):
         scale = after(scale, jnp.array(True))
@@ -244,7 +244,7 @@ def test_the_scale_doubles_after_so_many_finite_steps() -> None:
     assert int(after(scale, jnp.array(True)).finite_steps) == 0
     shrunk = after(scale, jnp.array(False))
     assert (float(shrunk.scale), int(shrunk.finite_steps), int(shrunk.skipped)) == (32768, 0, 1)
-    assert float(after(LossScale.of(1.0), jnp.array(False)).scale) == 1
+    assert float(after(LossScale.from_value(1.0), jnp.array(False)).scale) == 1
     ready = LossScale(jnp.float32(2.0**127), jnp.int32(1999), jnp.int32(0))
     assert float(after(ready, jnp.array(True)).scale) == 2.0**127
 
@@ -269,7 +269,7 @@ def test_a_scale_rescues_gradients_that_float16_loses() -> None:
         return 3e-8 * model(batch['x']).sum(-1)
 
     sgd = Optimizer(base=optax.sgd(1e6))
-    options = dict(optimizer=sgd, task=TaskRunner.of(faint), seed=0)
+    options = dict(optimizer=sgd, task=TaskRunner.from_task(faint), seed=0)
     spec = {'x': jax.ShapeDtypeStruct((16, 8), jnp.float32)}
     batch = {'x': batch_of()['x']}
     mesh = make_mesh({'data': -1})
@@ -294,7 +294,7 @@ def test_slices_overflow_no_earlier_than_the_whole() -> None:
         made = programs(Watched(), loss_scale=1.0, accumulate=accumulate)
         batch = jax.device_put(batch_of(), batch_sharding(made._mesh))
         for power in range(40):
-            state = made.init().replace(loss_scale=LossScale.of(2.0**power))
+            state = made.init().replace(loss_scale=LossScale.from_value(2.0**power))
             if made.step(state, batch).loss_scale.skipped:
                 return power - 1
         raise AssertionError('no scale overflows')

@@ -54,7 +54,7 @@ def programs(
     train_step = TrainStep(
         StepContext(
             model=functional(model),
-            task=TaskRunner.of(task or Classification()),
+            task=TaskRunner.from_task(task or Classification()),
             optimizer=optimizer,
             seed=0,
             shards=mesh.size,
@@ -192,7 +192,7 @@ def test_padded_rows_do_not_count() -> None:
         step = TrainStep(
             StepContext(
                 model=functional(MLP((8, 10))),
-                task=TaskRunner.of(Classification()),
+                task=TaskRunner.from_task(Classification()),
                 optimizer=Optimizer(base=optax.sgd(0.1)),
                 seed=0,
             )
@@ -294,7 +294,7 @@ def test_steps_per_call_is_bit_equal_on_the_mlp() -> None:
     step = TrainStep(
         StepContext(
             model=functional(MLP((8, 10))),
-            task=TaskRunner.of(Classification()),
+            task=TaskRunner.from_task(Classification()),
             optimizer=Optimizer(base=optax.adam(0.01), learning_rate=lambda s: 0.01),
             seed=0,
         )
@@ -359,5 +359,5 @@ def test_a_part_that_is_made_in_training_only_is_told() -> None:
 
 
 def test_a_task_that_averages_is_told_not_to() -> None:
-    with pytest.raises(UserError, match='is a scalar'):
+    with pytest.raises(UserError, match='returned a scalar'):
         programs(MLP((8, 10)), task=lambda model, batch: model(batch['image']).mean()).init()

@@ -30,13 +30,13 @@ from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
-from trainer.step.health import SIGNS
+from trainer.step.health import FINDINGS
 from trainer.step.programs import Program
 from trainer.step.state import TrainState
 from trainer.tasks.bad_values import describe_bad_value
 from trainer.tasks.batch import record_reads
 from trainer.tasks.measured import (
-    Measured,
+    MetricValues,
     average_members,
     check_computes,
     compute_on_trial,
@@ -94,7 +94,7 @@ class Evaluator:
         # By the members of an ensemble that have not diverged.
         self._programs: dict[tuple[int, ...], Program] = {}
         self._empty: Callable[[], Any] | None = None
-        self._trial_metrics: Measured | None = None
+        self._trial_metrics: MetricValues | None = None
         self.step = step
         # Set by `prepare`: the batch fields that the task reads, and the step for such batches.
         self._fields: Fields | None = None
@@ -128,7 +128,7 @@ class Evaluator:
         # From shapes alone: a metric that cannot be computed is found before training starts.
         self._trial_metrics = self._check_metrics()
 
-    def _check_metrics(self) -> Measured | None:
+    def _check_metrics(self) -> MetricValues | None:
         assert self._empty is not None
         with self._add_name_to_errors():
             empty = jax.eval_shape(self._empty)
@@ -205,7 +205,7 @@ class Evaluator:
         *,
         max_batches: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> Measured:
+    ) -> MetricValues:
         """Returns the metrics over the split, including `examples` (their number).
 
         Metrics that are not numbers are in its `arrays`.
@@ -259,8 +259,8 @@ class Evaluator:
 
     def _check_labels(self, totals: Any, state: TrainState) -> None:
         """Raises a UserError if a label of the split was out of its range."""
-        signs = fetch(totals[SIGNS])
-        if not signs.label:
+        findings = fetch(totals[FINDINGS])
+        if not findings.label:
             return
         output = self._output_shapes(state)
         # The devices report only the number of the check and the value. The split is read again to
@@ -272,7 +272,7 @@ class Evaluator:
         if count is None:  # After its end, a stream yields padding, with negative ids.
             blocks = itertools.takewhile(lambda block: (block.ids >= 0).any(), blocks)
         path = f'config.evals.{self.name}'
-        number, value = int(signs.label) - 1, float(signs.value)
+        number, value = int(findings.label) - 1, float(findings.value)
         numbered = count is not None
         raise UserError(
             describe_bad_value(
@@ -403,7 +403,7 @@ class Evaluator:
             yield batch
 
 
-def summarize(totals: Any, counted: Sequence[int] = ()) -> Measured:
+def summarize(totals: Any, counted: Sequence[int] = ()) -> MetricValues:
     """Returns flat host values of an evaluation's accumulators, fetched in one transfer.
 
     For an ensemble, these include the means over its members ('members/loss') and the values of
@@ -413,12 +413,12 @@ def summarize(totals: Any, counted: Sequence[int] = ()) -> Measured:
         totals: the accumulators.
         counted: indices of the members that the means include; empty for all.
     """
-    # The signs are no metrics: `_check_labels` has read them.
-    computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != SIGNS}))
-    row = Measured(computed['task'])
+    # The findings are no metrics: `_check_labels` has read them.
+    computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != FINDINGS}))
+    row = MetricValues(computed['task'])
     row.add('examples', computed['examples'])
     if 'members' in computed:
-        every = average_members([Measured(each) for each in computed['members']], counted)
+        every = average_members([MetricValues(each) for each in computed['members']], counted)
         for name, value in {**every, **every.arrays}.items():
             row.add(name if is_member_name(name) else f'members/{name}', value)
     return row

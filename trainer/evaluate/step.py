@@ -14,7 +14,7 @@ from trainer.input.host_field import explain_host_fields
 from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
-from trainer.step.health import SIGNS, Health, Signs
+from trainer.step.health import FINDINGS, Findings, Health
 from trainer.tasks.metrics import Count, merge_metrics
 from trainer.tasks.runner import MASK, TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
@@ -50,7 +50,11 @@ class EvalStep:
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:
         """Returns empty accumulators for outputs of these shapes."""
-        return {'task': self.task.empty(output), 'examples': Count.empty(), SIGNS: Signs.empty()}
+        return {
+            'task': self.task.empty(output),
+            'examples': Count.empty(),
+            FINDINGS: Findings.empty(),
+        }
 
     def __call__(
         self,
@@ -74,7 +78,7 @@ class EvalStep:
         # batch.
         label, value = run_checks(output.checks, output.weights)
         new = {
-            SIGNS: Signs(jnp.zeros((), jnp.float32), label, value),
+            FINDINGS: Findings(jnp.zeros((), jnp.float32), label, value),
             'task': self.task.measure(output),
             'examples': Count.from_model_output(batch[MASK]),
         }

@@ -79,7 +79,7 @@ class Captures:
         recorder = ModuleRecorder(lambda output, inputs, variables: ())
 
         def run(state: TrainState, batch: Batch) -> Any:
-            self._forward(recorder, state, batch, slices=1)
+            self._forward(recorder, state, batch, micro_batches=1)
             return ()
 
         # Without the metrics, as `Forward.compile` passes the state.
@@ -156,7 +156,7 @@ class Captures:
 
         def run(state: TrainState, batch: Batch) -> Any:
             recorder = ModuleRecorder(measure_output, selects=wants)
-            self._forward(recorder, state, batch, slices=1)
+            self._forward(recorder, state, batch, micro_batches=1)
             sown = [
                 {path: measure_sown(value) for path, value in call.items() if wants(path)}
                 for call in recorder.sown

@@ -89,7 +89,7 @@ def gradients(
 
     def perturbations(state: TrainState, batch: Batch) -> Any:
         recorder = ModuleRecorder(selects=wants, perturbations={})
-        forward(recorder, state, batch, slices=1)
+        forward(recorder, state, batch, micro_batches=1)
         # A list outside of the traced function: names are no arrays, so they cannot be returned.
         called.extend(recorder.called)
         return recorder.perturbations
@@ -97,7 +97,7 @@ def gradients(
     def run(state: TrainState, batch: Batch) -> Any:
         def loss(perturbations: Any) -> Any:
             recorder = ModuleRecorder(_squares, selects=wants, perturbations=perturbations)
-            (output,) = forward(recorder, state, batch, slices=1)
+            (output,) = forward(recorder, state, batch, micro_batches=1)
             return _loss(output), recorder.records
 
         # Zeros are added to the values: they change nothing, and the gradient with respect to them

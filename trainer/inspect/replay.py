@@ -186,7 +186,7 @@ class StepInspector:
         spec = self._programs.fields.shapes
 
         def run(state: TrainState, batch: Batch) -> TaskOutput:
-            return self._forward(ModuleRecorder(), state, batch, slices=1)[0]
+            return self._forward(ModuleRecorder(), state, batch, micro_batches=1)[0]
 
         return self._forward.shapes(run, dataclasses.replace(state, metrics=None), spec).checks
 

@@ -24,7 +24,7 @@ class Keys:
         seed: the run's seed; for a member of an ensemble, its own, which may be traced.
         mode: 'init', 'train' or 'eval'.
         step: number of updates before this one; a traced scalar inside a step.
-        index: accumulation slice in training, batch number in evaluation.
+        index: micro-batch in training, batch number in evaluation.
     """
 
     seed: int | jax.Array

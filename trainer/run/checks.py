@@ -54,9 +54,9 @@ def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> No
         experiment.optimizer,
         state.opt_state,
         ema=experiment.training.ema_decay is not None,
-        own_step=experiment.step is not default_step,
+        is_custom_step=experiment.step is not default_step,
     )
-    combinations.warn_of_eval_point(experiment.optimizer, state.opt_state)
+    combinations.warn_about_eval_params(experiment.optimizer, state.opt_state)
     warn_of_micro_batch_stats(experiment, state)
     warn_of_padding_in_batch_stats(programs)
     warn_of_idle_axes(experiment, state, mesh)

@@ -28,7 +28,7 @@ from trainer.observe.time_spent import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
 from trainer.tasks.measured import (
-    Measured,
+    MetricValues,
     average_members,
     check_computes,
     compute_on_trial,
@@ -188,8 +188,8 @@ class Reporter:
             self.progress.message(f'step {step:,}:{kept}')
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the row of an evaluation, and a file with the arrays of a `Measured`."""
-        arrays = metrics.arrays if isinstance(metrics, Measured) else {}
+        """Writes the row of an evaluation, and a file with the arrays of a `MetricValues`."""
+        arrays = metrics.arrays if isinstance(metrics, MetricValues) else {}
         kept = self._write_arrays(f'eval_{name}_{step}', arrays)
         row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
         self._add(step, row)
@@ -262,7 +262,7 @@ class _Pending:
         return self._one is None or self._one.is_ready()  # type: ignore[attr-defined]
 
 
-def flat_row(metrics: Any, stopped: Any = None) -> Measured:
+def flat_row(metrics: Any, stopped: Any = None) -> MetricValues:
     """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer.
 
     For an ensemble: the means over its members, and 'train/member_<i>/...' for each member.
@@ -301,14 +301,14 @@ def check_row(metrics: Any) -> None:
         raise UserError(f'the metrics of training: {error}') from error
 
 
-def _flatten(computed: Mapping[str, Any]) -> Measured:
+def _flatten(computed: Mapping[str, Any]) -> MetricValues:
     rest = dict(computed)
-    row = Measured(rest.pop('task', {}))
-    row.update_with(Measured(rest.pop('penalties', {})))
+    row = MetricValues(rest.pop('task', {}))
+    row.update_with(MetricValues(rest.pop('penalties', {})))
     norms = rest.pop('norms', {})
-    row.update_with(Measured({f'{name}_norm': value for name, value in norms.items()}))
+    row.update_with(MetricValues({f'{name}_norm': value for name, value in norms.items()}))
     # Learning rates, possibly one for each parameter group, and the metrics of a custom step.
-    row.update_with(Measured(rest))
+    row.update_with(MetricValues(rest))
     return row
 
 
