@@ -70,7 +70,7 @@ def load(spec: str) -> LoadedConfig:
                 "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in the place of "
                 "'12.5%' as a key, write a whole number of steps"
             )
-        if compat.is_other_type(error):
+        if compat.is_type_change(error):
             hint = (
                 '\nA config describes how objects are made: config.optimizer = '
                 "dict(target='optax:adam', learning_rate=1e-3)"

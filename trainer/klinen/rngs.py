@@ -48,7 +48,7 @@ def known_keys(rng: Rng | None, asked: rng_streams.Streams) -> Keys:
 
 def fold_path(keys: Keys, path: tuple[str, ...]) -> dict[str, Any]:
     """Returns the keys as they arrive at `path` of a model, so that a part draws the same alone."""
-    return {name: compat.key_below(key, path) for name, key in keys.items()}
+    return {name: compat.fold_in_path(key, path) for name, key in keys.items()}
 
 
 def run(function: Callable[[Keys], Any], rng: Rng | None, asked: rng_streams.Streams) -> Any:

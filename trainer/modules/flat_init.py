@@ -45,11 +45,11 @@ def intercept(
     }
     try:
         for name, value in before.items():
-            compat.set_in_call(module, name, _Flat(value))
+            compat.set_attribute(module, name, _Flat(value))
         return following(*args, **kwargs)
     finally:
         for name, value in before.items():
-            compat.set_in_call(module, name, value)
+            compat.set_attribute(module, name, value)
 
 
 def _is_function(value: Any) -> bool:

@@ -181,7 +181,7 @@ class NNXModel(BoundModel):
             looking = nnx_recorder.record_calls(module, calls.recorder)
         elif self._named:
             looking = nnx_recorder.record_calls(module, nnx_recorder.NameScopes())
-        with pmap_axes.omit_in_nnx(module), looking, compat.allowing_sow():
+        with pmap_axes.omit_in_nnx(module), looking, compat.allow_sow():
             if bridges := nnx_bridge.linen_parts(module):
                 output = nnx_bridge.run_with_linen(run, bridges, self.training)
             else:
