@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainer.config import misplaced
 from trainer.config.errors import short_repr
 
 # Where a function or class of a library is looked for under a public name; its own package, too.
@@ -115,7 +116,7 @@ def _iterator_advice(value: Any) -> str:
 
 def _callable_advice(value: Any) -> str:
     kind, module = 'class' if inspect.isclass(value) else 'function', value.__module__ or ''
-    own = module.startswith('_config_')
+    own = module.startswith(misplaced.CONFIG_PREFIX)
     outer = value.__qualname__.partition('.<locals>')[0]
     if value.__qualname__.endswith('<lambda>') and (own or outer.endswith('<lambda>')):
         return (
@@ -183,7 +184,9 @@ def public_name(value: Any) -> str:
 
 def _importable_name(module: str, name: str) -> str:
     """Returns 'optax:adam' for what is defined in 'optax._src.alias': where it is public."""
-    if module.startswith('_config_'):  # The config file itself, which nothing can import.
+    if module.startswith(
+        misplaced.CONFIG_PREFIX
+    ):  # The config file itself, which nothing can import.
         return f'package.module:{name}'
     value, parts = _find_attribute(module, name), module.split('.')
     parents = ['.'.join(parts[:count]) for count in range(1, len(parts))]

@@ -2,14 +2,15 @@
 """The location and names of the bundled models, data and configs.
 
 They have one name, in a checkout and in an installed wheel: `trainer.models.cnn:CNN`,
-`trainer.data.mnist:MNIST`, `--config=mnist` or `--config=configs/mnist.py`. A name that does not
-begin with `trainer.` belongs to the user or to a library. So packages `models` and `data` of the
-user's own neither hide the bundled ones nor are hidden by them, and no class exists twice, under
-two names.
+`trainer.data.mnist:MNIST`, `trainer.configs.mnist`, and `--config=mnist` or
+`--config=configs/mnist.py`. A name that does not begin with `trainer.` belongs to the user or to a
+library. So packages `models`, `data` and `configs` of the user's own neither hide the bundled ones
+nor are hidden by them, and no class exists twice, under two names.
 
 In a checkout the files are in the folders `models/`, `data/` and `configs/` at the top, for people
 to read. The wheel has them in `trainer/models/` and so on (`force-include` in pyproject.toml). The
-packages `trainer.models` and `trainer.data` consist of one line that says which of the two it is.
+packages `trainer.models`, `trainer.data` and `trainer.configs` consist of one line that says which
+of the two it is.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import sys
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
-# The folder that has models/, data/ and configs/ in it. Only in a wheel is there a trainer/configs.
-FOLDER = _PACKAGE if (_PACKAGE / 'configs').is_dir() else _PACKAGE.parent
+# The folder whose models/, data/ and configs/ hold the files. Only a wheel has them in trainer/.
+FOLDER = _PACKAGE if (_PACKAGE / 'configs' / 'mnist.py').is_file() else _PACKAGE.parent
 
 # Packages of ours that are called `trainer.<name>`.
-PACKAGES = ('models', 'data')
+PACKAGES = ('models', 'data', 'configs')
 
 
 def full_name(module_name: str) -> str | None:
@@ -35,7 +36,8 @@ def full_name(module_name: str) -> str | None:
     twice, and an object of one class would be no instance of the other.
     """
     package, _, rest = module_name.partition('.')
-    if package not in PACKAGES or not _is_module(FOLDER / package, rest):
+    # The package itself is never ours by this name: `data:Mine` is a `data.py` of the user's.
+    if package not in PACKAGES or not rest or not _is_module(FOLDER / package, rest):
         return None
     found = _find_file(package, rest.partition('.')[0])
     if found is None or found.is_relative_to(FOLDER / package):

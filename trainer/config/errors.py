@@ -47,4 +47,4 @@ def full_text(error: BaseException) -> str:
 
 def error_notes(error: BaseException) -> list[str]:
     """Returns the notes of an error, without that of JAX about frames that it leaves out."""
-    return [note for note in getattr(error, '__notes__', ()) if not compat.is_note_on_frames(note)]
+    return [note for note in getattr(error, '__notes__', ()) if not compat.is_frames_note(note)]

@@ -14,7 +14,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from trainer.config import bundled, suggest
+from trainer.config import bundled, misplaced, suggest
 from trainer.config.errors import UserError, short_repr
 
 # Where a name without a module is looked for, to say which module was probably meant.
@@ -51,9 +51,10 @@ def resolve(name: object, path: str) -> Any:
     except AttributeError as error:
         raise UserError(_missing_attribute_text(module, attribute, name, path)) from error
     except _NoModuleError as error:
-        raise UserError(
-            _missing_module_text(name, path, _nearest_name(module_name, attribute))
-        ) from error
+        near = (
+            '' if (hint := misplaced.hint(module_name)) else _nearest_name(module_name, attribute)
+        )
+        raise UserError(f'{_missing_module_text(name, path, near)} {hint}'.rstrip()) from error
 
 
 def _colon_hint(name: object) -> str:
@@ -101,18 +102,31 @@ def _import_failure_text(module_name: str, error: BaseException, path: str) -> s
 
 
 def last_line(error: BaseException) -> str:
-    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
+    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file.
+
+    For a missing module whose file is near, a sentence says how to import it.
+    """
     text = traceback.format_exception_only(error)[-1].strip().partition('\n')[0]
     if isinstance(error, SyntaxError):
         return f'{text} ({error.filename}, line {error.lineno})'
-    return f'{text}{error_location(error)}'
+    text = f'{text}{error_location(error)}'
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        files = [frame.filename for frame in _user_frames(error)]
+        full_name = bundled.full_name(error.name)
+        hint = f'Did you mean {full_name}?' if full_name else misplaced.hint(error.name, files)
+        text = f'{text}. {hint}' if hint else text
+    return text
 
 
 def error_location(error: BaseException) -> str:
     """Returns ' (file.py, line 3)', the last of the user's lines that led to an error, or ''."""
-    raised = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in raised if not is_library(frame.filename)]
+    frames = _user_frames(error)
     return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
+
+
+def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    raised = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in raised if not is_library(frame.filename)]
 
 
 def is_library(filename: str) -> bool:

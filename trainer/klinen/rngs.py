@@ -51,7 +51,7 @@ def fold_path(keys: Keys, path: tuple[str, ...]) -> dict[str, Any]:
 
     Called separately, it then draws the same random numbers as within the model.
     """
-    return {name: compat.key_below(key, path) for name, key in keys.items()}
+    return {name: compat.fold_in_path(key, path) for name, key in keys.items()}
 
 
 def run(function: Callable[[Keys], Any], rng: Rng | None, streams: rng_streams.Streams) -> Any:

@@ -49,11 +49,11 @@ def intercept(
     # For this call alone: whatever else reads the fields finds the user's initializers.
     try:
         for name, value in before.items():
-            compat.set_in_call(module, name, _Flat(value))
+            compat.set_attribute(module, name, _Flat(value))
         return next_fun(*args, **kwargs)
     finally:
         for name, value in before.items():
-            compat.set_in_call(module, name, value)
+            compat.set_attribute(module, name, value)
 
 
 def _is_function(value: Any) -> bool:

@@ -195,7 +195,7 @@ class NNXModel(BoundModel):
             recording = nnx_recorder.record_calls(module, nnx_recorder.NameScopes())
         # `record_calls` has replaced classes of the module above, so `omit_in_nnx` derives from the
         # recorded ones, and restores those.
-        with pmap_axes.omit_in_nnx(module), recording, compat.allowing_sow():
+        with pmap_axes.omit_in_nnx(module), recording, compat.allow_sow():
             if bridges := nnx_bridge.linen_parts(module):
                 output = nnx_bridge.run_with_linen(run, bridges, self.training)
             else:

@@ -112,7 +112,7 @@ def _recorded_class(kind: Any, path: str) -> Any:
                 setattr(self, NAME, nnx.Intermediate((*before, record)))
         return output
 
-    return compat.subclass(kind, call)
+    return compat.make_subclass(kind, call)
 
 
 def _num_open_loops() -> int:

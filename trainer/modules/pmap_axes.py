@@ -83,11 +83,11 @@ class PmapAxes:
         self._warn_once(missing, where)
         # The axes that are bound, such as one of `nn.vmap` within the model, stay.
         rest = tuple(name for name in names if name not in missing)
-        compat.set_in_call(module, 'axis_name', rest or None)
+        compat.set_attribute(module, 'axis_name', rest or None)
         try:
             yield missing
         finally:
-            compat.set_in_call(module, 'axis_name', axis_name)
+            compat.set_attribute(module, 'axis_name', axis_name)
 
     def _warn_once(self, names: list[Any], where: str) -> None:
         new = [name for name in names if name not in self._warned]
@@ -171,7 +171,7 @@ def _class_without_axes(kind: Any, path: str) -> Any:
                 axes._paths.add(path)
             return kind.__call__(self, *args, **kwargs)
 
-    return compat.subclass(kind, call)
+    return compat.make_subclass(kind, call)
 
 
 def _is_missing(name: Any) -> bool:
