@@ -66,7 +66,7 @@ def _generate(
     _, shapes = jax.eval_shape(lambda: decoder.apply({'params': params}, prompt, mutable=['cache']))
     cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes['cache'])
 
-    def following(cache: Any, tokens: jax.Array, key: jax.Array | None) -> tuple[Any, jax.Array]:
+    def predict_next(cache: Any, tokens: jax.Array, key: jax.Array | None) -> tuple[Any, jax.Array]:
         variables = {'params': params, 'cache': cache}
         logits, state = decoder.apply(variables, tokens, mutable=['cache'])
         last = logits[:, -1].astype(jnp.float32)
@@ -76,11 +76,11 @@ def _generate(
 
     def step(carry: tuple[Any, jax.Array], key: jax.Array | None) -> Any:
         cache, token = carry
-        cache, following_token = following(cache, token[:, None], key)
-        return (cache, following_token), token
+        cache, next_token = predict_next(cache, token[:, None], key)
+        return (cache, next_token), token
 
     keys = None if key is None else jax.random.split(key, count)
-    first = following(cache, prompt, None if keys is None else keys[0])
+    first = predict_next(cache, prompt, None if keys is None else keys[0])
     rest = None if keys is None else keys[1:]
     (_, last), tokens = jax.lax.scan(step, first, rest, length=count - 1)
     return jnp.concatenate([tokens.T, last[:, None]], axis=1).astype(prompt.dtype)

@@ -30,8 +30,8 @@ class GroupedBatchNorm(nn.BatchNorm):
     the variables are those of `nn.BatchNorm`.
 
     Attributes:
-        groups: their number, which divides the rows. Of a batch that `accumulate` cuts into slices,
-            it is that of each slice.
+        groups: their number, which divides the rows. With `accumulate`, it is that of each
+            micro-batch.
     """
 
     groups: int = 1
@@ -62,7 +62,7 @@ class GroupedBatchNorm(nn.BatchNorm):
         if self.groups < 1 or x.shape[0] % self.groups:
             raise ValueError(f'{x.shape[0]} rows do not divide into groups={self.groups}')
         every = nn.vmap(
-            functools.partial(_of_one_group, use_running_average=use_running_average),
+            functools.partial(_normalize_group, use_running_average=use_running_average),
             variable_axes={'params': None, 'batch_stats': None},
             split_rngs={'params': False},
             axis_name=_GROUPS,
@@ -72,7 +72,7 @@ class GroupedBatchNorm(nn.BatchNorm):
         return every(self, x.reshape(cut), masks).reshape(x.shape)
 
 
-def _of_one_group(
+def _normalize_group(
     norm: nn.BatchNorm, x: jax.Array, mask: jax.Array | None, *, use_running_average: bool | None
 ) -> jax.Array:
     """Normalises a group within `vmap`; the running statistics are of the mean over all groups."""

@@ -58,7 +58,7 @@ class Seq2Seq(nn.Module):
             train: whether dropout is active.
         """
         before = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-        y = self.decoder(self.embed(before), initial_carry=self._read(inputs, lengths))
+        y = self.decoder(self.embed(before), initial_carry=self._encode(inputs, lengths))
         return self.logits(self.dropout(y, deterministic=not train))
 
     def greedy(self, inputs: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
@@ -81,9 +81,9 @@ class Seq2Seq(nn.Module):
             length=count,
         )  # fmt: skip
         start = jnp.zeros(inputs.shape[0], jnp.int32)
-        return step(self, (self._read(inputs, lengths), start), None)[1]
+        return step(self, (self._encode(inputs, lengths), start), None)[1]
 
-    def _read(self, inputs: jax.Array, lengths: jax.Array) -> Any:
+    def _encode(self, inputs: jax.Array, lengths: jax.Array) -> Any:
         x = self.embed(inputs)
         # Flax starts in the dtype of the stored parameters; float32 would stay float32.
         zeros = jnp.zeros((x.shape[0], self.hidden), x.dtype)

@@ -136,8 +136,8 @@ class ResNet(nn.Module):
         Raises:
             ValueError: if there is no such block or stem.
         """
-        block = _named('block', self.block, basic=BasicBlock, bottleneck=BottleneckBlock)
-        size, strides, pad = _named('stem', self.stem, large=(7, 2, 3), small=(3, 1, 1))
+        block = _select('block', self.block, basic=BasicBlock, bottleneck=BottleneckBlock)
+        size, strides, pad = _select('stem', self.stem, large=(7, 2, 3), small=(3, 1, 1))
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm = functools.partial(
             GroupedBatchNorm, groups=self.norm_groups, use_running_average=not train,
@@ -161,7 +161,7 @@ class ResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x.mean((1, 2)))
 
 
-def _named(what: str, name: str, **known: Any) -> Any:
+def _select(what: str, name: str, **known: Any) -> Any:
     if name not in known:
         raise ValueError(f'{what}: {name!r} is none of {", ".join(known)}')
     return known[name]

@@ -20,13 +20,13 @@ Initializer = Callable[..., Any]
 _ACTIVATIONS = ('batch', 'length', 'embed')
 
 
-def _named(init: Initializer, *axes: str) -> Initializer:
+def _with_axes(init: Initializer, *axes: str) -> Initializer:
     return nn.with_logical_partitioning(init, axes)
 
 
 def _layer_norm(name: str, **dtypes: Any) -> nn.LayerNorm:
-    scale = _named(nn.initializers.ones, 'embed')
-    bias = _named(nn.initializers.zeros, 'embed')
+    scale = _with_axes(nn.initializers.ones, 'embed')
+    bias = _with_axes(nn.initializers.zeros, 'embed')
     return nn.LayerNorm(scale_init=scale, bias_init=bias, name=name, **dtypes)
 
 
@@ -56,22 +56,29 @@ class Attention(nn.Module):
         init = nn.initializers.lecun_normal()
 
         def project(name: str) -> jax.Array:
-            y = nn.Dense(width, kernel_init=_named(init, 'embed', 'heads'), name=name, **dtypes)(x)
+            y = nn.Dense(
+                width, kernel_init=_with_axes(init, 'embed', 'heads'), name=name, **dtypes
+            )(x)
             y = y.reshape(batch, length, self.heads, width // self.heads)
             return nn.with_logical_constraint(y, ('batch', 'length', 'heads', 'head_dim'))
 
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
         if self.cache_length:
-            key, value = self._kept('keys', key, start), self._kept('values', value, start)
+            key, value = (
+                self._update_cache('keys', key, start),
+                self._update_cache('values', value, start),
+            )
         # bfloat16 probabilities would not sum up to 1, so the softmax is in float32. Its result is
         # cast back: otherwise it would promote the next product and everything after it.
         weights = nn.dot_product_attention_weights(
             query, key, mask=mask, force_fp32_for_softmax=True
         ).astype(value.dtype)
         y = jnp.einsum('...hqk,...khd->...qhd', weights, value).reshape(x.shape)
-        return nn.Dense(width, kernel_init=_named(init, 'heads', 'embed'), name='out', **dtypes)(y)
+        return nn.Dense(
+            width, kernel_init=_with_axes(init, 'heads', 'embed'), name='out', **dtypes
+        )(y)
 
-    def _kept(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:
+    def _update_cache(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:
         """Returns all that is in the cache, (batch, cache_length, ...), with these from `start`."""
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
         cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
@@ -127,11 +134,11 @@ class Block(nn.Module):
 
         y = _layer_norm('mlp_norm', **dtypes)(x)
         y = nn.Dense(
-            self.mlp_width, kernel_init=_named(init, 'embed', 'mlp'), name='mlp_in', **dtypes
+            self.mlp_width, kernel_init=_with_axes(init, 'embed', 'mlp'), name='mlp_in', **dtypes
         )(y)
         y = nn.with_logical_constraint(nn.gelu(y), ('batch', 'length', 'mlp'))
         y = nn.Dense(
-            x.shape[-1], kernel_init=_named(init, 'mlp', 'embed'), name='mlp_out', **dtypes
+            x.shape[-1], kernel_init=_with_axes(init, 'mlp', 'embed'), name='mlp_out', **dtypes
         )(y)
         return nn.with_logical_constraint(x + dropout(y), _ACTIVATIONS), None
 
@@ -201,14 +208,14 @@ class Transformer(nn.Module):
         length = tokens.shape[1]
         if length > self.max_length:
             raise ValueError(f'{length} tokens, but max_length is {self.max_length}')
-        embedding = _named(nn.initializers.normal(0.02), 'vocab', 'embed')
+        embedding = _with_axes(nn.initializers.normal(0.02), 'vocab', 'embed')
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = nn.Embed(
             self.vocab_size, self.width, embedding_init=embedding, name='tokens', **dtypes
         )(tokens)
         table = self.param(
             'positions',
-            _named(nn.initializers.normal(0.02), 'length', 'embed'),
+            _with_axes(nn.initializers.normal(0.02), 'length', 'embed'),
             (self.max_length, self.width),
             self.param_dtype,
         )
@@ -234,7 +241,7 @@ class Transformer(nn.Module):
         x = self._blocks(x, mask, start, train)
 
         x = _layer_norm('norm', **dtypes)(x)
-        init = _named(nn.initializers.lecun_normal(), 'embed', 'vocab')
+        init = _with_axes(nn.initializers.lecun_normal(), 'embed', 'vocab')
         logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
         return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
 

@@ -19,7 +19,7 @@ import pytest
 from tests import command
 from tests.checkpoint.examples import Held, Unwritable, abstract, state
 from trainer.checkpoint import writing
-from trainer.checkpoint.errors import SaveError, first_line, may_pass
+from trainer.checkpoint.errors import SaveError, first_line, is_temporary
 from trainer.checkpoint.manager import Checkpoints, Retention
 
 # TensorStore calls back into a loop that the first failure has closed.
@@ -54,7 +54,7 @@ def test_what_lasts_is_an_error_with_the_cause(tmp_path: pathlib.Path, notice: s
             getattr(checkpoints, notice)()
     assert str(error.value) == (
         f'the save of step 2 in {tmp_path} failed (OSError: [Errno 28] No space left on device).\n'
-        'Fix the cause; the same command then resumes from step 1.'
+        'Fix the cause; running the same command again resumes from step 1.'
     )
     assert error.value.exit_code == 1
     # It was told once, and nothing more was tried.
@@ -117,7 +117,7 @@ def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path: pathlib.Pa
     (tmp_path / 'checkpoints').rename(tmp_path / 'moved')
     (tmp_path / 'checkpoints').write_text('a file')
     checkpoints.save(2, state(), {})
-    with pytest.raises(SaveError, match='resumes from the beginning: no checkpoint is there'):
+    with pytest.raises(SaveError, match='resumes from the beginning: there is no checkpoint'):
         checkpoints.wait()
 
 
@@ -157,7 +157,7 @@ def test_a_directory_that_goes_before_the_save_keeps_no_thread_waiting(
     ],
 )
 def test_what_may_pass(error: Exception, expected: bool) -> None:
-    assert may_pass(error) == expected
+    assert is_temporary(error) == expected
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_nothing_is_there(tmp_path: pathlib.Path, exists: bool) -> None:
     checkpoints = open_in(directory)
     assert (checkpoints.steps(), checkpoints.latest(), checkpoints.best()) == ([], None, None)
     assert not checkpoints.has(0)
-    with pytest.raises(UserError, match=r'no checkpoint of step 3 .*; there: none'):
+    with pytest.raises(UserError, match=r'no checkpoint of step 3 .*; available: none'):
         checkpoints.restore(3, abstract(state()))
     checkpoints.wait()
     checkpoints.close()
@@ -83,7 +83,7 @@ def test_what_was_cut_short_is_invisible_and_the_next_save_removes_it(
     checkpoints = open_in(tmp_path, keep_last=9)
     assert checkpoints.steps() == [1]
     assert not checkpoints.has(3)
-    with pytest.raises(UserError, match=r'there: 1$'):
+    with pytest.raises(UserError, match=r'available: 1$'):
         checkpoints.restore(3, abstract(state()))
     checkpoints.restore(1, abstract(state()))
     assert {p.name for p in tmp_path.iterdir()} == {'1', '2', '3', '4'}

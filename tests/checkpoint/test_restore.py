@@ -47,9 +47,9 @@ def test_another_state_is_a_mistake_that_names_the_leaf(
     with pytest.raises(UserError) as error:
         saved.restore(1, abstract({**state(), **change}))
     first, *lines, last = str(error.value).splitlines()
-    assert first == f'{saved.directory / "1"} holds another state than this config makes:'
+    assert first == f'{saved.directory / "1"} does not fit the state of this config:'
     assert lines == [f'  {line}']
-    assert 'name another --workdir' in last
+    assert 'set another --workdir' in last
 
 
 def test_many_differences_are_counted(saved: Checkpoints) -> None:
@@ -106,7 +106,7 @@ def test_damage_is_found_and_named(
     with pytest.raises(CheckpointError) as error:
         saved.restore(1, abstract(state()))
     assert f'{saved.directory / "1"} is damaged: ' in str(error.value)
-    assert 'Remove that directory to go on from an older checkpoint' in str(error.value)
+    assert 'Delete that directory to resume from an older checkpoint' in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     assert error.value.exit_code == 65
 

@@ -36,7 +36,7 @@ def test_the_home_directory_wherever_a_path_is_named(home: pathlib.Path) -> None
     (home / 'mine.py').write_text(CONFIG)
     np.savez(home / 'x.npz', a=np.zeros((3, 1)))
     assert loading.load('~/mine.py').path == home / 'mine.py'
-    Workdir('~/runs/a').make()
+    Workdir('~/runs/a').create()
     assert (home / 'runs' / 'a').is_dir()
     assert len(Npz('~/x.npz')) == 3
     assert str(read.locate(read.epath.Path('~/x.npz'))) == str((home / 'x.npz').resolve())

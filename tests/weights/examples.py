@@ -14,7 +14,7 @@ import numpy as np
 from trainer.data.sources import ArraySource
 from trainer.experiment import load_and_build
 from trainer.trainer import Trainer
-from trainer.weights.first_state import start
+from trainer.weights.first_state import load_initial_weights
 from trainer.weights.init_from import InitFrom
 
 CONFIG = """
@@ -88,7 +88,7 @@ def pretrained(directory: pathlib.Path, **overrides: Any) -> tuple[str, Any]:
 def started(run: Trainer, **init_from: Any) -> Any:
     """Returns the first state of a trainer without `init_from`, as one with it would have it."""
     chosen = InitFrom(**init_from)
-    return start(
+    return load_initial_weights(
         run.set_up().programs.init(),
         chosen,
         (),

@@ -88,9 +88,11 @@ def test_a_run_goes_on_from_one_member(tmp_path: pathlib.Path) -> None:
         return error
 
     assert refused(path=path, member=3).match('the ensemble has the members 0 to 2')
-    assert refused(path=path).match('3 members of an ensemble: name one')
-    assert refused(path=path, member=0, layout='torch').match('has no ensembles')
+    assert refused(path=path).match('the 3 members of an ensemble: select one')
+    assert refused(path=path, member=0, layout='torch').match(
+        r'member is not supported with layout='
+    )
     alone = tmp_path / 'alone'
     alone.mkdir()
     path, _ = pretrained(alone)
-    assert refused(path=path, member=0).match('the checkpoint is not that of an ensemble')
+    assert refused(path=path, member=0).match('the checkpoint is not one of an ensemble')

@@ -78,5 +78,5 @@ def test_momentum_of_flax_optim(tmp_path: pathlib.Path) -> None:
     sgd = {'target': 'optax:sgd', 'learning_rate': 0.1, 'momentum': 0.9}
     new = trainer(tmp_path, init_from=init_from, optimizer=sgd).init_state()
     assert_same(new.opt_state[0].trace, jax.tree.map(lambda x: x + 1, variables['params']))
-    with pytest.raises(UserError, match=r'It lacks\n  opt_state\.0\.mu/'):
+    with pytest.raises(UserError, match=r'Missing:\n  opt_state\.0\.mu/'):
         trainer(tmp_path, init_from=init_from).init_state()

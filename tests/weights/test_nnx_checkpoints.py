@@ -75,7 +75,7 @@ def test_states_of_nnx(tmp_path: pathlib.Path) -> None:
         made = started(run, path=str(tmp_path / name), at=at)
         np.testing.assert_allclose(run.model(made)(X), module(X), atol=1e-6, err_msg=name)
     save(tmp_path / 'weights', nnx.state(module, nnx.Param))
-    with pytest.raises(UserError, match=r'It lacks\n  batch_stats/backbone/norm/mean'):
+    with pytest.raises(UserError, match=r'Missing:\n  batch_stats/backbone/norm/mean'):
         started(run, path=str(tmp_path / 'weights'))
 
 
@@ -143,7 +143,7 @@ def test_numbers_filled_up_with_zeros(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / 'manager' / '00000009').is_dir()
     for step, expected in (('latest', 10), (9, 9), ('10', 10)):
         assert restore.raw(tmp_path / 'manager', step)['params']['x'].tolist() == [expected] * 2
-    with pytest.raises(UserError, match="has no checkpoint '7'; there: 9, 10"):
+    with pytest.raises(UserError, match="has no checkpoint '7'; available: 9, 10"):
         restore.raw(tmp_path / 'manager', 7)
 
 
@@ -186,7 +186,7 @@ def test_typed_keys(tmp_path: pathlib.Path) -> None:
             )
     raw = restore.into({'key': jax.random.PRNGKey(0)}, tmp_path / 'keys')
     assert raw['key'].tolist() == [0, 3]
-    with pytest.raises(UserError, match=r'key: uint32\[2\] there, uint32\[4\] in the target'):
+    with pytest.raises(UserError, match=r'key: got uint32\[2\], the target has uint32\[4\]'):
         restore.into({'key': fresh['rbg']}, tmp_path / 'keys')
     kept = restore.into(
         {'w': np.zeros(3), 'new': keys['rbg']}, tmp_path / 'keys', on_missing='init'
@@ -209,13 +209,13 @@ def test_into_shapes(tmp_path: pathlib.Path) -> None:
     assert_same(found, {'w': np.arange(8.0, dtype='f4'), 'n': np.arange(4, dtype='i4')})
     assert all(x.sharding == cut for x in found.values())
     missing = {**target, 'new': shape(4, 'float32')}
-    with pytest.raises(UserError, match=r'no value of:\n  new\n'):
+    with pytest.raises(UserError, match=r'the target has no value:\n  new\n'):
         restore.into(missing, tmp_path / 'tree', on_missing='init')
     ignore: Any = 'ignore'
-    with pytest.raises(UserError, match="on_missing: 'ignore' is none of 'error', 'init'"):
+    with pytest.raises(UserError, match="on_missing='ignore': expected 'error' or 'init'"):
         restore.into(missing, tmp_path / 'tree', on_missing=ignore)
     for dtype in ('int32', 'bool'):
-        with pytest.raises(UserError, match=rf'w: float32\[8\] there, {dtype}\[8\] in the target'):
+        with pytest.raises(UserError, match=rf'w: got float32\[8\], the target has {dtype}\[8\]'):
             restore.into({'w': shape(8, dtype)}, tmp_path / 'tree')
     assert restore.into({'n': np.zeros(4)}, tmp_path / 'tree')['n'].tolist() == [0, 1, 2, 3]
 
@@ -224,8 +224,8 @@ def test_files_that_are_near(tmp_path: pathlib.Path) -> None:
     """A directory with a file in it, and an archive of numpy, are told as what they are."""
     (tmp_path / 'model.safetensors').write_bytes(b'')
     (tmp_path / 'vocab.txt').write_text('')
-    with pytest.raises(UserError, match=r'there is model\.safetensors: name it in the path$'):
+    with pytest.raises(UserError, match=r'to load model\.safetensors, add the file to the path$'):
         restore.raw(tmp_path)
     np.savez(tmp_path / 'weights.npz', x=np.ones(3))
-    with pytest.raises(UserError, match=r'weights\.npz is an archive of numpy'):
+    with pytest.raises(UserError, match=r'weights\.npz is a numpy archive'):
         restore.raw(tmp_path / 'weights.npz')

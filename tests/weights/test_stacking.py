@@ -80,14 +80,17 @@ def test_a_run_goes_on_in_the_other_form(tmp_path: pathlib.Path, scanned: bool) 
 
 
 MISTAKES = [
-    (Stack(pattern=r'^layer_(\d+)/'), 'applies to nothing. There is\n'),
-    (Stack(pattern=r'^block_\d+/'), "one group is a layer's number"),
-    (Stack(pattern=r'^(block)_\d+/'), "one group is a layer's number"),
+    (Stack(pattern=r'^layer_(\d+)/'), 'matches nothing. Available:\n'),
+    (Stack(pattern=r'^block_\d+/'), "the pattern needs one group, the layer's number"),
+    (Stack(pattern=r'^(block)_\d+/'), "the pattern needs one group, the layer's number"),
     (Stack(pattern='('), 'missing '),
-    (Stack(pattern=r'^block_(\d)/'), 'blocks/kernel has the layers 0, 2; one is missing'),
-    (Stack(pattern=r'^b_(\d)/', replacement='b/'), r'b/w would have layers of shapes \[2\], \[3\]'),
-    (Stack(pattern=r'^b_(\d)/w', replacement='taken/w'), 'there is a params/taken/w already'),
-    (Unstack(), 'applies to nothing'),
+    (Stack(pattern=r'^block_(\d)/'), 'blocks/kernel has only the layers 0, 2; one is missing'),
+    (
+        Stack(pattern=r'^b_(\d)/', replacement='b/'),
+        r'the layers of params/b/w have different shapes: \[2\], \[3\]',
+    ),
+    (Stack(pattern=r'^b_(\d)/w', replacement='taken/w'), 'params/taken/w already exists'),
+    (Unstack(), 'matches nothing'),
     (Unstack(pattern='^one'), 'params/one is a scalar'),
 ]
 
@@ -106,5 +109,5 @@ def test_what_cannot_be_stacked(operation: Any, message: str) -> None:
 
 
 def test_layers_need_names() -> None:
-    with pytest.raises(UserError, match=r"no {} for the layer's number"):
+    with pytest.raises(UserError, match=r"the replacement needs one {} for the layer's number"):
         Unstack(replacement='block/')

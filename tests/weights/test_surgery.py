@@ -122,12 +122,12 @@ def test_slots_of_other_shapes() -> None:
     old = {path.replace('Dense_1', 'head'): x for path, x in flat(opt_state).items()}
     assert_same(flat(slots), old)
     with pytest.raises(
-        UserError, match=r'its parameter has the shape \[4, 3\], and what becomes of'
+        UserError, match=r'differs from that of its parameter, \[4, 3\], cannot be edited'
     ):
         operate([Resize(pattern='Dense_1/kernel', size=5)], PARAMS, opt_state, tx)
-    with pytest.raises(UserError, match='the optimizer `tx` that made opt_state goes with it'):
+    with pytest.raises(UserError, match='opt_state needs the optimizer that created it, tx='):
         operate([rename], PARAMS, opt_state)
-    with pytest.raises(UserError, match='opt_state/0/trace/Conv_0/bias: absent there'):
+    with pytest.raises(UserError, match='opt_state/0/trace/Conv_0/bias: got absent'):
         operate([rename], PARAMS, opt_state, optax.sgd(0.1, momentum=0.9))
 
 
@@ -141,7 +141,7 @@ def test_resize() -> None:
     assert resized(size=4, keep=(2, 0), fill=9.0).tolist() == [[2, 0, 9, 9], [5, 3, 9, 9]]
     assert resized(size=4, fill='mean').tolist() == [[0, 1, 2, 1], [3, 4, 5, 4]]
     assert resized(size=3, axis=0).tolist() == [[0, 1, 2], [3, 4, 5], [0, 0, 0]]
-    with pytest.raises(UserError, match='3 entries are kept and only 2 fit'):
+    with pytest.raises(UserError, match='keep has 3 entries, more than size=2'):
         resized(size=2, keep=(0, 1, 2))
     with pytest.raises(UserError, match=r'on params/head/kernel \[2, 3\]: '):
         resized(size=2, keep=(0, 3))
@@ -166,7 +166,7 @@ def test_interpolated_positions() -> None:
     np.testing.assert_allclose(down[0, :, 1], [0, 1, 2], atol=1e-6)
     same = Interpolate(pattern='positions', size=(3, 3), extra=1)
     np.testing.assert_allclose(operate([same], tables)[0]['positions'], tables['positions'])
-    with pytest.raises(UserError, match=r'10 positions are no grid of \(3, 3\)'):
+    with pytest.raises(UserError, match=r'10 positions are not a grid \(3, 3\)'):
         operate([Interpolate(pattern='positions', size=(3, 3))], tables)
     wide = Interpolate(pattern='positions', size=(2, 2), old_size=(2, 5))
     assert operate([wide], tables)[0]['positions'].shape == (1, 4, 2)
@@ -186,25 +186,28 @@ def test_second_moments_stay_positive() -> None:
 
 def test_mistakes() -> None:
     for operation, message in (
-        (Rename(pattern='Dens_', replacement=''), r'applies to nothing. There is\n  Conv_0/bias'),
+        (Rename(pattern='Dens_', replacement=''), r'matches nothing. Available:\n  Conv_0/bias'),
         (Rename(pattern='(', replacement=''), 'config.surgery: Rename'),
-        (Rename(pattern='.*/', replacement=''), 'gives one path to several'),
-        (Resize(pattern='kernel', size=2), 'applies to nothing'),
+        (Rename(pattern='.*/', replacement=''), 'several arrays get the path'),
+        (Resize(pattern='kernel', size=2), 'matches nothing'),
         (Edit(pattern='[', function=unit), 'config.surgery: Edit'),
         (Edit(pattern='.*/bias', function=lambda x: {}['a']), r"Conv_0/bias \[4\]: KeyError: 'a'"),
         (Edit(pattern='.*/bias', function=lambda x: 1 / 0), 'Conv_0/bias .*ZeroDivisionError'),
-        (Edit(pattern='.*/bias', function=lambda x: None), 'the result is no array of numbers but'),
+        (Edit(pattern='.*/bias', function=lambda x: None), 'expected an array of numbers, got'),
         (
             Interpolate(pattern='.*/kernel', size=6, extra=9),
-            'Conv_0/kernel .* no positions besides 9 extra',
+            'Conv_0/kernel .* it has only 2 positions, and extra=9',
         ),
-        (Interpolate(pattern='.*/bias', size=6), 'Conv_0/bias .* no table of positions and widths'),
+        (
+            Interpolate(pattern='.*/bias', size=6),
+            r'Conv_0/bias .* expected an array \(\.\.\., positions, width\)',
+        ),
         (
             Rename(pattern='Dense_1/kernel', replacement='Dense_1/bias/x'),
-            r'Rename\(.*\) makes params/Dense_1/bias/x, and params/Dense_1/bias is an array',
+            r'Rename\(.*\) creates params/Dense_1/bias/x below params/Dense_1/bias, which is an',
         ),
-        (optax.adam(0.1), r'config\.surgery\[0\] is no operation on weights but a Gradient'),
-        (print, 'returns NoneType, not the weights by path'),
+        (optax.adam(0.1), r'config\.surgery\[0\]: expected an operation .* got a Gradient'),
+        (print, 'returned NoneType; expected weights by path'),
     ):
         with pytest.raises(UserError, match=message):
             operate([operation], PARAMS)
@@ -246,13 +249,15 @@ def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
 def test_surgery_that_does_not_lead_to_the_model(tmp_path: pathlib.Path) -> None:
     path, _ = pretrained(tmp_path)
     resize = {'target': f'{OPERATION}:Resize', 'pattern': 'head/kernel', 'size': 5}
-    with pytest.raises(UserError, match=r'head/kernel: float32\[12, 5\] there, float32\[12, 3\]'):
+    with pytest.raises(
+        UserError, match=r'head/kernel: got float32\[12, 5\], the model has float32\[12, 3\]'
+    ):
         trainer(tmp_path, init_from={'path': path}, surgery=(resize,)).init_state()
     with pytest.raises(UserError, match=r'config\.surgery\[0\]\.sise'):
         trainer(tmp_path, surgery=({**resize, 'sise': 3},))
     rename = {'target': f'{OPERATION}:Rename', 'pattern': 'head', 'replacement': 'top'}
     with pytest.raises(
-        UserError, match=r'^what config\.surgery makes of .*\nIt lacks\n  params/head/bias'
+        UserError, match=r'^the result of config\.surgery does not .*\nMissing:\n  params/head/bias'
     ):
         trainer(tmp_path, surgery=(rename,)).init_state()
 

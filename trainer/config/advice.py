@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainer.config import misplaced
 from trainer.config.errors import short_repr
 
 # Modules where the public name of a library's function or class is looked up, besides its own
@@ -121,8 +122,8 @@ def _iterator_advice(value: Any) -> str:
 
 def _callable_advice(value: Any) -> str:
     kind, module = 'class' if inspect.isclass(value) else 'function', value.__module__ or ''
-    # `loading` imports config files under names with this prefix; no other code can import them.
-    in_config_file = module.startswith('_config_')
+    # Nothing can import a config file by its name.
+    in_config_file = module.startswith(misplaced.CONFIG_PREFIX)
     outer = value.__qualname__.partition('.<locals>')[0]
     # A lambda within a library function is different: that function's call can be described.
     if value.__qualname__.endswith('<lambda>') and (in_config_file or outer.endswith('<lambda>')):
@@ -199,7 +200,8 @@ def public_name(value: Any) -> str:
 
 def _importable_name(module: str, name: str) -> str:
     """Returns 'optax:adam' for a function that is defined as `adam` in `optax._src.alias`."""
-    if module.startswith('_config_'):  # The config file itself, which cannot be imported.
+    # The config file itself, which cannot be imported.
+    if module.startswith(misplaced.CONFIG_PREFIX):
         return f'package.module:{name}'
     value, parts = _find_attribute(module, name), module.split('.')
     parents = ['.'.join(parts[:count]) for count in range(1, len(parts))]

@@ -2,13 +2,15 @@
 """The location and names of the bundled models, data and configs.
 
 Their names are the same in a checkout and in an installed wheel: `trainer.models.cnn:CNN`,
-`trainer.data.mnist:MNIST`, `--config=mnist` or `--config=configs/mnist.py`. A name that does not
-begin with `trainer.` belongs to the user or to a library. So a user's own packages `models` and
-`data` do not conflict with the bundled ones, and no class exists twice, under two names.
+`trainer.data.mnist:MNIST`, `trainer.configs.mnist`, and `--config=mnist` or
+`--config=configs/mnist.py`. A name that does not begin with `trainer.` belongs to the user or to a
+library. So a user's own packages `models`, `data` and `configs` do not conflict with the bundled
+ones, and no class exists twice, under two names.
 
 In a checkout the files are in the top-level folders `models/`, `data/` and `configs/`, where they
 are easy to find. The wheel has them in `trainer/models/` and so on (`force-include` in
-pyproject.toml). The packages `trainer.models` and `trainer.data` set their `__path__` to either.
+pyproject.toml). The packages `trainer.models`, `trainer.data` and `trainer.configs` set their
+`__path__` to one or the other.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ import sys
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
-# The folder that contains models/, data/ and configs/. Only a wheel has a trainer/configs/.
-FOLDER = _PACKAGE if (_PACKAGE / 'configs').is_dir() else _PACKAGE.parent
+# The folder that contains models/, data/ and configs/ with their files. Only in a wheel that is
+# trainer/: in a checkout, its folders of these names contain an `__init__.py` alone.
+FOLDER = _PACKAGE if (_PACKAGE / 'configs' / 'mnist.py').is_file() else _PACKAGE.parent
 
 # Bundled packages, which are imported as `trainer.<name>`.
-PACKAGES = ('models', 'data')
+PACKAGES = ('models', 'data', 'configs')
 
 
 def full_name(module_name: str) -> str | None:
@@ -34,7 +37,8 @@ def full_name(module_name: str) -> str | None:
     classes would exist twice, and `isinstance` would fail between the two.
     """
     package, _, rest = module_name.partition('.')
-    if package not in PACKAGES or not _is_module(FOLDER / package, rest):
+    # The package itself is never ours by this name: `data:Mine` is a `data.py` of the user's.
+    if package not in PACKAGES or not rest or not _is_module(FOLDER / package, rest):
         return None
     # The user's own `models` may contain a module of the same name, which then counts.
     file = _find_file(package, rest.partition('.')[0])

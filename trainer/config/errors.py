@@ -55,4 +55,4 @@ def full_text(error: BaseException) -> str:
 
 def error_notes(error: BaseException) -> list[str]:
     """Returns the notes of an error, except for JAX's note about the frames that it filters."""
-    return [note for note in getattr(error, '__notes__', ()) if not compat.is_note_on_frames(note)]
+    return [note for note in getattr(error, '__notes__', ()) if not compat.is_frames_note(note)]

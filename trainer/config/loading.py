@@ -15,7 +15,15 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import compat
-from trainer.config import bundled, config_arguments, literals, objects, places, suggest
+from trainer.config import (
+    bundled,
+    config_arguments,
+    literals,
+    misplaced,
+    objects,
+    places,
+    suggest,
+)
 from trainer.config.errors import UserError, short_repr
 from trainer.config.schema import REQUIRED
 
@@ -62,7 +70,7 @@ def load(spec: str) -> LoadedConfig:
                 "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in place of a key "
                 "such as '12.5%', write a whole number of steps"
             )
-        if compat.is_other_type(error):
+        if compat.is_type_change(error):
             hint = (
                 '\nA config contains descriptions of objects, not objects: config.optimizer = '
                 "dict(target='optax:adam', learning_rate=1e-3)"
@@ -155,7 +163,7 @@ def _candidates(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _get_config(path: pathlib.Path) -> Callable[..., Any]:
-    name = f'_config_{path.stem}'
+    name = f'{misplaced.CONFIG_PREFIX}{path.stem}'
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f'--config: {path} is not a Python file')

@@ -14,7 +14,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from trainer.config import bundled, suggest
+from trainer.config import bundled, misplaced, suggest
 from trainer.config.errors import UserError, short_repr
 
 # Modules that are searched for a name without a module, to suggest the full name.
@@ -52,9 +52,10 @@ def resolve(name: object, path: str) -> Any:
     except AttributeError as error:
         raise UserError(_missing_attribute_text(module, attribute, name, path)) from error
     except _NoModuleError as error:
-        raise UserError(
-            _missing_module_text(name, path, _nearest_name(module_name, attribute))
-        ) from error
+        # A file of exactly that name is a better answer than a module with a similar one.
+        hint = misplaced.hint(module_name)
+        nearest = '' if hint else _nearest_name(module_name, attribute)
+        raise UserError(f'{_missing_module_text(name, path, nearest)} {hint}'.rstrip()) from error
 
 
 def _colon_hint(name: object) -> str:
@@ -103,19 +104,32 @@ def _import_failure_text(module_name: str, error: BaseException, path: str) -> s
 
 
 def last_line(error: BaseException) -> str:
-    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
+    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file.
+
+    For a missing module whose file exists elsewhere, a sentence says how to import it.
+    """
     text = traceback.format_exception_only(error)[-1].strip().partition('\n')[0]
     # No frame of a traceback is in a file that could not be compiled.
     if isinstance(error, SyntaxError):
         return f'{text} ({error.filename}, line {error.lineno})'
-    return f'{text}{error_location(error)}'
+    text = f'{text}{error_location(error)}'
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        files = [frame.filename for frame in _user_frames(error)]
+        full_name = bundled.full_name(error.name)
+        hint = f'Did you mean {full_name}?' if full_name else misplaced.hint(error.name, files)
+        text = f'{text}. {hint}' if hint else text
+    return text
 
 
 def error_location(error: BaseException) -> str:
     """Returns ' (file.py, line 3)' for the last frame in the user's code, '' if there is none."""
-    stack = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in stack if not is_library(frame.filename)]
+    frames = _user_frames(error)
     return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
+
+
+def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    stack = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in stack if not is_library(frame.filename)]
 
 
 def is_library(filename: str) -> bool:

@@ -21,12 +21,12 @@ def read(opt_state: Any, names: Iterable[str]) -> dict[str, jax.Array]:
     for node in jax.tree.leaves(opt_state, is_leaf=_is_hyperparams_state):
         if _is_hyperparams_state(node):
             found.update(node.hyperparams)
-    return {name: found[name_of(name)] for name in names}
+    return {name: found[hyperparam_name(name)] for name in names}
 
 
 def write(opt_state: Any, values: Values) -> Any:
     """Returns an optimizer's state with other numbers at these paths, where the old ones were."""
-    named = {name_of(path): value for path, value in values.items()}
+    named = {hyperparam_name(path): value for path, value in values.items()}
 
     def write(node: Any) -> Any:
         if not _is_hyperparams_state(node):
@@ -45,6 +45,6 @@ def _is_hyperparams_state(node: Any) -> bool:
     return isinstance(node, optax.InjectStatefulHyperparamsState)
 
 
-def name_of(path: str) -> str:
+def hyperparam_name(path: str) -> str:
     """Returns the name of a path in an optimizer's state: 'learning_rate__factor'."""
     return re.sub(r'\W+', '__', path).strip('_')

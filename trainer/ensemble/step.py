@@ -135,7 +135,7 @@ class EnsembleStep:
     axis: str | None = None
 
     @classmethod
-    def of(cls, step: TrainStep, ensemble: Ensemble, mesh: Mesh) -> EnsembleStep:
+    def from_step(cls, step: TrainStep, ensemble: Ensemble, mesh: Mesh) -> EnsembleStep:
         """Returns the step of an ensemble's members on a mesh, from that of a lone model."""
         first = {path: each[0] for path, each in ensemble.values.items()}
         # A member that diverges keeps its last state; the others continue, and it is evaluated with
