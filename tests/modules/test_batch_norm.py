@@ -233,7 +233,7 @@ def test_groups_beside_what_flax_has() -> None:
         for part, some in zip(np.split(x, 4), np.split(mask, 4), strict=True)
     ]
     assert_close(found, np.concatenate(expected))
-    with pytest.raises(ValueError, match='15 rows do not divide into groups=4'):
+    with pytest.raises(ValueError, match='15 examples are not divisible into groups=4'):
         grouped.apply(variables, x[:15], False, mutable=['batch_stats'])
     with pytest.raises(errors.ModifyScopeVariableError):
         grouped.apply(variables, x, False)
