@@ -207,7 +207,7 @@ def test_mistakes() -> None:
             r'Rename\(.*\) creates params/Dense_1/bias/x below params/Dense_1/bias, which is an',
         ),
         (optax.adam(0.1), r'config\.surgery\[0\]: expected an operation .* got a Gradient'),
-        (print, 'returned NoneType, not weights by path'),
+        (print, 'returned NoneType; expected weights by path'),
     ):
         with pytest.raises(UserError, match=message):
             operate([operation], PARAMS)

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.input.batch import LoadedBatch
 from trainer.parallel.host import fetch
-from trainer.parallel.mesh import ProcessRows
+from trainer.parallel.mesh import LocalExamples
 from trainer.parallel.messages import Messages
 
 Arrays = dict[str, np.ndarray]
@@ -42,7 +42,7 @@ def gather_rows(
     arrays = {**_local_rows(outputs, batch.rows), **host}
     order, owned = np.arange(len(ids)), np.ones(len(ids), bool)
     if batch.rows is not None:
-        order, owned = batch.rows.held, batch.rows.owned
+        order, owned = batch.rows.indices, batch.rows.is_owned
     mine = owned & (ids >= 0)
     parts = messages.gather((order[mine], ids[mine], {name: x[mine] for name, x in arrays.items()}))
     if parts is None:
@@ -55,7 +55,7 @@ def gather_rows(
     return ids, {name: np.concatenate([part[name] for *_, part in parts])[order] for name in names}
 
 
-def _local_rows(outputs: Mapping[str, jax.Array], rows: ProcessRows | None) -> Arrays:
+def _local_rows(outputs: Mapping[str, jax.Array], rows: LocalExamples | None) -> Arrays:
     """Returns the rows of this process: all of them if it is the only one."""
     if rows is None:
         arrays = fetch(dict(outputs))

@@ -73,10 +73,10 @@ def model_variables(
     Raises:
         UserError: if there is no such checkpoint.
     """
-    found = flax_layout.variables(open_tree(path, step), at=at)
+    weights = flax_layout.variables(open_tree(path, step), at=at)
     if before_linen:
-        found = pre_linen.convert(found)
-    return lib.to_nested(apply_operations(surgery, found))
+        weights = pre_linen.convert(weights)
+    return lib.to_nested(apply_operations(surgery, weights))
 
 
 def torch_variables(
