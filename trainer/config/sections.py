@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from trainer.config.durations import Duration
 
-# An object: `schema` recognizes it by exactly this type, and does not look up its keys as fixed ones.
+# An object. `schema` recognizes it by exactly this type; its keys are arguments, not fixed keys.
 Node = dict[str, Any]
 Patterns = str | tuple[str, ...] | None
 Dtype = Literal['float32', 'bfloat16', 'float16']
