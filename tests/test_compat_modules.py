@@ -178,9 +178,9 @@ def test_is_call_of() -> None:
     """Flax's own call of a layer is told from that of a lifted class around it."""
     found: list[bool] = []
 
-    def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         found.append(compat.is_call_of(context, (nn.BatchNorm, nn.LayerNorm)))
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
         nn.LayerNorm().init(RNG, X)
