@@ -228,7 +228,7 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
     member = TrainStep(context, experiment.step)
     if experiment.ensemble is None:
         return member
-    return EnsembleStep.of(member, experiment.ensemble, mesh)
+    return EnsembleStep.from_step(member, experiment.ensemble, mesh)
 
 
 def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep:

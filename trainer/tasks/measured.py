@@ -131,7 +131,7 @@ def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
     )
     named = ((jax.tree_util.keystr(path[-1:], simple=True), x) for path, x in leaves)
     # clu's collections have bookkeeping fields beside their metrics.
-    return [(name, x) for name, x in named if not compat.is_own_field(name)]
+    return [(name, x) for name, x in named if not compat.is_reduction_counter(name)]
 
 
 def check_accumulates(empty: Any, new: Any) -> None:
