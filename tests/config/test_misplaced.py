@@ -47,7 +47,7 @@ def resolve(name: str) -> str:
 
 def test_a_file_beside_the_config(root: pathlib.Path) -> None:
     said = load(root / 'cups' / 'config.py', 'import base')
-    assert said.endswith(f'line 2). The name of {root}/cups/base.py is cups.base.')
+    assert said.endswith(f'line 2). The full name of {root}/cups/base.py is cups.base.')
 
 
 @pytest.mark.parametrize('name', ['cups.net', 'dishes.net'])

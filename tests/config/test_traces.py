@@ -68,7 +68,7 @@ def test_a_shape_error_names_the_output_of_the_model_and_the_label() -> None:
     ]
     shown = traces.format_traceback(raised.value).splitlines()
     assert shown[0] == 'Traceback (most recent call last):'
-    assert shown[1].endswith(f'frames of libraries are left out: {traces.SHOWN}]')
+    assert shown[1].endswith(f'frames of libraries are left out: {traces.HOW_TO_SEE_ALL}]')
     assert [line for line in shown if line.startswith('  File')][1:] == [shown[4]]
     first = mismatched.__code__.co_firstlineno
     assert shown[4:] == [
