@@ -31,6 +31,7 @@ def build_train_data(sections: Sections) -> TrainData:
         UserError: for an invalid argument, or an object that is not a loader.
     """
     data, path = sections.data, 'config.data'
+    # One node, so that errors of the source and the transforms name their key paths below it.
     node = {
         **data.loader,
         'source': data.source,
@@ -75,7 +76,8 @@ def _evaluation(
     transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
     batch_size = section.data.batch_size or sections.data.batch_size
 
-    def data(padded_to: int) -> EvalData:
+    # Later, because the number of examples to pad to depends on the number of devices.
+    def build_data(padded_to: int) -> EvalData:
         node = {
             **section.data.loader,
             'source': source,
@@ -93,7 +95,7 @@ def _evaluation(
         task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
         score=None if section.score is None else _build_score(section.score, f'{path}.score'),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
-        data=data,
+        data=build_data,
     )
 
 
@@ -124,6 +126,7 @@ def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> t
     """
     transforms = targets.instantiate(data.device_transforms, f'{path}.device_transforms')
     for index, transform in enumerate(transforms):
+        # Inside a compiled step, a numpy generator would draw the same numbers in every step.
         if 'rng' in inspect.signature(transform).parameters:
             raise UserError(
                 f'{path}.device_transforms[{index}]: {transform!r} draws random numbers from a '
