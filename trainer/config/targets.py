@@ -124,11 +124,11 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     except _REFUSALS as error:
         raise UserError(
             f'{path}: {node["target"]} refused its arguments: {_error_text(error)}'
-            f'{_hint(given, path)}'
+            f'{_hint(given, known, path)}'
         ) from error
 
 
-def _hint(given: Mapping[str, Any], path: str) -> str:
+def _hint(given: Mapping[str, Any], known: Mapping[str, inspect.Parameter], path: str) -> str:
     """Says where a number was given as text, or a dict names no object."""
     for key, value in given.items():
         if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?', value):
@@ -141,7 +141,8 @@ def _hint(given: Mapping[str, Any], path: str) -> str:
                 f'\n{path}.{key} is the text {short_repr(value)}: {unit}a number has no quotation '
                 'marks'
             )
-        if isinstance(value, Mapping) and not {'target', 'ref'} & set(value):
+        takes_dict = key in known and 'Mapping' in str(known[key].annotation)
+        if isinstance(value, Mapping) and not takes_dict and not {'target', 'ref'} & set(value):
             return f"\n{path}.{key} is a dict that names no object: it has no 'target'"
     return ''
 
