@@ -73,11 +73,15 @@ class Addition:
         # A sum is held out if the groups of its two numbers add up to 0 modulo 10. The condition is
         # symmetric, so a+b and b+a are always on the same side.
         a = rng.integers(0, count)
+        # `other` is the sum of the two groups modulo 10; the group of b follows from it and from
+        # that of a. So every draw is valid, and no rejection loop depends on the batch.
         other = np.zeros_like(a) if self.held_out else rng.integers(1, 10)
         b = by_group[(other - group[a]) % 10, rng.integers(0, count // 10)]
 
         first, second = np.char.mod('%d', a), np.char.mod('%d', b)
         questions = np.char.add(np.char.add(first, '+'), second)
+        # Last digit first: that is the order in which a carry is computed, so each digit depends
+        # only on what precedes it.
         answers = [text[::-1] for text in np.char.mod('%d', a + b)]
         return {
             'inputs': encode(questions, 2 * self.digits + 1),
@@ -93,6 +97,7 @@ def _groups(count: int) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         The numbers of each group (10, count / 10), and the group of each number (count,).
     """
+    # A fixed seed: which sums are held out must be the same for training and testing, in every run.
     by_group = np.random.default_rng(0).permutation(count).reshape(10, -1)
     group = np.empty(count, np.int64)
     group[by_group] = np.arange(10)[:, None]
@@ -101,6 +106,8 @@ def _groups(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 def encode(texts: np.ndarray, length: int) -> np.ndarray:
     """Returns texts (n,) as tokens, int32 (n, length), padded with 0 at the end."""
+    # numpy stores text as code points of 4 bytes, padded with zeros; so a view of them needs no
+    # loop over characters.
     codes = texts.astype(f'U{length}').view(np.uint32).reshape(len(texts), length)
     table = np.zeros(128, np.int32)
     table[[ord(character) for character in ALPHABET]] = np.arange(len(ALPHABET))

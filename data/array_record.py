@@ -31,12 +31,14 @@ class ArrayRecord(RandomAccessSource):
         paths = [path] if isinstance(path, str) else list(path)
         files = [file for one in paths for file in _list_files(os.path.expanduser(one))]
         self._files = files
+        # Opening reads the index of each file, not its records.
         records = _open(files)
         try:
             super().__init__(_Decoded(records, decode))
         except RuntimeError as error:  # What the library raises for a damaged record.
             raise ValueError(f'{error}, while reading {self.describe(0)}') from error
         except Exception as error:
+            # Of an empty file there is no record to name.
             if len(records):
                 error.add_note(f'while reading {self.describe(0)}')
             raise

@@ -82,11 +82,14 @@ def _columns(
 ) -> Iterator[Column]:
     import pyarrow as pa
 
+    # Before the Arrow type: an image is stored as a struct of bytes and a path, and must not be
+    # read as one.
     if is_decoded(feature):
         is_image = type(feature).__name__ == 'Image'
         problem = None if is_image else f'{type(feature).__name__} cannot be converted to arrays'
         yield Column(name, top, path, 'image', feature, problem)
     elif isinstance(type_, pa.BaseExtensionType):
+        # Extension and dictionary types are encodings; the values are those of the type inside.
         yield from _columns(type_.storage_type, None, name, top, path)
     elif pa.types.is_dictionary(type_):
         yield from _columns(type_.value_type, None, name, top, path)
@@ -120,6 +123,7 @@ def select(columns: Sequence[Column], keys: Sequence[str] | None) -> list[Column
     if keys is not None:
         if isinstance(keys, str):
             raise ValueError(f"keys: expected a sequence of names, got '{keys}'; write ('{keys}',)")
+        # In the order of the keys, and for each struct in the order of its fields.
         selected = [c for key in keys for c in columns if _matches_key(c.name, key)]
         unknown = [k for k in keys if not any(_matches_key(c.name, k) for c in columns)]
         if unknown:
@@ -130,9 +134,9 @@ def select(columns: Sequence[Column], keys: Sequence[str] | None) -> list[Column
             advice = _advice(column, selected)
             raise ValueError(f'column {column.name!r}: {column.problem}. {advice}')
     names = [column.name for column in selected]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f'duplicate fields {twice}; rename a column, or list each key once')
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(f'duplicate fields {duplicates}; rename a column, or list each key once')
     return selected
 
 
@@ -141,8 +145,8 @@ def _matches_key(name: str, key: str) -> bool:
 
 
 def _advice(column: Column, columns: Sequence[Column]) -> str:
-    good = tuple(c.name for c in columns if not c.problem and c is not column)
-    leave_out = f', or leave it out: keys={good}' if good else ''
+    readable = tuple(c.name for c in columns if not c.problem and c is not column)
+    leave_out = f', or leave it out: keys={readable}' if readable else ''
     return f'Convert it with Dataset.map and save_to_disk{leave_out}'
 
 
@@ -159,6 +163,7 @@ def check(column: Column, array: pa.ChunkedArray, columns: Sequence[Column]) -> 
     lengths: dict[int, tuple[int, int]] = {}
     for chunk in array.chunks:
         for depth, level in enumerate(_levels(chunk, column)):
+            # Null counts and offsets are metadata, so this takes milliseconds for millions of rows.
             missing += level.null_count if _forbids_null(level, column) else 0
             if _is_list(level.type) and len(level) <= _MOST_LISTS and len(level):
                 low, high = _length_range(level)
@@ -187,6 +192,7 @@ def to_numpy(column: Column, array: pa.ChunkedArray) -> np.ndarray:
     Raises:
         ValueError: if values are missing, or lists or images differ in length or shape.
     """
+    # One chunk, so that the values of a column are one array.
     levels = list(_levels(array.combine_chunks(), column))
     if any(level.null_count and _forbids_null(level, column) for level in levels):
         raise ValueError(f'column {column.name!r}: a value is missing (null)')
@@ -198,6 +204,7 @@ def to_numpy(column: Column, array: pa.ChunkedArray) -> np.ndarray:
                 raise ValueError(_ragged_message(column, low, high))
             shape.append(low)
     values = _values(column, levels[-1])
+    # Arrow's memory is read-only and shared; transforms may change arrays in place.
     values = values if values.flags.writeable else values.copy()
     return values.reshape(*shape, *values.shape[1:])
 
@@ -227,6 +234,7 @@ def _levels(array: pa.Array, column: Column) -> Iterator[pa.Array]:
 def _length_range(lists: pa.Array) -> tuple[int, int]:
     import pyarrow.compute as pc
 
+    # For lists of a fixed size too; a null list has length null, which `min_max` skips.
     limits = pc.min_max(pc.list_value_length(lists)).as_py()
     return limits['min'] or 0, limits['max'] or 0
 
@@ -243,6 +251,7 @@ def _values(column: Column, array: pa.Array) -> np.ndarray:
     if column.kind == 'image':
         return _stack_images(column, [_decode_image(column, x) for x in array.to_pylist()])
     if column.kind == 'text':
+        # Text of a fixed width: numpy has no other kind without objects.
         return np.array(array.to_pylist(), np.str_)
     if column.kind == 'bytes':  # numpy's bytes dtype would strip trailing zeros.
         values = np.empty(len(array), object)
@@ -251,6 +260,8 @@ def _values(column: Column, array: pa.Array) -> np.ndarray:
     if column.kind == 'decimal':
         array = array.cast(pa.float64())
     elif column.kind == 'time':
+        # numpy has no time of day: it becomes the duration since midnight, in the unit of the
+        # column.
         unit = array.type.unit
         whole = pa.int32() if pa.types.is_time32(array.type) else pa.int64()
         return array.cast(whole).to_numpy().astype(np.int64).view(f'm8[{unit}]')
@@ -288,6 +299,7 @@ def _kind(type_: pa.DataType) -> str | None:
     import pyarrow as pa
 
     for name, kind in _KINDS.items():
+        # Older versions of Arrow have no views of text and bytes.
         test = getattr(pa.types, f'is_{name}', None)
         if test is not None and test(type_):
             return kind

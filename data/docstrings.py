@@ -60,10 +60,13 @@ class Docstrings(ArraySource):
         texts: dict[str, int] = {}
         for label, package in enumerate(packages):
             for text in _docstrings(package):
+                # A text of several packages is labeled with the first of them.
                 texts.setdefault(text, label)
         # Sorted by hash, which is independent of the package: any `limit` keeps some texts of each.
-        ordered = sorted(texts, key=_fraction)
-        in_split = [text for text in ordered if (_fraction(text) < holdout) == (split == 'test')]
+        sorted_texts = sorted(texts, key=_fraction)
+        in_split = [
+            text for text in sorted_texts if (_fraction(text) < holdout) == (split == 'test')
+        ]
         tokens = encode(in_split, tokenizer, length)
         labels = np.array([texts[text] for text in in_split], np.int32)
         super().__init__({'tokens': tokens, 'label': labels}, limit=limit)
@@ -104,6 +107,8 @@ def _docstrings(package: str) -> Iterator[str]:
     if not os.path.isdir(root):
         raise ValueError(f'packages: the standard library has no package {package!r} in {root}')
     for directory, subdirectories, names in os.walk(root):
+        # In place, as `os.walk` asks for; sorted, because the order of a directory depends on the
+        # file system.
         subdirectories[:] = sorted(
             name for name in subdirectories if name not in ('test', 'tests', '__pycache__')
         )

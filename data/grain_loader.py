@@ -110,6 +110,7 @@ class GrainLoader:
 
     def after(self, batch_sizes: Sequence[tuple[int, int]]) -> GrainLoader:
         """Returns the loader of a run whose batch size has changed: see `TrainLoader.after`."""
+        # The source is shared: it may have open files, or much data in memory.
         loader = copy.copy(self)
         loader._loader, loader._stream = self._loader.after(batch_sizes), None
         return loader
@@ -134,6 +135,7 @@ class GrainLoader:
         """
         wanted = np.arange(self.batch_size)[rows]
         stream = self._stream
+        # A jump happens once, when a run starts or resumes; afterwards blocks follow each other.
         if stream is None or not stream.is_at(start, wanted):
             self.close()
             self._stream = stream = self._open(start, wanted)
@@ -157,6 +159,8 @@ class GrainLoader:
 
         tasks = _Tasks(self._loader, rows, self._task_rows, step, in_worker=self._workers > 0)
         num_tasks = self._ahead * tasks.per_step
+        # At least one task per thread, or some threads would idle; otherwise what covers `ahead`
+        # batches, divided among the workers.
         buffer = max(self._threads, -(-num_tasks // max(1, self._workers)))
         options = grain.ReadOptions(
             num_threads=self._threads, prefetch_buffer_size=buffer if self._threads else 0
@@ -168,6 +172,7 @@ class GrainLoader:
         """Returns the error of a worker, or a new one for a worker that died silently."""
         if isinstance(error, WorkerError):
             return error
+        # The results arrive in order, so the task that is missing is the next one.
         step, rows = stream.tasks.locate(stream.num_taken)
         ids = self._loader.order(step, 1)[0][0, rows]
         records = ', '.join(describe(self._source, i) for i in ids.tolist() if i != PADDING)
@@ -209,6 +214,7 @@ class _Tasks:
         return self.first_step + step, self.rows[first : first + self.task_rows]
 
     def __len__(self) -> int:
+        # Training data has no end, and Grain wants a length.
         return sys.maxsize
 
     def __getitem__(self, task: int) -> dict[str, Any]:

@@ -50,6 +50,7 @@ class HuggingFace:
         every = columns.from_schema(items.features.arrow_schema, items.features)
         self._columns = columns.select(every, keys)
         names = list(dict.fromkeys(column.top for column in self._columns))
+        # Columns that are not read are not loaded from disk either.
         self._items = items.select_columns(names).with_format('arrow')
         if not len(items):
             raise ValueError('the source is empty')
@@ -59,6 +60,7 @@ class HuggingFace:
         checked = self._columns if table.num_rows == len(items) else ()
         problems = [columns.check(c, table.column(c.top), self._columns) for c in checked]
         self._ragged_problem = next(filter(None, problems), None)
+        # One real example for the spec: the shape of an image is known only once it is decoded.
         self._first = self[0]
 
     @property
@@ -90,6 +92,7 @@ class HuggingFace:
             return {name: np.zeros((0, *s.shape), s.dtype) for name, s in spec.items()}
         arrays = self._read(indices.tolist())
         for name, x in arrays.items():
+            # The dtype of text includes the length of the longest one, which may differ.
             first, is_text = spec[name], x.dtype.kind == 'U'
             if x.shape[1:] != first.shape or not (is_text or x.dtype == first.dtype):
                 raise ValueError(
@@ -196,12 +199,14 @@ class _PartIterator:
         )
 
     def get_state(self) -> Any:
+        # None for the beginning, where there is nothing to restore.
         return self._items.state_dict() if self._started else None
 
     def set_state(self, state: Any) -> None:
         if state is not None:
             self._items.load_state_dict(state)
         self._started = state is not None
+        # The position applies to new iterators only.
         self._examples = iter(self._items)
 
 
@@ -218,6 +223,7 @@ def _load(path: str, *, split: str | None, **options: Any) -> Any:
         options['data_files'] = _expand_user(options['data_files'])
     saved = os.path.join(path, 'dataset_info.json'), os.path.join(path, 'dataset_dict.json')
     try:
+        # `load_dataset` refuses a directory that `save_to_disk` has written.
         if any(map(os.path.exists, saved)):
             dataset = datasets.load_from_disk(path)
             if split is not None and isinstance(dataset, dict):
@@ -252,4 +258,5 @@ def _expand_user(files: Any) -> Any:
 
 def _squeeze_row(arrays: Arrays) -> Arrays:
     """Returns the only row of each array, as an array also for text and bytes."""
+    # Not `x[0]`: of a field without dimensions that is a scalar, and of bytes a Python object.
     return {name: x.reshape(x.shape[1:]) for name, x in arrays.items()}

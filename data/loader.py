@@ -107,7 +107,9 @@ class TrainLoader:
     @property
     def spec(self) -> dict[str, ArraySpec]:
         """Shape (batch dimension first) and dtype of each array of a global batch."""
-        block = self.block(self._order.since.step, 1, rows=slice(0, 1))
+        # The first batch that exists: an order does not support steps before its last change of the
+        # batch size.
+        block = self.block(self._order.resized_at.step, 1, rows=slice(0, 1))
         return _spec(block, self.batch_size)
 
     @property
@@ -141,6 +143,7 @@ class TrainLoader:
         """
         if self._repeat is None:
             return self._order.rows(start, count)
+        # Always the first batches, whatever the position.
         ids, epochs = self._order.rows(0, self._repeat)
         again = np.arange(start, start + count) % self._repeat
         return ids[again], epochs[again]
@@ -154,6 +157,8 @@ class TrainLoader:
             rows: which rows of each global batch; all by default.
         """
         ids, epochs = self.order(start, count)
+        # The filler is taken from the whole batch: each process reads only some rows, but padding
+        # must not depend on which.
         first, ids, epochs = ids[:, 0], ids[:, rows], epochs[:, rows]
         arrays = _read(self._source, self._transforms, self._seed, ids, epochs, first)
         if self._order.remainder == 'pad':
@@ -219,6 +224,7 @@ class EvalLoader:
         first = np.arange(start, start + count)[:, None] * self._batch_size
         row = np.arange(self.rows)[None, :]
         ids = first + row
+        # Rows beyond the batch size exist only so that the batch divides evenly over the devices.
         ids = np.where((row < self._batch_size) & (ids < self.examples), ids, PADDING)
         # Batches after the last one have no first row: any example can fill them.
         filler, ids = np.maximum(ids[:, 0], 0), ids[:, rows]
@@ -249,13 +255,15 @@ def _read(
     if real.all():
         batch = _gather_and_transform(source, transforms, seed, ids.ravel(), epochs.ravel())
         return {name: x.reshape(*ids.shape, *x.shape[1:]) for name, x in batch.items()}
+    # One gather for everything: the real rows, and at its end one filler for each step with
+    # padding.
     padded = np.flatnonzero(~real.all(axis=1))
     wanted = np.concatenate([ids[real], filler[padded]])
-    when = np.concatenate([epochs[real], epochs[padded, 0]])
+    wanted_epochs = np.concatenate([epochs[real], epochs[padded, 0]])
     # The filler is read once per padded step, and repeated for each of its rows of padding.
     repeats = (~real).sum(axis=1)[padded]
     arrays = {}
-    for name, x in _gather_and_transform(source, transforms, seed, wanted, when).items():
+    for name, x in _gather_and_transform(source, transforms, seed, wanted, wanted_epochs).items():
         rows, fill = x[: -len(padded)], x[-len(padded) :]
         arrays[name] = np.empty((*ids.shape, *x.shape[1:]), x.dtype)
         arrays[name][real] = rows
@@ -267,14 +275,19 @@ def _gather_and_transform(
     source: Source, transforms: Any, seed: int, ids: np.ndarray, epochs: np.ndarray
 ) -> Arrays:
     def read(rows: slice) -> Arrays:
-        some = ids[rows]
-        arrays = source.gather(some)
-        check_rows(source, arrays, len(some))
-        return transforms_lib.apply(transforms, arrays, seed=seed, epochs=epochs[rows], ids=some)
+        selected = ids[rows]
+        arrays = source.gather(selected)
+        # Each time, not just once: a wrong number of rows would silently pair fields of different
+        # examples.
+        check_rows(source, arrays, len(selected))
+        return transforms_lib.apply(
+            transforms, arrays, seed=seed, epochs=epochs[rows], ids=selected
+        )
 
     try:
         return read(slice(None))
     except Exception as error:
+        # A note, so that the error keeps its type and its traceback.
         error.add_note(blame(source, ids, read))
         raise
 

@@ -37,8 +37,8 @@ class Mixture:
         lengths = np.array([len(source) for source in sources], np.int64)
         if not len(lengths) or (lengths < 1).any():
             raise ValueError(f'sources: expected non-empty sources, got lengths {lengths}')
-        parts = np.asarray(lengths if weights is None else weights, np.float64)
-        if parts.shape != lengths.shape or not (np.isfinite(parts) & (parts > 0)).all():
+        ratios = np.asarray(lengths if weights is None else weights, np.float64)
+        if ratios.shape != lengths.shape or not (np.isfinite(ratios) & (ratios > 0)).all():
             raise ValueError(
                 f'weights: expected a positive number for each of {len(sources)} sources, got '
                 f'{weights}'
@@ -46,7 +46,9 @@ class Mixture:
         _check_fields(sources)
         self._sources = tuple(sources)
         self._lengths = lengths
-        counts = np.rint(parts * (lengths / parts).max()).astype(np.int64)
+        # Scaled so that the source with the largest ratio of length to weight occurs exactly once.
+        counts = np.rint(ratios * (lengths / ratios).max()).astype(np.int64)
+        # At least the length: rounding could lose an example.
         self._ends = np.cumsum(np.maximum(counts, lengths))
 
     @property
@@ -62,6 +64,7 @@ class Mixture:
         which, inner = self._locate(indices)
         arrays: Arrays = {}
         for number in np.unique(which):
+            # One gather per source, and not one per example.
             rows = np.flatnonzero(which == number)
             for name, x in self._sources[number].gather(inner[rows]).items():
                 if name not in arrays:
@@ -78,6 +81,7 @@ class Mixture:
         """Returns the source of each index, and the index in it."""
         which = np.searchsorted(self._ends, indices, side='right')
         begins = np.concatenate([[0], self._ends[:-1]])
+        # The modulo repeats a source that is shorter than its share.
         return which, (indices - begins[which]) % self._lengths[which]
 
 

@@ -29,6 +29,8 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def combine(*parts: np.ndarray | int) -> np.ndarray:
     """Returns one scrambled uint64 of several integers (arrays broadcast), order-sensitive."""
+    # The constants must never change: orders of earlier runs have to be reproduced when these
+    # resume.
     key = np.zeros((), np.uint64)
     with np.errstate(over='ignore'):
         for part in parts:
@@ -63,8 +65,8 @@ def even_split(examples: int, parts: int) -> list[range]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Since:
-    """The position at which a run resumed with another batch size.
+class ResizePoint:
+    """The position at which a run last resumed with another batch size.
 
     Attributes:
         step: the first step with the new size.
@@ -90,7 +92,7 @@ class Order:
         shuffle: whether to shuffle; False keeps the order of the source in every epoch.
         remainder: 'carry' lets batches cross epoch borders, 'pad' fills the last batch of an epoch
             with padding, 'drop' leaves it out.
-        since: where batches of this size begin; steps before it are not supported.
+        resized_at: where batches of this size begin; steps before it are not supported.
     """
 
     examples: int
@@ -98,7 +100,7 @@ class Order:
     seed: int = 0
     shuffle: bool = True
     remainder: str = 'carry'
-    since: Since = Since()
+    resized_at: ResizePoint = ResizePoint()
 
     def __post_init__(self) -> None:
         if self.remainder not in ('carry', 'pad', 'drop'):
@@ -125,6 +127,8 @@ class Order:
 
         An id of -1 is padding.
         """
+        # All rows of a run form one sequence, epoch after epoch; a batch is a piece of it, wherever
+        # the borders of epochs are.
         first = start * self.batch_size + self._shift
         last = first + count * self.batch_size
         period = self._rows_per_epoch
@@ -143,30 +147,32 @@ class Order:
         """
         epoch, row = divmod(step * self.batch_size + self._shift, self._rows_per_epoch)
         done = row
-        if epoch == self.since.epoch:
-            done += self.since.done - (self._rows_per_epoch - self._rows_left)
-        since = Since(step, epoch, done, self.epochs(step))
-        return dataclasses.replace(self, batch_size=batch_size, since=since)
+        if epoch == self.resized_at.epoch:
+            # The second change in the same epoch: examples that were consumed before the first one
+            # count too, but not the rows of padding that stand for them.
+            done += self.resized_at.done - (self._rows_per_epoch - self._rows_left)
+        resized_at = ResizePoint(step, epoch, done, self.epochs(step))
+        return dataclasses.replace(self, batch_size=batch_size, resized_at=resized_at)
 
     def epochs(self, step: int) -> Fraction:
         """Returns how many epochs a run has consumed by a step; without jumps, unlike its rows."""
-        since, left = self.since, self.steps_left
-        elapsed = step - since.step
+        last, left = self.resized_at, self.steps_left
+        elapsed = step - last.step
         if elapsed > left:
-            return since.epoch + 1 + (elapsed - left) / self.steps_per_epoch
+            return last.epoch + 1 + (elapsed - left) / self.steps_per_epoch
         # The rest of the epoch in which the batch size changed is spread evenly over its steps.
-        return since.epochs + (since.epoch + 1 - since.epochs) * (elapsed / left if elapsed else 0)
+        return last.epochs + (last.epoch + 1 - last.epochs) * (elapsed / left if elapsed else 0)
 
     @property
     def steps_left(self) -> Fraction:
-        """Batches from `since` to the end of the epoch that was current there."""
+        """Batches from `resized_at` to the end of the epoch that was current there."""
         return Fraction(self._rows_left, self.batch_size)
 
     @property
     def _shift(self) -> int:
         """Rows of this run before step 0, if all of its batches had this size."""
-        end = (self.since.epoch + 1) * self._rows_per_epoch
-        return end - self._rows_left - self.since.step * self.batch_size
+        end = (self.resized_at.epoch + 1) * self._rows_per_epoch
+        return end - self._rows_left - self.resized_at.step * self.batch_size
 
     @property
     def _rows_per_epoch(self) -> int:
@@ -174,11 +180,12 @@ class Order:
 
     @property
     def _rows_left(self) -> int:
-        return self._rows_of(self.examples - self.since.done)
+        return self._rows_of(self.examples - self.resized_at.done)
 
     def _rows_of(self, examples: int) -> int:
         if self.remainder == 'carry':
             return examples
+        # 'drop' leaves out the incomplete batch, 'pad' fills it.
         whole = examples // self.batch_size * self.batch_size
         return whole + self.batch_size * (self.remainder == 'pad' and whole < examples)
 
@@ -196,8 +203,8 @@ class Order:
             else:
                 order = np.arange(self.examples)
             rows = self._rows_per_epoch
-            if epoch == self.since.epoch:
-                order, rows = order[self.since.done :], self._rows_left
+            if epoch == self.resized_at.epoch:
+                order, rows = order[self.resized_at.done :], self._rows_left
             missing = max(rows - len(order), 0)
             order = np.concatenate([order, np.full(missing, PADDING)])[:rows]
             # Batches of another size were consumed before; they are not read here.
@@ -226,16 +233,17 @@ def replay_batch_sizes(order: Order, batch_sizes: Sequence[tuple[int, int]]) -> 
         batch_sizes: (first step, batch size) of each part of the run, from step 0 on; the last one
             is that of `order`.
     """
-    order = dataclasses.replace(order, batch_size=batch_sizes[0][1], since=Since())
+    order = dataclasses.replace(order, batch_size=batch_sizes[0][1], resized_at=ResizePoint())
     marks = [(Fraction(0), Fraction(0))]
     for step, batch_size in batch_sizes[1:]:
         order = order.resize(step, batch_size)
-        since = order.since
+        last = order.resized_at
+        # The end of an epoch that was expected before the change is no longer at that step.
         marks = [mark for mark in marks if mark[0] <= step]
-        marks.append((Fraction(step), since.epochs))
+        marks.append((Fraction(step), last.epochs))
         # Padding or dropping the rest of an epoch changes the number of examples per step, so the
         # end of the epoch gets a mark of its own.
-        marks.append((step + order.steps_left, Fraction(since.epoch + 1)))
+        marks.append((step + order.steps_left, Fraction(last.epoch + 1)))
     if len(batch_sizes) == 1:
         return order, ()
     return order, tuple((step, epochs * order.steps_per_epoch) for step, epochs in marks)

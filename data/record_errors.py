@@ -23,6 +23,7 @@ def blame(source: Any, ids: np.ndarray, read: Callable[[slice], Any]) -> str:
         ids: int64 (n,), the examples in the order in which they were read.
         read: reads the given slice of `ids`, and raises if it fails.
     """
+    # Only after an error, so reading again costs nothing in a run without one.
     index = _find_first_failing(read, len(ids))
     if index is not None:
         return f'while reading {describe(source, int(ids[index]))}'
@@ -47,4 +48,5 @@ def _find_first_failing(read: Callable[[slice], Any], rows: int) -> int | None:
             high = middle
         else:
             low = middle
+    # The search assumes that something fails: an error that does not occur again has no culprit.
     return low if rows and fails(low, high) else None

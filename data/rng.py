@@ -30,6 +30,8 @@ class ExampleRng:
 
     def uniform(self, shape: tuple[int, ...] = ()) -> np.ndarray:
         """Returns float64 in [0, 1), (n, *shape)."""
+        # 53 bits, all that a float64 can hold: every value is a multiple of 2^-53, and 1 is not
+        # reached.
         return (self._bits(shape) >> np.uint64(11)) * 2.0**-53
 
     def integers(self, low: int, high: int, shape: tuple[int, ...] = ()) -> np.ndarray:
@@ -38,6 +40,7 @@ class ExampleRng:
 
     def normal(self, shape: tuple[int, ...] = ()) -> np.ndarray:
         """Returns standard normal float64, (n, *shape), by the Box-Muller transform."""
+        # log1p(-u) and not log(u): u may be 0, but never 1.
         radius = np.sqrt(-2.0 * np.log1p(-self.uniform(shape)))
         return radius * np.cos(2.0 * np.pi * self.uniform(shape))
 
@@ -47,6 +50,7 @@ class ExampleRng:
         return np.random.Generator(np.random.Philox(key=int(key)))
 
     def _bits(self, shape: tuple[int, ...]) -> np.ndarray:
+        # The number of the call is part of the key, so that two draws of one transform differ.
         self._draws += 1
         rows = combine(self.seed, self.stream, self._draws, self.epochs, self.ids)
         positions = np.arange(math.prod(shape), dtype=np.uint64)

@@ -62,6 +62,8 @@ def check_source(source: Source) -> None:
     if not len(source):
         return
     getattr(source, 'spec', None)  # May raise ValueError, see above.
+    # Descending and with a repetition: a source that sorts or removes duplicates returns a wrong
+    # number of rows.
     indices = np.array([len(source) - 1, 0, 0])
     try:
         arrays = source.gather(indices)
@@ -128,6 +130,7 @@ class ArraySource:
                 'all fields of a source must have the same positive length (number of examples); '
                 f'got {lengths}'
             )
+        # A view: no memory is copied for a limit.
         self._arrays = {name: x[:limit] for name, x in fields.items()}
 
     @property
@@ -140,6 +143,7 @@ class ArraySource:
 
     def gather(self, indices: np.ndarray) -> Arrays:
         """Returns the examples at `indices` (n,), each field as (n, ...)."""
+        # Copies, as the protocol asks.
         return {name: np.take(x, indices, axis=0) for name, x in self._arrays.items()}
 
 

@@ -73,6 +73,7 @@ class Split:
 
         length, field = self.length, self.field
 
+        # Defined here, because its base class needs the import, which takes seconds.
         class Pieces(grain.experimental.FlatMapTransform):
             def flat_map(self, element: Arrays) -> list[Arrays]:
                 whole = element[field]
@@ -114,6 +115,7 @@ class Pack:
             Split(length=self.length, field=self.field)(dataset),
             length_struct={self.field: self.length},
             num_packing_bins=self.open_rows,
+            # Grain would shuffle the rows that are open together; the order is left to the source.
             shuffle_bins=False,
         )
         return packed.map(_to_plain_dict)

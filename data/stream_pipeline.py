@@ -76,6 +76,7 @@ class Pipeline:
                 )
         if not self.workers:
             return dataset
+        # Last, so that the stages run in the workers too.
         return prefetch_in_workers(_with_portable_errors(dataset), self.workers, buffer=16)
 
     def _source(self, index: int, count: int, epoch: int) -> Any:
@@ -90,6 +91,7 @@ class Pipeline:
                     'with shard(index, count)'
                 )
             return source
+        # Before the length is looked at: a `Stream` may have one, but is read from the front only.
         if hasattr(source, 'shard'):
             return _as_grain_dataset(source.shard(index, count))
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=4 * self.threads)
@@ -109,6 +111,8 @@ class Pipeline:
                 f'the source {_name(source)} can be read neither by index (__len__, and '
                 '__getitem__ or gather) nor as a stream (shard(index, count))'
             )
+        # Every reader computes the whole order and takes each `count`-th example of it, so together
+        # they read each example once.
         order = np.arange(len(source))
         if self.shuffle:
             order = epoch_order(len(source), self.seed, epoch)
@@ -175,6 +179,7 @@ def _wrap(inner: Any, read: Callable[[Any], Any], *, is_grain: bool) -> Any:
     """
     import grain.python as grain
 
+    # Classes in a function, because their base classes need the import.
     class Iterator(grain.DatasetIterator):
         def __init__(self, examples: Any):
             super().__init__((examples,) if is_grain else ())

@@ -55,6 +55,8 @@ class Reader:
         if self._ended:
             return None
         if self._examples is None:
+            # Opened at the first read: a reader that is restored right away would start its threads
+            # twice.
             self._examples = iter(self._pipeline.part(*self.part, self._epoch))
         example = next(self._examples, None)
         self._ended = example is None
@@ -68,6 +70,7 @@ class Reader:
         """
         example = self.next()
         while example is None:
+            # A pass without any example would be repeated forever.
             if not self._read_any:
                 index, count = self.part
                 reader = f' for reader {index} of {count}' if count > 1 else ''
@@ -100,6 +103,7 @@ class Reader:
         Raises:
             ValueError: if the state belongs to another pipeline.
         """
+        # With workers, the position is one per worker, each in its own part.
         if state['workers'] != self._pipeline.workers:
             raise ValueError(
                 'the stream position in the checkpoint is for '
@@ -190,6 +194,7 @@ def hash_rows(arrays: Arrays) -> np.ndarray:
     hashes = np.zeros(rows, np.int64)
     for row in range(rows):
         value = 0
+        # Sorted, so that the hash does not depend on the order in which a stage adds fields.
         for name in sorted(arrays):
             value = zlib.crc32(_content(np.asarray(arrays[name][row])), value)
         hashes[row] = value

@@ -40,6 +40,8 @@ class _Loader:
     def first(self) -> Arrays:
         """The first example of the whole stream, each field as (1, ...)."""
         if self._first is None:
+            # A reader of its own, over the whole stream: the position does not move, and all
+            # processes get the same example.
             reader = Reader(self._pipeline)
             try:
                 self._first = self._batch([reader.next_repeating()], np.zeros(1, np.int64))
@@ -63,6 +65,7 @@ class _Loader:
         """Returns the reader at batch `start`, which is the next one, or 0 for a restart."""
         part = reader_part(local_rows, self._rows)
         other_rows = self._reader is not None and self._reader.part != part
+        # 0 begins again, as every evaluation does. Anything else must be the next batch.
         if start == 0 and (self._position or other_rows):
             self.close()
         elif start != self._position or other_rows:
@@ -161,6 +164,7 @@ class StreamLoader(_Loader):
                 one is that of this loader.
         """
         loader = copy.copy(self)
+        # Not shared with this loader, whose threads it would use.
         loader._reader, loader._position = None, 0
         examples, marks = 0, [(Fraction(0), Fraction(0))]
         for (start, size), (stop, _) in itertools.pairwise(batch_sizes):
@@ -186,6 +190,7 @@ class StreamLoader(_Loader):
         local_rows = np.arange(self._rows)[rows]
         if self._repeat is None:
             return self._next(self._go_to(start, local_rows), count, local_rows)
+        # Kept in memory: a stream would have to be read from its beginning for each repetition.
         if self._repeated is None:
             self._repeated = self._next(self._go_to(0, local_rows), self._repeat, local_rows)
             self.close()
@@ -206,6 +211,7 @@ class StreamLoader(_Loader):
             ValueError: if the state belongs to another pipeline.
         """
         self.close()
+        # After `close`, which resets it.
         self._position = position
         if state is not None:
             self._reader = Reader.from_state(state, self._pipeline)
@@ -216,6 +222,8 @@ class StreamLoader(_Loader):
             examples = [reader.next_repeating() for _ in local_rows]
             first = self._position * self._rows + self._shift
             batches.append(self._batch(examples, first + local_rows))
+            # After each batch and not once per block: a checkpoint may be saved at any of these
+            # steps.
             states.append(reader.state())
             self._position += 1
         arrays = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}

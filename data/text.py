@@ -54,6 +54,7 @@ class Bytes(ArraySource):
         if seq_len < 1:
             raise ValueError(f'seq_len: {seq_len} tokens; expected a positive number')
         text = _read(_as_list(path))
+        # The end and not random sequences: those would be surrounded by text that was trained on.
         boundary = len(text) - round(holdout * len(text))
         tokens = text[:boundary] if split == 'train' else text[boundary:]
         used = (len(tokens) - 1) // seq_len * seq_len
@@ -79,6 +80,7 @@ class Bytes(ArraySource):
 
     def gather(self, indices: np.ndarray) -> Arrays:
         """Returns the sequences at `indices` (n,), each field as int32 (n, seq_len)."""
+        # Converted per batch, and not in memory: token ids are int32 for models.
         return {name: x.astype(np.int32) for name, x in super().gather(indices).items()}
 
 

@@ -40,6 +40,8 @@ class TFData:
                 "TensorFlow is not installed: pip install 'jax-config-trainer[tf]'"
             ) from error
         for kind in ('GPU', 'TPU'):
+            # TensorFlow would otherwise reserve most of the memory of the accelerators that JAX
+            # uses.
             tf.config.set_visible_devices([], kind)
         self._make = make
         self._seed = seed
@@ -61,6 +63,8 @@ class _Part:
     def read(self, skip: int) -> Iterator[Any]:
         import tensorflow as tf
 
+        # Before the dataset is created: its operations take their seeds from the global one, and
+        # from a counter that this resets.
         tf.random.set_seed(self._seed)
         dataset = self._make()
         if not isinstance(dataset, tf.data.Dataset):
@@ -71,7 +75,10 @@ class _Part:
                 f'{dataset.element_spec}'
             )
         options = tf.data.Options()
+        # Parallel reads would otherwise return elements in the order in which they finish, and
+        # `skip` would skip others.
         options.deterministic = True
+        # `skip` comes last: it counts the elements of this process.
         dataset = dataset.with_options(options).shard(*self._shard).skip(skip)
         return dataset.as_numpy_iterator()
 

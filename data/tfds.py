@@ -35,6 +35,8 @@ class TFDS(RandomAccessSource):
         import tensorflow_datasets as tfds
 
         methods = tfds.decode.DeserializeMethod
+        # If only some fields are asked for, only these are decoded, which takes much longer than
+        # reading.
         method = methods.DESERIALIZE_AND_DECODE if keys is None else methods.RAW_BYTES
         try:
             data_dir = None if data_dir is None else os.path.expanduser(data_dir)

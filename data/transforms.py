@@ -38,6 +38,8 @@ def apply(
     for position, transform in enumerate(transforms):
         try:
             if wants_rng(transform):
+                # The position in the list is part of the key, so that two equal transforms draw
+                # different numbers.
                 rng = ExampleRng(seed, position, epochs, ids)
                 batch = transform(batch, rng)
             else:
@@ -84,6 +86,7 @@ class ToFloat:
     def __call__(self, batch: Arrays) -> Arrays:
         """Returns the batch with the field scaled."""
         scaled = batch[self.key].astype(self.dtype)
+        # In place, without a second array of this size.
         scaled *= np.dtype(self.dtype).type(self.scale)
         return {**batch, self.key: scaled}
 
@@ -150,6 +153,7 @@ class RandomCrop:
         """Returns the batch with the field shifted."""
         images, pad = batch[self.key], self.padding
         n, height, width = images.shape[:3]
+        # One gather with an index per example, instead of a loop over them.
         padded = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
         top, left = rng.integers(0, 2 * pad + 1, (2,)).T
         rows = top[:, None] + np.arange(height)

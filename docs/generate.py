@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the pages of docs/reference/ that follow from the code: python docs/generate.py"""
+"""Writes the generated pages of docs/reference/: `python docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _CONFIG = """\
 
 # Config keys
 
-Every key that a config may have, with its type and default. `--helpconfig` prints the same for one
-config, with the values that it sets:
+All keys of a config, with their types and defaults. `--helpconfig` prints the same for one config,
+with the values that it sets:
 
 ```bash
 python -m trainer.main --config=configs/mnist.py --helpconfig
@@ -37,13 +37,14 @@ python -m trainer.main --config=configs/mnist.py --helpconfig
 - An **object** is a dict with a `target` and its arguments, such as
   `dict(target='optax:adam', learning_rate=1e-3)`. A `ref` in place of `target` names the object
   itself, such as a function.
-- A **duration** is a text with a unit: `'10 epochs'`, `'2000 steps'`, `'60000 examples'`, `'5%'` of
-  the run, or `'never'`.
+- A **duration** is a string with a unit: `'10 epochs'`, `'2000 steps'`, `'60000 examples'`, `'5%'`
+  of the run, or `'never'`.
 - **Patterns** are regular expressions that must match a whole path, such as `Dense_0/kernel`.
-- A **section** has fixed keys, which are listed below. A section that is `None` by default is there
-  as soon as one of its keys is set: `--config.ema.decay=0.999`.
-- A change of a key that *may change on resume* does not make a different run. To resume after a
-  change of any other key, give `--allow_config_change`.
+- A **section** has fixed keys, which are listed below. A section that is `None` by default is
+  created when one of its keys is set: `--config.ema.decay=0.999`.
+- A key that *may change on resume* does not make a different run when it changes. After a change of
+  any other key, a run resumes only with `--allow_config_change`.
+- `<name>` is a name of your choice.
 
 """
 
@@ -54,9 +55,10 @@ _CLI = """\
 
 `python -m trainer.main --config=FILE [--config.KEY=VALUE ...] [FLAGS]`
 
-`python -m trainer` is short for `python -m trainer.main`; `launch/local.sh` does the same and makes
-the environment first. `FILE` is a path, or the name of a bundled config (`mnist`). `FILE:ARG` calls
-`get_config('ARG')`. [Config keys](config.md) lists what `KEY` may be.
+`python -m trainer` is short for `python -m trainer.main`. `launch/local.sh` creates the environment
+first, then runs the same command. `FILE` is a path, or the name of a bundled config (`mnist`).
+`FILE:ARG` calls `get_config('ARG')`. [Config keys](config.md) lists the keys, and
+[How do I write and change a config?](../howto/configs.md) explains overrides.
 
 ## Modes
 
@@ -74,9 +76,9 @@ the environment first. `FILE` is a path, or the name of a bundled config (`mnist
 |---|---|---|
 {codes}
 
-Before the first step there is nothing to save: SIGTERM and Ctrl-C end the process at once, with the
-same codes. In modes that save nothing, signals have their default effect. A second
-Ctrl-C ends training at once, without saving.
+SIGTERM and Ctrl-C end a run after the current step. Before the first step there is nothing to save:
+they end the process at once, with the same codes. A second Ctrl-C ends training at once, without
+saving. In all modes but `train`, signals have their default effect.
 
 ## Environment variables
 
@@ -88,23 +90,24 @@ Ctrl-C ends training at once, without saving.
 
 def _exit_codes() -> Iterator[tuple[int, str, str]]:
     yield 0, 'Done: finished, or stopped early.', ''
-    yield SaveError.exit_code, 'The program failed, or diverged.', 'See `log.txt` and `debug.log`.'
-    yield UserError.exit_code, 'A mistake in the command or the config.', 'See the message.'
+    yield SaveError.exit_code, 'The run failed, or diverged.', 'See `log.txt` and `debug.log`.'
+    yield UserError.exit_code, 'A mistake in the command or the config.', 'See the error message.'
     yield signals.EXIT_PREEMPTED, 'Stopped by SIGTERM, and saved.', 'Run the same command again.'
-    yield CheckpointError.exit_code, 'A checkpoint is damaged.', 'Delete it; see the message.'
+    older = 'Delete the directory that the message names: the run resumes from the one before.'
+    yield CheckpointError.exit_code, 'A checkpoint is damaged.', older
     again = 'Run the same command again on all processes.'
     yield handshake.EXIT_PEER_FAILED, 'Another process of the run has failed.', again
     yield signals.EXIT_INTERRUPTED, 'Stopped by Ctrl-C, and saved.', 'Run the same command again.'
 
 
 _VARIABLES = {
-    'JAX_COMPILATION_CACHE_DIR': 'Directory of the cache of compiled programs.',
-    'XDG_CACHE_HOME': 'Where that cache is without the variable above; `~/.cache` by default.',
+    'JAX_COMPILATION_CACHE_DIR': 'Directory of the compilation cache.',
+    'XDG_CACHE_HOME': 'Parent directory of that cache; `~/.cache` by default.',
     'JAX_PLATFORMS': 'Which devices JAX uses: `cpu`, `cuda` or `tpu`.',
-    'XLA_FLAGS': '`--xla_force_host_platform_device_count=8` makes eight virtual devices of a CPU.',
+    'XLA_FLAGS': '`--xla_force_host_platform_device_count=8` makes a CPU act as eight devices.',
     'JAX_TRACEBACK_FILTERING': '`off` shows all frames of an error, not only those of your code.',
-    'TERM': '`dumb` leaves out the live line of progress.',
-    'PYTHON': 'The Python that `launch/local.sh` and `launch/test.sh` make their environment with.',
+    'TERM': '`dumb` turns off the live progress line.',
+    'PYTHON': 'The Python from which `launch/local.sh` and `launch/test.sh` create `.venv`.',
 }
 
 
@@ -173,13 +176,13 @@ def _key(path: str, section: type, field: dataclasses.Field[Any]) -> list[str]:
 def cli_page() -> str:
     """Returns docs/reference/cli.md."""
     flags = []
-    for name in main._FLAGS:
-        flag = main._FLAGS[name]
+    for name in main.FLAGS:
+        flag = main.FLAGS[name]
         if flag.default is None or flag.default == []:
             default = 'No default.'
         else:
             default = f'Default: `{flag.default_as_str.strip(chr(39))}`.'
-        # Without what absl puts around it.
+        # absl adds the type and the choices to the text.
         help_text = re.sub(r'^<.*?>: |;\n.*', '', flag.help.strip(), flags=re.DOTALL)
         if name == 'mode':
             more = ' [Modes](#modes) lists them.'

@@ -174,15 +174,17 @@ def test_unbound_axis() -> None:
     assert compat.unbound_axis(NameError('no')) is None
 
 
-def test_wrong_rank() -> None:
+def test_rank_mismatch() -> None:
     sharding = NamedSharding(mesh('a', 'b'), PartitionSpec('a', 'b'))
 
     def constrained(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    spec, rank = compat.wrong_rank(raised(lambda: jax.eval_shape(constrained, jnp.ones(2)))) or ()
+    spec, rank = (
+        compat.rank_mismatch(raised(lambda: jax.eval_shape(constrained, jnp.ones(2)))) or ()
+    )
     assert "'a', 'b'" in spec and rank == 1
-    assert compat.wrong_rank(ValueError('no')) is None
+    assert compat.rank_mismatch(ValueError('no')) is None
 
 
 def test_refuses_type() -> None:
@@ -194,7 +196,7 @@ def test_refuses_type() -> None:
     assert not compat.refuses_type(TypeError('no'), Odd)
 
 
-def test_is_note_on_frames() -> None:
+def test_is_frames_note() -> None:
     def fail(x: jax.Array) -> jax.Array:
         raise ValueError('no')
 
@@ -204,8 +206,8 @@ def test_is_note_on_frames() -> None:
         (note,) = raised(lambda: jax.jit(fail)(1.0)).__notes__
     finally:
         jax.config.update('jax_traceback_filtering', before)
-    assert compat.is_note_on_frames(note)
-    assert not compat.is_note_on_frames('a note of a user')
+    assert compat.is_frames_note(note)
+    assert not compat.is_frames_note('a note of a user')
 
 
 def test_name_stack() -> None:
@@ -249,20 +251,20 @@ def test_refused_argument() -> None:
     assert compat.refused_argument(ValueError('no')) is None
 
 
-def test_is_of_optax() -> None:
+def test_is_optax_error() -> None:
     tx = optax.adam(0.1)
     state = tx.init({'w': jnp.ones(2)})
-    assert compat.is_of_optax(raised(lambda: tx.update({'v': jnp.ones(2)}, state)))
+    assert compat.is_optax_error(raised(lambda: tx.update({'v': jnp.ones(2)}, state)))
 
     def fail(count: Any) -> Any:
         raise ValueError('no')
 
-    assert not compat.is_of_optax(raised(update(optax.scale_by_schedule(fail))))
+    assert not compat.is_optax_error(raised(update(optax.scale_by_schedule(fail))))
 
 
-def test_is_own_field() -> None:
+def test_is_reduction_counter() -> None:
     kind = clu.metrics.Collection.create(loss=clu.metrics.Average.from_output('loss'))
-    fields = [name for name in vars(kind.empty()) if not compat.is_own_field(name)]
+    fields = [name for name in vars(kind.empty()) if not compat.is_reduction_counter(name)]
     assert fields == ['loss'] and len(vars(kind.empty())) == 2
 
 
@@ -282,15 +284,15 @@ def test_is_orbax_committed(tmp_path: pathlib.Path) -> None:
     assert not compat.is_orbax_committed(epath.Path(tmp_path))
 
 
-def test_orbax_notes(tmp_path: pathlib.Path) -> None:
-    assert compat.orbax_notes(saved(tmp_path)).is_file()
+def test_orbax_step_metadata(tmp_path: pathlib.Path) -> None:
+    assert compat.orbax_step_metadata(saved(tmp_path)).is_file()
 
 
-def test_orbax_notes_fields(tmp_path: pathlib.Path) -> None:
-    notes = json.loads(compat.orbax_notes(saved(tmp_path)).read_text())
-    objects, times = compat.orbax_notes_fields()
-    assert all(isinstance(notes[name], dict) for name in objects)
-    assert all(isinstance(notes[name], int) for name in times)
+def test_orbax_step_metadata_fields(tmp_path: pathlib.Path) -> None:
+    metadata = json.loads(compat.orbax_step_metadata(saved(tmp_path)).read_text())
+    objects, times = compat.orbax_step_metadata_fields()
+    assert all(isinstance(metadata[name], dict) for name in objects)
+    assert all(isinstance(metadata[name], int) for name in times)
 
 
 def test_is_orbax_tree(tmp_path: pathlib.Path) -> None:
@@ -310,9 +312,9 @@ def test_is_orbax_array(tmp_path: pathlib.Path) -> None:
     assert not compat.is_orbax_array(directory.parent)
 
 
-def test_synchronous_directories() -> None:
+def test_async_options() -> None:
     assert ocp.AsyncOptions().create_directories_asynchronously is True
-    assert compat.synchronous_directories().create_directories_asynchronously is False
+    assert compat.async_options().create_directories_asynchronously is False
 
 
 def test_commit_future(tmp_path: pathlib.Path) -> None:
@@ -375,10 +377,10 @@ def test_is_dotted_key() -> None:
     assert not compat.is_dotted_key(ValueError('no'))
 
 
-def test_is_other_type() -> None:
+def test_is_type_change() -> None:
     config = ml_collections.ConfigDict({'a': 1})
-    assert compat.is_other_type(raised(lambda: setattr(config, 'a', 'text')))
-    assert not compat.is_other_type(TypeError('no'))
+    assert compat.is_type_change(raised(lambda: setattr(config, 'a', 'text')))
+    assert not compat.is_type_change(TypeError('no'))
 
 
 def test_tensorboard_events(tmp_path: pathlib.Path) -> None:

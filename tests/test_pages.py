@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import unicodedata
+from collections.abc import Iterator
 
 import pytest
 
@@ -96,11 +98,62 @@ def _module(code: str, dotted: list[str]) -> object:
     raise AssertionError(f'`{code}`: no such module')
 
 
+@functools.cache
+def _members() -> dict[str, set[str]]:
+    """Returns the names defined in each class of the packages, by class name.
+
+    Those of classes of one name are united.
+    """
+    found: dict[str, set[str]] = {}
+    for folder in ('trainer', 'models', 'data'):
+        for path in (ROOT / folder).rglob('*.py'):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    found.setdefault(node.name, set()).update(_names(node))
+    return found
+
+
+def _names(owner: ast.ClassDef) -> Iterator[str]:
+    """Yields the methods and the attributes of a class, also those that methods assign."""
+    for node in ast.walk(owner):
+        if isinstance(node, ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+
+
+# The other pages name classes of other frameworks, too.
+_OWN_CLASSES = [name for name in PAGES if not name.startswith('docs/coming_from/')]
+
+
+@pytest.mark.parametrize('name', _OWN_CLASSES)
+def test_methods_exist(name: str) -> None:
+    """`Recovery.start`, and `Trainer.model()`."""
+    for code in _code(PAGES[name]):
+        match = re.match(r'([A-Z]\w+)\.(\w+)(?:\(|$)', code)
+        if match and match[1] in _members():
+            assert match[2] in _members()[match[1]], f'`{code}`: no {match[2]}'
+
+
+def test_the_walk_through_the_code_names_methods() -> None:
+    walk = [re.match(r'([A-Z]\w+)\.\w+$', code) for code in _code(PAGES['docs/internals'])]
+    assert {match[1] for match in walk if match} >= {'Trainer', 'Recovery', 'Evaluator'}
+    assert {match[1] for match in walk if match} <= set(_members())
+
+
 @pytest.mark.parametrize('name', [name for name in PAGES if name.startswith('docs/')])
 def test_the_site_reads_it_as_a_repository_does(name: str) -> None:
-    """Python-Markdown wants a blank line above lists and tables, and four spaces to nest."""
-    above = ''
+    """Python-Markdown wants a blank line above lists and tables, and four spaces to nest.
+
+    A list also needs a blank line after a paragraph that is nested in it.
+    """
+    above, in_nested = '', False
     for line in PAGES[name].sentences.splitlines():
+        if not above.strip():
+            in_nested = bool(re.match(r' {4}(?! *([-*]|\d+\.) )', line))
+        assert not (in_nested and re.match(r'([-*]|\d+\.) ', line)), f'no blank line above: {line}'
         nested = re.match(r'( +)([-*]|\d+\.) ', line)
         assert not nested or len(nested[1]) % 4 == 0, f'nest lists by four spaces: {line}'
         for start in (r' *([-*]|1\.) ', r'\|'):

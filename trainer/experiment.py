@@ -142,7 +142,7 @@ class StartFrom:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Timed:
+class ClockParts:
     """The objects that depend on the number of examples per step and per epoch.
 
     Its attributes are those of `Experiment` and of its groups.
@@ -158,8 +158,10 @@ class Timed:
     retention: Retention
 
     @classmethod
-    def of(cls, sections: Sections, data: TrainData) -> Timed:
+    def from_sections(cls, sections: Sections, data: TrainData) -> ClockParts:
         """Builds these objects from the sections of a config, for a training loader."""
+        # The clock comes first: it converts the durations of everything below to steps, which takes
+        # the size of the training data.
         clock, total_steps = build_clock(sections, data)
         optimizer, schedule_steps = build_optimizer(
             sections.optimizer, clock, logged=sections.log.learning_rates
@@ -198,7 +200,8 @@ class Experiment:
         saving: checkpoints.
         start: initial weights of a fresh run.
         hooks: functions called with each `Event`, by name.
-        timed: builds the objects that depend on the number of examples per step, for a loader.
+        build_clock_parts: builds, for a loader, the objects that depend on the number of examples
+            per step.
     """
 
     origin: Origin
@@ -218,9 +221,9 @@ class Experiment:
     saving: Saving
     start: StartFrom
     hooks: Mapping[str, Callable[[Event], None]]
-    timed: Callable[[TrainData], Timed] = dataclasses.field(repr=False)
+    build_clock_parts: Callable[[TrainData], ClockParts] = dataclasses.field(repr=False)
 
-    def after(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
+    def with_batch_sizes(self, batch_sizes: tuple[tuple[int, int], ...]) -> Experiment:
         """Returns the experiment of a run that resumes with a different batch size.
 
         Its data continues after the batches consumed so far. Durations that are not in steps count
@@ -233,21 +236,23 @@ class Experiment:
         Raises:
             UserError: if the loader cannot resume, or a schedule cannot be adjusted.
         """
+        # The data has marks if this experiment already has a history of batch sizes. A history of a
+        # single size has to undo them.
         if len(batch_sizes) == 1 and not self.data.marks:
             return self
         data = self.data.with_batch_sizes(batch_sizes)
-        new = self.timed(data)
-        logging = dataclasses.replace(self.logging, profile=new.profile, captures=new.captures)
+        parts = self.build_clock_parts(data)
+        logging = dataclasses.replace(self.logging, profile=parts.profile, captures=parts.captures)
         return dataclasses.replace(
             self,
             data=data,
-            clock=new.clock,
-            optimizer=new.optimizer,
-            ensemble=new.ensemble,
-            origin=dataclasses.replace(self.origin, schedule_steps=new.schedule_steps),
-            training=dataclasses.replace(self.training, total_steps=new.total_steps),
+            clock=parts.clock,
+            optimizer=parts.optimizer,
+            ensemble=parts.ensemble,
+            origin=dataclasses.replace(self.origin, schedule_steps=parts.schedule_steps),
+            training=dataclasses.replace(self.training, total_steps=parts.total_steps),
             logging=logging,
-            saving=dataclasses.replace(self.saving, retention=new.retention),
+            saving=dataclasses.replace(self.saving, retention=parts.retention),
         )
 
 
@@ -258,8 +263,11 @@ def build(loaded: LoadedConfig) -> Experiment:
         UserError: for an unknown key, a name that does not exist, or an invalid argument.
     """
     config = loading.to_plain(loaded.config)
+    # First: the sections and the builders handle only values that a config can hold.
     literals.check(config, 'config', [])
     sections = schema.read(config)
+    # Imports every target: a misspelled one is reported before the data is opened, which may be
+    # slow.
     check_names(sections)
     data, task = build_train_data(sections), build_task(sections)
     # Values that the config alone determines come before calls of the user's code, so that a typo
@@ -277,31 +285,32 @@ def build(loaded: LoadedConfig) -> Experiment:
     step, sharding = build_step(sections.step), build_sharding(sections)
     start = StartFrom(weights=build_init_from(sections), surgery=build_surgery(sections))
     hooks = build_hooks(sections)
-    timed = Timed.of(sections, data)
+    parts = ClockParts.from_sections(sections, data)
     return Experiment(
-        origin=Origin(loaded.name, loaded.path, config, timed.schedule_steps),
+        origin=Origin(loaded.name, loaded.path, config, parts.schedule_steps),
         seed=sections.seed,
         model=model,
         task=task,
         data=data,
         prefetch=prefetch,
         evals=evals,
-        clock=timed.clock,
-        optimizer=timed.optimizer,
-        ensemble=timed.ensemble,
+        clock=parts.clock,
+        optimizer=parts.optimizer,
+        ensemble=parts.ensemble,
         step=step,
-        training=Training(total_steps=timed.total_steps, **training),
+        training=Training(total_steps=parts.total_steps, **training),
         devices=Devices(mesh=sections.mesh, sharding=sharding),
         logging=Logging(
             every=sections.log.every,
             tensorboard=sections.log.tensorboard,
-            profile=timed.profile,
-            captures=timed.captures,
+            profile=parts.profile,
+            captures=parts.captures,
         ),
-        saving=Saving(sections.checkpoint.every, timed.retention),
+        saving=Saving(sections.checkpoint.every, parts.retention),
         start=start,
         hooks=hooks,
-        timed=functools.partial(Timed.of, sections),
+        # A function and not the sections themselves: no code after `build` reads a config.
+        build_clock_parts=functools.partial(ClockParts.from_sections, sections),
     )
 
 
@@ -320,5 +329,6 @@ def load_and_build(spec: str, **values: Any) -> Experiment:
     assignments = [
         (paths[name], overrides.from_python(value, paths[name])) for name, value in values.items()
     ]
+    # The same checks as on the command line, with the same messages.
     overrides.apply(loaded.config, assignments)
     return build(loaded)

@@ -13,6 +13,7 @@ if __name__ == '__main__':
     STOP = signals.install()
     if not signals.is_training_command(sys.argv):
         signals.uninstall()
+    # Before any file or socket is opened: it would get the descriptor of the closed stream.
     streams.open_closed_streams()
     signals.enable_stack_dumps()
 
@@ -45,81 +46,83 @@ MODES = {
 }
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 
-_FLAGS = flags.FlagValues()
+# Not absl's global flags: importing a library that defines flags of its own would add them to
+# --help, or clash.
+FLAGS = flags.FlagValues()
 flags.DEFINE_string(
     'workdir',
     None,
     'Directory of the run; by default runs/NAME, named after the config and its overrides.',
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_enum(
     'mode',
     'train',
     list(MODES),
     'What to do:\n' + '\n'.join(f'{n}: {text}' for n, text in MODES.items()),
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_string(
     'step',
     'latest',
     "--mode=eval, predict, export, grad_probe: checkpoint to read: a step, 'latest' or 'best'.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_bool(
     'allow_config_change',
     False,
     'Resume even though the config has changed.',
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_string(
     'coordinator',
     None,
     "Address of process 0, 'host:port'. Detected on TPUs and under Slurm and Open MPI.",
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
-flags.DEFINE_integer('num_processes', None, 'Number of processes.', flag_values=_FLAGS)
-flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.', flag_values=_FLAGS)
+flags.DEFINE_integer('num_processes', None, 'Number of processes.', flag_values=FLAGS)
+flags.DEFINE_integer('process_id', None, 'Index of this process, from 0.', flag_values=FLAGS)
 flags.DEFINE_integer(
     'init_timeout',
     300,
     'Seconds to wait for the other processes at startup.',
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer(
     'heartbeat_timeout',
     100,
     'Seconds without a heartbeat after which a process is considered dead.',
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_integer(
     'devices',
     None,
     '--mode=plan: number of devices to plan for; they are virtual, and nothing runs.',
     lower_bound=1,
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_enum(
     'device_kind',
     None,
     DEVICE_KINDS,
     '--mode=plan: accelerator to check memory and speed against.',
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_list(
     'platforms',
     ['cpu', 'cuda', 'tpu'],
     '--mode=export: platforms to compile the function for.',
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
 flags.DEFINE_multi_string(
     'match',
     [],
     '--mode=grad_probe: regular expression for whole module paths; may be repeated.',
-    flag_values=_FLAGS,
+    flag_values=FLAGS,
 )
-flags.DEFINE_bool('helpconfig', False, 'List all config keys and exit.', flag_values=_FLAGS)
+flags.DEFINE_bool('helpconfig', False, 'List all config keys and exit.', flag_values=FLAGS)
 flags.DEFINE_bool(
-    'help', False, 'Show this help, with --config also all config keys.', flag_values=_FLAGS
+    'help', False, 'Show this help, with --config also all config keys.', flag_values=FLAGS
 )
 
 
@@ -159,58 +162,62 @@ def main(argv: Sequence[str], stop: signals.StopRequest) -> int:
 
 
 def _run(argv: Sequence[str], stop: signals.StopRequest) -> int:
+    # absl would reject --config.KEY=VALUE, whose flags are not known in advance.
     spec, assignments, rest = overrides.parse_argv(list(argv[1:]))
     _parse_flags([argv[0], *rest])
-    if _FLAGS.mode != 'train':
+    if FLAGS.mode != 'train':
         signals.uninstall()
-    if spec is None and _FLAGS.help:
+    # Without a config there are no keys to list.
+    if spec is None and FLAGS.help:
         print(_usage())
         return 0
     if spec is None:
         raise UserError('--config is missing; add a config file, as in --config=configs/mnist.py')
     loaded = loading.load(spec)
     applied = overrides.apply(loaded.config, assignments)
-    if not (_FLAGS.help or _FLAGS.helpconfig):
+    if not (FLAGS.help or FLAGS.helpconfig):
         # `build` checks this too, but only after importing JAX: this reports a wrong key at once.
         # `config` also shows configs whose required values are still missing.
-        schema.read(loading.to_plain(loaded.config), complete=_FLAGS.mode != 'config')
+        schema.read(loading.to_plain(loaded.config), complete=FLAGS.mode != 'config')
+    # After the config is known to be valid: a note on a key that does not exist would only
+    # distract.
     for override in applied:
         for note in override.notes:
             print(note, file=sys.stderr)
-    if _FLAGS.help or _FLAGS.helpconfig:
-        if _FLAGS.help:
+    if FLAGS.help or FLAGS.helpconfig:
+        if FLAGS.help:
             print(_usage())
         print(show.format_helpconfig(loading.to_plain(loaded.config)))
         return 0
-    if _FLAGS.mode == 'config':
+    if FLAGS.mode == 'config':
         print(show.format_resolved(loading.to_plain(loaded.config), applied))
         return 0
     # From here on JAX is needed. Most mistakes on the command line have been reported by now.
     logfile.quiet_environment()
-    if _FLAGS.mode == 'plan':
-        _use_virtual_devices(_FLAGS.devices)
+    if FLAGS.mode == 'plan':
+        _use_virtual_devices(FLAGS.devices)
     from trainer.modes import dispatch
     from trainer.modes.command import Command
     from trainer.parallel.processes import Cluster
 
     workdir = identity.default_workdir(loaded, applied)
-    if _FLAGS.workdir:
-        workdir = places.expand(_FLAGS.workdir, '--workdir')
+    if FLAGS.workdir:
+        workdir = places.expand(FLAGS.workdir, '--workdir')
     command = Command(
-        mode=_FLAGS.mode,
+        mode=FLAGS.mode,
         workdir=workdir,
-        step=_FLAGS.step,
-        allow_config_change=_FLAGS.allow_config_change,
+        step=FLAGS.step,
+        allow_config_change=FLAGS.allow_config_change,
         overrides=dict(assignments),
-        device_kind=_FLAGS.device_kind,
-        platforms=tuple(_FLAGS.platforms),
-        match=tuple(_FLAGS.match),
+        device_kind=FLAGS.device_kind,
+        platforms=tuple(FLAGS.platforms),
+        match=tuple(FLAGS.match),
         cluster=Cluster(
-            coordinator=_FLAGS.coordinator,
-            num_processes=_FLAGS.num_processes,
-            process_id=_FLAGS.process_id,
-            timeout_secs=_FLAGS.init_timeout,
-            heartbeat_secs=_FLAGS.heartbeat_timeout,
+            coordinator=FLAGS.coordinator,
+            num_processes=FLAGS.num_processes,
+            process_id=FLAGS.process_id,
+            timeout_secs=FLAGS.init_timeout,
+            heartbeat_secs=FLAGS.heartbeat_timeout,
         ),
     )
     return dispatch.run(loaded, command, stop)
@@ -226,6 +233,7 @@ def _end_soon(code: int) -> None:
     def exit_after_grace() -> None:
         deadline = time.monotonic() + _GRACE_SECS
         main_thread = threading.main_thread()
+        # A daemon thread does not delay the exit; this one is a daemon itself.
         while any(t is not main_thread and not t.daemon for t in threading.enumerate()):
             if time.monotonic() > deadline:
                 for stream in (sys.stdout, sys.stderr):
@@ -251,26 +259,28 @@ def _is_reader_gone() -> bool:
 
 
 def _parse_flags(argv: Sequence[str]) -> None:
-    for name in _FLAGS:
-        _FLAGS[name].unparse()  # Forget the flags of an earlier call of `main`.
+    for name in FLAGS:
+        FLAGS[name].unparse()  # Forget the flags of an earlier call of `main`.
     try:
-        positional = _FLAGS(list(argv))[1:]
+        positional = FLAGS(list(argv))[1:]
     except flags.UnrecognizedFlagError as error:
         hint = synonyms.hint(error.flagname, {}, lambda *_: True) or ''
+        # The hint is written for keys in a file; here it is about a flag.
         hint = hint.replace('mean config.', 'mean --config.')
         if error.flagname.partition('.')[0] in schema.fields(Sections):
             hint = f'Config keys need the prefix: --config.{error.flagname}=VALUE.'
         raise UserError(f'{error}. {hint}' if hint else f'{error}. See --help.') from error
     except flags.Error as error:
         raise UserError(f'{shorten(str(error), 400)}. See --help.') from error
-    if _FLAGS.workdir == '' or (_FLAGS.workdir or '').startswith('-'):
-        raise UserError(f'--workdir needs a value, got {_FLAGS.workdir!r}')
+    # An empty shell variable gives '', and a forgotten value makes absl take the next flag for it.
+    if FLAGS.workdir == '' or (FLAGS.workdir or '').startswith('-'):
+        raise UserError(f'--workdir needs a value, got {FLAGS.workdir!r}')
     for name, modes in _ONLY_WITH.items():
-        if _FLAGS[name].present and _FLAGS.mode not in modes:
+        if FLAGS[name].present and FLAGS.mode not in modes:
             which = ' or '.join(f'--mode={mode}' for mode in modes)
-            raise UserError(f'--{name} requires {which}; --mode={_FLAGS.mode} does not use it')
-    unknown = [name for name in _FLAGS.platforms if name not in PLATFORMS]
-    if unknown or not _FLAGS.platforms:
+            raise UserError(f'--{name} requires {which}; --mode={FLAGS.mode} does not use it')
+    unknown = [name for name in FLAGS.platforms if name not in PLATFORMS]
+    if unknown or not FLAGS.platforms:
         given = repr(unknown[0]) if unknown else 'nothing'
         raise UserError(f'--platforms: expected some of {", ".join(PLATFORMS)}, got {given}')
     if positional:
@@ -284,21 +294,25 @@ def _use_virtual_devices(count: int | None) -> None:
     """Makes JAX, which has not been imported yet, create this many virtual CPU devices."""
     if count is None:
         raise UserError('--mode=plan needs --devices=N, the number of devices to plan for')
+    # JAX and XLA read both variables once, when they start.
     os.environ['JAX_PLATFORMS'] = 'cpu'
     flag = f'--xla_force_host_platform_device_count={count}'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flag}'
 
 
 def _usage() -> str:
-    return f'{__doc__}\n{_FLAGS.get_help()}'
+    return f'{__doc__}\n{FLAGS.get_help()}'
 
 
 if __name__ == '__main__':
     code = 1
+    # Before `main`: an error while a config is imported should have a short traceback too.
     traces.install(logfile.full_traceback_location)
     try:
         code = main(sys.argv, STOP)
     finally:
+        # Threads of the failed save may wait for a slow disk or network for minutes, and the
+        # interpreter would wait for them.
         if SaveError.occurred:
             _end_soon(code)
     sys.exit(code)

@@ -47,7 +47,7 @@ from trainer.run.workdir import Workdir
 from trainer.step import donated
 from trainer.step.programs import Program
 from trainer.step.state import TrainState
-from trainer.tasks.measured import Measured
+from trainer.tasks.measured import MetricValues
 
 # How long a process that fails waits for the others to fail at the same step.
 _FAILURE_WAIT_SECS = 10
@@ -173,6 +173,8 @@ class Trainer:
                 past the end of this run.
         """
         self.check_agreement()
+        # After the processes agree on the newest checkpoint: this may raise, and must do so in all
+        # of them.
         self._recovery.check()
 
     def fit(self, *, max_steps: int | None = None) -> Result:
@@ -191,8 +193,12 @@ class Trainer:
                 found only now, such as a batch that does not divide over the mesh.
         """
         self._stop = self._given_stop or StopRequest()
+        # New hooks, because those that failed in an earlier call were removed. The number of the
+        # call makes the keys of barriers unique.
         self._hooks, self._fits = self._make_hooks(), self._fits + 1
         try:
+            # A process that fails because another one did exits a moment later by `os._exit`, and
+            # its end should still be recorded.
             several = jax.process_count() > 1
             with (
                 last_words.register(self._recovery.record_exit, stay=several),
@@ -218,30 +224,40 @@ class Trainer:
     def _fit(self, max_steps: int | None, until_end: contextlib.ExitStack) -> Result:
         state, step = self._begin()
         if self._given_stop is None:
+            # Not while the state is restored and compiled: there is nothing to save yet, so Ctrl-C
+            # may interrupt it as usual.
             until_end.enter_context(signals.handle_interrupts(self._stop))
         if self._evaluate_due(step, state):
             # The last run saved this step but ended before these evaluations: add their results.
             self._recovery.amend(step)
         due = self._events.next_due(step)
         programs, monitors = self.set_up().programs, self.monitors()
+        # The prefetcher must know the size of each call in advance: it stacks the batches of fused
+        # steps.
         with self.batches(step, self._calls(step, max_steps)) as batches:
             monitors.follow(batches)
             for batch in batches:
                 program = programs.step if batch.count == 1 else programs.fused
+                # The call returns once the step is dispatched, long before it is computed. Between
+                # events nothing here may wait for its result, or the devices would idle.
                 self._profile.begin_step(step + batch.count)
                 state = program(state, batch.arrays)
                 step += batch.count
                 self._recovery.count_batch(batch)
+                # As soon as the step counts as done: if anything below fails, this is what is
+                # saved.
                 self._reached = step, state
                 self.report.record_step(step)
                 monitors.poll(state)
                 if step == due:
                     state = self._run_events(step, state, batch)
                     due = self._events.next_due(step)
-                if self._stopping() or self._stopped_early:
+                if self._should_stop() or self._stopped_early:
                     break
         self._print(self._profile.close(state))
         if self._stopped_early:
+            # The evaluations of the end; those that are due at this step have run, and are not
+            # repeated.
             self._evaluate_all(self._events.final, step, state)
         return self._end(step, state)
 
@@ -249,8 +265,11 @@ class Trainer:
         """Restores or creates the state, opens the run's files and prints the banner."""
         report = self.report
         report.start()
+        # Before anything is compiled, which may take minutes.
         self.check_workdir()
         with report.time.measure('compile'):
+            # The compiler works in the background while the state is restored. What waits for it
+            # comes after the banner, which is then on the screen meanwhile.
             programs = self.compile()
             state, step = self._recovery.start(self.set_up().programs)
         self._reached = step, state
@@ -268,6 +287,7 @@ class Trainer:
 
     def _run_events(self, step: int, state: TrainState, batch: LoadedBatch) -> TrainState:
         """Runs the events due after this step, in the order log, monitors, eval, save."""
+        # First: a trace covers whole steps, and none of the events after them.
         self._print(self._profile.update(step, state))
         log_due = self._events.log.is_due(step)
         if log_due or step == self.experiment.training.total_steps:
@@ -282,36 +302,46 @@ class Trainer:
                 state = dataclasses.replace(state, metrics=self.set_up().programs.empty_metrics())
                 self._reached = step, state
             self._notify('log', step, state)
+        # Before the evaluations and the save: a state that is not finite gets neither.
         self.monitors().run(batch, step, state)
         self._evaluate_due(step, state)
+        # After the evaluations, whose results go into the checkpoint: retention ranks it by them.
         if self._events.save.is_due(step):
             self._save(step, state)
         return state
 
     def _end(self, step: int, state: TrainState) -> Result:
         """Saves the last step, writes the result and returns it."""
+        # The last row first: it shows the loss that the check may complain about.
         self.report.flush()
         self.monitors().check(step, state)
         status = self._status(step)
         self._save(step, state)
+        # After the save: the error of a hook costs no progress.
         self._hooks.raise_deferred(step)
         self._recovery.end(status, step, state)
+        # Once `result.json` is written, so that a hook can read it.
         self._hooks.end(step, state, status)
         self.report.end(status, step)
         return Result(status=status, step=step, metrics=dict(self.report.latest), state=state)
 
     def _rescue(self, error: BaseException) -> None:
         """Saves the state of the last completed step before an error ends the run."""
-        if self._reached is None or not self._all_failed(self._reached[0]):
+        if self._reached is None or not self._wait_until_all_failed(self._reached[0]):
             return
         if isinstance(error, KeyboardInterrupt) and self._stop.signal == signal.SIGINT:
             self._recovery.remember(*self._reached)  # A second Ctrl-C means: do not save.
         else:
-            self._recovery.rescue(*self._reached, error, is_sound=self.monitors().is_sound)
+            self._recovery.rescue(*self._reached, error, is_finite=self.monitors().is_finite)
 
-    def _all_failed(self, step: int) -> bool:
-        """Whether all processes failed at this step: a save needs all of them."""
+    def _wait_until_all_failed(self, step: int) -> bool:
+        """Waits for the other processes, and returns whether all have failed at this step.
+
+        A save needs all of them.
+        """
         if jax.process_count() > 1:
+            # Both numbers: a process that waits at another step, or in another call, has not failed
+            # at the same place.
             barrier = f'failed at step {step} in call {self._fits}'
             self._stop.all_failed = processes.wait_for_all(barrier, _FAILURE_WAIT_SECS)
             return self._stop.all_failed
@@ -321,7 +351,9 @@ class Trainer:
         """Yields the number of steps of each call of a program; none if already asked to stop."""
         total, most = self.experiment.training.total_steps, self.experiment.training.steps_per_call
         last = total if max_steps is None else min(total, step + max_steps)
-        stopped = self._stopping() or self._stopped_early
+        stopped = self._should_stop() or self._stopped_early
+        # With no step left the loop is skipped, but the run still ends properly, with its
+        # evaluations and its save.
         return self._events.calls(step, step if stopped else last, most)
 
     def _status(self, step: int) -> str:
@@ -339,7 +371,8 @@ class Trainer:
         early = self._recovery.early_stopping
         return early is not None and early.stopped
 
-    def _stopping(self) -> bool:
+    def _should_stop(self) -> bool:
+        # All processes must poll equally often: this decides at which poll they stop together.
         return self._stop.poll()
 
     def _evaluate_due(self, step: int, state: TrainState) -> bool:
@@ -349,7 +382,9 @@ class Trainer:
     def _evaluate_all(self, names: Iterable[str], step: int, state: TrainState) -> bool:
         due = [name for name in names if not self.report.has_eval(name, step)]
         for name in due:
-            if not self._stopping():
+            # Asked before each: once a stop is requested, the remaining evaluations are left to the
+            # next start.
+            if not self._should_stop():
                 self._evaluate(name, step, state)
         return bool(due)
 
@@ -359,21 +394,23 @@ class Trainer:
         jax.block_until_ready(state.step)
         self.monitors().check(step, state)
         evaluator = self.set_up().evaluators[name]
-        compiled = evaluator.compile_secs
+        compiled_before = evaluator.compile_secs
         with self.report.time.measure('eval'):
             try:
                 with self._profile.annotate_eval(name):
-                    metrics = evaluator.run(state, should_stop=self._stopping)
+                    metrics = evaluator.run(state, should_stop=self._should_stop)
             except Stopped:
                 # The next start runs it: the checkpoint of this step records which are missing.
                 return
             self.report.record_eval(name, step, metrics)
-        self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled)
+        # An evaluation compiles at its first batch, inside of the time measured above.
+        self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled_before)
         if (early := self._recovery.early_stopping) is not None:
             before = early.stopped
             early.update(name, metrics)
             if early.stopped and not before:
                 self._print(early.reason())
+        # Last: a hook that fails must not lose the evaluation, nor its part in early stopping.
         self._notify('eval', step, state, evaluation=name)
 
     @functools.cached_property
@@ -423,6 +460,7 @@ class Trainer:
         first, self._compiled = not self._compiled, True
         if first:
             checks.warn_at_start(experiment, self._events, programs.abstract, setup.mesh)
+        # What follows runs while the compiler works in other threads.
         started = start_compiling(experiment, programs)
         check_row(programs.abstract.metrics)
         if first:
@@ -479,7 +517,8 @@ class Trainer:
         experiment = self.experiment
         if experiment.ensemble is not None and member is None:
             raise UserError('model: this is an ensemble; choose a member, as in model(member=0)')
-        state = self._usable(state, 'model(state)')
+        state = self._resolve_state(state, 'model(state)')
+        # Before the member is selected: the program takes the state of all of them.
         state = dataclasses.replace(state, params=self.eval_params(state))
         if experiment.ensemble is not None:
             assert member is not None
@@ -489,13 +528,13 @@ class Trainer:
 
         return bind_for_notebook(experiment.model, state.variables)
 
-    def evaluate(self, state: TrainState | None = None) -> dict[str, Measured]:
+    def evaluate(self, state: TrainState | None = None) -> dict[str, MetricValues]:
         """Returns the metrics of each evaluation in the config: numbers by name, and `arrays`.
 
         Args:
             state: state to evaluate; by default the newest checkpoint.
         """
-        state = self._usable(state, 'evaluate(state)')
+        state = self._resolve_state(state, 'evaluate(state)')
         return {name: each.run(state) for name, each in self.set_up().evaluators.items()}
 
     def predict(
@@ -510,10 +549,10 @@ class Trainer:
         Raises:
             UserError: if the task has no method `predict`.
         """
-        state = self._usable(state, 'predict(state)')
+        state = self._resolve_state(state, 'predict(state)')
         return self.set_up().evaluators[evaluation].predict(state)
 
-    def _usable(self, state: TrainState | None, what: str) -> TrainState:
+    def _resolve_state(self, state: TrainState | None, what: str) -> TrainState:
         """Returns the state, or that of the newest checkpoint; refuses a donated state."""
         donated.check(state, what)
         return self.restore() if state is None else state

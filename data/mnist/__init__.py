@@ -46,7 +46,7 @@ class MNIST(ArraySource):
         if split not in _FILES:
             raise ValueError(f'split: {split!r} is none of {", ".join(_FILES)}')
         root = _DIRECTORY if directory is None else pathlib.Path(os.path.expanduser(directory))
-        read = _shared if directory is None else _read
+        read = _read_cached if directory is None else _read
         images = read(root / f'{_FILES[split]}-images-idx3-ubyte.gz', header=16)
         labels = read(root / f'{_FILES[split]}-labels-idx1-ubyte.gz', header=8)
         super().__init__(
@@ -67,4 +67,4 @@ def _read(path: pathlib.Path, header: int) -> np.ndarray:
 
 
 # All readers of the files beside this one share what was unpacked (55 MB; nobody can write to it).
-_shared = functools.cache(_read)
+_read_cached = functools.cache(_read)

@@ -140,7 +140,7 @@ def no_loss(model: Any, batch: Any) -> jax.Array:
         ),
         (
             Optimizer(groups={'all': group('.*', GEN)}), gan.task,
-            'groups.all.loss: the task has no loss None; it returns gen, disc',
+            'groups.all.loss is missing; the task returns gen, disc',
         ),
         (two_players(), no_loss, r"the task has no loss 'gen'; it returns one without a name"),
         (
@@ -177,7 +177,7 @@ def test_groups_are_checked(optimizer: Optimizer, task: Any, message: str) -> No
 )
 def test_names_of_losses_are_checked(output: TaskOutput, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        TaskRunner.of(lambda model, batch: output)(None, {})
+        TaskRunner.from_task(lambda model, batch: output)(None, {})
 
 
 def test_help_lists_the_keys_that_a_group_leaves_out() -> None:

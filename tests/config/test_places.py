@@ -36,7 +36,7 @@ def test_the_home_directory_wherever_a_path_is_named(home: pathlib.Path) -> None
     (home / 'mine.py').write_text(CONFIG)
     np.savez(home / 'x.npz', a=np.zeros((3, 1)))
     assert loading.load('~/mine.py').path == home / 'mine.py'
-    Workdir('~/runs/a').make()
+    Workdir('~/runs/a').create()
     assert (home / 'runs' / 'a').is_dir()
     assert len(Npz('~/x.npz')) == 3
     assert str(read.locate(read.epath.Path('~/x.npz'))) == str((home / 'x.npz').resolve())
@@ -52,7 +52,7 @@ def test_paths_without_a_home_directory_stay_what_they_are() -> None:
 
 def test_a_home_directory_that_does_not_exist(home: pathlib.Path) -> None:
     for act in (Workdir, loading.load, lambda path: read.locate(read.epath.Path(path))):
-        with pytest.raises(UserError, match=r"directory ~no_such_user is not known .*'\./~no_such"):
+        with pytest.raises(UserError, match=r"unknown home directory ~no_such_user .*'\./~no_such"):
             act('~no_such_user/x')  # type: ignore[operator]
     assert not list(pathlib.Path.cwd().iterdir())
 

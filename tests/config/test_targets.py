@@ -91,9 +91,17 @@ def nothing() -> None: ...
         ('plain', {'a': 1, 'args': (2,)}, r'config\.x\.a is given twice'),
         ('anything', {'c': 1}, 'accepts_any=True'),
         ('Picky', {'value': -1}, r'config\.x: .*Picky refused its arguments: value -1 is negative'),
-        ('Picky', {'value': '5'}, r"config\.x\.value is the text '5': a length of time has a unit"),
-        ('Picky', {'value': '1e-3'}, r"config\.x\.value is the text '1e-3': a number has no quot"),
-        ('Picky', {'value': {'a': 1}}, r'config\.x\.value is a dict that names no object'),
+        (
+            'Picky',
+            {'value': '5'},
+            r"is the text '5': write a number without quotation marks; a duration has a unit",
+        ),
+        (
+            'Picky',
+            {'value': '1e-3'},
+            r"config\.x\.value is the text '1e-3': write a number without quot",
+        ),
+        ('Picky', {'value': {'a': 1}}, r"config\.x\.value is a dict without a 'target'"),
         ('plian', {'a': 1}, 'Did you mean .*:plain?'),
     ],
 )

@@ -61,14 +61,14 @@ def test_a_shape_error_names_the_output_of_the_model_and_the_label() -> None:
     with pytest.raises(ValueError, match='dimensions') as raised:
         trainer.compile()
     assert notes_of(raised)[-3:] == [
-        'model(float32[32, 28, 28, 1]) has returned float32[32, 10]',
-        "Of the batch, the task has also read batch['label']: int32[32]",
+        'model(float32[32, 28, 28, 1]) returned float32[32, 10]',
+        "The task also read batch['label']: int32[32]",
         f'The task {HERE}:mismatched was called with the batch image: float32[32, 28, 28, 1], '
         'label: int32[32]',
     ]
     shown = traces.format_traceback(raised.value).splitlines()
     assert shown[0] == 'Traceback (most recent call last):'
-    assert shown[1].endswith(f'frames of libraries are left out: {traces.SHOWN}]')
+    assert shown[1].endswith(f'frames of libraries are left out: {traces.HOW_TO_SEE_ALL}]')
     assert [line for line in shown if line.startswith('  File')][1:] == [shown[4]]
     first = mismatched.__code__.co_firstlineno
     assert shown[4:] == [
@@ -86,7 +86,7 @@ def test_a_shape_error_names_the_output_of_the_model_and_the_label() -> None:
 def test_a_shape_error_inside_of_the_model() -> None:
     with pytest.raises(TypeError, match='contracting') as raised:
         small.trainer_in(None, model={'target': f'{HERE}:Net'}).compile()
-    assert 'model(float32[32, 28, 28, 1]) has not returned' in notes_of(raised)
+    assert 'model(float32[32, 28, 28, 1]) did not return' in notes_of(raised)
     shown = traces.format_traceback(raised.value).splitlines()
     last = max(number for number, line in enumerate(shown) if line.startswith('  File'))
     assert shown[last].endswith('in __call__')
@@ -101,12 +101,12 @@ def test_a_shape_error_in_an_evaluation_and_in_its_predictions() -> None:
     with pytest.raises(ValueError, match='dimensions') as raised:
         small.trainer_in(None, evals__test__task=task).compile()
     notes = '\n'.join(notes_of(raised))
-    assert 'has returned float32[512, 10]' in notes and "batch['label']: int32[512]" in notes
+    assert 'returned float32[512, 10]' in notes and "batch['label']: int32[512]" in notes
     assert f'Its task {HERE}:mismatched was called with the batch image: ' in notes
     trainer = small.trainer_in(None, task={'target': f'{HERE}:Predicting'})
     with pytest.raises(ValueError, match='ncompatible shapes') as raised:
         next(iter(trainer.predict('test', trainer.init_state())))
-    assert 'has returned float32[512, 10]' in '\n'.join(notes_of(raised))
+    assert 'returned float32[512, 10]' in '\n'.join(notes_of(raised))
 
 
 def test_what_a_traceback_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:

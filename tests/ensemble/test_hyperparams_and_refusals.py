@@ -155,7 +155,7 @@ def test_the_axis_of_the_members_is_theirs() -> None:
         'rules': (('Dense_0/kernel', (None, 'ensemble')),),
     }  # fmt: skip
     made = experiment(mesh={'ensemble': 2, 'data': 4}, sharding=(rule,), ensemble=ensemble())
-    with pytest.raises(UserError, match=r"the mesh axis 'ensemble' is that of the members"):
+    with pytest.raises(UserError, match=r"mesh axis 'ensemble' is reserved for the members"):
         Trainer(made).init_state()
 
 

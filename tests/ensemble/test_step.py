@@ -350,7 +350,7 @@ def test_mistakes_that_show_later() -> None:
     made = experiment(optimizer={'learning_rate': schedule}, ensemble=ensemble(**vary))
     with pytest.raises(UserError, match=r'branches in Python on learning_rate\.peak_value'):
         Trainer(made).init_state()
-    with pytest.raises(UserError, match=r'3 members \(config.ensemble.size\) do not divide'):
+    with pytest.raises(UserError, match=r'3 members \(config.ensemble.size\) are not divisible'):
         Trainer(experiment(ensemble={'size': 3}, mesh={'ensemble': 2, 'data': -1})).init_state()
     with pytest.raises(
         UserError, match=r'give data or ensemble a size, such as --config.mesh.data=1'

@@ -224,8 +224,8 @@ def test_without_a_work_directory_a_line_tells_of_them() -> None:
     [
         ('Unusable', "the metric 'scores' computes list; expected a number, an array"),
         ('Collecting', "the metric 'scores' is a clu.metrics.CollectingMetric"),
-        ('Spread', "the metric 'scores' cannot be computed, whatever the data: TypeError"),
-        ('Clashing', "two values are named 'scores/a/b'"),
+        ('Spread', "the metric 'scores' cannot be computed for any data: TypeError"),
+        ('Clashing', "two values of a row of metrics are named 'scores/a/b'"),
     ],
 )
 def test_what_cannot_be_a_metric_is_refused_at_the_start(
@@ -246,7 +246,7 @@ def test_what_cannot_be_a_metric_is_refused_at_the_start(
 def test_a_name_that_an_ensemble_gives_to_its_members() -> None:
     named = {'evals__test__task': task('ClashingInEnsembles')}
     trainer = trainer_in(None, ensemble__size=2, **named)
-    with pytest.raises(UserError, match="two values are named 'member_0/members'"):
+    with pytest.raises(UserError, match="are named 'member_0/members'"):
         trainer.fit()
     assert trainer_in(None, train_for='1 step', **named).fit().status == 'finished'
 

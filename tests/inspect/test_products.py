@@ -25,7 +25,7 @@ from trainer.experiment import Experiment, load_and_build
 from trainer.inspect import products
 from trainer.models.transformer import Attention
 from trainer.observe import flops
-from trainer.step.custom_step import OwnContext
+from trainer.step.custom_step import CustomStepContext
 from trainer.trainer import Trainer
 
 HALF: dict[str, Any] = {'compute': 'bfloat16'}
@@ -144,7 +144,7 @@ def test_what_a_page_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text == ' '.join(shown.split())
 
 
-def own_step(state: Any, batch: Any, ctx: OwnContext) -> Any:
+def own_step(state: Any, batch: Any, ctx: CustomStepContext) -> Any:
     """Differentiates the model itself, with products of its own in float32."""
 
     def loss(params: Any) -> Any:

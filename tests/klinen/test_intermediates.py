@@ -17,7 +17,7 @@ from tests.modules.examples import bind, init, same
 from trainer import klinen as knn
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 
 
@@ -57,7 +57,7 @@ def test_intermediates_of_a_call() -> None:
     assert same(tmp_values[0], model.encoder.childs[0](X))
     with pytest.raises(AttributeError, match=r'Sequential\.tmp_values .* inside module functions'):
         _ = model.encoder.tmp_values
-    with pytest.raises(AttributeError, match='there are: tmp_values, childs'):
+    with pytest.raises(AttributeError, match='available: tmp_values, childs'):
         _ = intermediates.encoder.kernel
     assert dir(intermediates) == ['decoder', 'encoder']
     nested = Sequential([nn.Dense(3), Sequential([nn.Dense(2)])]).init_bind(RNG, X)
@@ -103,7 +103,7 @@ def test_captures_do_not_nest_and_are_of_one_model() -> None:
             pass
     with model.capture_intermediates() as found:
         other(X)
-    with pytest.raises(AttributeError, match='no call has been captured'):
+    with pytest.raises(AttributeError, match='no call was captured'):
         _ = found.encoder
     with model.capture_intermediates() as found:
         part = model.eval().encoder(X)
@@ -266,7 +266,7 @@ def test_values_of_any_kind_in_an_ensemble() -> None:
     both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), init(Noted()))
     x = jnp.ones((3, 4))
     model = EnsembleModel(
-        functional(Noted()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
+        as_functional(Noted()), both, Keys(seed=0, mode='eval'), jnp.arange(2), combine=mean
     )
     y = jax.jit(model)(x)
     model(x)
@@ -290,7 +290,7 @@ class OneBranch(knn.Module):
 def test_a_branch_that_keeps_what_another_one_does_not() -> None:
     """K12: such a call runs all the same, and says that it has captured nothing."""
     model = OneBranch().init_bind(RNG, X)
-    with pytest.warns(UserWarning, match='OneBranch: the branches of nn.cond .* none of this'):
+    with pytest.warns(UserWarning, match='OneBranch: the branches of nn.cond .* is not captured'):
         y, found = model.call_with_intermediates(X)
     assert same(y, model(X))
     assert dir(found) == []

@@ -16,7 +16,7 @@ from tests.klinen.test_document import MLP, RNG, AutoEncoder, Noisy, X
 from tests.modules.examples import same
 from trainer import klinen as knn
 from trainer.klinen.notebook import bind_for_notebook
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 
 
 def test_modes() -> None:
@@ -109,7 +109,7 @@ class Guide(nn.Module):
 def test_linen_classes_with_names_of_the_interface() -> None:
     """K2, K8: once they are bound, the names are the interface's; their own code keeps its own."""
     variables = Guide(train=False).init(RNG, X)
-    fixed = bind_for_notebook(functional(Guide()), variables)
+    fixed = bind_for_notebook(as_functional(Guide()), variables)
     for model in (fixed, knn.bind(Guide(), variables), knn.convert(Guide)().init_bind(RNG, X)):
         assert set(model.params) == {'Dense_0'}
         noisy = model.train().with_rng(RNG)
@@ -125,11 +125,11 @@ def test_names_that_would_hide_the_interface() -> None:
     def made(**names: Any) -> type:
         return type('Wrong', (knn.Module,), names)
 
-    with pytest.raises(TypeError, match=r'Wrong\.train would hide .* give it another name'):
+    with pytest.raises(TypeError, match=r'Wrong\.train would override .* rename it'):
         made(train=True, __annotations__={'train': bool})
-    with pytest.raises(TypeError, match=r'Wrong\.params would hide'):
+    with pytest.raises(TypeError, match=r'Wrong\.params would override'):
         made(__annotations__={'params': int})
-    with pytest.raises(TypeError, match=r'Wrong\.eval would hide'):
+    with pytest.raises(TypeError, match=r'Wrong\.eval would override'):
         made(eval=lambda self, x: x)
 
 

@@ -221,4 +221,4 @@ def test_the_docstring() -> None:
     example = '\n'.join(line[4:] for line in docstring.splitlines() if line.startswith('    '))
     names: dict[str, Any] = {'__name__': 'klinen', 'jax': jax, 'nn': nn, 'x': X}
     exec(compile(example, 'klinen', 'exec', dont_inherit=True), names)
-    assert names['kept'].encoder
+    assert names['values'].encoder

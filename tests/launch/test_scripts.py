@@ -74,6 +74,20 @@ def test_made_once_and_run_from_the_user_s_directory(
     assert ran(out, tmp_path, checkout)
 
 
+@pytest.mark.parametrize('name', ['trainer.py', 'trainer/__init__.py'])
+def test_a_file_that_hides_the_package(
+    name: str, checkout: Checkout, tmp_path: pathlib.Path
+) -> None:
+    """Python would run it, or fail with words that do not name it."""
+    project = tmp_path / 'project'
+    (project / name).parent.mkdir(parents=True)
+    (project / name).write_text('')
+    code, out, err = checkout.run(project)
+    assert (code, out) == (2, '')
+    assert err.startswith(f'Error: {project}/{name} hides')
+    assert 'Rename it' in err
+
+
 @pytest.mark.slow
 def test_a_changed_lock_an_interrupted_install_and_a_moved_checkout_start_again(
     checkout: Checkout, tmp_path: pathlib.Path

@@ -26,7 +26,7 @@ from trainer.models.norm import GroupedBatchNorm
 from trainer.models.recurrent import Seq2Seq
 from trainer.models.resnet import ResNet
 from trainer.models.transformer import Transformer
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.rng import Keys
 from trainer.observe import flops
@@ -74,7 +74,7 @@ def dtypes(
     **kwargs: Any,
 ) -> set[str]:
     """Returns the dtypes of all products of a forward pass, and of the backward one in training."""
-    model = functional(module, precision)
+    model = as_functional(module, precision)
 
     def task(bound: Any, batch: Any) -> jax.Array:
         return jnp.asarray(call(bound, *batch[0], **batch[1]), jnp.float32).sum()
@@ -278,7 +278,7 @@ def test_the_rows_have_every_pair() -> None:
 def trained(module: Any, precision: Precision, task: Any, batch: Any, **options: Any) -> None:
     """Makes a step; every parameter that it changes becomes another finite number."""
     step = TrainStep(StepContext(
-        model=functional(module, precision), task=TaskRunner.of(task), seed=0,
+        model=as_functional(module, precision), task=TaskRunner.from_task(task), seed=0,
         optimizer=Optimizer(base=optax.sgd(0.1)), **options
 ))  # fmt: skip
     types = (jax.sharding.AxisType.Auto,)

@@ -16,7 +16,7 @@ from trainer.config.errors import UserError
 from trainer.data.addition import decode
 from trainer.experiment import load_and_build
 from trainer.models.recurrent import Seq2Seq
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 from trainer.tasks import Answer, TaskOutput
@@ -95,7 +95,7 @@ def test_what_it_writes_is_what_it_is_taught() -> None:
 
 def measured(mode: Any, targets: np.ndarray, **options: Any) -> TaskOutput:
     task, batch = Answer(**options), {**BATCH, 'targets': targets}
-    model = functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode=mode))
+    model = as_functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode=mode))
     return task(model, {name: jnp.asarray(x) for name, x in batch.items()})
 
 
@@ -195,6 +195,6 @@ def test_dtypes() -> None:
 
 
 def test_a_batch_without_lengths_is_told() -> None:
-    model = functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode='eval'))
+    model = as_functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode='eval'))
     with pytest.raises(UserError, match=r"asks for batch\['lengths'\]"):
-        TaskRunner.of(Answer())(model, {'inputs': INPUTS, 'targets': TARGETS})
+        TaskRunner.from_task(Answer())(model, {'inputs': INPUTS, 'targets': TARGETS})

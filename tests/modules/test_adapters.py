@@ -16,7 +16,7 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.modules import adapters
 from trainer.modules.adapters import Adapter
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 
 X = jnp.ones((2, 3))
@@ -34,8 +34,8 @@ class Unusable(Kind):
     """One of this kind that no run can start from."""
 
 
-def keep(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    output = following(*args, **kwargs)
+def keep(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    output = next_fun(*args, **kwargs)
     if isinstance(context.module, Kind) and context.module.is_mutable_collection('intermediates'):
         context.module.put_variable('intermediates', 'kept', (output, 'a text'))
     return output
@@ -53,10 +53,10 @@ def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     """It sees each method of each module, what a call leaves, and what a config gives."""
     monkeypatch.setattr(adapters, 'registered', [])
     adapter = Adapter(intercept=keep, plain=plain, refusal=refusal)
-    model = functional(Kind())
+    model = as_functional(Kind())
     keys = Keys(seed=0, mode='eval')
     variables = model.init(lambda bound, batch: bound(batch['x']), {'x': X}, keys)
-    assert functional(Unusable())
+    assert as_functional(Unusable())
     for times in range(2):  # To register it again changes nothing.
         adapters.register(adapter)
         assert adapters.registered == [adapter], times
@@ -65,7 +65,7 @@ def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bound.intermediates.keys() == {'kept'}
     assert (bound.intermediates['kept'] == y).all()
     with pytest.raises(UserError, match=r'^config\.model: no run can start from it$'):
-        functional(Unusable())
+        as_functional(Unusable())
 
 
 @pytest.mark.slow
@@ -74,8 +74,8 @@ def test_a_model_of_linen_imports_no_klinen() -> None:
     code = (
         'import sys, flax.linen as nn, trainer.experiment, trainer.trainer\n'
         'from trainer.modules import adapters\n'
-        'from trainer.modules.functional import functional\n'
-        'functional(nn.Dense(3))\n'
+        'from trainer.modules.functional import as_functional\n'
+        'as_functional(nn.Dense(3))\n'
         'assert not [name for name in sys.modules if name.startswith("trainer.klinen")]\n'
         'assert adapters.registered == []\n'
         'import trainer.klinen\n'

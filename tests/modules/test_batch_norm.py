@@ -20,7 +20,7 @@ from trainer.config.errors import UserError
 from trainer.evaluate.step import EvalStep
 from trainer.models.norm import GroupedBatchNorm
 from trainer.models.resnet import ResNet
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.precision import AS_IS, Precision
 from trainer.parallel.mesh import make_mesh
 from trainer.step.context import StepContext
@@ -61,7 +61,7 @@ def square(model: Callable[..., Any], batch: Any) -> jax.Array:
 
 def programs(model: nn.Module, mesh: Any = None, precision: Precision = AS_IS) -> Programs:
     step = TrainStep(StepContext(
-        model=functional(model, precision), task=TaskRunner.of(square),
+        model=as_functional(model, precision), task=TaskRunner.from_task(square),
         optimizer=Optimizer(base=optax.sgd(0.1)), seed=0
 ))  # fmt: skip
     spec = {'x': jax.ShapeDtypeStruct((16, 3), np.float32)}
@@ -122,7 +122,7 @@ def test_training_and_evaluation_are_told_apart() -> None:
     loss = state.metrics['task'].loss.compute()
     assert float(loss) == pytest.approx(float((expected**2).mean()), rel=1e-5)
     assert_close(state.collections['batch_stats'], moved['batch_stats'])
-    evaluation = EvalStep(model=functional(model), task=TaskRunner.of(square), seed=0)
+    evaluation = EvalStep(model=as_functional(model), task=TaskRunner.from_task(square), seed=0)
     after, real = jax.device_get(state.variables), {**batch, MASK: np.ones(16, bool)}
     totals = evaluation.empty(evaluation.output_shapes(after, real))
     totals = evaluation(totals, after, state.step, jnp.int32(0), real)
@@ -233,7 +233,7 @@ def test_groups_beside_what_flax_has() -> None:
         for part, some in zip(np.split(x, 4), np.split(mask, 4), strict=True)
     ]
     assert_close(found, np.concatenate(expected))
-    with pytest.raises(ValueError, match='15 rows do not divide into groups=4'):
+    with pytest.raises(ValueError, match='15 examples are not divisible into groups=4'):
         grouped.apply(variables, x[:15], False, mutable=['batch_stats'])
     with pytest.raises(errors.ModifyScopeVariableError):
         grouped.apply(variables, x, False)
@@ -262,7 +262,7 @@ def test_an_axis_of_pmap(caplog: pytest.LogCaptureFixture) -> None:
         stepped(programs(MLP(axis_name='batch')), x).variables,
         stepped(programs(MLP()), x).variables,
     )
-    assert "names the axis 'batch' of jax.pmap" in caplog.text
+    assert "names the jax.pmap axis 'batch'" in caplog.text
     with pytest.raises(
         UserError, match=r'groups of devices .*trainer.models.norm:GroupedBatchNorm'
     ):

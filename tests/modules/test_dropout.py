@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import make_mesh
 from trainer.parallel.sharding import ByPath
@@ -64,10 +64,10 @@ def test_the_first_state_needs_no_dropout() -> None:
     """D2: parameters do not depend on it, and no key for it is asked for."""
     batch = {'x': jnp.zeros((4, 8))}
     keys = Keys(seed=0, mode='init')
-    found = [functional(Net(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
+    found = [as_functional(Net(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
     assert found[0] == found[1] == {'scale': 1.0}
     # Here they would depend on it, if anything were dropped.
-    fitted = [functional(Fitted(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
+    fitted = [as_functional(Fitted(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
     assert fitted[0]['level'].tolist() == fitted[1]['level'].tolist() == [1.0] * 8
     variables = Net().init({'params': jax.random.key(0)}, jnp.zeros((4, 8)))
     assert set(variables) == {'params'}
@@ -92,7 +92,7 @@ def test_deterministic_is_said_once() -> None:
         with pytest.raises(ValueError, match='deterministic'):
             layer.apply({}, x, rngs=rngs, **given)
     for said in (0, 1, 2):
-        model = functional(Said(said)).bind({'params': {}}, Keys(seed=0, mode='train'))
+        model = as_functional(Said(said)).bind({'params': {}}, Keys(seed=0, mode='train'))
         if said == 1:
             assert (model(x) == 0).any()
             continue
@@ -116,7 +116,7 @@ def test_what_is_kept_is_scaled_up() -> None:
     """D4: with a rate of one half ones become zeros and twos; `rate` is what is dropped."""
     keys = Keys(seed=0, mode='train')
     for rate, kept in ((0.5, 2.0), (0.2, 1.25)):
-        model = functional(Net(rate)).bind({'params': {'scale': jnp.ones(())}}, keys)
+        model = as_functional(Net(rate)).bind({'params': {'scale': jnp.ones(())}}, keys)
         out = np.asarray(model(jnp.ones((100, 100))))
         assert set(np.unique(out).round(5)) == {0.0, kept}
         assert out.mean() == pytest.approx(1.0, abs=0.03)
@@ -134,7 +134,7 @@ def test_shards_of_a_batch_have_masks_of_their_own() -> None:
     cut = ByPath(rules=(('shifts', ('model',)),))
     for mesh, rules in (({'data': 8}, ()), ({'data': 2, 'model': 4}, (cut,))):
         step = TrainStep(StepContext(
-            model=functional(Shifted()), task=TaskRunner.of(rows_of_masks), seed=3,
+            model=as_functional(Shifted()), task=TaskRunner.from_task(rows_of_masks), seed=3,
             optimizer=Optimizer(base=optax.sgd(0.0))
 ))  # fmt: skip
         spec = {'x': jax.ShapeDtypeStruct(x.shape, x.dtype)}
@@ -198,7 +198,7 @@ class Texts(nn.Module):
 @pytest.mark.slow
 def test_words_are_dropped_by_a_stream_of_their_own() -> None:
     """D8, U12: two streams that nobody declared, new in each step, none at evaluation."""
-    model = functional(Texts())
+    model = as_functional(Texts())
     tokens = jnp.full((64, 20), 5)
 
     def run(model: Any, batch: Any) -> jax.Array:

@@ -138,7 +138,7 @@ class OwnInit(nn.Module):
 
 
 def test_names_that_do_not_fit() -> None:
-    wrong = r"sharding P\('data', None, None\) of an array that has 2 dimensions \(.*test_flat_init"
+    wrong = r"P\('data', None, None\) for an array that has 2 dimensions \(.*test_flat_init"
     for target in ('WrongNames', 'BridgedWrongNames', 'OwnInit'):
         with pytest.raises(UserError, match=wrong):
             specs({'target': target})

@@ -15,7 +15,7 @@ from flax import nnx
 
 from tests.modules.learning import learned, trainer
 from trainer.config.errors import UserError, full_text
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 
 
 class Callable4:
@@ -94,7 +94,7 @@ tree = {'w': array}
 
 EXPECTED = r'expected a module of flax\.linen or flax\.nnx, got '
 REFUSED = {
-    'target:Callable4': rf'^config\.model: {EXPECTED}Callable4\. Write the model as a module',
+    'target:Callable4': rf'^config\.model: {EXPECTED}Callable4\. Write the model as a Flax module',
     'target:equinox': rf'^config\.model\.target: {EXPECTED}the class Net of Equinox\.',
     'target:torch': rf'{EXPECTED}the class Net of PyTorch\..*config\.init_from reads',
     'target:transformed': rf'{EXPECTED}Transformed\.',
@@ -110,8 +110,8 @@ REFUSED = {
     'ref:bound': rf'{EXPECTED}the function with_params\(x',
     'ref:with_params': rf'{EXPECTED}the function with_params\(params',
     'ref:makes_without': rf'{EXPECTED}the function makes_without\(\).*config\.model\.target name',
-    'ref:method': r"got the method 'apply' of a module \(Dense\)\. Let config\.model give the",
-    'ref:linen_class': r'got the class Dense of flax\.linen modules; config\.model\.target makes',
+    'ref:method': r"got the method 'apply' of a module \(Dense\)\. Set config\.model to the module",
+    'ref:linen_class': r'got the flax\.linen module class Dense; use it as config\.model\.target',
     'ref:array': rf'{EXPECTED}ndarray\.',
     'ref:tree': rf'{EXPECTED}dict\.',
 }
@@ -130,7 +130,7 @@ def test_what_haiku_makes_is_wrapped_in_linen() -> None:
     """As the message says of it."""
     made = type('Transformed', (Transformed,), {'__module__': 'haiku._src.transform'})
     with pytest.raises(TypeError, match=r'got Transformed of Haiku\..* self\.param\("net", net.i'):
-        functional(made(*transformed()))
+        as_functional(made(*transformed()))
     learned({'target': f'{__name__}:OfHaiku'}, steps=100)
 
 
@@ -202,9 +202,9 @@ def test_a_maker_that_fails_says_how() -> None:
     from trainer.modules.rng import Keys
 
     with pytest.raises(UserError, match=r'got the function make\(streams.*called with `rngs`: '):
-        functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     with pytest.raises(TypeError) as raised:  # A mistake in the module, and not in what makes it.
-        functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     assert not isinstance(raised.value, UserError)
     with pytest.raises(ZeroDivisionError):
-        functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))

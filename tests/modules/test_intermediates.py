@@ -19,7 +19,7 @@ from tests.inspect.program import computation
 from tests.modules.examples import X, bind, init, same
 from trainer.experiment import load_and_build
 from trainer.klinen.notebook import bind_for_notebook
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
@@ -101,7 +101,7 @@ def test_who_does_not_read_it_pays_nothing(kind: str) -> None:
     """1.K4: the compiled gradient of a model that sows is that of one that does not."""
     texts = []
     for sows in (False, True):
-        model = functional(Stack(kind, sows))
+        model = as_functional(Stack(kind, sows))
         keys = Keys(seed=0, mode='train')
         variables = model.init(lambda model, batch: model(X), {}, Keys(seed=0, mode='init'))
 
@@ -222,7 +222,7 @@ def test_the_features_of_a_sequential() -> None:
     layers = (nn.Dense(8), nn.relu, nn.Dense(6), nn.relu, nn.Dense(2), nn.log_softmax)
     whole = nn.Sequential(layers)
     variables = init(whole)
-    model = functional(nn.Sequential(layers[:3])).bind(variables, Keys(seed=0, mode='eval'))
+    model = as_functional(nn.Sequential(layers[:3])).bind(variables, Keys(seed=0, mode='eval'))
     first, second = (variables['params'][f'layers_{i}'] for i in (0, 2))
     hidden = jax.nn.relu(X @ first['kernel'] + first['bias'])
     np.testing.assert_allclose(model(X), hidden @ second['kernel'] + second['bias'], rtol=1e-5)
@@ -243,7 +243,7 @@ def test_a_bound_model_in_a_notebook() -> None:
     """1.K9: bind, call the parts, unbind; what Trainer.model() gives does the same."""
     variables = init(AutoEncoder())
     bound = AutoEncoder().bind(variables)
-    again = bind_for_notebook(functional(AutoEncoder()), variables)
+    again = bind_for_notebook(as_functional(AutoEncoder()), variables)
     assert same(bound.decoder(bound.encoder(X)), bound(X))
     assert same(again.decoder(again.encoder(X)), bound(X))
     encoder, encoded = bound.encoder.unbind()

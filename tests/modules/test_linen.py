@@ -14,7 +14,7 @@ from flax import errors
 
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 
 
@@ -101,7 +101,7 @@ def test_stop_gradient_is_by_whole_path() -> None:
     variables, keys = init(Normed(), everything), Keys(seed=0, mode='train')
 
     def loss(params: Any, pattern: str) -> Any:
-        model = functional(Normed()).bind({**variables, 'params': params}, keys)
+        model = as_functional(Normed()).bind({**variables, 'params': params}, keys)
         return model.stop_gradient(pattern).encode(X).sum()
 
     grads = jax.grad(loss)(variables['params'], 'dense/kernel')
@@ -208,7 +208,7 @@ def test_partitioned_variables_are_made_boxed_and_used_unboxed() -> None:
     assert isinstance(boxed['params']['kernel'], nn.Partitioned)
     assert isinstance(boxed['seen']['calls'], nn.Partitioned)
     variables = nn.meta.unbox(boxed)
-    model = functional(Boxed()).bind(variables, Keys(seed=0, mode='train'))
+    model = as_functional(Boxed()).bind(variables, Keys(seed=0, mode='train'))
     assert same(model(X), X @ jnp.ones((4, 4)))
     model(X)
     assert same(model.collections['seen']['calls'], jnp.full(2, 2.0))

@@ -17,7 +17,7 @@ from flax.core.scope import DenyList
 
 from tests.modules.learning import learned
 from trainer.data.sources import ArraySource
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 
@@ -121,7 +121,7 @@ def test_dtypes() -> None:
     def task(model: Any, batch: Any) -> Any:
         return model(batch)[:, 0]
 
-    model = functional(nn.Dense(4), Precision(compute='bfloat16', output='bfloat16'))
+    model = as_functional(nn.Dense(4), Precision(compute='bfloat16', output='bfloat16'))
     params = model.init(task, X, Keys(seed=0, mode='init'))
     assert params['params']['kernel'].dtype == jnp.float32
     assert model.bind(params, Keys(seed=0, mode='train'))(X).dtype == jnp.bfloat16
@@ -217,9 +217,9 @@ def test_helpers_and_sequences() -> None:
     assert (Heir(5).depth, Heir(5).width) == (5, 4)
     seen = []
 
-    def look(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def look(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         seen.append(context.method_name)
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(look):
         assert Counter().apply(Counter().init(KEY, X), X).shape == X.shape

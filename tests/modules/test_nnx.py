@@ -14,7 +14,7 @@ from flax import nnx
 from tests.modules.examples import X, bind, init, same
 from trainer.config.errors import UserError
 from trainer.klinen.notebook import bind_for_notebook
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 
@@ -58,7 +58,7 @@ def test_variables_are_kept_by_kind_and_path() -> None:
     assert variables['count']['calls'] == 0
     again = init(make)
     jax.tree.map(lambda a, b: same(a, b) or pytest.fail('differs'), variables, again)
-    kernel = functional(make).init(lambda *_: None, {}, Keys(seed=1, mode='init'))
+    kernel = as_functional(make).init(lambda *_: None, {}, Keys(seed=1, mode='init'))
     assert not same(kernel['params']['first']['kernel'], variables['params']['first']['kernel'])
 
 
@@ -86,7 +86,7 @@ def test_dropout_draws_by_the_rule() -> None:
         assert not any(same(mask, rest) for rest in masks[i + 1 :])
     variables = init(make)
     for keys in (Keys(seed=0, mode='train', step=4), Keys(seed=0, mode='train', step=3, index=1)):
-        elsewhere = functional(make).bind(variables, keys)(X)
+        elsewhere = as_functional(make).bind(variables, keys)(X)
         assert not same(elsewhere[0] == 0, masks[0])
 
 
@@ -99,7 +99,7 @@ def test_intermediates_are_offered_and_not_kept() -> None:
     assert len(model.intermediates['sown']) == 1
     model(X)  # What the first call has left is gone.
     assert len(model.intermediates['sown']) == 1
-    module: Any = bind_for_notebook(functional(make), model.variables)
+    module: Any = bind_for_notebook(as_functional(make), model.variables)
     assert not hasattr(module, 'assigned')
     module(X)
     assert set(nnx.to_pure_dict(nnx.pop(module, nnx.Intermediate))) == {'sown', 'assigned'}
@@ -122,7 +122,7 @@ def test_views() -> None:
 
     def loss(params: Any) -> Any:
         keys = Keys(seed=0, mode='train')
-        model = functional(make).bind({**variables, 'params': params}, keys, ema=zeros)
+        model = as_functional(make).bind({**variables, 'params': params}, keys, ema=zeros)
         assert same(model.ema.encode(X), jnp.zeros((3, 5)))
         return model.stop_gradient('first/bias').encode(X).sum()
 
@@ -150,7 +150,7 @@ def test_a_shared_module_is_one_set_of_parameters() -> None:
     kernel, bias = variables['params']['one']['kernel'], variables['params']['one']['bias']
 
     def mine(params: Any) -> Any:
-        bound = functional(Shared).bind({'params': params}, Keys(seed=0, mode='train'))
+        bound = as_functional(Shared).bind({'params': params}, Keys(seed=0, mode='train'))
         return bound(X).sum()
 
     grads = jax.grad(mine)(variables['params'])
@@ -207,16 +207,16 @@ class Growing(nnx.Module):
 @pytest.mark.parametrize('new', [Count, lambda x: x], ids=['variable', 'array'])
 def test_what_a_call_makes_is_refused(new: Any, run: Any) -> None:
     """X10: it would not be in the next step."""
-    with pytest.raises(ValueError, match=r'must be an nnx\.Intermediate'):
+    with pytest.raises(ValueError, match=r'that a call creates must be nnx\.Intermediate'):
         run(lambda x: bind(lambda rngs: Growing(new, rngs))(x))(X)
 
 
 def test_dtypes() -> None:
     precision = Precision(params=jnp.float32, compute=jnp.bfloat16, output=jnp.float32)
-    model = functional(make, precision)
+    model = as_functional(make, precision)
     variables = model.init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     bound = model.bind(variables, Keys(seed=0, mode='train'))
     assert bound(X).dtype == jnp.float32
     assert bound.collections['batch_stats']['norm']['mean'].dtype == jnp.float32
-    exact = functional(make).bind(variables, Keys(seed=0, mode='train'))(X)
+    exact = as_functional(make).bind(variables, Keys(seed=0, mode='train'))(X)
     assert not same(bound(X), exact)

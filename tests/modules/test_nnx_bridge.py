@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests.modules.examples import X, bind, init, same
 from tests.modules.test_nnx_trainer import experiment
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
 
@@ -78,7 +78,7 @@ def test_initialisation_moves_nothing(task: Any) -> None:
         expected = getattr(made.norm, name)[...]
         assert same(variables['batch_stats']['norm'][name], expected)
         assert same(variables['batch_stats']['linen']['layers_1'][name], expected[:3])
-    model: Any = functional(Moving)
+    model: Any = as_functional(Moving)
     model.init(task, {'x': X}, Keys(seed=0, mode='init'))
     bound = model.bind(variables, Keys(seed=0, mode='train'), ema=variables['params'])
     task(bound, {'x': X})
@@ -200,12 +200,12 @@ def test_a_linen_module_in_nnx_is_told_the_mode(linen: Any, depth: int, mode: st
     def inner(tree: Any) -> Any:
         return tree['linen'] if depth else tree
 
-    system = functional(make)
+    system = as_functional(make)
     variables = system.init(lambda m, b: m(b['x']), {'x': X}, Keys(seed=0, mode='init'))
     alone = {name: inner(tree) for name, tree in variables.items()}
     keys = Keys(seed=0, mode=mode)
     model: Any = system.bind(variables, keys)
-    expected = functional(linen()).bind(alone, keys)
+    expected = as_functional(linen()).bind(alone, keys)
     np.testing.assert_allclose(model(X), expected(X), rtol=1e-5, atol=1e-6)
     found = inner(model.collections['batch_stats'])
     jax.tree.map(np.testing.assert_allclose, found, expected.collections['batch_stats'])
@@ -216,7 +216,7 @@ def test_a_linen_module_in_nnx_is_told_the_mode(linen: Any, depth: int, mode: st
 
 
 def test_dropout_of_a_linen_module_in_nnx() -> None:
-    system = functional(lambda rngs: Around(InCall(rate=0.5), rngs))
+    system = as_functional(lambda rngs: Around(InCall(rate=0.5), rngs))
     variables = system.init(lambda m, b: m(b['x']), {'x': X}, Keys(seed=0, mode='init'))
     model = system.bind(variables, Keys(seed=0, mode='train'))
     first, second = model(X), model(X)
@@ -263,7 +263,7 @@ def test_an_nnx_module_in_linen_is_told_the_mode(module: nn.Module) -> None:
     assert same(evaluated(X)[0], evaluated(X)[0]) and not (evaluated(X)[0] == 0).any()
     jax.tree.map(np.testing.assert_array_equal, evaluated.collections, before)
     for mode, before in (('train', noise), ('eval', evaluated(X)[1])):
-        later = functional(module).bind(init(module), Keys(seed=0, mode=mode, step=4))
+        later = as_functional(module).bind(init(module), Keys(seed=0, mode=mode, step=4))
         assert not same(later(X)[1], before)
 
 

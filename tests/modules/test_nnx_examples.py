@@ -16,7 +16,7 @@ from flax import nnx
 
 from tests.command import ROOT
 from trainer.experiment import Experiment, load_and_build
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
@@ -101,7 +101,7 @@ def test_03_train_state() -> None:
 
 def test_04_pure_modules() -> None:
     """A module as a graph and a state: what is here called a functional model."""
-    make = functional(lambda rngs: MLP(16, rngs=rngs))
+    make = as_functional(lambda rngs: MLP(16, rngs=rngs))
     variables = make.init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     model = make.bind(variables, Keys(seed=0, mode='train'))
     output = model(X)
@@ -272,7 +272,7 @@ def test_07_a_transformer(tmp_path: pathlib.Path) -> None:
     params = Trainer(made).init_state().params
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8)))
     keys = Keys(seed=0, mode='eval')
-    model = functional(lambda rngs: Decoder(rngs=rngs)).bind({'params': params}, keys)
+    model = as_functional(lambda rngs: Decoder(rngs=rngs)).bind({'params': params}, keys)
     whole = model(tokens)
 
     step = Decoder(decode=True, rngs=nnx.Rngs(0))

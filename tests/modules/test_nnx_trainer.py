@@ -19,7 +19,7 @@ from tests.command import ROOT
 from tests.modules.examples import init
 from trainer.config.errors import UserError
 from trainer.experiment import Experiment, load_and_build
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 from trainer.trainer import Trainer
 
@@ -283,4 +283,4 @@ def test_mistakes_are_told_as_for_linen() -> None:
     with pytest.raises(UserError, match='got a function that returns int'):
         init(lambda rngs: 3)
     with pytest.raises(TypeError, match=r'expected a module of flax\.linen or flax\.nnx, got int'):
-        functional(3)
+        as_functional(3)

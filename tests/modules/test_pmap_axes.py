@@ -25,10 +25,10 @@ from trainer.modes import dry_run, export
 from trainer.modes.plan import plan
 from trainer.modules.ensemble import EnsembleModel
 from trainer.modules.ensemble_outputs import mean
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 
-NOTICE = "names the axis 'batch' of jax.pmap"
+NOTICE = "names the jax.pmap axis 'batch'"
 X = np.random.default_rng(0).normal(1.0, 2.0, (8, 6)).astype('f4')
 
 
@@ -80,7 +80,7 @@ def branches() -> nn.Module:
 
 def output(model: Any, mode: str = 'train') -> tuple[Any, Any]:
     """Returns what a call of a model gives, and the collections after it."""
-    wrapped = functional(model)
+    wrapped = as_functional(model)
     variables = wrapped.init(lambda m, b: m(b), X, Keys(seed=0, mode='init'))
     bound = wrapped.bind(variables, Keys(seed=0, mode=mode))
     return bound(X), bound.collections
@@ -210,10 +210,10 @@ def test_an_axis_that_nnx_binds_stays(caplog: pytest.LogCaptureFixture) -> None:
 def test_groups_of_devices_are_refused() -> None:
     groups = [[0, 1], [2, 3]]
     linen = functools.partial(nn.LayerNorm, axis_index_groups=groups)
-    with pytest.raises(UserError, match=r'norm \(LayerNorm\) normalises by groups.*GroupedBatch'):
+    with pytest.raises(UserError, match=r'norm \(LayerNorm\) normalizes over groups.*GroupedBatch'):
         output(Normed(linen, 'batch'))
     of_nnx = functools.partial(nnx.BatchNorm, axis_index_groups=groups)
-    with pytest.raises(UserError, match=r'norm \(BatchNorm\) normalises by groups.*GroupedBatch'):
+    with pytest.raises(UserError, match=r'norm \(BatchNorm\) normalizes over groups.*GroupedBatch'):
         output(functools.partial(NormedNNX, of_nnx, axis_name='batch'))
 
 
@@ -300,7 +300,7 @@ def test_an_axis_of_the_mesh_is_none_of_pmap() -> None:
 @pytest.mark.slow
 def test_members_of_an_ensemble() -> None:
     """Their evaluation leaves the name out, too."""
-    model, named = functional(Normed(nn.LayerNorm)), functional(Normed(nn.LayerNorm, 'batch'))
+    model, named = as_functional(Normed(nn.LayerNorm)), as_functional(Normed(nn.LayerNorm, 'batch'))
     keys = Keys(seed=0, mode='eval')
     one = model.init(lambda bound, batch: bound(batch['x']), {'x': X}, keys)
     both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), one)

@@ -20,7 +20,7 @@ from tests.modules.examples import X, bind, init
 from trainer.config.loading import LoadedConfig
 from trainer.data.sources import ArraySource
 from trainer.experiment import build
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.parallel.mesh import make_mesh
 from trainer.step.context import StepContext
 from trainer.step.one_model import TrainStep
@@ -97,7 +97,7 @@ def test_the_first_state_runs_no_forward_pass() -> None:
 
     model = nn.Sequential([nn.Conv(8, (3, 3)), nn.relu, nn.Dense(5)])
     step = TrainStep(StepContext(
-        model=functional(model), task=TaskRunner.of(task), seed=0,
+        model=as_functional(model), task=TaskRunner.from_task(task), seed=0,
         optimizer=Optimizer(base=optax.sgd(0.1))
 ))  # fmt: skip
     spec = {'x': jax.ShapeDtypeStruct((8, 16, 16, 1), np.float32)}

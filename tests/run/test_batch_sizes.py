@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run that resumes with another batch size counts examples: data, events and schedules."""
+"""Runs that resume with another batch size: data, events and schedules count examples."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rows(workdir: pathlib.Path, name: str) -> dict[int, float]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[int]]]:
-    """What the data digest counts: the examples of each step."""
+    """Returns what the data digest covers: the examples of each step."""
     consumed: dict[int, list[int]] = {}
     add = DataDigest.add
 
@@ -56,8 +56,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, list[int]]]:
     yield consumed
 
 
-def times(seen: dict[int, list[int]]) -> dict[int, int]:
-    """Returns how many examples were seen how many times."""
+def usage_counts(seen: dict[int, list[int]]) -> dict[int, int]:
+    """Returns how many examples were used how many times."""
     real = [i for row in seen.values() for i in row if i != PADDING]
     _, counts = np.unique(real, return_counts=True)
     return {int(n): int((counts == n).sum()) for n in np.unique(counts)}
@@ -72,18 +72,18 @@ def times(seen: dict[int, list[int]]) -> dict[int, int]:
     [((32, 64), (16, 24)), ((64, 32), (8, 24)), ((32, 96), (16, 22))],
     ids=['larger', 'smaller', 'no divisor'],
 )
-def test_two_epochs_and_two_more(
+def test_resume_after_two_epochs_uses_each_example_equally_often(
     sizes: tuple[int, int], ends: tuple[int, int], tmp_path: pathlib.Path,
     seen: dict[int, list[int]], capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     trainer_in(tmp_path, data__batch_size=sizes[0]).fit()
-    assert times(seen) == {2: EXAMPLES}
+    assert usage_counts(seen) == {2: EXAMPLES}
     capsys.readouterr()
     result = trainer_in(tmp_path, data__batch_size=sizes[1], train_for='4 epochs').fit()
     out = capsys.readouterr().out
     assert (result.status, result.step) == ('finished', ends[1])
     flat = [i for row in seen.values() for i in row][: 4 * EXAMPLES]
-    assert times({0: flat}) == {4: EXAMPLES}
+    assert usage_counts({0: flat}) == {4: EXAMPLES}
     assert len([i for row in seen.values() for i in row]) - 4 * EXAMPLES < sizes[1]
     assert (
         f'config.data.batch_size {sizes[0]} -> {sizes[1]}: resuming at step {ends[0]}, '
@@ -117,7 +117,7 @@ def test_two_epochs_and_two_more(
     ],
     ids=['plain', 'steps_per_call', 'grain', 'mixture'],
 )
-def test_three_sizes_and_stops_within_epochs(
+def test_three_batch_sizes_changed_within_epochs(
     data: dict[str, Any], tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
     if 'data__source' in data:
@@ -135,7 +135,7 @@ def test_three_sizes_and_stops_within_epochs(
     # 11 x 32 + 3 x 64 + 30 x 16 = 4 x 256
     assert (result.status, result.step) == ('finished', 44)
     assert sorted(seen) == list(range(44))
-    assert times(seen) == {4: EXAMPLES}
+    assert usage_counts(seen) == {4: EXAMPLES}
     # 204.8 examples each: step 7 of 32, then 409.6 and so on.
     assert list(rows(tmp_path, 'train/loss')) == [7, 12, 19, 32, 44]
 
@@ -148,14 +148,14 @@ def test_a_padded_epoch_ends_with_its_own_examples(
     more = {'data__remainder': 'pad', 'data__source__limit': limit, 'train_for': '3 epochs'}
     trainer_in(tmp_path, data__batch_size=32, **more).fit(max_steps=12)
     result = trainer_in(tmp_path, data__batch_size=64, **more).fit()
-    assert times(seen) == {3: limit}
+    assert usage_counts(seen) == {3: limit}
     # 8 of 32; 4 of 32, and of the 122 or 128 that are left 2 of 64; 4 of 64.
     assert (result.status, result.step) == ('finished', 18)
     assert list(rows(tmp_path, 'eval/test/loss')) == [8, 14, 18]
 
 
 @pytest.mark.slow
-def test_of_an_epoch_that_drops_the_rest_is_what_is_left_less_than_a_batch(
+def test_the_rest_of_an_epoch_shorter_than_a_batch_is_dropped(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
     more = {'data__remainder': 'drop', 'data__source__limit': 250, 'train_for': '3 epochs'}
@@ -163,13 +163,13 @@ def test_of_an_epoch_that_drops_the_rest_is_what_is_left_less_than_a_batch(
     result = trainer_in(tmp_path, data__batch_size=64, **more).fit()
     # 7 of 32; 5 of 32, and of the 90 that are left 1 of 64; 3 of 64.
     assert (result.status, result.step) == ('finished', 16)
-    assert max(times(seen)) == 3
+    assert max(usage_counts(seen)) == 3
     assert sum(map(len, seen.values())) == 7 * 32 + 5 * 32 + 64 + 3 * 64
     assert list(rows(tmp_path, 'eval/test/loss')) == [7, 13, 16]
 
 
 @pytest.mark.slow
-def test_an_epoch_whose_rest_is_dropped_is_over(
+def test_the_next_epoch_follows_a_dropped_rest(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
     more = {'data__remainder': 'drop', 'train_for': '2 epochs'}
@@ -177,12 +177,12 @@ def test_an_epoch_whose_rest_is_dropped_is_over(
     result = trainer_in(tmp_path, data__batch_size=64, **more).fit()
     # 32 examples of the first epoch are no batch of 64.
     assert (result.status, result.step) == ('finished', 11)
-    assert times(seen) == {1: 32, 2: EXAMPLES - 32}
+    assert usage_counts(seen) == {1: 32, 2: EXAMPLES - 32}
     assert list(rows(tmp_path, 'eval/test/loss')) == [8, 11]
 
 
 @pytest.mark.slow
-def test_a_repeated_batch_is_the_first_one_of_the_new_size(
+def test_repeat_batch_uses_the_first_batch_of_the_new_size(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
     for size, total in ((32, '5 steps'), (64, '9 steps')):
@@ -227,10 +227,10 @@ def test_a_second_resume_is_exact(remainder: str, tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_digest_proves_rows_of_steps(
+def test_the_digest_covers_step_row_and_example(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
-    """Also across a change: a sum over (step, row, example) that can be recomputed."""
+    """Also across a change of the batch size: the digest is a sum over (step, row, example)."""
     for size, total in ((32, '1 epochs'), (96, '2 epochs')):
         trainer_in(tmp_path, data__batch_size=size, train_for=total, evals={}).fit()
     words = [
@@ -242,7 +242,7 @@ def test_the_digest_proves_rows_of_steps(
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_kept_no_sizes_is_one_of_its_config(
+def test_a_checkpoint_without_batch_sizes_has_that_of_its_config(
     tmp_path: pathlib.Path, seen: dict[int, list[int]]
 ) -> None:
     trainer_in(tmp_path, data__batch_size=32, evals={}).fit()
@@ -253,11 +253,13 @@ def test_a_checkpoint_that_kept_no_sizes_is_one_of_its_config(
     path.write_text(json.dumps(meta))
     result = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', evals={}).fit()
     assert result.step == 24
-    assert times(seen) == {4: EXAMPLES}
+    assert usage_counts(seen) == {4: EXAMPLES}
 
 
 @pytest.mark.slow
-def test_a_stream_goes_on_where_it_was(tmp_path: pathlib.Path, seen: dict[int, list[int]]) -> None:
+def test_a_stream_continues_at_its_position(
+    tmp_path: pathlib.Path, seen: dict[int, list[int]]
+) -> None:
     def train(workdir: pathlib.Path, batch_size: int, updates: int) -> None:
         experiment = load_and_build(
             str(ROOT / 'configs' / 'lm_packed.py'),
@@ -287,7 +289,7 @@ def cosine(part: float) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('group', [False, True])
-def test_a_schedule_goes_on_by_examples(
+def test_a_schedule_in_epochs_continues_by_examples(
     group: bool, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optimizer: dict[str, Any] = {'optimizer__learning_rate': COSINE}
@@ -316,7 +318,7 @@ def test_a_schedule_goes_on_by_examples(
 
 
 @pytest.mark.slow
-def test_a_schedule_in_steps_goes_on_by_steps(tmp_path: pathlib.Path) -> None:
+def test_a_schedule_in_steps_continues_by_steps(tmp_path: pathlib.Path) -> None:
     rate = {
         'target': 'optax:piecewise_constant_schedule', 'init_value': 0.1,
         'boundaries_and_scales': {'10 steps': 0.1, '18 steps': 0.1},
@@ -372,7 +374,7 @@ def test_a_schedule_of_steps_and_examples_is_refused(
 
 
 @pytest.mark.slow
-def test_what_no_schedule_can_follow_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_schedule_that_cannot_be_adjusted_is_refused(tmp_path: pathlib.Path) -> None:
     every = {
         'target': 'optax:MultiSteps', 'every_k_schedule': '0.25 epochs',
         'opt': {'target': 'optax:sgd', 'learning_rate': 0.1},
@@ -384,19 +386,19 @@ def test_what_no_schedule_can_follow_is_refused(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_caller_has_replaced_stays(tmp_path: pathlib.Path) -> None:
-    """An experiment of Python may differ from its config."""
+def test_fields_replaced_in_python_are_not_rebuilt(tmp_path: pathlib.Path) -> None:
+    """An experiment changed in Python may differ from its config."""
     experiment = load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), data__batch_size=32)
     devices = dataclasses.replace(experiment.devices, mesh={'data': 2})
     mine = dataclasses.replace(experiment, hooks={'mine': print}, devices=devices)
-    after = mine.after(((0, 16), (5, 32)))
+    after = mine.with_batch_sizes(((0, 16), (5, 32)))
     assert (after.hooks, after.devices.mesh) == ({'mine': print}, {'data': 2})
     # 5 steps of 16 examples are 2.5 steps of 32.
     assert after.training.total_steps == experiment.training.total_steps + 3
 
 
 @pytest.mark.slow
-def test_members_of_an_ensemble_go_on_by_examples(tmp_path: pathlib.Path) -> None:
+def test_members_of_an_ensemble_continue_by_examples(tmp_path: pathlib.Path) -> None:
     more = {
         'train_for': '4 epochs', 'evals': {}, 'optimizer__learning_rate': COSINE,
         'ensemble': {'size': 2, 'vary': {'optimizer.learning_rate.init_value': (0.1, 0.05)}},
@@ -414,7 +416,7 @@ def test_members_of_an_ensemble_go_on_by_examples(tmp_path: pathlib.Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_finished_run_is_finished_and_a_shorter_one_refused(tmp_path: pathlib.Path) -> None:
+def test_a_finished_run_stays_finished_and_a_shorter_one_is_refused(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, data__batch_size=32, evals={}).fit()
     shorter = trainer_in(tmp_path, data__batch_size=64, train_for='1 epochs', evals={})
     with pytest.raises(UserError, match=r'is at step 16, but config\.train_for is only 8 steps'):
@@ -433,7 +435,7 @@ def test_a_finished_run_is_finished_and_a_shorter_one_refused(tmp_path: pathlib.
 
 
 @pytest.mark.slow
-def test_an_older_checkpoint_has_a_next_batch_too(tmp_path: pathlib.Path) -> None:
+def test_a_run_resumes_from_an_older_checkpoint(tmp_path: pathlib.Path) -> None:
     kept = {'checkpoint__every': '1 epochs', 'checkpoint__keep_last': 9, 'evals': {}}
     trainer_in(tmp_path, data__batch_size=32, **kept).fit()
     trainer = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', **kept)
@@ -464,18 +466,23 @@ def test_checkpoints_are_kept_at_the_ends_of_epochs(tmp_path: pathlib.Path) -> N
     assert trainer.checkpoints.steps() == [16, 26, 34]
 
 
-def test_a_profile_begins_by_examples() -> None:
+def test_the_profile_window_counts_examples() -> None:
     more = {'profile': {'start': '3 epochs', 'steps': 2}}
     experiment = trainer_in(None, data__batch_size=64, train_for='4 epochs', **more).experiment
-    window = experiment.after(((0, 32), (16, 64))).logging.profile
+    window = experiment.with_batch_sizes(((0, 32), (16, 64))).logging.profile
     assert window is not None
     assert (window.start, window.stop) == (20, 22)
-    assert experiment.after(((0, 64),)) is experiment
-    assert experiment.after(((0, 32), (16, 64))).after(((0, 64),)).training.total_steps == 16
+    assert experiment.with_batch_sizes(((0, 64),)) is experiment
+    assert (
+        experiment.with_batch_sizes(((0, 32), (16, 64)))
+        .with_batch_sizes(((0, 64),))
+        .training.total_steps
+        == 16
+    )
 
 
 @pytest.mark.slow
-def test_a_run_that_went_on_elsewhere_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_run_continued_by_another_trainer_is_refused(tmp_path: pathlib.Path) -> None:
     early = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', evals={})
     trainer_in(tmp_path, data__batch_size=32, evals={}).fit()
     with pytest.raises(UserError, match='has changed since this Trainer was created'):
@@ -497,7 +504,7 @@ class Counting:
 
 
 @pytest.mark.slow
-def test_a_loader_that_cannot_go_on_says_so(tmp_path: pathlib.Path) -> None:
+def test_a_loader_without_support_for_resizing_is_refused(tmp_path: pathlib.Path) -> None:
     more = {'data__loader': {'target': f'{__name__}:Counting'}, 'evals': {}}
     trainer_in(tmp_path, data__batch_size=32, **more).fit()
     longer = trainer_in(tmp_path, data__batch_size=64, train_for='4 epochs', **more)

@@ -17,7 +17,7 @@ BEST = {'metric': 'eval/test/accuracy', 'mode': 'max'}
 EVERY = "config.evals.test.every='30 steps' and config.checkpoint.every='20 steps'"
 
 
-def warned(caplog: pytest.LogCaptureFixture, **overrides: Any) -> str:
+def collect_warnings(caplog: pytest.LogCaptureFixture, **overrides: Any) -> str:
     options = {
         'train_for': '50 steps',
         'data__source__limit': 64,
@@ -44,15 +44,17 @@ def warned(caplog: pytest.LogCaptureFixture, **overrides: Any) -> str:
         {'checkpoint__every': 'never'},
     ],
 )
-def test_only_the_end_can_be_best(caplog: pytest.LogCaptureFixture, overrides: Any) -> None:
-    text = warned(caplog, **overrides)
+def test_warns_if_only_the_last_checkpoint_can_be_best(
+    caplog: pytest.LogCaptureFixture, overrides: Any
+) -> None:
+    text = collect_warnings(caplog, **overrides)
     assert text.startswith('config.checkpoint.best: only the last checkpoint can be the best. ')
     wanted = overrides.get('evals__test__every', '30 steps')
     assert text.endswith(f': set --config.checkpoint.every={wanted!r}')
 
 
-def test_nothing_can_be_best(caplog: pytest.LogCaptureFixture) -> None:
-    text = warned(caplog, evals__test__final=False)
+def test_warns_if_no_checkpoint_can_be_best(caplog: pytest.LogCaptureFixture) -> None:
+    text = collect_warnings(caplog, evals__test__final=False)
     assert text == (
         f'config.checkpoint.best: no checkpoint can be the best. {EVERY} have no step in common '
         'before the end of this run (50 steps), and a checkpoint is ranked by an evaluation at the '
@@ -61,8 +63,8 @@ def test_nothing_can_be_best(caplog: pytest.LogCaptureFixture) -> None:
     )
 
 
-def test_an_evaluation_that_never_runs(caplog: pytest.LogCaptureFixture) -> None:
-    text = warned(caplog, evals__test__final=False, evals__test__every='never')
+def test_warns_of_an_evaluation_that_never_runs(caplog: pytest.LogCaptureFixture) -> None:
+    text = collect_warnings(caplog, evals__test__final=False, evals__test__every='never')
     assert 'no checkpoint can be the best' in text
     assert text.endswith("set --config.evals.test.every='20 steps'")
 
@@ -82,7 +84,7 @@ def test_an_evaluation_that_never_runs(caplog: pytest.LogCaptureFixture) -> None
         {'train_for': '30 steps', 'evals__test__final': False},
     ],
 )
-def test_where_there_is_a_choice_nothing_is_said(
+def test_no_warning_if_several_checkpoints_can_be_best(
     caplog: pytest.LogCaptureFixture, overrides: Any
 ) -> None:
-    assert warned(caplog, **overrides) == ''
+    assert collect_warnings(caplog, **overrides) == ''

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a run, and of weights, that something has happened to: words, and never a traceback."""
+"""Damaged files of a run and of weights: each gives a message, never a traceback."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def _texts(data: bytes, chance: random.Random) -> Iterator[bytes]:
-    """Yields damage to a file of any kind."""
+    """Yields damaged versions of a file of any kind."""
     yield from (b'', b'\n', data[:1], data[: len(data) // 2], data[:-2], data + data, data[::-1])
     yield from (b'null', b'[]', b'[1, 2]', b'3', b'"x"', b'true', b'NaN', b'{}', b'{"a": ')
     yield from (b'[' * 100_000, b'[' * 900 + b']' * 900, b'1' * 5000, b'{"digest": "\\ud800"}')
@@ -69,7 +69,7 @@ def _texts(data: bytes, chance: random.Random) -> Iterator[bytes]:
 
 
 def _values(data: bytes, chance: random.Random, count: int) -> Iterator[bytes]:
-    """Yields damage to values of a JSON file: each key gone or wrong, and places further inside."""
+    """Yields damaged versions of a JSON file: each key missing or wrong, also in nested values."""
     whole = json.loads(data)
     for key in whole:
         yield json.dumps({k: v for k, v in whole.items() if k != key}).encode()
@@ -106,7 +106,7 @@ def _path(trainer: Trainer) -> pathlib.Path:
 
 
 def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
-    """Does what a start does with the files of a run, and the modes that only read them.
+    """Reads the files of a run as a start and the read-only modes do.
 
     Args:
         trainer: whose run; its programs are compiled only once.
@@ -138,7 +138,7 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
             if thread.name == 'provenance':
                 thread.join(60)
     else:
-        _use(recovery, report, checkpoints.meta(50, checked.OF_A_RUN))
+        _use(recovery, report, checkpoints.meta(50, checked.RUN_KEYS))
     try:
         recovery.open(50)
     finally:
@@ -147,8 +147,8 @@ def _resume(trainer: Trainer, *, with_arrays: bool = True) -> None:
 
 
 def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
-    """Does with the metadata what `Recovery.start` does."""
-    empty.stored(meta)
+    """Uses the metadata as `Recovery.start` does."""
+    empty.from_metadata(meta)
     BatchSizes.from_checkpoint(meta, 64).with_size(50, 64)
     recovery._consumed.restore(50, meta, may_restart=False)
     recovery._fingerprint_data()
@@ -160,7 +160,7 @@ def _use(recovery: Recovery, report: Reporter, meta: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _restored(directory: pathlib.Path, files: tuple[str, ...]) -> Iterator[None]:
+def _restore_files(directory: pathlib.Path, files: tuple[str, ...]) -> Iterator[None]:
     before = {name: (directory / name).read_bytes() for name in files}
     try:
         yield
@@ -184,7 +184,7 @@ def test_no_damage_ends_in_a_traceback(name: str, run: Trainer) -> None:
         damages += chance.sample(values, 150 if name == META else 60)
     outcomes = {'resumed': 0, 'refused': 0}
     for damage in damages:
-        with _restored(path, FILES):
+        with _restore_files(path, FILES):
             (path / name).write_bytes(damage)
             try:
                 _resume(run, with_arrays=chance.random() < 0.02)
@@ -198,9 +198,9 @@ def test_no_damage_ends_in_a_traceback(name: str, run: Trainer) -> None:
 
 
 @pytest.mark.parametrize('name', FILES)
-def test_what_is_no_file_is_told(name: str, run: Trainer) -> None:
+def test_a_directory_or_dangling_link_in_place_of_a_file(name: str, run: Trainer) -> None:
     path = _path(run)
-    with _restored(path, FILES):
+    with _restore_files(path, FILES):
         for make in (pathlib.Path.mkdir, lambda p: p.symlink_to(path / 'nowhere' / 'x')):
             (path / name).unlink()
             make(path / name)
@@ -213,7 +213,7 @@ def test_what_is_no_file_is_told(name: str, run: Trainer) -> None:
             (path / name).write_text('')
 
 
-def test_the_name_of_a_holder_may_be_damaged(tmp_path: pathlib.Path) -> None:
+def test_a_lock_file_with_damaged_text(tmp_path: pathlib.Path) -> None:
     holder = Workdir(tmp_path)
     holder.claim()
     (tmp_path / '.lock').write_bytes(b'\xff\xfe')
@@ -222,7 +222,7 @@ def test_the_name_of_a_holder_may_be_damaged(tmp_path: pathlib.Path) -> None:
     holder.release()
 
 
-def test_a_damaged_checkpoint_is_an_error_of_data(
+def test_a_damaged_checkpoint_is_a_checkpoint_error(
     run: Trainer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / 'run'
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_an_error_of_data(
     code = main.main(['x', *command], StopRequest())
     message = capsys.readouterr().err
     assert code == 65, message
-    assert 'its metadata is a list, and not an object' in message
+    assert 'its metadata is a list, not an object' in message
     assert 'Traceback' not in message
 
 
@@ -246,21 +246,21 @@ def test_a_damaged_checkpoint_is_an_error_of_data(
     [
         (lambda m: m.pop('data_digest'), "lacks 'data_digest'"),
         (lambda m: m.pop('metrics'), "lacks 'metrics'"),
-        (lambda m: m.update(metrics=[1]), "'metrics' of its metadata is [1], and not an object"),
-        (lambda m: m.update(evaluated=3), "'evaluated' of its metadata is 3"),
-        (lambda m: m.update(step='50'), "'step' of its metadata is '50'"),
+        (lambda m: m.update(metrics=[1]), "'metrics' in its metadata is [1], not an object"),
+        (lambda m: m.update(evaluated=3), "'evaluated' in its metadata is 3"),
+        (lambda m: m.update(step='50'), "'step' in its metadata is '50'"),
         (lambda m: m.update(step=49), 'is not the checkpoint of step 50'),
-        (lambda m: m.update(batch_sizes=[[0, 64], [0, 8]]), "'batch_sizes' of its metadata"),
+        (lambda m: m.update(batch_sizes=[[0, 64], [0, 8]]), "'batch_sizes' in its metadata"),
         (lambda m: m.update(health=[1, 2]), 'expected the shape (4,), got (2,)'),
-        (lambda m: m.update(early_stopping={}), "'early_stopping' of its metadata is {}"),
-        (lambda m: m.update(data={'examples': 5}), "'data' of its metadata"),
+        (lambda m: m.update(early_stopping={}), "'early_stopping' in its metadata is {}"),
+        (lambda m: m.update(data={'examples': 5}), "'data' in its metadata"),
     ],
 )
-def test_metadata_of_another_form_is_named(
+def test_metadata_of_a_wrong_type_is_named(
     change: Callable[[dict[str, Any]], Any], message: str, run: Trainer
 ) -> None:
     path = _path(run)
-    with _restored(path, FILES):
+    with _restore_files(path, FILES):
         meta = json.loads((path / META).read_text())
         change(meta)
         (path / META).write_text(json.dumps(meta))
@@ -270,13 +270,13 @@ def test_metadata_of_another_form_is_named(
     assert 'directory' in str(caught.value) or 'Restore its name' in str(caught.value)
 
 
-def test_metadata_as_it_is_written_is_right(run: Trainer) -> None:
+def test_metadata_as_written_is_valid(run: Trainer) -> None:
     meta = json.loads((_path(run) / META).read_text())
-    assert {'step', 'data', 'early_stopping', 'batch_sizes', *checked.OF_A_RUN} <= meta.keys()
-    assert checked.problem(meta, checked.OF_A_RUN) is None
+    assert {'step', 'data', 'early_stopping', 'batch_sizes', *checked.RUN_KEYS} <= meta.keys()
+    assert checked.find_problem(meta, checked.RUN_KEYS) is None
 
 
-def test_damaged_lines_of_metrics_are_set_aside(
+def test_damaged_lines_of_metrics_move_to_another_file(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / 'metrics.jsonl'
@@ -298,20 +298,20 @@ def test_damaged_lines_of_metrics_are_set_aside(
     assert aside.read_bytes().endswith(b'null\n')
 
 
-def test_a_damaged_result_is_ignored_in_words(
+def test_a_damaged_result_is_ignored_with_a_warning(
     run: Trainer, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = _path(run)
-    with _restored(path, FILES):
+    with _restore_files(path, FILES):
         (path / 'result.json').write_text('{"status": "finished"}')
         with caplog.at_level(logging.WARNING, logger='trainer'):
             assert Workdir(path).result() is None
     assert "result.json is damaged and ignored ('step' is invalid)" in caplog.text
 
 
-def test_a_damaged_config_says_what_deleting_it_costs(run: Trainer) -> None:
+def test_the_error_for_a_damaged_config_says_what_deleting_it_costs(run: Trainer) -> None:
     path = _path(run)
-    with _restored(path, FILES):
+    with _restore_files(path, FILES):
         (path / 'config.json').write_text('[]')
         with pytest.raises(UserError) as caught:
             run.check_workdir()
@@ -330,7 +330,7 @@ def test_a_damaged_config_says_what_deleting_it_costs(run: Trainer) -> None:
         (b'[' * 100_000, 'levels of nesting'),
     ],
 )
-def test_json_that_cannot_be_used_is_a_value_error(text: bytes, message: str) -> None:
+def test_unusable_json_is_a_value_error(text: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         json_text.parse(text)
 
@@ -352,20 +352,20 @@ def _entry(begin: Any, end: Any, shape: Any = (2,), dtype: Any = 'F32') -> dict[
     [
         ({'a': _entry(0, 8), 'b': _entry(4, 12)}, "'a' and 'b' share bytes"),
         ({'a': _entry(0, 8), 'b': _entry(0, 8)}, "'a' and 'b' share bytes"),
-        ({'a': _entry(8, 24, (4,))}, "'a', float32 (4,), is at the bytes 8 to 24"),
-        ({'a': _entry(0, 16)}, "'a', float32 (2,), is at the bytes 0 to 16"),
-        ({'a': _entry(-8, 0)}, "'a' has the shape [2] at the bytes [-8, 0]"),
-        ({'a': _entry(8, 0, [-2])}, "'a' has the shape [-2]"),
-        ({'a': _entry(0, 8, [[2]])}, "'a' has the shape [[2]]"),
-        ({'a': _entry(0, 8, [True, 2])}, "'a' has the shape [True, 2]"),
-        ({'a': _entry(0, 8.0)}, "'a' has the shape [2] at the bytes [0, 8.0]"),
-        ({'a': _entry(0, 0, [0, 10**30])}, 'is no safetensors file, or is damaged'),
-        ({'a': _entry(0, 8, dtype='F4')}, "'a' has the dtype 'F4'; known are"),
-        ({'a': _entry(0, 8, dtype=['F32'])}, "'a' has the dtype ['F32']"),
-        ({'a': {'b': _entry(0, 8)}}, "'a' of its header is {'b'"),
-        ({'a': [1]}, "'a' of its header is [1]"),
-        ({'a.b': _entry(0, 8), 'a/b': _entry(8, 16)}, "two tensors are named 'a/b'"),
-        ({'a': _entry(0, 8), 'a.b': _entry(8, 16)}, "'a' is a tensor, and 'a/b' is inside it"),
+        ({'a': _entry(8, 24, (4,))}, "'a', float32 (4,), has bytes 8 to 24"),
+        ({'a': _entry(0, 16)}, "'a', float32 (2,), has bytes 0 to 16"),
+        ({'a': _entry(-8, 0)}, "'a' has shape [2] and bytes [-8, 0]"),
+        ({'a': _entry(8, 0, [-2])}, "'a' has shape [-2]"),
+        ({'a': _entry(0, 8, [[2]])}, "'a' has shape [[2]]"),
+        ({'a': _entry(0, 8, [True, 2])}, "'a' has shape [True, 2]"),
+        ({'a': _entry(0, 8.0)}, "'a' has shape [2] and bytes [0, 8.0]"),
+        ({'a': _entry(0, 0, [0, 10**30])}, 'is not a safetensors file or is damaged'),
+        ({'a': _entry(0, 8, dtype='F4')}, "the dtype of 'a' is 'F4'; expected one of"),
+        ({'a': _entry(0, 8, dtype=['F32'])}, "the dtype of 'a' is ['F32']"),
+        ({'a': {'b': _entry(0, 8)}}, "the header entry of 'a' is {'b'"),
+        ({'a': [1]}, "the header entry of 'a' is [1]"),
+        ({'a.b': _entry(0, 8), 'a/b': _entry(8, 16)}, "two tensors have the name 'a/b'"),
+        ({'a': _entry(0, 8), 'a.b': _entry(8, 16)}, "'a/b' is below 'a', which is a tensor too"),
     ],
 )
 def test_headers_that_do_not_fit_their_file_are_named(
@@ -386,7 +386,7 @@ def test_a_header_longer_than_its_file(tmp_path: pathlib.Path) -> None:
 
 
 def refusals(path: pathlib.Path, damages: Sequence[bytes]) -> int:
-    """Opens a file of weights with each content; returns how often that was refused, by name."""
+    """Opens a file of weights with each content; returns the number of refusals, by name."""
     refused = 0
     for damage in damages:
         path.write_bytes(damage)
@@ -422,7 +422,7 @@ def test_no_damage_to_msgpack_ends_in_a_traceback(tmp_path: pathlib.Path) -> Non
     assert 0 < refusals(path, damages) < len(damages)
 
 
-def test_the_place_of_a_stream_has_its_form() -> None:
+def test_the_position_of_a_stream_is_validated() -> None:
     pipeline = Pipeline(source=ArraySource({'x': np.arange(8)}))
     reader = Reader(pipeline)
     reader.next()

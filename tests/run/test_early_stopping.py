@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""M1: early stopping counts as Flax does, and goes on counting after a resume."""
+"""M1: early stopping counts as Flax does, and continues counting after a resume."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stops_at(values: list[float], **options: Any) -> int | None:
         [3.0, 2.0, 1.0],
     ],
 )
-def test_it_counts_as_flax_does(values: list[float], patience: int) -> None:
+def test_counts_as_flax_does(values: list[float], patience: int) -> None:
     flax = FlaxEarlyStopping(min_delta=1e-3, patience=patience)
     expected = None
     for number, value in enumerate(values, 1):
@@ -54,17 +54,17 @@ def test_it_counts_as_flax_does(values: list[float], patience: int) -> None:
     assert stops_at(values, min_delta=1e-3, patience=patience) == expected
 
 
-def test_the_documents_sequence() -> None:
+def test_the_sequence_of_the_flax_documentation() -> None:
     assert stops_at([1.0, 0.9, 0.8995, 0.8994, 0.8993], min_delta=1e-3, patience=2) == 5
 
 
-def test_a_first_nan_is_not_the_best_for_ever() -> None:
+def test_an_initial_nan_is_replaced_by_a_finite_value() -> None:
     """Where Flax would never see an improvement again."""
     assert stops_at([math.nan, 1.0, 0.5, 0.4, 0.3], patience=1) is None
     assert stops_at([math.nan, math.nan], patience=1) == 2
 
 
-def test_more_may_be_better() -> None:
+def test_larger_values_may_be_better() -> None:
     assert stops_at([0.1, 0.2, 0.3, 0.2, 0.1], mode='max', patience=1) == 5
 
 
@@ -73,7 +73,7 @@ def test_more_may_be_better() -> None:
     [('loss', 'min'), ('gen_loss', 'min'), ('mean_absolute_error', 'min'), ('accuracy', 'max'),
      ('top5_accuracy', 'max')],
 )  # fmt: skip
-def test_which_values_are_better_follows_from_the_name(metric: str, mode: str) -> None:
+def test_the_mode_follows_from_the_name_of_the_metric(metric: str, mode: str) -> None:
     name = f'eval/test/{metric}'
     made = build(early_stopping={'metric': name}, checkpoint__best={'metric': name})
     assert made.training.early_stopping is not None and made.training.early_stopping.mode == mode
@@ -81,7 +81,7 @@ def test_which_values_are_better_follows_from_the_name(metric: str, mode: str) -
 
 
 @pytest.mark.parametrize('key', ['early_stopping', 'checkpoint__best'])
-def test_a_name_that_does_not_tell_which_values_are_better(key: str) -> None:
+def test_a_metric_name_without_a_known_mode_is_refused(key: str) -> None:
     message = rf"config.{key.replace('__', '.')}.mode is missing: .* values of 'bleu' are"
     with pytest.raises(UserError, match=message):
         build(**{key: {'metric': 'eval/test/bleu'}})
@@ -89,7 +89,7 @@ def test_a_name_that_does_not_tell_which_values_are_better(key: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reason_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     late = {
         'every': 'never',
         'data': {'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test'}},
@@ -101,7 +101,7 @@ def test_a_run_says_once_why_it_ends(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def build(**overrides: Any) -> Experiment:
-    """A run that learns nothing."""
+    """Returns an experiment that learns nothing."""
     options = {
         'train_for': '100 steps',
         'optimizer__learning_rate': 0.0,
@@ -122,7 +122,7 @@ def build(**overrides: Any) -> Experiment:
         pytest.param((10, 5), marks=pytest.mark.slow),
     ],
 )
-def test_a_run_ends_early_and_goes_on_counting(
+def test_a_run_ends_early_and_the_counter_is_restored(
     pauses: tuple[int, ...], tmp_path: pathlib.Path
 ) -> None:
     for steps in pauses:
@@ -137,7 +137,7 @@ def test_a_run_ends_early_and_goes_on_counting(
 
 
 @pytest.mark.slow
-def test_the_other_evaluations_run_at_that_end() -> None:
+def test_the_final_evaluations_run_after_an_early_stop() -> None:
     late = {
         'every': 'never',
         'data': {'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test'}},
@@ -176,6 +176,6 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
         build(early_stopping=options)
 
 
-def test_a_metric_that_is_not_there() -> None:
+def test_a_missing_metric_is_named() -> None:
     with pytest.raises(UserError, match=r"has no 'lsos'; it has loss, accuracy"):
         Trainer(build(early_stopping__metric='eval/test/lsos', early_stopping__mode='min')).fit()

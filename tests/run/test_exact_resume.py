@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are cut short and started again end exactly as if nothing had happened."""
+"""Interrupted runs that are started again end exactly as uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def interrupted(workdir: pathlib.Path, number: signal.Signals, after_rows: int) 
 
 
 @pytest.mark.slow
-def test_kill_at_random_moments(tmp_path: pathlib.Path, whole: pathlib.Path) -> None:
+def test_runs_killed_at_random_moments_resume_exactly(
+    tmp_path: pathlib.Path, whole: pathlib.Path
+) -> None:
     workdir = tmp_path / 'run'
     for _ in range(3):
         interrupted(workdir, signal.SIGKILL, random.randint(1, 150))
@@ -74,7 +76,7 @@ def test_stopped_runs_save_first(
 
 
 @pytest.mark.slow
-def test_a_run_says_where_it_is_and_goes_on(tmp_path: pathlib.Path) -> None:
+def test_a_resumed_run_prints_its_step_and_continues(tmp_path: pathlib.Path) -> None:
     process = command.start(command.MLP, *command.SMALL, f'--workdir={tmp_path}', *LENGTH)
     command.wait_for(command.rows_written(tmp_path, 1))
     process.send_signal(signal.SIGUSR1)
@@ -87,7 +89,7 @@ def test_a_run_says_where_it_is_and_goes_on(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_run_says_so(whole: pathlib.Path) -> None:
+def test_a_finished_run_reports_its_result(whole: pathlib.Path) -> None:
     before = (whole / 'metrics.jsonl').read_bytes()
     again = command.train(whole, *LENGTH)
     assert 'has already finished at step 6,000' in again.out
@@ -95,7 +97,7 @@ def test_a_finished_run_says_so(whole: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_longer_run_goes_on_as_if_it_had_been_asked_for(tmp_path: pathlib.Path) -> None:
+def test_extending_a_run_equals_a_longer_run(tmp_path: pathlib.Path) -> None:
     options = ('--config.log.every=10steps', '--config.evals={}')
     command.train(tmp_path / 'two', '--config.train_for=50steps', *options)
     command.train(tmp_path / 'two', '--config.train_for=100steps', *options)
@@ -106,7 +108,7 @@ def test_a_longer_run_goes_on_as_if_it_had_been_asked_for(tmp_path: pathlib.Path
 
 
 @pytest.mark.slow
-def test_a_schedule_to_the_end_refuses_a_longer_run(tmp_path: pathlib.Path) -> None:
+def test_extending_a_schedule_that_ends_with_the_run_is_refused(tmp_path: pathlib.Path) -> None:
     schedule = (
         '--config.optimizer.learning_rate={"target": "optax:cosine_decay_schedule", '
         '"init_value": 0.1, "decay_steps": "100%"}'
@@ -122,7 +124,7 @@ def test_a_schedule_to_the_end_refuses_a_longer_run(tmp_path: pathlib.Path) -> N
 
 
 @pytest.mark.slow
-def test_another_config_is_refused_and_what_changed_is_shown(tmp_path: pathlib.Path) -> None:
+def test_another_config_is_refused_with_its_changes(tmp_path: pathlib.Path) -> None:
     workdir = tmp_path / 'run'
     command.train(workdir, '--config.train_for=10steps')
     base = (command.MLP, *command.SMALL, f'--workdir={workdir}', '--config.train_for=20steps')
@@ -136,7 +138,7 @@ def test_another_config_is_refused_and_what_changed_is_shown(tmp_path: pathlib.P
 
 
 @pytest.mark.slow
-def test_an_evaluation_says_where_its_config_is_another(whole: pathlib.Path) -> None:
+def test_an_evaluation_prints_changes_of_the_config(whole: pathlib.Path) -> None:
     args = ('--mode=eval', f'--workdir={whole}', *LENGTH, '--config.optimizer.momentum=0.5')
     finished = command.run(command.MLP, *command.SMALL, *args)
     assert finished.code == 0

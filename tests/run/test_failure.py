@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The traces of runs that failed: result.json, run.json, log.txt, debug.log."""
+"""What a failed run records: result.json, run.json, log.txt and debug.log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAID: list[dict[str, Any]] = []
 
 
 class Broken:
-    """A source one of whose examples cannot be read."""
+    """A source with one unreadable example."""
 
     def __init__(self, bad: int = BROKEN):
         self.bad = bad
@@ -45,7 +45,7 @@ def fail(event: Event) -> None:
         raise ValueError('the hook failed')
 
 
-def fail_saved(event: Event) -> None:
+def fail_after_save(event: Event) -> None:
     if event.kind == 'save':
         raise ValueError('after the save')
 
@@ -80,7 +80,7 @@ def run_json(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_hook_that_fails(tmp_path: pathlib.Path) -> None:
+def test_a_failing_hook_is_recorded(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match='the hook failed'):
         trainer_in(tmp_path, 'fail').fit()
     found = command.result(tmp_path)
@@ -110,9 +110,9 @@ def test_a_hook_that_fails(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_that_was_saved_has_its_digests(tmp_path: pathlib.Path) -> None:
+def test_the_result_has_the_digests_of_a_saved_step(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match='after the save'):
-        trainer_in(tmp_path / 'failed', 'fail_saved', checkpoint__every='20 steps').fit()
+        trainer_in(tmp_path / 'failed', 'fail_after_save', checkpoint__every='20 steps').fit()
     trainer_in(tmp_path / 'whole', train_for='20 steps').fit()
     found, whole = (command.result(tmp_path / name) for name in ('failed', 'whole'))
     assert (found['status'], found['step']) == ('failed', 20)
@@ -121,7 +121,7 @@ def test_a_step_that_was_saved_has_its_digests(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_source_that_fails(tmp_path: pathlib.Path) -> None:
+def test_a_failing_source_is_recorded(tmp_path: pathlib.Path) -> None:
     source = {'target': f'{__name__}:Broken'}
     with pytest.raises(OSError, match='torn'):
         trainer_in(tmp_path, data__source=source, log__every='1 steps').fit()
@@ -138,7 +138,7 @@ def test_a_source_that_fails(tmp_path: pathlib.Path) -> None:
     assert found['step'] - len(logged) in (0, 1)
 
 
-def test_a_run_that_diverges(tmp_path: pathlib.Path) -> None:
+def test_a_diverged_run_is_recorded(tmp_path: pathlib.Path) -> None:
     options = {'optimizer__learning_rate': 1e38, 'guard': {'non_finite': 'stop'}}
     with pytest.raises(NonFiniteError):
         trainer_in(tmp_path, **options).fit()
@@ -148,7 +148,7 @@ def test_a_run_that_diverges(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_mistakes_of_the_user_and_interrupts(tmp_path: pathlib.Path) -> None:
+def test_user_errors_and_interrupts_are_recorded(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError):
         trainer_in(tmp_path, 'refuse').fit()
     found = command.result(tmp_path)
@@ -162,7 +162,7 @@ def test_mistakes_of_the_user_and_interrupts(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(tmp_path: pathlib.Path) -> None:
+def test_a_failed_start_does_not_change_an_earlier_run(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path).fit()
     before = (tmp_path / 'result.json').read_bytes(), (tmp_path / 'run.json').read_bytes()
     with pytest.raises(UserError, match=r'config\.mesh'):
@@ -176,7 +176,7 @@ def test_a_start_that_fails_leaves_an_earlier_run_as_it_was(tmp_path: pathlib.Pa
     assert after == before
 
 
-def test_a_start_that_fails_in_an_empty_directory_says_so(tmp_path: pathlib.Path) -> None:
+def test_a_failed_start_in_an_empty_directory_is_recorded(tmp_path: pathlib.Path) -> None:
     for directory in (tmp_path, tmp_path / 'none'):
         with pytest.raises(UserError, match='is not divisible by'):
             trainer_in(directory, accumulate=7).fit()
@@ -186,7 +186,7 @@ def test_a_start_that_fails_in_an_empty_directory_says_so(tmp_path: pathlib.Path
 
 
 @pytest.mark.slow
-def test_a_paused_run_is_one_and_a_running_one_too(tmp_path: pathlib.Path) -> None:
+def test_a_paused_run_has_a_status_and_no_result(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.fit(max_steps=10)
     assert (run_json(tmp_path)['status'], run_json(tmp_path)['step']) == ('paused', 10)
@@ -198,7 +198,7 @@ def test_a_paused_run_is_one_and_a_running_one_too(tmp_path: pathlib.Path) -> No
 
 @pytest.mark.slow
 def test_last_words(tmp_path: pathlib.Path) -> None:
-    """Written when a process exits at once; here it continues, and its end replaces them."""
+    """They are written when a process exits at once; here the run continues and replaces them."""
     SAID.clear()
     trainer_in(tmp_path, 'leave').fit()
     assert [(each['status'], each['step'], each['run']) for each in SAID] == [
@@ -210,7 +210,7 @@ def test_last_words(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_files_of_a_command_that_fails(tmp_path: pathlib.Path) -> None:
+def test_the_files_of_a_failing_command(tmp_path: pathlib.Path) -> None:
     hook = f'--config.hooks={{"hook": {{"ref": "{__name__}:fail"}}}}'
     args = ('--config.train_for=40steps', '--config.log.every=10steps')
     warned = '--config.checkpoint.best={"metric": "eval/test/loss", "mode": "min"}'
@@ -244,7 +244,7 @@ class Missing(Broken):
 
 
 @pytest.mark.slow
-def test_a_source_that_cannot_be_opened(tmp_path: pathlib.Path) -> None:
+def test_a_source_that_cannot_be_opened_is_recorded(tmp_path: pathlib.Path) -> None:
     source = f'--config.data.source={json.dumps({"target": f"{__name__}:Missing"})}'
     done = command.run(command.MLP, source, f'--workdir={tmp_path / "new"}')
     assert done.code == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whatever ends a run, completed steps are saved; and Ctrl-C in a notebook is not an error."""
+"""Completed steps are saved whatever ends a run; Ctrl-C in a notebook is not an error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def no_faults() -> None:
 
 
 def flaky_transform(batch: dict[str, Any]) -> dict[str, Any]:
-    """In an evaluation: raises in its second call, because the first is at the start."""
+    """Raises in its second call: the first one is made at the start of a run."""
     if 'evaluation' in FAULTS and 'begun' in FAULTS:
         raise OSError('the storage is gone')
     FAULTS.add('begun')
@@ -46,7 +46,7 @@ def flaky_transform(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 class Flaky:
-    """A source that cannot be read any further."""
+    """A source that fails from some example on."""
 
     def __init__(self) -> None:
         self.spec: dict[str, Any] = {}
@@ -68,7 +68,7 @@ class Flaky:
 
 @flax.struct.dataclass
 class Fragile(WeightedMean):
-    """A metric that can be computed only without data."""
+    """A metric that can be computed on zeros but not on data."""
 
     def compute(self) -> Any:
         if 'metric' in FAULTS and self.weight > 0:
@@ -86,7 +86,7 @@ class Measuring(Classification):
 
 
 def failing_task(model: Any, batch: Any) -> Any:
-    """Raises in a step, when the fault is there."""
+    """Raises in a step if the fault is enabled."""
 
     def check(label: np.ndarray) -> np.ndarray:
         if 'step' in FAULTS:
@@ -111,7 +111,7 @@ def trainer_in(
     return trainer
 
 
-def raising(error: BaseException, kind: str, step: int) -> Hook:
+def raising_hook(error: BaseException, kind: str, step: int) -> Hook:
     """Returns a hook that raises once."""
     errors = [error]
 
@@ -153,7 +153,7 @@ def whole(tmp_path: pathlib.Path, **overrides: Any) -> tuple[Any, ...]:
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     return whole(tmp_path_factory.mktemp('undisturbed'))
 
 
@@ -161,7 +161,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_raises(
+def test_a_failing_evaluation_loses_no_step(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     transform = {'evals__test__data__transforms': ({'ref': f'{__name__}:flaky_transform'},)}
@@ -182,13 +182,13 @@ def test_an_evaluation_that_raises(
 
 @pytest.mark.slow
 @pytest.mark.parametrize('where', ['task', 'evals__test__task'])
-def test_a_metric_that_cannot_be_computed(tmp_path: pathlib.Path, where: str) -> None:
+def test_a_failing_metric_loses_no_step(tmp_path: pathlib.Path, where: str) -> None:
     options = {where: {'target': f'{__name__}:Measuring'}, 'evals__test__every': '10 steps'}
     trainer = trainer_in(tmp_path, **options)
     FAULTS.add('metric')
     with pytest.raises(ValueError, match='no such metric') as error:
         trainer.fit()
-    assert "This happened when the metric 'fragile' was computed" in error.value.__notes__
+    assert "Raised while computing the metric 'fragile'" in error.value.__notes__
     # The row of a step may be fetched while later steps run.
     assert trainer.checkpoints is not None
     latest = trainer.checkpoints.latest()
@@ -199,8 +199,8 @@ def test_a_metric_that_cannot_be_computed(tmp_path: pathlib.Path, where: str) ->
 
 
 @pytest.mark.slow
-def test_a_batch_of_another_shape(tmp_path: pathlib.Path) -> None:
-    """No step can take it, and none has."""
+def test_a_batch_of_a_wrong_shape_loses_no_step(tmp_path: pathlib.Path) -> None:
+    """No step accepts such a batch, so none has consumed it."""
     trainer = trainer_in(tmp_path, data__source={'target': f'{__name__}:Flaky'}, evals={})
     FAULTS.add('shape')
     with pytest.raises(Exception, match='shape'):
@@ -222,26 +222,26 @@ def test_a_batch_of_another_shape(tmp_path: pathlib.Path) -> None:
         (SystemExit(3), 'eval', 50, ['test']),
     ],
 )
-def test_a_hook_that_raises(
+def test_a_failing_hook_loses_no_step(
     tmp_path: pathlib.Path,
-    undisturbed: tuple[Any, ...],
+    uninterrupted: tuple[Any, ...],
     error: BaseException,
     kind: str,
     step: int,
     evaluated: list[str],
 ) -> None:
-    trainer = trainer_in(tmp_path, raising(error, kind, step))
+    trainer = trainer_in(tmp_path, raising_hook(error, kind, step))
     with pytest.raises(type(error)):
         trainer.fit()
     assert meta(trainer, step)['evaluated'] == evaluated
     # The same trainer can resume, too.
     assert trainer.fit().status == 'finished'
-    assert ending(tmp_path) == undisturbed
+    assert ending(tmp_path) == uninterrupted
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('calls', 'devices'), [(1, 1), (4, 8)])
-def test_a_source_that_raises(tmp_path: pathlib.Path, calls: int, devices: int) -> None:
+def test_a_failing_source_loses_no_step(tmp_path: pathlib.Path, calls: int, devices: int) -> None:
     source: dict[str, Any] = {'data__source': {'target': f'{__name__}:Flaky'}}
     source.update(steps_per_call=calls, devices=devices)
     trainer = trainer_in(tmp_path / 'run', **source)
@@ -257,8 +257,8 @@ def test_a_source_that_raises(tmp_path: pathlib.Path, calls: int, devices: int) 
 
 
 @pytest.mark.slow
-def test_without_a_work_directory_the_next_call_goes_on() -> None:
-    trainer = trainer_in(None, raising(RuntimeError('no'), 'log', 20))
+def test_without_a_work_directory_the_next_call_continues() -> None:
+    trainer = trainer_in(None, raising_hook(RuntimeError('no'), 'log', 20))
     with pytest.raises(RuntimeError):
         trainer.fit()
     first = trainer.fit(max_steps=1)
@@ -269,8 +269,8 @@ def test_without_a_work_directory_the_next_call_goes_on() -> None:
 
 
 @pytest.mark.slow
-def test_a_start_that_fails_leaves_what_was_there() -> None:
-    trainer = trainer_in(None, raising(RuntimeError('no'), 'start', 20))
+def test_a_failed_start_keeps_the_state_in_memory() -> None:
+    trainer = trainer_in(None, raising_hook(RuntimeError('no'), 'start', 20))
     trainer.fit(max_steps=20)
     with pytest.raises(RuntimeError):
         trainer.fit()
@@ -278,7 +278,7 @@ def test_a_start_that_fails_leaves_what_was_there() -> None:
 
 
 @pytest.mark.slow
-def test_a_save_that_fails_too(tmp_path: pathlib.Path) -> None:
+def test_a_failing_save_is_reported_with_the_first_error(tmp_path: pathlib.Path) -> None:
     """Both are reported, even for an error that is printed without a traceback."""
 
     def hook(event: Event) -> None:
@@ -294,7 +294,7 @@ def test_a_save_that_fails_too(tmp_path: pathlib.Path) -> None:
     assert 'checkpoints' in text
 
 
-def test_no_state_of_a_step_that_failed_is_saved(tmp_path: pathlib.Path) -> None:
+def test_the_state_of_a_failed_step_is_not_saved(tmp_path: pathlib.Path) -> None:
     def hook(event: Event) -> None:
         if (event.kind, event.step) == ('log', 20):
             FAULTS.add('step')
@@ -309,7 +309,7 @@ def test_no_state_of_a_step_that_failed_is_saved(tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.slow
-def test_no_state_that_the_guard_has_stopped_is_saved(tmp_path: pathlib.Path) -> None:
+def test_a_state_refused_by_the_guard_is_not_saved(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(
         tmp_path, optimizer__learning_rate=1e38, evals={}, guard__non_finite='stop'
     )
@@ -324,8 +324,8 @@ def test_no_state_that_the_guard_has_stopped_is_saved(tmp_path: pathlib.Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize('calls', [1, 7])
-def test_an_interrupt_ends_fit_and_the_next_call_goes_on(
-    tmp_path: pathlib.Path, undisturbed: tuple[Any, ...], calls: int
+def test_an_interrupt_ends_fit_and_the_next_call_continues(
+    tmp_path: pathlib.Path, uninterrupted: tuple[Any, ...], calls: int
 ) -> None:
     handler = signal.getsignal(signal.SIGINT)
     trainer = trainer_in(tmp_path, interrupting('log', 30), steps_per_call=calls)
@@ -336,9 +336,9 @@ def test_an_interrupt_ends_fit_and_the_next_call_goes_on(
     meta(trainer, 30)
     second = trainer.fit()
     assert (second.status, second.step) == ('finished', 50)
-    assert ending(tmp_path)[2] == undisturbed[2]
+    assert ending(tmp_path)[2] == uninterrupted[2]
     if calls == 1:  # Fused steps differ in the last bits.
-        assert ending(tmp_path) == undisturbed
+        assert ending(tmp_path) == uninterrupted
 
 
 @pytest.mark.slow
@@ -371,8 +371,8 @@ def test_the_second_interrupt_raises_at_once(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_handler_of_the_callers_own_stays(tmp_path: pathlib.Path) -> None:
-    """If it raises, what raises is an error like any other."""
+def test_a_signal_handler_of_the_caller_is_kept(tmp_path: pathlib.Path) -> None:
+    """An exception that it raises is an error like any other."""
     seen = []
 
     def mine(number: int, frame: Any) -> None:
@@ -391,7 +391,7 @@ def test_a_handler_of_the_callers_own_stays(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_in_another_thread_nothing_is_handled() -> None:
+def test_in_another_thread_no_signal_is_handled() -> None:
     handlers, results = [], []
 
     def note(event: Event) -> None:
@@ -410,7 +410,7 @@ def test_in_another_thread_nothing_is_handled() -> None:
     assert set(handlers) == {before}
 
 
-def test_before_the_first_step_it_raises() -> None:
+def test_an_interrupt_before_the_first_step_raises() -> None:
     handler = signal.getsignal(signal.SIGINT)
     trainer = trainer_in(None, interrupting('start', 0))
     with pytest.raises(KeyboardInterrupt):

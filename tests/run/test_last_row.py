@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The row of the last step, which is logged whether or not it is due."""
+"""The row of the last step, which is always logged."""
 
 import math
 
@@ -10,7 +10,7 @@ from trainer.trainer import Trainer
 
 
 @pytest.mark.slow
-def test_the_last_row_has_norms_although_no_row_was_due():
+def test_the_last_row_has_norms_even_if_it_is_not_due():
     experiment = load_and_build(
         'configs/mnist_mlp.py',
         data__source__limit=100,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run records of its code."""
+"""What a run records about its code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def git(directory: pathlib.Path, *words: str) -> str:
     ).stdout.strip()
 
 
-def made(directory: pathlib.Path) -> pathlib.Path:
+def make_repository(directory: pathlib.Path) -> pathlib.Path:
     """Returns a new repository of one commit."""
     directory.mkdir(parents=True)
     git(directory, 'init', '-q')
@@ -37,7 +37,7 @@ def made(directory: pathlib.Path) -> pathlib.Path:
 
 
 def test_a_clean_repository(tmp_path: pathlib.Path) -> None:
-    repo = made(tmp_path / 'repo')
+    repo = make_repository(tmp_path / 'repo')
     (repo / 'deep').mkdir()
     found = provenance.inspect_code(repo / 'deep', None)
     assert found.diffs == {}
@@ -54,7 +54,7 @@ def test_a_clean_repository(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_changes_and_untracked_files(tmp_path: pathlib.Path) -> None:
-    repo = made(tmp_path / 'repo')
+    repo = make_repository(tmp_path / 'repo')
     (repo / 'model.py').write_text('one = 2\n')
     for i in range(150):
         (repo / f'new {i:03}.py').write_text('')
@@ -74,22 +74,22 @@ def test_changes_and_untracked_files(tmp_path: pathlib.Path) -> None:
     assert provenance.inspect_code(repo, None).about['git']['dirty'] is True
 
 
-def test_a_large_diff_is_cut(tmp_path: pathlib.Path) -> None:
-    repo = made(tmp_path / 'repo')
+def test_a_large_diff_is_truncated(tmp_path: pathlib.Path) -> None:
+    repo = make_repository(tmp_path / 'repo')
     (repo / 'model.py').write_text('x' * 99 + '\n' + ('y' * 99 + '\n') * 50_000)
     diff = provenance.inspect_code(repo, None).diffs['code.diff']
     assert len(diff) < 1_100_000
     assert diff.rstrip().endswith(b'[truncated after 1,048,576 bytes]')
 
 
-def test_repositories_that_say_little(tmp_path: pathlib.Path) -> None:
+def test_no_repository_no_commit_and_detached_head(tmp_path: pathlib.Path) -> None:
     assert provenance.inspect_code(tmp_path, None).about['git'] is None
     empty = tmp_path / 'empty'
     empty.mkdir()
     git(empty, 'init', '-q')
     about = provenance.inspect_code(empty, None).about['git']
     assert (about['commit'], about['branch'], about['dirty']) == (None, 'main', False)
-    repo = made(tmp_path / 'detached')
+    repo = make_repository(tmp_path / 'detached')
     git(repo, 'checkout', '-q', '--detach')
     about = provenance.inspect_code(repo, None).about['git']
     assert (about['commit'], about['branch']) == (git(repo, 'rev-parse', 'HEAD'), None)
@@ -97,7 +97,7 @@ def test_repositories_that_say_little(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_the_repository_of_the_config(tmp_path: pathlib.Path) -> None:
-    mine, its = made(tmp_path / 'mine'), made(tmp_path / 'its')
+    mine, its = make_repository(tmp_path / 'mine'), make_repository(tmp_path / 'its')
     (its / 'model.py').write_text('one = 3\n')
     found = provenance.inspect_code(mine, its / 'config.py')
     assert found.about['git']['directory'] == str(mine)
@@ -117,7 +117,7 @@ def test_the_version_of_the_trainer(
     if (ROOT / '.git').exists():
         assert about['commit'].removesuffix('-dirty') == git(ROOT, 'rev-parse', 'HEAD')
     # Installed in a virtual environment inside a repository of the user's.
-    repo = made(tmp_path / 'repo')
+    repo = make_repository(tmp_path / 'repo')
     installed = repo / '.venv' / 'trainer'
     installed.mkdir(parents=True)
     (installed / '__init__.py').write_text('')
@@ -125,26 +125,26 @@ def test_the_version_of_the_trainer(
     assert provenance.inspect_code(tmp_path, None).about['trainer']['commit'] is None
 
 
-def stand_in(directory: pathlib.Path, script: str) -> pathlib.Path:
-    """Makes a git that does something else."""
+def fake_git(directory: pathlib.Path, script: str) -> pathlib.Path:
+    """Creates a fake git executable."""
     directory.mkdir()
     (directory / 'git').write_text(f'#!/bin/sh\n{script}\n')
     (directory / 'git').chmod(0o755)
     return directory
 
 
-def test_where_git_is_missing_or_fails(
+def test_git_that_is_missing_or_fails(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in (tmp_path, stand_in(tmp_path / 'bin', 'exit 1')):
+    for path in (tmp_path, fake_git(tmp_path / 'bin', 'exit 1')):
         monkeypatch.setenv('PATH', str(path))
         found = provenance.inspect_code(ROOT, ROOT / 'configs' / 'mnist.py')
         assert found.about['git'] is None
         assert found.about['trainer']['commit'] is None
 
 
-def test_a_slow_git_is_given_up(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('PATH', f'{stand_in(tmp_path / "bin", "exec sleep 60")}:/usr/bin:/bin')
+def test_a_slow_git_is_killed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('PATH', f'{fake_git(tmp_path / "bin", "exec sleep 60")}:/usr/bin:/bin')
     monkeypatch.setattr(provenance, '_TIMEOUT_SECS', 0.1)
     began = time.monotonic()
     assert provenance.inspect_code(tmp_path, None).about['git'] is None
@@ -160,10 +160,8 @@ def trainer_in(workdir: pathlib.Path) -> Trainer:
 
 
 @pytest.mark.slow
-def test_a_run_says_what_code_it_ran(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    repo, workdir = made(tmp_path / 'repo'), tmp_path / 'run'
+def test_a_run_records_its_code(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo, workdir = make_repository(tmp_path / 'repo'), tmp_path / 'run'
     (repo / 'model.py').write_text('one = 2\n')
     monkeypatch.chdir(repo)
     trainer_in(workdir).fit()
@@ -210,7 +208,7 @@ def test_a_run_does_not_wait_for_a_slow_git(
     assert (tmp_path / 'code.diff').read_text() == 'of another run'
 
 
-def test_what_is_found_late_is_written_all_the_same() -> None:
+def test_code_is_delivered_whenever_it_is_asked_for() -> None:
     found: list[provenance.Code] = []
     inspector = provenance.CodeInspector(None)
     inspector.deliver_to(found.append)

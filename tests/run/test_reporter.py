@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows of a run: what is added to what the step has measured."""
+"""The rows of a run: what the reporter adds to the metrics of the step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_wait_for_data_is_a_mean_over_the_steps_of_a_row(tmp_path: pathlib.P
     assert waits == pytest.approx([0.5, 0.05, 0.0])
 
 
-def test_what_is_restored_replaces_what_was_known() -> None:
+def test_restored_metrics_replace_earlier_ones() -> None:
     report = Reporter(30, 8, io.StringIO())
     report.record_eval('test', 10, {'loss': 1.0})
     assert report.has_eval('test', 10)
@@ -36,7 +36,7 @@ def test_what_is_restored_replaces_what_was_known() -> None:
     assert (report.has_eval('test', 10), report.has_eval('other', 20)) == (False, True)
 
 
-def test_members_are_shown_by_what_they_are() -> None:
+def test_members_are_printed_with_their_description() -> None:
     screen = io.StringIO()
     report = Reporter(30, 8, screen, ['seed 0, optimizer.learning_rate 0.1', 'seed 1'])
     report.start()

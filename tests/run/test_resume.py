@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run keeps for the next start, and a start that fails."""
+"""What a run saves for the next start, and starts that fail."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def files(workdir: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_fit_after_one_that_failed_knows_nothing_of_it(tmp_path: pathlib.Path) -> None:
+def test_fit_after_a_failure_starts_cleanly(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path / 'twice')
     FAIL_AT.append(30)
     with pytest.raises(RuntimeError, match='the hook failed'):
@@ -70,7 +70,7 @@ def test_a_fit_after_one_that_failed_knows_nothing_of_it(tmp_path: pathlib.Path)
     assert steps[0] == steps[1]
 
 
-def test_calls_in_turn_count_on(tmp_path: pathlib.Path) -> None:
+def test_successive_calls_continue_the_counts(tmp_path: pathlib.Path) -> None:
     results = {}
     for name, calls in (('one', [None]), ('three', [13, 20, None])):
         trainer = trainer_in(tmp_path / name)
@@ -82,7 +82,7 @@ def test_calls_in_turn_count_on(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_time_told_is_that_of_the_last_call() -> None:
+def test_the_reported_time_is_of_the_last_call() -> None:
     trainer = trainer_in(None)
     trainer.fit(max_steps=25)
     assert trainer.report.time.get('eval') > 0
@@ -92,7 +92,7 @@ def test_the_time_told_is_that_of_the_last_call() -> None:
 
 
 @pytest.mark.slow
-def test_a_restore_that_fails_leaves_the_directory_as_it_was(tmp_path: pathlib.Path) -> None:
+def test_a_failed_restore_does_not_change_the_directory(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, train_for='20 steps').fit()
     for path in (tmp_path / 'checkpoints' / '20' / 'state').rglob('*'):
         if path.is_file() and path.stat().st_size > 10_000:
@@ -136,7 +136,7 @@ def test_the_final_evaluation_belongs_to_the_last_checkpoint(tmp_path: pathlib.P
 
 
 @pytest.mark.slow
-def test_a_copied_step_is_not_trained_on(tmp_path: pathlib.Path) -> None:
+def test_a_copied_checkpoint_is_refused(tmp_path: pathlib.Path) -> None:
     checkpoints = tmp_path / 'checkpoints'
     trainer_in(tmp_path, evals={}).fit(max_steps=20)
     shutil.copytree(checkpoints / '20', checkpoints / '30')
@@ -152,8 +152,8 @@ def test_a_copied_step_is_not_trained_on(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_state_that_counts_otherwise_than_its_name(tmp_path: pathlib.Path) -> None:
-    """Metadata that was edited, too, does not make it another step."""
+def test_a_state_whose_step_differs_from_its_name_is_refused(tmp_path: pathlib.Path) -> None:
+    """Editing the metadata does not help."""
     checkpoints = tmp_path / 'checkpoints'
     trainer_in(tmp_path, evals={}).fit(max_steps=20)
     (checkpoints / '20').rename(checkpoints / '30')
@@ -177,7 +177,7 @@ def delete(event: Event) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('every', 'noticed'), [('20 steps', 40), ('never', 50)])
-def test_a_directory_that_is_deleted_is_no_finished_run(
+def test_a_deleted_directory_ends_the_run_with_an_error(
     tmp_path: pathlib.Path, every: str, noticed: int
 ) -> None:
     workdir = tmp_path / 'run'
@@ -193,7 +193,7 @@ def test_a_directory_that_is_deleted_is_no_finished_run(
 
 
 @pytest.mark.slow
-def test_another_start_in_the_same_place_is_noticed_at_the_end(tmp_path: pathlib.Path) -> None:
+def test_another_start_in_the_same_directory_is_detected(tmp_path: pathlib.Path) -> None:
     trainer = trainer_in(tmp_path, evals={}, hooks={'spoil': {'ref': f'{__name__}:restart'}})
     with pytest.raises(SaveError, match=r'another run has overwritten its run\.json'):
         trainer.fit()
@@ -201,13 +201,13 @@ def test_another_start_in_the_same_place_is_noticed_at_the_end(tmp_path: pathlib
 
 
 def restart(event: Event) -> None:
-    """Like a second run on a file system without locks."""
+    """Starts a second run, as is possible on a file system without locks."""
     if event.kind == 'save':
         Workdir(event.workdir or '').begin({}, {}, {})
 
 
 @pytest.mark.slow
-def test_checkpoints_that_are_gone_do_not_cost_the_metrics(tmp_path: pathlib.Path) -> None:
+def test_missing_checkpoints_do_not_lose_the_metrics(tmp_path: pathlib.Path) -> None:
     trainer_in(tmp_path, evals={}).fit()
     trainer_in(tmp_path, evals={}, train_for='60 steps').fit()
     shutil.rmtree(tmp_path / 'checkpoints')
@@ -225,17 +225,17 @@ def test_checkpoints_that_are_gone_do_not_cost_the_metrics(tmp_path: pathlib.Pat
 
 
 @pytest.mark.slow
-def test_the_first_save_that_is_committed_is_noted(tmp_path: pathlib.Path) -> None:
-    """A process that is killed later leaves the note, one that is killed before does not."""
+def test_the_first_committed_save_is_marked(tmp_path: pathlib.Path) -> None:
+    """A process that is killed later leaves the marker, one killed earlier does not."""
     noted = []
 
-    def look(event: Event) -> None:
+    def load_images(event: Event) -> None:
         if event.kind == 'log':
             wait_for(lambda: event.step < 30 or (tmp_path / '.saved').exists())
             noted.append((event.step, (tmp_path / '.saved').exists()))
 
     trainer = trainer_in(tmp_path, evals={}, checkpoint__every='20 steps')
-    object.__setattr__(trainer.experiment, 'hooks', {'look': look})
+    object.__setattr__(trainer.experiment, 'hooks', {'look': load_images})
     trainer.fit()
     assert noted[0] == (10, False)
     assert noted[2:] == [(30, True), (40, True), (50, True)]
@@ -248,7 +248,7 @@ DATASET = {'examples': 640, 'brightness': 0}
 
 
 class Images:
-    """A source that reads what is there now."""
+    """A source that reads the current content of a file."""
 
     def __init__(self) -> None:
         self.spec: dict[str, Any] = {}
@@ -268,7 +268,9 @@ def dataset(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return DATASET
 
 
-def out_of(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], steps: int) -> str:
+def train_and_capture_output(
+    workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], steps: int
+) -> str:
     """Trains up to a step and returns the output."""
     capsys.readouterr()
     source = {'target': f'{__name__}:Images'}
@@ -283,29 +285,29 @@ def out_of(workdir: pathlib.Path, capsys: pytest.CaptureFixture[str], steps: int
 def test_changed_data_gives_one_warning(
     tmp_path: pathlib.Path, dataset: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out_of(tmp_path, capsys, 30)
-    assert 'training data' not in out_of(tmp_path, capsys, 31)
+    train_and_capture_output(tmp_path, capsys, 30)
+    assert 'training data' not in train_and_capture_output(tmp_path, capsys, 31)
     dataset['brightness'] = 7
     assert (
         'Warning: the training data has changed: the first example differs in image.\n'
-    ) in out_of(tmp_path, capsys, 32)
-    assert 'training data' not in out_of(tmp_path, capsys, 40)
+    ) in train_and_capture_output(tmp_path, capsys, 32)
+    assert 'training data' not in train_and_capture_output(tmp_path, capsys, 40)
     dataset['examples'] = 800
     assert (
         'Warning: the training data has changed: 640 examples before, 800 examples now. The run '
         'resumes after 1,280 examples (1.6 epochs), in the order of the new data (800 examples): '
         'in the current epoch, some examples are repeated and others skipped.\n'
-    ) in out_of(tmp_path, capsys, 41)
+    ) in train_and_capture_output(tmp_path, capsys, 41)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_knows_nothing_of_its_data_is_no_warning(
+def test_a_checkpoint_without_a_fingerprint_gives_no_warning(
     tmp_path: pathlib.Path, dataset: dict[str, int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out_of(tmp_path, capsys, 10)
+    train_and_capture_output(tmp_path, capsys, 10)
     path = tmp_path / 'checkpoints' / '10' / 'meta' / 'metadata'
     meta = json.loads(path.read_text())
     assert meta.pop('data')['examples'] == 640
     path.write_text(json.dumps(meta))
     dataset.update(examples=800, brightness=7)
-    assert 'training data' not in out_of(tmp_path, capsys, 20)
+    assert 'training data' not in train_and_capture_output(tmp_path, capsys, 20)

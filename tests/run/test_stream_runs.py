@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole run on a stream: its place is saved, resumed, and never lost in silence."""
+"""Whole runs on a stream: its position is saved and restored, or an error says why not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(**overrides: Any) -> Experiment:
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run without a stop."""
+    """Returns an uninterrupted run."""
     workdir = tmp_path_factory.mktemp('whole')
     assert Trainer(build(), str(workdir)).fit().status == 'finished'
     return workdir
@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_a_resumed_stream_is_the_same_run(
     calls: int, whole: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Stopped where no block of batches ends, and gone on with by another trainer."""
+    """Stopped inside a block of batches, and continued by another trainer."""
     first = Trainer(build(steps_per_call=calls), str(tmp_path))
     assert first.fit(max_steps=13).status == 'paused'
     result = Trainer(build(steps_per_call=calls), str(tmp_path)).fit()
@@ -66,8 +66,8 @@ def test_a_resumed_stream_is_the_same_run(
 
 
 @pytest.mark.slow
-def test_a_pause_in_memory_goes_on_behind_the_last_step(whole: pathlib.Path) -> None:
-    """What was read ahead of the pause is read again."""
+def test_a_pause_in_memory_continues_after_the_last_step(whole: pathlib.Path) -> None:
+    """Batches that were prefetched before the pause are read again."""
     trainer = Trainer(build())
     while trainer.fit(max_steps=9).status == 'paused':
         pass
@@ -83,10 +83,10 @@ def test_the_losses_are_of_a_language_model(whole: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_without_a_place_begins_anew_if_it_may(
+def test_a_stream_without_a_position_restarts_if_allowed(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The data of the checkpoint was none; what is kept is the rest of the state."""
+    """The data of the checkpoint was not a stream; the rest of the state is kept."""
     plain = {
         'data__loader': {'target': 'trainer.data.loader:TrainLoader'},
         'data__source': {'target': 'trainer.data.text:python_source', 'seq_len': 128},
@@ -122,19 +122,19 @@ def filtered() -> list[str]:
 
 @pytest.mark.slow
 def test_a_filtered_evaluation_on_processes(tmp_path: pathlib.Path) -> None:
-    """B7: with 1, 2 and 3 processes, whose parts are not equal, what numpy finds."""
+    """B7: with 1, 2 and 3 processes, whose parts differ in length, the metrics equal numpy's."""
     options = (*filtered(), '--config.train_for=20steps', '--config.data.batch_size=48')
     for count in (1, 2, 3):
         workdir = tmp_path / str(count)
         group.train(count, workdir, *options)
         metrics = command.result(workdir)['metrics']
         found = [metrics[f'eval/test/{name}'] for name in ('examples', 'accuracy', 'loss')]
-        examples, accuracy, loss = by_hand(workdir / 'checkpoints' / '20' / 'state')
+        examples, accuracy, loss = compute_by_hand(workdir / 'checkpoints' / '20' / 'state')
         assert found[0] == examples > 200
         assert found[1:] == pytest.approx([accuracy, loss], rel=1e-4)
 
 
-def by_hand(checkpoint: pathlib.Path) -> tuple[int, float, float]:
+def compute_by_hand(checkpoint: pathlib.Path) -> tuple[int, float, float]:
     """Returns examples, accuracy and loss of the filtered split by numpy, for saved parameters."""
     everything = MNIST('test', limit=1000).gather(np.arange(1000))
     small = everything['label'] < 3
@@ -150,7 +150,7 @@ def by_hand(checkpoint: pathlib.Path) -> tuple[int, float, float]:
 
 @pytest.mark.slow
 def test_a_stream_of_two_processes(tmp_path: pathlib.Path) -> None:
-    """Each keeps its own place; two go on exactly, one says that it cannot."""
+    """Each process has its own position: two processes resume exactly, one cannot."""
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
 
     def train(workdir: pathlib.Path, *args: str) -> None:

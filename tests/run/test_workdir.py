@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a run's directory."""
+"""The files of a work directory."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def test_values_that_are_not_finite_are_null_in_the_result(tmp_path: pathlib.Pat
     assert result['metrics'] == finite
 
 
-def test_where_nothing_can_be_written(tmp_path: pathlib.Path) -> None:
+def test_an_unwritable_directory_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'the work directory .* is not writable: Not a directory'):
-        Workdir(tmp_path / 'file' / 'run').make()
+        Workdir(tmp_path / 'file' / 'run').create()
     with pytest.raises(UserError, match=r'the work directory .* is not writable: File exists'):
-        Workdir(tmp_path / 'file').make()
-    Workdir(tmp_path / 'a' / 'b').make()
+        Workdir(tmp_path / 'file').create()
+    Workdir(tmp_path / 'a' / 'b').create()
     assert list((tmp_path / 'a' / 'b').iterdir()) == []
 
 
-def test_a_run_claims_its_directory(tmp_path: pathlib.Path) -> None:
+def test_a_run_locks_its_directory(tmp_path: pathlib.Path) -> None:
     other = Workdir(tmp_path)
     other.claim()
     experiment = load_and_build(str(command.ROOT / 'configs' / 'mnist_mlp.py'), train_for='2 steps')
@@ -56,7 +56,7 @@ def test_a_run_claims_its_directory(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_two_runs_do_not_share_a_directory(tmp_path: pathlib.Path) -> None:
-    """The second one is told who is there; a run that has ended, or was killed, is not."""
+    """The second run is told who holds the lock; ended and killed runs hold none."""
     steps = ('--config.train_for=100000steps', '--config.evals.test.every=never')
     first = command.start(command.MLP, *command.SMALL, f'--workdir={tmp_path}', *steps)
     try:
@@ -77,7 +77,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path: pathlib.Path) -> None:
         third.communicate()
 
 
-def test_a_directory_is_free_again_after_the_run(tmp_path: pathlib.Path) -> None:
+def test_a_directory_is_unlocked_after_the_run(tmp_path: pathlib.Path) -> None:
     one, other = Workdir(tmp_path), Workdir(tmp_path)
     one.claim()
     one.claim()
@@ -93,7 +93,7 @@ def starts(directory: pathlib.Path) -> list[tuple[str, int | None]]:
     return [(each['status'], each['step']) for each in found]
 
 
-def test_the_starts_of_a_run(tmp_path: pathlib.Path) -> None:
+def test_run_json_lists_the_starts(tmp_path: pathlib.Path) -> None:
     for _ in range(2):
         workdir = Workdir(tmp_path)
         workdir.begin({}, {}, {'pid': 1})
@@ -109,13 +109,13 @@ def test_the_starts_of_a_run(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{"git": null}', '{"starts": [1]}'])
-def test_a_run_file_of_another_kind_is_replaced(tmp_path: pathlib.Path, text: str) -> None:
+def test_a_run_json_of_a_wrong_type_is_replaced(tmp_path: pathlib.Path, text: str) -> None:
     (tmp_path / 'run.json').write_text(text)
     Workdir(tmp_path).begin({}, {}, {})
     assert starts(tmp_path) == [('running', None)]
 
 
-def test_a_result_of_any_status(tmp_path: pathlib.Path) -> None:
+def test_a_result_may_have_any_status(tmp_path: pathlib.Path) -> None:
     workdir = Workdir(tmp_path)
     workdir.write_result('diverged', 9, None, 'bb', {'train/loss': math.nan}, {'type': 'X'})
     result = workdir.result()

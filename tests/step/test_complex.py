@@ -194,7 +194,7 @@ def test_complex_weights_do_not_become_real_ones(tmp_path: pathlib.Path) -> None
     params = trainer(init_from={'path': str(tmp_path / 'complex.safetensors')}).init_state().params
     np.testing.assert_array_equal(params['z'], GOAL)
     safetensors.write(tmp_path / 'other.safetensors', {**held, 'params/w': np.complex64(2 + 1j)})
-    with pytest.raises(UserError, match=r'params/w: complex64\[\] there, float32\[\] in the model'):
+    with pytest.raises(UserError, match=r'params/w: got complex64\[\], the model has float32\[\]'):
         trainer(init_from={'path': str(tmp_path / 'other.safetensors')}).init_state()
 
 

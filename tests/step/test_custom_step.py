@@ -16,7 +16,7 @@ from tests.command import CLOCK, ROOT
 from trainer.config.errors import UserError
 from trainer.experiment import load_and_build
 from trainer.parallel.mesh import batch_sharding
-from trainer.step.custom_step import OwnContext
+from trainer.step.custom_step import CustomStepContext
 from trainer.tasks import TaskOutput
 from trainer.trainer import Trainer
 
@@ -176,7 +176,7 @@ def test_loss_is_that_of_the_default_step() -> None:
     """A batch of padding alone gives 0, not NaN; penalties come on top."""
     # It needs nothing of the run.
     nothing: Any = None
-    ctx = OwnContext(nothing, nothing)
+    ctx = CustomStepContext(nothing, nothing)
     loss, weights = jnp.array([1.0, 3.0]), jnp.array([3.0, 1.0])
     output = TaskOutput(loss=loss, weights=weights, penalties={'l2': jnp.float32(0.5)})
     assert ctx.loss(output) == 2.0

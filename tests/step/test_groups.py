@@ -14,7 +14,7 @@ import pytest
 from tests.step import gan
 from trainer.config.errors import UserError
 from trainer.models.mlp import MLP
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.context import StepContext
@@ -52,8 +52,8 @@ def programs(
     mesh = mesh_of(devices)
     step = TrainStep(
         StepContext(
-            model=functional(model or gan.GAN()),
-            task=TaskRunner.of(task),
+            model=as_functional(model or gan.GAN()),
+            task=TaskRunner.from_task(task),
             optimizer=optimizer,
             seed=0,
             shards=devices,
@@ -185,7 +185,7 @@ def test_named_losses_are_averaged_by_their_own_weights() -> None:
             loss = {'a': batch['x'], 'b': 10 * batch['x']}
             return TaskOutput(loss=loss, weights=weights, metrics={'m': batch['x']})
 
-        runner = TaskRunner.of(task)
+        runner = TaskRunner.from_task(task)
         return runner.measure(runner(None, batch)).compute()
 
     two = np.array([0.0, 1.0, 3.0, 5.0], np.float32)
@@ -280,5 +280,5 @@ def test_frozen_parameters_need_no_group() -> None:
 
 
 def test_a_dict_of_losses_alone_is_a_result() -> None:
-    output = TaskRunner.of(lambda model, batch: {'a': jnp.ones(2)})(None, {})
+    output = TaskRunner.from_task(lambda model, batch: {'a': jnp.ones(2)})(None, {})
     assert set(output.loss) == {'a'}

@@ -479,7 +479,7 @@ def test_a_resumed_search_may_find_nothing_as_a_fresh_one_may() -> None:
     search = state.opt_state[-1]
     after = search._replace(info=search.info._replace(decrease_error=jnp.float32(jnp.inf)))
     assert bool(jnp.isfinite(search.info.decrease_error))
-    healthy = state.replace(health=Health.of(state.params, state.opt_state))
+    healthy = state.replace(health=Health.from_arrays(state.params, state.opt_state))
     failed = healthy.replace(opt_state=(*state.opt_state[:-1], after))
     assert not bool(checked(failed).is_bad)
     broken = search._replace(grad=jax.tree.map(lambda g: g * jnp.nan, search.grad))

@@ -21,7 +21,7 @@ from tests.command import ROOT
 from tests.marks import slow_after
 from trainer.experiment import load_and_build
 from trainer.models.mlp import MLP
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
@@ -78,8 +78,8 @@ def programs(
     options.setdefault('optimizer', Optimizer(base=optax.sgd(0.1, momentum=0.9)))
     step = TrainStep(
         StepContext(
-            model=functional(module, precision),
-            task=TaskRunner.of(classify),
+            model=as_functional(module, precision),
+            task=TaskRunner.from_task(classify),
             seed=0,
             shards=size,
             **options,
@@ -148,7 +148,7 @@ def test_a_scan_begins_in_the_dtype_that_it_goes_on_in(precision: Precision, bri
     def of_linen(rngs: nnx.Rngs) -> nnx.Module:
         return nnx.bridge.ToNNX(Scanned(), rngs=rngs)
 
-    model = functional(of_linen if bridged else Scanned(), precision)
+    model = as_functional(of_linen if bridged else Scanned(), precision)
 
     def task(model: Any, batch: Any) -> jax.Array:
         return model(batch['x'])
@@ -235,7 +235,7 @@ def test_an_overflow_keeps_the_state_and_halves_the_scale() -> None:
 
 def test_the_scale_doubles_after_so_many_finite_steps() -> None:
     """F9: 2,000 of them; an overflow starts the count again; never below 1, never infinite."""
-    scale = LossScale.of(65536.0)
+    scale = LossScale.from_value(65536.0)
     after = jax.jit(lambda s, finite: s.update(finite))
     for _ in range(1999):
         scale = after(scale, jnp.array(True))
@@ -244,7 +244,7 @@ def test_the_scale_doubles_after_so_many_finite_steps() -> None:
     assert int(after(scale, jnp.array(True)).finite_steps) == 0
     shrunk = after(scale, jnp.array(False))
     assert (float(shrunk.scale), int(shrunk.finite_steps), int(shrunk.skipped)) == (32768, 0, 1)
-    assert float(after(LossScale.of(1.0), jnp.array(False)).scale) == 1
+    assert float(after(LossScale.from_value(1.0), jnp.array(False)).scale) == 1
     ready = LossScale(jnp.float32(2.0**127), jnp.int32(1999), jnp.int32(0))
     assert float(after(ready, jnp.array(True)).scale) == 2.0**127
 
@@ -269,13 +269,15 @@ def test_a_scale_rescues_gradients_that_float16_loses() -> None:
         return 3e-8 * model(batch['x']).sum(-1)
 
     sgd = Optimizer(base=optax.sgd(1e6))
-    options = dict(optimizer=sgd, task=TaskRunner.of(faint), seed=0)
+    options = dict(optimizer=sgd, task=TaskRunner.from_task(faint), seed=0)
     spec = {'x': jax.ShapeDtypeStruct((16, 8), jnp.float32)}
     batch = {'x': batch_of()['x']}
     mesh = make_mesh({'data': -1})
 
     def moved(scale: float | None) -> float:
-        step = TrainStep(StepContext(model=functional(MLP((4,)), F16), loss_scale=scale, **options))
+        step = TrainStep(
+            StepContext(model=as_functional(MLP((4,)), F16), loss_scale=scale, **options)
+        )
         made = Programs(step, spec, mesh)
         before = jax.device_get(made.init().params)
         after = made.step(made.init(), jax.device_put(batch, batch_sharding(mesh))).params
@@ -294,7 +296,7 @@ def test_slices_overflow_no_earlier_than_the_whole() -> None:
         made = programs(Watched(), loss_scale=1.0, accumulate=accumulate)
         batch = jax.device_put(batch_of(), batch_sharding(made._mesh))
         for power in range(40):
-            state = made.init().replace(loss_scale=LossScale.of(2.0**power))
+            state = made.init().replace(loss_scale=LossScale.from_value(2.0**power))
             if made.step(state, batch).loss_scale.skipped:
                 return power - 1
         raise AssertionError('no scale overflows')

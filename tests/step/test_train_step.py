@@ -15,7 +15,7 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.models.cnn import CNN
 from trainer.models.mlp import MLP
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.context import StepContext
 from trainer.step.one_model import TrainStep
@@ -53,8 +53,8 @@ def programs(
     optimizer = options.pop('optimizer', Optimizer(base=optax.sgd(0.1, momentum=0.9)))
     train_step = TrainStep(
         StepContext(
-            model=functional(model),
-            task=TaskRunner.of(task or Classification()),
+            model=as_functional(model),
+            task=TaskRunner.from_task(task or Classification()),
             optimizer=optimizer,
             seed=0,
             shards=mesh.size,
@@ -191,8 +191,8 @@ def test_padded_rows_do_not_count() -> None:
     def train(batch: dict[str, np.ndarray]) -> Any:
         step = TrainStep(
             StepContext(
-                model=functional(MLP((8, 10))),
-                task=TaskRunner.of(Classification()),
+                model=as_functional(MLP((8, 10))),
+                task=TaskRunner.from_task(Classification()),
                 optimizer=Optimizer(base=optax.sgd(0.1)),
                 seed=0,
             )
@@ -293,8 +293,8 @@ def test_steps_per_call_is_bit_equal_on_the_mlp() -> None:
     mesh = one_device_mesh()
     step = TrainStep(
         StepContext(
-            model=functional(MLP((8, 10))),
-            task=TaskRunner.of(Classification()),
+            model=as_functional(MLP((8, 10))),
+            task=TaskRunner.from_task(Classification()),
             optimizer=Optimizer(base=optax.adam(0.01), learning_rate=lambda s: 0.01),
             seed=0,
         )
@@ -359,5 +359,5 @@ def test_a_part_that_is_made_in_training_only_is_told() -> None:
 
 
 def test_a_task_that_averages_is_told_not_to() -> None:
-    with pytest.raises(UserError, match='is a scalar'):
+    with pytest.raises(UserError, match='returned a scalar'):
         programs(MLP((8, 10)), task=lambda model, batch: model(batch['image']).mean()).init()

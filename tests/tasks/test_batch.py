@@ -15,7 +15,7 @@ from trainer.config.errors import UserError
 from trainer.data.sources import ArraySpec
 from trainer.input.fields import Fields, device_dtype
 from trainer.input.host_field import HostField
-from trainer.tasks.batch import Batch, plain, record_reads
+from trainer.tasks.batch import Batch, device_fields, record_reads
 from trainer.tasks.runner import TaskRunner
 
 IDS = np.array([[5, 6], [-1, 7]])
@@ -96,7 +96,7 @@ def test_a_real_example_is_named_rather_than_padding() -> None:
 
 
 def runner(task: Any = None, *transforms: Any, kept: Any = None) -> TaskRunner:
-    made = TaskRunner.of(task or (lambda model, batch: batch['x'][:, 0]), transforms)
+    made = TaskRunner.from_task(task or (lambda model, batch: batch['x'][:, 0]), transforms)
     return made.with_host_fields(Fields.from_spec(SPEC, '').host_fields() if kept is None else kept)
 
 
@@ -210,5 +210,5 @@ def test_a_batch_is_a_dict_and_a_pytree() -> None:
     assert jax.tree.structure(again) == jax.tree.structure(batch)
     assert batch.popitem() == ('a', 2) and list(batch) == ['b']
     hidden = HostField(Fields.from_spec(SPEC, '').host_fields()[0])
-    assert plain(Batch({'x': 1, 'name': hidden}, 'the task')) == {'x': 1}
+    assert device_fields(Batch({'x': 1, 'name': hidden}, 'the task')) == {'x': 1}
     assert (hidden.shape, hidden.ndim, hidden.size) == ((4,), 1, 4)

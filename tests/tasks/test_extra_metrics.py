@@ -145,7 +145,7 @@ def test_what_is_no_metric_is_refused_when_the_config_is_built(extra: Any, messa
     config = str(ROOT / 'configs' / 'mnist_mlp.py')
     with pytest.raises(UserError, match=message) as caught:
         load_and_build(config, task__extra_metrics=extra, **OPTIONS)
-    assert 'names no object' not in str(caught.value)
+    assert "without a 'target'" not in str(caught.value)
 
 
 def test_a_metric_of_another_task_is_refused_before_the_first_step() -> None:

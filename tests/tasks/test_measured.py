@@ -14,7 +14,7 @@ import pytest
 
 from trainer.config.errors import UserError
 from trainer.tasks.measured import (
-    Measured,
+    MetricValues,
     average_members,
     check_accumulates,
     check_computes,
@@ -97,14 +97,14 @@ class Growing(Total):
     ],
 )
 def test_what_has_one_element_is_a_number(value: Any, number: float) -> None:
-    found = Measured({'x': value})
+    found = MetricValues({'x': value})
     assert found == {'x': number}
     assert type(found['x']) is type(number)
     assert found.arrays == {}
 
 
 def test_dicts_are_flattened_and_arrays_are_kept_apart() -> None:
-    found = Measured(
+    found = MetricValues(
         {
             'loss': 0.5,
             'f1': {'macro': np.float32(0.75), 'of': {0: 1.0, 1: 0.5}},
@@ -132,20 +132,20 @@ def test_dicts_are_flattened_and_arrays_are_kept_apart() -> None:
 )
 def test_what_is_neither_number_nor_array_nor_dict(value: Any, kind: str) -> None:
     with pytest.raises(UserError, match=f"the metric 'x/y' computes {kind}.*expected a number"):
-        Measured({'x': {'y': value}})
+        MetricValues({'x': {'y': value}})
 
 
 def test_two_values_of_one_name() -> None:
     for one, two in [({'a/b': 1}, {'a': {'b': 2}}), ({'a': np.eye(2)}, {'a': 1})]:
-        row = Measured(one)
-        with pytest.raises(UserError, match='two values are named'):
-            row.update_with(Measured(two))
+        row = MetricValues(one)
+        with pytest.raises(UserError, match='two values of a row of metrics are named'):
+            row.update_with(MetricValues(two))
 
 
 def test_means_over_members() -> None:
     members = [
-        Measured({'loss': 1.0, 'counts': np.array([1, 2]), 'some': np.zeros(2)}),
-        Measured({'loss': 2.0, 'counts': np.array([3, 2]), 'some': np.zeros(3)}),
+        MetricValues({'loss': 1.0, 'counts': np.array([1, 2]), 'some': np.zeros(2)}),
+        MetricValues({'loss': 2.0, 'counts': np.array([3, 2]), 'some': np.zeros(3)}),
     ]
     row = average_members(members)
     assert row == {'loss': 1.5, 'member_0/loss': 1.0, 'member_1/loss': 2.0}
@@ -166,16 +166,16 @@ def test_means_over_members() -> None:
 def test_a_metric_may_fail_to_compute_anything_of_nothing(metric: Any, found: Any) -> None:
     metrics = {'x': metric.empty()}
     check_computes(metrics)
-    assert compute_on_trial(lambda tree: Measured({'x': tree['x'].compute()}), metrics) == found
+    assert compute_on_trial(lambda tree: MetricValues({'x': tree['x'].compute()}), metrics) == found
 
 
 @pytest.mark.parametrize(
     ('metric', 'message'),
     [
-        (Broken, "'x' cannot be computed, whatever the data: AttributeError: .*totl"),
+        (Broken, "'x' cannot be computed for any data: AttributeError: .*totl"),
         (Words, "'x/grade' computes str"),
         # clu 0.0.12 calls jnp.clip with argument names that JAX has removed.
-        (clu.metrics.Std.from_output('loss'), "'x' cannot be computed, whatever the data: TypeErr"),
+        (clu.metrics.Std.from_output('loss'), "'x' cannot be computed for any data: TypeErr"),
     ],
 )
 def test_a_metric_that_computes_nothing_of_any_data(metric: Any, message: str) -> None:

@@ -36,7 +36,7 @@ def flax_example(model: Any, batch: Any) -> Any:
 
 def message_for(task: Callable[..., Any], **more: Any) -> str:
     """Returns what is said of what a task returns of a batch."""
-    runner = TaskRunner.of(task)
+    runner = TaskRunner.from_task(task)
     with pytest.raises(UserError) as error:
         jax.eval_shape(lambda batch: runner(lambda x: x, batch), {**BATCH, **more})
     return str(error.value)
@@ -66,15 +66,15 @@ def test_a_mean_and_logits() -> None:
         ),
         (
             lambda m, b: m(b['x']).mean(),
-            f'a loss that is a scalar, float32[]: a task returns {NO_MEAN}',
+            f'returned a scalar, float32[], as the loss: a task returns {NO_MEAN}',
         ),
         (lambda m, b: (m(b['x']).mean(), {}), NO_MEAN),
         (lambda m, b: TaskOutput(loss=m(b['x']).mean()), NO_MEAN),
-        (lambda m, b: {'a': m(b['x']).mean()}, "the loss 'a' that is a scalar, float32[]"),
+        (lambda m, b: {'a': m(b['x']).mean()}, "a scalar, float32[], as the loss 'a'"),
         (lambda m, b: {'a': m(b['x']).mean()}, 'one loss and its metrics are (loss, dict)'),
-        (lambda m, b: (m(b['x']), {'a': 'x'}), "the metric 'a' that is str: expected an array"),
-        (lambda m, b: (m(b['x']), {'a': object()}), "the metric 'a' that is object: expected"),
-        (lambda m, b: {'a': m(b['x']), 'aux': {}}, "the loss 'aux' that is {}: expected an array"),
+        (lambda m, b: (m(b['x']), {'a': 'x'}), "str as the metric 'a': expected an array"),
+        (lambda m, b: (m(b['x']), {'a': object()}), "object as the metric 'a': expected"),
+        (lambda m, b: {'a': m(b['x']), 'aux': {}}, "{} as the loss 'aux': expected an array"),
         (lambda m, b: None, 'returned None. Is a return statement missing?'),
         (lambda m, b: (1, 2, 3), 'returned (int, int, int). A task returns the loss of each'),
         (lambda m, b: [m(b['x']), {}], 'returned [float32[32, 10], {}]. The first item'),
@@ -85,15 +85,15 @@ def test_a_mean_and_logits() -> None:
         ),
         (
             lambda m, b: TaskOutput(loss=m(b['x']).sum(-1), weights=jnp.ones(10)),
-            'weights that are float32[10] for a loss of float32[32]: expected [32], one for each',
+            'float32[10] as the weights of a loss float32[32]: expected [32], one for each',
         ),
         (
             lambda m, b: TaskOutput(loss=m(b['x']).sum(-1), metrics=m(b['x'])),
-            'metrics that are float32[32, 10]: expected a dict',
+            'float32[32, 10] as metrics: expected a dict',
         ),
         (
             lambda m, b: TaskOutput(loss=m(b['x']).sum(-1), penalties={'l2': m(b['x'])}),
-            "the penalty 'l2' that is float32[32, 10]: expected a scalar",
+            "float32[32, 10] as the penalty 'l2': expected a scalar",
         ),
     ],
 )
@@ -106,7 +106,7 @@ def test_what_a_task_should_return(task: Any, message: str) -> None:
 @pytest.mark.parametrize('name', ['f1-score', 'class', 'top 5', '', 1])
 def test_the_name_of_a_metric(name: Any) -> None:
     text = message_for(lambda m, b: (m(b['x']), {name: m(b['x'])}))
-    assert f'names a metric {name!r}. A name must be a Python identifier, such as' in text
+    assert f'names a metric {name!r}: expected a Python identifier, such as' in text
 
 
 def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,13 +122,13 @@ def test_a_loss_of_pairs_by_broadcasting(caplog: pytest.LogCaptureFixture) -> No
         return batch['x'] ** 2
 
     for _ in range(2):
-        jax.eval_shape(lambda batch: TaskRunner.of(pairs)(lambda x: x, batch), BATCH)
-        jax.eval_shape(lambda batch: TaskRunner.of(rows)(lambda x: x, batch), BATCH)
+        jax.eval_shape(lambda batch: TaskRunner.from_task(pairs)(lambda x: x, batch), BATCH)
+        jax.eval_shape(lambda batch: TaskRunner.from_task(rows)(lambda x: x, batch), BATCH)
         long = {**BATCH, 'x': jax.ShapeDtypeStruct((32, 32), jnp.float32)}
-        jax.eval_shape(lambda batch: TaskRunner.of(sequence)(lambda x: x, batch), long)
+        jax.eval_shape(lambda batch: TaskRunner.from_task(sequence)(lambda x: x, batch), long)
     [message] = caplog.messages
-    assert 'pairs returned the loss float32[32, 32] of a batch of 32 rows' in message
-    assert 'arrays of the shapes [32, 1] and [32] broadcast to pairs' in message
+    assert 'pairs returned the loss float32[32, 32] for a batch of 32 examples' in message
+    assert 'arrays of shapes [32, 1] and [32] broadcast to pairs' in message
 
 
 @pytest.mark.parametrize('shape', [(32, 33), (32, 8, 8, 3)])
@@ -142,7 +142,7 @@ def test_a_loss_of_as_many_parts_as_rows(
         return batch['x'].reshape(32, -1)[:, :32]
 
     batch = {'x': jax.ShapeDtypeStruct(shape, jnp.float32)}
-    jax.eval_shape(lambda batch: TaskRunner.of(parts)(lambda x: x, batch), batch)
+    jax.eval_shape(lambda batch: TaskRunner.from_task(parts)(lambda x: x, batch), batch)
     assert not caplog.records
 
 
@@ -151,20 +151,20 @@ def test_one_weight_for_all_rows(weights: Any) -> None:
     def task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=batch['x'].sum(-1), weights=weights)
 
-    output = TaskRunner.of(task)(lambda x: x, {'x': jnp.ones((32, 3))})
+    output = TaskRunner.from_task(task)(lambda x: x, {'x': jnp.ones((32, 3))})
     assert output.weights.tolist() == [2.0] * 32
 
 
 def test_rows_that_are_not_those_of_the_batch() -> None:
     mask = {MASK: jax.ShapeDtypeStruct((32,), jnp.bool_)}
-    assert '[10] of a batch of 32 rows' in message_for(lambda m, b: m(b['x']).sum(0), **mask)
+    assert '[10] for a batch of 32 examples' in message_for(lambda m, b: m(b['x']).sum(0), **mask)
 
 
 @pytest.mark.parametrize(
     ('task', 'message'),
     [
-        (lambda m, b: m(b['image']).argmax(-1), 'a loss that is int32[32], which has no gradient'),
-        (lambda m, b: m(b['image']).sum(-1) + 1j, 'a loss that is complex64[32]: expected real'),
+        (lambda m, b: m(b['image']).argmax(-1), 'int32[32] as the loss, which has no gradient'),
+        (lambda m, b: m(b['image']).sum(-1) + 1j, 'complex64[32] as the loss: expected real'),
         (
             lambda m, b: {'loss': m(b['image']).sum(-1), 'logits': m(b['image'])},
             'the losses loss, logits, but config.optimizer.groups does not assign',
@@ -172,7 +172,7 @@ def test_rows_that_are_not_those_of_the_batch() -> None:
     ],
 )
 def test_a_loss_that_cannot_be_minimised(task: Any, message: str) -> None:
-    experiment = dataclasses.replace(trainer_in(None).experiment, task=TaskRunner.of(task))
+    experiment = dataclasses.replace(trainer_in(None).experiment, task=TaskRunner.from_task(task))
     with pytest.raises(UserError, match=re.escape(message)):
         type(trainer_in(None))(experiment).compile()
 

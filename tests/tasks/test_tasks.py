@@ -110,8 +110,8 @@ class Own:
 
 def test_names_of_a_collection_are_those_that_it_reports() -> None:
     with pytest.raises(UserError, match="names a metric 'examples', but this name is reserved"):
-        TaskRunner.of(Own('examples'))
-    experiment = dataclasses.replace(mlp().experiment, task=TaskRunner.of(Own('mean')))
+        TaskRunner.from_task(Own('examples'))
+    experiment = dataclasses.replace(mlp().experiment, task=TaskRunner.from_task(Own('mean')))
     Trainer(experiment).init_state()
 
 
@@ -132,7 +132,7 @@ def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> Non
 @pytest.mark.parametrize(
     ('task', 'message'),
     [
-        (lambda model, batch: model(batch['image']).sum(), 'is a scalar'),
+        (lambda model, batch: model(batch['image']).sum(), 'returned a scalar'),
         (lambda model, batch: None, 'returned None'),
         (lambda model, batch: (1, 2, 3), r'returned \(int, int, int\)'),
         (
@@ -147,14 +147,14 @@ def test_what_is_logged_is_what_is_minimised_where_weights_are_negative() -> Non
 )
 def test_what_a_task_may_not_return(task: Any, message: str) -> None:
     run = mlp()
-    experiment = dataclasses.replace(run.experiment, task=TaskRunner.of(task))
+    experiment = dataclasses.replace(run.experiment, task=TaskRunner.from_task(task))
     with pytest.raises(UserError, match=message):
         Trainer(experiment).compile()
 
 
 def test_a_task_that_takes_something_else() -> None:
     with pytest.raises(UserError, match=r'must take \(model, batch\): too many positional'):
-        TaskRunner.of(lambda batch: batch)
+        TaskRunner.from_task(lambda batch: batch)
 
 
 class InBatch(Classification):

@@ -18,7 +18,7 @@ from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import summarize
 from trainer.evaluate.step import EvalStep
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.observe import flops
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.run import checks
@@ -101,7 +101,7 @@ def programs(
     mesh = mesh_of(devices)
     optimizer = options.pop('optimizer', Optimizer(base=optax.sgd(0.1)))
     step = TrainStep(StepContext(
-        model=functional(Net() if model is None else model), task=TaskRunner.of(task),
+        model=as_functional(Net() if model is None else model), task=TaskRunner.from_task(task),
         optimizer=optimizer, seed=0, shards=devices, **options
 ))  # fmt: skip
     batch = batch_of(0.0) if batch is None else batch
@@ -234,7 +234,7 @@ def test_evaluation(fill: float) -> None:
     for name, x in batch.items():
         x[-3:] = x[:1]  # As the loader pads: with the first row, whose weight is 0.
         assert name != 'weight' or x[-1] == 0
-    step = EvalStep(model=functional(Net()), task=TaskRunner.of(cross_entropy), seed=0)
+    step = EvalStep(model=as_functional(Net()), task=TaskRunner.from_task(cross_entropy), seed=0)
     variables = Net().init(jax.random.key(0), jnp.ones((1, 5)))
     args = (variables, jnp.int32(0), jnp.int32(0), {**batch, MASK: mask})
     totals = jax.jit(step)(step.empty(step.output_shapes(variables, args[-1])), *args)
@@ -357,9 +357,7 @@ def test_weights_of_another_length_are_an_error() -> None:
     def task(model: Any, batch: Any) -> TaskOutput:
         return TaskOutput(loss=model(batch['x'])[:, 0], weights=batch['weight'][1:])
 
-    with pytest.raises(
-        UserError, match=r'weights that are float32\[15\] for a loss of float32\[16\]'
-    ):
+    with pytest.raises(UserError, match=r'float32\[15\] as the weights of a loss float32\[16\]'):
         _ = programs(task).step
 
 

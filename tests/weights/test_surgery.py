@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations on parameters and on what the optimizer holds for them."""
+"""Operations on parameters and their slots in the optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.weights.examples import assert_same, flat, pretrained, trainer
+from tests.weights.examples import assert_same, flatten, pretrain, trainer
 from trainer.config.errors import UserError
 from trainer.models.cnn import CNN
 from trainer.weights.surgery import Edit, Interpolate, Rename, Resize, operate
@@ -32,7 +32,7 @@ def double(x: Any) -> Any:
     return 2 * x
 
 
-def trained(params: Any) -> tuple[Any, Any]:
+def train_one_step(params: Any) -> tuple[Any, Any]:
     """Returns an Adam and its state after one step, all moments different from zero."""
     tx = optax.adam(0.1)
     return tx, tx.update(jax.tree.map(lambda x: x + 1, params), tx.init(params), params)[1]
@@ -42,18 +42,18 @@ def trained(params: Any) -> tuple[Any, Any]:
 def test_edit_one_parameter() -> None:
     """1.K1: of the CNN's 8 arrays the norm of one kernel becomes 1; everything else stays."""
     cnn = CNN(hidden=16).init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))['params']
-    tx, opt_state = trained(cnn)
+    tx, opt_state = train_one_step(cnn)
     params, slots = operate([Edit(pattern='Dense_1/kernel', function=unit)], cnn, opt_state, tx)
     assert np.linalg.norm(params['Dense_1']['kernel']) == pytest.approx(1)
-    rest = {path: x for path, x in flat(params).items() if path != 'Dense_1/kernel'}
-    assert_same(rest, {path: flat(cnn)[path] for path in rest})
+    rest = {path: x for path, x in flatten(params).items() if path != 'Dense_1/kernel'}
+    assert_same(rest, {path: flatten(cnn)[path] for path in rest})
     assert_same(slots, opt_state)
     assert len(rest) == 7
 
 
-def test_the_optimizer_follows() -> None:
-    """1.K2: its tuples stay, its moments change with their parameters, and training goes on."""
-    tx, opt_state = trained(PARAMS)
+def test_optimizer_state_is_edited_too() -> None:
+    """1.K2: its tuples stay, its moments change with their parameters, and training continues."""
+    tx, opt_state = train_one_step(PARAMS)
     operations = [
         Rename(pattern='^Dense_1/', replacement='head/'),
         Resize(pattern='head/(kernel|bias)', size=5, fill=7.0),
@@ -91,8 +91,8 @@ def matrices(params: Any) -> Any:
     ],
     ids=['frozen', 'masked', 'chain', 'accumulated'],
 )
-def test_masked_optimizers_follow(tx: Any) -> None:
-    """1.K2: their structure is what `tx.init` makes, and training goes on."""
+def test_states_of_masked_optimizers(tx: Any) -> None:
+    """1.K2: the structure is that of `tx.init`, and training continues."""
     grads = jax.tree.map(lambda x: x + 1, PARAMS)
     opt_state = tx.update(grads, tx.init(PARAMS), PARAMS)[1]
     operations = [
@@ -103,31 +103,30 @@ def test_masked_optimizers_follow(tx: Any) -> None:
     wanted = tx.init(params)
     assert jax.tree.structure(slots) == jax.tree.structure(wanted)
     assert jax.tree.map(jnp.shape, slots) == jax.tree.map(jnp.shape, wanted)
-    path = next(path for path in flat(slots) if path.endswith('mu/head/kernel'))
-    old = flat(opt_state)[path.replace('head', 'Dense_1')]
-    np.testing.assert_array_equal(flat(slots)[path][:, :3], old)
-    assert not flat(slots)[path][:, 3:].any()
+    path = next(path for path in flatten(slots) if path.endswith('mu/head/kernel'))
+    old = flatten(opt_state)[path.replace('head', 'Dense_1')]
+    np.testing.assert_array_equal(flatten(slots)[path][:, :3], old)
+    assert not flatten(slots)[path][:, 3:].any()
     after = tx.update(jax.tree.map(jnp.ones_like, params), slots, params)[1]
     assert jax.tree.structure(after) == jax.tree.structure(wanted)
 
 
 def test_slots_of_other_shapes() -> None:
-    """Adafactor's sums of rows and columns go to another name, and are not guessed at another
-    size."""
+    """Adafactor's sums of rows and columns can be renamed, but not resized."""
     tx = optax.adafactor(0.1, min_dim_size_to_factor=2)
     opt_state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1]
     rename = Rename(pattern='^Dense_1/', replacement='head/')
     params, slots = operate([rename], PARAMS, opt_state, tx)
     assert jax.tree.structure(slots) == jax.tree.structure(tx.init(params))
-    old = {path.replace('Dense_1', 'head'): x for path, x in flat(opt_state).items()}
-    assert_same(flat(slots), old)
+    old = {path.replace('Dense_1', 'head'): x for path, x in flatten(opt_state).items()}
+    assert_same(flatten(slots), old)
     with pytest.raises(
-        UserError, match=r'its parameter has the shape \[4, 3\], and what becomes of'
+        UserError, match=r'differs from that of its parameter, \[4, 3\], cannot be edited'
     ):
         operate([Resize(pattern='Dense_1/kernel', size=5)], PARAMS, opt_state, tx)
-    with pytest.raises(UserError, match='the optimizer `tx` that made opt_state goes with it'):
+    with pytest.raises(UserError, match='opt_state needs the optimizer that created it, tx='):
         operate([rename], PARAMS, opt_state)
-    with pytest.raises(UserError, match='opt_state/0/trace/Conv_0/bias: absent there'):
+    with pytest.raises(UserError, match='opt_state/0/trace/Conv_0/bias: got absent'):
         operate([rename], PARAMS, opt_state, optax.sgd(0.1, momentum=0.9))
 
 
@@ -141,19 +140,19 @@ def test_resize() -> None:
     assert resized(size=4, keep=(2, 0), fill=9.0).tolist() == [[2, 0, 9, 9], [5, 3, 9, 9]]
     assert resized(size=4, fill='mean').tolist() == [[0, 1, 2, 1], [3, 4, 5, 4]]
     assert resized(size=3, axis=0).tolist() == [[0, 1, 2], [3, 4, 5], [0, 0, 0]]
-    with pytest.raises(UserError, match='3 entries are kept and only 2 fit'):
+    with pytest.raises(UserError, match='keep has 3 entries, more than size=2'):
         resized(size=2, keep=(0, 1, 2))
     with pytest.raises(UserError, match=r'on params/head/kernel \[2, 3\]: '):
         resized(size=2, keep=(0, 3))
 
 
-def test_interpolated_positions() -> None:
-    """1.K3: a line stays a line, a class token what it is, a grid is resampled in both axes."""
+def test_interpolate() -> None:
+    """1.K3: a line stays a line, a class token stays, a grid is resampled in both dimensions."""
     line = np.arange(4.0)[:, None] * np.ones(2)
     tables = {'positions': line}
-    made, _ = operate([Interpolate(pattern='positions', size=8, method='linear')], tables)
+    result, _ = operate([Interpolate(pattern='positions', size=8, method='linear')], tables)
     expected = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)
-    np.testing.assert_allclose(made['positions'], expected[:, None] * np.ones(2), rtol=1e-6)
+    np.testing.assert_allclose(result['positions'], expected[:, None] * np.ones(2), rtol=1e-6)
 
     grid = np.stack(np.meshgrid(np.arange(3.0), np.arange(3.0), indexing='ij'), -1).reshape(9, 2)
     tables = {'positions': np.concatenate([[[50.0, 60.0]], grid])[None]}
@@ -166,16 +165,16 @@ def test_interpolated_positions() -> None:
     np.testing.assert_allclose(down[0, :, 1], [0, 1, 2], atol=1e-6)
     same = Interpolate(pattern='positions', size=(3, 3), extra=1)
     np.testing.assert_allclose(operate([same], tables)[0]['positions'], tables['positions'])
-    with pytest.raises(UserError, match=r'10 positions are no grid of \(3, 3\)'):
+    with pytest.raises(UserError, match=r'10 positions are not a grid \(3, 3\)'):
         operate([Interpolate(pattern='positions', size=(3, 3))], tables)
     wide = Interpolate(pattern='positions', size=(2, 2), old_size=(2, 5))
     assert operate([wide], tables)[0]['positions'].shape == (1, 4, 2)
 
 
 def test_second_moments_stay_positive() -> None:
-    """A cubic would fall below zero beside a step, and Adam's root with it."""
+    """Cubic interpolation would overshoot below zero, and Adam takes the square root."""
     table = {'positions': np.repeat([[0.0], [0.0], [9.0], [9.0]], 2, 1)}
-    tx, opt_state = trained(table)
+    tx, opt_state = train_one_step(table)
     state = (opt_state[0]._replace(nu=table), *opt_state[1:])
     operations = [Interpolate(pattern='positions', size=12)]
     params, slots = operate(operations, table, state, tx)
@@ -186,25 +185,28 @@ def test_second_moments_stay_positive() -> None:
 
 def test_mistakes() -> None:
     for operation, message in (
-        (Rename(pattern='Dens_', replacement=''), r'applies to nothing. There is\n  Conv_0/bias'),
+        (Rename(pattern='Dens_', replacement=''), r'matches nothing. Available:\n  Conv_0/bias'),
         (Rename(pattern='(', replacement=''), 'config.surgery: Rename'),
-        (Rename(pattern='.*/', replacement=''), 'gives one path to several'),
-        (Resize(pattern='kernel', size=2), 'applies to nothing'),
+        (Rename(pattern='.*/', replacement=''), 'several arrays get the path'),
+        (Resize(pattern='kernel', size=2), 'matches nothing'),
         (Edit(pattern='[', function=unit), 'config.surgery: Edit'),
         (Edit(pattern='.*/bias', function=lambda x: {}['a']), r"Conv_0/bias \[4\]: KeyError: 'a'"),
         (Edit(pattern='.*/bias', function=lambda x: 1 / 0), 'Conv_0/bias .*ZeroDivisionError'),
-        (Edit(pattern='.*/bias', function=lambda x: None), 'the result is no array of numbers but'),
+        (Edit(pattern='.*/bias', function=lambda x: None), 'expected an array of numbers, got'),
         (
             Interpolate(pattern='.*/kernel', size=6, extra=9),
-            'Conv_0/kernel .* no positions besides 9 extra',
+            'Conv_0/kernel .* it has only 2 positions, and extra=9',
         ),
-        (Interpolate(pattern='.*/bias', size=6), 'Conv_0/bias .* no table of positions and widths'),
+        (
+            Interpolate(pattern='.*/bias', size=6),
+            r'Conv_0/bias .* expected an array \(\.\.\., positions, width\)',
+        ),
         (
             Rename(pattern='Dense_1/kernel', replacement='Dense_1/bias/x'),
-            r'Rename\(.*\) makes params/Dense_1/bias/x, and params/Dense_1/bias is an array',
+            r'Rename\(.*\) creates params/Dense_1/bias/x below params/Dense_1/bias, which is an',
         ),
-        (optax.adam(0.1), r'config\.surgery\[0\] is no operation on weights but a Gradient'),
-        (print, 'returns NoneType, not the weights by path'),
+        (optax.adam(0.1), r'config\.surgery\[0\]: expected an operation .* got a Gradient'),
+        (print, 'returned NoneType; expected weights by path'),
     ):
         with pytest.raises(UserError, match=message):
             operate([operation], PARAMS)
@@ -212,8 +214,8 @@ def test_mistakes() -> None:
 
 @pytest.mark.slow
 def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
-    """1.K3: a larger head and more positions; the rows that were there stay, with their moments."""
-    path, old = pretrained(tmp_path, model__positions=4)
+    """1.K3: a larger head and more positions; old entries stay, with their moments."""
+    path, old = pretrain(tmp_path, model__positions=4)
     surgery = (
         {'target': f'{OPERATION}:Resize', 'pattern': 'head/(kernel|bias)', 'size': 4},
         {'target': f'{OPERATION}:Interpolate', 'pattern': 'positions', 'size': 6},
@@ -243,22 +245,24 @@ def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_surgery_that_does_not_lead_to_the_model(tmp_path: pathlib.Path) -> None:
-    path, _ = pretrained(tmp_path)
+def test_results_that_do_not_fit_the_model(tmp_path: pathlib.Path) -> None:
+    path, _ = pretrain(tmp_path)
     resize = {'target': f'{OPERATION}:Resize', 'pattern': 'head/kernel', 'size': 5}
-    with pytest.raises(UserError, match=r'head/kernel: float32\[12, 5\] there, float32\[12, 3\]'):
+    with pytest.raises(
+        UserError, match=r'head/kernel: got float32\[12, 5\], the model has float32\[12, 3\]'
+    ):
         trainer(tmp_path, init_from={'path': path}, surgery=(resize,)).init_state()
     with pytest.raises(UserError, match=r'config\.surgery\[0\]\.sise'):
         trainer(tmp_path, surgery=({**resize, 'sise': 3},))
     rename = {'target': f'{OPERATION}:Rename', 'pattern': 'head', 'replacement': 'top'}
     with pytest.raises(
-        UserError, match=r'^what config\.surgery makes of .*\nIt lacks\n  params/head/bias'
+        UserError, match=r'^the result of config\.surgery does not .*\nMissing:\n  params/head/bias'
     ):
         trainer(tmp_path, surgery=(rename,)).init_state()
 
 
 def test_surgery_of_fresh_weights(tmp_path: pathlib.Path) -> None:
-    """1.K1 without a checkpoint: the average starts at what the operation has made."""
+    """1.K1 without a checkpoint: the moving average starts at the edited weights."""
     edit = {'target': f'{OPERATION}:Edit', 'pattern': 'head/kernel',
             'function': {'ref': f'{__name__}:double'}}  # fmt: skip
     fresh = trainer(tmp_path, ema={'decay': 0.9}).init_state()

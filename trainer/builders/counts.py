@@ -31,7 +31,7 @@ _JOINED = ':join_schedules'
 _COUNT_MEANS = ('patience', 'cooldown')
 
 
-def with_whole_keys(node: Node, path: str) -> Node:
+def with_integer_keys(node: Node, path: str) -> Node:
     """Returns an optimizer's node with keys such as '30' converted where integers are expected.
 
     In JSON, and so on the command line, all keys are strings.

@@ -39,7 +39,7 @@ def build_train_data(sections: Sections) -> TrainData:
 def build_task(sections: Sections) -> TaskRunner:
     """Returns the task of the training batches."""
     transforms = build_device_transforms(sections.data, 'config.data')
-    return TaskRunner.of(targets.instantiate(sections.task, 'config.task'), transforms)
+    return TaskRunner.from_task(targets.instantiate(sections.task, 'config.task'), transforms)
 
 
 def build_evaluations(sections: Sections, task: TaskRunner) -> dict[str, Evaluation]:
@@ -82,7 +82,7 @@ def _evaluation(
         every=section.every,
         final=section.final,
         ema=section.ema,
-        task=TaskRunner.of(task, build_device_transforms(section.data, f'{path}.data')),
+        task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
         data=data,
     )

@@ -15,7 +15,7 @@ import optax
 from trainer.config import paths, targets
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
-from trainer.ensemble.hyperparams import Values, name_of
+from trainer.ensemble.hyperparams import Values, hyperparam_name
 
 # Errors that JAX raises if Python code needs the concrete value of a traced number.
 _CONCRETIZATION_ERRORS = (
@@ -49,7 +49,7 @@ def inject(
         prefix: prefix of the names in the state, unique to this optimizer.
         changed: applied to the node after the values are set.
     """
-    names = {name_of(prefix + path): path for path in values}
+    names = {hyperparam_name(prefix + path): path for path in values}
 
     def make(**numbers: Any) -> optax.GradientTransformation:
         inner = {names[name]: number for name, number in numbers.items()}

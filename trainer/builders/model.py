@@ -12,7 +12,7 @@ from trainer.config import objects, targets
 from trainer.config.errors import UserError
 from trainer.config.sections import PrecisionSection, Sections
 from trainer.modules.foreign import refusal_of_class
-from trainer.modules.functional import Functional, functional
+from trainer.modules.functional import Functional, as_functional
 from trainer.modules.precision import AS_IS, Precision
 
 _PATH = 'config.model'
@@ -58,7 +58,7 @@ def build_model(sections: Sections) -> Functional:
     if wanted is not None:
         precision = Precision(params=wanted.params, compute=wanted.compute, output=wanted.output)
     try:
-        return functional(module, precision, named=sections.profile is not None)
+        return as_functional(module, precision, named=sections.profile is not None)
     except TypeError as error:
         raise UserError(str(error)) from error
 

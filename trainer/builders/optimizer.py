@@ -109,7 +109,7 @@ def _build_one(
     numbers: Mapping[str, Any],
     logged: Sequence[str],
 ) -> tuple[Optimizer, dict[str, int]]:
-    given = counts.with_whole_keys(section.node, path)
+    given = counts.with_integer_keys(section.node, path)
     # Before durations become steps: afterwards nothing shows which schedules count examples.
     by_example = by_examples.find_schedules(given, path, clock) if clock.progress else []
     shift = functools.partial(by_examples.shift_schedules, schedules=by_example, clock=clock)

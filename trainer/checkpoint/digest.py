@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A digest of a whole state, which is equal for equal states on any mesh.
+"""A digest of a whole state, the same for equal states on any mesh.
 
-A sum over hashed words and not a cryptographic hash: it can be computed on the devices, shard by
-shard, without gathering the state.
+It is a sum over hashed words rather than a cryptographic hash, because a sum can be computed on the
+devices, shard by shard, without gathering the state.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 
 from trainer.modules.model_view import param_path
 
-# Number of words that numpy hashes at once: small enough for the CPU cache.
-_PIECE = 2**16
+# Number of words that numpy hashes at a time: small enough for the CPU cache.
+_CHUNK_WORDS = 2**16
 
 
 def leaf_sums(state: Any) -> jax.Array:
@@ -29,7 +29,7 @@ def leaf_sums(state: Any) -> jax.Array:
 
 
 def host_sums(state: Any) -> np.ndarray:
-    """Returns the same as `leaf_sums`, computed by numpy piece by piece.
+    """Returns the same as `leaf_sums`, computed by numpy in chunks.
 
     For states in host memory, where a program over the whole state would block the training step.
     """
@@ -44,6 +44,7 @@ def combine(state: Any, sums: np.ndarray) -> str:
         sums: what `leaf_sums` returned.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
+    # Sorted: containers of other types have their leaves in another order, and the same paths.
     lines = sorted(
         f'{param_path(path)} {leaf.dtype} {leaf.shape} {int(value):08x}'
         for (path, leaf), value in zip(leaves, sums, strict=True)
@@ -53,9 +54,12 @@ def combine(state: Any, sums: np.ndarray) -> str:
 
 def _leaf_sum(leaf: jax.Array) -> jax.Array:
     words = _words(leaf)
+    # The index of each word in the global array, so that swapped values change the sum. It is built
+    # from iotas, because flattening a sharded array may gather it.
     index = jnp.zeros(words.shape, jnp.uint32)
     for dim, size in enumerate(words.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, dim)
+    # Mixed like at the end of MurmurHash3, so that differences of several words do not cancel out.
     mixed = (words ^ (index * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
@@ -66,30 +70,30 @@ def _host_sum(leaf: Any) -> int:
         return _sum_of_words(np.asarray(leaf))
     # Shard by shard: converting the whole array would assemble it, and JAX would cache the copy.
     parts = [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
-    sums = (_sum_of_words(np.asarray(p.data), _places(p.index, leaf.shape)) for p in parts)
+    sums = (_sum_of_words(np.asarray(p.data), _global_indices(p.index, leaf.shape)) for p in parts)
     return sum(sums) % 2**32
 
 
-def _places(part: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Returns the index in the whole array of each element of a part, uint32 (elements,)."""
+def _global_indices(shard: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns the index in the global array of each element of a shard, uint32 (elements,)."""
     index = np.zeros((), np.uint32)
-    for piece, size in zip(part, shape, strict=True):
-        along = np.arange(size, dtype=np.uint32)[piece]
+    for part, size in zip(shard, shape, strict=True):
+        along = np.arange(size, dtype=np.uint32)[part]
         index = index[..., None] * np.uint32(size) + along
     return index.ravel()
 
 
-def _sum_of_words(array: np.ndarray, places: np.ndarray | None = None) -> int:
+def _sum_of_words(array: np.ndarray, indices: np.ndarray | None = None) -> int:
     flat = np.ascontiguousarray(array).reshape(-1)
     words = flat.view({1: np.uint8, 2: np.uint16}.get(flat.dtype.itemsize, np.uint32))
-    each = max(1, flat.dtype.itemsize // 4)
+    each = max(1, flat.dtype.itemsize // 4)  # Words of an element.
     total = 0
-    for start in range(0, len(words), _PIECE):
-        mixed = words[start : start + _PIECE].astype(np.uint32)
+    for start in range(0, len(words), _CHUNK_WORDS):
+        mixed = words[start : start + _CHUNK_WORDS].astype(np.uint32)
         order = np.arange(start, start + len(mixed), dtype=np.uint64)
         index = order.astype(np.uint32)
-        if places is not None:
-            index = places[order // each] * np.uint32(each) + index % np.uint32(each)
+        if indices is not None:
+            index = indices[order // each] * np.uint32(each) + index % np.uint32(each)
         mixed ^= index * np.uint32(0x9E3779B1)
         mixed *= np.uint32(0x85EBCA6B)
         mixed ^= mixed >> np.uint32(15)

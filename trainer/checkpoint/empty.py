@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays without elements: Orbax does not store them, so the metadata describes them."""
+"""Arrays without elements, which Orbax does not store: the checkpoint metadata describes them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def is_empty(leaf: Any) -> bool:
     return math.prod(leaf.shape) == 0
 
 
-def without(tree: Any) -> Any:
+def remove(tree: Any) -> Any:
     """Returns a tree without its empty arrays."""
     return jax.tree.map(lambda leaf: None if is_empty(leaf) else leaf, tree)
 
 
-def described(tree: Any) -> dict[str, Any]:
-    """Returns the entry for a checkpoint's metadata; an empty dict if no array is empty."""
+def to_metadata(tree: Any) -> dict[str, Any]:
+    """Returns the metadata entry that describes the empty arrays of a tree, or {}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = [(names_of(path), _stored_form(leaf)) for path, leaf in leaves if is_empty(leaf)]
-    lines = [[names, str(leaf.dtype), list(leaf.shape)] for names, leaf in found]
-    return {_KEY: lines} if lines else {}
+    empties = [(names_of(path), _stored_form(leaf)) for path, leaf in leaves if is_empty(leaf)]
+    entries = [[names, str(leaf.dtype), list(leaf.shape)] for names, leaf in empties]
+    return {_KEY: entries} if entries else {}
 
 
-def stored(meta: Mapping[str, Any]) -> dict[Names, jax.ShapeDtypeStruct]:
-    """Returns the empty arrays of a checkpoint by path names, from its metadata."""
+def from_metadata(meta: Mapping[str, Any]) -> dict[Names, jax.ShapeDtypeStruct]:
+    """Returns the empty arrays that metadata describes, by the names along their key paths."""
     return {
         tuple(names): jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
         for names, dtype, shape in meta.get(_KEY, ())
@@ -47,6 +47,7 @@ def make(leaf: Any) -> jax.Array:
     """Returns an empty array with the shape, dtype and sharding of a leaf."""
     sharding = getattr(leaf, 'sharding', None)
     if is_key(leaf):
+        # The implementation of the key: `key_impl` accepts tracers, but not abstract shapes.
         kinds: list[Any] = []
         jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), leaf)
         data = jnp.zeros(_stored_form(leaf).shape, jnp.uint32)
@@ -58,7 +59,7 @@ def make(leaf: Any) -> jax.Array:
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether it is an array of typed random keys."""
+    """Whether a leaf is an array of typed RNG keys."""
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
@@ -68,5 +69,8 @@ def _stored_form(leaf: Any) -> Any:
 
 
 def names_of(path: tuple[Any, ...]) -> Names:
-    """Returns the names along a key path; named tuples and dicts give the same names."""
+    """Returns the names along a key path of JAX.
+
+    Named tuples and dicts give the same names: Orbax restores the former as the latter.
+    """
     return tuple(param_path((key,)) for key in path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint errors, and which of them are temporary."""
+"""Errors of checkpoints, and the test for temporary ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import errno
 
 from trainer import compat
 
-# Errors of a file system that was unavailable for a while; not a full disk, or no permission.
+# Errors of a file system that is unavailable for a while. A full disk or a missing permission needs
+# a user, so it ends the run instead of failing save after save.
 _TEMPORARY = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENETDOWN}
 
 
@@ -21,21 +22,21 @@ class SaveError(CheckpointError):
     """A save failed; earlier checkpoints are unchanged.
 
     Attributes:
-        may_pass: whether a later save may succeed without any change.
+        is_temporary: whether a later save may succeed without any change.
         occurred: whether a save has failed in this process.
     """
 
     exit_code = 1
     occurred = False
 
-    def __init__(self, text: str, *, may_pass: bool):
+    def __init__(self, text: str, *, is_temporary: bool):
         """Keeps the complete message."""
         super().__init__(text)
-        self.may_pass = may_pass
+        self.is_temporary = is_temporary
         SaveError.occurred = True
 
 
-def may_pass(error: BaseException) -> bool:
+def is_temporary(error: BaseException) -> bool:
     """Whether the error of a save is temporary, so that a later save may succeed."""
     return compat.os_error_number(error) in _TEMPORARY
 

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of one run: asynchronous saves with Orbax, retention, and verified restores."""
+"""Checkpoints of one run: asynchronous saves with Orbax, retention, and verified restores.
+
+A save copies the state on the devices, and writes the copy in the background. Orbax writes the
+arrays and the metadata with their digest into one directory, and a commit file last, so a killed
+save is never taken for a checkpoint. A restore compares the digest.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ import jax
 from etils import epath
 
 from trainer.checkpoint import checked, digest, empty, reading, writing
-from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, may_pass
+from trainer.checkpoint.errors import CheckpointError, SaveError, first_line, is_temporary
 from trainer.checkpoint.retention import Policy, Retention
 from trainer.config import files, json_text
 from trainer.config.errors import UserError
@@ -31,11 +36,11 @@ _log = logging.getLogger('trainer')
 def preload() -> None:
     """Imports Orbax in the background, while the main thread waits for the compiler."""
 
-    def work() -> None:
+    def import_orbax() -> None:
         import orbax.checkpoint  # noqa: F401
 
     # Not a daemon: if the process exits in the middle of this import, it aborts.
-    threading.Thread(target=work, name='import-orbax').start()
+    threading.Thread(target=import_orbax, name='import-orbax').start()
 
 
 class _Save(NamedTuple):
@@ -80,8 +85,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the committed steps, oldest first."""
-        found = writing.step_directories(self.directory)
-        return [step for step, path in found if writing.is_committed(path)]
+        # Not from Orbax's manager, which only a save opens: a process that reads changes no files.
+        directories = writing.step_directories(self.directory)
+        return [step for step, path in directories if writing.is_committed(path)]
 
     def latest(self) -> int | None:
         """Returns the newest committed step, or None."""
@@ -101,7 +107,7 @@ class Checkpoints:
 
         Args:
             step: step of the checkpoint.
-            needed: keys that it must have, such as `checked.OF_A_RUN`.
+            needed: keys that it must have, such as `checked.RUN_KEYS`.
 
         Raises:
             CheckpointError: if it cannot be read, or does not have the expected form.
@@ -109,9 +115,9 @@ class Checkpoints:
         try:
             meta = json_text.parse(self._meta_file(step).read_bytes())
         except (OSError, ValueError) as error:
-            raise self._damaged(step, first_line(error)) from error
-        if problem := checked.problem(meta, needed):
-            raise self._damaged(step, problem)
+            raise self._damage_error(step, first_line(error)) from error
+        if problem := checked.find_problem(meta, needed):
+            raise self._damage_error(step, problem)
         return cast(dict[str, Any], meta)
 
     # ---- reading -------------------------------------------------------------------------------
@@ -126,16 +132,16 @@ class Checkpoints:
         steps = self.steps()
         if step not in steps:
             have = ', '.join(map(str, steps)) or 'none'
-            raise UserError(f'no checkpoint of step {step} in {self.directory}; there: {have}')
-        abstract = _durable(abstract)
+            raise UserError(f'no checkpoint of step {step} in {self.directory}; available: {have}')
+        abstract = _saved_part(abstract)
         meta = self.meta(step)
         stored = meta.get('digest')
         directory = self.directory / str(step) / 'state'
         try:
-            state = reading.read_state(directory, abstract, empty.stored(meta))
-        except reading.OtherState as error:
-            advice = 'Go back to the config of that checkpoint, or name another --workdir.'
-            if error.only_slots_in_half:
+            state = reading.read_state(directory, abstract, empty.from_metadata(meta))
+        except reading.StateMismatch as error:
+            advice = 'Use the config of that checkpoint, or set another --workdir.'
+            if error.only_half_precision_slots:
                 advice = (
                     'The optimizer state of half-precision parameters is now kept in float32. To '
                     'convert it, start a new run from this one: a new --workdir, and '
@@ -143,16 +149,17 @@ class Checkpoints:
                     'optimizer=True)'
                 )
             raise UserError(
-                f'{self.directory / str(step)} holds another state than this config makes:\n'
+                f'{self.directory / str(step)} does not fit the state of this config:\n'
                 f'{error}\n{advice}'
             ) from error
         except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
+            raise  # Out of memory: the checkpoint is not damaged.
         except Exception as error:
-            raise self._damaged(step, first_line(error)) from error
-        found = self.digest(state)
-        if found != stored:
-            raise self._damaged(step, f'its digest is {found}, {stored} was saved')
+            raise self._damage_error(step, first_line(error)) from error
+        # Of the arrays on the devices, so it covers the whole way from the files.
+        actual = self.digest(state)
+        if actual != stored:
+            raise self._damage_error(step, f'its digest is {actual}, but {stored} was saved')
         self.check_name(step, meta, state)
         return state
 
@@ -167,11 +174,11 @@ class Checkpoints:
         Raises:
             CheckpointError: if it was copied, renamed or linked; the message names all steps.
         """
-        found = {'its metadata': meta.get('step', step)}
+        recorded = {'its metadata': meta.get('step', step)}
         if hasattr(state, 'step'):
-            found['its state'] = int(fetch(state.step))
-        if set(found.values()) != {step}:
-            steps = ' and '.join(f'{what} says {number}' for what, number in found.items())
+            recorded['its state'] = int(fetch(state.step))
+        if set(recorded.values()) != {step}:
+            steps = ' and '.join(f'{what} says {number}' for what, number in recorded.items())
             raise CheckpointError(
                 f'{self.directory / str(step)} is not the checkpoint of step {step}: {steps}. It '
                 'was copied, renamed or linked. Restore its name, or delete it.'
@@ -179,14 +186,15 @@ class Checkpoints:
 
     def digest(self, state: Any) -> str:
         """Returns the digest of a state."""
-        return self._start_digest(_durable(state))()
+        return self._start_digest(_saved_part(state))()
 
     # ---- writing -------------------------------------------------------------------------------
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> None:
         """Starts a save in the background and returns as soon as the state may be donated.
 
-        If the previous save is still in progress, it waits for that first.
+        If the previous save is in progress, it waits for that first, so that at most one copy of
+        the state is alive.
 
         Args:
             step: number of completed updates, and name of the directory.
@@ -198,18 +206,20 @@ class Checkpoints:
             SaveError: if the previous save failed with a permanent error, as in `check`.
         """
         self._report_finished()
+        # Before Orbax runs: its policy asks for the score before the metadata is on disk.
         self._scores[step] = self._retention.score(meta)
         # Training waits only for this copy: the next step donates the state.
-        snapshot = self._copy(_durable(state))
+        snapshot = self._copy(_saved_part(state))
         # One thread per save, so that an idle trainer has no threads.
         writer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         if writing.is_on_host(snapshot):
             future = writer.submit(self._write, step, snapshot, dict(meta))
         else:
             try:
+                # In this thread (see `is_on_host`); only the wait for the commit is in another one.
                 self._start(step, snapshot, dict(meta))
             except Exception as error:
-                raise self._failed(step, error) from error
+                raise self._save_error(step, error) from error
             future = writer.submit(self._finish)
         writer.shutdown(wait=False)
         self._in_flight = _Save(step, future, writer)
@@ -218,7 +228,7 @@ class Checkpoints:
         """Updates metadata of a committed step; its arrays and digest do not change."""
         meta = {**self.meta(step), **values}
         self._scores[step] = self._retention.score(meta)
-        if jax.process_index() == 0:
+        if jax.process_index() == 0:  # Atomically: a reader may be reading it.
             files.replace(self._meta_file(step), json.dumps(meta))
 
     def check(self) -> None:
@@ -240,12 +250,12 @@ class Checkpoints:
         if self._in_flight is None:
             return
         save = self._in_flight
-        # If this is interrupted, the save remains in progress.
+        # Cleared only afterwards: if Ctrl-C interrupts the wait, the save is still in progress.
         save.writer.shutdown()
         self._in_flight = None
         error = save.future.exception()
         if error is not None:
-            raise self._failed(save.step, error) from error
+            raise self._save_error(save.step, error) from error
 
     def close(self) -> None:
         """Waits for the save in progress and ends all threads; a later save starts them again.
@@ -263,16 +273,16 @@ class Checkpoints:
         try:
             self.wait()
         except SaveError as error:
-            if not error.may_pass:
+            if not error.is_temporary:
                 raise
-            _log.warning('%s\nThis run goes on, and its next save tries again.', error)
+            _log.warning('%s\nTraining continues, and the next save tries again.', error)
 
     def _write(self, step: int, snapshot: Any, meta: dict[str, Any]) -> None:
         self._start(step, snapshot, meta)
         self._finish()
 
     def _finish(self) -> None:
-        self._manager.wait_until_finished()
+        self._manager.wait_until_finished()  # Raises the errors of Orbax's threads.
         if jax.process_index() == 0:
             self._on_commit()
 
@@ -282,12 +292,13 @@ class Checkpoints:
         from trainer.checkpoint.meta import MetaSave
 
         writing.check_writable(self.directory)
+        # `force`: otherwise Orbax skips a step that is not above its newest one, without an error.
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(empty.without(snapshot)),
+                state=ocp.args.PyTreeSave(empty.remove(snapshot)),
                 meta=MetaSave(
-                    meta={**meta, **empty.described(snapshot)},
+                    meta={**meta, **empty.to_metadata(snapshot)},
                     digest=self._start_digest(snapshot),
                 ),
             ),
@@ -320,33 +331,33 @@ class Checkpoints:
     def _meta_file(self, step: int) -> epath.Path:
         return self.directory / str(step) / 'meta' / 'metadata'
 
-    def _damaged(self, step: int, cause: str) -> CheckpointError:
+    def _damage_error(self, step: int, cause: str) -> CheckpointError:
         path = self.directory / str(step)
         if not writing.is_committed(path):
-            return CheckpointError(f'{path} is not there, or was deleted while it was being read')
+            return CheckpointError(f'{path} does not exist, or was deleted while it was being read')
         return CheckpointError(
-            f'{path} is damaged: {cause.rstrip(".")}. Remove that directory to go on from an older '
-            'checkpoint.'
+            f'{path} is damaged: {cause.rstrip(".")}. Delete that directory to resume from an '
+            'older checkpoint.'
         )
 
-    def _failed(self, step: int, error: BaseException) -> SaveError:
+    def _save_error(self, step: int, error: BaseException) -> SaveError:
         manager, self._lazy_manager = self._lazy_manager, None
         if manager is not None:
             # After a failure Orbax's list of steps is wrong, so the next save opens a new manager.
-            # It raises the error once in each thread, and closes only after that: hence twice.
+            # The old one raises the error again in this thread, and can be closed only after that.
             with contextlib.suppress(Exception):
                 manager.wait_until_finished()
             with contextlib.suppress(Exception):
                 manager.close()
         newest = self.latest()
-        start = 'the beginning: no checkpoint is there' if newest is None else f'step {newest}'
+        start = 'the beginning: there is no checkpoint' if newest is None else f'step {newest}'
         return SaveError(
             f'the save of step {step} in {self.directory} failed ({first_line(error)}).\n'
-            f'Fix the cause; the same command then resumes from {start}.',
-            may_pass=may_pass(error),
+            f'Fix the cause; running the same command again resumes from {start}.',
+            is_temporary=is_temporary(error),
         )
 
 
-def _durable(state: Any) -> Any:
+def _saved_part(state: Any) -> Any:
     """Returns the part of a training state that is saved; other states are saved as a whole."""
     return getattr(state, 'durable', state)

@@ -22,7 +22,11 @@ class MetaHandler(ocp.JsonCheckpointHandler):
     async def async_save(
         self, directory: epath.Path, item: Any = None, args: MetaSave | None = None
     ) -> list[future.Future]:
-        """Returns the future of the write; the training thread does not wait for the digest."""
+        """Returns the future of the write; the training thread does not wait for the digest.
+
+        Raises:
+            ValueError: without `args`.
+        """
         if args is None:
             raise ValueError('MetaHandler saves MetaSave arguments only')
 
@@ -31,6 +35,7 @@ class MetaHandler(ocp.JsonCheckpointHandler):
             if jax.process_index() == 0:
                 (directory / 'metadata').write_text(text)
 
+        # Orbax commits the step after all futures, so no committed checkpoint lacks its metadata.
         return [compat.commit_future(write(), 'meta_save')]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the arrays of a checkpoint, matched by path; does not change files."""
+"""Restores the arrays of a checkpoint, matched by key path; does not change files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from trainer.checkpoint.empty import Names, names_of
 from trainer.config.text import indented_list
 
 
-class OtherState(Exception):
+class StateMismatch(Exception):
     """A checkpoint has other leaves than the run expects; the message has a line for each.
 
     Attributes:
-        only_slots_in_half: whether the only difference is that the optimizer state was kept in
-            half precision, like its parameters.
+        only_half_precision_slots: whether the only difference is that the optimizer state was kept
+            in half precision, like its parameters.
     """
 
-    only_slots_in_half = False
+    only_half_precision_slots = False
 
 
 def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any]) -> Any:
     """Returns the state stored in a directory.
 
-    Leaves are matched by path, so containers without leaves may differ.
+    Leaves are matched by key path, so containers without leaves may differ.
 
     Args:
         directory: directory to which Orbax wrote the state.
@@ -36,32 +36,36 @@ def read_state(directory: epath.Path, abstract: Any, empties: Mapping[Names, Any
         empties: the saved leaves without elements, which are not in the directory.
 
     Raises:
-        OtherState: if a leaf is missing or unexpected, or has another shape or dtype.
+        StateMismatch: if a leaf is missing or unexpected, or has another shape or dtype.
     """
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler()
     try:
         stored = handler.metadata(directory).tree
-        wanted = _by_names(abstract)
-        there = {**_by_names(stored), **empties}
-        differences = _differences(there, wanted)
+        wanted = _leaves_by_names(abstract)
+        saved = {**_leaves_by_names(stored), **empties}
+        # Compared first, for one message about all leaves; and Orbax casts other dtypes silently.
+        differences = _differences(saved, wanted)
         if differences:
-            other = OtherState(indented_list(differences))
-            other.only_slots_in_half = len(differences) == _slots_in_half(there, wanted)
+            other = StateMismatch(indented_list(differences))
+            other.only_half_precision_slots = len(differences) == _count_half_precision_slots(
+                saved, wanted
+            )
             raise other
+        # Our leaves in the stored structure: Orbax refuses an item of another structure.
         item = jax.tree_util.tree_map_with_path(lambda path, _: wanted[names_of(path)], stored)
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args)
-        found = _by_names(handler.restore(directory, args=args))
+        restored = _leaves_by_names(handler.restore(directory, args=args))
     finally:
         handler.close()
-    found.update({names: empty.make(wanted[names]) for names in empties})
-    return jax.tree_util.tree_map_with_path(lambda path, _: found[names_of(path)], abstract)
+    restored.update({names: empty.make(wanted[names]) for names in empties})
+    return jax.tree_util.tree_map_with_path(lambda path, _: restored[names_of(path)], abstract)
 
 
-def _by_names(tree: Any) -> dict[Names, Any]:
-    # Orbax stores named tuples as dicts: only the names along their paths agree.
+def _leaves_by_names(tree: Any) -> dict[Names, Any]:
+    # Orbax stores named tuples as dicts, so only the names along the key paths agree.
     return {names_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -74,7 +78,7 @@ def _differences(stored: dict[Names, Any], wanted: dict[Names, Any]) -> list[str
     return lines
 
 
-def _slots_in_half(stored: dict[Names, Any], wanted: dict[Names, Any]) -> int:
+def _count_half_precision_slots(stored: dict[Names, Any], wanted: dict[Names, Any]) -> int:
     """Counts the optimizer leaves that are stored in half precision but expected in float32."""
     pairs = [(stored[n], x) for n, x in wanted.items() if n[0] == 'opt_state' and n in stored]
     return sum(

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Retention: which checkpoints to keep, and which one is the best."""
+"""Retention: which checkpoints to keep, and which one is the best.
+
+The preservation policies of Orbax (as of 0.12.8) do not fit. `EveryNSteps` takes whole numbers of
+steps, but an epoch need not be one. `BestN` ranks the metrics that are passed to Orbax at the save,
+while ours may be added later (`Checkpoints.amend`); it keeps a checkpoint even if none was
+evaluated at its own step, and the order of NaN is undefined. So `Policy` passes our own rule to
+Orbax, which then deletes all other checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,7 @@ from trainer.config.durations import Periodic
 
 
 def better_mode(name: str) -> str | None:
-    """Returns 'min' or 'max', whichever is better judging by the name; None if unclear."""
+    """Returns 'min' or 'max', judging by the name of a metric; None if it does not tell."""
     if name.endswith(('loss', 'error', 'perplexity')):
         return 'min'
     return 'max' if name.endswith('accuracy') else None
@@ -24,7 +31,7 @@ class Retention:
 
     Attributes:
         keep_last: number of newest checkpoints to keep.
-        keep_every: steps of further checkpoints to keep, or None.
+        keep_every: period of further checkpoints to keep, or None.
         best_metric: flat name of the metric ('eval/test/accuracy') whose best step is kept too.
         best_mode: 'max' or 'min'.
     """
@@ -35,12 +42,14 @@ class Retention:
     best_mode: str = 'max'
 
     def score(self, meta: Mapping[str, Any]) -> float:
-        """Returns a score, which is higher for a better checkpoint.
+        """Returns a score: higher for a better checkpoint, -inf for one that cannot be the best.
 
-        NaN is never the best. Neither is a metric from an evaluation at another step: these weights
-        were never evaluated.
+        Args:
+            meta: the metadata of the checkpoint.
         """
         metric = self.best_metric or ''
+        # `metrics` are the latest values. Without an evaluation at this very step they belong to
+        # other weights.
         measured = metric.split('/')[1:2] and metric.split('/')[1] in meta.get('evaluated', ())
         value = meta.get('metrics', {}).get(metric, math.nan) if measured else math.nan
         if value is None or math.isnan(value):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks before the first step that the state of a run can be saved.
 
-It saves one small array with Orbax for each dtype and each kind of name, because saving all leaves
+It saves one small array with Orbax for each dtype and each unusual name, because saving all leaves
 of a large model would take seconds.
 """
 
@@ -25,14 +25,16 @@ from trainer.config.text import indented_list
 _PLAIN = ('x',)
 
 
-class _Question(NamedTuple):
+class _Trial(NamedTuple):
+    """An array of one element to save, with a key path and a dtype."""
+
     names: Names
     dtype: Any
 
 
-_CONTROL = _Question(_PLAIN, np.dtype('float32'))
+_CONTROL = _Trial(_PLAIN, np.dtype('float32'))
 # Cache of this process: most runs have the same dtypes and names.
-_accepted: set[_Question] = set()
+_accepted: set[_Trial] = set()
 
 
 def check_storable(abstract: Any) -> None:
@@ -54,7 +56,7 @@ def check_storable(abstract: Any) -> None:
         lines = _check_leaves(leaves)
     if lines:
         raise UserError(
-            f'the state of this run cannot be saved in a checkpoint:\n{indented_list(lines)}\n'
+            f'cannot save the state of this run in a checkpoint:\n{indented_list(lines)}\n'
             'Change the model or optimizer that creates these arrays. Nothing was trained.'
         )
 
@@ -74,55 +76,57 @@ def _duplicate_names(leaves: Iterable[Names]) -> list[str]:
 
 
 def _check_leaves(leaves: dict[Names, Any]) -> list[str]:
-    asked: dict[_Question, Names] = {}
+    leaf_of: dict[_Trial, Names] = {}
     for names, leaf in leaves.items():
         # For a typed key its data is stored; an empty array is not stored.
         if not empty.is_key(leaf) and not empty.is_empty(leaf):
-            asked.setdefault(_Question(_PLAIN, np.dtype(leaf.dtype)), names)
+            leaf_of.setdefault(_Trial(_PLAIN, np.dtype(leaf.dtype)), names)
     for names in _unusual_names(leaves):
-        asked[_Question(names, np.dtype('float32'))] = names
-    new = [question for question in asked if question not in _accepted]
-    if not new or _error(new) is None:
+        leaf_of[_Trial(names, np.dtype('float32'))] = names
+    new = [trial for trial in leaf_of if trial not in _accepted]
+    # All at once, and one by one only after an error, to find the leaf: each save takes a while.
+    if not new or _try_save(new) is None:
         _accepted.update(new)
         return []
-    if _error([_CONTROL]) is not None:
-        return []  # Not the state's fault: nothing can be written to the temporary directory.
-    errors = {question: _error([question]) for question in new}
+    if _try_save([_CONTROL]) is not None:
+        return []  # The temporary directory is not writable, which is not the state's fault.
+    errors = {trial: _try_save([trial]) for trial in new}
     return [
-        f'{"/".join(asked[question])} ({question.dtype}): {error}'
-        for question, error in errors.items()
+        f'{"/".join(leaf_of[trial])} ({trial.dtype}): {error}'
+        for trial, error in errors.items()
         if error is not None
     ]
 
 
 def _unusual_names(leaves: Iterable[Names]) -> list[Names]:
     """Returns leaves that together cover all unusual characters and the longest name."""
-    found: list[Names] = []
+    unusual: list[Names] = []
     seen: set[str] = set()
     for names in leaves:
         marks = set(re.findall(r'\W', ''.join(names))) | {'' for name in names if not name}
         if not marks <= seen:
             seen |= marks
-            found.append(names)
+            unusual.append(names)
     longest = max(leaves, key=lambda names: max(map(len, names), default=0), default=())
-    return [*found, longest] if max(map(len, longest), default=0) > 200 else found
+    # File systems allow about 255 bytes in the name of a file.
+    return [*unusual, longest] if max(map(len, longest), default=0) > 200 else unusual
 
 
-def _error(questions: list[_Question]) -> str | None:
+def _try_save(trials: list[_Trial]) -> str | None:
     """Returns the error, if any, of saving and restoring arrays of these names and dtypes."""
     tree: dict[str, Any] = {}
-    for number, question in enumerate(questions):
-        place = tree.setdefault(str(number), {})
-        for name in question.names[:-1]:
-            place = place.setdefault(name, {})
-        place[question.names[-1] if question.names else 'x'] = np.ones(1, question.dtype)
+    for number, trial in enumerate(trials):
+        parent = tree.setdefault(str(number), {})
+        for name in trial.names[:-1]:
+            parent = parent.setdefault(name, {})
+        parent[trial.names[-1] if trial.names else 'x'] = np.ones(1, trial.dtype)
     state = jax.device_put(tree)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    before = SaveError.occurred
+    failed_before = SaveError.occurred
     try:
-        # Threads of a failed save may still write there.
+        # Threads of a failed save may still write to the directory while it is being removed.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
             checkpoints = Checkpoints(directory, Retention())
             checkpoints.save(0, state, {})
@@ -133,5 +137,5 @@ def _error(questions: list[_Question]) -> str | None:
     except Exception as error:
         return first_line(error)
     finally:
-        SaveError.occurred = before  # This was not a save of the run.
+        SaveError.occurred = failed_before  # This was not a save of the run.
     return None

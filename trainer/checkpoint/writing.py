@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens Orbax's checkpoint manager for writing, and cleans up its directory."""
+"""Opens Orbax's checkpoint manager for saves, and cleans up its directory first."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def is_committed(step_directory: epath.Path) -> bool:
 def is_on_host(state: Any) -> bool:
     """Whether a state is in the host memory of a single process.
 
-    Then Orbax may run in a background thread; otherwise it must be called from the main thread.
+    Then a background thread may call Orbax; otherwise only the main thread may. With several
+    processes a save synchronizes them, so each has to call it in the same order as its collectives.
     """
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     on_cpu = all(device.platform == 'cpu' for leaf in arrays for device in leaf.devices())
@@ -64,9 +65,10 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
 
     from trainer.checkpoint.meta import MetaHandler
 
+    # Before Orbax lists the directory.
     if jax.process_index() == 0:
         _remove_uncommitted(directory)
-        _move_damaged_notes(directory)
+        _set_aside_damaged_metadata(directory)
 
     class Manager(ocp.CheckpointManager):
         """A manager without preemption handling, which the run does itself."""
@@ -86,43 +88,43 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
             atomicity_options=ocp_options.AtomicityOptions(
                 mode=ocp_options.AtomicityMode.COMMIT_FILE
             ),
-            async_options=compat.synchronous_directories(),
+            async_options=compat.async_options(),
         ),
     )
 
 
-def _move_damaged_notes(directory: epath.Path) -> None:
-    # Orbax does not need its notes to restore, but malformed ones make the next save fail, so that
-    # each resume would lose its steps again.
+def _set_aside_damaged_metadata(directory: epath.Path) -> None:
+    # Orbax does not need its own metadata to restore a step, but a damaged file makes the next save
+    # fail, so that each resume would lose its steps again.
     for _, path in step_directories(directory):
-        notes = compat.orbax_notes(path)
-        if notes.is_file() and (problem := _find_notes_problem(notes.read_bytes())):
-            aside = notes.parent / f'{notes.name}.damaged'
-            notes.replace(aside)
-            _log.warning('%s is damaged (%s): moved to %s', notes, problem, aside)
+        file = compat.orbax_step_metadata(path)
+        if file.is_file() and (problem := _find_metadata_problem(file.read_bytes())):
+            aside = file.parent / f'{file.name}.damaged'
+            file.replace(aside)
+            _log.warning('%s is damaged (%s): moved to %s', file, problem, aside)
 
 
-def _find_notes_problem(data: bytes) -> str | None:
+def _find_metadata_problem(data: bytes) -> str | None:
     try:
-        found = json_text.parse(data)
+        metadata = json_text.parse(data)
     except ValueError as error:
         return str(error)
-    if not isinstance(found, dict):
-        return f'it is {json_text.type_name(found)}, not an object'
-    objects, times = compat.orbax_notes_fields()
+    if not isinstance(metadata, dict):
+        return f'it is {json_text.type_name(metadata)}, not an object'
+    objects, times = compat.orbax_step_metadata_fields()
     for name in objects:
-        if not isinstance(found.get(name, {}), dict):
-            return f'{name!r} is {json_text.type_name(found[name])}, not an object'
+        if not isinstance(metadata.get(name, {}), dict):
+            return f'{name!r} is {json_text.type_name(metadata[name])}, not an object'
     for name in times:
-        if found.get(name) is not None and not json_text.is_int(found[name]):
+        if metadata.get(name) is not None and not json_text.is_int(metadata[name]):
             return f'{name!r} is not a time'
     return None
 
 
 def _remove_uncommitted(directory: epath.Path) -> None:
-    # Not Orbax's own cleanup: it removes every directory without a commit file, even a user's.
+    # Orbax's own cleanup would remove every directory without a commit file, even a user's.
     for _, path in step_directories(directory):
         if path.is_dir() and not is_committed(path):
-            # Threads of a save that has just failed may still write: leave it for the next time.
+            # Threads of a save that has just failed may still write there: the next run removes it.
             with contextlib.suppress(OSError):
                 path.rmtree()

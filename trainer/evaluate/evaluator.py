@@ -30,13 +30,13 @@ from trainer.parallel import processes
 from trainer.parallel.host import fetch
 from trainer.parallel.mesh import replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
-from trainer.step.health import SIGNS
+from trainer.step.health import FINDINGS
 from trainer.step.programs import Program
 from trainer.step.state import TrainState
 from trainer.tasks.bad_values import describe_bad_value
 from trainer.tasks.batch import record_reads
 from trainer.tasks.measured import (
-    Measured,
+    MetricValues,
     average_members,
     check_computes,
     compute_on_trial,
@@ -94,7 +94,7 @@ class Evaluator:
         # By the members of an ensemble that have not diverged.
         self._programs: dict[tuple[int, ...], Program] = {}
         self._empty: Callable[[], Any] | None = None
-        self._trial_metrics: Measured | None = None
+        self._trial_metrics: MetricValues | None = None
         self.step = step
         # Set by `prepare`: the batch fields that the task reads, and the step for such batches.
         self._fields: Fields | None = None
@@ -119,13 +119,16 @@ class Evaluator:
         """
         with self._explain_training_errors():
             output = self._output_shapes(state)
+        # Replicated, like the results of the step: it donates the totals, and a donated buffer is
+        # reused only for a result of the same shape and sharding.
         self._empty = jax.jit(
             functools.partial(self.step.empty, output),
             out_shardings=replicated_sharding(self._mesh),
         )
+        # From shapes alone: a metric that cannot be computed is found before training starts.
         self._trial_metrics = self._check_metrics()
 
-    def _check_metrics(self) -> Measured | None:
+    def _check_metrics(self) -> MetricValues | None:
         assert self._empty is not None
         with self._add_name_to_errors():
             empty = jax.eval_shape(self._empty)
@@ -148,6 +151,8 @@ class Evaluator:
         try:
             fields = self._all_fields
             shapes = fields.shapes
+            # Fields that devices cannot store are placeholders while the task is traced. Afterwards
+            # the fields that it has not read stay on the host too, which saves their transfer.
             step, task = self.step, self.step.task
             step = dataclasses.replace(step, task=task.with_host_fields(fields.host_fields()))
             with self._tracing(), record_reads() as reads, seen.explain_errors():
@@ -162,6 +167,7 @@ class Evaluator:
             raise UserError(f'config.evals.{self.name}: {error}') from error
         except Exception as error:
             error.add_note(f'This happened at the first batch of config.evals.{self.name}')
+            # The task's own traceback does not say what the batch looked like.
             if shapes is not None:
                 batch = ', '.join(f'{name}: {describe(x)}' for name, x in shapes.items())
                 name = name_of(self.step.task.task)
@@ -199,7 +205,7 @@ class Evaluator:
         *,
         max_batches: int | None = None,
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> Measured:
+    ) -> MetricValues:
         """Returns the metrics over the split, including `examples` (their number).
 
         Metrics that are not numbers are in its `arrays`.
@@ -215,19 +221,23 @@ class Evaluator:
         if self._empty is None:
             self.prepare(state)
         assert self._empty is not None
-        counted = self._leave_out_diverged(state)
+        members = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
+        # A context: leaving it by `Stopped` or an error ends the thread of the prefetcher.
         with self._batches(max_batches, fields=self._fields) as batches:
             for batch in self._read_to_end(batches):
                 if should_stop():
                     raise Stopped
                 args = (totals, variables, state.step, np.int32(batch.start), batch.arrays)
-                if counted not in self._programs:
-                    self._programs[counted] = self._compile(args)
-                totals = self._programs[counted](*args)
+                if members not in self._programs:
+                    self._programs[members] = self._compile(args)
+                # Nothing is fetched here: the batches are queued, and the devices add them up
+                # without waiting for the host.
+                totals = self._programs[members](*args)
+        # Before the metrics: with labels out of range they are wrong, or NaN.
         self._check_labels(totals, state)
         with self._add_name_to_errors():
-            return summarize(totals, counted)
+            return summarize(totals, members)
 
     def _leave_out_diverged(self, state: TrainState) -> tuple[int, ...]:
         """Leaves diverged members out of an ensemble, unless all have diverged.
@@ -243,15 +253,18 @@ class Evaluator:
                 self.step = step
                 self._run_step = dataclasses.replace(self._run_step, counted=step.counted)
                 self._predicts = None
+                # The cached property was compiled with the members before the change.
                 vars(self).pop('_predict', None)
         return self.step.counted
 
     def _check_labels(self, totals: Any, state: TrainState) -> None:
         """Raises a UserError if a label of the split was out of its range."""
-        signs = fetch(totals[SIGNS])
-        if not signs.label:
+        findings = fetch(totals[FINDINGS])
+        if not findings.label:
             return
         output = self._output_shapes(state)
+        # The devices report only the number of the check and the value. The split is read again to
+        # name the example, which costs nothing unless there is an error.
         checks = (output[0] if isinstance(output, tuple) else output).checks
         count = self.data.num_batches
         numbers = itertools.count() if count is None else range(count)
@@ -259,7 +272,7 @@ class Evaluator:
         if count is None:  # After its end, a stream yields padding, with negative ids.
             blocks = itertools.takewhile(lambda block: (block.ids >= 0).any(), blocks)
         path = f'config.evals.{self.name}'
-        number, value = int(signs.label) - 1, float(signs.value)
+        number, value = int(findings.label) - 1, float(findings.value)
         numbered = count is not None
         raise UserError(
             describe_bad_value(
@@ -277,15 +290,19 @@ class Evaluator:
             UserError: if the task has no method `predict`.
         """
         variables, prediction = self.variables(state), self.prediction(state)
+        # Several outputs may be the same field.
         host = tuple(set(prediction.unchanged.values()))
         with self._batches(fields=prediction.fields, host=host) as batches:
             for batch in self._read_to_end(batches):
                 args = (variables, state.step, np.int32(batch.start), batch.arrays)
                 with self._tracing(), self._explain_training_errors():
                     outputs = self._predict(*args)
+                # One transfer for all outputs, in every process: they are replicated.
                 outputs = fetch(outputs)
                 mask = outputs.pop(MASK)
                 outputs.update(prediction.gather_unchanged(batch.host, batch.rows))
+                # Sorted, so that files and messages list them in the same order whatever the task
+                # does.
                 yield {name: outputs[name][mask] for name in sorted(outputs)}
 
     def prediction(self, state: TrainState) -> Prediction:
@@ -332,6 +349,7 @@ class Evaluator:
         """Returns the variables to evaluate; under `EMA` those of a task's `model.ema`."""
         average = state.average
         params = average if self._use_ema else self._params(state)
+        # The average has its own key, because a task may use both.
         return {**state.variables, 'params': params, EMA: average}
 
     @property
@@ -362,9 +380,10 @@ class Evaluator:
             functools.partial(self._predicts), out_shardings=replicated_sharding(self._mesh)
         )
 
-    def _batches(self, most: int | None = None, **options: Any) -> Prefetcher:
-        known = [n for n in (self.data.num_batches, most) if n is not None]
-        calls = itertools.repeat(1, min(known)) if known else itertools.repeat(1)
+    def _batches(self, max_batches: int | None = None, **options: Any) -> Prefetcher:
+        # Unknown lengths are None; `_read_to_end` ends the iteration of those.
+        limits = [n for n in (self.data.num_batches, max_batches) if n is not None]
+        calls = itertools.repeat(1, min(limits)) if limits else itertools.repeat(1)
         data = self.data
         return Prefetcher(data.block, calls, self._mesh, data.rows, release=data.close, **options)
 
@@ -376,13 +395,15 @@ class Evaluator:
         """
         for batch in batches:
             if self.data.num_batches is None:
+                # One small collective per batch. Deciding alone would leave the other processes
+                # waiting in the step.
                 real = int((batch.ids >= 0).sum())
                 if not processes.sum_over_processes(real):
                     return
             yield batch
 
 
-def summarize(totals: Any, counted: Sequence[int] = ()) -> Measured:
+def summarize(totals: Any, counted: Sequence[int] = ()) -> MetricValues:
     """Returns flat host values of an evaluation's accumulators, fetched in one transfer.
 
     For an ensemble, these include the means over its members ('members/loss') and the values of
@@ -392,11 +413,12 @@ def summarize(totals: Any, counted: Sequence[int] = ()) -> Measured:
         totals: the accumulators.
         counted: indices of the members that the means include; empty for all.
     """
-    computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != SIGNS}))
-    row = Measured(computed['task'])
+    # The findings are no metrics: `_check_labels` has read them.
+    computed = compute_metrics(fetch({n: x for n, x in totals.items() if n != FINDINGS}))
+    row = MetricValues(computed['task'])
     row.add('examples', computed['examples'])
     if 'members' in computed:
-        every = average_members([Measured(each) for each in computed['members']], counted)
+        every = average_members([MetricValues(each) for each in computed['members']], counted)
         for name, value in {**every, **every.arrays}.items():
             row.add(name if is_member_name(name) else f'members/{name}', value)
     return row

@@ -45,20 +45,24 @@ def pad_shard_unpad(
         ValueError: (when called) if the arguments have different first dimensions, or none.
     """
 
-    def wrapped(*args: Any, min_device_batch: int | None = None, **kwargs: Any) -> Any:
-        over = mesh or make_mesh({'data': -1})
+    def wrapper(*args: Any, min_device_batch: int | None = None, **kwargs: Any) -> Any:
+        # At the call and not before: the devices need not be initialized when a module with a
+        # decorated function is imported.
+        target = mesh or make_mesh({'data': -1})
         rows = _row_count(
             [a for i, a in enumerate(args) if i not in static_argnums]
             + [a for name, a in kwargs.items() if name not in static_argnames]
         )
-        shards = batch_shards(over)
+        shards = batch_shards(target)
+        # A multiple of the shards, so that each device gets the same number of examples; at least
+        # the minimum, so that a smaller last batch has the shape of the others.
         padded = shards * max(-(-rows // shards), min_device_batch or 1)
 
         def place(tree: Any, is_static: bool) -> Any:
             if is_static:
-                return jax.device_put(tree, replicated_sharding(over))
+                return jax.device_put(tree, replicated_sharding(target))
             tree = jax.tree.map(lambda x: _pad(np.asarray(x), padded), tree)
-            return jax.device_put(tree, batch_sharding(over))
+            return jax.device_put(tree, batch_sharding(target))
 
         result = fn(
             *(place(a, i in static_argnums) for i, a in enumerate(args)),
@@ -66,10 +70,11 @@ def pad_shard_unpad(
         )
         return result if static_return else jax.tree.map(lambda x: x[:rows], fetch(result))
 
-    return wrapped
+    return wrapper
 
 
 def _row_count(trees: Sequence[Any]) -> int:
+    # A scalar has no batch dimension: None stands for it, and is refused below.
     counts = {np.shape(x)[0] if np.ndim(x) else None for x in jax.tree.leaves(trees)}
     if len(counts) != 1 or None in counts:
         raise ValueError(

@@ -14,7 +14,7 @@ from trainer.evaluate.step import EvalStep
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostField, HostFieldError
 from trainer.parallel import processes
-from trainer.parallel.mesh import ProcessRows
+from trainer.parallel.mesh import LocalExamples
 from trainer.tasks.batch import record_reads
 
 
@@ -52,12 +52,15 @@ class Prediction:
         opaque = fields.narrowed
         while True:
             sent = fields.with_sent(fields.sent - opaque)
-            made = cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged={})
+            trial = cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged={})
+            # Each attempt needs its own record: reads of an attempt that failed may be of branches
+            # that the next one does not take.
             with record_reads() as reads:
                 try:
-                    unchanged = made._trace(variables)
+                    unchanged = trial._trace(variables)
                     break
                 except HostFieldError as error:
+                    # Not a field that sending could help: devices cannot store its dtype.
                     if error.name not in opaque:
                         raise
                     opaque = opaque - {error.name}
@@ -72,6 +75,7 @@ class Prediction:
                             )
                         raise
                     opaque = opaque - reads.names
+        # Fields that `predict` does not read need not be sent.
         sent = sent.with_sent(reads.names)
         return cls(step=_keep_on_host(step, sent, opaque), fields=sent, unchanged=unchanged)
 
@@ -84,7 +88,7 @@ class Prediction:
         return {name: x for name, x in outputs.items() if name not in unchanged}
 
     def gather_unchanged(
-        self, rows: Mapping[str, np.ndarray], held: ProcessRows | None
+        self, rows: Mapping[str, np.ndarray], process_rows: LocalExamples | None
     ) -> dict[str, np.ndarray]:
         """Returns the outputs that are unchanged fields, for all examples of a global batch.
 
@@ -92,38 +96,43 @@ class Prediction:
 
         Args:
             rows: these fields, as this process has read them.
-            held: indices of these rows, None for all.
+            process_rows: indices of these rows, None for all.
         """
-        if held is None or not self.unchanged:
+        if process_rows is None or not self.unchanged:
             return {output: rows[field] for output, field in self.unchanged.items()}
-        mine = (held.held[held.owned], {name: x[held.owned] for name, x in rows.items()})
+        # An example that several processes hold comes from its owner only.
+        owned = process_rows.is_owned
+        mine = (process_rows.indices[owned], {name: x[owned] for name, x in rows.items()})
         parts = processes.gather_objects(mine)
+        # The parts arrive in the order of the processes, which need not be that of the batch.
         order = np.argsort(np.concatenate([indices for indices, _ in parts]))
-        whole = {name: np.concatenate([some[name] for _, some in parts])[order] for name in rows}
+        whole = {name: np.concatenate([x[name] for _, x in parts])[order] for name in rows}
         return {output: whole[field] for output, field in self.unchanged.items()}
 
     def _trace(self, variables: Any) -> dict[str, str]:
-        found: dict[str, str] = {}
+        unchanged: dict[str, str] = {}
 
+        # A `HostField` is no array, so `eval_shape` cannot return it: such outputs leave as a side
+        # effect of tracing.
         def run(*args: Any) -> Any:
             outputs = self.step.predict(*args)
-            found.update(self._find_unchanged(outputs, args[-1]))
-            return {name: x for name, x in outputs.items() if name not in found}
+            unchanged.update(self._find_unchanged(outputs, args[-1]))
+            return {name: x for name, x in outputs.items() if name not in unchanged}
 
         jax.eval_shape(run, variables, np.int32(0), np.int32(0), self.fields.shapes)
-        return found
+        return unchanged
 
     def _find_unchanged(
         self, outputs: Mapping[str, Any], batch: Mapping[str, Any]
     ) -> dict[str, str]:
-        found = {}
+        unchanged = {}
         for name, x in outputs.items():
             if isinstance(x, HostField):
-                found[name] = x.name
+                unchanged[name] = x.name
             for field in self.fields.narrowed & batch.keys():
                 if x is batch[field]:  # Used elsewhere too, and returned unchanged.
-                    found[name] = field
-        return found
+                    unchanged[name] = field
+        return unchanged
 
 
 def _keep_on_host(step: EvalStep, sent: Fields, opaque: Iterable[str]) -> EvalStep:

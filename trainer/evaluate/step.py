@@ -14,7 +14,7 @@ from trainer.input.host_field import explain_host_fields
 from trainer.modules.functional import Functional
 from trainer.modules.model_view import BoundModel
 from trainer.modules.rng import Keys
-from trainer.step.health import SIGNS, Health, Signs
+from trainer.step.health import FINDINGS, Findings, Health
 from trainer.tasks.metrics import Count, merge_metrics
 from trainer.tasks.runner import MASK, TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
@@ -50,7 +50,11 @@ class EvalStep:
 
     def empty(self, output: TaskOutput) -> dict[str, Any]:
         """Returns empty accumulators for outputs of these shapes."""
-        return {'task': self.task.empty(output), 'examples': Count.empty(), SIGNS: Signs.empty()}
+        return {
+            'task': self.task.empty(output),
+            'examples': Count.empty(),
+            FINDINGS: Findings.empty(),
+        }
 
     def __call__(
         self,
@@ -70,9 +74,11 @@ class EvalStep:
             batch: arrays (examples, ...), including `_mask`.
         """
         output = self._output(variables, batch, step, index)
+        # Accumulated like a metric, so that a label out of range costs no synchronization per
+        # batch.
         label, value = run_checks(output.checks, output.weights)
         new = {
-            SIGNS: Signs(jnp.zeros((), jnp.float32), label, value),
+            FINDINGS: Findings(jnp.zeros((), jnp.float32), label, value),
             'task': self.task.measure(output),
             'examples': Count.from_model_output(batch[MASK]),
         }
@@ -85,11 +91,13 @@ class EvalStep:
 
         Fields that stay on the host are `HostField`s among them.
         """
+        # The keys of `_output`: a task that samples predicts what its metrics were computed from.
         keys = Keys(seed=self.seed, mode='eval', step=step, index=index)
         task: Any = self.task.task
         seen = self.task.prepare_batch(batch, passing=True)
         with explain_host_fields(seen):
             outputs = task.predict(self._bind(variables, keys), seen)
+        # The caller removes the padding on the host: the number of real examples is not static.
         return {**outputs, MASK: batch[MASK]}
 
     def _output(self, variables: Any, batch: Any, step: Any, index: Any) -> Any:
@@ -97,5 +105,6 @@ class EvalStep:
         return self.task(self._bind(variables, keys), batch)
 
     def _bind(self, variables: Mapping[str, Any], keys: Keys) -> BoundModel:
+        # The model would take the average for a collection of its own.
         rest = {name: value for name, value in variables.items() if name != EMA}
         return self.model.bind(rest, keys, ema=variables.get(EMA))

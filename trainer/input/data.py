@@ -152,6 +152,7 @@ class TrainData(_Common):
     @property
     def steps_per_epoch(self) -> Fraction | None:
         """Number of steps that use every example once; None if there are no epochs."""
+        # A loader may return an int; exact fractions keep the borders of epochs from drifting.
         steps = self.loader.steps_per_epoch
         return None if steps is None else Fraction(steps)
 
@@ -201,6 +202,7 @@ class TrainData(_Common):
             loader = self.resizable.after(batch_sizes)
         except ValueError as error:
             raise UserError(f'config.data, after batch size {before}: {error}') from error
+        # Checked again: `after` may return an object of any class.
         return TrainData.from_loader(loader, 'config.data.loader')
 
 
@@ -253,6 +255,7 @@ def _check(loader: Any, path: str, protocol: str, names: Sequence[str]) -> None:
             f'{", ".join(names)}: see {page}'
         )
     for name, (num_positional, keywords, signature) in _CALLS.items():
+        # Optional methods are checked only if they exist.
         if _has(loader, name) and not _accepts(getattr(loader, name), num_positional, keywords):
             raise UserError(
                 f'{path}: {_name(loader)}.{name} cannot be called as {signature}; see '
@@ -278,6 +281,8 @@ def _accepts(method: Any, num_positional: int, keywords: Sequence[str]) -> bool:
     except (TypeError, ValueError):  # Functions written in C may have no signature.
         return True
     try:
+        # `bind` accepts exactly the calls that Python would accept, with defaults and *args; the
+        # values do not matter.
         signature.bind(*range(num_positional), **dict.fromkeys(keywords))
     except TypeError:
         return False

@@ -45,6 +45,8 @@ class DataDigest:
             ids: int64 (steps, rows); -1 is padding, which is left out.
             rows: indices of the rows in the global batch, int64 (rows,); by default all from 0.
         """
+        # Pending blocks are concatenated, so they must have the same rows. `is` suffices, and costs
+        # nothing: the caller passes the same array each time.
         if self._pending and not (
             rows is self._rows and ids.shape[1] == self._pending[-1][1].shape[1]
         ):
@@ -62,6 +64,8 @@ class DataDigest:
         ids = np.concatenate([x for _, x in self._pending])
         rows = np.arange(ids.shape[1]) if self._rows is None else self._rows
         self._pending, self._num_pending = [], 0
+        # A sum does not depend on the order, so processes and calls can add up their parts
+        # independently.
         words = _hash(steps[:, None], rows[None, :], ids)[ids != PADDING]
         self._total = (self._total + int(words.sum(dtype=np.uint64))) % 2**64
 

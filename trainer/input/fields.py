@@ -24,8 +24,10 @@ def device_dtype(dtype: Any) -> np.dtype[Any] | None:
     """Returns the dtype in which devices store values of a dtype, or None if they cannot."""
     dtype = np.dtype(dtype)
     is_number = dtype.kind == 'b' or jax.dtypes.issubdtype(dtype, np.number)
+    # numpy counts durations (kind m) as signed integers, and long doubles as numbers.
     if dtype.kind == 'm' or dtype.char in _LONG or not is_number:
         return None
+    # 64 bits become 32, unless JAX is configured for 64.
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
 
 
@@ -105,9 +107,11 @@ class Fields:
             return x
         if to.kind in 'iu':
             limits = np.iinfo(to)
+            # Reductions first: they need no temporary array, and almost every batch passes.
             if x.size and (x.min() < limits.min or x.max() > limits.max):
                 self._refuse(name, x, (x < limits.min) | (x > limits.max), to, ids)
             return x.astype(to)
+        # The overflow is an error below, with more detail than numpy's warning.
         with np.errstate(over='ignore'):
             converted = x.astype(to)
         # Infinity in the loader's array is not an overflow of the conversion.

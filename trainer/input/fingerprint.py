@@ -18,6 +18,7 @@ def fingerprint(data: Data) -> dict[str, Any]:
     Processes compare it to detect that they read different data; checkpoints save it as JSON.
     """
     first = {
+        # Without the batch dimension, which differs between `first` and a batch.
         name: f'{x.dtype} {x.shape[1:]} {zlib.crc32(_content(x)):08x}'
         for name, x in data.first_example().items()
     }

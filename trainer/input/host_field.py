@@ -87,6 +87,7 @@ class HostField:
         return f'HostField({self.name!r})'
 
     def __hash__(self) -> int:
+        # Needed because `__eq__` is overridden, which removes the default.
         return id(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -98,6 +99,7 @@ class HostField:
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise self.error()
 
+    # Special methods are looked up on the class, so `__getattr__` does not see them.
     __array__ = __getitem__ = __len__ = __iter__ = __contains__ = _refuse
     __bool__ = __int__ = __float__ = __index__ = __abs__ = __neg__ = __pos__ = __invert__ = _refuse
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
@@ -113,6 +115,7 @@ def explain_host_fields(fields: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
+        # By `dict.values`, which the batch does not override: its own methods record reads.
         hidden = [x for x in dict.values(fields) if isinstance(x, HostField)]
         if hidden and compat.refuses_type(error, HostField):
             raise hidden[0].error() from error

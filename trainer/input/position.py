@@ -14,7 +14,7 @@ from trainer.input.batch import LoadedBatch
 from trainer.input.data import TrainData
 from trainer.input.digest import DataDigest
 from trainer.parallel import processes
-from trainer.parallel.mesh import ProcessRows
+from trainer.parallel.mesh import LocalExamples
 
 
 class DataPosition:
@@ -33,7 +33,7 @@ class DataPosition:
         self._data = data
         self._digest = DataDigest()
         self._state: Any = None
-        self._rows: ProcessRows | None = None
+        self._rows: LocalExamples | None = None
         self._row_indices: np.ndarray | None = None
 
     def add(self, batch: LoadedBatch) -> None:
@@ -43,21 +43,24 @@ class DataPosition:
             self._rows = batch.rows
             rows = batch.rows
             # Processes may read the same rows: only one of them counts each row.
-            self._row_indices = None if rows is None else rows.held[rows.owned]
+            self._row_indices = None if rows is None else rows.indices[rows.is_owned]
         if batch.rows is not None:
-            ids = ids[:, batch.rows.owned]
+            ids = ids[:, batch.rows.is_owned]
         self._digest.add(batch.start, ids, self._row_indices)
         if batch.state is not None:
             self._state = batch.state
 
     def digest(self) -> str:
         """Returns the digest of the data over all processes; all of them must call it."""
+        # Each process has the digest of its own rows; the sum does not depend on how they are
+        # divided.
         return f'{processes.sum_over_processes(int(self._digest.value, 16)):016x}'
 
     def meta(self) -> dict[str, Any]:
         """Returns the metadata for a checkpoint; all processes must call it."""
         meta: dict[str, Any] = {'data_digest': self.digest()}
         if self._data.is_stream:
+            # Each process reads its own part of a stream, so each has a state.
             meta['data_states'] = processes.gather(self._state)
         return meta
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from trainer.input.batch import LoadedBatch
 from trainer.input.fields import Fields
 from trainer.input.loader import Block, StreamBlock
-from trainer.parallel.mesh import ProcessRows, batch_sharding
+from trainer.parallel.mesh import LocalExamples, batch_sharding
 
 # Limits of a block. One gather serves many steps because of Python's overhead per call. But a block
 # larger than the CPU caches is slower, and both the loop and `close` have to wait for a slow one.
@@ -78,8 +78,8 @@ class Prefetcher:
         """
         self._sharding = batch_sharding(mesh)
         self._stacked = batch_sharding(mesh, leading_dims=1)
-        self._rows = ProcessRows.from_mesh(mesh, batch_rows) if jax.process_count() > 1 else None
-        rows = slice(None) if self._rows is None else self._rows.held
+        self._rows = LocalExamples.from_mesh(mesh, batch_rows) if jax.process_count() > 1 else None
+        rows = slice(None) if self._rows is None else self._rows.indices
         self._block = functools.partial(block, rows=rows)
         self._release = release
         self._fields = fields
@@ -120,7 +120,10 @@ class Prefetcher:
             # The thread may be blocked on a full queue.
             with contextlib.suppress(queue.Empty):
                 self._queue.get_nowait()
+            # In turns: the thread may put another item after the queue was emptied.
             self._thread.join(0.02)
+        # Only when the thread has ended: it may be inside `block`, which opens again what is
+        # released.
         if self._release is not None:
             self._release()
 
@@ -132,6 +135,7 @@ class Prefetcher:
             waited = time.perf_counter() - began
             if batches is None:
                 return
+            # Raised here, in the thread of the loop, after all batches that came before it.
             if isinstance(batches, BaseException):
                 raise batches
             if not self._thread.ident:
@@ -139,6 +143,7 @@ class Prefetcher:
                 cost.add(waited, time.thread_time() - worked, steps)
                 if cost.is_high:
                     self._thread.start()
+            # The whole wait counts for the first batch of the block; the others were ready.
             batches[0] = dataclasses.replace(batches[0], wait_secs=waited)
             yield from batches
 
@@ -147,6 +152,7 @@ class Prefetcher:
 
     def _work(self) -> None:
         try:
+            # Items are prepared one at a time: a queue that is full also stops the reading.
             for item in self._items:
                 self._queue.put(item)
                 if self._stopped.is_set():
@@ -165,6 +171,8 @@ class Prefetcher:
             steps_in_time = _BLOCK_SECS * steps / max(time.perf_counter() - began, 1e-9)
             yield self._divide(start, block, counts)
             start += steps
+            # The size adapts to the last block, because the cost of an example may change, as where
+            # a source moves from one file to the next.
             max_steps = min(_BLOCK_BYTES // _batch_bytes(block), int(steps_in_time))
             limit = min(2 * limit, _BLOCK_STEPS, max(1, max_steps))
 
@@ -200,6 +208,8 @@ class Prefetcher:
         if self._rows is not None:
             put = self._rows.assemble
             return [{name: put(x, to) for name, x in batch.items()} for batch, to in pairs]
+        # One call for the whole block: the overhead of a call exceeds the transfer of a small
+        # batch.
         return jax.device_put(batches, [dict.fromkeys(batch, to) for batch, to in pairs])
 
 
@@ -244,4 +254,5 @@ def _take(calls: Iterator[int], limit: int) -> list[int]:
 
 
 def _batch_bytes(block: Block) -> int:
+    # At least 1: it is a divisor, and a batch may have no fields.
     return max(1, sum(x.nbytes // len(x) for x in block.arrays.values()))

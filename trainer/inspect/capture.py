@@ -21,7 +21,7 @@ from trainer.builders.captures import Capture
 from trainer.config.errors import UserError
 from trainer.config.text import and_more
 from trainer.inspect.forward import Batch, Forward
-from trainer.inspect.statistics import Histogram, floats, histogram, make_measure
+from trainer.inspect.statistics import Histogram, float_leaves, histogram, make_measure
 from trainer.modules.recorder import ROOT, ModuleRecorder, order_records
 from trainer.observe.npz import write_npz
 from trainer.observe.table import human_bytes
@@ -75,20 +75,24 @@ class Captures:
         Raises:
             UserError: for a pattern without a match, naming the paths that exist.
         """
+        # Only the paths are needed, so nothing is measured.
         recorder = ModuleRecorder(lambda output, inputs, variables: ())
 
         def run(state: TrainState, batch: Batch) -> Any:
-            self._forward(recorder, state, batch, slices=1)
+            self._forward(recorder, state, batch, micro_batches=1)
             return ()
 
+        # Without the metrics, as `Forward.compile` passes the state.
         self._forward.shapes(run, dataclasses.replace(state, metrics=None), batch)
+        # Modules in a branch or a lifted loop are called, but their values cannot leave it: they
+        # are recorded as called only.
         seen = [path for call in (*recorder.records, *recorder.sown) for path in call]
         hidden = [path for path in recorder.called if path not in seen]
         for name, capture in self._captures.items():
             for pattern in capture.match:
                 _check(f'config.capture.{name}.match', pattern, seen, hidden)
 
-    def due(self, step: int) -> list[str]:
+    def names_due(self, step: int) -> list[str]:
         """Returns the names of the captures that are due after a step."""
         return [name for name, capture in self._captures.items() if capture.every.is_due(step)]
 
@@ -106,14 +110,14 @@ class Captures:
         """
         # One transfer for everything: the results are replicated, so each device has all of them.
         program = self._program(tuple(names))
-        kept = list(self._entries(fetch(program(state, batch, stacked=stacked))))
+        entries = list(self._entries(fetch(program(state, batch, stacked=stacked))))
         row: dict[str, float] = {}
         histograms: dict[str, Histogram] = {}
         messages = []
         for name in names:
             capture = self._captures[name]
-            mine = {label: values for path, label, values in kept if capture.wants(path)}
-            for label, values in mine.items():
+            matching = {label: values for path, label, values in entries if capture.wants(path)}
+            for label, values in matching.items():
                 where = f'capture/{name}/{label}'
                 if 'summary' in capture.what:
                     numbers = values['summary'].items()
@@ -121,7 +125,7 @@ class Captures:
                 if 'histogram' in capture.what:
                     histograms[where] = histogram(values)
             if 'file' in capture.what and self._directory is not None:
-                arrays = {label: values['rows'] for label, values in mine.items()}
+                arrays = {label: values['rows'] for label, values in matching.items()}
                 messages += self._write(name, capture, step, arrays)
         return CaptureResult(row, histograms, '\n'.join(messages) or None)
 
@@ -134,6 +138,8 @@ class Captures:
 
     def _make_function(self, due: Sequence[Capture]) -> Callable[[TrainState, Batch], Any]:
         what = frozenset[str]().union(*(capture.what for capture in due))
+        # One program serves all captures that are due, so it returns as many rows as the largest
+        # one wants. `_write` truncates them for the others.
         rows = max((capture.rows for capture in due if 'file' in capture.what), default=0)
         measure = make_measure(what, rows)
 
@@ -141,16 +147,16 @@ class Captures:
             return any(capture.wants(path) for capture in due)
 
         def measure_output(output: Any, inputs: Any, variables: Any) -> dict[str, Any]:
-            return {name: measure(x) for name, x in floats(output)}
+            return {name: measure(x) for name, x in float_leaves(output)}
 
         def measure_sown(sown: Any) -> dict[str, Any]:
-            values = {name: measure(x) for name, x in floats(sown)}
+            values = {name: measure(x) for name, x in float_leaves(sown)}
             # Flax collects sown values in a tuple; a single one needs no number in its name.
             return {'': values['0']} if list(values) == ['0'] else values
 
         def run(state: TrainState, batch: Batch) -> Any:
             recorder = ModuleRecorder(measure_output, selects=wants)
-            self._forward(recorder, state, batch, slices=1)
+            self._forward(recorder, state, batch, micro_batches=1)
             sown = [
                 {path: measure_sown(value) for path, value in call.items() if wants(path)}
                 for call in recorder.sown
@@ -162,10 +168,10 @@ class Captures:
     @staticmethod
     def _entries(fetched: Any) -> Iterator[tuple[str, str, dict[str, Any]]]:
         """Yields (path, label, measured values), outputs in the order of the calls, then sown."""
-        found, sown = fetched
-        for seen in order_records(found):
-            for leaf, values in seen.value.items():
-                yield seen.path, f'{seen.name}/{leaf}' if leaf else seen.name, values
+        records, sown = fetched
+        for record in order_records(records):
+            for leaf, values in record.value.items():
+                yield record.path, f'{record.name}/{leaf}' if leaf else record.name, values
         for number, call in enumerate(sown):
             for path, leaves in call.items():
                 label = f'{path}#{number}' if number else path
@@ -181,6 +187,7 @@ class Captures:
         folder.mkdir(parents=True, exist_ok=True)
         rows = {label: x[: capture.rows] if x.ndim else x for label, x in arrays.items()}
         size = write_npz(folder / f'{step}.npz', rows)
+        # By number: as text, '1000.npz' comes before '200.npz'.
         steps = sorted(int(path.stem) for path in folder.glob('*.npz') if path.stem.isdigit())
         # Files of later steps are left over from before the run was resumed at an earlier step.
         past = [number for number in steps if number <= step]

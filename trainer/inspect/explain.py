@@ -16,7 +16,7 @@ from trainer.step.finite import all_finite
 
 
 def explain(
-    found: list[Any],
+    records: list[Any],
     loss: bool,
     grads: Mapping[str, bool],
     batch: Mapping[str, bool],
@@ -26,13 +26,15 @@ def explain(
     """Describes the first non-finite value of a step.
 
     Args:
-        found: the flags of each call of each module, from a `ModuleRecorder`.
+        records: the flags of each call of each module, from a `ModuleRecorder`.
         loss: whether the losses are finite.
         grads: whether the gradient of each parameter is finite, by path.
         batch: whether each field of the batch is finite, by name.
         after: what is not finite after the update, such as 'a parameter is not: w'; '' if unknown.
     """
-    calls = order_records(found)
+    # Module outputs come first, then the loss, then the gradients: in the order in which a step
+    # computes them, the first non-finite one is the cause.
+    calls = order_records(records)
     bad = next((number for number, call in enumerate(calls) if not call.value['output']), None)
     if bad is not None:
         call = calls[bad]
@@ -47,6 +49,7 @@ def explain(
             f'{_batch_note(_list_non_finite(batch))}. Typical causes: a label that is not '
             'below the number of classes, or the logarithm of 0.'
         )
+    # A custom step computes its own gradients, which are not known here.
     if not grads:
         return (
             'The loss and the output of every module are finite, but '
@@ -67,6 +70,7 @@ def explain(
 
 
 def _describe_cause(flags: Mapping[str, Any], fields: Sequence[str]) -> str:
+    # Parameters before the input: broken ones spoil the output whatever the input is.
     if not flags['variables']:
         return 'its parameters or statistics were already non-finite.'
     if not flags['input']:

@@ -17,7 +17,7 @@ from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_shards, replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
-from trainer.step.accumulation import split_rows
+from trainer.step.accumulation import split_micro_batches
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner
 from trainer.tasks.task import TaskOutput
@@ -71,7 +71,7 @@ class Forward:
         state: TrainState,
         batch: Batch,
         *,
-        slices: int | None = None,
+        micro_batches: int | None = None,
     ) -> list[TaskOutput]:
         """Returns the task's output for each micro-batch.
 
@@ -79,21 +79,24 @@ class Forward:
             recorder: records the calls of the model's modules.
             state: the train state, for its variables.
             batch: arrays (examples, ...), or their shapes.
-            slices: number of micro-batches to run; all by default.
+            micro_batches: number of micro-batches to run; all by default.
         """
         outputs, variables = [], state.variables
-        for index in range(slices or self.accumulate):
+        for index in range(micro_batches or self.accumulate):
             keys = Keys(seed=self.seed, mode='train', step=state.step, index=index)
             model = RecordedModel(self.model, recorder).bind(variables, keys, ema=state.average)
-            outputs.append(self.task(model, self._slice(batch, index)))
+            outputs.append(self.task(model, self._micro_batch(batch, index)))
+            # As in a step, each micro-batch sees the batch statistics that the one before it has
+            # updated.
             variables = {**variables, **model.collections}
         return outputs
 
-    def _slice(self, batch: Batch, index: int) -> Batch:
+    def _micro_batch(self, batch: Batch, index: int) -> Batch:
         if self.accumulate == 1:
             return batch
-        slices = split_rows(batch, self.accumulate, batch_shards(self.mesh))
-        return jax.tree.map(lambda x: x[index], slices)
+        # The same division as in the step, so that micro-batch i has the same examples.
+        micro_batches = split_micro_batches(batch, self.accumulate, batch_shards(self.mesh))
+        return jax.tree.map(lambda x: x[index], micro_batches)
 
     def shapes(self, function: Callable[..., Any], *args: Any) -> Any:
         """Returns the output shapes of a function that calls the model."""
@@ -115,6 +118,7 @@ class Forward:
         def run(stacked: bool, state: TrainState, batch: Batch) -> Any:
             return function(state, jax.tree.map(lambda x: x[-1], batch) if stacked else batch)
 
+        # Replicated: every process can fetch the results without a further collective.
         jitted = jax.jit(run, static_argnums=0, out_shardings=replicated_sharding(self.mesh))
 
         def call(state: TrainState, batch: Batch, *, stacked: bool = False) -> Any:

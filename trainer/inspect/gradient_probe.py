@@ -17,7 +17,7 @@ from trainer.config.errors import UserError
 from trainer.config.patterns import compile_pattern
 from trainer.config.text import align_columns
 from trainer.inspect.forward import Batch, Forward
-from trainer.inspect.statistics import floats
+from trainer.inspect.statistics import float_leaves
 from trainer.modules.recorder import ROOT, ModuleRecorder, output_name, output_number
 from trainer.parallel.host import fetch
 from trainer.run.setup import Run, Setup, training_batches
@@ -55,6 +55,8 @@ def next_step_gradients(
 ) -> list[Gradient]:
     """Returns the gradients on the next batch after a state; for a stream, on its first batch."""
     data, step = run.experiment.data, int(state.step)
+    # For a stream this is the beginning, whatever the step: its state in the checkpoint belongs to
+    # a number of processes that may differ here.
     data.restore(step, None)
     with training_batches(run, setup, step, [1]) as batches:
         batch = next(iter(batches)).arrays
@@ -87,16 +89,19 @@ def gradients(
 
     def perturbations(state: TrainState, batch: Batch) -> Any:
         recorder = ModuleRecorder(selects=wants, perturbations={})
-        forward(recorder, state, batch, slices=1)
+        forward(recorder, state, batch, micro_batches=1)
+        # A list outside of the traced function: names are no arrays, so they cannot be returned.
         called.extend(recorder.called)
         return recorder.perturbations
 
     def run(state: TrainState, batch: Batch) -> Any:
         def loss(perturbations: Any) -> Any:
             recorder = ModuleRecorder(_squares, selects=wants, perturbations=perturbations)
-            (output,) = forward(recorder, state, batch, slices=1)
+            (output,) = forward(recorder, state, batch, micro_batches=1)
             return _loss(output), recorder.records
 
+        # Zeros are added to the values: they change nothing, and the gradient with respect to them
+        # is that of the values.
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.grad(loss, has_aux=True)(zeros)
 
@@ -104,8 +109,8 @@ def gradients(
     shapes = forward.shapes(perturbations, state, batch)
     if not jax.tree.leaves(shapes):
         raise UserError(_no_values_message(match, called))
-    grads, found = fetch(forward.compile(run)(state, batch))
-    return _to_gradients(grads, found)
+    grads, records = fetch(forward.compile(run)(state, batch))
+    return _to_gradients(grads, records)
 
 
 def table(gradients: Sequence[Gradient]) -> str:
@@ -124,26 +129,27 @@ def _loss(output: TaskOutput) -> jax.Array:
 
 
 def _squares(output: Any, inputs: Any, variables: Any) -> dict[str, jax.Array]:
-    arrays = enumerate(x for _, x in floats(output))
+    # In float32: squares of half precision overflow early.
+    arrays = enumerate(x for _, x in float_leaves(output))
     return {output_name(i, x): jnp.sum(jnp.square(x.astype(jnp.float32))) for i, x in arrays}
 
 
-def _to_gradients(grads: Any, found: list[Any]) -> list[Gradient]:
+def _to_gradients(grads: Any, records: list[Any]) -> list[Gradient]:
     """Returns the gradients in the order of the calls, with the norms of the values.
 
     Args:
         grads: with respect to the perturbations, a nested dict.
-        found: the recorded calls, with the sums of squares of the outputs.
+        records: the recorded calls, with the sums of squares of the outputs.
     """
     squares: dict[str, dict[str, float]] = {}
     orders: dict[str, int] = {}
-    for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
+    for path, record in ((p, r) for call in records for p, each in call.items() for r in each):
         orders.setdefault(path, int(np.min(record['order'])))
         # Summed over all layers of a scan and over all calls.
-        mine = squares.setdefault(path, {})
+        sums = squares.setdefault(path, {})
         for name, x in record['value'].items():
-            mine[name] = mine.get(name, 0.0) + float(np.sum(x))
-    timed = []
+            sums[name] = sums.get(name, 0.0) + float(np.sum(x))
+    ordered = []
     for keys, gradient in traverse_util.flatten_dict(dict(grads)).items():
         *parents, name = map(str, keys)
         path = '/'.join(parents)
@@ -151,15 +157,17 @@ def _to_gradients(grads: Any, found: list[Any]) -> list[Gradient]:
         if number is not None:
             several = f'/{number}' if len({output_number(n) for n in squares[path]}) > 1 else ''
             shape = [n for n in squares[path] if output_number(n) == number].index(name)
+            # The number of the output is only in the name if there are several, that of the shape
+            # only if calls differ in it.
             label = f'{path or ROOT}{several}' + (f'#{shape}' if shape else '')
             norm: float | None = math.sqrt(squares[path][name])
-            when: tuple[float, int] = (orders[path], number)
+            order: tuple[float, int] = (orders[path], number)
         else:
             # Values of `self.perturb` come last: neither their order nor their norm is recorded.
-            label, norm, when = '/'.join((*parents, name)), None, (math.inf, 0)
-        one = Gradient(path=label, gradient=np.asarray(gradient), value_norm=norm)
-        timed.append((when, label, one))
-    return [one for *_, one in sorted(timed, key=lambda item: item[:2])]
+            label, norm, order = '/'.join((*parents, name)), None, (math.inf, 0)
+        entry = Gradient(path=label, gradient=np.asarray(gradient), value_norm=norm)
+        ordered.append((order, label, entry))
+    return [entry for *_, entry in sorted(ordered, key=lambda item: item[:2])]
 
 
 def _no_values_message(match: Sequence[str], called: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from trainer.config.text import align_columns
 from trainer.ensemble.step import member_state
 from trainer.experiment import Experiment
 from trainer.inspect.forward import Batch, Forward
-from trainer.inspect.statistics import floats
+from trainer.inspect.statistics import float_leaves
 from trainer.modules.model_view import param_path
 from trainer.modules.recorder import ROOT, SCOPE, ModuleRecorder
 from trainer.observe import flops, repeats
@@ -56,8 +56,8 @@ def describe(experiment: Experiment, setup: Setup) -> str:
     forward = Forward.from_experiment(experiment, setup.mesh, programs.task)
     if experiment.ensemble is None:
         return table(rows(forward, state, batch))
-    one = jax.eval_shape(lambda state: member_state(state, 0), state)
-    return f'each member\n{table(rows(forward, one, batch))}'
+    member = jax.eval_shape(lambda state: member_state(state, 0), state)
+    return f'each member\n{table(rows(forward, member, batch))}'
 
 
 def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
@@ -72,15 +72,20 @@ def rows(forward: Forward, state: TrainState, batch: Batch) -> list[Row]:
         batch: shapes.
     """
     state = dataclasses.replace(state, metrics=None)
-    recorder = ModuleRecorder(lambda output, inputs, variables: [x for _, x in floats(output)])
+
+    def outputs(output: Any, inputs: Any, variables: Any) -> list[Any]:
+        return [x for _, x in float_leaves(output)]
+
+    recorder = ModuleRecorder(outputs)
 
     def run(state: TrainState, batch: Batch) -> Any:
         output = forward(recorder, state, batch)
         return [o.loss for o in output], recorder.records
 
-    jaxpr, (_, found) = forward.jaxpr(run, state, batch)
+    jaxpr, (_, records) = forward.jaxpr(run, state, batch)
     shapes: dict[str, str] = {}
-    for path, record in ((p, r) for call in found for p, each in call.items() for r in each):
+    for path, record in ((p, r) for call in records for p, each in call.items() for r in each):
+        # Of several calls the first one is shown.
         for x in record['value'][:1]:
             shapes.setdefault(path, ' x '.join(map(str, x.shape)) or 'scalar')
     operations = flops.count_by_key(jaxpr, module_of, TASK)

@@ -51,6 +51,7 @@ class Monitors:
         inspector = StepInspector(experiment, setup, forward)
         if experiment.training.guard == 'warn':
             self._warn_guard = WarnGuard(Replay(programs, reader, inspector))
+        # Also without 'stop': it is what checks labels.
         self._stop_guard = StopGuard(
             programs,
             reader,
@@ -69,6 +70,8 @@ class Monitors:
         """
         if self._captures is not None:
             self._captures.prepare(self._programs.abstract, self._programs.fields.shapes)
+        # Started last: the train step is needed first, and programs are compiled in the order of
+        # these calls.
         self._programs.sweep.start()
 
     def begin(self, step: int, state: TrainState) -> None:
@@ -90,9 +93,9 @@ class Monitors:
         """
         self._stop_guard.poll(state)
 
-    def is_sound(self, state: TrainState) -> bool:
+    def is_finite(self, state: TrainState) -> bool:
         """Waits for a state, and returns whether it is finite and may be saved."""
-        return self._stop_guard.is_sound(state)
+        return self._stop_guard.is_finite(state)
 
     def check(self, step: int, state: TrainState) -> None:
         """Waits for the state of a step, and checks it before it is evaluated and saved.
@@ -130,8 +133,8 @@ class Monitors:
             message = self._warn_guard.check(step, state, self._report.latest)
             if message is not None:
                 self._report.progress.message(message)
-        self._stop_guard.note(step, state, batch.state)
-        due = self._captures.due(step) if self._captures is not None else []
+        self._stop_guard.start_check(step, state, batch.state)
+        due = self._captures.names_due(step) if self._captures is not None else []
         if due and self._captures is not None:
             # Wait for queued steps first: their time is not that of the capture.
             self._report.flush()
@@ -148,4 +151,5 @@ class Monitors:
         if self._checkpoints is None or not self._checkpoints.has(step):
             return None
         states = self._checkpoints.meta(step).get('data_states')
+        # Each process has its own position in a stream.
         return states[jax.process_index()] if states else None

@@ -68,19 +68,20 @@ def describe(programs: Programs, model: Functional, jaxpr: Any) -> str | None:
         model: their model, with a `precision.compute`.
         jaxpr: of the step.
     """
-    asked = jnp.dtype(model.precision.compute)
+    requested = jnp.dtype(model.precision.compute)
     operations = model_operations(jaxpr)
-    wide = select_wider(operations, asked)
-    share = sum(wide.values()) / max(1.0, sum(operations.values()))
+    wider = select_wider(operations, requested)
+    share = sum(wider.values()) / max(1.0, sum(operations.values()))
     if share < _MAX_SHARE:
         return None
     named = select_wider(
-        model_operations(programs.jaxpr(RecordedModel(model, ModuleRecorder()))), asked
+        model_operations(programs.jaxpr(RecordedModel(model, ModuleRecorder()))), requested
     )
-    first = next(iter(named or wide))
+    first = next(iter(named or wider))
     return (
-        f"config.precision.compute={asked.name}, but {100 * share:.0f} % of the model's operations "
-        f'(matrix products and convolutions) are {first.dtype}, first in {first.module or ROOT}. '
+        f'config.precision.compute={requested.name}, but {100 * share:.0f} % of the '
+        f"model's operations (matrix products and convolutions) are {first.dtype}, first in "
+        f'{first.module or ROOT}. '
         f'A {first.dtype} array or module there or earlier promotes everything after it to '
         f'{first.dtype}; cast its result back, as in y.astype(x.dtype)'
     )

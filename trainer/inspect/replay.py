@@ -83,6 +83,7 @@ class Reader:
             self.batch_size,
             fields=self.fields,
             start=start,
+            # During the run the loader is still in use by the run's own prefetcher.
             release=self.data.close if ends else None,
         )
 
@@ -101,6 +102,7 @@ class Replay:
         self._programs = programs
         self._reader = reader
         self._inspector = inspector
+        # One program for the whole state: copying leaf by leaf costs a dispatch for each.
         self._copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
 
     def keep(self, step: int, state: TrainState, position: Any = None) -> ReplayStart:
@@ -109,7 +111,7 @@ class Replay:
 
     def find(
         self,
-        kept: ReplayStart,
+        start: ReplayStart,
         stop: int,
         is_bad: Callable[[TrainState], bool],
         *,
@@ -119,27 +121,30 @@ class Replay:
         """Describes the first step up to `stop` with a non-finite value, and where it is.
 
         Args:
-            kept: a finite state.
+            start: a finite state.
             stop: a step after which the state is not finite.
             is_bad: returns whether a state is not finite.
             what: describes the non-finite values of a state, for the argument `after` of `explain`.
             ends: whether the run has stopped reading its data.
         """
-        step, state, data = kept.step, kept.state, self._reader.data
+        step, state, data = start.step, start.state, self._reader.data
         assert state is not None
         if data.is_stream:
-            if not ends or (kept.position is None and step > 0):
+            # The run's prefetcher reads the stream until the run ends, and a stream has one reader.
+            # Without a position only its beginning can be found again.
+            if not ends or (start.position is None and step > 0):
                 return (
                     f'Last known finite step: {step:,}. Where it began is unknown: the data is '
                     'a stream, which cannot be reread during the run.'
                 )
-            data.restore(step, kept.position)
+            data.restore(step, start.position)
         with self._reader(step, stop, ends=ends) as batches:
             for number, batch in enumerate(batches, start=step + 1):
                 # Before the step, which donates the state. Run for every step, because only the
                 # state after it shows whether this one was bad.
                 inspection = self._inspector(state, batch.arrays)
                 empty = self._programs.empty_metrics()
+                # Each step gets its own metrics, so that `is_bad` judges this step alone.
                 state = dataclasses.replace(state, metrics=empty)
                 state = self._programs.step(state, batch.arrays)
                 if is_bad(state):
@@ -181,7 +186,7 @@ class StepInspector:
         spec = self._programs.fields.shapes
 
         def run(state: TrainState, batch: Batch) -> TaskOutput:
-            return self._forward(ModuleRecorder(), state, batch, slices=1)[0]
+            return self._forward(ModuleRecorder(), state, batch, micro_batches=1)[0]
 
         return self._forward.shapes(run, dataclasses.replace(state, metrics=None), spec).checks
 
@@ -190,6 +195,7 @@ class StepInspector:
         def run(state: TrainState, batch: Batch) -> Any:
             recorder = ModuleRecorder(flags)
             outputs = self._forward(recorder, state, batch)
+            # Reduced to flags on the devices: the host must not copy all intermediate values.
             losses = all_finite([(o.loss, o.penalties) for o in outputs])
             grads = self._gradients(state, batch)
             return recorder.records, losses, finite_by_path(grads), finite_by_path(dict(batch))

@@ -98,11 +98,11 @@ class StopGuard:
         self._show = show
         self._pending: Health | None = None
         # The newest state known to be finite, and the one whose check is pending.
-        self._kept: ReplayStart | None = None
-        self._next: ReplayStart | None = None
-        self._checked: int | None = None
-        self._named: set[int] = set()
-        self._noted_at = -math.inf
+        self._last_finite: ReplayStart | None = None
+        self._candidate: ReplayStart | None = None
+        self._checked_step: int | None = None
+        self._reported_members: set[int] = set()
+        self._last_check_time = -math.inf
 
     def begin(self, step: int, state: TrainState, position: Any) -> None:
         """Sets the state that the run starts from.
@@ -112,25 +112,28 @@ class StopGuard:
             state: at this step; assumed to be finite.
             position: of a stream, or None.
         """
-        self._pending = self._next = self._checked = None
-        self._kept = self._copy_or_position(step, state, position)
-        self._named.clear()
+        # Left over from an earlier call of `fit`.
+        self._pending = self._candidate = self._checked_step = None
+        self._last_finite = self._copy_or_position(step, state, position)
+        self._reported_members.clear()
 
-    def note(self, step: int, state: TrainState, position: Any) -> None:
+    def start_check(self, step: int, state: TrainState, position: Any) -> None:
         """Starts the check of a state, whose result `poll` reads once it is computed.
 
         Does nothing within a second of the last one. Several processes check every state, because
         their clocks differ. The arguments are those of `begin`.
         """
         several, now = jax.process_count() > 1, time.monotonic()
-        if now < self._noted_at + _MIN_SECS and not several:
+        if now < self._last_check_time + _MIN_SECS and not several:
             return
-        self._noted_at = now
+        self._last_check_time = now
+        # `poll` does not read it with several processes: see there.
         if self._pending is not None and several:
             self._check_health(self._pending, state)
-            self._kept = self._next
+            # Only now: until its check is read, the candidate may already be bad.
+            self._last_finite = self._candidate
         self._pending = self._programs.sweep(state)
-        self._next = self._copy_or_position(step, state, position)
+        self._candidate = self._copy_or_position(step, state, position)
 
     def poll(self, state: TrainState) -> None:
         """Reads the result of a pending check if it is computed; does not wait.
@@ -146,7 +149,7 @@ class StopGuard:
         if self._pending is not None and self._pending.packed.is_ready():  # type: ignore[attr-defined]
             pending, self._pending = self._pending, None
             self._check_health(pending, state)
-            self._kept = self._next
+            self._last_finite = self._candidate
 
     def check(self, step: int, state: TrainState) -> None:
         """Waits for the state's step, and checks that it is finite; once for each step.
@@ -160,13 +163,14 @@ class StopGuard:
                 ensemble, if all members have diverged.
             UserError: if a label is out of its range.
         """
-        if step == self._checked:
+        if step == self._checked_step:
             return
         health, self._pending = self._pending, None
-        if health is None or self._next is None or self._next.step != step:
+        # The pending check may be of an older state, which says nothing about this one.
+        if health is None or self._candidate is None or self._candidate.step != step:
             health = self._programs.sweep(state)
         self._check_health(health, state)
-        self._kept, self._checked = self._next or self._kept, step
+        self._last_finite, self._checked_step = self._candidate or self._last_finite, step
 
     def check_labels(self, state: TrainState) -> None:
         """Waits for the state's step, and raises if any step so far has found a bad label.
@@ -191,25 +195,29 @@ class StopGuard:
         bad = np.flatnonzero(bad_step)
         if not len(bad):
             return
+        # Labels first: one that is out of range makes the loss non-finite, and is the better
+        # explanation.
         self._check_labels(packed)
         if self._ensemble is None:
             self._stop(int(kind[0]), int(bad_step[0]), state)
         for member in bad:
             self._report_member(int(member), int(kind[member]), int(bad_step[member]))
+        # As long as one member is left, the ensemble continues.
         if len(bad) == len(bad_step):
             raise NonFiniteError('all members of the ensemble have diverged.')
 
     def _check_labels(self, packed: np.ndarray) -> None:
         for bad_step, kind, value in zip(*packed[:, :3].T, strict=True):
             if bad_step and kind >= lib.LABELS:
+                # The label is in the bits of an integer: all of `packed` is int32.
                 number = float(value.view(np.float32))
                 self._raise_label_error(int(kind) - lib.LABELS, number, int(bad_step))
 
     def _report_member(self, member: int, kind: int, step: int) -> None:
         """Warns, once, of a member that has diverged."""
-        if member in self._named:
+        if member in self._reported_members:
             return
-        self._named.add(member)
+        self._reported_members.add(member)
         assert self._ensemble is not None
         self._show(
             f'Warning: member {member} ({self._ensemble.describe(member)}) has diverged: '
@@ -222,6 +230,8 @@ class StopGuard:
         saved, save_error = 'no checkpoint was saved', None
         if (checkpoints := self._checkpoints) is not None:
             try:
+                # A save may be in progress; the message should name the newest checkpoint that is
+                # complete.
                 checkpoints.wait()
             except CheckpointError as error:
                 save_error = error
@@ -247,6 +257,8 @@ class StopGuard:
     def _explain(self, kind: int, bad_step: int, state: TrainState) -> str:
         """Returns a message on the step and the place of the first non-finite value."""
         assert state.health is not None
+        # With a loss scale single infinite gradients are expected, and skipped; this is reached
+        # after many in a row.
         if kind == lib.GRADIENT and state.loss_scale is not None:
             skips, scale = fetch((state.health.skips, state.loss_scale.scale))
             return (
@@ -254,11 +266,13 @@ class StopGuard:
                 f'{int(skips)} updates in a row, and is down to {float(scale):g}.\n'
                 + self._explain_overflow(bad_step, state)
             )
-        if self._kept is not None and self._kept.state is not None:
+        if self._last_finite is not None and self._last_finite.state is not None:
             return self._replay.find(
-                self._kept, bad_step, self._is_bad, what=_describe_bad_state, ends=True
+                self._last_finite, bad_step, self._is_bad, what=_describe_bad_state, ends=True
             )
         on_cpu = not self._programs.sweeps
+        # No copy to rerun from. On accelerators the state is still that of before the bad step; on
+        # CPUs it has gone on, and only the paths are known.
         bad_param, bad_slot = _bad_leaves(state)
         if kind in (lib.PARAMETER, lib.SLOT):
             when = f'by step {bad_step:,}' if on_cpu else f'in step {bad_step:,}'
@@ -286,21 +300,22 @@ class StopGuard:
             return hint
         # The updates were skipped, so the parameters are those before the step.
         before = dataclasses.replace(state, step=jnp.full_like(state.step, bad_step - 1))
-        found, losses, grads, fields = fetch(self._inspector(before, batch))
-        explained = explain(found, losses, grads, fields)
+        records, losses, grads, fields = fetch(self._inspector(before, batch))
+        explained = explain(records, losses, grads, fields)
         return f'{explained}\n{hint}' if all(fields.values()) else explained
 
-    def is_sound(self, state: TrainState) -> bool:
+    def is_finite(self, state: TrainState) -> bool:
         """Waits for a state, and returns whether it is finite; for an ensemble, any member's."""
         health = self._programs.sweep(state)
         return not np.all(fetch(health.is_bad))
 
     def _is_bad(self, state: TrainState) -> bool:
-        return not self.is_sound(state)
+        return not self.is_finite(state)
 
     def _reread_batch(self, step: int) -> Any:
         """Returns the batch of a step, read again; None if that is impossible."""
         start: int | None = step - 1
+        # A stream is read from a known position up to the step; other data goes there directly.
         if self._reader.data.is_stream:
             start = self._rewind_stream()
         if start is None:
@@ -325,6 +340,7 @@ class StopGuard:
         message = describe_bad_value(
             'config.task', when, checks, number, value, blocks, numbered=numbered
         )
+        # The run is over, and `block` may have started worker processes.
         data.close()
         raise UserError(message)
 
@@ -338,10 +354,11 @@ class StopGuard:
 
     def _rewind_stream(self) -> int | None:
         """Rewinds a stream to the last known position, and returns its step; None if unknown."""
-        if self._kept is None or (self._kept.position is None and self._kept.step > 0):
+        last = self._last_finite
+        if last is None or (last.position is None and last.step > 0):
             return None
-        self._reader.data.restore(self._kept.step, self._kept.position)
-        return self._kept.step
+        self._reader.data.restore(last.step, last.position)
+        return last.step
 
 
 def _describe_bad_state(state: TrainState) -> str:
@@ -355,6 +372,7 @@ def _describe_bad_state(state: TrainState) -> str:
 def _bad_leaves(state: TrainState) -> tuple[str, str]:
     """Returns the non-finite parameters and the non-finite leaves of the optimizer state."""
     assert state.health is not None
+    # `known` has the leaves of both trees in one array, parameters first.
     params, known = len(lib.floats(state.params)), state.health.known
     return (
         _first_bad(state.params, known[:params]),

@@ -25,13 +25,13 @@ class WarnGuard:
             replay: reruns steps.
         """
         self._replay = replay
-        self._kept: ReplayStart | None = None
+        self._last_finite: ReplayStart | None = None
         self._done = False
-        self._sound = jax.jit(all_finite)
+        self._all_finite = jax.jit(all_finite)
 
     def keep(self, step: int, state: TrainState) -> None:
         """Keeps a copy of a finite state, from which steps can be rerun."""
-        self._kept = self._replay.keep(step, state)
+        self._last_finite = self._replay.keep(step, state)
 
     def check(self, step: int, state: TrainState, row: Mapping[str, float]) -> str | None:
         """Keeps the state if it is finite, otherwise explains where it first was not.
@@ -46,22 +46,24 @@ class WarnGuard:
         """
         if self._done:
             return None
+        # The row is on the host already; the state costs a wait.
         bad = non_finite_names(row)
-        if not bad and self._is_sound(state):
+        if not bad and self._is_finite(state):
             self.keep(step, state)
             return None
         self._done = True
-        assert self._kept is not None
+        assert self._last_finite is not None
         what = f'{bad[0]} of step {step:,} is' if bad else f'a parameter after step {step:,} is'
-        explained = self._replay.find(self._kept, step, self._is_bad)
-        self._kept = None
+        explained = self._replay.find(self._last_finite, step, self._is_bad)
+        # Frees the copy: nothing is checked from here on.
+        self._last_finite = None
         return f'config.guard: {what} not finite.\n{explained}\nTraining continues.'
 
     def _is_bad(self, state: TrainState) -> bool:
-        return bool(non_finite_names(flat_row(state.metrics))) or not self._is_sound(state)
+        return bool(non_finite_names(flat_row(state.metrics))) or not self._is_finite(state)
 
-    def _is_sound(self, state: TrainState) -> bool:
-        return bool(fetch(self._sound((state.params, state.collections))))
+    def _is_finite(self, state: TrainState) -> bool:
+        return bool(fetch(self._all_finite((state.params, state.collections))))
 
 
 def non_finite_names(row: Mapping[str, float]) -> list[str]:

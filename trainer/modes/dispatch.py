@@ -35,6 +35,7 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     Raises:
         UserError: for a mistake in the config, or a work directory that cannot be used.
     """
+    # Before the first compilation: JAX sets up the cache once, at its first use.
     _enable_compile_cache()
     # While `stop.starting` is set, a signal ends this process at once. A process that others wait
     # for must not do so: they have to learn of the signal, and all of them stop together.
@@ -48,10 +49,12 @@ def run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         stop.starting = starting
         return _run(loaded, command, stop)
     stop.share()
+    # Only with several processes, whose collectives on CPUs use Gloo.
     logfile.keep_stdout_for_python()
     with processes.exit_together(watch, stop):
         if processes.is_main_process():
             return _run(loaded, command, stop)
+        # The other processes print the same; their warnings still go to standard error.
         with contextlib.redirect_stdout(NullScreen()):
             return _run(loaded, command, stop)
 
@@ -68,6 +71,8 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
         allow_config_change=command.allow_config_change,
         overrides=command.overrides,
     )
+    # Before the mode runs: processes in different modes would wait for each other in different
+    # collectives.
     processes.check_agreement({'mode': command.mode, 'step': command.step})
     if command.mode != 'train':  # Training checks this itself.
         trainer.check_agreement()
@@ -79,6 +84,7 @@ def _run(loaded: LoadedConfig, command: Command, stop: StopRequest) -> int:
     except jax.errors.JaxRuntimeError as error:
         if not compat.is_out_of_memory(error):
             raise
+        # Cached or traced again, which allocates nothing on the devices.
         setup = trainer.set_up()
         explained = out_of_memory.explain(setup.programs, setup.mesh, error)
         text = '\n'.join([f'Error: {explained}', *getattr(error, '__notes__', ())])
@@ -122,12 +128,12 @@ def _build(loaded: LoadedConfig, command: Command) -> Experiment:
 
 
 def _record_failed_start(workdir: Workdir, error: Exception) -> None:
-    workdir.make()
+    workdir.create()
     logfile.route(workdir.path, jax.process_index())
     logfile.record_error(error)
     if processes.is_main_process() and workdir.is_fresh():
-        described = failure.describe(error, 0)
-        workdir.write_result('failed', 0, None, None, {}, described)
+        description = failure.describe(error, 0)
+        workdir.write_result('failed', 0, None, None, {}, description)
 
 
 def _enable_compile_cache() -> None:

@@ -45,6 +45,7 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
         UserError: if a loss is not finite or a label is out of range, and for all mistakes that
             `Trainer.compile` reports.
     """
+    # Without a work directory, so that nothing in it is touched.
     dry = Trainer(experiment)
     programs = dry.compile()
     setup = dry.set_up()
@@ -56,15 +57,17 @@ def rehearse(experiment: Experiment, workdir: str) -> None:
     with dry.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
         state = dry.init_state()
+        # Before the step, which donates the state.
         dry.monitors().begin(0, state)
         state = setup.programs.step(state, batch)
+    # Labels first: one that is out of range makes the loss non-finite too.
     dry.monitors().check_labels(state)
     _check_finite(state.metrics)
     print('train step OK')
     for name, evaluator in setup.evaluators.items():
         evaluator.run(state, max_batches=1)
         print(f'eval {name} OK (one batch)')
-    with _directory(workdir) as directory:
+    with _save_directory(workdir) as directory:
         checkpoints = Checkpoints(directory, experiment.saving.retention)
         checkpoints.save(1, state, {})
         checkpoints.close()
@@ -81,7 +84,7 @@ def _check_finite(metrics: Any) -> None:
 
 
 @contextlib.contextmanager
-def _directory(workdir: str) -> Iterator[epath.Path]:
+def _save_directory(workdir: str) -> Iterator[epath.Path]:
     """Yields a temporary directory for a save, which all processes can see.
 
     Processes may each have their own `/tmp`: several of them save beside the work directory.
@@ -90,6 +93,8 @@ def _directory(workdir: str) -> Iterator[epath.Path]:
         with tempfile.TemporaryDirectory() as directory:
             yield epath.Path(directory)
         return
+    # The sum spreads the number of the main process: all must use the same directory, and two dry
+    # runs must not.
     number = secrets.randbits(32) if processes.is_main_process() else 0
     directory = f'{workdir}.dry_run_{processes.sum_over_processes(number):x}'
     try:

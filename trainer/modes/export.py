@@ -112,8 +112,8 @@ def write(
     check_single_process()
     prediction = evaluator.prediction(state)
     variables = fetch(evaluator.variables(state))
-    kept = {name: tree for name, tree in variables.items() if name != EMA}
-    is_embedded = nbytes(kept) <= max_embedded_bytes
+    saved = {name: tree for name, tree in variables.items() if name != EMA}
+    is_embedded = nbytes(saved) <= max_embedded_bytes
     predict = _Predict(prediction, int(state.step), variables if is_embedded else None)
     spec = _spec(prediction, evaluator.name)
     # The model may name axes of the run's mesh, but callers of the function need not have it.
@@ -122,8 +122,8 @@ def write(
         devices=jax.devices()[:1],
     )  # fmt: skip
     with named_axes((), single_device):
-        function = _export(predict, () if is_embedded else (kept,), spec, platforms)
-    flat = {'/'.join(path): np.asarray(x) for path, x in flatten_dict(kept).items()}
+        function = _export(predict, () if is_embedded else (saved,), spec, platforms)
+    flat = {'/'.join(path): np.asarray(x) for path, x in flatten_dict(saved).items()}
     about = {
         'step': int(state.step),
         'evaluation': evaluator.name,
@@ -135,7 +135,7 @@ def write(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / FUNCTION).write_bytes(bytes(function.serialize()))
-        (directory / MSGPACK).write_bytes(serialization.msgpack_serialize(kept))
+        (directory / MSGPACK).write_bytes(serialization.msgpack_serialize(saved))
         safetensors.write(directory / SAFETENSORS, flat)
         (directory / ABOUT).write_text(json.dumps(about, indent=2) + '\n')
     except OSError as error:
@@ -184,39 +184,44 @@ class _Predict:
         size = next(iter(batch.values())).shape[0]
         fill = {n: jnp.zeros((size, *s.shape[1:]), s.dtype) for n, s in self.unused.items()}
         whole = {**batch, **fill, MASK: jnp.ones(size, bool)}
+        # Batch number 0 and a mask without padding: callers pass whole batches.
         outputs = self.prediction(variables, jnp.int32(self.count), jnp.int32(0), whole)
         return {name: x for name, x in outputs.items() if name != MASK}
 
-    def without(self, unused: Fields) -> _Predict:
+    def without_fields(self, unused: Fields) -> _Predict:
         return _Predict(self.prediction, self.count, self.variables, unused)
 
 
 def _export(
-    predict: _Predict, before: tuple[Any, ...], spec: Fields, platforms: Sequence[str]
+    predict: _Predict, leading: tuple[Any, ...], spec: Fields, platforms: Sequence[str]
 ) -> export.Exported:
     """Exports the function of a batch with the fields that the predictions depend on only.
 
     Args:
-        predict: function of `*before` and a batch.
-        before: arguments that come before the batch: the variables, or none.
+        predict: function of `*leading` and a batch.
+        leading: arguments that come before the batch: the variables, or none.
         spec: shapes and dtypes of the fields of a batch.
         platforms: platforms to compile for.
     """
-    traced = jax.make_jaxpr(predict)(*before, dict(spec)).jaxpr
-    read = {id(x) for equation in traced.eqns for x in equation.invars}
-    read |= {id(x) for x in traced.outvars}
-    fields = traced.invars[len(jax.tree.leaves(before)) :]
-    used = [name for name, x in zip(sorted(spec), fields, strict=True) if id(x) in read] or spec
+    # Read from the jaxpr, and not from the task: a field that a transform reads may still not reach
+    # any output.
+    traced = jax.make_jaxpr(predict)(*leading, dict(spec)).jaxpr
+    used_vars = {id(x) for equation in traced.eqns for x in equation.invars}
+    used_vars |= {id(x) for x in traced.outvars}
+    fields = traced.invars[len(jax.tree.leaves(leading)) :]
+    used = [
+        name for name, x in zip(sorted(spec), fields, strict=True) if id(x) in used_vars
+    ] or spec
     unused = {name: s for name, s in spec.items() if name not in used}
     used_spec = {name: spec[name] for name in used}
-    return _export_any_batch_size(predict.without(unused), before, used_spec, platforms)
+    return _export_any_batch_size(predict.without_fields(unused), leading, used_spec, platforms)
 
 
 def _export_any_batch_size(
-    predict: _Predict, before: tuple[Any, ...], spec: Fields, platforms: Sequence[str]
+    predict: _Predict, leading: tuple[Any, ...], spec: Fields, platforms: Sequence[str]
 ) -> export.Exported:
     """Exports the function for any batch size, or for that of `spec` if the model requires it."""
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), before)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leading)
     export_for: Callable[..., export.Exported] = export.export(
         jax.jit(predict), platforms=platforms
     )

@@ -39,6 +39,7 @@ def precompute(
             f'precompute: there is no evaluation {evaluation!r}; config.evals has {names}'
         )
     state = trainer.init_state() if state is None else state
+    # In all processes: predicting is collective.
     batches = list(trainer.predict(evaluation, state))
     arrays = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
     if processes.is_main_process():

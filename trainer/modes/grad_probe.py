@@ -26,7 +26,7 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     gradients = gradient_probe.next_step_gradients(trainer.run, setup, state, command.match)
     path = workdir.path / f'gradients_{int(state.step)}.npz'
     if processes.is_main_process():
-        workdir.make()
+        workdir.create()
         write_npz(path, {each.path: each.gradient for each in gradients})
     print(f'gradients of the loss of step {int(state.step) + 1:,}')
     print(gradient_probe.table(gradients))

@@ -17,12 +17,15 @@ from trainer.trainer import Trainer
 
 def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
     """Trains, unless the run has finished."""
+    # Before the log is opened: a run that may not start here must not write to the files of another
+    # one.
     trainer.check_workdir()
     if _report_finished(trainer):
         return 0
+    # After the checks, which often end the process at once; the import takes seconds.
     checkpoint.preload()
     workdir = workdir_of(trainer)
-    workdir.make()
+    workdir.create()
     logfile.route(workdir.path, jax.process_index())
     try:
         several = jax.process_count() > 1
@@ -32,6 +35,7 @@ def run(trainer: Trainer, command: Command, stop: StopRequest) -> int:
         logfile.record_error(error)
         raise
     finally:
+        # Written here and not in the signal handler, which may interrupt a write to the same file.
         if stop.signal is not None:
             logfile.record(f'received {signal.Signals(stop.signal).name}')
     if result.status in ('interrupted', 'preempted'):
@@ -44,6 +48,7 @@ def _report_finished(trainer: Trainer) -> bool:
     workdir, total = workdir_of(trainer), trainer.experiment.training.total_steps
     latest = trainer.checkpoints.latest() if trainer.checkpoints else None
     result = workdir.result() if latest is not None else None
+    # The result may be of an earlier, shorter run, with newer checkpoints after it.
     if result is None or result['step'] != latest:
         return False
     early = (

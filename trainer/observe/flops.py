@@ -45,7 +45,9 @@ def count_by_key(jaxpr: Any, key_of: Callable[[Any, Key], Key], outer: Key) -> d
         elif name == 'conv_general_dilated':
             inner = [{key: _count_convolution(equation)}]
         elif name == 'cond':
+            # Only one branch runs: the largest gives an upper bound.
             inner = [max(inner, key=lambda branch: sum(branch.values()), default={})]
+        # The number of iterations of a `while_loop` is not in the jaxpr.
         times = equation.params['length'] if name == 'scan' else 1
         for each in inner:
             for inner_key, operations in each.items():

@@ -29,6 +29,7 @@ def quiet_environment() -> None:
 def quiet_absl() -> None:
     """Removes absl's own handler, which prints, until `route` sends its lines to a file."""
     absl = logging.getLogger('absl')
+    # At import absl adds a handler that prints to standard error.
     absl.handlers.clear()
     absl.propagate = False
 
@@ -39,6 +40,7 @@ def keep_stdout_for_python() -> None:
     Python's stdout moves to a new descriptor, and descriptor 1 is redirected to /dev/null. Gloo
     prints a line there for every process of every group.
     """
+    # What is in the buffer belongs to the old descriptor.
     sys.stdout.flush()
     encoding, errors = sys.stdout.encoding, sys.stdout.errors
     line_buffering = getattr(sys.stdout, 'line_buffering', False)
@@ -46,6 +48,7 @@ def keep_stdout_for_python() -> None:
         os.dup(1), 'w', encoding=encoding, errors=errors, buffering=1 if line_buffering else -1
     )
     devnull = os.open(os.devnull, os.O_WRONLY)
+    # Below Python: C++ writes to descriptor 1, whatever `sys.stdout` is.
     os.dup2(devnull, 1)
     os.close(devnull)
 
@@ -80,12 +83,15 @@ def route(directory: epath.PathLike | None, process: int = 0) -> None:
         root.addHandler(_open(path / f'debug{number}.log', debug))
     else:
         root.addHandler(logging.NullHandler())
+    # It has the handler of `log.txt` itself: its parents would write and print each line again.
     screen.propagate = False
     # absl installs a handler of its own that prints.
     logging.getLogger('absl').handlers.clear()
     logging.getLogger('absl').propagate = True
     logging.captureWarnings(True)
     sys.unraisablehook = _log_unraisable
+    # `debug.log` is for developers: by default Python hides deprecations, and here they cost
+    # nothing.
     warnings.simplefilter('default')
 
 
@@ -101,13 +107,14 @@ def record_error(error: BaseException) -> None:
     else:
         text = traces.format_traceback(error, elsewhere=full_traceback_location())
         record(f'The run has failed:\n{text}')
+    # To the root, which only `debug.log` listens to.
     logging.getLogger().error('the run has failed', exc_info=error)
 
 
 def full_traceback_location() -> str:
     """Returns where to find the frames that the printed traceback leaves out."""
     files = [h.baseFilename for h in logging.getLogger().handlers if isinstance(h, _File)]
-    return f'see {files[0]}' if files else traces.SHOWN
+    return f'see {files[0]}' if files else traces.HOW_TO_SEE_ALL
 
 
 class _Lines(logging.Formatter):
@@ -128,6 +135,7 @@ class _File(logging.FileHandler):
     _failed = False
 
     def handleError(self, record: logging.LogRecord) -> None:
+        # A full disk would otherwise print a warning for every line.
         if not self._failed:
             self._failed = True
             _warn_unwritable(self.baseFilename, sys.exc_info()[1])

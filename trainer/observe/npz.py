@@ -27,8 +27,11 @@ def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> int:
     # Not with `numpy.savez`: its parameters 'file' and 'allow_pickle' could not be names of arrays.
     with zipfile.ZipFile(content, 'w') as file:
         for name, array in arrays.items():
+            # zip64, because the size of an entry is not known when its header is written, and it
+            # may exceed 2 GiB.
             with file.open(f'{name}.npy', 'w', force_zip64=True) as entry:
                 np.lib.format.write_array(entry, _without_objects(name, array), allow_pickle=False)
+    # Built in memory: a zip file is not written front to back, which object stores require.
     files.replace(path, content.getbuffer())
     return content.getbuffer().nbytes
 
@@ -41,9 +44,9 @@ def _without_objects(name: str, array: np.ndarray) -> np.ndarray:
     for kind in (str, bytes):
         if all(type(item) is kind for item in items):
             # numpy pads items with zeros, so trailing zeros of an item would be lost.
-            written = np.array(items, kind).reshape(array.shape)
-            if written.ravel().tolist() == items:
-                return written
+            converted = np.array(items, kind).reshape(array.shape)
+            if converted.ravel().tolist() == items:
+                return converted
     kinds = ', '.join(sorted({type(item).__name__ for item in items}))
     raise UserError(
         f'{name!r} has Python objects ({kinds}), but only arrays of numbers or text can be '

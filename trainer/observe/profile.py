@@ -71,7 +71,9 @@ class Profile:
         """
         if self._window is None:
             return None
+        # A range: a resumed run may begin inside of the window.
         if not self._running and self._window.start <= step < self._window.stop:
+            # The steps before the window are still queued: without this they would be in the trace.
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._directory))
             self._running = True
@@ -84,6 +86,7 @@ class Profile:
         """Ends the trace if one is running; returns a message for the user, or None."""
         if not self._running:
             return None
+        # First: if a failed step raises below, no later call tries to end the trace again.
         self._running = False
         jax.block_until_ready(state)
         self._end_step()

@@ -50,7 +50,7 @@ class Progress:
         self._stream = stream
         self._live = stream.isatty() and os.environ.get('TERM') != 'dumb'
         self._row: Mapping[str, float] = {}
-        self._shown = 0.0
+        self._last_refresh = 0.0
         self._open = False
 
     def tick(self, step: int) -> None:
@@ -58,8 +58,8 @@ class Progress:
         if not self._live:
             return
         now = time.monotonic()
-        if now - self._shown >= _REFRESH_SECS:
-            self._shown = now
+        if now - self._last_refresh >= _REFRESH_SECS:
+            self._last_refresh = now
             self._show(step)
 
     def update(self, step: int, row: Mapping[str, float]) -> None:
@@ -72,6 +72,7 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Prints text, in place of the live line if there is one."""
+        # The log gets the text without control characters.
         _record.info(text)
         clear = CLEAR if self._open else ''
         self._open = False
@@ -109,9 +110,11 @@ class Progress:
             columns = os.get_terminal_size(self._stream.fileno()).columns
         except OSError:
             columns = 0
+        # Some terminals, as in containers, report a width of 0.
         return columns or _DEFAULT_COLUMNS
 
     def _parts(self, step: int) -> dict[str, str]:
+        # The order of the parts is that of the printed line.
         parts = {'step': f'step {step:,}/{self._total:,} ({100 * step // self._total}%)'}
         row = {name.removeprefix('train/'): value for name, value in self._row.items()}
         if 'loss' in row:

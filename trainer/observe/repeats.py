@@ -53,6 +53,8 @@ def _fold(
     blocks: dict[str, list[_Entry]] = {}
     for (name, *rest), index in entries:
         blocks.setdefault(name, []).append((tuple(rest), index))
+    # What a block contains is compared whole, at all depths: its paths and their contents, without
+    # its own name.
     equal = {
         name: tuple((rest, contents[index]) for rest, index in block)
         for name, block in blocks.items()
@@ -62,10 +64,12 @@ def _fold(
     for name in blocks:
         if name in done:
             continue
-        same = _equal_neighbors(name, equal)
-        done.update(same)
-        title = name if len(same) == 1 else f'{same[0]}..{_number(same[-1])}'
-        block, path, copies = blocks[same[0]], f'{prefix}{title}', count * len(same)
+        # Folding goes from the outside in: a block that is folded once is shown once, with its own
+        # inner blocks folded in turn.
+        group = _equal_neighbors(name, equal)
+        done.update(group)
+        title = name if len(group) == 1 else f'{group[0]}..{_number(group[-1])}'
+        block, path, copies = blocks[group[0]], f'{prefix}{title}', count * len(group)
         lines += [Line(path, index, copies) for rest, index in block if not rest]
         inner = [(rest, index) for rest, index in block if rest]
         lines += _fold(inner, contents, f'{path}/', copies) if inner else []
@@ -76,14 +80,14 @@ def _equal_neighbors(name: str, contents: Mapping[str, Hashable]) -> list[str]:
     """Returns the names around a numbered one with equal contents, if they are enough to fold."""
     if not (digits := _number(name)):
         return [name]
-    stem, same = name.removesuffix(digits), [name]
+    stem, group = name.removesuffix(digits), [name]
     # Paths are often in the order of their text, in which 10 comes before 2.
     for step in (-1, 1):
         number = int(digits) + step
         while contents.get(neighbor := f'{stem}{number}') == contents[name]:
-            same.insert(0 if step < 0 else len(same), neighbor)
+            group.insert(0 if step < 0 else len(group), neighbor)
             number += step
-    return same if len(same) >= _FEWEST else [name]
+    return group if len(group) >= _FEWEST else [name]
 
 
 def _number(name: str) -> str:

@@ -65,6 +65,7 @@ def bytes_per_device(tree: Any) -> int:
 
     def size_on_device(leaf: Any) -> int:
         sharding = getattr(leaf, 'sharding', None)
+        # Shapes alone have no sharding: they count as replicated.
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         return math.prod(shape) * leaf.dtype.itemsize
 
@@ -91,5 +92,6 @@ def _axes(leaf: Any) -> str:
     sharding = getattr(leaf, 'sharding', None)
     if not isinstance(sharding, NamedSharding) or sharding.is_fully_replicated:
         return ''
+    # A spec may be shorter than the shape: the rest is not sharded.
     spec = (*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec)))
     return ' x '.join('+'.join(a) if isinstance(a, tuple) else a or '-' for a in spec)

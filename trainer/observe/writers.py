@@ -78,6 +78,7 @@ class MetricsFile:
         self._path = epath.Path(path)
         self._resume_step = resume_step
         try:
+            # The steps after the checkpoint are run again, and would be in the file twice.
             truncate_after(self._path, resume_step)
             self._resumed_names = _read_names(self._path, resume_step)
             self._file = self._path.open('a')
@@ -91,10 +92,13 @@ class MetricsFile:
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
         """Appends one line, unless the resumed run had already written it."""
+        # Evaluations at the step of a checkpoint may run again after it is restored.
         if step == self._resume_step and not self._resumed_names.isdisjoint(row):
             return
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}
         self._file.write(json.dumps({'step': step, **values}) + '\n')
+        # To the operating system only: a killed process loses nothing, and `sync` waits for the
+        # disk before a save.
         self._file.flush()
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
@@ -127,6 +131,7 @@ class TensorBoard:
         self._writer = events_writer(os.path.join(os.fspath(directory), 'events'), suffix)
         self._flushed = time.monotonic()
         start = event.SessionLog(status=event.SessionLog.START)
+        # TensorBoard discards what older files have from this step on.
         self._add(resume_step + 1, session_log=start)
 
     def write(self, step: int, row: Mapping[str, float]) -> None:
@@ -187,6 +192,7 @@ class Writers:
         """
         self._required = list(required)
         self._optional: list[Writer] = []
+        # Created here, so that failing to open one is handled like failing to write.
         for make in optional:
             try:
                 self._optional.append(make())
@@ -216,6 +222,7 @@ class Writers:
             try:
                 act(writer)
             except Exception as error:
+                # Not tried again: an error for every row would flood the output.
                 self._optional.remove(writer)
                 _warn_stopped(error)
 
@@ -229,7 +236,7 @@ def truncate_after(path: epath.Path, step: int) -> None:
         return
     data = path.read_bytes()
     *lines, _ = data.split(b'\n')  # The last one is empty or incomplete.
-    kept, damaged = [], []
+    remaining, damaged = [], []
     for number, line in enumerate(lines, 1):
         if not line.strip():  # A blank line is not damage: an editor may have left it.
             continue
@@ -237,25 +244,26 @@ def truncate_after(path: epath.Path, step: int) -> None:
         if line_step is None:
             damaged.append((number, line))
         elif line_step <= step:
-            kept.append(line)
+            remaining.append(line)
     if damaged:
         _move_damaged(path, damaged)
-    text = b''.join(line + b'\n' for line in kept)
+    text = b''.join(line + b'\n' for line in remaining)
     if text != data:
+        # Synced before the rename: after a crash there is either the old file or the whole new one.
         files.replace(path, text, sync=True)
 
 
 def _move_damaged(path: epath.Path, damaged: Sequence[tuple[int, bytes]]) -> None:
     """Appends damaged lines to their own file, and warns with their line numbers."""
-    aside = path.parent / f'{path.name}.damaged'
-    with aside.open('ab') as file:
+    damaged_path = path.parent / f'{path.name}.damaged'
+    with damaged_path.open('ab') as file:
         file.write(b''.join(line + b'\n' for _, line in damaged))
         files.fsync(file)
     numbers = ', '.join(str(number) for number, _ in damaged[:5])
     which = f'line {numbers}' if len(damaged) == 1 else f'{len(damaged):,} lines ({numbers}'
     if len(damaged) > 1:
         which += ', ...)' if len(damaged) > 5 else ')'
-    _log.warning('%s is damaged: moved %s to %s', path, which, aside)
+    _log.warning('%s is damaged: moved %s to %s', path, which, damaged_path)
 
 
 def _parse_step(line: bytes) -> int | None:
@@ -273,6 +281,7 @@ def _read_names(path: epath.Path, step: int) -> set[str]:
     names: set[str] = set()
     # Not `splitlines`: a carriage return within a row is JSON white space.
     lines = path.read_bytes().split(b'\n')[:-1] if path.exists() else []
+    # From the end: rows are in the order of their steps, so the first other step ends the search.
     for row in map(json_text.parse, reversed(lines)):
         if row['step'] != step:
             break

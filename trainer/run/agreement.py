@@ -21,6 +21,8 @@ def check_run(run: Run) -> None:
         UserError: in every process, naming the difference in config, versions, data or checkpoints.
     """
     workdir, checkpoints = run.workdir, run.checkpoints
+    # Otherwise a difference would show only in the first collective, which then hangs or adds up
+    # values that do not belong together.
     processes.check_agreement(
         {
             'config': run.experiment.origin.config,

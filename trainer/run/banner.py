@@ -15,6 +15,7 @@ def summary(run: Run, setup: Setup, step: int) -> str:
     """Returns the banner of a run that starts at `step`."""
     experiment, state = run.experiment, setup.programs.abstract
     devices = jax.devices()
+    # Not the number of devices: those along a model axis work on the same examples.
     shards = batch_shards(setup.mesh)
     mesh = ' x '.join(f'{name} {size}' for name, size in setup.mesh.shape.items())
     batch_size = experiment.clock.batch_size

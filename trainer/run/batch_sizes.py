@@ -30,6 +30,8 @@ class BatchSizes:
         fresh = cls(((0, batch_size),))
         if workdir is None:
             return fresh
+        # Only to read metadata. The retention of the config is not built yet: it needs the clock,
+        # which needs these batch sizes.
         checkpoints = Checkpoints(workdir.checkpoints, Retention())
         latest = checkpoints.latest()
         if latest is None:
@@ -47,11 +49,14 @@ class BatchSizes:
         Checkpoints from before batch sizes were stored have only the one of their config.
         """
         if 'batch_sizes' in meta:
+            # JSON has no tuples, and the parts are compared with those of `from_run`.
             return cls(tuple((step, size) for step, size in meta['batch_sizes']))
         return cls(((0, meta.get('config', {}).get('data', {}).get('batch_size', batch_size)),))
 
     def with_size(self, step: int, batch_size: int) -> BatchSizes:
         """Returns the batch sizes of a run that resumes at `step` with this batch size."""
+        # A part that begins at `step` or later is of a run that went further, and whose newer
+        # checkpoints are gone.
         parts = tuple(part for part in self.parts if part[0] < step)
         if parts and parts[-1][1] == batch_size:
             return BatchSizes(parts)
@@ -64,6 +69,7 @@ class BatchSizes:
 
     def examples(self, step: int) -> int:
         """Returns the number of examples consumed by the end of a step."""
+        # Each part ends where the next one begins, the last one at `step`.
         ends = (*(first for first, _ in self.parts[1:]), step)
         starts = zip(self.parts, ends, strict=True)
         return sum((end - first) * size for (first, size), end in starts)

@@ -34,6 +34,7 @@ def check_batch(experiment: Experiment, shards: int) -> None:
     size, divisor = experiment.clock.batch_size, shards * experiment.training.accumulate
     if size % divisor == 0:
         return
+    # 0 is a multiple too, but no batch size.
     below, above = size // divisor * divisor, -(-size // divisor) * divisor
     nearest = f'{above}' if below == 0 else f'{below} or {above}'
     raise UserError(
@@ -53,9 +54,9 @@ def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> No
         experiment.optimizer,
         state.opt_state,
         ema=experiment.training.ema_decay is not None,
-        own_step=experiment.step is not default_step,
+        is_custom_step=experiment.step is not default_step,
     )
-    combinations.warn_of_eval_point(experiment.optimizer, state.opt_state)
+    combinations.warn_about_eval_params(experiment.optimizer, state.opt_state)
     warn_of_micro_batch_stats(experiment, state)
     warn_of_padding_in_batch_stats(programs)
     warn_of_idle_axes(experiment, state, mesh)
@@ -102,6 +103,7 @@ def warn_of_idle_axes(experiment: Experiment, state: TrainState, mesh: Mesh) -> 
     Axes in rules by name are exempt, because activations may be sharded over them.
     """
     used = set(BATCH_AXES)
+    # An entry of a PartitionSpec is a name, a tuple of names or None; so is the target of a rule.
     for _, axes in logical_rules(experiment.devices.sharding):
         used.update((axes,) if isinstance(axes, str) else axes or ())
     for leaf in jax.tree.leaves(state):
@@ -125,11 +127,13 @@ def warn_of_wrong_gradients(state: TrainState, mesh: Mesh) -> None:
     The cause is in XLA and shows in JAX alone. It needs a kernel sharded over two axes of the same
     size, a batch sharded over a third, and activations without sharding constraints.
     """
+    # No other backend has shown it, and with a single shard of the batch it does not happen.
     if mesh.devices.flat[0].platform != 'cpu' or mesh.shape.get('data', 1) == 1:
         return
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
         every = [(axes,) if isinstance(axes, str) else axes or () for axes in leaf.sharding.spec]
         sizes = [math.prod(mesh.shape[axis] for axis in axes) for axes in every]
+        # A dimension that is not sharded has size 1, which would count as equal to another such.
         sizes = [size for size in sizes if size > 1]
         if len(set(sizes)) < len(sizes):
             _log.warning(
@@ -186,6 +190,8 @@ def warn_of_best(experiment: Experiment, events: Events) -> None:
         f'config.evals.{name}.every={str(experiment.evals[name].every)!r}',
         f'config.checkpoint.every={str(experiment.saving.every)!r}',
     )
+    # Saving as often as evaluating ranks every checkpoint. An evaluation that is never due before
+    # the end has to become more frequent itself, unless saves are not due either.
     wanted = periods[0].partition('=')[2]
     fix = f'set --config.checkpoint.every={wanted}'
     if evals.period_steps is None or evals.period_steps > total:

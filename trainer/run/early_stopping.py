@@ -50,6 +50,7 @@ class Patience:
         Raises:
             UserError: if the evaluation has no such metric.
         """
+        # At most two splits: the key itself may contain '/', as in 'members/loss'.
         _, name, key = self.rule.metric.split('/', 2)
         if evaluation != name:
             return
@@ -62,6 +63,9 @@ class Patience:
         if self.rule.is_better(value, self.best):
             self.best, self.count = value, 0
         else:
+            # Before the increment: `patience` evaluations may fail to improve, and the next one
+            # stops. `stopped` stays set, since a later improvement (at the final evaluation) does
+            # not undo the stop.
             self.stopped = self.stopped or self.count >= self.rule.patience
             self.count += 1
 

@@ -52,6 +52,7 @@ class Events:
 
     def evals_due(self, step: int) -> list[str]:
         """Returns the evaluations due at a step, in the config's order."""
+        # Every period divides 0, but there is nothing to evaluate before the first update.
         if step == 0:
             return []
         ending = self.final if step == self.total_steps else frozenset()
@@ -62,6 +63,7 @@ class Events:
         due = [
             p.next_due(step) for p in (self.log, self.save, *self.captures, *self.evals.values())
         ]
+        # A trace starts and stops between calls of a program, so its borders have to end a call.
         borders = (self.profile.start, self.profile.stop) if self.profile else ()
         due += [border for border in (*borders, self.total_steps) if border > step]
         return min((d for d in due if d is not None), default=None)
@@ -79,6 +81,7 @@ class Events:
         due = self.next_due(step)
         while step < last:
             room = min(last, due or last) - step
+            # Not `min(most, room)`: every other count would compile a further program.
             count = most if room >= most else 1
             yield count
             step += count

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.config import traces
 
+# Messages of XLA can have thousands of lines; the full text is in `debug.log`.
 _MAX_LINES = 8
 _MAX_LINE = 500
 
@@ -54,6 +55,7 @@ def summary(error: BaseException) -> str:
 
 def _location(error: BaseException) -> str | None:
     """Returns 'file.py:10 in f': the innermost frame of user code, or else of the trainer."""
+    # The innermost frame is usually inside JAX or this package; users look for their own line.
     if (own_place := traces.user_location(error)) is not None:
         return own_place
     frames = traceback.extract_tb(error.__traceback__)

@@ -63,6 +63,8 @@ class Hooks:
         """
         if not self._hooks:
             return
+        # Before the calls: if a hook fails at 'start', those called before it must still get their
+        # 'end'.
         if kind == 'start':
             self._started = True
         event = self._event(kind, step, state, **more)
@@ -76,6 +78,8 @@ class Hooks:
                     raise
                 _log.warning('config.hooks.%s failed at step %d', name, step, exc_info=error)
                 self.error = self.error or error
+                # Not called again: it would probably fail at each event until all processes have
+                # stopped.
                 del self._hooks[name]
 
     def raise_deferred(self, step: int) -> None:
@@ -88,6 +92,8 @@ class Hooks:
             PeerHookError: if only hooks of other processes have failed.
         """
         mine = None if self.error is None else failure.summary(self.error)
+        # Decided by the config, which is the same everywhere: `self._hooks` may differ by a hook
+        # that failed in one process, and then some would not join the collective.
         texts = enumerate(processes.gather(mine) if self._experiment.hooks else ())
         others = [f'process {number}: {text}' for number, text in texts if text is not None]
         if self.error is not None:
@@ -117,6 +123,8 @@ class Hooks:
         if not self._started:
             return
         self._started = False
+        # A hook that fails must not keep the others from their 'end', where they close what they
+        # opened.
         event = self._event('end', step, state, status=status, error=error)
         errors = []
         for hook in self._hooks.values():
@@ -141,6 +149,7 @@ class Hooks:
             kind=kind,
             step=step,
             state=state,
+            # A copy: a hook may keep the event, and the reporter goes on to update its dict.
             metrics=dict(self._report.latest),
             workdir=None if self._workdir is None else str(self._workdir.path),
             row=self._report.row if kind in ('log', 'eval') else {},

@@ -24,6 +24,7 @@ def explain(programs: Programs, mesh: Mesh, error: Exception) -> str:
         f'optimizer {human_bytes(bytes_per_device(state.opt_state))})',
         f'  batch        {human_bytes(batch / batch_shards(mesh))} per device',
     ]
+    # None if the error came from compiling the step itself, or the backend does not report it.
     temporary = programs.step.temporary_bytes()
     if temporary is not None:
         lines.append(f'  temporaries  {human_bytes(temporary)} in the train step')

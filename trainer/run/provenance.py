@@ -47,7 +47,7 @@ class Repository:
     untracked: tuple[str, ...] = ()
     diff: bytes = b''
 
-    def about(self, diff: str | None = None) -> dict[str, Any]:
+    def as_entry(self, diff: str | None = None) -> dict[str, Any]:
         """Returns its entry in `run.json`.
 
         Args:
@@ -93,12 +93,14 @@ def inspect_code(directory: pathlib.Path, config: pathlib.Path | None) -> Code:
     diffs: dict[str, bytes] = {}
 
     def add(field: str, state: Repository, name: str) -> None:
-        about[field] = state.about(name)
+        about[field] = state.as_entry(name)
         if state.diff:
             diffs[name] = state.diff
 
     if user is not None:
         add('git', user, 'code.diff')
+    # A config is often kept in a repository of its own, whose state matters as much. The trainer
+    # has its own entry, so its example configs need no second one.
     root = None if config is None else _root(config.resolve().parent)
     if root is not None and root != _root(directory) and not _is_trainer(root):
         other = repository(root)
@@ -116,22 +118,24 @@ def repository(directory: pathlib.Path) -> Repository | None:
     # A single command: in a large repository, the walk over the files takes most of the time.
     text = _git(root, 'status', '--porcelain=v2', '--branch', '-z', limit=_MAX_STATUS_BYTES)
     if text is None:
+        # The status took too long or was refused; the commit alone can be read without walking the
+        # files.
         head = _git(root, 'rev-parse', '--verify', '-q', 'HEAD')
-        known = head.decode().strip() if head else None
-        return Repository(directory=str(root), commit=known, branch=None, dirty=None)
+        commit = head.decode().strip() if head else None
+        return Repository(directory=str(root), commit=commit, branch=None, dirty=None)
     entries = text.decode(errors='replace').split('\0')
-    heads = dict(e[2:].split(' ', 1) for e in entries if e.startswith('# branch.'))
-    commit, branch = heads.get('branch.oid'), heads.get('branch.head')
+    headers = dict(e[2:].split(' ', 1) for e in entries if e.startswith('# branch.'))
+    commit, branch = headers.get('branch.oid'), headers.get('branch.head')
     # Entries of the porcelain format begin with 1 (changed), 2 (renamed) or u (unmerged).
     dirty = any(entry[:2] in ('1 ', '2 ', 'u ') for entry in entries)
-    known = None if commit == '(initial)' else commit
+    commit = None if commit == '(initial)' else commit
     return Repository(
         directory=str(root),
-        commit=known,
+        commit=commit,
         branch=None if branch == '(detached)' else branch,
         dirty=dirty,
         untracked=tuple(entry[2:] for entry in entries if entry.startswith('? ')),
-        diff=_diff(root) if dirty and known else b'',
+        diff=_diff(root) if dirty and commit else b'',
     )
 
 
@@ -155,10 +159,13 @@ class CodeInspector:
         self._receiver: Callable[[Code], None] | None = None
         self._lock = threading.Lock()
         self._paths = pathlib.Path.cwd(), config
+        # A daemon, so that a run can end while git is still busy.
         threading.Thread(target=self._inspect, name='provenance', daemon=True).start()
 
     def deliver_to(self, act: Callable[[Code], None]) -> None:
         """Calls a function with the code: now if it is known, otherwise later in the thread."""
+        # Either this thread finds the code, or the other one finds the receiver: checking without
+        # the lock could miss both.
         with self._lock:
             if self._code is None:
                 self._receiver = act
@@ -184,6 +191,8 @@ def _root(directory: pathlib.Path) -> pathlib.Path | None:
 
 
 def _is_trainer(root: pathlib.Path) -> bool:
+    # Being inside is not enough: an installed copy may be in an ignored directory of the user's
+    # repository (`.venv`). Only a checkout tracks the files.
     if not _HERE.is_relative_to(root.resolve()):
         return False
     return bool(_git(root, 'ls-files', '--', str(_HERE / '__init__.py')))
@@ -194,11 +203,11 @@ def _diff(root: pathlib.Path) -> bytes:
     return text or b''
 
 
-def _git(directory: pathlib.Path, *words: str, limit: int = 1 << 16) -> bytes | None:
+def _git(directory: pathlib.Path, *args: str, limit: int = 1 << 16) -> bytes | None:
     """Returns git's output, truncated at `limit` bytes; None if it fails or takes too long."""
     # git's file system monitor would inherit the pipe and keep it open, and git's optional locks
     # could block a commit that the user makes meanwhile.
-    command = ['git', '--no-optional-locks', '-c', 'core.fsmonitor=false', *words]
+    command = ['git', '--no-optional-locks', '-c', 'core.fsmonitor=false', *args]
     try:
         process = subprocess.Popen(
             command,
@@ -206,15 +215,19 @@ def _git(directory: pathlib.Path, *words: str, limit: int = 1 << 16) -> bytes | 
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            # No prompt that would wait for an answer, and no translated output.
             env={**os.environ, 'GIT_TERMINAL_PROMPT': '0', 'LC_ALL': 'C'},
         )
     except OSError:
         return None
+    # Not `communicate(timeout=...)`, which keeps all output in memory, however much there is.
+    # Killing the process closes the pipe, which ends the read below.
     timer = threading.Timer(_TIMEOUT_SECS, process.kill)
     timer.daemon = True
     timer.start()
     with process:
         assert process.stdout is not None
+        # One byte more than the limit shows whether there is more.
         text = process.stdout.read(limit + 1)
         if is_truncated := len(text) > limit:
             process.kill()

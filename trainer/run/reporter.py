@@ -28,7 +28,7 @@ from trainer.observe.time_spent import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
 from trainer.tasks.measured import (
-    Measured,
+    MetricValues,
     average_members,
     check_computes,
     compute_on_trial,
@@ -118,6 +118,8 @@ class Reporter:
     def end(self, status: str, step: int) -> None:
         """Prints the status, the newest metrics and the time spent, and closes the run's files."""
         self.flush()
+        # What remains of the loop's time: the host cannot measure the steps themselves, which run
+        # while it does other things.
         steps = self._loop_secs() - self._began - self.time.get('data wait')
         self.time.set('steps', max(0.0, steps))
         self.close()
@@ -133,6 +135,7 @@ class Reporter:
 
     def close(self) -> None:
         """Closes the run's files; later rows are only printed."""
+        # Replaced first: if closing fails, a later row is not written to a closed file.
         writer, self._writer = self._writer, Writers(())
         writer.close()
 
@@ -157,6 +160,8 @@ class Reporter:
                 the members leave them out.
         """
         self.flush()
+        # Two rows cannot be pending at once. Blocking is cheap here: the step of the older one is a
+        # whole logging period ago.
         (before, waited), secs = self._waited, self.time.get('data wait')
         self._waited = (step, secs)
         self._pending = _Pending(step, (metrics, stopped), (secs - waited) / (step - before))
@@ -177,13 +182,14 @@ class Reporter:
         row['train/data_wait_secs'] = pending.data_wait_secs
         kept = self._write_arrays(f'train_{step}', row.arrays)
         self._add(step, row)
+        # After the file, so that no printed value is missing there if the run is killed.
         self.progress.update(step, row)
         if kept:
             self.progress.message(f'step {step:,}:{kept}')
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the row of an evaluation, and a file with the arrays of a `Measured`."""
-        arrays = metrics.arrays if isinstance(metrics, Measured) else {}
+        """Writes the row of an evaluation, and a file with the arrays of a `MetricValues`."""
+        arrays = metrics.arrays if isinstance(metrics, MetricValues) else {}
         kept = self._write_arrays(f'eval_{name}_{step}', arrays)
         row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
         self._add(step, row)
@@ -217,6 +223,7 @@ class Reporter:
         shown = [f'{n} {describe(x)}' for n, x in arrays.items() if not is_member_name(n)]
         if self._directory is None:
             return f'  {", ".join(shown)}'
+        # Named after the step, so a resumed run overwrites the file of a step that it repeats.
         path = self._directory / 'metrics' / f'{name}.npz'
         path.parent.mkdir(parents=True, exist_ok=True)
         write_npz(path, arrays)
@@ -230,11 +237,14 @@ class Reporter:
     def _member_label(self, member: str) -> str:
         """Returns 'eval/test member 3 (seed 3)' for 'eval/test/member_3'."""
         prefix, _, number = member.rpartition('/member_')
+        # A metric of the task may have such a name too, in a run that is no ensemble.
         description = self._members[int(number)] if int(number) < len(self._members) else ''
         return f'{prefix} member {number}' + (f' ({description})' if description else '')
 
     def _loop_secs(self) -> float:
         """Returns the seconds of the loop so far, without its evaluations and saves."""
+        # Rates are of training: an evaluation or a save between two rows must not look like slow
+        # steps.
         return time.perf_counter() - self.time.get('eval') - self.time.get('save')
 
 
@@ -252,7 +262,7 @@ class _Pending:
         return self._one is None or self._one.is_ready()  # type: ignore[attr-defined]
 
 
-def flat_row(metrics: Any, stopped: Any = None) -> Measured:
+def flat_row(metrics: Any, stopped: Any = None) -> MetricValues:
     """Returns the flat 'train/...' values of a step's accumulators, fetched in one transfer.
 
     For an ensemble: the means over its members, and 'train/member_<i>/...' for each member.
@@ -291,14 +301,14 @@ def check_row(metrics: Any) -> None:
         raise UserError(f'the metrics of training: {error}') from error
 
 
-def _flatten(computed: Mapping[str, Any]) -> Measured:
+def _flatten(computed: Mapping[str, Any]) -> MetricValues:
     rest = dict(computed)
-    row = Measured(rest.pop('task', {}))
-    row.update_with(Measured(rest.pop('penalties', {})))
+    row = MetricValues(rest.pop('task', {}))
+    row.update_with(MetricValues(rest.pop('penalties', {})))
     norms = rest.pop('norms', {})
-    row.update_with(Measured({f'{name}_norm': value for name, value in norms.items()}))
+    row.update_with(MetricValues({f'{name}_norm': value for name, value in norms.items()}))
     # Learning rates, possibly one for each parameter group, and the metrics of a custom step.
-    row.update_with(Measured(rest))
+    row.update_with(MetricValues(rest))
     return row
 
 

@@ -18,7 +18,7 @@ from trainer.run.setup import Run
 from trainer.step import health
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
-from trainer.weights.first_state import start
+from trainer.weights.first_state import load_initial_weights
 
 
 def init_state(experiment: Experiment, programs: Programs) -> TrainState:
@@ -27,11 +27,11 @@ def init_state(experiment: Experiment, programs: Programs) -> TrainState:
     Raises:
         UserError: if the weights of `config.init_from` do not fit the model.
     """
-    return start(
+    return load_initial_weights(
         programs.init(),
         experiment.start.weights,
         experiment.start.surgery,
-        restarted=lambda state: programs.restart_optimizer(state),
+        restart_optimizer=lambda state: programs.restart_optimizer(state),
         members=experiment.ensemble is not None,
     )
 
@@ -60,6 +60,7 @@ def restore(run: Run, programs: Programs, step: int | str) -> TrainState:
         raise UserError(f'no run in {run.workdir.path}: the directory does not exist')
     steps = checkpoints.steps()
     named = {'latest': checkpoints.latest, 'best': checkpoints.best}
+    # The command line passes text. `isdigit` alone accepts digits such as '²', which `int` rejects.
     number = int(step) if str(step).isascii() and str(step).isdigit() else None
     chosen = named[str(step)]() if step in named else number
     if chosen is None or chosen not in steps:
@@ -111,6 +112,7 @@ def _clean_health(programs: Programs) -> health.Health | None:
     abstract = programs.abstract.health
     if abstract is None:
         return None
+    # With the sharding of the traced state: compiled programs accept no other.
     zeros = np.zeros(abstract.packed.shape, np.int32)
     return health.Health(jax.device_put(zeros, abstract.packed.sharding))
 

@@ -26,7 +26,7 @@ class Result:
     status: str
     step: int
     metrics: Mapping[str, float]
-    # Not in the repr, which would print its arrays.
+    # Neither printed nor compared: both would copy its arrays from the devices.
     state: TrainState = dataclasses.field(repr=False, compare=False)
 
     def __getattribute__(self, name: str) -> Any:

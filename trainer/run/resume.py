@@ -26,7 +26,7 @@ from trainer.run.provenance import CodeInspector
 from trainer.run.reporter import Reporter
 from trainer.run.restore import init_state, restore, with_health, with_hyperparams
 from trainer.run.setup import Run
-from trainer.run.workdir import describe_run, now, versions
+from trainer.run.workdir import describe_run, utc_now, versions
 from trainer.step import donated, health
 from trainer.step.programs import Programs
 from trainer.step.state import TrainState
@@ -73,7 +73,7 @@ class Recovery:
         # True from `open` to `end`: only a failure in between belongs in the run's files.
         self._running = False
         self._failed = False
-        self._called = now()
+        self._called = utc_now()
         self._code: CodeInspector | None = None
 
     def check(self) -> None:
@@ -84,17 +84,19 @@ class Recovery:
                 the end of this run, or missing although the run had saved some.
         """
         workdir, experiment = self._run.workdir, self._run.experiment
-        self._called = now()
+        self._called = utc_now()
         latest, checkpoints = self._latest(), self._run.checkpoints
         if workdir is None or checkpoints is None or latest is None:
             if workdir is not None:
                 workdir.check_not_lost()
             self._check_batch_sizes()
             return
+        # Before the lengths are compared: the steps of another run mean nothing here.
         if not self._allow_config_change:
             workdir.check_same_run(experiment.origin.config, experiment.origin.schedule_steps)
         self._check_batch_sizes()
         if latest > experiment.training.total_steps:
+            # A checkpoint that somebody renamed would be reported as a longer run.
             checkpoints.check_name(latest, checkpoints.meta(latest))
             raise UserError(
                 f'{workdir.path} is at step {latest:,}, but config.train_for is only '
@@ -106,7 +108,11 @@ class Recovery:
         """Returns the state that the run starts from, restored or fresh, and its step."""
         experiment = self._run.experiment
         if self._run.workdir is not None and processes.is_main_process():
+            # As early as possible: git works in the background, and the code may be edited as soon
+            # as the run has started.
             self._code = CodeInspector(self._run.experiment.origin.path)
+        # After an earlier call of `fit` without a work directory. Only the prefetcher has moved
+        # since: it may have read batches that no step consumed.
         if self._paused is not None:
             self._consumed.resume(self._paused[1])
             return self._paused
@@ -124,15 +130,18 @@ class Recovery:
             # Another run in this directory could delete the checkpoint while it is read.
             self._run.workdir.claim()
         # Metadata first: it may be wrong, and the arrays can take minutes to read.
-        meta = checkpoints.meta(latest, checked.OF_A_RUN)
+        meta = checkpoints.meta(latest, checked.RUN_KEYS)
         state = restore(self._run, programs, latest)
         if self._allow_config_change:
+            # Hyperparameters of an ensemble are part of the optimizer state, so the checkpoint has
+            # the old ones.
             state = with_hyperparams(experiment, state)
         if not self._consumed.restore(latest, meta, may_restart=self._allow_config_change):
             self._report.progress.message(
                 'Restarting the data from the beginning, because the config changed.'
             )
         self._report_data_changes(latest, meta)
+        # After `with_hyperparams`: what is examined is the state that training resumes from.
         state = with_health(experiment, programs, state, meta.get('health'))
         self._restore_early_stopping(meta)
         self._report.restore(latest, meta['metrics'], meta['evaluated'])
@@ -150,10 +159,14 @@ class Recovery:
         if workdir is None or not processes.is_main_process():
             return
         workdir.claim()
+        # The lock comes first: what follows overwrites files that another run may be using.
         run = {'from_step': step, 'start': self._called, **describe_run(self._overrides)}
         changes = workdir.begin(experiment.origin.config, experiment.origin.schedule_steps, run)
+        # Set once `run.json` is that of this start: a failure before this leaves the files of an
+        # earlier run alone.
         self._running, self._failed = True, False
         workdir.forget_failure()
+        # After `begin`, which creates the `run.json` that the code is added to.
         if self._code is not None:
             self._code.deliver_to(workdir.keep_code)
         if step > 0:
@@ -167,6 +180,7 @@ class Recovery:
             self._report.progress.message(
                 describe_resize(experiment, self._run.batch_sizes, step, before)
             )
+        # Last: it removes the rows after `step`, which cannot be undone.
         self._report.open(workdir.path, step, tensorboard=experiment.logging.tensorboard)
 
     def count_batch(self, batch: LoadedBatch) -> None:
@@ -188,10 +202,13 @@ class Recovery:
             # All rows up to this step are on disk before its save starts, so that a resumed run
             # neither misses a row nor writes it twice.
             self._report.sync()
+            # Collective, and before the save: in a directory of another run it could overwrite its
+            # checkpoints.
             self._check_workdir(step)
             meta = {
                 'step': step,
                 **self._measured(step),
+                # Collective, like the save itself: all processes must come here.
                 **self._consumed.meta(),
                 **health.to_metadata(state.health),
                 'batch_sizes': self._run.batch_sizes.parts,
@@ -206,6 +223,7 @@ class Recovery:
     def amend(self, step: int) -> None:
         """Adds the results of evaluations that ran after a step was saved to its checkpoint."""
         if self._run.checkpoints is not None:
+            # As for a save: no checkpoint may say that an evaluation ran whose row is lost.
             self._report.sync()
             self._run.checkpoints.amend(step, self._measured(step))
 
@@ -216,8 +234,12 @@ class Recovery:
             self._paused = (state, step)
             return
         with self._report.time.measure('save'):
+            # The digest is part of the committed metadata, and `finished` must not be written
+            # before the last checkpoint exists.
             checkpoints.close()
         self._check_workdir(step)
+        # A paused run has no result yet: `result.json` would tell the next start that there is
+        # nothing left to do.
         if status != 'paused':
             digest, metrics = checkpoints.meta(step)['digest'], dict(self._report.latest)
             data_digest = self._consumed.digest()
@@ -233,7 +255,7 @@ class Recovery:
         state: TrainState,
         error: BaseException,
         *,
-        is_sound: Callable[[TrainState], bool],
+        is_finite: Callable[[TrainState], bool],
     ) -> None:
         """Saves the state when an error ends the run; without a work directory, in memory.
 
@@ -244,9 +266,9 @@ class Recovery:
             step: number of completed updates.
             state: at this step.
             error: what ends the run; it gets a note if the save fails as well.
-            is_sound: returns whether a state is finite.
+            is_finite: returns whether a state is finite.
         """
-        if not self._can_save(step, state, error, is_sound):
+        if not self._can_save(step, state, error, is_finite):
             return
         checkpoints = self._run.checkpoints
         if checkpoints is None:
@@ -271,19 +293,22 @@ class Recovery:
         step: int,
         state: TrainState,
         error: BaseException,
-        is_sound: Callable[[TrainState], bool],
+        is_finite: Callable[[TrainState], bool],
     ) -> bool:
         """Whether a run that an error ends may save its state for the next start.
 
         It may not if, in any process, the guard has stopped the run, a failed step has donated the
         buffers of the state, or a save has just failed.
         """
+        # Summed over the processes, because a save needs all of them: one that cannot take part
+        # would leave the others waiting.
         failed = isinstance(error, (CheckpointError, NonFiniteError))
         if processes.sum_over_processes(step == 0 or failed or donated.is_donated(state)):
             return False
         try:
+            # The step may have failed on the device, which shows only now.
             jax.block_until_ready(state)
-            return is_sound(state)
+            return is_finite(state)
         except Exception:
             return False
 
@@ -355,7 +380,7 @@ class Recovery:
             f'{workdir.path} was deleted during this run, or another run has overwritten its '
             f'run.json. This run ends at step {step:,}; deleted files are lost. Start it again '
             'with a --workdir that no other run or program uses.',
-            may_pass=False,
+            is_temporary=False,
         )
 
     def _fingerprint_data(self) -> None:
@@ -382,8 +407,12 @@ class Recovery:
     def _check_batch_sizes(self) -> None:
         """Raises a UserError if the run cannot resume with the experiment's batch size."""
         run = self._run
+        # Raised only now, and not by `open_run`: evaluating with another batch size is possible all
+        # the same.
         if run.refusal is not None:
             raise run.refusal
+        # Another Trainer may have trained in this directory since `open_run` read it; the schedules
+        # of this one are built for the old batch sizes.
         now = BatchSizes.from_run(run.workdir, run.experiment.clock.batch_size)
         if now != run.batch_sizes and run.workdir is not None:
             raise UserError(

@@ -84,7 +84,7 @@ def open_run(experiment: Experiment, workdir: str | None) -> Run:
     refusal: UserError | None = None
     try:
         # Before anything is traced: schedules are compiled into the programs.
-        experiment = experiment.after(batch_sizes.parts)
+        experiment = experiment.with_batch_sizes(batch_sizes.parts)
     except UserError as error:
         refusal = error
     checkpoints = None
@@ -128,6 +128,8 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
         name: Evaluator(
             name,
             _eval_step(experiment, spec, mesh),
+            # An evaluation pads its batches, so its batch size need not divide evenly over the
+            # devices.
             spec.data(_round_up(spec.batch_size, batch_shards(mesh))),
             mesh,
             sharding=experiment.devices.sharding,
@@ -186,6 +188,7 @@ def training_batches(run: Run, setup: Setup, start: int, calls: Iterable[int]) -
         fields=setup.programs.fields,
         start=start,
         depth=experiment.prefetch,
+        # Closed with the prefetcher, so that no worker process outlives training.
         release=data.close,
     )
 
@@ -218,12 +221,14 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
         last_step=experiment.training.total_steps,
         tracks_health=True,
         stops=experiment.training.guard == 'stop',
+        # On accelerators a sweep over all values costs little beside the step; on CPUs it would be
+        # a good part of it: see `StopGuard`.
         sweeps=mesh.devices.flat[0].platform != 'cpu',
     )
     member = TrainStep(context, experiment.step)
     if experiment.ensemble is None:
         return member
-    return EnsembleStep.of(member, experiment.ensemble, mesh)
+    return EnsembleStep.from_step(member, experiment.ensemble, mesh)
 
 
 def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep:

@@ -64,9 +64,13 @@ class Workdir:
         Raises:
             UserError: naming the run that holds the lock.
         """
+        # A second call from this process would conflict with its own lock: `flock` belongs to the
+        # open file, not to the process.
         if fcntl is None or self._claim is not None or '://' in str(self.path):
             return
-        self.make()
+        self.create()
+        # Append mode creates the file without truncating it: its text names the run that holds the
+        # lock.
         file = open(self.path / '.lock', 'a+', errors='replace')  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,6 +85,7 @@ class Workdir:
         except OSError:
             file.close()
             return
+        # Only with the lock: until then the text is that of the other run.
         file.truncate(0)
         file.write(f'process {os.getpid()} on {platform.node()}\n')
         file.flush()
@@ -90,6 +95,8 @@ class Workdir:
         """Unlocks the directory."""
         with self._lock:
             self._run = None
+        # Closing the file unlocks it. The file itself stays: deleting it could leave two runs with
+        # locks on different files of the same name.
         claim, self._claim = self._claim, None
         if claim is not None:
             claim.close()
@@ -99,12 +106,14 @@ class Workdir:
         """The directory of the checkpoints."""
         return self.path / 'checkpoints'
 
-    def make(self) -> None:
+    def create(self) -> None:
         """Creates the directory; several processes may do so at the same time.
 
         Raises:
             UserError: if it is not writable.
         """
+        # Permissions do not tell whether a write works: a file system may be full, read-only or
+        # remote. The name is unique, because all processes probe at the same time.
         probe = self.path / f'.writable.{platform.node()}.{os.getpid()}'
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -129,14 +138,17 @@ class Workdir:
         Returns:
             The changes in the config since the last start.
         """
+        # Before `config.json` is overwritten, which has the config of the last start.
         changes = self.config_changes(config, resolved)
-        self.make()
+        self.create()
+        # Random: process ids and host names repeat in containers.
         self._start = secrets.token_hex(8)
         self._write('config.json', {'config': diff.to_jsonable(config), 'resolved': resolved})
+        # Before `run.json` is overwritten, likewise.
         self._starts = self._earlier_starts()
         with self._lock:
-            began = {'status': 'running', 'step': None, 'start': now(), 'end': None}
-            self._run = {**began, **run, 'id': self._start}
+            fields = {'status': 'running', 'step': None, 'start': utc_now(), 'end': None}
+            self._run = {**fields, **run, 'id': self._start}
             self._write_run()
         return changes
 
@@ -149,7 +161,7 @@ class Workdir:
 
     def end_run(self, status: str, step: int) -> None:
         """Writes the final status to `run.json`."""
-        self.update_run(status=status, step=step, end=now())
+        self.update_run(status=status, step=step, end=utc_now())
 
     def keep_code(self, code: Code) -> None:
         """Records the code of a run: in `run.json`, with diffs in separate files."""
@@ -258,6 +270,7 @@ class Workdir:
         except (OSError, ValueError) as error:
             _log.warning('%s is damaged and ignored (%s)', path, error)
             return None
+        # The inverse of `write_result`: JSON has no NaN.
         values = result['metrics'].items()
         result['metrics'] = {name: math.nan if v is None else v for name, v in values}
         return cast(dict[str, Any], result)
@@ -309,6 +322,7 @@ class Workdir:
         for each in starts:
             if each.get('status') == 'running':  # Killed before it could record its end.
                 each['status'] = 'failed'
+        # One less, for the start that is added.
         return starts[-_MAX_STARTS + 1 :]
 
     def _write_run(self) -> None:
@@ -328,6 +342,8 @@ class Workdir:
             for key in ('config', 'resolved'):
                 if not isinstance(content.get(key), dict):
                     raise ValueError(f'{key!r} is {json_text.type_name(content.get(key))}')
+            # Tuples and other values that JSON lacks come back, or every start would see them as
+            # changed.
             return {**content, 'config': diff.from_jsonable(content['config'])}
         except (OSError, ValueError) as error:
             raise UserError(
@@ -351,6 +367,7 @@ def _problem_of_result(result: Any) -> str | None:
     if not isinstance(result, dict):
         return f'it is {json_text.type_name(result)}, not an object'
     metrics = result.get('metrics')
+    # The empty text fails the check below, as a missing dict should.
     values = metrics.values() if isinstance(metrics, dict) else ['']
     is_valid = {
         'status': isinstance(result.get('status'), str),
@@ -386,6 +403,6 @@ def describe_run(overrides: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def now() -> str:
+def utc_now() -> str:
     """Returns the current time as written to files: ISO 8601, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens inside a step: state, tasks, metrics, optimizers, random keys."""
+"""The train step: state, gradients, metrics, optimizers, random keys."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient accumulation over micro-batches (`config.accumulate`); the update is that of the batch.
 
-Gradients of the weighted sums are added up, and divided by the weight of the whole batch. In this
-module `sums_of` is `train_step.weighted_sums`.
+Gradients of the weighted sums are added up and divided by the weight of the whole batch. A mean of
+the gradients of the micro-batches would be wrong if their weights differ. In this module `sums_of`
+is `train_step.weighted_sums`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def gradients(
     sums_of: SumsOf, state: TrainState, batch: Batch, scale: jax.Array, ctx: StepContext
 ) -> tuple[Any, dict[str, Any], dict[str, Any], Any]:
     """Returns the scaled gradient, the new collections, the metrics and the unscaled loss."""
-    first = jax.tree.map(lambda x: x[0], split_rows(batch, ctx.accumulate, ctx.shards))
+    # The scan needs its first carry, so the shapes of the task's output are found beforehand.
+    first = jax.tree.map(lambda x: x[0], split_micro_batches(batch, ctx.accumulate, ctx.shards))
     output = output_shapes(sums_of, state, first, ctx)
     # The weight of all micro-batches is known only after the last one. So cotangents are divided by
     # the number of values first, which keeps them as small as without accumulation (they would
@@ -41,16 +43,21 @@ def gradients(
 
     def body(carry: Any, item: Any) -> tuple[Any, Any]:
         grads, penalties, collections, metrics, totals = carry
-        index, rows = item
+        index, micro_batch = item
+        # Batch statistics go from one micro-batch to the next, as from one step to the next.
         before = dataclasses.replace(state, collections=collections)
         sums, pullback, (output, collections, weights) = jax.vjp(
-            lambda params: sums_of(params, before, rows, ctx, index), state.params, has_aux=True
+            lambda params: sums_of(params, before, micro_batch, ctx, index),
+            state.params,
+            has_aux=True,
         )
         collections = weighted.select_collections(weights, collections, before, ctx)
         factors = {name: scale / count for name, count in counts.items()}
         new = weighted.pull_each(pullback, factors, 0.0, weights, ctx)
         grads = jax.tree.map(jnp.add, grads, new)
         if output.penalties:
+            # Apart from the losses, because penalties are averaged over the micro-batches, whatever
+            # the weights of their examples: the correction below must not touch them.
             factor = scale / ctx.accumulate
             mine = weighted.pull(pullback, weights, {}, factor, name=None, is_weighted=False)
             penalties = jax.tree.map(jnp.add, penalties, mine)
@@ -64,15 +71,17 @@ def gradients(
     carry = (zeros, zeros, state.collections, empty_task_metrics(output, ctx.task), none)
     carry, sums = _scan(body, carry, batch, ctx)
     grads, penalties, collections, metrics, weights = carry
-    rest = {name: count * safe_inverse(weights[name]) for name, count in counts.items()}
-    factors = {name: jax.tree.map(lambda _, x=x: x, zeros) for name, x in rest.items()}
+    # The correction: from the number of values to their weight. Each parameter needs that of its
+    # own loss, so the factors are trees shaped like the parameters.
+    corrections = {name: count * safe_inverse(weights[name]) for name, count in counts.items()}
+    factors = {name: jax.tree.map(lambda _, x=x: x, zeros) for name, x in corrections.items()}
     grads = jax.tree.map(
         lambda grad, factor, penalty: grad * factor + penalty,
         grads,
         ctx.optimizer.select(factors),
         penalties,
     )
-    return grads, collections, metrics, _mean_loss_of_slices(*sums)
+    return grads, collections, metrics, _mean_loss_over_micro_batches(*sums)
 
 
 def loss_at(sums_of: SumsOf, state: TrainState, batch: Batch, ctx: StepContext, params: Any) -> Any:
@@ -96,35 +105,45 @@ def loss_at(sums_of: SumsOf, state: TrainState, batch: Batch, ctx: StepContext, 
         return mean_loss(sums, weights)
 
     def body(collections: Any, item: Any) -> tuple[Any, Any]:
-        index, rows = item
+        index, micro_batch = item
         before = dataclasses.replace(state, collections=collections)
-        sums, (_, collections, weights) = sums_of(params, before, rows, ctx, index)
+        sums, (_, collections, weights) = sums_of(params, before, micro_batch, ctx, index)
         return weighted.select_collections(weights, collections, before, ctx), (*sums, weights)
 
     _, sums = _scan(body, state.collections, batch, ctx)
-    return _mean_loss_of_slices(*sums)
+    return _mean_loss_over_micro_batches(*sums)
 
 
 def _scan(body: Any, carry: Any, batch: Batch, ctx: StepContext) -> tuple[Any, Any]:
-    """Runs `body(carry, (index, rows))` over the micro-batches of a batch."""
-    slices = split_rows(batch, ctx.accumulate, ctx.shards)
+    """Runs `body(carry, (index, micro_batch))` over the micro-batches of a batch."""
+    micro_batches = split_micro_batches(batch, ctx.accumulate, ctx.shards)
     # Unrolled on CPUs, where XLA's convolutions are very slow inside a scan.
     unroll = ctx.accumulate if jax.default_backend() == 'cpu' else 1
-    return jax.lax.scan(body, carry, (jnp.arange(ctx.accumulate), slices), unroll=unroll)
+    # The index is folded into the random keys, so that dropout differs between micro-batches.
+    items = (jnp.arange(ctx.accumulate), micro_batches)
+    return jax.lax.scan(body, carry, items, unroll=unroll)
 
 
-def _mean_loss_of_slices(totals: Any, penalties: Any, weights: Any) -> Any:
-    """Returns the loss of a batch from the sums of its micro-batches, (slices,) each."""
+def _mean_loss_over_micro_batches(totals: Any, penalties: Any, weights: Any) -> Any:
+    """Returns the loss of a batch from the sums of its micro-batches, each (micro-batches,)."""
     totals, weights = jax.tree.map(lambda x: x.sum(0), (totals, weights))
     return mean_loss((totals, penalties.mean(0)), weights)
 
 
-def split_rows(batch: Any, slices: int, shards: int) -> Any:
-    """Splits every array into (slices, rows / slices, ...), so that no example changes device."""
+def split_micro_batches(batch: Any, count: int, shards: int) -> Any:
+    """Splits every array (batch, ...) into (count, batch / count, ...).
+
+    Args:
+        batch: pytree of arrays whose dimension 0 is sharded over the devices.
+        count: number of micro-batches.
+        shards: number of devices that share the examples of the batch.
+    """
 
     def split(x: jax.Array) -> jax.Array:
-        rows = x.shape[0] // (shards * slices)
-        x = x.reshape(shards, slices, rows, *x.shape[1:]).swapaxes(0, 1)
-        return x.reshape(slices, shards * rows, *x.shape[3:])
+        size = x.shape[0] // (shards * count)
+        # Each micro-batch gets an equal part of the examples of every device. Consecutive examples
+        # would be those of a few devices, and would have to be sent to the others.
+        x = x.reshape(shards, count, size, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(count, shards * size, *x.shape[3:])
 
     return jax.tree.map(split, batch)

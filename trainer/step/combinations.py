@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks combinations of config keys with the optimizer state."""
+"""Checks that other config keys work with the optimizer, which is recognized by its state."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _log = logging.getLogger('trainer')
 
 # State types of optimizers that are not evaluated at the training parameters, and the function
 # that computes the evaluation parameters.
-_ELSEWHERE = {
+_EVAL_PARAMS = {
     contrib.ScheduleFreeState: 'optax.contrib:schedule_free_eval_params',
     contrib.SAMState: 'trainer.step.eval_point:adversarial',
 }
 # State types with a second set of parameters, which scaling the update does not affect.
-_OWN_POINTS = (contrib.ScheduleFreeState, contrib.SAMState, contrib.MechanicState)
+_SECOND_PARAMS = (contrib.ScheduleFreeState, contrib.SAMState, contrib.MechanicState)
 
 _ACCUMULATE = (
     'Use config.accumulate, which accumulates gradients within one step, instead of '
@@ -31,22 +31,23 @@ _ACCUMULATE = (
 )
 
 
-def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, own_step: bool = False) -> None:
+def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, is_custom_step: bool = False) -> None:
     """Checks that the step can call an optimizer, and that other config keys work with it.
 
     Args:
         optimizer: the optimizer of the run.
         opt_state: its state, or the shapes of its state.
         ema: whether the run keeps a moving average of the parameters.
-        own_step: whether `config.step` replaces the default step.
+        is_custom_step: whether `config.step` replaces the default step.
 
     Raises:
         UserError: for an optimizer that the step cannot call, and for keys that would not do what
             their names say.
     """
+    # States are found at any depth: the optimizer may be inside optax:chain or another wrapper.
     for each, state in _parts(optimizer, opt_state):
         if not each.groups:
-            _check_interface(each.path, state, own_step=own_step)
+            _check_interface(each.path, state, is_custom_step=is_custom_step)
     if ema and contains_state(opt_state, optax.MultiStepsState):
         raise UserError(
             'config.ema: the average would be updated at every step, but optax:MultiSteps updates '
@@ -59,7 +60,7 @@ def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, own_step: bool = F
                 f'optax:MultiSteps averages them. {_ACCUMULATE}; or clip inside of it, with '
                 'optax:chain of optax:clip_by_global_norm and the optimizer'
             )
-        if each.lr_multipliers and contains_state(state, _OWN_POINTS):
+        if each.lr_multipliers and contains_state(state, _SECOND_PARAMS):
             raise UserError(
                 f'{each.path}.lr_multipliers: they scale the update, but not the second set of '
                 'parameters in the state of a schedule-free optimizer, optax.contrib:sam or '
@@ -67,7 +68,7 @@ def check(optimizer: Optimizer, opt_state: Any, *, ema: bool, own_step: bool = F
             )
 
 
-def _check_interface(path: str, state: Any, *, own_step: bool) -> None:
+def _check_interface(path: str, state: Any, *, is_custom_step: bool) -> None:
     """Checks that an optimizer takes gradients of the batch and one set of parameters."""
     if contains_state(state, optax.LookaheadState):
         raise UserError(
@@ -75,7 +76,7 @@ def _check_interface(path: str, state: Any, *, own_step: bool) -> None:
             'train state has one. Use its fast_optimizer alone; config.ema keeps an average of the '
             'parameters, and evals.NAME.ema=True evaluates it'
         )
-    if contains_state(state, contrib.DifferentiallyPrivateAggregateState) and not own_step:
+    if contains_state(state, contrib.DifferentiallyPrivateAggregateState) and not is_custom_step:
         raise UserError(
             f'{path}: optax.contrib:dpsgd (differentially_private_aggregate) needs a gradient of '
             'each example, but the default step computes that of the batch. Compute them in a '
@@ -85,12 +86,12 @@ def _check_interface(path: str, state: Any, *, own_step: bool) -> None:
         )
 
 
-def warn_of_eval_point(optimizer: Optimizer, opt_state: Any) -> None:
+def warn_about_eval_params(optimizer: Optimizer, opt_state: Any) -> None:
     """Warns if an optimizer that needs `eval_params` has none."""
     for each, state in _parts(optimizer, opt_state):
         if each.groups or each.eval_params is not None:
             continue
-        for kind, function in _ELSEWHERE.items():
+        for kind, function in _EVAL_PARAMS.items():
             if contains_state(state, kind) and not _is_opaque(state):
                 _log.warning(
                     '%s: evaluations use the training parameters, but this optimizer is meant to '
@@ -104,7 +105,8 @@ def warn_of_eval_point(optimizer: Optimizer, opt_state: Any) -> None:
 def _is_opaque(state: Any) -> bool:
     """Whether a state is that of `optax.contrib:sam` in its opaque mode.
 
-    Its parameters are never those of an adversarial step.
+    That mode makes the adversarial steps within one update, so the parameters between updates are
+    those to evaluate.
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, contrib.SAMState))
     return any(isinstance(x, contrib.SAMState) and x.cache is None for x in nodes)

@@ -17,8 +17,8 @@ from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner
 
 Batch = Mapping[str, jax.Array]
-# (state, batch, ctx) -> (state, metrics). The context is a `StepContext`; that of a custom step is
-# an `OwnContext`.
+# (state, batch, ctx) -> (state, metrics). The default step gets a `StepContext`, a custom one a
+# `CustomStepContext`.
 StepFunction = Callable[[TrainState, Batch, Any], tuple[TrainState, Any]]
 
 
@@ -30,11 +30,11 @@ class StateFacts:
         tx: the complete optax transformation for these parameters.
         frozen: for each parameter whether it is frozen.
         replicated: for each parameter whether every device has all of it; None if unknown.
-        all_replicated: whether that is so for all parameters.
+        all_replicated: whether every device has all of every parameter.
         handles_non_finite: whether the optimizer handles non-finite gradients by itself.
         scales_rates: whether the optimizer state contains factors of the learning rate.
         needs_extra_arguments: whether the optimizer takes more than the usual arguments: see
-            `objective`.
+            `objective.arguments`.
     """
 
     tx: optax.GradientTransformationExtraArgs
@@ -69,7 +69,8 @@ class StepContext:
             values once updates have stopped. On a CPU this would cost a third of a small model's
             step. There a step checks its loss only; the trainer checks the rest from time to time,
             and before it evaluates or saves a state.
-        undoes: whether a non-finite update is undone; the old values are kept until the check.
+        undoes: whether an update whose results are not finite is undone. This keeps the old values
+            in memory until the check.
     """
 
     model: Functional

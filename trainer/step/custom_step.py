@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Custom steps: `config.step` names a function `(state, batch, ctx) -> (state, metrics)`.
 
-It is compiled, sharded, fused, saved and logged like the default step, which as a custom step would
-be::
+It is compiled, sharded, fused, saved and logged like the default step. Written as a custom step,
+the default step is::
 
     def default_step(state, batch, ctx):
         grads, collections, metrics = ctx.gradients(state, batch)
@@ -29,25 +29,27 @@ from trainer.modules.rng import Keys
 from trainer.modules.shapes import changes, describe
 from trainer.step import train_step
 from trainer.step.context import Batch, StepContext
-from trainer.step.health import UPDATED, Signs, signs_from_metrics, take_signs
+from trainer.step.health import UPDATED, Findings, findings_from_metrics, take_findings
 from trainer.step.loss_scale import choose
 from trainer.step.objective import Objective
 from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
-from trainer.tasks.batch import plain
+from trainer.tasks.batch import device_fields
 from trainer.tasks.measured import check_accumulates
 from trainer.tasks.metrics import WeightedMean, is_metric
 from trainer.tasks.runner import TaskRunner, loss_sums, mean_loss, run_checks
 from trainer.tasks.sums import empty_like as fit_sums
-from trainer.tasks.task import MEASURED, TaskOutput, duplicate_name_message
+from trainer.tasks.task import THROUGHPUT, TaskOutput, duplicate_name_message
 from trainer.tasks.weightless import compute_only_needed
 
-OwnFunction = Callable[[TrainState, Any, 'OwnContext'], tuple[TrainState, Any]]
+CustomStepFunction = Callable[[TrainState, Any, 'CustomStepContext'], tuple[TrainState, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class OwnContext:
+class CustomStepContext:
     """The parts of the default step, for a custom step to use or to replace.
+
+    One context is used for one trace of the step.
 
     Attributes:
         context: the context of the default step.
@@ -56,7 +58,9 @@ class OwnContext:
 
     context: StepContext
     state: TrainState
+    # Names of the parts that the function has used: see `check_used` and `runs_task`.
     _called: set[str] = dataclasses.field(default_factory=set)
+    # The gradients that `gradients` has returned, each with its loss.
     _objectives: list[tuple[Any, Objective]] = dataclasses.field(default_factory=list)
 
     @property
@@ -131,9 +135,9 @@ class OwnContext:
         """
         self._called.add('gradients')
         grads, collections, metrics, objective = train_step.gradients(
-            state, plain(batch), self.context
+            state, device_fields(batch), self.context
         )
-        # So that `update` can pass the optimizer the loss of these gradients.
+        # So that `update` can pass the loss of these gradients to the optimizer.
         self._objectives.append((grads, objective))
         return grads, collections, metrics
 
@@ -143,7 +147,7 @@ class OwnContext:
         grads: Any,
         collections: Mapping[str, Any] | None = None,
         *,
-        signs: Signs | None = None,
+        findings: Findings | None = None,
         **extra: Any,
     ) -> tuple[TrainState, dict[str, Any]]:
         """Updates the parameters and the moving average; returns the new state and metrics.
@@ -152,7 +156,7 @@ class OwnContext:
             state: the state before the update.
             grads: pytree like the parameters, as `gradients` returns it.
             collections: all other variables, if they change.
-            signs: the findings of the forward pass; with them, the check after the step needs no
+            findings: the findings of the forward pass; with them, the check after the step needs no
                 second pass over the state.
             **extra: further arguments of the optimizer, such as `value=loss`. Gradients that
                 `gradients` returned come with their loss (`value`), the gradient (`grad`) and the
@@ -164,86 +168,95 @@ class OwnContext:
             grads,
             collections,
             self.context,
-            signs=signs,
+            findings=findings,
             loss=self._objective(grads),
             extra=extra,
         )
 
     def check_used(self) -> None:
-        """Checks that the function has used what the config asks for.
+        """Checks that no config key is ignored because the function does not use its part.
 
         Raises:
-            UserError: if `config.accumulate` is set and it has not called `gradients`.
+            UserError: if `config.accumulate` is set and the function has not called `gradients`.
         """
-        slices = self.context.accumulate
-        if slices > 1 and 'gradients' not in self._called:
+        accumulate = self.context.accumulate
+        if accumulate > 1 and 'gradients' not in self._called:
             raise UserError(
-                f'config.accumulate={slices}: only ctx.gradients splits a batch into '
+                f'config.accumulate={accumulate}: only ctx.gradients splits a batch into '
                 'micro-batches, and the function of config.step does not call it. Call it, or '
-                'remove config.accumulate (a function that splits batches itself takes their '
-                'number as an argument of its own)'
+                'remove config.accumulate (a function that splits batches itself should take '
+                'their number as an argument of its own)'
             )
 
     def _objective(self, grads: Any) -> Objective | None:
         """Returns the loss of these gradients; None if `gradients` did not return them."""
         # By the identity of the arrays: a scaled or clipped gradient is no longer that of the loss.
         leaves = jax.tree.leaves(grads)
-        for made, objective in self._objectives:
-            if [*map(id, leaves)] == [*map(id, jax.tree.leaves(made))]:
+        for returned, objective in self._objectives:
+            if [*map(id, leaves)] == [*map(id, jax.tree.leaves(returned))]:
                 return objective
         return None
 
 
 def run(
-    state: TrainState, batch: Batch, ctx: StepContext, *, function: OwnFunction
+    state: TrainState, batch: Batch, ctx: StepContext, *, function: CustomStepFunction
 ) -> tuple[TrainState, dict[str, Any]]:
     """Runs the function of `config.step`, checks its result, and updates the health."""
-    own = OwnContext(ctx, state)
-    result = function(state, ctx.task.wrap_batch(batch, 'the function of config.step'), own)
-    own.check_used()
-    new, metrics, signs = check_result(state, result)
+    context = CustomStepContext(ctx, state)
+    result = function(state, ctx.task.wrap_batch(batch, 'the function of config.step'), context)
+    context.check_used()
+    new, metrics, findings = check_result(state, result)
     if ctx.tracks_health:
-        if signs is None:
-            signs = _signs(state, batch, metrics, ctx, labels=own.runs_task)
-        new = _apply_health(new, state, signs, ctx)
+        if findings is None:
+            findings = _findings(state, batch, metrics, ctx, labels=context.runs_task)
+        # `ctx.update` sees the findings of the forward pass only if they are passed to it.
+        new = _apply_health(new, state, findings, ctx)
     return new, metrics
 
 
-def _signs(
+def _findings(
     state: TrainState, batch: Batch, metrics: Any, ctx: StepContext, *, labels: bool
-) -> Signs:
+) -> Findings:
     """Returns the findings for a function that has not called `ctx.gradients`.
 
-    Losses are found among its metrics. Labels are checked by running the task; the compiler removes
-    its model again, because the range of labels depends on shapes only.
+    Args:
+        state: the state before the step.
+        batch: the batch of the step.
+        metrics: the metrics of the function; its losses are found among them by name.
+        ctx: the context of the default step.
+        labels: whether to check the labels by running the task. The model itself does not run,
+            because the allowed range of labels depends only on shapes.
     """
-    signs = signs_from_metrics(metrics)
+    findings = findings_from_metrics(metrics)
     if not labels:
-        return signs
+        return findings
 
     def check(fields: Batch) -> tuple[jax.Array, jax.Array]:
         _, (output, *_) = train_step.weighted_sums(state.params, state, fields, ctx)
         return run_checks(output.checks, output.weights)
 
-    label, value = compute_only_needed(check, plain(batch))
-    return dataclasses.replace(signs, label=label, value=value)
+    label, value = compute_only_needed(check, device_fields(batch))
+    return dataclasses.replace(findings, label=label, value=value)
 
 
-def _apply_health(new: TrainState, old: TrainState, signs: Signs, ctx: StepContext) -> TrainState:
+def _apply_health(
+    new: TrainState, old: TrainState, findings: Findings, ctx: StepContext
+) -> TrainState:
     """Returns the state after a custom step; the old values if its forward pass was bad.
 
     Args:
         new: the state after the step.
         old: the state before the step.
-        signs: the findings of its forward pass.
-        ctx: of the step.
+        findings: the findings of its forward pass.
+        ctx: the context of the default step.
     """
-    checked = train_step.skip_if_not_finite(new, old, signs, None, ctx)
+    checked = train_step.skip_if_not_finite(new, old, findings, None, ctx)
     # The forward pass comes first, so its findings take precedence over those of the updates.
     early = checked.health
     assert early is not None and new.health is not None
     health = choose(early.is_bad, early, new.health)
-    # Each update of the function increments `step`, but the function as a whole is one step.
+    # Each update of the function increments `step`, but the function as a whole is one step. So a
+    # finding of its second update would have the number of the next step.
     step = jnp.where(health.is_bad & ~early.is_bad, old.step + 1, health.bad_step)
     health = health.with_bad_step(step)
     if not ctx.stops:
@@ -254,7 +267,7 @@ def _apply_health(new: TrainState, old: TrainState, signs: Signs, ctx: StepConte
 
 def check_result(
     before: TrainState, result: Any
-) -> tuple[TrainState, dict[str, Any], Signs | None]:
+) -> tuple[TrainState, dict[str, Any], Findings | None]:
     """Checks the result of a custom step, and returns its state, metrics and findings.
 
     The findings are those of its calls of `ctx.gradients`, if it returned their metrics.
@@ -270,16 +283,20 @@ def check_result(
             f'given one as in state.replace(params=...); got {_kind(result)}'
         )
     after = dataclasses.replace(result[0], step=before.step + 1, metrics=before.metrics)
-    found = changes(before, after)
-    if found:
-        raise UserError(f'config.step: the function changed the shapes of the state: {found}')
-    metrics, signs = take_signs(result[1])
-    merged = functools.reduce(lambda a, b: a.merge(b), signs) if signs else None
+    # Programs are compiled for one structure of the state.
+    changed = changes(before, after)
+    if changed:
+        raise UserError(f'config.step: the function changed the shapes of the state: {changed}')
+    metrics, findings = take_findings(result[1])
+    merged = functools.reduce(lambda a, b: a.merge(b), findings) if findings else None
     return after, _as_metrics(metrics), merged
 
 
 def empty_like(metrics: Any) -> Any:
-    """Returns empty accumulators for (abstract) metrics.
+    """Returns empty accumulators for metrics like these.
+
+    Args:
+        metrics: the metrics of a custom step, or their shapes.
 
     Raises:
         UserError: naming a metric whose accumulators change shape.
@@ -296,12 +313,12 @@ def _as_metrics(metrics: Any) -> dict[str, Any]:
     if not isinstance(metrics, Mapping):
         raise UserError(
             'config.step: the function must return (state, metrics), with metrics in a dict by '
-            'name; '
-            f'got {_kind(metrics)}'
+            f'name; got {_kind(metrics)}'
         )
     for name, value in metrics.items():
-        whole = name in ('task', 'penalties', 'norms') and not isinstance(value, Mapping)
-        if name in MEASURED or (whole and not isinstance(value, clu.metrics.Collection)):
+        # In a row, these names stand for several metrics: they must be dicts or collections.
+        is_single = name in ('task', 'penalties', 'norms') and not isinstance(value, Mapping)
+        if name in THROUGHPUT or (is_single and not isinstance(value, clu.metrics.Collection)):
             raise UserError(f'config.step: the function {duplicate_name_message("metric", name)}')
     return {name: _as_metric(name, value) for name, value in metrics.items()}
 
@@ -320,6 +337,7 @@ def _as_metric(name: str, value: Any) -> Any:
 
 
 def _kind(value: Any) -> str:
+    """Returns a description of a value by type, for messages."""
     if isinstance(value, tuple):
         return f'({", ".join(map(_kind, value))})'
     return describe(value) if hasattr(value, 'shape') else type(value).__name__

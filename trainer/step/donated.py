@@ -29,7 +29,7 @@ def check(state: Any, what: str) -> None:
     """Checks that a state can still be used.
 
     Args:
-        state: or its shapes, or None.
+        state: a state, its shapes, or None.
         what: such as 'event.state', for the message.
 
     Raises:

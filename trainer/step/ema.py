@@ -26,7 +26,8 @@ def update(average: Any, params: Any, decay: float) -> Any:
 
 
 def _copy(param: jax.Array) -> jax.Array:
-    # In half precision, small changes of the average would be rounded away.
+    # In half precision, small changes of the average would be rounded away. `jnp.array` copies even
+    # if the dtype stays the same, where `astype` might return the parameter itself.
     return jnp.array(param, accumulation_dtype(param))
 
 

@@ -23,7 +23,7 @@ from trainer.tasks.returned import name_of
 
 
 def has_eval_params(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, or that of one of its groups, has `eval_params`."""
+    """Whether an optimizer, or the optimizer of one of its groups, has `eval_params`."""
     groups = [group.optimizer for group in optimizer.groups.values()]
     return any(each.eval_params is not None for each in (optimizer, *groups))
 
@@ -32,27 +32,32 @@ def compute_eval_params(optimizer: Optimizer, params: Any, opt_state: Any) -> An
     """Returns the parameters to evaluate, in the dtypes of the parameters.
 
     Args:
-        optimizer: the optimizer; `eval_params` is its own or that of its groups.
+        optimizer: the optimizer; it or its groups have `eval_params`.
         params: the training parameters.
-        opt_state: of `optimizer.transformation(params)`.
+        opt_state: the state of `optimizer.transformation(params)`.
 
     Raises:
-        UserError: if `eval_params` fails with this optimizer's state, or returns something else.
+        UserError: if `eval_params` fails with this optimizer's state, or returns something other
+            than parameters.
     """
-    found = _compute(optimizer, views.to_float32(params), opt_state)
-    return jax.tree.map(lambda old, new: new.astype(old.dtype), params, found)
+    # In float32, like the state: in half precision, the difference between the two sets of
+    # parameters could be rounded away.
+    new = _compute(optimizer, views.to_float32(params), opt_state)
+    return jax.tree.map(lambda old, new: new.astype(old.dtype), params, new)
 
 
 def _compute(optimizer: Optimizer, params: Any, opt_state: Any) -> Any:
     if not has_eval_params(optimizer):
         return params
     state = optimizer.state_of_base(opt_state)
+    # The function gets the view that the optimizer had: frozen parameters are masked out.
     trained = jax.tree.map(
         lambda frozen, x: optax.MaskedNode() if frozen else x, optimizer.frozen_mask(params), params
     )
     if not optimizer.groups:
         return _fill(_call_eval_params(optimizer, trained, state), params)
     owners = optimizer.owners(params)
+    # Group by group: each call sees the parameters of its group, and the others masked.
     for name, group in optimizer.groups.items():
         mine = jax.tree_util.tree_map_with_path(
             lambda path, x, name=name: (
@@ -79,24 +84,25 @@ def _call_eval_params(optimizer: Optimizer, params: Any, state: Any) -> Any:
     assert optimizer.eval_params is not None
     where = f'{optimizer.path}.eval_params'
     mine = views.split(params)
+    # As in updates, the optimizer sees complex numbers as pairs: its formulas are for real ones.
     try:
-        found = optimizer.eval_params(views.split(state), mine)
+        result = optimizer.eval_params(views.split(state), mine)
     except Exception as error:
         accumulates = contains_state(state, optax.MultiStepsState)
         raise UserError(
             f'{where}: {name_of(optimizer.eval_params)} was called with the state of the optimizer '
             f'({type(state).__name__}) and the parameters, and failed: {type(error).__name__}: '
-            f'{error}. Give a function (state, parameters) -> parameters for this optimizer'
+            f'{error}. Name a function (state, parameters) -> parameters for this optimizer'
             + (', and accumulate with config.accumulate, not optax:MultiSteps' * accumulates)
         ) from error
-    expected, given = _shapes_by_path(mine), _shapes_by_path(found)
-    if expected != given:
-        paths = [path for path in {**expected, **given} if expected.get(path) != given.get(path)]
+    expected, actual = _shapes_by_path(mine), _shapes_by_path(result)
+    if expected != actual:
+        paths = [path for path in {**expected, **actual} if expected.get(path) != actual.get(path)]
         raise UserError(
             f'{where}: {name_of(optimizer.eval_params)} must return parameters with the same paths '
             f'and shapes as its arguments; they differ at {", ".join(paths[:5])}'
         )
-    return views.merge(jax.tree.map(jnp.asarray, found))
+    return views.merge(jax.tree.map(jnp.asarray, result))
 
 
 def _shapes_by_path(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -108,8 +114,10 @@ def adversarial(state: contrib.SAMState, params: Any) -> Any:
     """Returns the parameters of `optax.contrib.sam` without adversarial steps, as `eval_params`.
 
     Args:
-        state: of the optimizer.
+        state: the state of `optax.contrib.sam`.
         params: the training parameters.
     """
-    there = state.steps_since_sync == 0
-    return jax.tree.map(lambda now, kept: jnp.where(there, now, kept), params, state.cache)
+    # Right after a synchronization the training parameters are those; during the adversarial steps
+    # the state has a copy of them.
+    is_synced = state.steps_since_sync == 0
+    return jax.tree.map(lambda now, kept: jnp.where(is_synced, now, kept), params, state.cache)

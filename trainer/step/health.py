@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detects non-finite values inside the step, and stops updates from then on.
 
-The flag is sticky and part of the state: from the first bad step on, updates change no parameter.
-The host reads it from time to time, and no step waits for that. Checkpoints do not contain it,
-because nothing is saved while it is set.
+The flag is part of the state, and it is sticky: from the first bad step on, updates change no
+parameter. So no step has to wait for the host, which reads the flag from time to time. Checkpoints
+do not contain it, because nothing is saved while it is set.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from trainer.tasks.metrics import WeightedMean
 # The kinds of findings; a label out of range is LABELS + the index of its check.
 LOSS, GRADIENT, PARAMETER, SLOT, LABELS = 1, 2, 3, 4, 8
 
-# Consecutive updates that a loss scale may skip.
+# Maximum number of consecutive updates that a loss scale may skip.
 MOST_SKIPS = 50
 
-# The key of a batch's signs among the metrics of a step.
-SIGNS = '_signs'
+# The key of a batch's findings among the metrics of a step.
+FINDINGS = '_signs'
 
 # The fields of a state that keep their values once updates have stopped. On CPUs the optimizer
 # state is left out, because it would be copied in each step.
 UPDATED = ('params', 'collections', 'ema', 'loss_scale', 'opt_state')
 
+# Indices into `Health.packed`; the counts of known elements start at the last one.
 _BAD_STEP, _KIND, _VALUE, _SKIPS, _KNOWN = range(5)
 
 
@@ -55,14 +56,16 @@ class Health:
     packed: jax.Array
 
     @classmethod
-    def of(cls, params: Any, opt_state: Any) -> Health:
+    def from_arrays(cls, params: Any, opt_state: Any) -> Health:
         """Returns the health of a state that training starts from; counts non-finite elements."""
         tree = (params, opt_state)
+        # A line search may have a non-finite scalar later than at the start, so it always has a
+        # count of at least 1.
         known = map(jnp.maximum, count_non_finite(tree), _mark_line_search(tree))
         return cls(jnp.concatenate([jnp.zeros(_KNOWN, jnp.int32), jnp.array([*known], jnp.int32)]))
 
     @classmethod
-    def clean(cls, params: Any, opt_state: Any) -> Health:
+    def from_finite(cls, params: Any, opt_state: Any) -> Health:
         """Returns the health of a state whose elements are all finite."""
         return cls(jnp.zeros(_KNOWN + len(floats((params, opt_state))), jnp.int32))
 
@@ -79,6 +82,7 @@ class Health:
     @property
     def value(self) -> jax.Array:
         """The label that is out of range: float32 (...)."""
+        # Its bits are in the int32 array: a conversion would lose soft labels such as 1.5.
         return jax.lax.bitcast_convert_type(self.packed[..., _VALUE], jnp.float32)
 
     @property
@@ -105,19 +109,19 @@ class Health:
             bad: bool scalar, whether the check has failed.
             kind: kind of the finding.
             step: number of the step, from 1.
-            value: the label, if the kind is that of a label.
+            value: the label, if the kind is LABELS + n.
         """
         first = bad & ~self.is_bad
         bits = jax.lax.bitcast_convert_type(jnp.asarray(value, jnp.float32), jnp.int32)
-        found = [jnp.asarray(x, jnp.int32) for x in (step, kind, bits)]
+        finding = [jnp.asarray(x, jnp.int32) for x in (step, kind, bits)]
         if jax.device_count() == 1:
             # Element by element, so that the compiler sees what `is_bad` depends on, and updates
             # need not wait for the whole array. With several CPU devices they must wait: XLA runs
             # independent collectives in any order, and devices that start with different ones
             # would deadlock.
-            found = [jnp.where(first, x, self.packed[i]) for i, x in enumerate(found)]
-            return Health(jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]]))
-        packed = jnp.concatenate([jnp.stack(found), self.packed[_SKIPS:]])
+            finding = [jnp.where(first, x, self.packed[i]) for i, x in enumerate(finding)]
+            return Health(jnp.concatenate([jnp.stack(finding), self.packed[_SKIPS:]]))
+        packed = jnp.concatenate([jnp.stack(finding), self.packed[_SKIPS:]])
         return Health(jnp.where(first, packed, self.packed))
 
     def with_bad_step(self, step: jax.Array) -> Health:
@@ -126,6 +130,7 @@ class Health:
 
     def with_skips(self, skips: jax.Array) -> Health:
         """Returns the health with another number of skipped updates."""
+        # Not once updates have stopped: the number at that point explains why.
         return Health(self.packed.at[_SKIPS].set(jnp.where(self.is_bad, self.skips, skips)))
 
 
@@ -157,8 +162,8 @@ def from_metadata(health: Health, kept: Any) -> Health:
 
 
 @flax.struct.dataclass
-class Signs(clu.metrics.Metric):
-    """Findings of a forward pass, merged over the slices of a batch like a metric.
+class Findings(clu.metrics.Metric):
+    """Findings of a forward pass, merged over the micro-batches of a batch like a metric.
 
     Attributes:
         losses: float32 scalar that is finite if and only if all losses and penalties are.
@@ -171,46 +176,47 @@ class Signs(clu.metrics.Metric):
     value: jax.Array
 
     @classmethod
-    def empty(cls) -> Signs:
-        """Returns signs without findings."""
+    def empty(cls) -> Findings:
+        """Returns the findings of a pass in which nothing was wrong."""
         return cls(*(jnp.zeros((), kind) for kind in (jnp.float32, jnp.int32, jnp.float32)))
 
-    def merge(self, other: Signs) -> Signs:
-        """Returns the merged signs; the first label counts."""
-        mine = self.label > 0
-        return Signs(
+    def merge(self, other: Findings) -> Findings:
+        """Returns the merged findings; the first bad label is kept."""
+        has_label = self.label > 0
+        return Findings(
             # A sum stays non-finite: inf - inf is NaN.
             losses=self.losses + other.losses,
-            label=jnp.where(mine, self.label, other.label),
-            value=jnp.where(mine, self.value, other.value),
+            label=jnp.where(has_label, self.label, other.label),
+            value=jnp.where(has_label, self.value, other.value),
         )
 
 
-def take_signs(metrics: Any) -> tuple[Any, list[Signs]]:
-    """Returns the metrics without the signs in them, at any depth, and the list of signs."""
+def take_findings(metrics: Any) -> tuple[Any, list[Findings]]:
+    """Returns the metrics without the findings in them, at any depth, and the list of findings."""
     if not isinstance(metrics, Mapping):
         return metrics, []
-    rest, found = {}, []
+    rest, findings = {}, []
     for name, value in metrics.items():
-        if name == SIGNS:
-            found.append(value)
+        if name == FINDINGS:
+            findings.append(value)
         else:
-            rest[name], more = take_signs(value)
-            found += more
-    return rest, found
+            rest[name], more = take_findings(value)
+            findings += more
+    return rest, findings
 
 
-def signs_from_metrics(metrics: Any) -> Signs:
-    """Returns the signs of a step that returns none, from metrics whose names end in 'loss'."""
+def findings_from_metrics(metrics: Any) -> Findings:
+    """Returns findings from the metrics of a step whose names end in 'loss'."""
     leaves = jax.tree_util.tree_leaves_with_path(
         metrics, is_leaf=lambda node: isinstance(node, WeightedMean)
     )
+    # The sum and not the mean: the mean of a batch of weight 0 is NaN, which is no failure.
     losses = [
         x.total
         for path, x in leaves
         if isinstance(x, WeightedMean) and param_path(path).endswith('loss')
     ]
-    return dataclasses.replace(Signs.empty(), losses=sum(losses, jnp.float32(0)))
+    return dataclasses.replace(Findings.empty(), losses=sum(losses, jnp.float32(0)))
 
 
 def check_gradients(
@@ -223,9 +229,9 @@ def check_gradients(
 ) -> Health:
     """Returns the health after a backward pass.
 
-    A dynamic loss scale adapts by overflows, so these are skipped and counted. They are bad only if
-    the scale cannot shrink further, or after `MOST_SKIPS` in a row. An optimizer that handles
-    non-finite gradients by itself is excused.
+    A dynamic loss scale adapts by overflows, so these are skipped and counted. They are a failure
+    only if the scale cannot shrink further, or after `MOST_SKIPS` in a row. An optimizer that
+    handles non-finite gradients by itself is excused.
 
     Args:
         health: the health after the forward pass.
@@ -251,12 +257,12 @@ def check_arrays(
         params: the new parameters.
         opt_state: the new state of the optimizer.
         step: number of the step, from 1.
-        replicated: whether every device holds all of every parameter.
+        replicated: whether every device has all of every parameter.
     """
     arrays, slots = floats(params), floats(opt_state)
     known = health.known
 
-    def look() -> tuple[jax.Array, jax.Array]:
+    def check_exactly() -> tuple[jax.Array, jax.Array]:
         bad = has_new_non_finite(arrays, known[: len(arrays)], replicated=replicated)
         return bad, has_new_non_finite(slots, known[len(arrays) :], replicated=replicated)
 
@@ -265,10 +271,11 @@ def check_arrays(
         # exact check, and needs no copy.
         none = jnp.zeros((), bool)
         bad_params, bad_slots = jax.lax.cond(
-            is_surely_finite([*arrays, *slots]), lambda: (none, none), look
+            is_surely_finite([*arrays, *slots]), lambda: (none, none), check_exactly
         )
     else:
-        bad_params, bad_slots = look()
+        bad_params, bad_slots = check_exactly()
+    # Parameters first, because the first flag is kept: they matter more than slots.
     health = health.with_flag(bad_params, PARAMETER, step)
     return health.with_flag(bad_slots, SLOT, step)
 
@@ -279,7 +286,7 @@ def handles_non_finite(opt_state: Any) -> bool:
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kinds))
     for node in nodes:
         if isinstance(node, optax.MultiStepsState):
-            # It can skip them as well; or the optimizer that it wraps handles them.
+            # It can skip non-finite gradients; or the optimizer that it wraps handles them.
             if jax.tree.leaves(node.skip_state) or handles_non_finite(node.inner_opt_state):
                 return True
         elif isinstance(node, kinds):
@@ -288,7 +295,10 @@ def handles_non_finite(opt_state: Any) -> bool:
 
 
 def _mark_line_search(tree: Any) -> list[int]:
-    """Returns for each float leaf 1 if it is a scalar of a line search, which may be non-finite."""
+    """Returns for each float leaf 1 if it is a scalar of a line search, which may be non-finite.
+
+    Optax marks a search that has failed by an infinite error.
+    """
     kinds = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
 
     def mark(node: Any) -> Any:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from trainer.modules.precision import accumulation_dtype
 from trainer.tasks.metrics import Last
 
+# Below 1 it would no longer protect against underflow, and an overflow has another cause.
 _SMALLEST = 1.0
 
 
@@ -35,9 +36,10 @@ class LossScale:
     growth_interval: int = flax.struct.field(pytree_node=False, default=2000)
 
     @classmethod
-    def of(cls, scale: float) -> LossScale:
-        """Returns a scale before the first step."""
+    def from_value(cls, scale: float) -> LossScale:
+        """Returns the scale before the first step."""
         zero = jnp.zeros((), jnp.int32)
+        # A copy, because two leaves of a donated state must not share a buffer.
         return cls(scale=jnp.float32(scale), finite_steps=zero, skipped=jnp.copy(zero))
 
     @property
@@ -57,6 +59,7 @@ class LossScale:
         """
         finite_steps = jnp.where(finite, self.finite_steps + 1, 0)
         grow = finite_steps >= self.growth_interval
+        # A power of two, so that scaling and unscaling are exact; 2^127 is the largest in float32.
         grown = jnp.where(grow, jnp.minimum(self.scale * 2, 2.0**127), self.scale)
         shrunk = jnp.maximum(self.scale / 2, _SMALLEST)
         return dataclasses.replace(
@@ -76,15 +79,17 @@ def to_optimizer_gradients(grads: Any, scale: LossScale | None) -> Any:
     """Converts gradients of JAX to those that optimizers expect: float32, unscaled, conjugate."""
 
     def convert(grad: jax.Array) -> jax.Array:
+        # Before the division: unscaled, small gradients would underflow in float16.
         grad = grad.astype(accumulation_dtype(grad))
         grad = grad if scale is None else grad / scale.scale
+        # JAX's gradient of a complex parameter is the conjugate of the direction of ascent.
         return grad.conj() if jnp.iscomplexobj(grad) else grad
 
     return jax.tree.map(convert, grads)
 
 
 def skip_overflow(new: Any, old: Any, updates: Any, finite: jax.Array) -> tuple[Any, Any, Any]:
-    """Adapts the scale, and undoes an update with non-finite gradients.
+    """Adapts the scale, and undoes the update if its gradients are not finite.
 
     Args:
         new: the state after the update.
@@ -96,6 +101,8 @@ def skip_overflow(new: Any, old: Any, updates: Any, finite: jax.Array) -> tuple[
         The state, the updates (zero if they were undone), and the metrics of the scale.
     """
     scale = old.loss_scale.update(finite)
+    # Not `step`, which counts batches. The collections too, because an overflow may come from the
+    # forward pass that has updated them.
     skipped = ('params', 'opt_state', 'collections', 'ema')
     new = dataclasses.replace(new.revert_if(~finite, old, skipped), loss_scale=scale)
     metrics = {name: Last.from_model_output(value) for name, value in scale.metrics().items()}

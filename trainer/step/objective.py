@@ -37,7 +37,10 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class _PerLoss:
-    """The values of several losses; a pytree leaf, so that masks for parameters leave it alone."""
+    """The values of several losses.
+
+    Not registered as a pytree, so it is a leaf: masks for parameters do not look into it.
+    """
 
     values: Mapping[str, Any]
 
@@ -49,7 +52,7 @@ def arguments(objective: Objective, grads: Any, state: TrainState) -> dict[str, 
     Other names go only to the optimizers that take them, because line searches reject them.
     """
     value, function = objective.value, objective.function
-    if contains_state(state.opt_state, contrib.SAMState):  # It rejects all others.
+    if contains_state(state.opt_state, contrib.SAMState):  # It rejects all other names.
         return {'grad_fn': lambda params, _: _gradient(function, params)}
     if isinstance(value, Mapping):
         value = _PerLoss(value)
@@ -62,7 +65,7 @@ def arguments(objective: Objective, grads: Any, state: TrainState) -> dict[str, 
 
 
 def _gradient(function: Callable[[Any], Any], params: Any) -> Any:
-    def one(params: Any) -> Any:
+    def scalar_loss(params: Any) -> Any:
         value = function(params)
         if isinstance(value, Mapping):
             raise UserError(
@@ -71,30 +74,36 @@ def _gradient(function: Callable[[Any], Any], params: Any) -> Any:
             )
         return value
 
-    return jax.grad(one)(params)
+    return jax.grad(scalar_loss)(params)
 
 
-def _named(loss: Any, name: str) -> Any:
-    """Returns the named loss; a lone loss is returned as it is."""
+def _select_loss(loss: Any, name: str) -> Any:
+    """Returns the named loss; an unnamed loss is returned as it is."""
     return loss[name] if isinstance(loss, Mapping) else loss
 
 
 def bind_loss(tx: optax.GradientTransformation, name: str | None) -> optax.GradientTransformation:
-    """Returns the optimizer, which then gets the value and the function of the named loss only."""
+    """Wraps the optimizer of a group, so that it gets the value and function of its own loss only.
+
+    Args:
+        tx: the optimizer.
+        name: name of the loss; None if the task has one unnamed loss.
+    """
     if name is None:
         return tx
     inner = optax.with_extra_args_support(tx)
 
-    def pick(argument: str, given: Any) -> Any:
-        if isinstance(given, _PerLoss):
-            return given.values[name]
+    def select(argument: str, value: Any) -> Any:
+        if isinstance(value, _PerLoss):
+            return value.values[name]
         if argument in ('value_fn', 'obj_fn'):
-            return lambda params: _named(given(params), name)
-        return given
+            return lambda params: _select_loss(value(params), name)
+        # An argument of a custom step, which is the same for all groups.
+        return value
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
-        mine = {argument: pick(argument, given) for argument, given in more.items()}
-        return inner.update(updates, state, params, **mine)
+        selected = {argument: select(argument, value) for argument, value in more.items()}
+        return inner.update(updates, state, params, **selected)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -115,7 +124,7 @@ def retry_update(
     error: Exception,
     update: Callable[..., tuple[Any, Any]],
     state: TrainState,
-    found: Mapping[str, Any],
+    provided: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> tuple[Any, Any]:
     """Calls an optimizer again without the arguments that it rejected, or explains its error.
@@ -124,7 +133,7 @@ def retry_update(
         error: the error of the first call.
         update: the optimizer's update, to be called with extra arguments.
         state: the state before the update.
-        found: the extra arguments that the step provides.
+        provided: the extra arguments that the step provides.
         given: the extra arguments of a custom step, which take precedence.
 
     Raises:
@@ -132,7 +141,8 @@ def retry_update(
     """
     try:
         refused = compat.refused_argument(error)
-        if refused is None or refused in given or refused not in found:
+        # An argument that the user passed must not be dropped silently.
+        if refused is None or refused in given or refused not in provided:
             raise error
         # Against optax's convention, some optimizers take no extra arguments but their own.
         try:
@@ -149,15 +159,16 @@ def retry_update(
     except Exception as last:
         missing = compat.missing_arguments(last)
         if missing is not None:
-            said = _what_is_missing(missing, state, found)
-        elif compat.is_of_optax(last):
-            said = _failure(last, state)
+            message = _missing_arguments_message(missing, state, provided)
+        elif compat.is_optax_error(last):
+            message = _failure_message(last, state)
         else:
+            # From the user's own code, whose traceback says more than a message could.
             raise
-        raise UserError(f'{_WHERE}: {said}') from last
+        raise UserError(f'{_WHERE}: {message}') from last
 
 
-def _failure(error: Exception, state: TrainState) -> str:
+def _failure_message(error: Exception, state: TrainState) -> str:
     masks = (
         'optax:masked and optax:partition pass grad on to a part of the parameters with '
         'mask_compatible_extra_args=True. '
@@ -171,7 +182,7 @@ def _failure(error: Exception, state: TrainState) -> str:
     )
 
 
-def _what_is_missing(names: str, state: TrainState, found: Mapping[str, Any]) -> str:
+def _missing_arguments_message(names: str, state: TrainState, provided: Mapping[str, Any]) -> str:
     example = f'ctx.update(state, grads, {re.split(r"[ ,]", names)[0]}=...)'
     if contains_state(state.opt_state, optax.MultiStepsState):
         return (
@@ -183,7 +194,7 @@ def _what_is_missing(names: str, state: TrainState, found: Mapping[str, Any]) ->
             f'it needs {names}, which optax.contrib:sam, chained with it, does not accept. Remove '
             'one of the two'
         )
-    if not found:
+    if not provided:
         return (
             f'it needs {names}, and config.step does not pass the gradients that ctx.gradients '
             f'returned. Pass it by name: {example}'

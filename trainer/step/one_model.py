@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The step of one model, and the state that it starts from, as `Programs` compile them."""
+"""The step of one model and its initial state, in the form that `Programs` compile."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from trainer.tasks.runner import TaskRunner
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A step as a pure function `(state, batch) -> state`, and the state that it starts from.
+    """A step as a pure function `(state, batch) -> state`, and its initial state.
 
     Attributes:
         context: the parts of the step and its settings.
@@ -83,6 +83,7 @@ class TrainStep:
             replicated: for each parameter whether every device has all of it; None if unknown.
         """
         optimizer, opt_state = self.context.optimizer, state.opt_state
+        # Once per run and not in the step: each needs the whole tree, and a step is traced often.
         facts = StateFacts(
             tx=optimizer.transformation(state.params),
             frozen=optimizer.frozen_mask(state.params),
@@ -95,7 +96,7 @@ class TrainStep:
         return self.with_context(facts=facts)
 
     def state_specs(self, state: TrainState, mesh: Mesh) -> TrainState:
-        """Returns the shapes and shardings of the state, which are those of one model."""
+        """Returns the shapes and shardings of the state: those of one model, unchanged."""
         return state
 
     def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
@@ -108,11 +109,13 @@ class TrainStep:
         optimizer.check_learning_rates()
         # The values do not matter: the compiler removes the forward pass of initialization.
         batch = {name: jnp.zeros(s.shape, s.dtype) for name, s in spec.items()}
-        # Recorded apart: a field that is read only for initialization need not be sent in steps.
+        # In a record of its own: a field that is read only for initialization is not sent in steps.
         with record_reads():
-            seen = self.task.prepare_batch(batch)
+            prepared = self.task.prepare_batch(batch)
+            # The mode is folded into the keys, so that no parameter shares its random numbers with
+            # dropout of a step.
             keys = Keys(seed=context.seed, mode='init')
-            variables = dict(context.model.init(self.task.task, seen, keys))
+            variables = dict(context.model.init(self.task.task, prepared, keys))
         views.check_arrays(meta.unbox(variables))
         named = variables.pop('params')
         optimizer.check_statistics(meta.unbox(variables))
@@ -122,17 +125,20 @@ class TrainStep:
             opt_state=None,
             collections=variables,
             metrics=None,
-            loss_scale=None if context.loss_scale is None else LossScale.of(context.loss_scale),
+            loss_scale=None
+            if context.loss_scale is None
+            else LossScale.from_value(context.loss_scale),
         )
         state = self.restart_optimizer(state)
+        # Last, because the metrics of a step depend on all other parts of the state.
         metrics = self.empty_metrics(meta.unbox(state), batch)
         return dataclasses.replace(state, params=named, metrics=metrics)
 
     def restart_optimizer(self, state: TrainState) -> TrainState:
-        """Returns the state with optimizer state and moving average initialized anew.
+        """Returns the state with a new optimizer state and moving average.
 
-        This must follow every change of the parameters from outside, because some optimizers keep a
-        copy of them.
+        It has to be called after every change of the parameters outside of a step, because some
+        optimizers keep a copy of them.
         """
         params = state.params
         opt_state = self.context.optimizer.transformation(params).init(params)
@@ -140,16 +146,17 @@ class TrainStep:
             state,
             opt_state=opt_state,
             ema=None if self.context.ema_decay is None else ema.init(params),
-            health=Health.clean(params, opt_state) if self.context.tracks_health else None,
+            health=Health.from_finite(params, opt_state) if self.context.tracks_health else None,
         )
 
     def examine(self, state: TrainState) -> Health:
         """Returns the health of a state that training starts from."""
-        return Health.of(state.params, state.opt_state)
+        return Health.from_arrays(state.params, state.opt_state)
 
     def sweep(self, state: TrainState) -> Health:
         """Returns the health of a state; checks its parameters and slots if updates can stop."""
         if not self.context.stops:
+            # A copy: JAX would return the input itself, whose buffer the next step deletes.
             return jax.tree.map(jnp.copy, state.health)
         return sweep.check(state, self.context)
 
@@ -159,7 +166,7 @@ class TrainStep:
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Returns empty accumulators for the shapes of this state and batch."""
-        # The metrics of the state are what is computed here.
+        # A state in initialization has no metrics yet; a later one must lead to the same trace.
         state = dataclasses.replace(state, metrics=None)
         context = self.with_state(state).context
         if self.function is default_step:

@@ -111,14 +111,14 @@ class Optimizer:
         return known or self.learning_rate
 
     def check_learning_rates(self) -> None:
-        """Checks that each learning rate is a number at every step.
+        """Checks that each learning rate is a scalar function of the number of updates.
 
         Raises:
             UserError: if one is not.
         """
-        found = self.learning_rates
-        several = found if isinstance(found, Mapping) else {'': found}
-        for name, rate in several.items():
+        rates = self.learning_rates
+        by_name = rates if isinstance(rates, Mapping) else {'': rates}
+        for name, rate in by_name.items():
             if rate is None:
                 continue
             where = f'{self.path}: the learning rate' + (f' of {name}' if name else '')
@@ -143,12 +143,18 @@ class Optimizer:
                 belong to exactly one group, or is neither floating-point nor complex.
         """
         views.check_numbers(params)
+        # The float32 view is the outermost: clipping and multipliers must not round, either.
         tx = views.with_float32_view(self._without_float32_view(params), params)
         return optax.with_extra_args_support(tx)
 
     def _without_float32_view(self, params: Any) -> optax.GradientTransformation:
-        """Returns the transformation without the float32 view: see also `state_of_base`."""
+        """Returns the transformation without the float32 view.
+
+        `state_of_base` depends on this structure.
+        """
         _check_decays(_paths(params), self.decay_mask, f'{self.path}.decay_mask')
+        # Clipping comes first: it is for gradients. Multipliers come last: an adaptive optimizer
+        # normalizes its gradients, so it would cancel factors on them.
         parts = [] if self.clip_norm is None else [optax.clip_by_global_norm(self.clip_norm)]
         if self.base is None:
             parts.append(self._combine_groups(params))
@@ -157,10 +163,11 @@ class Optimizer:
         if self.lr_multipliers:
             where = f'{self.path}.lr_multipliers'
             parts.append(_scale_each(_multipliers(params, self.lr_multipliers, where)))
-        # `state_of_base` indexes into this chain: clipping, the optimizer, multipliers.
         tx = parts[0] if len(parts) == 1 else optax.chain(*parts)
         if not self.freeze:
             return tx
+        # Around the whole chain, so that frozen parameters have no slots and do not count in the
+        # norm that gradients are clipped by.
         patterns.check_used(self.freeze, _paths(params), f'{self.path}.freeze')
         labels = jax.tree.map(
             lambda frozen: 'frozen' if frozen else 'trained', RegexMask(self.freeze)(params)
@@ -177,6 +184,7 @@ class Optimizer:
             opt_state = opt_state.inner_states['trained'].inner_state
         if self.clip_norm is None and not self.lr_multipliers:
             return opt_state
+        # A chain: clipping, if any, comes before the optimizer.
         return opt_state[0 if self.clip_norm is None else 1]
 
     def frozen_mask(self, params: Any) -> Any:
@@ -185,6 +193,9 @@ class Optimizer:
 
     def check_statistics(self, collections: Mapping[str, Any]) -> None:
         """Checks that each pattern of `freeze_statistics` matches a variable.
+
+        Args:
+            collections: the variables other than parameters, by collection.
 
         Raises:
             UserError: if one does not.
@@ -209,19 +220,23 @@ class Optimizer:
         """Returns the name of the group that each trained parameter belongs to, by path.
 
         Raises:
-            UserError: if one belongs to none or to several, or a pattern matches none.
+            UserError: if a parameter belongs to no group or to several, or a pattern matches none.
         """
         for name, group in self.groups.items():
             patterns.check_used(group.params, _paths(params), f'{self.path}.groups.{name}.params')
-        found = {
+        names_by_path = {
             path: [
                 name for name, group in self.groups.items() if patterns.matches(group.params, path)
             ]
             for path in _paths(params)
             if not patterns.matches(self.freeze, path)
         }
-        missing = [path for path, names in found.items() if not names]
-        shared = [f'{path} ({", ".join(names)})' for path, names in found.items() if len(names) > 1]
+        missing = [path for path, names in names_by_path.items() if not names]
+        shared = [
+            f'{path} ({", ".join(names)})'
+            for path, names in names_by_path.items()
+            if len(names) > 1
+        ]
         if missing or shared:
             raise UserError(
                 f'{self.path}.groups: every parameter must belong to exactly one group.'
@@ -234,7 +249,7 @@ class Optimizer:
                     else '.'
                 )
             )
-        return {path: names[0] for path, names in found.items()}
+        return {path: names[0] for path, names in names_by_path.items()}
 
     def select(self, by_loss: Mapping[str, Any]) -> Any:
         """Returns one parameter-shaped tree, with each leaf from the tree of its loss.
@@ -243,21 +258,25 @@ class Optimizer:
             by_loss: a parameter-shaped tree for each of `losses`. With several losses, frozen
                 leaves become zeros.
         """
+        # One loss drives all parameters: nothing to select, and no zeros for frozen ones.
         if len(by_loss) == 1:
             return next(iter(by_loss.values()))
         trees = list(by_loss.values())
         owners, index = self.owners(trees[0]), {name: i for i, name in enumerate(by_loss)}
 
-        def pick(path: tuple[Any, ...], *leaves: Any) -> Any:
+        def select_leaf(path: tuple[Any, ...], *leaves: Any) -> Any:
             owner = owners.get(param_path(path))
             if owner is None:
                 return jnp.zeros_like(leaves[0])
             return leaves[index[self.groups[owner].loss or ONLY_LOSS]]
 
-        return jax.tree_util.tree_map_with_path(pick, *trees)
+        return jax.tree_util.tree_map_with_path(select_leaf, *trees)
 
     def check_losses(self, loss: Any) -> None:
         """Checks that the groups name losses of the task's output, and all of them.
+
+        Args:
+            loss: the loss of the output: an array, or a dict by name.
 
         Raises:
             UserError: if a group names another loss, or no group names one of them.
@@ -272,9 +291,12 @@ class Optimizer:
             )
         for name, group in self.groups.items():
             if group.loss not in (names or (None,)):
+                where = f'{self.path}.groups.{name}.loss'
+                if group.loss is None:
+                    raise UserError(f'{where} is missing; the task returns {", ".join(names)}')
                 raise UserError(
-                    f'{self.path}.groups.{name}.loss: the task has no loss {group.loss!r}; it '
-                    + (f'returns {", ".join(names)}' if names else 'returns one without a name')
+                    f'{where}: the task has no loss {group.loss!r}; it returns '
+                    + (', '.join(names) if names else 'one without a name')
                 )
         unused = [name for name in names if name not in self.losses]
         if unused:
@@ -287,7 +309,7 @@ class Optimizer:
         owners = self.owners(params)
 
         def labels(tree: Any) -> Any:
-            # Recomputed for each tree: frozen leaves are masked out of those that arrive here.
+            # Recomputed for each tree, because frozen leaves are masked out of it.
             return jax.tree_util.tree_map_with_path(lambda path, _: owners[param_path(path)], tree)
 
         def members(name: str) -> Any:
@@ -296,6 +318,8 @@ class Optimizer:
                 params,
             )
 
+        # The optimizers of the groups are built for their own parameters only, so that patterns are
+        # checked against these. The float32 view is around all of them: see `transformation`.
         return optax.multi_transform(
             {
                 name: bind_loss(group.optimizer._without_float32_view(members(name)), group.loss)
@@ -307,10 +331,10 @@ class Optimizer:
 
 
 def _scale_each(factors: Any) -> optax.GradientTransformation:
-    """Scales each update by a static factor, which is the same as scaling its learning rate."""
+    """Scales each update by a constant factor, which is the same as scaling its learning rate."""
 
     def update(updates: Any, _: Any = None) -> Any:
-        # By path, because frozen leaves are masked out of the tree that arrives here.
+        # By path, because frozen leaves are masked out of this tree.
         return jax.tree_util.tree_map_with_path(
             lambda path, u: u * factors[param_path(path)], updates
         )
@@ -323,6 +347,7 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) ->
     expressions = [(re.compile(pattern), float(factor)) for pattern, factor in pairs]
     factors: dict[str, float] = {}
     for path in _paths(params):
+        # The first match counts, so that a general pattern can follow special ones.
         for expression, factor in expressions:
             if expression.fullmatch(path):
                 factors[path] = factor
@@ -337,10 +362,11 @@ def _multipliers(params: Any, pairs: Sequence[tuple[str, float]], where: str) ->
 
 
 def _check_decays(paths: Sequence[str], decayed: Sequence[str], where: str) -> None:
-    """Checks that some parameter decays; single patterns may match nothing in this model."""
+    """Checks that some parameter decays; a single pattern may match nothing in this model."""
     expressions = [patterns.compile_pattern(pattern, where) for pattern in decayed]
-    found = [path for path in paths if any(each.fullmatch(path) for each in expressions)]
-    if decayed and paths and not found:
+    matched = [path for path in paths if any(each.fullmatch(path) for each in expressions)]
+    # A group all of whose parameters are frozen has no `paths`.
+    if decayed and paths and not matched:
         raise UserError(
             f'{where}: {", ".join(map(repr, decayed))} matches no parameter, so nothing decays. '
             f'A pattern must match a whole path, such as {and_more(paths, 5)}.'

@@ -13,29 +13,30 @@ from trainer.step.state import TrainState
 
 
 def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
-    """Returns a sharding for every leaf; optimizer slots and average have that of their parameter.
+    """Returns the sharding of every leaf; slots and average are sharded like their parameter.
 
     Args:
         abstract: the state's shapes, from `jax.eval_shape`.
-        param_specs: the spec of each parameter.
+        param_specs: the partition spec of each parameter.
         mesh: the device mesh.
     """
-    everywhere = replicated_sharding(mesh)
+    replicated = replicated_sharding(mesh)
 
-    def whole(tree: Any) -> Any:
-        return jax.tree.map(lambda _: everywhere, tree)
+    def replicate(tree: Any) -> Any:
+        return jax.tree.map(lambda _: replicated, tree)
 
     params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs)
     # A `TrainState` of shardings instead of arrays.
     shardings: dict[str, Any] = dict(
-        step=everywhere,
+        step=replicated,
         params=params,
-        opt_state=_match_params(abstract.opt_state, abstract.params, params, everywhere),
-        collections=whole(abstract.collections),
-        metrics=whole(abstract.metrics),
+        opt_state=_match_params(abstract.opt_state, abstract.params, params, replicated),
+        # Statistics are small, and each device needs all of them in every step.
+        collections=replicate(abstract.collections),
+        metrics=replicate(abstract.metrics),
         ema=None if abstract.ema is None else params,
-        loss_scale=whole(abstract.loss_scale),
-        health=whole(abstract.health),
+        loss_scale=replicate(abstract.loss_scale),
+        health=replicate(abstract.health),
     )
     return TrainState(**shardings)
 
@@ -43,8 +44,8 @@ def state_shardings(abstract: TrainState, param_specs: Any, mesh: Mesh) -> Any:
 def _match_params(tree: Any, params: Any, shardings: Any, default: NamedSharding) -> Any:
     """Returns for each leaf of `tree` the sharding of the parameter that its path ends with.
 
-    The slot of parameter a/b is at .../mu/a/b in an optimizer state. `optax.tree_map_params` fails
-    if some parameters are masked out.
+    The slot of parameter a/b is at .../mu/a/b in an optimizer state. `optax.tree_map_params` cannot
+    be used, because it fails if some parameters are masked out.
     """
     known = {
         _keys(path): (leaf.shape, sharding)
@@ -55,8 +56,10 @@ def _match_params(tree: Any, params: Any, shardings: Any, default: NamedSharding
 
     def find(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         keys = _keys(path)
+        # The longest suffix first: 'a/b' and 'b' can both be parameters.
         for start in range(len(keys)):
             shape, sharding = known.get(keys[start:], (None, default))
+            # A leaf of another shape is no slot of it, such as Adafactor's means over rows.
             if shape == leaf.shape:
                 return sharding
         return default

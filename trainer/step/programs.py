@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled programs of a run: init, train step, fused steps. Each is compiled once."""
+"""The compiled programs of a run, such as init and the train step. Each is compiled once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trainer.step.context import Batch
 from trainer.step.health import Health
 from trainer.step.placement import state_shardings
 from trainer.step.state import TrainState
-from trainer.tasks.batch import plain, record_reads
+from trainer.tasks.batch import device_fields, record_reads
 from trainer.tasks.returned import name_of
 from trainer.tasks.runner import TaskRunner
 
@@ -41,6 +41,7 @@ _log = logging.getLogger('trainer')
 # collectives for devices that get no thread, and XLA aborts the process.
 _MOST_IN_FLIGHT = 16
 
+# Threads suffice, because JAX releases the GIL while it compiles.
 _compiler = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix='compile')
 
 
@@ -49,7 +50,7 @@ class Program:
 
     Attributes:
         name: name in messages.
-        compile_secs: time that tracing and compiling took, once `executable()`.
+        compile_secs: seconds of tracing and compiling; complete after `executable()`.
         compiles: number of compilations so far.
     """
 
@@ -106,7 +107,7 @@ class Program:
         return self._compiled
 
     def temporary_bytes(self) -> int | None:
-        """Returns the bytes of temporaries that the compiler reports, None if it reports none."""
+        """Returns the bytes of temporaries according to the compiler; None if it does not say."""
         try:
             analysis = self.executable().memory_analysis()
         except jax.errors.JaxRuntimeError:
@@ -119,9 +120,9 @@ class Program:
             return self._jitted.trace(*self._abstract).jaxpr
 
     def flops(self) -> float | None:
-        """Returns the floating-point operations of a call, None if they cannot be counted.
+        """Returns the floating-point operations of a call; None if they cannot be counted.
 
-        Counted before the compiler optimizes; the body of a loop counts once.
+        They are counted before compiler optimizations. The body of a loop counts once.
         """
         with self._tracing():
             analysis = self._jitted.lower(*self._abstract).cost_analysis()
@@ -130,13 +131,14 @@ class Program:
     def __call__(self, *args: Any) -> Any:
         """Runs the program. If shapes or dtypes have changed, compiles it again with a warning."""
         compiled = self._compiled or self.executable()
+        # Executables check their arguments anyway, so no call pays for a second check here.
         try:
             return self._wait_if_due(compiled(*args))
         except TypeError:
-            found = changes(self._abstract, args)
-            if not found:
+            changed = changes(self._abstract, args)
+            if not changed:
                 raise
-        _log.warning('%s compiles again, because its arguments changed: %s', self.name, found)
+        _log.warning('%s compiles again, because its arguments changed: %s', self.name, changed)
         self._abstract = jax.tree.map(_shape_spec, args)
         self._compiled = self._compile(self._lower())
         self._calls = 0
@@ -145,11 +147,11 @@ class Program:
     def _wait_if_due(self, result: Any) -> Any:
         """Waits for the first call, and on virtual devices from time to time.
 
-        Most failures for lack of memory occur in the first call. They are raised here, before the
-        host copies its results: see `fetch`.
+        Most out-of-memory errors occur in the first call. They are raised here, before the host
+        copies the results: see `fetch`.
         """
-        # On one device there is no limit: waiting for each call would idle the device. With several
-        # virtual ones the wait prevents a deadlock: see `_MOST_IN_FLIGHT`.
+        # No wait on real devices: it would leave them idle between calls. On several virtual ones
+        # it prevents a deadlock: see `_MOST_IN_FLIGHT`.
         self._calls += 1
         if self._calls == 1 or (self._virtual and self._calls % _MOST_IN_FLIGHT == 0):
             jax.block_until_ready(result)
@@ -240,7 +242,7 @@ class Programs:
 
         Args:
             train_step: the functions of the step.
-            spec: shape and dtype of each field of a global batch of the loader.
+            spec: shape and dtype of each field of a global batch from the loader.
             mesh: the device mesh.
             sharding: rules that shard parameters over the mesh.
             fused: number of updates that `step.fused` makes in one call.
@@ -251,8 +253,8 @@ class Programs:
         fields = Fields.from_spec(spec, 'config.data')
         self._shapes = fields.shapes
         self._first_step = train_step.with_fields(fields.host_fields())
-        # The first trace finds which fields the task reads and whether it returns weights. From
-        # here on, the step is that of batches with those fields.
+        # The first trace shows which fields the task reads, and whether it returns weights. All
+        # later traces are for batches with only those fields.
         with self._tracing(), record_reads() as reads:
             named = _init_shapes(self._first_step, self._shapes)
         self.fields = fields.with_sent(reads.names)
@@ -261,6 +263,7 @@ class Programs:
         with allow_names_for_rules():
             names = nn.get_partition_spec(named.params)
         specs = param_specs(shapes.params, names, sharding, mesh)
+        # The state of one model; for an ensemble, `state_specs` below adds the member dimension.
         one: TrainState = jax.tree.map(_to_spec, shapes, state_shardings(shapes, specs, mesh))
         replicated = jax.tree.map(lambda leaf: leaf.sharding.is_fully_replicated, one.params)
         self._train_step = train_step.with_state(one, replicated)
@@ -286,9 +289,9 @@ class Programs:
 
     @functools.cached_property
     def fused(self) -> Program:
-        """`steps_per_call` updates in one call, on stacked batches (steps, rows, ...)."""
+        """`steps_per_call` updates in one call, on stacked batches (steps, batch, ...)."""
 
-        def many(state: TrainState, batches: Any) -> TrainState:
+        def run_steps(state: TrainState, batches: Any) -> TrainState:
             update = self._train_step.update
             return jax.lax.scan(lambda s, b: (update(s, b), None), state, batches)[0]
 
@@ -296,7 +299,7 @@ class Programs:
         stacked = NamedSharding(self._mesh, PartitionSpec(None, *sharding.spec))
         return Program(
             f'the program of {self._fused_steps} train steps',
-            many,
+            run_steps,
             (self.abstract, self._batch(stacked, (self._fused_steps,))),
             tracing=self._tracing,
             donate_argnums=0,
@@ -306,7 +309,7 @@ class Programs:
 
     @functools.cached_property
     def init(self) -> Program:
-        """The first state: `() -> state`, with every leaf created in its sharding."""
+        """The initial state: `() -> state`, with every leaf created in its sharding."""
         return Program(
             'the program that makes the state',
             lambda: self._first_step.init(self._shapes),
@@ -324,8 +327,8 @@ class Programs:
             (self.abstract,),
             tracing=self._tracing,
             donate_argnums=0,
-            # Otherwise the old slots, which the program does not read, would not be donated, and
-            # would take up memory beside the new ones.
+            # Otherwise the old slots, which the program does not read, would not be donated and
+            # would take up memory together with the new ones.
             keep_unused=True,
             out_shardings=self._shardings,
         )
@@ -411,24 +414,25 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
     except UserError:
         raise
     except Exception as error:
+        # JAX's messages for these three name no config key and no fix.
         if name := compat.unknown_mesh_axis(error):
             raise UserError(
-                f'config.mesh: the model names the mesh axis {name!r}, which the mesh lacks. Add '
-                f'it, with size 1 if nothing is to be sharded: --config.mesh.{name}=1'
+                f'config.mesh: the model names the mesh axis {name!r}, which the mesh does not '
+                f'have. Add it, with size 1 if nothing should be sharded: --config.mesh.{name}=1'
             ) from error
         if axis := compat.unbound_axis(error):
             raise UserError(_unbound_axis_message(axis, error)) from error
-        if wrong := compat.wrong_rank(error):
+        if wrong := compat.rank_mismatch(error):
             raise UserError(
-                f'the model or the task asks for the sharding {wrong[0]} of an array that has '
-                f'{wrong[1]} dimensions{error_location(error)}. Give a mesh axis, or None, for '
-                'each dimension that the array has there; if a parameter is initialized in '
-                'another shape, put the names around the reshaped one: '
+                f'the model or the task requests the sharding {wrong[0]} for an array that has '
+                f'{wrong[1]} dimensions{error_location(error)}. Name a mesh axis, or None, for '
+                'each dimension that the array has there. If a parameter is initialized in another '
+                'shape, put the names around the reshaped array: '
                 'box.replace_boxed(box.value.reshape(shape))'
             ) from error
         task, fields = train_step.task, spec
         with contextlib.suppress(Exception):  # The error may be that of a transform.
-            fields = jax.eval_shape(lambda batch: plain(task.prepare_batch(batch)), spec)
+            fields = jax.eval_shape(lambda batch: device_fields(task.prepare_batch(batch)), spec)
         batch = ', '.join(f'{name}: {describe(x)}' for name, x in fields.items())
         error.add_note(f'The task {name_of(task.task)} was called with the batch {batch}')
         raise
@@ -437,14 +441,16 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
 def _unbound_axis_message(axis: str, error: Exception) -> str:
     """Returns the message for a collective over an axis that no transformation has bound."""
     mesh = jax.sharding.get_abstract_mesh()
-    of = 'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
+    kind = (
+        'of the mesh, which only jax.shard_map binds' if axis in mesh.axis_names else 'of jax.pmap'
+    )
     return (
-        f'the model or the task names the axis {axis!r} {of}{error_location(error)}, and there '
-        'is none here: a step is one program over the whole batch, on any number of devices. '
-        f'Remove the collective, or axis_name={axis!r}: a mean over the batch is that of the '
-        'global batch already, and so are gradients, metrics and the statistics of normalization '
-        'layers. For statistics of groups of examples use trainer.models.norm:GroupedBatchNorm; '
-        'to bind an axis of your own use jax.vmap(..., axis_name=...)'
+        f'the model or the task names the axis {axis!r} {kind}{error_location(error)}, but no '
+        'such axis is bound: a step is one program over the whole batch, on any number of devices. '
+        f'Remove the collective, or axis_name={axis!r}: means over the batch, gradients, metrics '
+        'and the statistics of normalization layers are already those of the global batch. For '
+        'statistics of groups of examples use trainer.models.norm:GroupedBatchNorm; to bind an '
+        'axis of your own use jax.vmap(..., axis_name=...)'
     )
 
 
@@ -459,9 +465,9 @@ def _keeps_unused_arguments(mesh: Mesh) -> bool:
     move to other buffers, which costs copies and prevents the replay of CUDA graphs. CPUs have no
     such graphs.
     """
-    # On a CPU each argument costs time, too little to measure: a step of the MLP takes
-    # 0.96 [0.83, 1.12] of the CPU time of one with them (`tests/benchmarks/beside.py OTHER mlp`,
-    # 11 pairs, jax 0.10.2). `tests/step/test_programs.py` holds the pairs of buffers.
+    # On a CPU each argument costs time, too little to measure: without them, a step of the MLP
+    # takes 0.96 [0.83, 1.12] of the CPU time (`tests/benchmarks/beside.py OTHER mlp`, 11 pairs,
+    # jax 0.10.2). `tests/step/test_programs.py` checks the pairs of buffers.
     return mesh.devices.flat[0].platform != 'cpu'
 
 

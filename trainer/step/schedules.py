@@ -20,6 +20,7 @@ def rsqrt(peak_value: float, warmup_steps: int) -> optax.Schedule:
         raise ValueError(f'warmup_steps: expected at least 1, got {warmup_steps}')
 
     def schedule(count: optax.ScalarOrSchedule) -> jnp.ndarray:
+        # The clamp to `warmup_steps` keeps the root finite at step 0, where `minimum` ignores it.
         step = jnp.asarray(count, jnp.float32)
         decay = jnp.sqrt(warmup_steps / jnp.maximum(step, warmup_steps))
         return peak_value * jnp.minimum(step / warmup_steps, decay)
@@ -28,10 +29,20 @@ def rsqrt(peak_value: float, warmup_steps: int) -> optax.Schedule:
 
 
 def scaled(schedule: optax.Schedule, factor: float) -> optax.Schedule:
-    """Returns a schedule times a factor, which can differ between members of an ensemble."""
+    """Returns a schedule times a factor, which can differ between members of an ensemble.
+
+    Args:
+        schedule: function of the number of updates.
+        factor: the factor, a number or a traced scalar.
+    """
     return lambda count: factor * schedule(count)
 
 
 def moved(schedule: optax.Schedule, by: float) -> optax.Schedule:
-    """Returns a schedule shifted in time: its value at update 0 is that of `schedule` at `by`."""
+    """Returns a schedule shifted in time: its value at update 0 is that of `schedule` at `by`.
+
+    Args:
+        schedule: function of the number of updates.
+        by: number of updates to shift by.
+    """
     return lambda count: schedule(count + by)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training state: everything that changes from step to step, and nothing else."""
+"""The train state: everything that changes from step to step, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrainState:
     """A pytree that is donated to every step and saved in every checkpoint.
 
     Attributes:
-        step: int32 scalar, batches attempted so far.
+        step: int32 scalar, number of batches so far, including those of skipped updates.
         params: nested dict of parameters, without axis metadata.
         opt_state: the optimizer's state.
         collections: every other variable collection of the model, by name ('batch_stats', ...).
@@ -42,7 +42,7 @@ class TrainState:
 
     @property
     def durable(self) -> TrainState:
-        """The state as in a checkpoint, without health: only healthy states are saved."""
+        """The state as in a checkpoint: without health, because only healthy states are saved."""
         return dataclasses.replace(self, health=None)
 
     @property
@@ -55,7 +55,7 @@ class TrainState:
         """The moving average in the dtypes of the parameters, for the model; or None."""
         if self.ema is None:
             return None
-        return jax.tree.map(_in_dtype_of, self.params, self.ema)
+        return jax.tree.map(_cast_like, self.params, self.ema)
 
     def revert_if(self, condition: jax.Array, old: TrainState, fields: Sequence[str]) -> TrainState:
         """Returns the state, with some fields of an older one if a condition holds.
@@ -79,6 +79,7 @@ class TrainState:
             **changes: other fields to replace, such as `ema`, which otherwise keeps its value; the
                 name of a collection replaces that collection.
         """
+        # As in Flax's own TrainState, whose users pass `batch_stats=...`.
         fields = {field.name for field in dataclasses.fields(self)}
         collections = {name: changes.pop(name) for name in list(changes) if name not in fields}
         changes.setdefault('collections', {**self.collections, **collections})
@@ -92,9 +93,11 @@ class TrainState:
         )
 
 
-def _in_dtype_of(param: Any, mean: Any) -> Any:
+def _cast_like(param: Any, mean: Any) -> Any:
+    """Returns the average of a parameter in the dtype of the parameter; arrays or their shapes."""
     if mean.dtype == param.dtype:
         return mean
+    # Shapes have no `astype`.
     if isinstance(mean, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(mean.shape, param.dtype, sharding=mean.sharding)
     return mean.astype(param.dtype)

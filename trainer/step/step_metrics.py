@@ -15,15 +15,15 @@ import jax.numpy as jnp
 
 from trainer.config.durations import Periodic
 from trainer.step.context import Batch, StepContext
-from trainer.step.health import SIGNS, Signs
+from trainer.step.health import FINDINGS, Findings
 from trainer.step.state import TrainState
 from trainer.step.step_sizes import factors, learning_rates
 from trainer.tasks.metrics import Last, WeightedMean
 from trainer.tasks.runner import TaskRunner, run_checks
 from trainer.tasks.task import TaskOutput
 
-# Number of elements above which an array leaves a CPU core's cache before the end of the step, and
-# above which a GPU kernel runs longer than its launch takes.
+# Number of elements above which an array leaves the cache of a CPU core before the end of the step,
+# and above which a GPU kernel takes longer than its launch.
 _LARGE = 2**17
 
 
@@ -31,14 +31,15 @@ def measure(output: TaskOutput, sums: Any, task: TaskRunner) -> dict[str, Any]:
     """Returns the metrics and findings of a forward pass.
 
     Args:
-        output: output of the task.
+        output: the output of the task.
         sums: the weighted sum of each loss, and the sum of the penalties.
         task: the task.
     """
     label, value = run_checks(output.checks, output.weights)
     penalties = output.penalties.items()
     return {
-        SIGNS: Signs(sum(jax.tree.leaves(sums)), label, value),
+        # One sum instead of a check of each loss: it is finite only if all of them are.
+        FINDINGS: Findings(sum(jax.tree.leaves(sums)), label, value),
         'task': task.measure(output),
         'penalties': {name: WeightedMean.from_model_output(x) for name, x in penalties},
     }
@@ -56,41 +57,42 @@ def output_shapes(
 
 
 def empty_task_metrics(output: TaskOutput, task: TaskRunner) -> dict[str, Any]:
-    """Returns empty accumulators for what `measure` returns of such an output."""
+    """Returns empty accumulators for the result of `measure` for outputs of these shapes."""
     return {
         'task': task.empty(output),
         'penalties': {name: WeightedMean.empty() for name in output.penalties},
-        SIGNS: Signs.empty(),
+        FINDINGS: Findings.empty(),
     }
 
 
 def empty_metrics(output: TaskOutput, state: TrainState, ctx: StepContext) -> dict[str, Any]:
     """Returns empty accumulators for the metrics of a default step."""
-    found = empty_task_metrics(output, ctx.task)
-    del found[SIGNS]
-    found['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
+    metrics = empty_task_metrics(output, ctx.task)
+    # `default_step` takes the findings out; they are no metric of a row.
+    del metrics[FINDINGS]
+    metrics['norms'] = {name: Last.empty() for name in ('grad', 'param', 'update')}
     rates = functools.partial(learning_rates, ctx.optimizer)
     known = jax.eval_shape(rates, state.opt_state, state.step)
-    found.update(jax.tree.map(lambda _: Last.empty(), known))
+    metrics.update(jax.tree.map(lambda _: Last.empty(), known))
     if state.loss_scale is not None:
-        found.update({name: Last.empty() for name in state.loss_scale.metrics()})
-    return found
+        metrics.update({name: Last.empty() for name in state.loss_scale.metrics()})
+    return metrics
 
 
 def step_metrics(
     old: TrainState, new: TrainState, grads: Any, updates: Any, ctx: StepContext
 ) -> dict[str, Any]:
-    """Returns the norms and learning rates of an update; a row has those of its own step only.
+    """Returns the norms and learning rates of an update; a row has the values at its step.
 
     Args:
         old: the state before the update.
         new: the state after the update.
         grads: gradients of all parameters.
         updates: the updates that were added to the parameters.
-        ctx: of the step.
+        ctx: the context of the step.
     """
     assert ctx.facts is not None
-    # Norms are read in steps with a row only. On CPUs they cost a noticeable part of a small step.
+    # Norms are needed only at steps with a row. On CPUs they would slow down a small step.
     due = None
     if ctx.log is not None and jax.default_backend() == 'cpu':
         due = is_due(ctx.log, old.step + 1) | (old.step + 1 == ctx.last_step)
@@ -108,9 +110,10 @@ def step_metrics(
     # The rate of this update: schedules count the updates before it, without skipped ones.
     count = old.step if old.loss_scale is None else old.step - old.loss_scale.skipped
     rates = ctx.optimizer.learning_rate
+    # One rate is the common case, handled here without walking through the optimizer state.
     if ctx.optimizer.groups or isinstance(rates, Mapping):
-        found = learning_rates(ctx.optimizer, new.opt_state, count)
-        values.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found))
+        by_name = learning_rates(ctx.optimizer, new.opt_state, count)
+        values.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), by_name))
     elif rates is not None:
         rate = rates(count)
         if ctx.facts.scales_rates:
@@ -120,9 +123,10 @@ def step_metrics(
 
 
 class _Leaf(NamedTuple):
-    """One parameter in a step; frozen parameters count in the norm of the parameters only.
+    """One parameter in a step.
 
-    If `update` is None, it is computed as `new - old`.
+    Frozen parameters count only in the norm of the parameters. If `update` is None, it is computed
+    as `new - old`.
     """
 
     grad: jax.Array
@@ -150,8 +154,8 @@ def norms(
         old: the parameters before the update.
         new: the parameters after the update.
         frozen: for each parameter whether to leave it out of 'grad' and 'update'.
-        due: bool scalar, whether the norms of this step are needed; otherwise they are 0 and cost
-            almost nothing. None computes them always.
+        due: bool scalar, whether the norms of this step are needed; if not, they are 0 and cost
+            almost nothing. None always computes them.
         replicated: for each parameter whether every device has all of it; None if unknown.
     """
     trees = (grads, updates, old, new, frozen)
@@ -176,8 +180,8 @@ def _squares_if_due(due: jax.Array, leaves: list[_Leaf]) -> jax.Array:
             is_exact = leaf.new.dtype == jnp.float32
             groups.append([leaf._replace(update=None) if is_exact else leaf])
     zeros = functools.partial(jnp.zeros, 3)
-    found = [jax.lax.cond(due, functools.partial(_squares, group), zeros) for group in groups]
-    return functools.reduce(jnp.add, found)
+    sums = [jax.lax.cond(due, functools.partial(_squares, group), zeros) for group in groups]
+    return functools.reduce(jnp.add, sums)
 
 
 def _batched_squares(leaves: list[_Leaf], replicated: Any) -> jax.Array:
@@ -189,8 +193,8 @@ def _batched_squares(leaves: list[_Leaf], replicated: Any) -> jax.Array:
     # Sharded arrays are not concatenated, which would gather them on every device.
     each = [False] * len(leaves) if replicated is None else jax.tree.leaves(replicated)
     groups: dict[bool, list[_Leaf]] = {True: [], False: []}
-    for leaf, all_of_it in zip(leaves, each, strict=True):
-        groups[all_of_it and leaf.new.size <= _LARGE].append(leaf)
+    for leaf, is_replicated in zip(leaves, each, strict=True):
+        groups[is_replicated and leaf.new.size <= _LARGE].append(leaf)
     return _squares(groups[True], at_once=True) + _squares(groups[False])
 
 
@@ -201,6 +205,7 @@ def _squares(leaves: list[_Leaf], *, at_once: bool = False) -> jax.Array:
         leaves: the parameters; complex ones count with both parts.
         at_once: whether to concatenate the arrays first.
     """
+    # As with `jax.grad`, gradients of frozen parameters exist; they are not used, so not counted.
     trained = [leaf for leaf in leaves if not leaf.frozen]
     updates = [leaf.new - leaf.old if leaf.update is None else leaf.update for leaf in trained]
     sums = []
@@ -212,6 +217,7 @@ def _squares(leaves: list[_Leaf], *, at_once: bool = False) -> jax.Array:
                 part, dims = part.astype(jnp.float32), tuple(range(part.ndim))
                 # A contraction, because XLA's CPU backend does not vectorize a sum of squares.
                 contracted = ((dims, dims), ((), ()))
+                # Accelerators would otherwise multiply in bfloat16 or TF32.
                 exact = jax.lax.Precision.HIGHEST
                 squares.append(jax.lax.dot_general(part, part, contracted, precision=exact))
             total = total + functools.reduce(jnp.add, squares)
@@ -225,10 +231,10 @@ def _concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
-    """Returns `periodic.is_due(step)` for a traced step, or true if int32 cannot represent it.
+    """Returns `periodic.is_due(step)` for a traced step; true if it cannot be computed in int32.
 
-    It may be true too often, never too rarely. After a change of the batch size it is exact from
-    the first full step of the new size on, and true before.
+    It may be true too often, but never too rarely. After a change of the batch size it is exact
+    from the first full step of the new size on, and true before.
     """
     period, progress = periodic.period_steps, periodic.progress
     if period is None:
@@ -236,6 +242,7 @@ def is_due(periodic: Periodic, step: jax.Array) -> jax.Array:
     ahead = Fraction(0) if progress is None else progress.offset
     den = math.lcm(period.denominator, ahead.denominator)
     num, plus = int(period * den), int(ahead * den)
+    # An upper bound of the intermediate values of the expression below.
     if num * (den + 1) >= 2**31:
         return jnp.ones((), bool)
     # step + ahead crosses a multiple of num / den if and only if (step + ahead) * den mod num is

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rates of an update: those of the schedules, times factors in the optimizer state."""
+"""The learning rates of an update: schedules times factors in the optimizer state."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def learning_rates(optimizer: Optimizer, opt_state: Any, count: Any) -> dict[str
         opt_state: its state after the update.
         count: number of updates before that update.
     """
-    found = _rates(optimizer, opt_state, count)
-    return {} if found is None else {'learning_rate': found}
+    rates = _rates(optimizer, opt_state, count)
+    return {} if rates is None else {'learning_rate': rates}
 
 
 def _rates(optimizer: Optimizer, opt_state: Any, count: Any) -> Any:

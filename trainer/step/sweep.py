@@ -20,14 +20,15 @@ def check(state: TrainState, ctx: StepContext) -> Health:
 
 
 def check_update(new: TrainState, old: TrainState, ctx: StepContext) -> TrainState:
-    """Returns the new state with its health, or with the old values if `undoes` says so.
+    """Returns the new state with its health; if `ctx.undoes`, a bad update is undone.
 
     Args:
         new: the state after the update.
         old: the state before the update.
-        ctx: of the step.
+        ctx: the context of the step.
     """
     health = check(new, ctx)
+    # Only on request: until here the old values have to stay in memory, beside the new ones.
     if ctx.undoes:
         new = new.revert_if(health.is_bad, old, UPDATED)
     return dataclasses.replace(new, health=health)

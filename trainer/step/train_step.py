@@ -12,8 +12,8 @@
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), accuracy
 
 The rest handles batches with padding or weights (the mean is weighted), metrics that accumulate on
-the devices, and updates that stop when a value is not finite. Optional features are in modules of
-their own: `accumulation`, `loss_scale`, `weighted`, `custom_step`, and the package `ensemble`.
+the devices, and updates that stop when a value is not finite. Optional features are in other
+modules: `accumulation`, `loss_scale`, `weighted`, `custom_step`, and the package `ensemble`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.modules.rng import Keys
 from trainer.step import accumulation, ema, loss_scale, objective, sweep, weighted
 from trainer.step.context import Batch, StepContext, StepFunction
 from trainer.step.finite import all_finite
-from trainer.step.health import LABELS, LOSS, SIGNS, UPDATED, Signs, check_gradients
+from trainer.step.health import FINDINGS, LABELS, LOSS, UPDATED, Findings, check_gradients
 from trainer.step.objective import Objective
 from trainer.step.state import TrainState
 from trainer.step.step_metrics import measure, step_metrics
@@ -45,10 +45,10 @@ def default_step(
 ) -> tuple[TrainState, dict[str, Any]]:
     """Computes one gradient and makes one update: the step of a config without `step`."""
     grads, collections, metrics, loss = gradients(state, batch, ctx)
-    # The findings of the forward pass travel as a metric, so that micro-batches merge them. They
-    # are no metric of a row.
-    signs = metrics.pop(SIGNS)
-    state, more = apply_update(state, grads, collections, ctx, signs=signs, loss=loss)
+    # The findings of the forward pass are returned as a metric, so that those of micro-batches are
+    # merged. They are no metric of a row.
+    findings = metrics.pop(FINDINGS)
+    state, more = apply_update(state, grads, collections, ctx, findings=findings, loss=loss)
     return state, {**metrics, **more}
 
 
@@ -63,7 +63,7 @@ def train_step(
         # Here and not in `apply_update`, so that it holds for a custom step too.
         collections = ctx.optimizer.keep_frozen_statistics(state.collections, new.collections)
         new = dataclasses.replace(new, collections=collections)
-    # Last, because it looks at the parameters and optimizer slots that the step has written.
+    # Last, because it checks the parameters and optimizer slots that the step has written.
     if ctx.tracks_health and ctx.stops and ctx.sweeps:
         new = sweep.check_update(new, before, ctx)
     return dataclasses.replace(new, metrics=merge_metrics(state.metrics, metrics))
@@ -95,7 +95,8 @@ def gradients(
         shares = {name: safe_inverse(weight) for name, weight in weights.items()}
         factors = {name: scale * share for name, share in shares.items()}
         if len(factors) == 1 and ctx.task.is_weighted is False:
-            (grads,) = pullback((factors, scale))  # One loss, every example counts.
+            # One loss, and every example counts: a single backward pass, and nothing to mask.
+            (grads,) = pullback((factors, scale))
         else:
             grads = weighted.pull_each(pullback, factors, scale, weights, ctx)
             collections = weighted.select_collections(weights, collections, state, ctx)
@@ -119,8 +120,8 @@ def weighted_sums(
     Args:
         params: the parameters to differentiate.
         state: everything else that the model reads.
-        batch: arrays (rows, ...).
-        ctx: of the step.
+        batch: arrays (batch, ...).
+        ctx: the context of the step.
         index: number of the micro-batch, so that each one draws its own random numbers.
 
     Returns:
@@ -128,13 +129,15 @@ def weighted_sums(
         the penalties. And the auxiliary values: the task's output, the new collections, and the sum
         of weights of each loss.
     """
+    # Keys depend on seed, step and micro-batch alone: a resumed run, and a second call at other
+    # parameters, draw the same random numbers.
     keys = Keys(seed=ctx.seed, mode='train', step=state.step, index=index)
     average = None if state.ema is None else state.average
     model = ctx.model.bind({'params': params, **state.collections}, keys, ema=average)
     output = ctx.task(model, batch)
     if ctx.task.is_weighted is None:
-        # `is_weighted` is known once the shapes were traced. So this runs in that first trace, and
-        # mistakes in a task are reported before anything is compiled.
+        # `is_weighted` is None only in the first trace, of the shapes. So mistakes in a task are
+        # reported before anything is compiled.
         weighted.check_losses(output, ctx.optimizer)
     totals, weights, penalties = loss_sums(output)
     return (totals, penalties), (output, model.own_collections, weights)
@@ -146,7 +149,7 @@ def apply_update(
     collections: Any,
     ctx: StepContext,
     *,
-    signs: Signs | None = None,
+    findings: Findings | None = None,
     loss: Objective | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -156,8 +159,8 @@ def apply_update(
         state: the state before the update.
         grads: the gradients, as `gradients` returns them.
         collections: all variables but the parameters, after the forward pass.
-        ctx: of the step.
-        signs: the findings of the forward pass.
+        ctx: the context of the step.
+        findings: the findings of the forward pass; None if it was not checked.
         loss: the loss that was differentiated, for optimizers that take its value.
         extra: further arguments of the optimizer by name, from a custom step.
     """
@@ -170,7 +173,7 @@ def apply_update(
     try:
         updates, opt_state = update(**{**given, **extra})
     except Exception as error:
-        # While tracing: some optimizers reject extra arguments, and errors of optax name no config.
+        # Tracing fails if an optimizer rejects extra arguments; and optax names no config key.
         updates, opt_state = objective.retry_update(error, update, state, given, extra)
     new = dataclasses.replace(
         state,
@@ -182,7 +185,7 @@ def apply_update(
     if ctx.ema_decay is not None:
         new = dataclasses.replace(new, ema=ema.update(state.ema, new.params, ctx.ema_decay))
     metrics: dict[str, Any] = {}
-    # Checked once for both users below. Otherwise no step pays for a pass over all gradients.
+    # One pass over all gradients for both checks below; none if neither needs it.
     finite = None
     if ctx.sweeps or state.loss_scale is not None:
         finite = all_finite(grads, replicated=ctx.facts.all_replicated)
@@ -190,15 +193,15 @@ def apply_update(
     if finite is not None and state.loss_scale is not None:
         new, updates, metrics = loss_scale.skip_overflow(new, state, updates, finite)
     if state.health is not None:
-        new = skip_if_not_finite(new, state, signs, finite, ctx)
-    # After both, so that the logged norms are those of the update that the state got.
+        new = skip_if_not_finite(new, state, findings, finite, ctx)
+    # After both, so that the logged norms are those of the update that was made.
     return new, {**metrics, **step_metrics(state, new, grads, updates, ctx)}
 
 
 def skip_if_not_finite(
     new: TrainState,
     old: TrainState,
-    signs: Signs | None,
+    findings: Findings | None,
     finite: jax.Array | None,
     ctx: StepContext,
 ) -> TrainState:
@@ -207,19 +210,21 @@ def skip_if_not_finite(
     Args:
         new: the state after the update.
         old: the state before the update.
-        signs: the findings of the forward pass; None if it was not checked.
+        findings: the findings of the forward pass; None if it was not checked.
         finite: bool scalar, whether all gradients are finite; None if they were not checked.
-        ctx: of the step.
+        ctx: the context of the step.
     """
     assert old.health is not None and ctx.facts is not None
     health, step = old.health, old.step + 1
     # A non-finite loss is no failure if the optimizer or the loss scale handles it.
     excused = ctx.facts.handles_non_finite or old.loss_scale is not None
-    if signs is not None:
+    if findings is not None:
         # Labels first: a label out of range explains a NaN loss, and the first flag is kept.
-        health = health.with_flag(signs.label > 0, LABELS + signs.label - 1, step, signs.value)
+        health = health.with_flag(
+            findings.label > 0, LABELS + findings.label - 1, step, findings.value
+        )
         if ctx.stops and not excused:
-            health = health.with_flag(~jnp.isfinite(signs.losses), LOSS, step)
+            health = health.with_flag(~jnp.isfinite(findings.losses), LOSS, step)
     if not ctx.stops:
         return dataclasses.replace(new, health=health)
     if finite is not None:

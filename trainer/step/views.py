@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer's view of the parameters: halves as float32, complex numbers as two real ones.
+"""The optimizer's view of the parameters: half precision as float32, complex numbers as two reals.
 
 In float16, Adam's `eps` and the squares of small gradients underflow to 0; in bfloat16, sums lose
-small terms. And most optimizers are wrong for complex numbers, because they take squares and signs
-as of real ones.
+small terms. Most optimizers are wrong for complex numbers, because their squares and signs are
+those of real ones.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def split(tree: Any) -> Any:
 
 
 def merge(tree: Any) -> Any:
-    """Returns the tree with pairs merged to complex arrays; undoes `split`."""
+    """Returns the tree with pairs merged into complex arrays: the inverse of `split`."""
     return jax.tree.map(_merge_pair, tree, is_leaf=is_pair)
 
 
@@ -81,6 +81,7 @@ def with_float32_view(
         return inner.init(to_float32(params))
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        # The extra argument `grad` has to match the updates.
         if 'grad' in more:
             more['grad'] = to_float32(more['grad'])
         return inner.update(to_float32(updates), state, to_float32(params), **more)
@@ -102,6 +103,7 @@ def with_real_view(tx: optax.GradientTransformation, params: Any) -> optax.Gradi
         return merge(inner.init(split(params)))
 
     def update(updates: Any, state: Any, params: Any = None, **more: Any) -> tuple[Any, Any]:
+        # The extra arguments too: `grad` has complex leaves, functions stay as they are.
         updates, state = inner.update(split(updates), split(state), split(params), **split(more))
         return merge(updates), merge(state)
 
@@ -126,6 +128,7 @@ def complete_params(tree: Any, params: Any) -> Any:
     def is_leaf(x: Any) -> bool:
         return is_pair(x) or isinstance(x, optax.MaskedNode)
 
+    # Optimizers such as optax:flatten call the loss with a tree of another structure.
     try:
         return jax.tree.map(complete, tree, params, is_leaf=is_leaf)
     except (ValueError, TypeError, AttributeError) as error:

@@ -21,7 +21,7 @@ def check_losses(output: TaskOutput, optimizer: Optimizer) -> None:
     """Checks that losses are differentiable, and that each of them trains some parameters.
 
     Raises:
-        UserError: naming the loss that is or does not.
+        UserError: naming the loss for which this is not so.
     """
     optimizer.check_losses(output.loss)
     returned.check_differentiable(output.loss)
@@ -48,12 +48,13 @@ def pull(
         name: name of the loss; None for the penalties alone.
         is_weighted: whether examples can have weight 0.
     """
+    # A cotangent of 0 selects nothing of the other losses.
     each = {key: jnp.float32(factors[key] if key == name else 0.0) for key in weights}
     grads = pullback((each, jnp.float32(penalty)))[0]
     if name is None or not is_weighted:
         return grads
-    # If no example counts, none can replace the others (see `tasks.weightless`), so their values
-    # can be anything and the gradient NaN.
+    # If no example counts, none can replace the others (see `tasks.weightless`). Then the values of
+    # all of them may be anything, and the gradient NaN.
     counts = weights[name] != 0
     return jax.tree.map(lambda g: jnp.where(counts, g, jnp.zeros_like(g)), grads)
 
@@ -83,7 +84,7 @@ def select_collections(
 ) -> dict[str, Any]:
     """Returns the collections after a forward pass, or the old ones if no example counts.
 
-    Examples of weight 0 must not change statistics, so a micro-batch without others changes none.
+    Examples of weight 0 must not change statistics, so a micro-batch of only these changes none.
     """
     if ctx.task.is_weighted is False:
         return collections

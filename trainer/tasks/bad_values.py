@@ -22,7 +22,7 @@ def describe_bad_value(
     *,
     numbered: bool = True,
 ) -> str:
-    """Returns the message for a value out of range.
+    """Returns the error message for a value out of range.
 
     Args:
         where: key path of the task in the config.
@@ -34,13 +34,14 @@ def describe_bad_value(
             not be found.
         numbered: whether examples have numbers; those of a stream have none.
     """
+    # `run_checks` numbers the checks in the order of their names, too.
     name, check = sorted(checks.items())[number]
-    place = _find_example(name, check, value, blocks, numbered=numbered)
-    at = f'{place} {when}' if place else when
-    shown = f'{value:.0f}' if value.is_integer() else f'{value:.9g}'
+    example = _find_example(name, check, value, blocks, numbered=numbered)
+    location = f'{example} {when}' if example else when
+    text = f'{value:.0f}' if value.is_integer() else f'{value:.9g}'
     return (
-        f'{where}: batch[{name!r}] contains {shown} ({at}); expected {check.low} to {check.high}. '
-        f'{check.why}'
+        f'{where}: batch[{name!r}] contains {text} ({location}); expected {check.low} to '
+        f'{check.high}. {check.why}'
     )
 
 
@@ -53,9 +54,10 @@ def _find_example(
         if name not in block.arrays:
             return ''
         values = np.asarray(block.arrays[name])
-        # In float32, to which the devices have rounded the value.
+        # Compare in float32, because the devices have rounded the value to it.
         same = np.isclose(values.astype(np.float32), value, rtol=1e-6, atol=0, equal_nan=True)
         bad = same & is_out_of_range(check, values)
+        # Ids of padding are negative: it repeats an example that is reported itself.
         rows = bad.reshape(*block.ids.shape, -1).any(-1) & (block.ids >= 0)
         if rows.any():
             batch, row = np.argwhere(rows)[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The batch of a task: a dict that records which fields are read.
 
-Unread fields are not sent to the devices. They are found by tracing the shapes before anything is
-compiled: see `record_reads`.
+Fields that are never read are not sent to the devices. The reads are recorded while the shapes are
+traced, before anything is compiled: see `record_reads`.
 """
 
 from __future__ import annotations
@@ -33,30 +33,31 @@ class Reads:
     weighted: bool = False
 
 
-# The record that is open, or None.
+# The record of the innermost `record_reads`, or None outside of one. A context variable, so that
+# threads that trace at the same time do not share a record.
 reads: contextvars.ContextVar[Reads | None] = contextvars.ContextVar('reads', default=None)
 
 
 @contextlib.contextmanager
 def record_reads() -> Iterator[Reads]:
-    """Records the reads of tasks that are traced in the block, and not in outer blocks."""
-    found = Reads()
-    token = reads.set(found)
+    """Records the reads of tasks that are traced in the block, but not in an outer record."""
+    record = Reads()
+    token = reads.set(record)
     try:
-        yield found
+        yield record
     finally:
         reads.reset(token)
 
 
 def note_weights() -> None:
     """Records that a task has returned weights."""
-    if (found := reads.get()) is not None:
-        found.weighted = True
+    if (record := reads.get()) is not None:
+        record.weighted = True
 
 
 @dataclasses.dataclass(frozen=True)
-class Unsent:
-    """Placeholder for a field that was not read when the shapes were traced.
+class UnsentField:
+    """Placeholder for a field that was not sent, because it was not read in the first trace.
 
     Attributes:
         name: name of the field.
@@ -74,6 +75,7 @@ class PlainBatch(dict[str, Any]):
     _reader = 'the task'
 
     def __missing__(self, name: str) -> Any:
+        # Without the fields that were not sent: these placeholders have no dtype.
         arrays = {key: x for key, x in dict.items(self) if hasattr(x, 'dtype')}
         fields = ', '.join(f'{key}: {x.dtype}{list(x.shape)}' for key, x in arrays.items())
         raise UserError(
@@ -84,7 +86,7 @@ class PlainBatch(dict[str, Any]):
 
 
 class Batch(PlainBatch):
-    """A batch that records which fields are read, and raises errors for those that cannot be.
+    """A batch that records which fields are read, and raises an error for fields without arrays.
 
     Every access to a value goes through `__getitem__`, including `dict(batch)` and `f(**batch)`,
     which bypass it unless `__iter__` is overridden. It is a JAX pytree; flattening it reads all
@@ -102,12 +104,12 @@ class Batch(PlainBatch):
         """Wraps the fields.
 
         Args:
-            fields: arrays, `HostField` and `Unsent`, by name.
+            fields: arrays, `HostField` and `UnsentField`, by name.
             reader: description of the code that reads them, for messages.
             origins: the fields of the loader's batch that each one is computed from; reads of
                 fields without an entry are not recorded.
-            passing: whether reading a `HostField` returns it, to be passed on; otherwise this is
-                an error.
+            passing: whether reading a `HostField` returns it, so that it can be returned unchanged;
+                otherwise reading it is an error.
         """
         super().__init__(fields)
         self._reader = reader
@@ -116,7 +118,7 @@ class Batch(PlainBatch):
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
-        if isinstance(value, Unsent):
+        if isinstance(value, UnsentField):
             raise UserError(
                 f'{self._reader} reads batch[{value.name!r}], but did not when it was first '
                 'traced, so the field is not on the devices. Read the same fields in every call'
@@ -126,12 +128,14 @@ class Batch(PlainBatch):
             if not self._passing:
                 rest = [n for n, x in dict.items(self) if not isinstance(x, HostField)]
                 raise value.error(self._reader, tuple(rest))
+            # A transform may have renamed it, so its own name counts.
             names = frozenset({value.name})
-        if (found := reads.get()) is not None:
-            found.names |= names
+        if (record := reads.get()) is not None:
+            record.names |= names
         seen.note_field(name, value)
         return value
 
+    # CPython copies dict subclasses without `__getitem__`, unless they override `__iter__`.
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()
 
@@ -179,6 +183,7 @@ class Batch(PlainBatch):
         return other | dict(self)
 
 
+# JAX flattens only the exact type `dict` by itself: each subclass has to be registered.
 def _flatten_plain(batch: PlainBatch) -> tuple[list[tuple[Any, Any]], tuple[str, ...]]:
     names = tuple(sorted(batch))
     return [(jax.tree_util.DictKey(name), batch[name]) for name in names], names
@@ -196,15 +201,16 @@ def _flatten(batch: Batch) -> tuple[list[tuple[Any, Any]], tuple[tuple[str, ...]
     return [(jax.tree_util.DictKey(name), batch[name]) for name in names], (names, batch._reader)
 
 
-def _unflatten(about: tuple[tuple[str, ...], str], values: Any) -> Batch:
-    names, reader = about
+def _unflatten(static: tuple[tuple[str, ...], str], values: Any) -> Batch:
+    # Without origins: flattening has recorded the reads already.
+    names, reader = static
     return Batch(dict(zip(names, values, strict=True)), reader)
 
 
 jax.tree_util.register_pytree_with_keys(Batch, _flatten, _unflatten)
 
 
-def plain(batch: Mapping[str, Any]) -> dict[str, Any]:
+def device_fields(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the device fields of a batch as a plain dict, without recording reads."""
     fields = dict.items(batch) if isinstance(batch, dict) else batch.items()
-    return {name: x for name, x in fields if not isinstance(x, (HostField, Unsent))}
+    return {name: x for name, x in fields if not isinstance(x, (HostField, UnsentField))}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Range checks of a batch's values, such as labels; they are part of a task's output."""
+"""Range checks of batch values, such as labels; a task returns them with its losses."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ class Check:
         low: the smallest allowed value.
         high: the largest allowed value.
         ignored: another allowed value, or None.
-        why: the end of the message: the reason for the range, and how to fix the data.
+        why: the end of the error message: the reason for the range, and how to fix the data.
     """
 
+    # The only array. The other fields are static, because error messages need them when only the
+    # shapes of an output are known.
     values: jax.Array
     low: int = flax.struct.field(pytree_node=False)
     high: int = flax.struct.field(pytree_node=False)

@@ -97,10 +97,11 @@ class Classification:
         logits = self._logits(model, batch)
         labels = batch[self.label]
         self._check_shapes(logits, labels)
-        # Converted before the comparison with `ignore_label`, which may be out of their range.
+        # Converted before the comparison with `ignore_label`, which may not fit into their dtype.
         labels = labels.astype(jnp.int32 if labels.ndim < logits.ndim else jnp.float32)
         ignored = None if self.ignore_label is None else labels == self.ignore_label
-        # Ignored labels may be out of range and are replaced, so that no loss becomes NaN.
+        # The loss of an out-of-range label can be NaN, and weight 0 would not remove that from the
+        # gradient. So ignored labels become class 0.
         safe = labels if ignored is None else jnp.where(ignored, 0, labels)
         measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
         loss, hits = measure(logits, safe, ignored)
@@ -111,8 +112,8 @@ class Classification:
             # With labels per class, an example counts if any of its labels does.
             counts = ~ignored if ignored.ndim < logits.ndim else ~ignored.all(-1)
             weights = _mask_weights(counts, weights)
-        whole = labels.ndim == logits.ndim
-        high, why = (1, _NO_OR_YES) if whole else (logits.shape[-1] - 1, _CLASSES)
+        per_class = labels.ndim == logits.ndim
+        high, why = (1, _NO_OR_YES) if per_class else (logits.shape[-1] - 1, _CLASSES)
         why = why.format(classes=logits.shape[-1])
         check = Check(labels, 0, high, ignored=self.ignore_label, why=why)
         return TaskOutput(loss=loss, weights=weights, metrics=hits, checks={self.label: check})
@@ -121,20 +122,21 @@ class Classification:
         output = model(batch[self.inputs])
         if not isinstance(output, jax.Array):
             output = returned.require_array(output, self, 'logits')
+        # In half precision, the log-sum-exp of the loss would lose digits.
         return output.astype(jnp.float32)
 
     def _check_shapes(self, logits: jax.Array, labels: jax.Array) -> None:
         """Checks, while the step is traced, that shapes and dtypes of labels and logits match."""
-        whole = labels.shape == logits.shape and logits.ndim > 1
-        numbers = labels.shape == logits.shape[:-1]
+        per_class = labels.shape == logits.shape and logits.ndim > 1
+        per_example = labels.shape == logits.shape[:-1]
         integers = not jnp.issubdtype(labels.dtype, jnp.inexact)
         name, kind = f'batch[{self.label!r}]', f'{labels.dtype}{list(labels.shape)}'
         classes = logits.shape[-1] if logits.ndim else 0
-        if not whole and not (numbers and integers):
+        if not per_class and not (per_example and integers):
             hint = ''
             if labels.shape == (*logits.shape[:-1], 1):
                 hint = '. The labels have one dimension too many: remove it in a data transform'
-            elif numbers:
+            elif per_example:
                 hint = '. Class indices must be integers: convert them in a data transform'
             raise UserError(
                 f'config.task: {name} is {kind}, and the model returns {list(logits.shape)}: '
@@ -146,7 +148,7 @@ class Classification:
                 f'config.task: the model returns {list(logits.shape)}, one logit per example, '
                 "whose softmax is always 1. Use loss='sigmoid' for binary classification"
             )
-        if self.loss == 'sigmoid' and numbers and not whole and classes == 1:
+        if self.loss == 'sigmoid' and per_example and not per_class and classes == 1:
             raise UserError(
                 f'config.task: the model returns {list(logits.shape)}, and {name} is {kind}. With '
                 "loss='sigmoid' and one logit, a label is 0 or 1 in the shape of the logits"
@@ -165,7 +167,7 @@ class Classification:
                 f'config.task.ignore_label: {self.ignore_label} cannot occur, because {name} is '
                 f'{kind}; use a value of that dtype, or convert the labels in a transform'
             )
-        if whole and self.ignore_label is not None and self.loss == 'softmax':
+        if per_class and self.ignore_label is not None and self.loss == 'softmax':
             raise UserError(
                 f'config.task.ignore_label requires class indices; {name} has one value per class. '
                 "Give such examples weight 0, or use loss='sigmoid'"
@@ -183,7 +185,8 @@ class Classification:
             loss = optax.softmax_cross_entropy(logits, target)
         hits = {'accuracy': logits.argmax(-1) == classes}
         if self.top_k:
-            # By a stable sort, so that with ties no more than k classes count.
+            # A stable sort, so that no more than k classes count if logits are equal. A comparison
+            # with the k-th largest logit would count all of them.
             best = jnp.argsort(-logits, axis=-1, stable=True)
             for k in self.top_k:
                 hits[f'top{k}_accuracy'] = (best[..., :k] == classes[..., None]).any(-1)
@@ -192,16 +195,17 @@ class Classification:
     def _sigmoid(
         self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        yes = _one_hot(labels, logits)
-        # Smoothing moves mass between the two answers of a binary decision.
-        target = yes * (1 - self.label_smoothing) + self.label_smoothing / 2
+        positive = _one_hot(labels, logits)
+        # Each class is a binary decision, so smoothing moves mass between its two answers only.
+        target = positive * (1 - self.label_smoothing) + self.label_smoothing / 2
         loss = optax.sigmoid_binary_cross_entropy(logits, target)
-        right = (logits > 0) == (yes > 0.5)
+        correct = (logits > 0) == (positive > 0.5)
         if ignored is None or ignored.ndim < logits.ndim:
-            return loss.sum(-1), {'accuracy': right.mean(-1)}
+            return loss.sum(-1), {'accuracy': correct.mean(-1)}
+        # At least 1, because an example without any label would divide by 0; its weight is 0.
         counted = jnp.maximum((~ignored).sum(-1), 1)
         loss = jnp.where(ignored, 0.0, loss).sum(-1)
-        return loss, {'accuracy': (right & ~ignored).sum(-1) / counted}
+        return loss, {'accuracy': (correct & ~ignored).sum(-1) / counted}
 
     def _metric_labels(
         self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
@@ -246,7 +250,7 @@ def _can_represent(labels: jax.Array, value: int) -> bool:
 
 
 def _mask_weights(counts: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Returns the weights where `counts` is true, and 0 elsewhere, float32 in its shape."""
+    """Returns the weights where `counts` is true and 0 elsewhere: float32, its shape."""
     given = jnp.ones((), jnp.float32) if weights is None else jnp.asarray(weights, jnp.float32)
     return counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))
 

@@ -34,6 +34,7 @@ class Features:
 
     def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         """Returns the mean square of each example's features; 0 shows dead features."""
+        # A task must return a loss, and an evaluation reports it as a metric.
         features = self._features(model, batch)
         return jnp.square(features).reshape(len(features), -1).mean(-1)
 
@@ -43,6 +44,7 @@ class Features:
         return {'features': self._features(model, batch), **kept}
 
     def _features(self, model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        # Only the lookup is guarded: an AttributeError inside the method is another mistake.
         try:
             method = getattr(model, self._method)
         except AttributeError as error:

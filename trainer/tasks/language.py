@@ -64,7 +64,9 @@ class NextToken:
         counts = jnp.ones_like(tokens, jnp.float32)
         if self.segments is not None:
             segments = batch[self.segments]
+            # The token after the last one of a packed sequence belongs to another sequence.
             counts = ((segments == _shift_left(segments)) & (segments > 0)).astype(jnp.float32)
+        # `_shift_left` is cyclic: the last target would be the first token.
         counts = counts.at[:, -1].set(0.0)
         if self.weight is not None:
             given = batch[self.weight]
@@ -73,6 +75,7 @@ class NextToken:
         hits = {'accuracy': logits.argmax(-1) == targets}
         if self.extra_metrics:
             hits.update(logits=logits, labels=targets)
+        # Tokens of weight 0, such as padding of -1, are not checked: 0 is always in range.
         counted = jnp.where(counts != 0, targets, 0)
         vocabulary = logits.shape[-1]
         checks = {self.tokens: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
@@ -91,9 +94,9 @@ class NextToken:
         return {'next': self._logits(model, batch).argmax(-1)}
 
     def _logits(self, model: Callable[..., Any], batch: Batch) -> jax.Array:
-        named = {'segments': self.segments, 'positions': self.positions}
-        given = {k: batch[v] for k, v in named.items() if v is not None}
-        return returned.require_array(model(batch[self.tokens], **given), self, 'logits')
+        keys = {'segments': self.segments, 'positions': self.positions}
+        packing = {name: batch[key] for name, key in keys.items() if key is not None}
+        return returned.require_array(model(batch[self.tokens], **packing), self, 'logits')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,18 +133,21 @@ class Answer:
     def __call__(self, model: Any, batch: Batch) -> TaskOutput:
         """Returns losses and hits (batch,)."""
         targets = batch[self.targets]
-        asked = (batch[self.inputs], batch[self.lengths])
-        logits = returned.require_array(model(*asked, targets), self, 'logits').astype(jnp.float32)
+        prompt = (batch[self.inputs], batch[self.lengths])
+        output = model(*prompt, targets)
+        logits = returned.require_array(output, self, 'logits').astype(jnp.float32)
+        # Tokens with no `end` before them: the first `end` itself counts, later tokens do not.
         counts = jnp.cumsum(targets == self.end, axis=1) - (targets == self.end) == 0
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        given = logits.argmax(-1) if model.training else model.greedy(*asked, targets.shape[1])
-        right = ((given == targets) | ~counts).all(-1)
+        # Generating token by token is expensive, so training uses the predictions it has anyway.
+        answer = logits.argmax(-1) if model.training else model.greedy(*prompt, targets.shape[1])
+        exact = ((answer == targets) | ~counts).all(-1)
         vocabulary = logits.shape[-1]
         counted = jnp.where(counts, targets, 0)
         checks = {self.targets: Check(counted, 0, vocabulary - 1, why=_vocabulary_hint(vocabulary))}
-        # Ignored tokens can be any number, and their loss NaN.
+        # Ignored tokens can be any number, so their loss can be NaN: select, do not multiply by 0.
         loss = jnp.where(counts, loss, 0.0).sum(-1)
-        return TaskOutput(loss=loss, metrics={'exact_match': right}, checks=checks)
+        return TaskOutput(loss=loss, metrics={'exact_match': exact}, checks=checks)
 
     def predict(self, model: Any, batch: Batch) -> dict[str, jax.Array]:
         """Returns the generated answer, int (batch, length)."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Computed metrics (numbers for rows, arrays for files), and checks of them before training."""
+"""Computed metrics: numbers for rows, arrays for files. And checks of metrics before training."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules.shapes import changes, describe
 
-# Errors of the code itself, for any values. Other errors may be due to a metric without data.
+# Errors that do not depend on the data. Others, such as ZeroDivisionError, may only mean that a
+# metric has seen no data yet.
 _BROKEN = (TypeError, AttributeError, NameError, NotImplementedError, ImportError)
 
 
-class Measured(dict[str, float]):
-    """Numbers by flat name, as in a row of metrics, and arrays.
+class MetricValues(dict[str, float]):
+    """Numbers by flat name, as in a row of metrics, and arrays, which a row cannot have.
 
     Attributes:
         arrays: values that do not have exactly one element, by flat name.
     """
 
     def __init__(self, computed: Mapping[Any, Any] | None = None):
-        """Takes computed metrics: see `add`."""
+        """Adds computed metrics: see `add`."""
         super().__init__()
         self.arrays: dict[str, np.ndarray] = {}
         for name, value in (computed or {}).items():
@@ -49,35 +50,38 @@ class Measured(dict[str, float]):
             for key, each in value.items():
                 self.add(f'{name}/{key}', each)
             return
+        # 'a/b' and the entry 'b' of a dict 'a' have the same flat name.
         if name in self or name in self.arrays:
-            raise UserError(f'two values are named {name!r} in a row of metrics; rename one')
+            raise UserError(f'two values of a row of metrics are named {name!r}; rename one')
         if not isinstance(value, (int, float)):
             array = _as_array(name, value)
             if array.size != 1:
                 self.arrays[name] = array
                 return
             value = array.item()
+        # JSON would have `true`, which is not a number.
         self[name] = int(value) if isinstance(value, bool) else value
 
-    def update_with(self, other: Measured, prefix: str = '') -> None:
-        """Adds all values of another one, with a prefix to their names."""
+    def update_with(self, other: MetricValues, prefix: str = '') -> None:
+        """Adds all values of `other`, with a prefix to their names."""
         for name, value in {**other, **other.arrays}.items():
             self.add(prefix + name, value)
 
-    def with_prefix(self, prefix: str) -> Measured:
+    def with_prefix(self, prefix: str) -> MetricValues:
         """Returns a copy with a prefix to the names of numbers; arrays keep their names."""
-        result = Measured({prefix + name: value for name, value in self.items()})
+        result = MetricValues({prefix + name: value for name, value in self.items()})
         result.arrays = self.arrays
         return result
 
 
 def _as_array(name: str, value: Any) -> np.ndarray:
-    """Returns a numeric array in a dtype that numpy itself knows."""
+    """Returns a numeric array in one of numpy's own dtypes."""
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         kind, is_lone = value.dtype, np.size(value) == 1
-        # Rows cannot have complex numbers, and numpy files cannot have bfloat16.
         if any(jnp.issubdtype(kind, each) for each in (np.bool_, np.integer, np.floating)):
+            # Kind 'V' is bfloat16 or another dtype of ml_dtypes, which .npz files cannot store.
             return np.asarray(value, np.float32) if kind.kind == 'V' else np.asarray(value)
+        # Complex arrays can go to a file, but a row cannot have a complex number.
         if jnp.issubdtype(kind, np.complexfloating) and not is_lone:
             return np.asarray(value)
     what = describe(value) if hasattr(value, 'shape') else type(value).__name__
@@ -87,24 +91,26 @@ def _as_array(name: str, value: Any) -> np.ndarray:
     )
 
 
-def average_members(members: Sequence[Measured], counted: Iterable[int] = ()) -> Measured:
+def average_members(members: Sequence[MetricValues], counted: Iterable[int] = ()) -> MetricValues:
     """Returns the mean of each value over the members, and 'member_<i>/<name>' for each of them.
 
     Values that some members lack, or that differ in shape, have no mean.
 
     Args:
-        members: the values of each.
+        members: the values of each member.
         counted: indices of the members that count in the means; empty for all.
     """
-    those = [members[index] for index in counted] or members
-    row = Measured()
-    for name in those[0]:
-        if all(name in each for each in those):
-            row.add(name, float(np.mean([each[name] for each in those])))
-    for name, first in those[0].arrays.items():
-        every = [each.arrays.get(name) for each in those]
-        if all(x is not None and x.shape == first.shape for x in every):
-            row.add(name, np.mean([np.asarray(x, np.float64) for x in every], axis=0))
+    averaged = [members[index] for index in counted] or members
+    row = MetricValues()
+    for name in averaged[0]:
+        if all(name in each for each in averaged):
+            row.add(name, float(np.mean([each[name] for each in averaged])))
+    for name, first in averaged[0].arrays.items():
+        arrays = [each.arrays.get(name) for each in averaged]
+        if all(x is not None and x.shape == first.shape for x in arrays):
+            # In float64: integer counts would overflow, and half precision would round the sum.
+            row.add(name, np.mean([np.asarray(x, np.float64) for x in arrays], axis=0))
+    # Of all members, including those that do not count in the means.
     for index, each in enumerate(members):
         row.update_with(each, f'member_{index}/')
     return row
@@ -124,15 +130,18 @@ def metrics_by_name(tree: Any) -> list[tuple[str, Any]]:
         tree, is_leaf=lambda x: isinstance(x, clu.metrics.Metric)
     )
     named = ((jax.tree_util.keystr(path[-1:], simple=True), x) for path, x in leaves)
-    return [(name, x) for name, x in named if not compat.is_own_field(name)]
+    # clu's collections have bookkeeping fields beside their metrics.
+    return [(name, x) for name, x in named if not compat.is_reduction_counter(name)]
 
 
 def check_accumulates(empty: Any, new: Any) -> None:
-    """Checks that metrics keep their shapes however many batches they see.
+    """Checks that metrics keep their shapes when they are merged.
+
+    Metrics are part of the donated state, whose shapes must not change from step to step.
 
     Args:
-        empty: tree of metrics that have seen nothing.
-        new: the same tree, of one batch; arrays or their shapes, like `empty`.
+        empty: tree of empty metrics, arrays or their shapes.
+        new: the same tree for one batch, arrays or their shapes.
 
     Raises:
         UserError: naming the metric that does not.
@@ -149,16 +158,16 @@ def check_accumulates(empty: Any, new: Any) -> None:
         grown = changes(_shapes(before), _shapes(after))
         if grown:
             raise UserError(
-                f'the metric {name!r} cannot accumulate on the devices: its merge() returns '
-                f'shapes other than those of its empty() ({grown})'
+                f'the metric {name!r} cannot accumulate on the devices: the shapes that its '
+                f'merge() returns differ from those of its empty() ({grown})'
             )
 
 
 def check_computes(metrics: Any) -> None:
-    """Checks that the result of each metric can be written to a row or a file, from shapes alone.
+    """Checks, from shapes alone, that the result of each metric fits into a row or a file.
 
-    Without data, a metric may fail to compute, but not for a reason that is independent of the
-    data. So it is tried with zeros, and then with ones.
+    A metric may fail to compute without data, but not for a reason that does not depend on the
+    data. So it is tried with zeros and with ones, and must fail for both to be an error.
 
     Args:
         metrics: tree of metrics, arrays or their shapes.
@@ -168,32 +177,32 @@ def check_computes(metrics: Any) -> None:
     """
     for name, metric in metrics_by_name(metrics):
 
-        def compute(x: Any, name: str = name) -> Measured:
-            return Measured({name: x.compute()})
+        def compute(x: Any, name: str = name) -> MetricValues:
+            return MetricValues({name: x.compute()})
 
         errors = _errors(compute, metric)
         if len(errors) == 2 and all(isinstance(error, _BROKEN) for error in errors):
             kind = type(errors[0]).__name__
             raise UserError(
-                f'the metric {name!r} cannot be computed, whatever the data: {kind}: {errors[0]}. '
+                f'the metric {name!r} cannot be computed for any data: {kind}: {errors[0]}. '
                 'Fix its compute(), or remove the metric'
             ) from errors[0]
         _raise_if_sure(errors)
 
 
-def compute_on_trial(compute: Callable[[Any], Measured], metrics: Any) -> Measured | None:
-    """Returns `compute` of metrics that are all zeros or all ones, None if both fail.
+def compute_on_trial(compute: Callable[[Any], MetricValues], metrics: Any) -> MetricValues | None:
+    """Returns `compute(metrics)` for metrics that are all zeros or all ones; None if both fail.
 
     Args:
-        compute: of a tree of metrics.
+        compute: computes the values of a tree of metrics.
         metrics: such a tree, arrays or their shapes.
 
     Raises:
-        UserError: that of `compute`, if either raises one.
+        UserError: that of `compute`, if it raises one for both.
     """
-    found: list[Measured] = []
-    _raise_if_sure(_errors(lambda x: found.append(compute(x)), metrics))
-    return found[0] if found else None
+    results: list[MetricValues] = []
+    _raise_if_sure(_errors(lambda x: results.append(compute(x)), metrics))
+    return results[0] if results else None
 
 
 def _errors(act: Callable[[Any], object], metrics: Any) -> list[Exception]:
@@ -205,6 +214,7 @@ def _errors(act: Callable[[Any], object], metrics: Any) -> list[Exception]:
         except TypeError:
             return []  # Random keys, which numpy does not support.
         try:
+            # 0 / 0 is expected here, and its warning would only confuse.
             with np.errstate(all='ignore'), warnings.catch_warnings(action='ignore'):
                 act(filled)
             break
@@ -214,6 +224,7 @@ def _errors(act: Callable[[Any], object], metrics: Any) -> list[Exception]:
 
 
 def _raise_if_sure(errors: Sequence[Exception]) -> None:
+    """Raises the first error if zeros and ones both gave a UserError."""
     if len(errors) == 2 and all(isinstance(error, UserError) for error in errors):
         raise errors[0]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics that accumulate on the devices: weighted means, last values and exact counts.
 
-They are `clu.metrics.Metric`s. `clu.metrics.Average` takes its mask as 0 or 1 and counts examples
-in int32; a loss whose examples weigh 0.5 needs `WeightedMean`.
+They are `clu.metrics.Metric`s. `clu.metrics.Average` has a mask of 0 or 1 and counts examples in
+int32; `WeightedMean` also takes weights such as 0.5.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class WeightedMean(clu.metrics.Metric):
         """Returns the mean of nothing, whose `compute()` is NaN."""
         return cls(total=jnp.zeros((), jnp.float32), weight=jnp.zeros((), jnp.float32))
 
-    # Names of the outputs that are averaged and that weigh them.
+    # Names of the output that is averaged and of the output with its weights. Class variables,
+    # because clu creates metrics from classes, and a field would be part of the state.
     _values: ClassVar[str] = 'values'
     _weights: ClassVar[str] = 'weights'
 
@@ -51,10 +52,11 @@ class WeightedMean(clu.metrics.Metric):
             values: (batch, ...) or a scalar.
             weights: (batch,) or the shape of `values`; None counts every value once. A value of
                 weight 0 is ignored even where it is not finite.
-            **outputs: of the model, by name: see `from_output`.
+            **outputs: outputs of the model by name: see `from_output`.
 
         Raises:
-            ValueError: if the weights do not fit the values; of a named output a UserError.
+            ValueError: if the weights do not fit the values.
+            UserError: the same for a named output.
         """
         outputs.update(values=values, weights=weights)
         values, weights = outputs[cls._values], outputs[cls._weights]
@@ -70,6 +72,7 @@ class WeightedMean(clu.metrics.Metric):
                 f'the metric {cls._values!r} of the task: expected an array with one value for '
                 f'each example, as the loss has them ({error})'
             ) from error
+        # Selected, because 0 x NaN is NaN.
         total = jnp.where(weights != 0, values * weights, 0.0).sum()
         return cls(total=total, weight=weights.sum())
 
@@ -88,6 +91,8 @@ class WeightedMean(clu.metrics.Metric):
 
     def merge(self, other: WeightedMean) -> WeightedMean:
         """Returns the mean over both."""
+        # Sums are merged and divided only in `compute`, so that the mean over batches of different
+        # weights is exact.
         return type(self)(total=self.total + other.total, weight=self.weight + other.weight)
 
     def compute(self) -> jax.Array:
@@ -97,13 +102,13 @@ class WeightedMean(clu.metrics.Metric):
 
 @flax.struct.dataclass
 class Last(clu.metrics.Metric):
-    """The newest value, for quantities that a mean over steps would blur (a learning rate)."""
+    """The value of the last step, for quantities whose mean over steps means little (norms)."""
 
     value: jax.Array
 
     @classmethod
     def empty(cls) -> Last:
-        """Returns a metric that has seen no value."""
+        """Returns the metric of no step, whose `compute()` is NaN."""
         return cls(value=jnp.full((), jnp.nan, jnp.float32))
 
     @classmethod
@@ -112,7 +117,7 @@ class Last(clu.metrics.Metric):
         return cls(value=jnp.asarray(value, jnp.float32))
 
     def merge(self, other: Last) -> Last:
-        """Returns the newer of the two."""
+        """Returns the newer of the two, `other`."""
         return other
 
     def compute(self) -> jax.Array:
@@ -122,13 +127,14 @@ class Last(clu.metrics.Metric):
 
 @flax.struct.dataclass
 class Count(clu.metrics.Metric):
-    """An exact int32 count, of the examples that an evaluation has seen."""
+    """An exact int32 count of the examples of an evaluation."""
 
     count: jax.Array
 
     @classmethod
     def empty(cls) -> Count:
-        """Returns zero."""
+        """Returns a count of 0."""
+        # In float32, adding 1 would change nothing from 2^24 on.
         return cls(count=jnp.zeros((), jnp.int32))
 
     @classmethod
@@ -151,17 +157,17 @@ def is_metric(node: Any) -> bool:
 
 
 def merge_metrics(old: Any, new: Any) -> Any:
-    """Returns the accumulation of two trees of metrics of the same structure."""
+    """Merges two trees of metrics of the same structure."""
     before, structure = jax.tree.flatten(old, is_leaf=is_metric)
     other: Any
     after, other = jax.tree.flatten(new, is_leaf=is_metric)
     if structure != other:
-        raise ValueError(f'metrics of other names: {other} after {structure}')
+        raise ValueError(f'the names of the metrics changed: {other} after {structure}')
     return jax.tree.unflatten(structure, [a.merge(b) for a, b in zip(before, after, strict=True)])
 
 
 def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns float32 weights of `shape`; per-example weights count for all of an example.
+    """Returns float32 weights of `shape`; per-example weights are repeated within the example.
 
     Raises:
         ValueError: if the leading dimensions differ.
@@ -175,9 +181,9 @@ def broadcast_weights(weights: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def non_finite_names(metrics: Any) -> list[str]:
-    """Returns the names of those means of a tree of metrics whose sum is not finite.
+    """Returns the names of the means in a tree of metrics whose sum is not finite.
 
-    The mean of nothing is NaN too, and nothing is wrong with it.
+    Not of those whose mean is not finite: the mean of no examples is NaN, which is no failure.
     """
     leaves = jax.tree_util.tree_leaves_with_path(
         fetch(metrics), is_leaf=lambda x: isinstance(x, WeightedMean)
@@ -197,7 +203,8 @@ def mean_collection(
 ) -> type[clu.metrics.Collection]:
     """Returns the collection class with a weighted mean of each named output.
 
-    One class for equal names: the class is part of the type of a state.
+    Cached, because the class is part of the pytree type of a state: two classes for the same names
+    would be different structures.
 
     Args:
         names: outputs that are averaged by the output 'weights'.

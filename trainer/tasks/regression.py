@@ -62,23 +62,25 @@ class Regression:
         Raises:
             UserError: if the shapes of output and target differ.
         """
-        prediction, wanted = self._prediction(model, batch), batch[self.targets]
-        if prediction.shape != wanted.shape:
+        prediction, targets = self._prediction(model, batch), batch[self.targets]
+        # (batch, 1) and (batch,) would broadcast to (batch, batch) without an error.
+        if prediction.shape != targets.shape:
             raise UserError(
                 f'config.task: the model returned shape {prediction.shape}, but the field '
-                f'{self.targets!r} has shape {wanted.shape}; broadcasting them would average over '
+                f'{self.targets!r} has shape {targets.shape}; broadcasting them would average over '
                 'pairs. Make the shapes equal'
             )
 
-        def per_example(values: jax.Array) -> jax.Array:
+        def mean_per_example(values: jax.Array) -> jax.Array:
             return values.reshape(values.shape[0], -1).mean(-1)
 
-        loss = per_example(_ERRORS[self.loss](prediction, wanted))
-        error = per_example(jnp.abs(prediction - wanted))
+        loss = mean_per_example(_ERRORS[self.loss](prediction, targets))
+        # Reported for any loss, so that runs with different losses can be compared.
+        error = mean_per_example(jnp.abs(prediction - targets))
         weights = None if self.weight is None else batch[self.weight]
         metrics = {'mean_absolute_error': error}
         if self.extra_metrics:
-            metrics.update(predictions=prediction, targets=wanted)
+            metrics.update(predictions=prediction, targets=targets)
         return TaskOutput(loss=loss, weights=weights, metrics=metrics)
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:

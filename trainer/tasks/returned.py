@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks the result of a task, with messages that say what it should return."""
+"""Checks of the result of a task, with messages that explain what it should return."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from trainer.config.errors import UserError
 from trainer.modules.seen import describe
 
 _log = logging.getLogger('trainer')
+# Names of the tasks that `warn_about_pairs` has warned about.
 _warned: set[str] = set()
 
 _FORMS = (
@@ -35,17 +36,17 @@ _NO_MEAN = (
 
 
 def name_of(task: Any) -> str:
-    """Returns 'mine.task:soft_margin' for a function or class, the class for an object of it."""
+    """Returns 'mine.task:soft_margin' for a function or class; for an object, its class."""
     named = task if inspect.isroutine(task) or inspect.isclass(task) else type(task)
     return public_name(named)
 
 
 def require_array(output: Any, task: Any, what: str) -> jax.Array:
-    """Returns what a model has returned, if it is one array.
+    """Returns the output of a model as an array.
 
     Args:
-        output: of the model.
-        task: that expects an array.
+        output: the output of the model.
+        task: the task that expects an array.
         what: such as 'logits', for the message.
 
     Raises:
@@ -54,13 +55,13 @@ def require_array(output: Any, task: Any, what: str) -> jax.Array:
     if not isinstance(output, (jax.Array, np.ndarray)):
         raise UserError(
             f'config.task: the model returned {describe(output)}, and {name_of(task)} expects one '
-            f'array, the {what}. Write a task that picks it: see docs/tutorial.md'
+            f'array, the {what}. Write a task that selects it: see docs/tutorial.md'
         )
     return jnp.asarray(output)
 
 
-def refusal(result: Any) -> str:
-    """Returns the message for a result that has none of the supported forms."""
+def invalid_result_message(result: Any) -> str:
+    """Returns the error message for a result that has none of the supported forms."""
     text = f'returned {describe(result)}. '
     if result is None:
         return f'{text}Is a return statement missing? {_FORMS}'
@@ -83,13 +84,14 @@ def check(loss: Any, weights: Any, metrics: Any, penalties: Any) -> None:
     for kind, values in {'metrics': metrics, 'penalties': penalties}.items():
         if not isinstance(values, Mapping):
             raise UserError(
-                f'returned {kind} that are {describe(values)}: expected a dict, a value by name'
+                f'returned {describe(values)} as {kind}: expected a dict of values by name'
             )
     for name, value in metrics.items():
+        # Shapes are not checked: a collection of the task's own may take inputs of any shape.
         if not all(hasattr(x, 'dtype') or _is_scalar(x) for x in jax.tree.leaves(value)):
             raise UserError(
-                f'returned the metric {name!r} that is {describe(value)}: expected an array with '
-                'one value for each example'
+                f'returned {describe(value)} as the metric {name!r}: expected an array with one '
+                'value for each example'
             )
     losses: Mapping[str | None, Any] = loss if isinstance(loss, Mapping) else {None: loss}
     for name, values in losses.items():
@@ -100,49 +102,53 @@ def check(loss: Any, weights: Any, metrics: Any, penalties: Any) -> None:
     for name, penalty in penalties.items():
         if not _is_scalar(penalty):
             raise UserError(
-                f'returned the penalty {name!r} that is {describe(penalty)}: expected a scalar, '
-                'such as its sum. What differs from example to example belongs in the loss'
+                f'returned {describe(penalty)} as the penalty {name!r}: expected a scalar, such as '
+                'its sum. Add a penalty of each example to the loss'
             )
 
 
-def check_rows(loss: Any, mask: jax.Array) -> None:
-    """Checks that a loss has the rows of a batch in which some are padding.
+def check_num_examples(loss: Any, mask: jax.Array) -> None:
+    """Checks that dimension 0 of a loss is the batch, so that padding can be masked out.
+
+    Args:
+        loss: the loss of the task.
+        mask: bool (batch,), False for padding.
 
     Raises:
         UserError: naming both shapes.
     """
     if jnp.shape(loss)[:1] != mask.shape:
         raise UserError(
-            f'returned the loss {describe(loss)} of a batch of {mask.shape[0]} rows, some of which '
-            f'may be padding: expected one loss for each row, [{mask.shape[0]}, ...]'
+            f'returned the loss {describe(loss)} for a batch of {mask.shape[0]} examples, some of '
+            f'which may be padding: expected one loss for each example, [{mask.shape[0]}, ...]'
         )
 
 
 def warn_about_pairs(loss: Any, batch: Mapping[str, Any], task: Any) -> None:
-    """Warns once of a loss for each pair of examples, which broadcasting makes by mistake.
+    """Warns once about a loss with a value for each pair of examples, a mistake of broadcasting.
 
     Args:
-        loss: of the task.
-        batch: arrays (rows, ...); a field of (rows, rows, ...), or of one more, which next tokens
-            are taken from, explains such a loss.
-        task: whose loss.
+        loss: the loss of the task.
+        batch: arrays (batch, ...). A loss (batch, batch) is no mistake if examples are sequences
+            of that length, or one longer, for next-token losses.
+        task: the task.
     """
     shapes = [jnp.shape(x) for x in batch.values()]
-    rows = next((shape[0] for shape in shapes if shape), 1)
-    expected = {(rows, rows), (rows, rows + 1)}
-    # Images are patched, and what has more dimensions is of another kind.
-    is_explained = any(x[:2] in expected or len(x) > 2 for x in shapes)
-    if rows == 1 or jnp.shape(loss) != (rows, rows) or is_explained:
+    size = next((shape[0] for shape in shapes if shape), 1)
+    sequences = {(size, size), (size, size + 1)}
+    # Images may have as many patches as there are examples, and so may arrays of more dimensions.
+    is_explained = any(x[:2] in sequences or len(x) > 2 for x in shapes)
+    if size == 1 or jnp.shape(loss) != (size, size) or is_explained:
         return
     name = name_of(task)
-    if name in _warned:  # It is traced several times, and again for each evaluation.
+    if name in _warned:  # A task is traced several times, and again for each evaluation.
         return
     _warned.add(name)
     _log.warning(
-        'the task %s returned the loss %s of a batch of %d rows, a value for each pair of '
-        'examples. If that is not meant: arrays of the shapes [%d, 1] and [%d] broadcast to pairs; '
+        'the task %s returned the loss %s for a batch of %d examples, a value for each pair of '
+        'examples. If this is not intended: arrays of shapes [%d, 1] and [%d] broadcast to pairs; '
         'reshape one of them',
-        *(name, describe(loss), rows, rows, rows),
+        *(name, describe(loss), size, size, size),
     )
 
 
@@ -153,41 +159,43 @@ def check_differentiable(loss: Any) -> None:
         UserError: naming the one that is not.
     """
     for name, values in (loss if isinstance(loss, Mapping) else {'': loss}).items():
-        which = f'the loss {name!r}' if name else 'a loss'
+        which = f'the loss {name!r}' if name else 'the loss'
         if jnp.iscomplexobj(values):
             raise UserError(
-                f'the task returned {which} that is {describe(values)}: expected real numbers, '
-                'such as its absolute value'
+                f'the task returned {describe(values)} as {which}: expected real numbers, such as '
+                'absolute values'
             )
         if not jnp.issubdtype(values.dtype, jnp.floating):
             raise UserError(
-                f'the task returned {which} that is {describe(values)}, which has no gradient: '
-                'expected floating-point numbers. Return hits and counts among the metrics'
+                f'the task returned {describe(values)} as {which}, which has no gradient: expected '
+                'floating-point numbers. Return hits and counts among the metrics'
             )
 
 
 def _check_loss(name: str | None, values: Any, metrics: Any) -> None:
-    which = 'a loss' if name is None else f'the loss {name!r}'
+    which = 'the loss' if name is None else f'the loss {name!r}'
     hint = ''
     if name is not None:
+        # A likely mistake: (loss, metrics) meant, and a dict of both returned.
         hint = '. A dict means several losses by name; one loss and its metrics are (loss, dict)'
     if not isinstance(values, (jax.Array, np.ndarray)) and not _is_scalar(values):
         raise UserError(
-            f'returned {which} that is {describe(values)}: expected an array with the loss of each '
+            f'returned {describe(values)} as {which}: expected an array with the loss of each '
             f'example, (batch, ...){hint}'
         )
     if _is_scalar(values):
-        raise UserError(f'returned {which} that is a scalar, {describe(values)}: {_NO_MEAN}{hint}')
+        raise UserError(f'returned a scalar, {describe(values)}, as {which}: {_NO_MEAN}{hint}')
 
 
 def _check_weights(weights: Any, loss: Any) -> None:
     is_number = isinstance(weights, (jax.Array, np.ndarray, int, float, np.generic))
     shape = jnp.shape(weights) if is_number else None
+    # A prefix of the loss's shape, so () is one weight for all examples.
     if shape is None or shape != jnp.shape(loss)[: len(shape)]:
-        rows = list(jnp.shape(loss)[:1])
+        per_example = list(jnp.shape(loss)[:1])
         raise UserError(
-            f'returned weights that are {describe(weights)} for a loss of {describe(loss)}: '
-            f'expected {rows}, one for each example, or the shape of the loss'
+            f'returned {describe(weights)} as the weights of a loss {describe(loss)}: expected '
+            f'{per_example}, one for each example, or the shape of the loss'
         )
 
 

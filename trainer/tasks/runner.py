@@ -19,7 +19,7 @@ from trainer.input.host_field import HostField, HostFieldSpec, explain_host_fiel
 from trainer.modules import seen
 from trainer.modules.model_view import BoundModel
 from trainer.tasks import returned
-from trainer.tasks.batch import Batch, PlainBatch, Unsent, note_weights, plain, reads
+from trainer.tasks.batch import Batch, PlainBatch, UnsentField, device_fields, note_weights, reads
 from trainer.tasks.checks import Check
 from trainer.tasks.measured import check_accumulates, metrics_by_name
 from trainer.tasks.metrics import broadcast_weights, is_metric, mean_collection
@@ -36,11 +36,11 @@ from trainer.tasks.transformed import Transform, apply_transforms, field_origins
 from trainer.tasks.weightless import (
     Weighing,
     compute_only_needed,
-    counted_rows,
-    replace_uncounted_rows,
+    counted_examples,
+    replace_uncounted_examples,
 )
 
-# Probabilities may be off by rounding.
+# Tolerance of range checks: labels that are probabilities may exceed 0 or 1 by rounding errors.
 _ROUNDING = 1e-3
 
 
@@ -50,12 +50,12 @@ class TaskRunner:
 
     Attributes:
         task: called as `task(model, batch)`.
-        metrics: the collection class. It is read from the task once: a property that makes a new
-            class at every access would change the type of the state.
-        transforms: run over a batch on the devices, before the task sees it.
+        metrics: the collection class. It is read from the task once: a property that creates a
+            class at every access would change the pytree type of the state.
+        transforms: device transforms, applied to a batch before the task.
         kept: the fields that stay on the host.
-        is_weighted: whether the task returns weights; None until its shapes were traced, which
-            is also when its output is checked.
+        is_weighted: whether the task returns weights; None until its shapes have been traced. The
+            output of the task is checked in that first trace.
     """
 
     task: Callable[..., Any]
@@ -65,7 +65,9 @@ class TaskRunner:
     is_weighted: bool | None = None
 
     @classmethod
-    def of(cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()) -> TaskRunner:
+    def from_task(
+        cls, task: Callable[..., Any], transforms: Sequence[Transform] = ()
+    ) -> TaskRunner:
         """Returns the runner of a task object or of a plain function.
 
         Raises:
@@ -74,7 +76,7 @@ class TaskRunner:
         try:
             inspect.signature(task).bind(None, None)
         except ValueError:
-            pass  # What is written in C has no signature.
+            pass  # A callable implemented in C may have no signature.
         except TypeError as error:
             raise UserError(
                 f'the task {returned.name_of(task)} must take (model, batch): {error}'
@@ -93,10 +95,15 @@ class TaskRunner:
         return dataclasses.replace(self, kept=tuple(kept), is_weighted=is_weighted)
 
     def wrap_batch(self, batch: Mapping[str, Any], reader: str) -> Batch:
-        """Returns a batch as the loader has it, with the mask, for a reader that is not a task."""
-        fields = plain(batch)
+        """Returns the batch of the loader, with the mask, for code other than a task.
+
+        Args:
+            batch: arrays (batch, ...).
+            reader: description of that code, for messages.
+        """
+        fields = device_fields(batch)
         rest, unsent = self._hidden_fields(fields)
-        rest.update({name: Unsent(name) for name in unsent})
+        rest.update({name: UnsentField(name) for name in unsent})
         origins = {name: frozenset({name}) for name in fields}
         return Batch({**fields, **rest}, reader, origins=origins)
 
@@ -104,8 +111,9 @@ class TaskRunner:
         """Returns the batch as the task sees it: without the mask, and transformed.
 
         Args:
-            batch: arrays (rows, ...).
-            passing: the task may pass on fields that stay on the host.
+            batch: arrays (batch, ...).
+            passing: whether the task may return fields that stay on the host; it cannot compute
+                with them.
         """
         if self.kept or passing or reads.get() is not None:
             return self._record_batch(batch, passing=passing)
@@ -116,68 +124,83 @@ class TaskRunner:
         return fields
 
     def _record_batch(self, batch: Mapping[str, Any], *, passing: bool) -> Batch:
-        """Returns the batch as the task sees it, with a record of what is read of it."""
-        fields = {name: x for name, x in plain(batch).items() if name != MASK}
+        """Returns the batch as the task sees it, which records each read."""
+        fields = {name: x for name, x in device_fields(batch).items() if name != MASK}
         hidden, unsent = self._hidden_fields(fields)
         if not self.transforms:
-            given = {**fields, **hidden, **{name: Unsent(name) for name in unsent}}
+            visible = {**fields, **hidden, **{name: UnsentField(name) for name in unsent}}
             origins = {name: frozenset({name}) for name in fields}
             seen.restart()
-            return Batch(given, 'the task', origins=origins, passing=passing)
-        rows = next((x.shape[0] for x in plain(batch).values()), None)
-        # A transform that passes on all fields must find them; fields made from these are omitted.
+            return Batch(visible, 'the task', origins=origins, passing=passing)
+        size = next((x.shape[0] for x in device_fields(batch).values()), None)
+        # A transform may loop over all fields, so those that were not sent are zeros here. Fields
+        # computed from the zeros are replaced below, so that the task cannot use them by mistake.
         zeros = {
             name: jnp.zeros(
-                (kept.shape[0] if rows is None else rows, *kept.shape[1:]), kept.device_dtype
+                (kept.shape[0] if size is None else size, *kept.shape[1:]), kept.device_dtype
             )
             for name, kept in unsent.items()
         }
-        made = apply_transforms(self.transforms, {**fields, **zeros}, hidden)
+        transformed = apply_transforms(self.transforms, {**fields, **zeros}, hidden)
+        # Finding the origins traces the transforms again, so only when something depends on them.
         origins = {}
         if zeros or reads.get() is not None:
             origins = field_origins(self.transforms, {**fields, **zeros}, hidden)
-        missing = {name: Unsent(name) for name in made if origins.get(name, set()) & zeros.keys()}
-        seen.restart()  # What transforms have read is not of the task.
-        return Batch({**made, **missing}, 'the task', origins=origins, passing=passing)
+        missing = {
+            name: UnsentField(name)
+            for name in transformed
+            if origins.get(name, set()) & zeros.keys()
+        }
+        # Error messages list the fields that the task has read; those that transforms have read
+        # would be misleading there.
+        seen.restart()
+        return Batch({**transformed, **missing}, 'the task', origins=origins, passing=passing)
 
     def _hidden_fields(
         self, fields: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, HostFieldSpec]]:
-        """Returns the fields that can only be passed on, and those that were not read."""
+        """Returns the fields that no device can store, and those that were not sent to any."""
         kept = [each for each in self.kept if each.name not in fields]
         hidden = {each.name: HostField(each) for each in kept if each.device_dtype is None}
         return hidden, {each.name: each for each in kept if each.device_dtype is not None}
 
     def __call__(self, model: Any, batch: Mapping[str, Any]) -> TaskOutput:
-        """Returns the task's output with `weights` always set, and 0 where a row is padding.
+        """Returns the task's output with `weights` always set, and 0 for padding.
 
-        Named losses have weights by name, an entry for the metrics among them.
+        Weights of named losses are a dict by name, with one more entry for the metrics.
 
-        A row whose weights are all 0 must not affect anything, whatever its values, but 0 times a
-        non-finite gradient is not 0. So a task that returns weights runs a second time, on a batch
-        in which each such row is replaced by a row with nonzero weight. Only the weights of the
-        first run are used, and the compiler removes the rest of it.
+        An example whose weights are all 0 must not affect anything, whatever its values, but 0
+        times a non-finite gradient is not 0. So a task that returns weights runs a second time, on
+        a batch in which each such example is replaced by one with nonzero weight. Only the weights
+        of the first run are used, and the compiler removes the rest of it.
         """
+        # The common case needs one run: without weights of the task, only padding has weight 0, and
+        # padding repeats real examples.
         if self.is_weighted is False:
             return self._with_weights(self.task(model, self.prepare_batch(batch)), batch)[0]
-        back = model.remember() if isinstance(model, BoundModel) else lambda: None
-        fields = plain(batch)
+        # The second run must draw the same random numbers and start from the same collections, so
+        # the calls of the first one are undone.
+        undo = model.remember() if isinstance(model, BoundModel) else lambda: None
+        fields = device_fields(batch)
         weighing = None
         if self.is_weighted:
             weighing = compute_only_needed(lambda x: self._run(model, x)[1], fields)
-            back()
+            undo()
         if weighing is None:
+            # The first trace, or a task whose weights do not decide which examples count.
             output, weighing = self._run(model, fields)
             if weighing is None:
                 return output
-            back()
+            undo()
         note_weights()
-        output, _ = self._run(model, replace_uncounted_rows(fields, counted_rows(weighing.counted)))
+        output, _ = self._run(
+            model, replace_uncounted_examples(fields, counted_examples(weighing.counted))
+        )
         metrics = output.metrics if weighing.metrics is None else weighing.metrics
         return dataclasses.replace(output, weights=weighing.weights, metrics=metrics)
 
     def _run(self, model: Any, batch: Mapping[str, Any]) -> tuple[TaskOutput, Weighing | None]:
-        """Returns the task's output with weights set, and those that the task returned, if any."""
+        """Runs the task; returns its output with weights set, and its own weights, if any."""
         fields = self.prepare_batch(batch)
         with explain_host_fields(fields):
             result = self.task(model, fields)
@@ -186,14 +209,16 @@ class TaskRunner:
     def _with_weights(
         self, result: Any, batch: Mapping[str, Any]
     ) -> tuple[TaskOutput, Weighing | None]:
-        """Returns an output with weights set, and those that the task returned, if any."""
-        # What a task returns is checked while the shapes are traced. Later only its form may vary.
+        """Returns the output with weights set, and the task's own weights, if any."""
+        # A TaskOutput is checked once, in the first trace of the shapes; a step is traced several
+        # times. Other results have to be converted, which checks them again.
         is_checked = self.is_weighted is not None and isinstance(result, TaskOutput)
         output = result if is_checked else self._as_output(result, batch)
         given, mask = output.weights, batch.get(MASK)
         losses: dict[str, Any] = {ONLY_LOSS: output.loss}
         if isinstance(output.loss, Mapping):
-            # The metrics count the rows of any of the losses: all have the same rows.
+            # Weights of the metrics get the shape of any of the losses: all have one entry for each
+            # example.
             losses = {**output.loss, METRIC_WEIGHTS: next(iter(output.loss.values()))}
         is_lone = list(losses) == [ONLY_LOSS]
         named = given if isinstance(given, Mapping) else dict.fromkeys(losses, given)
@@ -205,17 +230,21 @@ class TaskRunner:
                 each = jnp.broadcast_to(each, loss.shape[:1])
             if mask is not None:
                 each = each * broadcast_weights(mask, each.shape)
+            # Weights may depend on the parameters, but they are no part of what is minimized:
+            # otherwise training could lower the loss by shrinking them.
             weights[name] = jax.lax.stop_gradient(jnp.asarray(each, jnp.float32))
         output = dataclasses.replace(output, weights=weights[ONLY_LOSS] if is_lone else weights)
-        # A loss without weights counts all rows.
+        # In a loss without weights every example counts, so no example can be replaced.
         if given is None or not set(losses_by_name(output.loss)) <= set(named):
             return output, None
-        # A task may return its own kind of rows, such as one per token, with unknown weights.
+        # Dimension 0 of a loss may be something else than examples, such as tokens. Then it is
+        # unknown which examples have weight 0.
         counted = [weights[name] for name in named]
-        rows = {x.shape[0] for x in plain(batch).values()}
-        if any({*jnp.shape(x)[:1]} != rows for x in counted):
+        sizes = {x.shape[0] for x in device_fields(batch).values()}
+        if any({*jnp.shape(x)[:1]} != sizes for x in counted):
             return output, None
-        # So do metrics: theirs are those of the first run.
+        # Metrics without weights of their own count every example, too: they are those of the first
+        # run, whose examples have not been replaced.
         metrics = None if is_lone or METRIC_WEIGHTS in named else dict(output.metrics)
         return output, Weighing(output.weights, tuple(counted), metrics)
 
@@ -225,14 +254,17 @@ class TaskRunner:
             output = as_output(result, averaged=self.metrics is None)
             for loss in losses_by_name(output.loss).values():
                 if mask is not None:
-                    returned.check_rows(loss, mask)
-                returned.warn_about_pairs(loss, plain(batch), self.task)
+                    returned.check_num_examples(loss, mask)
+                returned.warn_about_pairs(loss, device_fields(batch), self.task)
             return output
         except UserError as error:
             raise UserError(f'the task {returned.name_of(self.task)} {error}') from error
 
     def empty(self, output: TaskOutput) -> clu.metrics.Collection:
-        """Returns empty accumulators for outputs like this (abstract) one.
+        """Returns empty accumulators for outputs of these shapes.
+
+        Args:
+            output: the shapes of an output.
 
         Raises:
             UserError: naming a metric whose accumulators change shape.
@@ -250,39 +282,42 @@ class TaskRunner:
             outputs = {f'{name}_loss': value for name, value in loss.items()}
             outputs.update({f'{name}_weights': weights[name] for name in loss})
             weights = weights[METRIC_WEIGHTS]
-        # `weights` for our own metrics, `mask` for those of clu, which know 0 and 1 only.
+        # `weights` for the metrics of this package; `mask` for those of clu, which take 0 or 1.
         outputs = {'mask': jnp.asarray(weights) != 0, 'weights': weights, **outputs}
         collection = self.metrics or self._means(output)
+        # Not `gather_from_model_output`, clu's usual choice: it gathers over an axis of `pmap`, but
+        # a step is one program over the global batch.
         return collection.single_from_model_output(**{**outputs, **output.metrics})
 
     def _means(self, output: TaskOutput) -> type[clu.metrics.Collection]:
-        """Returns the metrics of a task that declares none: means of what it returns."""
+        """Returns the collection for a task that declares none: the means of its outputs."""
         if isinstance(output.loss, Mapping):
             return mean_collection(tuple(sorted(output.metrics)), tuple(sorted(output.loss)))
         return mean_collection(('loss', *sorted(output.metrics)))
 
 
 def safe_inverse(weight: jax.Array) -> jax.Array:
-    """Returns 1 / weight, and 0 for a batch without any weight (all padding), never NaN."""
+    """Returns 1 / weight, or 0 for a batch of weight 0 (all padding); never NaN."""
+    # The inner `where` keeps the unused branch finite, for programs that check for infinities.
     return jnp.where(weight != 0, 1.0 / jnp.where(weight != 0, weight, 1.0), 0.0)
 
 
 def losses_by_name(loss: Any) -> Mapping[str, Any]:
-    """Returns the losses by name; a lone one gets a name."""
+    """Returns the losses by name; an unnamed loss is `ONLY_LOSS`."""
     return loss if isinstance(loss, Mapping) else {ONLY_LOSS: loss}
 
 
 def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array]:
     """Returns sum(weight x value) and sum(weight) of each loss, and the sum of the penalties.
 
-    All are float32 scalars: their quotients plus the penalties are the losses of a batch.
+    All are float32 scalars. The quotient of the two sums plus the penalties is the loss of a batch.
     """
     totals, weights = {}, {}
     losses: Any = output.loss if isinstance(output.loss, Mapping) else {ONLY_LOSS: output.loss}
     for name, loss in losses.items():
         mine = output.weights[name] if isinstance(output.weights, Mapping) else output.weights
         full = broadcast_weights(jnp.asarray(mine), loss.shape)
-        # Values of weight 0 may be anything: 0 x NaN is not 0.
+        # `where` and not the product alone: a value of weight 0 may be NaN, and 0 x NaN is NaN.
         totals[name] = jnp.sum(jnp.where(full != 0, loss.astype(jnp.float32) * full, 0.0))
         weights[name] = full.sum()
     penalties = sum((jnp.float32(p) for p in output.penalties.values()), jnp.float32(0))
@@ -290,7 +325,7 @@ def loss_sums(output: TaskOutput) -> tuple[dict[str, jax.Array], dict[str, jax.A
 
 
 def mean_loss(sums: tuple[Any, Any], weights: Mapping[str, jax.Array]) -> Any:
-    """Returns the loss that is differentiated, float32; of several losses a dict by name.
+    """Returns the loss that is differentiated, float32; for named losses a dict.
 
     Args:
         sums: each loss's weighted sum, and the penalties' sum.
@@ -302,16 +337,16 @@ def mean_loss(sums: tuple[Any, Any], weights: Mapping[str, jax.Array]) -> Any:
 
 
 def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, jax.Array]:
-    """Runs the checks on all rows with a nonzero weight.
+    """Runs the checks on all examples with a nonzero weight.
 
     Args:
-        checks: by batch key.
-        weights: of the task's output, (batch, ...) or several such: a row is checked if any of
-            its weights is not 0.
+        checks: the checks by batch key.
+        weights: the weights of the task's output, (batch, ...), or several such arrays; an example
+            is checked if any of its weights is not 0.
 
     Returns:
-        1 + the number of the first check that fails, in the order of the names, 0 for none: int32
-        scalar; and a value that is out of its range: float32 scalar.
+        1 + the index of the first check that fails, in the order of the names, 0 for none: int32
+        scalar; and a value that is out of range: float32 scalar.
     """
     number, value = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32)
     for index, (_, check) in enumerate(sorted(checks.items()), start=1):
@@ -323,31 +358,32 @@ def run_checks(checks: Mapping[str, Check], weights: Any) -> tuple[jax.Array, ja
         bad = (out & counts.reshape(-1, *[1] * (values.ndim - 1))).ravel()
         first = bad.any() & (number == 0)
         number = jnp.where(first, index, number)
-        # The smallest of them, and not one by its index: the batch may be sharded. NaN, if that
-        # is what is wrong, comes through.
+        # The smallest bad value, and not the first one: indexing into a sharded batch would gather
+        # it on every device. `min` propagates NaN, which is out of range as well.
         wrong = jnp.where(bad, values.ravel().astype(jnp.float32), jnp.inf)
         value = jnp.where(first, jnp.min(wrong, initial=jnp.inf), value)
     return number, value
 
 
 def is_out_of_range(check: Check, values: Any) -> Any:
-    """Returns for each value whether it is out of the range of a check; NaN is.
+    """Returns for each value whether it is out of the range of a check; NaN always is.
 
     Args:
-        check: whose `values` are not used.
-        values: of JAX or numpy.
+        check: the check; its `values` are not used.
+        values: a JAX or numpy array.
     """
     slack = _ROUNDING
     if not jnp.issubdtype(values.dtype, jnp.inexact):
         slack = 0
-        # A range of bytes cannot be compared with a number that no byte holds.
+        # A limit such as 999 or -1 cannot be converted to uint8 for the comparison.
         values = values.astype(np.int64 if isinstance(values, np.ndarray) else jnp.int32)
+    # The negation of "in range", and not "below or above": every comparison with NaN is false.
     bad = ~((values >= check.low - slack) & (values <= check.high + slack))
     return bad if check.ignored is None else bad & (values != check.ignored)
 
 
 def compute_metrics(metrics: Any) -> Any:
-    """Returns the tree of computed values; collections become dicts."""
+    """Returns the computed values of a tree of metrics; collections become dicts."""
     return jax.tree.map(_compute, metrics, is_leaf=is_metric)
 
 
@@ -355,9 +391,10 @@ def _compute(metric: Any) -> Any:
     try:
         return metric.compute()
     except Exception as error:
+        # A collection does not say which of its metrics has failed, so each is tried alone.
         for name, each in metrics_by_name(metric):
             try:
                 each.compute()
             except Exception:
-                error.add_note(f'This happened when the metric {name!r} was computed')
+                error.add_note(f'Raised while computing the metric {name!r}')
         raise

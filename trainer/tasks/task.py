@@ -24,22 +24,22 @@ from trainer.tasks.checks import Check
 
 Batch = Mapping[str, jax.Array]
 
-# The name of a loss that the task does not name.
+# The name of the loss of a task that returns only one, without a name.
 ONLY_LOSS = 'loss'
 
-# The key of the metrics' weights among those of named losses.
+# The key for the weights of the metrics in a dict of weights by loss.
 METRIC_WEIGHTS = 'metrics'
 
 # Inputs of every metric, in addition to the task's own.
 _GIVEN = ('loss', 'weights', 'mask')
 
-# Metrics that the trainer measures from outside of a step.
-MEASURED = ('steps_per_sec', 'examples_per_sec', 'data_wait_secs')
+# Metrics of each row that are measured on the host, between steps.
+THROUGHPUT = ('steps_per_sec', 'examples_per_sec', 'data_wait_secs')
 
-# Metrics that rows have for any task.
+# Metrics that a row has for every task; a task's metrics must have other names.
 OWN_NAMES = {
     *('learning_rate', 'grad_norm', 'param_norm', 'update_norm', 'loss_scale', 'skipped_updates'),
-    *(*MEASURED, 'examples'),
+    *(*THROUGHPUT, 'examples'),
 }
 
 
@@ -80,12 +80,14 @@ def as_output(result: Any, *, averaged: bool = True) -> TaskOutput:
             scalar, because the step averages and not the task; if types, shapes or names are
             invalid. The message continues a sentence that begins with the name of the task.
     """
+    # Only with a dict as the second item: (loss, logits), as in Flax's examples, is a mistake that
+    # `invalid_result_message` explains.
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         result = TaskOutput(loss=result[0], metrics=result[1])
     elif isinstance(result, (jax.Array, Mapping)):
         result = TaskOutput(loss=result)
     if not isinstance(result, TaskOutput):
-        raise UserError(returned.refusal(result))
+        raise UserError(returned.invalid_result_message(result))
     returned.check(result.loss, result.weights, result.metrics, result.penalties)
     _check_names(result, averaged)
     return result
@@ -99,22 +101,23 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
     for name in names:
         if not str(name).isidentifier() or name == METRIC_WEIGHTS:
             raise UserError(
-                f'names a loss {name!r}. A name must be a Python identifier other than '
+                f'names a loss {name!r}: expected a Python identifier other than '
                 f"{METRIC_WEIGHTS!r}; the loss is reported as '<name>_loss'"
             )
     for name in weights if isinstance(weights, Mapping) else ():
         if not names or name not in (*names, METRIC_WEIGHTS):
             raise UserError(
-                f'returned weights for {name!r}, which is no loss; it names '
+                f'returned weights for {name!r}, which is not a loss; it names '
                 + (f'the losses {", ".join(names)}' if names else 'no losses')
             )
+    # Inputs of the metrics are passed by name in one call, where a second value would be lost.
     taken = {*_GIVEN, *(f'{name}_{kind}' for name in names for kind in ('loss', 'weights'))}
     reported = taken | OWN_NAMES
     for name in output.metrics:
         if averaged and not _is_reportable(name):
             raise UserError(
-                f"names a metric {name!r}. A name must be a Python identifier, such as 'top_5', "
-                'and no keyword'
+                f"names a metric {name!r}: expected a Python identifier, such as 'top_5', that is "
+                'not a keyword'
             )
         if name in (reported if averaged else taken):
             raise UserError(duplicate_name_message('metric', name))
@@ -124,10 +127,10 @@ def _check_names(output: TaskOutput, averaged: bool) -> None:
 
 
 def _is_reportable(name: Any) -> bool:
-    # The means accumulate in a dataclass, whose fields have these names.
+    # The means accumulate in a dataclass whose fields have these names.
     return isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name)
 
 
 def duplicate_name_message(kind: str, name: str) -> str:
-    """Returns the message for a name that would hide another in a row of metrics."""
+    """Returns the error message for a name that a row of metrics has already."""
     return f'names a {kind} {name!r}, but this name is reserved; choose another'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Applies device transforms, and finds the fields that their results depend on."""
+"""Applies device transforms, and finds the input fields that each result depends on."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def apply_transforms(
     """Returns the batch after all transforms.
 
     Args:
-        transforms: run in this order.
-        fields: arrays (rows, ...).
-        hidden: fields that stay on the host, which transforms can only pass on.
+        transforms: the transforms, in order.
+        fields: arrays (batch, ...).
+        hidden: fields that stay on the host; transforms can return them, but not compute with them.
     """
-    seen: Mapping[str, Any] = {**fields, **hidden}
+    batch: Mapping[str, Any] = {**fields, **hidden}
     for transform in transforms:
         with explain_host_fields(hidden):
-            seen = transform(Batch(seen, f'the device transform {transform}', passing=True))
-    return dict(seen)
+            batch = transform(Batch(batch, f'the device transform {transform}', passing=True))
+    return dict(batch)
 
 
 def field_origins(
@@ -37,26 +37,31 @@ def field_origins(
     """Returns for each transformed field the fields of the loader's batch that it depends on.
 
     Args:
-        transforms: run in this order.
+        transforms: the transforms, in order.
         fields: arrays, or their shapes.
         hidden: fields that stay on the host.
     """
 
     def run(fields: Mapping[str, Any]) -> dict[str, Any]:
-        made = apply_transforms(transforms, fields, hidden)
-        return {name: x for name, x in made.items() if not isinstance(x, HostField)}
+        batch = apply_transforms(transforms, fields, hidden)
+        # Host fields are no arrays, and cannot be outputs of a jaxpr.
+        return {name: x for name, x in batch.items() if not isinstance(x, HostField)}
 
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in fields.items()}
     closed, outputs = jax.make_jaxpr(run, return_shape=True)(shapes)
     nothing: frozenset[str] = frozenset()
+    # JAX flattens a dict in the order of its sorted keys.
     named = zip(closed.jaxpr.invars, sorted(fields), strict=True)
-    of = {id(x): frozenset({name}) for x, name in named}
+    sources = {id(x): frozenset({name}) for x, name in named}
+    # Forward through the equations: each output depends on all inputs of its equation. Constants
+    # have no entry, because they depend on no field.
     for equation in closed.jaxpr.eqns:
-        mixed = nothing.union(*(of.get(id(x), nothing) for x in equation.invars))
-        of.update({id(x): mixed for x in equation.outvars})
+        mixed = nothing.union(*(sources.get(id(x), nothing) for x in equation.invars))
+        sources.update({id(x): mixed for x in equation.outvars})
     origins: dict[str, frozenset[str]] = {}
     paths = jax.tree_util.tree_leaves_with_path(outputs)
+    # A field can be a pytree of several arrays.
     for (path, _), x in zip(paths, closed.jaxpr.outvars, strict=True):
         name = path[0].key
-        origins[name] = origins.get(name, nothing) | of.get(id(x), nothing)
+        origins[name] = origins.get(name, nothing) | sources.get(id(x), nothing)
     return origins

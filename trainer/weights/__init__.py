@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting from other weights: where they are read, how they are edited, where they go.
+"""Weights from other runs and frameworks: reading, converting, editing and loading them.
 
-For a config: the operations of `config.surgery`, such as `trainer.weights:Rename`. For a notebook:
+For configs: the operations of `config.surgery`, such as `trainer.weights:Rename`. For notebooks:
 `restore` reads checkpoints without a config, and `operate` edits parameters and optimizer state.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first state of a run that does not start from nothing."""
+"""Initializes a run from other weights: `config.init_from` and `config.surgery`."""
 
 from __future__ import annotations
 
@@ -21,156 +21,168 @@ from trainer.weights import flax_layout
 from trainer.weights import leaves as lib
 from trainer.weights.init_from import TENSORS, InitFrom
 from trainer.weights.leaves import Weights
-from trainer.weights.surgery import Operation, operated
+from trainer.weights.surgery import Operation, apply_operations
 
 _log = logging.getLogger('trainer')
-_FRESH = 'what config.surgery makes of the fresh weights'
-# PyTorch counts batches, Flax has no use for it.
-_NEVER_WANTED = re.compile(r'.*/num_batches_tracked')
+# The path in messages if there is no checkpoint, only surgery on the initial weights.
+_FRESH = 'the result of config.surgery'
+# PyTorch's batch norm counts its batches; Flax has no such variable, so a leftover is not reported.
+_IGNORED = re.compile(r'.*/num_batches_tracked')
 
 
-def start(
+def load_initial_weights(
     state: TrainState,
     init_from: InitFrom | None,
     surgery: Sequence[Operation],
-    restarted: Callable[[TrainState], TrainState],
+    restart_optimizer: Callable[[TrainState], TrainState],
     *,
     members: bool = False,
 ) -> TrainState:
-    """Returns the first state of a run: `state` with the weights that the config asks for.
+    """Returns the initial state of a run: `state` with the weights that the config asks for.
 
     Args:
-        state: freshly made; its buffers are given up.
-        init_from: where weights come from; None leaves those of the state, for surgery.
-        surgery: what is done to them, in order, before they must fit the model.
-        restarted: makes optimizer state and moving average anew for other parameters; it may donate
-            its argument.
-        members: whether the state is an ensemble's. Each member gets the same weights, and keeps
-            of its own what is not loaded.
+        state: freshly initialized; its buffers are deleted.
+        init_from: where to load weights from; None applies the surgery to the initial weights.
+        surgery: operations on the weights, in order, before they are matched with the model.
+        restart_optimizer: reinitializes optimizer state and moving average for new parameters; it
+            may donate its argument.
+        members: whether the state is an ensemble's. Each member gets the same loaded weights, and
+            keeps its own initial values of what is not loaded.
 
     Raises:
-        UserError: naming what is missing or does not fit.
+        UserError: naming arrays that are missing or do not fit.
     """
     if init_from is None and not surgery:
         return state
     fresh = _variables(state)
-    wanted = {path: _shape_of(x) for path, x in fresh.items()}
+    wanted = {path: _abstract(x) for path, x in fresh.items()}
     if init_from is not None and init_from.optimizer:
-        wanted.update({path: _shape_of(x) for path, x in _slots(state).items()})
+        wanted.update({path: _abstract(x) for path, x in _slots(state).items()})
+    # Checkpoint and surgery are about a single model: match without the dimension of the members.
     goal = jax.tree.map(step.member_spec, wanted) if members else wanted
     if init_from is None:
-        weights = lib.of_arrays(fresh)
+        weights = lib.from_arrays(fresh)
     else:
-        init_from.check_patterns(goal)
+        init_from.check_patterns(goal)  # Before reading: a typo should not cost minutes.
         weights = init_from.read({path: x.shape for path, x in goal.items()})
-    weights = operated(surgery, weights)
-    weights = lib.in_slots_of(flax_layout.of_model(weights, goal), goal)
-    fitting = matched(weights, goal, init_from or InitFrom(path=_FRESH))
+    weights = apply_operations(surgery, weights)
+    # After the surgery: only then do the paths mean arrays of this model.
+    weights = lib.align_slots(flax_layout.rename_to_model(weights, goal), goal)
+    fitting = match_weights(weights, goal, init_from or InitFrom(path=_FRESH))
     for path in fitting.keys() & fresh.keys():
-        fresh[path].delete()  # Or the devices would hold all of it twice.
+        # Before loading: otherwise the devices would hold the initial and the loaded weights.
+        fresh[path].delete()
     loaded = lib.load(fitting, goal)
     if members:
         loaded = {path: step.repeat_for_members(x, wanted[path]) for path, x in loaded.items()}
-    state = restarted(_with_variables(state, loaded))
+    # The optimizer state comes from the new parameters, and loaded slots then replace parts of it.
+    state = restart_optimizer(_with_variables(state, loaded))
     return _with_slots(state, loaded)
 
 
-def matched(weights: Weights, goal: Mapping[str, Any], chosen: InitFrom) -> Weights:
-    """Returns what is loaded of some weights into a model of the shapes `goal`, by path.
+def match_weights(weights: Weights, goal: Mapping[str, Any], init_from: InitFrom) -> Weights:
+    """Returns the weights to load into a model, by path.
+
+    Args:
+        weights: all that were read, under the paths of the model.
+        goal: the model's shapes and dtypes, by path.
+        init_from: selects the arrays to load, and says what to do about missing ones.
 
     Raises:
-        UserError: naming what is missing, or has another shape or kind of number.
+        UserError: naming arrays that are missing, or have another shape or kind of dtype.
     """
-    asked = {path: x for path, x in goal.items() if chosen.chosen(path)}
-    spare = [p for p in weights if p not in goal and chosen.chosen(p)]
-    spare = [path for path in spare if not _NEVER_WANTED.fullmatch(path)]
+    asked = {path: x for path, x in goal.items() if init_from.selects(path)}
+    spare = [p for p in weights if p not in goal and init_from.selects(p)]
+    spare = [path for path in spare if not _IGNORED.fullmatch(path)]
     missing = [f'{path}: {describe(x)}' for path, x in asked.items() if path not in weights]
-    unfit = [path for path in asked if path in weights and not _fits(weights[path], asked[path])]
+    unfit = [
+        path for path in asked if path in weights and not _is_compatible(weights[path], asked[path])
+    ]
     other = [
-        f'{path}: {describe(weights[path])} there, {describe(asked[path])} in the model'
+        f'{path}: got {describe(weights[path])}, the model has {describe(asked[path])}'
         for path in unfit
     ]
-    if other or (missing and chosen.on_missing == 'error'):
-        members = _members({path: weights[path] for path in unfit}, asked)
-        raise UserError(_complaint(chosen, missing, other, spare, members))
+    if other or (missing and init_from.on_missing == 'error'):
+        members = _count_members({path: weights[path] for path in unfit}, asked)
+        raise UserError(_mismatch_message(init_from, missing, other, spare, members))
     if missing:
-        text = 'are not there, and keep their fresh values'
-        _log.warning(
-            '%s: %d arrays %s:\n%s', chosen.path, len(missing), text, indented_list(missing)
-        )
+        text = 'missing arrays that keep their initial values'
+        _log.warning('%s: %s (%d):\n%s', init_from.path, text, len(missing), indented_list(missing))
     if spare:
-        text = 'have no place in the model, and are left out'
-        _log.warning(
-            '%s: %d arrays %s:\n%s', chosen.path, len(spare), text, indented_list(_shown(spare))
+        text = 'ignored arrays that are not in the model'
+        lines = indented_list(_display_paths(spare))
+        _log.warning('%s: %s (%d):\n%s', init_from.path, text, len(spare), lines)
+    selected = {path: weights[path] for path in asked if path in weights}
+    if not selected:
+        lines = indented_list(_display_paths(weights))
+        raise UserError(
+            f'{init_from.title}nothing to load from {init_from.path}, which contains\n{lines}'
         )
-    found = {path: weights[path] for path in asked if path in weights}
-    if not found:
-        held = indented_list(_shown(weights))
-        raise UserError(f'{chosen.title}nothing of {chosen.path} is loaded; it holds\n{held}')
-    return found
+    return selected
 
 
-def _complaint(
-    chosen: InitFrom,
+def _mismatch_message(
+    init_from: InitFrom,
     missing: Sequence[str],
     other: Sequence[str],
     spare: Sequence[str],
     members: int | None,
 ) -> str:
-    title = '' if chosen.path == _FRESH else chosen.title
-    lines = [f'{title}{chosen.path} does not fit the model.']
+    title = '' if init_from.path == _FRESH else init_from.title
+    lines = [f'{title}{init_from.path} does not fit the model.']
     if missing:
-        lines += ['It lacks', indented_list(missing)]
+        lines += ['Missing:', indented_list(missing)]
     if other:
-        lines += ['Of another shape or kind are', indented_list(other)]
+        lines += ['Different shape or kind of dtype:', indented_list(other)]
     if spare:
-        lines += ['It has besides', indented_list(_shown(spare))]
-    if missing and chosen.layout != 'torch' and any(path.endswith('/weight') for path in spare):
-        layout_key = f"{chosen.where}layout='torch'"
-        lines.append(f"These are names of PyTorch: {layout_key} turns them into Flax's.")
-    if chosen.path == _FRESH:
-        return '\n'.join([*lines, 'Change the operations, or the model.'])
+        lines += ['Not in the model:', indented_list(_display_paths(spare))]
+    if missing and init_from.layout != 'torch' and any(path.endswith('/weight') for path in spare):
+        layout_key = f"{init_from.where}layout='torch'"
+        lines.append(f'These look like names of PyTorch: set {layout_key} to convert them.')
+    if init_from.path == _FRESH:
+        return '\n'.join([*lines, 'Change the operations or the model.'])
     if members is not None:
-        text = f'These may be {members} members of an ensemble: name one in {chosen.where}member.'
-        return '\n'.join([*lines, text])
-    if not chosen.in_config:
-        return '\n'.join([*lines, f'Name the paths that differ in {chosen.where}rename.'])
+        text = f'These may be the {members} members of an ensemble'
+        return '\n'.join([*lines, f'{text}: select one with {init_from.where}member.'])
+    if not init_from.in_config:
+        return '\n'.join([*lines, f'Map names that differ with {init_from.where}rename.'])
     lines.append(
-        f'Name the paths that differ in {chosen.where}rename, what shall keep its fresh values in '
-        f'{chosen.where}exclude'
-        + (f", or set {chosen.where}on_missing='init'" if missing else '')
+        f'Map names that differ with {init_from.where}rename, list arrays that should keep their '
+        f'initial values in {init_from.where}exclude'
+        + (f", or set {init_from.where}on_missing='init'" if missing else '')
         + ('; config.surgery changes shapes.' if other else '.')
     )
     return '\n'.join(lines)
 
 
-def _shown(paths: Iterable[str]) -> list[str]:
-    """Returns paths as `rename` sees them: a tensor that makes nothing has its name alone."""
+def _display_paths(paths: Iterable[str]) -> list[str]:
+    """Returns paths as `rename` sees them: an unused PyTorch tensor without its collection."""
     return [path.removeprefix(TENSORS) for path in paths]
 
 
-def _members(unfit: Weights, asked: Mapping[str, Any]) -> int | None:
-    """Returns of how many models the arrays may be that do not fit one, None if they are not."""
+def _count_members(unfit: Weights, asked: Mapping[str, Any]) -> int | None:
+    """Returns the number of members if the arrays look like those of an ensemble, else None."""
     sizes = {leaf.shape[:1] for leaf in unfit.values()}
     inner = all(leaf.shape[1:] == asked[path].shape for path, leaf in unfit.items())
     return sizes.pop()[0] if len(sizes) == 1 and () not in sizes and inner else None
 
 
-def _fits(leaf: Any, wanted: Any) -> bool:
+def _is_compatible(leaf: Any, wanted: Any) -> bool:
+    # Precision may differ, but integers and floats may not: a cast would lose values silently.
     kinds = [jnp.issubdtype(x.dtype, jnp.inexact) for x in (leaf, wanted)]
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # A real one would lose half of it.
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):  # A real one would lose the imaginary part.
         kinds[1] = jnp.issubdtype(wanted.dtype, jnp.complexfloating)
     return tuple(leaf.shape) == tuple(wanted.shape) and kinds[0] == kinds[1]
 
 
 def _variables(state: TrainState) -> dict[str, jax.Array]:
-    found = lib.flat(state.variables)
-    # The state of a random stream is its own run's.
-    return {p: x for p, x in found.items() if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)}
+    leaves = lib.flatten(state.variables)
+    # The state of an RNG stream belongs to its run, and is not loaded.
+    return {p: x for p, x in leaves.items() if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)}
 
 
 def _slots(state: TrainState) -> dict[str, jax.Array]:
-    return lib.slots(lib.flat(state.opt_state, 'opt_state/'), lib.flat(state.params))
+    return lib.slots(lib.flatten(state.opt_state, 'opt_state/'), lib.flatten(state.params))
 
 
 def _with_variables(state: TrainState, loaded: Mapping[str, jax.Array]) -> TrainState:
@@ -184,12 +196,13 @@ def _with_variables(state: TrainState, loaded: Mapping[str, jax.Array]) -> Train
 
 def _with_slots(state: TrainState, loaded: Mapping[str, jax.Array]) -> TrainState:
     leaves, structure = jax.tree.flatten(state.opt_state)
-    index = {path: i for i, path in enumerate(lib.flat(state.opt_state, 'opt_state/'))}
-    numbers = lib.slots(index, lib.flat(state.params))
-    for path, number in numbers.items():
-        leaves[number] = loaded.get(path, leaves[number])
+    # `slots` of the positions of the leaves: it tells which leaf each path of a slot is.
+    index = {path: i for i, path in enumerate(lib.flatten(state.opt_state, 'opt_state/'))}
+    positions = lib.slots(index, lib.flatten(state.params))
+    for path, position in positions.items():
+        leaves[position] = loaded.get(path, leaves[position])
     return dataclasses.replace(state, opt_state=jax.tree.unflatten(structure, leaves))
 
 
-def _shape_of(x: jax.Array) -> jax.ShapeDtypeStruct:
+def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

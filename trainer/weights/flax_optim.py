@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the optimizers of `flax.optim` hold for parameters, as optax's hold it."""
+"""Converts optimizer states of `flax.optim`, the predecessor of optax."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from collections.abc import Iterable
 from trainer.weights.leaves import Weights, is_slot
 from trainer.weights.read import Leaves
 
-# The last name of optax's slot for each of Adam's, LAMB's and Momentum's there: equal numbers.
+# The name of optax's slot for each slot of Adam, LAMB and Momentum there; the values are the same.
 _SLOTS = {'grad_ema': 'mu', 'grad_sq_ema': 'nu', 'momentum': 'trace'}
 _STATE = ('optimizer', 'state')
 
 
 def slots(leaves: Leaves, wanted: Iterable[str]) -> Weights:
-    """Returns the slots of a checkpoint's parameters, under the names of the new optimizer.
+    """Returns the slots of a checkpoint, under the paths of the new optimizer.
 
     Args:
-        leaves: of a training state with an optimizer of `flax.optim`.
+        leaves: a training state with an optimizer of `flax.optim`, by key path.
         wanted: paths of the new run's slots: 'opt_state.0.mu/Dense_0/kernel', 'opt_state.0.count'.
     """
     collections = dict.fromkeys(path.partition('/')[0] for path in wanted if is_slot(path))
-    found: Weights = {}
+    converted: Weights = {}
     for keys, leaf in leaves.items():
+        # flax.optim has one step for all parameters; each optax transformation counts for itself.
         if keys == (*_STATE, 'step'):
             counts = (name for name in collections if name.endswith('.count'))
-            found.update(dict.fromkeys(counts, leaf))
+            converted.update(dict.fromkeys(counts, leaf))
         if keys[:3] != (*_STATE, 'param_states') or keys[-1] not in _SLOTS:
             continue
-        place = '/'.join(keys[4:-1] if keys[3] == 'params' else keys[3:-1])
+        parameter = '/'.join(keys[4:-1] if keys[3] == 'params' else keys[3:-1])
         ending = f'.{_SLOTS[keys[-1]]}'
-        found.update({f'{n}/{place}': leaf for n in collections if n.endswith(ending)})
-    return found
+        converted.update({f'{n}/{parameter}': leaf for n in collections if n.endswith(ending)})
+    return converted

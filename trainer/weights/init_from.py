@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.init_from`: what of which checkpoint a run starts with, under the names of its model."""
+"""`config.init_from`: selects weights of a checkpoint, and renames them for the model."""
 
 from __future__ import annotations
 
@@ -13,39 +13,40 @@ from trainer.config.errors import UserError, short_repr
 from trainer.config.text import indented_list
 from trainer.weights import flax_layout, flax_optim, pre_linen, torch_layout
 from trainer.weights import leaves as lib
-from trainer.weights.leaves import Weights, place
-from trainer.weights.read import Leaves, below, open_tree
+from trainer.weights.leaves import Weights, key_path
+from trainer.weights.read import Leaves, open_tree, subtree
 
 WHERE = 'config.init_from'
 _PAIRS = {
     'rename': '(pattern, replacement) pairs',
     'flatten': '(pattern, (channels, height, width)) pairs',
 }
-# The collection of PyTorch's tensors that make nothing.
+# The collection of PyTorch tensors that no array of the model uses.
 TENSORS = 'torch/'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """Where a run's first weights come from. Patterns match whole paths of this model.
+    """The checkpoint that a fresh run takes its weights from.
 
-    A path is that of a parameter or of another variable, such as 'Dense_0/kernel'.
+    Patterns match whole key paths of variables of this model, such as 'Dense_0/kernel'.
 
     Attributes:
         path: file or directory; see `trainer.weights.read.open_tree`.
         step: which of several checkpoints: 'latest', 'best' or a number.
-        at: where in the checkpoint the state, the variables or the bare parameters are.
-        layout: who wrote it: Flax, Flax before Linen, or PyTorch.
-        member: of an ensemble's checkpoint, which of its members.
-        include: patterns of what is loaded; empty for everything.
-        exclude: patterns of what keeps its fresh values although it is included.
-        rename: (pattern, replacement) pairs, applied in order to the paths of the checkpoint, as
-            `re.sub` does: a pattern may match a part of the path.
-        flatten: of PyTorch: see `trainer.weights.torch_layout.convert`.
-        on_missing: what becomes of what the checkpoint lacks: an error, or its fresh value.
-        ema: load the moving average of that run in place of its parameters.
-        optimizer: load what the optimizer holds for the parameters too, such as Adam's moments.
-        where: what stands before the name of one of these in messages.
+        at: path to the state, the variables or the bare parameters in the checkpoint.
+        layout: the names in it: those of Flax, of Flax before Linen, or of PyTorch.
+        member: index of a member, if the checkpoint is that of an ensemble.
+        include: patterns of variables to load; empty for all.
+        exclude: patterns of variables that keep their initial values although they are included.
+        rename: (pattern, replacement) pairs, applied in order to the key paths of the checkpoint
+            by `re.sub`: a pattern may match a part of the path.
+        flatten: for PyTorch: see `trainer.weights.torch_layout.convert`.
+        on_missing: 'error' to refuse a checkpoint without all selected variables, 'init' to keep
+            the initial values of those it does not have.
+        ema: whether to load the moving average of that run as the parameters.
+        optimizer: whether to load the slots of the optimizer too, such as Adam's moments.
+        where: what messages put before the name of an attribute.
     """
 
     path: str
@@ -63,7 +64,7 @@ class InitFrom:
     where: str = f'{WHERE}.'
 
     def __post_init__(self) -> None:
-        """Raises a UserError for a pattern that is none, and for keys that do not go together."""
+        """Raises a UserError for an invalid pattern, and for keys that exclude each other."""
         for name in ('include', 'exclude', 'rename', 'flatten'):
             for entry in getattr(self, name):
                 if name in _PAIRS and (isinstance(entry, str) or len(entry) != 2):
@@ -74,13 +75,13 @@ class InitFrom:
                 patterns.compile_pattern(pattern, f'{self.where}{name}')
         if self.flatten and self.layout != 'torch':
             raise UserError(
-                f"{self.where}flatten is of PyTorch: set {self.where}layout='torch' too"
+                f"{self.where}flatten is for PyTorch only: set {self.where}layout='torch' too"
             )
         for name, layouts in (('ema', ('flax',)), ('optimizer', ('flax', 'pre_linen'))):
             if getattr(self, name) and self.layout not in layouts:
-                raise UserError(f'{self.where}{name}: layout={self.layout!r} has none')
+                raise UserError(f'{self.where}{name} is not supported with layout={self.layout!r}')
         if self.layout != 'flax' and self.member is not None:
-            raise UserError(f'{self.where}member: layout={self.layout!r} has no ensembles')
+            raise UserError(f'{self.where}member is not supported with layout={self.layout!r}')
 
     @property
     def in_config(self) -> bool:
@@ -89,62 +90,73 @@ class InitFrom:
 
     @property
     def title(self) -> str:
-        """What messages begin with that name no key."""
+        """The beginning of messages that are not about a single key."""
         return f'{WHERE}: ' if self.in_config else ''
 
     def read(self, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
-        """Returns what the checkpoint holds, under the paths of the model; nothing is loaded yet.
+        """Returns the contents of the checkpoint under the model's paths; most are read later.
 
         Args:
             wanted: the model's shapes, by path.
 
         Raises:
-            UserError: if there is no such checkpoint or member, or a rename changes nothing.
+            UserError: if there is no such checkpoint or member, or a pattern of `rename` has no
+                effect.
         """
         leaves = open_tree(self.path, self.step)
         if self.layout == 'torch':
-            return self.from_torch(below(leaves, self.at), wanted)
-        found = flax_layout.variables(leaves, at=self.at, ema=self.ema)
+            return self.from_torch(subtree(leaves, self.at), wanted)
+        weights = flax_layout.variables(leaves, at=self.at, ema=self.ema)
         if self.optimizer:
-            state = below(leaves, self.at)
-            places = [place(path) for path in found if path.startswith('params/')]
-            held = flax_layout.optimizer_state(state, places)
-            found.update(lib.slots(held, places) or flax_optim.slots(state, wanted))
+            state = subtree(leaves, self.at)
+            key_paths = [key_path(path) for path in weights if path.startswith('params/')]
+            opt_state = flax_layout.optimizer_state(state, key_paths)
+            weights.update(lib.slots(opt_state, key_paths) or flax_optim.slots(state, wanted))
+        # Before `rename`, whose patterns are written for the names of Linen.
         if self.layout == 'pre_linen':
-            found = pre_linen.convert(found)
+            weights = pre_linen.convert(weights)
         if self.member is not None:
-            found = _member(found, self.member)
-        names = self._names(filter(None, dict.fromkeys(map(place, found))))
-        return {lib.replace_place(path, names.get(place(path), '')): x for path, x in found.items()}
+            weights = _select_member(weights, self.member)
+        # By key path, so that a parameter and its slots get the same new name.
+        names = self._rename(filter(None, dict.fromkeys(map(key_path, weights))))
+        return {
+            lib.with_key_path(path, names.get(key_path(path), '')): x for path, x in weights.items()
+        }
 
     def from_torch(self, leaves: Leaves, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
-        """Returns the tensors of PyTorch as `read` does."""
-        tensors = lib.hosts({'/'.join(keys): leaf for keys, leaf in leaves.items()})
-        names = self._names(tensors)
+        """Returns the weights of a PyTorch model, as `read` does.
+
+        Args:
+            leaves: the tensors, by the parts of their names.
+            wanted: the model's shapes, by path.
+        """
+        tensors = lib.read_arrays({'/'.join(keys): leaf for keys, leaf in leaves.items()})
+        names = self._rename(tensors)
         arrays = {names[name]: array for name, array in tensors.items()}
-        found, used = torch_layout.convert(
+        weights, used = torch_layout.convert(
             arrays, wanted, flatten=self.flatten, where=f'{self.where}flatten'
         )
-        # What makes nothing is told beside what is found: it may be what a rename has missed.
+        # Unused tensors too, so that messages list them: a rename may have missed them.
         rest = {f'{TENSORS}{n}': lib.HostLeaf(x) for n, x in arrays.items() if n not in used}
-        return {**found, **rest}
+        return {**weights, **rest}
 
-    def chosen(self, path: str) -> bool:
-        """Whether what has this path in the model is loaded."""
-        where = place(path) or path
+    def selects(self, path: str) -> bool:
+        """Whether to load the array with this path in the model."""
+        where = key_path(path) or path
+        # `include` names variables; a count beside the slots ('opt_state.0.count') has no key path.
         included = not self.include or patterns.matches(self.include, where) or lib.is_slot(where)
         return included and not patterns.matches(self.exclude, where)
 
     def check_patterns(self, paths: Iterable[str]) -> None:
         """Raises a UserError for a pattern that matches nothing in the model."""
-        places = list(dict.fromkeys(map(place, paths)))
+        key_paths = list(dict.fromkeys(map(key_path, paths)))
         for name in ('include', 'exclude'):
             patterns.check_used(
-                getattr(self, name), places, f'{self.where}{name}', 'nothing in the model'
+                getattr(self, name), key_paths, f'{self.where}{name}', 'nothing in the model'
             )
 
-    def _names(self, paths: Iterable[str]) -> dict[str, str]:
-        """Returns the path in the model for each in the checkpoint."""
+    def _rename(self, paths: Iterable[str]) -> dict[str, str]:
+        """Returns the key path in the model for each key path in the checkpoint."""
         names = {path: path for path in paths}
         for pattern, replacement in self.rename:
             try:
@@ -154,7 +166,7 @@ class InitFrom:
             if new == names:
                 raise UserError(
                     f'{self.where}rename: the pattern {pattern!r} changes no path of the '
-                    f'checkpoint. There is\n{indented_list(names.values())}'
+                    f'checkpoint, which are\n{indented_list(names.values())}'
                 )
             names = new
         new_paths = list(names.values())
@@ -165,13 +177,13 @@ class InitFrom:
         return names
 
 
-def _member(weights: Weights, member: int) -> Weights:
-    """Returns one member's part of an ensemble's weights; the whole of them is read."""
+def _select_member(weights: Weights, member: int) -> Weights:
+    """Returns the weights of one member of an ensemble; those of all members are read."""
     shapes = [leaf.shape for leaf in weights.values()]
     sizes = {shape[0] if shape else None for shape in shapes}
     size = sizes.pop()
     if sizes or size is None:
-        raise UserError(f'{WHERE}.member: the checkpoint is not that of an ensemble')
+        raise UserError(f'{WHERE}.member: the checkpoint is not one of an ensemble')
     if not 0 <= member < size:
         raise UserError(f'{WHERE}.member: the ensemble has the members 0 to {size - 1}')
-    return {path: lib.HostLeaf(array[member]) for path, array in lib.hosts(weights).items()}
+    return {path: lib.HostLeaf(array[member]) for path, array in lib.read_arrays(weights).items()}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds out what lies at a path, and returns the tree that is in it."""
+"""Recognizes the format of a checkpoint or weight file, and opens it as a tree of arrays."""
 
 from __future__ import annotations
 
@@ -27,82 +27,84 @@ from trainer.weights.leaves import (
     HostLeaf,
     Leaf,
     OrbaxLeaf,
-    hosts,
     keys_of,
+    orbax_handler,
+    read_arrays,
     read_orbax,
-    reading,
 )
 
 Leaves = dict[tuple[str, ...], Leaf]
-# The names of the trees in a step of an Orbax manager.
+# The names of the item with the state in a step of an Orbax manager: ours, and Orbax's default.
 _ITEMS = ('state', 'default')
-# The name of one that makes a training state together with the others.
+# If an item has this name, all items of the step together are one training state.
 _PARAMS = 'params'
 _FILES = ('.safetensors', '.msgpack', '.pt', '.pth', '.bin', '.ckpt')
-# How `flax.training.checkpoints` names its files: a prefix and a number.
+# The names that `flax.training.checkpoints` gives: a prefix and a step, which may be a float.
 _FLAX = re.compile(r'(?P<prefix>.*_)(?P<step>-?[\d.]+(e[+-]?\d+)?)')
 
 
 def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
-    """Returns the arrays of a checkpoint by their paths of keys; none is read yet.
+    """Returns the arrays of a checkpoint by key path; those of Orbax are read later.
 
-    Known are a work directory of ours, a directory of checkpoints or a single one, ours or those
-    of Orbax's managers and checkpointers; directories of `flax.training.checkpoints`; files of
-    Flax's msgpack and safetensors files.
+    Supported are work directories of this trainer; single checkpoints and directories of them, of
+    this trainer, of Orbax's managers and checkpointers, and of `flax.training.checkpoints`; and
+    msgpack files of Flax, safetensors files and PyTorch files.
 
     Args:
         path: a file or directory.
-        step: 'latest', 'best' (of a work directory with `checkpoint.best`) or a number.
+        step: 'latest', 'best' (for a work directory with `checkpoint.best`) or a number.
 
     Raises:
-        UserError: if nothing of the kind lies there, or not that step.
+        UserError: if there is no such checkpoint, or no such step.
     """
-    found = locate(epath.Path(path), str(step))
-    if compat.is_orbax_array(found):
-        return {(): HostLeaf(_array(found))}
-    if found.is_dir():
+    source = locate(epath.Path(path), str(step))
+    if compat.is_orbax_array(source):
+        return {(): HostLeaf(_read_array(source))}
+    if source.is_dir():
         return {
             (*item, *keys): leaf
-            for item, directory in _trees(found).items()
-            for keys, leaf in _orbax(directory).items()
+            for item, directory in _trees(source).items()
+            for keys, leaf in _orbax_leaves(directory).items()
         }
-    if found.suffix == '.safetensors':
-        return _by_keys(found, safetensors.read(found))
-    if torch_file.is_one(found):
-        return _by_keys(found, torch_file.read(found))
-    tree = _msgpack(found)
+    if source.suffix == '.safetensors':
+        return _split_names(source, safetensors.read(source))
+    if torch_file.is_torch_file(source):
+        return _split_names(source, torch_file.read(source))
+    tree = _read_msgpack(source)
     try:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
-    except ValueError as error:  # Keys that cannot be put into an order.
-        raise UserError(f'{found} holds no tree of arrays: {first_line(error)}') from error
-    numbers = ((path, np.asarray(x)) for path, x in leaves if not isinstance(x, (str, bytes)))
-    return {keys_of(path): HostLeaf(x) for path, x in numbers}
+    except ValueError as error:  # JAX sorts the keys of a dict, and these cannot be compared.
+        raise UserError(
+            f'{source} does not contain a tree of arrays: {first_line(error)}'
+        ) from error
+    arrays = ((path, np.asarray(x)) for path, x in leaves if not isinstance(x, (str, bytes)))
+    return {keys_of(path): HostLeaf(x) for path, x in arrays}
 
 
 def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
-    """Returns everything in a checkpoint as its library reads it without a target.
+    """Returns everything in a checkpoint, as its library restores it without a target.
 
-    Orbax gives lists for tuples and dicts for dataclasses, Flax dicts with '0', '1' as keys; arrays
-    are numpy's, and text and empty containers are there too.
+    Orbax returns lists for tuples and dicts for dataclasses, Flax returns dicts with the keys '0',
+    '1'. Arrays are numpy arrays. Strings and empty containers are included.
 
     Args:
         path: as `open_tree` takes it.
         step: as `open_tree` takes it.
     """
-    found = locate(epath.Path(path), str(step))
-    if not found.is_dir():
-        known = found.suffix == '.safetensors' or torch_file.is_one(found)
-        return unflatten_dict(hosts(open_tree(found))) if known else _msgpack(found)
-    if compat.is_orbax_array(found):
-        return _array(found)
-    trees = {item: _raw(directory) for item, directory in _trees(found).items()}
+    source = locate(epath.Path(path), str(step))
+    if not source.is_dir():
+        known = source.suffix == '.safetensors' or torch_file.is_torch_file(source)
+        return unflatten_dict(read_arrays(open_tree(source))) if known else _read_msgpack(source)
+    if compat.is_orbax_array(source):
+        return _read_array(source)
+    trees = {item: _read_raw(directory) for item, directory in _trees(source).items()}
     return trees[()] if () in trees else {item[0]: tree for item, tree in trees.items()}
 
 
-def _raw(directory: epath.Path) -> Any:
+def _read_raw(directory: epath.Path) -> Any:
     import orbax.checkpoint as ocp
 
-    with reading(directory) as handler:
+    with orbax_handler(directory) as handler:
         args = jax.tree.map(
             lambda x: ocp.RestoreArgs(None if getattr(x, 'shape', None) is None else np.ndarray),
             handler.metadata(directory).tree,
@@ -111,115 +113,122 @@ def _raw(directory: epath.Path) -> Any:
 
 
 def open_texts(path: epath.PathLike, step: str | int = 'latest') -> dict[tuple[str, ...], str]:
-    """Returns the texts of a checkpoint by their paths of keys.
+    """Returns the strings of a checkpoint by key path.
 
     Args:
         path: as `open_tree` takes it.
         step: as `open_tree` takes it.
     """
-    found = locate(epath.Path(path), str(step))
-    if not found.is_dir():
-        leaves = jax.tree_util.tree_leaves_with_path(open_raw(found))
+    source = locate(epath.Path(path), str(step))
+    if not source.is_dir():
+        leaves = jax.tree_util.tree_leaves_with_path(open_raw(source))
         return {keys_of(path): x for path, x in leaves if isinstance(x, str)}
     return {
         (*item, *keys): text
-        for item, directory in _trees(found).items()
-        for keys, text in _texts(directory).items()
+        for item, directory in _trees(source).items()
+        for keys, text in _read_texts(directory).items()
     }
 
 
-def _texts(directory: epath.Path) -> dict[tuple[str, ...], str]:
-    with reading(directory) as handler:
+def _read_texts(directory: epath.Path) -> dict[tuple[str, ...], str]:
+    with orbax_handler(directory) as handler:
         leaves = jax.tree_util.tree_leaves_with_path(handler.metadata(directory).tree)
     import orbax.checkpoint as ocp
 
-    as_text = ocp.RestoreArgs(restore_type=str)
-    texts = [keys_of(p) for p, x in leaves if isinstance(x, ocp.metadata.StringMetadata)]
-    return read_orbax(directory, dict.fromkeys(texts, as_text)) if texts else {}
+    as_string = ocp.RestoreArgs(restore_type=str)
+    keys = [keys_of(p) for p, x in leaves if isinstance(x, ocp.metadata.StringMetadata)]
+    return read_orbax(directory, dict.fromkeys(keys, as_string)) if keys else {}
 
 
-def below(leaves: Leaves, at: str) -> Leaves:
-    """Returns the arrays below a path ('model', 'state/ema'; '' for all), by the rest of theirs.
+def subtree(leaves: Leaves, at: str) -> Leaves:
+    """Returns the arrays below a key path, by the rest of their key paths.
+
+    Args:
+        leaves: by key path.
+        at: the key path: 'model', 'state/ema'; '' for all.
 
     Raises:
-        UserError: if nothing is there.
+        UserError: if there is nothing.
     """
     keys = tuple(filter(None, re.split('[./]', at)))
-    found = {path[len(keys) :]: x for path, x in leaves.items() if path[: len(keys)] == keys}
-    if not found:
+    selected = {path[len(keys) :]: x for path, x in leaves.items() if path[: len(keys)] == keys}
+    if not selected:
         top = dict.fromkeys('/'.join(path[:2]) for path in leaves)
-        raise UserError(f'nothing is at {at!r} in the checkpoint; it holds\n{indented_list(top)}')
-    return found
+        raise UserError(
+            f'nothing at {at!r} in the checkpoint, which contains\n{indented_list(top)}'
+        )
+    return selected
 
 
 def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
-    """Returns the file, or the directory with Orbax's tree or trees, that holds the arrays.
+    """Returns the file with the arrays, or the directory with Orbax's tree or trees.
 
     Raises:
         UserError: if there is none, or none of that step.
     """
     path = epath.Path(places.expand(path, 'config.init_from.path'))
     if not path.exists():
-        raise UserError(f'{path}: there is no such file or directory')
-    if '://' not in str(path):
+        raise UserError(f'{path}: no such file or directory')
+    if '://' not in str(path):  # Orbax refuses relative paths.
         path = epath.Path(path).resolve()
     if not path.is_dir():
         return path
     if (path / 'checkpoints').is_dir():
         path = path / 'checkpoints'
+    # A tree before steps: without OCDBT, Orbax makes a directory for each array, such as '0'.
     if tree := _tree_directory(path):
         return tree
     steps = _orbax_steps(path) or _flax_steps(path)
     chosen = _choose(path, steps, step) if steps else path
     if not chosen.is_dir():
         return chosen
-    if tree := _tree_directory(chosen) or _item(chosen):
+    if tree := _tree_directory(chosen) or _single_item(chosen):
         return tree
     if not steps:
         files = [p.name for p in sorted(path.iterdir()) if p.suffix in _FILES and not p.is_dir()]
         raise UserError(
-            f'{path} holds no checkpoint: expected one of this trainer or of Orbax, files of '
-            'flax.training.checkpoints, or the name of a .msgpack or .safetensors file'
-            + (f'; there is {", ".join(files[:5])}: name it in the path' if files else '')
+            f'no checkpoint in {path}: expected one of this trainer, of Orbax or of '
+            'flax.training.checkpoints, or the path of a .msgpack or .safetensors file'
+            + (f'; to load {", ".join(files[:5])}, add the file to the path' if files else '')
         )
     return chosen
 
 
 def _tree_directory(path: epath.Path) -> epath.Path | None:
-    """Returns the directory of Orbax's tree: this one, or an item of a manager's step."""
+    """Returns the directory with Orbax's tree: this one, or the state in a manager's step."""
     return next(filter(compat.is_orbax_tree, (path, *(path / name for name in _ITEMS))), None)
 
 
-def _items(path: epath.Path) -> list[epath.Path]:
-    """Returns the trees among the items of a manager's step, which may have any names."""
+def _tree_items(path: epath.Path) -> list[epath.Path]:
+    """Returns the items of a manager's step that are trees, whatever their names."""
     return sorted(
         entry for entry in path.iterdir() if entry.is_dir() and compat.is_orbax_tree(entry)
     )
 
 
-def _item(path: epath.Path) -> epath.Path | None:
-    """Returns the only tree of a manager's step, or the step if its items make one together."""
-    found = _items(path)
-    names = [entry.name for entry in found]
+def _single_item(path: epath.Path) -> epath.Path | None:
+    """Returns the only tree in a manager's step, or the step if its items are one state."""
+    items = _tree_items(path)
+    names = [entry.name for entry in items]
     if _PARAMS in names:
-        return path if len(found) > 1 else found[0]
-    if len(found) > 1:
+        return path if len(items) > 1 else items[0]
+    if len(items) > 1:
         raise UserError(
-            f'{path} holds several trees: name one of them in the path: {", ".join(names)}'
+            f'{path} contains several trees: add one of them to the path: {", ".join(names)}'
         )
-    return found[0] if found else None
+    return items[0] if items else None
 
 
 def _trees(path: epath.Path) -> dict[tuple[str, ...], epath.Path]:
-    """Returns the directories that make a tree, by the keys below which each is."""
+    """Returns the directories of a tree, by the key path of each in it."""
     return (
         {(): path}
         if compat.is_orbax_tree(path)
-        else {(entry.name,): entry for entry in _items(path)}
+        else {(entry.name,): entry for entry in _tree_items(path)}
     )
 
 
-def _array(directory: epath.Path) -> np.ndarray:
+def _read_array(directory: epath.Path) -> np.ndarray:
     import orbax.checkpoint as ocp
 
     as_numpy = ocp.args.ArrayRestore(restore_args=ocp.RestoreArgs(restore_type=np.ndarray))
@@ -227,103 +236,104 @@ def _array(directory: epath.Path) -> np.ndarray:
 
 
 def _orbax_steps(path: epath.Path) -> dict[int, epath.Path]:
-    """Returns the steps of ours or of a manager's, which may fill up its numbers with zeros."""
+    """Returns the directories of steps, ours or those of a manager, which may pad with zeros."""
     names = (entry.name for entry in path.iterdir())
-    found = {int(name): path / name for name in names if name.isascii() and name.isdigit()}
-    return {**found, **dict(step_directories(path))}
+    padded = {int(name): path / name for name in names if name.isascii() and name.isdigit()}
+    # Of '5' and '005' the name without zeros counts, as in a directory of ours.
+    return {**padded, **dict(step_directories(path))}
 
 
 def _flax_steps(path: epath.Path) -> dict[float, epath.Path]:
-    found = {}
+    steps = {}
     for entry in path.iterdir():
         match = _FLAX.fullmatch(entry.name)
-        if match and not entry.name.endswith('tmp'):
-            found[float(match['step'])] = entry
-    return found
+        if match and not entry.name.endswith('tmp'):  # A save that did not finish.
+            steps[float(match['step'])] = entry
+    return steps
 
 
 def _choose(path: epath.Path, steps: dict[Any, epath.Path], step: str) -> epath.Path:
     if step == 'latest':
         return steps[max(steps)]
     if step == 'best':
-        return path / str(_best(path))
+        return path / str(_best_step(path))
     try:
         return steps[float(step)]
     except (KeyError, ValueError):
         have = ', '.join(f'{s:g}' for s in sorted(steps))
-        raise UserError(f'{path} has no checkpoint {step!r}; there: {have}') from None
+        raise UserError(f'{path} has no checkpoint {step!r}; available: {have}') from None
 
 
-def _best(path: epath.Path) -> int:
-    """Returns the best step of one of our runs, as its own config tells it."""
+def _best_step(path: epath.Path) -> int:
+    """Returns the best step of one of our runs, by the metric in its own config."""
     checkpoints = Checkpoints(path, Retention())
     latest = checkpoints.latest()
     config = {} if latest is None else checkpoints.meta(latest).get('config', {})
     best = config.get('checkpoint', {}).get('best')
     if not best:
         raise UserError(
-            f"{path}: step 'best' needs the run's checkpoint.best, and that run has none; name a "
-            "step, or 'latest'"
+            f"{path}: step 'best' needs a run with config.checkpoint.best, and this run has none; "
+            "set a step or 'latest'"
         )
     mode = best.get('mode') or better_mode(best['metric']) or 'max'
     retention = Retention(best_metric=best['metric'], best_mode=mode)
-    found = Checkpoints(path, retention).best()
-    if found is None:
-        raise UserError(f'{path}: no checkpoint there has the metric {best["metric"]!r}')
-    return found
+    best_step = Checkpoints(path, retention).best()
+    if best_step is None:
+        raise UserError(f'{path}: no checkpoint has the metric {best["metric"]!r}')
+    return best_step
 
 
-def _orbax(directory: epath.Path) -> Leaves:
-    with reading(directory) as handler:
+def _orbax_leaves(directory: epath.Path) -> Leaves:
+    with orbax_handler(directory) as handler:
         stored = handler.metadata(directory).tree
     leaves = jax.tree_util.tree_leaves_with_path(stored)
-    found: Leaves = {
+    stored_leaves: Leaves = {
         keys_of(path): OrbaxLeaf(directory, keys_of(path), tuple(x.shape), x.dtype)
         for path, x in leaves
         if getattr(x, 'shape', None) is not None
     }
-    return {**found, **_without_elements(directory)}
+    return {**stored_leaves, **_empty_leaves(directory)}
 
 
-def _without_elements(directory: epath.Path) -> Leaves:
-    """Returns the arrays that Orbax does not store, as listed in our own checkpoints."""
+def _empty_leaves(directory: epath.Path) -> Leaves:
+    """Returns the arrays without elements, which Orbax does not store, of a checkpoint of ours."""
     step = directory.parent
     if directory.name != 'state' or not step.name.isdigit():
         return {}
     try:
         meta = Checkpoints(step.parent, Retention()).meta(int(step.name))
-        empties = empty.stored(meta)
+        empties = empty.from_metadata(meta)
     except (CheckpointError, ValueError, TypeError, AttributeError):
-        return {}  # Written by another program.
+        return {}  # The metadata is not ours.
     return {keys: HostLeaf(np.zeros(x.shape, x.dtype)) for keys, x in empties.items()}
 
 
-def _by_keys(file: epath.Path, tensors: Mapping[str, np.ndarray]) -> Leaves:
+def _split_names(file: epath.Path, tensors: Mapping[str, np.ndarray]) -> Leaves:
     """Returns tensors by the parts of their names.
 
     Raises:
-        UserError: if two have one name, or one has the name of what another is in.
+        UserError: if two names have the same parts, or one tensor would be inside another.
     """
-    found: Leaves = {}
+    tree: Leaves = {}
     for name, x in tensors.items():
         keys = tuple(re.split('[./]', name))
-        if keys in found:
-            raise UserError(f'{file}: two tensors are named {"/".join(keys)!r}')
-        found[keys] = HostLeaf(x)
-    for keys in found:
-        outer = next((keys[:i] for i in range(1, len(keys)) if keys[:i] in found), None)
+        if keys in tree:
+            raise UserError(f'{file}: two tensors have the name {"/".join(keys)!r}')
+        tree[keys] = HostLeaf(x)
+    for keys in tree:
+        outer = next((keys[:i] for i in range(1, len(keys)) if keys[:i] in tree), None)
         if outer:
             names = '/'.join(outer), '/'.join(keys)
-            raise UserError(f'{file}: {names[0]!r} is a tensor, and {names[1]!r} is inside it')
-    return found
+            raise UserError(f'{file}: {names[1]!r} is below {names[0]!r}, which is a tensor too')
+    return tree
 
 
-def _msgpack(file: epath.Path) -> Any:
+def _read_msgpack(file: epath.Path) -> Any:
     try:
         return serialization.msgpack_restore(file.read_bytes())
     except Exception as error:
         raise UserError(
-            f'{file} is no msgpack file of Flax ({type(error).__name__}: {error}); known are '
-            'these, safetensors files (named *.safetensors), files of PyTorch and directories of '
+            f'{file} is not a msgpack file of Flax ({type(error).__name__}: {error}); expected '
+            'such a file, a safetensors file (*.safetensors), a PyTorch file or a directory of '
             'checkpoints'
         ) from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations of `config.surgery` between layers with names and those of an `nn.scan`.
+"""Operations of `config.surgery` that convert between separate layers and those of an `nn.scan`.
 
-The first have arrays of their own, 'block_0/mlp/kernel' and so on; the second have one for all,
-'blocks/mlp/kernel', with a first dimension of layers. What an optimizer holds goes with them.
+Separate layers have separate arrays ('block_0/mlp/kernel', ...); scanned layers share one array
+('blocks/mlp/kernel') whose dimension 0 is the layer. The slots of an optimizer are converted too.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ import re
 import numpy as np
 
 from trainer.config.errors import UserError
-from trainer.weights.leaves import HostLeaf, Leaf, Weights, host, place, replace_place
-from trainer.weights.surgery import nothing
+from trainer.weights.leaves import HostLeaf, Leaf, Weights, key_path, read_array, with_key_path
+from trainer.weights.surgery import no_match_error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Makes one array of those of numbered layers.
+    """Stacks the arrays of numbered layers.
 
     Attributes:
-        pattern: regular expression with one group, the number; it may match a part of a path.
-        replacement: of what it matches, such as 'blocks/'.
+        pattern: regular expression with one group, the number of the layer; it may match a part of
+            a key path.
+        replacement: replaces the match, such as 'blocks/'.
     """
 
     pattern: str = r'^block_(\d+)/'
     replacement: str = 'blocks/'
 
     def __call__(self, weights: Weights) -> Weights:
-        """Returns the weights with the layers in a first dimension.
+        """Returns the weights with the layers stacked along dimension 0.
 
         Raises:
-            UserError: if there are none, one is missing, or their shapes differ.
+            UserError: if there are no layers, one is missing, or their shapes differ.
         """
         rest: Weights = {}
         layers: dict[str, dict[int, Leaf]] = {}
@@ -43,53 +44,57 @@ class Stack:
                 rest[path] = leaf
                 continue
             if match.re.groups != 1 or not match[1].isdecimal():
-                raise UserError(f"config.surgery: {self}: one group is a layer's number")
+                raise UserError(
+                    f"config.surgery: {self}: the pattern needs one group, the layer's number"
+                )
             new = match.string[: match.start()] + self.replacement + match.string[match.end() :]
-            layers.setdefault(replace_place(path, new), {})[int(match[1])] = leaf
+            layers.setdefault(with_key_path(path, new), {})[int(match[1])] = leaf
         if not layers:
-            raise nothing(self, weights)
-        stacked = {path: self._stacked(path, numbered) for path, numbered in layers.items()}
+            raise no_match_error(self, weights)
+        stacked = {path: self._stack(path, numbered) for path, numbered in layers.items()}
         if twice := sorted(stacked.keys() & rest.keys()):
-            raise UserError(f'config.surgery: {self}: there is a {twice[0]} already')
+            raise UserError(f'config.surgery: {self}: {twice[0]} already exists')
         return {**rest, **stacked}
 
-    def _stacked(self, path: str, numbered: dict[int, Leaf]) -> Leaf:
+    def _stack(self, path: str, numbered: dict[int, Leaf]) -> Leaf:
         if sorted(numbered) != list(range(len(numbered))):
-            found = ', '.join(map(str, sorted(numbered)))
+            numbers = ', '.join(map(str, sorted(numbered)))
             raise UserError(
-                f'config.surgery: {self}: {path} has the layers {found}; one is missing'
+                f'config.surgery: {self}: {path} has only the layers {numbers}; one is missing'
             )
-        arrays = [host(numbered[index]) for index in range(len(numbered))]
+        arrays = [read_array(numbered[index]) for index in range(len(numbered))]
         if len({array.shape for array in arrays}) > 1:
             shapes = ', '.join(str(list(array.shape)) for array in arrays)
-            raise UserError(f'config.surgery: {self}: {path} would have layers of shapes {shapes}')
+            raise UserError(
+                f'config.surgery: {self}: the layers of {path} have different shapes: {shapes}'
+            )
         return HostLeaf(np.stack(arrays))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unstack:
-    """Makes arrays of their own of stacked layers: the reverse of `Stack`.
+    """Splits the arrays of stacked layers: the reverse of `Stack`.
 
     Attributes:
-        pattern: regular expression; it may match a part of a path.
-        replacement: of what it matches, with {} where the layer's number goes.
+        pattern: regular expression; it may match a part of a key path.
+        replacement: replaces the match; {} is the number of the layer.
     """
 
     pattern: str = '^blocks/'
     replacement: str = 'block_{}/'
 
     def __post_init__(self) -> None:
-        """Raises a UserError if all layers would have one name."""
+        """Raises a UserError if all layers would get the same name."""
         if self.replacement.count('{}') != 1:
             raise UserError(
-                f"config.surgery: {self}: the replacement has no {{}} for the layer's number"
+                f"config.surgery: {self}: the replacement needs one {{}} for the layer's number"
             )
 
     def __call__(self, weights: Weights) -> Weights:
-        """Returns the weights without the first dimension of the layers.
+        """Returns the weights with one array for each layer.
 
         Raises:
-            UserError: if there are none, or one is a scalar.
+            UserError: if nothing matches, or a match is a scalar.
         """
         new: Weights = {}
         for path, leaf in weights.items():
@@ -98,18 +103,21 @@ class Unstack:
                 new[path] = leaf
                 continue
             if not leaf.shape:
-                raise UserError(f'config.surgery: {self}: {path} is a scalar, no stack of layers')
+                raise UserError(
+                    f'config.surgery: {self}: {path} is a scalar, not a stack of layers'
+                )
             before, after = match.string[: match.start()], match.string[match.end() :]
-            for index, array in enumerate(host(leaf)):
+            for index, array in enumerate(read_array(leaf)):
                 name = before + self.replacement.replace('{}', str(index)) + after
-                new[replace_place(path, name)] = HostLeaf(np.asarray(array))
+                new[with_key_path(path, name)] = HostLeaf(np.asarray(array))
         if new.keys() == weights.keys():
-            raise nothing(self, weights)
+            raise no_match_error(self, weights)
         return new
 
 
 def _search(operation: Stack | Unstack, pattern: str, path: str) -> re.Match[str] | None:
     try:
-        return re.search(pattern, place(path))
+        # In the key path, so that a pattern with '^' fits parameters and slots alike.
+        return re.search(pattern, key_path(path))
     except re.error as error:
         raise UserError(f'config.surgery: {operation}: {error}') from error

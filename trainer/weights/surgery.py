@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`config.surgery`: operations on weights by path, before they must fit the model.
+"""`config.surgery`: operations on weights by key path, before they are matched with the model.
 
-An operation acts on everything at a place, on the parameter and on the slots that an optimizer
-holds for it: `Rename` moves Adam's moments with their parameter, `Resize` starts new rows at zero
-there. From Python, `operate` does the same to parameters and an optax state.
+An operation changes a parameter together with its slots in the optimizer: `Rename` moves Adam's
+moments with their parameter, `Resize` fills their new entries with zeros. From Python, `operate`
+does the same to parameters and an optax state.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from trainer.modules.shapes import describe
 from trainer.weights.leaves import (
     HostLeaf,
     Weights,
-    flat,
-    host,
-    hosts,
+    flatten,
+    from_arrays,
     is_slot,
-    of_arrays,
-    place,
-    replace_place,
+    key_path,
+    read_array,
+    read_arrays,
     slots,
+    with_key_path,
 )
 
 Array = np.ndarray
@@ -43,16 +43,23 @@ class Operation(Protocol):
     """One entry of `config.surgery`."""
 
     def __call__(self, weights: Weights) -> Weights:
-        """Returns other weights; raises a UserError if there is nothing that it applies to."""
+        """Returns the new weights, by path.
+
+        Args:
+            weights: by path; must not be changed in place.
+
+        Raises:
+            UserError: if the operation applies to nothing.
+        """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rename:
-    """Gives arrays other paths.
+    """Renames arrays.
 
     Attributes:
-        pattern: regular expression; it may match a part of a path.
-        replacement: as `re.sub` takes it.
+        pattern: regular expression; it may match a part of a key path.
+        replacement: as for `re.sub`.
     """
 
     pattern: str
@@ -62,31 +69,32 @@ class Rename:
         """Returns the weights under their new paths."""
         try:
             named = {
-                path: replace_place(path, re.sub(self.pattern, self.replacement, place(path)))
+                path: with_key_path(path, re.sub(self.pattern, self.replacement, key_path(path)))
                 for path in weights
             }
         except (re.error, IndexError) as error:
             raise UserError(f'config.surgery: {self}: {error}') from error
         if all(old == new for old, new in named.items()):
-            raise nothing(self, weights)
+            raise no_match_error(self, weights)
         new = list(named.values())
         if twice := sorted(path for path in set(new) if new.count(path) > 1):
             raise UserError(
-                f'config.surgery: {self} gives one path to several:\n{indented_list(twice)}'
+                f'config.surgery: {self}: several arrays get the path\n{indented_list(twice)}'
             )
         return {named[path]: leaf for path, leaf in weights.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Resize:
-    """Cuts a dimension, or makes it longer: a head for other classes, a larger vocabulary.
+    """Shortens or extends a dimension: a head for other classes, a larger vocabulary.
 
     Attributes:
-        pattern: of whole paths.
-        size: of the dimension after it.
-        axis: which dimension; negative ones count from the end.
-        keep: which of the old entries stay, in this order; None keeps the first ones.
-        fill: value of new entries, or 'mean' of the old ones; slots of an optimizer begin at zero.
+        pattern: regular expression that matches whole key paths.
+        size: the new size of the dimension.
+        axis: index of the dimension; negative ones count from the end.
+        keep: indices of the old entries to keep, in this order; None keeps the first ones.
+        fill: value of new entries, or 'mean' for that of the old ones; always 0 for the slots of an
+            optimizer.
     """
 
     pattern: str
@@ -96,17 +104,18 @@ class Resize:
     fill: float | Literal['mean'] = 0.0
 
     def __call__(self, weights: Weights) -> Weights:
-        """Returns the weights with the dimension in its new size."""
-        return _edited(self, self.pattern, weights, self._resized)
+        """Returns the weights with the dimension resized."""
+        return _edit_matching(self, self.pattern, weights, self._resize)
 
-    def _resized(self, array: Array, slot: bool) -> Array:
+    def _resize(self, array: Array, slot: bool) -> Array:
         length = array.shape[self.axis]
         keep = range(min(length, self.size)) if self.keep is None else self.keep
         old = np.take(array, np.asarray(keep, int), self.axis)
         if old.shape[self.axis] > self.size:
-            raise ValueError(f'{old.shape[self.axis]} entries are kept and only {self.size} fit')
+            raise ValueError(f'keep has {old.shape[self.axis]} entries, more than size={self.size}')
         shape = list(array.shape)
         shape[self.axis] = self.size - old.shape[self.axis]
+        # New entries have no history of gradients: their slots start at zero as in a new optimizer.
         fill = 0.0 if slot else self.fill
         value = array.mean(self.axis, keepdims=True) if fill == 'mean' else fill
         return np.concatenate([old, np.broadcast_to(value, shape).astype(array.dtype)], self.axis)
@@ -117,12 +126,11 @@ class Interpolate:
     """Resamples position embeddings (..., positions, width) to another number of positions.
 
     Attributes:
-        pattern: of whole paths.
-        size: positions of a sequence, or (height, width) of a grid of patches.
+        pattern: regular expression that matches whole key paths.
+        size: the new number of positions, or (height, width) of the new grid of patches.
         old_size: (height, width) of the old grid; by default it is square.
-        extra: leading positions that are none of the grid, such as a class token; they stay.
-        method: of `jax.image.resize`; the slots of an optimizer are resampled linearly, or a second
-            moment might fall below zero.
+        extra: number of leading positions outside of the grid, such as a class token; they stay.
+        method: method of `jax.image.resize`; always 'linear' for the slots of an optimizer.
     """
 
     pattern: str
@@ -132,19 +140,20 @@ class Interpolate:
     method: str = 'cubic'
 
     def __call__(self, weights: Weights) -> Weights:
-        """Returns the weights with their new positions."""
-        return _edited(self, self.pattern, weights, self._resampled)
+        """Returns the weights with the positions resampled."""
+        return _edit_matching(self, self.pattern, weights, self._resample)
 
-    def _resampled(self, array: Array, slot: bool) -> Array:
+    def _resample(self, array: Array, slot: bool) -> Array:
         if array.ndim < 2:
-            raise ValueError('it is no table of positions and widths')
+            raise ValueError('expected an array (..., positions, width)')
         if not 0 <= self.extra < array.shape[-2]:
-            raise ValueError(f'it has no positions besides {self.extra} extra ones')
+            raise ValueError(f'it has only {array.shape[-2]} positions, and extra={self.extra}')
         kept, table = array[..., : self.extra, :], array[..., self.extra :, :]
         old = self._old_grid(table.shape[-2])
         new = (self.size,) if isinstance(self.size, int) else tuple(self.size)
         leading, width = table.shape[:-2], table.shape[-1]
         grid = jnp.asarray(table, jnp.float32).reshape(*leading, *old, width)
+        # Cubic interpolation overshoots, and a negative second moment would make the update NaN.
         method = 'linear' if slot else self.method
         grid = jax.image.resize(grid, (*leading, *new, width), method)
         table = np.asarray(grid).reshape(*leading, math.prod(new), width).astype(array.dtype)
@@ -155,16 +164,16 @@ class Interpolate:
             return (positions,)
         old = self.old_size or (math.isqrt(positions),) * 2
         if math.prod(old) != positions:
-            raise ValueError(f'{positions} positions are no grid of {old}: set old_size and extra')
+            raise ValueError(f'{positions} positions are not a grid {old}: set old_size and extra')
         return old
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Edit:
-    """Replaces arrays by what a function makes of them; the slots of an optimizer stay.
+    """Applies a function to arrays; the slots of an optimizer do not change.
 
     Attributes:
-        pattern: of whole paths.
+        pattern: regular expression that matches whole key paths.
         function: takes and returns an array.
     """
 
@@ -172,31 +181,34 @@ class Edit:
     function: Callable[[Any], Any]
 
     def __call__(self, weights: Weights) -> Weights:
-        """Returns the weights with the function's results."""
+        """Returns the weights with the results of the function."""
 
         def edit(array: Array, slot: bool) -> Array:
             return array if slot else np.asarray(self.function(array))
 
-        return _edited(self, self.pattern, weights, edit)
+        return _edit_matching(self, self.pattern, weights, edit)
 
 
-def operated(operations: Sequence[Operation], weights: Weights) -> Weights:
+def apply_operations(operations: Sequence[Operation], weights: Weights) -> Weights:
     """Returns the weights after the operations, in order.
 
     Raises:
-        UserError: naming an operation that is none, applies to nothing, or makes no weights.
+        UserError: naming an operation that is not callable, applies to nothing, or does not return
+            weights.
     """
     for index, operation in enumerate(operations):
         if not callable(operation):
             kind = type(operation).__name__
             raise UserError(
-                f'config.surgery[{index}] is no operation on weights but a {kind}: expected one of '
-                'trainer.weights (Rename, Resize, Stack, ...), or a function of yours'
+                f'config.surgery[{index}]: expected an operation of trainer.weights (Rename, '
+                f'Resize, Stack, ...) or a function, got a {kind}'
             )
         weights = operation(weights)
         if not isinstance(weights, Mapping):
             kind = type(weights).__name__
-            raise UserError(f'config.surgery: {operation} returns {kind}, not the weights by path')
+            raise UserError(
+                f'config.surgery: {operation} returned {kind}; expected weights by path'
+            )
         _check_nesting(operation, weights)
     return weights
 
@@ -209,51 +221,51 @@ def operate(
 ) -> tuple[Any, Any]:
     """Returns parameters and optimizer state after the operations, as trees of numpy arrays.
 
-    The state has the structure that the optimizer gives it for the new parameters, masked ones
-    included.
+    The state has the structure of `tx.init(new_params)`, including masked parameters.
 
     Args:
         operations: in order.
         params: nested dict.
-        opt_state: made by `tx` for these parameters, or None.
-        tx: the optimizer; needed with its state.
+        opt_state: the state of `tx` for these parameters, or None.
+        tx: the optimizer; required with `opt_state`.
 
     Raises:
-        UserError: if something does not fit the state of the new parameters.
+        UserError: if the state does not fit the new parameters.
     """
     if opt_state is not None and tx is None:
-        raise UserError('operate: the optimizer `tx` that made opt_state goes with it')
-    held = slots(flat(opt_state, 'opt_state/'), flat(params))
-    weights = operated(operations, of_arrays(params, 'params/') | of_arrays(held))
-    arrays = {place(p): x for p, x in hosts(weights).items() if p.startswith('params/')}
+        raise UserError('operate: opt_state needs the optimizer that created it, tx=...')
+    old_slots = slots(flatten(opt_state, 'opt_state/'), flatten(params))
+    weights = apply_operations(operations, from_arrays(params, 'params/') | from_arrays(old_slots))
+    arrays = {key_path(p): x for p, x in read_arrays(weights).items() if p.startswith('params/')}
     new = traverse_util.unflatten_dict(arrays, sep='/')
     if opt_state is None or tx is None:
         return new, None
-    return new, _state_of(tx, new, opt_state, weights)
+    return new, _rebuild_state(tx, new, opt_state, weights)
 
 
-def _state_of(
+def _rebuild_state(
     tx: optax.GradientTransformation, params: Any, opt_state: Any, weights: Weights
 ) -> Any:
-    """Returns the state of new parameters: slots of the weights, the rest as it was."""
-    wanted, old = jax.eval_shape(tx.init, params), flat(opt_state, 'opt_state/')
-    goal = flat(wanted, 'opt_state/')
-    names = {path: name for name, path in slots({p: p for p in goal}, flat(params)).items()}
-    found = {
-        path: host(weights[names[path]]) if names.get(path) in weights else old.get(path)
+    """Returns the state of new parameters: slots from the weights, other leaves unchanged."""
+    # Only the structure and the shapes: operations may have moved slots to new parameters.
+    wanted, old = jax.eval_shape(tx.init, params), flatten(opt_state, 'opt_state/')
+    goal = flatten(wanted, 'opt_state/')
+    names = {path: name for name, path in slots({p: p for p in goal}, flatten(params)).items()}
+    leaves = {
+        path: read_array(weights[names[path]]) if names.get(path) in weights else old.get(path)
         for path in goal
     }
     other = [
-        f'{path}: {describe(found[path])} there, {describe(x)} for the new parameters'
+        f'{path}: got {describe(leaves[path])}, the new parameters need {describe(x)}'
         for path, x in goal.items()
-        if getattr(found[path], 'shape', None) != x.shape
+        if getattr(leaves[path], 'shape', None) != x.shape
     ]
     if other:
         raise UserError(
-            f'the state of the optimizer does not go with its parameters:\n{indented_list(other)}\n'
-            'Begin with a new one, tx.init(params).'
+            f'the optimizer state does not fit the new parameters:\n{indented_list(other)}\n'
+            'Start with a new state, tx.init(params).'
         )
-    return jax.tree.unflatten(jax.tree.structure(wanted), found.values())
+    return jax.tree.unflatten(jax.tree.structure(wanted), leaves.values())
 
 
 def _check_nesting(operation: Operation, weights: Weights) -> None:
@@ -262,51 +274,59 @@ def _check_nesting(operation: Operation, weights: Weights) -> None:
         above = next((p for i in range(2, len(keys)) if (p := '/'.join(keys[:i])) in weights), None)
         if above is not None:
             raise UserError(
-                f'config.surgery: {operation} makes {path}, and {above} is an array, below which '
-                'nothing can be'
+                f'config.surgery: {operation} creates {path} below {above}, which is an array'
             )
 
 
-def _edited(
+def _edit_matching(
     operation: Operation, pattern: str, weights: Weights, edit: Callable[[Array, bool], Array]
 ) -> Weights:
-    """Returns the weights with those edited whose place matches the pattern."""
+    """Returns the weights, edited where the whole key path matches the pattern.
+
+    Args:
+        operation: for messages.
+        pattern: regular expression.
+        weights: by path.
+        edit: takes an array and whether it is a slot of an optimizer, and returns the new array.
+    """
     try:
-        matching = [path for path in weights if re.fullmatch(pattern, place(path))]
+        matching = [path for path in weights if re.fullmatch(pattern, key_path(path))]
     except re.error as error:
         raise UserError(f'config.surgery: {operation}: {error}') from error
     if not matching:
-        raise nothing(operation, weights)
+        raise no_match_error(operation, weights)
     new = dict(weights)
     for path in matching:
-        array = host(weights[path])
+        array = read_array(weights[path])
         try:
-            made = edit(array, is_slot(path))
-            if made is not array:
-                _check_edited(made, path, weights)
-        except Exception as error:  # It may come from a function of the user's.
+            edited = edit(array, is_slot(path))
+            if edited is not array:
+                _check_result(edited, path, weights)
+        except Exception as error:  # `edit` may call a function of the user.
             where = f'{operation} on {path} {list(array.shape)}'
             kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
             raise UserError(f'config.surgery: {where}: {kind}{error}') from error
-        new[path] = HostLeaf(made)
+        new[path] = HostLeaf(edited)
     return new
 
 
-def _check_edited(array: Array, path: str, weights: Weights) -> None:
+def _check_result(array: Array, path: str, weights: Weights) -> None:
     if array.dtype.kind in 'OSU':
-        raise ValueError(f'the result is no array of numbers but {array!r}')
-    parameter = weights.get(f'params/{place(path)}')
+        raise ValueError(f'expected an array of numbers, got {array!r}')
+    # A factored slot (Adafactor) has other dimensions than its parameter: an edit of the same axis
+    # would change another one.
+    parameter = weights.get(f'params/{key_path(path)}')
     if is_slot(path) and parameter is not None and parameter.shape != weights[path].shape:
         raise ValueError(
-            f'its parameter has the shape {list(parameter.shape)}, and what becomes of a slot of '
-            'another shape is not known: start with a new state of the optimizer'
+            f'a slot whose shape differs from that of its parameter, {list(parameter.shape)}, '
+            'cannot be edited: start with a new optimizer state'
         )
 
 
-def nothing(operation: Operation, weights: Weights) -> UserError:
-    """Returns the error of an operation that has nothing to do, with the paths that there are."""
-    paths = dict.fromkeys(place(path) for path in weights)
+def no_match_error(operation: Operation, weights: Weights) -> UserError:
+    """Returns the error of an operation that applies to nothing, listing the available paths."""
+    paths = dict.fromkeys(key_path(path) for path in weights)
     return UserError(
-        f'config.surgery: {operation} applies to nothing. There is\n'
+        f'config.surgery: {operation} matches nothing. Available:\n'
         f'{indented_list(filter(None, paths))}'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that PyTorch has saved: bare weights, or weights among other things."""
+"""Reads the weights in files of `torch.save`: a state_dict, or a checkpoint that contains one."""
 
 from __future__ import annotations
 
@@ -16,60 +16,61 @@ from trainer.config.errors import UserError
 from trainer.weights import torch_layout
 
 _SUFFIXES = ('.pt', '.pth', '.bin')
-# How such files begin whatever their name, such as '.ckpt' or '.tar': as an archive, or as the
-# number that PyTorch wrote before it had archives.
+# The first bytes of such files, for those with other names ('.ckpt', '.tar'): a zip archive, or the
+# magic number of PyTorch before 1.6.
 _ZIP = b'PK\x03\x04'
-_NUMBER = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
+_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 
 
-def is_one(file: epath.Path) -> bool:
-    """Whether it is for PyTorch to read the file."""
+def is_torch_file(file: epath.Path) -> bool:
+    """Whether a file was written by PyTorch, judging by its name or its first bytes."""
     if file.suffix in _SUFFIXES:
         return True
     with file.open('rb') as opened:
-        return bool(opened.read(len(_NUMBER)).startswith((_ZIP, _NUMBER)))
+        return bool(opened.read(len(_MAGIC)).startswith((_ZIP, _MAGIC)))
 
 
 def read(file: epath.Path) -> dict[str, np.ndarray]:
     """Returns the tensors by name, 'model.fc.weight' for {'model': {'fc.weight': ...}}.
 
-    What else is in the file (an epoch, a learning rate) is left out. Where a key of the file is
-    'state_dict', the rest is left out too.
+    Other values (an epoch, a learning rate) are ignored. If the file has a key 'state_dict', only
+    the tensors below it are returned.
 
     Raises:
-        UserError: without PyTorch, or if the file holds objects, which could run any code.
+        UserError: if PyTorch is not installed, or the file contains objects other than tensors.
     """
-    if file.suffix == '.npz':
+    if file.suffix == '.npz':  # A zip archive too.
         raise UserError(
-            f'{file} is an archive of numpy, which is not read here; write its arrays with '
+            f'{file} is a numpy archive, which is not supported; convert it with '
             'trainer.weights.safetensors.write'
         )
     try:
         import torch
     except ImportError as error:
         raise UserError(
-            f'{file} is a file of PyTorch, which is not installed: install torch, or write the '
-            'weights as safetensors'
+            f'{file} is a PyTorch file, and torch is not installed: install it, or convert the '
+            'file to safetensors'
         ) from error
     try:
+        # `weights_only`: unpickling other objects could run any code.
         tree = torch.load(os.fspath(file), map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f'{file} holds other objects than tensors, and to load them is to run what is in them; '
-            'write the tensors alone: torch.save(model.state_dict(), ...)'
+            f'{file} contains objects other than tensors, and unpickling them could run any code; '
+            'save only the tensors: torch.save(model.state_dict(), ...)'
         ) from error
     except Exception as error:
-        raise UserError(f'{file} is no file that PyTorch reads: {first_line(error)}') from error
-    tensors = dict(_tensors(tree, ''))
+        raise UserError(f'PyTorch cannot read {file}: {first_line(error)}') from error
+    tensors = dict(_iterate_tensors(tree, ''))
     inner = {name: x for name, x in tensors.items() if name.startswith('state_dict.')}
     if not tensors:
-        raise UserError(f'{file} holds no tensors by name')
+        raise UserError(f'{file} contains no named tensors')
     return {name.removeprefix('state_dict.'): x for name, x in (inner or tensors).items()}
 
 
-def _tensors(tree: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
+def _iterate_tensors(tree: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _tensors(value, f'{name}.{key}' if name else str(key))
-    elif hasattr(tree, 'detach') and name:
+            yield from _iterate_tensors(value, f'{name}.{key}' if name else str(key))
+    elif hasattr(tree, 'detach') and name:  # A tensor or parameter; a bare one has no name.
         yield name, torch_layout.as_numpy(tree)

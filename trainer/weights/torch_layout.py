@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PyTorch's tensors in the names and shapes of a Flax model.
+"""Converts tensors of PyTorch to the names and shapes of a Flax model.
 
-The model decides: for each of its arrays the tensor of the same module is sought, and turned into
-what the array is for. A kernel of two dimensions is the transpose of a linear layer's weight, one
-of four has its dimensions moved ('OIHW' to 'HWIO'), an embedding stays as it is. A transposed
-convolution is that of PyTorch with `transpose_kernel=True`.
+The model decides: for each of its arrays, the tensor of the same module is looked up and converted.
+A kernel of a dense layer is transposed, one of a convolution has its dimensions moved ('OIHW' to
+'HWIO'), an embedding stays. A transposed convolution equals PyTorch's if the Flax layer has
+`transpose_kernel=True`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from trainer.config.text import indented_list
 from trainer.weights import torch_recurrent
 from trainer.weights.leaves import HostLeaf, Weights
 
-# A module's path and the (channels, height, width) that it gets as one dimension.
+# A pattern of module paths, and the (channels, height, width) that are flattened before the module.
 Flatten = tuple[str, tuple[int, int, int]]
 
-# What the tensors of a module are called, for each array of a Flax layer.
+# The names of PyTorch's tensor for each array of a Flax layer; 'gamma' and 'beta' are of old BERTs.
 _NAMES = {
     'kernel': ('weight',),
     'bias': ('bias', 'beta'),
@@ -34,12 +34,12 @@ _NAMES = {
     'var': ('running_var',),
     'negative_slope': ('weight',),
 }
-# The parts of `torch.nn.MultiheadAttention`, whose projections lie in one tensor.
+# The projections that `torch.nn.MultiheadAttention` has in one tensor, in its order.
 _PROJECTIONS = ('query', 'key', 'value')
 
 
 def as_numpy(tensor: Any) -> np.ndarray:
-    """Returns a tensor's values; bfloat16, which numpy does not know, as float32."""
+    """Returns a tensor as a numpy array; bfloat16 as float32, because `Tensor.numpy` refuses it."""
     if not hasattr(tensor, 'detach'):
         return np.asarray(tensor)
     tensor = tensor.detach().cpu()
@@ -53,42 +53,45 @@ def convert(
     flatten: Sequence[Flatten] = (),
     where: str = 'flatten',
 ) -> tuple[Weights, set[str]]:
-    """Returns the weights that were found, and the names of the tensors that they are made of.
+    """Returns the weights that have a tensor, and the names of the tensors that were used.
 
-    An array whose size fits another shape (the heads of an attention) gets that shape; one that
-    does not fit keeps its own, for a resize or an error message.
+    An array of the same size as the model's is reshaped (the heads of an attention). One of another
+    size keeps its shape, for `Resize` or an error message.
 
     Args:
-        tensors: arrays of PyTorch by path, '/' for '.': 'layer1/0/conv1/weight'. Whoever has other
-            names in the model renames them before.
+        tensors: arrays of PyTorch by path, with '/' for '.': 'layer1/0/conv1/weight'. Modules must
+            already have the names of the Flax model.
         wanted: the model's shapes, by path: 'params/conv/kernel', 'batch_stats/norm/mean'.
         flatten: patterns of dense layers that follow a flattening of channels, height and width.
-            PyTorch flattens in that order, Flax with the channels last: their rows are put in its
-            order, so that the model needs no transpose.
-        where: what messages call `flatten`.
+            PyTorch flattens in that order, Flax with the channels last, so the rows of their
+            kernels are reordered, and the model needs no transpose.
+        where: name of `flatten` in messages.
 
     Raises:
         UserError: if a pattern of `flatten` matches no dense layer, or one of another size.
     """
-    _check_used(flatten, wanted, where)
-    found: Weights = {}
+    _check_flatten(flatten, wanted, where)
+    weights: Weights = {}
     used: set[str] = set()
     for path, shape in wanted.items():
         _, *module, leaf = path.split('/')
-        for names, array in _sources(tensors, module, leaf, wanted):
+        for names, array in _candidates(tensors, module, leaf, wanted):
             if leaf == 'kernel':
-                array = _kernel(array, '/'.join(module), flatten, where)
+                array = _convert_kernel(array, '/'.join(module), flatten, where)
             fits = array.size == np.prod(shape, dtype=int) and leaf in _NAMES
-            found[path] = HostLeaf(array.reshape(shape) if fits and _alike(array, shape) else array)
+            weights[path] = HostLeaf(
+                array.reshape(shape) if fits and _is_plain_reshape(array, shape) else array
+            )
             used.update(names)
             break
-    return found, used
+    return weights, used
 
 
-def _sources(
+def _candidates(
     tensors: Mapping[str, Any], module: list[str], leaf: str, wanted: Mapping[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Yields (names, tensor) of what the array may be made of."""
+    """Yields the tensors that an array may come from, with their names; the first one is used."""
+    # The last one for parameters that a module defines itself: they have one name on both sides.
     for name in (*_NAMES.get(leaf, ()), leaf):
         path = '/'.join((*module, name))
         if path in tensors:
@@ -98,16 +101,16 @@ def _sources(
         path = '/'.join((*module[:-1], f'in_proj_{"weight" if leaf == "kernel" else "bias"}'))
         if path in tensors:
             yield (path,), np.split(np.asarray(tensors[path]), 3)[_PROJECTIONS.index(last)]
-        # Keys and values of other widths than the queries have tensors of their own.
+        # If keys and values have other widths than the queries, there are separate tensors.
         path = '/'.join((*module[:-1], f'{last[0]}_proj_weight'))
         if path in tensors and leaf == 'kernel':
             yield (path,), np.asarray(tensors[path])
     if last == 'out':
-        yield from _sources(tensors, [*module[:-1], 'out_proj'], leaf, wanted)
-    yield from torch_recurrent.sources(tensors, module, leaf, wanted)
+        yield from _candidates(tensors, [*module[:-1], 'out_proj'], leaf, wanted)
+    yield from torch_recurrent.candidates(tensors, module, leaf, wanted)
 
 
-def _check_used(flatten: Sequence[Flatten], wanted: Mapping[str, Any], where: str) -> None:
+def _check_flatten(flatten: Sequence[Flatten], wanted: Mapping[str, Any], where: str) -> None:
     kernels = {
         '/'.join(keys[1:-1]): shape
         for keys, shape in ((path.split('/'), shape) for path, shape in wanted.items())
@@ -118,34 +121,37 @@ def _check_used(flatten: Sequence[Flatten], wanted: Mapping[str, Any], where: st
             dense = [module for module, shape in kernels.items() if len(shape) == 2]
             raise UserError(
                 f'{where}: the pattern {pattern!r} matches no dense layer. A pattern must match '
-                f'the whole path of one; there is\n{indented_list(dense)}'
+                f'a whole path; available:\n{indented_list(dense)}'
             )
 
 
-def _kernel(array: np.ndarray, module: str, flatten: Sequence[Flatten], where: str) -> np.ndarray:
-    """Returns inputs before outputs, and the window's dimensions before both."""
+def _convert_kernel(
+    array: np.ndarray, module: str, flatten: Sequence[Flatten], where: str
+) -> np.ndarray:
+    """Returns a kernel in the order of Flax: window, inputs, outputs (PyTorch: outputs first)."""
     kernel = np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim >= 2 else array
     for pattern, sizes in flatten:
         if re.fullmatch(pattern, module):
-            return _channels_last(kernel, module, sizes, where)
+            return _reorder_rows(kernel, module, sizes, where)
     return kernel
 
 
-def _channels_last(kernel: np.ndarray, module: str, sizes: Sequence[int], where: str) -> np.ndarray:
-    """Returns a dense layer's kernel with its rows, one for each input, in the order of Flax."""
+def _reorder_rows(kernel: np.ndarray, module: str, sizes: Sequence[int], where: str) -> np.ndarray:
+    """Returns a dense layer's kernel with its rows (inputs) in the order of Flax: channels last."""
     if kernel.ndim != 2:
         shape = list(kernel.shape)
-        raise UserError(f'{where}: {module} is no dense layer, its kernel has the shape {shape}')
+        raise UserError(f'{where}: {module} is not a dense layer: its kernel has shape {shape}')
     if len(sizes) != 3 or min(sizes) < 1 or math.prod(sizes) != len(kernel):
         raise UserError(
-            f'{where}: {module} has {len(kernel)} inputs, which are not those of {tuple(sizes)}. '
-            'Expected is the (channels, height, width) that PyTorch flattens before that layer'
+            f'{where}: {module} has {len(kernel)} inputs, which does not fit {tuple(sizes)}. '
+            'Expected the (channels, height, width) that PyTorch flattens before that layer'
         )
     channels, height, width = sizes
     rows = kernel.reshape(channels, height, width, -1).transpose(1, 2, 0, 3)
     return rows.reshape(kernel.shape)
 
 
-def _alike(array: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether dimensions are only split or joined: a square matrix is never a transposed one."""
+def _is_plain_reshape(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether a reshape only splits or joins dimensions."""
+    # With as many dimensions but another shape, it would scramble a transposed array.
     return array.ndim != len(shape) or array.shape == shape

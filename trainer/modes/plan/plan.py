@@ -98,6 +98,8 @@ def make(experiment: Experiment, setup: Setup) -> Plan:
     programs, shards = setup.programs, batch_shards(setup.mesh)
     state, mesh, spec = programs.abstract, dict(setup.mesh.shape), programs.fields.shapes
     step = programs.step
+    # From the compiled program: shardings decide where the compiler puts collectives, which the
+    # jaxpr does not show.
     operations, is_exact = collectives.find(step.executable().as_text() or '', mesh)
     kinds = {
         name: bytes_per_device(getattr(state, field)) for name, field in _KINDS_OF_STATE.items()
@@ -162,6 +164,7 @@ def _fit_lines(plan: Plan, name: str, kind: DeviceKind) -> Iterator[str]:
     else:
         yield f'DOES NOT FIT: {needed} needed, {memory} available ({name})'
         yield from (f'  {line}' for line in _suggestions(plan, kind))
+    # A lower bound: each resource is used at its peak, all at the same time.
     compute = plan.flops / plan.devices / kind.flops
     memory_secs = 2 * sum(plan.state.values()) / kind.bandwidth  # Reads and writes the state.
     links = plan.sent_bytes / (kind.links / 2)  # Sends in one direction of full-duplex links.
