@@ -36,7 +36,7 @@ def made(name: str, **arguments: Any) -> dict[str, Any]:
 
 def outputs(task: Any, **batch: Any) -> Any:
     given = {name: jnp.asarray(x) for name, x in batch.items()}
-    return TaskRunner.of(task)(lambda x, **_: x, given)
+    return TaskRunner.from_task(task)(lambda x, **_: x, given)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_metrics_of_classification_get_logits_and_labels(
     alone = dataclasses.replace(task, extra_metrics={})(lambda x: x, batch)
     assert set(alone.metrics) == {'accuracy'}
     # The trainer computes rows that do not count with other values.
-    runner = TaskRunner.of(task)
+    runner = TaskRunner.from_task(task)
     measured = runner.measure(runner(lambda x: x, batch)).compute()
     assert set(measured) == {'loss', 'accuracy', 'f1'}
     given = {'logits': batch['image'], 'labels': jnp.asarray(want)}
@@ -81,7 +81,7 @@ def test_perplexity_of_tokens() -> None:
     tokens = jnp.array([[0, 1, 2], [1, 1, 0]])
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3)), jnp.float32)
     task = NextToken(extra_metrics={'perplexity': metrics.Perplexity(), 'f1': metrics.F1()})
-    runner = TaskRunner.of(task)
+    runner = TaskRunner.from_task(task)
     found = runner(lambda x: logits, {'tokens': tokens})
     values = runner.measure(found).compute()
     assert values['perplexity'] == pytest.approx(np.exp(values['loss']), rel=1e-6)
