@@ -66,7 +66,7 @@ def test_surgery_of_the_weights_of_all_members(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(kernels[0], kernels[1])
     with pytest.raises(
         UserError,
-        match=r'config\.surgery is not supported for the fresh weights of several members',
+        match=r'config\.surgery is not supported for the initial weights of several members',
     ):
         trainer(tmp_path, ensemble={'size': 2}, surgery=(resize,), **size)
 
