@@ -181,9 +181,7 @@ def test_however_a_run_is_made(options: dict[str, Any], caplog: pytest.LogCaptur
 @pytest.mark.parametrize(
     'options', slow_except([{}], [{}, *HOWEVER[:3:2]]), ids=lambda options: '-'.join(options)
 )
-def test_layers_that_are_scanned_over(
-    options: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_scanned_layers(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     [text] = warnings(experiment(linen(scans=True, layers=1), **options), caplog)
     assert 'float32, first in pairs/wide.' in text
 

@@ -118,7 +118,8 @@ def optional_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]
         section = section_at(path.split('.'))
         if section is not None and default is None:
             for field in dataclasses.fields(section):
-                yield f'{path}.{field.name}', fields(section)[field.name], default_of(field)
+                if not field.metadata.get('rest'):
+                    yield f'{path}.{field.name}', fields(section)[field.name], default_of(field)
 
 
 def defaults(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

@@ -143,11 +143,11 @@ def instantiate(node: Any, path: str, supplied: Mapping[str, Any] | None = None)
     except _ARGUMENT_ERRORS as error:
         raise UserError(
             f'{path}: {node["target"]} refused its arguments: {_error_text(error)}'
-            f'{_hint(given, path)}'
+            f'{_hint(given, known, path)}'
         ) from error
 
 
-def _hint(given: Mapping[str, Any], path: str) -> str:
+def _hint(given: Mapping[str, Any], known: Mapping[str, inspect.Parameter], path: str) -> str:
     """Returns a hint about a number that is given as text, or a dict without a target, or ''."""
     for key, value in given.items():
         if isinstance(value, str) and re.fullmatch(r'[-+]?\d+(\.\d*)?(e[-+]?\d+)?', value):
@@ -158,7 +158,8 @@ def _hint(given: Mapping[str, Any], path: str) -> str:
                 f'\n{path}.{key} is the text {short_repr(value)}: write a number without quotation '
                 f'marks{unit}'
             )
-        if isinstance(value, Mapping) and not {'target', 'ref'} & set(value):
+        takes_dict = key in known and 'Mapping' in str(known[key].annotation)
+        if isinstance(value, Mapping) and not takes_dict and not {'target', 'ref'} & set(value):
             return f"\n{path}.{key} is a dict without a 'target', and so does not become an object"
     return ''
 

@@ -102,8 +102,8 @@ def slots(optimizer_state: Mapping[str, Any], key_paths: Iterable[str]) -> dict[
     known, matched, rest = set(key_paths), {}, {}
     for path, leaf in optimizer_state.items():
         parts = path.split('/')
-        # Where the key path of a parameter begins. optax nests states freely, so only the end of a
-        # path can be compared.
+        # Where the slot ends and the key path of a parameter begins. optax nests states freely, so
+        # only the end of a path can be compared.
         ends = (i for i in range(1, len(parts)) if '/'.join(parts[i:]) in known)
         end = next(ends, None)
         if end is None:

@@ -223,8 +223,8 @@ def _check_leaves(leaves: Leaves, wanted: dict[Any, Any], path: Any, on_missing:
             "on_missing='init' keeps the target's values of missing leaves."
         )
     if missing:
-        text = "missing leaves keep the target's values"
-        _log.warning('%s: %d %s:\n%s', path, len(missing), text, indented_list(missing))
+        text = "missing leaves that keep the target's values"
+        _log.warning('%s: %s (%d):\n%s', path, text, len(missing), indented_list(missing))
 
 
 def _is_compatible(leaf: Any, target: Any) -> bool:
