@@ -28,6 +28,7 @@ from trainer.tasks.collecting import (
 )
 from trainer.tasks.measured import check_accumulates, metrics_by_name
 from trainer.tasks.metrics import broadcast_weights, is_metric, mean_collection
+from trainer.tasks.sums import empty_like
 from trainer.tasks.task import (
     METRIC_WEIGHTS,
     ONLY_LOSS,
@@ -277,8 +278,9 @@ class TaskRunner:
         Raises:
             UserError: naming a metric whose accumulators change shape.
         """
-        empty = (self.metrics or self._means(output)).empty()
-        check_accumulates(empty, jax.eval_shape(self.measure, output))
+        new = jax.eval_shape(self.measure, output)
+        empty = empty_like((self.metrics or self._means(output)).empty(), new)
+        check_accumulates(empty, new)
         return empty
 
     def measure(
