@@ -321,7 +321,7 @@ def test_modules_in_branches_are_not_captured(
 @pytest.mark.parametrize(
     ('name', 'names'),
     [
-        ('Lifted', ['rnn', 'dense', 'nnx_model', 'many[0]', 'many[1]', 'last', '(model)']),
+        ('Lifted', ['rnn', 'dense', 'of_nnx', 'many[0]', 'many[1]', 'last', '(model)']),
         pytest.param('Bridged', ['of_linen', 'last', '(model)'], marks=pytest.mark.slow),
     ],
 )
