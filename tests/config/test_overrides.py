@@ -447,7 +447,7 @@ def test_numbers_as_keys_in_an_argument() -> None:
     new = apply_overrides(rate, f'{path}={{1000: 0.1, 2000: 0.5}}', f'{path}={{2000: 0.2}}')
     scales = new['optimizer']['learning_rate']['boundaries_and_scales']
     assert scales == {1000: 0.1, 2000: 0.2}
-    with pytest.raises(UserError, match=r'expected names as the keys .*, got 1000 beside names'):
+    with pytest.raises(UserError, match=r'expected names as the keys .*, got 1000 among names'):
         apply_overrides(rate, f'{path}={{"1 epochs": 0.1}}', f'{path}={{1000: 0.2}}')
     for wrong in ('{None: 1}', '{True: 1}', '{(1, 2): 1}'):
         with pytest.raises(UserError, match=r'expected names as the keys'):
