@@ -47,7 +47,15 @@ assert compat.coordination_client() is None and compat.coordinator_address() == 
 jax.distributed.initialize(sys.argv[1], 1, 0)
 client = compat.coordination_client()
 client.key_value_set('key', 'value')
-print(json.dumps([client.blocking_key_value_get('key', 1000), compat.coordinator_address()]))
+client.key_value_set_bytes('bytes', b'\\0\\1')
+content = client.blocking_key_value_get_bytes('bytes', 1000)
+client.key_value_delete('bytes')
+try:
+    client.blocking_key_value_get_bytes('bytes', 10)
+except Exception as error:
+    is_timeout = compat.is_timeout(error)
+found = [client.blocking_key_value_get('key', 1000), content == b'\\0\\1', is_timeout]
+print(json.dumps([found, compat.coordinator_address()]))
 """
 
 
@@ -84,7 +92,12 @@ def coordinated() -> tuple[str, str, str]:
 
 
 def test_coordination_client() -> None:
-    assert coordinated()[0] == 'value'
+    assert coordinated()[0][:2] == ['value', True]
+
+
+def test_is_timeout() -> None:
+    assert coordinated()[0][2]
+    assert not compat.is_timeout(ValueError('UNAVAILABLE'))
 
 
 def test_coordinator_address() -> None:
@@ -393,6 +406,12 @@ def test_tensorboard_events(tmp_path: pathlib.Path) -> None:
     writer.close()
     (file,) = tmp_path.iterdir()
     assert file.name.endswith('.suffix') and event.SerializeToString() in file.read_bytes()
+
+
+def test_tensorboard_text() -> None:
+    value = compat.tensorboard_text('eval/samples', 'a text')
+    assert value.tag.startswith('eval/samples') and value.tensor.string_val == [b'a text']
+    assert value.metadata.plugin_data.plugin_name == 'text'
 
 
 # ---- xla -----------------------------------------------------------------------------------------
