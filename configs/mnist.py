@@ -13,7 +13,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Returns the config."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.train_for = '10 epochs'
+    config.train_for = '10 epochs'  # Or steps, or examples: '5000 steps'.
 
     config.model = dict(target='trainer.models.cnn:CNN', num_classes=10)
     config.task = dict(target='trainer.tasks:Classification')
@@ -22,8 +22,8 @@ def get_config() -> ml_collections.ConfigDict:
     to_float = dict(target='trainer.data.transforms:ToFloat', key='image')
     config.data = dict(
         source=dict(target='trainer.data.mnist:MNIST', split='train'),
-        device_transforms=(to_float,),
-        batch_size=32,
+        device_transforms=(to_float,),  # Within the step: the host sends bytes, not floats.
+        batch_size=32,  # Over all devices and processes.
     )
     config.evals = dict(
         test=dict(
@@ -36,6 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
 
-    config.checkpoint = dict(every='1 epochs', keep_last=2)
+    config.checkpoint = dict(every='1 epochs', keep_last=2)  # The run resumes from the last one.
     config.log = dict(every='100 steps')
     return config

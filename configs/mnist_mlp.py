@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small MLP on MNIST: a step so short that only overhead counts.
+"""A small MLP on MNIST, whose steps are so short that overhead dominates.
 
     python -m trainer.main --config=configs/mnist_mlp.py
 

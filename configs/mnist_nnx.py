@@ -3,8 +3,7 @@
 
     python -m trainer.main --config=configs/mnist_nnx.py
 
-Expected after 10 epochs: about 99 % of all 10,000 test examples; 10 minutes of
-processor time.
+Expected after 10 epochs: about 99 % of all 10,000 test examples; 10 minutes of processor time.
 """
 
 import ml_collections
@@ -16,6 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0
     config.train_for = '10 epochs'
 
+    # A class: the run calls it with `rngs`, which depend on `config.seed`.
     config.model = dict(target='trainer.models.cnn_nnx:CNN', num_classes=10)
     config.task = dict(target='trainer.tasks:Classification')
     config.optimizer = dict(target='optax:sgd', learning_rate=0.01, momentum=0.9)

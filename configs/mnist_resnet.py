@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small residual network on MNIST, as image classifiers are trained.
+"""A small residual network on MNIST, with the usual techniques for image classifiers.
 
     python -m trainer.main --config=configs/mnist_resnet.py
 
-Batch normalisation, images moved by two pixels, smoothed labels, weight decay on kernels alone, a
-warmed-up cosine schedule, and a moving average of the parameters that is evaluated beside them.
+Batch normalization, random crops, label smoothing, weight decay of kernels only, a cosine schedule
+with warmup, and an evaluated moving average of the parameters.
 
 Expected after 4 epochs: 99.4 % of all 10,000 test examples; 4 minutes of processor time, 8 minutes
 on two busy CPU cores.
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
         weight_decay=0.05,
         decay_mask='.*/kernel',
     )
-    config.ema = dict(decay=0.99)
+    config.ema = dict(decay=0.99)  # For a run this short; longer ones use 0.999 or more.
 
     to_float = dict(target='trainer.data.transforms:ToFloat', key='image')
     config.data = dict(
@@ -49,6 +49,7 @@ def get_config() -> ml_collections.ConfigDict:
         device_transforms=(to_float,),
         batch_size=500,
     )
+    # Without label smoothing, so that the evaluated loss is that of the true labels.
     plain = dict(target='trainer.tasks:Classification')
     config.evals = dict(
         test=dict(every='1 epochs', task=plain, data=test),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All uses of private parts or message texts of the libraries that read data.
+"""All uses of private parts or message texts of libraries that read data.
 
-Each function names the version it was checked with, why there is no public way, and what breaks
+Each function says with which version it was checked, why there is no public way, and what breaks
 without it; tests/data/test_compat.py has a test for each.
 """
 
@@ -23,7 +23,7 @@ def mark_grain_flags_parsed() -> None:
     if not flags.FLAGS.is_parsed():
         for name in flags.FLAGS:
             if name.startswith('grain_'):
-                flags.FLAGS[name].present = 1
+                flags.FLAGS[name].present = 1  # Lets absl return its value.
 
 
 def worker_death_cause(error: RuntimeError) -> str:
@@ -36,7 +36,7 @@ def worker_death_cause(error: RuntimeError) -> str:
 
 
 def locate_record(records: Any, index: int) -> tuple[int, int]:
-    """Returns the number of the file that holds a record, and the index of the record in it.
+    """Returns the index of the file that contains a record, and the index of the record in it.
 
     Checked with: array_record 0.8.6.
     Why: the number of records per file is private too.

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launchers share: their command lines, their errors, and the trainer's exit codes."""
+"""Shared parts of the launchers: command lines, errors, and the exit codes of the trainer.
+
+Launchers import nothing but the standard library, so that they run without JAX: on a login node,
+or on the machine of the user.
+"""
 
 from __future__ import annotations
 
@@ -13,83 +17,90 @@ from typing import Any, NoReturn
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
+# The exit codes of the trainer, whose package cannot be imported without JAX.
 EXIT_MISTAKE = 2
 EXIT_PREEMPTED = 42
 EXIT_CORRUPT = 65
 EXIT_INTERRUPTED = 130
 
-# Where the processes of a run meet. JAX's own choice on TPUs is another one.
+# The port of the coordinator of a run, other than the one that JAX chooses on TPUs by itself.
 COORDINATOR_PORT = 8476
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags are written `--like_this`; what follows `--` belongs to the trainer."""
+    """A parser of flags that are written `--like_this`; arguments after `--` are the trainer's."""
 
     def __init__(self, description: str, **kwargs: Any) -> None:
         super().__init__(
             description=description,
+            # The descriptions contain commands, whose lines must not be rewrapped.
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            # With abbreviations, a misspelled flag could set another one.
             allow_abbrev=False,
             **kwargs,
         )
 
     def error(self, message: str) -> NoReturn:
-        """Ends with exit code 2; the usage of a dozen flags would hide what is wrong."""
+        """Prints an error and ends with exit code 2."""
+        # Without the usage: a dozen flags would hide the error.
         print(f'Error: {message}. See {self.prog} --help.', file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the launcher's own arguments and the trainer's, which follow the first `--`."""
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the launcher's arguments, and the trainer's, which follow the first `--`."""
     words = list(argv)
     if '--' not in words:
         return words, []
-    border = words.index('--')
-    return words[:border], words[border + 1 :]
+    separator = words.index('--')
+    return words[:separator], words[separator + 1 :]
 
 
 def check_trainer(parser: Parser, trainer: Sequence[str]) -> None:
-    """Ends with exit code 2 unless these arguments of the trainer name a config."""
+    """Checks that the trainer's arguments name a config; otherwise ends with exit code 2."""
     if not any(word == '--config' or word.startswith('--config=') for word in trainer):
         parser.error("the trainer's arguments come after `--`, as in: -- --config=configs/mnist.py")
 
 
-def flag(arguments: Sequence[str], name: str) -> str | None:
-    """Returns the value of `--name=value` or `--name value`, the last one given, or None."""
-    found = None
+def flag_value(arguments: Sequence[str], name: str) -> str | None:
+    """Returns the value of `--name=value` or `--name value`; None if the flag is not given."""
+    last = None
+    # The last one counts, as in the trainer.
     for word, following in zip(arguments, [*arguments[1:], ''], strict=True):
         if word == f'--{name}':
-            found = following
+            last = following
         elif word.startswith(f'--{name}='):
-            found = word.partition('=')[2]
-    return found
+            last = word.partition('=')[2]
+    return last
 
 
-def at_least(smallest: int) -> Callable[[str], int]:
-    """Returns a type of flag: a whole number that is not smaller."""
+def int_at_least(minimum: int) -> Callable[[str], int]:
+    """Returns a flag type: an integer of at least `minimum`."""
 
-    def number(text: str) -> int:
+    def parse(text: str) -> int:
+        # Text that is no integer gets the same message as an integer that is too small.
         try:
             value = int(text)
         except ValueError:
-            value = smallest - 1
-        if value < smallest:
+            value = minimum - 1
+        if value < minimum:
             raise argparse.ArgumentTypeError(
-                f'expected a whole number of at least {smallest}, got {text!r}'
+                f'expected an integer of at least {minimum}, got {text!r}'
             )
         return value
 
-    return number
+    return parse
 
 
-def python() -> str:
+def find_python() -> str:
     """Returns the Python that has the trainer's libraries: this one, or that of `.venv`."""
-    made = ROOT / '.venv' / 'bin' / 'python'
-    if importlib.util.find_spec('jax') is None and made.exists():
-        return str(made)
+    installed = ROOT / '.venv' / 'bin' / 'python'
+    # Looked up and not imported, which would take seconds.
+    if importlib.util.find_spec('jax') is None and installed.exists():
+        return str(installed)
     return sys.executable
 
 
-def shown(words: Sequence[str]) -> str:
-    """Returns the command as one would type it."""
+def quote_command(words: Sequence[str]) -> str:
+    """Returns a command as one would type it in a shell."""
     return ' '.join(shlex.quote(word) for word in words)

@@ -7,9 +7,9 @@
   launch/gke.py run-2 --image=IMAGE --gpu=nvidia-h100-80gb --nodes=2 --gpus_per_node=8 \\
       --volume=claim:/shared -- --config=configs/mnist.py --workdir=/shared/run-2
 
-One pod runs on each host. A pod that is evicted saves, all leave with exit code 42, and each is
-started again without counting as a failure. Another failure starts the whole set again, up to
---restarts times; a mistake of the user's (2) or a damaged checkpoint (65) ends it.
+One pod runs on each host. If a pod is evicted, the run saves, and all pods exit with code 42. They
+are replaced, which does not count as a failure. After any other failure the whole JobSet restarts,
+up to --restarts times, except for a usage error (2) or a corrupt checkpoint (65), which end it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ def manifest(args: argparse.Namespace, trainer: Sequence[str]) -> dict[str, Any]
     job = {
         'parallelism': args.hosts,
         'completions': args.hosts,
+        # Each pod gets an index, which is the id of its process, and a stable host name.
         'completionMode': 'Indexed',
+        # One failed pod fails the job: the processes of a run cannot continue without it.
         'backoffLimit': 0,
         'podFailurePolicy': {
+            # The first rule that matches counts.
             'rules': [
-                _on_exit('FailJob', common.EXIT_MISTAKE, common.EXIT_CORRUPT),
-                _on_exit('Ignore', common.EXIT_PREEMPTED),
+                _exit_code_rule('FailJob', common.EXIT_MISTAKE, common.EXIT_CORRUPT),
+                _exit_code_rule('Ignore', common.EXIT_PREEMPTED),
                 {'action': 'Ignore', 'onPodConditions': [{'type': 'DisruptionTarget'}]},
             ]
         },
@@ -45,7 +48,7 @@ def manifest(args: argparse.Namespace, trainer: Sequence[str]) -> dict[str, Any]
     }
     metadata: dict[str, Any] = {'name': args.name}
     if args.tpu:
-        # Each job of the set gets a slice of its own.
+        # Schedules each job of the set on its own TPU slice.
         metadata['annotations'] = {
             'alpha.jobset.sigs.k8s.io/exclusive-topology': 'cloud.google.com/gke-nodepool'
         }
@@ -56,6 +59,7 @@ def manifest(args: argparse.Namespace, trainer: Sequence[str]) -> dict[str, Any]
         'spec': {
             'failurePolicy': {
                 'maxRestarts': args.restarts,
+                # A job that its podFailurePolicy has failed would fail again.
                 'rules': [
                     {'action': 'FailJobSet', 'onJobFailureReasons': ['PodFailurePolicy']},
                 ],
@@ -65,7 +69,7 @@ def manifest(args: argparse.Namespace, trainer: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _on_exit(action: str, *codes: int) -> dict[str, Any]:
+def _exit_code_rule(action: str, *codes: int) -> dict[str, Any]:
     return {'action': action, 'onExitCodes': {'operator': 'In', 'values': list(codes)}}
 
 
@@ -76,6 +80,7 @@ def _pod(args: argparse.Namespace, trainer: Sequence[str]) -> dict[str, Any]:
             'cloud.google.com/gke-tpu-accelerator': args.tpu,
             'cloud.google.com/gke-tpu-topology': args.topology,
         }
+    # Kubernetes requires 'Never' for a podFailurePolicy.
     spec: dict[str, Any] = {'restartPolicy': 'Never'}
     if args.spot:
         selector['cloud.google.com/gke-spot'] = 'true'
@@ -84,6 +89,7 @@ def _pod(args: argparse.Namespace, trainer: Sequence[str]) -> dict[str, Any]:
         ]
     if args.service_account:
         spec['serviceAccountName'] = args.service_account
+    # NCCL and data workers use shared memory; a container has 64 MB of it by default.
     volumes = [{'name': 'shm', 'emptyDir': {'medium': 'Memory'}}]
     mounts = [{'name': 'shm', 'mountPath': '/dev/shm'}]
     if args.volume:
@@ -94,14 +100,14 @@ def _pod(args: argparse.Namespace, trainer: Sequence[str]) -> dict[str, Any]:
         'name': 'trainer',
         'image': args.image,
         'command': ['python', '-m', 'trainer.main'],
-        'args': [*map(_literal, trainer), *_cluster(args)],
+        'args': [*map(_escape, trainer), *_cluster(args)],
         'resources': {'limits': _limits(args)},
         'volumeMounts': mounts,
     }
     return {
         **spec,
         'nodeSelector': selector,
-        # Longer than a save, or the pod is killed in the middle of it.
+        # Longer than a save takes; otherwise the pod would be killed in the middle of it.
         'terminationGracePeriodSeconds': args.save_secs + 30,
         'containers': [container],
         'volumes': volumes,
@@ -115,7 +121,9 @@ def _limits(args: argparse.Namespace) -> dict[str, int]:
 
 
 def _cluster(args: argparse.Namespace) -> list[str]:
-    """On TPUs, GKE tells each pod who the others are; else they meet at the first one's name."""
+    """Returns the flags with which the processes of a run connect to each other."""
+    # On TPUs, GKE sets the addresses in the environment of each pod. Otherwise the coordinator is
+    # the first pod, whose host name is known from the names of JobSet and job.
     if args.tpu or args.hosts == 1:
         return []
     first = f'{args.name}-{_JOB}-0-0.{args.name}'
@@ -126,30 +134,30 @@ def _cluster(args: argparse.Namespace) -> list[str]:
     ]
 
 
-def _literal(argument: str) -> str:
-    """Kubernetes would replace `$(NAME)` in an argument."""
+def _escape(argument: str) -> str:
+    """Escapes `$(NAME)` in an argument, which Kubernetes would expand."""
     return argument.replace('$(', '$$(')
 
 
 def yaml(value: Any, indent: str = '') -> str:
     """Returns a tree of dicts, lists, strings and numbers as block-style YAML."""
     if isinstance(value, Mapping) and value:
-        return ''.join(f'{indent}{_scalar(k)}:{_nested(v, indent)}' for k, v in value.items())
+        return ''.join(f'{indent}{_scalar(k)}:{_yaml_value(v, indent)}' for k, v in value.items())
     if isinstance(value, list) and value:
-        # The first line of an item goes behind its dash.
+        # The first line of an item follows its dash.
         items = (yaml(item, f'{indent}  ') for item in value)
         return ''.join(f'{indent}- {item[len(indent) + 2 :]}' for item in items)
     return f'{indent}{_scalar(value)}\n'
 
 
-def _nested(value: Any, indent: str) -> str:
+def _yaml_value(value: Any, indent: str) -> str:
     if isinstance(value, Mapping | list) and value:
         return '\n' + yaml(value, f'{indent}  ')
     return f' {_scalar(value)}\n'
 
 
 def _scalar(value: Any) -> str:
-    # Words that YAML could take for something else are quoted as in JSON, which is YAML.
+    # Strings that YAML could parse as something else are quoted as in JSON, a subset of YAML.
     plain = isinstance(value, str) and re.fullmatch(r'[A-Za-z/][A-Za-z0-9_./-]*', value)
     if plain and value.lower() not in ('true', 'false', 'null', 'yes', 'no', 'on', 'off', 'y', 'n'):
         return value
@@ -158,24 +166,29 @@ def _scalar(value: Any) -> str:
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the launcher's flags and the trainer's arguments, both checked."""
-    own, trainer = common.split(argv)
+    own, trainer = common.split_arguments(argv)
     parser = common.Parser(__doc__)
-    positive = common.at_least(1)
+    positive = common.int_at_least(1)
     add = parser.add_argument
-    add('name', help='of the JobSet')
+    add('name', help='name of the JobSet')
     add('--image', required=True, help='container image in which `python -m trainer.main` runs')
-    add('--tpu', help='accelerator of the node pool, as in tpu-v5-lite-podslice')
-    add('--topology', help='of a TPU slice, as in 4x4')
-    add('--chips_per_host', type=positive, help='of a TPU (default: 4, or as many as there are)')
-    add('--slices', type=positive, default=1, help='of TPUs (default: 1)')
-    add('--gpu', help='accelerator of the node pool, as in nvidia-h100-80gb')
-    add('--nodes', type=positive, default=1, help='with GPUs (default: 1)')
-    add('--gpus_per_node', type=positive, default=8, help='default: 8')
-    add('--spot', action='store_true', help='on Spot nodes, which leave little time to save')
+    add('--tpu', help='TPU type of the node pool, such as tpu-v5-lite-podslice')
+    add('--topology', help='topology of a TPU slice, such as 4x4')
+    add('--chips_per_host', type=positive, help='TPU chips of a host (default: 4, or all if fewer)')
+    add('--slices', type=positive, default=1, help='number of TPU slices (default: 1)')
+    add('--gpu', help='GPU type of the node pool, such as nvidia-h100-80gb')
+    add('--nodes', type=positive, default=1, help='number of nodes with GPUs (default: 1)')
+    add('--gpus_per_node', type=positive, default=8, help='GPUs of a node (default: 8)')
+    add('--spot', action='store_true', help='use Spot nodes, which leave little time to save')
     add('--volume', help='CLAIM:PATH of a volume that all pods share')
-    add('--service_account', help='of Kubernetes, for gs://')
-    add('--save_secs', type=positive, default=120, help='how long a save may take (default: 120)')
-    add('--restarts', type=common.at_least(0), default=10, help='after failures (default: 10)')
+    add('--service_account', help='Kubernetes service account, for access to gs://')
+    add('--save_secs', type=positive, default=120, help='maximum seconds of a save (default: 120)')
+    add(
+        '--restarts',
+        type=common.int_at_least(0),
+        default=10,
+        help='maximum number of restarts after failures (default: 10)',
+    )
     args = parser.parse_args(own)
     _check(parser, args, trainer)
     return args, trainer
@@ -185,10 +198,10 @@ def _check(parser: common.Parser, args: argparse.Namespace, trainer: Sequence[st
     common.check_trainer(parser, trainer)
     if bool(args.tpu) == bool(args.gpu):
         parser.error('expected one of --tpu=... and --gpu=...')
-    # Kubernetes allows 63 characters for a host's name, and ours adds the job and two numbers.
+    # A host name has at most 63 characters, and it contains the name of the job and two numbers.
     if not re.fullmatch(r'[a-z]([-a-z0-9]{0,38}[a-z0-9])?', args.name):
         parser.error(
-            f'{args.name!r}: expected a name of at most 40 small letters, digits and dashes'
+            f'{args.name!r}: expected a name of at most 40 lowercase letters, digits and dashes'
         )
     args.hosts = _hosts(parser, args) if args.tpu else args.nodes
     if args.volume:
@@ -196,25 +209,25 @@ def _check(parser: common.Parser, args: argparse.Namespace, trainer: Sequence[st
         if not claim or not path.startswith('/'):
             parser.error(f'--volume={args.volume}: expected CLAIM:/PATH')
         args.volume = (claim, path)
-    workdir = common.flag(trainer, 'workdir') or ''
+    workdir = common.flag_value(trainer, 'workdir') or ''
     shared = f'{args.volume[1].rstrip("/")}/' if args.volume else None
     if not workdir.startswith('gs://') and not (shared and workdir.startswith(shared)):
         parser.error(
-            f"--workdir={workdir}: a pod's own disk goes with it; expected gs://bucket/... or a "
-            'directory of --volume'
+            f"--workdir={workdir}: a pod's disk is deleted with the pod; expected gs://bucket/... "
+            'or a directory of --volume'
         )
 
 
 def _hosts(parser: common.Parser, args: argparse.Namespace) -> int:
-    """Returns the hosts of a slice."""
+    """Returns the number of hosts of a TPU slice."""
     if not re.fullmatch(r'\d+x\d+(x\d+)?', args.topology or ''):
-        parser.error(f'--topology={args.topology}: expected the shape of a slice, as in 4x4')
+        parser.error(f'--topology={args.topology}: expected the shape of a slice, such as 4x4')
     chips = math.prod(map(int, args.topology.split('x')))
     args.chips_per_host = args.chips_per_host or min(4, chips)
     if not chips or chips % args.chips_per_host:
         parser.error(
-            f'--topology={args.topology} has {chips} chips, which --chips_per_host='
-            f'{args.chips_per_host} does not divide'
+            f'--topology={args.topology} has {chips} chips, which is not a multiple of '
+            f'--chips_per_host={args.chips_per_host}'
         )
     return chips // args.chips_per_host
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that start, write, stop and end as one."""
+"""A group of processes with one output, whose signals and failures are handled together."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
-# Leads the process group of the others, and kills whatever is left of it when the launcher is gone,
-# however it went: only then does the pipe on its input end.
+# A process that leads the process group of the others. When the launcher ends, even by SIGKILL, the
+# pipe on the guard's standard input is closed. Then it kills all that is left of the group.
 _GUARD = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -25,15 +25,15 @@ os.read(0, 1)
 os.killpg(0, signal.SIGKILL)
 """
 
-# ('exit', process, code), ('signal', 0, number), or ('late', group, 0) when the grace is over.
+# ('exit', process, code), ('signal', 0, number), or ('late', group, 0) after the grace period.
 Events = queue.SimpleQueue[tuple[str, int, int]]
 
 
 class Group:
-    """The processes of one attempt, from their start to the end of the last one.
+    """The processes of one attempt.
 
     Attributes:
-        processes: by number.
+        processes: the processes by number.
         failed: number and exit code of the process that failed first, or None.
     """
 
@@ -43,8 +43,15 @@ class Group:
         environments: Sequence[Mapping[str, str]],
         events: Events,
     ) -> None:
-        """Starts one process for each command; `('exit', number, code)` goes to `events`."""
+        """Starts one process for each command.
+
+        Args:
+            commands: the command of each process.
+            environments: the environment of each process.
+            events: receives `('exit', number, code)` when a process ends.
+        """
         self._events = events
+        # So that lines of several processes do not mix.
         self._output = threading.Lock()
         self._guard = subprocess.Popen(
             [sys.executable, '-I', '-S', '-c', _GUARD],
@@ -53,10 +60,12 @@ class Group:
             process_group=0,
         )
         assert self._guard.stdout is not None
-        self._guard.stdout.read(1)  # From here on it does not die of a signal to the group.
+        # Wait until it ignores signals, because those to the group would end it, too.
+        self._guard.stdout.read(1)
         self.processes: list[subprocess.Popen[bytes]] = []
         self.failed: tuple[int, int] | None = None
         self._readers: list[threading.Thread] = []
+        # Also for KeyboardInterrupt: processes that have started must not outlive the launcher.
         try:
             for command, environment in zip(commands, environments, strict=True):
                 self._start(command, environment)
@@ -76,14 +85,15 @@ class Group:
         number = len(self.processes)
         self.processes.append(process)
         for pipe, descriptor in ((process.stdout, 1), (process.stderr, 2)):
-            self._readers.append(_background(self._pass_on, number, pipe, descriptor))
+            self._readers.append(_background(self._forward_output, number, pipe, descriptor))
         _background(lambda: self._events.put(('exit', number, process.wait())))
 
-    def _pass_on(self, number: int, pipe: IO[bytes], descriptor: int) -> None:
+    def _forward_output(self, number: int, pipe: IO[bytes], descriptor: int) -> None:
         for line in pipe:
-            ended = line if line.endswith(b'\n') else line + b'\n'
+            # The last line may have no newline.
+            complete = line if line.endswith(b'\n') else line + b'\n'
             with self._output:
-                _write(descriptor, f'[{number}] '.encode() + ended)
+                _write(descriptor, f'[{number}] '.encode() + complete)
 
     def send(self, number: int) -> None:
         """Sends a signal to each process that still runs."""
@@ -91,11 +101,11 @@ class Group:
             process.send_signal(number)
 
     def wait(self, stop: Stop, grace_secs: float) -> int:
-        """Waits until all have ended, and returns the exit code of the one that failed first.
+        """Waits for all processes, and returns the exit code of the one that failed first.
 
         Args:
-            stop: the signals that the launcher has got; they are passed on.
-            grace_secs: the others have so long to end by themselves once one has failed.
+            stop: the signals that the launcher has received, which are forwarded.
+            grace_secs: seconds after the first failure until the others are killed.
         """
         running = len(self.processes)
         timer = threading.Timer(grace_secs, self._events.put, [('late', self._guard.pid, 0)])
@@ -107,63 +117,69 @@ class Group:
                 if value and self.failed is None:
                     self.failed = (number, value)
                     if running:
-                        self._end_others(stop)
+                        self._terminate_others(stop)
                         timer.start()
             elif kind == 'signal':
-                self.send(stop.take(value))
+                self.send(stop.signal_to_send(value))
+            # The timer of an earlier group may have put its event into the same queue.
             elif number == self._guard.pid:
-                say(f'{running} still running {grace_secs:g} s later: killed')
+                report(f'killing {running} still running after {grace_secs:g} s')
                 self.send(signal.SIGKILL)
         timer.cancel()
         return self.failed[1] if self.failed else 0
 
-    def _end_others(self, stop: Stop) -> None:
+    def _terminate_others(self, stop: Stop) -> None:
         assert self.failed is not None
         if stop.signal is not None:
-            return  # They know already.
+            return  # The signal was forwarded to all of them.
         number, code = self.failed
-        ended = f'ended by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
-        say(f'process {number}: {ended}; ending the others')
+        reason = f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit code {code}'
+        report(f'process {number}: {reason}; terminating the others')
         self.send(signal.SIGTERM)
 
     def close(self) -> None:
-        """Kills what is left of the group: what a process has started and not ended."""
+        """Kills the rest of the group, such as children that a process has left running."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         self._guard.wait()
+        # With a timeout, because a child in another process group may keep the pipe open.
         for reader in self._readers:
             reader.join(timeout=5)
 
 
 class Stop:
-    """The wish to end that came from outside.
+    """The signals that the launcher has received.
 
     Attributes:
-        signal: the first signal that arrived, or None.
+        signal: the first signal that asks for an end, or None.
     """
 
     def __init__(self, events: Events) -> None:
         self.signal: int | None = None
         self._events = events
-        self._passed_on = False
+        self._forwarded = False
 
-    def take(self, number: int) -> int:
-        """Returns what to send: the first signal once, nothing again, SIGKILL for another Ctrl-C.
+    def signal_to_send(self, number: int) -> int:
+        """Returns the signal to send to the processes for one that the launcher has received.
 
-        A terminal that was closed is passed on as SIGTERM; SIGUSR1 ends nothing, and goes through.
+        The first one is forwarded. Later ones are dropped (0 is no signal), except that a second
+        Ctrl-C becomes SIGKILL.
         """
+        # It asks for the stacks of the threads, and ends nothing.
         if number == signal.SIGUSR1:
             return number
-        if self._passed_on:
+        if self._forwarded:
             return signal.SIGKILL if number == signal.SIGINT else 0
-        self._passed_on = True
+        self._forwarded = True
+        # A closed terminal: the trainer saves at SIGTERM, but SIGHUP would just end it.
         return signal.SIGTERM if number == signal.SIGHUP else number
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Turns signals into events while it lasts."""
+    def catch_signals(self) -> Iterator[None]:
+        """Turns signals into events inside the `with` block."""
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # As it is under nohup.
+        # Under nohup it is ignored, and must stay so.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
@@ -179,19 +195,19 @@ class Stop:
 
 
 def _background(function: Callable[..., None], *args: Any) -> threading.Thread:
-    # A daemon: one that reads from a process which left the group must not keep us.
+    # A daemon thread, so that one that still reads a pipe does not keep the launcher alive.
     thread = threading.Thread(target=function, args=args, daemon=True)
     thread.start()
     return thread
 
 
 def _write(descriptor: int, data: bytes) -> None:
-    # Whoever reads may be gone, which must not keep the processes from saving.
+    # If the reader of the output is gone, the processes must still be able to save.
     with contextlib.suppress(OSError):
         while data:
             data = data[os.write(descriptor, data) :]
 
 
-def say(text: str) -> None:
-    """Writes a line of the launcher's own to the standard error output."""
+def report(text: str) -> None:
+    """Writes a line of the launcher itself to standard error."""
     _write(2, f'launch: {text}\n'.encode())

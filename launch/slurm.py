@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Prints a batch script for SLURM, or submits it.
+"""Prints a batch script for Slurm, or submits it.
 
   launch/slurm.py --gpus_per_node=8 --time=8:00:00 -- --config=configs/mnist.py
   launch/slurm.py --nodes=4 --gpus_per_node=8 --partition=gpu --account=lab --submit \\
       --setup='module load cuda' --sbatch=--mem=0 -- --config=configs/mnist.py --workdir=/shared/a
 
-One task runs on each GPU; the trainer finds the others by itself. Some time before the limit
-(--save_secs) and when it is preempted, the run saves, ends, and is put back into the queue, where
-it goes on from what it saved. `scancel --signal=TERM JOB` does the same; `scancel JOB` saves if
-the cluster's KillWait is long enough, and ends the job for good.
+One task runs on each GPU; the tasks find each other without flags. --save_secs before the time
+limit, or when the job is preempted, the run saves and exits, and the job is requeued. It then
+resumes from the checkpoint. `scancel --signal=TERM JOB` does the same. `scancel JOB` saves if the
+cluster's KillWait is long enough, and ends the job permanently.
 
-Start it in a directory that all nodes see: the job runs there.
+Start it in a directory that all nodes share: the job runs there.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from collections.abc import Sequence
 
 import common
 
-# Places that each node has for itself.
+# Directories that are local to a node.
 _LOCAL = ('/tmp', '/var/tmp', '/dev/shm')
 
-# `squeue` says COMPLETING once the job was cancelled, ran into its limit, or is being requeued by
-# SLURM itself; only a job that still runs may put itself back.
+# `squeue` prints COMPLETING if the job was cancelled, has reached its time limit, or is being
+# requeued by Slurm itself. Only a job that is still RUNNING may requeue itself.
 _SCRIPT = """\
 #!/bin/bash
 {directives}
 
-# SIGTERM goes to the tasks. Where it comes here too, this shell has to outlive them; a handler is
-# not inherited by what it starts, as '' would be.
+# The tasks get SIGTERM. If this shell gets it as well, it must outlive them. With an empty handler
+# ('') instead of `:`, the tasks would inherit that the signal is ignored.
 trap : TERM
 export PYTHONPATH={root}${{PYTHONPATH:+:$PYTHONPATH}}
 {setup}
@@ -62,25 +62,26 @@ def script(args: argparse.Namespace, trainer: Sequence[str]) -> str:
         f'--job-name={args.name}',
         f'--nodes={args.nodes}',
         f'--ntasks-per-node={tasks}',
-        # For the node and not for the task: JAX picks the GPU of each task among all of the node.
+        # For the node and not for the task: JAX selects the GPU of each task among all of the node.
         *([f'--gpus-per-node={args.gpus_per_node}'] if args.gpus_per_node else []),
         *([f'--cpus-per-task={args.cpus_per_task}'] if args.cpus_per_task else []),
         *([f'--time={args.time}'] if args.time else []),
         *([f'--partition={args.partition}'] if args.partition else []),
         *([f'--account={args.account}'] if args.account else []),
-        # Without `B:`, to the tasks of each step and not to the shell.
+        # Without `B:`, the signal goes to the tasks and not to the shell.
         f'--signal=TERM@{args.save_secs}',
         '--requeue',
+        # Otherwise a requeued job would overwrite its log.
         '--open-mode=append',
         f'--chdir={shlex.quote(args.chdir)}',
         f'--output={shlex.quote(args.output)}',
         *args.sbatch,
     ]
     srun = [
-        # One task may have ended while another one still commits the save.
+        # A task may exit with code 42 while another one still commits the checkpoint.
         '--kill-on-bad-exit=0',
         f'--wait={args.save_secs}',
-        # srun does not take it from the job.
+        # srun does not inherit it from the job.
         *([f'--cpus-per-task={args.cpus_per_task}'] if args.cpus_per_task else []),
     ]
     return _SCRIPT.format(
@@ -88,38 +89,39 @@ def script(args: argparse.Namespace, trainer: Sequence[str]) -> str:
         root=shlex.quote(str(common.ROOT)),
         setup='\n'.join(args.setup),
         srun=' '.join(srun),
-        command=common.shown([args.python, '-m', 'trainer.main', *trainer]),
+        command=common.quote_command([args.python, '-m', 'trainer.main', *trainer]),
         preempted=common.EXIT_PREEMPTED,
     )
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the launcher's flags and the trainer's arguments, both checked."""
-    own, trainer = common.split(argv)
+    own, trainer = common.split_arguments(argv)
     parser = common.Parser(__doc__)
-    positive, natural = common.at_least(1), common.at_least(0)
+    positive, natural = common.int_at_least(1), common.int_at_least(0)
     add = parser.add_argument
-    add('--nodes', type=positive, default=1, help='default: 1')
-    add('--gpus_per_node', type=natural, default=0, help='one task for each (default: 0)')
-    add('--tasks_per_node', type=positive, default=1, help='without GPUs (default: 1)')
-    add('--cpus_per_task', type=natural, default=0, help="default: the cluster's")
-    add('--time', help="limit, as 30, 8:00:00 or 2-00:00:00 (default: the partition's)")
+    add('--nodes', type=positive, default=1, help='number of nodes (default: 1)')
+    add('--gpus_per_node', type=natural, default=0, help='GPUs, with one task each (default: 0)')
+    add('--tasks_per_node', type=positive, default=1, help='tasks without GPUs (default: 1)')
+    add('--cpus_per_task', type=natural, default=0, help="CPUs of a task (default: the cluster's)")
+    add('--time', help="time limit: 30, 8:00:00 or 2-00:00:00 (default: the partition's)")
     add('--partition')
     add('--account')
-    add('--name', default='train', help='of the job (default: train)')
-    add('--save_secs', type=positive, default=120, help='how long a save may take (default: 120)')
-    home = os.path.expanduser  # The script quotes its paths, so its shell does not.
-    add('--chdir', type=home, default=os.getcwd(), help='where the job runs (default: here)')
+    add('--name', default='train', help='name of the job (default: train)')
+    add('--save_secs', type=positive, default=120, help='maximum seconds of a save (default: 120)')
+    # Expanded here: the script quotes its paths, so its shell does not expand them.
+    home = os.path.expanduser
+    add('--chdir', type=home, default=os.getcwd(), help='directory of the job (default: this one)')
     add(
         '--output',
         type=home,
         default='slurm-%j.out',
         help='log, relative to --chdir (default: %(default)s)',
     )
-    add('--setup', action='append', default=[], help='shell line to run first; may be repeated')
-    add('--sbatch', action='append', default=[], help='further option of sbatch; may be repeated')
-    add('--python', type=home, default=common.python(), help='default: %(default)s')
-    add('--submit', action='store_true', help='submit the script; without it, print it')
+    add('--setup', action='append', default=[], help='shell command to run first; repeatable')
+    add('--sbatch', action='append', default=[], help='additional option of sbatch; repeatable')
+    add('--python', type=home, default=common.find_python(), help='Python (default: %(default)s)')
+    add('--submit', action='store_true', help='submit the script instead of printing it')
     add('--dry_run', action='store_true', help='with --submit: print what would be submitted')
     args = parser.parse_args(own)
     _check(parser, args, trainer)
@@ -133,20 +135,21 @@ def _check(parser: common.Parser, args: argparse.Namespace, trainer: Sequence[st
     if args.gpus_per_node and args.tasks_per_node not in (1, args.gpus_per_node):
         parser.error(
             f'--tasks_per_node={args.tasks_per_node} with --gpus_per_node={args.gpus_per_node}: '
-            'one task runs on each GPU; leave --tasks_per_node out'
+            'one task runs on each GPU; remove --tasks_per_node'
         )
     for option in args.sbatch:
         if not option.startswith('-'):
-            parser.error(f'--sbatch={option}: expected an option of sbatch, as in --sbatch=--mem=0')
-    workdir = common.flag(trainer, 'workdir') or 'runs'
-    if '://' not in workdir:
-        place = pathlib.Path(
-            os.path.normpath(os.path.join(args.chdir, os.path.expanduser(workdir)))
-        )
-        if args.nodes > 1 and any(place.is_relative_to(local) for local in _LOCAL):
             parser.error(
-                f'the work directory {place} is one that each node has for itself: name a shared '
-                'one with -- --workdir=..., or start in a shared directory'
+                f'--sbatch={option}: expected an option of sbatch, such as --sbatch=--mem=0'
+            )
+    # The trainer's own default is below the current directory.
+    workdir = common.flag_value(trainer, 'workdir') or 'runs'
+    if '://' not in workdir:
+        path = pathlib.Path(os.path.normpath(os.path.join(args.chdir, os.path.expanduser(workdir))))
+        if args.nodes > 1 and any(path.is_relative_to(local) for local in _LOCAL):
+            parser.error(
+                f'the work directory {path} is local to each node: set a shared one with '
+                '-- --workdir=..., or start in a shared directory'
             )
 
 
@@ -154,28 +157,30 @@ def _check_time(parser: common.Parser, args: argparse.Namespace) -> None:
     secs = seconds(args.time)
     if secs is None:
         parser.error(f'--time={args.time}: expected minutes, hours:minutes:seconds or days-hours')
-    # SLURM may send the signal a minute earlier, and a job that gets nowhere is requeued for ever.
+    # Slurm may send the signal a minute early, and a job that makes no progress would be requeued
+    # forever.
     if secs <= args.save_secs + 60:
         parser.error(
-            f'--time={args.time} is {secs} s, which --save_secs={args.save_secs} and a minute '
-            'would use up: give more time, or fewer seconds for a save'
+            f'--time={args.time} is {secs} s: expected more than --save_secs={args.save_secs} and '
+            'a minute. Increase --time, or decrease --save_secs'
         )
 
 
 def seconds(time: str) -> int | None:
-    """Returns the seconds of a time limit as SLURM writes it, or None if it is not one."""
+    """Returns the seconds of a time limit in Slurm's notation, or None if it is not one."""
     days, dash, rest = time.rpartition('-')
     fields = rest.split(':')
     if not all(field.isdecimal() for field in (*fields, days or '0')) or len(fields) > 3:
         return None
-    # After days come hours; alone, one number is minutes, and two are minutes and seconds.
+    # After days, the first number is hours. Without days, one number is minutes, and two are
+    # minutes and seconds.
     units = (3600, 60, 1) if dash or len(fields) == 3 else (60, 1)
     total = sum(unit * int(field) for unit, field in zip(units, fields, strict=False))
     return total + 86400 * int(days or 0)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command line and returns the exit code: that of sbatch, if it submits."""
+    """Runs the command line and returns the exit code: that of sbatch, with --submit."""
     args, trainer = parse(argv)
     text = script(args, trainer)
     if not args.submit:

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Runs the tests: launch/test.sh [--all] [pytest arguments]
-# --all adds lint, types, the site of docs/, slow tests, a short run on the newest other Python of this machine,
-# and the tests beside PyTorch and on real weights, if these can be had. Without pytest arguments the main
-# tests run with all optimizations of the compiler.
+# --all adds lint, types, the documentation site, slow tests, a short run with the newest other Python of this
+# machine, and the tests against PyTorch and on real weights, if these are available. Without pytest arguments,
+# the main tests run with all compiler optimizations.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_venv "$root/.venv"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 
-# Tests leave most of the compiler's optimizations out. In a run of all tests these have them, as users' programs do.
+# Most tests run without most compiler optimizations, which is faster. In a run of all tests these files have
+# them, as users' programs do.
 optimized=(
     tests/test_configs.py tests/test_trainer.py tests/run/test_exact_resume.py tests/test_loss_curve.py
     tests/parallel/test_memory.py tests/parallel/test_mesh.py
@@ -18,7 +19,7 @@ optimized=(
     tests/step/test_programs.py tests/modes/test_plan.py
 )
 
-# A file stays in one process, where its tests share what they train once.
+# All tests of a file run in one process, because they share fixtures that train.
 pytest=(python -m pytest -n 2 --dist loadfile --no-loadscope-reorder)
 
 if [[ "${1:-}" != --all ]]; then
@@ -30,7 +31,7 @@ ruff format --check .
 mypy
 NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 bash tests/smoke.sh
-JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash tests/weights.sh || [[ $? == 3 ]]  # 3: they cannot be had here, which was said.
+JAX_DISABLE_MOST_OPTIMIZATIONS=0 bash tests/weights.sh || [[ $? == 3 ]]  # 3: not available here; the script has printed why.
 if [[ $# == 0 ]]; then
     JAX_DISABLE_MOST_OPTIMIZATIONS=0 "${pytest[@]}" -m 'not soak' --budgets=check "${optimized[@]}"
     set -- --budgets=check "${optimized[@]/#/--ignore=}"

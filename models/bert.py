@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BERT's transformer encoder (Devlin et al., 2018), and what text models put on top of it.
+"""BERT's transformer encoder (Devlin et al., 2018), with heads for embeddings and classification.
 
-The names of its axes are those of `trainer.models.transformer`: `config.sharding` maps them to
-devices.
+Dimensions are named as in `trainer.models.transformer`; `config.sharding` maps the names to mesh
+axes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from .transformer import Attention
 
-# From the paths of Hugging Face's BERT to those of `Encoder`, for `config.init_from.rename`.
+# Renames the weights of Hugging Face's BERT to those of `Encoder`, for `config.init_from.rename`.
+# The rules are applied in this order, so the more specific paths come first.
 HUGGING_FACE = (
     ('^embeddings/LayerNorm/', 'norm/'),
     (r'^embeddings/(\w+)_embeddings/', r'\1/'),
@@ -32,7 +33,7 @@ HUGGING_FACE = (
 def _norm(name: str, **dtypes: Any) -> nn.LayerNorm:
     ones, zeros = nn.initializers.ones, nn.initializers.zeros
     return nn.LayerNorm(
-        epsilon=1e-12,
+        epsilon=1e-12,  # As in the pretrained weights; Flax's default is 1e-6.
         scale_init=nn.with_logical_partitioning(ones, ('embed',)),
         bias_init=nn.with_logical_partitioning(zeros, ('embed',)),
         name=name,
@@ -41,14 +42,14 @@ def _norm(name: str, **dtypes: Any) -> nn.LayerNorm:
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each normalised after its residual connection.
+    """Attention and MLP, each normalized after its residual connection.
 
     Attributes:
-        heads: they divide the width.
+        heads: number of attention heads; must divide the width.
         mlp_width: hidden units of the MLP.
-        dropout_rate: of each branch's output, in training.
-        dtype: of the computation; None follows inputs and parameters.
-        param_dtype: of the parameters.
+        dropout_rate: probability of dropping an element of each branch's output in training.
+        dtype: dtype of the computation; None follows inputs and parameters.
+        param_dtype: dtype of the parameters.
     """
 
     heads: int
@@ -63,7 +64,7 @@ class Layer(nn.Module):
 
         Args:
             x: (batch, length, width).
-            mask: broadcast to (batch, heads, length, length); false where attention may not look.
+            mask: bool, broadcast to (batch, heads, length, length); False where masked.
             train: whether dropout is active.
         """
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
@@ -71,25 +72,25 @@ class Layer(nn.Module):
         y = Attention(heads=self.heads, name='attention', **dtypes)(x, mask)
         x = _norm('attention_norm', **dtypes)(x + dropout(y))
         y = _dense(self.mlp_width, 'mlp_in', ('embed', 'mlp'), **dtypes)(x)
-        y = nn.gelu(y, approximate=False)
+        y = nn.gelu(y, approximate=False)  # As in the pretrained weights.
         y = _dense(x.shape[-1], 'mlp_out', ('mlp', 'embed'), **dtypes)(y)
         return _norm('mlp_norm', **dtypes)(x + dropout(y))
 
 
 class Encoder(nn.Module):
-    """Turns tokens into one vector each; the defaults are those of BERT base.
+    """Encodes each token as a vector; the defaults are those of BERT base.
 
     Attributes:
-        vocab_size: number of tokens.
+        vocab_size: size of the vocabulary.
         layers: number of layers.
-        width: of the vectors.
-        heads: attention heads; they divide the width.
+        width: size of the vectors.
+        heads: number of attention heads; must divide the width.
         mlp_width: hidden units of each MLP; by default 4 x width.
-        max_length: longest sequence that has position embeddings.
-        token_types: kinds of tokens, such as first and second sentence.
-        dropout_rate: in training, of the embeddings and of each branch.
-        dtype: of the computation, such as bfloat16; None follows the parameters.
-        param_dtype: of the parameters.
+        max_length: maximum length of a sequence: number of position embeddings.
+        token_types: number of token types, such as first and second sentence.
+        dropout_rate: dropout of the embeddings and of each branch in training.
+        dtype: dtype of the computation, such as bfloat16; None follows the parameters.
+        param_dtype: dtype of the parameters.
     """
 
     vocab_size: int = 30522
@@ -115,10 +116,10 @@ class Encoder(nn.Module):
         """Returns (batch, length, width) for integer tokens (batch, length).
 
         Args:
-            tokens: padded at the end to one length.
+            tokens: padded at the end to the same length.
             train: whether dropout is active.
-            mask: bool (batch, length), false for padding; by default there is none.
-            token_types: int (batch, length); by default all are of type 0.
+            mask: bool (batch, length), False for padding; by default there is no padding.
+            token_types: int (batch, length); by default all are 0.
         """
         length = tokens.shape[1]
         if length > self.max_length:
@@ -143,17 +144,17 @@ class Encoder(nn.Module):
                 dropout_rate=self.dropout_rate,
                 name=f'layer_{layer}',
                 **dtypes,
-            )(x, mask[:, None, None, :], train)
+            )(x, mask[:, None, None, :], train)  # Of the keys: padding queries are unused.
         return x
 
 
 class SentenceEncoder(nn.Module):
-    """The mean of an encoder's vectors, of length 1: an embedding of a text.
+    """Embeds a text as the normalized mean of an encoder's vectors.
 
     Attributes:
         encoder: an `Encoder`.
-        normalize: whether the mean is scaled to length 1.
-        pad_token: marks padding.
+        normalize: whether to scale the mean to norm 1.
+        pad_token: the padding token.
     """
 
     encoder: nn.Module
@@ -169,13 +170,13 @@ class SentenceEncoder(nn.Module):
 
 
 class TextClassifier(nn.Module):
-    """Classes of texts, from the mean of an encoder's vectors.
+    """Classifies a text by the mean of an encoder's vectors.
 
     Attributes:
-        encoder: an `Encoder`; the head has its dtypes.
+        encoder: an `Encoder`; the head has the same dtypes.
         num_classes: number of logits.
-        dropout_rate: of the mean, in training.
-        pad_token: marks padding.
+        dropout_rate: dropout of the mean in training.
+        pad_token: the padding token.
     """
 
     encoder: nn.Module
@@ -184,7 +185,7 @@ class TextClassifier(nn.Module):
     pad_token: int = 0
 
     def setup(self) -> None:
-        """Makes the parts."""
+        """Creates dropout and head."""
         self.dropout = nn.Dropout(self.dropout_rate)
         self.head = nn.Dense(
             self.num_classes,
@@ -193,7 +194,7 @@ class TextClassifier(nn.Module):
         )
 
     def features(self, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """Returns (batch, width), what the head gets; of a frozen encoder it can be kept."""
+        """Returns the input of the head (batch, width), which is constant for a frozen encoder."""
         return _mean(self.encoder, tokens, tokens != self.pad_token, train)
 
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
@@ -205,6 +206,7 @@ class TextClassifier(nn.Module):
 def _mean(encoder: nn.Module, tokens: jax.Array, mask: jax.Array, train: bool) -> jax.Array:
     x = encoder(tokens, train, mask=mask)
     weights = mask[:, :, None].astype(x.dtype)
+    # At least 1: an empty text has the mean 0, not NaN.
     return (x * weights).sum(1) / jnp.maximum(weights.sum(1), 1)
 
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 
 class CNN(nnx.Module):
-    """Two convolutions with average pooling, then two dense layers: `models/cnn.py` in NNX."""
+    """Two convolutions with average pooling and two dense layers, as in `trainer.models.cnn`."""
 
     def __init__(
         self,
@@ -21,17 +21,18 @@ class CNN(nnx.Module):
         size: int = 28,
         rngs: nnx.Rngs,
     ):
-        """Makes the parameters.
+        """Creates the parameters.
 
         Args:
-            num_classes: number of classes.
-            features: channels of each convolution.
+            num_classes: number of logits.
+            features: output channels of each convolution.
             hidden: units of the first dense layer.
             dropout_rate: probability of dropping a hidden unit in training.
-            channels: of the images.
+            channels: channels of the images.
             size: height and width of the images; NNX does not infer it.
-            rngs: where the first values of the parameters come from.
+            rngs: random keys of the initial parameters and of dropout.
         """
+        # Each pooling halves height and width.
         flat = features[1] * (size // 4) ** 2
         self.conv1 = nnx.Conv(channels, features[0], (3, 3), rngs=rngs)
         self.conv2 = nnx.Conv(features[0], features[1], (3, 3), rngs=rngs)

@@ -10,12 +10,12 @@ import jax
 
 
 class MLP(nn.Module):
-    """Dense layers with an activation and optional batch normalisation and dropout between them.
+    """Dense layers with an activation and optional batch normalization and dropout between them.
 
     Attributes:
         features: widths of the layers; the last one is the output.
-        activation: applied after every layer but the last.
-        batch_norm: normalise before each activation; keeps `batch_stats`.
+        activation: applied after every layer except the last.
+        batch_norm: whether to normalize before each activation, with statistics in `batch_stats`.
         dropout_rate: probability of dropping a hidden unit in training.
     """
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 
 class MLP(nnx.Module):
-    """Dense layers with an activation and optional batch normalisation and dropout between them."""
+    """Dense layers with an activation and optional batch normalization and dropout between them."""
 
     def __init__(
         self,
@@ -22,18 +22,19 @@ class MLP(nnx.Module):
         dropout_rate: float = 0.0,
         rngs: nnx.Rngs,
     ):
-        """Makes the parameters.
+        """Creates the parameters.
 
         Args:
-            inputs: numbers in each example.
+            inputs: size of an example, flattened.
             features: widths of the layers; the last one is the output.
-            activation: applied after every layer but the last.
-            batch_norm: normalise before each activation.
+            activation: applied after every layer except the last.
+            batch_norm: whether to normalize before each activation.
             dropout_rate: probability of dropping a hidden unit in training.
-            rngs: where the first values of the parameters come from.
+            rngs: random keys of the initial parameters and of dropout.
         """
         widths = (inputs, *features)
         hidden = features[:-1]
+        # `nnx.List`, because NNX does not look for modules in a Python list.
         self.dense = nnx.List(
             [nnx.Linear(i, o, rngs=rngs) for i, o in zip(widths, features, strict=False)]
         )
@@ -48,7 +49,7 @@ class MLP(nnx.Module):
         x = x.reshape((x.shape[0], -1))
         for i, dropout in enumerate(self.dropout):
             x = self.dense[i](x)
-            # If the statistics are float32 and the inputs are not, NNX returns float32.
+            # NNX returns float32 if the statistics are float32, whatever the dtype of the inputs.
             x = self.norm[i](x).astype(x.dtype) if self.norm else x
             x = dropout(self.activation(x))
         return self.dense[-1](x)

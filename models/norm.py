@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch normalisation of groups of rows."""
+"""Batch normalization over groups of examples."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ import jax.numpy as jnp
 
 _GROUPS = 'groups'
 
-# Without what Flax does around a call: here it is a part of another one.
+# Without Flax's wrapper around methods, because it runs within another call of the same module.
 _call: Any = inspect.unwrap(nn.BatchNorm.__call__)
 
 
 class GroupedBatchNorm(nn.BatchNorm):
-    """`nn.BatchNorm` that normalises groups of rows by statistics of their own in training.
+    """`nn.BatchNorm` that normalizes groups of examples with separate statistics in training.
 
-    The rows of a batch are cut into groups of consecutive ones, wherever they are; with as many
-    groups as devices each device has its own statistics, and none are exchanged, as under `pmap`
-    without an axis name. Noise of small groups regularises large batches.
+    A batch is split into groups of consecutive examples, regardless of their devices. With as many
+    groups as devices, each device has its own statistics and none are exchanged, as under `pmap`
+    without an axis name. The noise of small groups regularizes large batches.
 
-    The running statistics follow the averages over the groups of their means and variances, as
-    those of replicas do that are averaged before an evaluation; the variance is thus that within a
-    group, which is what training divides by. Evaluation uses them for all rows. Names and shapes of
-    the variables are those of `nn.BatchNorm`.
+    The running statistics follow the means and variances of the groups, averaged over the groups,
+    like those of replicas that are averaged before an evaluation. So the variance is that within a
+    group, by which training divides. Evaluation uses them for all examples. Names and shapes of the
+    variables are those of `nn.BatchNorm`.
 
     Attributes:
-        groups: their number, which divides the rows. With `accumulate`, it is that of each
+        groups: number of groups; must divide the batch size, or with `accumulate` the size of a
             micro-batch.
     """
 
@@ -44,40 +44,43 @@ class GroupedBatchNorm(nn.BatchNorm):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the normalised inputs, of the same shape.
+        """Returns the normalized inputs, of the same shape.
 
         Args:
-            x: (rows, ...).
-            use_running_average: as of `nn.BatchNorm`.
-            mask: as of `nn.BatchNorm`; which elements statistics are of.
+            x: (batch, ...).
+            use_running_average: see `nn.BatchNorm`.
+            mask: see `nn.BatchNorm`; the elements to include in statistics.
 
         Raises:
-            ValueError: if the rows do not divide into the groups.
+            ValueError: if the batch size is not divisible by the number of groups.
         """
         running = nn.merge_param(
             'use_running_average', self.use_running_average, use_running_average
         )
+        # While initializing, the batch may be of any size: there is nothing to normalize yet.
         if running or self.groups == 1 or self.is_initializing():
             return _call(self, x, use_running_average, mask=mask)
         if self.groups < 1 or x.shape[0] % self.groups:
-            raise ValueError(f'{x.shape[0]} rows do not divide into groups={self.groups}')
-        every = nn.vmap(
-            functools.partial(_of_one_group, use_running_average=use_running_average),
+            raise ValueError(f'{x.shape[0]} examples are not divisible into groups={self.groups}')
+        # Parameters and running statistics are shared by the groups: axis None.
+        normalize_groups = nn.vmap(
+            functools.partial(_normalize_group, use_running_average=use_running_average),
             variable_axes={'params': None, 'batch_stats': None},
             split_rngs={'params': False},
             axis_name=_GROUPS,
         )
-        cut = (self.groups, x.shape[0] // self.groups, *x.shape[1:])
-        masks = None if mask is None else jnp.broadcast_to(mask, x.shape).reshape(cut)
-        return every(self, x.reshape(cut), masks).reshape(x.shape)
+        grouped = (self.groups, x.shape[0] // self.groups, *x.shape[1:])
+        masks = None if mask is None else jnp.broadcast_to(mask, x.shape).reshape(grouped)
+        return normalize_groups(self, x.reshape(grouped), masks).reshape(x.shape)
 
 
-def _of_one_group(
+def _normalize_group(
     norm: nn.BatchNorm, x: jax.Array, mask: jax.Array | None, *, use_running_average: bool | None
 ) -> jax.Array:
-    """Normalises a group within `vmap`; the running statistics are of the mean over all groups."""
+    """Normalizes a group within `vmap`, and averages the running statistics over all groups."""
     output = _call(norm, x, use_running_average, mask=mask)
+    # The update is linear, so the average of the updated statistics is the update by the average.
     for name in ('mean', 'var'):
-        moved: Any = norm.get_variable('batch_stats', name)
-        norm.put_variable('batch_stats', name, jax.lax.pmean(moved, _GROUPS))
+        updated: Any = norm.get_variable('batch_stats', name)
+        norm.put_variable('batch_stats', name, jax.lax.pmean(updated, _GROUPS))
     return output

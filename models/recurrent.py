@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recurrent networks that read texts of different lengths, and answer them.
+"""A recurrent sequence-to-sequence model for texts of different lengths.
 
-B: batch, L: length of the inputs, T: length of the targets, H: units, V: tokens.
+B: batch, L: length of the inputs, T: length of the targets, H: units, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 
 
 class Seq2Seq(nn.Module):
-    """Reads a text from both ends, and writes another one token by token.
+    """A bidirectional LSTM encoder and an LSTM decoder.
 
     Attributes:
-        vocab_size: number of tokens. Token 0 stands before the first one that is written.
-        hidden: units of the reader in each direction; the writer has twice as many.
-        dropout_rate: in training, of what the writer's units say.
-        dtype: of the computation; None follows the parameters.
-        param_dtype: of the parameters.
+        vocab_size: size of the vocabulary. Token 0 starts the decoder's input.
+        hidden: units of the encoder in each direction; the decoder has twice as many.
+        dropout_rate: dropout of the decoder's output in training.
+        dtype: dtype of the computation; None follows the parameters.
+        param_dtype: dtype of the parameters.
     """
 
     vocab_size: int
@@ -31,7 +31,7 @@ class Seq2Seq(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        """Makes the parts, which both methods use."""
+        """Creates the layers, which `__call__` and `greedy` share."""
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
 
         def cell(units: int) -> nn.OptimizedLSTMCell:
@@ -49,52 +49,54 @@ class Seq2Seq(nn.Module):
     def __call__(
         self, inputs: jax.Array, lengths: jax.Array, targets: jax.Array, train: bool = False
     ) -> jax.Array:
-        """Returns logits (B, T, V) of each target, given the inputs and the targets before it.
+        """Returns logits (B, T, V) of each target, given the inputs and the previous targets.
 
         Args:
             inputs: int (B, L).
-            lengths: int (B,), how many of them are read.
+            lengths: int (B,), the number of inputs without padding.
             targets: int (B, T).
             train: whether dropout is active.
         """
-        before = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-        y = self.decoder(self.embed(before), initial_carry=self._read(inputs, lengths))
+        # Teacher forcing: the decoder reads the targets shifted by one, after the start token 0.
+        previous = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+        y = self.decoder(self.embed(previous), initial_carry=self._encode(inputs, lengths))
         return self.logits(self.dropout(y, deterministic=not train))
 
     def greedy(self, inputs: jax.Array, lengths: jax.Array, count: int) -> jax.Array:
-        """Returns the most probable token at each place, int (B, count), given those before it.
+        """Decodes greedily: returns the most probable tokens, int (B, count).
 
         Args:
             inputs: int (B, L).
-            lengths: int (B,), how many of them are read.
-            count: tokens to write.
+            lengths: int (B,), the number of inputs without padding.
+            count: number of tokens to generate.
         """
 
-        def write(module: Seq2Seq, carry: Any, _: Any) -> Any:
+        def generate(module: Seq2Seq, carry: Any, _: Any) -> Any:
             state, token = carry
             state, y = module.cell(state, module.embed(token))
             token = module.logits(y).argmax(-1)
             return (state, token), token
 
         step = nn.scan(
-            write, variable_broadcast='params', split_rngs={'params': False}, out_axes=1,
+            generate, variable_broadcast='params', split_rngs={'params': False}, out_axes=1,
             length=count,
         )  # fmt: skip
         start = jnp.zeros(inputs.shape[0], jnp.int32)
-        return step(self, (self._read(inputs, lengths), start), None)[1]
+        return step(self, (self._encode(inputs, lengths), start), None)[1]
 
-    def _read(self, inputs: jax.Array, lengths: jax.Array) -> Any:
+    def _encode(self, inputs: jax.Array, lengths: jax.Array) -> Any:
         x = self.embed(inputs)
-        # Flax starts in the dtype of the stored parameters; float32 would stay float32.
+        # Flax's own initial carry has the dtype of the parameters, and a float32 carry would make
+        # all later computation float32.
         zeros = jnp.zeros((x.shape[0], self.hidden), x.dtype)
         start = ((zeros, zeros), (zeros, zeros))
         carries, _ = self.encoder(x, seq_lengths=lengths, initial_carry=start)
         carry = jax.tree.map(lambda *both: jnp.concatenate(both, -1), *carries)
-        # After an empty text Flax gives the carry of the whole padding.
+        # For an empty text Flax returns the carry after all of the padding.
         return jax.tree.map(lambda x: jnp.where(lengths[:, None] > 0, x, 0), carry)
 
 
 def _orthogonal(key: jax.Array, shape: Any, dtype: Any = jnp.float32, **rest: Any) -> jax.Array:
-    """Returns orthogonal columns; also in half precision, where JAX has no QR decomposition."""
+    """Initializes orthogonal columns, also in half precision, where JAX has no QR decomposition."""
     wide = jnp.promote_types(dtype, jnp.float32)
     return nn.initializers.orthogonal()(key, shape, wide, **rest).astype(dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual networks for images of any size."""
+"""Residual networks (ResNets) for images of any size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 
 from .norm import GroupedBatchNorm
 
-# Makes a layer: arguments that are not bound yet are given where it is used.
+# A layer's constructor with some arguments bound; the block passes the others.
 Layer = Callable[..., Any]
 
 # `config.init_from.rename` for the weights of torchvision's ResNets.
@@ -25,19 +25,20 @@ TORCHVISION = (
     ('^fc/', 'head/'),
 )
 
-# Of a block's last normalisation: it begins as what came in.
-_NOTHING = nn.initializers.zeros_init()
+# For the scale of a block's last normalization: the residual branch starts at zero, so each block
+# starts as its shortcut.
+_ZEROS = nn.initializers.zeros_init()
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions of 3 x 3, and what came in.
+    """Two 3 x 3 convolutions with a shortcut.
 
     Attributes:
         features: output channels.
-        strides: of the first convolution, in height and width.
-        conv: makes a convolution.
-        norm: makes a normalisation.
-        activation: after each of them.
+        strides: strides of the first convolution, in height and width.
+        conv: creates a convolution.
+        norm: creates a normalization layer.
+        activation: applied after each normalization.
     """
 
     features: int
@@ -52,19 +53,19 @@ class BasicBlock(nn.Module):
         y = self.conv(self.features, (3, 3), self.strides, padding=1, name='conv1')(x)
         y = self.activation(self.norm(name='bn1')(y))
         y = self.conv(self.features, (3, 3), padding=1, name='conv2')(y)
-        y = self.norm(scale_init=_NOTHING, name='bn2')(y)
+        y = self.norm(scale_init=_ZEROS, name='bn2')(y)
         return self.activation(_shortcut(self, x, y) + y)
 
 
 class BottleneckBlock(nn.Module):
-    """A convolution of 3 x 3 between two of 1 x 1, and what came in.
+    """A 3 x 3 convolution between two 1 x 1 convolutions, with a shortcut.
 
     Attributes:
         features: channels of the first two convolutions; the last one has four times as many.
-        strides: of the middle convolution, in height and width.
-        conv: makes a convolution.
-        norm: makes a normalisation.
-        activation: after each of them.
+        strides: strides of the middle convolution, in height and width.
+        conv: creates a convolution.
+        norm: creates a normalization layer.
+        activation: applied after each normalization.
     """
 
     features: int
@@ -81,38 +82,39 @@ class BottleneckBlock(nn.Module):
         y = self.conv(self.features, (3, 3), self.strides, padding=1, name='conv2')(y)
         y = self.activation(self.norm(name='bn2')(y))
         y = self.conv(4 * self.features, (1, 1), name='conv3')(y)
-        y = self.norm(scale_init=_NOTHING, name='bn3')(y)
+        y = self.norm(scale_init=_ZEROS, name='bn3')(y)
         return self.activation(_shortcut(self, x, y) + y)
 
 
 def _shortcut(block: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Returns what came in, in the shape of what comes out. Called within the block."""
+    """Returns the block's input, projected to the shape of its output if that differs."""
     if x.shape == y.shape:
         return x
+    # Called in the block's compact method, so these are layers of the block.
     return block.norm(name='bn_proj')(
         block.conv(y.shape[-1], (1, 1), block.strides, name='conv_proj')(x)
     )
 
 
 class ResNet(nn.Module):
-    """Stages of residual blocks, each with half the height and width of the one before.
+    """Stages of residual blocks, each with half the height and width of the previous one.
 
-    ResNet-18 has the stages (2, 2, 2, 2) of basic blocks, ResNet-50 (3, 4, 6, 3) of bottlenecks.
-    Deep Residual Learning for Image Recognition, He et al. 2015, with the strides of torchvision,
-    whose weights fit: see `TORCHVISION`.
+    ResNet-18 has stages (2, 2, 2, 2) of basic blocks, ResNet-50 (3, 4, 6, 3) of bottlenecks. Deep
+    Residual Learning for Image Recognition, He et al. 2015, with the strides of torchvision, whose
+    weights can be loaded: see `TORCHVISION`.
 
     Attributes:
-        stages: number of blocks in each.
-        block: two convolutions of 3 x 3 ('basic'), or one between two of 1 x 1 ('bottleneck').
+        stages: number of blocks in each stage.
+        block: 'basic' for `BasicBlock`, 'bottleneck' for `BottleneckBlock`.
         num_classes: number of logits.
-        features: of the first convolution and the first stage.
-        stem: 'large': a convolution of 7 x 7 and a pooling, which divide height and width by four;
-            'small': a convolution of 3 x 3 for images of some thirty pixels.
-        momentum: of the running statistics.
-        norm_groups: groups of rows that are normalised by statistics of their own in training: see
-            `trainer.models.norm:GroupedBatchNorm`. With one they are those of the global batch.
-        activation: after each normalisation.
-        dtype: of the computation; None follows inputs and parameters.
+        features: channels of the first convolution and the first stage.
+        stem: 'large': a 7 x 7 convolution and pooling, which divide height and width by four;
+            'small': a 3 x 3 convolution, for images of about 30 pixels.
+        momentum: momentum of the running statistics.
+        norm_groups: number of groups of examples with separate statistics in training: see
+            `trainer.models.norm:GroupedBatchNorm`. With 1, statistics are of the global batch.
+        activation: applied after each normalization.
+        dtype: dtype of the computation; None follows inputs and parameters.
     """
 
     stages: Sequence[int] = (2, 2, 2, 2)
@@ -131,18 +133,19 @@ class ResNet(nn.Module):
 
         Args:
             x: images.
-            train: normalise by the batch, and let the running statistics follow.
+            train: whether to normalize by the batch and update the running statistics.
 
         Raises:
-            ValueError: if there is no such block or stem.
+            ValueError: for an unknown block or stem.
         """
-        block = _named('block', self.block, basic=BasicBlock, bottleneck=BottleneckBlock)
-        size, strides, pad = _named('stem', self.stem, large=(7, 2, 3), small=(3, 1, 1))
+        block = _select('block', self.block, basic=BasicBlock, bottleneck=BottleneckBlock)
+        size, strides, pad = _select('stem', self.stem, large=(7, 2, 3), small=(3, 1, 1))
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm = functools.partial(
             GroupedBatchNorm, groups=self.norm_groups, use_running_average=not train,
             momentum=self.momentum, epsilon=1e-5, dtype=self.dtype,
         )  # fmt: skip
+        # Explicit padding as in PyTorch: with strides, 'SAME' would pad unevenly.
         padding = [(pad, pad), (pad, pad)]
         x = conv(self.features, (size, size), strides, padding=padding, name='conv_init')(x)
         x = self.activation(norm(name='bn_init')(x))
@@ -161,7 +164,7 @@ class ResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name='head')(x.mean((1, 2)))
 
 
-def _named(what: str, name: str, **known: Any) -> Any:
-    if name not in known:
-        raise ValueError(f'{what}: {name!r} is none of {", ".join(known)}')
-    return known[name]
+def _select(option: str, name: str, **choices: Any) -> Any:
+    if name not in choices:
+        raise ValueError(f'{option}: {name!r} is none of {", ".join(choices)}')
+    return choices[name]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoder-only transformer language model whose arrays name their axes.
+"""A decoder-only transformer language model with named dimensions.
 
-The names ('embed', 'heads', ...) say what a dimension is, not where it goes: `config.sharding` maps
-them to the axes of the device mesh, and on one device they mean nothing.
+The names ('embed', 'heads', ...) say what a dimension is, not where it is placed: `config.sharding`
+maps them to mesh axes. On one device they have no effect.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ Initializer = Callable[..., Any]
 _ACTIVATIONS = ('batch', 'length', 'embed')
 
 
-def _named(init: Initializer, *axes: str) -> Initializer:
+def _with_axes(init: Initializer, *axes: str) -> Initializer:
     return nn.with_logical_partitioning(init, axes)
 
 
 def _layer_norm(name: str, **dtypes: Any) -> nn.LayerNorm:
-    scale = _named(nn.initializers.ones, 'embed')
-    bias = _named(nn.initializers.zeros, 'embed')
+    scale = _with_axes(nn.initializers.ones, 'embed')
+    bias = _with_axes(nn.initializers.zeros, 'embed')
     return nn.LayerNorm(scale_init=scale, bias_init=bias, name=name, **dtypes)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose heads may be spread over devices.
+    """Multi-head self-attention whose heads can be sharded over devices.
 
-    Flax's own (`nn.MultiHeadDotProductAttention`) has kernels of three dimensions that it makes
-    from two; their names cannot be kept while a mesh is set.
+    Flax's `nn.MultiHeadDotProductAttention` initializes its three-dimensional kernels as matrices,
+    which makes naming their dimensions fail while a mesh is set.
 
     Attributes:
-        heads: they divide the width.
-        cache_length: of the keys and values that are kept from call to call; 0 for none.
-        dtype: of the computation; None follows inputs and parameters.
-        param_dtype: of the parameters.
+        heads: number of attention heads; must divide the width.
+        cache_length: length of the cache of keys and values for decoding; 0 for no cache.
+        dtype: dtype of the computation; None follows inputs and parameters.
+        param_dtype: dtype of the parameters.
     """
 
     heads: int
@@ -56,29 +56,37 @@ class Attention(nn.Module):
         init = nn.initializers.lecun_normal()
 
         def project(name: str) -> jax.Array:
-            y = nn.Dense(width, kernel_init=_named(init, 'embed', 'heads'), name=name, **dtypes)(x)
+            y = nn.Dense(
+                width, kernel_init=_with_axes(init, 'embed', 'heads'), name=name, **dtypes
+            )(x)
             y = y.reshape(batch, length, self.heads, width // self.heads)
             return nn.with_logical_constraint(y, ('batch', 'length', 'heads', 'head_dim'))
 
         query, key, value = (project(name) for name in ('query', 'key', 'value'))
         if self.cache_length:
-            key, value = self._kept('keys', key, start), self._kept('values', value, start)
-        # bfloat16 probabilities would not sum up to 1, so the softmax is in float32. Its result is
+            key, value = (
+                self._update_cache('keys', key, start),
+                self._update_cache('values', value, start),
+            )
+        # bfloat16 probabilities would not sum to 1, so the softmax is in float32. Its result is
         # cast back: otherwise it would promote the next product and everything after it.
         weights = nn.dot_product_attention_weights(
             query, key, mask=mask, force_fp32_for_softmax=True
         ).astype(value.dtype)
         y = jnp.einsum('...hqk,...khd->...qhd', weights, value).reshape(x.shape)
-        return nn.Dense(width, kernel_init=_named(init, 'heads', 'embed'), name='out', **dtypes)(y)
+        return nn.Dense(
+            width, kernel_init=_with_axes(init, 'heads', 'embed'), name='out', **dtypes
+        )(y)
 
-    def _kept(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:
-        """Returns all that is in the cache, (batch, cache_length, ...), with these from `start`."""
+    def _update_cache(self, name: str, new: jax.Array, start: jax.Array | int) -> jax.Array:
+        """Writes `new` into the cache at `start`; returns all of it (batch, cache_length, ...)."""
         shape = (new.shape[0], self.cache_length, *new.shape[2:])
         cache = self.variable('cache', name, jnp.zeros, shape, new.dtype)
+        # The call that creates the cache must leave it empty.
         if not self.is_initializing():
             # A cache that was created before the parameters were cast has another dtype.
-            kept = new.astype(cache.value.dtype)
-            cache.value = jax.lax.dynamic_update_slice(cache.value, kept, (0, start, 0, 0))
+            update = new.astype(cache.value.dtype)
+            cache.value = jax.lax.dynamic_update_slice(cache.value, update, (0, start, 0, 0))
         return cache.value.astype(new.dtype)
 
 
@@ -86,13 +94,13 @@ class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual connection.
 
     Attributes:
-        heads: attention heads; they divide the width.
+        heads: number of attention heads; must divide the width.
         mlp_width: hidden units of the MLP.
         dropout_rate: probability of dropping an element of each branch's output in training.
         train: whether dropout is active.
-        cache_length: as in `Attention`.
-        dtype: of the computation; None follows inputs and parameters.
-        param_dtype: of the parameters.
+        cache_length: see `Attention`.
+        dtype: dtype of the computation; None follows inputs and parameters.
+        param_dtype: dtype of the parameters.
     """
 
     heads: int
@@ -107,12 +115,12 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array, start: jax.Array | int = 0
     ) -> tuple[jax.Array, None]:
-        """Returns (batch, length, width) for inputs of the same shape, and None: scan's output.
+        """Returns (batch, length, width) for inputs of the same shape, and None for `nn.scan`.
 
         Args:
             x: (batch, length, width).
-            mask: broadcast to (batch, heads, length, keys); false where attention may not look.
-            start: place of the first of the inputs in the cache, if there is one.
+            mask: bool, broadcast to (batch, heads, length, keys); False where masked.
+            start: index of the first input in the cache, if there is one.
         """
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         init = nn.initializers.lecun_normal()
@@ -127,11 +135,11 @@ class Block(nn.Module):
 
         y = _layer_norm('mlp_norm', **dtypes)(x)
         y = nn.Dense(
-            self.mlp_width, kernel_init=_named(init, 'embed', 'mlp'), name='mlp_in', **dtypes
+            self.mlp_width, kernel_init=_with_axes(init, 'embed', 'mlp'), name='mlp_in', **dtypes
         )(y)
         y = nn.with_logical_constraint(nn.gelu(y), ('batch', 'length', 'mlp'))
         y = nn.Dense(
-            x.shape[-1], kernel_init=_named(init, 'mlp', 'embed'), name='mlp_out', **dtypes
+            x.shape[-1], kernel_init=_with_axes(init, 'mlp', 'embed'), name='mlp_out', **dtypes
         )(y)
         return nn.with_logical_constraint(x + dropout(y), _ACTIVATIONS), None
 
@@ -140,23 +148,23 @@ class Transformer(nn.Module):
     """Predicts the next token at every position.
 
     Attributes:
-        vocab_size: number of tokens.
+        vocab_size: size of the vocabulary.
         layers: number of blocks.
-        width: of the residual stream.
-        heads: attention heads; they divide the width.
+        width: width of the residual stream.
+        heads: number of attention heads; must divide the width.
         mlp_width: hidden units of each MLP; by default 4 x width.
-        max_length: longest sequence that has position embeddings.
-        dropout_rate: in training, of embeddings and of each branch.
-        scan_layers: compile one block and loop over it: the layers' parameters are stacked in a
-            first dimension 'layers'. Compiles faster; may run slower.
-        unroll: blocks that one turn of that loop computes.
-        remat: 'none'; 'full': compute each block's activations again in the backward pass instead
-            of keeping them; or what is kept, a name of `jax.checkpoint_policies` such as
-            'dots_saveable'.
-        decode: keep keys and values from call to call, in the collection 'cache': each call goes on
-            behind the tokens of the last one. For `trainer.models.generation`.
-        dtype: of the computation, such as bfloat16; None follows the parameters.
-        param_dtype: of the parameters.
+        max_length: maximum length of a sequence: number of position embeddings.
+        dropout_rate: dropout of the embeddings and of each branch in training.
+        scan_layers: whether to compile one block and scan over the layers, whose parameters are
+            stacked in a leading dimension 'layers'. Compiles faster; may run slower.
+        unroll: number of blocks per iteration of the scan.
+        remat: 'none'; 'full' to recompute each block's activations in the backward pass instead of
+            saving them; or the name of a policy in `jax.checkpoint_policies`, such as
+            'dots_saveable', for what to save.
+        decode: whether to cache keys and values in the collection 'cache', so that each call
+            continues the tokens of the previous one. For `trainer.models.generation`.
+        dtype: dtype of the computation, such as bfloat16; None follows the parameters.
+        param_dtype: dtype of the parameters.
     """
 
     vocab_size: int = 256
@@ -174,7 +182,7 @@ class Transformer(nn.Module):
     param_dtype: Any = jnp.float32
 
     def __post_init__(self) -> None:
-        """Raises ValueError for options that do not fit, before anything is traced."""
+        """Raises ValueError for invalid options, before anything is traced."""
         if self.heads < 1 or self.width % self.heads:
             raise ValueError(f'heads={self.heads} does not divide width={self.width}')
         _policy(self.remat)
@@ -192,23 +200,24 @@ class Transformer(nn.Module):
         """Returns logits (batch, length, vocab_size) for integer tokens (batch, length).
 
         Args:
-            tokens: of one sequence in each row, or of several packed ones.
+            tokens: one sequence per example, or several packed ones.
             train: whether dropout is active.
-            segments: int (batch, length), which sequence a token is of; none looks at another.
-            positions: int (batch, length), the place of a token in its sequence; by default in its
-                row.
+            segments: int (batch, length), the index of each token's sequence; attention is
+                restricted to the same sequence.
+            positions: int (batch, length), the position of each token in its sequence; by default
+                its position in the example.
         """
         length = tokens.shape[1]
         if length > self.max_length:
             raise ValueError(f'{length} tokens, but max_length is {self.max_length}')
-        embedding = _named(nn.initializers.normal(0.02), 'vocab', 'embed')
+        embedding = _with_axes(nn.initializers.normal(0.02), 'vocab', 'embed')
         dtypes = dict(dtype=self.dtype, param_dtype=self.param_dtype)
         x = nn.Embed(
             self.vocab_size, self.width, embedding_init=embedding, name='tokens', **dtypes
         )(tokens)
         table = self.param(
             'positions',
-            _named(nn.initializers.normal(0.02), 'length', 'embed'),
+            _with_axes(nn.initializers.normal(0.02), 'length', 'embed'),
             (self.max_length, self.width),
             self.param_dtype,
         )
@@ -216,6 +225,7 @@ class Transformer(nn.Module):
         if self.decode:
             index = self.variable('cache', 'index', jnp.zeros, (), jnp.int32)
             start = index.value
+            # The call that creates the cache must not advance it.
             if not self.is_initializing():
                 index.value = start + length
             positions = start + jnp.arange(length)
@@ -226,15 +236,16 @@ class Transformer(nn.Module):
 
         mask = nn.make_causal_mask(tokens, dtype=bool)
         if self.decode:
-            kept = jnp.arange(self.max_length)
-            mask = (kept <= start + jnp.arange(length)[:, None])[None, None]
+            # Keys are those of the whole cache. Its unused part is after all queries.
+            keys = jnp.arange(self.max_length)
+            mask = (keys <= start + jnp.arange(length)[:, None])[None, None]
         elif segments is not None:
             same = nn.make_attention_mask(segments, segments, jnp.equal, dtype=bool)
             mask = nn.combine_masks(mask, same, dtype=bool)
         x = self._blocks(x, mask, start, train)
 
         x = _layer_norm('norm', **dtypes)(x)
-        init = _named(nn.initializers.lecun_normal(), 'embed', 'vocab')
+        init = _with_axes(nn.initializers.lecun_normal(), 'embed', 'vocab')
         logits = nn.Dense(self.vocab_size, kernel_init=init, name='logits', **dtypes)(x)
         return nn.with_logical_constraint(logits, ('batch', 'length', 'vocab'))
 
@@ -244,6 +255,7 @@ class Transformer(nn.Module):
         block: Any = Block
         if self.remat != 'none':
             policy = _policy(self.remat)
+            # Within a scan, XLA does not merge the recomputation with the original (CSE).
             block = nn.remat(Block, policy=policy, prevent_cse=not self.scan_layers)
         options = dict(
             heads=self.heads,
@@ -257,6 +269,7 @@ class Transformer(nn.Module):
         if self.scan_layers:
             stack = nn.scan(
                 block,
+                # With the collections of recorders and decoding: a scan drops those not listed.
                 variable_axes={'params': 0, 'cache': 0, 'intermediates': 0, 'perturbations': 0},
                 split_rngs={'params': True, 'dropout': True},
                 in_axes=nn.broadcast,
@@ -271,7 +284,7 @@ class Transformer(nn.Module):
 
 
 def _policy(name: str) -> Any:
-    """Returns the policy of `jax.checkpoint` that an option names, None for none."""
+    """Returns the policy of `jax.checkpoint` for the option `remat`, or None."""
     policies = {
         key: value for key, value in vars(jax.checkpoint_policies).items() if _is_policy(value)
     }
@@ -283,7 +296,7 @@ def _policy(name: str) -> Any:
 
 
 def _is_policy(value: Any) -> bool:
-    """Whether it says what is kept: others of `jax.checkpoint_policies` make what does so."""
+    """Whether this is a policy: other members of `jax.checkpoint_policies` create policies."""
     # A policy is called with a primitive and the primitive's parameters by name.
     kinds = [p.kind for p in inspect.signature(value).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds

@@ -47,7 +47,15 @@ assert compat.coordination_client() is None and compat.coordinator_address() == 
 jax.distributed.initialize(sys.argv[1], 1, 0)
 client = compat.coordination_client()
 client.key_value_set('key', 'value')
-print(json.dumps([client.blocking_key_value_get('key', 1000), compat.coordinator_address()]))
+client.key_value_set_bytes('bytes', b'\\0\\1')
+content = client.blocking_key_value_get_bytes('bytes', 1000)
+client.key_value_delete('bytes')
+try:
+    client.blocking_key_value_get_bytes('bytes', 10)
+except Exception as error:
+    is_timeout = compat.is_timeout(error)
+found = [client.blocking_key_value_get('key', 1000), content == b'\\0\\1', is_timeout]
+print(json.dumps([found, compat.coordinator_address()]))
 """
 
 
@@ -84,7 +92,12 @@ def coordination_value() -> tuple[str, str, str]:
 
 
 def test_coordination_client() -> None:
-    assert coordination_value()[0] == 'value'
+    assert coordination_value()[0][:2] == ['value', True]
+
+
+def test_is_timeout() -> None:
+    assert coordination_value()[0][2]
+    assert not compat.is_timeout(ValueError('UNAVAILABLE'))
 
 
 def test_coordinator_address() -> None:
@@ -174,15 +187,17 @@ def test_unbound_axis() -> None:
     assert compat.unbound_axis(NameError('no')) is None
 
 
-def test_wrong_rank() -> None:
+def test_rank_mismatch() -> None:
     sharding = NamedSharding(mesh('a', 'b'), PartitionSpec('a', 'b'))
 
     def constrained(x: jax.Array) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    spec, rank = compat.wrong_rank(raised(lambda: jax.eval_shape(constrained, jnp.ones(2)))) or ()
+    spec, rank = (
+        compat.rank_mismatch(raised(lambda: jax.eval_shape(constrained, jnp.ones(2)))) or ()
+    )
     assert "'a', 'b'" in spec and rank == 1
-    assert compat.wrong_rank(ValueError('no')) is None
+    assert compat.rank_mismatch(ValueError('no')) is None
 
 
 def test_refuses_type() -> None:
@@ -194,7 +209,7 @@ def test_refuses_type() -> None:
     assert not compat.refuses_type(TypeError('no'), Odd)
 
 
-def test_is_note_on_frames() -> None:
+def test_is_frames_note() -> None:
     def fail(x: jax.Array) -> jax.Array:
         raise ValueError('no')
 
@@ -204,8 +219,8 @@ def test_is_note_on_frames() -> None:
         (note,) = raised(lambda: jax.jit(fail)(1.0)).__notes__
     finally:
         jax.config.update('jax_traceback_filtering', before)
-    assert compat.is_note_on_frames(note)
-    assert not compat.is_note_on_frames('a note of a user')
+    assert compat.is_frames_note(note)
+    assert not compat.is_frames_note('a note of a user')
 
 
 def test_name_stack() -> None:
@@ -249,20 +264,20 @@ def test_refused_argument() -> None:
     assert compat.refused_argument(ValueError('no')) is None
 
 
-def test_is_of_optax() -> None:
+def test_is_optax_error() -> None:
     tx = optax.adam(0.1)
     state = tx.init({'w': jnp.ones(2)})
-    assert compat.is_of_optax(raised(lambda: tx.update({'v': jnp.ones(2)}, state)))
+    assert compat.is_optax_error(raised(lambda: tx.update({'v': jnp.ones(2)}, state)))
 
     def fail(count: Any) -> Any:
         raise ValueError('no')
 
-    assert not compat.is_of_optax(raised(update(optax.scale_by_schedule(fail))))
+    assert not compat.is_optax_error(raised(update(optax.scale_by_schedule(fail))))
 
 
-def test_is_own_field() -> None:
+def test_is_reduction_counter() -> None:
     kind = clu.metrics.Collection.create(loss=clu.metrics.Average.from_output('loss'))
-    fields = [name for name in vars(kind.empty()) if not compat.is_own_field(name)]
+    fields = [name for name in vars(kind.empty()) if not compat.is_reduction_counter(name)]
     assert fields == ['loss'] and len(vars(kind.empty())) == 2
 
 
@@ -310,9 +325,9 @@ def test_is_orbax_array(tmp_path: pathlib.Path) -> None:
     assert not compat.is_orbax_array(directory.parent)
 
 
-def test_synchronous_directories() -> None:
+def test_async_options() -> None:
     assert ocp.AsyncOptions().create_directories_asynchronously is True
-    assert compat.synchronous_directories().create_directories_asynchronously is False
+    assert compat.async_options().create_directories_asynchronously is False
 
 
 def test_commit_future(tmp_path: pathlib.Path) -> None:
@@ -375,10 +390,10 @@ def test_is_dotted_key() -> None:
     assert not compat.is_dotted_key(ValueError('no'))
 
 
-def test_is_other_type() -> None:
+def test_is_type_change() -> None:
     config = ml_collections.ConfigDict({'a': 1})
-    assert compat.is_other_type(raised(lambda: setattr(config, 'a', 'text')))
-    assert not compat.is_other_type(TypeError('no'))
+    assert compat.is_type_change(raised(lambda: setattr(config, 'a', 'text')))
+    assert not compat.is_type_change(TypeError('no'))
 
 
 def test_tensorboard_events(tmp_path: pathlib.Path) -> None:
@@ -391,6 +406,12 @@ def test_tensorboard_events(tmp_path: pathlib.Path) -> None:
     writer.close()
     (file,) = tmp_path.iterdir()
     assert file.name.endswith('.suffix') and event.SerializeToString() in file.read_bytes()
+
+
+def test_tensorboard_text() -> None:
+    value = compat.tensorboard_text('eval/samples', 'a text')
+    assert value.tag.startswith('eval/samples') and value.tensor.string_val == [b'a text']
+    assert value.metadata.plugin_data.plugin_name == 'text'
 
 
 # ---- xla -----------------------------------------------------------------------------------------

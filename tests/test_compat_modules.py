@@ -143,7 +143,7 @@ def test_without_collection(given: Any) -> None:
         assert 'batch_stats' in changed
 
 
-def test_key_below() -> None:
+def test_fold_in_path() -> None:
     """A submodule by itself draws the same numbers as inside the model."""
 
     class Outer(nn.Module):
@@ -153,18 +153,18 @@ def test_key_below() -> None:
 
     whole = Outer().apply({}, jnp.ones(64), rngs={'dropout': RNG})
     part = nn.Dropout(0.5, deterministic=False)
-    alone = part.apply({}, jnp.ones(64), rngs={'dropout': compat.key_below(RNG, ('part',))})
+    alone = part.apply({}, jnp.ones(64), rngs={'dropout': compat.fold_in_path(RNG, ('part',))})
     np.testing.assert_array_equal(whole, alone)
 
 
 @pytest.mark.parametrize('linen', [True, False], ids=['linen', 'nnx'])
-def test_set_in_call(linen: bool) -> None:
+def test_set_attribute(linen: bool) -> None:
     """A field is replaced during a call of its module, although frozen or of another trace."""
 
     def call(module: Any) -> Any:
         with pytest.raises((errors.SetAttributeFrozenModuleError, errors.TraceContextError)):
             module.epsilon = 1.0
-        compat.set_in_call(module, 'epsilon', 0.5)
+        compat.set_attribute(module, 'epsilon', 0.5)
         return module.epsilon
 
     if linen:
@@ -178,9 +178,9 @@ def test_is_call_of() -> None:
     """Flax's call of a layer is distinguished from that of a lifted class around it."""
     found: list[bool] = []
 
-    def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         found.append(compat.is_call_of(context, (nn.BatchNorm, nn.LayerNorm)))
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(intercept):
         nn.LayerNorm().init(RNG, X)
@@ -266,7 +266,7 @@ def test_subclass_and_set_class() -> None:
     def call(self: Any, x: jax.Array) -> jax.Array:
         return 2 * Initial.__call__(self, x)
 
-    kind = compat.subclass(Initial, call)
+    kind = compat.make_subclass(Initial, call)
     assert Initial.subclasses == ()
     assert issubclass(kind, Initial) and kind.__qualname__ == Initial.__qualname__
     module = Initial(nnx.Rngs(0))
@@ -304,7 +304,7 @@ def test_dimension_names() -> None:
 
 
 @pytest.mark.slow
-def test_allowing_sow() -> None:
+def test_allow_sow() -> None:
     """NNX's warnings of `sow` and `perturb` are silent in it, and others are not."""
     module = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
 
@@ -317,7 +317,7 @@ def test_allowing_sow() -> None:
     assert len(found) == 2
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        with compat.allowing_sow():
+        with compat.allow_sow():
             sow()
             with pytest.raises(DeprecationWarning, match='another'):
                 warnings.warn('another', DeprecationWarning, stacklevel=1)

@@ -145,9 +145,15 @@ def test_the_walk_through_the_code_names_methods() -> None:
 
 @pytest.mark.parametrize('name', [name for name in PAGES if name.startswith('docs/')])
 def test_the_site_reads_it_as_a_repository_does(name: str) -> None:
-    """Python-Markdown needs a blank line above lists and tables, and four spaces to nest."""
-    above = ''
+    """Python-Markdown needs a blank line above lists and tables, and four spaces to nest.
+
+    A list also needs a blank line after a paragraph that is nested in it.
+    """
+    above, in_nested = '', False
     for line in PAGES[name].sentences.splitlines():
+        if not above.strip():
+            in_nested = bool(re.match(r' {4}(?! *([-*]|\d+\.) )', line))
+        assert not (in_nested and re.match(r'([-*]|\d+\.) ', line)), f'no blank line above: {line}'
         nested = re.match(r'( +)([-*]|\d+\.) ', line)
         assert not nested or len(nested[1]) % 4 == 0, f'nest lists by four spaces: {line}'
         for start in (r' *([-*]|1\.) ', r'\|'):

@@ -86,11 +86,19 @@ def test_the_search_finds_a_page(question: str, heading: str, address: str) -> N
 @pytest.mark.skipif(browser.PROGRAM is None, reason='needs the package chromium')
 @pytest.mark.parametrize('width', [1280, 400])
 def test_no_page_is_wider_than_the_window(width: int, address: str, site: pathlib.Path) -> None:
-    """Code and tables scroll by themselves, and every page has one title."""
+    """Code and tables scroll by themselves, no flag is broken, and every page has one title."""
     paths = sorted(path.parent.relative_to(site).as_posix() for path in site.rglob('index.html'))
     assert len(paths) > 10
+    flags = 0
+    broken = (
+        "[...document.querySelectorAll('.md-content .flag')]"
+        '.filter(flag => flag.getClientRects().length > 1).length'
+    )
     with browser.Browser(width) as page:
         for path in paths:
             page.open(f'{address}/' if path == '.' else f'{address}/{path}/')
             assert page.value('document.documentElement.scrollWidth') <= width, path
             assert page.value("document.querySelectorAll('h1').length") == 1, path
+            assert page.value(broken) == 0, path
+            flags += page.value("document.querySelectorAll('.flag').length")
+    assert flags > 10

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States to save, and saves that stay half done for as long as they are told."""
+"""States to save, and saves that are delayed or fail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 
 def state(seed: int = 0) -> dict[str, Any]:
-    """Large enough that each matrix has a file of its own."""
+    """Large enough that Orbax writes a file for each matrix."""
     rng = np.random.default_rng(seed)
     return {
         'params': {'kernel': jnp.asarray(rng.normal(size=(60, 70)).astype('f4'))},
@@ -25,7 +25,7 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-class Held(dict[str, Any]):
+class Delayed(dict[str, Any]):
     """JSON values whose writing waits for `release`: until then the save is not committed."""
 
     def __init__(self, **values: Any):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as a user meets them: by the command line, and in a notebook that fits often."""
+"""Checkpoints on the command line, and in a notebook that calls `fit` repeatedly."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def contents(directory: pathlib.Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'step'), [('best', 20), ('20', 20), ('60', 60), ('latest', 60)])
 def test_eval_of_a_step(trained: pathlib.Path, name: str, step: int) -> None:
-    """It finds the numbers that the run found at that step, and leaves the directory as it was."""
+    """The metrics are those of the run at that step, and the directory does not change."""
     before = contents(trained)
     done = run_mode(trained, '--mode=eval', f'--step={name}')
     assert done.code == 0, done.err
@@ -69,14 +69,14 @@ def test_the_best_needs_a_metric(trained: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_eval_of_a_step_that_is_not_there(trained: pathlib.Path) -> None:
+def test_eval_of_a_missing_step(trained: pathlib.Path) -> None:
     done = run_mode(trained, '--mode=eval', '--step=40')
     assert done.code == 2
     assert "no checkpoint '40'" in done.err and 'available: 20, 60' in done.err
 
 
 @pytest.mark.slow
-def test_another_model_is_told_leaf_by_leaf(trained: pathlib.Path) -> None:
+def test_another_model_lists_the_leaves(trained: pathlib.Path) -> None:
     done = run_mode(trained, '--mode=eval', '--config.model.features=(32, 10)')
     assert done.code == 2
     assert (
@@ -86,7 +86,7 @@ def test_another_model_is_told_leaf_by_leaf(trained: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_told_with_its_exit_code(trained: pathlib.Path) -> None:
+def test_a_damaged_checkpoint_has_its_exit_code(trained: pathlib.Path) -> None:
     (path,) = (trained / 'checkpoints' / '20' / 'state').glob('_METADATA')
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_told_with_its_exit_code(trained: pathlib.Path) 
 
 
 @pytest.mark.slow
-def test_many_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
+def test_repeated_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
     def threads() -> set[threading.Thread]:
         # Those that compile are of the process, at most two.
         return {t for t in threading.enumerate() if not t.name.startswith('compile')}
@@ -120,21 +120,21 @@ def test_many_fits_leave_no_threads(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('how', ['copied', 'linked', 'renamed'])
-def test_a_step_by_another_name_is_not_believed(trained: pathlib.Path, how: str) -> None:
+def test_a_renamed_checkpoint_is_refused(trained: pathlib.Path, how: str) -> None:
     """The digest matches the arrays; only the step does not match the directory name."""
     checkpoints = trained / 'checkpoints'
-    other, held = checkpoints / '50', checkpoints / '60'
+    other, original = checkpoints / '50', checkpoints / '60'
     make = {
-        'copied': lambda: shutil.copytree(held, other),
-        'linked': lambda: other.symlink_to(held),
-        'renamed': lambda: held.rename(other),
+        'copied': lambda: shutil.copytree(original, other),
+        'linked': lambda: other.symlink_to(original),
+        'renamed': lambda: original.rename(other),
     }
     make[how]()
     try:
         done = run_mode(trained, '--mode=eval', '--step=50')
     finally:
         if how == 'renamed':
-            other.rename(held)
+            other.rename(original)
         elif how == 'linked':
             other.unlink()
         else:

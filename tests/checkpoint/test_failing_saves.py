@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves that fail: told soon, with the cause; what lasts ends the run, what passes does not."""
+"""Failing saves are reported soon, with the cause; only permanent errors end the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests import command
-from tests.checkpoint.examples import Held, Unwritable, abstract, state
+from tests.checkpoint.examples import Delayed, Unwritable, abstract, state
 from trainer.checkpoint import writing
 from trainer.checkpoint.errors import SaveError, first_line, is_temporary
 from trainer.checkpoint.manager import Checkpoints, Retention
@@ -45,7 +45,9 @@ def no_space() -> OSError:
 
 
 @pytest.mark.parametrize('notice', ['check', 'wait', 'close', 'save'])
-def test_what_lasts_is_an_error_with_the_cause(tmp_path: pathlib.Path, notice: str) -> None:
+def test_a_permanent_failure_is_an_error_with_the_cause(
+    tmp_path: pathlib.Path, notice: str
+) -> None:
     checkpoints = failing(tmp_path, no_space())
     with pytest.raises(SaveError) as error:
         if notice == 'save':
@@ -57,13 +59,13 @@ def test_what_lasts_is_an_error_with_the_cause(tmp_path: pathlib.Path, notice: s
         'Fix the cause; running the same command again resumes from step 1.'
     )
     assert error.value.exit_code == 1
-    # It was told once, and nothing more was tried.
+    # It was reported once, and nothing was retried.
     checkpoints.close()
     assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize('notice', ['check', 'save'])
-def test_what_may_pass_is_a_warning_and_the_next_save_tries_again(
+def test_a_temporary_failure_is_a_warning_and_the_next_save_tries_again(
     tmp_path: pathlib.Path, notice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = failing(tmp_path, eio())
@@ -96,21 +98,21 @@ def test_a_failed_step_can_be_saved_again(tmp_path: pathlib.Path) -> None:
     assert int(checkpoints.restore(2, abstract(state()))['count']) == 20
 
 
-def test_a_look_at_a_save_that_is_being_written_does_not_wait(tmp_path: pathlib.Path) -> None:
-    checkpoints, held = Checkpoints(tmp_path, Retention()), Held(x=1)
+def test_checking_a_save_in_progress_does_not_wait(tmp_path: pathlib.Path) -> None:
+    checkpoints, delayed = Checkpoints(tmp_path, Retention()), Delayed(x=1)
     checkpoints.check()
-    checkpoints.save(1, state(), {'held': held})
-    assert held.reached.wait(60)
+    checkpoints.save(1, state(), {'delayed': delayed})
+    assert delayed.reached.wait(60)
     checkpoints.check()
     assert checkpoints.has(1) and checkpoints.steps() == []
-    held.release.set()
+    delayed.release.set()
     checkpoints.wait()
     checkpoints.check()
     assert checkpoints.steps() == [1]
 
 
-def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path: pathlib.Path) -> None:
-    """Orbax alone waits ten minutes for the directory that it could not make."""
+def test_an_unwritable_directory_is_reported_at_once(tmp_path: pathlib.Path) -> None:
+    """Without the check, Orbax waits ten minutes for the directory that it could not create."""
     checkpoints = Checkpoints(tmp_path / 'checkpoints', Retention())
     checkpoints.save(1, state(), {})
     checkpoints.wait()
@@ -121,7 +123,7 @@ def test_a_directory_that_cannot_be_written_is_told_at_once(tmp_path: pathlib.Pa
         checkpoints.wait()
 
 
-def test_a_directory_that_goes_before_the_save_keeps_no_thread_waiting(
+def test_no_thread_waits_for_a_deleted_directory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Orbax's threads would wait five minutes for the directory of the step."""
@@ -156,7 +158,7 @@ def test_a_directory_that_goes_before_the_save_keeps_no_thread_waiting(
         (TypeError('a bug'), False),
     ],
 )
-def test_what_may_pass(error: Exception, expected: bool) -> None:
+def test_is_temporary(error: Exception, expected: bool) -> None:
     assert is_temporary(error) == expected
 
 
@@ -164,7 +166,7 @@ def test_what_may_pass(error: Exception, expected: bool) -> None:
     'details',
     ['\nand pages', " [os_error_code='28'] [tensorstore_spec='{}']", '. See full TensorStore: {}'],
 )
-def test_pages_of_details_become_a_line_with_the_cause(details: str) -> None:
+def test_details_are_shortened_to_a_line_with_the_cause(details: str) -> None:
     text = first_line(ValueError('start ' + 'x' * 900 + ' the cause' + details))
     assert text.startswith('ValueError: start x') and text.removesuffix('.').endswith('x the cause')
     assert len(text) < 330
@@ -203,7 +205,7 @@ EVENTS: list[tuple[str, int]] = []
 
 
 def spoil(event: Any) -> None:
-    """Puts a file in the place of the checkpoints, and waits until the save has met it."""
+    """Replaces the directory of checkpoints by a file, and waits until the save has failed."""
     EVENTS.append((event.kind, event.step))
     if event.kind == 'start':
         (pathlib.Path(event.workdir) / 'checkpoints').write_text('a file')
@@ -214,7 +216,7 @@ def spoil(event: Any) -> None:
 
 
 def spoil_and_stay(event: Any) -> None:
-    """Breaks saves like `spoil`, and starts a thread that waits for much too long."""
+    """Breaks saves like `spoil`, and starts a thread that runs for much too long."""
     if event.kind == 'start':
         threading.Thread(target=time.sleep, args=(300,)).start()
     spoil(event)

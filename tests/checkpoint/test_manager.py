@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saves: their names, their last act, their digest; and what is no checkpoint at all."""
+"""Saves: names, commits and digests; incomplete saves and other files are not checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests import command
-from tests.checkpoint.examples import Held, abstract, state
+from tests.checkpoint.examples import Delayed, abstract, state
 from trainer.checkpoint.manager import Checkpoints, Retention
 from trainer.config.errors import UserError
 
@@ -29,8 +29,8 @@ def save_all(directory: pathlib.Path, *steps: int) -> None:
 
 
 @pytest.mark.parametrize('exists', [False, True])
-def test_nothing_is_there(tmp_path: pathlib.Path, exists: bool) -> None:
-    """H20: asking makes no directory, and a run begins where nothing is."""
+def test_an_empty_directory(tmp_path: pathlib.Path, exists: bool) -> None:
+    """H20: listing creates no directory, and a run starts from scratch."""
     directory = tmp_path / 'checkpoints'
     if exists:
         directory.mkdir()
@@ -54,7 +54,7 @@ def test_a_checkpoint_is_named_by_its_step(tmp_path: pathlib.Path) -> None:
     assert checkpoints.meta(12)['step'] == 12
 
 
-def test_foreign_names_are_neither_read_nor_removed(tmp_path: pathlib.Path) -> None:
+def test_other_names_are_neither_read_nor_removed(tmp_path: pathlib.Path) -> None:
     save_all(tmp_path, 5)
     foreign = ['notes', '5-backup', '007', '²', '-3', '6.orbax-checkpoint-tmp-0']
     for name in foreign:
@@ -72,10 +72,10 @@ def test_foreign_names_are_neither_read_nor_removed(tmp_path: pathlib.Path) -> N
     assert (tmp_path / 'readme.txt').exists() and (tmp_path / '9').exists()
 
 
-def test_what_was_cut_short_is_invisible_and_the_next_save_removes_it(
+def test_an_incomplete_save_is_ignored_and_the_next_save_removes_it(
     tmp_path: pathlib.Path,
 ) -> None:
-    """H12, H13: a crash in the middle of a save leaves the one before it."""
+    """H12, H13: a crash in the middle of a save keeps the previous checkpoint."""
     save_all(tmp_path, 1, 2, 3)
     for step in (2, 3):
         (tmp_path / str(step) / 'commit_success.txt').unlink()
@@ -102,35 +102,35 @@ def test_what_was_cut_short_is_invisible_and_the_next_save_removes_it(
         ('{"commit_timestamp_nsecs": "now"}', "'commit_timestamp_nsecs' is not a time"),
     ],
 )
-def test_damaged_notes_of_orbax_do_not_fail_the_next_save(
+def test_damaged_metadata_of_orbax_does_not_fail_the_next_save(
     tmp_path: pathlib.Path, text: str, problem: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_all(tmp_path, 5, 6)
-    notes = tmp_path / '6' / '_CHECKPOINT_METADATA'
-    notes.write_text(text)
+    metadata = tmp_path / '6' / '_CHECKPOINT_METADATA'
+    metadata.write_text(text)
     checkpoints = open_in(tmp_path, keep_last=3)
     checkpoints.restore(6, abstract(state()))
     checkpoints.save(7, state(7), {'step': 7})
     checkpoints.close()
     assert checkpoints.steps() == [5, 6, 7]
     assert (tmp_path / '6' / '_CHECKPOINT_METADATA.damaged').read_text() == text
-    assert not notes.exists() and (tmp_path / '5' / '_CHECKPOINT_METADATA').exists()
-    assert problem in caplog.text and str(notes) in caplog.text
+    assert not metadata.exists() and (tmp_path / '5' / '_CHECKPOINT_METADATA').exists()
+    assert problem in caplog.text and str(metadata) in caplog.text
 
 
-def test_a_reader_leaves_a_save_that_is_being_written(tmp_path: pathlib.Path) -> None:
-    writer, held = open_in(tmp_path), Held(x=1)
+def test_a_reader_does_not_touch_a_save_in_progress(tmp_path: pathlib.Path) -> None:
+    writer, delayed = open_in(tmp_path), Delayed(x=1)
     writer.save(1, state(1), {})
-    writer.save(2, state(2), {'held': held})
+    writer.save(2, state(2), {'delayed': delayed})
     try:
-        assert held.reached.wait(60)
+        assert delayed.reached.wait(60)
         reader = open_in(tmp_path)
         assert (reader.steps(), reader.best()) == ([1], None)
         assert int(reader.restore(1, abstract(state()))['count']) == 1
         reader.close()
         assert writer.has(2) and not reader.has(2)
     finally:
-        held.release.set()
+        delayed.release.set()
     writer.close()
     assert reader.steps() == [1, 2]
     assert int(reader.restore(2, abstract(state()))['count']) == 2
@@ -145,23 +145,23 @@ def test_the_digest_of_the_state_is_stored(tmp_path: pathlib.Path) -> None:
 
 
 def test_steps_that_donate_the_state_do_not_change_the_save(tmp_path: pathlib.Path) -> None:
-    """H12: the save is held until ten steps have overwritten the buffers that it was given."""
+    """H12: the save is delayed until ten steps have overwritten the buffers of the state."""
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2 + 1, tree), donate_argnums=0)
-    current, held = state(3), Held(x=1)
+    current, delayed = state(3), Delayed(x=1)
     expected = jax.tree.map(np.array, current)
     checkpoints = open_in(tmp_path)
-    checkpoints.save(1, current, {'held': held})
+    checkpoints.save(1, current, {'delayed': delayed})
     for _ in range(10):
         current = update(current)
     jax.block_until_ready(current)
-    held.release.set()
+    delayed.release.set()
     checkpoints.close()
     found = checkpoints.restore(1, abstract(expected))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_a_state_with_a_typed_key(tmp_path: pathlib.Path) -> None:
-    """Orbax copies such a state in the caller's thread, as it does with one on an accelerator."""
+    """Orbax copies such a state in the caller's thread, as it does on an accelerator."""
     tree = {**state(), 'key': jax.random.key(8)}
     checkpoints = open_in(tmp_path)
     checkpoints.save(1, tree, {})
@@ -176,13 +176,13 @@ def test_a_state_with_a_typed_key(tmp_path: pathlib.Path) -> None:
         checkpoints.restore(2, shapes)
 
 
-def test_no_thread_outlives_a_save_and_a_closed_one_saves_again(tmp_path: pathlib.Path) -> None:
+def test_no_thread_outlives_a_save_and_saving_works_after_close(tmp_path: pathlib.Path) -> None:
     gc.collect()
     before = set(threading.enumerate())
     checkpoints = open_in(tmp_path)
     for step in (1, 2):
         checkpoints.save(step, state(step), {})
         checkpoints.close()
-        # Those of asyncio are told to end, but not waited for.
+        # Those of asyncio are asked to end, but not waited for.
         command.wait_for(lambda: set(threading.enumerate()) <= before)
     assert checkpoints.steps() == [1, 2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Restores: another state is the user's mistake, named leaf by leaf; damage is damage."""
+"""Restores: a state of another form is an error that lists the leaves; damage is detected."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def saved(tmp_path: pathlib.Path) -> Checkpoints:
         ),
     ],
 )
-def test_another_state_is_a_mistake_that_names_the_leaf(
+def test_another_state_is_an_error_that_names_the_leaf(
     saved: Checkpoints, change: dict[str, Any], line: str
 ) -> None:
     with pytest.raises(UserError) as error:
@@ -59,8 +59,8 @@ def test_many_differences_are_counted(saved: Checkpoints) -> None:
     assert len(str(error.value).splitlines()) == 13
 
 
-def test_containers_and_what_holds_no_leaf_may_differ(tmp_path: pathlib.Path) -> None:
-    """An optimizer's chain that grew by a transformation without a state is no other state."""
+def test_containers_without_leaves_may_differ(tmp_path: pathlib.Path) -> None:
+    """Adding a transformation without state to a chain of optax does not change the state."""
     pair = Pair(mu=jnp.arange(3.0), nu=[jnp.int32(1), jnp.zeros((2, 2))])
     checkpoints = Checkpoints(tmp_path, Retention())
     checkpoints.save(1, {'opt': (pair, None), 'gone': {}}, {})
@@ -97,7 +97,7 @@ def data_file(step: pathlib.Path) -> pathlib.Path:
     ids=['data', 'json', 'tree', 'index', 'manifest'],
 )
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
-def test_damage_is_found_and_named(
+def test_damage_is_detected_and_named(
     saved: Checkpoints,
     damage: Callable[[pathlib.Path], None],
     find: Callable[[pathlib.Path], pathlib.Path],
@@ -111,8 +111,8 @@ def test_damage_is_found_and_named(
     assert error.value.exit_code == 65
 
 
-def test_one_that_goes_while_it_is_read_is_not_called_damaged(saved: Checkpoints) -> None:
-    """A run beside the reader keeps fewer checkpoints."""
+def test_a_checkpoint_deleted_during_the_read_is_not_called_damaged(saved: Checkpoints) -> None:
+    """A run may delete old checkpoints while another process reads them."""
     (saved.directory / '1').rmtree()
     with pytest.raises(CheckpointError, match='was deleted while it was being read'):
         saved.meta(1)

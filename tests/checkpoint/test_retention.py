@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which checkpoints stay."""
+"""Retention: which checkpoints are kept, and which one is the best."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def meta(value: float | None) -> dict[str, Any]:
 
 
 def kept(tmp_path: pathlib.Path, scores: Mapping[int, float], **retention: Any) -> Checkpoints:
-    """The checkpoints after a save of each step, by real saves."""
+    """Returns the checkpoints after a save of each step."""
     checkpoints = Checkpoints(tmp_path, Retention(**retention))
     for step, value in scores.items():
         checkpoints.save(step, state(), meta(value))
@@ -33,8 +33,8 @@ def kept(tmp_path: pathlib.Path, scores: Mapping[int, float], **retention: Any) 
 
 
 @pytest.mark.parametrize(('last', 'expected'), [(1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
-def test_the_last(tmp_path: pathlib.Path, last: int, expected: list[int]) -> None:
-    """H3."""
+def test_keep_last(tmp_path: pathlib.Path, last: int, expected: list[int]) -> None:
+    """H3: the newest are kept."""
     assert kept(tmp_path, dict.fromkeys(range(1, 5), 0.0), keep_last=last).steps() == expected
 
 
@@ -48,8 +48,8 @@ def test_every_nth_without_drift(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize(('mode', 'best'), [('max', 20), ('min', 30)])
-def test_the_best_and_the_newest(tmp_path: pathlib.Path, mode: str, best: int) -> None:
-    """H5."""
+def test_the_best_and_the_newest_are_kept(tmp_path: pathlib.Path, mode: str, best: int) -> None:
+    """H5: the best one is kept, NaN is ignored."""
     scores = {10: 0.5, 20: 0.9, 30: 0.1, 40: NAN, 50: 0.4}
     found = kept(tmp_path, scores, keep_last=1, best_metric=METRIC, best_mode=mode)
     assert found.best() == best
@@ -59,7 +59,7 @@ def test_the_best_and_the_newest(tmp_path: pathlib.Path, mode: str, best: int) -
     assert Checkpoints(tmp_path, again).best() == best
 
 
-def test_the_newest_stays_although_a_better_one_is_there(tmp_path: pathlib.Path) -> None:
+def test_the_newest_is_kept_although_another_one_is_better(tmp_path: pathlib.Path) -> None:
     scores = {1: 0.9, 2: 0.8, 3: 0.7, 4: 0.6}
     assert kept(tmp_path, scores, keep_last=2, best_metric=METRIC).steps() == [1, 3, 4]
 
@@ -70,20 +70,20 @@ def test_a_nan_is_never_the_best(tmp_path: pathlib.Path) -> None:
     assert found.steps() == [3]
 
 
-def test_of_equal_ones_the_newest(tmp_path: pathlib.Path) -> None:
+def test_the_newest_of_equal_ones_is_the_best(tmp_path: pathlib.Path) -> None:
     found = kept(
         tmp_path, dict.fromkeys((1, 2, 3), 0.5) | {4: 0.1}, keep_last=1, best_metric=METRIC
     )
     assert found.steps() == [found.best(), 4] == [3, 4]
 
 
-def test_another_mode_judges_the_checkpoints_that_are_there_anew(tmp_path: pathlib.Path) -> None:
+def test_another_mode_ranks_existing_checkpoints_again(tmp_path: pathlib.Path) -> None:
     kept(tmp_path, {1: 0.9, 2: 0.1, 3: 0.5}, keep_last=3, best_metric=METRIC)
     found = kept(tmp_path, {4: 0.6}, keep_last=1, best_metric=METRIC, best_mode='min')
     assert found.steps() == [2, 4]
 
 
-def test_one_whose_json_is_torn_is_not_the_best(tmp_path: pathlib.Path) -> None:
+def test_a_checkpoint_with_damaged_metadata_is_not_the_best(tmp_path: pathlib.Path) -> None:
     kept(tmp_path, {1: 0.9, 2: 0.1}, keep_last=9, best_metric=METRIC)
     (tmp_path / '1' / 'meta' / 'metadata').write_text('{"metrics": {')
     found = kept(tmp_path, {3: 0.05}, keep_last=1, best_metric=METRIC)
@@ -95,5 +95,5 @@ def test_one_whose_json_is_torn_is_not_the_best(tmp_path: pathlib.Path) -> None:
     'stored',
     [{}, {'metrics': {METRIC: 0.5}}, {**meta(0.5), 'evaluated': ['other']}, meta(None), meta(NAN)],
 )
-def test_no_score_without_a_measurement_at_that_step(stored: dict[str, Any]) -> None:
+def test_no_score_without_an_evaluation_at_that_step(stored: dict[str, Any]) -> None:
     assert Retention(best_metric=METRIC).score(stored) == -math.inf

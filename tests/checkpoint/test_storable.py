@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""States that Orbax cannot store unchanged: converted, or refused before the first step."""
+"""States that Orbax cannot store as they are: converted, or refused before the first step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.weights.read import open_tree
 
 
 class WithEmpty(nn.Module):
-    """Has parameters without elements, like a part that is switched off."""
+    """Has parameters without elements, such as those of a disabled part."""
 
     features: Any = None
     rows: int = 0
@@ -63,7 +63,7 @@ def trainer_in(workdir: pathlib.Path | None, model: str, **overrides: Any) -> Tr
     return Trainer(experiment, None if workdir is None else str(workdir))
 
 
-def test_arrays_without_elements_come_back(tmp_path: pathlib.Path) -> None:
+def test_arrays_without_elements_are_restored(tmp_path: pathlib.Path) -> None:
     tree = {**state(), 'none': jnp.zeros((3, 0), 'bfloat16'), 'more': [jnp.zeros((0,), int)]}
     checkpoints = Checkpoints(tmp_path, Retention())
     checkpoints.save(1, tree, {'step': 1})
@@ -76,7 +76,7 @@ def test_arrays_without_elements_come_back(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('kind', ['threefry2x32', 'rbg'])
-def test_typed_keys_of_which_there_are_none(tmp_path: pathlib.Path, kind: str) -> None:
+def test_empty_arrays_of_typed_keys(tmp_path: pathlib.Path, kind: str) -> None:
     keys = jax.random.split(jax.random.key(0, impl=kind), 3)
     tree = {**state(), 'keys': keys, 'none': keys[:0]}
     checkpoints = Checkpoints(tmp_path, Retention())
@@ -90,11 +90,11 @@ def test_typed_keys_of_which_there_are_none(tmp_path: pathlib.Path, kind: str) -
     assert found['none'].dtype == keys.dtype and found['none'].shape == (0,)
 
 
-def test_they_are_made_with_their_sharding(tmp_path: pathlib.Path) -> None:
+def test_empty_arrays_get_their_sharding(tmp_path: pathlib.Path) -> None:
     mesh = jax.make_mesh((8,), ('x',), axis_types=(jax.sharding.AxisType.Auto,))
-    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
-    tree = {'kernel': jax.device_put(jnp.arange(16.0), cut), 'none': jnp.zeros((8, 0))}
-    tree['none'] = jax.device_put(tree['none'], cut)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    tree = {'kernel': jax.device_put(jnp.arange(16.0), sharding), 'none': jnp.zeros((8, 0))}
+    tree['none'] = jax.device_put(tree['none'], sharding)
     checkpoints = Checkpoints(tmp_path, Retention())
     checkpoints.save(1, tree, {})
     checkpoints.close()
@@ -102,7 +102,7 @@ def test_they_are_made_with_their_sharding(tmp_path: pathlib.Path) -> None:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
     )
     found = checkpoints.restore(1, shapes)
-    assert found['none'].sharding == cut and found['none'].shape == (8, 0)
+    assert found['none'].sharding == sharding and found['none'].shape == (8, 0)
     np.testing.assert_array_equal(found['kernel'], tree['kernel'])
 
 
@@ -117,7 +117,7 @@ def test_they_are_made_with_their_sharding(tmp_path: pathlib.Path) -> None:
         ],
     ),
 )
-def test_another_state_is_called_so_and_not_damaged(
+def test_another_state_is_not_called_damaged(
     tmp_path: pathlib.Path, wanted: Any, line: str
 ) -> None:
     checkpoints = Checkpoints(tmp_path, Retention())
@@ -131,7 +131,7 @@ def test_another_state_is_called_so_and_not_damaged(
         checkpoints.restore(2, abstract({**state(), 'none': jnp.zeros((3, 0))}))
 
 
-def test_a_state_without_any_has_the_same_files_as_ever(tmp_path: pathlib.Path) -> None:
+def test_a_state_without_empty_arrays_has_no_entry_for_them(tmp_path: pathlib.Path) -> None:
     checkpoints = Checkpoints(tmp_path, Retention())
     checkpoints.save(1, state(), {'step': 1})
     checkpoints.close()
@@ -156,7 +156,7 @@ def test_a_run_with_empty_parameters_is_saved_resumed_and_loaded(tmp_path: pathl
     )
 
 
-def test_the_state_of_every_dtype_but_one_is_storable() -> None:
+def test_every_dtype_but_one_is_storable() -> None:
     names = ['float32', 'bfloat16', 'float16', 'int32', 'uint8', 'bool', 'complex64', 'int4']
     tree = {name: jax.ShapeDtypeStruct((2, 3), jnp.dtype(name)) for name in names}
     tree['float8'] = jax.ShapeDtypeStruct((2,), jnp.float8_e4m3fn)
@@ -171,12 +171,12 @@ def test_the_state_of_every_dtype_but_one_is_storable() -> None:
     assert SaveError.occurred == before
 
 
-def test_names_of_all_kinds_are_storable() -> None:
+def test_unusual_names_are_storable() -> None:
     odd = {'a/b': 0, '': 0, 'x y': 0, 'ü\n': {'"': 0, '.': 0}, 'z' * 1000: 0, '..': 0}
     check_storable(jax.tree.map(lambda _: jax.ShapeDtypeStruct((), 'float32'), odd))
 
 
-def test_a_temporary_directory_that_cannot_be_written_is_no_verdict(
+def test_an_unwritable_temporary_directory_refuses_no_state(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / 'file').write_text('')
@@ -187,7 +187,7 @@ def test_a_temporary_directory_that_cannot_be_written_is_no_verdict(
 
 
 @pytest.mark.slow
-def test_two_arrays_for_one_place_are_found_before_the_first_step(tmp_path: pathlib.Path) -> None:
+def test_colliding_names_are_refused_before_the_first_step(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r"both map to 'params\.Dense_0\.bias'"):
         trainer_in(tmp_path, 'Clash').fit()
     assert not (tmp_path / 'metrics.jsonl').exists()
@@ -195,7 +195,7 @@ def test_two_arrays_for_one_place_are_found_before_the_first_step(tmp_path: path
     assert trainer_in(None, 'Clash').fit(max_steps=1).step == 1
 
 
-def test_no_place_for_a_temporary_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, 'tempdir', '/nowhere')
     monkeypatch.setattr(storable, '_accepted', set())
     check_storable(state())

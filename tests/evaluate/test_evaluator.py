@@ -24,7 +24,7 @@ from trainer.data.transforms import ToFloat
 from trainer.evaluate.evaluator import EvalStep, Evaluator
 from trainer.evaluate.pad import pad_shard_unpad
 from trainer.input.data import EvalData
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.parallel.mesh import batch_shards
 from trainer.step.state import TrainState
 from trainer.tasks import Classification, TaskOutput
@@ -70,7 +70,9 @@ def evaluator_of(module: nn.Module, source: Any, batch_size: int, devices: int) 
         transforms=(ToFloat(),),
         padded_to=-(-batch_size // shards) * shards,
     )
-    step = EvalStep(model=functional(module), task=TaskRunner.from_task(Classification()), seed=0)
+    step = EvalStep(
+        model=as_functional(module), task=TaskRunner.from_task(Classification()), seed=0
+    )
     return Evaluator('test', step, EvalData.from_loader(loader, 'loader'), mesh)
 
 
@@ -110,7 +112,9 @@ def streamed(module: nn.Module, batch_size: int, *stages: Any) -> Evaluator:
     loader = StreamEvalLoader(
         source=MNIST('test'), batch_size=batch_size, transforms=(ToFloat(),), stages=stages
     )
-    step = EvalStep(model=functional(module), task=TaskRunner.from_task(Classification()), seed=0)
+    step = EvalStep(
+        model=as_functional(module), task=TaskRunner.from_task(Classification()), seed=0
+    )
     return Evaluator('test', step, EvalData.from_loader(loader, 'loader'), mesh_of(8))
 
 
@@ -167,7 +171,7 @@ def test_metrics_of_clu_ignore_padding() -> None:
     ours = evaluator_of(Linear(), source, 96, 8).run(state)
     mesh = mesh_of(8)
     loader = EvalLoader(source=source, batch_size=96, transforms=(ToFloat(),))
-    step = EvalStep(model=functional(Linear()), task=TaskRunner.from_task(CluTask()), seed=0)
+    step = EvalStep(model=as_functional(Linear()), task=TaskRunner.from_task(CluTask()), seed=0)
     theirs = Evaluator('test', step, EvalData.from_loader(loader, 'loader'), mesh).run(state)
     assert theirs['accuracy'] == pytest.approx(ours['accuracy'], abs=1e-6)
     assert theirs['loss'] == pytest.approx(ours['loss'], rel=1e-5)

@@ -20,7 +20,7 @@ from tests.parallel import group
 from trainer.config.errors import UserError
 from trainer.inspect.forward import Forward
 from trainer.inspect.gradient_probe import Gradient, gradients
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.parallel.mesh import make_mesh
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner
@@ -77,7 +77,7 @@ def probe(
     make: Any, params: Any, match: tuple[str, ...] = (), task: Any = squares
 ) -> list[Gradient]:
     forward = Forward(
-        model=functional(make), task=TaskRunner.from_task(task), seed=0, accumulate=1,
+        model=as_functional(make), task=TaskRunner.from_task(task), seed=0, accumulate=1,
         mesh=make_mesh({'data': -1}), sharding=(),
     )  # fmt: skip
     state = TrainState(

@@ -156,9 +156,9 @@ def test_what_is_written_reads_the_same(value: Any, monkeypatch: pytest.MonkeyPa
         (['Run_1', *GPU[1:], *TRAINER], "'Run_1': expected a name"),
         (['a' * 41, *GPU[1:], *TRAINER], 'at most 40'),
         ([*TPU[:-1], *TRAINER], '--topology=None: expected the shape'),
-        ([*TPU[:-1], '--topology=3x3', *TRAINER], 'has 9 chips, which --chips_per_host=4 does not'),
+        ([*TPU[:-1], '--topology=3x3', *TRAINER], 'which is not a multiple of --chips_per_host=4'),
         ([*GPU, '--volume=claim', *TRAINER], '--volume=claim: expected CLAIM:/PATH'),
-        ([*GPU, '--', '--config=a'], "--workdir=: a pod's own disk goes with it"),
+        ([*GPU, '--', '--config=a'], "--workdir=: a pod's disk is deleted with the pod"),
         ([*GPU, '--volume=c:/a', '--', '--config=a', '--workdir=/ab'], '--workdir=/ab: a pod'),
     ],
 )

@@ -139,7 +139,7 @@ sys.exit(5)
     code, out, err = run(tmp_path, program)
     assert code == 7, err
     assert out == '[0] got SIGTERM\n'
-    assert 'process 1: exit code 7; ending the others' in err
+    assert 'process 1: exit code 7; terminating the others' in err
 
 
 def test_one_that_does_not_end_is_killed(tmp_path: pathlib.Path) -> None:
@@ -152,8 +152,8 @@ wait_for(lambda: False)
     code, out, err = run(tmp_path, program, '--grace_secs=1')
     assert code == 128 + signal.SIGKILL, err
     assert out == '[1] got SIGTERM\n'
-    assert 'process 0: ended by SIGKILL; ending the others' in err
-    assert '1 still running 1 s later: killed' in err
+    assert 'process 0: killed by SIGKILL; terminating the others' in err
+    assert 'killing 1 still running after 1 s' in err
 
 
 def test_sigterm_is_passed_on_once_and_is_no_failure(tmp_path: pathlib.Path) -> None:
@@ -272,12 +272,12 @@ print('y' * 1000000)
     ('arguments', 'expected'),
     [
         ([], '-n/--processes'),
-        (['-n', '0'], "expected a whole number of at least 1, got '0'"),
+        (['-n', '0'], "expected an integer of at least 1, got '0'"),
         (['-n', '2', '--restart=1'], 'unrecognized arguments: --restart=1'),
         (['-n', '2', '--config=a.py'], '--config=a.py'),
         (['-n', '2', '--', '--workdir=a'], 'come after `--`, as in: -- --config='),
         (['-n', '2', '--command=/no/such/program'], "'/no/such/program'"),
-        (['-n', '2', '--platform=cuda', '--command=true'], 'need 2, and CUDA_VISIBLE_DEVICES=3'),
+        (['-n', '2', '--platform=cuda', '--command=true'], 'need 2, but CUDA_VISIBLE_DEVICES=3'),
     ],
 )
 def test_mistakes_are_said(arguments: list[str], expected: str) -> None:

@@ -68,10 +68,24 @@ def test_made_once_and_run_from_the_user_s_directory(
     code, out, err = checkout.run(tmp_path)
     assert code == 0, err
     assert ran(out, tmp_path, checkout)
-    assert 'Making ' in err and 'Python 3.' in err
+    assert 'Creating ' in err and 'Python 3.' in err
     code, out, err = checkout.run(tmp_path)
     assert (code, err) == (0, '')
     assert ran(out, tmp_path, checkout)
+
+
+@pytest.mark.parametrize('name', ['trainer.py', 'trainer/__init__.py'])
+def test_a_file_that_hides_the_package(
+    name: str, checkout: Checkout, tmp_path: pathlib.Path
+) -> None:
+    """Python would run it, or fail with words that do not name it."""
+    project = tmp_path / 'project'
+    (project / name).parent.mkdir(parents=True)
+    (project / name).write_text('')
+    code, out, err = checkout.run(project)
+    assert (code, out) == (2, '')
+    assert err.startswith(f'Error: {project}/{name} hides')
+    assert 'Rename it' in err
 
 
 @pytest.mark.slow
@@ -80,15 +94,15 @@ def test_a_changed_lock_an_interrupted_install_and_a_moved_checkout_start_again(
 ) -> None:
     assert checkout.run(tmp_path)[0] == 0
     checkout.lock.write_text('# still nothing\n')
-    assert 'Making ' in checkout.run(tmp_path)[2]
+    assert 'Creating ' in checkout.run(tmp_path)[2]
     # The stamp comes last, so this is how an interrupted install looks.
     (checkout.root / '.venv' / 'stamp').unlink()
-    assert 'Making ' in checkout.run(tmp_path)[2]
+    assert 'Creating ' in checkout.run(tmp_path)[2]
     (checkout.root / '.venv' / 'bin' / 'python').unlink()
-    assert 'Making ' in checkout.run(tmp_path)[2]
+    assert 'Creating ' in checkout.run(tmp_path)[2]
     checkout.root = checkout.root.rename(tmp_path / 'moved')
     code, out, err = checkout.run(tmp_path)
-    assert code == 0 and 'Making ' in err
+    assert code == 0 and 'Creating ' in err
     assert ran(out, tmp_path, checkout)
 
 
@@ -100,7 +114,7 @@ def test_of_two_starts_at_once_one_makes_it(checkout: Checkout, tmp_path: pathli
     ends = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], ends
     assert all(ran(out, tmp_path, checkout) for out, _ in ends)
-    assert sum('Making ' in err for _, err in ends) == 1
+    assert sum('Creating ' in err for _, err in ends) == 1
 
 
 def tools(directory: pathlib.Path, *names: str) -> str:

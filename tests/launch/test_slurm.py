@@ -85,12 +85,15 @@ def test_only_a_saved_run_of_a_running_job_is_requeued(
     [
         ([], 'come after `--`'),
         (['--time=soon', '--', CONFIG], '--time=soon: expected minutes'),
-        (['--time=3', '--', CONFIG], '--time=3 is 180 s, which --save_secs=120 and a minute'),
+        (
+            ['--time=3', '--', CONFIG],
+            '--time=3 is 180 s: expected more than --save_secs=120 and a minute',
+        ),
         (['--time=2:30', '--', CONFIG], '--time=2:30 is 150 s'),
         (['--gpus_per_node=8', '--tasks_per_node=2', '--', CONFIG], 'one task runs on each GPU'),
         (['--sbatch=mem=0', '--', CONFIG], '--sbatch=mem=0: expected an option of sbatch'),
-        (['--nodes=2', '--', CONFIG, '--workdir=/tmp/a'], 'work directory /tmp/a is one that each'),
-        (['--nodes=2', '--chdir=/tmp', '--', CONFIG], 'work directory /tmp/runs is one that each'),
+        (['--nodes=2', '--', CONFIG, '--workdir=/tmp/a'], 'work directory /tmp/a is local to each'),
+        (['--nodes=2', '--chdir=/tmp', '--', CONFIG], 'work directory /tmp/runs is local to each'),
         (['--submit', '--', CONFIG], 'no sbatch on the PATH'),
     ],
 )

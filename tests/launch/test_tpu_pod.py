@@ -114,7 +114,7 @@ def test_a_preempted_tpu_is_made_anew(cloud: Cloud) -> None:
     (cloud.root / 'calls').unlink()
     done = cloud.train()
     assert done.returncode == 0, done.stderr
-    assert 'pod is PREEMPTED: making it anew' in done.stderr
+    assert 'pod is PREEMPTED: recreating it' in done.stderr
     assert cloud.verbs() == [
         'ssh', 'scp', 'ssh', 'delete', 'create', 'scp', 'ssh', 'ssh', 'ssh', 'ssh', 'ssh',
     ]  # fmt: skip
@@ -153,7 +153,7 @@ def test_one_run_at_a_time_which_stop_ends(cloud: Cloud) -> None:
     command.wait_for(lambda: (cloud.root / 'starts1').read_text() == '2')
     second = cloud.run('run', *TRAINER)
     assert second.returncode == 1
-    assert 'a run is under way already' in second.stderr
+    assert 'a run is already in progress' in second.stderr
     assert cloud.run('stop').returncode == 0
     done = cloud.run('wait')
     assert done.returncode == 1
@@ -167,7 +167,7 @@ def test_one_run_at_a_time_which_stop_ends(cloud: Cloud) -> None:
         (['create'], '--accelerator_type, --version'),
         (['run'], 'come after `--`'),
         (['run', '--', '--config=a', '--workdir=/home/a'], 'add -- --workdir=gs://bucket/'),
-        (['copy', '--', '--config=a'], 'copy starts no trainer'),
+        (['copy', '--', '--config=a'], 'copy does not start the trainer'),
     ],
 )
 def test_mistakes_are_said(arguments: list[str], expected: str, cloud: Cloud) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
-import sysconfig
 import zipfile
 
 import pytest
 
 from tests import command
+from tests.launch import installed
+from tests.launch.installed import must_run
 from tests.pages import BLOCKS, PAGES, Project
 from tests.test_page_commands import SCRIPTS
 
@@ -41,52 +40,29 @@ for name in shown['names']:
     objects.resolve(name, 'shown')
 for statement in shown['imports']:
     exec(statement)
-files = sorted((bundled.FOLDER / 'configs').glob('*.py'))
+files = sorted((bundled.FOLDER / 'configs').glob('[!_]*.py'))
 for file in files:
     for spec in (file.stem, f'configs/{file.name}'):
         loaded = loading.load(spec)
         assert loaded.path == file, spec
     for name in names(loading.to_plain(loaded.config)):
         objects.resolve(name, file.name)
-paths = [getattr(module, '__file__', None) or '' for module in list(sys.modules.values())]
+loaded = {name: module for name, module in sys.modules.items() if not name.startswith('_config_')}
+paths = [getattr(module, '__file__', None) or '' for module in loaded.values()]
 ours = [path for path in paths if path.startswith(str(bundled.FOLDER))]
 print(bundled.FOLDER)
 print(len(files), len(ours), len(set(ours)))
 """
 
 
-def must_run(*words: str | pathlib.Path, cwd: pathlib.Path, given: str | None = None) -> str:
-    env = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'XLA_FLAGS')}
-    done = subprocess.run(
-        list(map(str, words)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300,
-        input=given,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Built as `pip wheel .` does, with the build backend of the lock."""
-    directory = tmp_path_factory.mktemp('dist')
-    build = 'import sys; from hatchling.build import build_wheel; print(build_wheel(sys.argv[1]))'
-    name = must_run(sys.executable, '-c', build, directory, cwd=command.ROOT).split()[-1]
-    return directory / name
+    return installed.build('wheel', tmp_path_factory.mktemp('dist'))
 
 
 @pytest.fixture(scope='module')
 def python(wheel: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A fresh environment with the wheel in it, and the libraries of this one."""
-    venv = tmp_path_factory.mktemp('environment') / 'venv'
-    must_run(sys.executable, '-m', 'venv', '--without-pip', venv, cwd=venv.parent)
-    found = venv / 'bin' / 'python'
-    where = 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
-    site = pathlib.Path(must_run(found, '-c', where, cwd=venv).strip())
-    # A wheel of pure Python is installed by unpacking it.
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
-    (site / 'libraries.pth').write_text(sysconfig.get_paths()['purelib'] + '\n')
-    return found
+    return installed.environment(wheel, tmp_path_factory.mktemp('environment'))
 
 
 def test_what_the_wheel_holds(wheel: pathlib.Path) -> None:
@@ -100,6 +76,7 @@ def test_what_the_wheel_holds(wheel: pathlib.Path) -> None:
         'models/__init__.py',
         'data/mnist/train-images-idx3-ubyte.gz',
         'configs/mnist.py',
+        'configs/__init__.py',
     ):
         assert f'trainer/{name}' in names
     assert any(name.endswith('licenses/LICENSE') for name in names)
@@ -118,19 +95,6 @@ def test_it_trains_beside_packages_of_the_same_names(
     )  # fmt: skip
     assert 'finished at step 3' in out
     assert 'examples 10,000' in out
-
-
-def test_the_user_s_own_model_is_found(python: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    (tmp_path / 'models').mkdir()
-    (tmp_path / 'models' / '__init__.py').write_text('')
-    (tmp_path / 'models' / 'mine.py').write_text(
-        'from trainer.models.mlp import MLP\n\n\nclass Mine(MLP):\n    pass\n'
-    )
-    out = must_run(
-        python, '-m', 'trainer.main', '--config=configs/mnist_mlp.py', '--config.train_for=3steps',
-        '--config.model.target=models.mine:Mine', cwd=tmp_path,
-    )  # fmt: skip
-    assert 'finished at step 3' in out
 
 
 def shown_names() -> list[str]:
@@ -155,7 +119,7 @@ def shown_imports() -> list[str]:
 def test_every_name_that_is_shown_is_there(
     place: str, python: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """In an empty directory, but for the files of the pages; no file is loaded twice."""
+    """In an empty directory, but for the files of the pages; no module is loaded twice."""
     Project(tmp_path)
     names, imports = shown_names(), shown_imports()
     assert len(names) > 40

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A package above the models' interface adds a kind of modules, which is unknown to it."""
+"""Adapters: support for a kind of Linen modules that `trainer.modules` does not know."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.modules import adapters
 from trainer.modules.adapters import Adapter
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 
 X = jnp.ones((2, 3))
 
 
 class Kind(nn.Module):
-    """A kind of modules of its own, which keeps its outputs."""
+    """A kind of modules that stores its outputs."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -31,11 +31,11 @@ class Kind(nn.Module):
 
 
 class Unusable(Kind):
-    """One of this kind that no run can start from."""
+    """A module of this kind that cannot be the model of a config."""
 
 
-def keep(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    output = following(*args, **kwargs)
+def keep(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    output = next_fun(*args, **kwargs)
     if isinstance(context.module, Kind) and context.module.is_mutable_collection('intermediates'):
         context.module.put_variable('intermediates', 'kept', (output, 'a text'))
     return output
@@ -50,13 +50,13 @@ def refusal(module: object) -> str | None:
 
 
 def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It sees each method of each module, what a call leaves, and what a config gives."""
+    """It gets each method of each module, the intermediates of a call, and a config's model."""
     monkeypatch.setattr(adapters, 'registered', [])
     adapter = Adapter(intercept=keep, plain=plain, refusal=refusal)
-    model = functional(Kind())
+    model = as_functional(Kind())
     keys = Keys(seed=0, mode='eval')
     variables = model.init(lambda bound, batch: bound(batch['x']), {'x': X}, keys)
-    assert functional(Unusable())
+    assert as_functional(Unusable())
     for times in range(2):  # To register it again changes nothing.
         adapters.register(adapter)
         assert adapters.registered == [adapter], times
@@ -65,17 +65,17 @@ def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bound.intermediates.keys() == {'kept'}
     assert (bound.intermediates['kept'] == y).all()
     with pytest.raises(UserError, match=r'^config\.model: no run can start from it$'):
-        functional(Unusable())
+        as_functional(Unusable())
 
 
 @pytest.mark.slow
-def test_a_model_of_linen_imports_no_klinen() -> None:
-    """Only who imports Klinen pays for it."""
+def test_linen_models_do_not_import_klinen() -> None:
+    """A run without Klinen modules does not pay for Klinen."""
     code = (
         'import sys, flax.linen as nn, trainer.experiment, trainer.trainer\n'
         'from trainer.modules import adapters\n'
-        'from trainer.modules.functional import functional\n'
-        'functional(nn.Dense(3))\n'
+        'from trainer.modules.functional import as_functional\n'
+        'as_functional(nn.Dense(3))\n'
         'assert not [name for name in sys.modules if name.startswith("trainer.klinen")]\n'
         'assert adapters.registered == []\n'
         'import trainer.klinen\n'
@@ -85,7 +85,7 @@ def test_a_model_of_linen_imports_no_klinen() -> None:
 
 
 def test_the_package_imports_nothing() -> None:
-    """`trainer.modules` is a name for its files: one of them does not bring the others."""
+    """Importing one file of `trainer.modules` does not import the others."""
     code = (
         'import sys, trainer.modules\nassert "jax" not in sys.modules and "flax" not in sys.modules'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is no model is refused by what it is, before anything is made of it or compiles."""
+"""Config models that are not Flax modules are refused before anything is called or compiled."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from flax import nnx
 
 from tests.modules.learning import learned, trainer
 from trainer.config.errors import UserError, full_text
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 
 
 class Callable4:
-    """An object whose call takes an example, as a module of Equinox is."""
+    """A callable object, like a module of Equinox."""
 
     def __init__(self) -> None:
         self.weight = np.ones((8, 4))
@@ -29,7 +29,7 @@ class Callable4:
 
 
 def of_library(package: str, base: type = object) -> Any:
-    """Returns a class that is derived from one of another library's."""
+    """Returns a subclass of a class of another library."""
     return type('Net', (type('Module', (base,), {'__module__': f'{package}.core'}),), {})
 
 
@@ -38,7 +38,7 @@ torch = of_library('torch', Callable4)
 
 
 class Wrapper:
-    """A model that keeps its module apart from its parameters, as those of transformers do."""
+    """A model with module and parameters as attributes, like those of transformers."""
 
     module_class = nn.Dense
 
@@ -94,7 +94,7 @@ tree = {'w': array}
 
 EXPECTED = r'expected a module of flax\.linen or flax\.nnx, got '
 REFUSED = {
-    'target:Callable4': rf'^config\.model: {EXPECTED}Callable4\. Write the model as a module',
+    'target:Callable4': rf'^config\.model: {EXPECTED}Callable4\. Write the model as a Flax module',
     'target:equinox': rf'^config\.model\.target: {EXPECTED}the class Net of Equinox\.',
     'target:torch': rf'{EXPECTED}the class Net of PyTorch\..*config\.init_from reads',
     'target:transformed': rf'{EXPECTED}Transformed\.',
@@ -110,15 +110,15 @@ REFUSED = {
     'ref:bound': rf'{EXPECTED}the function with_params\(x',
     'ref:with_params': rf'{EXPECTED}the function with_params\(params',
     'ref:makes_without': rf'{EXPECTED}the function makes_without\(\).*config\.model\.target name',
-    'ref:method': r"got the method 'apply' of a module \(Dense\)\. Let config\.model give the",
-    'ref:linen_class': r'got the class Dense of flax\.linen modules; config\.model\.target makes',
+    'ref:method': r"got the method 'apply' of a module \(Dense\)\. Set config\.model to the module",
+    'ref:linen_class': r'got the flax\.linen module class Dense; use it as config\.model\.target',
     'ref:array': rf'{EXPECTED}ndarray\.',
     'ref:tree': rf'{EXPECTED}dict\.',
 }
 
 
 @pytest.mark.parametrize('name', REFUSED)
-def test_what_is_no_model(name: str) -> None:
+def test_other_objects_are_refused(name: str) -> None:
     key, _, attribute = name.partition(':')
     with pytest.raises(UserError, match=REFUSED[name]) as caught:
         trainer({key: f'{__name__}:{attribute}'}).set_up().programs  # noqa: B018
@@ -126,16 +126,16 @@ def test_what_is_no_model(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_haiku_makes_is_wrapped_in_linen() -> None:
-    """As the message says of it."""
+def test_haiku_functions_can_be_wrapped_in_linen() -> None:
+    """As the message advises."""
     made = type('Transformed', (Transformed,), {'__module__': 'haiku._src.transform'})
     with pytest.raises(TypeError, match=r'got Transformed of Haiku\..* self\.param\("net", net.i'):
-        functional(made(*transformed()))
+        as_functional(made(*transformed()))
     learned({'target': f'{__name__}:OfHaiku'}, steps=100)
 
 
 class OfHaiku(nn.Module):
-    """Keeps the parameters of another library's functions."""
+    """Holds the parameters of another library's functions."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -145,14 +145,14 @@ class OfHaiku(nn.Module):
 
 
 class OnlyByName(nnx.Linear):
-    """A class that takes `rngs` by its name alone."""
+    """A class that takes `rngs` by name only."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         super().__init__(8, 4, rngs=rngs)
 
 
 class Factory:
-    """An object that makes a module."""
+    """An object that creates a module."""
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(8, 4, rngs=rngs)
@@ -170,13 +170,13 @@ by_key = functools.partial(OnlyByName)
 @pytest.mark.parametrize(
     'name', ['OnlyByName', 'factory', 'of_one', 'part', 'by_key', 'by_position', 'only_by_position']
 )
-def test_what_makes_a_module(name: str) -> None:
+def test_factories_are_accepted(name: str) -> None:
     parameters = trainer({'ref': f'{__name__}:{name}'}).set_up().programs.abstract.params
     assert parameters['kernel'].shape == (8, 4)
 
 
 class ByPosition:
-    """Another one, whose argument has a name of its own."""
+    """A factory whose argument has another name."""
 
     def __call__(self, streams: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(8, 4, rngs=streams)
@@ -189,7 +189,7 @@ def only_by_position(rngs: nnx.Rngs, /) -> nnx.Module:
 by_position = ByPosition()
 
 
-def test_a_maker_that_fails_says_how() -> None:
+def test_a_failing_factory_explains_its_error() -> None:
     def make(streams: Any) -> Any:
         return streams @ jnp.ones((8, 4))
 
@@ -202,9 +202,9 @@ def test_a_maker_that_fails_says_how() -> None:
     from trainer.modules.rng import Keys
 
     with pytest.raises(UserError, match=r'got the function make\(streams.*called with `rngs`: '):
-        functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(make).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     with pytest.raises(TypeError) as raised:  # A mistake in the module, and not in what makes it.
-        functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(wrong).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     assert not isinstance(raised.value, UserError)
     with pytest.raises(ZeroDivisionError):
-        functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))
+        as_functional(named).init(lambda *_: None, {}, Keys(seed=0, mode='init'))

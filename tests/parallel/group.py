@@ -13,13 +13,13 @@ from tests import command
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on."""
+    """Returns a free port."""
     with socket.create_server(('127.0.0.1', 0)) as server:
         return server.getsockname()[1]
 
 
 def flags(count: int, port: int, *, timeout_secs: int = 60) -> tuple[str, ...]:
-    """Returns what all processes of a run are told."""
+    """Returns the flags that all processes of a run have in common."""
     at = f'--coordinator=127.0.0.1:{port}'
     return (at, f'--num_processes={count}', f'--init_timeout={timeout_secs}')
 
@@ -33,7 +33,7 @@ def start(
     only: Mapping[int, str] | None = None,
     cwds: Sequence[pathlib.Path] = (),
 ) -> list[subprocess.Popen[str]]:
-    """Starts a run of so many processes.
+    """Starts a run of several processes.
 
     Args:
         count: how many; a single one gets no flags.
@@ -47,11 +47,11 @@ def start(
     common = (*config, f'--workdir={workdir}', *args)
     if count == 1:
         return [command.start(*common, devices=devices)]
-    told = flags(count, free_port())
+    common_flags = flags(count, free_port())
     extra = {number: [text] for number, text in (only or {}).items()}
     return [
         command.start(
-            *common, *told, f'--process_id={i}', *extra.get(i, []),
+            *common, *common_flags, f'--process_id={i}', *extra.get(i, []),
             devices=devices, cwd=cwds[i] if cwds else command.ROOT,
         )
         for i in range(count)
@@ -59,21 +59,21 @@ def start(
 
 
 def finish(running: Sequence[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
-    """Returns the exit codes, outputs and errors, by process; none of them outlives a failure."""
+    """Returns exit codes, outputs and errors, by process; kills all processes after a failure."""
     ended = command.ends(*running, secs=240)
     return [p.returncode for p in running], [out for out, _ in ended], [err for _, err in ended]
 
 
 def train(count: int, workdir: pathlib.Path, *args: str, devices: int = 1) -> list[str]:
-    """Runs to the end, which must be a good one; returns the outputs by process."""
+    """Runs to the end, which must be a success; returns the outputs by process."""
     codes, outputs, errors = finish(start(count, workdir, *args, devices=devices))
     assert codes == [0] * count, errors
     return outputs
 
 
 @contextlib.contextmanager
-def killed_at_last(running: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
-    """Leaves no process behind, whatever happens inside."""
+def kill_at_exit(running: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
+    """Kills all processes at the end of the block."""
     try:
         yield
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Boxes that name dimensions: Flax's, a user's own, and those of lifted transforms."""
+"""Boxes that name dimensions: those of Flax, of users, and of lifted transformations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KERNEL = nn.initializers.lecun_normal()
 
 @flax.struct.dataclass
 class Labelled(meta.AxisMetadata):
-    """A user's own box: a value, and a label for each dimension."""
+    """A custom box: a value, and a label for each dimension."""
 
     value: Any
     labels: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
@@ -46,8 +46,8 @@ class Labelled(meta.AxisMetadata):
         return self.replace(labels=tuple(labels))
 
 
-class OwnBox(nn.Module):
-    """Three layers scanned over, whose kernels lie in a box of the user's own."""
+class CustomBox(nn.Module):
+    """Three scanned layers, whose kernels are in a custom box."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ class OwnBox(nn.Module):
 
 
 class Branches(nn.Module):
-    """Four branches by `nn.vmap`, a device of the axis 'model' for each pair."""
+    """Four branches by `nn.vmap`, two on each device of the axis 'model'."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ def boxes() -> list[Any]:
 
 @pytest.mark.parametrize('index', [0, 1, 2])
 def test_an_axis_that_is_added_can_be_removed(index: int) -> None:
-    """J10: the two are inverse, and the value stays what it is."""
+    """J10: the two are inverse, and the value does not change."""
     for box in boxes():
         params = {nn.PARTITION_NAME: 'layers', 'label': 'layers'}
         grown = box.add_axis(index, params)
@@ -113,10 +113,10 @@ def test_an_axis_that_is_added_can_be_removed(index: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_box_of_the_users_own_trains(tmp_path: pathlib.Path) -> None:
-    """J10, J5: modules see the value, the state and the checkpoints hold no box."""
+def test_training_with_a_custom_box(tmp_path: pathlib.Path) -> None:
+    """J10, J5: modules see the value; the state and the checkpoints contain no boxes."""
     trainer = Trainer(
-        experiment(f'{__name__}:OwnBox', train_for='3 steps', checkpoint__every='3 steps'),
+        experiment(f'{__name__}:CustomBox', train_for='3 steps', checkpoint__every='3 steps'),
         str(tmp_path),
     )
     params = trainer.fit().state.params
@@ -131,7 +131,7 @@ def test_a_box_of_the_users_own_trains(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_branches_by_vmap_are_spread_over_devices() -> None:
+def test_branches_by_vmap_are_sharded() -> None:
     """J11: the new dimension of parameters and of constrained activations has the mesh axis."""
     losses = {}
     for mesh in ({'data': 8, 'model': 1}, {'data': 4, 'model': 2}):
@@ -152,13 +152,13 @@ def test_branches_by_vmap_are_spread_over_devices() -> None:
 
 
 def first_dimensions(shardings: Any) -> set[Any]:
-    """Returns over which axes the rows of a batch are cut."""
+    """Returns the mesh axes over which the examples are sharded."""
     return {next(iter(x.spec)) for x in jax.tree.leaves(shardings)}
 
 
 @pytest.mark.slow
-def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
-    """J6: what goes in lies on the axis 'data'; the state comes out as it went in."""
+def test_batches_of_training_are_sharded_over_examples() -> None:
+    """J6: inputs are sharded over the axis 'data'; the state keeps its sharding."""
     trainer = Trainer(experiment('cnn', mesh__data=8, train_for='1 steps'))
     with trainer.batches(0, [1]) as batches:
         batch = next(iter(batches)).arrays
@@ -170,14 +170,14 @@ def test_batches_and_outputs_of_training_are_cut_by_rows() -> None:
     after = trainer.set_up().programs.step(before, batch)
     for leaf, sharding in zip(jax.tree.leaves(after), jax.tree.leaves(asked), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-    # Of 32 rows a device computes 4 logits of 10 classes, and nobody all of them.
+    # Of 32 rows a device computes 4 logits of 10 classes, and none has all of them.
     text = step.as_text()
     assert 'f32[4,10]' in text and 'f32[32,10]' not in text
 
 
 @pytest.mark.slow
-def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
-    """J6: the same for an evaluation, whose sums every device has; a prediction comes whole."""
+def test_batches_of_evaluation_are_sharded_over_examples() -> None:
+    """J6: the same for evaluations, whose sums are replicated, and predictions."""
     test = {
         'source': {'target': 'trainer.data.mnist:MNIST', 'split': 'test', 'limit': 77},
         'device_transforms': ({'target': 'trainer.data.transforms:ToFloat'},),
@@ -185,8 +185,8 @@ def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
     }
     evals = {'test': {'data': test}}
     found = {}
-    for cut in (8, 1):
-        mesh = {'data': cut, 'model': 8 // cut}
+    for shards in (8, 1):
+        mesh = {'data': shards, 'model': 8 // shards}
         trainer = Trainer(experiment('cnn', mesh=mesh, train_for='1 steps', evals=evals))
         state, evaluator = trainer.init_state(), trainer.set_up().evaluators['test']
         metrics = evaluator.run(state)
@@ -196,10 +196,10 @@ def test_batches_and_outputs_of_inference_are_cut_by_rows() -> None:
         assert first_dimensions(batch) <= {'data', ('data',)}
         assert all(x.is_fully_replicated for x in jax.tree.leaves(step.output_shardings))
         # Logits of its own rows.
-        assert f'f32[{56 // cut},10]' in step.as_text()
-        assert ('f32[56,10]' in step.as_text()) == (cut == 1)
+        assert f'f32[{56 // shards},10]' in step.as_text()
+        assert ('f32[56,10]' in step.as_text()) == (shards == 1)
         parts = list(evaluator.predict(state))
-        found[cut] = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
-        assert all(len(rows) == 77 for rows in found[cut].values())
+        found[shards] = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        assert all(len(rows) == 77 for rows in found[shards].values())
     for name, rows in found[8].items():
         np.testing.assert_allclose(rows, found[1][name], rtol=1e-5, atol=1e-6)

@@ -74,7 +74,7 @@ def stages(where: pathlib.Path) -> dict[str, tuple[list[str], Callable[..., bool
 
 
 def stopped(where: pathlib.Path, stage: str, number: signal.Signals) -> tuple[int, str]:
-    """Sends a signal when the process has got that far; returns its exit code and output."""
+    """Sends a signal when the process has reached a stage; returns its exit code and output."""
     options, reached = stages(where)[stage]
     config = '--config=waits.py' if options == ['config'] else command.MLP
     process = start(where, *(o for o in options if o != 'config'), config=config)
@@ -93,7 +93,7 @@ def stopped(where: pathlib.Path, stage: str, number: signal.Signals) -> tuple[in
     'stage', slow_after(1, ['first lines', 'jax', 'config', 'tracing', 'orbax', 'start'])
 )
 def test_a_sigterm_before_the_first_step(tmp_path: pathlib.Path, stage: str) -> None:
-    """42 means: start it again. No work is lost yet."""
+    """Exit code 42 means: start it again. No work is lost yet."""
     code, err = stopped(tmp_path, stage, signal.SIGTERM)
     assert (code, err) == (42, '\nSIGTERM: stopped before the first step; nothing is lost.\n')
     assert not list((tmp_path / 'run').glob('checkpoints/*'))
@@ -107,7 +107,7 @@ def test_a_ctrl_c_before_the_first_step(tmp_path: pathlib.Path, stage: str) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_what_saves_nothing_ends_as_by_default(
+def test_other_modes_end_by_the_default_action(
     tmp_path: pathlib.Path, number: signal.Signals
 ) -> None:
     process = start(tmp_path, '--mode', 'eval')
@@ -118,7 +118,7 @@ def test_what_saves_nothing_ends_as_by_default(
 
 
 @pytest.mark.slow
-def test_the_question_where_it_is_ends_nothing(tmp_path: pathlib.Path) -> None:
+def test_sigusr1_prints_stacks_and_continues(tmp_path: pathlib.Path) -> None:
     process = start(tmp_path, config='--config=waits.py')
     try:
         command.wait_for(lambda: catches(process))
@@ -145,11 +145,11 @@ def test_the_question_where_it_is_ends_nothing(tmp_path: pathlib.Path) -> None:
         (['--mode'], False),
     ],
 )
-def test_which_command_lines_train(words: list[str], expected: bool) -> None:
+def test_is_training_command(words: list[str], expected: bool) -> None:
     assert signals.is_training_command(['main', *words]) == expected
 
 
-def test_the_first_lines_need_little() -> None:
+def test_handlers_are_installed_before_other_imports() -> None:
     """Importing anything before the handlers are installed would leave a gap."""
     code = (
         'import sys; before = set(sys.modules)\n'

@@ -104,7 +104,7 @@ def test_a_hook_that_fails_in_one_process_stops_all_with_everything_saved(
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_fails_in_all_processes_costs_no_step(tmp_path: pathlib.Path) -> None:
+def test_an_evaluation_that_fails_in_all_processes_loses_no_step(tmp_path: pathlib.Path) -> None:
     task = f'--config.evals.test.task={json.dumps({"target": f"{__name__}:Measuring"})}'
     codes, _, errors = finish(start(2, tmp_path, *SHORT, task))
     assert codes == [1, 1] and all('no such metric' in text for text in errors), errors
@@ -126,8 +126,8 @@ def test_an_evaluation_that_fails_in_one_process_ends_the_other(
 
 
 @pytest.mark.slow
-def test_all_processes_find_that_a_run_has_diverged(tmp_path: pathlib.Path) -> None:
-    """In the step that it began, although they look at it later."""
+def test_all_processes_report_a_diverged_run(tmp_path: pathlib.Path) -> None:
+    """With the first non-finite step, although they check it later."""
     rate = '--config.optimizer.learning_rate=1e30'
     codes, outputs, errors = finish(start(2, tmp_path, *SHORT, rate))
     assert codes == [1, 1], (outputs, errors)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a cut state takes in memory, looked at from outside: no array is ever put together."""
+"""Memory of sharded states, measured from outside: no array is ever assembled."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ measure('init_from', other.init_state)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='needs Linux')
-def test_a_process_holds_little_more_than_its_parts(tmp_path: pathlib.Path) -> None:
-    """J4: all devices together hold the state once, and so does the host, at its peak too."""
+def test_memory_is_little_more_than_the_shards(tmp_path: pathlib.Path) -> None:
+    """J4: the state exists once over all devices, and once on the host, even at the peak."""
     environment = {
         **os.environ,
         'JAX_PLATFORMS': 'cpu',
@@ -110,19 +110,19 @@ def test_a_process_holds_little_more_than_its_parts(tmp_path: pathlib.Path) -> N
         assert after < 1.2, found
 
 
-def test_a_state_that_starts_anew_takes_the_place_of_the_old_one() -> None:
-    """`config.init_from` makes slots and average again, in the memory of those that it replaces."""
+def test_a_restarted_state_replaces_the_old_one() -> None:
+    """`config.init_from` reinitializes slots and average in the memory of the old ones."""
     trainer = Trainer(on_mesh(experiment('lm'), MESHES['2 x 2 x 2']))
-    made = trainer.set_up().programs.restart_optimizer.executable().memory_analysis()
-    assert made is not None
+    analysis = trainer.set_up().programs.restart_optimizer.executable().memory_analysis()
+    assert analysis is not None
     share = bytes_per_device(trainer.set_up().programs.abstract)
-    assert made.alias_size_in_bytes == pytest.approx(share, rel=0.01)
+    assert analysis.alias_size_in_bytes == pytest.approx(share, rel=0.01)
 
 
 @pytest.mark.parametrize(
     'spec', [P('data'), P(None, 'model'), P('model', 'data'), P(), P(('data', 'model'))]
 )
-def test_the_digest_of_a_cut_array_is_that_of_the_whole(spec: P) -> None:
+def test_the_digest_of_a_sharded_array_is_that_of_the_whole(spec: P) -> None:
     mesh = make_mesh({'data': 4, 'model': 2})
     rng = np.random.default_rng(0)
     state: dict[str, Any] = {
@@ -132,7 +132,7 @@ def test_the_digest_of_a_cut_array_is_that_of_the_whole(spec: P) -> None:
         'bf16': np.asarray(rng.normal(size=(8, 40)), jax.numpy.bfloat16),
         'long': rng.normal(size=(8, 2**14)).astype('f4'),
     }
-    cut = jax.device_put(state, NamedSharding(mesh, spec))
-    np.testing.assert_array_equal(digest.host_sums(cut), digest.host_sums(state))
+    sharded = jax.device_put(state, NamedSharding(mesh, spec))
+    np.testing.assert_array_equal(digest.host_sums(sharded), digest.host_sums(state))
     # Nothing has put the parts together on the way.
-    assert spec == P() or all(x._npy_value is None for x in jax.tree.leaves(cut))
+    assert spec == P() or all(x._npy_value is None for x in jax.tree.leaves(sharded))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One run over many meshes: the same losses, whatever is cut, and nothing is ever held whole."""
+"""One run on many meshes: the same losses with any sharding, and no array is ever assembled."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ LM_BY_PATH = {
 
 
 class NamedCNN(nn.Module):
-    """A convolutional network that names the dimensions of its dense layers, and of activations."""
+    """A convolutional network that names dimensions of its dense layers and of activations."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -86,10 +86,10 @@ def experiment(kind: str, **options: Any) -> Experiment:
     return load_and_build(str(ROOT / 'configs' / 'mnist.py'), **{**common, **small, **options})
 
 
-def on_mesh(made: Experiment, mesh: Mapping[str, int]) -> Experiment:
-    # Axes of size 1 cut nothing: the same rules fit every mesh.
-    devices = dataclasses.replace(made.devices, mesh={'data': 1, 'fsdp': 1, 'model': 1, **mesh})
-    return dataclasses.replace(made, devices=devices)
+def on_mesh(base: Experiment, mesh: Mapping[str, int]) -> Experiment:
+    # Over axes of size 1 nothing is sharded, so the same rules fit every mesh.
+    devices = dataclasses.replace(base.devices, mesh={'data': 1, 'fsdp': 1, 'model': 1, **mesh})
+    return dataclasses.replace(base, devices=devices)
 
 
 def train(trainer: Trainer) -> tuple[Any, list[float]]:
@@ -128,16 +128,16 @@ CASES = [
 def test_the_loss_curve_is_that_of_one_device(
     kind: str, rules: Any, mesh: str, losses: dict[str, list[float]], tmp_path: pathlib.Path
 ) -> None:
-    """J8: switching between data, fully sharded and tensor parallelism changes rules only."""
-    made = on_mesh(experiment(kind, sharding=rules), MESHES[mesh])
-    trainer = Trainer(made, str(tmp_path))
+    """J8: data, fully sharded and tensor parallelism differ only in rules."""
+    placed = on_mesh(experiment(kind, sharding=rules), MESHES[mesh])
+    trainer = Trainer(placed, str(tmp_path))
     state, found = train(trainer)
     assert found == pytest.approx(losses[kind], rel=TOLERANCE, abs=TOLERANCE)
     sizes = {'data': 1, 'fsdp': 1, 'model': 1, **MESHES[mesh]}
-    cut = sizes['fsdp'] * sizes['model'] > 1
+    is_sharded = sizes['fsdp'] * sizes['model'] > 1
     shards = [x.addressable_shards[0].data.size / x.size for x in jax.tree.leaves(state.params)]
-    assert (min(shards) < 1) == cut
-    # Optimizer slots and average are cut as their parameters are.
+    assert (min(shards) < 1) == is_sharded
+    # Optimizer slots and average are sharded like their parameters.
     shapes = jax.tree.map(lambda x: x.addressable_shards[0].data.shape, state.params)
     assert jax.tree.map(lambda x: x.addressable_shards[0].data.shape, state.ema) == shapes
     slots = jax.tree.leaves(state.opt_state, is_leaf=lambda x: isinstance(x, dict))
@@ -149,43 +149,43 @@ def test_the_loss_curve_is_that_of_one_device(
 
 
 @pytest.fixture(scope='module')
-def cut() -> Trainer:
+def sharded() -> Trainer:
     """A transformer over 2 x 2 x 2 devices, not trained."""
     return Trainer(on_mesh(experiment('lm'), MESHES['2 x 2 x 2']))
 
 
-def test_the_state_is_born_in_pieces(cut: Trainer) -> None:
-    """J4: specs of the whole state; each device gets its own part, and holds no more meanwhile."""
-    specs = jax.tree.map(lambda x: x.sharding.spec, cut.set_up().programs.abstract)
+def test_the_state_is_initialized_in_shards(sharded: Trainer) -> None:
+    """J4: each leaf of the state has its spec, and each device has only its shards."""
+    specs = jax.tree.map(lambda x: x.sharding.spec, sharded.set_up().programs.abstract)
     block = specs.params['block_0']
     assert block['mlp_in']['kernel'] == P('fsdp', 'model')
     assert block['mlp_out']['kernel'] == P('model', 'fsdp')
     assert specs.params['tokens']['embedding'] == P(('fsdp', 'model'), None)
     assert specs.ema == specs.params
     assert (specs.step, specs.metrics['norms']['grad'].value) == (P(), P())
-    state = cut.init_state()
+    state = sharded.init_state()
     for leaf, spec in zip(jax.tree.leaves(state), jax.tree.leaves(specs), strict=True):
         assert leaf.sharding.is_equivalent_to(
-            jax.sharding.NamedSharding(cut.set_up().mesh, spec), leaf.ndim
+            jax.sharding.NamedSharding(sharded.set_up().mesh, spec), leaf.ndim
         )
     kernel = state.params['block_0']['mlp_in']['kernel']
     assert kernel.shape == (64, 256)
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(32, 128)}
 
 
-def test_no_device_ever_holds_a_whole_parameter_at_init(cut: Trainer) -> None:
-    """J4: the program that makes the state needs little more than its own share of it."""
-    made = cut.set_up().programs.init.executable().memory_analysis()
-    assert made is not None
-    abstract = cut.set_up().programs.abstract
+def test_initialization_needs_no_whole_parameter(sharded: Trainer) -> None:
+    """J4: the program that creates the state needs little more memory than its shards."""
+    analysis = sharded.set_up().programs.init.executable().memory_analysis()
+    assert analysis is not None
+    abstract = sharded.set_up().programs.abstract
     share = bytes_per_device(abstract)
     assert share < 0.4 * nbytes(abstract)
-    assert made.output_size_in_bytes == pytest.approx(share, rel=0.01)
-    assert made.temp_size_in_bytes < max(nbytes(leaf) for leaf in jax.tree.leaves(abstract))
+    assert analysis.output_size_in_bytes == pytest.approx(share, rel=0.01)
+    assert analysis.temp_size_in_bytes < max(nbytes(leaf) for leaf in jax.tree.leaves(abstract))
 
 
 class Stacked(nn.Module):
-    """J3: layers scanned over, the new dimension named; J2: both kernels of a layer cut."""
+    """J3: scanned layers whose new dimension has a name; J2: both kernels of a layer sharded."""
 
     width: int = 64
     hidden: int = 128
@@ -223,28 +223,28 @@ def layer_of(params: Any) -> Any:
 def test_names_that_are_mesh_axes_need_no_rules(tmp_path: pathlib.Path) -> None:
     """J1 to J3, J5: `nn.with_partitioning`, scanned layers, constraints; checkpoints unboxed."""
     options = {'train_for': '3 steps', 'mesh__data': 2, 'mesh__model': 4}
-    made = experiment('Stacked', **options, checkpoint__every='3 steps')
-    trainer = Trainer(made, str(tmp_path))
+    stacked = experiment('Stacked', **options, checkpoint__every='3 steps')
+    trainer = Trainer(stacked, str(tmp_path))
     params = trainer.fit().state.params
     layer = layer_of(params)
     assert layer['w1'].shape == (4, 64, 128)
     assert layer['w1'].sharding.spec == P(None, None, 'model')
     assert layer['w2'].sharding.spec == P(None, 'model', None)
     assert {s.data.shape for s in layer['w1'].addressable_shards} == {(4, 64, 32)}
-    again = Trainer(made, str(tmp_path)).restore()
+    again = Trainer(stacked, str(tmp_path)).restore()
     jax.tree.map(lambda a, b: (a == b).all() or pytest.fail('differs'), params, again.params)
 
 
 def test_a_scanned_dimension_without_a_name_is_refused() -> None:
     """J3: Flax asks for the name before anything is compiled."""
     model = {'target': f'{__name__}:Stacked', 'named': False}
-    made = experiment('Stacked', mesh__data=2, mesh__model=4, model=model)
+    stacked = experiment('Stacked', mesh__data=2, mesh__model=4, model=model)
     with pytest.raises(errors.PartitioningUnspecifiedError, match='partition_name'):
-        Trainer(made).compile()
+        Trainer(stacked).compile()
 
 
 @pytest.mark.slow
-def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
+def test_the_network_of_the_guide_on_eight_devices() -> None:
     """J7, J4: four layers of 1024 x 1024, scanned over, on 2 x 4 devices, each of which holds
     (4, 1024, 256) of a kernel and of its moments. (The guide times the step; no time is asserted.)
     """
@@ -268,25 +268,25 @@ def test_the_perceptron_of_the_guide_runs_on_eight_devices() -> None:
 
 
 @pytest.mark.slow
-def test_an_axis_that_the_mesh_lacks_is_named() -> None:
+def test_a_missing_axis_is_named() -> None:
     with pytest.raises(UserError, match=r"names the mesh axis 'model'.*--config.mesh.model=1"):
         Trainer(experiment('Stacked')).compile()
     assert Trainer(experiment('Stacked', mesh__model=1)).init_state().step == 0
 
 
-def test_an_axis_that_nothing_is_cut_over_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """J1: an axis may have any name; a misspelt one must not repeat the work in silence."""
+def test_an_unused_axis_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """J1: an axis may have any name; a misspelled one must not silently repeat the work."""
     assert Trainer(experiment('cnn', mesh={'dada': 8})).set_up().programs.abstract
     assert 'config.mesh.dada=8: no parameter is sharded over this axis' in caplog.text
     caplog.clear()
-    made = experiment('cnn', mesh={'rows': 8}, sharding={**FSDP, 'axis': 'rows'})
-    assert Trainer(made).set_up().programs.abstract
+    renamed = experiment('cnn', mesh={'rows': 8}, sharding={**FSDP, 'axis': 'rows'})
+    assert Trainer(renamed).set_up().programs.abstract
     assert Trainer(on_mesh(experiment('lm'), MESHES['2 x 4'])).set_up().programs.abstract
     assert 'config.mesh' not in caplog.text
 
 
 class Unnamed(nn.Module):
-    """Two layers that name nothing."""
+    """Two layers without names of dimensions."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -294,21 +294,21 @@ class Unnamed(nn.Module):
         return nn.Dense(10, name='two')(x)
 
 
-def test_where_xla_is_wrong_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_wrong_gradients_of_xla_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     """Two axes of one size for a kernel, one more for the batch; see the next test."""
     rule = {
         'target': 'trainer.sharding:ByPath',
         'rules': (('one/kernel', ('fsdp', 'model')),),
     }
-    for mesh, told in (('2 x 2 x 2', True), ('8 fsdp', False), ('2 x 4', False)):
+    for mesh, is_warned in (('2 x 2 x 2', True), ('8 fsdp', False), ('2 x 4', False)):
         trainer = Trainer(on_mesh(experiment('Unnamed', sharding=(rule,)), MESHES[mesh]))
         caplog.clear()
         checks.warn_of_wrong_gradients(trainer.set_up().programs.abstract, trainer.set_up().mesh)
-        assert ('one/kernel is sharded over two mesh axes of size 2' in caplog.text) == told
+        assert ('one/kernel is sharded over two mesh axes of size 2' in caplog.text) == is_warned
 
 
-def test_xla_is_wrong_where_it_is_told() -> None:
-    """In JAX alone. Once this fails, `warn_of_wrong_gradients` has had its time."""
+def test_xla_still_computes_wrong_gradients() -> None:
+    """In JAX alone. Once this fails, remove `warn_of_wrong_gradients`."""
     mesh = jax.make_mesh((2, 2, 2), ('data', 'fsdp', 'model'), (jax.sharding.AxisType.Auto,) * 3)
     rows = jax.NamedSharding(mesh, P(('data', 'fsdp')))
 
@@ -321,12 +321,12 @@ def test_xla_is_wrong_where_it_is_told() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     x, *kernels = (jax.random.normal(key, (32, 32)) * 0.2 for key in keys)
     expected = jax.jit(jax.grad(lambda *args: loss(*args, names=False)))(kernels, x)
-    cut = [jax.NamedSharding(mesh, P('fsdp', 'model'))] * 2
+    sharded = [jax.NamedSharding(mesh, P('fsdp', 'model'))] * 2
     for names in (False, True):
         gradient = jax.jit(
             jax.grad(lambda *args, names=names: loss(*args, names=names)),
-            in_shardings=(cut, rows),
-            out_shardings=cut,
+            in_shardings=(sharded, rows),
+            out_shardings=sharded,
         )
         found = gradient(kernels, x)
         assert np.allclose(found[0], expected[0], rtol=1e-3, atol=1e-5) == names
@@ -340,22 +340,22 @@ def test_rules_are_checked_before_the_model_is_traced() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mesh', ['8 fsdp', '2 x 2 x 2'])
-def test_float16_is_the_same_where_the_state_is_cut(mesh: str, tmp_path: pathlib.Path) -> None:
-    """F9: an overflow anywhere leaves every device's part as it was, and halves the scale."""
+def test_float16_with_a_sharded_state(mesh: str, tmp_path: pathlib.Path) -> None:
+    """F9: after an overflow on any device, no shard changes, and the scale is halved."""
     options = {'precision': {'compute': 'float16', 'loss_scale': 2.0**30}, 'train_for': '16 steps'}
     rows = []
-    for name, where in (('whole', {'data': 8}), ('cut', MESHES[mesh])):
-        made = on_mesh(experiment('cnn', sharding=(CNN_BY_PATH, FSDP), **options), where)
-        trainer = Trainer(made, str(tmp_path / name))
+    for name, where in (('whole', {'data': 8}), ('sharded', MESHES[mesh])):
+        placed = on_mesh(experiment('cnn', sharding=(CNN_BY_PATH, FSDP), **options), where)
+        trainer = Trainer(placed, str(tmp_path / name))
         train(trainer)
         lines = (tmp_path / name / 'metrics.jsonl').read_text().splitlines()
         rows.append([json.loads(line) for line in lines])
-    whole, cut = rows
+    whole, sharded = rows
     for key in ('train/loss_scale', 'train/skipped_updates'):
-        assert [row[key] for row in cut] == [row[key] for row in whole]
-    skipped = cut[-1]['train/skipped_updates']
+        assert [row[key] for row in sharded] == [row[key] for row in whole]
+    skipped = sharded[-1]['train/skipped_updates']
     assert 5 < skipped < 16
-    assert cut[-1]['train/loss_scale'] == 2.0 ** (30 - skipped)
+    assert sharded[-1]['train/loss_scale'] == 2.0 ** (30 - skipped)
     # In float16 a sum that is taken in another order differs sooner than in float32.
     losses = [[row['train/loss'] for row in each] for each in rows]
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)

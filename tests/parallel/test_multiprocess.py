@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of several real processes: one data order, one state, one set of files, one end."""
+"""Runs of several processes: one data order, one state, one set of files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests import command
-from tests.parallel.group import finish, killed_at_last, start, train
+from tests.parallel.group import finish, kill_at_exit, start, train
 
 SHORT = (
     '--config.train_for=60steps',
@@ -41,7 +41,7 @@ def one_by_four(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def assert_close(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Equal rows but for the last bits."""
+    """Asserts that rows are equal up to rounding."""
     mine, its = command.rows(one), command.rows(other)
     assert [row['step'] for row in mine] == [row['step'] for row in its]
     for a, b in zip(mine, its, strict=True):
@@ -51,7 +51,7 @@ def assert_close(one: pathlib.Path, other: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_only_the_first_process_writes(two_by_two: tuple[pathlib.Path, list[str]]) -> None:
+def test_only_the_main_process_writes(two_by_two: tuple[pathlib.Path, list[str]]) -> None:
     workdir, outputs = two_by_two
     assert 'finished at step 60' in outputs[0]
     assert 'Gloo' not in outputs[0]
@@ -94,7 +94,7 @@ def test_four_processes_equal_two_bit_for_bit(
 
 @pytest.fixture(scope='module')
 def half(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """Two processes of two devices, half as far."""
+    """Two processes of two devices, half as many steps."""
     workdir = tmp_path_factory.mktemp('half') / 'run'
     train(2, workdir, *SHORT, '--config.train_for=30steps', devices=2)
     assert command.result(workdir)['step'] == 30
@@ -103,14 +103,14 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('count', 'devices'), [(1, 4), (4, 1)])
-def test_a_checkpoint_of_two_is_resumed_by_any_number(
+def test_a_checkpoint_of_two_processes_is_resumed_by_any_number(
     two_by_two: tuple[pathlib.Path, list[str]],
     half: pathlib.Path,
     count: int,
     devices: int,
     tmp_path: pathlib.Path,
 ) -> None:
-    """The digest of what is read is checked; four processes then equal two bit for bit."""
+    """The digest of the restored state is checked; four processes then equal two bit for bit."""
     whole, _ = two_by_two
     first = tmp_path / 'run'
     shutil.copytree(half, first)
@@ -137,11 +137,11 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [0, 1])
-def test_sigterm_to_one_stops_all_at_one_step(
+def test_sigterm_to_one_process_stops_all_at_the_same_step(
     number: int, long_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     running = start(2, tmp_path, *LONG)
-    with killed_at_last(running):
+    with kill_at_exit(running):
         command.wait_for(command.rows_written(tmp_path, at_least=3), secs=120)
         running[number].send_signal(signal.SIGTERM)
         codes, _, errors = finish(running)
@@ -162,7 +162,7 @@ def test_a_killed_process_ends_the_others(
     number: int, long_run: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     running = start(2, tmp_path, *LONG, '--heartbeat_timeout=10')
-    with killed_at_last(running):
+    with kill_at_exit(running):
         command.wait_for(command.rows_written(tmp_path, at_least=3), secs=120)
         running[number].kill()
         began = time.monotonic()
@@ -189,7 +189,7 @@ def split(examples: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_uneven_evaluations_are_exact(long_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """B7: 4,097 examples, and fewer than processes: a process may have none of them."""
+    """B7: 4,097 examples, and fewer examples than processes."""
     evals = {'many': split(4097), 'few': split(2)}
     found = []
     for count in (1, 2, 3):
@@ -213,7 +213,7 @@ def test_uneven_evaluations_are_exact(long_run: pathlib.Path, tmp_path: pathlib.
 def test_the_state_of_each_process_is_in_one_checkpoint(
     two_by_two: tuple[pathlib.Path, list[str]],
 ) -> None:
-    """H15: all take part in a save; what two have saved is read by one, without flags."""
+    """H15: all processes take part in a save; one process restores it, without flags."""
     workdir, _ = two_by_two
     finished = command.run(
         command.MLP, *command.SMALL, *SHORT, f'--workdir={workdir}', '--mode=eval'
@@ -234,22 +234,22 @@ def test_the_state_of_each_process_is_in_one_checkpoint(
     ],
     ids=['fsdp', 'model'],
 )  # fmt: skip
-def test_a_state_that_is_cut_over_processes(mesh: str, rule: str, tmp_path: pathlib.Path) -> None:
-    """Each process saves its part; one process goes on with all of it, and the losses agree."""
-    cut = (f'--config.mesh={mesh}', f'--config.sharding=[{rule}]', '--config.steps_per_call=5')
+def test_a_state_sharded_over_processes(mesh: str, rule: str, tmp_path: pathlib.Path) -> None:
+    """Each process saves its shards; one process resumes with all of them, and losses agree."""
+    options = (f'--config.mesh={mesh}', f'--config.sharding=[{rule}]', '--config.steps_per_call=5')
     whole, parts = tmp_path / 'whole', tmp_path / 'parts'
-    train(1, whole, *SHORT, *cut, devices=4)
-    outputs = train(2, parts, *SHORT, *cut, '--config.train_for=30steps', devices=2)
+    train(1, whole, *SHORT, *options, devices=4)
+    outputs = train(2, parts, *SHORT, *options, '--config.train_for=30steps', devices=2)
     assert 'per device' in outputs[0]
-    train(1, parts, *SHORT, *cut, devices=4)
+    train(1, parts, *SHORT, *options, devices=4)
     assert command.result(parts)['data_digest'] == command.result(whole)['data_digest']
     last = command.rows(parts)[-1], command.rows(whole)[-1]
     assert last[0] == pytest.approx(last[1], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_a_line_search_is_of_the_batch_of_all_processes(tmp_path: pathlib.Path) -> None:
-    """It takes the same steps as in one process, which is of the same rows."""
+def test_a_line_search_uses_the_batch_of_all_processes(tmp_path: pathlib.Path) -> None:
+    """It takes the same steps as in one process with the same examples."""
     options = (
         '--config.optimizer={"target": "optax:lbfgs", "learning_rate": null}',
         '--config.train_for=4steps',

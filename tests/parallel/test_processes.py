@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real processes that meet, agree, or say what is wrong."""
+"""Processes that connect and agree, or report what is wrong."""
 
 import concurrent.futures
 import os
@@ -75,7 +75,7 @@ def test_a_disagreement_names_the_process_and_the_item():
 
 
 @pytest.mark.slow
-def test_a_missing_peer_is_named_by_those_who_came():
+def test_a_missing_process_is_named_by_the_others():
     port = free_port()
     codes, outputs = finish(start(port, 3, 0, timeout=3), start(port, 3, 2, timeout=3))
     assert codes == [75, 75], outputs
@@ -86,7 +86,7 @@ def test_a_missing_peer_is_named_by_those_who_came():
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [0, 1])
 def test_a_process_that_dies_before_jax_has_connected_it_is_named(number):
-    """There JAX would wait for it until the time is over, and abort."""
+    """JAX would wait for it until the timeout, and abort."""
     port = free_port()
     dying = f"""
 import os, signal
@@ -103,7 +103,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_a_missing_first_process_is_named():
+def test_a_missing_process_0_is_named():
     codes, outputs = finish(start(free_port(), 2, 1, timeout=2))
     assert codes == [75]
     assert 'process 1 could not reach process 0' in outputs[0]
@@ -121,8 +121,8 @@ def test_processes_of_different_counts_or_equal_numbers_are_refused():
     assert all('two processes were started with --process_id=1' in o for o in outputs), outputs
 
 
-def test_a_process_does_not_take_itself_for_the_first_one(monkeypatch):
-    """A connection to a free port of its own machine may be given that very port."""
+def test_a_connection_to_itself_is_not_process_0(monkeypatch):
+    """The kernel may choose the port itself for a connection to a free port of this machine."""
     port, connect, calls, again = free_port(), socket.create_connection, [], threading.Event()
 
     def connect_to_itself_first(address, **kwargs):

@@ -35,7 +35,7 @@ def mesh():
     return make_mesh({'data': 2, 'fsdp': 2, 'model': 2})
 
 
-def test_fsdp_cuts_the_largest_dimension_that_divides(mesh):
+def test_fsdp_shards_the_largest_divisible_dimension(mesh):
     fsdp = FSDP(min_bytes=0)
     assert fsdp(parameter(4, 8), mesh) == P(None, 'fsdp')
     assert fsdp(parameter(4, 9), mesh) == P('fsdp')
@@ -45,7 +45,7 @@ def test_fsdp_cuts_the_largest_dimension_that_divides(mesh):
     )
 
 
-def test_fsdp_leaves_small_and_odd_parameters_to_the_next_rule(mesh):
+def test_fsdp_leaves_small_and_indivisible_parameters_to_the_next_rule(mesh):
     assert FSDP(min_bytes=129)(parameter(4, 8), mesh) is None
     assert FSDP(min_bytes=128)(parameter(4, 8), mesh) == P(None, 'fsdp')
     assert FSDP(min_bytes=0)(parameter(3, 5), mesh) is None
@@ -55,7 +55,7 @@ def test_fsdp_leaves_small_and_odd_parameters_to_the_next_rule(mesh):
     assert choose_spec(parameter(2, 3), (FSDP(min_bytes=1000),), mesh) == P()
 
 
-def test_first_rule_with_an_answer_decides(mesh):
+def test_the_first_rule_with_a_spec_decides(mesh):
     rules = (
         ByPath(rules=(('.*/bias', ()), ('mlp/.*', (None, 'model')), ('mlp/kernel', ('data',)))),
         Replicated(),
@@ -73,7 +73,7 @@ def test_j8_names_take_each_mesh_axis_once_in_order_of_the_rules():
     assert rules(parameter(4, 4, 4, 4, names=names), mesh) == P('X', None, 'Y', None)
 
 
-def test_names_without_a_rule_are_not_cut_and_arrays_without_names_are_left(mesh):
+def test_names_without_a_rule_and_parameters_without_names(mesh):
     rules = ByName(rules=(('mlp', 'model'), ('embed', ('data', 'fsdp'))))
     assert rules(parameter(4, 4, names=('other', 'mlp')), mesh) == P(None, 'model')
     assert rules(parameter(4, 4, names=('embed', 'mlp')), mesh) == P(('data', 'fsdp'), 'model')
@@ -85,14 +85,17 @@ def test_names_without_a_rule_are_not_cut_and_arrays_without_names_are_left(mesh
     ('rule', 'expected'),
     [
         (ByPath(rules=(('.*', ('modle',)),)), "'modle', but the axes of config.mesh are data, fsd"),
-        (ByPath(rules=(('.*', (None, None, 'model')),)), 'gives 3 dimensions to a/kernel, which'),
+        (
+            ByPath(rules=(('.*', (None, None, 'model')),)),
+            'has axes for 3 dimensions, but a/kernel has',
+        ),
         (ByPath(rules=(('.*', ('model', 'model')),)), 'uses a mesh axis twice in a/kernel'),
         (ByPath(rules=(('.*', (None, 'model')),)), 'dimension 1 of a/kernel (4, 3) over'),
         (ByName(rules=(('b', ('data', 'model')),)), '3 is not divisible by 4'),
         (FSDP(axis='nowhere'), "FSDP names the mesh axis 'nowhere'"),
     ],
 )
-def test_what_cannot_be_is_named(mesh, rule, expected):
+def test_impossible_specs_are_named(mesh, rule, expected):
     with pytest.raises(UserError) as error:
         choose_spec(parameter(4, 3, names=('a', 'b')), (rule,), mesh)
     assert expected in str(error.value)
@@ -107,14 +110,14 @@ def test_what_cannot_be_is_named(mesh, rule, expected):
         (lambda: ByName(rules=('mlp',)), "got 'mlp'"),
     ],
 )
-def test_what_is_no_rule_is_named(make, expected):
+def test_invalid_rules_are_named(make, expected):
     with pytest.raises(UserError) as error:
         make()
     assert expected in str(error.value)
 
 
 @pytest.mark.parametrize('rule', [ByPath(rules=(('z', ('x',)),)), ByName(rules=(('z', 'x'),))])
-def test_an_axis_that_no_parameter_asks_for_has_to_be_there_too(mesh, rule):
+def test_axes_of_unused_rules_must_exist_too(mesh, rule):
     with pytest.raises(UserError, match="'z' names the mesh axis 'x', but the axes of config"):
         check_rules((rule,), mesh)
 

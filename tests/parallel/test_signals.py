@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handlers of signals: installed, taken off, and those of others left alone."""
+"""Signal handlers are installed and removed; those of other code stay."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def test_what_was_installed_is_taken_off() -> None:
+def test_uninstall() -> None:
     signals.install()
     signals.uninstall()
     assert [signal.getsignal(number) for number in NUMBERS] == [signal.SIG_DFL] * 2
 
 
-def test_the_handlers_of_a_program_that_calls_main_stay() -> None:
+def test_handlers_of_the_calling_program_stay() -> None:
     def mine(*_: Any) -> None: ...
 
     for number in NUMBERS:
@@ -56,7 +56,7 @@ def test_a_second_ctrl_c_leaves_last_words(monkeypatch: pytest.MonkeyPatch) -> N
     assert codes == [signals.EXIT_INTERRUPTED]
 
 
-def test_last_words_that_take_long_or_fail_hold_nothing_up() -> None:
+def test_slow_or_failing_last_words_delay_nothing() -> None:
     said, forever = [], threading.Event()
 
     def fail(status: str, message: str) -> None:
@@ -79,7 +79,7 @@ def test_last_words_that_take_long_or_fail_hold_nothing_up() -> None:
     last_words._recorders.clear()
 
 
-def test_the_first_interrupt_asks_and_the_second_raises() -> None:
+def test_the_first_interrupt_requests_a_stop_and_the_second_raises() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     request = StopRequest()
     with signals.handle_interrupts(request):
@@ -94,7 +94,7 @@ def test_the_first_interrupt_asks_and_the_second_raises() -> None:
 
 
 @pytest.mark.parametrize('error', [None, ValueError, SystemExit, KeyboardInterrupt])
-def test_the_handler_is_put_back_whatever_ends_the_block(error: Any) -> None:
+def test_the_handler_is_restored_after_the_block(error: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(BaseException), signals.handle_interrupts(StopRequest()):
         assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
@@ -103,7 +103,7 @@ def test_the_handler_is_put_back_whatever_ends_the_block(error: Any) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_handler_that_is_not_pythons_own_stays() -> None:
+def test_a_custom_handler_stays() -> None:
     def mine(*_: Any) -> None: ...
 
     for handler in (mine, signal.SIG_IGN, signal.SIG_DFL):

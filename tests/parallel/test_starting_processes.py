@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that start: with each other, or not at all."""
+"""The start of several processes: they agree, or none of them trains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.parallel import group
 SHORT = ('--config.train_for=20steps',)
 
 
-def agree_not(workdir: pathlib.Path, expected: str, *args: str, **options: object) -> None:
+def assert_refused(workdir: pathlib.Path, expected: str, *args: str, **options: object) -> None:
     codes, outputs, errors = group.finish(group.start(2, workdir, *args, **options))  # type: ignore[arg-type]
     assert codes == [2, 2], errors
     assert outputs == ['', '']
@@ -29,22 +29,22 @@ def agree_not(workdir: pathlib.Path, expected: str, *args: str, **options: objec
 def test_another_config_is_named(tmp_path: pathlib.Path) -> None:
     other = {1: '--config.optimizer.learning_rate=0.5'}
     expected = 'process 1:\n  config.optimizer.learning_rate  0.01 -> 0.5\n'
-    agree_not(tmp_path / 'run', expected, *SHORT, only=other)
+    assert_refused(tmp_path / 'run', expected, *SHORT, only=other)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mode', ['eval', 'dry_run', 'summary'])
 def test_another_config_is_named_in_every_mode(mode: str, tmp_path: pathlib.Path) -> None:
-    """An evaluation of other batches than the peer's would wait for ever."""
+    """Evaluations of different batches would wait for each other forever."""
     other = {1: '--config.evals.test.data.batch_size=100'}
     expected = 'process 1:\n  config.evals.test.data.batch_size'
-    agree_not(tmp_path, expected, *SHORT, f'--mode={mode}', only=other)
+    assert_refused(tmp_path, expected, *SHORT, f'--mode={mode}', only=other)
 
 
 @pytest.mark.slow
 def test_another_mode_is_named(tmp_path: pathlib.Path) -> None:
     expected = "process 1:\n  mode  'train' -> 'eval'\n"
-    agree_not(tmp_path, expected, *SHORT, only={1: '--mode=eval'})
+    assert_refused(tmp_path, expected, *SHORT, only={1: '--mode=eval'})
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_another_mode_is_named(tmp_path: pathlib.Path) -> None:
     [('train.txt', '  data.examples  '), ('test.txt', '  data of evals.test.examples  ')],
 )
 def test_another_file_of_data_is_named(name: str, expected: str, tmp_path: pathlib.Path) -> None:
-    """Files of one name in two directories, as on two hosts; the config says the same."""
+    """Different files with the same name, as on two hosts; the configs are equal."""
     hosts = [tmp_path / 'host0', tmp_path / 'host1']
     for host in hosts:
         host.mkdir()
@@ -70,11 +70,11 @@ def test_another_file_of_data_is_named(name: str, expected: str, tmp_path: pathl
         '--config.model.width=16', f'--config.data.source={source("train.txt", "train")}',
         f'--config.evals.test.data.source={source("test.txt", "test")}',
     )  # fmt: skip
-    agree_not(tmp_path / 'run', expected, *SHORT, config=config, cwds=hosts)
+    assert_refused(tmp_path / 'run', expected, *SHORT, config=config, cwds=hosts)
 
 
 @pytest.mark.slow
-def test_a_peer_that_does_not_come_is_named(tmp_path: pathlib.Path) -> None:
+def test_a_process_that_does_not_start_is_named(tmp_path: pathlib.Path) -> None:
     flags = group.flags(2, group.free_port(), timeout_secs=2)
     workdir = tmp_path / 'run'
     ended = command.run(command.MLP, f'--workdir={workdir}', *flags, '--process_id=0')
@@ -85,12 +85,12 @@ def test_a_peer_that_does_not_come_is_named(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sigterm_before_the_peers_have_come_is_not_lost(tmp_path: pathlib.Path) -> None:
+def test_a_sigterm_before_all_processes_have_started(tmp_path: pathlib.Path) -> None:
     port = group.free_port()
     args = (command.MLP, *command.SMALL, f'--workdir={tmp_path}', *group.flags(2, port))
     args = (*args, '--config.train_for=100000steps')
     running = [command.start(*args, '--process_id=0')]
-    with group.killed_at_last(running):
+    with group.kill_at_exit(running):
         command.wait_for(lambda: _listens(port))
         running[0].send_signal(signal.SIGTERM)
         command.wait_for(lambda: _listens(port))
@@ -102,7 +102,7 @@ def test_a_sigterm_before_the_peers_have_come_is_not_lost(tmp_path: pathlib.Path
 
 @pytest.mark.slow
 def test_a_dry_run_of_two_processes(tmp_path: pathlib.Path) -> None:
-    """Both write their part of the rehearsed save to one place, which is gone afterwards."""
+    """Both write their shards to one temporary directory, which is deleted afterwards."""
     mesh = ('--config.mesh={"data": 1, "fsdp": -1}', '--config.sharding=fsdp')
     outputs = group.train(2, tmp_path / 'run', *SHORT, '--mode=dry_run', *mesh)
     assert 'checkpoint OK (' in outputs[0]

@@ -14,7 +14,7 @@ import pytest
 from tests.step import gan
 from trainer.config.errors import UserError
 from trainer.models.mlp import MLP
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.context import StepContext
@@ -52,7 +52,7 @@ def programs(
     mesh = mesh_of(devices)
     step = TrainStep(
         StepContext(
-            model=functional(model or gan.GAN()),
+            model=as_functional(model or gan.GAN()),
             task=TaskRunner.from_task(task),
             optimizer=optimizer,
             seed=0,

@@ -21,7 +21,7 @@ from tests.command import ROOT
 from tests.marks import slow_after
 from trainer.experiment import load_and_build
 from trainer.models.mlp import MLP
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.modules.precision import Precision
 from trainer.modules.rng import Keys
 from trainer.parallel.mesh import batch_sharding, make_mesh
@@ -78,7 +78,7 @@ def programs(
     options.setdefault('optimizer', Optimizer(base=optax.sgd(0.1, momentum=0.9)))
     step = TrainStep(
         StepContext(
-            model=functional(module, precision),
+            model=as_functional(module, precision),
             task=TaskRunner.from_task(classify),
             seed=0,
             shards=size,
@@ -148,7 +148,7 @@ def test_a_scan_begins_in_the_dtype_that_it_goes_on_in(precision: Precision, bri
     def of_linen(rngs: nnx.Rngs) -> nnx.Module:
         return nnx.bridge.ToNNX(Scanned(), rngs=rngs)
 
-    model = functional(of_linen if bridged else Scanned(), precision)
+    model = as_functional(of_linen if bridged else Scanned(), precision)
 
     def task(model: Any, batch: Any) -> jax.Array:
         return model(batch['x'])
@@ -275,7 +275,9 @@ def test_a_scale_rescues_gradients_that_float16_loses() -> None:
     mesh = make_mesh({'data': -1})
 
     def moved(scale: float | None) -> float:
-        step = TrainStep(StepContext(model=functional(MLP((4,)), F16), loss_scale=scale, **options))
+        step = TrainStep(
+            StepContext(model=as_functional(MLP((4,)), F16), loss_scale=scale, **options)
+        )
         made = Programs(step, spec, mesh)
         before = jax.device_get(made.init().params)
         after = made.step(made.init(), jax.device_put(batch, batch_sharding(mesh))).params

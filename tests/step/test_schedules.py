@@ -458,7 +458,7 @@ def test_a_rate_that_is_not_known_is_said(
         (SGD, 'args[1].learning_rate', {}, "config.optimizer has no 'args[1].learning_rate'"),
         (
             {'target': 'optax:MultiSteps', 'opt': SGD, 'every_k_schedule': WARMING},
-            'opt.learning_rate', {}, 'the number of its updates is not known',
+            'opt.learning_rate', {}, 'the number of its updates is unknown',
         ),
         (
             {'target': 'optax:chain', 'args': (SGD,)}, 'args[0].target', {},
@@ -494,7 +494,7 @@ def test_keys_of_rates_that_there_are_not(
         ),
         (
             {'target': 'optax:sgd', 'learning_rate': {'ref': 'optax:cosine_decay_schedule'}},
-            r'learning_rate: .* is not a schedule.*decay_steps.*named by target=',
+            r'learning_rate: .* is not a schedule.*decay_steps.*as target=',
         ),
         (
             {'target': 'optax:sgd', 'learning_rate': {'target': 'optax:adam', 'args': (0.1,)}},

@@ -15,7 +15,7 @@ import pytest
 from trainer.config.errors import UserError
 from trainer.models.cnn import CNN
 from trainer.models.mlp import MLP
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.step.context import StepContext
 from trainer.step.one_model import TrainStep
@@ -53,7 +53,7 @@ def programs(
     optimizer = options.pop('optimizer', Optimizer(base=optax.sgd(0.1, momentum=0.9)))
     train_step = TrainStep(
         StepContext(
-            model=functional(model),
+            model=as_functional(model),
             task=TaskRunner.from_task(task or Classification()),
             optimizer=optimizer,
             seed=0,
@@ -191,7 +191,7 @@ def test_padded_rows_do_not_count() -> None:
     def train(batch: dict[str, np.ndarray]) -> Any:
         step = TrainStep(
             StepContext(
-                model=functional(MLP((8, 10))),
+                model=as_functional(MLP((8, 10))),
                 task=TaskRunner.from_task(Classification()),
                 optimizer=Optimizer(base=optax.sgd(0.1)),
                 seed=0,
@@ -293,7 +293,7 @@ def test_steps_per_call_is_bit_equal_on_the_mlp() -> None:
     mesh = one_device_mesh()
     step = TrainStep(
         StepContext(
-            model=functional(MLP((8, 10))),
+            model=as_functional(MLP((8, 10))),
             task=TaskRunner.from_task(Classification()),
             optimizer=Optimizer(base=optax.adam(0.01), learning_rate=lambda s: 0.01),
             seed=0,

@@ -18,7 +18,7 @@ from tests.marks import slow_after
 from trainer.config.errors import UserError
 from trainer.evaluate.evaluator import summarize
 from trainer.evaluate.step import EvalStep
-from trainer.modules.functional import functional
+from trainer.modules.functional import as_functional
 from trainer.observe import flops
 from trainer.parallel.mesh import batch_sharding, make_mesh
 from trainer.run import checks
@@ -101,7 +101,7 @@ def programs(
     mesh = mesh_of(devices)
     optimizer = options.pop('optimizer', Optimizer(base=optax.sgd(0.1)))
     step = TrainStep(StepContext(
-        model=functional(Net() if model is None else model), task=TaskRunner.from_task(task),
+        model=as_functional(Net() if model is None else model), task=TaskRunner.from_task(task),
         optimizer=optimizer, seed=0, shards=devices, **options
 ))  # fmt: skip
     batch = batch_of(0.0) if batch is None else batch
@@ -234,7 +234,7 @@ def test_evaluation(fill: float) -> None:
     for name, x in batch.items():
         x[-3:] = x[:1]  # As the loader pads: with the first row, whose weight is 0.
         assert name != 'weight' or x[-1] == 0
-    step = EvalStep(model=functional(Net()), task=TaskRunner.from_task(cross_entropy), seed=0)
+    step = EvalStep(model=as_functional(Net()), task=TaskRunner.from_task(cross_entropy), seed=0)
     variables = Net().init(jax.random.key(0), jnp.ones((1, 5)))
     args = (variables, jnp.int32(0), jnp.int32(0), {**batch, MASK: mask})
     totals = jax.jit(step)(step.empty(step.output_shapes(variables, args[-1])), *args)

@@ -34,7 +34,7 @@ def get_config():
 
 
 class Backbone(nn.Module):
-    """Two dense layers, normalised."""
+    """Two dense layers with batch norm."""
 
     width: int = 12
 
@@ -45,7 +45,7 @@ class Backbone(nn.Module):
 
 
 class Net(nn.Module):
-    """A backbone, positions that are added, and a head."""
+    """A backbone, optional position embeddings, and a head."""
 
     classes: int = 3
     width: int = 12
@@ -79,14 +79,14 @@ def trainer(directory: pathlib.Path, workdir: str | None = None, **overrides: An
     return Trainer(experiment, None if workdir is None else str(directory / workdir))
 
 
-def pretrained(directory: pathlib.Path, **overrides: Any) -> tuple[str, Any]:
+def pretrain(directory: pathlib.Path, **overrides: Any) -> tuple[str, Any]:
     """Returns the work directory of a run of ten steps, and its last state on the host."""
     result = trainer(directory, 'pretrained', **overrides).fit()
     return str(directory / 'pretrained'), jax.device_get(result.state)
 
 
-def started(run: Trainer, **init_from: Any) -> Any:
-    """Returns the first state of a trainer without `init_from`, as one with it would have it."""
+def initial_state(run: Trainer, **init_from: Any) -> Any:
+    """Returns the initial state that a trainer would have with these options of `init_from`."""
     chosen = InitFrom(**init_from)
     return load_initial_weights(
         run.set_up().programs.init(),
@@ -96,7 +96,7 @@ def started(run: Trainer, **init_from: Any) -> Any:
     )
 
 
-def flat(tree: Any) -> dict[str, np.ndarray]:
+def flatten(tree: Any) -> dict[str, np.ndarray]:
     """Returns the leaves by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(p, simple=True, separator='/'): np.asarray(x) for p, x in leaves}
@@ -104,7 +104,7 @@ def flat(tree: Any) -> dict[str, np.ndarray]:
 
 def assert_same(a: Any, b: Any) -> None:
     """Both trees have the same leaves, bit for bit."""
-    a, b = flat(a), flat(b)
+    a, b = flatten(a), flatten(b)
     assert a.keys() == b.keys()
     for path, x in a.items():
         np.testing.assert_array_equal(x, b[path], err_msg=path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Flax sides of the networks in `torch_networks`."""
+"""The networks of `torch_networks` in Flax."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ResNet(nn.Module):
 
 
 class Flat(nn.Module):
-    """A dense layer after a convolution, flattened as Flax has it."""
+    """A dense layer after a convolution, flattened in the order of Flax."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

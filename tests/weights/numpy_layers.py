@@ -100,7 +100,7 @@ def attend(
 
 
 def self_attention(x: np.ndarray, w: Weights, at: str, *, heads: int) -> np.ndarray:
-    """`torch.nn.MultiheadAttention`, batch first: three projections lie in one tensor."""
+    """`torch.nn.MultiheadAttention`, batch first: three projections in one tensor."""
     rows = np.split(double(w[f'{at}in_proj_weight']), 3)
     shifts = np.split(double(w[f'{at}in_proj_bias']), 3)
     query, key, value = (x @ row.T + shift for row, shift in zip(rows, shifts, strict=True))

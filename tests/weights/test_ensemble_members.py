@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.weights.examples import assert_same, flat, pretrained, trainer
+from tests.weights.examples import assert_same, flatten, pretrain, trainer
 from trainer.config.errors import UserError
 from trainer.ensemble.step import member_state
 
@@ -21,8 +21,8 @@ MESH = {'ensemble': 2, 'data': -1}
 
 @pytest.mark.slow
 def test_all_members_start_from_one_checkpoint(tmp_path: pathlib.Path) -> None:
-    """I1: what is not loaded is each member's own; a member's course is that of the run alone."""
-    path, old = pretrained(tmp_path)
+    """I1: members differ in what is not loaded; each one trains as a single run does."""
+    path, old = pretrain(tmp_path)
     init_from = {'path': path, 'exclude': 'head/.*'}
     # The bias before a normalisation has a gradient of mere rounding, which Adam would follow.
     sgd = {'target': 'optax:sgd', 'momentum': 0.9}
@@ -48,33 +48,33 @@ def test_all_members_start_from_one_checkpoint(tmp_path: pathlib.Path) -> None:
             .fit()
             .state
         )
-        found, expected = flat(member_state(last, index).params), flat(alone.params)
+        found, expected = flatten(member_state(last, index).params), flatten(alone.params)
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_surgery_of_what_all_members_start_with(tmp_path: pathlib.Path) -> None:
-    path, old = pretrained(tmp_path)
+def test_surgery_of_the_weights_of_all_members(tmp_path: pathlib.Path) -> None:
+    path, old = pretrain(tmp_path)
     size: dict[str, Any] = {'model__classes': 4, 'data__source__classes': 4}
     resize = {'target': 'trainer.weights:Resize', 'pattern': 'head/.*', 'size': 4}
-    made = trainer(
+    run = trainer(
         tmp_path, ensemble={'size': 2}, init_from={'path': path}, surgery=(resize,), **size
     )
-    kernels = np.asarray(made.init_state().params['head']['kernel'])
-    np.testing.assert_array_equal(kernels[0][:, :3], flat(old.params)['head/kernel'])
+    kernels = np.asarray(run.init_state().params['head']['kernel'])
+    np.testing.assert_array_equal(kernels[0][:, :3], flatten(old.params)['head/kernel'])
     np.testing.assert_array_equal(kernels[0], kernels[1])
     with pytest.raises(
         UserError,
-        match=r'config\.surgery is not supported for the fresh weights of several members',
+        match=r'config\.surgery is not supported for the initial weights of several members',
     ):
         trainer(tmp_path, ensemble={'size': 2}, surgery=(resize,), **size)
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_one_member(tmp_path: pathlib.Path) -> None:
-    """With what the optimizer holds for it, where both optimizers are of one kind."""
-    path, old = pretrained(tmp_path, ensemble={'size': 3})
+def test_a_run_starts_from_one_member(tmp_path: pathlib.Path) -> None:
+    """With its optimizer slots, if both optimizers are of the same kind."""
+    path, old = pretrain(tmp_path, ensemble={'size': 3})
     init_from = {'path': path, 'member': 2, 'optimizer': True}
     state = trainer(tmp_path, init_from=init_from).init_state()
     member = member_state(old, 2)
@@ -94,5 +94,5 @@ def test_a_run_goes_on_from_one_member(tmp_path: pathlib.Path) -> None:
     )
     alone = tmp_path / 'alone'
     alone.mkdir()
-    path, _ = pretrained(alone)
+    path, _ = pretrain(alone)
     assert refused(path=path, member=0).match('the checkpoint is not one of an ensemble')

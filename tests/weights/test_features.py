@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A head that is trained on features computed once is the head over a frozen backbone."""
+"""A head trained on precomputed features equals the head on a frozen backbone."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def docstrings(**options: Any) -> Trainer:
 
 @pytest.mark.slow
 def test_a_new_head_on_the_frozen_encoder() -> None:
-    """G1 to G6: it learns eight classes, and the encoder stays what was loaded, to the bit."""
+    """G1 to G6: it learns eight classes, and the encoder equals the loaded one, bit for bit."""
     trainer = docstrings(optimizer__freeze='encoder/.*', train_for='80 steps')
     before = jax.device_get(trainer.init_state().params)
     result = trainer.fit()
@@ -47,7 +47,7 @@ def test_a_new_head_on_the_frozen_encoder() -> None:
 
 @pytest.mark.slow
 def test_the_whole_encoder_learns_faster() -> None:
-    """G5: slowly where it was trained before, and better in thirty steps than from nothing."""
+    """G5: with a small learning rate for the encoder, 30 steps are better than from scratch."""
     tuned = docstrings(train_for='30 steps').fit()
     options = {'init_from': None, 'optimizer__lr_multipliers': None}
     fresh = docstrings(train_for='30 steps', optimizer__learning_rate__peak_value=3e-4, **options)
@@ -56,6 +56,6 @@ def test_the_whole_encoder_learns_faster() -> None:
 
 
 @pytest.mark.slow
-def test_where_the_weights_are_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_missing_directory_of_weights_is_named(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match=r'tokenizer: no file all-MiniLM-L6-v2'):
         load_and_build(str(ROOT / 'configs' / 'docstrings.py'))

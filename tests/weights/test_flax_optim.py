@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers of `flax.optim`, which optax's go on from."""
+"""Optimizer states of `flax.optim`, loaded into optimizers of optax."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import optax
 import pytest
 from flax import serialization
 
-from tests.weights.examples import Net, assert_same, flat, trainer
+from tests.weights.examples import Net, assert_same, flatten, trainer
 from trainer.config.errors import UserError
 
 
 def adam_of_flax(grads: list[Any]) -> Any:
-    """What `flax.optim.Adam` holds after these gradients, and its parameter states' last update."""
+    """Returns the state of `flax.optim.Adam` after these gradients, and its last update."""
     m = v = jax.tree.map(np.zeros_like, grads[0])
     for grad in grads:
         m = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, m, grad)
@@ -33,8 +33,8 @@ def adam_of_flax(grads: list[Any]) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('layout', ['flax', 'pre_linen'])
-def test_the_moments_of_flax_optim(tmp_path: pathlib.Path, layout: str) -> None:
-    """U11, F6: Adam goes on in optax where it stood, under the names of Linen or before it."""
+def test_adam_of_flax_optim(tmp_path: pathlib.Path, layout: str) -> None:
+    """U11, F6: Adam continues in optax, under the names of Linen or of `flax.nn`."""
     rng = np.random.default_rng(0)
     variables = jax.device_get(Net().init(jax.random.key(3), jnp.ones((2, 8))))
     params, stats = variables['params'], variables['batch_stats']
@@ -60,13 +60,13 @@ def test_the_moments_of_flax_optim(tmp_path: pathlib.Path, layout: str) -> None:
     assert int(new.step) == 0 and int(new.opt_state[0].count) == 3
     update, _ = optax.adam(0.01).update(jax.tree.map(jnp.asarray, grads[3]), new.opt_state)
     expected = adam_of_flax(grads)[1]
-    for path, x in flat(update).items():
-        np.testing.assert_allclose(x, flat(expected)[path], rtol=1e-5, err_msg=path)
+    for path, x in flatten(update).items():
+        np.testing.assert_allclose(x, flatten(expected)[path], rtol=1e-5, err_msg=path)
 
 
 @pytest.mark.slow
 def test_momentum_of_flax_optim(tmp_path: pathlib.Path) -> None:
-    """F6: its momentum is the trace of `optax.sgd`, and is not there for Adam."""
+    """F6: its momentum is the trace of `optax.sgd`, and is missing for Adam."""
     variables = jax.device_get(Net().init(jax.random.key(3), jnp.ones((2, 8))))
     states = jax.tree.map(lambda x: {'momentum': x + 1}, variables['params'])
     old = {'optimizer': {'target': variables['params'], 'state': {

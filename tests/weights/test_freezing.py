@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ways to keep a loaded backbone as it is, and loading between module systems."""
+"""Three ways to freeze a loaded backbone, and loading between module systems."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from tests.weights.examples import assert_same, flat, pretrained, trainer
+from tests.weights.examples import assert_same, flatten, pretrain, trainer
 from trainer.config.errors import UserError
 
 
@@ -28,7 +28,7 @@ def plain(model: Any, batch: Any) -> jax.Array:
 
 
 def head_only(learning_rate: float) -> optax.GradientTransformation:
-    """What the guide writes by hand."""
+    """Returns the optimizer of the guide: only the head is trained."""
 
     def labels(params: Any) -> Any:
         return traverse_util.path_aware_map(
@@ -50,8 +50,8 @@ def head_only(learning_rate: float) -> optax.GradientTransformation:
     ids=['stop_gradient', 'freeze', 'multi_transform'],
 )  # fmt: skip
 def test_three_ways_to_freeze(tmp_path: pathlib.Path, options: dict[str, Any]) -> None:
-    """G4: each leaves the loaded backbone as it is, to the bit, and trains the same head."""
-    path, old = pretrained(tmp_path)
+    """G4: each keeps the loaded backbone, bit for bit, and trains the same head."""
+    path, old = pretrain(tmp_path)
     common = {'train_for': '50 steps', 'init_from': {'path': path}, 'log__every': '50 steps'}
     task = {'task': {'ref': f'{__name__}:plain'}}
     state = trainer(tmp_path, **common, **{**task, **options}).fit().state
@@ -82,13 +82,13 @@ NNX = {
 def test_statistics_of_a_frozen_part(
     tmp_path: pathlib.Path, options: dict[str, Any], frozen: str
 ) -> None:
-    """G4: nothing of it changes, to the bit, by the default step or by one of the user's own."""
+    """G4: they do not change by a bit, in the default step or in a custom one."""
     options = {'train_for': '5 steps', 'optimizer__freeze': frozen, **options}
     run = trainer(tmp_path, **options, optimizer__freeze_statistics=frozen)
     start, end = jax.device_get(run.init_state()), run.fit().state
     assert 'mean' in str(jax.tree.structure(start.collections))
     assert_same(end.collections['batch_stats'], start.collections['batch_stats'])
-    before, after = flat(start.params), flat(end.params)
+    before, after = flatten(start.params), flatten(end.params)
     moved = {path for path, x in after.items() if (x != before[path]).any()}
     assert moved == {path for path in before if not re.fullmatch(frozen, path)}
     with pytest.raises(
@@ -100,7 +100,7 @@ def test_statistics_of_a_frozen_part(
 
 @pytest.mark.slow
 def test_from_linen_to_nnx(tmp_path: pathlib.Path) -> None:
-    """The paths are all that differs, so a list of renames does it."""
+    """Only the paths differ, so a list of renames is enough."""
     mnist = {
         'data__source': {'target': 'trainer.data.mnist:MNIST', 'split': 'train', 'limit': 64},
         'data__device_transforms': ({'target': 'trainer.data.transforms:ToFloat'},),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers and networks of PyTorch, converted, give what they gave there."""
+"""Converted layers and networks of PyTorch give the same outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def given(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def first(x: np.ndarray) -> Any:
-    """Channels before height and width, as PyTorch wants them."""
+    """Channels before height and width, as in PyTorch."""
     return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
 
 
@@ -37,7 +37,7 @@ def last(x: Any) -> np.ndarray:
 
 
 def scramble(module: Any) -> Any:
-    """Returns the module in evaluation mode, with other values than those it begins with."""
+    """Returns the module in evaluation mode, with random parameters and statistics."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, x in module.state_dict().items():
@@ -54,16 +54,16 @@ def close(mine: Any, theirs: np.ndarray) -> None:
     assert abs(mine - theirs).max() <= 1e-5 * abs(theirs).max()
 
 
-def converted(flax_module: nn.Module, torch_module: Any, x: Any, **options: Any) -> Any:
+def convert(flax_module: nn.Module, torch_module: Any, x: Any, **options: Any) -> Any:
     """Returns the Flax module as a function with the values of the other one."""
     variables = flax_module.init(jax.random.key(0), x)
-    made = restore.torch_variables(torch_module.state_dict(), variables, **options)
-    assert jax.tree.structure(made) == jax.tree.structure(variables)
-    return flax_module.apply(made, x)
+    loaded = restore.torch_variables(torch_module.state_dict(), variables, **options)
+    assert jax.tree.structure(loaded) == jax.tree.structure(variables)
+    return flax_module.apply(loaded, x)
 
 
 class Inner(nn.Module):
-    """Gives a layer a name: PyTorch's containers do so too."""
+    """Gives a layer a name, as the containers of PyTorch do."""
 
     layer: nn.Module
 
@@ -88,7 +88,7 @@ def inner(layer: Any) -> Any:
 def test_layers_with_the_channels_last(mine: Any, theirs: Any, shape: Any) -> None:
     """1.L: a linear layer's weight is transposed, square or not."""
     x, layer = given(*shape), inner(theirs())
-    close(converted(Inner(mine), layer, x), layer['layer'](torch.from_numpy(x)).detach().numpy())
+    close(convert(Inner(mine), layer, x), layer['layer'](torch.from_numpy(x)).detach().numpy())
 
 
 @pytest.mark.parametrize(
@@ -110,19 +110,19 @@ def test_layers_with_the_channels_last(mine: Any, theirs: Any, shape: Any) -> No
     ],
 )  # fmt: skip
 def test_layers_with_the_channels_first(mine: Any, theirs: Any, shape: Any) -> None:
-    """1.L: kernels, running statistics, and a transposed convolution as a gradient is one."""
+    """1.L: kernels, running statistics, and a transposed convolution."""
     x, layer = given(*shape), inner(theirs())
-    close(converted(Inner(mine), layer, x), last(layer['layer'](first(x))))
+    close(convert(Inner(mine), layer, x), last(layer['layer'](first(x))))
 
 
-def test_batch_norm_has_the_other_momentum() -> None:
-    """1.L: 0.1 there is 0.9 here, and a training batch moves the mean alike (the variance there is
-    that of a sample)."""
+def test_momentum_of_batch_norm() -> None:
+    """1.L: PyTorch's 0.1 is Flax's 0.9, and a training batch moves the mean equally (PyTorch's
+    variance is that of a sample)."""
     x, layer = given(4, 3, 3, 2), inner(F.BatchNorm2d(2, momentum=0.1))
     mine = Inner(nn.BatchNorm(use_running_average=False, momentum=0.9))
     variables = mine.init(jax.random.key(0), x)
-    made = restore.torch_variables(layer.state_dict(), variables)
-    y, changed = mine.apply(made, x, mutable=['batch_stats'])
+    loaded = restore.torch_variables(layer.state_dict(), variables)
+    y, changed = mine.apply(loaded, x, mutable=['batch_stats'])
     close(y, last(layer.train()['layer'](first(x))))
     close(changed['batch_stats']['layer']['mean'], layer['layer'].running_mean.numpy())
 
@@ -141,7 +141,7 @@ def test_embedding() -> None:
     """Not transposed, square or not."""
     tokens = np.array([[1, 2], [3, 0]])
     layer = inner(F.Embedding(4, 4))
-    close(converted(Inner(nn.Embed(4, 4)), layer, tokens),
+    close(convert(Inner(nn.Embed(4, 4)), layer, tokens),
           layer['layer'](torch.from_numpy(tokens)).detach().numpy())  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_attention() -> None:
     layer = inner(F.MultiheadAttention(12, 3, batch_first=True))
     mine = nn.MultiHeadDotProductAttention(num_heads=3)
     query = torch.from_numpy(x)
-    close(converted(Inner(mine), layer, x), layer['layer'](query, query, query)[0].detach().numpy())
+    close(convert(Inner(mine), layer, x), layer['layer'](query, query, query)[0].detach().numpy())
 
 
 class Cross(nn.Module):
@@ -161,24 +161,24 @@ class Cross(nn.Module):
 
 
 def test_attention_to_other_widths() -> None:
-    """1.L: then PyTorch has a tensor for each projection."""
+    """1.L: PyTorch then has a tensor for each projection."""
     inputs = given(2, 5, 12), given(2, 4, 7, seed=1), given(2, 4, 9, seed=2)
     theirs = inner(F.MultiheadAttention(12, 3, kdim=7, vdim=9, batch_first=True))
     mine = Cross()
-    made = restore.torch_variables(theirs.state_dict(), mine.init(jax.random.key(0), *inputs))
+    loaded = restore.torch_variables(theirs.state_dict(), mine.init(jax.random.key(0), *inputs))
     expected = theirs['layer'](*map(torch.from_numpy, inputs))[0]
-    close(mine.apply(made, *inputs), expected.detach().numpy())
+    close(mine.apply(loaded, *inputs), expected.detach().numpy())
 
 
 @pytest.mark.parametrize('height', [1, 6])
-def test_the_flatten_order(height: int) -> None:
-    """1.L: the dense layer's rows are put in the order of Flax: the model needs no transpose."""
+def test_flatten_order(height: int) -> None:
+    """1.L: the dense layer's rows are reordered for Flax: the model needs no transpose."""
     theirs = scramble(torch_networks.Flat(height))
     x = given(2, height, 4, 3)
     flatten = (('fc', (5, height, 4)),)
-    close(converted(Flat(), theirs, x, flatten=flatten), theirs(first(x)).detach().numpy())
+    close(convert(Flat(), theirs, x, flatten=flatten), theirs(first(x)).detach().numpy())
     if height > 1:
-        wrong = converted(Flat(), theirs, x)
+        wrong = convert(Flat(), theirs, x)
         assert abs(wrong - theirs(first(x)).detach().numpy()).max() > 0.01
 
 
@@ -193,25 +193,25 @@ def test_the_flatten_order(height: int) -> None:
         ('.*', (5, 6, 4), r'conv is not a dense layer: its kernel has shape \[1, 1, 3, 5\]'),
     ],
 )
-def test_a_flattening_that_is_not_that_of_the_layer(pattern: str, sizes: Any, message: str) -> None:
-    """1.L: no wrong order of rows by luck, and no pattern that does nothing."""
+def test_a_wrong_flattening_is_refused(pattern: str, sizes: Any, message: str) -> None:
+    """1.L: neither a wrong size nor a pattern without a match passes silently."""
     with pytest.raises(UserError, match=message):
         flatten = ((pattern, sizes),)
-        converted(Flat(), torch_networks.Flat(6), given(2, 6, 4, 3), flatten=flatten)
+        convert(Flat(), torch_networks.Flat(6), given(2, 6, 4, 3), flatten=flatten)
 
 
 def test_resnet_18(tmp_path: pathlib.Path) -> None:
-    """1.L: by a map of names, from Python and by `config.init_from`."""
+    """1.L: with a map of names, from Python and by `config.init_from`."""
     theirs = scramble(torch_networks.ResNet())
     x = given(2, 64, 64, 3)
     expected = theirs(first(x)).detach().numpy()
     mine = ResNet()
-    close(converted(mine, theirs, x, rename=NAMES), expected)
+    close(convert(mine, theirs, x, rename=NAMES), expected)
     variables = mine.init(jax.random.key(0), x)
     assert sum(p.size for p in jax.tree.leaves(variables['params'])) == sum(
         p.numel() for p in theirs.parameters()
     )
-    made = restore.torch_variables(theirs.state_dict(), variables, rename=NAMES)
+    loaded = restore.torch_variables(theirs.state_dict(), variables, rename=NAMES)
     file, tensors = tmp_path / 'resnet.pt', tmp_path / 'resnet.safetensors'
     torch.save(theirs.state_dict(), file)
     safetensors.write(tensors, {n: t.numpy() for n, t in theirs.state_dict().items()})
@@ -221,7 +221,7 @@ def test_resnet_18(tmp_path: pathlib.Path) -> None:
             data__source={'target': 'tests.weights.networks:Images'},
             init_from={'path': str(path), 'layout': 'torch', 'rename': NAMES},
         )  # fmt: skip
-        assert_same(run.init_state().variables, made)
+        assert_same(run.init_state().variables, loaded)
 
 
 @pytest.mark.parametrize('norm_first', [True, False])
@@ -230,15 +230,15 @@ def test_a_transformer_encoder_layer(norm_first: bool) -> None:
     theirs = scramble(torch_networks.encoder_layer(norm_first))
     x = given(2, 7, 16)
     expected = theirs(torch.from_numpy(x)).detach().numpy()
-    close(converted(ViT(norm_first), theirs, x), expected)
+    close(convert(ViT(norm_first), theirs, x), expected)
 
 
-def test_what_does_not_fit() -> None:
-    """The message names tensors and arrays; half a name map is not half a model."""
+def test_mismatches_are_listed() -> None:
+    """The message lists tensors and arrays; an incomplete map of names is refused."""
     theirs = scramble(torch_networks.ResNet())
     x = given(1, 32, 32, 3)
     with pytest.raises(UserError) as caught:
-        converted(ResNet(), theirs, x, rename=NAMES[:1])
+        convert(ResNet(), theirs, x, rename=NAMES[:1])
     assert 'the state_dict does not fit the model.\nMissing:\n' in str(caught.value)
     assert 'layer2_0/downsample_conv/kernel' in str(caught.value)
     # A name of the message is one that `rename` takes, and it speaks of no config.
@@ -247,12 +247,12 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(
         UserError, match=r'fc/kernel: got float32\[512, 10\], the model has float32\[512, 7\]'
     ):
-        converted(ResNet(classes=7), theirs, x, rename=NAMES)
+        convert(ResNet(classes=7), theirs, x, rename=NAMES)
 
 
 def test_files_with_more_than_tensors(tmp_path: pathlib.Path) -> None:
-    """1.L: what a training script saves, whatever the file is called; a pickled module is refused,
-    for to read one is to run what is in it."""
+    """1.L: checkpoints of training scripts, under any file name; a pickled module is refused,
+    because unpickling could run any code."""
     net = inner(F.Linear(3, 2))
     optimizer = torch.optim.Adam(net.parameters())
     weights = {name: x.numpy() for name, x in net.state_dict().items()}
@@ -274,8 +274,8 @@ def test_files_with_more_than_tensors(tmp_path: pathlib.Path) -> None:
         restore.raw(tmp_path / 'empty.pt')
 
 
-def test_what_a_state_dict_may_be() -> None:
-    """Of numpy's arrays too; a module or half a pair is told."""
+def test_arguments_are_checked() -> None:
+    """Numpy arrays are accepted; a module or an incomplete pair is refused."""
     layer, mine = inner(F.Linear(3, 2)), Inner(nn.Dense(2))
     variables = mine.init(jax.random.key(0), jnp.ones((1, 3)))
     arrays = {name: x.numpy() for name, x in layer.state_dict().items()}
@@ -290,8 +290,8 @@ def test_what_a_state_dict_may_be() -> None:
         restore.torch_variables(arrays, variables, rename=pair)
 
 
-def test_files_from_before_pytorch_wrote_archives(tmp_path: pathlib.Path) -> None:
-    """Whatever they are called."""
+def test_legacy_files(tmp_path: pathlib.Path) -> None:
+    """Recognized under any name."""
     net = inner(F.Linear(3, 2))
     torch.save(net.state_dict(), tmp_path / 'old.ckpt', _use_new_zipfile_serialization=False)
     weight = net.state_dict()['layer.weight'].numpy()
@@ -299,11 +299,11 @@ def test_files_from_before_pytorch_wrote_archives(tmp_path: pathlib.Path) -> Non
 
 
 def test_bfloat16_tensors() -> None:
-    """Numpy has none; they come as float32."""
+    """They become float32, because numpy has no bfloat16."""
     layer = inner(F.Linear(3, 2)).to(torch.bfloat16)
-    made = restore.torch_variables(
+    loaded = restore.torch_variables(
         layer.state_dict(), Inner(nn.Dense(2)).init(jax.random.key(0), jnp.ones((1, 3)))
     )
     np.testing.assert_array_equal(
-        made['params']['layer']['kernel'], layer['layer'].weight.detach().float().numpy().T
+        loaded['params']['layer']['kernel'], layer['layer'].weight.detach().float().numpy().T
     )

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.weights.examples import assert_same, flat, pretrained, started, trainer
+from tests.weights.examples import assert_same, flatten, initial_state, pretrain, trainer
 from trainer.checkpoint.errors import CheckpointError
 from trainer.config.errors import UserError
 from trainer.weights import safetensors
@@ -23,32 +23,32 @@ FOUR = {'model__classes': 4, 'data__source__classes': 4}
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_ours_on_the_devices_of_the_state(tmp_path: pathlib.Path) -> None:
-    """G3, C9: parameters and batch statistics, cut as the new run cuts them; a fresh optimizer."""
-    path, old = pretrained(tmp_path)
+def test_a_checkpoint_is_loaded_onto_a_mesh(tmp_path: pathlib.Path) -> None:
+    """G3, C9: parameters and batch statistics are sharded as in the new run; a new optimizer."""
+    path, old = pretrain(tmp_path)
     new = trainer(tmp_path, init_from={'path': path}, mesh={'fsdp': 4}, sharding=(
         {'target': 'trainer.sharding:FSDP', 'min_bytes': 64},
     ))  # fmt: skip
     state = new.init_state()
     assert_same(state.params, old.params)
     assert_same(state.collections, old.collections)
-    assert flat(state.collections)['batch_stats/backbone/BatchNorm_0/mean'].any()
+    assert flatten(state.collections)['batch_stats/backbone/BatchNorm_0/mean'].any()
     shardings = jax.tree.map(lambda x: x.sharding, state)
     assert shardings == jax.tree.map(lambda x: x.sharding, new.set_up().programs.abstract)
     kernel = state.params['backbone']['Dense_0']['kernel']
     assert {s.data.shape for s in kernel.addressable_shards} == {(8, 3)}
     assert int(state.step) == 0
-    assert not any(x.any() for x in flat(state.opt_state).values())
+    assert not any(x.any() for x in flatten(state.opt_state).values())
     assert new.fit().step == 10
 
 
 @pytest.mark.slow
-def test_the_moving_average_starts_at_what_was_loaded(tmp_path: pathlib.Path) -> None:
-    path, old = pretrained(tmp_path, ema={'decay': 0.5})
+def test_the_moving_average_starts_at_the_loaded_weights(tmp_path: pathlib.Path) -> None:
+    path, old = pretrain(tmp_path, ema={'decay': 0.5})
     new = trainer(tmp_path, init_from={'path': path, 'ema': True}, ema={'decay': 0.9}).init_state()
     assert_same(new.params, old.ema)
     assert_same(new.ema, old.ema)
-    assert (flat(old.ema)['head/kernel'] != flat(old.params)['head/kernel']).any()
+    assert (flatten(old.ema)['head/kernel'] != flatten(old.params)['head/kernel']).any()
     with pytest.raises(UserError, match=r'has no moving average: its run had no config\.ema'):
         other = trainer(tmp_path, 'plain')
         other.fit()
@@ -58,8 +58,8 @@ def test_the_moving_average_starts_at_what_was_loaded(tmp_path: pathlib.Path) ->
 
 @pytest.mark.slow
 def test_only_at_a_fresh_start(tmp_path: pathlib.Path) -> None:
-    """A resumed run does not even look for the weights it once started from."""
-    path, _ = pretrained(tmp_path)
+    """A resumed run does not look for the weights that it started from."""
+    path, _ = pretrain(tmp_path)
     whole = trainer(tmp_path, 'whole', init_from={'path': path}).fit()
     trainer(tmp_path, 'run', init_from={'path': path}).fit(max_steps=4)
     shutil.rmtree(path)
@@ -68,7 +68,7 @@ def test_only_at_a_fresh_start(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_steps_and_places(tmp_path: pathlib.Path) -> None:
+def test_steps_and_directories(tmp_path: pathlib.Path) -> None:
     """A step by its number, the newest, the best; the directory of checkpoints or of one step."""
     run = trainer(
         tmp_path, 'run', checkpoint={'every': '3 steps', 'keep_last': 9, 'best': {
@@ -96,15 +96,15 @@ def test_steps_and_places(tmp_path: pathlib.Path) -> None:
     with pytest.raises(UserError, match='no checkpoint in '):
         (tmp_path / 'empty').mkdir()
         params(path=str(tmp_path / 'empty'))
-    plain, _ = pretrained(tmp_path)
+    plain, _ = pretrain(tmp_path)
     with pytest.raises(UserError, match=r"this run has none; set a step or 'latest'"):
         params(path=plain, step='best')
 
 
 @pytest.mark.slow
 def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
-    """H21: files of other makers hold the same weights; a slice of a file is read for a shard."""
-    _, old = pretrained(tmp_path)
+    """H21: files of other programs have the same weights; a shard reads a slice of a file."""
+    _, old = pretrain(tmp_path)
     file = tmp_path / 'state.msgpack'
     file.write_bytes(flax.serialization.to_bytes(old.variables))
     assert_same(trainer(tmp_path, init_from={'path': str(file)}).init_state().variables,
@@ -114,7 +114,7 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
                 old.variables)  # fmt: skip
     tensors = tmp_path / 'state.safetensors'
     for separator in '/.':
-        named = {k.replace('/', separator): x for k, x in flat(old.variables).items()}
+        named = {k.replace('/', separator): x for k, x in flatten(old.variables).items()}
         safetensors.write(tensors, named)
         new = trainer(tmp_path, init_from={'path': str(tensors)}, mesh={'fsdp': 4}, sharding=(
             {'target': 'trainer.sharding:FSDP', 'min_bytes': 64},
@@ -130,23 +130,23 @@ def test_flax_msgpack_and_safetensors(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 def test_floats_are_cast_to_the_dtype_of_the_model(tmp_path: pathlib.Path) -> None:
-    path, old = pretrained(tmp_path)
+    path, old = pretrain(tmp_path)
     half = trainer(tmp_path, init_from={'path': path}, precision={'params': 'bfloat16'})
     assert_same(
         half.init_state().params, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), old.params)
     )
     tensors = tmp_path / 'half.safetensors'
-    arrays = {path: x.astype(jnp.bfloat16) for path, x in flat(old.variables).items()}
+    arrays = {path: x.astype(jnp.bfloat16) for path, x in flatten(old.variables).items()}
     safetensors.write(tensors, arrays)
     new = trainer(tmp_path, init_from={'path': str(tensors)}).init_state()
-    assert flat(new.params)['head/kernel'].dtype == np.float32
+    assert flatten(new.params)['head/kernel'].dtype == np.float32
     assert_same({p: x.astype('f4') for p, x in arrays.items()}, new.variables)
 
 
 @pytest.mark.slow
 def test_another_head(tmp_path: pathlib.Path) -> None:
-    """G2, G6: what does not fit is an error that names it, unless it is excluded."""
-    path, old = pretrained(tmp_path)
+    """G2, G6: an error names arrays that do not fit, unless they are excluded."""
+    path, old = pretrain(tmp_path)
     with pytest.raises(UserError) as caught:
         trainer(tmp_path, init_from={'path': path}, **FOUR).init_state()
     assert 'params/head/kernel: got float32[12, 3], the model has float32[12, 4]' in str(
@@ -168,7 +168,7 @@ def test_another_head(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 def test_rename(tmp_path: pathlib.Path) -> None:
     """A checkpoint with other names, here a bare backbone."""
-    _, old = pretrained(tmp_path)
+    _, old = pretrain(tmp_path)
     file = tmp_path / 'backbone.msgpack'
     named = {
         name: {f'layer_{k}': x for k, x in tree['backbone'].items()}
@@ -194,9 +194,9 @@ def test_rename(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_missing(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
-    """H9: an error by default; by choice its fresh values, which is said."""
-    _, old = pretrained(tmp_path)
+def test_missing_arrays(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """H9: an error by default; `on_missing='init'` keeps initial values, with a warning."""
+    _, old = pretrain(tmp_path)
     file = tmp_path / 'params.msgpack'
     file.write_bytes(flax.serialization.to_bytes({**old.params, 'old_head': jnp.ones(3)}))
     with pytest.raises(UserError, match=r'Missing:\n  batch_stats/backbone/BatchNorm_0/mean'):
@@ -204,15 +204,16 @@ def test_what_is_missing(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixtur
     caplog.clear()
     new = trainer(tmp_path, init_from={'path': str(file), 'on_missing': 'init'}).init_state()
     assert_same(new.params, old.params)
-    assert not flat(new.collections)['batch_stats/backbone/BatchNorm_0/mean'].any()
-    assert '2 missing arrays keep their initial values:\n' in caplog.text
+    assert not flatten(new.collections)['batch_stats/backbone/BatchNorm_0/mean'].any()
+    assert 'missing arrays that keep their initial values (2):\n' in caplog.text
     assert (
-        '1 arrays ignored that are not in the model:\n' in caplog.text and 'old_head' in caplog.text
+        'ignored arrays that are not in the model (1):\n' in caplog.text
+        and 'old_head' in caplog.text
     )
 
 
 def test_patterns_that_match_nothing(tmp_path: pathlib.Path) -> None:
-    path, _ = pretrained(tmp_path)
+    path, _ = pretrain(tmp_path)
     for key in ('include', 'exclude'):
         with pytest.raises(UserError, match=f"{key}: the pattern 'haed/.*' matches nothing"):
             trainer(tmp_path, init_from={'path': path, key: 'haed/.*'}).init_state()
@@ -242,7 +243,7 @@ def test_patterns_that_match_nothing(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
-    path, _ = pretrained(tmp_path)
+    path, _ = pretrain(tmp_path)
     for file in (tmp_path / 'pretrained' / 'checkpoints').glob('10/state/**/d/*'):
         file.write_bytes(b'')
     with pytest.raises(CheckpointError, match='cannot be read'):
@@ -250,8 +251,8 @@ def test_a_damaged_checkpoint(tmp_path: pathlib.Path) -> None:
 
 
 def test_frozen_backbone_and_new_head(tmp_path: pathlib.Path) -> None:
-    """G4, G5, G6: after 50 steps the backbone is what was loaded, to the bit; the head learns."""
-    path, old = pretrained(tmp_path)
+    """G4, G5, G6: after 50 steps the backbone is the loaded one, bit for bit; the head learns."""
+    path, old = pretrain(tmp_path)
     run = trainer(
         tmp_path, 'tuned', train_for='50 steps',
         init_from={'path': path, 'exclude': 'head/.*'}, optimizer__freeze='backbone/.*',
@@ -263,16 +264,16 @@ def test_frozen_backbone_and_new_head(tmp_path: pathlib.Path) -> None:
     assert_same(end.ema['backbone'], old.params['backbone'])
     # Batch statistics are no parameters: they move, unless they are frozen too.
     mean = 'batch_stats/backbone/BatchNorm_0/mean'
-    assert (flat(end.collections)[mean] != flat(old.collections)[mean]).all()
+    assert (flatten(end.collections)[mean] != flatten(old.collections)[mean]).all()
     assert (end.params['head']['kernel'] != start.params['head']['kernel']).any()
-    shapes = sorted(x.shape for x in flat(end.opt_state).values() if x.ndim)
+    shapes = sorted(x.shape for x in flatten(end.opt_state).values() if x.ndim)
     assert shapes == [(4,), (4,), (12, 4), (12, 4)]  # Adam's moments, of the head alone
 
 
 @pytest.mark.slow
 def test_differential_learning_rates_from_loaded_weights(tmp_path: pathlib.Path) -> None:
     """G5: with plain SGD the first update of the backbone is a tenth of what it would be."""
-    path, old = pretrained(tmp_path)
+    path, old = pretrain(tmp_path)
     common = {'init_from': {'path': path}, 'optimizer__target': 'optax:sgd', 'train_for': '1 step'}
     slow = trainer(
         tmp_path, **common,
@@ -281,7 +282,7 @@ def test_differential_learning_rates_from_loaded_weights(tmp_path: pathlib.Path)
     fast = trainer(tmp_path, **common).fit().state
 
     def moved(state: Any, part: str) -> np.ndarray:
-        return flat(state.params)[part] - flat(old.params)[part]
+        return flatten(state.params)[part] - flatten(old.params)[part]
 
     part = 'backbone/Dense_1/kernel'
     np.testing.assert_allclose(moved(slow, part), 0.1 * moved(fast, part), atol=1e-7)
@@ -290,11 +291,11 @@ def test_differential_learning_rates_from_loaded_weights(tmp_path: pathlib.Path)
 
 
 @pytest.mark.slow
-def test_adams_moments_come_along_on_request(tmp_path: pathlib.Path) -> None:
-    """Moments and the count that belongs to them, but not the count of a schedule."""
+def test_the_moments_of_adam_are_loaded_on_request(tmp_path: pathlib.Path) -> None:
+    """With the count that belongs to them, but not the count of a schedule."""
     schedule = {'target': 'optax:linear_schedule', 'init_value': 0.1, 'end_value': 0.0,
                 'transition_steps': '100%'}  # fmt: skip
-    path, old = pretrained(tmp_path, optimizer__learning_rate=schedule)
+    path, old = pretrain(tmp_path, optimizer__learning_rate=schedule)
     init_from = {'path': path, 'exclude': 'head/.*', 'optimizer': True}
     run = trainer(tmp_path, init_from=init_from, optimizer__learning_rate=schedule, **FOUR)
     state = run.init_state()
@@ -313,23 +314,23 @@ def test_adams_moments_come_along_on_request(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_moments_of_an_optimizer_that_is_nested_in_another_way(tmp_path: pathlib.Path) -> None:
-    """G5: unfrozen, or clipped: what was trained goes on with its moments, the rest is missing."""
-    path, old = pretrained(tmp_path, optimizer__freeze='backbone/.*')
+def test_moments_of_a_differently_nested_optimizer(tmp_path: pathlib.Path) -> None:
+    """G5: unfrozen or clipped: trained parameters keep their moments, others have none."""
+    path, old = pretrain(tmp_path, optimizer__freeze='backbone/.*')
     run = trainer(tmp_path, optimizer__clip_norm=1.0)
     with pytest.raises(UserError, match=r'Missing:\n  opt_state\.1\.0\.mu/backbone/') as caught:
-        started(run, path=path, optimizer=True)
+        initial_state(run, path=path, optimizer=True)
     assert 'mu/head' not in str(caught.value) and 'count' not in str(caught.value)
-    state = started(run, path=path, optimizer=True, on_missing='init')
+    state = initial_state(run, path=path, optimizer=True, on_missing='init')
     adam = state.opt_state[1][0]
     before = old.opt_state.inner_states['trained'].inner_state[0]
     for moments, others in ((adam.mu, before.mu), (adam.nu, before.nu)):
         assert_same(moments['head'], others['head'])
-        assert not any(x.any() for x in flat(moments['backbone']).values())
+        assert not any(x.any() for x in flatten(moments['backbone']).values())
     assert int(adam.count) == 10
 
 
-def test_a_slot_of_two_of_one_name_is_not_guessed() -> None:
+def test_ambiguous_slots_are_not_guessed() -> None:
     def leaf(value: int) -> HostLeaf:
         return HostLeaf(np.array(value))
 
@@ -347,7 +348,7 @@ def test_a_slot_of_two_of_one_name_is_not_guessed() -> None:
 def test_the_summary_says_where_weights_come_from(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, _ = pretrained(tmp_path)
+    path, _ = pretrain(tmp_path)
     capsys.readouterr()
     trainer(tmp_path, init_from={'path': path}).fit()
     assert f'starting from scratch, with weights from {path}' in capsys.readouterr().out

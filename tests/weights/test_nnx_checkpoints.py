@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints as users of NNX and of Linen's boxes write them, with what libraries put around."""
+"""Checkpoints of NNX and of boxed Linen variables, and other layouts of Orbax."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, serialization
 
-from tests.weights.examples import Net, assert_same, started, trainer
+from tests.weights.examples import Net, assert_same, initial_state, trainer
 from trainer.config.errors import UserError
 from trainer.weights import restore
 
 
 class Backbone(nnx.Module):
-    """A layer, normalised, with a random stream of its own."""
+    """A layer with batch norm and an RNG stream."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.dense = nnx.Linear(8, 12, rngs=rngs)
@@ -72,16 +72,16 @@ def test_states_of_nnx(tmp_path: pathlib.Path) -> None:
     run = trainer(tmp_path, model={'target': f'{__name__}:NNXNet'})
     for name in ('state', 'pure', 'split', 'beside', 'params', 'pure.msgpack'):
         at = 'model' if name == 'beside' else ''
-        made = started(run, path=str(tmp_path / name), at=at)
-        np.testing.assert_allclose(run.model(made)(X), module(X), atol=1e-6, err_msg=name)
+        initial = initial_state(run, path=str(tmp_path / name), at=at)
+        np.testing.assert_allclose(run.model(initial)(X), module(X), atol=1e-6, err_msg=name)
     save(tmp_path / 'weights', nnx.state(module, nnx.Param))
     with pytest.raises(UserError, match=r'Missing:\n  batch_stats/backbone/norm/mean'):
-        started(run, path=str(tmp_path / 'weights'))
+        initial_state(run, path=str(tmp_path / 'weights'))
 
 
 @pytest.mark.slow
 def test_boxes_of_linen(tmp_path: pathlib.Path) -> None:
-    """H14: around all parameters or some, in either format; what an optimizer holds comes along."""
+    """H14: around all or some parameters, in either format, with optimizer slots."""
     variables = Net().init(jax.random.key(7), X)
     variables['batch_stats'] = jax.tree.map(lambda x: x + 0.3, variables['batch_stats'])
 
@@ -98,24 +98,24 @@ def test_boxes_of_linen(tmp_path: pathlib.Path) -> None:
         save(tmp_path / f'boxed{only}', boxed(only))
         (tmp_path / f'{only}.msgpack').write_bytes(serialization.to_bytes(boxed(only)))
         for name in (f'boxed{only}', f'{only}.msgpack'):
-            made = started(run, path=str(tmp_path / name))
-            assert_same(made.params, variables['params'])
-            assert_same(made.collections['batch_stats'], variables['batch_stats'])
+            initial = initial_state(run, path=str(tmp_path / name))
+            assert_same(initial.params, variables['params'])
+            assert_same(initial.collections['batch_stats'], variables['batch_stats'])
     params = boxed('')['params']
     tx = optax.adam(0.1)
     grads = jax.tree.map(lambda x: x + 1, params)
     slots = tx.update(grads, tx.init(params), params)[1]
     save(tmp_path / 'trained', {**boxed(''), 'opt_state': slots})
-    made = started(run, path=str(tmp_path / 'trained'), optimizer=True)
-    assert_same(made.opt_state[0].mu, nn.meta.unbox(slots[0].mu))
+    initial = initial_state(run, path=str(tmp_path / 'trained'), optimizer=True)
+    assert_same(initial.opt_state[0].mu, nn.meta.unbox(slots[0].mu))
 
 
 def test_a_parameter_that_is_called_value(tmp_path: pathlib.Path) -> None:
-    """It is no box."""
+    """It is not taken for a box."""
     save(tmp_path / 'scales', {'params': {'scale': {'value': np.arange(3.0, dtype='f4')}}})
     run = trainer(tmp_path, model={'target': f'{__name__}:Scaled'})
-    made = started(run, path=str(tmp_path / 'scales'))
-    np.testing.assert_array_equal(made.params['scale']['value'], np.arange(3.0))
+    initial = initial_state(run, path=str(tmp_path / 'scales'))
+    np.testing.assert_array_equal(initial.params['scale']['value'], np.arange(3.0))
 
 
 class Scale(nn.Module):
@@ -134,7 +134,7 @@ class Scaled(nn.Module):
         return Scale(name='scale')(x[:, :3])
 
 
-def test_numbers_filled_up_with_zeros(tmp_path: pathlib.Path) -> None:
+def test_step_numbers_padded_with_zeros(tmp_path: pathlib.Path) -> None:
     """H19: a manager's `step_format_fixed_length`."""
     options = ocp.CheckpointManagerOptions(step_format_fixed_length=8)
     with ocp.CheckpointManager(tmp_path / 'manager', options=options) as manager:
@@ -148,8 +148,8 @@ def test_numbers_filled_up_with_zeros(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_items_that_make_one_state(tmp_path: pathlib.Path) -> None:
-    """H14: with an item of that name, the parameters' neighbours are their neighbours."""
+def test_items_that_are_one_state(tmp_path: pathlib.Path) -> None:
+    """H14: with an item 'params', all items of the step are one training state."""
     variables = Net().init(jax.random.key(7), X)
     opt_state = optax.adam(0.1).init(variables['params'])
     items = {**variables, 'opt': opt_state, 'info': {'name': 'net'}}
@@ -168,7 +168,7 @@ def test_items_that_make_one_state(tmp_path: pathlib.Path) -> None:
 
 
 def test_typed_keys(tmp_path: pathlib.Path) -> None:
-    """H7: of any kind, alone or many, onto a key or its shape; a raw key takes its data."""
+    """H7: of any kind and shape, into keys or their shapes; a raw key takes their data."""
     keys = {
         'key': jax.random.key(3),
         'rbg': jax.random.key(1, impl='rbg'),
@@ -194,20 +194,20 @@ def test_typed_keys(tmp_path: pathlib.Path) -> None:
     assert kept['new'] is keys['rbg']
 
 
-def test_into_shapes(tmp_path: pathlib.Path) -> None:
-    """H7: arrays with the shardings that the shapes have, and no value for what is missing."""
+def test_restore_into_shapes(tmp_path: pathlib.Path) -> None:
+    """H7: arrays get the shardings of the shapes; missing ones have no value to keep."""
     save(tmp_path / 'tree', {'w': np.arange(8.0, dtype='f4'), 'n': np.arange(4)})
     mesh = jax.make_mesh((4,), ('x',), axis_types=(jax.sharding.AxisType.Auto,),
                          devices=jax.devices()[:4])  # fmt: skip
-    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
 
     def shape(size: int, dtype: str) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size,), dtype, sharding=cut)
+        return jax.ShapeDtypeStruct((size,), dtype, sharding=sharding)
 
     target = {'w': shape(8, 'float32'), 'n': shape(4, 'int32')}
     found = restore.into(target, tmp_path / 'tree')
     assert_same(found, {'w': np.arange(8.0, dtype='f4'), 'n': np.arange(4, dtype='i4')})
-    assert all(x.sharding == cut for x in found.values())
+    assert all(x.sharding == sharding for x in found.values())
     missing = {**target, 'new': shape(4, 'float32')}
     with pytest.raises(UserError, match=r'the target has no value:\n  new\n'):
         restore.into(missing, tmp_path / 'tree', on_missing='init')
@@ -220,8 +220,8 @@ def test_into_shapes(tmp_path: pathlib.Path) -> None:
     assert restore.into({'n': np.zeros(4)}, tmp_path / 'tree')['n'].tolist() == [0, 1, 2, 3]
 
 
-def test_files_that_are_near(tmp_path: pathlib.Path) -> None:
-    """A directory with a file in it, and an archive of numpy, are told as what they are."""
+def test_almost_right_paths(tmp_path: pathlib.Path) -> None:
+    """A directory with a weight file, and a numpy archive, are named in the message."""
     (tmp_path / 'model.safetensors').write_bytes(b'')
     (tmp_path / 'vocab.txt').write_text('')
     with pytest.raises(UserError, match=r'to load model\.safetensors, add the file to the path$'):

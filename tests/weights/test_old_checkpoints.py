@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of the old world: Flax's own, Flax before Linen, Orbax in other layouts."""
+"""Checkpoints of `flax.training`, of Flax before Linen, and of other layouts of Orbax."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flax.training import checkpoints, train_state
 
 from tests import command
 from tests.parallel.group import finish, free_port
-from tests.weights.examples import Net, assert_same, flat, trainer
+from tests.weights.examples import Net, assert_same, flatten, trainer
 from trainer.config.errors import UserError
 from trainer.models.cnn import CNN
 from trainer.weights import restore, safetensors
@@ -97,7 +97,7 @@ def test_a_directory_of_flax_checkpoints(tmp_path: pathlib.Path, msgpack: None) 
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_steps_that_are_no_integers(tmp_path: pathlib.Path, msgpack: None) -> None:
+def test_fractional_steps(tmp_path: pathlib.Path, msgpack: None) -> None:
     """H19: -1.0 before 0.001 before .01 before 1e5, under any prefix."""
     steps = (-1.0, 1e-5, 0.001, 0.01, 0.1, 1.0, 1e5)
     for step in steps:
@@ -109,7 +109,7 @@ def test_steps_that_are_no_integers(tmp_path: pathlib.Path, msgpack: None) -> No
 
 @pytest.mark.slow
 def test_flax_checkpoints_that_orbax_wrote(tmp_path: pathlib.Path) -> None:
-    """H18: the same function has written directories of Orbax since."""
+    """H18: later versions of the same function write directories of Orbax."""
     state = net_state()
     checkpoints.save_checkpoint(tmp_path / 'old', state, 3, keep=9)
     new = trainer(tmp_path, init_from={'path': str(tmp_path / 'old'), 'step': 3}).init_state()
@@ -117,8 +117,8 @@ def test_flax_checkpoints_that_orbax_wrote(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_orbax_of_other_layouts(tmp_path: pathlib.Path) -> None:
-    """H1, H14: a state beside other things, bare parameters, a manager's step, with text among."""
+def test_other_layouts_of_orbax(tmp_path: pathlib.Path) -> None:
+    """H1, H14: a state beside other values, bare parameters, a manager's step, strings."""
     state = net_state()
     whole = {'model': state, 'config': {'dims': np.array([5, 3]), 'name': 'dense'},
              'data': [jnp.arange(4)]}  # fmt: skip
@@ -188,7 +188,7 @@ def test_a_run_from_before_linen(tmp_path: pathlib.Path) -> None:
 
 
 def test_raw_without_a_target(tmp_path: pathlib.Path) -> None:
-    """H6, H17: whatever was saved, as its library gives it, in arrays of numpy."""
+    """H6, H17: everything that was saved, as its library restores it, as numpy arrays."""
     state = net_state()
     tree = {'model': state, 'data': [jnp.arange(10), np.arange(3.0)], 'name': 'net'}
     ocp.PyTreeCheckpointer().save(tmp_path / 'orbax', tree)
@@ -212,7 +212,7 @@ def test_raw_without_a_target(tmp_path: pathlib.Path) -> None:
     ids=['sgd', 'momentum', 'adam'],
 )
 def test_the_raw_state_of_an_optimizer(tx: Any, expected: Any, tmp_path: pathlib.Path) -> None:
-    """H6: of Orbax named tuples come back as dicts, and empty ones as None, in a list."""
+    """H6: Orbax restores named tuples as dicts and empty ones as None, in a list."""
     ocp.PyTreeCheckpointer().save(tmp_path / 'orbax', {'opt_state': tx.init({'w': jnp.zeros(())})})
     found = restore.raw(tmp_path / 'orbax')['opt_state']
     assert jax.tree.map(float, found) == expected
@@ -220,17 +220,17 @@ def test_the_raw_state_of_an_optimizer(tx: Any, expected: Any, tmp_path: pathlib
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.parametrize('orbax', [False, True])
-def test_what_many_processes_would_have_saved(
+def test_multiprocess_checkpoints_of_flax(
     orbax: bool, tmp_path: pathlib.Path, msgpack: None
 ) -> None:
-    """H16: of `save_checkpoint_multiprocess`, with arrays that are cut over devices, as Flax's own
-    file and as Orbax's; a run starts from it."""
+    """H16: `save_checkpoint_multiprocess` with sharded arrays, in the formats of Flax and of Orbax;
+    a run starts from the checkpoint."""
     flax.config.update('flax_use_orbax_checkpointing', orbax)
     state = net_state()
     mesh = jax.make_mesh((4,), ('x',), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
-    cut = jax.tree.map(lambda x: jax.device_put(x, rows) if x.ndim == 2 else x, state.params)
-    checkpoints.save_checkpoint_multiprocess(tmp_path / 'old', state.replace(params=cut), 5)
+    sharded = jax.tree.map(lambda x: jax.device_put(x, rows) if x.ndim == 2 else x, state.params)
+    checkpoints.save_checkpoint_multiprocess(tmp_path / 'old', state.replace(params=sharded), 5)
     new = trainer(tmp_path, init_from={'path': str(tmp_path / 'old')}).init_state()
     assert_same(new.params, state.params)
     assert_same(new.collections['batch_stats'], state.batch_stats)
@@ -255,13 +255,13 @@ checkpoints.save_checkpoint_multiprocess(directory, {'params': {'w': w}}, 5)
 
 
 @pytest.mark.slow
-def test_what_two_processes_have_saved(tmp_path: pathlib.Path) -> None:
-    """H16: each of two real processes has half of the array; one reads it whole."""
+def test_a_checkpoint_of_two_processes(tmp_path: pathlib.Path) -> None:
+    """H16: each of two processes saves half of an array; one process reads all of it."""
     flags = {'XLA_FLAGS': command.xla_flags(2), 'JAX_PLATFORMS': 'cpu'}
-    told = (f'127.0.0.1:{free_port()}', str(tmp_path / 'old'))
+    arguments = (f'127.0.0.1:{free_port()}', str(tmp_path / 'old'))
     running = [
         subprocess.Popen(
-            [sys.executable, '-c', PROGRAM, told[0], str(number), told[1]],
+            [sys.executable, '-c', PROGRAM, arguments[0], str(number), arguments[1]],
             env={**os.environ, **flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for number in range(2)
@@ -272,8 +272,8 @@ def test_what_two_processes_have_saved(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(restore.raw(tmp_path / 'old', at='params/w'), values)
 
 
-def test_raw_msgpack_that_is_edited(tmp_path: pathlib.Path) -> None:
-    """H6, H10: a dict that Flax itself puts into a state."""
+def test_editing_a_raw_checkpoint(tmp_path: pathlib.Path) -> None:
+    """H6, H10: Flax restores a state from the edited dict."""
     state, file = net_state(), tmp_path / 'state.msgpack'
     file.write_bytes(serialization.to_bytes(state))
     raw = restore.raw(file)
@@ -283,7 +283,7 @@ def test_raw_msgpack_that_is_edited(tmp_path: pathlib.Path) -> None:
     assert_same(edited.batch_stats, jax.tree.map(np.flip, state.batch_stats))
     assert_same(edited.opt_state[0].mu, state.opt_state[0].mu)
     tensors = tmp_path / 'params.safetensors'
-    safetensors.write(tensors, flat(state.params))
+    safetensors.write(tensors, flatten(state.params))
     assert_same(restore.raw(tensors, at='head'), state.params['head'])
 
 
@@ -306,8 +306,8 @@ def test_into_a_dataclass(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_into_a_target_with_texts(tmp_path: pathlib.Path, msgpack: None) -> None:
-    """H1, H7: the guide's own target: a state, a config with a name in it, a list of arrays."""
+def test_into_a_target_with_strings(tmp_path: pathlib.Path, msgpack: None) -> None:
+    """H1, H7: the target of the guide: a state, a config with a string, a list of arrays."""
     state, target = net_state(), net_state(5)
     saved = {'model': state, 'config': {'dims': np.array([5, 3]), 'name': 'dense'},
              'data': [jnp.arange(4)]}  # fmt: skip
@@ -325,8 +325,8 @@ def test_into_a_target_with_texts(tmp_path: pathlib.Path, msgpack: None) -> None
             restore.into({'config': {'nmae': ''}}, path)
 
 
-def test_one_array_alone(tmp_path: pathlib.Path) -> None:
-    """H17: by the handler that is meant for it, and as a tree of one leaf."""
+def test_a_single_array(tmp_path: pathlib.Path) -> None:
+    """H17: saved by the handler for arrays, and as a tree of one leaf."""
     array = ocp.Checkpointer(ocp.ArrayCheckpointHandler())
     array.save(tmp_path / 'handler', args=ocp.args.ArraySave(jnp.arange(10)))
     ocp.PyTreeCheckpointer().save(tmp_path / 'tree', jnp.arange(10))
@@ -338,8 +338,8 @@ def test_one_array_alone(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_items_of_a_managers_step(tmp_path: pathlib.Path) -> None:
-    """H14: one tree is taken, whatever its name; of two, one has to be named."""
+def test_items_of_a_step(tmp_path: pathlib.Path) -> None:
+    """H14: a single tree is used whatever its name; one of two has to be named."""
     state = net_state()
     tree = ocp.args.StandardSave({'params': state.params, 'batch_stats': state.batch_stats})
     for name, items in (('one', {'net': tree}), ('two', {'net': tree, 'teacher': tree})):
@@ -355,10 +355,8 @@ def test_items_of_a_managers_step(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_field_too_many_or_missing(
-    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """H8, H9: what only the checkpoint has is left out; what it lacks is an error or stays."""
+def test_extra_and_missing_fields(tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture) -> None:
+    """H8, H9: extra fields are ignored; missing ones are an error, or keep the target's values."""
     state = net_state()
     plain = train_state.TrainState.create(
         apply_fn=state.apply_fn, params=jax.tree.map(jnp.zeros_like, state.params), tx=state.tx
@@ -375,9 +373,9 @@ def test_a_field_too_many_or_missing(
     found = restore.into(target, tmp_path / 'less', on_missing='init')
     np.testing.assert_array_equal(found.batch_stats, np.arange(10))
     assert_same(found.params, plain.params)
-    assert "1 missing leaves keep the target's values" in caplog.text
+    assert "missing leaves that keep the target's values (1)" in caplog.text
     wider = Net(width=16)
     other = wider.init(jax.random.key(0), jnp.ones((2, 8)))['params']
     with pytest.raises(UserError, match=r'has other shapes or kinds of dtype than the target:\n'):
         restore.into({'params': other}, tmp_path / 'more')
-    assert flat(found)['step'] == 0
+    assert flatten(found)['step'] == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our reader and writer of safetensors files beside the format's own library."""
+"""The reader and writer of safetensors files, compared with the format's own library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVERY_DTYPE = pytest.mark.parametrize(('name', 'dtype'), DTYPES.items())
 
 
 def values(dtype: str) -> dict[str, np.ndarray]:
-    """Returns arrays of several dimensions, one without any and one without values."""
+    """Returns arrays of several dimensions, one scalar and one without elements."""
     numbers = np.arange(24) % 2 if dtype == 'bool' else np.arange(24)
     array = numbers.astype(jnp.dtype(dtype)).reshape(2, 3, 4)
     return {'a/kernel': array, 'scalar': array[1, 2, 3], 'empty': array[:0]}
@@ -42,7 +42,7 @@ def test_every_dtype_is_tested() -> None:
 
 
 @EVERY_DTYPE
-def test_the_library_reads_what_is_written(name: str, dtype: str, tmp_path: pathlib.Path) -> None:
+def test_the_library_reads_our_files(name: str, dtype: str, tmp_path: pathlib.Path) -> None:
     arrays = values(dtype)
     safetensors.write(tmp_path / 'ours.safetensors', arrays)
     found = dict(library.deserialize((tmp_path / 'ours.safetensors').read_bytes()))
@@ -54,7 +54,7 @@ def test_the_library_reads_what_is_written(name: str, dtype: str, tmp_path: path
 
 
 @EVERY_DTYPE
-def test_what_the_library_writes_is_read(name: str, dtype: str, tmp_path: pathlib.Path) -> None:
+def test_files_of_the_library_are_read(name: str, dtype: str, tmp_path: pathlib.Path) -> None:
     arrays = {key: np.asarray(array) for key, array in values(dtype).items()}
     file = tmp_path / 'theirs.safetensors'
     theirs.save_file(arrays, file, metadata={'made': 'elsewhere'})
@@ -73,8 +73,10 @@ def test_a_tensor_is_a_view_of_the_file(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float8_e4m3fn', 'float8_e5m2'])
-def test_the_library_reads_none_of_these_into_numpy(dtype: str, tmp_path: pathlib.Path) -> None:
-    """Why the reader is ours: once this fails, the library may take its place."""
+def test_the_library_cannot_read_these_dtypes_into_numpy(
+    dtype: str, tmp_path: pathlib.Path
+) -> None:
+    """The reason for our own reader: once this fails, use the library instead."""
     safetensors.write(tmp_path / 'x.safetensors', values(dtype))
     with pytest.raises(KeyError):
         theirs.load((tmp_path / 'x.safetensors').read_bytes())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that several processes load, each the parts that it holds."""
+"""Weights loaded by several processes, each of which reads its own shards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EDIT = "({'target': 'trainer.weights:Resize', 'pattern': 'Dense_1/kernel', 'size
 
 @pytest.mark.slow
 def test_two_processes_start_as_one_does(tmp_path: pathlib.Path) -> None:
-    """H14 for the weights of another run: the same first losses on 2 x 2 devices as on 1."""
+    """H14: with weights of another run, the first losses on 2 x 2 devices equal those on 1."""
     command.train(tmp_path / 'old', '--config.train_for=40steps')
     args = (
         '--config.train_for=10steps', '--config.evals={}', '--config.mesh.fsdp=2',

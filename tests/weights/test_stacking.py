@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of a loop become those of a scan, and the other way round."""
+"""Layers of a loop become those of a scan, and vice versa."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ LAYERS: dict[str, Any] = {
 REST: dict[str, Any] = {'head': {'kernel': np.ones((3, 2), 'f4')}}
 
 
-def test_there_and_back() -> None:
-    """N4: in the order of the numbers, and what the optimizer holds goes along."""
+def test_round_trip() -> None:
+    """N4: in the order of the numbers, with the slots of the optimizer."""
     params = {**LAYERS, **REST}
     tx = optax.adam(0.1)
     opt_state = tx.update(jax.tree.map(lambda x: x + 1, params), tx.init(params), params)[1]
@@ -55,8 +55,8 @@ def lm(workdir: pathlib.Path, **overrides: Any) -> Trainer:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('scanned', [False, True])
-def test_a_run_goes_on_in_the_other_form(tmp_path: pathlib.Path, scanned: bool) -> None:
-    """N4, U13: parameters, averages and moments of a trained loop start a scan, and back."""
+def test_training_continues_in_the_other_form(tmp_path: pathlib.Path, scanned: bool) -> None:
+    """N4, U13: a scan starts from parameters, averages and moments of a loop, and vice versa."""
     old = lm(tmp_path / 'old', model__scan_layers=scanned).fit().state
     operation = 'Unstack' if scanned else 'Stack'
     new = lm(
@@ -96,7 +96,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(('operation', 'message'), MISTAKES)
-def test_what_cannot_be_stacked(operation: Any, message: str) -> None:
+def test_invalid_stacks_are_refused(operation: Any, message: str) -> None:
     shapes = [(2,), (2,)] if 'taken' in str(operation) else [(2,), (3,)]
     params = {
         **{f'block_{i}': LAYERS['block_0'] for i in (0, 2)},
@@ -108,6 +108,6 @@ def test_what_cannot_be_stacked(operation: Any, message: str) -> None:
         operate([operation], params)
 
 
-def test_layers_need_names() -> None:
+def test_unstack_needs_the_number() -> None:
     with pytest.raises(UserError, match=r"the replacement needs one {} for the layer's number"):
         Unstack(replacement='block/')

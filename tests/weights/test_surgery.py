@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations on parameters and on what the optimizer holds for them."""
+"""Operations on parameters and their slots in the optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from tests.weights.examples import assert_same, flat, pretrained, trainer
+from tests.weights.examples import assert_same, flatten, pretrain, trainer
 from trainer.config.errors import UserError
 from trainer.models.cnn import CNN
 from trainer.weights.surgery import Edit, Interpolate, Rename, Resize, operate
@@ -32,7 +32,7 @@ def double(x: Any) -> Any:
     return 2 * x
 
 
-def trained(params: Any) -> tuple[Any, Any]:
+def train_one_step(params: Any) -> tuple[Any, Any]:
     """Returns an Adam and its state after one step, all moments different from zero."""
     tx = optax.adam(0.1)
     return tx, tx.update(jax.tree.map(lambda x: x + 1, params), tx.init(params), params)[1]
@@ -42,18 +42,18 @@ def trained(params: Any) -> tuple[Any, Any]:
 def test_edit_one_parameter() -> None:
     """1.K1: of the CNN's 8 arrays the norm of one kernel becomes 1; everything else stays."""
     cnn = CNN(hidden=16).init(jax.random.key(0), jnp.ones((1, 28, 28, 1)))['params']
-    tx, opt_state = trained(cnn)
+    tx, opt_state = train_one_step(cnn)
     params, slots = operate([Edit(pattern='Dense_1/kernel', function=unit)], cnn, opt_state, tx)
     assert np.linalg.norm(params['Dense_1']['kernel']) == pytest.approx(1)
-    rest = {path: x for path, x in flat(params).items() if path != 'Dense_1/kernel'}
-    assert_same(rest, {path: flat(cnn)[path] for path in rest})
+    rest = {path: x for path, x in flatten(params).items() if path != 'Dense_1/kernel'}
+    assert_same(rest, {path: flatten(cnn)[path] for path in rest})
     assert_same(slots, opt_state)
     assert len(rest) == 7
 
 
-def test_the_optimizer_follows() -> None:
-    """1.K2: its tuples stay, its moments change with their parameters, and training goes on."""
-    tx, opt_state = trained(PARAMS)
+def test_optimizer_state_is_edited_too() -> None:
+    """1.K2: its tuples stay, its moments change with their parameters, and training continues."""
+    tx, opt_state = train_one_step(PARAMS)
     operations = [
         Rename(pattern='^Dense_1/', replacement='head/'),
         Resize(pattern='head/(kernel|bias)', size=5, fill=7.0),
@@ -91,8 +91,8 @@ def matrices(params: Any) -> Any:
     ],
     ids=['frozen', 'masked', 'chain', 'accumulated'],
 )
-def test_masked_optimizers_follow(tx: Any) -> None:
-    """1.K2: their structure is what `tx.init` makes, and training goes on."""
+def test_states_of_masked_optimizers(tx: Any) -> None:
+    """1.K2: the structure is that of `tx.init`, and training continues."""
     grads = jax.tree.map(lambda x: x + 1, PARAMS)
     opt_state = tx.update(grads, tx.init(PARAMS), PARAMS)[1]
     operations = [
@@ -103,24 +103,23 @@ def test_masked_optimizers_follow(tx: Any) -> None:
     wanted = tx.init(params)
     assert jax.tree.structure(slots) == jax.tree.structure(wanted)
     assert jax.tree.map(jnp.shape, slots) == jax.tree.map(jnp.shape, wanted)
-    path = next(path for path in flat(slots) if path.endswith('mu/head/kernel'))
-    old = flat(opt_state)[path.replace('head', 'Dense_1')]
-    np.testing.assert_array_equal(flat(slots)[path][:, :3], old)
-    assert not flat(slots)[path][:, 3:].any()
+    path = next(path for path in flatten(slots) if path.endswith('mu/head/kernel'))
+    old = flatten(opt_state)[path.replace('head', 'Dense_1')]
+    np.testing.assert_array_equal(flatten(slots)[path][:, :3], old)
+    assert not flatten(slots)[path][:, 3:].any()
     after = tx.update(jax.tree.map(jnp.ones_like, params), slots, params)[1]
     assert jax.tree.structure(after) == jax.tree.structure(wanted)
 
 
 def test_slots_of_other_shapes() -> None:
-    """Adafactor's sums of rows and columns go to another name, and are not guessed at another
-    size."""
+    """Adafactor's sums of rows and columns can be renamed, but not resized."""
     tx = optax.adafactor(0.1, min_dim_size_to_factor=2)
     opt_state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)[1]
     rename = Rename(pattern='^Dense_1/', replacement='head/')
     params, slots = operate([rename], PARAMS, opt_state, tx)
     assert jax.tree.structure(slots) == jax.tree.structure(tx.init(params))
-    old = {path.replace('Dense_1', 'head'): x for path, x in flat(opt_state).items()}
-    assert_same(flat(slots), old)
+    old = {path.replace('Dense_1', 'head'): x for path, x in flatten(opt_state).items()}
+    assert_same(flatten(slots), old)
     with pytest.raises(
         UserError, match=r'differs from that of its parameter, \[4, 3\], cannot be edited'
     ):
@@ -147,13 +146,13 @@ def test_resize() -> None:
         resized(size=2, keep=(0, 3))
 
 
-def test_interpolated_positions() -> None:
-    """1.K3: a line stays a line, a class token what it is, a grid is resampled in both axes."""
+def test_interpolate() -> None:
+    """1.K3: a line stays a line, a class token stays, a grid is resampled in both dimensions."""
     line = np.arange(4.0)[:, None] * np.ones(2)
     tables = {'positions': line}
-    made, _ = operate([Interpolate(pattern='positions', size=8, method='linear')], tables)
+    result, _ = operate([Interpolate(pattern='positions', size=8, method='linear')], tables)
     expected = np.clip((np.arange(8) + 0.5) / 2 - 0.5, 0, 3)
-    np.testing.assert_allclose(made['positions'], expected[:, None] * np.ones(2), rtol=1e-6)
+    np.testing.assert_allclose(result['positions'], expected[:, None] * np.ones(2), rtol=1e-6)
 
     grid = np.stack(np.meshgrid(np.arange(3.0), np.arange(3.0), indexing='ij'), -1).reshape(9, 2)
     tables = {'positions': np.concatenate([[[50.0, 60.0]], grid])[None]}
@@ -173,9 +172,9 @@ def test_interpolated_positions() -> None:
 
 
 def test_second_moments_stay_positive() -> None:
-    """A cubic would fall below zero beside a step, and Adam's root with it."""
+    """Cubic interpolation would overshoot below zero, and Adam takes the square root."""
     table = {'positions': np.repeat([[0.0], [0.0], [9.0], [9.0]], 2, 1)}
-    tx, opt_state = trained(table)
+    tx, opt_state = train_one_step(table)
     state = (opt_state[0]._replace(nu=table), *opt_state[1:])
     operations = [Interpolate(pattern='positions', size=12)]
     params, slots = operate(operations, table, state, tx)
@@ -207,7 +206,7 @@ def test_mistakes() -> None:
             r'Rename\(.*\) creates params/Dense_1/bias/x below params/Dense_1/bias, which is an',
         ),
         (optax.adam(0.1), r'config\.surgery\[0\]: expected an operation .* got a Gradient'),
-        (print, 'returned NoneType, not weights by path'),
+        (print, 'returned NoneType; expected weights by path'),
     ):
         with pytest.raises(UserError, match=message):
             operate([operation], PARAMS)
@@ -215,8 +214,8 @@ def test_mistakes() -> None:
 
 @pytest.mark.slow
 def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
-    """1.K3: a larger head and more positions; the rows that were there stay, with their moments."""
-    path, old = pretrained(tmp_path, model__positions=4)
+    """1.K3: a larger head and more positions; old entries stay, with their moments."""
+    path, old = pretrain(tmp_path, model__positions=4)
     surgery = (
         {'target': f'{OPERATION}:Resize', 'pattern': 'head/(kernel|bias)', 'size': 4},
         {'target': f'{OPERATION}:Interpolate', 'pattern': 'positions', 'size': 6},
@@ -246,8 +245,8 @@ def test_surgery_of_a_run(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_surgery_that_does_not_lead_to_the_model(tmp_path: pathlib.Path) -> None:
-    path, _ = pretrained(tmp_path)
+def test_results_that_do_not_fit_the_model(tmp_path: pathlib.Path) -> None:
+    path, _ = pretrain(tmp_path)
     resize = {'target': f'{OPERATION}:Resize', 'pattern': 'head/kernel', 'size': 5}
     with pytest.raises(
         UserError, match=r'head/kernel: got float32\[12, 5\], the model has float32\[12, 3\]'
@@ -263,7 +262,7 @@ def test_surgery_that_does_not_lead_to_the_model(tmp_path: pathlib.Path) -> None
 
 
 def test_surgery_of_fresh_weights(tmp_path: pathlib.Path) -> None:
-    """1.K1 without a checkpoint: the average starts at what the operation has made."""
+    """1.K1 without a checkpoint: the moving average starts at the edited weights."""
     edit = {'target': f'{OPERATION}:Edit', 'pattern': 'head/kernel',
             'function': {'ref': f'{__name__}:double'}}  # fmt: skip
     fresh = trainer(tmp_path, ema={'decay': 0.9}).init_state()

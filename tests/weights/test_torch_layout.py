@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""1.L where PyTorch is not installed: weights of its layout, converted, beside numpy's layers."""
+"""1.L without PyTorch: weights in its layout, converted, compared with layers in numpy."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def given(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def weights(shapes: dict[str, tuple[int, ...]], at: str = AT) -> dict[str, np.ndarray]:
-    """Returns a state_dict with values of its own for each name; scales and variances positive."""
-    made = {}
+    """Returns a state_dict with random values; scales and variances are positive."""
+    arrays = {}
     for seed, (name, shape) in enumerate(shapes.items(), start=1):
         values = np.asarray(0.5 * given(*shape, seed=seed))
         of_norm = len(shape) == 1 and name.endswith(('weight', 'running_var'))
-        made[at + name] = abs(values) + np.float32(0.5) if of_norm else values
-    return made
+        arrays[at + name] = abs(values) + np.float32(0.5) if of_norm else values
+    return arrays
 
 
 def norm(features: int) -> dict[str, tuple[int, ...]]:
@@ -51,7 +51,7 @@ def linear(inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
 
 
 def below(**parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of a module of several; '__' stands for '.'."""
+    """Returns the shapes of a module with submodules; '__' means '.'."""
     return {
         f'{at.replace("__", ".")}.{name}': shape
         for at, shapes in parts.items()
@@ -73,16 +73,16 @@ def first(x: np.ndarray) -> np.ndarray:
     return np.moveaxis(x, -1, 1)
 
 
-def converted(module: nn.Module, tensors: dict[str, np.ndarray], x: Any, **options: Any) -> Any:
-    """Returns what the Flax module makes of `x` with those weights."""
+def convert(module: nn.Module, tensors: dict[str, np.ndarray], x: Any, **options: Any) -> Any:
+    """Returns the output of the Flax module for `x` with those weights."""
     variables = module.init(jax.random.key(0), x)
-    made = restore.torch_variables(tensors, variables, **options)
-    assert jax.tree.structure(made) == jax.tree.structure(meta.unbox(variables))
-    return module.apply(made, x)
+    loaded = restore.torch_variables(tensors, variables, **options)
+    assert jax.tree.structure(loaded) == jax.tree.structure(meta.unbox(variables))
+    return module.apply(loaded, x)
 
 
 class Inner(nn.Module):
-    """Gives a layer a name: PyTorch's containers do so too."""
+    """Gives a layer a name, as the containers of PyTorch do."""
 
     layer: nn.Module
 
@@ -107,9 +107,9 @@ class Inner(nn.Module):
 def test_layers_with_the_channels_last(
     mine: nn.Module, shapes: Any, theirs: Callable[..., np.ndarray], x: np.ndarray
 ) -> None:
-    """1.L: a square matrix is transposed where it is a kernel, and not where it is a table."""
+    """1.L: a square matrix is transposed if it is a kernel, but not if it is an embedding."""
     tensors = weights(shapes)
-    close(converted(Inner(mine), tensors, x), theirs(x, tensors, AT))
+    close(convert(Inner(mine), tensors, x), theirs(x, tensors, AT))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_layers_with_the_channels_first(
 ) -> None:
     """1.L: kernels, and running statistics."""
     x, tensors = given(*shape), weights(shapes)
-    close(converted(Inner(mine), tensors, x), last(theirs(first(x), tensors, AT)))
+    close(convert(Inner(mine), tensors, x), last(theirs(first(x), tensors, AT)))
 
 
 @pytest.mark.parametrize('count', [True, False])
@@ -148,7 +148,7 @@ def test_pooling(count: bool) -> None:
 
 
 class Network(nn.Module):
-    """A convolution, its norm and a pooling, flattened for a dense layer as Flax has it."""
+    """A convolution, its norm and a pooling, flattened for a dense layer in the order of Flax."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -182,8 +182,8 @@ def test_a_network_that_flattens(tmp_path: pathlib.Path) -> None:
     """1.L: from Python, and by `config.init_from` from a file; the order of rows is the model's."""
     x = given(2, 32, 32, 3)
     expected, mine = network(x), Network()
-    close(converted(mine, NETWORK, x, rename=NAMES, flatten=FLATTEN), expected)
-    wrong = converted(mine, NETWORK, x, rename=NAMES)
+    close(convert(mine, NETWORK, x, rename=NAMES, flatten=FLATTEN), expected)
+    wrong = convert(mine, NETWORK, x, rename=NAMES)
     assert abs(wrong - expected).max() > 0.1 * abs(expected).max()
     file = tmp_path / 'network.safetensors'
     safetensors.write(file, NETWORK)
@@ -193,17 +193,17 @@ def test_a_network_that_flattens(tmp_path: pathlib.Path) -> None:
         init_from={'path': str(file), 'layout': 'torch', 'rename': NAMES, 'flatten': FLATTEN},
     )  # fmt: skip
     variables = jax.device_get(run.init_state().variables)
-    made = restore.torch_variables(
+    loaded = restore.torch_variables(
         NETWORK, mine.init(jax.random.key(0), x), rename=NAMES, flatten=FLATTEN
     )
-    assert_same(variables, made)
+    assert_same(variables, loaded)
     close(mine.apply(variables, x), expected)
 
 
-def test_half_a_name_map_is_not_half_a_model() -> None:
+def test_an_incomplete_map_of_names_is_refused() -> None:
     x = given(2, 32, 32, 3)
     with pytest.raises(UserError, match='the state_dict does not fit the model') as caught:
-        converted(Network(), NETWORK, x, flatten=FLATTEN)
+        convert(Network(), NETWORK, x, flatten=FLATTEN)
     assert 'features_0/kernel' in str(caught.value)
 
 
@@ -218,7 +218,7 @@ def test_a_transformer_encoder_layer() -> None:
     x, w = given(2, 7, 16), weights(shapes, at='')
     y = x + layers.self_attention(layers.layer_norm(x, w, 'norm1.'), w, 'self_attn.', heads=4)
     hidden = layers.gelu(layers.linear(layers.layer_norm(y, w, 'norm2.'), w, 'linear1.'))
-    close(converted(ViT(), w, x), y + layers.linear(hidden, w, 'linear2.'))
+    close(convert(ViT(), w, x), y + layers.linear(hidden, w, 'linear2.'))
 
 
 def bert(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -240,7 +240,7 @@ def bert(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
 
 
 def sentence(tokens: np.ndarray, w: layers.Weights, sizes: dict[str, int]) -> np.ndarray:
-    """BERT, norms after the residual connections, and the mean of what is no padding."""
+    """BERT, norms after the residual connections, and the mean without padding."""
     mask, eps = tokens != 0, 1e-12
     x = layers.embedding(tokens, w, 'embeddings.word_embeddings.')
     x = x + w['embeddings.position_embeddings.weight'][: tokens.shape[1]]
@@ -262,12 +262,12 @@ def sentence(tokens: np.ndarray, w: layers.Weights, sizes: dict[str, int]) -> np
 
 @pytest.mark.slow
 def test_a_sentence_encoder() -> None:
-    """1.L, G1: the names of Hugging Face's BERT, in small; padding is not looked at."""
+    """1.L, G1: the names of Hugging Face's BERT, in small; padding is ignored."""
     sizes = dict(vocab_size=20, layers=2, width=12, heads=3, mlp_width=24, max_length=10)
     tensors = weights(bert(sizes), at='')
     tokens = np.random.default_rng(0).integers(1, 20, (3, 8))
     tokens[0, 5:] = tokens[2, 2:] = 0
-    found = converted(
+    found = convert(
         SentenceEncoder(Encoder(**sizes)),
         tensors,
         tokens,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recurrent layers of PyTorch, converted, give what they gave there."""
+"""Converted recurrent layers of PyTorch give the same outputs."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ class OneLayer(nn.Module):
 
 @pytest.mark.parametrize('kind', list(CELLS))
 def test_one_layer(kind: str) -> None:
-    """1.L: a tensor holds all gates, a module of Flax one; two biases of a gate are summed."""
+    """1.L: a tensor has all gates, a module of Flax one; the two biases of a gate are added."""
     theirs, mine = layer(kind), OneLayer(kind)
     variables = mine.init(jax.random.key(0), X)
-    made = restore.torch_variables(theirs.state_dict(), variables)
-    assert jax.tree.structure(made) == jax.tree.structure(variables)
-    close(mine.apply(made, X), theirs['rnn'](torch.from_numpy(X))[0])
+    loaded = restore.torch_variables(theirs.state_dict(), variables)
+    assert jax.tree.structure(loaded) == jax.tree.structure(variables)
+    close(mine.apply(loaded, X), theirs['rnn'](torch.from_numpy(X))[0])
 
 
 class Cells(nn.Module):
-    """A layer that is read from both ends."""
+    """A bidirectional layer."""
 
     kind: str
 
@@ -82,11 +82,11 @@ class Deep(nn.Module):
 
 @pytest.mark.parametrize('kind', ['OptimizedLSTM', 'GRU'])
 def test_two_layers_in_both_directions(kind: str) -> None:
-    """1.L: a rename says which cell is which layer and direction."""
+    """1.L: a rename maps layers and directions to cells."""
     theirs, mine = layer(kind, num_layers=2, bidirectional=True), Deep(kind)
     variables = mine.init(jax.random.key(0), X)
-    made = restore.torch_variables(theirs.state_dict(), variables, rename=LAYERS)
-    close(mine.apply(made, X), theirs['rnn'](torch.from_numpy(X))[0])
+    loaded = restore.torch_variables(theirs.state_dict(), variables, rename=LAYERS)
+    close(mine.apply(loaded, X), theirs['rnn'](torch.from_numpy(X))[0])
 
 
 @pytest.mark.parametrize(
@@ -94,18 +94,18 @@ def test_two_layers_in_both_directions(kind: str) -> None:
     [('LSTM', nnx.LSTMCell), ('LSTM', nnx.OptimizedLSTMCell), ('RNN', nnx.SimpleCell)],
 )
 def test_cells_of_nnx(kind: str, cell: Any) -> None:
-    """1.L: some of them have one layer for all gates."""
+    """1.L: some cells have one dense layer for all gates."""
     theirs, mine = layer(kind), nnx.RNN(cell(4, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
     params = nnx.to_pure_dict(nnx.state(mine, nnx.Param))
-    made = restore.torch_variables(
+    loaded = restore.torch_variables(
         theirs.state_dict(), {'params': params}, rename=(('^rnn/', 'cell/'),)
     )
-    nnx.update(mine, made['params'])
+    nnx.update(mine, loaded['params'])
     close(mine(jnp.asarray(X)), theirs['rnn'](torch.from_numpy(X))[0])
 
 
-def test_a_gru_that_nnx_cannot_be() -> None:
-    """It has no bias behind the reset gate; where that is zero, it is the same cell."""
+def test_a_gru_that_nnx_does_not_have() -> None:
+    """NNX has no bias after the reset gate; if that is zero, the cells are equal."""
     theirs, mine = layer('GRU'), nnx.GRUCell(4, 6, rngs=nnx.Rngs(0))
     goal = {'params': {'rnn': nnx.to_pure_dict(nnx.state(mine, nnx.Param))}}
     with pytest.raises(
@@ -114,14 +114,14 @@ def test_a_gru_that_nnx_cannot_be() -> None:
         restore.torch_variables(theirs.state_dict(), goal)
     with torch.no_grad():
         theirs['rnn'].bias_hh_l0[12:] = 0
-    made = restore.torch_variables(theirs.state_dict(), goal)
-    nnx.update(mine, made['params']['rnn'])
+    loaded = restore.torch_variables(theirs.state_dict(), goal)
+    nnx.update(mine, loaded['params']['rnn'])
     rnn = nnx.RNN(mine, rngs=nnx.Rngs(0))
     close(rnn(jnp.asarray(X)), theirs['rnn'](torch.from_numpy(X))[0])
 
 
-def test_what_is_left_over_is_told() -> None:
-    """A second layer without a cell; a projected state, which Flax has not."""
+def test_unused_tensors_are_listed() -> None:
+    """A second layer without a cell; a projected state, which Flax does not support."""
     mine = OneLayer('LSTM')
     variables = mine.init(jax.random.key(0), X)
     with pytest.raises(UserError, match=r'Not in the model:\n  rnn/weight_ih_l0'):

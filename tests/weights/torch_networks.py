@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Networks of PyTorch, with the names that are usual there."""
+"""Networks of PyTorch, with the usual names."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ResNet(nn.Module):
 
 
 class Flat(nn.Module):
-    """A dense layer after a convolution, flattened as PyTorch has it."""
+    """A dense layer after a convolution, flattened in the order of PyTorch."""
 
     def __init__(self, height: int):
         super().__init__()

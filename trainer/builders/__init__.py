@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builders that turn the sections of a config into objects, one for each section.
+"""Builders that turn the sections of a config into objects.
 
 The package is not called `trainer.build`, because `from trainer import build` imports a function.
 """

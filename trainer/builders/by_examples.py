@@ -20,7 +20,7 @@ from trainer.config.sections import Node
 
 # Names of optimizer arguments that are learning rates.
 _RATES = ('learning_rate', 'step_size_fn')
-# Names of schedule arguments that count updates.
+# Parts of the names of schedule arguments that count updates.
 _COUNTS = ('step', 'begin', 'boundar')
 
 
@@ -28,9 +28,9 @@ def find_schedules(node: Node, path: str, clock: Clock) -> list[paths.Keys]:
     """Returns the key paths of an optimizer's schedules that count examples.
 
     Args:
-        node: names the optimizer, with durations as given in the config.
+        node: the optimizer's node, with durations as given in the config.
         path: its config path.
-        clock: of a run whose batch size has changed.
+        clock: the clock of a run whose batch size has changed.
 
     Raises:
         UserError: naming the key to set, if a duration cannot be counted in examples.
@@ -63,6 +63,8 @@ def _find_schedules(value: Any, keys: paths.Keys, path: str, clock: Clock) -> It
         _, names = learning_rate.parameters(value, f'{path}.{paths.join(keys)}'.rstrip('.'))
     else:
         names = {}
+    # A learning rate is wrapped as a whole, so the search does not go into it. Anything else that
+    # counts examples, at any depth, is an error.
     for at, item in _children(value):
         inner = [*keys, *at]
         if names.get(at) in _RATES and isinstance(item, Mapping):
@@ -82,13 +84,15 @@ def _check_schedule(schedule: Any, keys: paths.Keys, path: str, clock: Clock) ->
     where = next((at for at, _, value in leaves if _counts_examples(value)), None)
     if where is None:
         return False
-    example = f'{path}.{paths.join(where)}'
+    counts_examples = f'{path}.{paths.join(where)}'
     for at, name, value in leaves:
         count = _updates(name, value)
+        # 0 steps are 0 examples, too.
         if count:
             examples = math.ceil(clock.batches(count) * clock.batch_size)
             raise UserError(
-                f'{path}.{paths.join(at)}: {value!r} counts steps, and {example} counts examples. '
+                f'{path}.{paths.join(at)}: {value!r} counts steps, and {counts_examples} counts '
+                'examples. '
                 'Now that config.data.batch_size has changed, a schedule cannot mix the two. '
                 f"Write '{examples} examples', the number consumed by step {count:,}"
             )
@@ -103,10 +107,11 @@ def _counts_examples(value: Any) -> bool:
 
 
 def _updates(name: str, value: Any) -> int:
-    """Returns the number of updates that a leaf of a schedule stands for; 0 if it is no count."""
+    """Returns the number of updates that a leaf of a schedule means; 0 if it is not a count."""
     if durations.is_duration(value):
-        given = Duration.parse(value, zero=True)
-        return math.ceil(given.value) if given.unit == 'steps' else 0
+        duration = Duration.parse(value, zero=True)
+        return math.ceil(duration.value) if duration.unit == 'steps' else 0
+    # A plain integer: only the argument's name shows whether it counts updates.
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return value if is_count and any(word in name for word in _COUNTS) else 0
 

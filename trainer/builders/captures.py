@@ -18,7 +18,7 @@ class Capture:
     """An entry of `config.capture`.
 
     Attributes:
-        match: patterns for the full path of a module, or of a value that it sows.
+        match: patterns for the whole path of a module, or of a value that it sows.
         every: when to capture.
         what: outputs, of 'summary', 'histogram' and 'file'.
         rows: number of examples of each array that are written to a file.
@@ -32,7 +32,7 @@ class Capture:
     keep: int
 
     def wants(self, path: str) -> bool:
-        """Whether it captures the value at this path ('' is the model)."""
+        """Whether the value at this path is captured; '' is the model itself."""
         return patterns.matches(self.match, path or ROOT)
 
 
@@ -42,6 +42,7 @@ def build_captures(sections: Sections, clock: Clock) -> dict[str, Capture]:
     Raises:
         UserError: for an invalid value, and for captures or `guard='warn'` of an ensemble.
     """
+    # Both run the model outside of the step, for one set of variables.
     enabled = {'capture': bool(sections.capture), 'guard': sections.guard.non_finite == 'warn'}
     for key, is_enabled in enabled.items():
         if is_enabled and sections.ensemble is not None:

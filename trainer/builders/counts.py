@@ -13,11 +13,11 @@ from trainer.config.errors import UserError
 from trainer.config.sections import Node
 
 # Annotations of dicts whose keys are integers.
-_WHOLE_KEYS = re.compile(r'\b(?:dict|Dict|Mapping)\[int\b')
+_INTEGER_KEYS = re.compile(r'\b(?:dict|Dict|Mapping)\[int\b')
 
 # Lengths of optax schedules that must not be 0: with 0 the schedule would keep its first value
-# forever. Inside `join_schedules` 0 is fine, where a boundary of 0 skips the schedule.
-_NO_ZERO = (
+# forever. Inside `join_schedules` 0 is allowed, because a boundary of 0 skips the schedule.
+_AT_LEAST_ONE = (
     (':warmup_constant_schedule', 'warmup_steps'),
     (':linear_schedule', 'transition_steps'),
     (':polynomial_schedule', 'transition_steps'),
@@ -40,16 +40,17 @@ def with_integer_keys(node: Node, path: str) -> Node:
         UserError: if a dict has both '30' and 30.
     """
     for keys, name, value in _arguments(node, [], path):
-        if not isinstance(value, Mapping) or not _has_whole_keys(node, keys, name, path):
+        # By the annotation of the argument: keys of other dicts, such as labels, stay strings.
+        if not isinstance(value, Mapping) or not _has_integer_keys(node, keys, name, path):
             continue
-        whole: dict[Any, Any] = {}
+        converted: dict[Any, Any] = {}
         for key, item in value.items():
             number = int(key) if isinstance(key, str) and key.strip().isdecimal() else key
-            if number in whole:
+            if number in converted:
                 where = f'{path}.{paths.join(keys)}'
                 raise UserError(f'{where}: step {number} is given twice; remove one of them')
-            whole[number] = item
-        node = paths.with_value(node, keys, whole)
+            converted[number] = item
+        node = paths.with_value(node, keys, converted)
     return node
 
 
@@ -57,7 +58,7 @@ def check(node: Node, steps: Mapping[str, int], path: str) -> None:
     """Checks lengths that were given as durations.
 
     Args:
-        node: names the optimizer; durations have been converted to steps.
+        node: the optimizer's node; durations have been converted to steps.
         steps: steps of each duration, by config path.
         path: config path of the node.
 
@@ -70,14 +71,15 @@ def check(node: Node, steps: Mapping[str, int], path: str) -> None:
         where = f'{path}.{paths.join(keys)}'
         owner = paths.get(node, _owner(keys))
         target = str(owner['target'])
-        is_needed = any(target.endswith(kind) and name == of for kind, of in _NO_ZERO)
+        is_needed = any(target.endswith(kind) and name == of for kind, of in _AT_LEAST_ONE)
+        # Only for durations, such as '1%' of a short run: a literal 0 is what the user wrote.
         if value == 0 and where in steps and is_needed and not _is_joined(node, keys):
             raise UserError(
                 f'{where} is 0 steps, but {target} needs at least 1: with 0 it would keep its '
                 'first value forever. Make it longer, or remove this schedule'
             )
-        of_means = target.endswith(':reduce_on_plateau') and name in _COUNT_MEANS
-        if of_means and where in steps and owner.get('accumulation_size', 1) != 1:
+        counts_means = target.endswith(':reduce_on_plateau') and name in _COUNT_MEANS
+        if counts_means and where in steps and owner.get('accumulation_size', 1) != 1:
             raise UserError(
                 f'{where}: durations are converted to steps, but with accumulation_size {target} '
                 f'counts averages over that many steps. Give a number, such as {name}=5'
@@ -85,18 +87,19 @@ def check(node: Node, steps: Mapping[str, int], path: str) -> None:
 
 
 def _check_inner_counts(node: Any, steps: Mapping[str, int], path: str) -> None:
-    """Checks that no duration is inside optax:MultiSteps, which counts updates and not steps."""
+    """Checks that no duration is inside optax:MultiSteps, where updates are counted, not steps."""
     if isinstance(node, (tuple, list)):
         for index, value in enumerate(node):
             _check_inner_counts(value, steps, f'{path}[{index}]')
     if not isinstance(node, Mapping):
         return
     if str(node.get('target')).endswith(':MultiSteps'):
-        mine = [where for where in steps if where.startswith(f'{path}.')]
-        within = [where for where in mine if where != f'{path}.every_k_schedule']
-        if within:
+        below = [where for where in steps if where.startswith(f'{path}.')]
+        # `every_k_schedule` itself is outside: it is a number of steps.
+        inner = [where for where in below if where != f'{path}.every_k_schedule']
+        if inner:
             raise UserError(
-                f'{within[0]}: durations are converted to training steps, but optax:MultiSteps '
+                f'{inner[0]}: durations are converted to training steps, but optax:MultiSteps '
                 'makes one update per several steps, and the optimizer inside counts updates. Use '
                 'config.accumulate instead, or give the number of updates'
             )
@@ -119,9 +122,9 @@ def _owner(keys: paths.Keys) -> paths.Keys:
     return keys[:-2] if len(keys) > 1 and keys[-2] == 'args' else keys[:-1]
 
 
-def _has_whole_keys(node: Node, keys: paths.Keys, name: str, path: str) -> bool:
+def _has_integer_keys(node: Node, keys: paths.Keys, name: str, path: str) -> bool:
     known, _ = learning_rate.parameters(paths.get(node, _owner(keys)), path)
-    return name in known and _WHOLE_KEYS.search(str(known[name].annotation)) is not None
+    return name in known and _INTEGER_KEYS.search(str(known[name].annotation)) is not None
 
 
 def _is_joined(node: Node, keys: paths.Keys) -> bool:

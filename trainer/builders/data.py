@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 from trainer.config import targets
 from trainer.config.checks import check_positive
 from trainer.config.errors import UserError
-from trainer.config.sections import DataSection, EvalDataSection, EvalSection, Sections
+from trainer.config.sections import (
+    DataSection,
+    EvalDataSection,
+    EvalSection,
+    ScoreSection,
+    Sections,
+)
+from trainer.evaluate.score import Score
 from trainer.evaluate.spec import Evaluation
 from trainer.input.data import EvalData, TrainData
 from trainer.tasks.runner import TaskRunner
@@ -23,6 +31,7 @@ def build_train_data(sections: Sections) -> TrainData:
         UserError: for an invalid argument, or an object that is not a loader.
     """
     data, path = sections.data, 'config.data'
+    # One node, so that errors of the source and the transforms name their key paths below it.
     node = {
         **data.loader,
         'source': data.source,
@@ -67,7 +76,8 @@ def _evaluation(
     transforms = targets.instantiate(section.data.transforms, f'{path}.data.transforms')
     batch_size = section.data.batch_size or sections.data.batch_size
 
-    def data(padded_to: int) -> EvalData:
+    # Later, because the number of examples to pad to depends on the number of devices.
+    def build_data(padded_to: int) -> EvalData:
         node = {
             **section.data.loader,
             'source': source,
@@ -83,9 +93,29 @@ def _evaluation(
         final=section.final,
         ema=section.ema,
         task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
+        score=None if section.score is None else _build_score(section.score, f'{path}.score'),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
-        data=data,
+        data=build_data,
     )
+
+
+def _build_score(section: ScoreSection, path: str) -> Score:
+    """Returns `config.evals.<name>.score`.
+
+    Raises:
+        UserError: if it is neither a function nor an object with `__call__` and `close`.
+    """
+    make = functools.partial(targets.instantiate, section.node, path)
+    # Created once here, so that mistakes are found before training starts.
+    score = make()
+    if isinstance(score, type) or not callable(score):
+        what = f'the class {score.__name__}' if isinstance(score, type) else repr(score)
+        raise UserError(
+            f"{path}: expected a function, as ref='package.module:function', or an object that is "
+            f"called with each batch and has a method close, as target='package.module:Class'; "
+            f'got {what}'
+        )
+    return Score(make=make, fields=section.fields, path=path)
 
 
 def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:
@@ -96,6 +126,7 @@ def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> t
     """
     transforms = targets.instantiate(data.device_transforms, f'{path}.device_transforms')
     for index, transform in enumerate(transforms):
+        # Inside a compiled step, a numpy generator would draw the same numbers in every step.
         if 'rng' in inspect.signature(transform).parameters:
             raise UserError(
                 f'{path}.device_transforms[{index}]: {transform!r} draws random numbers from a '

@@ -30,34 +30,37 @@ def mask_decay(node: Node, path: str, mask: RegexMask) -> Node:
     """Returns an optimizer's node in which every target with weight decay gets a mask.
 
     Args:
-        node: names the optimizer.
+        node: the optimizer's node.
         path: config path of the node, for messages.
         mask: selects the parameters that decay.
 
     Raises:
         UserError: if no target takes such a mask, or one has a mask already.
     """
+    # All of them: an optax:chain may contain several targets with weight decay.
     maskable = list(_find_maskable(node, [], path))
     if not maskable:
         raise UserError(_no_mask_message(node, path))
     for keys, name in maskable:
-        at = f'{path}.{paths.join(keys)}'.rstrip('.')
-        mine = paths.get(node, keys)
-        known, names = learning_rate.parameters(mine, path)
-        given = {each: paths.get(mine, list(place)) for place, each in names.items()}
+        where = f'{path}.{paths.join(keys)}'.rstrip('.')
+        owner = paths.get(node, keys)
+        known, names = learning_rate.parameters(owner, path)
+        given = {each: paths.get(owner, list(key_path)) for key_path, each in names.items()}
         if name in given:
             raise UserError(
-                f'{path}.decay_mask and {at}.{name} both select what decays; remove one of them'
+                f'{path}.decay_mask and {where}.{name} both select the parameters that decay; '
+                'remove one of them'
             )
         if given.get(_UNMASKED):
             raise UserError(
-                f'{at}.{_UNMASKED}: {mine["target"]} masks the weight decay of its matrices only; '
-                f'this one would decay all its other parameters, regardless of {path}.decay_mask. '
-                'Remove it, or use a group for each (config.optimizer.groups)'
+                f'{where}.{_UNMASKED}: {owner["target"]} masks the weight decay of its matrices '
+                'only; this one would decay all its other parameters, regardless of '
+                f'{path}.decay_mask. Remove it, or use a group for each (config.optimizer.groups)'
             )
         decay = next((each for each in _DECAYS if each in known), None)
+        # A warning and no error, because an override may set the decay to 0 for an experiment.
         if decay is not None and not given.get(decay, known[decay].default):
-            _log.warning('%s.decay_mask has no effect: %s.%s is not set', path, at, decay)
+            _log.warning('%s.decay_mask has no effect: %s.%s is not set', path, where, decay)
         node = paths.with_value(node, [*keys, name], mask)
     return node
 
@@ -76,11 +79,12 @@ def _find_maskable(node: Any, keys: paths.Keys, path: str) -> Iterator[tuple[pat
 def _no_mask_message(node: Node, path: str) -> str:
     target = node['target']
     known, _ = learning_rate.parameters(node, path)
-    decays = next((each for each in known if 'weight_decay' in each), None)
-    if decays is not None:
+    # Some optimizers decay, but take no mask.
+    decay = next((each for each in known if 'weight_decay' in each), None)
+    if decay is not None:
         return (
-            f'{path}.decay_mask: {target} has no mask argument: its {decays} applies to all '
-            f'parameters. Use two groups, one with {decays}=0 (config.optimizer.groups), or '
+            f'{path}.decay_mask: {target} has no mask argument: its {decay} applies to all '
+            f'parameters. Use two groups, one with {decay}=0 (config.optimizer.groups), or '
             'optax:chain with optax:add_decayed_weights, which takes a mask'
         )
     return (

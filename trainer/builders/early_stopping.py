@@ -25,10 +25,17 @@ class EarlyStopping:
     patience: int = 0
 
     def is_better(self, value: float, best: float | None) -> bool:
-        """Whether a value improves on the best so far (None before the first); NaN never does."""
+        """Whether a value improves on the best so far; NaN never does.
+
+        Args:
+            value: the value of an evaluation.
+            best: the best value so far; None before the first evaluation.
+        """
+        # Before the first comparison: as the best value, NaN could never be improved on.
         if math.isnan(value):
             return False
         if best is None:
             return True
         gain = best - value if self.mode == 'min' else value - best
+        # Strictly greater: with min_delta=0, an equal value is no improvement.
         return gain > self.min_delta

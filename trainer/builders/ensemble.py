@@ -34,9 +34,10 @@ def build_ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
         raise UserError(f'config.ensemble.size: expected at least 1, got {given.size}')
     if sections.surgery and sections.init_from is None:
         raise UserError(
-            'config.ensemble: config.surgery is not supported for the fresh weights of several '
+            'config.ensemble: config.surgery is not supported for the initial weights of several '
             'members; use config.init_from to start all members from the same weights'
         )
+    # Member i alone is the run with seed + i, so it can be reproduced without the others.
     seeds = tuple(sections.seed + member for member in range(given.size))
     values: dict[str, tuple[float, ...]] = {}
     for path, per_member in _flatten(given.vary).items():
@@ -54,7 +55,7 @@ def build_ensemble(sections: Sections, clock: Clock) -> Ensemble | None:
     for path in values:
         _check_path(sections.optimizer, path)
     build = functools.partial(_build_optimizer, sections, clock)
-    # Build each member's optimizer once, so that a value it refuses is reported here.
+    # Build each member's optimizer once, so that an invalid value is reported here.
     for member in range(given.size if values else 0):
         build({path: each[member] for path, each in values.items()})
     return Ensemble(seeds=seeds, values=values, optimizer=build)
@@ -92,17 +93,20 @@ def _leaves(node: Mapping[Any, Any], before: paths.Keys) -> Iterator[tuple[paths
 
 
 def _check_values(path: str, values: Any, size: int) -> None:
-    whole = path == 'seed'
-    kind: type = numbers.Integral if whole else numbers.Real
+    is_seed = path == 'seed'
+    kind: type = numbers.Integral if is_seed else numbers.Real
     fits = isinstance(values, (tuple, list)) and len(values) == size
+    # In Python, True is an integer.
     if not fits or not all(isinstance(x, kind) and not isinstance(x, bool) for x in values):
+        expected = 'integers' if is_seed else 'numbers'
         raise UserError(
-            f'{_VARY}.{path}: expected a tuple of {size} {"integers" if whole else "numbers"}, one '
-            f'per member (config.ensemble.size), got {short_repr(values)}'
+            f'{_VARY}.{path}: expected a tuple of {size} {expected}, one per member '
+            f'(config.ensemble.size), got {short_repr(values)}'
         )
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> None:
+    # The seeds of all members are one int32 array in the step.
     for seed in seeds:
         if not -(2**31) <= seed < 2**31:
             raise UserError(f"config.ensemble: a member's seed {seed} has more than 32 bits")
@@ -111,6 +115,7 @@ def _check_seeds(seeds: tuple[int, ...]) -> None:
 def _check_path(optimizer: OptimizerSection, path: str) -> None:
     """Checks that a path below `config.optimizer` can be a numeric argument of an optimizer."""
     section, keys = _owner(optimizer, path)
+    # The trainer's own keys, such as `clip_norm`, are constants of the compiled step.
     own = {field.name for field in dataclasses.fields(section)} - {'node'}
     if keys[0] in own:
         raise UserError(
@@ -122,6 +127,7 @@ def _check_path(optimizer: OptimizerSection, path: str) -> None:
         inner = _child(inner, key)
         if not isinstance(inner, (Mapping, tuple, list)):
             raise UserError(f'{_VARY}: there is no config.optimizer.{path}: {key!r} is {inner!r}')
+    # The last key may be missing from the config: an argument that has its default there.
     current = _child(inner, keys[-1])
     if isinstance(current, Mapping) and 'target' in current:
         raise UserError(

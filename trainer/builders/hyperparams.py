@@ -15,7 +15,7 @@ import optax
 from trainer.config import paths, targets
 from trainer.config.errors import UserError
 from trainer.config.sections import Node
-from trainer.ensemble.hyperparams import Values, name_of
+from trainer.ensemble.hyperparams import Values, hyperparam_name
 
 # Errors that JAX raises if Python code needs the concrete value of a traced number.
 _CONCRETIZATION_ERRORS = (
@@ -26,7 +26,7 @@ _CONCRETIZATION_ERRORS = (
 
 
 def insert_values(node: Node, values: Values) -> Node:
-    """Returns an optimizer's node with these values set."""
+    """Returns an optimizer's node with these values at their key paths."""
     for path, value in values.items():
         node = paths.with_value(node, paths.parse(path), value)
     return node
@@ -43,13 +43,13 @@ def inject(
     """Returns the optimizer of a node, with these hyperparameters in its state.
 
     Args:
-        node: names the optimizer.
+        node: the optimizer's node.
         where: its config path, for messages.
-        values: initial values.
+        values: initial values by key path.
         prefix: prefix of the names in the state, unique to this optimizer.
-        changed: applied to the node after the values are set.
+        changed: converts the node after the values are inserted.
     """
-    names = {name_of(prefix + path): path for path in values}
+    names = {hyperparam_name(prefix + path): path for path in values}
 
     def make(**numbers: Any) -> optax.GradientTransformation:
         inner = {names[name]: number for name, number in numbers.items()}
@@ -57,12 +57,12 @@ def inject(
             optimizer = targets.instantiate(changed(insert_values(node, inner)), where)
             return _keep_dtypes(optimizer, where, inner)
 
-    # Call it once with plain numbers: a value that the optimizer refuses is reported here.
+    # Call it once with plain numbers, so that an invalid value is reported here.
     make(**{name: values[path] for name, path in names.items()})
     # `optax.inject_hyperparams` reads the names from the signature.
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
     make.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    # Not the dtype of the parameters, optax's default: in bfloat16 0.999 is 1.
+    # Not the dtype of the parameters, optax's default: in bfloat16, 0.999 would be 1.
     inject = optax.inject_hyperparams(make, hyperparam_dtype=jnp.float32)
     return inject(**{name: values[path] for name, path in names.items()})
 
@@ -72,6 +72,7 @@ def _explain_concretization(where: str, values: Values) -> Iterator[None]:
     """Explains errors of JAX about an optimizer that needs the concrete value of a number."""
     try:
         yield
+    # A UserError is that of `targets.instantiate`, which wraps errors of constructors.
     except (UserError, *_CONCRETIZATION_ERRORS) as error:
         who = where
         if isinstance(error, UserError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the learning rate schedules of an optimizer that are logged."""
+"""Builds the learning rate schedules of an optimizer, and finds those to log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Schedule = Callable[[Any], Any]
 # A key path below a node.
 KeyPath = tuple[str | int, ...]
 
-# Optimizers whose learning rate is an upper bound: each step computes its own from the loss.
+# Optimizers whose learning rate is an upper bound: each step computes the actual one from the loss.
 _BOUNDED = (':momo', ':momo_adam')
 
 # Optimizers whose learning rate is 1 by default; a line search scales it (see `step_sizes`).
@@ -39,14 +39,14 @@ def build_rates(
     rates are a dict, named by the parts in which their key paths differ; None if there is none.
 
     Args:
-        node: names the optimizer; its targets and their arguments have been checked.
+        node: the optimizer's node; its targets and their arguments have been checked.
         path: config path of the optimizer, for messages.
         named: key paths of other learning rates below it, such as 'args[1].learning_rate'.
 
     Raises:
-        UserError: if one is neither a number nor a function of one argument, or does not exist.
+        UserError: if a rate is neither a number nor a function of one argument, or does not exist.
     """
-    node, own = _build_own(node, path)
+    node, own = _build_outer(node, path)
     rates: list[tuple[paths.Keys, Schedule]] = [] if own is None else [([], own)]
     for name in named:
         try:
@@ -56,9 +56,10 @@ def build_rates(
             raise UserError(f'{_KEY}: {path} has no {name!r}') from error
         node, schedule = _build_schedule(node, keys, value, path)
         every = _calls_per_update(node, keys, path)
-        # The optimizer that it is an argument of, by name or by position.
+        # The optimizer that has it as an argument, by name or by position.
         owner = keys[:-2] if keys[-2:-1] == ['args'] else keys[:-1]
-        rates.append((owner, _per_call(schedule, every)))
+        rates.append((owner, _to_call_counts(schedule, every)))
+    # A single rate has no name in a row: 'learning_rate'.
     if len(rates) < 2:
         return node, next((rate for _, rate in rates), None)
     names = _names([keys for keys, _ in rates])
@@ -70,8 +71,13 @@ def build_rates(
     return node, dict(zip(names, (rate for _, rate in rates), strict=True))
 
 
-def find_first_inside(node: Any, before: paths.Keys | None = None) -> str | None:
-    """Returns the key path of the first learning rate of an inner optimizer, or None."""
+def find_first_nested(node: Any, before: paths.Keys | None = None) -> str | None:
+    """Returns the key path of the first learning rate of a nested optimizer, or None.
+
+    Args:
+        node: the node of the outer optimizer.
+        before: the key path of `node`, in recursive calls.
+    """
     before = before or []
     items: Any = ()
     if isinstance(node, Mapping):
@@ -81,19 +87,20 @@ def find_first_inside(node: Any, before: paths.Keys | None = None) -> str | None
     for key, value in items:
         if before and key == 'learning_rate' and value is not None:
             return paths.join([*before, key])
-        if inner := find_first_inside(value, [*before, key]):
-            return inner
+        if nested := find_first_nested(value, [*before, key]):
+            return nested
     return None
 
 
-def _build_own(node: Node, path: str) -> tuple[Node, Schedule | None]:
-    """Builds the schedule of the argument `learning_rate`; returns the new node and it."""
+def _build_outer(node: Node, path: str) -> tuple[Node, Schedule | None]:
+    """Builds the argument `learning_rate` of the outermost target; returns the new node and it."""
     if str(node['target']).endswith(_BOUNDED):
         return node, None
     known, names = parameters(node, path)
     at = next((list(k) for k, name in names.items() if name == 'learning_rate'), None)
     if at is not None and (value := paths.get(node, at)) is not None:
         return _build_schedule(node, at, value, path)
+    # Not in the config: the rate is the default of the optimizer's signature, if that is a number.
     default = known['learning_rate'].default if 'learning_rate' in known else None
     if default is None and str(node['target']).endswith(_LINE_SEARCHED):
         return node, optax.constant_schedule(1.0)
@@ -110,7 +117,7 @@ def _build_schedule(node: Node, keys: paths.Keys, value: Any, path: str) -> tupl
     return node, _as_schedule(value, where)
 
 
-def _per_call(schedule: Schedule, every: int) -> Schedule:
+def _to_call_counts(schedule: Schedule, every: int) -> Schedule:
     """Converts a schedule of updates to one of calls, `every` of which make an update."""
     return schedule if every == 1 else lambda count: schedule(count // every)
 
@@ -121,6 +128,7 @@ def _calls_per_update(node: Node, keys: paths.Keys, path: str) -> int:
     Raises:
         UserError: if the number changes during the run.
     """
+    # The product over all optax:MultiSteps above the key path, which can be nested.
     every = 1
     for depth in range(len(keys)):
         outer = paths.get(node, keys[:depth])
@@ -131,8 +139,8 @@ def _calls_per_update(node: Node, keys: paths.Keys, path: str) -> int:
         steps = None if at is None else paths.get(outer, at)
         if not isinstance(steps, int):
             raise UserError(
-                f'{_KEY}: {path}.{paths.join(keys)} is in an optax:MultiSteps whose number of '
-                'steps changes, so the number of its updates is not known'
+                f'{_KEY}: {path}.{paths.join(keys)} is inside an optax:MultiSteps whose number of '
+                'steps changes, so the number of its updates is unknown'
             )
         every *= steps
     return every
@@ -142,6 +150,7 @@ def items(node: Any) -> Iterator[tuple[Any, Any]]:
     """Yields the direct children of a node, with their keys."""
     if isinstance(node, Mapping):
         yield from node.items()
+    # Not subclasses, such as a NamedTuple: these are values, not nodes of the config.
     elif type(node) in (tuple, list):
         yield from enumerate(node)
 
@@ -161,16 +170,17 @@ def parameters(
 
 
 def _names(key_paths: list[paths.Keys]) -> list[str]:
-    """Returns the differing parts of key paths: 'head' and 'body' of 'a.head' and 'a.body'."""
-    every = [list(map(str, keys)) for keys in key_paths]
-    first = _common_length(every)
-    last = _common_length([keys[first:][::-1] for keys in every])
-    return ['.'.join(keys[first : len(keys) - last]) or 'top' for keys in every]
+    """Returns the differing parts of key paths: 'head' and 'body' for 'a.head' and 'a.body'."""
+    parts = [list(map(str, keys)) for keys in key_paths]
+    first = _common_length(parts)
+    # The common end is that of the rest: an item must not be removed from both sides.
+    last = _common_length([keys[first:][::-1] for keys in parts])
+    return ['.'.join(keys[first : len(keys) - last]) or 'top' for keys in parts]
 
 
-def _common_length(rows: list[list[str]]) -> int:
-    """Returns the number of items that all rows begin with."""
-    columns = zip(*rows, strict=False)
+def _common_length(lists: list[list[str]]) -> int:
+    """Returns the length of the common prefix of some lists."""
+    columns = zip(*lists, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
 
@@ -181,11 +191,11 @@ def _as_schedule(value: Any, where: str) -> Schedule:
         except TypeError as error:
             raise UserError(
                 f'{where}: {value!r} is not a schedule, a function of the number of updates '
-                f'({error}). A function that returns a schedule is named by target=..., with its '
+                f'({error}). Name a function that returns a schedule as target=..., with its '
                 'arguments'
             ) from error
         except ValueError:
-            pass  # Its signature is not known; some builtins have none.
+            pass  # Some builtins have no signature.
         return value
     if _is_number(value):
         return optax.constant_schedule(value)

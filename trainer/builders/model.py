@@ -12,7 +12,7 @@ from trainer.config import objects, targets
 from trainer.config.errors import UserError
 from trainer.config.sections import PrecisionSection, Sections
 from trainer.modules.foreign import refusal_of_class
-from trainer.modules.functional import Functional, functional
+from trainer.modules.functional import Functional, as_functional
 from trainer.modules.precision import AS_IS, Precision
 
 _PATH = 'config.model'
@@ -27,6 +27,7 @@ def check_model(node: Any) -> None:
     if not isinstance(node, Mapping) or 'target' not in node:
         return
     target = objects.resolve(node['target'], f'{_PATH}.target')
+    # First, because arguments of a model of another library would give a misleading error.
     if (reason := refusal_of_class(target)) is not None:
         raise UserError(reason)
     try:
@@ -58,7 +59,7 @@ def build_model(sections: Sections) -> Functional:
     if wanted is not None:
         precision = Precision(params=wanted.params, compute=wanted.compute, output=wanted.output)
     try:
-        return functional(module, precision, named=sections.profile is not None)
+        return as_functional(module, precision, named=sections.profile is not None)
     except TypeError as error:
         raise UserError(str(error)) from error
 
@@ -67,6 +68,7 @@ def build_loss_scale(precision: PrecisionSection | None) -> float | None:
     """Returns the initial value of the dynamic loss scale, or None if there is none."""
     if precision is None:
         return None
+    # Only float16 needs it: bfloat16 has the exponents of float32. 2^16 is the usual initial value.
     if precision.loss_scale is None:
         return 2.0**16 if 'float16' in (precision.params, precision.compute) else None
     return precision.loss_scale or None

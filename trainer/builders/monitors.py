@@ -13,7 +13,7 @@ from trainer.config.durations import Clock
 from trainer.config.errors import UserError
 from trainer.config.sections import BestSection, EarlyStoppingSection, Sections
 
-# Metrics of the bundled tasks.
+# Metrics of the tasks of this package, to suggest for a misspelled name.
 _USUAL = ('loss', 'accuracy', 'mean_absolute_error')
 
 
@@ -38,12 +38,14 @@ def build_early_stopping(sections: Sections) -> EarlyStopping | None:
     """Returns the early stopping rule, or None.
 
     Raises:
-        UserError: for a negative number, and as `build_retention`.
+        UserError: for a negative number, for a metric that belongs to no evaluation, or whose mode
+            is unknown.
     """
     given, path = sections.early_stopping, 'config.early_stopping'
     if given is None:
         return None
     for name in ('min_delta', 'patience'):
+        # Not `< 0`, which is false for NaN.
         if not getattr(given, name) >= 0:
             raise UserError(f'{path}.{name}: expected at least 0, got {getattr(given, name)}')
     metric, mode = _metric_and_mode(given, path, sections)
@@ -66,6 +68,8 @@ def _metric_and_mode(
             + (f'; expected {near}' if near else ', and this config has no evals')
         )
     mode = given.mode or better_mode(parts[-1])
+    # The names of a task's metrics are unknown before it is traced, so a misspelled name is found
+    # here only if its mode is unknown, too.
     if mode is None:
         near = suggest.nearest_name(parts[-1], _USUAL)
         if near:

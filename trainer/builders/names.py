@@ -26,22 +26,27 @@ def check_names(sections: Sections) -> None:
     check_model(sections.model)
     for field in dataclasses.fields(sections):
         if field.name not in _OTHERS:
-            _check_below(getattr(sections, field.name), f'config.{field.name}')
+            _check_targets(getattr(sections, field.name), f'config.{field.name}')
     check_optimizer(sections.optimizer)
     check_step(sections.step)
 
 
-def _check_below(value: Any, path: str) -> None:
+def _check_targets(value: Any, path: str) -> None:
+    """Checks all targets in a value of a section."""
+    # A Duration is a dataclass, but a plain value of a config.
     if dataclasses.is_dataclass(value) and not isinstance(value, Duration):
         for field in dataclasses.fields(value):
-            _check_below(getattr(value, field.name), f'{path}.{field.name}')
+            # The keys of a section that are not its own are those of an object in its place.
+            place = path if field.metadata.get('rest') else f'{path}.{field.name}'
+            _check_targets(getattr(value, field.name), place)
     elif isinstance(value, dict) and 'target' not in value and 'ref' not in value:
         for name, item in value.items():
-            _check_below(item, f'{path}.{name}')
+            _check_targets(item, f'{path}.{name}')
+    # Its arguments are checked when it is built: most of them come from other keys of `data`.
     elif path.endswith('.loader'):
         if 'target' not in value:
             raise UserError(
-                f"{path}: expected a dict with 'target', a class like "
+                f"{path}: expected a dict with 'target', a class such as "
                 f'trainer.data.loader:TrainLoader that takes the source; got {short_repr(value)}'
             )
         objects.resolve(value['target'], f'{path}.target')

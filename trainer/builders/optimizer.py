@@ -32,10 +32,14 @@ _STEP_ARGUMENTS = ('state', 'batch', 'ctx')
 
 
 def check_optimizer(section: OptimizerSection | GroupSection, path: str = _OPTIMIZER) -> None:
-    """Checks every name and argument, without calling anything.
+    """Checks every name and argument of an optimizer, without calling anything.
+
+    Args:
+        section: `config.optimizer`, or one of its groups.
+        path: its config path.
 
     Raises:
-        UserError: for one that does not exist or does not fit.
+        UserError: for a name that does not exist, or an invalid argument.
     """
     groups = section.groups if isinstance(section, OptimizerSection) else {}
     for name, group in groups.items():
@@ -110,7 +114,7 @@ def _build_one(
     logged: Sequence[str],
 ) -> tuple[Optimizer, dict[str, int]]:
     given = counts.with_integer_keys(section.node, path)
-    # Before durations become steps: afterwards nothing shows which schedules count examples.
+    # Before durations become steps: afterwards it is unknown which schedules count examples.
     by_example = by_examples.find_schedules(given, path, clock) if clock.progress else []
     shift = functools.partial(by_examples.shift_schedules, schedules=by_example, clock=clock)
     node, steps = durations.resolve(given, clock, path)
@@ -119,10 +123,13 @@ def _build_one(
     decaying = _patterns(section.decay_mask)
     if section.decay_mask is not None:
         node = decay.mask_decay(node, path, RegexMask(decaying))
+    # Paths of `numbers` and `logged` are below `config.optimizer`: 'groups.a.learning_rate'.
     prefix = f'{path}.'.removeprefix(f'{_OPTIMIZER}.')
     mine = {n.removeprefix(prefix): x for n, x in numbers.items() if n.startswith(prefix)}
     base = hyperparams.inject(node, path, mine, prefix=prefix, changed=shift) if mine else None
     named = [name.removeprefix(prefix) for name in logged if name.startswith(prefix)]
+    # Built schedules replace their nodes, so that the optimizer and the log use the same objects.
+    # Shifted last, because `numbers` may replace arguments of a schedule.
     node, learning_rate = rates.build_rates(
         shift(hyperparams.insert_values(node, mine)), path, named
     )
@@ -130,8 +137,8 @@ def _build_one(
         base = targets.instantiate(node, path)
         _check_is_optimizer(base, node, path)
         if learning_rate is None and not str(node['target']).endswith(':set_to_zero'):
-            inside = rates.find_first_inside(node)
-            hint = f": name it in config.log.learning_rates=('{prefix}{inside}',)" if inside else ''
+            nested = rates.find_first_nested(node)
+            hint = f": name it in config.log.learning_rates=('{prefix}{nested}',)" if nested else ''
             _log.warning('The learning rate of %s is unknown and will not be logged%s', path, hint)
     return Optimizer(
         base=base,
@@ -163,13 +170,14 @@ def _eval_params(node: Node | None, path: str, *, injected: bool) -> Any:
     """Returns the `eval_params` function of an optimizer, or None.
 
     Args:
-        node: names the function.
+        node: the function's node, or None.
         path: config path of the optimizer.
-        injected: whether the optimizer state is wrapped in one that holds hyperparameters.
+        injected: whether the optimizer state is wrapped in one with hyperparameters.
     """
     if node is None:
         return None
     function = targets.instantiate(node, f'{path}.eval_params')
+    # Any two values: only the number of arguments is checked.
     try:
         inspect.signature(function).bind('state', 'params')
     except TypeError as error:
@@ -186,6 +194,7 @@ def _call_with_inner_state(function: Any, state: Any, params: Any) -> Any:
 
 def _check_is_optimizer(value: Any, node: Node, path: str) -> None:
     """Checks that a target has returned an optimizer."""
+    # By its methods: any pair of `init` and `update` is one, not only optax's NamedTuple.
     if all(callable(getattr(value, name, None)) for name in ('init', 'update')):
         return
     advice = "Name one that does, such as 'optax:sgd'"
@@ -209,6 +218,7 @@ def _check_warmups(node: Any, path: str, within: str = '') -> None:
             _check_warmups(value, f'{path}[{index}]', within)
     if not isinstance(node, Mapping):
         return
+    # The cycles of `sgdr_schedule` are plain dicts, without a target of their own.
     within = str(node.get('target', within))
     if within.endswith(_WARMED_UP):
         warmup, whole = node.get('warmup_steps'), node.get('decay_steps')
@@ -235,6 +245,7 @@ def check_step(node: Node | None) -> None:
         UserError: for a name that does not exist, or an invalid argument.
     """
     if node is not None:
+        # The arguments that the trainer passes must not be reported as missing.
         own = dict.fromkeys(_STEP_ARGUMENTS) if _is_step(node) else {}
         targets.check({**node, **own}, _STEP)
 
@@ -266,6 +277,7 @@ def build_step(node: Node | None) -> StepFunction:
 
 
 def _is_step(node: Node) -> bool:
+    """Whether the target is the step itself, and not a function that returns it."""
     if 'target' not in node:
         return False
     known, _ = signatures.arguments(objects.resolve(node['target'], f'{_STEP}.target'))

@@ -28,7 +28,9 @@ def build_clock(sections: Sections, data: TrainData) -> tuple[Clock, int]:
         steps_per_epoch=data.steps_per_epoch,
         progress=Progress(data.marks) if data.marks else None,
     )
+    # Without `total_steps`: `train_for` cannot be a percentage of itself.
     total = clock.step_after(sections.train_for, path='config.train_for')
+    # `TrainState.step` is int32.
     if total >= 2**31:
         raise UserError(f'config.train_for: {total:.3g} steps; the maximum is 2^31 - 1')
     return dataclasses.replace(clock, total_steps=total), total
@@ -40,6 +42,7 @@ def build_accumulate(sections: Sections, task: TaskRunner) -> int:
     Raises:
         UserError: if the examples of the task depend on each other.
     """
+    # Such as a contrastive loss with in-batch negatives: micro-batches would have fewer of them.
     count = check_positive(sections.accumulate, 'config.accumulate')
     if count > 1 and not getattr(task.task, 'decomposable', True):
         raise UserError(

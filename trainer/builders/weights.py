@@ -24,6 +24,7 @@ def build_init_from(sections: Sections) -> InitFrom | None:
     if section is None:
         return None
     given = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    # The section allows a single pattern, `InitFrom` has tuples only.
     for name in ('include', 'exclude'):
         patterns = given[name]
         given[name] = (patterns,) if isinstance(patterns, str) else patterns or ()

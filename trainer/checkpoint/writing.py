@@ -88,7 +88,7 @@ def open_manager(directory: epath.Path, policy: Any) -> ocp.CheckpointManager:
             atomicity_options=ocp_options.AtomicityOptions(
                 mode=ocp_options.AtomicityMode.COMMIT_FILE
             ),
-            async_options=compat.synchronous_directories(),
+            async_options=compat.async_options(),
         ),
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advice for values that a config cannot hold: what to write instead."""
+"""Advice on what to write in place of a value that a config cannot contain."""
 
 from __future__ import annotations
 
@@ -17,36 +17,42 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from trainer.config import misplaced
 from trainer.config.errors import short_repr
 
-# Where a function or class of a library is looked for under a public name; its own package, too.
+# Modules where the public name of a library's function or class is looked up, besides its own
+# package: `jax._src.nn.functions:relu` is `jax.nn:relu`.
 _PUBLIC = (
     *('jax.nn', 'jax.numpy', 'flax.linen', 'flax.nnx', 'optax', 'jax.nn.initializers'),
     *('trainer.sharding', 'trainer.schedules', 'trainer.metrics'),
 )
-_FEW = 8
+# Arrays of up to this many elements can be written as a tuple.
+_MAX_ELEMENTS = 8
 
 
 def advice(value: Any, path: str = '') -> str:
-    """Returns how to write a value, as a half sentence: "write it as text: '/a/b'".
+    """Returns how to write a value, as part of a sentence: "write it as text: '/a/b'".
 
     Args:
-        value: that a config cannot hold.
-        path: where it is in the config: a target or ref is a name already.
+        value: a value that a config cannot contain.
+        path: its key path.
     """
-    is_plain = hasattr(value, '__qualname__') and '<' not in value.__qualname__
-    if path.endswith(('.target', '.ref')) and is_plain and public_name(value).count(':') == 1:
+    # '<' is in '<lambda>' and 'f.<locals>.g', which cannot be imported by name.
+    is_importable = hasattr(value, '__qualname__') and '<' not in value.__qualname__
+    if path.endswith(('.target', '.ref')) and is_importable and public_name(value).count(':') == 1:
+        # `dict(target=optax.adam)` needs quotation marks only, not another dict(ref=...) inside.
         return f'write its name: {public_name(value)!r}'
-    for kinds, say in _KINDS:
+    for kinds, advise in _ADVICE:
         if isinstance(value, kinds):
-            return say(value)
+            return advise(value)
+    # Before classes: `jnp.float32` is callable, but means a dtype.
     if _dtype_name(value) is not None:
         return f'write the name of the dtype: {_dtype_name(value)!r}'
     if inspect.isclass(value) or (callable(value) and hasattr(value, '__qualname__')):
         return _callable_advice(value)
     if hasattr(value, 'dtype') and hasattr(value, 'shape'):
         return _array_advice(value)
-    if isinstance(value, tuple):  # A named one, as optimizers are.
+    if isinstance(value, tuple):  # A named tuple, such as an optimizer; plain ones are allowed.
         return _named_tuple_advice(value)
     return _object_advice(value)
 
@@ -56,25 +62,25 @@ def _path_advice(path: os.PathLike[str]) -> str:
 
 
 def _enum_advice(member: enum.Enum) -> str:
-    whole = f'{public_name(type(member))}.{member.name}'
-    plain = isinstance(member.value, (bool, int, float, str))
-    value = f'its value, {member.value!r}, or ' if plain else ''
-    return f'write {value}its name, {member.name!r}, or name the member: dict(ref={whole!r})'
+    full_name = f'{public_name(type(member))}.{member.name}'
+    is_plain = isinstance(member.value, (bool, int, float, str))
+    value = f'its value, {member.value!r}, or ' if is_plain else ''
+    return f'write {value}its name, {member.name!r}, or name the member: dict(ref={full_name!r})'
 
 
-def _partial_advice(made: functools.partial[Any]) -> str:
-    given = ''.join(f', {key}={short_repr(x)}' for key, x in made.keywords.items())
-    args = f'dict(ref={public_name(made.func)!r}),' + ''.join(
-        f' {short_repr(x)},' for x in made.args
+def _partial_advice(partial: functools.partial[Any]) -> str:
+    keywords = ''.join(f', {key}={short_repr(x)}' for key, x in partial.keywords.items())
+    args = f'dict(ref={public_name(partial.func)!r}),' + ''.join(
+        f' {short_repr(x)},' for x in partial.args
     )
     return (
-        f"write dict(target='functools:partial', args=({args.rstrip(',')},){given}, "
+        f"write dict(target='functools:partial', args=({args.rstrip(',')},){keywords}, "
         'accepts_any=True), or name a function of a module: dict(ref=...)'
     )
 
 
 def _call_advice(value: Any) -> str:
-    """Of a value whose repr is the call of its class: slice(0, 3, None), range(0, 3)."""
+    """Returns advice for a slice or range, which is written as the call that makes it."""
     args = value.__reduce__()[1]
     return f"write dict(target='builtins:{type(value).__name__}', args={args!r})"
 
@@ -85,7 +91,8 @@ def _complex_advice(value: complex) -> str:
 
 def _set_advice(value: Any) -> str:
     ordered = tuple(sorted(value, key=repr))
-    return f'write a tuple, whose order is always the same: {short_repr(ordered)}'
+    # The order of a set of strings changes from process to process, and processes compare configs.
+    return f'write a tuple, whose order is fixed: {short_repr(ordered)}'
 
 
 def _bytes_advice(value: bytes) -> str:
@@ -93,16 +100,16 @@ def _bytes_advice(value: bytes) -> str:
 
 
 def _number_advice(value: Any) -> str:
-    whole = isinstance(value, numbers.Integral)
-    return f'write a plain number: {int(value) if whole else float(value)!r}'
+    is_integer = isinstance(value, numbers.Integral)
+    return f'write a plain number: {int(value) if is_integer else float(value)!r}'
 
 
 def _time_advice(value: Any) -> str:
-    return f"write text: {str(value)!r}. A length of the run is '10 epochs' or '2000 steps'"
+    return f"write text: {str(value)!r}. A duration is written as '10 epochs' or '2000 steps'"
 
 
 def _module_advice(value: types.ModuleType) -> str:
-    return f'name what it is to be of the module: dict(ref={value.__name__ + ":name"!r})'
+    return f'name an object of the module: dict(ref={value.__name__ + ":name"!r})'
 
 
 def _pattern_advice(value: re.Pattern[Any]) -> str:
@@ -110,97 +117,111 @@ def _pattern_advice(value: re.Pattern[Any]) -> str:
 
 
 def _iterator_advice(value: Any) -> str:
-    return "write a tuple, or name what makes it: dict(target='package.module:name')"
+    return "write a tuple, or name the function that returns it: dict(target='package.module:name')"
 
 
 def _callable_advice(value: Any) -> str:
     kind, module = 'class' if inspect.isclass(value) else 'function', value.__module__ or ''
-    own = module.startswith('_config_')
+    # Nothing can import a config file by its name.
+    in_config_file = module.startswith(misplaced.CONFIG_PREFIX)
     outer = value.__qualname__.partition('.<locals>')[0]
-    if value.__qualname__.endswith('<lambda>') and (own or outer.endswith('<lambda>')):
+    # A lambda within a library function is different: that function's call can be described.
+    if value.__qualname__.endswith('<lambda>') and (in_config_file or outer.endswith('<lambda>')):
         return (
             'give it a name: define it as a function in a module, and write '
             "dict(ref='package.module:name')"
         )
+    # A bound method depends on its object, which no name leads to.
     if not module or (getattr(value, '__self__', None) is not None and module != 'builtins'):
-        return "write a function of a module that calls it: dict(ref='package.module:name')"
-    if own:
+        return (
+            'write a function that calls it, in a module of yours, and name that: '
+            "dict(ref='package.module:name')"
+        )
+    if in_config_file:
         return (
             f'define the {kind} in a module that can be imported, not in the config file, and '
             f"write dict(ref='package.module:{value.__name__}')"
         )
     if '<locals>' in value.__qualname__:
-        maker = _importable_name(module, outer)
-        return f'describe the call that makes it: dict(target={maker!r}, ...)'
+        factory = _importable_name(module, outer)
+        return f'describe the call that returns it: dict(target={factory!r}, ...)'
     name = public_name(value)
-    return f'name it: dict(ref={name!r}), or, to have it called, dict(target={name!r}, ...)'
+    return f'name it: dict(ref={name!r}), or, to call it, dict(target={name!r}, ...)'
 
 
 def _array_advice(value: Any) -> str:
+    # The dtype of a JAX random key is 'key<fry>' or similar.
     if str(value.dtype).startswith('key<'):
         return 'write a seed, a plain integer'
     if value.shape == ():
         return f'write a plain number: {value.item()!r}'
-    if math.prod(value.shape) <= _FEW:
+    if math.prod(value.shape) <= _MAX_ELEMENTS:
         return f'write a tuple or a list: {value.tolist()!r}'
-    return "make it in a function: dict(target='package.module:make'), or in the data"
+    return (
+        "name a function that returns it: dict(target='package.module:make'), or add it to the data"
+    )
 
 
 def _named_tuple_advice(value: Any) -> str:
-    """Of a named tuple; of those of optax it is not known which call has made them."""
+    # An Optax optimizer is a pair of functions, which does not say what call returned it.
     if type(value).__module__.partition('.')[0] == 'optax':
         return (
-            "describe the call that makes it: dict(target='optax:adam', learning_rate=0.001), or "
+            "describe the call that returns it: dict(target='optax:adam', learning_rate=0.001), or "
             "dict(target='optax:chain', args=(...))"
         )
     fields = ', '.join(getattr(value, '_fields', ()))
     name = public_name(type(value))
-    return f'describe how it is made: dict(target={name!r}, ...) with {fields}'
+    return f'describe the call that makes it: dict(target={name!r}, ...) with {fields}'
 
 
 def _object_advice(value: Any) -> str:
     name = public_name(type(value))
-    return f'describe how it is made: dict(target={name!r}, ...), with its arguments'
+    return f'describe the call that makes it: dict(target={name!r}, ...), with its arguments'
 
 
 def _dtype_name(value: Any) -> str | None:
     """Returns 'float32' for a dtype, or a class that represents one; None for anything else."""
-    import numpy as np  # Here: it takes a tenth of a second, and most commands never ask.
+    import numpy as np  # Importing takes 0.1 s, and most commands do not need it.
 
     if isinstance(value, np.dtype):
         return value.name
     if inspect.isclass(value) and issubclass(value, np.generic):
         return np.dtype(value).name
-    found = getattr(value, 'dtype', None) if inspect.isclass(value) else None
-    return found.name if isinstance(found, np.dtype) else None
+    # `jnp.float32` is no subclass of NumPy's type, but has its dtype as an attribute.
+    dtype = getattr(value, 'dtype', None) if inspect.isclass(value) else None
+    return dtype.name if isinstance(dtype, np.dtype) else None
 
 
 def public_name(value: Any) -> str:
-    """Returns the name that a ref or target has for a function or class, public if there is one."""
+    """Returns the 'package.module:name' of a function or class, its public name if it has one."""
     module, name = getattr(value, '__module__', None), getattr(value, '__qualname__', None)
     return _importable_name(module, name) if module and name else 'package.module:name'
 
 
 def _importable_name(module: str, name: str) -> str:
-    """Returns 'optax:adam' for what is defined in 'optax._src.alias': where it is public."""
-    if module.startswith('_config_'):  # The config file itself, which nothing can import.
+    """Returns 'optax:adam' for a function that is defined as `adam` in `optax._src.alias`."""
+    # The config file itself, which cannot be imported.
+    if module.startswith(misplaced.CONFIG_PREFIX):
         return f'package.module:{name}'
     value, parts = _find_attribute(module, name), module.split('.')
     parents = ['.'.join(parts[:count]) for count in range(1, len(parts))]
-    for place in (*(p for p in parents if '._' not in p), *_PUBLIC):
-        if value is not None and _find_attribute(place, name) is value:
-            return f'{place}:{name}'
+    for public in (*(p for p in parents if '._' not in p), *_PUBLIC):
+        # The same object, not just the same name: `jax.numpy` and NumPy share many names.
+        if value is not None and _find_attribute(public, name) is value:
+            return f'{public}:{name}'
     return f'{module}:{name}'
 
 
 def _find_attribute(module: str, name: str) -> Any:
-    found: Any = sys.modules.get(module)
+    # Only modules that are imported already: a message must not import anything.
+    value: Any = sys.modules.get(module)
     for part in name.split('.'):
-        found = getattr(found, part, None)
-    return found
+        value = getattr(value, part, None)
+    return value
 
 
-_KINDS: tuple[tuple[Any, Callable[[Any], str]], ...] = (
+# The first match counts: Fraction and complex numbers are Numbers too, and an IntEnum is an int.
+_ADVICE: tuple[tuple[Any, Callable[[Any], str]], ...] = (
     (enum.Enum, _enum_advice),
     (os.PathLike, _path_advice),
     (functools.partial, _partial_advice),

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The location and names of the bundled models, data and configs.
 
-They have one name, in a checkout and in an installed wheel: `trainer.models.cnn:CNN`,
-`trainer.data.mnist:MNIST`, `--config=mnist` or `--config=configs/mnist.py`. A name that does not
-begin with `trainer.` belongs to the user or to a library. So packages `models` and `data` of the
-user's own neither hide the bundled ones nor are hidden by them, and no class exists twice, under
-two names.
+Their names are the same in a checkout and in an installed wheel: `trainer.models.cnn:CNN`,
+`trainer.data.mnist:MNIST`, `trainer.configs.mnist`, and `--config=mnist` or
+`--config=configs/mnist.py`. A name that does not begin with `trainer.` belongs to the user or to a
+library. So a user's own packages `models`, `data` and `configs` do not conflict with the bundled
+ones, and no class exists twice, under two names.
 
-In a checkout the files are in the folders `models/`, `data/` and `configs/` at the top, for people
-to read. The wheel has them in `trainer/models/` and so on (`force-include` in pyproject.toml). The
-packages `trainer.models` and `trainer.data` consist of one line that says which of the two it is.
+In a checkout the files are in the top-level folders `models/`, `data/` and `configs/`, where they
+are easy to find. The wheel has them in `trainer/models/` and so on (`force-include` in
+pyproject.toml). The packages `trainer.models`, `trainer.data` and `trainer.configs` set their
+`__path__` to one or the other.
 """
 
 from __future__ import annotations
@@ -21,24 +22,27 @@ import sys
 
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
 
-# The folder that has models/, data/ and configs/ in it. Only in a wheel is there a trainer/configs.
-FOLDER = _PACKAGE if (_PACKAGE / 'configs').is_dir() else _PACKAGE.parent
+# The folder that contains models/, data/ and configs/ with their files. Only in a wheel that is
+# trainer/: in a checkout, its folders of these names contain only an `__init__.py`.
+FOLDER = _PACKAGE if (_PACKAGE / 'configs' / 'mnist.py').is_file() else _PACKAGE.parent
 
-# Packages of ours that are called `trainer.<name>`.
-PACKAGES = ('models', 'data')
+# Bundled packages, which are imported as `trainer.<name>`.
+PACKAGES = ('models', 'data', 'configs')
 
 
 def full_name(module_name: str) -> str | None:
-    """Returns 'trainer.models.cnn' for 'models.cnn', unless that is a module of the user's own.
+    """Returns 'trainer.models.cnn' for 'models.cnn', None if that is the user's own module.
 
-    In a checkout Python may find the file by either name. Under two names it would be loaded
-    twice, and an object of one class would be no instance of the other.
+    In a checkout Python may find the file by either name. Imported under both names, each of its
+    classes would exist twice, and `isinstance` would fail between the two.
     """
     package, _, rest = module_name.partition('.')
-    if package not in PACKAGES or not _is_module(FOLDER / package, rest):
+    # The package itself is never ours by this name: `data:Mine` is a `data.py` of the user's.
+    if package not in PACKAGES or not rest or not _is_module(FOLDER / package, rest):
         return None
-    found = _find_file(package, rest.partition('.')[0])
-    if found is None or found.is_relative_to(FOLDER / package):
+    # The user's own `models` may contain a module of the same name, which then counts.
+    file = _find_file(package, rest.partition('.')[0])
+    if file is None or file.is_relative_to(FOLDER / package):
         return f'trainer.{module_name}'
     return None
 
@@ -49,7 +53,8 @@ def _is_module(folder: pathlib.Path, rest: str) -> bool:
 
 
 def _find_file(package: str, name: str) -> pathlib.Path | None:
-    """Returns the file of a module of a top-level package, as Python finds it, without a load."""
+    """Returns the file from which Python would import a module of a top-level package."""
+    # A package that is imported already may have changed its own `__path__`.
     if package in sys.modules:
         folders = getattr(sys.modules[package], '__path__', ())
     else:

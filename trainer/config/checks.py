@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of single values of a config."""
+"""Checks of single config values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def check_positive(value: int, path: str) -> int:
     """Returns the value.
 
     Args:
-        value: of the config.
-        path: its key, for the message.
+        value: a number of the config.
+        path: its key path, for the message.
 
     Raises:
         UserError: if it is less than 1.

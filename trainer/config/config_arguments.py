@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds the arguments that a `get_config(arg)` accepts, by reading its source."""
+"""Finds the arguments that `get_config(arg)` accepts, by reading its source."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from trainer.config import suggest
 from trainer.config.errors import short_repr, shorten
 from trainer.config.text import and_more
 
-# More than these are not listed.
-_MOST = 20
+# Largest number of arguments that a message lists.
+_MAX_NAMES = 20
 
 
 def known_arguments(get_config: Callable[..., Any]) -> list[str]:
-    """Returns the texts that a function compares its argument with, or looks it up in.
+    """Returns the arguments that a function accepts, as far as its source shows them.
 
-    By its annotation (`Literal['small', 'big']`), comparisons (`arg == 'small'`, `arg in SIZES`),
-    dicts (`SIZES[arg]`) and `match`. Empty if it does none of that.
+    They are found in its annotation (`Literal['small', 'big']`), comparisons (`arg == 'small'`,
+    `arg in SIZES`), dicts (`SIZES[arg]`) and `match` statements.
     """
     parameter = next(iter(inspect.signature(get_config).parameters), None)
     if parameter is None:
@@ -30,25 +30,33 @@ def known_arguments(get_config: Callable[..., Any]) -> list[str]:
     try:
         hint = typing.get_type_hints(get_config).get(parameter)
         tree = ast.parse(textwrap.dedent(inspect.getsource(get_config)))
-    except Exception:  # The annotations and the source are the user's; this only helps a message.
+    # The user's annotations and source may be anything, and the result only improves a message.
+    except Exception:
         return []
     if typing.get_origin(hint) is Literal:
         return _texts(typing.get_args(hint))
     scope = _Scope(parameter, tree, getattr(get_config, '__globals__', {}))
-    return list(dict.fromkeys(text for node in ast.walk(tree) for text in scope.of(node)))
+    return list(dict.fromkeys(text for node in ast.walk(tree) for text in scope.texts_in(node)))
 
 
 def describe(arg: str, names: list[str]) -> str:
-    """Returns ' It knows: small, big. Did you mean big?', or '' if nothing is known."""
+    """Returns " It knows 'small', 'big'. Did you mean 'big'?", or '' if `names` does not help."""
+    # A function that fails with an argument it knows has another problem.
     if not names or arg in names:
         return ''
-    near = suggest.nearest_name(arg, names)
-    listed = shorten(and_more([short_repr(name) for name in names], _MOST), 300)
-    return f' It knows {listed}.' + (f' Did you mean {near!r}?' if near else '')
+    nearest = suggest.nearest_name(arg, names)
+    known = shorten(and_more([short_repr(name) for name in names], _MAX_NAMES), 300)
+    return f' It knows {known}.' + (f' Did you mean {nearest!r}?' if nearest else '')
 
 
 class _Scope:
-    """Finds the texts that a parameter of a function is compared with."""
+    """The names in the source of a function, to find the texts that it compares a parameter with.
+
+    Args:
+        parameter: name of the parameter.
+        tree: the parsed source.
+        names: global names of the function's module, with their values.
+    """
 
     def __init__(self, parameter: str, tree: ast.AST, names: Mapping[str, Any]):
         self._names = {parameter}
@@ -59,12 +67,12 @@ class _Scope:
                     self._names.add(node.targets[0].id)
                 self._values[node.targets[0].id] = self._value(node.value)
 
-    def of(self, node: ast.AST) -> Iterator[str]:
-        """Yields those of one node of the source."""
+    def texts_in(self, node: ast.AST) -> Iterator[str]:
+        """Yields the texts that one node compares the parameter with."""
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             sides = (node.left, node.comparators[0])
             if isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
-                for one, other in (sides, sides[::-1]):
+                for one, other in (sides, sides[::-1]):  # Also 'small' == arg.
                     if self._is_argument(one):
                         yield from _texts([self._value(other)])
             elif isinstance(node.ops[0], (ast.In, ast.NotIn)) and self._is_argument(sides[0]):
@@ -76,7 +84,7 @@ class _Scope:
                 yield from _texts(self._value(each) for each in _pattern_values(case.pattern))
 
     def _is_argument(self, node: ast.AST) -> bool:
-        """Whether a node is the argument, perhaps in lower case or with a default (`or`)."""
+        """Whether a node is the argument: `arg`, `arg.lower()` or `arg or 'small'`."""
         if isinstance(node, ast.BoolOp):
             return self._is_argument(node.values[0])
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args:
@@ -84,6 +92,7 @@ class _Scope:
         return isinstance(node, ast.Name) and node.id in self._names
 
     def _value(self, node: ast.AST) -> Any:
+        """Returns the value of a node, of a dict its keys; None if the source does not show it."""
         if isinstance(node, ast.Name):
             return self._values.get(node.id)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.keywords:
@@ -102,7 +111,7 @@ def _pattern_values(pattern: ast.AST) -> Iterator[ast.AST]:
 
 
 def _texts(values: Any) -> list[str]:
-    """Returns the texts among some values; of a dict, its keys."""
+    """Returns the strings among some values, or among the keys of a dict."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         return []
     return [value for value in values if isinstance(value, str)]

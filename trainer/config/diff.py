@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Differences between configs, and configs as JSON."""
+"""Compares plain configs, and converts them to and from JSON values."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ ABSENT = '(absent)'
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One difference.
+    """A difference between two configs.
 
     Attributes:
         path: 'optimizer.learning_rate'.
-        old: the value before, or ABSENT.
-        new: the value after, or ABSENT.
+        old: the old value, ABSENT if there was none.
+        new: the new value, ABSENT if there is none.
     """
 
     path: str
@@ -28,18 +28,21 @@ class Change:
 
 
 def diff(old: Any, new: Any) -> list[Change]:
-    """Returns the differences between two plain configs, by path."""
+    """Returns the differences between two plain configs, in the order of their keys."""
     return list(_changes(old, new, ''))
 
 
 def format_diff(changes: Sequence[Change]) -> str:
-    """Returns one aligned line for each change."""
+    """Returns one line per change, with aligned values."""
     width = max(len(c.path) for c in changes)
     return '\n'.join(f'  {c.path:<{width}}  {c.old!r} -> {c.new!r}' for c in changes)
 
 
 def to_jsonable(node: Any) -> Any:
-    """Returns JSON values; a tuple becomes {'__tuple__': [...]}, and every key a string."""
+    """Returns a plain config as JSON values.
+
+    A tuple becomes {'__tuple__': [...]}, because JSON has lists only, and keys become strings.
+    """
     if isinstance(node, Mapping):
         return {str(key): to_jsonable(value) for key, value in node.items()}
     if isinstance(node, tuple):
@@ -48,14 +51,14 @@ def to_jsonable(node: Any) -> Any:
         return [to_jsonable(value) for value in node]
     if node is None or isinstance(node, (bool, int, float, str)):
         return node
-    raise TypeError(f'a config holds dicts, sequences, numbers and strings, not {node!r}')
+    raise TypeError(f'expected a dict, tuple, list, number, string or None, got {node!r}')
 
 
 def from_jsonable(node: Any) -> Any:
-    """Undoes `to_jsonable`.
+    """Returns the config for JSON values, the inverse of `to_jsonable` (except for keys).
 
     Raises:
-        ValueError: if a tuple is none.
+        ValueError: if the value of '__tuple__' is not a list, in a damaged file.
     """
     if isinstance(node, Mapping):
         if set(node) == {'__tuple__'}:
@@ -72,7 +75,7 @@ def from_jsonable(node: Any) -> Any:
 
 def _changes(old: Any, new: Any, path: str) -> Iterator[Change]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
-        # JSON has made every key a string, so {1000: 0.1} is what was saved as {'1000': 0.1}.
+        # Keys are compared as strings: {1000: 0.1} was saved as {'1000': 0.1}.
         old, new = ({str(k): v for k, v in node.items()} for node in (old, new))
         for key in dict.fromkeys([*old, *new]):
             where = f'{path}.{key}' if path else key
@@ -80,14 +83,15 @@ def _changes(old: Any, new: Any, path: str) -> Iterator[Change]:
     elif _have_same_length(old, new):
         for index, (a, b) in enumerate(zip(old, new, strict=True)):
             yield from _changes(a, b, f'{path}[{index}]')
+    # The types too, because 1 == 1.0 == True in Python.
     elif type(old) is not type(new) or (old != new and not _are_both_nan(old, new)):
         yield Change(path, old, new)
 
 
 def _are_both_nan(old: Any, new: Any) -> bool:
-    return old != old and new != new
+    return old != old and new != new  # NaN is the only value that is not equal to itself.
 
 
 def _have_same_length(old: Any, new: Any) -> bool:
-    sequences = isinstance(old, (tuple, list)) and type(old) is type(new)
-    return sequences and len(old) == len(new)
+    are_sequences = isinstance(old, (tuple, list)) and type(old) is type(new)
+    return are_sequences and len(old) == len(new)

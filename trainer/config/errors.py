@@ -7,44 +7,52 @@ import re
 
 from trainer import compat
 
-_LONGEST_LINE = 2000
+# Far above any message of ours: only a line that quotes a huge value reaches it.
+_MAX_LINE_CHARACTERS = 2000
 
 
 class UserError(Exception):
-    """What was given, what was expected, where, and how to fix it: the complete text to print."""
+    """A mistake of the user.
+
+    Its text is all that is printed: what was given, what was expected, where, and how to fix it.
+    """
 
     exit_code = 2
 
 
 def short_repr(value: object, limit: int = 100) -> str:
-    """Returns the repr of a value for a message, shortened in the middle beyond `limit` characters.
+    """Returns the repr of a value on one line, for a message.
 
-    A text of the command line may have thousands of characters.
+    Args:
+        value: anything; a value from the command line may have thousands of characters.
+        limit: number of characters above which the middle is left out.
     """
     try:
-        # That of an array has several lines.
+        # The repr of an array spans several lines, and a message quotes it within one.
         text = re.sub(r'\s*\n\s*', ' ', repr(value))
-    except (ValueError, RecursionError):  # An integer of thousands of digits; a dict in itself.
+    # Python refuses to print an integer of thousands of digits, and a dict may contain itself.
+    except (ValueError, RecursionError):
         return f'a very long {type(value).__name__}'
     return shorten(text, limit)
 
 
 def shorten(text: str, limit: int = 100) -> str:
-    """Returns a text whose middle is left out if it has more than `limit` characters."""
+    """Returns a text, without its middle if it has more than `limit` characters."""
     if len(text) <= limit:
         return text
+    # The end helps too: of a path, the last key is there.
     return f'{text[: limit * 2 // 3]}...{text[-limit // 6 :]} ({len(text):,} characters)'
 
 
 def full_text(error: BaseException) -> str:
-    """Returns the text of an error and its notes, to print without a traceback.
+    """Returns the text of an error with its notes, to print without a traceback.
 
-    A line that repeats a value of thousands of characters is shortened.
+    Lines that quote a value of thousands of characters are shortened.
     """
     text = '\n'.join([str(error), *error_notes(error)])
-    return '\n'.join(shorten(line, _LONGEST_LINE) for line in text.split('\n'))
+    return '\n'.join(shorten(line, _MAX_LINE_CHARACTERS) for line in text.split('\n'))
 
 
 def error_notes(error: BaseException) -> list[str]:
-    """Returns the notes of an error, without that of JAX about frames that it leaves out."""
-    return [note for note in getattr(error, '__notes__', ()) if not compat.is_note_on_frames(note)]
+    """Returns the notes of an error, except for JAX's note about the frames that it filters."""
+    return [note for note in getattr(error, '__notes__', ()) if not compat.is_frames_note(note)]

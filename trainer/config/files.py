@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Atomic writes of files, on disks and object stores."""
+"""Atomic file writes, on disks and object stores."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ if TYPE_CHECKING:
 
 
 def replace(path: epath.Path, content: bytes | memoryview | str, *, sync: bool = False) -> None:
-    """Writes a file, over one of that name; a reader finds either of them whole.
+    """Writes a file atomically: readers see either the old or the new content, complete.
 
     Args:
-        path: the file.
-        content: of it; text is written as UTF-8.
-        sync: whether it must be on the disk before the file before it is gone.
+        path: the file; it is replaced if it exists.
+        content: bytes, or text to encode as UTF-8.
+        sync: whether the content must be on the disk before the old file is replaced.
 
     Raises:
-        OSError: if it cannot be written; then the file before it is as it was.
+        OSError: if the file cannot be written; the old file is unchanged then.
     """
+    # In the same directory, because a rename is atomic only within a file system.
     temporary = path.parent / f'.{path.name}.tmp'
     try:
         with temporary.open('wb') as file:
@@ -37,8 +38,8 @@ def replace(path: epath.Path, content: bytes | memoryview | str, *, sync: bool =
 
 
 def fsync(file: IO[Any]) -> None:
-    """Returns when what was written to a file is on the disk."""
+    """Blocks until the content of a file is on the disk."""
     file.flush()
-    # An object store has no descriptor: there the content is safe when the file is closed.
+    # A file in an object store has no descriptor; its content is safe once it is closed.
     with contextlib.suppress(io.UnsupportedOperation):
         os.fsync(file.fileno())

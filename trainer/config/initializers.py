@@ -11,62 +11,65 @@ from typing import Any
 from trainer.config import objects, suggest
 from trainer.config.errors import UserError, short_repr
 
-# Most functions there make an initializer: they are named by a target, and not by a ref.
-PLACES = ('flax.linen.initializers', 'flax.nnx.initializers', 'jax.nn.initializers')
+# Modules of initializers. Most of their functions return an initializer, so a config calls them
+# with `target`; a few, such as `ones`, are initializers, which a config names with `ref`.
+MODULES = ('flax.linen.initializers', 'flax.nnx.initializers', 'jax.nn.initializers')
 
-# Whose functions are no initializers.
-_OTHERS = ('jax.nn', 'flax.linen', 'jax.numpy')
+# Modules with other functions: a name of theirs is certainly wrong for an initializer.
+_OTHER_MODULES = ('jax.nn', 'flax.linen', 'jax.numpy')
 
 
 def is_factory(function: Any) -> bool:
-    """Whether a function of one of `PLACES` makes an initializer, and is not one itself."""
+    """Whether a function of one of `MODULES` returns an initializer, rather than being one."""
+    # An initializer is a function (key, shape, dtype).
     return 'key' not in inspect.signature(function).parameters
 
 
 def from_name(value: Any, default: Any, path: str, *, must: bool) -> Any:
-    """Returns the initializer that a word names beside the default.
+    """Returns the initializer with a name, from the module of the default.
 
     Args:
-        value: of a config.
-        default: of the argument that it is for.
-        path: config path of the value, for messages.
-        must: whether anything else is wrong; otherwise an unknown word is returned as it is.
+        value: the config value.
+        default: default of the argument.
+        path: key path of the value, for messages.
+        must: whether the argument must be an initializer; otherwise a value that resembles none is
+            returned unchanged.
 
     Raises:
-        UserError: if the value names none, with how to write what it probably means.
+        UserError: if there is no such initializer; the message says how to write the nearest one.
     """
-    home = next((p for p in PLACES if any(f is default for f in _functions(p).values())), None)
+    module = next((m for m in MODULES if any(f is default for f in _functions(m).values())), None)
     if isinstance(value, str):
-        found = _functions(home).get(value) if home else None
-        if found is not None and not is_factory(found):
-            return found
+        function = _functions(module).get(value) if module else None
+        if function is not None and not is_factory(function):
+            return function
         if re.fullmatch(r'[\w.]+:[\w.]+', value):
             return objects.resolve(value, path)
     word = str(value).rpartition('.')[2]
-    names = {name: place for place in reversed(PLACES) for name in _functions(place)}
-    meant = word if word in names else suggest.nearest_name(word, names, cutoff=0.7)
-    elsewhere = any(callable(getattr(sys.modules.get(other), word, None)) for other in _OTHERS)
-    if meant is None and not must and not elsewhere:
-        return value  # The target may know what to do with it.
+    # Reversed, so that of modules with the same function the first one gets the name.
+    modules = {name: module for module in reversed(MODULES) for name in _functions(module)}
+    nearest = word if word in modules else suggest.nearest_name(word, modules, cutoff=0.7)
+    is_other = any(callable(getattr(sys.modules.get(m), word, None)) for m in _OTHER_MODULES)
+    if nearest is None and not must and not is_other:
+        return value  # The target may have names of its own.
     text = f'{path}: expected an initializer, got {short_repr(value)}.'
-    if meant is not None and meant != word:
-        text = f'{text} Did you mean {meant!r}?'
-    name = meant or 'lecun_normal'
-    place = names.get(name, PLACES[0])
-    is_made = meant is None or is_factory(_functions(place)[name])
-    raise UserError(
-        f'{text} {naming_hint("target" if is_made else "ref", f"{place}:{name}", path)}'
-    )
+    if nearest is not None and nearest != word:
+        text = f'{text} Did you mean {nearest!r}?'
+    name = nearest or 'lecun_normal'
+    module = modules.get(name, MODULES[0])
+    is_called = nearest is None or is_factory(_functions(module)[name])
+    hint = naming_hint('target' if is_called else 'ref', f'{module}:{name}', path)
+    raise UserError(f'{text} {hint}')
 
 
 def naming_hint(key: str, name: str, path: str) -> str:
-    """Returns how a config file and the command line name a function by its module."""
+    """Returns how to name a function with its module, in a config file and on the command line."""
     shell = f'--{path}=\'{{"{key}": "{name}"}}\''
-    return f'Name it by its module, as in dict({key}={name!r}); on the command line, {shell}'
+    return f'Name it with its module, as in dict({key}={name!r}); on the command line, {shell}'
 
 
-def _functions(place: str) -> dict[str, Any]:
-    """Returns the public functions of a module by name; none if it is not imported."""
-    module = sys.modules.get(place)
-    found = vars(module).items() if module is not None else ()
-    return {n: each for n, each in found if n[0] != '_' and inspect.isfunction(each)}
+def _functions(module_name: str) -> dict[str, Any]:
+    """Returns the public functions of a module by name; empty if it is not imported."""
+    module = sys.modules.get(module_name)
+    members = vars(module).items() if module is not None else ()
+    return {name: x for name, x in members if name[0] != '_' and inspect.isfunction(x)}

@@ -15,19 +15,27 @@ import ml_collections
 from ml_collections import config_dict
 
 from trainer import compat
-from trainer.config import bundled, config_arguments, literals, objects, places, suggest
+from trainer.config import (
+    bundled,
+    config_arguments,
+    literals,
+    misplaced,
+    objects,
+    places,
+    suggest,
+)
 from trainer.config.errors import UserError, short_repr
 from trainer.config.schema import REQUIRED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedConfig:
-    """A config file's result.
+    """A config as its file returned it.
 
     Attributes:
-        config: what `get_config` returned; overrides change it in place.
-        name: the file's name without '.py'.
-        arg: what stood after the colon.
+        config: the result of `get_config`; overrides change it in place.
+        name: name of the file without '.py'.
+        arg: the argument, the text after the colon of --config=FILE:ARG.
         path: the file.
     """
 
@@ -38,14 +46,14 @@ class LoadedConfig:
 
 
 def load(spec: str) -> LoadedConfig:
-    """Runs `get_config` of a file.
+    """Loads a config by calling the `get_config` of its file.
 
     Args:
-        spec: path, or path:argument. A path 'configs/NAME.py' that does not exist here names a
-            bundled config, and so does NAME alone.
+        spec: PATH or PATH:ARGUMENT. A PATH of 'configs/NAME.py' or NAME is a bundled config, unless
+            there is such a file in the current directory.
 
     Raises:
-        UserError: if the file is missing, fails, or returns something else.
+        UserError: if the file does not exist, fails, or returns no config.
     """
     text, colon, arg = spec.partition(':')
     path = _find_file(text)
@@ -59,26 +67,28 @@ def load(spec: str) -> LoadedConfig:
         hint = ''
         if compat.is_dotted_key(error):
             hint = (
-                "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in the place of "
-                "'12.5%' as a key, write a whole number of steps"
+                "\nNest dicts instead: {'optimizer': {'learning_rate': ...}}; in place of a key "
+                "such as '12.5%', write a whole number of steps"
             )
-        if compat.is_other_type(error):
+        if compat.is_type_change(error):
             hint = (
-                '\nA config describes how objects are made: config.optimizer = '
+                '\nA config contains descriptions of objects, not objects: config.optimizer = '
                 "dict(target='optax:adam', learning_rate=1e-3)"
             )
-        said = f'{path}: get_config failed: {objects.last_line(error)}'
+        text = f'{path}: get_config failed: {objects.last_line(error)}'
         if args:
             hint += config_arguments.describe(arg, config_arguments.known_arguments(get_config))
+        # `SIZES[arg]` raises KeyError(arg), whose text would be nothing but the argument.
         if args and isinstance(error, LookupError) and error.args == (arg,):
-            said = f'{path}: get_config does not know the argument {short_repr(arg)}.'
-        if hint.startswith(' It') and not said.endswith('.'):
-            said += '.'
-        raise UserError(f'{said}{hint}') from error
+            text = f'{path}: get_config does not know the argument {short_repr(arg)}.'
+        if hint.startswith(' It') and not text.endswith('.'):
+            text += '.'
+        raise UserError(f'{text}{hint}') from error
+    # A `match` without a default case returns None.
     if config is None and args:
         hint = config_arguments.describe(arg, config_arguments.known_arguments(get_config))
         raise UserError(
-            f'{path}: get_config returns nothing for the argument {short_repr(arg)}.{hint}'
+            f'{path}: get_config returns None for the argument {short_repr(arg)}.{hint}'
         )
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
@@ -87,6 +97,7 @@ def load(spec: str) -> LoadedConfig:
         )
     try:
         to_plain(config)
+        # Before the copy: the identity of references shows which ones are used.
         check_vars(config)
         literals.check(to_plain(config), 'config', [])
         config = _copy_unshared(config)
@@ -96,9 +107,9 @@ def load(spec: str) -> LoadedConfig:
 
 
 def to_plain(node: Any) -> Any:
-    """Returns a config as plain dicts, lists and tuples, its references resolved.
+    """Returns a config as plain dicts, lists and tuples, with references replaced by their values.
 
-    A required placeholder that has no value yet becomes `REQUIRED`.
+    A required placeholder without a value becomes `REQUIRED`.
     """
     if isinstance(node, ml_collections.FieldReference):
         try:
@@ -107,13 +118,14 @@ def to_plain(node: Any) -> Any:
             return REQUIRED
     if isinstance(node, ml_collections.ConfigDict):
         try:
+            # With references: reading an empty placeholder as a value would raise.
             items = node.items(preserve_field_references=True)
-        except TypeError as error:  # Items come in the order of their keys.
-            raise UserError(f'a dict of the config has names and other keys: {error}') from error
+        except TypeError as error:  # ConfigDict sorts its keys, and cannot compare 1 with 'a'.
+            raise UserError(f'a dict of the config mixes names and other keys: {error}') from error
         return {k: to_plain(v) for k, v in items}
     if isinstance(node, dict):
         return {key: to_plain(value) for key, value in node.items()}
-    if type(node) in (tuple, list):  # And no object that is a tuple, such as an optimizer.
+    if type(node) in (tuple, list):  # Not an object that is a tuple, such as an optimizer.
         return type(node)(to_plain(value) for value in node)
     return node
 
@@ -125,23 +137,23 @@ def _find_file(text: str) -> pathlib.Path:
             if candidate.is_file():
                 return candidate
         is_directory = path.is_dir()
-    except OSError as error:  # A name that is too long, a folder that may not be read.
+    except OSError as error:  # A name that is too long, or a folder without read permission.
         raise UserError(f'--config: {short_repr(text)}: {error.strerror or error}') from error
     if is_directory:
         raise UserError(f'--config: {short_repr(text)} is a directory; name a file in it')
     hint = ''
-    # As it is, or one of `configs` by its name alone, or as a module is named.
+    # The path as it is, and its last part as a file in `configs`: `mnits`, or `configs.mnist`.
     stem = path.name.removesuffix('.py').split('.')[-1]
     for guess in (path, pathlib.Path('configs', f'{stem}.py')):
-        folders = {found.parent for found in _candidates(guess) if found.name == guess.name}
+        folders = {each.parent for each in _candidates(guess) if each.name == guess.name}
         files = [p.name for folder in folders if folder.is_dir() for p in folder.glob('*.py')]
-        near = suggest.nearest_name(guess.name, sorted(files))
-        hint = hint or (f' Did you mean {guess.parent / near}?' if near else '')
+        nearest = suggest.nearest_name(guess.name, sorted(files))
+        hint = hint or (f' Did you mean {guess.parent / nearest}?' if nearest else '')
     raise UserError(f'--config: there is no file {short_repr(text)}.{hint}')
 
 
 def _candidates(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the files that --config=PATH may mean; those of the user come before bundled ones."""
+    """Yields the files that --config=PATH may mean, the user's before bundled ones."""
     yield path
     if path.parts[:1] == ('configs',):
         yield bundled.FOLDER / path
@@ -151,12 +163,12 @@ def _candidates(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _get_config(path: pathlib.Path) -> Callable[..., Any]:
-    name = f'_config_{path.stem}'
+    name = f'{misplaced.CONFIG_PREFIX}{path.stem}'
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f'--config: {path} is not a Python file')
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their own module up by its name.
+    # Dataclasses and pickle look up the module of a class by its name.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
@@ -171,7 +183,7 @@ def _get_config(path: pathlib.Path) -> Callable[..., Any]:
 def _arguments(
     get_config: Callable[..., Any], path: pathlib.Path, arg: str | None
 ) -> tuple[str, ...]:
-    """Returns what `get_config` is called with: the text behind the colon, if it takes any."""
+    """Returns the arguments for `get_config`: the text after the colon, if it takes one."""
     signature = inspect.signature(get_config)
     if arg and not signature.parameters:
         raise UserError(f'{path}: get_config() takes no argument, got {short_repr(arg)}')
@@ -180,16 +192,17 @@ def _arguments(
         signature.bind(*args)
     except TypeError as error:
         raise UserError(
-            f'{path}: get_config takes one argument at most, the text behind the colon of '
-            f"--config={path}:TEXT; write get_config(arg='') ({error})"
+            f'{path}: get_config cannot be called: {error}. It gets at most one argument, the text '
+            f"after the colon of --config={path}:TEXT; declare it as get_config(arg='')"
         ) from error
     return args
 
 
 def _copy_unshared(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a copy where a dict that the file uses in two places is two: an override changes one.
+    """Returns a copy in which each key has a dict of its own, even if the file uses one twice.
 
-    References stay references.
+    Otherwise an override of one of the keys would also change the other. References remain shared,
+    since that is their purpose.
     """
     copy = ml_collections.ConfigDict(allow_dotted_keys=True)
     for key, value in config.items(preserve_field_references=True):
@@ -198,10 +211,10 @@ def _copy_unshared(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
 
 
 def check_vars(config: ml_collections.ConfigDict) -> None:
-    """Checks that each key of `config.vars` is referenced by a key outside of it.
+    """Checks that each key of `config.vars` is referenced by another key of the config.
 
     Raises:
-        UserError: for a key that is not, since changing it would have no effect.
+        UserError: for a key that is not referenced, since setting it would have no effect.
     """
     if 'vars' not in config:
         return
@@ -220,7 +233,7 @@ def check_vars(config: ml_collections.ConfigDict) -> None:
 
 
 def _collect_references(node: Any, used: set[int]) -> None:
-    """Adds the identity of every reference below a node, and of those it is computed from."""
+    """Adds the ids of all references in a node, and of those that they are computed from."""
     if isinstance(node, ml_collections.FieldReference):
         used.add(id(node))
         _collect_references(tuple(compat.reference_inputs(node)), used)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looks up values and types at key paths of a config, and reports unknown paths."""
+"""Looks up the value and type at a key path of a config, and rejects unknown paths."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from trainer.config.loading import to_plain
 
 
 def value_at(config: Any, keys: paths.Keys) -> Any:
-    """Returns the value at a path, None if it may be set but is not.
+    """Returns the value at a path, None if the config may set it but does not.
 
-    Indices from the end become those from the start, in place.
+    Args:
+        config: the config.
+        keys: the path. Negative indices are replaced in place by those from the start.
 
     Raises:
-        UserError: if nothing reads that path.
+        UserError: for an unknown key, or an index out of range.
     """
     node = to_plain(config)
     for depth, key in enumerate(keys):
@@ -41,6 +43,7 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
                 raise UserError(
                     f'config.{paths.join(keys[: depth + 1])}: there {there}; the first is [0]'
                 )
+            # The caller stores the new value at these keys, and reports them as the path.
             keys[depth] = key % len(node)
             node = node[key]
         elif isinstance(node, Mapping) and key in node:
@@ -53,61 +56,63 @@ def value_at(config: Any, keys: paths.Keys) -> Any:
 
 
 def check_names(config: Any, given: Any, keys: paths.Keys) -> None:
-    """Checks the names in a dict or list that was given for a path, as the names of a path.
+    """Checks the keys of a dict, tuple or list that was set at a path.
 
     Args:
-        config: the config, with the value in it.
+        config: the config, which contains the value already.
         given: the dict, tuple or list.
         keys: the path.
 
     Raises:
-        UserError: for a name that nothing reads.
+        UserError: for an unknown key.
     """
     _check_names_at(to_plain(config), given, keys)
 
 
-def _check_names_at(whole: Mapping[str, Any], given: Any, keys: paths.Keys) -> None:
+def _check_names_at(config: Mapping[str, Any], given: Any, keys: paths.Keys) -> None:
     if isinstance(given, (tuple, list)):
         for index, inner in enumerate(given):
-            _check_names_at(whole, inner, [*keys, index])
+            _check_names_at(config, inner, [*keys, index])
     if not isinstance(given, Mapping):
         return
-    node, section = paths.get(whole, keys), schema.section_at(keys)
+    # The value may be merged into an object: its target is then in the config, not in `given`.
+    node, section = paths.get(config, keys), schema.section_at(keys)
     is_object = isinstance(node, Mapping) and 'target' in node
     for key, inner in given.items():
-        inside = [*keys, key]
-        known = key in targets.RESERVED or key == 'ref'
+        inner_keys = [*keys, key]
+        is_known = key in targets.RESERVED or key == 'ref'
         if section is not None and not schema.takes_any_key(section):
-            known = key in schema.fields(section)
-        elif not known and (is_object or section is not None):
-            known = not is_object or reach.may_be_set(node, inside, len(keys))
+            is_known = key in schema.fields(section)
+        elif not is_known and (is_object or section is not None):
+            is_known = not is_object or reach.may_be_set(node, inner_keys, len(keys))
         elif not is_object:
-            known = True  # A dict of anything.
-        if not known:
-            raise UserError(unknown.message(whole, inside, len(keys)))
-        _check_names_at(whole, inner, inside)
+            is_known = True  # A dict without a target, as an argument may be: any key is valid.
+        if not is_known:
+            raise UserError(unknown.message(config, inner_keys, len(keys)))
+        _check_names_at(config, inner, inner_keys)
 
 
 def argument_type(node: Any, key: str | int, path: str) -> Any:
-    """Returns the type that an object's signature gives an argument, None if it says none.
+    """Returns the type of an argument according to the target's signature, None if unknown.
 
     Args:
         node: the object's dict; anything else has no arguments.
-        key: the argument.
-        path: of the object, for messages.
+        key: name of the argument.
+        path: key path of the object, for messages.
     """
     parameter = _parameter(node, key, path)
     if parameter is None:
         return None
     hint = annotation(node, key, path)
     kind = _plain_type(hint)
+    # Only a bool default determines the type: a parameter `x=1` may well accept a float.
     if kind is None and isinstance(parameter.default, bool):
         kind = bool
     return kind | None if kind is not None and _may_be_none(parameter, hint) else kind
 
 
 def takes_none(node: Any, key: str | int, path: str) -> bool:
-    """Whether an argument of an object may be None: by its default, or by its annotation."""
+    """Whether the default or the annotation of an object's argument allows None."""
     parameter = _parameter(node, key, path)
     return parameter is not None and _may_be_none(parameter, annotation(node, key, path))
 
@@ -117,14 +122,15 @@ def _may_be_none(parameter: inspect.Parameter, hint: Any) -> bool:
         return True
     if parameter.annotation is inspect.Parameter.empty:
         return False
-    # None is an annotation that cannot be evaluated: the target decides.
+    # A `hint` of None is an annotation that cannot be evaluated: the target decides.
     return hint is None or hint is Any or types.NoneType in sequences.options(hint)
 
 
 def _plain_type(hint: Any) -> Any:
-    """Returns int for `int` and `int | None`, tuple[int, ...] for any sequence of int, or None.
+    """Returns int for `int` and `int | None`, and tuple[int, ...] for any sequence of int.
 
-    For None the default and the target decide how a text of the command line is read.
+    None for other annotations; then the default and the target determine how the text of an
+    override is converted.
     """
     options = [option for option in sequences.options(hint) if option is not types.NoneType]
     if len(options) != 1:
@@ -140,16 +146,17 @@ def _plain_type(hint: Any) -> Any:
 
 
 def annotation(node: Any, key: str | int, path: str) -> Any:
-    """Returns the annotation of an argument of an object, None if it has none that is a type.
+    """Returns the evaluated annotation of an object's argument, None if there is none.
 
     Args:
         node: the object's dict; anything else has no arguments.
-        key: the argument.
-        path: of the object, for messages.
+        key: name of the argument.
+        path: key path of the object, for messages.
     """
     parameter = _parameter(node, key, path)
     if parameter is None or parameter.annotation is inspect.Parameter.empty:
         return None
+    # Text if the target's module has `from __future__ import annotations`.
     if not isinstance(parameter.annotation, str):
         return parameter.annotation
     target = objects.resolve(node['target'], f'{path}.target')
@@ -164,12 +171,13 @@ def _parameter(node: Any, key: str | int, path: str) -> inspect.Parameter | None
 
 
 def placeholder_type(config: Any, keys: paths.Keys) -> type | None:
-    """Returns the type that the file declares for a value yet to come, None if it declares none."""
+    """Returns the type of a placeholder that has no value yet, None if the file declares none."""
     if not paths.contains(config, keys):
         return None
     parent = paths.get(config, keys[:-1])
     if not isinstance(parent, ml_collections.ConfigDict):
         return None
+    # Reading an empty placeholder as an attribute would raise; its reference has the type.
     value = dict(parent.items(preserve_field_references=True))[keys[-1]]
     is_empty = isinstance(value, ml_collections.FieldReference) and value.empty()
     return value.get_type() if is_empty and value.get_type() is not type(None) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name to the object that it names, and what is said where that fails."""
+"""Imports the object that 'package.module:Name' names, with helpful messages if that fails."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from trainer.config import bundled, suggest
+from trainer.config import bundled, misplaced, suggest
 from trainer.config.errors import UserError, short_repr
 
-# Where a name without a module is looked for, to say which module was probably meant.
-_KNOWN = ('optax', 'trainer.tasks', 'jax.nn', 'flax.linen', 'optax.contrib')
+# Modules that are searched for a name without a module, to suggest the full name.
+_KNOWN_MODULES = ('optax', 'trainer.tasks', 'jax.nn', 'flax.linen', 'optax.contrib')
 
-# Where the code lies that is not the user's, for the line of an error.
+# Folders of all code that is not the user's.
 _LIBRARIES = (
     *(sysconfig.get_path(name) for name in ('stdlib', 'platstdlib', 'purelib', 'platlib')),
     os.path.dirname(os.path.dirname(__file__)),
@@ -31,62 +31,65 @@ def resolve(name: object, path: str) -> Any:
     """Returns the object that 'package.module:Name' names.
 
     Args:
-        name: module and (dotted) attribute.
-        path: the config path, for messages.
+        name: module and attribute, which may be dotted: 'package.module:Class.method'.
+        path: key path of the name, for messages.
 
     Raises:
-        UserError: if the name is malformed, missing, or its module fails to import.
+        UserError: if the name is malformed or does not exist, or if its module fails to import.
     """
     if not isinstance(name, str) or name.count(':') != 1 or not all(name.split(':')):
         raise UserError(
             f"{path}: expected 'package.module:Name', got {short_repr(name)}{_colon_hint(name)}"
         )
     module_name, _, attribute = name.partition(':')
+    # Refused although Python could import it: under two names, each class would exist twice.
     if full_name := bundled.full_name(module_name):
         raise UserError(_missing_module_text(name, path, f'{full_name}:{attribute}'))
     try:
         module = _import(module_name, path)
-        # `pkgutil.resolve_name` would not tell a missing module from one that fails to import.
+        # `pkgutil.resolve_name` raises the same for a missing module and a failing import.
         return functools.reduce(getattr, attribute.split('.'), module)
     except AttributeError as error:
         raise UserError(_missing_attribute_text(module, attribute, name, path)) from error
     except _NoModuleError as error:
-        raise UserError(
-            _missing_module_text(name, path, _nearest_name(module_name, attribute))
-        ) from error
+        # A file of exactly that name is a better answer than a module with a similar one.
+        hint = misplaced.hint(module_name)
+        nearest = '' if hint else _nearest_name(module_name, attribute)
+        raise UserError(f'{_missing_module_text(name, path, nearest)} {hint}'.rstrip()) from error
 
 
 def _colon_hint(name: object) -> str:
-    """Returns a hint, if the last dot of a name should be a colon, or its module is missing."""
+    """Returns a hint for 'optax.adam' (a dot in place of the colon) and for 'adam'."""
     module_name, _, attribute = str(name).rpartition('.')
     if not module_name and attribute.isidentifier():
         return _known_module_hint(attribute)
     try:
-        found = importlib.util.find_spec(module_name)
+        spec = importlib.util.find_spec(module_name)
     except (ImportError, ValueError):
-        found = None
-    return '' if found is None else f'. Did you mean {module_name}:{attribute}?'
+        spec = None
+    return '' if spec is None else f'. Did you mean {module_name}:{attribute}?'
 
 
 def _known_module_hint(word: str) -> str:
-    for place in _KNOWN:
+    for module_name in _KNOWN_MODULES:
         try:
-            found = getattr(importlib.import_module(place), word, None)
+            value = getattr(importlib.import_module(module_name), word, None)
         except ImportError:
             continue
-        if callable(found):
-            return f'. Did you mean {place}:{word}?'
+        if callable(value):
+            return f'. Did you mean {module_name}:{word}?'
     return ''
 
 
 class _NoModuleError(Exception):
-    """A module, or a package on the way to it, does not exist."""
+    """A module, or one of its parent packages, does not exist."""
 
 
 def _import(module_name: str, path: str) -> ModuleType:
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        # Otherwise the module exists, and another one that it imports is missing.
         if error.name and (module_name == error.name or module_name.startswith(f'{error.name}.')):
             raise _NoModuleError from error
         raise UserError(_import_failure_text(module_name, error, path)) from error
@@ -101,63 +104,80 @@ def _import_failure_text(module_name: str, error: BaseException, path: str) -> s
 
 
 def last_line(error: BaseException) -> str:
-    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file."""
+    """Returns 'NameError: ... (file.py, line 3)' for an exception raised in the user's file.
+
+    For a missing module whose file exists elsewhere, a sentence says how to import it.
+    """
     text = traceback.format_exception_only(error)[-1].strip().partition('\n')[0]
+    # No frame of a traceback is in a file that could not be compiled.
     if isinstance(error, SyntaxError):
         return f'{text} ({error.filename}, line {error.lineno})'
-    return f'{text}{error_location(error)}'
+    text = f'{text}{error_location(error)}'
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        files = [frame.filename for frame in _user_frames(error)]
+        full_name = bundled.full_name(error.name)
+        hint = f'Did you mean {full_name}?' if full_name else misplaced.hint(error.name, files)
+        text = f'{text}. {hint}' if hint else text
+    return text
 
 
 def error_location(error: BaseException) -> str:
-    """Returns ' (file.py, line 3)', the last of the user's lines that led to an error, or ''."""
-    raised = traceback.extract_tb(error.__traceback__)
-    frames = [frame for frame in raised if not is_library(frame.filename)]
+    """Returns ' (file.py, line 3)' for the last frame in the user's code, '' if there is none."""
+    frames = _user_frames(error)
     return f' ({frames[-1].filename}, line {frames[-1].lineno})' if frames else ''
 
 
+def _user_frames(error: BaseException) -> list[traceback.FrameSummary]:
+    stack = traceback.extract_tb(error.__traceback__)
+    return [frame for frame in stack if not is_library(frame.filename)]
+
+
 def is_library(filename: str) -> bool:
-    """Whether a file is Python's, an installed package's or this package's, not the user's."""
+    """Whether a file belongs to Python, an installed package or this package, not to the user."""
+    # With a separator at the end: '/lib/python3' is not a parent of '/lib/python3-mine'.
     folders = tuple(os.path.join(folder, '') for folder in _LIBRARIES)
     return filename.startswith(('<frozen', *folders))
 
 
 def _missing_attribute_text(module: ModuleType, attribute: str, name: str, path: str) -> str:
-    near = _name_in_package(module.__name__, attribute)
-    if not near:
-        known = [n for n in dir(module) if not n.startswith('_')]
-        word = suggest.nearest_name(attribute, known)
-        near = f'{name.partition(":")[0]}:{word}' if word else ''
-    hint = f' Did you mean {near}?' if near else ''
+    nearest = _name_in_package(module.__name__, attribute)
+    if not nearest:
+        names = [n for n in dir(module) if not n.startswith('_')]
+        word = suggest.nearest_name(attribute, names)
+        nearest = f'{name.partition(":")[0]}:{word}' if word else ''
+    hint = f' Did you mean {nearest}?' if nearest else ''
     return f'{path}: {short_repr(name)}: the module has no {short_repr(attribute)}.{hint}'
 
 
-def _missing_module_text(name: str, path: str, near: str) -> str:
-    hint = f' Did you mean {near}?' if near else ''
+def _missing_module_text(name: str, path: str, nearest: str) -> str:
+    hint = f' Did you mean {nearest}?' if nearest else ''
     module = short_repr(name.partition(':')[0])
     return f'{path}: {short_repr(name)}: there is no module {module}.{hint}'
 
 
 def _name_in_package(module_name: str, attribute: str) -> str:
-    """Returns 'package:Name' if the package of a module has the name, else ''."""
+    """Returns 'package:Name' if the parent package of a module has the attribute, else ''."""
     package = module_name.rpartition('.')[0]
-    found = package in sys.modules and hasattr(sys.modules[package], attribute.split('.')[0])
-    return f'{package}:{attribute}' if found else ''
+    exists = package in sys.modules and hasattr(sys.modules[package], attribute.split('.')[0])
+    return f'{package}:{attribute}' if exists else ''
 
 
 def _nearest_name(module_name: str, attribute: str) -> str:
-    """Returns the name with the most similar module of the same package, or of ours, or ''."""
+    """Returns the name with the most similar module of the same package, '' if there is none."""
     package = module_name.rpartition('.')[0]
-    if found := _name_in_package(module_name, attribute):
-        return found
+    if name := _name_in_package(module_name, attribute):
+        return name
     if not package:
-        near = suggest.nearest_name(module_name, [m.name for m in pkgutil.iter_modules()])
-        return f'{near}:{attribute}' if near else ''
-    places = [package, f'trainer.{package}'] if package in bundled.PACKAGES else [package]
+        nearest = suggest.nearest_name(module_name, [m.name for m in pkgutil.iter_modules()])
+        return f'{nearest}:{attribute}' if nearest else ''
+    # `models.cmn:CNN` may mean a module of the user's own package or a bundled one.
+    packages = [package, f'trainer.{package}'] if package in bundled.PACKAGES else [package]
     names: dict[str, str] = {}
-    for place in places:
-        loaded = importlib.import_module(place) if place != package else sys.modules.get(place)
-        for module in pkgutil.iter_modules(getattr(loaded, '__path__', [])):
+    for each in packages:
+        # The user's package was imported on the way to the missing module, if it exists.
+        parent = importlib.import_module(each) if each != package else sys.modules.get(each)
+        for module in pkgutil.iter_modules(getattr(parent, '__path__', [])):
             sibling = f'{package}.{module.name}'
             names.setdefault(sibling, bundled.full_name(sibling) or sibling)
-    near = suggest.nearest_name(module_name, names)
-    return f'{names[near]}:{attribute}' if near else ''
+    nearest = suggest.nearest_name(module_name, names)
+    return f'{names[nearest]}:{attribute}' if nearest else ''

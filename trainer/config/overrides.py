@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command-line overrides: `--config.a.b=value`, checked against the config before anything runs."""
+"""Applies command-line overrides (`--config.a.b=value`), checked against the config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.config.loading import to_plain
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Override:
-    """One assignment, as it was applied.
+    """An override that was applied.
 
     Attributes:
         path: 'optimizer.learning_rate'.
@@ -29,7 +29,7 @@ class Override:
         new: the value after.
         default_paths: paths that the file leaves out and that were set to their defaults.
         linked_values: new values at other paths that share a reference with this one, by path.
-        notes: lines to print.
+        notes: lines to print, such as about arguments that were dropped.
     """
 
     path: str
@@ -43,12 +43,15 @@ class Override:
 
 
 def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], list[str]]:
-    """Splits a command line into (--config, assignments, everything else).
+    """Splits a command line into the value of --config, the overrides, and all other words.
 
-    Both `--config.a=1` and `--config.a 1` are understood.
+    An override is written as `--config.a=1` or `--config.a 1`.
+
+    Returns:
+        The value of --config (None if it is not given), (path, text) pairs, and the other words.
 
     Raises:
-        UserError: if a value is missing, or two config files are named.
+        UserError: if a value is missing, or if --config is given twice with different values.
     """
     spec: str | None = None
     assignments: list[tuple[str, str]] = []
@@ -56,12 +59,15 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition('=')
+        # Like the flags of absl, these may have one dash or two.
         name = '-' + name.lstrip('-') if name.startswith('-') else name
         if name != '-config' and not name.startswith('-config.'):
             rest.append(word)
             continue
         if not equals:
+            # At the end of the command line, '--' counts as a missing value below.
             value = next(words, '--')
+        # A value may begin with one dash: `--config.a -1`.
         if (not equals and value.startswith('--')) or (name == '-config' and not value):
             flag = shorten(word.partition('=')[0])
             raise UserError(f'{flag} needs a value: {flag}=...')
@@ -77,10 +83,14 @@ def parse_argv(argv: Sequence[str]) -> tuple[str | None, list[tuple[str, str]], 
 
 
 def from_python(value: Any, path: str) -> str:
-    """Returns a value as it is written on the command line.
+    """Returns a Python value as the text of an override.
+
+    Args:
+        value: text, or anything else that a config can contain.
+        path: its key path.
 
     Raises:
-        UserError: for what a config cannot hold.
+        UserError: for a value that a config cannot contain.
     """
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
@@ -94,7 +104,7 @@ def from_python(value: Any, path: str) -> str:
 
 
 def _python_numbers(value: Any) -> Any:
-    """Returns a value with Python's numbers for those of numpy and JAX, at every depth."""
+    """Returns a value with NumPy and JAX scalars as Python numbers, at every depth."""
     if isinstance(value, dict):
         return {_python_numbers(key): _python_numbers(inner) for key, inner in value.items()}
     if type(value) in (tuple, list):
@@ -107,11 +117,20 @@ def _python_numbers(value: Any) -> Any:
 def apply(
     config: ml_collections.ConfigDict, assignments: Sequence[tuple[str, str]]
 ) -> tuple[Override, ...]:
-    """Changes the config in place.
+    """Applies overrides to a config, in place.
+
+    Args:
+        config: the config.
+        assignments: (path, text) pairs, applied in this order.
+
+    Returns:
+        What each override changed.
 
     Raises:
-        UserError: for a path that does not exist or a value of the wrong type.
+        UserError: for an unknown path or a value of the wrong type.
     """
+    # `values` checks the types: ConfigDict's own check would reject a schedule in place of a
+    # learning rate.
     with config.unlocked(), config.ignore_type():
         return tuple(_assign(config, path, text) for path, text in assignments)
 
@@ -127,15 +146,17 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
         like, hint, annotation = _argument_type(node, keys[-1], old, text, keys[:-1])
     new = values.parse(text, like, hint, keys, f'config.{path}', annotation)
     if isinstance(new, Mapping):
-        new = paths.nest(new, f'config.{path}')  # A ConfigDict takes no key with a dot.
+        new = paths.nest(new, f'config.{path}')  # A ConfigDict rejects keys with dots.
         literals.check(new, f'config.{path}', keys)
     given, notes = new, list[str]()
+    # Another target changes its whole object: arguments that the new target lacks are dropped.
     if keys[-1] == 'target' and len(keys) > 1 and isinstance(new, str):
         keys, new, old = keys[:-1], {'target': new}, to_plain(paths.get(config, keys[:-1]))
     if isinstance(new, Mapping) and isinstance(old, Mapping):
         new = _merge(old, new, keys, notes)
     before, value_path = to_plain(config), paths.join(keys)
     paths.store(config, keys, new)
+    # After storing: which names are valid may depend on the target that the value has set.
     if isinstance(given, (Mapping, tuple, list)):
         lookup.check_names(config, given, keys)
     return Override(
@@ -150,15 +171,24 @@ def _assign(config: ml_collections.ConfigDict, path: str, text: str) -> Override
     )
 
 
-def _linked_values(config: ml_collections.ConfigDict, before: Any, place: str) -> dict[str, Any]:
-    """Returns the values that an assignment has set at paths other than `place`, by path."""
+def _linked_values(
+    config: ml_collections.ConfigDict, before: Any, value_path: str
+) -> dict[str, Any]:
+    """Returns the values that an override has set at other paths, by path.
+
+    Args:
+        config: the config, after the override.
+        before: the plain config before it.
+        value_path: where the override has set its value.
+    """
     references = dict(_references(config, ''))
-    mine = references.get(place)
-    # Also those that had this value before: their value now comes from this assignment.
-    linked = {path: to_plain(ref) for path, ref in references.items() if ref is mine}
+    reference = references.get(value_path)
+    # A path with the same reference is included even if its value is unchanged, because it comes
+    # from this override now. A path with a computed reference appears in the difference.
+    linked = {path: to_plain(ref) for path, ref in references.items() if ref is reference}
     linked.update({each.path: each.new for each in diff.diff(before, to_plain(config))})
-    inside = (f'{place}.', f'{place}[')
-    return {p: new for p, new in linked.items() if p != place and not p.startswith(inside)}
+    inside = (f'{value_path}.', f'{value_path}[')
+    return {p: new for p, new in linked.items() if p != value_path and not p.startswith(inside)}
 
 
 def _references(
@@ -173,64 +203,86 @@ def _references(
 
 
 def _fill_default(config: ml_collections.ConfigDict, keys: paths.Keys) -> tuple[str, ...]:
-    """Stores the default object that a path leads into, so that the assignment merges with it."""
+    """Sets a default object that a path leads into, so that the override changes only a part of it.
+
+    `--config.data.loader.workers=4` keeps the default target of `config.data.loader`.
+
+    Returns:
+        The paths that were set.
+    """
     for depth in range(1, len(keys) + 1):
-        head = keys[:depth]
-        default = schema.default_object(head)
-        if default and not paths.contains(config, head):
-            paths.store(config, head, default)
-            return tuple(f'{paths.join(head)}.{key}' for key in default)
+        parent = keys[:depth]
+        default = schema.default_object(parent)
+        if default and not paths.contains(config, parent):
+            paths.store(config, parent, default)
+            return tuple(f'{paths.join(parent)}.{key}' for key in default)
     return ()
 
 
 def _merge(
     old: Mapping[str, Any], new: Mapping[str, Any], keys: paths.Keys, notes: list[str]
 ) -> Any:
-    """Returns `old` updated by `new` at every depth; a new target keeps what it accepts."""
+    """Returns `old` updated by `new` at every depth.
+
+    If `new` has another target, arguments that it does not take are dropped.
+
+    Args:
+        old: the dict until now.
+        new: the dict of the override.
+        keys: path of both.
+        notes: gets a line for each dropped argument.
+    """
     if not new or 'ref' in new or 'ref' in old:
-        # An empty dict clears. A reference has no other keys: it replaces, and is replaced.
+        # An empty dict clears. A `ref` has no other keys, so there is nothing to merge with.
         return dict(new)
     path = f'config.{paths.join(keys)}'
-    kept = dict(old)
+    merged = dict(old)
     if 'target' in new and 'target' in old and new['target'] != old['target']:
+        # Keys of the section, such as `optimizer.clip_norm`, do not go to the target.
         section = schema.section_at(keys)
-        ours = schema.fields(section) if section is not None else {}
-        fits = targets.accepted_keys(new['target'], kept, path) | set(ours)
-        kept = {key: value for key, value in kept.items() if key in fits}
-        dropped = [key for key in old if key not in (*kept, *new)]
+        fixed = schema.fields(section) if section is not None else {}
+        accepted = targets.accepted_keys(new['target'], merged, path) | set(fixed)
+        merged = {key: value for key, value in merged.items() if key in accepted}
+        dropped = [key for key in old if key not in (*merged, *new)]
         notes.extend(f'{path}.{key} dropped: {new["target"]} does not take it' for key in dropped)
-    literals.check_names({**kept, **new}, path, keys)
+    literals.check_names({**merged, **new}, path, keys)
     for key, value in new.items():
-        before, inner_keys = kept.get(key), [*keys, key]
+        before, inner_keys = merged.get(key), [*keys, key]
         if isinstance(value, Mapping) and isinstance(before, Mapping):
-            kept[key] = _merge(before, value, inner_keys, notes)
+            merged[key] = _merge(before, value, inner_keys, notes)
             continue
         text, annotation = literals.to_text(value), values.no_annotation
-        # A merged key is held to the same types as one set by its own path.
-        inner = schema.type_at(inner_keys)
-        if inner is None:
-            before, inner, annotation = _argument_type({**kept, **new}, key, before, text, keys)
-        kept[key] = values.convert(value, text, before, inner, f'{path}.{key}', annotation)
-    return kept
+        # A key in a dict must have the same type as one that is set by its own path.
+        hint = schema.type_at(inner_keys)
+        if hint is None:
+            before, hint, annotation = _argument_type({**merged, **new}, key, before, text, keys)
+        merged[key] = values.convert(value, text, before, hint, f'{path}.{key}', annotation)
+    return merged
 
 
 def _argument_type(
     node: Any, key: str | int, old: Any, text: str, keys: paths.Keys
 ) -> tuple[Any, Any, values.Annotation]:
-    """Returns what a new value is checked against: a value like it, a type, an annotation.
+    """Returns what determines the type of an argument's new value.
 
     Args:
         node: the object's dict.
-        key: the argument.
-        old: its value now.
-        text: the new value as it was written.
+        key: name of the argument.
+        old: its value until now.
+        text: the text of the new value.
         keys: path of the object.
+
+    Returns:
+        A value of the same type, a type, and a function that returns the annotation; the first two
+        are None if they do not matter.
     """
     path = f'config.{paths.join(keys)}'
+    # Deferred, because it imports the target, which most overrides do not need.
     annotation = functools.partial(lookup.annotation, node, key, path)
     if old is None:
-        steps = keys[:1] == ['optimizer'] and is_duration(text)
-        return None, None if steps else lookup.argument_type(node, key, path), annotation
+        # An optimizer's argument that is annotated as int may be a duration in the config.
+        is_steps = keys[:1] == ['optimizer'] and is_duration(text)
+        return None, None if is_steps else lookup.argument_type(node, key, path), annotation
     if literals.literal(text) is None and lookup.takes_none(node, key, path):
         return None, None, annotation
     return old, None, annotation

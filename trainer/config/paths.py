@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Key paths of a config, such as 'data.transforms[1].size': parsing, reading and storing."""
+"""Key paths such as 'data.transforms[1].size': parses them, and reads and sets their values."""
 
 from __future__ import annotations
 
@@ -17,24 +17,27 @@ from trainer.config.loading import to_plain
 
 _KEY = re.compile(r'([^.\[\]]+)|\[(-?\d+)\]')
 Keys = list[str | int]
-_LONGEST = 500
+_MAX_CHARACTERS = 500
 
 
 def parse(path: str) -> Keys:
     """Returns ['data', 'transforms', 1, 'size'] for 'data.transforms[1].size'.
 
     Raises:
-        UserError: if the text is no path.
+        UserError: if the text is not a path.
     """
     short = f'--config.{shorten(path)}'
     try:
         keys: Keys = [int(m[2]) if m[2] else m[1] for m in _KEY.finditer(path)]
-    except ValueError as error:  # An index of thousands of digits.
+    except ValueError as error:  # Python refuses to parse an index of thousands of digits.
         raise UserError(f'{short}: not a path such as a.b or a.b[1].c') from error
-    if not keys or join(keys) != path or len(path) > _LONGEST:
+    # `finditer` skips what does not match, such as a second dot; the text of the keys shows it.
+    if not keys or join(keys) != path or len(path) > _MAX_CHARACTERS:
         raise UserError(f'{short}: not a path such as a.b or a.b[1].c')
     if len(keys) > literals.MAX_DEPTH:
-        raise UserError(f'{short}: {len(keys)} keys; no config is nested so deep')
+        raise UserError(
+            f'{short}: expected at most {literals.MAX_DEPTH} levels of nesting, got {len(keys)}'
+        )
     for key in keys:
         if isinstance(key, str):
             literals.check_name(key, short)
@@ -42,54 +45,57 @@ def parse(path: str) -> Keys:
 
 
 def join(keys: Sequence[str | int]) -> str:
-    """Returns the text of a path; undoes `parse`."""
+    """Returns the text of a path, the inverse of `parse`."""
     text = ''.join(f'[{key}]' if isinstance(key, int) else f'.{key}' for key in keys)
     return text.removeprefix('.')
 
 
 def nest(node: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """Returns a dict in which what was at the key 'a.b' is at 'b' of 'a'.
+    """Returns {'a': {'b': value}} for {'a.b': value}, at every depth.
 
     Args:
         node: the dict.
         path: 'config.a.b', for messages.
 
     Raises:
-        UserError: if something is at both, and for '12.5%', whose dot does not separate names.
+        UserError: if a dotted key and nested ones set the same path, and for a key like '12.5%',
+            whose dot does not separate names.
     """
-    whole: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for key, value in node.items():
+        # A schedule may have durations as keys, and '12.5%' must not become {'12': {'5%': ...}}.
         if isinstance(key, str) and '.' in key and (is_duration(key) or _is_number(key)):
             raise UserError(
-                f'{path}: the key {short_repr(key)} has a dot, which no key of a config may have; '
+                f'{path}: the key {short_repr(key)} has a dot, which config keys must not have; '
                 'write a whole number of steps'
             )
         inner = nest(value, f'{path}.{key}') if isinstance(value, Mapping) else value
         for name in reversed(key.split('.') if isinstance(key, str) else [key]):
             inner = {name: inner}
-        whole = _merge(whole, inner, [])
-    return whole
+        # Merged rather than updated: 'a.b' and 'a.c' share the key 'a'.
+        merged = _merge(merged, inner, [])
+    return merged
 
 
 def _is_number(text: str) -> bool:
     return isinstance(literals.literal(text), (int, float))
 
 
-def _merge(one: Mapping[Any, Any], other: Mapping[Any, Any], before: Keys) -> dict[Any, Any]:
-    """Returns what stands in either of two dicts."""
-    whole = dict(one)
+def _merge(one: Mapping[Any, Any], other: Mapping[Any, Any], parents: Keys) -> dict[Any, Any]:
+    """Returns the union of two nested dicts, which must not set the same path."""
+    merged = dict(one)
     for key, value in other.items():
-        keys = [*before, key]
-        if key not in whole:
-            whole[key] = value
-        elif isinstance(whole[key], Mapping) and isinstance(value, Mapping):
-            whole[key] = _merge(whole[key], value, keys)
+        keys = [*parents, key]
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(merged[key], Mapping) and isinstance(value, Mapping):
+            merged[key] = _merge(merged[key], value, keys)
         else:
             raise UserError(
-                f'{short_repr(join(keys))} is given twice, {short_repr(whole[key])} and '
-                f'{short_repr(value)}: by a key with dots and by nested keys. Remove one of them'
+                f'{short_repr(join(keys))} is given twice, {short_repr(merged[key])} and '
+                f'{short_repr(value)}: by a dotted key and by nested keys. Remove one of them'
             )
-    return whole
+    return merged
 
 
 def get(config: Any, keys: Sequence[str | int]) -> Any:
@@ -100,7 +106,7 @@ def get(config: Any, keys: Sequence[str | int]) -> Any:
 
 
 def contains(config: Any, keys: Sequence[str | int]) -> bool:
-    """Whether a path of names exists in a config."""
+    """Whether a path exists in a config; paths into tuples and lists count as missing."""
     for key in keys:
         if not isinstance(config, Mapping | ml_collections.ConfigDict) or key not in config:
             return False
@@ -109,7 +115,7 @@ def contains(config: Any, keys: Sequence[str | int]) -> bool:
 
 
 def store(config: ml_collections.ConfigDict, keys: Keys, value: Any) -> None:
-    """Sets a value; tuples and plain dicts on the way are replaced by changed copies."""
+    """Sets a value in place; tuples and plain dicts that contain it are replaced by copies."""
     key, rest = keys[0], keys[1:]
     inner = _value(config, key)
     if isinstance(inner, ml_collections.ConfigDict) and rest:
@@ -117,6 +123,7 @@ def store(config: ml_collections.ConfigDict, keys: Keys, value: Any) -> None:
     elif isinstance(inner, ml_collections.ConfigDict) and isinstance(value, Mapping):
         _update(inner, value)
     elif rest:
+        # A tuple cannot be changed, and a list or dict may be used at another path as well.
         config[key] = with_value({} if inner is None else inner, rest, value)
     else:
         config[key] = value
@@ -125,12 +132,16 @@ def store(config: ml_collections.ConfigDict, keys: Keys, value: Any) -> None:
 def _value(config: Any, key: str | int) -> Any:
     try:
         return config.get(key)
-    except config_dict.RequiredValueError:
+    except config_dict.RequiredValueError:  # A placeholder without a value.
         return None
 
 
 def _update(config: ml_collections.ConfigDict, value: Mapping[str, Any]) -> None:
-    """Makes a config equal to `value`; what does not change keeps its references."""
+    """Makes a config equal to `value`, in place.
+
+    Keys whose value does not change are left alone: setting one would also set the reference that
+    it may share with other keys.
+    """
     for key in [key for key in config if key not in value]:
         del config[key]
     before = to_plain(config)
@@ -140,7 +151,7 @@ def _update(config: ml_collections.ConfigDict, value: Mapping[str, Any]) -> None
 
 
 def with_value(node: Any, keys: Keys, value: Any) -> Any:
-    """Returns plain containers with another value at one place; those on the way are copies."""
+    """Returns plain containers with the value at a path replaced; the argument is not changed."""
     if not keys:
         return value
     key, rest = keys[0], keys[1:]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Regular expressions in a config, which must match whole key paths."""
+"""Regular expressions of a config, which must match whole key paths."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Iterable, Sequence
 from trainer.config.errors import UserError
 from trainer.config.text import and_more
 
-_SHOWN = 5
+_MAX_PATHS = 5
 
 
 def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-    """Returns the expression.
+    """Returns the compiled pattern.
 
     Args:
-        pattern: as the config has it.
+        pattern: the text of the pattern.
         where: config path or flag, for the message.
 
     Raises:
-        UserError: if it is none.
+        UserError: if the text is not a regular expression.
     """
     try:
         return re.compile(pattern)
@@ -29,7 +29,7 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
 
 
 def matches(patterns: Iterable[str], path: str) -> bool:
-    """Returns whether one of the patterns matches the whole path."""
+    """Whether one of the patterns matches the whole path."""
     return any(re.fullmatch(pattern, path) for pattern in patterns)
 
 
@@ -40,12 +40,12 @@ def check_used(
 
     Args:
         patterns: regular expressions.
-        paths: all that there are.
+        paths: every path that a pattern could match.
         where: config path of the patterns, for the message.
-        nothing: what a wrong pattern matches: 'no parameter'.
+        nothing: object of the message 'the pattern ... matches', such as 'no parameter'.
 
     Raises:
-        UserError: for a pattern that is none, or matches none of the paths.
+        UserError: for an invalid pattern, or one that matches none of the paths.
     """
     for pattern in patterns:
         expression = compile_pattern(pattern, where)
@@ -53,7 +53,8 @@ def check_used(
             continue
         if not paths:
             raise UserError(f'{where}: the pattern {pattern!r} matches {nothing}: there is none')
+        # A pattern that would match with `re.search` is the usual mistake.
         raise UserError(
             f'{where}: the pattern {pattern!r} matches {nothing}. A pattern must match a whole '
-            f'path, such as {and_more(paths, _SHOWN)}'
+            f'path, such as {and_more(paths, _MAX_PATHS)}'
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a plain config into its sections, and returns the types of its key paths."""
+"""Reads a plain config into the dataclasses of its sections, and returns types of key paths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from trainer.config import suggest, synonyms
+from trainer.config import sequences, suggest, synonyms
 from trainer.config.durations import Duration
 from trainer.config.errors import UserError, short_repr, shorten
 from trainer.config.sections import (
@@ -23,7 +23,7 @@ from trainer.config.sections import (
     Sections,
 )
 
-# How config files name what Python can import.
+# 'package.module:Name', the name of something that Python can import.
 _NAME = re.compile(r'[A-Za-z_][\w.]*:[A-Za-z_][\w.]*')
 
 Keys = Sequence[str | int]
@@ -39,14 +39,14 @@ REQUIRED = _Required()
 
 
 def read(config: Mapping[str, Any], *, complete: bool = True) -> Sections:
-    """Returns the sections of a plain config, defaults filled in.
+    """Returns the sections of a plain config, with defaults for the keys that it does not set.
 
     Args:
         config: the plain config.
-        complete: whether placeholders that have no value yet are errors; else they stay `REQUIRED`.
+        complete: whether a placeholder without a value is an error; otherwise it stays `REQUIRED`.
 
     Raises:
-        UserError: for an unknown key, a missing required key, or a wrong type.
+        UserError: for an unknown key, a missing required key, or a value of the wrong type.
     """
     if complete:
         _check_required(config, 'config')
@@ -63,23 +63,26 @@ def fields(section: type) -> dict[str, Any]:
 
 
 def takes_any_key(section: type) -> bool:
-    """Whether other keys than its own go to a target (`config.optimizer`)."""
+    """Whether all but the fixed keys of a section go to a target, as in `config.optimizer`."""
     return any(f.metadata.get('rest') for f in dataclasses.fields(section))
 
 
 def type_at(keys: Keys) -> Any:
-    """Returns the type of a path like ('checkpoint', 'every'), None if it is not a fixed key.
+    """Returns the type of a path such as ('checkpoint', 'every'), None if it is not a fixed key.
 
-    It is `object` where any key and any value may stand.
+    The type is `object` where any value is allowed (`ensemble.vary`).
     """
     hint: Any = Sections
     for key in keys:
+        # `ema: EmaSection | None` has the keys of the section.
         hint = without_none(hint)
         if _is_section(hint):
             hint = fields(hint).get(str(key))
+        # A dict such as `evals` has any names as keys. The keys of an object, also a dict, are
+        # arguments of its target.
         elif typing.get_origin(hint) is dict and hint != Node:
             hint = typing.get_args(hint)[1]
-        elif hint is not object:  # Below which any key may stand.
+        elif hint is not object:  # Any path is allowed below `object`, and is `object` again.
             return None
         if hint is None:
             return None
@@ -87,13 +90,13 @@ def type_at(keys: Keys) -> Any:
 
 
 def section_at(keys: Keys) -> type | None:
-    """Returns the section's class of a path, or None if it is not a section."""
+    """Returns the class of the section at a path, None if there is no section."""
     hint = Sections if not keys else without_none(type_at(keys))
     return hint if _is_section(hint) else None
 
 
 def default_object(keys: Keys) -> dict[str, Any]:
-    """Returns the dict that a path left out stands for ({'data': -1} for ['mesh']), or {}."""
+    """Returns the default of a fixed key as a dict, such as {'data': -1} for ['mesh'], or {}."""
     parent = section_at(keys[:-1])
     for field in dataclasses.fields(parent) if parent is not None else ():
         if field.name == keys[-1] and field.default_factory is not dataclasses.MISSING:
@@ -110,16 +113,17 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def optional_fields(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (path, type, default) of what is inside the optional sections that are left out."""
+    """Yields (path, type, default) of the keys in sections that are None by default."""
     for path, _, default in defaults(config):
         section = section_at(path.split('.'))
         if section is not None and default is None:
             for field in dataclasses.fields(section):
-                yield f'{path}.{field.name}', fields(section)[field.name], default_of(field)
+                if not field.metadata.get('rest'):
+                    yield f'{path}.{field.name}', fields(section)[field.name], default_of(field)
 
 
 def defaults(config: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (path, type, default) of the fixed keys that a config leaves out."""
+    """Yields (path, type, default) of the fixed keys that a config does not set."""
     yield from _defaults(Sections, config, '')
 
 
@@ -127,6 +131,7 @@ def _defaults(
     section: type, config: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[str, Any, Any]]:
     for field in dataclasses.fields(section):
+        # `vars` has no keys but the user's own.
         if field.metadata.get('rest') or field.name == 'vars':
             continue
         path, hint = f'{prefix}{field.name}', fields(section)[field.name]
@@ -135,10 +140,12 @@ def _defaults(
             default = default_of(field)
             if inner is None or default is None or default is REQUIRED:
                 yield path, hint, default
+            # A section that exists by default: `checkpoint.every` rather than `checkpoint`.
             else:
                 yield from _defaults(inner, {}, f'{path}.')
         elif inner is not None and isinstance(config[field.name], Mapping):
             yield from _defaults(inner, config[field.name], f'{path}.')
+        # A dict of sections, such as `evals`: each of them may leave keys out.
         elif typing.get_origin(hint) is dict and _is_section(typing.get_args(hint)[1]):
             given = config[field.name]
             for name, value in given.items() if isinstance(given, Mapping) else ():
@@ -148,7 +155,7 @@ def _defaults(
 
 def _check_required(node: Any, path: str) -> None:
     if node is REQUIRED:
-        raise UserError(f'{path} is required and has no value; give it one: --{path}=VALUE')
+        raise UserError(f'{path} is required but has no value; set it: --{path}=VALUE')
     if isinstance(node, Mapping):
         for key, value in node.items():
             _check_required(value, f'{path}.{key}')
@@ -157,61 +164,76 @@ def _check_required(node: Any, path: str) -> None:
             _check_required(value, f'{path}[{index}]')
 
 
-def _read_section(section: type, config: Any, path: str, whole: Mapping[str, Any]) -> Any:
-    if not isinstance(config, Mapping):
+def _read_section(section: type, node: Any, path: str, config: Mapping[str, Any]) -> Any:
+    """Returns a section.
+
+    Args:
+        section: its class.
+        node: its value in the config.
+        path: its key path, for messages.
+        config: the whole plain config, for suggestions.
+    """
+    if not isinstance(node, Mapping):
         keys = ', '.join(fields(section))
-        hint = _section_hint(section, config, path)
+        hint = _section_hint(section, node, path)
         raise UserError(
-            f'{path}: expected a section (a dict) with keys of {keys}; got '
-            f'{short_repr(config)}{hint}'
+            f'{path}: expected a section (a dict) with keys of {keys}; got {short_repr(node)}{hint}'
         )
     known = fields(section)
-    unknown = {key: value for key, value in config.items() if key not in known}
-    if unknown and not takes_any_key(section):
-        key = next(iter(unknown))
+    others = {key: value for key, value in node.items() if key not in known}
+    if others and not takes_any_key(section):
+        key = next(iter(others))
         more = [f'{path}.{name}' for name in known]
-        hint = suggest.did_you_mean(f'{path}.{key}', whole, more)
+        hint = suggest.did_you_mean(f'{path}.{key}', config, more)
         raise UserError(f'Unknown key {path}.{key}. {hint}')
     missing = [
         f.name
         for f in dataclasses.fields(section)
-        if f.name not in config
+        if f.name not in node
         and f.default is dataclasses.MISSING
         and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f'{path}.{missing[0]} is missing; it has no default')
     values = {
-        name: check(config[name], hint, f'{path}.{name}', whole)
+        name: check(node[name], hint, f'{path}.{name}', config)
         for name, hint in known.items()
-        if name in config
+        if name in node
     }
     if takes_any_key(section):
-        values['node'] = unknown
+        values['node'] = others
     return section(**values)
 
 
-def check(value: Any, hint: Any, path: str, whole: Mapping[str, Any]) -> Any:
-    """Returns the value as the hint wants it (a Duration parsed, an int as float).
+def check(value: Any, hint: Any, path: str, config: Mapping[str, Any]) -> Any:
+    """Returns a value with the type of a key: text as a Duration, an int as a float.
+
+    Args:
+        value: the value in the config.
+        hint: the type.
+        path: its key path, for messages.
+        config: the whole plain config, for suggestions.
 
     Raises:
-        UserError: if its type is another.
+        UserError: if the value does not have that type.
     """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    # An empty placeholder passes: `read` rejects it, unless the config may be incomplete.
     if hint is Any or value is REQUIRED:
         return value
-    if origin in (types.UnionType, typing.Union):
-        return _check_union(value, args, path, whole)
+    if sequences.is_union(hint):
+        return _check_union(value, sequences.options(hint), path, config)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Duration:
         return Duration.parse(value, path)
+    # Before `dict`, since an object is annotated as a dict too.
     if hint == Node:
         return _check_node(value, path)
     if _is_section(hint):
-        return _read_section(hint, value, path, whole)
+        return _read_section(hint, value, path, config)
     if origin is Literal:
         if value not in args:
-            meant = synonyms.VALUES.get(value) if isinstance(value, str) else None
-            hint = f'. Did you mean {meant!r}?' if meant in args else ''
+            suggestion = synonyms.VALUES.get(value) if isinstance(value, str) else None
+            hint = f'. Did you mean {suggestion!r}?' if suggestion in args else ''
             raise UserError(
                 f'{path}: {short_repr(value)} is none of {", ".join(map(repr, args))}{hint}'
             )
@@ -220,14 +242,15 @@ def check(value: Any, hint: Any, path: str, whole: Mapping[str, Any]) -> Any:
         wrong = [key for key in value if not isinstance(key, str)]
         if wrong:
             raise UserError(f'{path}: expected names as keys, got {short_repr(wrong[0])}')
-        return {k: check(v, args[1], f'{path}.{k}', whole) for k, v in value.items()}
+        return {k: check(v, args[1], f'{path}.{k}', config) for k, v in value.items()}
     if origin is tuple and isinstance(value, (tuple, list)):
-        return _check_tuple(value, args, path, whole)
+        return _check_tuple(value, args, path, config)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return to_float(value, path)
-    is_bool = isinstance(value, bool)
     if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise UserError(f'{path}: {short_repr(value)} does not fit 64 bits')
+    # In Python a bool is an int, but `batch_size=True` is a mistake.
+    is_bool = isinstance(value, bool)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool) == is_bool:
         return value
     raise UserError(f'{path}: expected {describe(hint)}, got {short_repr(value)}')
@@ -237,7 +260,7 @@ def to_float(value: float, path: str) -> float:
     """Returns a number as a float.
 
     Raises:
-        UserError: for an integer that is too large.
+        UserError: for an integer that is larger than any float.
     """
     try:
         return float(value)
@@ -246,10 +269,11 @@ def to_float(value: float, path: str) -> float:
 
 
 def describe(hint: Any) -> str:
-    """Returns a type as the user reads it: 'int', 'duration', 'object', 'carry|pad|drop'."""
+    """Returns the name of a type in messages: 'int', 'duration', 'object', 'carry|pad|drop'."""
+    if sequences.is_union(hint):
+        options = sequences.options(hint)
+        return ' or '.join('None' if a is types.NoneType else describe(a) for a in options)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        return ' or '.join('None' if a is types.NoneType else describe(a) for a in args)
     if hint is Duration:
         return 'duration'
     if _is_section(hint):
@@ -264,34 +288,35 @@ def describe(hint: Any) -> str:
     return getattr(hint, '__name__', str(hint))
 
 
-def _check_union(value: Any, args: Sequence[Any], path: str, whole: Mapping[str, Any]) -> Any:
-    if value is None and types.NoneType in args:
+def _check_union(value: Any, allowed: Sequence[Any], path: str, config: Mapping[str, Any]) -> Any:
+    """Returns a value with the first of the allowed types that it has."""
+    if value is None and types.NoneType in allowed:
         return None
-    options = [a for a in args if a is not types.NoneType]
+    options = [a for a in allowed if a is not types.NoneType]
     for option in options:
         try:
-            return check(value, option, path, whole)
+            return check(value, option, path, config)
         except UserError:
-            inside = isinstance(value, (Mapping, tuple, list)) and option is options[-1]
-            # What is wrong within a container says more than that none of the types fits.
-            if inside or len(options) == 1:
+            # The error about an element is more specific than "expected str or tuple[str, ...]".
+            is_container = isinstance(value, (Mapping, tuple, list)) and option is options[-1]
+            if is_container or len(options) == 1:
                 raise
     expected = ' or '.join(describe(option) for option in options)
     raise UserError(f'{path}: expected {expected}, got {short_repr(value)}')
 
 
 def _section_hint(section: type, value: Any, path: str) -> str:
-    """Returns which key of a section was probably meant by a value in the section's place."""
-    key, meant = None, value
+    """Returns a hint for a value in place of a section, such as `precision='bf16'`, or ''."""
+    key, suggestion = None, value
     if section is PrecisionSection and isinstance(value, str) and value in synonyms.VALUES:
-        key, meant = 'compute', synonyms.VALUES[value]
+        key, suggestion = 'compute', synonyms.VALUES[value]
     elif section is OptimizerSection and isinstance(value, str) and _NAME.fullmatch(value):
         key = 'target'
     elif section is InitFromSection and isinstance(value, str) and value:
         key = 'path'
     elif section is EmaSection and isinstance(value, float):
         key = 'decay'
-    return f'. Did you mean {path}.{key}={shorten(str(meant), 100)}?' if key else ''
+    return f'. Did you mean {path}.{key}={shorten(str(suggestion), 100)}?' if key else ''
 
 
 def _check_node(value: Any, path: str) -> Node:
@@ -304,17 +329,17 @@ def _check_node(value: Any, path: str) -> Node:
 
 
 def _target_hint(value: Any, path: str) -> str:
-    """Returns how to write an object, for a text that names one."""
+    """Returns how to write the object that a text names, '' if it names none."""
     if not isinstance(value, str) or not _NAME.fullmatch(value):
         return ''
     return (
-        f""". Write --{path}='{{"target": "{value}"}}' if it is called to make the object, or """
-        '"ref" if it is the object, such as a function'
+        f""". Write --{path}='{{"target": "{value}"}}' to call it, or "ref" in place of """
+        '"target" to pass it as it is, such as a function'
     )
 
 
 def _check_tuple(
-    value: Sequence[Any], args: tuple[Any, ...], path: str, whole: Mapping[str, Any]
+    value: Sequence[Any], args: tuple[Any, ...], path: str, config: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     hints = args[:1] * len(value) if args[-1] is Ellipsis else args
     if len(hints) != len(value):
@@ -322,7 +347,7 @@ def _check_tuple(
             f'{path}: expected {len(hints)} elements, got {len(value)}: {short_repr(value)}'
         )
     pairs = enumerate(zip(value, hints, strict=True))
-    return tuple(check(v, h, f'{path}[{i}]', whole) for i, (v, h) in pairs)
+    return tuple(check(v, h, f'{path}[{i}]', config) for i, (v, h) in pairs)
 
 
 def _is_section(hint: Any) -> bool:
@@ -330,8 +355,8 @@ def _is_section(hint: Any) -> bool:
 
 
 def without_none(hint: Any) -> Any:
-    """Returns the type without the None that it allows: float for `float | None`."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = [a for a in typing.get_args(hint) if a is not types.NoneType]
-        return options[0] if len(options) == 1 else hint
-    return hint
+    """Returns `float` for `float | None`, and any other type unchanged."""
+    if not sequences.is_union(hint):
+        return hint
+    options = [option for option in sequences.options(hint) if option is not types.NoneType]
+    return options[0] if len(options) == 1 else hint

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs as text: the resolved values with their origins, and every key that may be set."""
+"""Formats configs as text: resolved values with their origins, and the list of all keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trainer.config import diff, schema, sentences
 from trainer.config.durations import Duration
 from trainer.config.overrides import Override
 
-# The columns of `--helpconfig`; what does not fit moves the others to the right.
+# Widths of the lines and columns of `--helpconfig`. A cell that is too wide shifts the next ones.
 _WIDTH, _FLAG_WIDTH, _TYPE_WIDTH = 100, 38, 10
 _INDENT: Any = {
     'initial_indent': ' ' * 6,
@@ -23,20 +23,20 @@ _INDENT: Any = {
 
 
 def format_resolved(config: Mapping[str, Any], overrides: Sequence[Override]) -> str:
-    """Returns 'path = value' lines; an origin stands behind each value that is not the file's.
+    """Returns 'path = value' lines, with the origin of each value that the file does not set.
 
     Args:
-        config: plain, overrides applied.
-        overrides: those that were applied.
+        config: the plain config, with overrides applied.
+        overrides: the overrides that were applied.
     """
     lines = []
     origins = _origins(overrides)
     for path, value in _leaves(config, ''):
-        # A tuple is shown whole, and may have been set whole and by its elements.
-        places = (place for place in origins if place == path or place.startswith(f'{path}['))
-        notes = list(dict.fromkeys(origins[place] for place in places))
+        # A tuple is printed on one line, but each of its elements may have an origin of its own.
+        set_paths = (each for each in origins if each == path or each.startswith(f'{path}['))
+        notes = list(dict.fromkeys(origins[each] for each in set_paths))
         if path.endswith('accepts_any') and value:
-            notes.append('unchecked: the target takes any argument')
+            notes.append('arguments are not checked')
         lines.append((f'{path} = {value!r}', ', '.join(notes)))
     for path, _, default in schema.defaults(config):
         lines.append((f'{path} = {_plain_default(default)!r}', 'default'))
@@ -44,10 +44,10 @@ def format_resolved(config: Mapping[str, Any], overrides: Sequence[Override]) ->
 
 
 def format_helpconfig(config: Mapping[str, Any]) -> str:
-    """Returns every key of a config with its type and value, and the fixed keys it leaves out.
+    """Returns every key of a config with its type and value, and the fixed keys that it may set.
 
-    Below each fixed key is what it is for. No line is longer than 100 characters, unless it holds a
-    single value.
+    The description of a fixed key follows it. No line has more than 100 characters, unless it
+    consists of a single value.
     """
     rows = [
         (f'--config.{path}', _type_name(path, value), repr(value))
@@ -60,6 +60,7 @@ def format_helpconfig(config: Mapping[str, Any]) -> str:
         line = f'  {flag:<{_FLAG_WIDTH}}  {hint:<{_TYPE_WIDTH}}  {value}'
         if len(line) > _WIDTH:
             line = f'  {flag}  {hint}\n    = {value}'
+        # An index becomes a key such as '0]', which no section has, so it gets no sentence.
         sentence = sentences.sentence_at(re.split(r'[.\[]', flag.removeprefix('--config.')))
         lines += [line, *textwrap.wrap(sentence, _WIDTH, **_INDENT)]
     return '\n'.join(lines)
@@ -75,16 +76,20 @@ def _plain_default(default: Any) -> Any:
 
 
 def _origins(overrides: Sequence[Override]) -> dict[str, str]:
-    """Returns the override that set each path last; a merge sets only what it changed."""
+    """Returns the override that set each path last, as text by path.
+
+    An override with a dict counts only for the values that it changed.
+    """
     origins: dict[str, str] = {}
     for override in overrides:
         origins.update((leaf, 'default') for leaf in override.default_paths)
         text = f'--config.{override.path}={override.text}'
-        place = override.value_path
-        origins[place] = text
+        base = override.value_path
+        origins[base] = text
         for change in diff.diff(override.old, override.new):
-            inner = change.path and not change.path.startswith('[')
-            where = f'{place}.{change.path}' if inner else f'{place}{change.path}'
+            # The path of a change is relative: '' (the value itself), 'key', or '[index]'.
+            is_key = change.path and not change.path.startswith('[')
+            where = f'{base}.{change.path}' if is_key else f'{base}{change.path}'
             origins.update((leaf, text) for leaf, _ in _leaves(change.new, where))
         for path, value in override.linked_values.items():
             origins.update((leaf, text) for leaf, _ in _leaves(value, path))
@@ -92,7 +97,10 @@ def _origins(overrides: Sequence[Override]) -> dict[str, str]:
 
 
 def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yields (path, value) of everything that is not a container of objects."""
+    """Yields the (path, value) pairs that are printed on a line of their own.
+
+    A tuple or list is one value, unless it contains dicts.
+    """
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
             yield from _leaves(value, f'{path}.{key}' if path else str(key))

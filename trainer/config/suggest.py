@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suggestions for misspelled key paths and names."""
+"""Suggests names and key paths that are similar to a misspelled one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-# Names of at most so many characters resemble too many others.
+# Names of at most this many characters are similar to too many others.
 _SHORT = 3
 
 
@@ -24,37 +24,56 @@ def paths(node: Any, prefix: str) -> Iterator[str]:
 
 
 def nearest_name(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """Returns the candidate most like `word`, or None if none is like it."""
-    found = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=1, cutoff=cutoff)
-    return found[0] if found else None
+    """Returns the candidate that is most similar to `word`, None if none is similar.
+
+    Args:
+        word: the misspelled name.
+        candidates: the valid names.
+        cutoff: least similarity, from 0 (anything) to 1 (equal).
+    """
+    # Without repeats: difflib compares every candidate, and configs repeat names a lot.
+    close = difflib.get_close_matches(word, list(dict.fromkeys(candidates)), n=1, cutoff=cutoff)
+    return close[0] if close else None
 
 
 def nearest_path(path: str, candidates: Iterable[str]) -> str | None:
-    """Returns the path most like `path` of those that end in the same key, else in one like it.
+    """Returns the candidate that is most similar to a path, None if there is none.
 
-    Failing that, the longest that `path` only goes too far beyond.
+    Candidates that end in the same key come first, then those that end in a similar one. Failing
+    both, the longest candidate that is the beginning of the path.
     """
-    by_last: dict[str, list[str]] = {}
+    by_last_key: dict[str, list[str]] = {}
     for candidate in dict.fromkeys(candidates):
-        by_last.setdefault(candidate.rpartition('.')[2], []).append(candidate)
-    last = path.rpartition('.')[2]
-    alike = by_last.get(last) or [
+        by_last_key.setdefault(candidate.rpartition('.')[2], []).append(candidate)
+    last_key = path.rpartition('.')[2]
+    # Comparing last keys, of which there are few, keeps this fast for large configs.
+    similar = by_last_key.get(last_key) or [
         candidate
         for word in (
-            difflib.get_close_matches(last, by_last, cutoff=0.7) if len(last) > _SHORT else ()
+            difflib.get_close_matches(last_key, by_last_key, cutoff=0.7)
+            if len(last_key) > _SHORT
+            else ()
         )
-        for candidate in by_last[word]
+        for candidate in by_last_key[word]
     ]
-    beginnings = [c for group in by_last.values() for c in group if path.startswith(f'{c}.')]
-    return nearest_name(path, alike, cutoff=0.0) or max(beginnings, key=len, default=None)
+    beginnings = [c for group in by_last_key.values() for c in group if path.startswith(f'{c}.')]
+    # Their last keys match already, so the rest of the path only decides between them: no cutoff.
+    return nearest_name(path, similar, cutoff=0.0) or max(beginnings, key=len, default=None)
 
 
 def did_you_mean(path: str, config: Mapping[str, Any], more: Iterable[str] = ()) -> str:
-    """Returns 'Did you mean config.x.y?', or where to look; the config may hold the wrong path."""
+    """Returns 'Did you mean config.x.y?', or where to look if nothing is similar.
+
+    Args:
+        path: the unknown path.
+        config: the plain config.
+        more: valid paths that the config does not contain.
+    """
+    # The config may contain the unknown path itself.
     known = [p for p in (*paths(config, 'config'), *more) if p != path]
     return question(nearest_path(path, known))
 
 
-def question(found: str | None) -> str:
-    """Returns 'Did you mean config.x.y?', or where to look if nothing was found."""
-    return f'Did you mean {found}?' if found else 'See --helpconfig for all keys.'
+def question(suggestion: str | None) -> str:
+    """Returns 'Did you mean config.x.y?', or where to look if there is no suggestion."""
+    return f'Did you mean {suggestion}?' if suggestion else 'See --helpconfig for all keys.'

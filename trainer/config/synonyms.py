@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table of the names that other frameworks use for the keys of a config."""
+"""The names that other frameworks use for config keys, and the keys that they correspond to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# Values that have another name here.
+# Other names of dtypes -> the names that a section accepts.
 VALUES = {
     'bf16': 'bfloat16', 'fp16': 'float16', 'half': 'float16', 'f16': 'float16',
     'bf16-mixed': 'bfloat16', '16-mixed': 'float16', 'fp32': 'float32', 'f32': 'float32',
     'float': 'float32', 'single': 'float32', 'full': 'float32',
 }  # fmt: skip
 
-# The same of dtypes; a section knows fewer.
+# The same for arguments of targets, which accept any dtype.
 DTYPES = {**VALUES, 'fp8': 'float8_e4m3fn', 'fp64': 'float64', 'f64': 'float64'}
 
 _LENGTH = '--config.train_for=10epochs, or 2000steps'
 _SCHEDULE = (
-    'A schedule is an object in the place of the learning rate: --config.optimizer.learning_rate='
+    'A schedule is an object in place of the learning rate: --config.optimizer.learning_rate='
     '\'{"target": "optax:warmup_cosine_decay_schedule", "init_value": 0, "peak_value": 0.1, '
     '"warmup_steps": "5%", "decay_steps": "100%"}\''
 )
@@ -26,21 +26,23 @@ _DECAY = (
     'Weight decay is an argument of the optimizer: --config.optimizer.target=optax:adamw has it'
 )
 _LOADER = (
-    'Processes that read are an argument of a loader: --config.data.loader='
+    'The number of reader processes is an argument of the loader: --config.data.loader='
     '\'{"target": "trainer.data.grain_loader:GrainLoader", "workers": 4}\''
 )
 _PRECISION = '--config.precision.compute=bfloat16 (and precision.params, precision.output)'
 
 _DEVICE = (
-    'JAX uses the accelerators that it finds; the environment variable JAX_PLATFORMS=cpu keeps it '
-    'to the CPU'
+    'JAX uses the accelerators that it finds; set the environment variable JAX_PLATFORMS=cpu to '
+    'use the CPU'
 )
 _TRACKER = (
-    'The work directory holds metrics.jsonl and TensorBoard files; for another tracker, write a '
-    'hook: --config.hooks.NAME=\'{"ref": "package.module:function"}\''
+    'Metrics are written to metrics.jsonl and TensorBoard files in the work directory; for another '
+    'tracker, add a hook: --config.hooks.NAME=\'{"ref": "package.module:function"}\''
 )
 
-# Each line: the words, then what they lead to. A path (of a config that has it), or else a text.
+# Each line: names that other frameworks use, then the leads to try, in this order. A lead is a key
+# path, which counts only if the config has or may set it, or else a flag or a sentence. '*' in a
+# path is the first evaluation.
 _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('lr learning_rate lrate eta base_lr max_lr initial_lr peak_lr', ('optimizer.learning_rate',)),
     (
@@ -117,7 +119,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     (
         'resume resume_from resume_from_checkpoint auto_resume',
-        ('The same command resumes; --config.init_from.path=DIRECTORY takes weights only',),
+        ('The same command resumes; --config.init_from.path=DIRECTORY loads weights only',),
     ),
     (
         'workdir work_dir output_dir out_dir logdir log_dir save_dir checkpoint_dir ckpt_dir '
@@ -138,7 +140,7 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('wandb report_to tensorboard mlflow', (_TRACKER,)),
     ('run_name experiment_name exp_name', ('--workdir=DIRECTORY',)),
 )  # fmt: skip
-# Words for the class of an object, which mean anything elsewhere.
+# Names for the class of an object. They are not in the table: elsewhere they may mean anything.
 _CLASSES = ('name', 'type')
 
 _LEADS = {word: find_leads for words, find_leads in _TABLE for word in words.split()}
@@ -147,36 +149,40 @@ _LEADS = {word: find_leads for words, find_leads in _TABLE for word in words.spl
 def hint(
     word: str, config: Mapping[str, Any], exists: Callable[[Mapping[str, Any], str], bool]
 ) -> str | None:
-    """Returns what leads from the word of another framework to ours, None if it is none of them.
+    """Returns what to use in place of another framework's name, None if it is no such name.
 
     Args:
         word: the last key of a path.
         config: the plain config.
-        exists: whether a path of the config is held, or may be set.
+        exists: whether the config contains a path, or may set it.
     """
     for lead in find_leads(word):
         if not _is_path(lead):
             return f'{lead}.' if not lead.startswith('--') else f'Write {lead}.'
-        found = _fill_in_eval(lead, config)
-        if found is not None and exists(config, found):
-            return f'Did you mean config.{found}?'
+        path = _fill_in_eval(lead, config)
+        # A path that this config cannot set would be a wrong suggestion: the next lead follows.
+        if path is not None and exists(config, path):
+            return f'Did you mean config.{path}?'
     return None
 
 
 def find_synonym(word: str, names: Sequence[str]) -> str | None:
-    """Returns the one of some names that the word of another framework means there, or None.
+    """Returns the name that has the same meaning as another framework's name, or None.
 
-    That is ours, or another word for the same: of a model with `num_steps`, `steps` is that.
+    Args:
+        word: the name that another framework uses.
+        names: the valid names at that place.
     """
     if word in _CLASSES and 'target' in names:
         return 'target'
-    ends = [lead.rpartition('.')[2] for lead in find_leads(word) if _is_path(lead)]
+    ours = [lead.rpartition('.')[2] for lead in find_leads(word) if _is_path(lead)]
+    # A user's own model may use a name of the table, too: of its `num_steps`, `steps` is a synonym.
     same = [name for name in names if find_leads(word) and find_leads(name) == find_leads(word)]
-    return next((name for name in (*ends, *same) if name in names), None)
+    return next((name for name in (*ours, *same) if name in names), None)
 
 
 def find_leads(word: str) -> tuple[str, ...]:
-    """Returns what a word of another framework leads to: paths, flags and sentences."""
+    """Returns the paths, flags and sentences that another framework's name leads to."""
     return _LEADS.get(word.lower().replace('-', '_'), ())
 
 
@@ -185,7 +191,7 @@ def _is_path(lead: str) -> bool:
 
 
 def _fill_in_eval(path: str, config: Mapping[str, Any]) -> str | None:
-    """Returns a path with the first evaluation for its '*', None if there is none."""
+    """Returns a path with '*' replaced by the first evaluation, None if there is none."""
     if '*' not in path:
         return path
     evals = config.get('evals')

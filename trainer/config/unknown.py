@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Messages for paths that nothing reads: which one was probably meant."""
+"""Messages for unknown key paths, with a suggestion of the path that was probably meant."""
 
 from __future__ import annotations
 
@@ -9,92 +9,104 @@ from typing import Any
 from trainer.config import objects, paths, reach, schema, signatures, suggest, synonyms, targets
 from trainer.config.errors import shorten
 
-# The path of an override may be long; a message is not.
-_LONGEST = 200
+# The path of an override may be long; a message should not be.
+_MAX_PATH_CHARACTERS = 200
 
-# Flags of the command line, unless they are in a section: `checkpoint.mode` is something else.
+# At the top level these are flags (`--mode`); within a section they mean a key of the section,
+# such as `checkpoint.best.mode`.
 _ONLY_FLAGS = ('mode',)
 
 _HOOK = """'{"target": "package.module:Class"}', or "ref" for a function"""
 
 
-def message(whole: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
-    """Returns what to print of a path that nothing reads.
+def message(config: Mapping[str, Any], keys: paths.Keys, depth: int) -> str:
+    """Returns the message for an unknown key path.
+
+    The hints are tried from the most to the least certain: a name that another framework uses, a
+    close misspelling, a new hook, a repaired path, and the most similar of all paths.
 
     Args:
-        whole: the plain config.
+        config: the plain config.
         keys: the path.
-        depth: which of its keys is the first that is wrong.
+        depth: index of its first unknown key.
     """
     path = f'config.{paths.join(keys)}'
-    parent = paths.get(whole, keys[:depth])
-    if reach.contains(parent, keys[depth]):  # In a dict that was given, and that is no suggestion.
+    parent = paths.get(config, keys[:depth])
+    # The config may contain the unknown key already, from a dict that the user set. It must not be
+    # suggested back.
+    if reach.contains(parent, keys[depth]):
         parent = {key: value for key, value in parent.items() if key != keys[depth]}
-        whole = paths.with_value(whole, keys[:depth], parent)
+        config = paths.with_value(config, keys[:depth], parent)
     is_object = isinstance(parent, Mapping) and 'target' in parent
     siblings = [name for name in reach.possible_names(parent, keys[:depth]) if name != keys[depth]]
-    place = f'config.{paths.join(keys[:depth])}'.removesuffix('.')
-    # Before the names that look alike: `steps` means the length of the run, and not `step`.
-    if depth == len(keys) - 1 and (hint := _synonym_hint(whole, keys, siblings)):
+    parent_path = f'config.{paths.join(keys[:depth])}'.removesuffix('.')
+    # Synonyms come before similar names: `steps` means the length of the run, not the key `step`.
+    if depth == len(keys) - 1 and (hint := _synonym_hint(config, keys, siblings)):
         return _unknown_key_text(path, hint)
     close = suggest.nearest_name(str(keys[depth]), siblings, cutoff=0.75)
-    fixed, complete = reach.repair(whole, keys) if close else ([], False)
-    if complete and fixed[depth] == close:
-        return _unknown_key_text(path, suggest.question(f'config.{paths.join(fixed)}'))
-    if hint := _hint(whole, keys):
+    repaired, is_complete = reach.repair(config, keys) if close else ([], False)
+    if is_complete and repaired[depth] == close:
+        return _unknown_key_text(path, suggest.question(f'config.{paths.join(repaired)}'))
+    if hint := _synonym_target(config, keys):
         return _unknown_key_text(path, hint)
-    known = _known_paths(whole)
+    known = _known_paths(config)
     if is_object:
         return _unknown_argument_text(parent, keys, depth, known)
-    last = [p for p in known if p.rpartition('.')[2] == keys[-1]]
+    same_name = [p for p in known if p.rpartition('.')[2] == keys[-1]]
     if keys[0] == 'hooks' and depth <= 1 and len(keys) > 2:
-        place = f'config.{paths.join(keys[:2])}'
-        return _unknown_key_text(path, f'A new hook is written whole: --{place}={_HOOK}.')
-    fixed, complete = reach.repair(whole, keys)
-    # A key of that very name, somewhere else, is more likely than one that looks alike.
-    if complete and not (last and depth == 0 and len(keys) == 1):
-        return _unknown_key_text(path, suggest.question(f'config.{paths.join(fixed)}'))
-    if not last and len(fixed) > depth:  # Some wrong names were replaced, not all.
-        return _unknown_key_text(path, suggest.question(f'config.{paths.join(fixed)}'))
-    found = suggest.nearest_path(path, last or known)
-    if found == place and siblings:  # Only the section is right.
-        return _unknown_key_text(path, f'{place} has: {", ".join(siblings)}.')
-    return _unknown_key_text(path, suggest.question(found))
+        hook = f'config.{paths.join(keys[:2])}'
+        return _unknown_key_text(path, f'A new hook is set as a whole: --{hook}={_HOOK}.')
+    repaired, is_complete = reach.repair(config, keys)
+    # For a single key, the same name in another section is likelier than a similar name here.
+    if is_complete and not (same_name and depth == 0 and len(keys) == 1):
+        return _unknown_key_text(path, suggest.question(f'config.{paths.join(repaired)}'))
+    # A partial repair still gets further than the path that was given.
+    if not same_name and len(repaired) > depth:
+        return _unknown_key_text(path, suggest.question(f'config.{paths.join(repaired)}'))
+    nearest = suggest.nearest_path(path, same_name or known)
+    # "Did you mean" the section that was named would not help; its keys do.
+    if nearest == parent_path and siblings:
+        return _unknown_key_text(path, f'{parent_path} has: {", ".join(siblings)}.')
+    return _unknown_key_text(path, suggest.question(nearest))
 
 
-def _synonym_hint(whole: Mapping[str, Any], keys: paths.Keys, siblings: list[str]) -> str | None:
-    """Returns what leads from a last key that is a word of another framework to ours, or None."""
-    word, place = str(keys[-1]), f'config.{paths.join(keys[:-1])}'.removesuffix('.')
-    if mine := synonyms.find_synonym(word, siblings):
-        return suggest.question(f'{place}.{mine}')
+def _synonym_hint(config: Mapping[str, Any], keys: paths.Keys, siblings: list[str]) -> str | None:
+    """Returns a hint if the last key is a name that another framework uses, else None."""
+    word, parent_path = str(keys[-1]), f'config.{paths.join(keys[:-1])}'.removesuffix('.')
+    # A key right here is likelier than the usual one: of an argument `lr`, the `learning_rate` of
+    # the same object rather than that of `config.optimizer`.
+    if name := synonyms.find_synonym(word, siblings):
+        return suggest.question(f'{parent_path}.{name}')
     if not synonyms.find_leads(word):
         return None
     inside = [
-        p for p in _known_paths(whole) if p.startswith(f'{place}.') and p.endswith(f'.{word}')
+        path
+        for path in _known_paths(config)
+        if path.startswith(f'{parent_path}.') and path.endswith(f'.{word}')
     ]
     if len(keys) > 1 and len(inside) == 1:
         return suggest.question(inside[0])
-    beginning = [name for name in siblings if name.startswith(f'{word}_')]
-    if beginning and schema.section_at(keys[:-1]) is None:
-        return suggest.question(f'{place}.{beginning[0]}')
-    return _hint(whole, keys)
+    longer = [name for name in siblings if name.startswith(f'{word}_')]
+    if longer and schema.section_at(keys[:-1]) is None:
+        return suggest.question(f'{parent_path}.{longer[0]}')
+    return _synonym_target(config, keys)
 
 
-def _hint(whole: Mapping[str, Any], keys: paths.Keys) -> str | None:
+def _synonym_target(config: Mapping[str, Any], keys: paths.Keys) -> str | None:
     if len(keys) > 1 and keys[-1] in _ONLY_FLAGS:
         return None
-    return synonyms.hint(str(keys[-1]), whole, _may_exist)
+    return synonyms.hint(str(keys[-1]), config, _may_exist)
 
 
-def _known_paths(whole: Mapping[str, Any]) -> list[str]:
-    """Returns every path of a config, with those that may be set."""
-    unset = [*schema.defaults(whole), *schema.optional_fields(whole)]
-    return [*suggest.paths(whole, 'config'), *(f'config.{p}' for p, _, _ in unset)]
+def _known_paths(config: Mapping[str, Any]) -> list[str]:
+    """Returns every path that a config contains or may set."""
+    unset = [*schema.defaults(config), *schema.optional_fields(config)]
+    return [*suggest.paths(config, 'config'), *(f'config.{p}' for p, _, _ in unset)]
 
 
-def _may_exist(whole: Mapping[str, Any], path: str) -> bool:
-    """Whether a path of a config is held, or may be set."""
-    keys, node = paths.parse(path), whole
+def _may_exist(config: Mapping[str, Any], path: str) -> bool:
+    """Whether a config contains a path or may set it."""
+    keys, node = paths.parse(path), config
     for depth, key in enumerate(keys):
         if not reach.contains(node, key):
             return reach.may_be_set(node, keys, depth)
@@ -105,16 +117,17 @@ def _may_exist(whole: Mapping[str, Any], path: str) -> bool:
 def _unknown_argument_text(
     node: Mapping[str, Any], keys: paths.Keys, depth: int, known: list[str]
 ) -> str:
-    path, place = f'config.{paths.join(keys)}', f'config.{paths.join(keys[:depth])}'
-    target = objects.resolve(node['target'], f'{place}.target')
+    path, node_path = f'config.{paths.join(keys)}', f'config.{paths.join(keys[:depth])}'
+    target = objects.resolve(node['target'], f'{node_path}.target')
     names = targets.visible_arguments(signatures.arguments(target)[0])
-    found = suggest.nearest_path(path, [*known, *(f'{place}.{name}' for name in names)])
-    if found is None or path.startswith(f'{found}.'):
-        path = shorten(path, _LONGEST)
-        takes = shorten(', '.join(names), 300)
-        return f'{path}: {node["target"]} takes no such argument. It takes: {takes}.'
-    return _unknown_key_text(path, suggest.question(found))
+    nearest = suggest.nearest_path(path, [*known, *(f'{node_path}.{name}' for name in names)])
+    # Nothing similar exists, or only the object itself: then the list of its arguments helps.
+    if nearest is None or path.startswith(f'{nearest}.'):
+        path = shorten(path, _MAX_PATH_CHARACTERS)
+        arguments = shorten(', '.join(names), 300)
+        return f'{path}: {node["target"]} takes no such argument. It takes: {arguments}.'
+    return _unknown_key_text(path, suggest.question(nearest))
 
 
 def _unknown_key_text(path: str, hint: str) -> str:
-    return f'{shorten(path, _LONGEST)}: there is no such key. {hint}'
+    return f'Unknown key {shorten(path, _MAX_PATH_CHARACTERS)}. {hint}'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts texts of the command line to the type of a config key."""
+"""Converts the text of an override to the type of its config key."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from trainer.config import literals, schema, sequences
 from trainer.config.durations import Duration, is_duration
 from trainer.config.errors import UserError, short_repr
 
-# The shell takes quotes away: --config.mesh={"data": 2} arrives as {data: 2}.
-_UNREADABLE = (
-    'The text is neither JSON nor a Python literal. Are quotes missing? In a shell a dict is '
-    "written as in '{\"a\": 1}', a tuple as in '(1, 2)'."
+# The shell removes quotation marks: --config.mesh={"data": 2} arrives as {data: 2}.
+_QUOTING_HINT = (
+    'The text is neither JSON nor a Python literal. Are quotation marks missing? In a shell, write '
+    "a dict as '{\"a\": 1}' and a tuple as '(1, 2)'."
 )
 _BOOLS = {'true': True, 'false': False, '1': True, '0': False, 'yes': True, 'no': False}
 _NUMBERS = {'inf': math.inf, '+inf': math.inf, '-inf': -math.inf, 'nan': math.nan}
 
-# Returns the annotation of the argument that a value is for, None if there is none. Finding it
-# imports the target, so it is asked only where the value now does not say enough.
+# Returns the annotation of the argument that a value is for, None if there is none. A function,
+# because the target must be imported for it: it is called only where the old value does not
+# determine the type.
 Annotation = Callable[[], Any]
 
 
 def no_annotation() -> Any:
-    """The annotation of what has none."""
+    """Returns the annotation of a value that has none."""
     return None
 
 
@@ -33,21 +34,32 @@ def parse(
     text: str, old: Any, hint: Any, keys: Sequence[str | int], path: str,
     annotation: Annotation = no_annotation,
 ) -> Any:  # fmt: skip
-    """Returns the value of a text of the command line for a key.
+    """Returns the value of an override.
+
+    Args:
+        text: text of the override.
+        old: value of the key until now; None if it has none.
+        hint: type of the key; None if it has none, as arguments of targets.
+        keys: key path.
+        path: the same as 'config.a.b', for messages.
+        annotation: returns the annotation of the argument that the key is.
 
     Raises:
-        UserError: as `convert`, and for what a config cannot hold.
+        UserError: for a value of another type, or one that a config cannot contain.
     """
     value = literals.literal(text)
     literals.check_depth(value, path)
+    # Before the conversion, which would say "expected int" for 1e400; but '1e400' may be a name.
     if isinstance(value, float) and not isinstance(old, str) and not _wants_text(hint):
         literals.check_overflow(value, text, path)
     try:
         new = convert(value, text, old, hint, path, annotation)
     except UserError as error:
+        # Such a text was meant to be a dict or a tuple.
         if isinstance(value, str) and text.startswith(('{', '[', '(')):
-            raise UserError(f'{error}\n{_UNREADABLE}') from error
+            raise UserError(f'{error}\n{_QUOTING_HINT}') from error
         raise
+    # Numbers within tuples and dicts have not been checked yet.
     literals.check_overflow(new, text, path)
     literals.check(new, path, keys)
     return new
@@ -56,19 +68,23 @@ def parse(
 def convert(
     value: Any, text: str, old: Any, hint: Any, path: str, annotation: Annotation = no_annotation
 ) -> Any:
-    """Returns a literal as a value of the type that a key has.
+    """Returns a literal as a value of the type of a key.
+
+    The type is that of `hint`; without one, that of the old value; and without either, the
+    annotation decides about sequences, and any other value is accepted.
 
     Args:
         value: the literal.
-        text: how it was written.
-        old: the key's value now; None if it has none.
-        hint: the key's type if it is a fixed key, else None.
+        text: its text.
+        old: value of the key until now; None if it has none.
+        hint: type of the key; None if it has none, as arguments of targets.
         path: 'config.a.b', for messages.
-        annotation: of the argument that the key is.
+        annotation: returns the annotation of the argument that the key is.
 
     Raises:
-        UserError: if it is no value of that type.
+        UserError: if the literal does not have that type.
     """
+    # A dict for a section is not converted here: it is merged with the old one, key by key.
     if hint is not None and (not isinstance(value, Mapping) or _is_scalar(hint)):
         return _convert_to_hint(text, value, hint, path)
     if old is None or old is schema.REQUIRED:
@@ -90,6 +106,7 @@ def _names_object(value: Mapping[Any, Any]) -> bool:
 
 
 def _convert_to_hint(text: str, value: Any, hint: Any, path: str) -> Any:
+    # A name may look like a number: `init_from.path=2024`.
     if isinstance(value, (int, float)) and not isinstance(value, bool) and _wants_text(hint):
         value = text
     if schema.without_none(hint) is float:
@@ -99,6 +116,7 @@ def _convert_to_hint(text: str, value: Any, hint: Any, path: str) -> Any:
     if isinstance(value, list):
         value = tuple(value)
     checked = schema.check(value, hint, path, {})
+    # A config contains durations as text; `schema.read` parses them.
     return str(checked) if isinstance(checked, Duration) else checked
 
 
@@ -111,7 +129,8 @@ def _wants_text(hint: Any) -> bool:
 
 
 def _to_number(value: Any) -> Any:
-    """Returns the number for 'inf' and 'nan', which a dict has as texts; other values unchanged."""
+    """Returns the number for the texts 'inf' and 'nan', and any other value unchanged."""
+    # In a dict they may be texts, because JSON has no such numbers.
     return _NUMBERS.get(value, value) if isinstance(value, str) else value
 
 
@@ -119,18 +138,20 @@ def _convert_like(
     text: str, value: Any, old: Any, path: str, annotation: Annotation = no_annotation
 ) -> Any:
     """Returns a literal as a value of the type of `old`."""
-    many = isinstance(value, (tuple, list)) and not isinstance(old, (tuple, list, Mapping, bool))
-    if many and sequences.elements(annotation()) is not None:
-        # `int | Sequence[int]`: a size for all, or one for each.
+    is_new_sequence = isinstance(value, (tuple, list)) and not isinstance(
+        old, (tuple, list, Mapping, bool)
+    )
+    # An argument `int | Sequence[int]` may change from one size for all to a size for each.
+    if is_new_sequence and sequences.elements(annotation()) is not None:
         return _convert_annotated(text, value, (), annotation(), path)
     if isinstance(old, bool):
         return _to_bool(text, path)
     if isinstance(old, Mapping):
-        # A schedule may become a number; everything else that is an object stays one.
+        # A number may replace a schedule; other objects must remain objects.
         if isinstance(value, (int, float)) or value is None:
             return value
         if set(old) == {'ref'} and isinstance(value, str) and value.isidentifier():
-            # Another function of the same module: what is there says whether it has one.
+            # Another function of the same module; whether it exists is checked later.
             return {'ref': f'{old["ref"].partition(":")[0]}:{value}'}
         if set(old) == {'ref'} and isinstance(value, str) and ':' in value:
             return {'ref': value}
@@ -151,13 +172,14 @@ def _to_bool(text: str, path: str) -> bool:
 
 
 def _convert_text(text: str, value: Any, old: str, path: str) -> Any:
-    # Of free strings, 'never' is a word like any other.
+    # An argument that is 'never' may be any text, not a duration.
     if is_duration(old) and old != 'never':
+        # Durations in the optimizer become numbers of steps, so a number may replace one.
         in_optimizer = path.startswith('config.optimizer.')
         if isinstance(value, int) and in_optimizer:
             return value
         return str(Duration.parse(text, path, zero=in_optimizer))
-    # Quotes are the shell's affair, but '"a"' means a.
+    # '"a"' is a literal and means a; '3' is the text of a number.
     return value if isinstance(value, str) else text
 
 
@@ -169,6 +191,7 @@ def _convert_number(text: str, value: Any, old: Any, path: str) -> Any:
         return schema.to_float(value, path)
     if isinstance(old, int) and is_number and isinstance(value, int):
         return value
+    # The opposite of `_convert_text`: a duration may replace a number of steps.
     if isinstance(old, int) and is_duration(text) and path.startswith('config.optimizer.'):
         return text
     hint = ''
@@ -181,15 +204,17 @@ def _convert_number(text: str, value: Any, old: Any, path: str) -> Any:
 
 
 def _object_hint(old: Mapping[str, Any], path: str) -> str:
-    """Says how to choose another object, or to change an argument of the present one."""
-    kind = next((key for key in ('target', 'ref') if key in old), None)
-    if kind is None:
+    """Returns a hint on how to choose another object."""
+    key = next((key for key in ('target', 'ref') if key in old), None)
+    if key is None:
         return ''
-    return f'. It is {old[kind]} now; to choose another, set --{path}.{kind}=package.module:Name'
+    return f'. It is {old[key]} now; to choose another, set --{path}.{key}=package.module:Name'
 
 
 def _convert_sequence(text: str, value: Any, old: Any, path: str, annotation: Annotation) -> Any:
-    """Returns a literal as a sequence like `old`; how long it may be, the annotation says."""
+    """Returns a literal as a sequence like `old`, of any length that the annotation allows."""
+    # Of the same length, each element has the type of the old one at its index. The annotation is
+    # needed (and the target imported) only if one does not fit.
     if sequences.have_same_lengths(value, old):
         try:
             return _convert_each(value, [(x,) for x in old], path, type(old))
@@ -202,9 +227,9 @@ def _convert_sequence(text: str, value: Any, old: Any, path: str, annotation: An
             return value
         kind = type(old).__name__
         raise UserError(f'{path}: expected a {kind} like {short_repr(old)}, got {short_repr(text)}')
-    wanted = sequences.elements(hint)
-    if wanted is not None:
+    if sequences.elements(hint) is not None:
         return _convert_annotated(text, value, old, hint, path)
+    # Without an annotation, a tuple such as (0.9, 'a') probably has a meaning for each index.
     if not isinstance(old, list) and not sequences.are_alike(old) and len(value) != len(old):
         raise UserError(
             f'{path}: expected {len(old)} elements, as in {short_repr(old)}, got {len(value)}: '
@@ -214,32 +239,41 @@ def _convert_sequence(text: str, value: Any, old: Any, path: str, annotation: An
 
 
 def _convert_annotated(text: str, value: Any, old: Any, hint: Any, path: str) -> Any:
-    """Returns a literal as the sequence that an annotation describes."""
-    wanted = sequences.elements(hint)
-    assert wanted is not None
-    if wanted.fixed and len(value) != len(wanted.hints):
-        count = len(wanted.hints)
+    """Returns a literal as a sequence that its annotation allows."""
+    elements = sequences.elements(hint)
+    assert elements is not None
+    if elements.fixed and len(value) != len(elements.hints):
+        count = len(elements.hints)
         raise UserError(
             f'{path}: expected {count} element{"s" if count != 1 else ""} '
             f'({sequences.describe(hint)}), got {len(value)}: {short_repr(text)}'
         )
     kind = list if isinstance(old, list) or sequences.is_list(hint) else tuple
-    # Of a fixed number of elements, each has a type of its own: that of the others says nothing.
-    apart = wanted.fixed and len(old) == len(wanted.hints)
+    # If the number is fixed, an element is compared with the old one at its index; otherwise all
+    # have one type, and any of the old ones shows it.
+    by_index = elements.fixed and len(old) == len(elements.hints)
     return kind(
-        _convert_element(x, inner, old[i : i + 1] if apart else old, f'{path}[{i}]')
-        for i, (x, inner) in enumerate(zip(value, wanted.of(len(value)), strict=True))
+        _convert_element(x, inner, old[i : i + 1] if by_index else old, f'{path}[{i}]')
+        for i, (x, inner) in enumerate(zip(value, elements.hints_for(len(value)), strict=True))
     )
 
 
 def _convert_element(value: Any, hint: Any, others: Sequence[Any], path: str) -> Any:
-    """Returns an element as its annotation wants it, or like one of the elements until now."""
+    """Returns an element with the type of its annotation, or else that of one of the old elements.
+
+    Args:
+        value: the element.
+        hint: its annotation.
+        others: the old elements that it may be like.
+        path: its path, for messages.
+    """
     if isinstance(value, (tuple, list)) and sequences.elements(hint) is not None:
         like = next((x for x in others if isinstance(x, (tuple, list))), ())
         return _convert_annotated(literals.to_text(value), value, like, hint, path)
     if is_duration(value) and path.startswith('config.optimizer.'):
         return value
-    # Where the file has durations or objects instead of numbers, they say what is right.
+    # Only if the old elements fit the annotation: the file may have durations or objects in place
+    # of numbers.
     if sequences.is_plain(hint) and all(_is_allowed(x, hint) for x in others):
         return schema.check(value, hint, path, {})
     if hint is Any or (sequences.is_union(hint) and _is_allowed(value, hint)):
@@ -248,7 +282,7 @@ def _convert_element(value: Any, hint: Any, others: Sequence[Any], path: str) ->
 
 
 def _is_allowed(value: Any, hint: Any) -> bool:
-    """Whether a value has a type that an annotation (`int | Sequence[int]`) allows."""
+    """Whether a value has one of the types of an annotation, such as `int | Sequence[int]`."""
     try:
         schema.check(value, hint, '', {})
     except UserError:
@@ -264,7 +298,11 @@ def _convert_each(
 
 
 def _convert_like_one_of(value: Any, likes: Sequence[Any], path: str) -> Any:
-    """Returns an element as a value of the type of the first of `likes` that it fits."""
+    """Returns an element with the type of the first value of `likes` that it can be converted to.
+
+    Raises:
+        UserError: the error about the last of `likes`, if it fits none.
+    """
     for index, like in enumerate(likes):
         if isinstance(value, Mapping) and (isinstance(like, Mapping) or _names_object(value)):
             return value

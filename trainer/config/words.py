@@ -14,76 +14,79 @@ from trainer import compat
 from trainer.config import dtypes, initializers, objects
 from trainer.config.errors import UserError, short_repr
 
-# A word means what the first of these calls so that has the argument's default, too. In other
-# modules the neighbours of a function do not do the same job.
-_HOMES = ('jax.nn', 'flax.linen', 'flax.nnx', 'jax.numpy', 'optax')
+# A name is looked up in the first of these modules that contains the argument's default. Only in
+# these do functions of one module do similar jobs, so that one can replace another.
+_MODULES = ('jax.nn', 'flax.linen', 'flax.nnx', 'jax.numpy', 'optax')
 
-# Annotations of what is called, of dtypes, and of objects that are made.
-_CALLED = {'Callable', 'type', 'Type', 'Initializer', 'ModuleDef'}
-_MADE = {'Module', 'GradientTransformation', 'GradientTransformationExtraArgs', 'Schedule'}
+# Names in annotations of callables, of objects that a config describes, and of dtypes.
+_CALLABLES = {'Callable', 'type', 'Type', 'Initializer', 'ModuleDef'}
+_OBJECTS = {'Module', 'GradientTransformation', 'GradientTransformationExtraArgs', 'Schedule'}
+_DTYPES = {'Dtype', 'DType', 'dtype', 'DTypeLike', 'SupportsDType'}
 _NONE = {'None', 'NoneType'}
-# Text and numbers of what types an annotation names; JAX's annotation of dtypes includes texts.
+# The annotations that allow a number of each type.
 _NUMBERS: dict[type, tuple[str, ...]] = {
     bool: ('bool',), int: ('int', 'float', 'complex'), float: ('float', 'complex')
 }  # fmt: skip
-_DTYPES = {'Dtype', 'DType', 'dtype', 'DTypeLike', 'SupportsDType'}
 
 
 def resolve_word(value: Any, parameter: inspect.Parameter, path: str) -> Any:
-    """Returns the function, class or dtype that a word names; any other value as it is.
+    """Returns the function, class or dtype that a value names; any other value unchanged.
 
     Args:
-        value: of a config, for the parameter.
-        parameter: of a target.
-        path: config path of the value, for messages.
+        value: the config value of an argument.
+        parameter: the parameter of the target.
+        path: key path of the value, for messages.
 
     Raises:
-        UserError: if the parameter takes a function or a dtype, and the value names none.
+        UserError: if the parameter takes a function or a dtype, and there is none with that name.
     """
     if not isinstance(value, (str, bool, int, float)):
         return value
-    kinds, default = _annotation_names(parameter.annotation), parameter.default
-    if _is_allowed(value, kinds):
+    names, default = _annotation_names(parameter.annotation), parameter.default
+    # An annotation such as `str | Callable` leaves the name to the target.
+    if _is_allowed(value, names):
         return value
-    if dtypes.is_dtype(default) or kinds & _DTYPES:
-        must = dtypes.is_dtype(default) or kinds <= _DTYPES | _NONE
+    if dtypes.is_dtype(default) or names & _DTYPES:
+        must = dtypes.is_dtype(default) or names <= _DTYPES | _NONE
         return dtypes.from_name(value, default, path, must=must)
-    if kinds & _MADE and kinds <= _MADE | _NONE:
+    if names & _OBJECTS and names <= _OBJECTS | _NONE:
         raise UserError(_not_an_object_text(value, path))
-    if not (_is_callable(default) or _takes_only_callables(kinds)):
+    if not (_is_callable(default) or _takes_only_callables(names)):
         return value
-    if 'Initializer' in kinds or compat.is_initializer(default):
-        return initializers.from_name(value, default, path, must=_takes_only_callables(kinds))
-    return _resolve_function(value, default, path, must=_takes_only_callables(kinds))
+    if 'Initializer' in names or compat.is_initializer(default):
+        return initializers.from_name(value, default, path, must=_takes_only_callables(names))
+    return _resolve_function(value, default, path, must=_takes_only_callables(names))
 
 
-def _is_allowed(value: Any, kinds: set[str]) -> bool:
-    """Whether an annotation allows a text or number as such, or False for what is left out."""
-    if value is False and kinds & _NONE and not kinds & _DTYPES:
+def _is_allowed(value: Any, names: set[str]) -> bool:
+    """Whether an annotation allows a text or number as it is."""
+    # For `norm: Callable | None`, False means None: the part is left out.
+    if value is False and names & _NONE and not names & _DTYPES:
         return True
-    return bool(kinds & {'str', *_NUMBERS.get(type(value), ())})
+    return bool(names & {'str', *_NUMBERS.get(type(value), ())})
 
 
 def _resolve_function(value: Any, default: Any, path: str, *, must: bool) -> Any:
-    homes = _modules_of(default)
+    modules = _modules_of(default)
     if isinstance(value, str):
-        for home in homes:
-            found = getattr(home, value, None)
-            if _is_callable(found) and inspect.isclass(found) == inspect.isclass(default):
-                return found
+        for module in modules:
+            function = getattr(module, value, None)
+            # A class is no replacement for a function: calling it makes an object.
+            if _is_callable(function) and inspect.isclass(function) == inspect.isclass(default):
+                return function
         if re.fullmatch(r'[\w.]+:[\w.]+', value):
             return objects.resolve(value, path)
-    near = _near_names(value, homes, inspect.isclass(default)) if isinstance(value, str) else []
+    near = _near_names(value, modules, inspect.isclass(default)) if isinstance(value, str) else []
     if not must and not near:
-        return value  # The target may know what to do with it.
+        return value  # The target may have names of its own.
     raise UserError(_not_a_function_text(value, default, path, near))
 
 
 def _not_a_function_text(value: Any, default: Any, path: str, near: list[str]) -> str:
-    what = 'class' if inspect.isclass(default) else 'function'
+    kind = 'class' if inspect.isclass(default) else 'function'
     name = _public_name(default)
-    like = f' such as {name} (its default)' if name else ''
-    text = f'{path}: expected a {what}{like}, got {short_repr(value)}.'
+    example = f' such as {name} (its default)' if name else ''
+    text = f'{path}: expected a {kind}{example}, got {short_repr(value)}.'
     if near:
         return f'{text} Did you mean {" or ".join(map(repr, near))}?'
     key, name = _guess_full_name(str(value))
@@ -93,29 +96,28 @@ def _not_a_function_text(value: Any, default: Any, path: str, near: list[str]) -
 def _not_an_object_text(value: Any, path: str) -> str:
     _, name = _guess_full_name(str(value))
     return (
-        f'{path}: expected an object, got {short_repr(value)}. Describe how it is made, as in '
-        f'dict(target={name!r}, ...)'
+        f'{path}: expected an object, got {short_repr(value)}. Describe the call that makes it, as '
+        f'in dict(target={name!r}, ...)'
     )
 
 
 def _guess_full_name(word: str) -> tuple[str, str]:
-    """Returns 'ref' or 'target', and the full name of what a word may be, or an example of one."""
+    """Returns the key ('ref' or 'target') and full name that a word may mean, or an example."""
     word = word.rpartition('.')[2]
-    for place in (*initializers.PLACES, *_HOMES):
-        found = getattr(sys.modules.get(place), word, None)
-        if found is not None and callable(found):
-            makes = place in initializers.PLACES and initializers.is_factory(found)
-            return ('target' if makes else 'ref'), f'{place}:{word}'
+    for module in (*initializers.MODULES, *_MODULES):
+        value = getattr(sys.modules.get(module), word, None)
+        if value is not None and callable(value):
+            is_factory = module in initializers.MODULES and initializers.is_factory(value)
+            return ('target' if is_factory else 'ref'), f'{module}:{word}'
     return 'ref', 'package.module:name'
 
 
-def _near_names(word: str, homes: list[Any], is_class: bool) -> list[str]:
-    """Returns names in one of the modules that are like a word, or that end it: 'nn.gelu'."""
+def _near_names(word: str, modules: list[Any], is_class: bool) -> list[str]:
+    """Returns names of one of the modules that are similar to a word, or its last part."""
+    # 'nn.gelu' is spelled right, but for its module.
     word = word.rpartition('.')[2]
-    for home in homes:
-        names = [
-            name for name, each in _public_callables(home) if inspect.isclass(each) == is_class
-        ]
+    for module in modules:
+        names = [n for n, each in _public_callables(module) if inspect.isclass(each) == is_class]
         if word in names:
             return [word]
         if near := difflib.get_close_matches(word, names, n=3, cutoff=0.7):
@@ -124,45 +126,51 @@ def _near_names(word: str, homes: list[Any], is_class: bool) -> list[str]:
 
 
 def _modules_of(default: Any) -> list[Any]:
-    """Returns the modules that have a function or class under its own name."""
+    """Returns the first module that contains a function or class under a public name."""
     if not _is_callable(default):
         return []
-    modules = [sys.modules[name] for name in _HOMES if name in sys.modules]
+    modules = [sys.modules[name] for name in _MODULES if name in sys.modules]
     return [m for m in modules if any(each is default for _, each in _public_callables(m))][:1]
 
 
 def _public_name(default: Any) -> str | None:
-    for home in _modules_of(default):
-        return next(
-            f'{home.__name__}:{n}' for n, each in _public_callables(home) if each is default
-        )
+    for module in _modules_of(default):
+        names = (name for name, each in _public_callables(module) if each is default)
+        return f'{module.__name__}:{next(names)}'
     return None
 
 
 def _public_callables(module: Any) -> Iterator[tuple[str, Any]]:
+    # A copy, because an import while this generator runs may add members to the module.
     for name, each in list(vars(module).items()):
         if not name.startswith('_') and _is_callable(each):
             yield name, each
 
 
 def _is_callable(value: Any) -> bool:
+    # `Parameter.empty`, the default of a parameter without one, is a class.
     return callable(value) and value is not inspect.Parameter.empty
 
 
-def _takes_only_callables(kinds: set[str]) -> bool:
-    return bool(kinds & _CALLED) and kinds <= _CALLED | _NONE
+def _takes_only_callables(names: set[str]) -> bool:
+    return bool(names & _CALLABLES) and names <= _CALLABLES | _NONE
 
 
 def _annotation_names(annotation: Any) -> set[str]:
-    """Returns {'Callable', 'None'} for the annotation `Callable[..., Any] | None`."""
+    """Returns {'Callable', 'None'} for the annotation `Callable[..., Any] | None`.
+
+    From its text: names in an annotation are often imported for type checkers only, so that it
+    cannot be evaluated.
+    """
     if annotation is inspect.Parameter.empty:
         return set()
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     while union := re.fullmatch(r'(?:typing\.)?(?:Optional|Union)\[(.*)\]', text.strip()):
         text = union[1]
     before = None
+    # Innermost brackets first, until there are none: `Callable[[int], list[int]]`.
     while before != text:
         before, text = text, re.sub(r'\[[^\[\]]*\]', '', text)
-    kinds = {part.strip().rpartition('.')[2] for part in re.split(r'[|,]', text)}
-    # The union that `DTypeLike` is short for, of which Flax makes one with Any.
-    return kinds - {'str', 'type', 'Any'} if 'SupportsDType' in kinds else kinds
+    names = {part.strip().rpartition('.')[2] for part in re.split(r'[|,]', text)}
+    # `DTypeLike` is a union that includes str, type and, in Flax, Any; it means a dtype.
+    return names - {'str', 'type', 'Any'} if 'SupportsDType' in names else names

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several members of one experiment, trained and evaluated by one program."""
+"""Ensembles: several members of one experiment, trained and evaluated by one program."""
 
 from trainer.ensemble.step import member_state
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluates an ensemble on a batch, as one model and as single members."""
+"""The evaluation step of an ensemble, which measures the ensemble and each member."""
 
 from __future__ import annotations
 
@@ -23,39 +23,41 @@ from trainer.tasks.metrics import merge_metrics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EnsembleEvalStep(EvalStep):
-    """An `EvalStep` whose variables have a dimension for the members before all others.
+    """An `EvalStep` whose variables have a leading dimension for the members.
 
-    The task sees all members as one model, whose call returns what the task's `combine` makes of
-    their outputs; without one it is their mean.
+    The task sees all members as one model, whose call combines their outputs with the task's
+    `combine` method, or averages them if there is none.
 
     Attributes:
-        seeds: of each member.
-        axis: mesh axis that the members are spread over, or None.
+        seeds: the seed of each member.
+        axis: mesh axis that the members are sharded over, or None.
         counted: indices of the members that make up the ensemble; empty for all. Each member is
-            evaluated for itself in any case.
+            evaluated separately in any case.
     """
 
     seeds: tuple[int, ...]
     axis: str | None = None
 
     def without_diverged(self, health: Health) -> EnsembleEvalStep:
-        """Returns the step for the members that have not diverged; for all, if all have."""
+        """Returns the step for the members that have not diverged, or for all if all have."""
+        # One diverged member would make every mean NaN.
         sound = np.flatnonzero(~fetch(health.is_bad))
         counted = () if len(sound) == len(self.seeds) else tuple(map(int, sound))
         return dataclasses.replace(self, counted=counted)
 
     def output_shapes(self, variables: Any, batch: Any) -> Any:
         """Returns the shapes of the task's output for the ensemble and for a member."""
-        one = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), variables)
-        return super().output_shapes(variables, batch), self._alone.output_shapes(one, batch)
+        first = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), variables)
+        member_output = self._member_step.output_shapes(first, batch)
+        return super().output_shapes(variables, batch), member_output
 
     def empty(self, output: Any) -> dict[str, Any]:
-        """Returns accumulators that have seen nothing, for outputs of these shapes."""
-        together, alone = output
-        empty = self.task.empty(alone)
+        """Returns empty accumulators for outputs of these shapes."""
+        ensemble_output, member_output = output
+        empty = self.task.empty(member_output)
         shape = (len(self.seeds),)
         stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape)), empty)
-        return {**super().empty(together), 'members': PerMember(stacked)}
+        return {**super().empty(ensemble_output), 'members': PerMember(stacked)}
 
     def __call__(
         self,
@@ -65,22 +67,23 @@ class EnsembleEvalStep(EvalStep):
         index: jax.Array,
         batch: Mapping[str, jax.Array],
     ) -> dict[str, Any]:
-        """Returns the totals with this batch's real rows added: see `EvalStep`."""
+        """Returns the totals including this batch's examples without padding: see `EvalStep`."""
 
-        def member(seed: jax.Array, variables: Any, before: Any) -> Any:
-            alone = dataclasses.replace(self._alone, seed=seed)
-            output = alone._output(variables, batch, step, index)
-            return merge_metrics(before, self.task.measure(output))
+        def measure_member(seed: jax.Array, variables: Any, totals: Any) -> Any:
+            member_step = dataclasses.replace(self._member_step, seed=seed)
+            output = member_step._output(variables, batch, step, index)
+            return merge_metrics(totals, self.task.measure(output))
 
-        rest = dict(totals)
-        before = rest.pop('members').stacked
+        ensemble_totals = dict(totals)
+        member_totals = ensemble_totals.pop('members').stacked
         seeds = jnp.asarray(self.seeds, jnp.int32)
-        stacked = jax.vmap(member, spmd_axis_name=self.axis)(seeds, variables, before)
-        together = super().__call__(rest, variables, step, index, batch)
-        return {**together, 'members': PerMember(stacked)}
+        map_members = jax.vmap(measure_member, spmd_axis_name=self.axis)
+        stacked = map_members(seeds, variables, member_totals)
+        ensemble_totals = super().__call__(ensemble_totals, variables, step, index, batch)
+        return {**ensemble_totals, 'members': PerMember(stacked)}
 
     @property
-    def _alone(self) -> EvalStep:
+    def _member_step(self) -> EvalStep:
         return EvalStep(model=self.model, task=self.task, seed=self.seeds[0])
 
     def _bind(self, variables: Mapping[str, Any], keys: Keys) -> EnsembleModel:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hyperparameters in the optimizer state, which can differ between members of an ensemble."""
+"""Reads and writes hyperparameters in the optimizer state, where they can differ by member."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import jax
 import numpy as np
 import optax
 
-# Numbers by path below the optimizer's node: {'learning_rate.factor': 0.5}; they may be traced.
+# Numbers by key path below `config.optimizer`: {'learning_rate.factor': 0.5}; they may be traced.
 Values = Mapping[str, Any]
 
 
-def read(opt_state: Any, names: Iterable[str]) -> dict[str, jax.Array]:
-    """Returns the numbers of these paths (below `config.optimizer`) from an optimizer's state."""
-    found: dict[str, jax.Array] = {}
+def read(opt_state: Any, paths: Iterable[str]) -> dict[str, jax.Array]:
+    """Returns the numbers at these key paths (below `config.optimizer`) from the state."""
+    by_name: dict[str, jax.Array] = {}
     for node in jax.tree.leaves(opt_state, is_leaf=_is_hyperparams_state):
         if _is_hyperparams_state(node):
-            found.update(node.hyperparams)
-    return {name: found[name_of(name)] for name in names}
+            by_name.update(node.hyperparams)
+    return {path: by_name[hyperparam_name(path)] for path in paths}
 
 
 def write(opt_state: Any, values: Values) -> Any:
-    """Returns an optimizer's state with other numbers at these paths, where the old ones were."""
-    named = {name_of(path): value for path, value in values.items()}
+    """Returns an optimizer's state with new numbers at these key paths, sharded like the old."""
+    named = {hyperparam_name(path): value for path, value in values.items()}
 
     def write(node: Any) -> Any:
         if not _is_hyperparams_state(node):
@@ -45,6 +45,7 @@ def _is_hyperparams_state(node: Any) -> bool:
     return isinstance(node, optax.InjectStatefulHyperparamsState)
 
 
-def name_of(path: str) -> str:
-    """Returns the name of a path in an optimizer's state: 'learning_rate__factor'."""
+def hyperparam_name(path: str) -> str:
+    """Returns the name of a key path in an optimizer's state: 'learning_rate__factor'."""
+    # optax passes hyperparameters as keyword arguments, so they must be identifiers.
     return re.sub(r'\W+', '__', path).strip('_')

@@ -2,8 +2,8 @@
 """Ensembles and sweeps: several members of one experiment trained by one program.
 
 Every member is the experiment with another seed, and optionally other optimizer hyperparameters.
-The state has all members along a leading dimension; they share the batch and the step counter. A
-member trains exactly as it would alone.
+The members are the leading dimension of the state; they share the batch and the step counter. A
+member trains exactly as in a run of its own.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from trainer.step.optimizer import Optimizer
 from trainer.step.state import TrainState
 from trainer.tasks.runner import TaskRunner, compute_metrics
 
-# The mesh axis that members are spread over, where a mesh has it.
+# The mesh axis that members are sharded over, if the mesh has it.
 AXIS = 'ensemble'
 
-# The fields of the state that have the dimension of the members.
-_PARTS = ('params', 'opt_state', 'collections', 'metrics', 'ema', 'loss_scale', 'health')
-_DIMS = TrainState(**dict.fromkeys(_PARTS, 0), step=None)  # type: ignore[arg-type]
+# The fields of the state that have a leading dimension for the members.
+_STACKED = ('params', 'opt_state', 'collections', 'metrics', 'ema', 'loss_scale', 'health')
+# For `jax.vmap`: where a state has that dimension.
+_STATE_DIMS = TrainState(**dict.fromkeys(_STACKED, 0), step=None)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,8 @@ class Ensemble:
 
     Attributes:
         seeds: the seed of each member.
-        values: the values of the members by key path below `config.optimizer`.
-        optimizer: returns the optimizer with other values at these paths.
+        values: hyperparameters of the members, by key path below `config.optimizer`.
+        optimizer: returns the optimizer with other values at these key paths.
     """
 
     seeds: tuple[int, ...]
@@ -56,18 +57,18 @@ class Ensemble:
         return len(self.seeds)
 
     def axis(self, mesh: Mesh) -> str | None:
-        """Returns the mesh axis that the members are spread over, None if the mesh has none.
+        """Returns the mesh axis that the members are sharded over, None if the mesh has none.
 
         Raises:
-            UserError: if they do not divide over it.
+            UserError: if the number of members is not divisible by the size of the axis.
         """
-        parts = mesh.shape.get(AXIS)
-        if parts is None:
+        axis_size = mesh.shape.get(AXIS)
+        if axis_size is None:
             return None
-        if self.size % parts:
+        if self.size % axis_size:
             raise UserError(
-                f'config.mesh: {self.size} members (config.ensemble.size) do not divide over the '
-                f'{parts} devices of the axis {AXIS!r}'
+                f'config.mesh: {self.size} members (config.ensemble.size) are not divisible by '
+                f'the size {axis_size} of mesh axis {AXIS!r}'
             )
         return AXIS
 
@@ -78,34 +79,35 @@ class Ensemble:
 
 
 def member_state(state: TrainState, member: int) -> TrainState:
-    """Returns one member's part of an ensemble's state: a state as it would be alone.
+    """Returns the state of one member of an ensemble, like that of a run of its own.
 
     Raises:
         UserError: if there is no such member.
     """
     size = jax.tree.leaves(state.metrics.stacked)[0].shape[0]
-    if not 0 <= member < size:  # JAX would take the nearest.
+    if not 0 <= member < size:  # JAX would clamp the index.
         raise UserError(f'member {member}: the ensemble has the members 0 to {size - 1}')
     state = dataclasses.replace(state, metrics=state.metrics.stacked)
-    parts = {name: jax.tree.map(lambda x: x[member], getattr(state, name)) for name in _PARTS}
-    return dataclasses.replace(state, **parts)
+    fields = {name: jax.tree.map(lambda x: x[member], getattr(state, name)) for name in _STACKED}
+    return dataclasses.replace(state, **fields)
 
 
 def member_spec(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns shape and sharding of one member's part of a leaf of an ensemble's state."""
+    """Returns the shape and sharding of one member's part of a leaf of an ensemble's state."""
     assert isinstance(leaf.sharding, NamedSharding)
     sharding = NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
     return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
 
 def repeat_for_members(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Returns an array that every member has, in the shape and sharding of the ensemble's leaf."""
+    """Repeats an array for all members, in the shape and sharding of the ensemble's leaf."""
+    # Compiled with the output's sharding, so that no device ever has all copies.
     return jax.jit(jnp.broadcast_to, static_argnums=1, out_shardings=like.sharding)(x, like.shape)
 
 
 @flax.struct.dataclass
 class PerMember(clu.metrics.Metric):
-    """A tree of metrics, each of whose numbers has a dimension for the members before all others.
+    """A tree of metrics whose arrays have a leading dimension for the members.
 
     Attributes:
         stacked: the tree.
@@ -114,7 +116,7 @@ class PerMember(clu.metrics.Metric):
     stacked: Any
 
     def compute(self) -> list[Any]:
-        """Returns the tree of computed values of each member."""
+        """Returns the computed values of each member, as trees."""
         size = jax.tree.leaves(self.stacked)[0].shape[0]
         trees = (jax.tree.map(lambda x, i=i: x[i], self.stacked) for i in range(size))
         return [compute_metrics(tree) for tree in trees]
@@ -126,8 +128,8 @@ class EnsembleStep:
 
     Attributes:
         member: the step of the first member.
-        ensemble: who they are.
-        axis: mesh axis that the members are spread over, or None.
+        ensemble: the seeds and hyperparameters of the members.
+        axis: mesh axis that the members are sharded over, or None.
     """
 
     member: TrainStep
@@ -135,11 +137,10 @@ class EnsembleStep:
     axis: str | None = None
 
     @classmethod
-    def of(cls, step: TrainStep, ensemble: Ensemble, mesh: Mesh) -> EnsembleStep:
-        """Returns the step of an ensemble's members on a mesh, from that of a lone model."""
+    def from_step(cls, step: TrainStep, ensemble: Ensemble, mesh: Mesh) -> EnsembleStep:
+        """Returns the step of an ensemble's members on a mesh, from that of a single model."""
         first = {path: each[0] for path, each in ensemble.values.items()}
-        # A member that diverges keeps its last state; the others continue, and it is evaluated with
-        # them.
+        # `undoes`: a member that diverges keeps its last finite state while the others continue.
         member = step.with_context(seed=ensemble.seeds[0], sweeps=True, undoes=True)
         if first:
             member = member.with_context(optimizer=ensemble.optimizer(first))
@@ -147,21 +148,21 @@ class EnsembleStep:
 
     @property
     def update(self) -> Callable[[TrainState, Batch], TrainState]:
-        """What is compiled: `(state, batch) -> state`."""
+        """The function to compile: `(state, batch) -> state`."""
         return self._update
 
     @property
     def task(self) -> TaskRunner:
-        """What each member is asked to do with a batch."""
+        """The task of each member."""
         return self.member.task
 
     @property
     def sweeps(self) -> bool:
-        """Whether each step looks at all values for what is not finite."""
+        """Whether each step checks all values for non-finite ones."""
         return self.member.sweeps
 
     def with_context(self, **changes: Any) -> EnsembleStep:
-        """Returns the step with another context of its members: fields of `StepContext`."""
+        """Returns the step with changes to the members' context: fields of `StepContext`."""
         return dataclasses.replace(self, member=self.member.with_context(**changes))
 
     def with_fields(
@@ -175,56 +176,59 @@ class EnsembleStep:
         return dataclasses.replace(self, member=self.member.with_state(state, replicated))
 
     def init_boxed(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
-        """Returns the first state of the first member, variables in the boxes that name them."""
+        """Returns the initial state of the first member, variables in boxes of dimension names."""
         return self.member.init_boxed(spec)
 
     def init(self, spec: Mapping[str, jax.ShapeDtypeStruct]) -> TrainState:
-        """Returns the first state, from the shapes of a training batch."""
+        """Returns the initial state, from the shapes of a training batch."""
 
-        def one(seed: jax.Array, values: dict[str, jax.Array]) -> TrainState:
+        def init_member(seed: jax.Array, values: dict[str, jax.Array]) -> TrainState:
             return self._member(seed, values).init(spec)
 
-        return _wrap_metrics(self._map(one, (0, 0))(*self._members()))
+        return _wrap_metrics(self._map(init_member, (0, 0))(*self._members()))
 
     def restart_optimizer(self, state: TrainState) -> TrainState:
-        """Returns the state with the rest of it as its parameters start them."""
+        """Returns the state with everything but the variables initialized from the parameters."""
 
-        def one(seed: jax.Array, values: dict[str, jax.Array], state: TrainState) -> TrainState:
+        def restart_member(
+            seed: jax.Array, values: dict[str, jax.Array], state: TrainState
+        ) -> TrainState:
             return self._member(seed, values).restart_optimizer(state)
 
-        return _wrap_metrics(
-            self._map(one, (0, 0, _DIMS))(*self._members(), _unwrap_metrics(state))
-        )
+        restart = self._map(restart_member, (0, 0, _STATE_DIMS))
+        return _wrap_metrics(restart(*self._members(), _unwrap_metrics(state)))
 
     def examine(self, state: TrainState) -> Health:
         """Returns the health of each member of a state that training starts from."""
-        return jax.vmap(self.member.examine, in_axes=(_DIMS,))(_unwrap_metrics(state))
+        return jax.vmap(self.member.examine, in_axes=(_STATE_DIMS,))(_unwrap_metrics(state))
 
     def sweep(self, state: TrainState) -> Health:
         """Returns the health of each member, which every step has checked."""
         assert state.health is not None
+        # A copy: JAX would return the input itself, whose buffer the next step deletes.
         return jax.tree.map(jnp.copy, state.health)
 
     def eval_params(self, state: TrainState) -> Any:
-        """Returns the parameters of each member that are evaluated."""
-        evaluated = jax.vmap(self.member.eval_params, (_DIMS,), spmd_axis_name=self.axis)
-        return evaluated(dataclasses.replace(state, metrics=None))
+        """Returns the parameters to evaluate, of each member."""
+        eval_params = jax.vmap(self.member.eval_params, (_STATE_DIMS,), spmd_axis_name=self.axis)
+        return eval_params(dataclasses.replace(state, metrics=None))
 
     def empty_metrics(self, state: TrainState, batch: Mapping[str, Any]) -> PerMember:
-        """Returns accumulators that have seen nothing, on the shapes of this state and batch."""
-        alone = jax.eval_shape(lambda s: member_state(s, 0), state)
-        empty = self.member.empty_metrics(alone, batch)
+        """Returns empty accumulators for a state and a batch of these shapes."""
+        member = jax.eval_shape(lambda s: member_state(s, 0), state)
+        empty = self.member.empty_metrics(member, batch)
         size = self.ensemble.size
         return PerMember(jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape)), empty))
 
     def _update(self, state: TrainState, batch: Batch) -> TrainState:
         """Returns the state after one step of every member on this batch."""
 
-        def one(seed: jax.Array, state: TrainState) -> TrainState:
-            # As the state has them: what an optimizer logs is what it does.
+        def update_member(seed: jax.Array, state: TrainState) -> TrainState:
+            # From the state, so that the logged hyperparameters are those that are applied.
             values = hyperparams.read(state.opt_state, self.ensemble.values)
             member = self._member(seed, values)
-            if values:  # The optimizer is another one, and so is its transformation.
+            # Facts of the first member were derived for its optimizer: replace the transformation.
+            if values:
                 facts = member.context.facts
                 assert facts is not None
                 tx = member.context.optimizer.transformation(state.params)
@@ -232,34 +236,35 @@ class EnsembleStep:
             return member.update(state, batch)
 
         seeds, _ = self._members()
-        return _wrap_metrics(self._map(one, (0, _DIMS))(seeds, _unwrap_metrics(state)))
+        update = self._map(update_member, (0, _STATE_DIMS))
+        return _wrap_metrics(update(seeds, _unwrap_metrics(state)))
 
-    def state_specs(self, alone: TrainState, mesh: Mesh) -> TrainState:
-        """Returns the shapes and shardings of all members' state from those of one.
+    def state_specs(self, state: TrainState, mesh: Mesh) -> TrainState:
+        """Returns the shapes and shardings of the state of all members from those of one.
 
         Args:
-            alone: shapes, dtypes and shardings.
+            state: shapes, dtypes and shardings of a member's state.
             mesh: the device mesh.
         """
 
         def stack(axis: str | None, tree: Any) -> Any:
-            def one(leaf: Any) -> jax.ShapeDtypeStruct:
+            def stack_leaf(leaf: Any) -> jax.ShapeDtypeStruct:
                 if axis is not None and axis in jax.tree.leaves(tuple(leaf.sharding.spec)):
                     raise UserError(
-                        f'config.sharding: the mesh axis {AXIS!r} is that of the members '
-                        '(config.ensemble), so nothing of a member can be cut over it'
+                        f'config.sharding: mesh axis {AXIS!r} is reserved for the members '
+                        '(config.ensemble); arrays of a member cannot be sharded over it'
                     )
                 spec = PartitionSpec(axis, *leaf.sharding.spec)
                 shape = (self.ensemble.size, *leaf.shape)
                 sharding = NamedSharding(mesh, spec)
                 return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
-            return jax.tree.map(one, tree)
+            return jax.tree.map(stack_leaf, tree)
 
-        # Metrics and health are fetched in one piece, so they are replicated.
-        axes = {name: None if name in ('metrics', 'health') else self.axis for name in _PARTS}
-        parts = {name: stack(axis, getattr(alone, name)) for name, axis in axes.items()}
-        return _wrap_metrics(dataclasses.replace(alone, **parts))
+        # Metrics and health are fetched in one transfer, so they are replicated.
+        axes = {name: None if name in ('metrics', 'health') else self.axis for name in _STACKED}
+        fields = {name: stack(axis, getattr(state, name)) for name, axis in axes.items()}
+        return _wrap_metrics(dataclasses.replace(state, **fields))
 
     def _member(self, seed: Any, values: Mapping[str, Any]) -> TrainStep:
         if not values:
@@ -270,8 +275,9 @@ class EnsembleStep:
         values = {path: jnp.asarray(x, jnp.float32) for path, x in self.ensemble.values.items()}
         return jnp.asarray(self.ensemble.seeds, jnp.int32), values
 
-    def _map(self, one: Callable[..., TrainState], dims: Any) -> Callable[..., TrainState]:
-        return jax.vmap(one, in_axes=dims, out_axes=_DIMS, spmd_axis_name=self.axis)
+    def _map(self, function: Callable[..., TrainState], dims: Any) -> Callable[..., TrainState]:
+        # `spmd_axis_name` adds the members' axis to sharding constraints within the function.
+        return jax.vmap(function, in_axes=dims, out_axes=_STATE_DIMS, spmd_axis_name=self.axis)
 
 
 def _wrap_metrics(state: TrainState) -> TrainState:

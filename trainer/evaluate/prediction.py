@@ -14,7 +14,7 @@ from trainer.evaluate.step import EvalStep
 from trainer.input.fields import Fields
 from trainer.input.host_field import HostField, HostFieldError
 from trainer.parallel import processes
-from trainer.parallel.mesh import ProcessRows
+from trainer.parallel.mesh import LocalExamples
 from trainer.tasks.batch import record_reads
 
 
@@ -88,7 +88,7 @@ class Prediction:
         return {name: x for name, x in outputs.items() if name not in unchanged}
 
     def gather_unchanged(
-        self, rows: Mapping[str, np.ndarray], process_rows: ProcessRows | None
+        self, rows: Mapping[str, np.ndarray], process_rows: LocalExamples | None
     ) -> dict[str, np.ndarray]:
         """Returns the outputs that are unchanged fields, for all examples of a global batch.
 
@@ -101,8 +101,8 @@ class Prediction:
         if process_rows is None or not self.unchanged:
             return {output: rows[field] for output, field in self.unchanged.items()}
         # An example that several processes hold comes from its owner only.
-        owned = process_rows.owned
-        mine = (process_rows.held[owned], {name: x[owned] for name, x in rows.items()})
+        owned = process_rows.is_owned
+        mine = (process_rows.indices[owned], {name: x[owned] for name, x in rows.items()})
         parts = processes.gather_objects(mine)
         # The parts arrive in the order of the processes, which need not be that of the batch.
         order = np.argsort(np.concatenate([indices for indices, _ in parts]))

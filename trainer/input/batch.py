@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.parallel.mesh import ProcessRows
+from trainer.parallel.mesh import LocalExamples
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,7 @@ class LoadedBatch:
     count: int
     arrays: dict[str, Any]
     ids: np.ndarray
-    rows: ProcessRows | None = None
+    rows: LocalExamples | None = None
     state: Any = None
     host: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     wait_secs: float = 0.0

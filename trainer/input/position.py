@@ -14,7 +14,7 @@ from trainer.input.batch import LoadedBatch
 from trainer.input.data import TrainData
 from trainer.input.digest import DataDigest
 from trainer.parallel import processes
-from trainer.parallel.mesh import ProcessRows
+from trainer.parallel.mesh import LocalExamples
 
 
 class DataPosition:
@@ -33,7 +33,7 @@ class DataPosition:
         self._data = data
         self._digest = DataDigest()
         self._state: Any = None
-        self._rows: ProcessRows | None = None
+        self._rows: LocalExamples | None = None
         self._row_indices: np.ndarray | None = None
 
     def add(self, batch: LoadedBatch) -> None:
@@ -43,9 +43,9 @@ class DataPosition:
             self._rows = batch.rows
             rows = batch.rows
             # Processes may read the same rows: only one of them counts each row.
-            self._row_indices = None if rows is None else rows.held[rows.owned]
+            self._row_indices = None if rows is None else rows.indices[rows.is_owned]
         if batch.rows is not None:
-            ids = ids[:, batch.rows.owned]
+            ids = ids[:, batch.rows.is_owned]
         self._digest.add(batch.start, ids, self._row_indices)
         if batch.state is not None:
             self._state = batch.state

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from trainer.input.batch import LoadedBatch
 from trainer.input.fields import Fields
 from trainer.input.loader import Block, StreamBlock
-from trainer.parallel.mesh import ProcessRows, batch_sharding
+from trainer.parallel.mesh import LocalExamples, batch_sharding
 
 # Limits of a block. One gather serves many steps because of Python's overhead per call. But a block
 # larger than the CPU caches is slower, and both the loop and `close` have to wait for a slow one.
@@ -78,8 +78,8 @@ class Prefetcher:
         """
         self._sharding = batch_sharding(mesh)
         self._stacked = batch_sharding(mesh, leading_dims=1)
-        self._rows = ProcessRows.from_mesh(mesh, batch_rows) if jax.process_count() > 1 else None
-        rows = slice(None) if self._rows is None else self._rows.held
+        self._rows = LocalExamples.from_mesh(mesh, batch_rows) if jax.process_count() > 1 else None
+        rows = slice(None) if self._rows is None else self._rows.indices
         self._block = functools.partial(block, rows=rows)
         self._release = release
         self._fields = fields

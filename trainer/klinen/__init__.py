@@ -15,16 +15,17 @@
     y = model.eval()(x)                         # evaluation mode: no random numbers
     model = model.with_rng(1)                   # training mode: dropout draws from this key
     y, model = model.call_with_updates(x)       # with the new batch statistics
-    z = model.encoder(x)                        # any part, by itself
-    y, kept = model.eval().call_with_intermediates(x)  # fields knn.Intermediate[...]
+    z = model.encoder(x)                        # any submodule, called separately
+    y, values = model.eval().call_with_intermediates(x)  # fields knn.Intermediate[...]
     y = jax.jit(lambda model, x: model.eval()(x))(model, x)
 
-A bound model does not change: every method returns a value or a copy. It is a pytree of its
-parameters, then its other collections, then its random keys if there are any.
+A bound model is immutable: every method returns a value or a copy. It is a pytree whose children
+are its parameters, its other collections and its random keys, if any.
 
-Gradients go into the parameters and into 'perturbations' (and the scales of fp8 layers); into every
-other collection they are zero, so that an update of a whole model moves no statistics. For those of
-a collection of one's own: `module, variables = model.unbind()`, and Linen's `module.apply`.
+Only the parameters, 'perturbations' and the scales of fp8 layers have gradients. Those of all other
+collections are zero, so that an update of the whole model leaves statistics unchanged. To
+differentiate with respect to a collection of your own, use `module, variables = model.unbind()` and
+Linen's `module.apply`.
 """
 
 from trainer.klinen.adapter import ADAPTER
@@ -79,6 +80,6 @@ __all__ = [
     'convert',
 ]
 
-# Here, and not on demand: whoever has a Klinen module has imported this package, and nothing below
-# it knows that there are any.
+# Registered at import: a Klinen module exists only if this package was imported, and
+# `trainer.modules` must not import `trainer.klinen`.
 register(ADAPTER)

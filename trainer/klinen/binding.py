@@ -18,12 +18,12 @@ from trainer.klinen.definition import Definition
 from trainer.modules import nnx_bridge, train_flags
 from trainer.modules.pmap_axes import PmapAxes
 
-# One for all models, so that there is one warning for each axis.
+# Shared by all models, so that each axis is warned about once.
 pmap_axes = PmapAxes()
 
-# A gradient with respect to a whole model is of its parameters, and of the collections that are
-# there to have gradients: what `perturb` adds, and the scales of fp8 layers. Statistics, caches and
-# counts have none, so that an update of all leaves moves nothing that only a call may change.
+# Collections that exist to have gradients: what `perturb` adds, and the scales of fp8 layers. All
+# others (statistics, caches, counts) get zero gradients, so that an optimizer update of the whole
+# pytree changes nothing that only a call may change.
 _DIFFERENTIATED = frozenset({'perturbations', OVERWRITE_WITH_GRADIENT})
 
 
@@ -34,10 +34,10 @@ class Binding:
     Attributes:
         definition: the module.
         params: its parameters.
-        collections: its other variables, by the name of their collection.
-        rng: a key for all streams, keys by stream, or None.
+        collections: its other variables, by collection name.
+        rng: a key for all RNG streams, keys by stream name, or None.
         training: the training flag.
-        models: bound models of the parts, made when they are read: a part that is used in several
+        models: the bound submodules that were read so far: a submodule that is used in several
             places is one object.
     """
 
@@ -49,23 +49,24 @@ class Binding:
     models: dict[Any, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
+        # Bound submodules are a cache: they are created again when they are read.
         return {**vars(self), 'models': {}}
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Every collection, the parameters among them."""
+        """Every collection, including the parameters."""
         return {'params': self.params, **self.collections}
 
     def apply(
-        self, steps: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str]
+        self, getters: tuple[Any, ...], args: Any, kwargs: Any, mutable: Iterable[str]
     ) -> tuple[Any, dict[str, Any]]:
-        """Calls a method, and returns its output and the collections that it may change.
+        """Calls a method and returns its output and the mutable collections.
 
         Args:
-            steps: lead from the module to the method; none for `__call__`.
-            args: of the call.
-            kwargs: of the call.
-            mutable: names of these collections.
+            getters: functions that lead from the module to the method; empty for `__call__`.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            mutable: names of the collections that the call may change.
         """
         collections = {
             name: value if name in _DIFFERENTIATED else jax.lax.stop_gradient(value)
@@ -78,7 +79,9 @@ class Binding:
                 {'params': self.params, **collections},
                 rngs=rngs.fold_path(keys, self.definition.path),
                 mutable=sorted(mutable),
-                method=lambda m: train_flags.method_with_training(steps, self.training)(
+                # The lambda closes over the arguments, because `apply` would take keywords such as
+                # `rngs` and `mutable` for its own.
+                method=lambda m: train_flags.method_with_training(getters, self.training)(
                     m, *args, **kwargs
                 ),
             )
@@ -88,7 +91,7 @@ class Binding:
                 output, changed = rngs.run(call, self.rng, self.definition.streams)
         except errors.ModifyScopeVariableError as error:
             error.add_note(
-                'A Klinen model does not change when it is called. Call y, model = '
+                'Calling a Klinen model does not modify it. Use y, model = '
                 'model.call_with_updates(x) to get the updated model, or model.eval()(x).'
             )
             raise
@@ -102,26 +105,26 @@ class Binding:
             ) from error
         return output, dict(changed)
 
-    def linen(self, *, with_training: bool = True) -> Any:
-        """Returns the module bound as Linen binds it.
+    def bind_linen(self, *, with_training: bool = True) -> Any:
+        """Returns the module as `nn.Module.bind` binds it.
 
         Args:
             with_training: whether to set its training flags, or to leave them as constructed.
         """
         definition = self.definition
         module = definition.with_training(self.training) if with_training else definition.module
-        keys = rngs.fold_path(rngs.known_keys(self.rng, definition.streams), definition.path)
+        keys = rngs.fold_path(rngs.stream_keys(self.rng, definition.streams), definition.path)
         return nn.Module.bind(module, self.variables, rngs=keys)
 
     def bind_part(self, part: nn.Module) -> Binding:
-        """Returns the binding of a part of the module.
+        """Returns the binding of a submodule.
 
         Args:
-            part: as Linen binds it within the module.
+            part: the submodule, as Linen binds it within the module.
         """
         assert part.scope is not None
         module, variables = part.unbind()
-        variables = _with_shared(part, module, variables)
+        variables = _with_shared_variables(part, module, variables)
         return dataclasses.replace(
             self,
             definition=Definition(
@@ -131,17 +134,21 @@ class Binding:
             ),
             params=variables.pop('params', {}),
             collections=variables,
+            # A submodule that was constructed in evaluation mode stays in it.
             training=self.training and getattr(part, 'training', True) is not False,
         )
 
 
-def _with_shared(part: nn.Module, alone: nn.Module, variables: Any) -> dict[str, Any]:
-    """Adds the variables of modules that a part uses and another part owns.
+def _with_shared_variables(part: nn.Module, unbound: nn.Module, variables: Any) -> dict[str, Any]:
+    """Adds the variables of modules that a submodule shares with the rest of the model.
+
+    Linen keeps the variables of a shared module under the path of the module that owns it, so those
+    below the submodule's own path may not be all that it needs.
 
     Args:
-        part: as Linen binds it within the model.
-        alone: the same by itself.
-        variables: what stands under the part's own path.
+        part: the submodule, as Linen binds it within the model.
+        unbound: the same submodule, without a scope.
+        variables: the variables below the path of the submodule.
     """
     assert part.scope is not None
     path = part.scope.path
@@ -155,10 +162,11 @@ def _with_shared(part: nn.Module, alone: nn.Module, variables: Any) -> dict[str,
                 strict=True,
             )
             for a, b in pairs:
+                # Outside of the submodule's path: copied to where `unbound` will look for it.
                 if a.scope.path[: len(path)] != path:
                     for key, value in traverse_util.flatten_dict(a.variables).items():
                         flat.setdefault((key[0], *b.scope.path, *key[1:]), value)
                 visit(a, b)
 
-    visit(part, nn.Module.bind(alone, {}))
+    visit(part, nn.Module.bind(unbound, {}))
     return traverse_util.unflatten_dict(flat)

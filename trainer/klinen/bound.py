@@ -25,13 +25,13 @@ M = TypeVar('M', bound=nn.Module)
 
 
 class Bound:
-    """Base of all bound classes, before the module's class in their MRO."""
+    """Base of all bound classes; precedes the module's class in their MRO."""
 
     _bound: Binding
 
     @property
     def variables(self) -> dict[str, Any]:
-        """Every variable collection by its name, the parameters among them."""
+        """Every variable collection by its name, including the parameters."""
         return self._bound.variables
 
     def unbind(self) -> tuple[nn.Module, dict[str, Any]]:
@@ -39,6 +39,7 @@ class Bound:
         return self._bound.definition.module, self.variables
 
     def __getattr__(self, name: str) -> Any:
+        # Without this, reading `_bound` before it is set would recurse.
         if name.startswith('_'):
             raise AttributeError(name)
         return _read(self._bound, name)
@@ -47,7 +48,9 @@ class Bound:
         raise errors.SetAttributeFrozenModuleError(type(self).__name__, name, value)
 
     def __dir__(self) -> list[str]:
-        return sorted({*object.__dir__(self), *intermediates.parts_of(self._bound.linen())})
+        return sorted(
+            {*object.__dir__(self), *intermediates.module_attributes(self._bound.bind_linen())}
+        )
 
     def __repr__(self) -> str:
         return repr(self._bound.definition.with_training(self._bound.training))
@@ -63,25 +66,36 @@ def _definition_method(name: str) -> Callable[..., Any]:
     return functools.wraps(getattr(nn.Module, name))(method)
 
 
-# Linen's own methods, which take variables or make them: they know nothing of these here.
-_LINENS = ('apply', 'bind', 'clone', 'copy', 'init', 'init_with_output', 'lazy_init', 'tabulate')
-for _name in _LINENS:
+# Linen's methods that take or create variables. They run on the unbound module, because they must
+# not use the variables that the model is bound to.
+_LINEN_METHODS = (
+    'apply',
+    'bind',
+    'clone',
+    'copy',
+    'init',
+    'init_with_output',
+    'lazy_init',
+    'tabulate',
+)
+for _name in _LINEN_METHODS:
     setattr(Bound, _name, _definition_method(_name))
 
 
 def make_bound(binding: Binding) -> Any:
     """Returns the bound model: an instance of a subclass of its module's class."""
     cls: Any = type(binding.definition.module)
+    # Calling the class would create an unbound module, and its `__setattr__` raises.
     model = object.__new__(_bound_class(cls))
     vars(model)['_bound'] = binding
     return model
 
 
 def bind(module: M, variables: Mapping[str, Any]) -> M:
-    """Returns the module, of Klinen or plain Linen, as a Klinen model that holds these variables.
+    """Returns a Klinen or Linen module as a Klinen model that holds these variables.
 
     Args:
-        module: a module; if it is bound already, it keeps its mode and its random keys.
+        module: a module; one that is bound already keeps its training flag and its random keys.
         variables: collections by name ('params', 'batch_stats', ...).
     """
     collections = dict(variables)
@@ -90,7 +104,8 @@ def bind(module: M, variables: Mapping[str, Any]) -> M:
     if binding is not None:
         return make_bound(dataclasses.replace(binding, **new))
     if isinstance(module, Interface):
-        # The flag of the definition stays as the class has it: the mode is the binding's.
+        # `Definition.with_training` only sets flags that have their defaults, so the definition
+        # gets the default and the binding the actual flag.
         default = train_flags.fields(module)['training']
         plain = module if module.training == default else module.clone(training=default)
         return make_bound(Binding(definition=Definition(plain), training=module.training, **new))
@@ -99,17 +114,22 @@ def bind(module: M, variables: Mapping[str, Any]) -> M:
 
 @functools.cache
 def _bound_class(cls: Any) -> Any:
-    """Makes the subclass whose methods run with variables, and registers it as a pytree."""
-    # What a class has by these names stays for its own code: of a bound model they are methods.
+    """Creates the subclass whose methods run with variables, and registers it as a pytree.
+
+    Cached, because bound models of one class must have one type: their pytree node type.
+    """
+    # These names are the interface of a bound model even if the module's class defines them too;
+    # the code of the module still sees its own, because it runs on the unbound class.
     interface = {
         name: value
         for name, value in {**vars(Interface), **vars(Bound)}.items()
         if not name.startswith('_')
     }
     names = {f.name for f in dataclasses.fields(cls)} - {'parent', 'name', *interface}
-    namespace: dict[str, Any] = {name: _attribute(name) for name in sorted(names)}
+    namespace: dict[str, Any] = {name: _field_property(name) for name in sorted(names)}
     for base in cls.__mro__:
-        # Not the members of Linen's own classes, nor of `knn.Module`, whose base the interface is.
+        # Skip Linen's base classes, `Interface` and `knn.Module`: only members of the user's
+        # classes are replaced.
         if base in nn.Module.__mro__ or Interface in (base, *base.__bases__):
             continue
         for name, value in vars(base).items():
@@ -118,69 +138,73 @@ def _bound_class(cls: Any) -> Any:
                 if member is not None:
                     namespace[name] = member
     namespace.update(
-        # `dataclasses.replace` makes a module without variables, as `clone` does.
+        # `dataclasses.replace` calls the class: it creates an unbound module, as `clone` does.
         __new__=lambda _, *args, **kwargs: cls(*args, **kwargs),
         training=property(lambda self: self._bound.training),
         __doc__=cls.__doc__,
         __module__=cls.__module__,
         __qualname__=cls.__qualname__,
+        # By identity: those of a dataclass compare the fields and ignore the variables.
         __eq__=object.__eq__,
         __hash__=object.__hash__,
     )
     bases = (Bound, cls) if issubclass(cls, Interface) else (Bound, Interface, cls)
-    made = type(cls.__name__, bases, namespace)
-    # Not before: Linen would take them for methods of a module.
+    bound = type(cls.__name__, bases, namespace)
+    # After the class is created: Linen wraps the methods in its namespace as module methods.
     for name, value in interface.items():
-        setattr(made, name, value)
-    jax.tree_util.register_pytree_with_keys(made, _flatten_with_keys, _unflatten, _flatten)
-    return made
+        setattr(bound, name, value)
+    jax.tree_util.register_pytree_with_keys(bound, _flatten_with_keys, _unflatten, _flatten)
+    return bound
 
 
 def _read(binding: Binding, name: str) -> Any:
-    """Returns a field, a property or what `setup` has made; modules come bound."""
+    """Returns a field, a property or an attribute set by `setup`; modules in it are bound."""
     if name in intermediates.fields(binding.definition.module):
         raise intermediates.unset_error(binding.definition.module, name)
-    value = getattr(binding.linen(), name)
+    value = getattr(binding.bind_linen(), name)
     if not any(intermediates.modules_in(value)):
         return value
-    unflagged = getattr(binding.linen(with_training=False), name)
-    return intermediates.map_modules(unflagged, lambda part: _part(binding, part))
+    # The definition of a submodule keeps its flags as constructed, so that explicit ones can still
+    # be distinguished from defaults.
+    unflagged = getattr(binding.bind_linen(with_training=False), name)
+    return intermediates.map_modules(unflagged, lambda part: _bound_part(binding, part))
 
 
-def _part(binding: Binding, part: nn.Module) -> Any:
-    """Returns a part as a bound model."""
+def _bound_part(binding: Binding, part: nn.Module) -> Any:
+    """Returns a submodule as a bound model."""
     assert part.scope is not None
-    # From `vars`: to ask the part itself would run its setup.
+    # `vars`, because reading an attribute of the submodule would run its setup.
     key = part.scope.path, type(part), vars(part).get('training', True)
     if key not in binding.models:
         binding.models[key] = make_bound(binding.bind_part(part))
     return binding.models[key]
 
 
-def _attribute(name: str) -> property:
+def _field_property(name: str) -> property:
     return property(lambda self: _read(self._bound, name))
 
 
 def _bound_member(name: str, value: Any) -> Any:
-    """Returns what stands in a bound class for a member of the module's class, if anything."""
+    """Returns the bound class's replacement for a member of the module's class, None for none."""
+    # `setup` and private, nowrap or static members are inherited unchanged.
     if name == 'setup' or (name.startswith('_') and name != '__call__'):
         return None
     if compat.is_nowrap(value) or isinstance(value, (staticmethod, classmethod, type)):
         return None
     if not inspect.isfunction(value):
-        return _attribute(name) if hasattr(value, '__get__') else None
-    steps = () if name == '__call__' else (operator.attrgetter(name),)
+        return _field_property(name) if hasattr(value, '__get__') else None
+    getters = () if name == '__call__' else (operator.attrgetter(name),)
 
     @functools.wraps(value)
     def method(self: Bound, *args: Any, **kwargs: Any) -> Any:
-        return capture.run(self._bound, steps, args, kwargs)[0]
+        return capture.run(self._bound, getters, args, kwargs)[0]
 
     return nn.nowrap(method)
 
 
 def _flatten(model: Any) -> tuple[tuple[Any, ...], Any]:
     binding = model._bound
-    # As they are: tree functions also put what is no array, and no dict, in their place.
+    # Unchanged, because tree functions also put other objects than arrays and dicts there.
     children = (binding.params, binding.collections, binding.rng)
     return children, (binding.definition, binding.training)
 
@@ -193,6 +217,7 @@ def _flatten_with_keys(model: Any) -> tuple[list[tuple[Any, Any]], Any]:
 
 
 def _unflatten(static: Any, children: Any) -> Any:
+    # No checks and no conversions: the children may be specs, axes of `vmap` or plain objects.
     (definition, training), (params, collections, rng) = static, children
     return make_bound(
         Binding(

@@ -19,15 +19,15 @@ class Definition:
     """The static part of a bound model; equal definitions share compiled programs.
 
     Attributes:
-        module: the module, unbound, with the flags of its maker.
-        path: names that lead to it from the model whose part it is.
-        streams: the random streams that its calls have asked for; one object for a model, its
-            copies and its parts.
+        module: the module, unbound, with its training flags as constructed.
+        path: the key path of the module in the model that contains it.
+        streams: the RNG streams that its calls have requested; one object for a model, its copies
+            and its submodules.
     """
 
     module: nn.Module
     path: tuple[str, ...] = ()
-    # NNX modules inside ask for 'default', and get a constant where there is none.
+    # 'default' is for NNX modules within: without it they get a constant key.
     streams: Streams = dataclasses.field(default_factory=lambda: Streams({'dropout', 'default'}))
     _by_training: dict[bool, nn.Module] = dataclasses.field(default_factory=dict)
 
@@ -39,6 +39,8 @@ class Definition:
 
     @functools.cached_property
     def _key(self) -> Any:
+        # Without `streams`: they grow with the calls, and a program must not be compiled again for
+        # that.
         return self.path, _fingerprint(self.module, {})
 
     def __eq__(self, other: object) -> bool:
@@ -49,8 +51,9 @@ class Definition:
 
 
 def _fingerprint(value: Any, seen: dict[int, int]) -> Any:
-    """Returns a hashable value that is equal for modules that do the same."""
+    """Returns a hashable value that is equal for modules that compute the same."""
     if isinstance(value, nn.Module):
+        # A module that occurs twice shares its parameters, unlike two equal modules.
         if id(value) in seen:
             return type(value), seen[id(value)]
         seen[id(value)] = len(seen)
@@ -62,6 +65,7 @@ def _fingerprint(value: Any, seen: dict[int, int]) -> Any:
         return type(value), tuple(_fingerprint(item, seen) for item in value)
     try:
         hash(value)
-    except TypeError:
+    except TypeError:  # Such as an array: equal only to itself.
         return type(value), id(value)
+    # With the type, because 1 == 1.0 == True.
     return type(value), value

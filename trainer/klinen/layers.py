@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linen's layers as `knn.Module`s: they follow `training`. `knn.convert` makes any other."""
+"""Linen's layers as `knn.Module`s, which follow `training`; `knn.convert` converts any other."""
 
 from __future__ import annotations
 
 import flax.linen as nn
 
 from trainer.klinen.module import Module
+
+# Written out instead of `knn.convert(nn.Dense)`, so that type checkers see the methods of `Module`.
 
 
 class Dense(nn.Dense, Module):
@@ -33,7 +35,7 @@ class ConvTranspose(nn.ConvTranspose, Module):
 
 
 class BatchNorm(nn.BatchNorm, Module):
-    """`flax.linen.BatchNorm`; uses the statistics of the batch in training mode."""
+    """`flax.linen.BatchNorm`; uses the statistics of the batch in training."""
 
 
 class LayerNorm(nn.LayerNorm, Module):
@@ -53,11 +55,11 @@ class InstanceNorm(nn.InstanceNorm, Module):
 
 
 class Dropout(nn.Dropout, Module):
-    """`flax.linen.Dropout`; draws in training mode only."""
+    """`flax.linen.Dropout`; active in training only."""
 
 
 class MultiHeadDotProductAttention(nn.MultiHeadDotProductAttention, Module):
-    """`flax.linen.MultiHeadDotProductAttention`; its dropout follows the mode."""
+    """`flax.linen.MultiHeadDotProductAttention`; its dropout is active in training only."""
 
 
 class Sequential(nn.Sequential, Module):

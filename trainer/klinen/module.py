@@ -23,18 +23,18 @@ M = TypeVar('M', bound=nn.Module)
 
 
 class _NotYetError(ValueError, AttributeError):
-    """A name that a model has only after `init_bind`; `hasattr` asks for the second base."""
+    """An attribute that exists only after `init_bind`; `hasattr` needs the second base."""
 
 
 class Module(Interface, nn.Module):
-    """A Linen module with a mode, that `init_bind` binds to its variables.
+    """A Linen module with a training flag, which `init_bind` binds to its variables.
 
     Attributes:
-        training: whether the model trains; the parts of a model follow it.
+        training: whether the model trains; its submodules follow it.
     """
 
     if TYPE_CHECKING:
-        # For a type checker no field, or those of a subclass would need defaults.
+        # A field with a default would make a type checker require defaults in all subclasses.
         @property
         def training(self) -> bool:
             """Whether the model trains."""
@@ -44,6 +44,7 @@ class Module(Interface, nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # A bound class has replacements for the methods that are wrapped here.
         if issubclass(cls, Bound):
             return
         _check_names(cls)
@@ -55,28 +56,31 @@ class Module(Interface, nn.Module):
             if any(isinstance(part, Bound) for part in intermediates.modules_in(vars(self)[name])):
                 raise ValueError(
                     f'{type(self).__name__}.{name} is bound to variables, which a new model would '
-                    'lose: give it part.clone(), and the variables to model.with_variables(...)'
+                    'lose: pass part.clone(), and pass the variables to model.with_variables(...)'
                 )
-        self._follow()
+        self._inherit_evaluation()
 
     @nn.nowrap
     def with_variables(self, variables: Mapping[str, Any]) -> Self:
-        """Returns a bound copy: see `Interface`, whose own method is for what is bound already."""
+        """Returns a bound copy: see `Interface`, whose method is for models that are bound."""
         return bind(self, variables)
 
     @nn.nowrap
-    def _follow(self) -> None:
-        """Takes evaluation mode over from the module around it, and hands it on."""
+    def _inherit_evaluation(self) -> None:
+        """Takes over evaluation mode from the enclosing module, for itself and its submodules."""
         if self.training and not _surrounding_training(self):
+            # Past the check of `__setattr__` below, which freezes the flag for users.
             object.__setattr__(self, 'training', False)
+            # Submodules that were passed as fields were constructed before this module.
             for name in train_flags.fields(self):
                 for part in intermediates.modules_in(getattr(self, name)):
                     if isinstance(part, Module):
-                        part._follow()
+                        part._inherit_evaluation()
 
     @nn.nowrap
     def __setattr__(self, name: str, value: Any) -> None:
         if name in intermediates.fields(self):
+            # Past Linen, which freezes modules outside of `setup`.
             object.__setattr__(self, name, value)
         elif name == 'training' and compat.is_constructed(self):
             raise errors.SetAttributeFrozenModuleError(type(self).__name__, name, value)
@@ -93,27 +97,27 @@ class Module(Interface, nn.Module):
                 raise intermediates.unset_error(self, name) from error
             if self.scope is None and type(self).setup is not nn.Module.setup:
                 raise _NotYetError(
-                    f'{type(self).__name__} has no {name!r}; what its setup makes is there after '
-                    'model = model.init_bind(rng, *args)'
+                    f'{type(self).__name__} has no {name!r}; attributes that setup assigns exist '
+                    'after model = model.init_bind(rng, *args)'
                 ) from error
             raise
 
 
 def convert(cls: type[M]) -> type[M]:
-    """Returns the class as a `knn.Module`; the same class gives the same one.
+    """Returns a Linen module class as a `knn.Module` class, always the same one for one class.
 
-    Flags of its call that say the mode (`deterministic`, `train`, `use_running_average`, ...)
-    follow `training` where the caller does not give them.
+    Training flags of its call (`deterministic`, `train`, `use_running_average`, ...) follow
+    `training` unless the caller passes them.
 
     Raises:
-        TypeError: if it is no class of Linen modules.
+        TypeError: if it is not a Linen module class.
     """
-    given: object = cls
-    if not isinstance(given, type) or not issubclass(given, nn.Module):
-        got = given.__name__ if isinstance(given, type) else f'an object of {type(given).__name__}'
+    obj: object = cls
+    if not isinstance(obj, type) or not issubclass(obj, nn.Module):
+        got = obj.__name__ if isinstance(obj, type) else f'a {type(obj).__name__} object'
         raise TypeError(
-            f'knn.convert: expected a class of flax.linen modules, got {got}; a module with its '
-            'variables goes to knn.bind(module, variables)'
+            f'knn.convert: expected a flax.linen module class, got {got}; to bind a module to '
+            'variables, use knn.bind(module, variables)'
         )
     linen: Any = cls
     return cls if issubclass(cls, Module) else _convert(linen)
@@ -124,14 +128,14 @@ def _convert(cls: Any) -> Any:
     names = {name: getattr(cls, name) for name in ('__doc__', '__module__', '__qualname__')}
 
     @nn.nowrap
-    def reduced(self: Any, protocol: Any) -> Any:
-        # By name, pickle would find the class that was converted.
-        if type(self) is made:
+    def reduce(self: Any, protocol: Any) -> Any:
+        # Pickle looks classes up by name, and by this name finds the class before conversion.
+        if type(self) is converted:
             return _make_empty, (cls,), vars(self)
         return object.__reduce_ex__(self, protocol)
 
-    made = type(cls.__name__, (cls, Module), {**names, '__reduce_ex__': reduced})
-    return made
+    converted = type(cls.__name__, (cls, Module), {**names, '__reduce_ex__': reduce})
+    return converted
 
 
 def _make_empty(cls: Any) -> Any:
@@ -145,28 +149,31 @@ def _surrounding_training(module: Module) -> bool:
         if isinstance(parent, Module):
             return parent.training
         parent = parent.parent
+    # No Klinen module around it: the training flag of the call, if this is within one.
     return train_flags.current.get() is not False
 
 
 def _check_names(cls: Any) -> None:
-    """Refuses fields and methods that would not be what they look like."""
+    """Raises TypeError for members that hide the interface, and for misdeclared intermediates."""
     interface = {name for name in vars(Interface) if not name.startswith('_')}
     for name in sorted(interface & {*vars(cls), *inspect.get_annotations(cls)}):
         raise TypeError(
-            f'{cls.__name__}.{name} would hide what every knn.Module has by that name (see '
-            'trainer.klinen.interface); give it another name'
+            f'{cls.__name__}.{name} would override the knn.Module member of that name (see '
+            'trainer.klinen.interface); rename it'
         )
     for field in dataclasses.fields(cls):
         if field.init and intermediates.is_marked(field, cls):
             raise TypeError(
-                f'{cls.__name__}.{field.name} is a knn.Intermediate, which no caller gives: it '
-                'must be a dataclasses.field(init=False), with a default_factory or without'
+                f'{cls.__name__}.{field.name} is a knn.Intermediate, which cannot be an argument '
+                'of the constructor: declare it with dataclasses.field(init=False)'
             )
 
 
 def _wrap_methods(cls: Any) -> None:
-    """Makes the methods of a class pass on the training flag, and reject unbound calls."""
+    """Makes the methods of a class pass on the training flag and reject unbound calls."""
     owner = next((base for base in cls.__mro__ if '__call__' in vars(base)), Module)
+    # The call of a plain Linen class takes flags as arguments; that of a Klinen class reads
+    # `self.training`.
     if not issubclass(owner, Module):
         cls.__call__ = _pass_training(owner.__call__)
     for name, value in _methods(cls).items():
@@ -176,8 +183,9 @@ def _wrap_methods(cls: Any) -> None:
 
 
 def _methods(cls: Any) -> dict[str, Any]:
-    """Returns the methods that a class has from itself, and those from Linen classes around it."""
+    """Returns the methods of a class and of its Linen bases that may need variables."""
     linens = (*nn.Module.__mro__, Interface)
+    # Methods of Klinen bases were wrapped when those classes were created.
     bases = [b for b in cls.__mro__ if b is cls or not (b in linens or issubclass(b, Module))]
     return {
         name: value
@@ -195,7 +203,10 @@ def _may_need_variables(name: str, value: Any) -> bool:
 
 
 def _inherited_method(cls: Any, name: str, inherited: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the method that a class inherits, from whatever class follows it in a subclass."""
+    """Returns a method that calls the next one in the MRO.
+
+    `inherited` itself would skip the classes that multiple inheritance puts between.
+    """
 
     @functools.wraps(inherited)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -205,15 +216,15 @@ def _inherited_method(cls: Any, name: str, inherited: Callable[..., Any]) -> Cal
 
 
 def _require_bound(method: Callable[..., Any], *, always: bool) -> Callable[..., Any]:
-    """Refuses a call that has no variables, before Linen does so in its own words.
+    """Makes a method raise `UnboundError` when the module has no variables.
 
     Args:
-        method: of a module.
-        always: whether it needs variables in any case, or only if it calls what does.
+        method: the method.
+        always: whether it always needs variables, or only if it calls a method that does.
     """
 
     @functools.wraps(method)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call_if_bound(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.scope is not None:
             return method(self, *args, **kwargs)
         if always:
@@ -223,15 +234,16 @@ def _require_bound(method: Callable[..., Any], *, always: bool) -> Callable[...,
         except errors.CallCompactUnboundModuleError as error:
             raise unbound_error(self) from error
 
-    return checked
+    return call_if_bound
 
 
 def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Passes the training flag to a method that does not read `self.training`."""
+    """Passes the training flag as an argument to a method that does not read `self.training`."""
 
     @functools.wraps(method)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call_with_training(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = train_flags.with_flags(self, args, kwargs, self.training)
+        # An `nn.Sequential` does not hand the flag on to its layers.
         layers = isinstance(self, nn.Sequential)
         with (
             train_flags.pass_training_to_layers(self.training, self)
@@ -240,4 +252,4 @@ def _pass_training(method: Callable[..., Any]) -> Callable[..., Any]:
         ):
             return method(self, *args, **kwargs)
 
-    return wrapped
+    return call_with_training

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Returns a trained model as the user's own module, to call in a notebook."""
+"""Binds the user's own module to trained variables, to call it in a notebook."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from trainer.modules.linen import Linen
 
 
 def bind_for_notebook(model: Functional, variables: Mapping[str, Any]) -> Any:
-    """Returns the user's own module with these variables in it, in evaluation mode.
+    """Returns the user's own module with these variables, in evaluation mode.
 
-    A Linen module comes as a bound Klinen model; an NNX module as it is.
+    A Linen module is returned as a bound Klinen model, an NNX module as itself.
 
     Args:
-        model: of the run, as `functional` wraps it.
-        variables: all collections, 'params' among them.
+        model: the run's model, as `as_functional` wraps it.
+        variables: all collections, including 'params'.
     """
     if isinstance(model, Linen):
-        made: Any = bind(model.module, variables)
-        return made.eval()
-    from trainer.modules.nnx import NNX  # Flax's NNX takes long to import.
+        bound: Any = bind(model.module, variables)
+        return bound.eval()
+    from trainer.modules.nnx import NNX  # Importing Flax's NNX is slow.
 
     assert isinstance(model, NNX)
     return model.with_variables(variables)

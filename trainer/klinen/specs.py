@@ -9,28 +9,32 @@ import jax
 import numpy as np
 
 
-def as_spec(given: Any) -> Any:
-    """Returns what has a shape and a dtype and is no array as a `jax.ShapeDtypeStruct`.
+def as_spec(value: Any) -> Any:
+    """Converts an object with a shape and a dtype to a `jax.ShapeDtypeStruct`.
+
+    Arrays and all other values are returned unchanged.
 
     Args:
-        given: anything. The shape is a sequence of numbers, or a text such as '3 2'; the dtype is
-            what numpy takes for one, or has it as `np_dtype`, as those of etils do.
+        value: anything. A shape is a sequence of numbers or a string such as '3 2'; a dtype is one
+            of numpy, or has one as `np_dtype`, as those of etils do.
 
     Raises:
-        TypeError: for a shape or a dtype that leaves something open.
+        TypeError: for a shape or a dtype that is not fully specified.
     """
-    is_array = hasattr(given, '__array__') or hasattr(given, '__jax_array__')
-    is_spec = isinstance(given, jax.ShapeDtypeStruct)
-    if is_array or is_spec or not (hasattr(given, 'shape') and hasattr(given, 'dtype')):
-        return given
-    shape = given.shape.split() if isinstance(given.shape, str) else given.shape
+    is_array = hasattr(value, '__array__') or hasattr(value, '__jax_array__')
+    is_spec = isinstance(value, jax.ShapeDtypeStruct)
+    if is_array or is_spec or not (hasattr(value, 'shape') and hasattr(value, 'dtype')):
+        return value
+    # The specs of etils have their shape as a string.
+    shape = value.shape.split() if isinstance(value.shape, str) else value.shape
     try:
         sizes = tuple(int(size) for size in shape)
-        dtype = np.dtype(getattr(given.dtype, 'np_dtype', given.dtype))
+        dtype = np.dtype(getattr(value.dtype, 'np_dtype', value.dtype))
     except (TypeError, ValueError) as error:
         raise TypeError(
-            f'init_bind: {given!r} has the shape {given.shape!r} and the dtype {given.dtype!r}; '
-            'expected sizes that are numbers and one dtype, as in jax.ShapeDtypeStruct((3, 2), '
+            f'init_bind: {value!r} has the shape {value.shape!r} and the dtype {value.dtype!r}; '
+            'expected integer sizes and a single dtype, as in jax.ShapeDtypeStruct((3, 2), '
             "'float32')"
         ) from error
+    # Without 64-bit mode, a float64 spec becomes float32, like an actual array.
     return jax.ShapeDtypeStruct(sizes, jax.dtypes.canonicalize_dtype(dtype))

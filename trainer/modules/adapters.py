@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters, with which a package adds its own kind of Linen modules (Klinen does)."""
+"""Adapters, through which a package such as Klinen supports its own kind of Linen modules."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Adapter:
     """Special treatment of a kind of Linen modules.
 
     Attributes:
-        intercept: runs around each method of each Linen module that a model calls, as
-            `flax.linen.intercept_methods` takes it.
-        plain: called as `plain(intermediates)` with the nested dicts of a call; returns them as a
-            task reads them.
-        refusal: called as `refusal(module)`; returns why a module cannot be a config's model, or
-            None.
+        intercept: an interceptor for `flax.linen.intercept_methods`, around each method of each
+            Linen module that a model calls.
+        plain: called as `plain(intermediates)` with the nested dicts of a call; returns them in the
+            form that a task reads.
+        refusal: called as `refusal(module)`; returns why a module cannot be the model of a config,
+            or None.
     """
 
     intercept: Callable[..., Any]
@@ -26,11 +26,11 @@ class Adapter:
     refusal: Callable[[object], str | None]
 
 
-# Empty in a run with only Flax's own modules, which then costs nothing.
+# Empty unless a package such as Klinen is imported, so a plain Flax model pays nothing.
 registered: list[Adapter] = []
 
 
 def register(adapter: Adapter) -> None:
-    """Applies an adapter to all calls of Linen modules from here on."""
+    """Applies an adapter to all later calls of Linen modules."""
     if adapter not in registered:
         registered.append(adapter)

@@ -14,7 +14,7 @@ import numpy as np
 from trainer.config.errors import UserError
 from trainer.modules.ensemble_outputs import mean
 from trainer.modules.functional import Functional
-from trainer.modules.model_view import BoundModel, Calls, Steps
+from trainer.modules.model_view import BoundModel, Calls, Getters
 from trainer.modules.rng import Keys
 from trainer.modules.static_leaves import WithStaticLeaves
 
@@ -22,11 +22,11 @@ Combine = Callable[[Any], Any]
 
 
 class EnsembleModel(BoundModel):
-    """A model each of whose variables has a dimension for the members before all others.
+    """A model whose variables have a leading dimension for the members.
 
-    A call is a call of every member; what they return is combined, and `model.intermediates` are
-    the means of the floats that they sow; what has no mean is there once for each member.
-    `model.params` and `model.variables` are those of all members.
+    A call runs every member and combines their outputs. `model.intermediates` has the means of sown
+    floats, and all members' values of other dtypes. `model.params` and `model.variables` are those
+    of all members.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class EnsembleModel(BoundModel):
 
         Args:
             functional: the module.
-            variables: of all members.
-            keys: their random keys, but for the seed.
+            variables: the variables of all members.
+            keys: the random keys of the members, apart from the seed.
             seeds: int32 (members,).
             ema: the members' moving averages, or None.
-            combine: makes one output of those of the module's own call, stacked over the members;
-                outputs of its methods and parts are averaged.
-            axis: mesh axis that the members are spread over, or None.
+            combine: combines the outputs of the module's `__call__`, stacked over the members, into
+                one; outputs of its methods and submodules are averaged.
+            axis: mesh axis that the members are sharded over, or None.
             counted: indices of the members whose outputs are combined; empty for all.
         """
         collections = {name: value for name, value in variables.items() if name != 'params'}
@@ -67,25 +67,28 @@ class EnsembleModel(BoundModel):
         field = self._functional.bind(first, self._keys)._field(name)
         if isinstance(field, jax.Array):
             raise UserError(
-                f'model.{name}: each member of an ensemble has its own; `model.variables` has them '
-                'all, with the members before all other dimensions'
+                f'model.{name} differs between the members of an ensemble; `model.variables` has '
+                'all of them, with a leading dimension for the members'
             )
         return field
 
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         def call(variables: Any, seed: jax.Array) -> Any:
             model = self._functional.bind(variables, dataclasses.replace(self._keys, seed=seed))
+            # Later calls draw other random numbers, as they do for a single model.
             model._calls.count = self._calls.count
-            output = model._apply(steps, args, kwargs)
-            return output, model.collections, WithStaticLeaves.of(model.intermediates)
+            output = model._apply(getters, args, kwargs)
+            # `vmap` returns only arrays, and a module may sow anything.
+            return output, model.collections, WithStaticLeaves.from_value(model.intermediates)
 
-        made = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
-        outputs, self._calls.collections, sown = made
+        # `spmd_axis_name` makes sharding constraints within the module keep the members' axis.
+        stacked = jax.vmap(call, spmd_axis_name=self._axis)(self.variables, self._seeds)
+        outputs, self._calls.collections, sown = stacked
         if len(self._counted) < len(self._seeds):
             outputs, sown = jax.tree.map(lambda x: x[self._counted], (outputs, sown))
         self._calls.intermediates = jax.tree.map(_mean_of_floats, sown).value
         self._calls.count += 1
-        if not steps:
+        if not getters:
             return self._combine(outputs)
         return mean(outputs, whose='a method or a part of the model')
 

@@ -16,10 +16,10 @@ def mean(outputs: Any, *, whose: str = '') -> Any:
 
     Args:
         outputs: pytree of arrays (members, ...).
-        whose: what returned them, for messages; '' for the model's own call.
+        whose: what returned them, for error messages; '' for the model's own call.
 
     Raises:
-        UserError: for an array that has no mean.
+        UserError: for an array that is not floating-point.
     """
     advice = (
         'evaluate with a task that only calls the model itself (config.evals.NAME.task)'
@@ -27,25 +27,28 @@ def mean(outputs: Any, *, whose: str = '') -> Any:
         else 'give the task a method combine(outputs)'
     )
 
-    def one(x: jax.Array) -> jax.Array:
+    def member_mean(x: jax.Array) -> jax.Array:
+        # The mean of class indices or counts would be a number without a meaning.
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise UserError(
-                f'config.ensemble: {whose or "the model"} returns arrays of {x.dtype}, which have '
-                f'no mean over the members; {advice}'
+                f'config.ensemble: {whose or "the model"} returns arrays of {x.dtype}, which '
+                f'cannot be averaged over the members; {advice}'
             )
         return x.mean(0)
 
-    return jax.tree.map(one, outputs)
+    return jax.tree.map(member_mean, outputs)
 
 
 def mean_softmax(logits: jax.Array) -> jax.Array:
     """Returns logits of the mean of the members' probabilities, from logits (members, ..., n)."""
-    each = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
-    return jax.nn.logsumexp(each, axis=0) - jnp.log(len(logits))
+    # In log space: probabilities would underflow, and their logarithms be infinite.
+    log_probs = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
+    return jax.nn.logsumexp(log_probs, axis=0) - jnp.log(len(logits))
 
 
 def mean_sigmoid(logits: jax.Array) -> jax.Array:
-    """Returns logits of the mean of the members' probabilities of a yes, elementwise."""
+    """Returns logits of the mean of the members' sigmoid probabilities, elementwise."""
     logits = jnp.asarray(logits, jnp.float32)
-    yes = jax.nn.logsumexp(jax.nn.log_sigmoid(logits), axis=0)
-    return yes - jax.nn.logsumexp(jax.nn.log_sigmoid(-logits), axis=0)
+    # The logit of a mean is log(sum p) - log(sum (1 - p)): the number of members cancels.
+    positive = jax.nn.logsumexp(jax.nn.log_sigmoid(logits), axis=0)
+    return positive - jax.nn.logsumexp(jax.nn.log_sigmoid(-logits), axis=0)

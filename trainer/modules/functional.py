@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A functional interface over module systems, as the step uses it."""
+"""The functional interface of models, which the train step uses for all module systems."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger('trainer')
 
 
 class Functional(Protocol):
-    """A model as functions of its variables."""
+    """A model whose variables are arguments and results of its methods."""
 
     @property
     def precision(self) -> Precision:
@@ -33,10 +33,10 @@ class Functional(Protocol):
     def init(
         self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys
     ) -> Mapping[str, Any]:
-        """Returns fresh variables, 'params' among them, for all modules that a task calls."""
+        """Returns fresh variables, including 'params', of all modules that a task calls."""
 
     def bind(self, variables: Mapping[str, Any], keys: Keys, *, ema: Any = None) -> BoundModel:
-        """Returns the callable that a task gets."""
+        """Returns the bound model that a task calls."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +52,26 @@ class RecordedModel:
     recorder: ModuleRecorder
 
     def bind(self, variables: Mapping[str, Any], keys: Keys, *, ema: Any = None) -> BoundModel:
-        """Returns the callable that a task gets."""
+        """Returns the bound model that a task calls."""
         bound = self.model.bind(variables, keys, ema=ema)
         bound.attach(self.recorder)
         return bound
 
 
-def functional(module: object, precision: Precision = AS_IS, *, named: bool = False) -> Functional:
+def as_functional(
+    module: object, precision: Precision = AS_IS, *, named: bool = False
+) -> Functional:
     """Wraps a user's module for the step functions.
 
     Args:
-        module: a Linen module, an NNX module, or a function `make(rngs)` that returns one of these.
+        module: a Linen module, an NNX module, or a function `make(rngs)` that returns the latter.
         precision: the dtypes of its parameters, its computation and its output.
-        named: whether what an NNX module computes carries the names of its parts in traces; with
-            Linen it always does.
+        named: whether operations of an NNX module carry the names of its submodules in traces, as
+            those of a Linen module always do.
 
     Raises:
-        TypeError: if `module` is of no module system that is supported, or makes no module.
-        UserError: if it is of a kind that is no config's model: see `adapters`.
+        TypeError: if `module` is not of a supported module system and does not create a module.
+        UserError: if an adapter refuses it: see `adapters`.
     """
     from flax import linen as nn
 
@@ -78,15 +80,17 @@ def functional(module: object, precision: Precision = AS_IS, *, named: bool = Fa
             raise UserError(f'config.model: {reason}')
     if isinstance(module, nn.Module):
         return Linen(module, precision)
-    nnx = sys.modules.get('flax.nnx')  # Whoever has made an NNX module has imported it.
+    # Not imported, which is slow: an NNX module exists only if NNX was imported.
+    nnx = sys.modules.get('flax.nnx')
     if nnx is not None and isinstance(module, nnx.Module):
         if jax.tree.leaves(nnx.state(module, nnx.Param)):
             _log.warning(
-                'config.model: %s was made without the `rngs` that a run gives: config.seed does '
-                'not change the parameters that it begins with, and those of all members of an '
-                'ensemble are the same',
+                'config.model: %s was created without the `rngs` of the run: its initial '
+                'parameters do not depend on config.seed, and are the same for all members of an '
+                'ensemble',
                 type(module).__name__,
             )
+        # A copy for each use, because NNX modules are mutable.
         module = functools.partial(_clone, module)
     if (reason := foreign.refusal(module)) is not None:
         raise TypeError(reason)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linen modules behind the functional interface, and as the bound model of a task."""
+"""Linen modules behind the functional interface, and as the bound model that a task calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flax import errors, traverse_util
 from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules import adapters, flat_init, nnx_bridge, seen, train_flags
-from trainer.modules.model_view import BoundModel, Calls, Steps
+from trainer.modules.model_view import BoundModel, Calls, Getters
 from trainer.modules.pmap_axes import LINEN_NORMS, PmapAxes
 from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.recorder import INTERMEDIATES, PERTURBATIONS
@@ -26,7 +26,7 @@ from trainer.modules.rng_streams import Streams
 
 Variables = Mapping[str, Any]
 
-# Active dropout in evaluation is always a mistake. Without a key for it, Flax raises an error.
+# Active dropout in evaluation is always a mistake: without a key, Flax raises an error for it.
 _TRAIN_ONLY_STREAMS = frozenset({'dropout'})
 
 
@@ -37,7 +37,7 @@ class Linen:
     Attributes:
         module: the module.
         precision: the dtypes of its parameters, its computation and its output.
-        pmap_axes: leaves axes of `jax.pmap` out of its normalisation layers.
+        pmap_axes: omits axes of `jax.pmap` in its normalization layers.
         modes: the module with its training flags set, for False and for True.
     """
 
@@ -47,6 +47,7 @@ class Linen:
     modes: Mapping[bool, nn.Module] = dataclasses.field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        # Once, not in each call: setting the flags walks over all fields of all submodules.
         modes = {
             training: train_flags.set_fields(self.module, training) for training in (False, True)
         }
@@ -55,11 +56,11 @@ class Linen:
     def init(self, task: Callable[..., Any], batch: Mapping[str, Any], keys: Keys) -> Variables:
         """Returns fresh variables of everything that `task` calls on this batch.
 
-        Those whose dimensions the module names are still in their boxes (`flax.core.meta`).
+        Variables with dimension names are still in their boxes (`flax.core.meta`).
 
         Args:
-            task: called as `task(model, batch)`, in evaluation mode: initialisation needs no
-                dropout and does not move batch statistics.
+            task: called as `task(model, batch)`, in evaluation mode: initialization needs no
+                dropout and does not update batch statistics.
             batch: arrays with the training batch's shapes; the values do not matter.
             keys: the keys of mode 'init'.
         """
@@ -69,9 +70,9 @@ class Linen:
         return {**bound.variables, 'params': self.precision.cast_params(bound.params)}
 
     def bind(self, variables: Variables, keys: Keys, *, ema: Any = None) -> LinenModel:
-        """Returns the callable that a task gets; `keys.mode` says whether it trains."""
+        """Returns the bound model that a task calls; `keys.mode` says whether it trains."""
         calls = Calls({name: value for name, value in variables.items() if name != 'params'})
-        # The stream 'default' is what NNX modules inside ask for: without it they get a constant.
+        # 'default' is for NNX modules within: without it they get a constant key.
         streams = Streams({'default', 'dropout'})
         if keys.mode != 'train':
             streams = Streams({'default'}, _TRAIN_ONLY_STREAMS)
@@ -91,13 +92,13 @@ class LinenModel(BoundModel):
         """Runs the module's `__call__` and returns its output."""
         if seen.current.get() is not None or self._precision.compute is not None:
             return super().__call__(*args, **kwargs)
-        return self._apply((), args, kwargs)  # There is nothing to note and nothing to cast.
+        return self._apply((), args, kwargs)  # The common case: nothing to record or to cast.
 
     def _field(self, name: str) -> Any:
         module = self._linen.modes[self.training]
         return getattr(module, name) if name in train_flags.fields(module) else None
 
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         calls, recorder, precision = self._calls, self._calls.recorder, self._precision
         training = self._keys.mode == 'train'
         params = self._params
@@ -111,10 +112,11 @@ class LinenModel(BoundModel):
             mutable.update(recorder.collections)
             if recorder.perturbations:
                 variables[PERTURBATIONS] = recorder.perturbations
+        # Counted even if the call fails, so that no later call repeats its random numbers.
         number, calls.count = calls.count, calls.count + 1
         run = functools.partial(self._linen.modes[training].apply, variables)
         try:
-            output, updates = self._run(run, steps, args, kwargs, sorted(mutable), number)
+            output, updates = self._run(run, getters, args, kwargs, sorted(mutable), number)
         except errors.ScopeParamNotFoundError as error:
             raise UserError(
                 'the model uses a parameter that was not created by initialization, which runs in '
@@ -136,38 +138,40 @@ class LinenModel(BoundModel):
     def _run(
         self,
         run: Callable[..., Any],
-        steps: Steps,
+        getters: Getters,
         args: Any,
         kwargs: Any,
         mutable: Any,
         number: int = 0,
     ) -> tuple[Any, dict[str, Any]]:
-        """Applies the module, and returns its output and the collections that it has changed.
+        """Applies the module and returns its output and the changed collections.
 
-        The intermediates are not among them: `model.intermediates` has them.
+        The intermediates are removed from these and become `model.intermediates`.
 
         Args:
-            run: `apply` or `init_with_output` of the module: pure, so that it can start again.
-            steps: lead from the module to what is called.
-            args: of what is called.
-            kwargs: likewise, by name.
+            run: `apply` or `init_with_output` of the module: pure, so that it can be repeated.
+            getters: functions that lead from the module to the method; empty for `__call__`.
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
             mutable: the collections that may change.
-            number: how many calls were before this one.
+            number: index of this call among those of the step.
         """
         training, calls = self._keys.mode == 'train', self._calls
-        method = functools.partial(train_flags.call_with_training, steps, training)
+        method = functools.partial(train_flags.call_with_training, getters, training)
         with contextlib.ExitStack() as stack:  # Interceptors of methods, outermost first.
             stack.enter_context(nn.intercept_methods(self._intercept))
             if calls.recorder is not None:
                 stack.enter_context(calls.recorder.intercept_linen())
             for adapter in adapters.registered:
                 stack.enter_context(nn.intercept_methods(adapter.intercept))
-            if 'flax.nnx.bridge' in sys.modules:  # Whoever has made a bridge has imported it.
+            if 'flax.nnx.bridge' in sys.modules:  # Otherwise the model contains no bridge.
                 stack.enter_context(self._linen.pmap_axes.intercept_calls())
                 stack.enter_context(nnx_bridge.pass_training_to_nnx(training))
-            given = mutable
+            requested = mutable
+            # Repeated until all RNG streams of the module are known: Flax has no list of them.
             while True:
                 rngs = {name: self._keys.stream(name) for name in sorted(self._streams.names)}
+                # Later calls of a step must draw other numbers than the first one.
                 if number:
                     rngs = {name: jax.random.fold_in(key, number) for name, key in rngs.items()}
                 try:
@@ -181,7 +185,7 @@ class LinenModel(BoundModel):
                     # Flax requires all branches of `nn.cond` to change the same collections. In
                     # plain Flax a module may sow in one branch if 'intermediates' is immutable, so
                     # retry without that collection.
-                    if mutable is not given or not compat.branches_differ(error, INTERMEDIATES):
+                    if mutable is not requested or not compat.branches_differ(error, INTERMEDIATES):
                         raise
                     mutable = compat.without_collection(mutable, INTERMEDIATES)
         updates = dict(updates)
@@ -193,17 +197,20 @@ class LinenModel(BoundModel):
 
     def _intercept(
         self,
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        """Runs a method of a module; some of Flax's layers need something around it."""
+        """Linen interceptor for the layers that need special treatment.
+
+        One for all of them, because every interceptor costs tracing time in each method call.
+        """
         if isinstance(context.module, LINEN_NORMS):
-            return self._linen.pmap_axes.intercept(following, args, kwargs, context)
+            return self._linen.pmap_axes.intercept(next_fun, args, kwargs, context)
         if isinstance(context.module, nn.DenseGeneral):
-            return flat_init.intercept(following, args, kwargs, context)
-        return following(*args, **kwargs)
+            return flat_init.intercept(next_fun, args, kwargs, context)
+        return next_fun(*args, **kwargs)
 
     def _check_structure(self, updates: Variables) -> None:
         for name, value in updates.items():
@@ -212,7 +219,7 @@ class LinenModel(BoundModel):
             if before != after:
                 raise ValueError(
                     f'the call changed the structure of the collection {name!r} from {before} to '
-                    f'{after}; the state must keep its structure, so values that pile up (sow) '
+                    f'{after}; the state must keep its structure, so sown values that accumulate '
                     "belong in 'intermediates' or need init_fn and reduce_fn"
                 )
 
@@ -227,18 +234,18 @@ class _InitModel(LinenModel):
     def ema(self) -> LinenModel:
         return self
 
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
         # The inputs are not cast: with the new float32 parameters, the carry of a scan over layers
         # would start in half precision and become float32.
         def init(*args: Any, rngs: dict[str, jax.Array], **options: Any) -> Any:
             return self._linen.modes[False].init_with_output(rngs, *args, **options)
 
-        # A task may read what is sown; the state never holds it.
+        # Intermediates are allowed, because a task may read them; `_run` removes them.
         mutable = nn.DenyList((PERTURBATIONS,))
-        output, made = self._run(init, steps, args, kwargs, mutable)
-        # A second call makes equal values for what it shares with the first (a parameter's key
-        # comes from its path), so it does not matter which of the two is kept.
-        flat = {**traverse_util.flatten_dict(made), **traverse_util.flatten_dict(self.variables)}
+        output, new = self._run(init, getters, args, kwargs, mutable)
+        # A second call creates equal values for parameters that it shares with the first (their
+        # keys are derived from their paths), so it does not matter which of the two is kept.
+        flat = {**traverse_util.flatten_dict(new), **traverse_util.flatten_dict(self.variables)}
         variables = traverse_util.unflatten_dict(flat)
         self._params = variables.pop('params', {})
         self._calls.collections = variables

@@ -19,10 +19,10 @@ from trainer.modules.precision import AS_IS, Precision
 from trainer.modules.recorder import ModuleRecorder
 from trainer.modules.rng import Keys
 
-# Types of fields that are returned as they are.
+# Types of fields that are returned unchanged.
 _PLAIN = (bool, int, float, str)
-# Functions from a module to a method or a part of it, applied one after the other.
-Steps = tuple[Callable[[Any], Any], ...]
+# Functions that lead from a module to a method or submodule, applied one after the other.
+Getters = tuple[Callable[[Any], Any], ...]
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class Calls:
 
     Attributes:
         collections: the variables other than parameters, after the calls so far.
-        count: number of calls so far.
+        count: number of calls so far; folded into the random keys of the next one.
         intermediates: the intermediates of the last call.
         recorder: records the calls; None records nothing.
     """
@@ -47,14 +47,15 @@ class BoundModel(abc.ABC):
     """A module bound to variables, RNG keys and the training flag, as a task calls it.
 
     `model(x)` runs `__call__`; `model.encode(x)`, `model.encoder(x)` or `model.layers[0](x)` runs a
-    method or a sub-module (of a Linen module, one that `setup` makes: what a compact method makes
-    has no name outside of it); a number or string among the module's fields, or a tuple of them, is
-    read as `model.width`, and the value of an NNX module's own variable as `model.temperature`.
-    Names of this class hide those of the module.
+    method or a submodule (of a Linen module, one that `setup` assigns: those of a compact method
+    have no name outside of it). `model.width` reads a field that is a number, a string or a tuple
+    of these, and `model.temperature` the value of an NNX module's own variable. Names of this class
+    hide those of the module.
 
-    It may be called several times: collections that a call changes (batch statistics) are seen by
-    the next call, and each call draws its own random numbers. The views `ema` and `stop_gradient`
-    are the same model with other parameters: their calls count among its own.
+    The model may be called several times: the next call sees the collections that a call changes
+    (batch statistics), and each call draws its own random numbers. The views `ema` and
+    `stop_gradient` are the same model with other parameters; they share its state and its count of
+    calls.
 
     Attributes:
         params: the parameters of this view.
@@ -67,12 +68,12 @@ class BoundModel(abc.ABC):
     _ema: Any = None
     _precision: Precision = AS_IS
 
-    # For the step, which returns it: not a copy, and one function less to read through.
+    # For the train step: not a copy, and no function of its own in the step's call chain.
     own_collections = property(operator.attrgetter('_calls.collections'))
 
     @property
     def collections(self) -> dict[str, Any]:
-        """Every variable collection but the parameters, after the calls so far."""
+        """Every variable collection except the parameters, after the calls so far."""
         return dict(self._calls.collections)
 
     @property
@@ -82,7 +83,7 @@ class BoundModel(abc.ABC):
 
     @property
     def params(self) -> Any:
-        """The nested dict of parameters, with `stop_gradient` applied where it was asked for."""
+        """The nested dict of parameters, after `stop_gradient` where this is such a view."""
         return self._params
 
     @property
@@ -92,29 +93,29 @@ class BoundModel(abc.ABC):
 
     @property
     def intermediates(self) -> dict[str, Any]:
-        """What modules have sown into 'intermediates' in the last call, as nested dicts.
+        """The values that modules sowed into 'intermediates' in the last call, as nested dicts.
 
-        A sown value is a tuple with one value for each time, unless the module says otherwise; what
-        an NNX module assigns as `nnx.Intermediate` is there as it is.
+        A sown value is a tuple with an item for each `sow`, unless the module sets another
+        `reduce_fn`; an `nnx.Intermediate` that an NNX module assigns is the value itself.
         """
         return self._calls.intermediates
 
     def remember(self) -> Callable[[], None]:
-        """Returns a function that undoes the side effects of all calls from here on."""
+        """Returns a function that undoes the side effects of all later calls."""
         calls, recorder = self._calls, self._calls.recorder
         before = dataclasses.replace(calls, collections=dict(calls.collections))
-        back = None if recorder is None else recorder.remember()
+        forget_records = None if recorder is None else recorder.remember()
 
         def forget() -> None:
             calls.collections = dict(before.collections)
             calls.count, calls.intermediates = before.count, before.intermediates
-            if back is not None:
-                back()
+            if forget_records is not None:
+                forget_records()
 
         return forget
 
     def attach(self, recorder: ModuleRecorder) -> None:
-        """Records all calls from here on, including those of the views."""
+        """Records all later calls, including those of the views."""
         self._calls.recorder = recorder
 
     @property
@@ -122,21 +123,21 @@ class BoundModel(abc.ABC):
         """The same model with the moving average of the parameters.
 
         Raises:
-            ValueError: if the config keeps no average (`config.ema`).
+            ValueError: if the run has no moving average (`config.ema`).
         """
         if self._ema is None:
-            raise ValueError('model.ema: this run keeps no average; set config.ema.decay')
-        return self._with(self._ema)
+            raise ValueError('model.ema: this run has no moving average; set config.ema.decay')
+        return self._with_params(self._ema)
 
     def rng(self, name: str) -> jax.Array:
         """Returns the random key of the stream `name` in this step."""
         return self._keys.stream(name)
 
     def stop_gradient(self, pattern: str) -> BoundModel:
-        """Returns the model with no gradient into parameters whose whole path matches `pattern`.
+        """Returns the model without gradients of the parameters whose full path matches `pattern`.
 
         Raises:
-            UserError: if it matches none.
+            UserError: if the pattern matches no parameter.
         """
         where = 'model.stop_gradient'
         expression = patterns.compile_pattern(pattern, where)
@@ -147,13 +148,14 @@ class BoundModel(abc.ABC):
             matches = expression.fullmatch(param_path(path))
             return jax.lax.stop_gradient(value) if matches else value
 
-        return self._with(jax.tree_util.tree_map_with_path(stop, self.params))
+        return self._with_params(jax.tree_util.tree_map_with_path(stop, self.params))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's `__call__` and returns its output."""
         return self._call((), args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        # Private names would recurse while the model is being copied.
         if name.startswith('_'):
             raise AttributeError(name)
         field = self._field(name)
@@ -163,49 +165,54 @@ class BoundModel(abc.ABC):
             return field
         return getattr(_Method(self), name)
 
-    def _with(self, params: Any) -> BoundModel:
+    def _with_params(self, params: Any) -> BoundModel:
+        # Shallow: the view shares `_calls`, so calls of both count together.
         view = copy.copy(self)
         view._params = params
         return view
 
-    def _call(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        noted, call = seen.current.get(), None
-        if noted is not None:
-            name = '.'.join(['model', *(str(step.__reduce__()[1][0]) for step in steps)])
-            call = noted.call(name, args, kwargs)
+    def _call(self, getters: Getters, args: Any, kwargs: Any) -> Any:
+        record, call = seen.current.get(), None
+        if record is not None:
+            # `attrgetter` and `itemgetter` offer their names through pickling only.
+            name = '.'.join(['model', *(str(getter.__reduce__()[1][0]) for getter in getters)])
+            call = record.note_call(name, args, kwargs)
         is_cast = self._precision.compute is not None
         with self._precision.model_scope() if is_cast else contextlib.nullcontext():
-            output = self._apply(steps, args, kwargs)
+            output = self._apply(getters, args, kwargs)
         if call is not None:
             call.output = seen.describe(output)
         return output
 
     @abc.abstractmethod
-    def _apply(self, steps: Steps, args: Any, kwargs: Any) -> Any:
-        """Calls the method or part at the end of `steps`, and stores changed collections."""
+    def _apply(self, getters: Getters, args: Any, kwargs: Any) -> Any:
+        """Calls the method or submodule that `getters` lead to, and stores changed collections."""
 
     @abc.abstractmethod
     def _field(self, name: str) -> Any:
-        """Returns the attribute of the module with this name, None if there is none."""
+        """Returns the attribute of the module with this name, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """`model.encoder` or `model.layers[0].attend`: a method or submodule that can be called."""
+    """`model.encoder` or `model.layers[0].attend`: a method or submodule to call.
+
+    The attributes are read within the call only: outside of it a Linen module is not set up.
+    """
 
     _model: BoundModel
-    _steps: Steps = ()
+    _getters: Getters = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model._call(self._steps, args, kwargs)
+        return self._model._call(self._getters, args, kwargs)
 
     def __getattr__(self, name: str) -> _Method:
         if name.startswith('_'):
             raise AttributeError(name)
-        return _Method(self._model, (*self._steps, operator.attrgetter(name)))
+        return _Method(self._model, (*self._getters, operator.attrgetter(name)))
 
     def __getitem__(self, key: int | str) -> _Method:
-        return _Method(self._model, (*self._steps, operator.itemgetter(key)))
+        return _Method(self._model, (*self._getters, operator.itemgetter(key)))
 
 
 def param_path(path: Iterable[Any]) -> str:

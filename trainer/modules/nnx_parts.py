@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits an NNX module into its graph, and its variables as nested dicts by collection."""
+"""Splits NNX modules into their graphs and their variables, as nested dicts by collection."""
 
 from __future__ import annotations
 
@@ -21,70 +21,73 @@ from trainer.config.errors import UserError
 Variables = Mapping[str, Any]
 Path = tuple[str, ...]
 
-# Variables that last for one call only, and are not part of the state.
+# Variables that exist during one call and are not part of the state.
 INTERMEDIATES = (nnx.Intermediate, nnx.Perturbation)
-# The names that Linen gives to collections of the same meaning.
+# Linen's names for collections of the same meaning.
 _NAMES = {nnx.Param: 'params', nnx.BatchStat: 'batch_stats', nnx.Cache: 'cache'}
-# The collection of arrays that are in no variable.
+# The collection of arrays that are not in a variable.
 _BUFFERS = 'buffers'
-# What is kept under each name that no class of a user's own may take.
+# Collection names that are not available to other variable classes, and what they are used for.
 _RESERVED = {
     **{name: f'nnx.{kind.__name__}' for kind, name in _NAMES.items()},
-    _BUFFERS: 'arrays in no variable',
+    _BUFFERS: 'arrays outside of variables',
     'intermediates': 'nnx.Intermediate',
     'perturbations': 'nnx.Perturbation',
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class SplitModule:
     """A module without the values of its variables.
 
     Attributes:
-        graph: what never changes.
-        state: its variables; their values are shapes.
+        graph: the NNX graph definition, which is static.
+        state: its variables, with shapes and dtypes instead of values.
     """
 
     graph: Any
     state: Any
 
     @classmethod
-    def of(cls, module: nnx.Module) -> Parts:
-        """Takes a module apart, made with values or with shapes alone."""
+    def from_module(cls, module: nnx.Module) -> SplitModule:
+        """Splits a module whose variables have values or only shapes."""
         graph, state = nnx.split(module)
         return cls(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
 
     def fill(self, variables: Variables, rng: Callable[[Path, Any], jax.Array]) -> nnx.Module:
-        """Returns the module with these variables.
+        """Returns a new module with these variables.
 
         Args:
             variables: nested dicts by collection.
-            rng: makes the value of a variable of random numbers, by its path.
+            rng: called as `rng(path, variable)`; returns the value of a variable of RNG state.
         """
         filled = []
         for path, variable in nnx.to_flat_state(self.state):
-            place = tuple(map(str, path))
+            # As strings, because indices of lists are integers and keys of checkpoints are not.
+            names = tuple(map(str, path))
             if isinstance(variable, nnx.RngState):
-                value = rng(place, variable)
+                value = rng(names, variable)
             elif isinstance(variable, INTERMEDIATES):
                 shapes = variable.get_value()
                 value = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             else:
-                value = functools.reduce(operator.getitem, place, variables[collection(variable)])
+                tree = variables[collection_name(variable)]
+                value = functools.reduce(operator.getitem, names, tree)
             is_variable = isinstance(variable, nnx.Variable)
             filled.append((path, variable.replace(value) if is_variable else value))
+        # A copy, because a call changes its variables in place.
         return nnx.merge(self.graph, nnx.from_flat_state(filled), copy=True)
 
 
-def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
-    """Returns the values of a module's variables as nested dicts, by collection.
+def variable_values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
+    """Returns the values of a module's variables as nested dicts by collection.
 
     Args:
-        module: keeps what it has; random numbers and intermediates are left out.
-        boxed: put those whose dimensions have names into Linen's boxes (`flax.core.meta`).
+        module: keeps its variables. RNG state and intermediates are left out of the result.
+        boxed: put variables with dimension names into Linen's boxes (`flax.core.meta`).
     """
     mark_arrays(module)
-    found: dict[str, dict[Path, Any]] = {}
+    collections: dict[str, dict[Path, Any]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         if isinstance(variable, (nnx.RngState, *INTERMEDIATES)):
             continue
@@ -92,8 +95,8 @@ def values(module: nnx.Module, *, boxed: bool = False) -> dict[str, Any]:
         if boxed and isinstance(variable, nnx.Variable):
             names = compat.dimension_names(variable)
             value = value if names is None else nn.LogicallyPartitioned(value, tuple(names))
-        found.setdefault(collection(variable), {})[tuple(map(str, path))] = value
-    return {name: traverse_util.unflatten_dict(flat) for name, flat in found.items()}
+        collections.setdefault(collection_name(variable), {})[tuple(map(str, path))] = value
+    return {name: traverse_util.unflatten_dict(flat) for name, flat in collections.items()}
 
 
 def merge_variables(below: Variables, above: Variables) -> dict[str, Any]:
@@ -102,15 +105,16 @@ def merge_variables(below: Variables, above: Variables) -> dict[str, Any]:
     return traverse_util.unflatten_dict(flat)
 
 
-def collection(variable: Any) -> str:
-    """Returns the name under which the variables of a class are kept.
+def collection_name(variable: Any) -> str:
+    """Returns the name of the collection that a variable belongs to.
 
     Raises:
-        UserError: for a class whose name in snake case is that of another kind.
+        UserError: for a class whose name in snake case is reserved for another class.
     """
     if not isinstance(variable, nnx.Variable):
         return _BUFFERS
     kind = type(variable)
+    # Subclasses of `nnx.Param` are trained, and so on: they share the collection of their base.
     for known, name in _NAMES.items():
         if issubclass(kind, known):
             return name
@@ -118,14 +122,14 @@ def collection(variable: Any) -> str:
     if name in _RESERVED:
         raise UserError(
             f'config.model: the variables of the class {kind.__module__}.{kind.__qualname__} would '
-            f'be kept as {name!r}, which is the name of {_RESERVED[name]}. Derive the class from '
-            'that if it is meant, or give it another name'
+            f'be the collection {name!r}, which is reserved for {_RESERVED[name]}. Rename the '
+            'class, or derive it from that one if this is intended'
         )
     return name
 
 
 def mark_arrays(module: nnx.Module) -> None:
-    """Marks bare arrays as data, because NNX treats traced ones as a part of the graph."""
+    """Marks arrays outside of variables as data: NNX takes traced ones for static attributes."""
     for _, node in nnx.iter_graph(module):
         if isinstance(node, nnx.Pytree):
             for name, value in list(vars(node).items()):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records the calls of NNX modules: see `trainer.modules.recorder`.
 
-`nnx.capture(method_outputs=...)` does not work with scans and bridges.
+Flax's own `nnx.capture(method_outputs=...)` does not work with scans and bridges.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer import compat
 from trainer.modules.recorder import NAME, ModuleRecorder
 
 _current: contextvars.ContextVar[ModuleRecorder] = contextvars.ContextVar('recorder')
-# Number of branches and loops around the call of the whole model.
+# Number of branches and loops around the call of the model: only those within it prevent recording.
 _loops_outside: contextvars.ContextVar[int] = contextvars.ContextVar('loops')
 
 # The functions that trace branches and loops.
@@ -46,12 +46,13 @@ class NameScopes(ModuleRecorder):
 def record_calls(
     module: nnx.Module, recorder: ModuleRecorder
 ) -> contextlib.AbstractContextManager[None]:
-    """Makes the module and its parts record their calls; returns the context to call them in.
+    """Makes the module and its submodules record their calls; returns the context to call them in.
 
     Args:
-        module: changed in place: the classes of its parts are replaced.
+        module: changed in place: the classes of its submodules are replaced.
         recorder: receives the records.
     """
+    # By class, because NNX has no interceptors and Python looks `__call__` up in the class.
     parts = {path: node for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Module)}
     for path, node in parts.items():
         name = '/'.join(map(str, path))
@@ -78,7 +79,7 @@ def _activate(recorder: ModuleRecorder) -> Iterator[None]:
 
 
 def _is_callable(kind: type) -> bool:
-    # Not hasattr: every class has the `__call__` that makes its instances.
+    # Not hasattr: every class has the `__call__` that creates its instances.
     return any('__call__' in vars(base) for base in kind.__mro__)
 
 
@@ -86,7 +87,8 @@ def _is_callable(kind: type) -> bool:
 def _recorded_class(kind: Any, path: str) -> Any:
     """Returns a subclass of `kind` that records its calls.
 
-    There is one for each path, because within a scan a module does not know its path.
+    There is one for each path, because a module does not know its path within a scan. Cached,
+    because the class is a part of the graph: a new one would be a new program for `nnx.jit`.
     """
 
     @functools.wraps(kind.__call__)
@@ -98,24 +100,25 @@ def _recorded_class(kind: Any, path: str) -> Any:
             output = kind.__call__(self, *args, **kwargs)
         if _num_open_loops() > _loops_outside.get():
             return output
-        # Within a transformation of JAX itself, such as `jax.checkpoint`, NNX forbids changes of
-        # modules.
+        # NNX does not allow changes of modules within a transformation of JAX itself, such as
+        # `jax.checkpoint`.
         with contextlib.suppress(TraceContextError):
             if recorder.perturbations is not None:
                 output = recorder.perturb_output(output, self.perturb)
             record = recorder.record(output, (args, kwargs), variables)
             if record is not None:
-                before = getattr(self, NAME).get_value() if hasattr(self, NAME) else ()
-                setattr(self, NAME, nnx.Intermediate((*before, record)))
+                # A module may be called several times in a call of the model.
+                records = getattr(self, NAME).get_value() if hasattr(self, NAME) else ()
+                setattr(self, NAME, nnx.Intermediate((*records, record)))
         return output
 
-    return compat.subclass(kind, call)
+    return compat.make_subclass(kind, call)
 
 
 def _num_open_loops() -> int:
     """Returns the number of nested branches and loops that are being traced.
 
-    Branches must have equal outputs and loops must keep the structure of their state, so nothing is
-    recorded in either. A scan can return records.
+    Branches must have equal outputs, and loops must keep the structure of their state, so nothing
+    can be recorded in them. A scan can return records.
     """
     return compat.num_open_calls(_LOOPS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dtypes of a run: those of its parameters, computation and output."""
+"""The dtypes of a run: parameters, computation and output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from trainer import compat
 
-# The scope around a model's call if `compute` is set, and how it appears in a name stack, such as
+# The name scope of a model's call if `compute` is set, and a pattern for it in name stacks such as
 # 'transpose(jvp(model))/Dense_0'.
 _SCOPE = 'model'
 _IN_SCOPE = re.compile(rf'(?:^|[/(]){_SCOPE}(?:[/)]|$)')
@@ -29,9 +29,9 @@ class Precision:
     cast: they stay in float32. Nothing is cast in the call that creates the parameters.
 
     Attributes:
-        params: of the parameters; the optimizer state of half-precision ones is float32.
-        compute: of the model's calls; None casts nothing.
-        output: of the model's output, which losses and metrics follow. None casts nothing.
+        params: dtype of the parameters; the optimizer state of half-precision ones is float32.
+        compute: dtype of the model's calls; None casts nothing.
+        output: dtype of the model's output, which losses and metrics follow; None casts nothing.
     """
 
     params: Any = None
@@ -39,28 +39,34 @@ class Precision:
     output: Any = None
 
     def cast_params(self, tree: Any) -> Any:
-        """Returns the floating-point leaves in the dtype that parameters are kept in."""
+        """Casts the floating-point leaves to the dtype of parameters."""
         return _cast(tree, self.params)
 
     def cast_for_compute(self, tree: Any) -> Any:
-        """Returns the floating-point leaves in the dtype that the model computes in."""
+        """Casts the floating-point leaves to the dtype of the computation."""
         return _cast(tree, self.compute)
 
     def model_scope(self) -> contextlib.AbstractContextManager[Any]:
-        """Returns the scope of a call that is cast, as `is_in_model_call` recognizes it."""
+        """Returns the name scope for a call in another dtype, for `is_in_model_call`."""
         return jax.named_scope(_SCOPE)
 
     def restore_dtypes(self, updates: Any, before: Mapping[str, Any]) -> Any:
-        """Returns collections that a call has changed, in the dtypes that they had."""
+        """Casts the collections that a call has changed back to the dtypes that they had.
+
+        Args:
+            updates: the changed collections.
+            before: all collections before the call.
+        """
         if self.compute is None:
             return updates
+        # A module may compute an update in half precision; the state must keep its dtypes.
         return {
             name: jax.tree.map(lambda new, old: new.astype(old.dtype), value, before[name])
             for name, value in updates.items()
         }
 
     def cast_output(self, tree: Any) -> Any:
-        """Returns the floating-point leaves in the dtype that the task reads."""
+        """Casts the floating-point leaves to the dtype of the output."""
         return _cast(tree, self.output)
 
 
@@ -76,7 +82,7 @@ def is_in_model_call(equation: Any) -> bool:
 
 
 def accumulation_dtype(x: Any) -> Any:
-    """Returns the dtype in which values like these are summed up: float32 for halves."""
+    """Returns the dtype in which to sum values like these: float32 for half precision."""
     narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
     return jnp.float32 if narrow else x.dtype
 
@@ -86,7 +92,7 @@ def _cast(tree: Any, dtype: Any) -> Any:
         return tree
 
     def cast(x: Any) -> Any:
-        # An object that is no array (a flag, a None, a key) goes through as it is.
+        # Integers, flags, random keys and objects other than arrays are not cast.
         kind = getattr(x, 'dtype', None)
         return x.astype(dtype) if kind is not None and jnp.issubdtype(kind, jnp.floating) else x
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records the outputs of modules during a call, and the gradients with respect to them.
 
-Records are made inside the traced program and leave it in Flax's own collections. So they pass
-through `jit`, `remat` and scans where these pass on 'intermediates' and 'perturbations'.
+Records are computed in the traced program and leave it in Flax's own collections. So they pass
+through `jit`, `remat` and scans that pass on 'intermediates' and 'perturbations'.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer import compat
 NAME = '_recorder'
 # Prefix of its name scopes, which assign the operations of a jaxpr to modules.
 SCOPE = 'recorder:'
-# Displayed instead of the path of the whole model, which is empty.
+# Displayed for the whole model, whose path is empty.
 ROOT = '(model)'
 INTERMEDIATES, PERTURBATIONS = 'intermediates', 'perturbations'
 
@@ -40,11 +40,12 @@ class ModuleRecorder:
     """Records each call of each module of a model, and can add perturbations to their outputs.
 
     Attributes:
-        records: what was recorded of the modules, by path, one dict for each call of the model.
-        sown: what they have sown themselves, in the same form.
-        called: the class of each module that was called, by path. A module whose path is missing in
-            `records` is in a branch, or in a lifted module that does not pass on 'intermediates'.
-        perturbations: values added to those that a module names with `self.perturb`, and to the
+        records: the records of the modules by path, one dict for each call of the model.
+        sown: the values that the modules sowed themselves, in the same form.
+        called: the class name of each module that was called, by path. A module whose path is
+            missing in `records` is in a branch, or in a lifted module that does not pass on
+            'intermediates'.
+        perturbations: values to add to those that a module passes to `self.perturb`, and to the
             outputs of the selected modules; None adds nothing. Nested dicts by path; missing values
             are zero, and are inserted by the call.
     """
@@ -88,7 +89,7 @@ class ModuleRecorder:
 
     def _intercept(
         self,
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
@@ -96,16 +97,16 @@ class ModuleRecorder:
         module = context.module
         path = '/'.join(map(str, module.path))
         if context.method_name != '__call__' or not self._selects(path):
-            return following(*args, **kwargs)
-        # Copied before the call, which may change statistics.
+            return next_fun(*args, **kwargs)
+        # Copied before the call, which may update statistics.
         variables = {
             name: jax.tree.map(lambda x: x, value)
             for name, value in module.variables.items()
             if name not in (INTERMEDIATES, PERTURBATIONS)
         }
         with self.module_scope(path, type(module)):
-            output = following(*args, **kwargs)
-        # All branches of a condition must change the same collections, so record in none of them.
+            output = next_fun(*args, **kwargs)
+        # All branches of `nn.cond` must change the same collections, so record in none of them.
         if compat.num_open_calls(_BRANCHES):
             return output
         if self.perturbations is not None:
@@ -117,8 +118,9 @@ class ModuleRecorder:
 
     @contextlib.contextmanager
     def module_scope(self, path: str, kind: type) -> Iterator[None]:
-        """Notes that a module is called, and traces the block in a scope named by its path."""
+        """Adds a module to `called`, and traces the block in a scope named by its path."""
         self.called.setdefault(path, kind.__name__)
+        # JAX splits a name stack at slashes, so the path has another separator.
         with jax.named_scope(f'{SCOPE}{path.replace("/", "|")}'):
             yield
 
@@ -126,31 +128,32 @@ class ModuleRecorder:
         """Returns the record of a call of a module, None for nothing."""
         if self._observe is None:
             return None
+        # Collections have no order, so each record has the number of its call.
         order, self._order = self._order, self._order + 1
         return {'order': jnp.int32(order), 'value': self._observe(output, inputs, variables)}
 
     def perturb_output(self, output: Any, add: Callable[[str, Any], Any]) -> Any:
-        """Returns the output of a module, each float array in it as `add(output_name(i, x), x)`."""
+        """Returns the output of a module with `add(output_name(i, x), x)` for each float array."""
         leaves, structure = jax.tree.flatten(output)
         number = itertools.count()
         added = [add(output_name(next(number), x), x) if is_float(x) else x for x in leaves]
         return jax.tree.unflatten(structure, added)
 
-    def add_perturbations(self, made: Mapping[str, Any]) -> None:
+    def add_perturbations(self, new: Mapping[str, Any]) -> None:
         """Adds the perturbations that a call has created."""
         if self.perturbations is not None:
             flat = traverse_util.flatten_dict(self.perturbations)
-            flat.update(traverse_util.flatten_dict(dict(made)))
+            flat.update(traverse_util.flatten_dict(dict(new)))
             self.perturbations = traverse_util.unflatten_dict(flat)
 
     def remember(self) -> Callable[[], None]:
-        """Returns a function that removes everything recorded from here on."""
-        found, sown, called = list(self.records), list(self.sown), dict(self.called)
+        """Returns a function that removes everything that is recorded after this call."""
+        records, sown, called = list(self.records), list(self.sown), dict(self.called)
         perturbations, order = self.perturbations, self._order
 
         def forget() -> None:
             # In place, because callers may already have references to these objects.
-            self.records[:], self.sown[:] = found, sown
+            self.records[:], self.sown[:] = records, sown
             self.called.clear()
             self.called.update(called)
             self.perturbations, self._order = perturbations, order
@@ -177,7 +180,7 @@ class CallRecord:
     Attributes:
         path: path of the module, '' for the model.
         name: the path, with the index of the layer in a scan over layers ('blocks/mlp[3]'), and
-            with the number of the call if there are several ('mlp#1').
+            with the index of the call if there are several ('mlp#1').
         value: the record.
     """
 
@@ -187,9 +190,9 @@ class CallRecord:
 
 
 def order_records(calls: list[dict[str, Any]]) -> list[CallRecord]:
-    """Returns the records, fetched from the devices, in call order.
+    """Returns records, fetched from the devices, in call order.
 
-    The layers of a scan come one after the other, each with all of its modules.
+    Layers of a scan follow one another, each with all of its modules.
 
     Args:
         calls: records by path for each call of the model: see `ModuleRecorder.records`.
@@ -198,18 +201,19 @@ def order_records(calls: list[dict[str, Any]]) -> list[CallRecord]:
     for path, records in ((p, r) for call in calls for p, each in call.items() for r in each):
         order = np.asarray(records['order'])
         stacks.append((int(order.min()), order.shape, path, records['value']))
-    timed, region, before = [], 0, ()
+    keyed, region, last_shape = [], 0, ()
     names: dict[str, int] = {}
     for first, shape, path, values in sorted(stacks, key=lambda stack: stack[0]):
-        # Consecutive calls with the same shape are in the same stack of layers: a region.
-        region, before = region + (shape != before), shape
+        # A scan traces its body once, so all of its layers have the same order. Consecutive calls
+        # with the same shape are in the same scan, a region, which is ordered by layer first.
+        region, last_shape = region + (shape != last_shape), shape
         number = names[path] = names.get(path, -1) + 1
         name = (path or ROOT) + (f'#{number}' if number else '')
         for index in np.ndindex(shape):
             label = name + (f'[{", ".join(map(str, index))}]' if index else '')
             one = jax.tree.map(lambda x, at=index: np.asarray(x)[at], values)
-            timed.append(((region, index, first), CallRecord(path, label, one)))
-    return [record for _, record in sorted(timed, key=lambda item: item[0])]
+            keyed.append(((region, index, first), CallRecord(path, label, one)))
+    return [record for _, record in sorted(keyed, key=lambda item: item[0])]
 
 
 def output_name(number: int, x: jax.Array) -> str:
@@ -227,8 +231,8 @@ def output_name(number: int, x: jax.Array) -> str:
 
 def output_number(name: str) -> int | None:
     """Returns the number in a name made by `output_name`, None for any other name."""
-    found = re.match(rf'{NAME}_(\d+)', name)
-    return int(found[1]) if found else None
+    match = re.match(rf'{NAME}_(\d+)', name)
+    return int(match[1]) if match else None
 
 
 def is_float(x: Any) -> bool:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule that derives every random key of a run.
 
-A key is a pure function of the run's seed and of where it is used, so nothing random is stored in
-the state, and a resumed run draws what the uninterrupted one would have drawn.
+A key is a pure function of the run's seed and of where it is used. So the state contains no keys,
+and a resumed run draws the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import zlib
 
 import jax
 
-# Fixed numbers, not an enum's order: they are part of what a seed means.
+# Do not change: another number would give every seed other parameters and other dropout masks.
 _MODES = {'init': 0, 'train': 1, 'eval': 2}
 
 
@@ -21,10 +21,10 @@ class Keys:
     """The random keys of one step, evaluation batch or initialization.
 
     Attributes:
-        seed: the run's seed; for a member of an ensemble, its own, which may be traced.
+        seed: the seed of the run, or of a member of an ensemble; it may be traced.
         mode: 'init', 'train' or 'eval'.
-        step: number of updates before this one; a traced scalar inside a step.
-        index: micro-batch in training, batch number in evaluation.
+        step: number of updates before this one; a traced scalar within a step.
+        index: index of the micro-batch in training, of the batch in evaluation.
     """
 
     seed: int | jax.Array
@@ -34,7 +34,8 @@ class Keys:
 
     def stream(self, name: str) -> jax.Array:
         """Returns the scalar typed key of the RNG stream `name` ('dropout', 'noise', ...)."""
-        # crc32 and not hash(), which Python salts in every process.
+        # crc32 and not hash(), which Python salts differently in every process.
         key = jax.random.fold_in(jax.random.key(self.seed), zlib.crc32(name.encode()))
         key = jax.random.fold_in(key, _MODES[self.mode])
+        # In turn, not as one number: no two pairs of step and index share a key.
         return jax.random.fold_in(jax.random.fold_in(key, self.step), self.index)

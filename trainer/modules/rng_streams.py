@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The RNG streams that a Linen module uses, found as it asks for them."""
+"""The RNG streams that a Linen module uses, learned from its errors about missing keys."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from trainer import compat
 
 @dataclasses.dataclass(eq=False)
 class Streams:
-    """The RNG streams of a module, found as it asks for them.
+    """The RNG streams that a module has requested so far.
 
     Attributes:
         names: the streams known so far.
-        never: streams that it must not use.
+        never: streams that the module must not use.
     """
 
+    # Grows during the calls, because Flax cannot list the streams of a module.
     names: set[str]
     never: frozenset[str] = frozenset()
 
     def learn(self, error: errors.InvalidRngError) -> None:
-        """Adds the stream that a call of the module has asked for and had no key of.
+        """Adds the stream whose missing key has caused an error.
 
         Raises:
-            flax.errors.InvalidRngError: the same again, if it is of a stream that the module must
-                not ask for, or of none.
+            flax.errors.InvalidRngError: the same error, if it has another cause, or if the module
+                must not use the stream.
         """
         name = compat.missing_stream(error)
+        # A stream that is known had a key: raising stops an endless loop of repeated calls.
         if name is None or name in self.names | self.never:
             raise error
         self.names.add(name)
@@ -40,12 +42,12 @@ class Streams:
     def run(
         self, function: Callable[[dict[str, jax.Array]], Any], key: Callable[[str], jax.Array]
     ) -> Any:
-        """Returns `function(keys)` with a key for each stream that it asks for.
+        """Returns `function(keys)` with a key for each stream that it requests.
 
         Args:
-            function: applies a module with these keys. It is pure, so it can start again when a
-                stream turns up that is not known yet.
-            key: makes the key of a stream.
+            function: applies a module with these keys. It must be pure, because it is repeated when
+                it requests a new stream.
+            key: returns the key of a stream, by its name.
         """
         while True:
             try:

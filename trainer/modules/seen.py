@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records what a task has done before it fails: fields that it read, calls of the model."""
+"""Records which batch fields a task read and how it called the model, to explain its errors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import jax
 
 from trainer.config.errors import UserError
 
-_MOST = 4
-# Of a long list, or of a large dict.
-_SHOWN = 8
+# The most recent calls of the model that a message describes.
+_MAX_CALLS = 4
+# The first items of a list or dict that a message describes.
+_MAX_ITEMS = 8
 
 
 @dataclasses.dataclass
@@ -25,8 +26,8 @@ class Call:
 
     Attributes:
         name: 'model', or 'model.encode'.
-        inputs: what it was called with, in words.
-        output: what it has returned, in words; None if it has not.
+        inputs: description of the arguments.
+        output: description of the output; None if the call has not returned.
     """
 
     name: str
@@ -35,18 +36,18 @@ class Call:
 
 
 @dataclasses.dataclass
-class Seen:
-    """What a task has done.
+class TaskRecord:
+    """The calls of the model and the batch fields of a task.
 
     Attributes:
-        calls: of the model, in order.
-        fields: those that it has read, in words by name.
+        calls: the calls of the model, in order.
+        fields: descriptions of the batch fields that the task has read, by name.
     """
 
     calls: list[Call] = dataclasses.field(default_factory=list)
     fields: dict[str, str] = dataclasses.field(default_factory=dict)
     _passed: set[str] = dataclasses.field(default_factory=set)
-    # With the values, so that no other one gets the same id.
+    # By id, with the values: a value that was deleted could share its id with a new one.
     _values: dict[int, tuple[str, Any]] = dataclasses.field(default_factory=dict)
 
     def clear(self) -> None:
@@ -56,71 +57,71 @@ class Seen:
         self._values.clear()
         self._passed.clear()
 
-    def field(self, name: str, value: Any) -> None:
-        """Notes that a field was read."""
+    def note_field(self, name: str, value: Any) -> None:
+        """Records that a field was read."""
         self.fields[name] = describe(value)
         self._values[id(value)] = name, value
 
-    def call(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> Call:
-        """Notes a call that begins; its `output` is to be set."""
+    def note_call(self, name: str, args: Any, kwargs: Mapping[str, Any]) -> Call:
+        """Records the start of a call and returns it; the caller sets its `output`."""
         for value in jax.tree.leaves((args, dict(kwargs))):
             self._passed.add(self._values.get(id(value), ('', None))[0])
-        given = [*map(describe, args), *(f'{key}={describe(x)}' for key, x in kwargs.items())]
-        self.calls.append(Call(name, ', '.join(given)))
+        arguments = [*map(describe, args), *(f'{key}={describe(x)}' for key, x in kwargs.items())]
+        self.calls.append(Call(name, ', '.join(arguments)))
         return self.calls[-1]
 
     def sentences(self) -> list[str]:
-        """Returns a sentence for each call of the model, and one for other fields."""
-        found = []
-        for call in self.calls[-_MOST:]:
-            end = 'has not returned' if call.output is None else f'has returned {call.output}'
-            found.append(f'{call.name}({call.inputs}) {end}')
-        # What the model is called with is in its calls already.
+        """Returns a sentence for each call of the model, and one for all other fields."""
+        lines = []
+        for call in self.calls[-_MAX_CALLS:]:
+            end = 'did not return' if call.output is None else f'returned {call.output}'
+            lines.append(f'{call.name}({call.inputs}) {end}')
+        # Fields that were passed to the model are in the sentences about its calls.
         rest = {name: kind for name, kind in self.fields.items() if name not in self._passed}
-        if found and rest:
+        if lines and rest:
             fields = ', '.join(f'batch[{name!r}]: {kind}' for name, kind in rest.items())
-            found.append(f'Of the batch, the task has also read {fields}')
-        return found
+            lines.append(f'The task also read {fields}')
+        return lines
 
 
-current: contextvars.ContextVar[Seen | None] = contextvars.ContextVar('seen', default=None)
+current: contextvars.ContextVar[TaskRecord | None] = contextvars.ContextVar('seen', default=None)
 
 
 @contextlib.contextmanager
-def record_calls() -> Iterator[Seen]:
+def record_calls() -> Iterator[TaskRecord]:
     """Records the calls and reads of the last task that starts in the block."""
-    seen = Seen()
-    token = current.set(seen)
+    record = TaskRecord()
+    token = current.set(record)
     try:
-        yield seen
+        yield record
     finally:
         current.reset(token)
 
 
 @contextlib.contextmanager
 def explain_errors() -> Iterator[None]:
-    """Adds notes on what the last task has done to an error, unless it is a `UserError`."""
-    with record_calls() as seen:
+    """Adds the calls and reads of the last task as notes to an error, except to a `UserError`."""
+    with record_calls() as record:
         try:
             yield
-        except UserError:
+        except UserError:  # Its message already says what is wrong.
             raise
         except Exception as error:
-            for sentence in seen.sentences():
+            for sentence in record.sentences():
                 error.add_note(sentence)
             raise
 
 
 def restart() -> None:
-    """Clears the record, because another task starts."""
-    if (seen := current.get()) is not None:
-        seen.clear()
+    """Clears the record when another task starts."""
+    if (record := current.get()) is not None:
+        record.clear()
 
 
 def note_field(name: str, value: Any) -> None:
     """Records that a task reads a field."""
-    if (seen := current.get()) is not None:
-        seen.field(name, value)
+    if (record := current.get()) is not None:
+        record.note_field(name, value)
 
 
 def describe(value: Any) -> str:
@@ -128,10 +129,11 @@ def describe(value: Any) -> str:
     if hasattr(value, 'dtype') and hasattr(value, 'shape'):
         return f'{value.dtype}{list(value.shape)}'
     if type(value) in (tuple, list):
-        items = ', '.join(map(describe, value[:_SHOWN])) + (', ...' if len(value) > _SHOWN else '')
+        rest = ', ...' if len(value) > _MAX_ITEMS else ''
+        items = ', '.join(map(describe, value[:_MAX_ITEMS])) + rest
         return f'({items})' if isinstance(value, tuple) else f'[{items}]'
     if isinstance(value, Mapping):
-        some = itertools.islice(value.items(), _SHOWN)
+        some = itertools.islice(value.items(), _MAX_ITEMS)
         items = ', '.join(f'{name!r}: {describe(x)}' for name, x in some)
-        return '{' + items + (', ...' if len(value) > _SHOWN else '') + '}'
+        return '{' + items + (', ...' if len(value) > _MAX_ITEMS else '') + '}'
     return repr(value) if value is None or isinstance(value, bool) else type(value).__name__

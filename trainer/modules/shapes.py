@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Describes dtypes and shapes of arrays, and differences between trees of arrays."""
+"""Descriptions of dtypes and shapes, and of differences between trees of arrays."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from trainer.config.text import and_more
 from trainer.modules.model_view import param_path
 
 
-def changes(expected: Any, given: Any) -> str:
+def changes(expected: Any, actual: Any) -> str:
     """Returns 'step: int32[] -> int64[]; ...' for the leaves that differ, or ''."""
     old = dict(jax.tree_util.tree_leaves_with_path(expected))
-    new = dict(jax.tree_util.tree_leaves_with_path(given))
-    found = []
+    new = dict(jax.tree_util.tree_leaves_with_path(actual))
+    lines = []
+    # A merged dict and not a set, to keep the order of the tree.
     for path in {**old, **new}:
         before, after = (describe(tree.get(path)) for tree in (old, new))
         if before != after:
-            found.append(f'{param_path(path)}: {before} -> {after}')
-    return and_more(found, 5, '; ')
+            lines.append(f'{param_path(path)}: {before} -> {after}')
+    return and_more(lines, 5, '; ')
 
 
 def describe(x: Any) -> str:

@@ -23,13 +23,14 @@ class WithStaticLeaves:
         structure: the pytree structure of the value.
     """
 
+    # Linen collections may only hold pytrees of arrays, and modules sow and keep other values too.
     arrays: tuple[Any, ...]
     rest: tuple[tuple[int, Any], ...]
     structure: Any
 
     @classmethod
-    def of(cls, value: Any) -> WithStaticLeaves:
-        """Splits a value."""
+    def from_value(cls, value: Any) -> WithStaticLeaves:
+        """Splits a value into arrays and other leaves."""
         leaves, structure = jax.tree.flatten(value)
         arrays = tuple(leaf for leaf in leaves if _has_type(leaf))
         rest = tuple((number, leaf) for number, leaf in enumerate(leaves) if not _has_type(leaf))
@@ -37,14 +38,16 @@ class WithStaticLeaves:
 
     @property
     def value(self) -> Any:
-        """The value, with the arrays as the transformations have left them."""
+        """The value, with the arrays as transformations have changed them."""
         leaves = list(self.arrays)
+        # In order of their indices, so that each insertion is at its final place.
         for number, leaf in self.rest:
             leaves.insert(number, leaf)
         return jax.tree.unflatten(self.structure, leaves)
 
 
 def _has_type(leaf: Any) -> bool:
+    # Not `isinstance(leaf, jax.Array)`: tracers, numpy arrays and numbers have a type too.
     try:
         jax.typeof(leaf)
     except TypeError:

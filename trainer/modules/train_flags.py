@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes the training flag to Linen modules, in their fields or in their calls."""
+"""Passes the training flag to Linen modules, through their fields or their call arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 from flax.core import FrozenDict
 
-# The names of training flags, and the value that each one has in training.
+# The names of training flags, with their values in training.
 TRAIN_FLAGS = {
     'train': True,
     'training': True,
@@ -24,15 +24,15 @@ TRAIN_FLAGS = {
     'use_running_average': False,
 }
 
-# The training flag of the running call, for modules that are made in it.
+# The training flag of the current call, for modules that are created within it.
 current: contextvars.ContextVar[bool | None] = contextvars.ContextVar('training', default=None)
 
 
 def set_fields(module: nn.Module, training: bool) -> nn.Module:
-    """Returns the module with the training flag in its fields, where they have their defaults.
+    """Returns the module with its training flags set, where these fields have their defaults.
 
-    So do the modules among its fields, alone or in lists, tuples and dicts. A flag that is also an
-    argument of the module's call is left to the call.
+    This includes the modules in its fields, also within lists, tuples and dicts. A flag that is
+    also an argument of the module's call is not set: the call gets it.
     """
     # By identity: a module in two places stays one module, because its parameters are shared.
     by_id: dict[int, nn.Module] = {}
@@ -44,6 +44,8 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
             return by_id[id(value)]
         if type(value) in (list, tuple):
             items = type(value)(visit(item) for item in value)
+            # An unchanged container stays the same object, or else `replace_flags` would copy its
+            # module.
             return items if any(map(operator.is_not, items, value)) else value
         if type(value) in (dict, FrozenDict):
             named = {key: visit(item) for key, item in value.items()}
@@ -62,43 +64,45 @@ def set_fields(module: nn.Module, training: bool) -> nn.Module:
             },
         }
         changes = {name: value for name, value in after.items() if value is not before[name]}
+        # A module without flags is not copied: it may be shared with modules outside of this one.
         return dataclasses.replace(module, **changes) if changes else module
 
     return visit(module)
 
 
 def method_with_training(
-    steps: Sequence[Callable[[Any], Any]], training: bool
+    getters: Sequence[Callable[[Any], Any]], training: bool
 ) -> Callable[..., Any]:
     """Returns a `method` for `Module.apply` that passes the training flag."""
-    return functools.partial(call_with_training, steps, training)
+    return functools.partial(call_with_training, getters, training)
 
 
 def call_with_training(
-    steps: Sequence[Callable[[Any], Any]],
+    getters: Sequence[Callable[[Any], Any]],
     training: bool,
     module: nn.Module,
     /,
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Calls a bound module, or a method or part of it, with the training flag.
+    """Calls a bound module, or a method or submodule of it, with the training flag.
 
-    NNX modules within get the flag if this is called in `nnx_bridge.pass_training_to_nnx`.
+    NNX modules within it get the flag if this is called in `nnx_bridge.pass_training_to_nnx`.
 
     Args:
-        steps: functions from the bound module to a method or a submodule, applied one after the
-            other; none for the module's `__call__`.
+        getters: functions that lead from the bound module to a method or submodule, applied one
+            after the other; empty for the module's `__call__`.
         training: the training flag.
         module: bound to its variables.
         *args: positional arguments of the call.
         **kwargs: keyword arguments of the call.
     """
     target: Any = module
-    for step in steps:
-        target = step(target)
+    for getter in getters:
+        target = getter(target)
     args, kwargs = with_flags(target, args, kwargs, training)
     layers = isinstance(module, nn.Sequential)
+    # Klinen modules that a compact method creates read the flag from here.
     token = current.set(training)
     try:
         with pass_training_to_layers(training) if layers else contextlib.nullcontext():
@@ -110,30 +114,31 @@ def call_with_training(
 def pass_training_to_layers(
     training: bool, top: nn.Sequential | None = None
 ) -> contextlib.AbstractContextManager[Any]:
-    """Passes the training flag to each layer of an `nn.Sequential`, which does not do so itself.
+    """Passes the training flag to the layers of an `nn.Sequential`, which does not do so itself.
 
     Args:
         training: the training flag.
-        top: the `nn.Sequential`; None if it is the model.
+        top: the `nn.Sequential`; None if it is the whole model.
     """
 
     def intercept(
-        following: Callable[..., Any],
+        next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
         if context.method_name == '__call__' and is_layer(context.module, top):
             args, kwargs = with_flags(context.module, args, kwargs, training)
-        return following(*args, **kwargs)
+        return next_fun(*args, **kwargs)
 
     return nn.intercept_methods(intercept)
 
 
 def is_layer(module: nn.Module, top: nn.Sequential | None = None) -> bool:
-    """Whether there are only `nn.Sequential`s between the module and `top`, or the root."""
+    """Whether the module is a layer of `top` or of the root, through `nn.Sequential`s alone."""
     if top is not None:
-        # By identity, not by parent: the parent of layers made in a compact method is its module.
+        # By identity, because the parent of layers that a compact method creates is the module of
+        # that method.
         within = [layer for layer in top.layers if isinstance(layer, nn.Module)]
         nested = [layer for layer in within if isinstance(layer, nn.Sequential)]
         return any(layer is module for layer in within) or any(is_layer(module, n) for n in nested)
@@ -148,10 +153,20 @@ def is_layer(module: nn.Module, top: nn.Sequential | None = None) -> bool:
 def with_flags(
     target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Adds the training flags that the target takes and the caller did not pass."""
+    """Adds the training flags that a target takes and the caller did not pass.
+
+    Args:
+        target: a module, method or function.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+        training: the training flag.
+
+    Returns:
+        The arguments of the call with the flags.
+    """
     signature = inspect.signature(target.__call__ if isinstance(target, nn.Module) else target)
     try:
-        given = signature.bind_partial(*args, **kwargs)
+        bound = signature.bind_partial(*args, **kwargs)
     except TypeError:
         return args, kwargs  # The call itself raises the better error.
     parameters = signature.parameters
@@ -159,19 +174,20 @@ def with_flags(
         name: TRAIN_FLAGS[name] == training
         for name, parameter in parameters.items()
         if name in TRAIN_FLAGS
-        and name not in given.arguments
+        and name not in bound.arguments
+        # Default None: the layer falls back on its field (`nn.merge_param`), which the user set.
         and not (parameter.default is None and _is_set_in_constructor(target, name))
     }
     if not flags:
         return args, kwargs
-    given.arguments.update(flags)
-    # By position where possible: lifted modules identify static and unmapped arguments by position
-    # only.
-    before = list(parameters)[: max(list(parameters).index(name) for name in flags)]
-    for name in before:
+    bound.arguments.update(flags)
+    # By position where possible: lifted modules identify static and unmapped arguments only by
+    # position.
+    leading = list(parameters)[: max(list(parameters).index(name) for name in flags)]
+    for name in leading:
         if parameters[name].default is not inspect.Parameter.empty:
-            given.arguments.setdefault(name, parameters[name].default)
-    return given.args, given.kwargs
+            bound.arguments.setdefault(name, parameters[name].default)
+    return bound.args, bound.kwargs
 
 
 def _is_set_in_constructor(target: Any, name: str) -> bool:
@@ -185,9 +201,10 @@ def _is_unset(module: nn.Module, name: str) -> bool:
 
 
 def fields(module: nn.Module) -> Mapping[str, Any]:
-    """Returns the defaults of the module's fields, by name; `parent` and `name` are Flax's own."""
-    every = dataclasses.fields(module)
-    return {f.name: f.default for f in every if f.init and f.name not in ('parent', 'name')}
+    """Returns the defaults of the module's own fields, by name."""
+    # `parent` and `name` are Flax's.
+    all_fields = dataclasses.fields(module)
+    return {f.name: f.default for f in all_fields if f.init and f.name not in ('parent', 'name')}
 
 
 def _flags_in(names: Iterable[str], training: bool) -> dict[str, bool]:

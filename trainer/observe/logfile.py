@@ -114,7 +114,7 @@ def record_error(error: BaseException) -> None:
 def full_traceback_location() -> str:
     """Returns where to find the frames that the printed traceback leaves out."""
     files = [h.baseFilename for h in logging.getLogger().handlers if isinstance(h, _File)]
-    return f'see {files[0]}' if files else traces.SHOWN
+    return f'see {files[0]}' if files else traces.HOW_TO_SEE_ALL
 
 
 class _Lines(logging.Formatter):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Devices: mesh, shardings, signals."""
+"""Devices and processes: mesh, shardings, connections between processes, signals."""

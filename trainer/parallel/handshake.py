@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first connection of the processes of a run, before JAX's: it reports which are missing."""
+"""Connects the processes of a run before JAX does, to report which of them are missing.
+
+Each process connects to the coordinator's port and sends a line of JSON, its hello. When all have
+done so, process 0 answers 'go' and closes the port, which JAX then uses. Any other answer is an
+error message, so every process reports the same problem.
+"""
 
 from __future__ import annotations
 
@@ -87,13 +92,13 @@ def _receive_all(meeting: _Meeting, port: int, deadline: float) -> dict[socket.s
             if hello is not None:
                 peers[hello['process_id']] = connection
         _send_all(peers.values(), 'go')
-        stack.pop_all()
+        stack.pop_all()  # On success the connections stay open, for `PeerWatch`.
     return {connection: number for number, connection in peers.items()}
 
 
 def _send_all(peers: Iterable[socket.socket], text: str) -> None:
     for peer in peers:
-        with contextlib.suppress(OSError):  # `PeerWatch` reports a process that has exited.
+        with contextlib.suppress(OSError):  # `PeerWatch` reports processes that have exited.
             peer.sendall(f'{text}\n'.encode())
 
 

@@ -68,36 +68,45 @@ def batch_sharding(mesh: Mesh, *, leading_dims: int = 0) -> NamedSharding:
 
 
 @dataclasses.dataclass(frozen=True)
-class ProcessRows:
+class LocalExamples:
     """The examples of a global batch that are on the devices of one process.
 
     Attributes:
-        held: int64, their indices, ascending.
-        owned: bool, whether this process owns each of them: an example that is replicated over
-            several processes has one owner.
+        indices: int64 (local examples,), in the global batch, ascending.
+        is_owned: bool (local examples,), whether this process is the owner: an example that is
+            replicated over several processes has one owner, which alone counts or writes it.
         total: number of examples of the global batch.
     """
 
-    held: np.ndarray
-    owned: np.ndarray
+    indices: np.ndarray
+    is_owned: np.ndarray
     total: int
 
     @classmethod
-    def from_mesh(cls, mesh: Mesh, rows: int) -> ProcessRows:
-        """Returns those of this process, for a global batch of this size."""
-        slices: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((rows,))
-        owner = np.full(rows, jax.process_count())
-        held = np.zeros(rows, bool)
+    def from_mesh(cls, mesh: Mesh, batch_size: int) -> LocalExamples:
+        """Returns the examples of this process.
+
+        Args:
+            mesh: the device mesh.
+            batch_size: number of examples of the global batch.
+        """
+        slices: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((batch_size,))
+        # The owner is the process with the lowest index. Each process computes the same owners from
+        # the mesh, without communication.
+        owner = np.full(batch_size, jax.process_count())
+        is_local = np.zeros(batch_size, bool)
         for device, (part,) in slices.items():
             owner[part] = np.minimum(owner[part], device.process_index)
-            held[part] |= device.process_index == jax.process_index()
-        return cls(np.flatnonzero(held), (owner == jax.process_index())[held], rows)
+            is_local[part] |= device.process_index == jax.process_index()
+        is_owned = (owner == jax.process_index())[is_local]
+        return cls(np.flatnonzero(is_local), is_owned, batch_size)
 
     def assemble(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array:
         """Returns the global array, given the examples of this process.
 
         Args:
-            x: (held, ...), or (steps, held, ...) for a sharding with leading dimensions.
+            x: (local examples, ...), or (steps, local examples, ...) for a sharding with leading
+                dimensions.
             sharding: of the global array.
         """
         before = len(sharding.spec) - 1

@@ -77,6 +77,7 @@ class PeerWatch:
             while selector.get_map():
                 for key, _ in selector.select():
                     said = _receive(key.fileobj)
+                    # Without this, a closed connection would be ready to read forever.
                     if not said or said == _BYE:
                         selector.unregister(key.fileobj)
                     if said != _BYE and not self._closing.is_set():
@@ -89,7 +90,7 @@ class PeerWatch:
 
     def _exit(self, said: str, number: int) -> None:
         self._lost.set()
-        if said.startswith(_LOST):
+        if said.startswith(_LOST):  # Process 0 says which process it has lost.
             number = int(said.split()[1])
         if self._number == 0:
             self._send_all(f'{_LOST} {number}')
@@ -101,14 +102,14 @@ class PeerWatch:
             f'{self._number} cannot continue without it. Run the same command again to resume from '
             'the newest checkpoint.'
         )
-        # Not `print`: the main thread may hold the lock of the stream.
+        # Not `print`: the main thread may have locked `sys.stderr`.
         os.write(sys.stderr.fileno(), f'Error: {message}\n'.encode())
         last_words.record('failed', message)
         os._exit(self._exit_code)
 
 
 def connect(timeout_secs: int) -> dict[socket.socket, int]:
-    """Returns connections for a `PeerWatch`, once `jax.distributed` is initialised.
+    """Returns connections for a `PeerWatch`, once `jax.distributed` is initialized.
 
     Args:
         timeout_secs: how long to wait for the others.
@@ -121,6 +122,7 @@ def connect(timeout_secs: int) -> dict[socket.socket, int]:
         peer.sendall(f'{number}\n'.encode())
         return {peer: 0}
     peers: dict[socket.socket, int] = {}
+    # Port 0: the kernel chooses a free one, which JAX's key-value store tells the others.
     with socket.create_server(('', 0), backlog=count) as server:
         server.settimeout(timeout_secs)
         client.key_value_set(_KEY, f'{_host()}:{server.getsockname()[1]}')

@@ -141,6 +141,7 @@ def check_agreement(items: Mapping[str, Any]) -> None:
     if jax.process_count() == 1:
         return
     text = json.dumps(items, sort_keys=True, default=str)
+    # Hashes first: the texts of many processes are long, and usually equal.
     hashes = _gather(np.array([zlib.crc32(text.encode())], np.uint32))
     if (hashes == hashes[0]).all():
         return
@@ -187,6 +188,7 @@ def wait_for_all(where: str, timeout_secs: int) -> bool:
         return True
     from orbax.checkpoint.multihost import get_barrier_sync_fn
 
+    # A barrier of the coordination service: a collective on the devices has no timeout.
     try:
         get_barrier_sync_fn()(key=where, timeout_ms=1000 * timeout_secs)
     except Exception:  # Errors of the runtime: a timeout, or another process has died.
@@ -195,6 +197,7 @@ def wait_for_all(where: str, timeout_secs: int) -> bool:
 
 
 def _gather_bytes(content: bytes) -> list[bytes]:
+    # An all-gather needs equal shapes, so the bytes are padded to the longest.
     sizes = _gather(np.array([len(content)], np.uint32))[:, 0]
     padded = np.frombuffer(content.ljust(sizes.max()), np.uint8)
     return [row[:size].tobytes() for row, size in zip(_gather(padded), sizes, strict=True)]
@@ -221,13 +224,14 @@ def exit_together(watch: PeerWatch, stop: StopRequest) -> Iterator[None]:
         yield
         watch.close()
     except BaseException as error:
-        if stop.all_failed:
+        if stop.all_failed:  # Then no process is left in a collective, and all may exit normally.
             watch.close()
             raise
         if isinstance(error, UserError):
             print(f'Error: {full_text(error)}', file=sys.stderr)
             code = error.exit_code
         else:
+            # Another process may have died first, and the error here is only a consequence.
             watch.exit_if_peer_lost()
             print(traces.format_traceback(error), file=sys.stderr)
             code = 1

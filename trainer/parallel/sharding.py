@@ -86,7 +86,7 @@ class FSDP:
         if parameter.nbytes < self.min_bytes or not any(fits):
             return None
         sizes = [size if fit else 0 for size, fit in zip(parameter.shape, fits, strict=True)]
-        # Of equal dimensions the last one.
+        # Of equal dimensions the last one: usually that of the outputs.
         largest = max(range(len(sizes)), key=lambda i: (sizes[i], i))
         return PartitionSpec(*(self.axis if i == largest else None for i in range(largest + 1)))
 
@@ -174,6 +174,7 @@ def choose_spec(parameter: Parameter, rules: Iterable[Rule], mesh: Mesh) -> Part
                 parameter.path, parameter.shape, spec, mesh, type(rule).__name__
             )
             return spec
+    # Names of mesh axes come from `nn.with_partitioning`. Logical names without rules are ignored.
     names = parameter.names or ()
     if not all(name is None or name in mesh.shape for name in names):
         return PartitionSpec()
@@ -212,7 +213,7 @@ def param_specs(params: Any, names: Any, rules: Sequence[Rule], mesh: Mesh) -> A
     """
     paths = [param_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     for rule in rules:
-        if isinstance(rule, ByPath):
+        if isinstance(rule, ByPath):  # A pattern that matches nothing is probably a typo.
             check_used([pattern for pattern, _ in rule.rules], paths, 'config.sharding')
 
     def find(path: tuple[Any, ...], leaf: Any, named: PartitionSpec | None) -> PartitionSpec:

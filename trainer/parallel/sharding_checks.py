@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the rules of `config.sharding`."""
+"""Checks the rules of `config.sharding`."""
 
 from __future__ import annotations
 
@@ -63,9 +63,10 @@ def check_spec(path: str, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh,
     """Raises a UserError unless a parameter of this shape can be sharded with this spec."""
     if len(spec) > len(shape):
         raise UserError(
-            f'config.sharding: {who} gives {len(spec)} dimensions to {path}, which has '
+            f'config.sharding: {who} has axes for {len(spec)} dimensions, but {path} has '
             f'shape {shape}'
         )
+    # Checked here, because JAX's error for it names neither the parameter nor the rule.
     used = [a for axes in spec if axes for a in ((axes,) if isinstance(axes, str) else axes)]
     if len(set(used)) < len(used):
         raise UserError(f'config.sharding: {who} uses a mesh axis twice in {path}: {tuple(spec)}')

@@ -94,7 +94,7 @@ class StopRequest:
             hint = '; Ctrl-C again to stop at once' if number == signal.SIGINT else ''
             _write_stderr(f'\n{name}: saving after this step{hint}.\n')
             if self.shared and number == signal.SIGINT:
-                os.kill(os.getpid(), signal.SIGTERM)  # Tells the others.
+                os.kill(os.getpid(), signal.SIGTERM)  # For JAX, which notifies the others.
 
 
 def _exit_at_once(number: int) -> None:

@@ -135,6 +135,7 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
             sharding=experiment.devices.sharding,
             use_ema=spec.ema,
             params=params,
+            score=spec.score,
         )
         for name, spec in experiment.evals.items()
     }
@@ -228,7 +229,7 @@ def _train_step(run: Run, mesh: Mesh) -> TrainStep | EnsembleStep:
     member = TrainStep(context, experiment.step)
     if experiment.ensemble is None:
         return member
-    return EnsembleStep.of(member, experiment.ensemble, mesh)
+    return EnsembleStep.from_step(member, experiment.ensemble, mesh)
 
 
 def _eval_step(experiment: Experiment, spec: Evaluation, mesh: Mesh) -> EvalStep:

@@ -160,7 +160,7 @@ def retry_update(
         missing = compat.missing_arguments(last)
         if missing is not None:
             message = _missing_arguments_message(missing, state, provided)
-        elif compat.is_of_optax(last):
+        elif compat.is_optax_error(last):
             message = _failure_message(last, state)
         else:
             # From the user's own code, whose traceback says more than a message could.

@@ -422,7 +422,7 @@ def _init_shapes(train_step: StepKind, spec: Mapping[str, Any]) -> Any:
             ) from error
         if axis := compat.unbound_axis(error):
             raise UserError(_unbound_axis_message(axis, error)) from error
-        if wrong := compat.wrong_rank(error):
+        if wrong := compat.rank_mismatch(error):
             raise UserError(
                 f'the model or the task requests the sharding {wrong[0]} for an array that has '
                 f'{wrong[1]} dimensions{error_location(error)}. Name a mesh axis, or None, for '

@@ -106,12 +106,12 @@ def match_weights(weights: Weights, goal: Mapping[str, Any], init_from: InitFrom
         members = _count_members({path: weights[path] for path in unfit}, asked)
         raise UserError(_mismatch_message(init_from, missing, other, spare, members))
     if missing:
-        text = 'missing arrays keep their initial values'
-        _log.warning('%s: %d %s:\n%s', init_from.path, len(missing), text, indented_list(missing))
+        text = 'missing arrays that keep their initial values'
+        _log.warning('%s: %s (%d):\n%s', init_from.path, text, len(missing), indented_list(missing))
     if spare:
-        text = 'arrays ignored that are not in the model'
+        text = 'ignored arrays that are not in the model'
         lines = indented_list(_display_paths(spare))
-        _log.warning('%s: %d %s:\n%s', init_from.path, len(spare), text, lines)
+        _log.warning('%s: %s (%d):\n%s', init_from.path, text, len(spare), lines)
     selected = {path: weights[path] for path in asked if path in weights}
     if not selected:
         lines = indented_list(_display_paths(weights))

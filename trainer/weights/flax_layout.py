@@ -49,15 +49,15 @@ def variables(leaves: Leaves, *, at: str = '', ema: bool = False) -> Weights:
     params = _subtree(tree, ('ema',)) if ema else _subtree(tree, where)
     if not params:
         raise UserError('the checkpoint has no moving average: its run had no config.ema')
-    found = _with_collection('params', params)
+    weights = _with_collection('params', params)
     if where == ('params', 'params'):  # The other collections are beside the inner 'params'.
         tree = {**tree, **_subtree(tree, ('params',))}
     for name in dict.fromkeys(keys[0] for keys in tree):
         if name not in _NOT_VARIABLES and name != 'params':
-            found.update(_with_collection(name, _subtree(tree, (name,))))
+            weights.update(_with_collection(name, _subtree(tree, (name,))))
     for keys, leaf in {**_subtree(tree, ('collections',)), **_model_state(tree)}.items():
-        found['/'.join(keys)] = leaf
-    return found
+        weights['/'.join(keys)] = leaf
+    return weights
 
 
 def optimizer_state(leaves: Leaves, key_paths: Collection[str]) -> Weights:
@@ -84,12 +84,12 @@ def rename_to_model(weights: Weights, wanted: Collection[str]) -> Weights:
         wanted: the paths of the model.
     """
     collections = {path.partition('/')[0] for path in wanted if not is_slot(path)}
-    found: Weights = {}
+    renamed: Weights = {}
     for path, leaf in weights.items():
         new = path if path in wanted else _model_path(path, wanted, collections)
         # Never overwrite another array.
-        found[path if new in weights or new in found else new] = leaf
-    return found
+        renamed[path if new in weights or new in renamed else new] = leaf
+    return renamed
 
 
 def _model_path(path: str, wanted: Collection[str], collections: Collection[str]) -> str:
@@ -110,11 +110,11 @@ def _model_state(tree: Leaves) -> Leaves:
 
     Before Linen its keys were paths of modules with batch statistics: '/BatchNorm_1'.
     """
-    found = {}
+    state = {}
     for keys, leaf in _subtree(tree, ('model_state',)).items():
         flat = tuple(filter(None, '/'.join(keys).split('/')))
-        found[flat if not keys[0].startswith('/') else ('batch_stats', *flat)] = leaf
-    return found
+        state[flat if not keys[0].startswith('/') else ('batch_stats', *flat)] = leaf
+    return state
 
 
 def _subtree(leaves: Leaves, keys: Keys) -> Leaves:

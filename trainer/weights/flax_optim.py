@@ -21,15 +21,15 @@ def slots(leaves: Leaves, wanted: Iterable[str]) -> Weights:
         wanted: paths of the new run's slots: 'opt_state.0.mu/Dense_0/kernel', 'opt_state.0.count'.
     """
     collections = dict.fromkeys(path.partition('/')[0] for path in wanted if is_slot(path))
-    found: Weights = {}
+    converted: Weights = {}
     for keys, leaf in leaves.items():
         # flax.optim has one step for all parameters; each optax transformation counts for itself.
         if keys == (*_STATE, 'step'):
             counts = (name for name in collections if name.endswith('.count'))
-            found.update(dict.fromkeys(counts, leaf))
+            converted.update(dict.fromkeys(counts, leaf))
         if keys[:3] != (*_STATE, 'param_states') or keys[-1] not in _SLOTS:
             continue
         parameter = '/'.join(keys[4:-1] if keys[3] == 'params' else keys[3:-1])
         ending = f'.{_SLOTS[keys[-1]]}'
-        found.update({f'{n}/{parameter}': leaf for n in collections if n.endswith(ending)})
-    return found
+        converted.update({f'{n}/{parameter}': leaf for n in collections if n.endswith(ending)})
+    return converted

@@ -106,21 +106,21 @@ class InitFrom:
         leaves = open_tree(self.path, self.step)
         if self.layout == 'torch':
             return self.from_torch(subtree(leaves, self.at), wanted)
-        found = flax_layout.variables(leaves, at=self.at, ema=self.ema)
+        weights = flax_layout.variables(leaves, at=self.at, ema=self.ema)
         if self.optimizer:
             state = subtree(leaves, self.at)
-            key_paths = [key_path(path) for path in found if path.startswith('params/')]
+            key_paths = [key_path(path) for path in weights if path.startswith('params/')]
             opt_state = flax_layout.optimizer_state(state, key_paths)
-            found.update(lib.slots(opt_state, key_paths) or flax_optim.slots(state, wanted))
+            weights.update(lib.slots(opt_state, key_paths) or flax_optim.slots(state, wanted))
         # Before `rename`, whose patterns are written for the names of Linen.
         if self.layout == 'pre_linen':
-            found = pre_linen.convert(found)
+            weights = pre_linen.convert(weights)
         if self.member is not None:
-            found = _select_member(found, self.member)
+            weights = _select_member(weights, self.member)
         # By key path, so that a parameter and its slots get the same new name.
-        names = self._rename(filter(None, dict.fromkeys(map(key_path, found))))
+        names = self._rename(filter(None, dict.fromkeys(map(key_path, weights))))
         return {
-            lib.with_key_path(path, names.get(key_path(path), '')): x for path, x in found.items()
+            lib.with_key_path(path, names.get(key_path(path), '')): x for path, x in weights.items()
         }
 
     def from_torch(self, leaves: Leaves, wanted: Mapping[str, tuple[int, ...]]) -> Weights:
@@ -133,12 +133,12 @@ class InitFrom:
         tensors = lib.read_arrays({'/'.join(keys): leaf for keys, leaf in leaves.items()})
         names = self._rename(tensors)
         arrays = {names[name]: array for name, array in tensors.items()}
-        found, used = torch_layout.convert(
+        weights, used = torch_layout.convert(
             arrays, wanted, flatten=self.flatten, where=f'{self.where}flatten'
         )
         # Unused tensors too, so that messages list them: a rename may have missed them.
         rest = {f'{TENSORS}{n}': lib.HostLeaf(x) for n, x in arrays.items() if n not in used}
-        return {**found, **rest}
+        return {**weights, **rest}
 
     def selects(self, path: str) -> bool:
         """Whether to load the array with this path in the model."""

@@ -99,20 +99,20 @@ def slots(optimizer_state: Mapping[str, Any], key_paths: Iterable[str]) -> dict[
         optimizer_state: leaves by path: 'opt_state/0/mu/Dense_0/kernel'.
         key_paths: of the parameters: 'Dense_0/kernel'.
     """
-    known, found, rest = set(key_paths), {}, {}
+    known, matched, rest = set(key_paths), {}, {}
     for path, leaf in optimizer_state.items():
         parts = path.split('/')
-        # Where the key path of a parameter begins. optax nests states freely, so only the end of a
-        # path can be compared.
+        # Where the slot ends and the key path of a parameter begins. optax nests states freely, so
+        # only the end of a path can be compared.
         ends = (i for i in range(1, len(parts)) if '/'.join(parts[i:]) in known)
         end = next(ends, None)
         if end is None:
             rest['.'.join(parts)] = leaf
         else:
-            found[f'{".".join(parts[:end])}/{"/".join(parts[end:])}'] = leaf
-    holders = {_holder(path) for path in found}
-    found.update({name: leaf for name, leaf in rest.items() if _holder(name) in holders})
-    return found
+            matched[f'{".".join(parts[:end])}/{"/".join(parts[end:])}'] = leaf
+    holders = {_holder(path) for path in matched}
+    matched.update({name: leaf for name, leaf in rest.items() if _holder(name) in holders})
+    return matched
 
 
 def align_slots(weights: Weights, wanted: Collection[str]) -> Weights:
@@ -176,15 +176,15 @@ def read_array(leaf: Leaf) -> np.ndarray:
 
 def read_arrays(weights: Mapping[Any, Leaf]) -> dict[Any, np.ndarray]:
     """Returns whole arrays, by path."""
-    found = {path: leaf.array for path, leaf in weights.items() if isinstance(leaf, HostLeaf)}
+    loaded = {path: leaf.array for path, leaf in weights.items() if isinstance(leaf, HostLeaf)}
     # One restore per directory: Orbax reads its arrays concurrently.
     for directory, leaves in _group_by_directory(weights).items():
         import orbax.checkpoint as ocp
 
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         arrays = read_orbax(directory, {leaf.keys: as_numpy for leaf in leaves.values()})
-        found.update({path: arrays[leaf.keys] for path, leaf in leaves.items()})
-    return {path: found[path] for path in weights}
+        loaded.update({path: arrays[leaf.keys] for path, leaf in leaves.items()})
+    return {path: loaded[path] for path in weights}
 
 
 def to_nested(weights: Weights) -> dict[str, Any]:
@@ -280,8 +280,8 @@ def read_orbax(directory: epath.Path, asked: Mapping[Keys, Any]) -> dict[Keys, A
         args = jax.tree.map(lambda x: skipped if x is ocp.PLACEHOLDER else x, args)
         wanted = ocp.args.PyTreeRestore(item=item, restore_args=args)
         restored = handler.restore(directory, args=wanted)
-    found = jax.tree_util.tree_leaves_with_path(restored)
-    return {keys_of(path): x for path, x in found if keys_of(path) in asked}
+    restored_leaves = jax.tree_util.tree_leaves_with_path(restored)
+    return {keys_of(path): x for path, x in restored_leaves if keys_of(path) in asked}
 
 
 def keys_of(path: tuple[Any, ...]) -> Keys:

@@ -57,25 +57,25 @@ def open_tree(path: epath.PathLike, step: str | int = 'latest') -> Leaves:
     Raises:
         UserError: if there is no such checkpoint, or no such step.
     """
-    found = locate(epath.Path(path), str(step))
-    if compat.is_orbax_array(found):
-        return {(): HostLeaf(_read_array(found))}
-    if found.is_dir():
+    source = locate(epath.Path(path), str(step))
+    if compat.is_orbax_array(source):
+        return {(): HostLeaf(_read_array(source))}
+    if source.is_dir():
         return {
             (*item, *keys): leaf
-            for item, directory in _trees(found).items()
+            for item, directory in _trees(source).items()
             for keys, leaf in _orbax_leaves(directory).items()
         }
-    if found.suffix == '.safetensors':
-        return _split_names(found, safetensors.read(found))
-    if torch_file.is_torch_file(found):
-        return _split_names(found, torch_file.read(found))
-    tree = _read_msgpack(found)
+    if source.suffix == '.safetensors':
+        return _split_names(source, safetensors.read(source))
+    if torch_file.is_torch_file(source):
+        return _split_names(source, torch_file.read(source))
+    tree = _read_msgpack(source)
     try:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
     except ValueError as error:  # JAX sorts the keys of a dict, and these cannot be compared.
         raise UserError(
-            f'{found} does not contain a tree of arrays: {first_line(error)}'
+            f'{source} does not contain a tree of arrays: {first_line(error)}'
         ) from error
     arrays = ((path, np.asarray(x)) for path, x in leaves if not isinstance(x, (str, bytes)))
     return {keys_of(path): HostLeaf(x) for path, x in arrays}
@@ -88,16 +88,16 @@ def open_raw(path: epath.PathLike, step: str | int = 'latest') -> Any:
     '1'. Arrays are numpy arrays. Strings and empty containers are included.
 
     Args:
-        path: as `open_tree` takes it.
-        step: as `open_tree` takes it.
+        path: as for `open_tree`.
+        step: as for `open_tree`.
     """
-    found = locate(epath.Path(path), str(step))
-    if not found.is_dir():
-        known = found.suffix == '.safetensors' or torch_file.is_torch_file(found)
-        return unflatten_dict(read_arrays(open_tree(found))) if known else _read_msgpack(found)
-    if compat.is_orbax_array(found):
-        return _read_array(found)
-    trees = {item: _read_raw(directory) for item, directory in _trees(found).items()}
+    source = locate(epath.Path(path), str(step))
+    if not source.is_dir():
+        known = source.suffix == '.safetensors' or torch_file.is_torch_file(source)
+        return unflatten_dict(read_arrays(open_tree(source))) if known else _read_msgpack(source)
+    if compat.is_orbax_array(source):
+        return _read_array(source)
+    trees = {item: _read_raw(directory) for item, directory in _trees(source).items()}
     return trees[()] if () in trees else {item[0]: tree for item, tree in trees.items()}
 
 
@@ -116,16 +116,16 @@ def open_texts(path: epath.PathLike, step: str | int = 'latest') -> dict[tuple[s
     """Returns the strings of a checkpoint by key path.
 
     Args:
-        path: as `open_tree` takes it.
-        step: as `open_tree` takes it.
+        path: as for `open_tree`.
+        step: as for `open_tree`.
     """
-    found = locate(epath.Path(path), str(step))
-    if not found.is_dir():
-        leaves = jax.tree_util.tree_leaves_with_path(open_raw(found))
+    source = locate(epath.Path(path), str(step))
+    if not source.is_dir():
+        leaves = jax.tree_util.tree_leaves_with_path(open_raw(source))
         return {keys_of(path): x for path, x in leaves if isinstance(x, str)}
     return {
         (*item, *keys): text
-        for item, directory in _trees(found).items()
+        for item, directory in _trees(source).items()
         for keys, text in _read_texts(directory).items()
     }
 
@@ -151,20 +151,20 @@ def subtree(leaves: Leaves, at: str) -> Leaves:
         UserError: if there is nothing.
     """
     keys = tuple(filter(None, re.split('[./]', at)))
-    found = {path[len(keys) :]: x for path, x in leaves.items() if path[: len(keys)] == keys}
-    if not found:
+    selected = {path[len(keys) :]: x for path, x in leaves.items() if path[: len(keys)] == keys}
+    if not selected:
         top = dict.fromkeys('/'.join(path[:2]) for path in leaves)
         raise UserError(
             f'nothing at {at!r} in the checkpoint, which contains\n{indented_list(top)}'
         )
-    return found
+    return selected
 
 
 def locate(path: epath.Path, step: str = 'latest') -> epath.Path:
     """Returns the file with the arrays, or the directory with Orbax's tree or trees.
 
     Raises:
-        UserError: if there is none, or none of that step.
+        UserError: if there is no checkpoint, or none of that step.
     """
     path = epath.Path(places.expand(path, 'config.init_from.path'))
     if not path.exists():
@@ -208,15 +208,15 @@ def _tree_items(path: epath.Path) -> list[epath.Path]:
 
 def _single_item(path: epath.Path) -> epath.Path | None:
     """Returns the only tree in a manager's step, or the step if its items are one state."""
-    found = _tree_items(path)
-    names = [entry.name for entry in found]
+    items = _tree_items(path)
+    names = [entry.name for entry in items]
     if _PARAMS in names:
-        return path if len(found) > 1 else found[0]
-    if len(found) > 1:
+        return path if len(items) > 1 else items[0]
+    if len(items) > 1:
         raise UserError(
             f'{path} contains several trees: add one of them to the path: {", ".join(names)}'
         )
-    return found[0] if found else None
+    return items[0] if items else None
 
 
 def _trees(path: epath.Path) -> dict[tuple[str, ...], epath.Path]:
@@ -236,20 +236,20 @@ def _read_array(directory: epath.Path) -> np.ndarray:
 
 
 def _orbax_steps(path: epath.Path) -> dict[int, epath.Path]:
-    """Returns the directories of steps, ours or those of a manager, which may pad with zeros."""
+    """Returns the directories of steps; a manager of Orbax may pad their names with zeros."""
     names = (entry.name for entry in path.iterdir())
-    found = {int(name): path / name for name in names if name.isascii() and name.isdigit()}
-    # Of '5' and '005' the name without zeros counts, as in a directory of ours.
-    return {**found, **dict(step_directories(path))}
+    padded = {int(name): path / name for name in names if name.isascii() and name.isdigit()}
+    # Of '5' and '005' the former counts, as in the directories of this trainer.
+    return {**padded, **dict(step_directories(path))}
 
 
 def _flax_steps(path: epath.Path) -> dict[float, epath.Path]:
-    found = {}
+    steps = {}
     for entry in path.iterdir():
         match = _FLAX.fullmatch(entry.name)
         if match and not entry.name.endswith('tmp'):  # A save that did not finish.
-            found[float(match['step'])] = entry
-    return found
+            steps[float(match['step'])] = entry
+    return steps
 
 
 def _choose(path: epath.Path, steps: dict[Any, epath.Path], step: str) -> epath.Path:
@@ -287,16 +287,16 @@ def _orbax_leaves(directory: epath.Path) -> Leaves:
     with orbax_handler(directory) as handler:
         stored = handler.metadata(directory).tree
     leaves = jax.tree_util.tree_leaves_with_path(stored)
-    found: Leaves = {
+    stored_leaves: Leaves = {
         keys_of(path): OrbaxLeaf(directory, keys_of(path), tuple(x.shape), x.dtype)
         for path, x in leaves
         if getattr(x, 'shape', None) is not None
     }
-    return {**found, **_empty_leaves(directory)}
+    return {**stored_leaves, **_empty_leaves(directory)}
 
 
 def _empty_leaves(directory: epath.Path) -> Leaves:
-    """Returns the arrays without elements, which Orbax does not store, of a checkpoint of ours."""
+    """Returns the empty arrays of a checkpoint of this trainer, which Orbax does not store."""
     step = directory.parent
     if directory.name != 'state' or not step.name.isdigit():
         return {}
@@ -314,18 +314,18 @@ def _split_names(file: epath.Path, tensors: Mapping[str, np.ndarray]) -> Leaves:
     Raises:
         UserError: if two names have the same parts, or one tensor would be inside another.
     """
-    found: Leaves = {}
+    tree: Leaves = {}
     for name, x in tensors.items():
         keys = tuple(re.split('[./]', name))
-        if keys in found:
+        if keys in tree:
             raise UserError(f'{file}: two tensors have the name {"/".join(keys)!r}')
-        found[keys] = HostLeaf(x)
-    for keys in found:
-        outer = next((keys[:i] for i in range(1, len(keys)) if keys[:i] in found), None)
+        tree[keys] = HostLeaf(x)
+    for keys in tree:
+        outer = next((keys[:i] for i in range(1, len(keys)) if keys[:i] in tree), None)
         if outer:
             names = '/'.join(outer), '/'.join(keys)
             raise UserError(f'{file}: {names[1]!r} is below {names[0]!r}, which is a tensor too')
-    return found
+    return tree
 
 
 def _read_msgpack(file: epath.Path) -> Any:

@@ -73,10 +73,10 @@ def model_variables(
     Raises:
         UserError: if there is no such checkpoint.
     """
-    found = flax_layout.variables(open_tree(path, step), at=at)
+    weights = flax_layout.variables(open_tree(path, step), at=at)
     if before_linen:
-        found = pre_linen.convert(found)
-    return lib.to_nested(apply_operations(surgery, found))
+        weights = pre_linen.convert(weights)
+    return lib.to_nested(apply_operations(surgery, weights))
 
 
 def torch_variables(
@@ -223,8 +223,8 @@ def _check_leaves(leaves: Leaves, wanted: dict[Any, Any], path: Any, on_missing:
             "on_missing='init' keeps the target's values of missing leaves."
         )
     if missing:
-        text = "missing leaves keep the target's values"
-        _log.warning('%s: %d %s:\n%s', path, len(missing), text, indented_list(missing))
+        text = "missing leaves that keep the target's values"
+        _log.warning('%s: %s (%d):\n%s', path, text, len(missing), indented_list(missing))
 
 
 def _is_compatible(leaf: Any, target: Any) -> bool:

@@ -71,7 +71,7 @@ def convert(
         UserError: if a pattern of `flatten` matches no dense layer, or one of another size.
     """
     _check_flatten(flatten, wanted, where)
-    found: Weights = {}
+    weights: Weights = {}
     used: set[str] = set()
     for path, shape in wanted.items():
         _, *module, leaf = path.split('/')
@@ -79,12 +79,12 @@ def convert(
             if leaf == 'kernel':
                 array = _convert_kernel(array, '/'.join(module), flatten, where)
             fits = array.size == np.prod(shape, dtype=int) and leaf in _NAMES
-            found[path] = HostLeaf(
+            weights[path] = HostLeaf(
                 array.reshape(shape) if fits and _is_plain_reshape(array, shape) else array
             )
             used.update(names)
             break
-    return found, used
+    return weights, used
 
 
 def _candidates(

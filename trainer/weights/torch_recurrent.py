@@ -35,10 +35,10 @@ def candidates(
     name = module[-1].rstrip('_') if module else ''
     side, gate = (_SIDES[name], None) if name in _SIDES else (name[:1], name[1:])
     parts = [_find_layer(tensors, '/'.join(module[:-1]), suffix) for suffix in _SUFFIXES]
-    found = next(filter(None, parts), None)
-    if side not in ('i', 'h') or found is None:
+    layer = next(filter(None, parts), None)
+    if side not in ('i', 'h') or layer is None:
         return
-    prefix, suffix, gates = found
+    prefix, suffix, gates = layer
     if gate is not None and gate not in gates:
         return
     kinds = [f'{leaf}_{side}h']
