@@ -82,7 +82,7 @@ def test_of_an_ensemble_it_shows_a_member() -> None:
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('model', [linen(), linen(scans=True), of_nnx()])
 def test_the_rows_sum_up(model: Any, accumulate: int) -> None:
-    """A2: with layers in a scan, and in slices."""
+    """A2: with layers in a scan, and with micro-batches."""
     made = build(model, accumulate=accumulate)
     rows = table(made)
     assert sum(row.parameters for row in rows.values()) == parameters(made)

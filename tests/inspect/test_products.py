@@ -202,7 +202,7 @@ def test_the_way_back_alone(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.slow
 def test_the_whole_step_is_where_it_looks() -> None:
-    """It finds all operations of the gradient, with and without slices."""
+    """It finds all operations of the gradient, with and without micro-batches."""
     for options in ({}, {'accumulate': 2}, {'ensemble': {'size': 2}}):
         made = experiment(linen(scans=True), **options)
         programs = Trainer(made).set_up().programs

@@ -75,7 +75,7 @@ def test_the_layer_of_a_planted_nan_within_a_scan(k: int) -> None:
     ids=lambda options: '-'.join(options),
 )
 def test_it_is_found_however_a_run_is_made(options: dict[str, Any], tmp_path: Any) -> None:
-    # With two slices a layer is called twice in a step.
+    # With two micro-batches a layer is called twice in a step.
     made = build(linen(bad=1), guard=STOP, **options)
     found = message(made, tmp_path)
     step = math.ceil(STEP / options.get('accumulate', 1))

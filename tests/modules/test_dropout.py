@@ -47,7 +47,7 @@ class Fitted(nn.Module):
 
 
 def test_streams_have_keys_of_their_own() -> None:
-    """D1: one seed, and a key for each stream, mode, step and slice of it."""
+    """D1: one seed, and a key for each stream, mode, step and micro-batch."""
     names = ('params', 'dropout', 'noise')
     places = [
         Keys(seed=seed, mode=mode, step=step, index=index).stream(name)

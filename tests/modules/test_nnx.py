@@ -76,7 +76,7 @@ def test_training_changes_what_it_should() -> None:
 
 
 def test_dropout_draws_by_the_rule() -> None:
-    """X2: equal in the same place of a run, different for each layer, call, step and slice."""
+    """X2: equal at the same point of a run, different for layers, calls, steps, micro-batches."""
     one, other = bind(make), bind(make)
     a, b = one(X), one(X)
     assert same(a, other(X))
