@@ -36,6 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
         ),
     )
 
-    config.checkpoint = dict(every='1 epochs', keep_last=2)
+    config.checkpoint = dict(every='1 epochs', keep_last=2)  # The run resumes from the last one.
     config.log = dict(every='100 steps')
     return config

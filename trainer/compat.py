@@ -34,15 +34,27 @@ if TYPE_CHECKING:
 def coordination_client() -> Any:
     """Returns the client of JAX's coordination service; None before `jax.distributed` has started.
 
-    The caller uses its `key_value_set(key, text)` and `blocking_key_value_get(key, timeout_ms)`.
+    Callers use its `key_value_set(key, text)` and `blocking_key_value_get(key, timeout_ms)`, the
+    same two for bytes, and `key_value_delete(key)`.
 
     Checked with: jax 0.10.2 and 0.12.0.
     Why: `jax.distributed` starts the service, but has no public access to its key-value store.
-    Without it: process 0 cannot publish the address of its peer watch.
+    Without it: process 0 cannot publish the address of its peer watch, and does not receive the
+    rows that a score needs.
     """
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+def is_timeout(error: Exception) -> bool:
+    """Whether an error says that a value of the coordination service was not there in time.
+
+    Checked with: jax 0.10.2 and 0.12.0.
+    Why: the client raises a general error of the runtime, and only its text has the status.
+    Without it: a process that waits for a long computation of another one gives up.
+    """
+    return 'DEADLINE_EXCEEDED' in str(error)
 
 
 def coordinator_address() -> str:
@@ -392,6 +404,19 @@ def tensorboard_events() -> tuple[Any, Any, Any]:
     from tensorboardX.proto import event_pb2, summary_pb2
 
     return EventsWriter, event_pb2, summary_pb2
+
+
+def tensorboard_text(name: str, text: str) -> Any:
+    """Returns the value of a text in an event.
+
+    Checked with: tensorboardX 2.6.5.
+    Why: the metadata by which TensorBoard knows a text are not documented; only `SummaryWriter`
+    offers texts.
+    Without it: texts are in files only.
+    """
+    from tensorboardX import summary
+
+    return summary.text(name, text).value[0]
 
 
 # ---- jax, for modules/ and klinen/ -------------------------------------------------------------

@@ -403,6 +403,7 @@ class Trainer:
                 # The next start runs it: the checkpoint of this step records which are missing.
                 return
             self.report.record_eval(name, step, metrics)
+            checks.check_watched(self.experiment, name, metrics)
         # An evaluation compiles at its first batch, inside of the time measured above.
         self.report.time.move('eval', 'compile', evaluator.compile_secs - compiled_before)
         if (early := self._recovery.early_stopping) is not None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ensembles: numbers in half precision, what modules sow, changed numbers, and refusals."""
+"""Ensembles: half precision, sown values, changed hyperparameters, and errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.trainer import Trainer
 @pytest.mark.slow
 @pytest.mark.parametrize('steps_per_call', [1, 5])
 def test_half_precision_parameters(steps_per_call: int) -> None:
-    """Hyperparameters and slots are and stay float32: each program compiles once."""
+    """Hyperparameters and slots stay float32, so each program compiles once."""
     # With an average of squares and a trace of updates, which the rate is a factor of.
     optimizer = {'target': 'optax:rmsprop', 'learning_rate': 1e-3, 'momentum': 0.5}
     options = {'precision': {'params': 'bfloat16'}, 'steps_per_call': steps_per_call}
@@ -44,8 +44,8 @@ def test_half_precision_parameters(steps_per_call: int) -> None:
 
 
 @pytest.mark.slow
-def test_together_they_are_better() -> None:
-    """1.I: five members that have learned are right more often together than on the average."""
+def test_an_ensemble_is_better_than_its_members() -> None:
+    """1.I: the mean of five trained members is more accurate than a member on average."""
     path = str(command.ROOT / 'configs' / 'mnist_ensemble.py')
     trainer = Trainer(load_and_build(path, train_for='400 steps', checkpoint__every='never'))
     found = trainer.fit().metrics
@@ -57,7 +57,7 @@ def test_together_they_are_better() -> None:
 
 
 class Sowing(nn.Module):
-    """Sows a number for each example, and how often it was called."""
+    """Sows a number for each example, and the number of its calls."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -73,7 +73,7 @@ def squares(model: Any, batch: Any) -> TaskOutput:
 
 
 @pytest.mark.slow
-def test_what_members_sow_has_a_mean() -> None:
+def test_sown_floats_are_averaged() -> None:
     """A task that reads it is evaluated like any other."""
     task = {'ref': f'{__name__}:squares'}
     model = {'target': f'{__name__}:Sowing'}
@@ -84,8 +84,8 @@ def test_what_members_sow_has_a_mean() -> None:
 
 
 @pytest.mark.slow
-def test_changed_numbers_count(tmp_path: pathlib.Path) -> None:
-    """A run that may go on under other numbers does, from what it has learned so far."""
+def test_a_resumed_run_applies_changed_hyperparameters(tmp_path: pathlib.Path) -> None:
+    """With --allow_config_change, a run resumes its weights with other hyperparameters."""
 
     def trainer(rates: tuple[float, ...], allow: bool = False) -> Trainer:
         made = experiment(ensemble=ensemble(optimizer={'learning_rate': rates}))
@@ -103,7 +103,7 @@ def test_changed_numbers_count(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('metric', ['eval/test/members/loss', 'eval/test/member_1/loss'])
-def test_metrics_of_members_choose_and_stop(metric: str, tmp_path: pathlib.Path) -> None:
+def test_member_metrics_choose_and_stop(metric: str, tmp_path: pathlib.Path) -> None:
     made = experiment(
         ensemble=ensemble(), early_stopping={'metric': metric, 'min_delta': 1e9},
         checkpoint={'best': {'metric': metric, 'mode': 'min'}}, evals__test__every='2 steps',
@@ -149,7 +149,7 @@ def test_what_must_be_known_to_be_compiled(
         Trainer(made).fit()
 
 
-def test_the_axis_of_the_members_is_theirs() -> None:
+def test_sharding_rules_cannot_use_the_ensemble_axis() -> None:
     rule = {
         'target': 'trainer.sharding:ByPath',
         'rules': (('Dense_0/kernel', (None, 'ensemble')),),
@@ -160,8 +160,8 @@ def test_the_axis_of_the_members_is_theirs() -> None:
 
 
 @pytest.mark.slow
-def test_what_a_method_returns_is_not_combined() -> None:
-    """The advice is one that helps: `combine` is for the model's own call."""
+def test_outputs_of_methods_are_not_combined() -> None:
+    """The advice fits: `combine` is for the model's own call only."""
     config = str(command.ROOT / 'configs' / 'addition.py')
     trainer = Trainer(load_and_build(config, ensemble={'size': 2}))
     with pytest.raises(UserError, match=r'a method or a part .* int32, .* that only calls the'):

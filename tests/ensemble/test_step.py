@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ensembles: several members in one program, each on the course that it would take alone."""
+"""Ensembles: several members in one program, each trained as in a run of its own."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def ensemble(**vary: Any) -> dict[str, Any]:
 
 
 def trained(**options: Any) -> tuple[TrainState, Trainer]:
-    """Returns the state after eight updates, three of which are in no row yet."""
+    """Returns the state after eight updates, three of which are not logged yet."""
     trainer = Trainer(experiment(**options))
     return trainer.fit(max_steps=8).state, trainer
 
 
 def assert_close(found: TrainState, expected: TrainState, **tolerance: float) -> None:
-    """Of the same variables, averages and metrics; only the numbers that vary are in one state."""
+    """Compares variables, averages and metrics; only one state has varied hyperparameters."""
     # Accumulators that have seen nothing hold NaN.
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(expected.metrics))
     for name in ('params', 'collections', 'ema', 'loss_scale', 'metrics'):
@@ -61,8 +61,8 @@ def assert_allclose(x: Any, y: Any, **tolerance: float) -> None:
     np.testing.assert_allclose(x, y, **tolerance)
 
 
-def astray(found: TrainState, expected: TrainState, start: TrainState) -> float:
-    """Returns how far off a state's parameters are, as a part of the way that led to them."""
+def relative_distance(found: TrainState, expected: TrainState, start: TrainState) -> float:
+    """Returns the distance of a state's parameters, relative to their distance from the start."""
 
     def distance(one: TrainState, other: TrainState) -> float:
         pairs = zip(jax.tree.leaves(one.params), jax.tree.leaves(other.params), strict=True)
@@ -91,8 +91,8 @@ COURSES: dict[str, dict[str, Any]] = {
         for name in COURSES
     ],
 )
-def test_a_member_takes_the_course_of_a_run_alone(name: str) -> None:
-    """I1: members differ pairwise, and each of them is the run with its seed and its number."""
+def test_a_member_trains_like_a_run_of_its_own(name: str) -> None:
+    """I1: members differ pairwise, and each equals the run with its seed and hyperparameters."""
     options = COURSES[name]
     # Adam makes a whole step of the last bit of a small gradient.
     rates = (1e-3, 1e-2) if name == 'adam' else RATES
@@ -107,14 +107,14 @@ def test_a_member_takes_the_course_of_a_run_alone(name: str) -> None:
         assert_close(members[index], alone, **{'rtol': 1e-4, 'atol': 1e-5, **tolerance})
         # A member that has learned nothing is off by 1, and may be within the tolerance.
         most = 0.1 if name == 'bfloat16' else 1e-4
-        assert astray(members[index], alone, trainer.init_state()) < most
+        assert relative_distance(members[index], alone, trainer.init_state()) < most
     kernels = [jax.tree.leaves(member.params)[-1] for member in members]
     assert not np.allclose(kernels[0], kernels[1])
 
 
 @pytest.mark.slow
 def test_seeds_may_be_equal() -> None:
-    """A sweep: the same start, the same dropout masks, another rate."""
+    """A sweep: the same initial state and dropout masks with another learning rate."""
     vary = {'seed': (7, 7), 'optimizer': {'learning_rate': RATES}}
     trainer = Trainer(experiment(ensemble=ensemble(**vary), model__dropout_rate=0.5))
     first, second = (member_state(trainer.init_state(), index) for index in range(2))
@@ -124,8 +124,8 @@ def test_seeds_may_be_equal() -> None:
 
 
 @pytest.mark.slow
-def test_what_varies_is_in_the_state(tmp_path: pathlib.Path) -> None:
-    """It is in the checkpoint, and a run that is resumed from it is the same to the last bit."""
+def test_varied_hyperparameters_are_in_the_state(tmp_path: pathlib.Path) -> None:
+    """They are in the checkpoint, and a resumed run is bitwise equal."""
     vary = {'optimizer': {'learning_rate': RATES, 'momentum': (0.5, 0.9)}}
     digests = []
     for name, pauses in (('whole', ()), ('parts', (3,))):
@@ -164,7 +164,7 @@ def grouped(head: float, body: float, **top: Any) -> TrainState:
 
 
 @pytest.mark.slow
-def test_numbers_within_schedules_and_groups() -> None:
+def test_hyperparameters_within_schedules_and_groups() -> None:
     heads, bodies = (0.1, 0.01), (0.02, 0.2)
     inner = {'head': {'learning_rate': heads}, 'body': {'learning_rate': {'init_value': bodies}}}
     state = grouped(0.1, 0.02, ensemble=ensemble(optimizer={'groups': inner}))
@@ -175,7 +175,7 @@ def test_numbers_within_schedules_and_groups() -> None:
 
 @pytest.mark.slow
 def test_a_factor_of_any_schedule() -> None:
-    """Where the schedule itself decides by its numbers, a factor around it may vary."""
+    """A factor can vary around a schedule that branches in Python on its arguments."""
     inner = {
         'target': 'optax:warmup_cosine_decay_schedule', 'init_value': 0.0, 'peak_value': 0.1,
         'warmup_steps': 2, 'decay_steps': 10,
@@ -192,7 +192,7 @@ def test_a_factor_of_any_schedule() -> None:
     assert rates == pytest.approx([0.1, 0.01])
 
 
-def test_the_batch_is_common_to_all() -> None:
+def test_members_share_the_batch() -> None:
     """I2: it is read and sent once, not once for each member."""
     trainer = Trainer(experiment(ensemble=ensemble()))
     with trainer.batches(0, [1]) as batches:
@@ -209,7 +209,7 @@ def probabilities(trainer: Trainer, state: TrainState, batch: Any) -> np.ndarray
 
 
 @pytest.mark.slow
-def test_predictions_are_of_the_mean_of_probabilities() -> None:
+def test_predictions_are_the_mean_of_probabilities() -> None:
     """I3, I4: in evaluations and predictions, over each example once."""
     state, trainer = trained(ensemble=ensemble(optimizer={'learning_rate': RATES}))
     data = trainer.set_up().evaluators['test'].data.block(0, 1).arrays
@@ -241,8 +241,8 @@ def test_predictions_are_of_the_mean_of_probabilities() -> None:
         {'ensemble': 2, 'fsdp': 2, 'data': 2},
     ],
 )
-def test_members_over_devices(devices: dict[str, int]) -> None:
-    """Cut over the axis `ensemble`, their rows over the others; what comes out is the same."""
+def test_members_are_sharded_over_devices(devices: dict[str, int]) -> None:
+    """Members over the axis `ensemble`, examples over the others; the results are the same."""
     options = {'model__batch_norm': True, 'ensemble': ensemble(optimizer={'learning_rate': RATES})}
     rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 0}
     expected, whole = trained(**options)
@@ -300,8 +300,8 @@ CHAIN = {
 }  # fmt: skip
 
 
-def test_a_number_in_a_tuple() -> None:
-    """By the path that the command line has for it."""
+def test_a_hyperparameter_in_a_tuple() -> None:
+    """By its key path on the command line."""
     where = 'ensemble__vary__optimizer__args[1]__learning_rate'
     made = experiment(optimizer=CHAIN, ensemble__size=2, **{where: RATES}).ensemble
     assert made is not None and made.values == {'args[1].learning_rate': RATES}
@@ -365,7 +365,7 @@ def test_mistakes_that_show_later() -> None:
 
 @pytest.mark.slow
 def test_on_the_command_line(tmp_path: pathlib.Path) -> None:
-    """The path of what varies may be given as a path or as a key."""
+    """`vary` accepts a key path as a string or as nested keys."""
     args = ('--config.ensemble.size=2', '--config.ensemble.vary.optimizer.learning_rate=(0.1,0.01)')
     finished = command.train(tmp_path / 'run', *args, '--config.train_for=1epochs')
     assert '  member 1  seed 1, optimizer.learning_rate 0.01\n' in finished.out

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every example of the Klinen document, and the rows K1 to K12."""
+"""The examples of Klinen's documentation (K1 to K12)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class AutoEncoder(knn.Module):
 
 
 class Noisy(knn.Module):
-    """The document's module with dropout."""
+    """The documentation's module with dropout."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -61,7 +61,7 @@ def noisy() -> AutoEncoder:
 
 
 def test_a_model_is_bound_and_called() -> None:
-    """K1, K3: the original stays unbound; a model and its parts are called directly."""
+    """K1, K3: binding returns a copy; models and their submodules are called directly."""
     original = AutoEncoder(encoder=MLP(), decoder=MLP())
     model = original.init_bind(RNG, jnp.zeros((2, 64)))
     assert isinstance(model, AutoEncoder)
@@ -116,15 +116,15 @@ class OfBoth(OfBase, Derived):
     pass
 
 
-def test_methods_are_found_in_the_order_of_the_bases() -> None:
+def test_methods_follow_the_mro() -> None:
     assert [cls.__name__ for cls in OfBoth.__mro__[-8:] if issubclass(cls, Base)][-2:] == [
         'Derived', 'Base',
     ]  # fmt: skip
     assert OfBoth().name_of() == 'Derived'
 
 
-def test_methods_that_need_parameters_say_so() -> None:
-    """K3: public ones of any kind; what needs none runs."""
+def test_unbound_methods_raise() -> None:
+    """K3: public methods of all kinds raise; a method that needs no parameters runs."""
     for cls in (Composed, knn.convert(LinenComposed)):
         with pytest.raises(ValueError, match=rf'{cls.__name__} is not bound.*init_bind'):
             cls(nn.Dense(2)).encode(X)
@@ -133,7 +133,7 @@ def test_methods_that_need_parameters_say_so() -> None:
 
 
 @pytest.mark.parametrize('method', ['with_rng', 'call_with_updates', 'call_with_intermediates'])
-def test_what_needs_parameters_says_so(method: str) -> None:
+def test_unbound_members_raise(method: str) -> None:
     """K3."""
     with pytest.raises(ValueError, match=r'AutoEncoder is not bound.*init_bind'):
         getattr(AutoEncoder(MLP(), MLP()), method)(RNG)
@@ -150,11 +150,11 @@ class Plain(nn.Module):
 
 
 class OfConverted(knn.convert(Plain)):
-    """A class derived from a converted one."""
+    """A subclass of a converted class."""
 
 
-def test_what_was_converted_is_pickled() -> None:
-    """K2, K10: bound or not, as itself and not as the class that it was made from."""
+def test_converted_modules_can_be_pickled() -> None:
+    """K2, K10: bound or unbound, as the converted class and not as the original one."""
     for cls in (knn.convert(Plain), OfConverted):
         model = cls(3).init_bind(RNG, X)
         for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model), copy.copy(model)):
@@ -166,7 +166,7 @@ def test_what_was_converted_is_pickled() -> None:
 
 
 def test_conversion() -> None:
-    """K2: the same parameters from the same key, under the same names."""
+    """K2: the same key gives the same parameters, with the same names."""
     for converted in (knn.Dense, knn.convert(nn.Dense)):
         model = converted(3).init_bind(RNG, X)
         assert isinstance(model, nn.Dense)
@@ -184,7 +184,7 @@ def test_conversion() -> None:
     assert set(inside.params) == {'encoder', 'decoder'}
 
 
-def test_init_takes_a_seed_shapes_and_a_method() -> None:
+def test_init_accepts_a_seed_shapes_and_a_method() -> None:
     model = MLP().init_bind(RNG, X)
     assert same(
         MLP().init_bind(RNG, jax.ShapeDtypeStruct(X.shape, X.dtype)).params['Dense_0']['kernel'],
@@ -203,7 +203,7 @@ class Spec:
     dtype: Any
 
 
-def test_init_takes_any_object_with_a_shape_and_a_dtype() -> None:
+def test_init_accepts_objects_with_shape_and_dtype() -> None:
     kernel = MLP().init_bind(RNG, X).params['Dense_0']['kernel']
     own = Spec((2, 64), np.float64)
     etils = array_types.f32[(2, 64)]
@@ -226,14 +226,14 @@ class Drawing(knn.Module):
 
 @dataclasses.dataclass
 class Wrapper:
-    """A key with methods, as Kauldron's is."""
+    """A key with methods, like Kauldron's."""
 
     rng: jax.Array
 
 
 @dataclasses.dataclass
 class ArrayLike:
-    """What JAX takes for an array."""
+    """An object that JAX converts to an array."""
 
     value: jax.Array
 
@@ -241,7 +241,7 @@ class ArrayLike:
         return self.value
 
 
-def test_keys_in_objects_around_them() -> None:
+def test_objects_that_wrap_keys() -> None:
     expected = noisy().with_rng(RNG)
     for wrap in (Wrapper, ArrayLike):
         model = AutoEncoder(encoder=Noisy(), decoder=Noisy()).init_bind(wrap(RNG), X)
@@ -252,8 +252,8 @@ def test_keys_in_objects_around_them() -> None:
         noisy().with_rng(Wrapper('no key'))  # type: ignore[arg-type]
 
 
-def test_the_keys_of_a_model() -> None:
-    """They are there by stream, and lead to the same numbers if they are given back."""
+def test_the_rngs_property() -> None:
+    """It has the keys by stream; passed to `with_rng`, they give the same numbers."""
     model = noisy()
     assert model.rngs == {}
     assert model.encoder.rngs == {}
@@ -265,7 +265,7 @@ def test_the_keys_of_a_model() -> None:
     assert model.with_rng({'dropout': RNG2}).rngs == {'dropout': RNG2}
 
 
-def test_the_same_call_gives_the_same() -> None:
+def test_calls_are_deterministic() -> None:
     """K4."""
     model = noisy().with_rng(RNG)
     y0, y1 = model(X), model(X)
@@ -274,7 +274,7 @@ def test_the_same_call_gives_the_same() -> None:
 
 
 def test_forms_of_with_rng() -> None:
-    """K5: replaced, by stream, split on; a seed is a key."""
+    """K5: a new key, keys by stream, the next key; a seed is accepted as a key."""
     model = noisy().with_rng(RNG)
     assert not same(model.with_rng(RNG2)(X), model(X))
     assert same(model.with_rng(RNG2).with_rng(RNG)(X), model(X))
@@ -302,8 +302,8 @@ def test_forms_of_with_rng() -> None:
         noisy().with_rng()
 
 
-def test_a_key_is_given_before_it_is_needed() -> None:
-    """K6: the message names the stream and the method."""
+def test_a_missing_key_is_an_error() -> None:
+    """K6: the message names the stream and the method to call."""
     with pytest.raises(errors.InvalidRngError, match=r"'dropout'.*model\.with_rng\(rng\)"):
         noisy()(X)
     with pytest.raises(errors.InvalidRngError, match=r"'dropout'.*model\.with_rng\(rng\)"):
@@ -320,7 +320,7 @@ class Streams(knn.Module):
 
 
 def test_streams_of_any_name() -> None:
-    """K5: each stream draws its own numbers from the one key."""
+    """K5: each stream derives its own numbers from a single key."""
     model = Streams().init_bind(RNG, X).with_rng(RNG)
     dropped, noise = model(X)
     assert not same(dropped, X)
@@ -329,7 +329,7 @@ def test_streams_of_any_name() -> None:
     assert same(noise, jax.jit(lambda model, x: model(x)[1])(model, X))
 
 
-def test_a_part_draws_what_it_draws_in_the_model() -> None:
+def test_a_submodule_draws_as_within_the_model() -> None:
     """K7, in the stronger form: the same numbers, at any depth."""
     model = noisy().with_rng(RNG)
     assert same(model.decoder(model.encoder(X)), model(X))
@@ -349,8 +349,8 @@ def test_params_at_every_level() -> None:
     assert same(twice.encoder(X), 2 * model.encoder(X))
 
 
-def test_a_model_is_a_tree_of_its_parameters() -> None:
-    """K10: leaves, paths, maps; random keys are the last leaf once there are any."""
+def test_a_model_is_a_pytree() -> None:
+    """K10: leaves, paths, `tree.map`; random keys are the last leaf, if there are any."""
     model = auto_encoder()
     leaves = jax.tree.leaves(model)
     assert all(a is b for a, b in zip(leaves, jax.tree.leaves(model.params), strict=True))
@@ -366,7 +366,7 @@ def test_a_model_is_a_tree_of_its_parameters() -> None:
 
 
 def test_a_model_is_saved_and_restored(tmp_path: pathlib.Path) -> None:
-    """K10: as any tree, by tools that put what is no array in the place of its parts."""
+    """K10: like any pytree, also by tools that put other objects in place of arrays."""
     model = noisy()
     with ocp.StandardCheckpointer() as checkpointer:
         for name, saved in {'plain': model, 'with_rng': model.with_rng(RNG)}.items():
@@ -379,8 +379,8 @@ def test_a_model_is_saved_and_restored(tmp_path: pathlib.Path) -> None:
     assert shapes.encoder.params['Dense_0']['kernel'].shape == (64, 64)
 
 
-def test_several_models_at_once() -> None:
-    """K10: made and called under `vmap`, each with a key of its own."""
+def test_vmap_over_models() -> None:
+    """K10: initialized and called under `vmap`, each with its own key."""
     keys = jax.random.split(RNG, 3)
     models = jax.vmap(lambda key: AutoEncoder(Noisy(), Noisy()).init_bind(key, X))(keys)
     found = jax.vmap(lambda model: model(X))(models.with_rng(keys))
@@ -390,7 +390,7 @@ def test_several_models_at_once() -> None:
 
 
 def test_jit() -> None:
-    """K10: the document's evaluation step; equal models share one compiled program."""
+    """K10: the documentation's evaluation step; equal models share one compiled program."""
     traces = []
 
     @jax.jit
@@ -415,7 +415,7 @@ def test_jit() -> None:
 
 @pytest.mark.slow
 def test_grad() -> None:
-    """K10: the gradient is shaped like the model, and trains it."""
+    """K10: the gradient has the structure of the model, and trains it."""
 
     def loss(model: AutoEncoder, rng: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.mean((model.with_rng(rng)(x) - x) ** 2)
@@ -434,7 +434,7 @@ def test_grad() -> None:
 
 
 class Setup(knn.Module):
-    """Its parts are made in `setup`, and it has methods and properties."""
+    """Submodules created in `setup`, with methods and properties."""
 
     width: int = 3
 
@@ -456,7 +456,7 @@ class Setup(knn.Module):
 
 @pytest.mark.slow
 def test_a_bound_model_in_a_notebook() -> None:
-    """It prints, completes names, is pickled, and runs Linen's tools."""
+    """repr, name completion, pickling, and Linen's tools."""
     model = Setup().init_bind(RNG, X)
     assert repr(model).startswith('Setup(')
     assert {'dense', 'heads', 'width', 'encode', 'with_rng'} <= set(dir(model))

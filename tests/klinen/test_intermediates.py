@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What calls of Klinen modules keep, in the structure of the model."""
+"""Intermediate values of Klinen modules, in the structure of the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.modules.rng import Keys
 
 
 class Sequential(knn.Module):
-    """The document's `Sequential`, with its `childs` qualified."""
+    """The documentation's `Sequential`, with its `childs` annotated."""
 
     childs: list[nn.Module]
     tmp_values: knn.Intermediate[list[jax.Array]] = dataclasses.field(
@@ -44,7 +44,7 @@ def intermediate_model() -> AutoEncoder:
 
 
 def test_intermediates_of_a_call() -> None:
-    """K11, K12: the document's example; each call starts anew, and nothing stays on the model."""
+    """K11, K12: the documentation's example; no value is kept from one call to the next."""
     model = intermediate_model()
     plain = model(X)
     with model.capture_intermediates() as intermediates:
@@ -71,7 +71,7 @@ def test_intermediates_of_a_call() -> None:
 
 
 class Unset(knn.Module):
-    """Reads a value, if asked to, before the call has kept one."""
+    """Reads a field, optionally before the call has assigned it."""
 
     value: knn.Intermediate[jax.Array] = dataclasses.field(init=False)
 
@@ -83,8 +83,8 @@ class Unset(knn.Module):
         return self.value
 
 
-def test_a_value_that_is_not_there() -> None:
-    """It is read in the call alone, and only once it is set; no call before has left one."""
+def test_reading_an_unset_field_is_an_error() -> None:
+    """A field can only be read within a call, after it was assigned in the same call."""
     model = Unset().init_bind(RNG, X)
     assert same(model(X), model.call_with_intermediates(X)[1].value)
     with pytest.raises(AttributeError, match=r'Unset\.value .* not set during the call'):
@@ -95,7 +95,7 @@ def test_a_value_that_is_not_there() -> None:
     assert not hasattr(model, 'value')
 
 
-def test_captures_do_not_nest_and_are_of_one_model() -> None:
+def test_captures_are_not_nested_and_belong_to_one_model() -> None:
     """K12."""
     model, other = intermediate_model(), intermediate_model()
     with pytest.raises(RuntimeError, match='do not nest'):  # noqa: SIM117
@@ -110,8 +110,8 @@ def test_captures_do_not_nest_and_are_of_one_model() -> None:
     assert same(found.encoder.tmp_values[1], part)
 
 
-def test_captures_of_parts() -> None:
-    """K12: in the structure of what was captured, whether it, a part or the whole is called."""
+def test_captures_of_submodules() -> None:
+    """K12: in the structure of the captured model, also if a submodule or its owner is called."""
     model = AutoEncoder(
         MLP(), Sequential([Sequential([nn.Dense(3)]), Sequential([nn.Dense(2)])])
     ).init_bind(RNG, X)
@@ -138,7 +138,7 @@ def test_captures_of_parts() -> None:
 
 
 class Shared(knn.Module):
-    """Two parts that use one and the same third."""
+    """Two submodules that share a third one."""
 
     one: nn.Module
     two: nn.Module
@@ -147,8 +147,8 @@ class Shared(knn.Module):
         return self.two(self.one(x))
 
 
-def test_captures_of_shared_parts() -> None:
-    """K12: they stand wherever the model has them."""
+def test_captures_of_shared_submodules() -> None:
+    """K12: the values are in every place where the model has the module."""
     part = Sequential([nn.Dense(64)])
     model = Shared(Sequential([part]), Sequential([part])).init_bind(RNG, X)
     y, found = model.call_with_intermediates(X)
@@ -161,7 +161,7 @@ def test_captures_of_shared_parts() -> None:
     assert same(found.tmp_values[0], z)
 
 
-def test_intermediates_leave_a_compiled_function() -> None:
+def test_compiled_functions_return_intermediates() -> None:
     """K12."""
     model = intermediate_model()
     _, found = jax.jit(lambda model, x: model.call_with_intermediates(x))(model, X)
@@ -191,7 +191,7 @@ class Layer(knn.Module):
 
 @pytest.mark.slow
 def test_lifted_modules() -> None:
-    """K11: a field may be assigned, and comes out of scanned and checkpointed modules."""
+    """K11: fields assigned within scanned and checkpointed modules are returned."""
     model = Lifted().init_bind(RNG, X).with_rng(RNG)
     assert {'MLP_0', 'Dense_0'} < set(model.params)  # As Linen names what is made in the call.
     y, found = model.call_with_intermediates(X)
@@ -205,7 +205,7 @@ def test_lifted_modules() -> None:
 
 
 class Twice(knn.Module):
-    """Calls one part twice, and keeps values of several kinds."""
+    """Calls one submodule twice, and stores values of several kinds."""
 
     note: knn.Intermediate[dict[str, Any]] = dataclasses.field(init=False, default_factory=dict)
     unset: knn.Intermediate[Any] = dataclasses.field(init=False)
@@ -220,8 +220,8 @@ class Twice(knn.Module):
         return x
 
 
-def test_a_part_that_is_called_twice() -> None:
-    """K11: the last call's value counts; a field that was not assigned is not there."""
+def test_a_submodule_that_is_called_twice() -> None:
+    """K11: the value of the last call counts; an unassigned field is missing."""
     model = Twice().init_bind(RNG, X).eval()
     y, found = model.call_with_intermediates(X)
     np.testing.assert_allclose(found.layer.kept, y.sum(), rtol=1e-6)
@@ -230,7 +230,7 @@ def test_a_part_that_is_called_twice() -> None:
 
 
 class Noted(knn.Module):
-    """Keeps what JAX has no type for, and arrays that have no mean."""
+    """Stores values that are not JAX types, and arrays that have no mean."""
 
     note: knn.Intermediate[dict[str, Any]] = dataclasses.field(init=False)
 
@@ -249,7 +249,7 @@ class Around(nn.Module):
 
 
 def test_values_of_any_kind() -> None:
-    """K11: they pass through transformations, of a call that nobody asks for them as well."""
+    """K11: they pass through transformations, whether or not the call is captured."""
     for module in (Noted(), nn.remat(Noted)()):
         y, found = module.init_bind(RNG, X).call_with_intermediates(X)
         assert found.note['name'] == 'h' and found.note['of'][0] == {'a', 'b'}
@@ -262,7 +262,7 @@ def test_values_of_any_kind() -> None:
 
 
 def test_values_of_any_kind_in_an_ensemble() -> None:
-    """Of floats there is the mean; the rest is as it is, arrays of it once for each member."""
+    """Floats are averaged; other arrays are stacked over the members, other values unchanged."""
     both = jax.tree.map(lambda x: jnp.stack([x, 3 * x]), init(Noted()))
     x = jnp.ones((3, 4))
     model = EnsembleModel(
@@ -277,7 +277,7 @@ def test_values_of_any_kind_in_an_ensemble() -> None:
 
 
 class OneBranch(knn.Module):
-    """Keeps a value in one of two branches."""
+    """Stores a value in one of two branches."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -287,8 +287,8 @@ class OneBranch(knn.Module):
         return nn.cond(x.sum() > 0, lambda part, x: part(x), lambda part, x: x, part, x)
 
 
-def test_a_branch_that_keeps_what_another_one_does_not() -> None:
-    """K12: such a call runs all the same, and says that it has captured nothing."""
+def test_branches_that_store_different_values() -> None:
+    """K12: such a call runs without capture, with a warning."""
     model = OneBranch().init_bind(RNG, X)
     with pytest.warns(UserWarning, match='OneBranch: the branches of nn.cond .* is not captured'):
         y, found = model.call_with_intermediates(X)
@@ -296,8 +296,8 @@ def test_a_branch_that_keeps_what_another_one_does_not() -> None:
     assert dir(found) == []
 
 
-def test_a_field_that_a_caller_would_give() -> None:
-    """K11: without `init=False` it would be an argument, and never be kept."""
+def test_an_intermediate_cannot_be_an_argument() -> None:
+    """K11: without `init=False` it would be an argument of the constructor."""
     for field in (dataclasses.field(default_factory=list), dataclasses.MISSING):
         namespace: dict[str, Any] = {'__annotations__': {'tmp': knn.Intermediate[list]}}
         if field is not dataclasses.MISSING:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Klinen beyond the document: parts of any kind, other collections, layers told the mode."""
+"""Klinen modules beyond the documentation: submodules of any kind, and other collections."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.modules.examples import same
 from trainer import klinen as knn
 
 
-def test_parts_made_in_setup() -> None:
-    """K3: by name, in dicts and lists; methods, fields and properties too."""
+def test_submodules_created_in_setup() -> None:
+    """K3: by name, in dicts and lists; also methods, fields and properties."""
     model = Setup().init_bind(RNG, X)
     hidden = model.encode(X)
     assert same(model.dense(X), hidden)
@@ -39,7 +39,7 @@ def test_parts_made_in_setup() -> None:
 
 
 class Root(knn.Module):
-    """Has a parameter of its own beside its parts."""
+    """Has a parameter besides those of its submodules."""
 
     def setup(self) -> None:
         self.scale = self.param('scale', nn.initializers.ones, ())
@@ -51,7 +51,7 @@ class Root(knn.Module):
         return self.drop(self.mlp(x)) * self.scale
 
 
-def test_a_part_does_not_need_what_its_owner_has() -> None:
+def test_a_submodule_does_not_need_its_owner_s_parameters() -> None:
     model = Root().init_bind(RNG, X).with_rng(RNG)
     assert same(model.drop(model.mlp(X)) * model.scale, model(X))
     assert len(jax.tree.leaves(model.mlp.params)) == 2
@@ -60,7 +60,7 @@ def test_a_part_does_not_need_what_its_owner_has() -> None:
 
 
 class Tied(knn.Module):
-    """Two parts that use one and the same table."""
+    """Two submodules that share a table."""
 
     encoder: nn.Module
     decoder: nn.Module
@@ -84,7 +84,7 @@ class Attend(nn.Module):
         return self.tables['main'][0].attend(nn.Dense(4)(x))
 
 
-def test_a_part_takes_what_it_shares_with_it() -> None:
+def test_a_submodule_has_the_variables_that_it_shares() -> None:
     table = nn.Embed(10, 4)
     model = Tied(Embed(table), Attend({'main': [table]}))
     ids = jnp.arange(3)
@@ -97,8 +97,8 @@ def test_a_part_takes_what_it_shares_with_it() -> None:
     assert sum(leaf.size for leaf in leaves) == 4 * 4 + 4 + 10 * 4
 
 
-def test_a_part_in_two_places_is_one_object() -> None:
-    """It is the same one each time that it is read, of one model; a copy has its own."""
+def test_a_submodule_in_two_places_is_one_object() -> None:
+    """Each access of a model returns the same object; a copy of the model has its own."""
     shared = MLP()
     model = knn.Sequential([MLP(), shared, shared]).init_bind(RNG, X)
     assert model.layers[1] is model.layers[2]
@@ -154,7 +154,7 @@ def test_fields_that_cannot_be_hashed() -> None:
 
 
 class Normed(knn.Module):
-    """Batch statistics, and a collection of its own."""
+    """Batch statistics and a custom collection."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -166,7 +166,7 @@ class Normed(knn.Module):
 
 
 def test_other_collections() -> None:
-    """K13: a call changes nothing; `call_with_updates` returns the model that it has changed."""
+    """K13: a call changes nothing; `call_with_updates` returns the updated model."""
     model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X).with_rng(RNG)
     assert set(model.variables) == {'params', 'batch_stats', 'count'}
     y, updated = model.call_with_updates(X)
@@ -182,7 +182,7 @@ def test_other_collections() -> None:
     assert same(again(X), updated.eval()(X))
 
 
-def test_a_call_that_would_lose_an_update_is_refused() -> None:
+def test_a_call_that_would_lose_an_update_raises() -> None:
     """K13, C4."""
     model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X).with_rng(RNG)
     with pytest.raises(errors.ModifyScopeVariableError) as caught:
@@ -193,7 +193,7 @@ def test_a_call_that_would_lose_an_update_is_refused() -> None:
 
 
 def test_updates_under_jit_and_grad() -> None:
-    """K10, K13: only parameters have gradients, so a map over all leaves moves them alone."""
+    """K10, K13: only parameters have gradients, so an update of all leaves changes only these."""
     model = AutoEncoder(Normed(), MLP()).init_bind(RNG, X)
 
     def train_loss(model: Any, x: jax.Array) -> Any:
@@ -212,7 +212,7 @@ def test_updates_under_jit_and_grad() -> None:
 
 
 class Nudged(knn.Module):
-    """Statistics, a collection of its own, and a value that may be perturbed."""
+    """Statistics, a custom collection, and a perturbed value."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -221,8 +221,8 @@ class Nudged(knn.Module):
         return (self.perturb('hidden', x) ** 2).sum()
 
 
-def test_which_collections_have_gradients() -> None:
-    """K8 of the surgery rows, K13: perturbations as in Linen; statistics and others are cut."""
+def test_collections_with_gradients() -> None:
+    """K8 of the surgery rows, K13: perturbations as in Linen; none of statistics and others."""
     variables = Nudged().init(RNG, X)
     model = knn.bind(Nudged(), variables)
     grads = jax.grad(lambda model: model(X))(model).variables
@@ -235,8 +235,8 @@ def test_which_collections_have_gradients() -> None:
         assert any(leaf.any() for leaf in jax.tree.leaves(theirs[name]))
 
 
-def test_parameters_given_as_all_variables() -> None:
-    """K3: what was forgotten is named."""
+def test_parameters_passed_as_variables() -> None:
+    """K3: the message says what is missing."""
     for model in (MLP(), AutoEncoder(MLP(), MLP())):
         params = model.init_bind(RNG, X).params
         with pytest.raises(ValueError, match=r"without parameters .*with_variables\(\{'params': p"):
@@ -251,8 +251,8 @@ class Sown(knn.Module):
         return self.perturb('nudge', x)
 
 
-def test_what_piles_up_is_refused() -> None:
-    """K13, K4 of the surgery rows: tuples that grow would be a new model at each call."""
+def test_accumulating_values_are_an_error() -> None:
+    """K13, K4 of the surgery rows: growing tuples would change the structure in each call."""
     model = Sown().init_bind(RNG, X)
     assert set(model.variables) == {'params', 'mine'}
     with pytest.raises(ValueError, match=r"collection 'mine'.*knn\.Intermediate"):
@@ -261,7 +261,7 @@ def test_what_piles_up_is_refused() -> None:
 
 
 def test_methods_with_updates_and_intermediates() -> None:
-    """K12, K13: of another method than `__call__`, and both in one call."""
+    """K12, K13: of methods other than `__call__`, and both in one call."""
 
     class Model(knn.Module):
         seen: knn.Intermediate[jax.Array] = dataclasses.field(init=False)
@@ -304,8 +304,8 @@ class Bridged(knn.Module):
         return nnx.bridge.ToLinen(nnx.Dropout, args=(0.5,))(nn.Dense(8)(x))
 
 
-def test_nnx_modules_inside() -> None:
-    """They follow the mode and draw from the model's key."""
+def test_nnx_submodules() -> None:
+    """They follow the training flag and draw from the model's key."""
     model = Bridged().init_bind(RNG, X).with_rng(RNG)
     y, _ = model.call_with_updates(X)
     assert not same(y, model.with_rng(RNG2).call_with_updates(X)[0])
@@ -313,8 +313,8 @@ def test_nnx_modules_inside() -> None:
     assert not same(model.eval()(X), y)
 
 
-def test_a_bound_part_is_not_built_into_another_model() -> None:
-    """Its parameters would be lost without a word."""
+def test_a_bound_module_cannot_be_a_field() -> None:
+    """Its parameters would be lost silently."""
     model = AutoEncoder(MLP(), MLP()).init_bind(RNG, X)
     with pytest.raises(ValueError, match=r'AutoEncoder\.decoder is bound.*part\.clone\(\)'):
         AutoEncoder(MLP(), model.decoder)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mode reaches every part of a Klinen model, of Klinen and of Linen."""
+"""The training flag reaches every submodule of a Klinen model, of Klinen and of Linen."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_modes() -> None:
         model.width = 3
 
 
-def test_a_mode_before_variables() -> None:
-    """K8: a part made with `eval()` stays so."""
+def test_a_flag_set_before_binding() -> None:
+    """K8: a submodule constructed with `eval()` stays in evaluation mode."""
     assert not MLP().eval().training
     assert not MLP().eval().init_bind(RNG, X).training
     model = MLP(training=False).init_bind(RNG, X)
@@ -53,8 +53,8 @@ def test_a_mode_before_variables() -> None:
 
 
 @pytest.mark.slow
-def test_layers_follow_the_mode() -> None:
-    """K8: Klinen's layers need no flag, wherever they stand."""
+def test_layers_follow_the_flag() -> None:
+    """K8: Klinen's layers need no argument, wherever they are."""
     x = jnp.ones((64, 16))
     dropped = knn.Dropout(0.5).init_bind(RNG, x).with_rng(RNG)
     assert set(np.unique(dropped(x))) == {0.0, 2.0}
@@ -82,7 +82,7 @@ class Flagged(nn.Module):
         return nn.Dropout(0.5, deterministic=not train)(x)
 
 
-def test_converted_modules_are_told() -> None:
+def test_converted_modules_get_the_flag() -> None:
     """K2, K8."""
     model = AutoEncoder(knn.convert(Flagged)(), MLP()).init_bind(RNG, X).with_rng(RNG)
     assert not same(model.encoder(X), X)
@@ -91,7 +91,7 @@ def test_converted_modules_are_told() -> None:
 
 
 class Guide(nn.Module):
-    """A Linen class some of whose names are those of Klinen's interface."""
+    """A Linen class with members that have names of Klinen's interface."""
 
     train: bool = True
     eval: bool = True
@@ -107,7 +107,7 @@ class Guide(nn.Module):
 
 
 def test_linen_classes_with_names_of_the_interface() -> None:
-    """K2, K8: once they are bound, the names are the interface's; their own code keeps its own."""
+    """K2, K8: on a bound model the interface wins; the module's own code sees its members."""
     variables = Guide(train=False).init(RNG, X)
     fixed = bind_for_notebook(as_functional(Guide()), variables)
     for model in (fixed, knn.bind(Guide(), variables), knn.convert(Guide)().init_bind(RNG, X)):
@@ -119,8 +119,8 @@ def test_linen_classes_with_names_of_the_interface() -> None:
         assert not same(noisy(X), noisy.eval()(X))
 
 
-def test_names_that_would_hide_the_interface() -> None:
-    """K8: of a Klinen class, a field or a method."""
+def test_names_that_would_override_the_interface() -> None:
+    """K8: fields and methods of a Klinen class."""
 
     def made(**names: Any) -> type:
         return type('Wrong', (knn.Module,), names)
@@ -150,7 +150,7 @@ class Wrap(nn.Module):
 
 
 class WithDefault(knn.Module):
-    """Its part was made with the class, outside of every model."""
+    """Its submodule was created with the class, outside of any model."""
 
     part: knn.Module = Tell()
 
@@ -185,7 +185,7 @@ class Around(knn.Module):
         ]
 
 
-def test_the_mode_reaches_every_part() -> None:
+def test_the_flag_reaches_every_submodule() -> None:
     """K8: within Linen modules and lifted ones."""
     model = Around().init_bind(RNG, X)
     assert model(X) == [True] * 10
@@ -197,8 +197,8 @@ def test_the_mode_reaches_every_part() -> None:
     assert inside.encoder(X)[:4] == [False] * 4
 
 
-def test_a_linen_model_has_klinen_parts() -> None:
-    """K1, the other way round: plain Linen calls, in training mode unless it is told."""
+def test_klinen_submodules_of_a_linen_model() -> None:
+    """K1, reversed: plain Linen calls train unless the flag says otherwise."""
 
     class Model(nn.Module):
         part: knn.Module

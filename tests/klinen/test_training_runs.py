@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Klinen models in the Trainer, and the lines of its docstring."""
+"""Klinen models in the Trainer, and the example in the package's docstring."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def trainer_of(
 
 
 def images(trainer: Trainer) -> tuple[jax.Array, np.ndarray]:
-    """Returns the test split, as the config's transform makes it."""
+    """Returns the test split after the config's transform."""
     block = trainer.set_up().evaluators['test'].data.block(0, 2).arrays
     real = block['_mask']
     return jnp.asarray(block['image'][real], jnp.float32) / 255, block['label'][real]
@@ -102,7 +102,7 @@ def images(trainer: Trainer) -> tuple[jax.Array, np.ndarray]:
 
 @pytest.mark.slow
 def test_a_klinen_model_trains_like_its_linen_twin(tmp_path: pathlib.Path) -> None:
-    """Equal to the bit; what comes back for a notebook is bound, in evaluation mode."""
+    """Bitwise; the model for a notebook is bound and in evaluation mode."""
     klinen = trainer_of(model('Classifier', 'Features'), tmp_path / 'klinen')
     linen = trainer_of(model('LinenClassifier', 'LinenFeatures'), tmp_path / 'linen')
     result, expected = klinen.fit(), linen.fit()
@@ -133,7 +133,7 @@ def test_a_klinen_model_trains_like_its_linen_twin(tmp_path: pathlib.Path) -> No
 
 
 class Keeping(Features):
-    """Keeps what it has returned, and the number of its calls so far: each one starts anew."""
+    """Stores its output and a count of its calls, which restarts in each call."""
 
     outputs: knn.Intermediate[list[jax.Array]] = dataclasses.field(init=False, default_factory=list)
 
@@ -145,7 +145,7 @@ class Keeping(Features):
 
 
 def quiet(model: Any, batch: Any) -> TaskOutput:
-    """A classifier whose features shall be small."""
+    """A classifier with a penalty on its features."""
     logits = model(batch['image'])
     (features,) = model.intermediates['features']['outputs']
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch['label'])
@@ -153,8 +153,8 @@ def quiet(model: Any, batch: Any) -> TaskOutput:
 
 
 @pytest.mark.slow
-def test_what_a_field_keeps_comes_to_the_task(tmp_path: pathlib.Path) -> None:
-    """K12: in training, evaluation and captures; who does not ask has the program without it."""
+def test_a_task_reads_intermediate_fields(tmp_path: pathlib.Path) -> None:
+    """K12: in training, evaluation and captures; a task that does not read them pays nothing."""
     trainer = trainer_of(
         model('Classifier', 'Keeping'), tmp_path, task={'ref': f'{__name__}:quiet'},
         capture={'outputs': {'match': 'features/outputs'}},
@@ -170,8 +170,8 @@ def test_what_a_field_keeps_comes_to_the_task(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_linen_and_nnx_modules_come_back_too() -> None:
-    """With the trained variables, in evaluation mode, and of the user's own classes."""
+def test_linen_and_nnx_models_in_a_notebook() -> None:
+    """With the trained variables, in evaluation mode, as the user's own classes."""
     sequential = {
         'target': 'flax.linen:Sequential',
         'layers': (
@@ -191,8 +191,8 @@ def test_linen_and_nnx_modules_come_back_too() -> None:
         plain.model()
 
 
-def test_klinen_modules_made_in_linen_ones_are_told() -> None:
-    """K8, in the Trainer: a Linen model that makes Klinen parts in its call."""
+def test_klinen_modules_created_in_linen_calls_get_the_flag() -> None:
+    """K8, in the Trainer: a Linen model that creates Klinen modules in its call."""
 
     class Model(nn.Module):
         @nn.compact
@@ -208,15 +208,15 @@ def test_klinen_modules_made_in_linen_ones_are_told() -> None:
 BOUND = knn.Dense(10).init_bind(0, X)
 
 
-def test_a_bound_model_is_no_config_s() -> None:
-    """Its weights would be lost without a word."""
+def test_a_config_model_must_not_be_bound() -> None:
+    """Its weights would be lost silently."""
     with pytest.raises(UserError, match=r'config\.model: Dense is bound.*clone\(\).*init_from'):
         trainer_of({'ref': f'{__name__}:BOUND'})
 
 
 @pytest.mark.slow
 def test_the_docstring() -> None:
-    """Its lines run; `tests/test_page_commands.py` runs those of the pages."""
+    """Its example runs; `tests/test_page_commands.py` runs those of the pages."""
     docstring = knn.__doc__ or ''
     example = '\n'.join(line[4:] for line in docstring.splitlines() if line.startswith('    '))
     names: dict[str, Any] = {'__name__': 'klinen', 'jax': jax, 'nn': nn, 'x': X}

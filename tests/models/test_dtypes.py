@@ -59,7 +59,7 @@ def images(size: int = 8, channels: int = 1) -> Any:
     return np.random.default_rng(0).normal(size=(4, size, size, channels)).astype('f4')
 
 
-def of_products(equation: Any, around: str) -> str:
+def product_dtypes(equation: Any, around: str) -> str:
     """Returns the dtypes of the operands of a product, '' for another equation."""
     kinds = sorted({operand.aval.dtype.name for operand in equation.invars})
     return ' x '.join(kinds) if equation.primitive.name in flops.PRODUCTS else ''
@@ -73,7 +73,7 @@ def dtypes(
     call: Callable[..., Any] = lambda model, *args, **kwargs: model(*args, **kwargs),
     **kwargs: Any,
 ) -> set[str]:
-    """Returns the dtypes of all products of a forward pass, and of the backward one in training."""
+    """Returns the dtypes of all products of the forward pass, and in training of the backward."""
     model = as_functional(module, precision)
 
     def task(bound: Any, batch: Any) -> jax.Array:
@@ -90,7 +90,7 @@ def dtypes(
     rest = jax.eval_shape(init, batch)
     params = rest.pop('params')
     run = jax.grad(loss) if mode == 'train' else loss
-    return set(flops.count_by_key(jax.make_jaxpr(run)(params, rest, batch), of_products, ''))
+    return set(flops.count_by_key(jax.make_jaxpr(run)(params, rest, batch), product_dtypes, ''))
 
 
 def transformer(**options: Any) -> Transformer:
@@ -116,7 +116,7 @@ PACKED: dict[str, Any] = {
 @pytest.mark.parametrize('way', SOME)
 @pytest.mark.parametrize('form', [LOOPED, SCANNED], ids=['looped', 'scanned'])
 def test_transformer(form: list[dict[str, Any]], way: str) -> None:
-    """All forms of the layers, with dropout and packed rows."""
+    """All options of the layers, with dropout and packed sequences."""
     precision, own, half = WAYS[way]
     for options in form:
         model = transformer(dropout_rate=0.1, **options, **own)
@@ -139,7 +139,7 @@ def test_every_combination_of_a_transformer_s_options(way: str) -> None:
 @pytest.mark.parametrize('half', ['bfloat16', 'float16'])
 @pytest.mark.parametrize('own', [False, True])
 def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
-    """It is in half precision too; one that was created for float32 parameters works as well."""
+    """It is in half precision too; one created for float32 parameters works as well."""
     model = transformer(scan_layers=scan_layers, dtype=jnp.dtype(half) if own else None)
     decoder = model.clone(decode=True)
     variables = nn.meta.unbox(decoder.init(jax.random.key(0), tokens()))
@@ -153,7 +153,7 @@ def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
     assert {x.dtype for x in jax.tree.leaves(made) if x.ndim > 1} == {jnp.dtype(half)}
     for cache in (made, {'cache': variables['cache']}):
         jaxpr, (logits, after) = jax.make_jaxpr(step, return_shape=True)(cache)
-        assert set(flops.count_by_key(jaxpr, of_products, '')) == {half}
+        assert set(flops.count_by_key(jaxpr, product_dtypes, '')) == {half}
         assert logits.dtype == jnp.dtype(half)
         kept = jax.tree.map(lambda new, old: new.dtype == old.dtype, after, dict(cache))
         assert all(jax.tree.leaves(kept))
@@ -168,7 +168,7 @@ def test_the_cache(half: str, scan_layers: bool, own: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('way', WAYS)
 def test_recurrent(way: str) -> None:
-    """Including the states that are carried from token to token, from the first one on."""
+    """Including the carry from token to token, from the first one on."""
     precision, own, half = WAYS[way]
     lengths = np.array([3, 0], np.int32)
     model = seq2seq(dropout_rate=0.1, **own)
@@ -227,7 +227,7 @@ def test_resnet(block: Any, stem: Any, groups: int, way: str) -> None:
 
 
 class Normed(nn.Module):
-    """Between two dense layers a normalisation of groups."""
+    """A group normalization between two dense layers."""
 
     @nn.compact
     def __call__(self, x: Any, train: bool = False) -> Any:
@@ -255,7 +255,7 @@ def test_models_without_a_dtype_of_their_own(name: str, way: str) -> None:
         assert dtypes(FOLLOWING[name], precision, images(), mode=mode) == {half}
 
 
-def test_each_file_of_models_is_here() -> None:
+def test_every_model_file_is_covered() -> None:
     files = {path.stem for path in (ROOT / 'models').glob('*.py')}
     text = pathlib.Path(__file__).read_text()
     assert all(f'from trainer.models.{name} import' in text for name in files)
@@ -270,13 +270,13 @@ PAIRWISE = [
 QUICK = ([1, 1, 0, 1, 0, 0, 1],)
 
 
-def test_the_rows_have_every_pair() -> None:
+def test_the_option_rows_cover_every_pair() -> None:
     for one, two in itertools.combinations(range(len(OPTIONS)), 2):
         assert {(row[one], row[two]) for row in PAIRWISE} == {(0, 0), (0, 1), (1, 0), (1, 1)}
 
 
 def trained(module: Any, precision: Precision, task: Any, batch: Any, **options: Any) -> None:
-    """Makes a step; every parameter that it changes becomes another finite number."""
+    """Runs a step, and checks that every parameter changes to a finite value."""
     step = TrainStep(StepContext(
         model=as_functional(module, precision), task=TaskRunner.from_task(task), seed=0,
         optimizer=Optimizer(base=optax.sgd(0.1)), **options

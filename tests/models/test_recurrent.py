@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A network that reads a text from both ends and writes its answer."""
+"""The recurrent sequence-to-sequence model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def greedy(variables: Any, count: int = 4) -> np.ndarray:
 
 @pytest.mark.slow
 def test_padding_is_not_read() -> None:
-    """O1: a padded row gives what the row alone gives, from both ends; and the lengths count."""
+    """O1: padding does not change the output in either direction; the lengths matter."""
     logits = MODEL.apply(VARIABLES, INPUTS, LENGTHS, TARGETS)
     assert logits.shape == (6, 4, 12)
     for row, length in enumerate(LENGTHS):
@@ -54,8 +54,8 @@ def test_padding_is_not_read() -> None:
 
 
 @pytest.mark.slow
-def test_an_empty_text_is_not_read() -> None:
-    """O1: of no length, what is written does not depend on the padding."""
+def test_the_padding_of_an_empty_text_is_not_read() -> None:
+    """O1: with length 0 the output does not depend on the padding."""
     lengths = np.array([0, 1, 3, 5, 2, 7], 'i4')
     logits, other = (
         MODEL.apply(VARIABLES, inputs, lengths, TARGETS)
@@ -65,8 +65,8 @@ def test_an_empty_text_is_not_read() -> None:
 
 
 @pytest.mark.slow
-def test_both_ends_are_read() -> None:
-    """O1: each direction has parameters of its own, and the writer starts from both."""
+def test_the_encoder_is_bidirectional() -> None:
+    """O1: each direction has its own parameters, and the decoder starts from both."""
     params = VARIABLES['params']
     forward, backward = (params['encoder'][name] for name in ('forward_rnn', 'backward_rnn'))
     assert jax.tree.structure(forward) == jax.tree.structure(backward)
@@ -78,8 +78,8 @@ def test_both_ends_are_read() -> None:
 
 
 @pytest.mark.slow
-def test_what_it_writes_is_what_it_is_taught() -> None:
-    """Token by token, by itself: equal to reading its own answer again for each next one."""
+def test_greedy_decoding_equals_teacher_forcing() -> None:
+    """Token by token: equal to a full pass over its own answer for each next token."""
     written = greedy(VARIABLES)
     assert len({tuple(row) for row in written}) > 1
     again = np.zeros((6, 4), 'i4')
@@ -101,7 +101,7 @@ def measured(mode: Any, targets: np.ndarray, **options: Any) -> TaskOutput:
 
 @pytest.mark.slow
 def test_an_answer_counts_up_to_its_end() -> None:
-    """The loss is that of the tokens up to the first 0; what is behind it may be anything."""
+    """The loss includes the tokens up to the first 0; the rest may be anything."""
     targets = greedy(VARIABLES)
     targets[0] = [5, 0, 7, 7]
     other = targets.copy()
@@ -117,8 +117,8 @@ def test_an_answer_counts_up_to_its_end() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_behind_the_end_may_be_wrong() -> None:
-    """Here the second token is made the end; what is written behind it does not matter."""
+def test_tokens_after_the_end_are_ignored() -> None:
+    """The second token is the end; tokens after it do not matter."""
     written = greedy(VARIABLES)
     end = int(written[3, 1])
     targets = written.copy()
@@ -130,7 +130,7 @@ def test_what_is_behind_the_end_may_be_wrong() -> None:
 
 
 class Parrot:
-    """A model that is sure of token 2, and writes 3."""
+    """A model whose logits say token 2, but which decodes 3."""
 
     def __init__(self, training: bool):
         self.training = training
@@ -143,7 +143,7 @@ class Parrot:
         return jnp.full((len(inputs), count), 3)
 
 
-def test_evaluations_are_of_what_is_written() -> None:
+def test_evaluations_use_greedy_decoding() -> None:
     batch = {**BATCH, 'targets': np.full((6, 4), 3, 'i4')}
     for training in (True, False):
         hits = Answer()(Parrot(training), batch).metrics['exact_match']
@@ -151,8 +151,8 @@ def test_evaluations_are_of_what_is_written() -> None:
 
 
 @pytest.mark.slow
-def test_forced_and_free_answers_are_right_together() -> None:
-    """An answer that is right with the right tokens before it is right without them, too."""
+def test_teacher_forced_and_free_answers_agree() -> None:
+    """An answer that is correct with teacher forcing is correct without it."""
     written = greedy(VARIABLES)
     for targets in (written, (written + np.eye(6, 4, dtype='i4')) % 12):
         forced, free = (measured(mode, targets).metrics for mode in ('train', 'eval'))
@@ -162,7 +162,7 @@ def test_forced_and_free_answers_are_right_together() -> None:
 
 @pytest.mark.slow
 def test_it_learns_to_add(tmp_path: pathlib.Path) -> None:
-    """O1, the example seq2seq: sums of numbers below a hundred that it was never shown."""
+    """O1, the example seq2seq: held-out sums of numbers below one hundred."""
     experiment = load_and_build(
         str(ROOT / 'configs' / 'addition.py'), vars__digits=2, train_for='800 steps',
         data__batch_size=64, evals__held_out__data__source__count=200, checkpoint__every='never',
@@ -175,8 +175,8 @@ def test_it_learns_to_add(tmp_path: pathlib.Path) -> None:
     assert all(1 <= len(text) <= 3 and text.isdecimal() for texts in predicted for text in texts)
 
 
-def test_a_cell_that_drops() -> None:
-    """Dropout is drawn in training alone."""
+def test_dropout() -> None:
+    """Dropout is active in training only."""
     model = MODEL.clone(dropout_rate=0.5)
     rngs = {'dropout': jax.random.key(0)}
     dropped = model.apply(VARIABLES, INPUTS, LENGTHS, TARGETS, train=True, rngs=rngs)
@@ -187,14 +187,14 @@ def test_a_cell_that_drops() -> None:
 
 @pytest.mark.slow
 def test_dtypes() -> None:
-    """O4: the computation has the one that is asked for, the parameters keep theirs."""
+    """O4: the computation has the requested dtype, the parameters keep theirs."""
     model = MODEL.clone(dtype=jnp.bfloat16)
     variables = model.init(jax.random.key(0), INPUTS, LENGTHS, TARGETS)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
     assert model.apply(variables, INPUTS, LENGTHS, TARGETS).dtype == jnp.bfloat16
 
 
-def test_a_batch_without_lengths_is_told() -> None:
+def test_a_batch_without_lengths_is_an_error() -> None:
     model = as_functional(MODEL, Precision()).bind(VARIABLES, Keys(seed=0, mode='eval'))
     with pytest.raises(UserError, match=r"asks for batch\['lengths'\]"):
         TaskRunner.from_task(Answer())(model, {'inputs': INPUTS, 'targets': TARGETS})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Residual networks: names, sizes, statistics, and what they give with weights of PyTorch."""
+"""Residual networks: names, sizes, statistics, and weights of PyTorch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def size(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def test_sizes_of_the_paper() -> None:
+def test_parameter_counts() -> None:
     """U5: the numbers of parameters that torchvision states for ResNet-18 and ResNet-50."""
     assert size(shapes(ResNet(stages=(2, 2, 2, 2)))['params']) == 11_689_512
     deep = ResNet(stages=(3, 4, 6, 3), block='bottleneck')
@@ -39,7 +39,7 @@ def test_sizes_of_the_paper() -> None:
 
 
 def test_names() -> None:
-    """U5, U9: layers by partial, with names; convolutions without biases; statistics beside."""
+    """U5, U9: layers by partial, with names; convolutions without biases; statistics."""
     variables = shapes(SMALL)
     assert set(variables) == {'params', 'batch_stats'}
     blocks = {'stage1_block0', 'stage2_block0'}
@@ -51,8 +51,8 @@ def test_names() -> None:
 
 
 @pytest.mark.slow
-def test_a_block_begins_as_what_came_in() -> None:
-    """The last scale of each is zero at first: without a projection a block changes nothing."""
+def test_a_block_starts_as_its_shortcut() -> None:
+    """The last scale of each block starts at zero."""
     one = SMALL.clone(stages=(1,))
     more = SMALL.clone(stages=(3,))
     variables = more.init(jax.random.key(0), X)
@@ -69,7 +69,7 @@ def test_a_block_begins_as_what_came_in() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(('stem', 'side'), [('large', 2), ('small', 8)])
 def test_stems(stem: Any, side: int) -> None:
-    """One divides height and width by four at once; each stage but the first halves them."""
+    """The large stem divides height and width by four; each stage except the first halves them."""
     model = SMALL.clone(stem=stem, stages=(1, 1, 1))
     _, state = model.init_with_output(jax.random.key(0), X, capture_intermediates=True)
     seen = state['intermediates']['stage3_block0']['__call__'][0]
@@ -77,7 +77,7 @@ def test_stems(stem: Any, side: int) -> None:
 
 
 @pytest.mark.slow
-def test_statistics_move_in_training_alone() -> None:
+def test_statistics_are_updated_in_training_only() -> None:
     """U9: `mutable=['batch_stats']` returns them; without it training mode is an error."""
     variables = SMALL.init(jax.random.key(0), X)
     logits, new = SMALL.apply(variables, X, True, mutable=['batch_stats'])
@@ -89,7 +89,7 @@ def test_statistics_move_in_training_alone() -> None:
     assert SMALL.apply(variables, X).shape == (4, 10)
 
 
-def test_mistakes() -> None:
+def test_unknown_options_are_errors() -> None:
     with pytest.raises(ValueError, match="block: 'deep' is none of basic, bottleneck"):
         shapes(SMALL.clone(block='deep'))
     with pytest.raises(ValueError, match="stem: 'tiny' is none of large, small"):
@@ -97,7 +97,7 @@ def test_mistakes() -> None:
 
 
 def test_half_precision() -> None:
-    """O4: bfloat16 within, float32 parameters and statistics."""
+    """O4: bfloat16 computation, float32 parameters and statistics."""
     model = SMALL.clone(dtype=jnp.bfloat16)
     logits, variables = model.init_with_output(jax.random.key(0), X)
     assert logits.dtype == jnp.bfloat16
@@ -105,7 +105,7 @@ def test_half_precision() -> None:
 
 
 def test_weights_of_pytorch() -> None:
-    """1.L: a ResNet-18 with the names of torchvision gives what it gave there."""
+    """1.L: a ResNet-18 with torchvision's names gives the same output as in PyTorch."""
     torch = pytest.importorskip('torch')
     from tests.weights import torch_networks
     from tests.weights.test_from_torch import first, scramble
@@ -123,7 +123,7 @@ def test_weights_of_pytorch() -> None:
 
 @pytest.mark.slow
 def test_the_config(tmp_path: pathlib.Path) -> None:
-    """U5 in a config: statistics move, and the moving average is evaluated beside."""
+    """U5 in a config: statistics are updated, and the moving average is evaluated too."""
     limit = {
         f'{data}__source__limit': 64
         for data in ('data', 'evals__test__data', 'evals__test_ema__data')

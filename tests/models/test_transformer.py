@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The transformer's options leave its results alone; its cache gives what the whole row gives."""
+"""The transformer: options that do not change its results, the cache, and generation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def variables(model: Transformer) -> Any:
 
 
 def looped(params: Any) -> dict[str, Any]:
-    """Returns the parameters of scanned layers as those of layers with names."""
+    """Converts the parameters of scanned layers to those of a loop over layers."""
     rest = {name: x for name, x in params.items() if name != 'blocks'}
     blocks = {
         f'block_{index}': jax.tree.map(lambda x, i=index: x[i], params['blocks'])
@@ -54,7 +54,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.slow
 @pytest.mark.parametrize('options', OPTIONS)
 def test_options_of_the_layers(options: dict[str, Any]) -> None:
-    """N4, N5, U13: scanned layers, unrolled or computed again, are the layers of the loop."""
+    """N4, N5, U13: scanned layers, unrolled or rematerialized, equal those of a loop."""
     scanned = Transformer(**SMALL, scan_layers=True, **options)
     params = variables(scanned)['params']
     remat = {'remat': options['remat']} if 'remat' in options else {}
@@ -69,8 +69,8 @@ def test_options_of_the_layers(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_layers_of_a_scan_drop_others() -> None:
-    """N4: each layer has masks of its own, for attention and for the MLP."""
+def test_scanned_layers_have_different_dropout_masks() -> None:
+    """N4: each layer has its own masks, for attention and for the MLP."""
     model = Transformer(**SMALL, scan_layers=True, dropout_rate=0.5)
     _, state = model.apply(
         variables(model), TOKENS, train=True, rngs={'dropout': KEY},
@@ -95,8 +95,8 @@ def program(**options: Any) -> Any:
 
 
 @pytest.mark.slow
-def test_what_the_options_save() -> None:
-    """N4, N5: a program many times smaller (unrolled, less so), and less memory for the rest."""
+def test_options_reduce_program_size_and_memory() -> None:
+    """N4, N5: a scan makes the program many times smaller, remat saves memory."""
     loop, scan = (len(program(scan_layers=form).as_text()) for form in (False, True))
     assert scan < loop / 8
     unrolled = len(program(scan_layers=True, unroll=8).as_text())
@@ -118,8 +118,8 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(('options', 'message'), REFUSED)
-def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
-    """They are refused when the model is made, which a config tells with its path."""
+def test_invalid_options_are_errors(options: dict[str, Any], message: str) -> None:
+    """They are refused when the model is created; the error has the path in the config."""
     with pytest.raises(ValueError, match=message):
         Transformer(**{**SMALL, **options})
     given = {f'model__{name}': value for name, value in options.items()}
@@ -132,8 +132,8 @@ def test_options_that_do_not_fit(options: dict[str, Any], message: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize('scan_layers', [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize('dtype', [None, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
-def test_the_cache_gives_what_the_whole_row_gives(scan_layers: bool, dtype: Any) -> None:
-    """O2: logits step by step, after a prompt of five tokens, equal those of one causal pass."""
+def test_cached_decoding_equals_a_full_pass(scan_layers: bool, dtype: Any) -> None:
+    """O2: token by token, after a prompt of five tokens, the logits equal those of one pass."""
     model = Transformer(**SMALL, scan_layers=scan_layers, dtype=dtype)
     params = variables(model)['params']
     whole = model.apply({'params': params}, TOKENS)
@@ -154,7 +154,7 @@ def test_the_cache_gives_what_the_whole_row_gives(scan_layers: bool, dtype: Any)
 
 @pytest.mark.slow
 def test_the_cache_of_flax_s_own_attention() -> None:
-    """O2: keys, values and an index; five steps are those of the causal pass."""
+    """O2: keys, values and an index; five steps equal one causal pass."""
     x = np.random.default_rng(1).normal(size=(2, 5, 8)).astype('f4')
     layer = nn.MultiHeadDotProductAttention(num_heads=2)
     params = layer.init(KEY, x)['params']
@@ -173,8 +173,8 @@ def test_the_cache_of_flax_s_own_attention() -> None:
 
 
 @pytest.mark.slow
-def test_tokens_that_follow() -> None:
-    """Greedy ones are those of the whole row, read again for each; drawn ones follow the key."""
+def test_generated_tokens() -> None:
+    """Greedy tokens equal those of full passes; sampled ones depend on the key."""
     model = Transformer(**SMALL)
     params = variables(model)['params']
     prompt = jnp.asarray(TOKENS[:, :4])
@@ -206,8 +206,8 @@ def test_tokens_that_follow() -> None:
 
 
 @pytest.mark.slow
-def test_tokens_are_made_by_one_program() -> None:
-    """It is compiled once for equal models, whatever the parameters and the temperature."""
+def test_generation_is_one_program() -> None:
+    """It is compiled once for equal models, for any parameters and temperatures."""
     params = variables(Transformer(**SMALL))['params']
     prompt = jnp.asarray(TOKENS[:, :3])
     _generate.clear_cache()  # Or JAX may drop an old program while it adds this one.
@@ -217,7 +217,7 @@ def test_tokens_are_made_by_one_program() -> None:
     assert _generate._cache_size() == 1
 
 
-def test_probabilities_of_halves_are_computed_in_float32() -> None:
+def test_half_precision_softmax_is_computed_in_float32() -> None:
     model = Attention(heads=2, dtype=jnp.bfloat16)
     x, mask = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((1, 1, 4, 4), bool)
     text = str(jax.make_jaxpr(lambda: model.init_with_output(KEY, x, mask)[0])())
@@ -225,8 +225,8 @@ def test_probabilities_of_halves_are_computed_in_float32() -> None:
 
 
 @pytest.mark.slow
-def test_a_trained_model_goes_on() -> None:
-    """A short run on the standard library's source; what it generates is text of its alphabet."""
+def test_a_trained_model_generates_text() -> None:
+    """A short run on the standard library's source generates text of its alphabet."""
     config = load_and_build(
         str(ROOT / 'configs' / 'lm.py'), train_for='60 steps', evals={},
         model__layers=1, model__width=64, model__remat='dots_saveable', model__scan_layers=True,

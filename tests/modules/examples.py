@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules bound by hand, for the tests of the functional interface."""
+"""Helpers that initialize and bind modules, for the tests of the functional interface."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def init(module: nn.Module, task: Any = None) -> Any:
 
 
 def bind(module: nn.Module, mode: str = 'train', *, task: Any = None, **options: Any) -> BoundModel:
-    """Returns what a task gets in step 3, with fresh variables."""
+    """Returns the bound model that a task gets in step 3, with fresh variables."""
     keys = Keys(seed=0, mode=mode, step=3)
     return as_functional(module).bind(init(module, task), keys, **options)
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two arrays are equal to the bit."""
+    """Whether two arrays are bitwise equal."""
     return bool(jnp.array_equal(a, b))

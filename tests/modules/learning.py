@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small task that any model of vectors can learn: which quadrant a point is in."""
+"""A small task that any model of vectors can learn: the quadrant of a point."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.trainer import Trainer
 
 
 class Points(ArraySource):
-    """512 vectors of 8 numbers, of which the signs of the first two are the class."""
+    """512 vectors of 8 numbers; the signs of the first two are the class."""
 
     def __init__(self) -> None:
         x = np.random.default_rng(0).normal(size=(512, 8)).astype('f4')
@@ -48,7 +48,7 @@ def trainer(model: dict[str, Any], *, steps: int = 60, **options: Any) -> Traine
 
 
 def learned(model: dict[str, Any], **options: Any) -> TrainState:
-    """Trains; the model must know more than by chance afterwards, and be evaluated without keys."""
+    """Trains; checks that accuracy is above chance, and that evaluation needs no keys."""
     run = trainer(model, **options)
     result = run.fit()
     assert result.metrics['eval/test/accuracy'] > 0.6, result.metrics

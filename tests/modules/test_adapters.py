@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A package above the models' interface adds a kind of modules, which is unknown to it."""
+"""Adapters: support for a kind of Linen modules that `trainer.modules` does not know."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ X = jnp.ones((2, 3))
 
 
 class Kind(nn.Module):
-    """A kind of modules of its own, which keeps its outputs."""
+    """A kind of modules that stores its outputs."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -31,7 +31,7 @@ class Kind(nn.Module):
 
 
 class Unusable(Kind):
-    """One of this kind that no run can start from."""
+    """A module of this kind that cannot be the model of a config."""
 
 
 def keep(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -50,7 +50,7 @@ def refusal(module: object) -> str | None:
 
 
 def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It sees each method of each module, what a call leaves, and what a config gives."""
+    """It gets each method of each module, the intermediates of a call, and a config's model."""
     monkeypatch.setattr(adapters, 'registered', [])
     adapter = Adapter(intercept=keep, plain=plain, refusal=refusal)
     model = as_functional(Kind())
@@ -69,8 +69,8 @@ def test_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_of_linen_imports_no_klinen() -> None:
-    """Only who imports Klinen pays for it."""
+def test_linen_models_do_not_import_klinen() -> None:
+    """A run without Klinen modules does not pay for Klinen."""
     code = (
         'import sys, flax.linen as nn, trainer.experiment, trainer.trainer\n'
         'from trainer.modules import adapters\n'
@@ -85,7 +85,7 @@ def test_a_model_of_linen_imports_no_klinen() -> None:
 
 
 def test_the_package_imports_nothing() -> None:
-    """`trainer.modules` is a name for its files: one of them does not bring the others."""
+    """Importing one file of `trainer.modules` does not import the others."""
     code = (
         'import sys, trainer.modules\nassert "jax" not in sys.modules and "flax" not in sys.modules'
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guide to batch normalisation: where statistics are, over which rows, and when they move."""
+"""The guide to batch normalization: location, examples and updates of the statistics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEVICES = jax.local_device_count()
 
 
 class MLP(nn.Module):
-    """The guide's, which is told whether it trains."""
+    """The guide's MLP, with a training flag in its call."""
 
     momentum: float = 0.99
     axis_name: str | None = None
@@ -68,8 +68,8 @@ def programs(model: nn.Module, mesh: Any = None, precision: Precision = AS_IS) -
     return Programs(step, spec, mesh or make_mesh({'data': -1}))
 
 
-def stepped(program: Programs, batch: Any, variables: Any = None) -> TrainState:
-    """Returns the state after one step on this batch, from other variables if there are some."""
+def run_step(program: Programs, batch: Any, variables: Any = None) -> TrainState:
+    """Returns the state after one step on this batch, optionally from other variables."""
     state = program.init()
     if variables is not None:
         params = jax.tree.map(np.array, variables['params'])  # A copy: the step donates its state.
@@ -100,8 +100,8 @@ def test_it_adds_four_variables() -> None:
 
 
 @pytest.mark.slow
-def test_the_first_statistics_are_of_no_batch() -> None:
-    """C6: making the state moves nothing, and needs no axis of the name that training has."""
+def test_initial_statistics_do_not_depend_on_the_batch() -> None:
+    """C6: initialization updates nothing, and does not need the axis that training has."""
     state = programs(MLP(momentum=0.5)).init()
     statistics = state.collections['batch_stats']['BatchNorm_0']
     assert statistics['mean'].tolist() == [0.0] * 4
@@ -111,14 +111,14 @@ def test_the_first_statistics_are_of_no_batch() -> None:
 
 
 @pytest.mark.slow
-def test_training_and_evaluation_are_told_apart() -> None:
-    """C1: `train` comes by itself; training uses the batch, evaluation what it has left."""
+def test_training_and_evaluation_use_different_statistics() -> None:
+    """C1: `train` is passed automatically; training uses the batch, evaluation the averages."""
     model = MLP(momentum=0.5)
     program = programs(model)
     variables = jax.device_get(program.init().variables)
     batch = {'x': rows()}
     expected, moved = model.apply(variables, batch['x'], train=True, mutable=['batch_stats'])
-    state = stepped(program, batch)
+    state = run_step(program, batch)
     loss = state.metrics['task'].loss.compute()
     assert float(loss) == pytest.approx(float((expected**2).mean()), rel=1e-5)
     assert_close(state.collections['batch_stats'], moved['batch_stats'])
@@ -133,7 +133,7 @@ def test_training_and_evaluation_are_told_apart() -> None:
 
 
 class Norm(nn.Module):
-    """Normalises, and nothing else."""
+    """Only normalizes."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -141,15 +141,15 @@ class Norm(nn.Module):
 
 
 def test_the_momentum_of_a_constant() -> None:
-    """C5: from mean 0 and variance 1 by a tenth of the way to those of twos."""
-    state = stepped(programs(Norm()), {'x': np.full((16, 3), 2, np.float32)})
+    """C5: mean and variance move by a tenth of the way to those of a constant input."""
+    state = run_step(programs(Norm()), {'x': np.full((16, 3), 2, np.float32)})
     statistics = state.collections['batch_stats']['BatchNorm_0']
     np.testing.assert_allclose(statistics['mean'], np.full(3, 0.2), rtol=1e-6)
     np.testing.assert_allclose(statistics['var'], np.full(3, 0.9), rtol=1e-6)
 
 
-def test_nothing_moves_where_nothing_may() -> None:
-    """C4, C10, U9: training mode with `mutable=False` is an error, and not a mistake."""
+def test_immutable_statistics_are_an_error_in_training() -> None:
+    """C4, C10, U9: training mode with `mutable=False` raises."""
     model = MLP()
     variables = model.init(jax.random.key(0), rows(), train=False)
     before = jax.device_get(variables)
@@ -160,7 +160,7 @@ def test_nothing_moves_where_nothing_may() -> None:
 
 
 def on_devices(model: nn.Module, variables: Any, x: np.ndarray) -> tuple[Any, Any]:
-    """Returns outputs and statistics of `pmap` with one slice of the rows on each device."""
+    """Returns outputs and statistics of `pmap` with a shard of the batch on each device."""
 
     def run(variables: Any, x: jax.Array) -> Any:
         return model.apply(variables, x, train=True, mutable=['batch_stats'])
@@ -170,21 +170,21 @@ def on_devices(model: nn.Module, variables: Any, x: np.ndarray) -> tuple[Any, An
 
 
 def test_statistics_over_devices() -> None:
-    """C7: of a batch over eight devices, of `pmap` with an axis, of one device: the same."""
+    """C7: equal for a batch over eight devices, `pmap` with an axis, and one device."""
     x = rows()
     variables = MLP().init(jax.random.key(0), x, train=False)
     whole, moved = MLP().apply(variables, x, train=True, mutable=['batch_stats'])
     outputs, statistics = on_devices(MLP(axis_name='batch'), variables, x)
     np.testing.assert_allclose(outputs.reshape(-1, 1), whole, rtol=1e-4, atol=1e-5)
     assert not np.allclose(on_devices(MLP(), variables, x)[0].reshape(-1, 1), whole, atol=1e-3)
-    state = stepped(programs(MLP()), {'x': x}, variables)
+    state = run_step(programs(MLP()), {'x': x}, variables)
     for found in (jax_utils.unreplicate(statistics), state.collections):
         assert_close(found['batch_stats'], moved['batch_stats'])
 
 
 @pytest.mark.slow
 def test_statistics_of_groups() -> None:
-    """C7: those of half the batch each, in a step over eight devices and by `axis_index_groups`."""
+    """C7: two halves of a batch, in a step over eight devices and with `axis_index_groups`."""
     x = rows()
     variables = MLP().init(jax.random.key(0), x, train=False)
 
@@ -201,7 +201,7 @@ def test_statistics_of_groups() -> None:
     replicas, statistics = on_devices(MLP(axis_name='batch', groups=devices), variables, x)
     np.testing.assert_allclose(replicas.reshape(-1, 1), outputs, rtol=1e-4, atol=1e-5)
     model = MLP(norm=functools.partial(GroupedBatchNorm, groups=2))
-    state = stepped(programs(model), {'x': x}, variables)
+    state = run_step(programs(model), {'x': x}, variables)
     loss = state.metrics['task'].loss.compute()
     assert float(loss) == pytest.approx(float((outputs**2).mean()), rel=1e-5)
     averaged = jax.tree.map(lambda x: x.mean(0), statistics)
@@ -215,7 +215,7 @@ def test_statistics_of_groups() -> None:
     assert float((whole**2).mean()) != pytest.approx(float(loss), rel=1e-3)
 
 
-def test_groups_beside_what_flax_has() -> None:
+def test_groups_compared_with_flax() -> None:
     """C7: with one group, in evaluation and in a first call it is `nn.BatchNorm`; masks count."""
     x, mask = rows(), np.arange(16)[:, None] % 3 > 0
     plain = nn.BatchNorm(use_running_average=False)
@@ -240,8 +240,8 @@ def test_groups_beside_what_flax_has() -> None:
 
 
 @pytest.mark.slow
-def test_a_layer_of_groups_is_one_layer() -> None:
-    """What looks at the calls of modules sees it once, with all of its rows."""
+def test_a_grouped_layer_is_recorded_once() -> None:
+    """A recorder sees one call, with all examples."""
     model = ResNet(stages=(1,), features=4, stem='small', num_classes=3, norm_groups=2)
     x = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype('f4')
     variables = model.init(jax.random.key(0), x)
@@ -254,13 +254,13 @@ def test_a_layer_of_groups_is_one_layer() -> None:
     np.testing.assert_allclose(outputs[:2], one, rtol=1e-4, atol=1e-5)
 
 
-def test_an_axis_of_pmap(caplog: pytest.LogCaptureFixture) -> None:
-    """C7: a step over one batch does not need it: the statistics are those of the global batch."""
+def test_a_pmap_axis_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    """C7: the statistics of a step are those of the global batch without it."""
     x = {'x': rows()}
     jax.tree.map(
         np.testing.assert_array_equal,
-        stepped(programs(MLP(axis_name='batch')), x).variables,
-        stepped(programs(MLP()), x).variables,
+        run_step(programs(MLP(axis_name='batch')), x).variables,
+        run_step(programs(MLP()), x).variables,
     )
     assert "names the jax.pmap axis 'batch'" in caplog.text
     with pytest.raises(
@@ -271,7 +271,7 @@ def test_an_axis_of_pmap(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.slow
 def test_statistics_under_vmap() -> None:
-    """C7: an axis of `vmap` synchronises, too, and the statistics come out once."""
+    """C7: a `vmap` axis synchronizes the statistics, which are returned once."""
     x = rows()
     model = MLP(axis_name='batch')
     variables = MLP().init(jax.random.key(0), x, train=False)
@@ -286,10 +286,10 @@ def test_statistics_under_vmap() -> None:
 
 
 @pytest.mark.slow
-def test_statistics_are_kept_in_full() -> None:
-    """C8: of a model that computes in bfloat16, too."""
+def test_statistics_stay_float32() -> None:
+    """C8: also for a model that computes in bfloat16."""
     program = programs(MLP(), precision=Precision(compute='bfloat16'))
-    state = stepped(program, {'x': rows()})
+    state = run_step(program, {'x': rows()})
     assert {x.dtype for x in jax.tree.leaves(state.collections)} == {np.dtype('float32')}
     half = nn.BatchNorm(use_running_average=False, dtype=jnp.bfloat16)
     variables = half.init(jax.random.key(0), jnp.ones((4, 3)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guide to dropout: which keys there are, which of them change, and what is dropped."""
+"""The guide to dropout: its keys, when they change, and what is dropped."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Fitted(nn.Module):
         return kept - self.param('level', lambda _: kept.mean(0))
 
 
-def test_streams_have_keys_of_their_own() -> None:
-    """D1: one seed, and a key for each stream, mode, step and micro-batch."""
+def test_each_stream_has_its_own_keys() -> None:
+    """D1: one seed gives a key for each stream, mode, step and micro-batch."""
     names = ('params', 'dropout', 'noise')
     places = [
         Keys(seed=seed, mode=mode, step=step, index=index).stream(name)
@@ -60,8 +60,8 @@ def test_streams_have_keys_of_their_own() -> None:
     assert len({tuple(jax.random.key_data(key).tolist()) for key in places}) == len(places)
 
 
-def test_the_first_state_needs_no_dropout() -> None:
-    """D2: parameters do not depend on it, and no key for it is asked for."""
+def test_initialization_needs_no_dropout() -> None:
+    """D2: parameters do not depend on it, and no key for it is requested."""
     batch = {'x': jnp.zeros((4, 8))}
     keys = Keys(seed=0, mode='init')
     found = [as_functional(Net(rate)).init(task, batch, keys)['params'] for rate in (0.0, 0.5)]
@@ -78,7 +78,7 @@ def task(model: Any, batch: Any) -> TaskOutput:
     return TaskOutput(loss=out.mean(-1), metrics={'zeros': (out == 0).mean(-1)})
 
 
-def test_deterministic_is_said_once() -> None:
+def test_deterministic_is_passed_once() -> None:
     """D3: in the constructor or in the call; in none or in both it is an error."""
     x = jnp.ones((4, 8))
     rngs = {'dropout': jax.random.key(0)}
@@ -101,7 +101,7 @@ def test_deterministic_is_said_once() -> None:
 
 
 class Said(nn.Module):
-    """Says to its dropout so many times whether it trains."""
+    """Passes the flag to its dropout zero, one or two times."""
 
     times: int
 
@@ -112,7 +112,7 @@ class Said(nn.Module):
         return nn.Dropout(0.5, **constructor)(x, **call)
 
 
-def test_what_is_kept_is_scaled_up() -> None:
+def test_kept_units_are_scaled_up() -> None:
     """D4: with a rate of one half ones become zeros and twos; `rate` is what is dropped."""
     keys = Keys(seed=0, mode='train')
     for rate, kept in ((0.5, 2.0), (0.2, 1.25)):
@@ -127,8 +127,8 @@ def test_what_is_kept_is_scaled_up() -> None:
 
 
 @pytest.mark.slow
-def test_shards_of_a_batch_have_masks_of_their_own() -> None:
-    """D7: and they are those of one device, for the parameters as for the masks."""
+def test_shards_of_a_batch_have_different_masks() -> None:
+    """D7: parameters and masks equal those on one device."""
     x = np.ones((16, 64), 'f4')
     zeros, parameters = [], []
     cut = ByPath(rules=(('shifts', ('model',)),))
@@ -152,7 +152,7 @@ def test_shards_of_a_batch_have_masks_of_their_own() -> None:
 
 
 class Shifted(nn.Module):
-    """Masks, and parameters that are drawn and reach no mask."""
+    """Masks, and parameters that do not affect them."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -161,7 +161,7 @@ class Shifted(nn.Module):
 
 
 def rows_of_masks(model: Any, batch: Any) -> TaskOutput:
-    """Tells for each row where its mask is zero, as one number."""
+    """Encodes the zeros of each example's mask as a number."""
     out = model(batch['x'])
     codes = ((out == 0) * (1 + jnp.arange(out.shape[1]))).sum(-1)
     each = {f'row{i}': jnp.full(len(out), codes[i]) for i in range(16)}
@@ -169,7 +169,7 @@ def rows_of_masks(model: Any, batch: Any) -> TaskOutput:
 
 
 class WordDropout(nn.Module):
-    """Replaces some of the words of each text by an unknown one, in training."""
+    """Replaces random words of each text by an unknown word in training."""
 
     rate: float
     unknown: int = 1
@@ -196,8 +196,8 @@ class Texts(nn.Module):
 
 
 @pytest.mark.slow
-def test_words_are_dropped_by_a_stream_of_their_own() -> None:
-    """D8, U12: two streams that nobody declared, new in each step, none at evaluation."""
+def test_word_dropout_has_its_own_stream() -> None:
+    """D8, U12: two undeclared streams, new in each step, none in evaluation."""
     model = as_functional(Texts())
     tokens = jnp.full((64, 20), 5)
 

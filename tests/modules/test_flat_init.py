@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of the dimensions of parameters that are initialised flat, as `nn.DenseGeneral` does it."""
+"""Dimension names of parameters that are initialized as matrices, as in `nn.DenseGeneral`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INIT = nn.initializers.lecun_normal()
 
 
 class Attention(nn.Module):
-    """Attention whose kernels are named as nanodo's are: by their final dimensions."""
+    """Attention with kernel names for the final dimensions, as in nanodo."""
 
     names: tuple[str | None, ...] = ('data', None, None)
     logical: bool = False
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class Scanned(nn.Module):
-    """The same in layers that are stacked."""
+    """The same in stacked layers."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -58,7 +58,7 @@ class Layer(nn.Module):
 
 
 class Bridged(nnx.Module):
-    """The same in a module of NNX."""
+    """The same in an NNX module."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linen = nnx.bridge.ToNNX(Attention(), rngs=rngs)
@@ -68,7 +68,7 @@ class Bridged(nnx.Module):
 
 
 class BridgedWrongNames(nnx.Module):
-    """A wrong name in a module of Linen within one of NNX."""
+    """A wrong name in a Linen module within an NNX module."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linen = nnx.bridge.ToNNX(WrongNames(), rngs=rngs)
@@ -90,7 +90,7 @@ def specs(model: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize('logical', [False, True])
 def test_names_of_the_final_shape(logical: bool) -> None:
-    """The parameters are cut as they say, and have the values that they have without names."""
+    """Parameters are sharded by their names, and have the same values as without names."""
     options: dict[str, Any] = {}
     model: dict[str, Any] = {'target': 'Attention'}
     if logical:
@@ -126,7 +126,7 @@ class WrongNames(nn.Module):
 
 
 class OwnInit(nn.Module):
-    """Takes the box off a flat parameter itself."""
+    """Unboxes a flat parameter itself."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ class OwnInit(nn.Module):
         return x @ self.param('kernel', init, (8, 2, 2)).reshape(8, 4)
 
 
-def test_names_that_do_not_fit() -> None:
+def test_a_wrong_number_of_names() -> None:
     wrong = r"P\('data', None, None\) for an array that has 2 dimensions \(.*test_flat_init"
     for target in ('WrongNames', 'BridgedWrongNames', 'OwnInit'):
         with pytest.raises(UserError, match=wrong):
@@ -145,7 +145,7 @@ def test_names_that_do_not_fit() -> None:
 
 
 class StartsFrom(nn.Module):
-    """Has a module in a field whose name is that of an initialiser."""
+    """Has a module in a field that is named like an initializer."""
 
     state_init: nn.Module
 
@@ -155,7 +155,7 @@ class StartsFrom(nn.Module):
 
 
 @pytest.mark.slow
-def test_a_module_by_the_name_of_an_initialiser() -> None:
+def test_a_module_in_a_field_named_like_an_initializer() -> None:
     layer = {'target': 'flax.linen:Dense', 'features': 8}
     found, _ = specs({'target': 'StartsFrom', 'state_init': layer})
     assert found['state_init/kernel'] == P()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows 1.P, U1: every name of Flax's API reference can be imported, or what took its place can."""
+"""1.P, U1: every name in Flax's API reference, or its successor, can be imported."""
 
 from __future__ import annotations
 
@@ -117,26 +117,26 @@ EVERY = [f'{module}:{name}' for module, names in NAMES.items() for name in names
 
 
 def find(name: str) -> Any:
-    """Returns what 'package.module:Class.attribute' names."""
+    """Imports the object 'package.module:Class.attribute'."""
     module, *attributes = name.split(':')
     path = '.'.join(attributes).split('.')
     return functools.reduce(getattr, path, importlib.import_module(module))
 
 
 @pytest.mark.parametrize('name', EVERY)
-def test_it_is_there(name: str) -> None:
+def test_a_name_exists(name: str) -> None:
     assert find(name) is not None
 
 
 @pytest.mark.parametrize('name', GONE)
-def test_it_is_gone_and_has_a_successor(name: str) -> None:
+def test_a_removed_name_has_a_successor(name: str) -> None:
     with pytest.raises((AttributeError, ImportError)):
         find(name)
     assert find(GONE[name]) is not None
 
 
-def test_nothing_is_left_out() -> None:
-    """As many as the reference has; one of its errors went with the arrays that it was about."""
+def test_the_list_is_complete() -> None:
+    """As many names as in the reference, except an error that Flax removed with its arrays."""
     assert len(NAMES['flax.errors'].split()) == 34 - 1
     assert len(NAMES['flax.linen.activation'].split()) == 25
     assert len(NAMES['flax.linen.initializers'].split()) == 20
@@ -168,8 +168,8 @@ def test_cells_know_their_features() -> None:
     assert [x.shape for x in carry] == [(2, 4), (2, 4)]
 
 
-def test_what_is_only_deprecated() -> None:
-    """1.P: attention to oneself and traversals work with a warning, and as their successors."""
+def test_deprecated_names_still_work() -> None:
+    """1.P: self-attention and traversals warn, and equal their successors."""
     x, key = np.linspace(0.0, 1.0, 24, dtype='f4').reshape(2, 3, 4), jax.random.key(0)
     new, variables = nn.MultiHeadDotProductAttention(2).init_with_output(key, x)
     with pytest.warns(DeprecationWarning):
@@ -185,7 +185,7 @@ def test_what_is_only_deprecated() -> None:
 
 
 class TwoCompacts(nn.Module):
-    """Which was an error once."""
+    """Several compact methods, formerly an error."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -204,7 +204,7 @@ def test_several_compact_methods() -> None:
 
 
 def test_an_update_of_early_stopping_is_an_object() -> None:
-    """1.P: it has what the pair had."""
+    """1.P: it has the values of the former pair."""
     found = [EarlyStopping(min_delta=0.1, patience=0).update(1.0)]
     for loss in (0.5, 0.45):
         found.append(found[-1].update(loss))
@@ -214,7 +214,7 @@ def test_an_update_of_early_stopping_is_an_object() -> None:
 
 
 def test_common_utilities() -> None:
-    """M4: what they do, and what does it in a run of ours: global arrays, not stacked ones."""
+    """M4: what they do, and the global arrays that replace them here."""
     from flax import jax_utils
     from flax.training import common_utils
 

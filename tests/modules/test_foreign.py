@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is no model is refused by what it is, before anything is made of it or compiles."""
+"""Config models that are not Flax modules are refused before anything is called or compiled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.modules.functional import as_functional
 
 
 class Callable4:
-    """An object whose call takes an example, as a module of Equinox is."""
+    """A callable object, like a module of Equinox."""
 
     def __init__(self) -> None:
         self.weight = np.ones((8, 4))
@@ -29,7 +29,7 @@ class Callable4:
 
 
 def of_library(package: str, base: type = object) -> Any:
-    """Returns a class that is derived from one of another library's."""
+    """Returns a subclass of a class of another library."""
     return type('Net', (type('Module', (base,), {'__module__': f'{package}.core'}),), {})
 
 
@@ -38,7 +38,7 @@ torch = of_library('torch', Callable4)
 
 
 class Wrapper:
-    """A model that keeps its module apart from its parameters, as those of transformers do."""
+    """A model with module and parameters as attributes, like those of transformers."""
 
     module_class = nn.Dense
 
@@ -118,7 +118,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('name', REFUSED)
-def test_what_is_no_model(name: str) -> None:
+def test_other_objects_are_refused(name: str) -> None:
     key, _, attribute = name.partition(':')
     with pytest.raises(UserError, match=REFUSED[name]) as caught:
         trainer({key: f'{__name__}:{attribute}'}).set_up().programs  # noqa: B018
@@ -126,8 +126,8 @@ def test_what_is_no_model(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_what_haiku_makes_is_wrapped_in_linen() -> None:
-    """As the message says of it."""
+def test_haiku_functions_can_be_wrapped_in_linen() -> None:
+    """As the message advises."""
     made = type('Transformed', (Transformed,), {'__module__': 'haiku._src.transform'})
     with pytest.raises(TypeError, match=r'got Transformed of Haiku\..* self\.param\("net", net.i'):
         as_functional(made(*transformed()))
@@ -135,7 +135,7 @@ def test_what_haiku_makes_is_wrapped_in_linen() -> None:
 
 
 class OfHaiku(nn.Module):
-    """Keeps the parameters of another library's functions."""
+    """Holds the parameters of another library's functions."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -145,14 +145,14 @@ class OfHaiku(nn.Module):
 
 
 class OnlyByName(nnx.Linear):
-    """A class that takes `rngs` by its name alone."""
+    """A class that takes `rngs` by name only."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         super().__init__(8, 4, rngs=rngs)
 
 
 class Factory:
-    """An object that makes a module."""
+    """An object that creates a module."""
 
     def __call__(self, rngs: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(8, 4, rngs=rngs)
@@ -170,13 +170,13 @@ by_key = functools.partial(OnlyByName)
 @pytest.mark.parametrize(
     'name', ['OnlyByName', 'factory', 'of_one', 'part', 'by_key', 'by_position', 'only_by_position']
 )
-def test_what_makes_a_module(name: str) -> None:
+def test_factories_are_accepted(name: str) -> None:
     parameters = trainer({'ref': f'{__name__}:{name}'}).set_up().programs.abstract.params
     assert parameters['kernel'].shape == (8, 4)
 
 
 class ByPosition:
-    """Another one, whose argument has a name of its own."""
+    """A factory whose argument has another name."""
 
     def __call__(self, streams: nnx.Rngs) -> nnx.Module:
         return nnx.Linear(8, 4, rngs=streams)
@@ -189,7 +189,7 @@ def only_by_position(rngs: nnx.Rngs, /) -> nnx.Module:
 by_position = ByPosition()
 
 
-def test_a_maker_that_fails_says_how() -> None:
+def test_a_failing_factory_explains_its_error() -> None:
     def make(streams: Any) -> Any:
         return streams @ jnp.ones((8, 4))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Linen modules sow comes to the task; a task that does not ask for it pays nothing."""
+"""A task reads sown values of Linen modules; a task that does not pays nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from trainer.trainer import Trainer
 
 
 class Sowing(nn.Module):
-    """Sows twice, and adds up what it sows under another name."""
+    """Sows twice, and accumulates under another name."""
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -45,8 +45,8 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_what_is_sown_comes_to_the_task(mode: str) -> None:
-    """1.K4: a tuple, one value for each call; a reduction of one's own; nothing in the state."""
+def test_a_task_reads_sown_values(mode: str) -> None:
+    """1.K4: a tuple with one value per `sow`; a custom reduction; nothing in the state."""
     model = bind(Twice(), mode)
     assert model.intermediates == {}
     output = model(X)
@@ -97,7 +97,7 @@ class Stack(nn.Module):
 
 
 @pytest.mark.parametrize('kind', ['plain', 'remat', 'scan', 'open scan', 'remat open scan'])
-def test_who_does_not_read_it_pays_nothing(kind: str) -> None:
+def test_unread_values_cost_nothing(kind: str) -> None:
     """1.K4: the compiled gradient of a model that sows is that of one that does not."""
     texts = []
     for sows in (False, True):
@@ -113,7 +113,7 @@ def test_who_does_not_read_it_pays_nothing(kind: str) -> None:
     assert texts[0] == texts[1]
 
 
-def test_scans_pass_on_what_they_are_told_to() -> None:
+def test_scans_pass_on_listed_collections() -> None:
     model = bind(Stack('open scan'))
     model(X)
     assert model.intermediates['layers']['h'][0].shape == (3, 3, 4)
@@ -123,7 +123,7 @@ def test_scans_pass_on_what_they_are_told_to() -> None:
 
 
 class Branching(nn.Module):
-    """Sows in one branch only, which Flax allows as long as nobody listens."""
+    """Sows in one branch only, which Flax allows if the collection is immutable."""
 
     sows: bool = True
 
@@ -143,7 +143,7 @@ class Branching(nn.Module):
         return self.last(x)
 
 
-def test_branches_that_sow_differently_stay_allowed() -> None:
+def test_branches_may_sow_differently() -> None:
     """1.K4."""
     model = bind(Branching())
     expected = Branching().apply(model.variables, X)
@@ -193,7 +193,7 @@ def test_a_sown_loss_is_a_penalty(accumulate: int, tmp_path: pathlib.Path) -> No
 
 
 class Refactored(nn.Module):
-    """A network in two parts that can be called by themselves."""
+    """A network of two submodules that can be called separately."""
 
     def setup(self) -> None:
         self.features = Features()
@@ -209,7 +209,7 @@ class Features(nn.Module):
         return nn.relu(nn.Dense(8)(x))
 
 
-def test_the_features_of_a_part() -> None:
+def test_features_of_a_submodule() -> None:
     """1.K5: `model.features(x)` is what `apply(method=...)` gives."""
     model = bind(Refactored())
     expected = Refactored().apply(model.variables, X, method=lambda m, x: m.features(x))
@@ -217,8 +217,8 @@ def test_the_features_of_a_part() -> None:
     assert same(model.classifier(model.features(X)), model(X))
 
 
-def test_the_features_of_a_sequential() -> None:
-    """1.K7: a slice of a Sequential runs on the parameters of the whole."""
+def test_features_of_a_sequential() -> None:
+    """1.K7: a slice of a Sequential uses the parameters of the whole."""
     layers = (nn.Dense(8), nn.relu, nn.Dense(6), nn.relu, nn.Dense(2), nn.log_softmax)
     whole = nn.Sequential(layers)
     variables = init(whole)
@@ -240,7 +240,7 @@ class AutoEncoder(nn.Module):
 
 
 def test_a_bound_model_in_a_notebook() -> None:
-    """1.K9: bind, call the parts, unbind; what Trainer.model() gives does the same."""
+    """1.K9: bind, call submodules, unbind; also with the model of Trainer.model()."""
     variables = init(AutoEncoder())
     bound = AutoEncoder().bind(variables)
     again = bind_for_notebook(as_functional(AutoEncoder()), variables)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lifted transformations of Linen: each in a model that trains here."""
+"""Lifted transformations of Linen, each in a model that trains."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = jax.random.key(0)
 
 
 class Branches(nn.Module):
-    """Three dense layers beside each other, with parameters of their own or one set."""
+    """Three parallel dense layers, with separate or shared parameters."""
 
     shared: bool = False
     batch_norm: bool = False
@@ -48,7 +48,7 @@ class Branches(nn.Module):
 
 @pytest.mark.slow
 def test_branches_by_vmap() -> None:
-    """N3: shared parameters have no dimension of branches, separate ones have, and differ."""
+    """N3: separate parameters have a branch dimension and differ; shared ones have none."""
     one = learned({'target': f'{__name__}:Branches', 'shared': True}).params['branches']
     three = learned({'target': f'{__name__}:Branches'}).params['branches']
     assert one['kernel'].shape == (8, 8)
@@ -58,7 +58,7 @@ def test_branches_by_vmap() -> None:
 
 @pytest.mark.slow
 def test_statistics_of_branches() -> None:
-    """N3: each branch has its own, of what went through it."""
+    """N3: each branch has the statistics of its own inputs."""
     state = learned({'target': f'{__name__}:Branches', 'batch_norm': True})
     means = state.collections['batch_stats']['norms']['mean']
     assert means.shape == (3, 8)
@@ -77,7 +77,7 @@ class Residual(nn.Module):
 
 
 class Stack(nn.Module):
-    """Four such layers: by a loop, by a scan, or by a scan that computes them again."""
+    """Four such layers: in a loop, a scan, or a scan with rematerialization."""
 
     form: str = 'loop'
     length: int = 4
@@ -107,7 +107,7 @@ class Stack(nn.Module):
 
 
 def looped(params: Any, length: int = 4) -> dict[str, Any]:
-    """Returns the parameters of the scan as those of the loop."""
+    """Converts the parameters of the scan to those of the loop."""
     each = {
         f'layer_{index}': jax.tree.map(lambda x, i=index: x[i], params['layers'])
         for index in range(length)
@@ -124,7 +124,7 @@ def gradient(model: nn.Module, params: Any) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('unroll', [1, 2])
-def test_a_scan_is_the_loop(unroll: int) -> None:
+def test_a_scan_equals_the_loop(unroll: int) -> None:
     """N4: equal outputs and gradients, the parameters stacked; and it trains."""
     model = Stack('scan', unroll=unroll)
     params = model.init(KEY, X)['params']
@@ -140,7 +140,7 @@ def test_a_scan_is_the_loop(unroll: int) -> None:
 
 
 def test_a_scan_is_compiled_once() -> None:
-    """N4: the program of 32 layers is hardly larger than that of four, and a loop's eight times."""
+    """N4: with 32 layers instead of four, a scan's program hardly grows, a loop's eightfold."""
 
     def size(form: str, length: int) -> int:
         model = Stack(form, length=length)
@@ -152,8 +152,8 @@ def test_a_scan_is_compiled_once() -> None:
     assert size('scan', 32) < size('loop', 32) / 3
 
 
-def test_layers_of_a_scan_drop_others() -> None:
-    """N4: with `split_rngs` each layer has a mask of its own; without, all have one."""
+def test_scanned_layers_have_different_dropout_masks() -> None:
+    """N4: with `split_rngs` each layer has its own mask; without it all share one."""
 
     class Masks(nn.Module):
         split: bool
@@ -179,7 +179,7 @@ POLICIES = (None, jax.checkpoint_policies.nothing_saveable, jax.checkpoint_polic
 
 
 @pytest.mark.parametrize('policy', POLICIES)
-def test_what_is_computed_again_is_the_same(policy: Any) -> None:
+def test_remat_does_not_change_results(policy: Any) -> None:
     """N5: loss and gradients of `nn.remat`, alone and within a scan."""
     params = Stack('scan').init(KEY, X)['params']
     value, grads = gradient(Stack('scan'), params)
@@ -191,8 +191,8 @@ def test_what_is_computed_again_is_the_same(policy: Any) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_computed_again_is_not_kept() -> None:
-    """N5: less memory for temporaries by the compiler's count; and it trains, with dropout."""
+def test_remat_saves_memory() -> None:
+    """N5: less temporary memory, as the compiler reports; and it trains, with dropout."""
 
     def temporaries(form: str) -> int:
         model = Stack(form, length=24)
@@ -209,7 +209,7 @@ def test_what_is_computed_again_is_not_kept() -> None:
 
 
 class Deep(nn.Module):
-    """A hundred layers in two nested scans that keep ten activations each."""
+    """A hundred layers in two nested scans that save ten activations each."""
 
     lengths: tuple[int, ...] = (3, 2)
 
@@ -227,7 +227,7 @@ class Shift(nn.Module):
 
 @pytest.mark.slow
 def test_nested_scans() -> None:
-    """N6: parameters have a dimension for each, they train, and the layers are those of a loop."""
+    """N6: parameters have a dimension for each scan; equal to a loop; and it trains."""
     state = learned({'target': f'{__name__}:Deep'})
     assert state.params['layers']['Dense_0']['kernel'].shape == (3, 2, 8, 8)
     x = X
@@ -239,8 +239,8 @@ def test_nested_scans() -> None:
     np.testing.assert_allclose(found, x @ head['kernel'] + head['bias'], rtol=1e-4, atol=1e-5)
 
 
-def test_nested_scans_keep_few_activations() -> None:
-    """N6: of a hundred layers as ten of ten less than of one scan that computes them again."""
+def test_nested_scans_save_memory() -> None:
+    """N6: two nested scans of ten layers need less memory than one scan of a hundred."""
 
     def temporaries(lengths: tuple[int, ...]) -> int:
         model, x = Deep(lengths), jnp.zeros((4096, 8))
@@ -253,7 +253,7 @@ def test_nested_scans_keep_few_activations() -> None:
 
 
 class Causal(nn.Module):
-    """A dense layer whose kernel is made triangular whenever it is read."""
+    """A dense layer whose kernel is made triangular when it is read."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -265,7 +265,7 @@ class Causal(nn.Module):
 
 
 class Kernel(nn.Module):
-    """A dense layer without a bias whose kernel is there already where it has one."""
+    """A dense layer without a bias that uses an existing kernel if there is one."""
 
     features: int
 
@@ -278,7 +278,7 @@ class Kernel(nn.Module):
 
 
 class Tied(nn.Module):
-    """An encoder and a decoder with one kernel, transposed in one of them."""
+    """An encoder and a decoder that share a kernel, transposed in one of them."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -293,7 +293,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.slow
-def test_variables_that_are_changed_on_their_way() -> None:
+def test_map_variables() -> None:
     """N7: a causal kernel, and tied weights."""
     params = learned({'target': f'{__name__}:Causal'}).params
     (kernel,) = jax.tree.leaves(params['causal'])
@@ -348,7 +348,7 @@ class Derivatives(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize('form', ['jvp', 'vjp', 'custom_vjp'])
 def test_derivatives_within_a_module(form: str) -> None:
-    """N8: forward and backward ones, and a gradient of one's own; each trains."""
+    """N8: forward and reverse mode, and a custom gradient; each trains."""
     learned({'target': f'{__name__}:Derivatives', 'form': form})
     params = Derivatives(form).init(KEY, X)['params']
     inner, head = params['inner'], params['Dense_0']
@@ -363,8 +363,8 @@ def test_derivatives_within_a_module(form: str) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_gradient_of_ones_own_is_used() -> None:
-    """N8: the gradient of the inner parameters has signs only."""
+def test_a_custom_gradient_is_used() -> None:
+    """N8: the gradient of the inner parameters consists of signs."""
     model = Derivatives('custom_vjp')
     params = model.init(KEY, X)['params']
     _, grads = gradient(model, params)
@@ -372,7 +372,7 @@ def test_a_gradient_of_ones_own_is_used() -> None:
 
 
 class Choices(nn.Module):
-    """One of several heads by the number of the batch's first class; and a loop."""
+    """One of several heads, selected by the first label of the batch; and a loop."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -397,7 +397,7 @@ class Choices(nn.Module):
 
 @pytest.mark.slow
 def test_branches_and_loops_by_value() -> None:
-    """N9: all branches have their parameters from the start; values say which one is taken."""
+    """N9: all branches have parameters from the start; values select the branch."""
     params = learned({'target': f'{__name__}:Choices'}).params
     assert {'head_0', 'head_1', 'head_2'} <= set(params)
     for sign in (1, -1):
@@ -411,7 +411,7 @@ def test_branches_and_loops_by_value() -> None:
 
 
 def test_transformations_of_jax_within_a_module() -> None:
-    """N1: they do not know of variables, and say so; a module that is passed along does."""
+    """N1: they do not know variables and raise; a module passed as an argument works."""
 
     class Wrong(nn.Module):
         @nn.compact
@@ -475,8 +475,8 @@ LIFTED: dict[str, Callable[[nn.Module, jax.Array], jax.Array]] = {
 
 
 @pytest.mark.parametrize('name', list(LIFTED))
-def test_what_can_be_lifted(name: str) -> None:
-    """N2: each around a dense layer gives what the layer gives, and its gradients."""
+def test_transformations_that_can_be_lifted(name: str) -> None:
+    """N2: around a dense layer, each has the layer's output and gradients."""
 
     class Around(nn.Module):
         @nn.compact
@@ -495,13 +495,13 @@ def test_what_can_be_lifted(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', ['custom_jvp', 'pmap', 'xmap'])
-def test_what_cannot_be_lifted(name: str) -> None:
+def test_transformations_that_cannot_be_lifted(name: str) -> None:
     """N2."""
     assert not hasattr(nn, name)
 
 
-def test_collections_go_to_the_first_group_that_fits() -> None:
-    """N10: `lift.pack` with filters, among them one that denies."""
+def test_collections_go_to_the_first_matching_group() -> None:
+    """N10: `lift.pack` with filters, including a deny list."""
     seen: list[Any] = []
 
     def outer(scope: Any) -> None:

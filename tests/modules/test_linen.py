@@ -19,7 +19,7 @@ from trainer.modules.rng import Keys
 
 
 class Normed(nn.Module):
-    """Statistics, two random streams, and parts that can be called by themselves."""
+    """Statistics, two RNG streams, and submodules that can be called separately."""
 
     fixed: bool | None = None
 
@@ -52,7 +52,7 @@ def everything(model: Any, batch: Any) -> Any:
     return model(batch['x']), model.block(batch['x']), model.noisy(batch['x'])
 
 
-def test_methods_and_sub_modules() -> None:
+def test_methods_and_submodules() -> None:
     model = bind(Normed(), task=everything)
     dense, inner = model.params['dense'], model.params['block']['inner']
     np.testing.assert_allclose(model.encode(X), X @ dense['kernel'] + dense['bias'], rtol=1e-6)
@@ -66,7 +66,7 @@ def test_methods_and_sub_modules() -> None:
 
 
 def test_collections_chain_through_every_view() -> None:
-    """Whichever view is called, the next call of any of them sees what it has changed."""
+    """A call of any view changes the collections that the next call of any view sees."""
     model = bind(Normed(), task=everything, ema=init(Normed(), everything)['params'])
     views = (model, model.ema, model.stop_gradient('.*'), model.ema.stop_gradient('dense.*'))
     batch = model.dense(X).mean(0)
@@ -78,7 +78,7 @@ def test_collections_chain_through_every_view() -> None:
             np.testing.assert_allclose(mean, expected, rtol=1e-5)
 
 
-def test_calls_draw_numbers_of_their_own_through_every_view() -> None:
+def test_calls_of_all_views_draw_different_numbers() -> None:
     model = bind(Normed(), task=everything, ema=init(Normed(), everything)['params'])
     views = (model, model, model.ema, model.stop_gradient('norm/.*'), model)
     masks = [np.asarray(view.drop(jnp.ones((8, 16)), deterministic=False)) for view in views]
@@ -87,7 +87,7 @@ def test_calls_draw_numbers_of_their_own_through_every_view() -> None:
     assert same(again.drop(jnp.ones((8, 16)), deterministic=False), masks[0])
 
 
-def test_views_differ_in_their_parameters_alone() -> None:
+def test_views_differ_in_their_parameters_only() -> None:
     average = jax.tree.map(jnp.zeros_like, init(Normed(), everything)['params'])
     model = bind(Normed(), 'eval', task=everything, ema=average)
     assert same(model.ema.encode(X), jnp.zeros((3, 4)))
@@ -97,7 +97,7 @@ def test_views_differ_in_their_parameters_alone() -> None:
         _ = bind(Normed(), task=everything).ema
 
 
-def test_stop_gradient_is_by_whole_path() -> None:
+def test_stop_gradient_matches_full_paths() -> None:
     variables, keys = init(Normed(), everything), Keys(seed=0, mode='train')
 
     def loss(params: Any, pattern: str) -> Any:
@@ -113,7 +113,7 @@ def test_stop_gradient_is_by_whole_path() -> None:
 
 
 def test_a_module_left_in_train_mode_fails_at_evaluation() -> None:
-    """Flax's own errors: statistics that may not change, dropout without a key."""
+    """With Flax's own errors: immutable statistics, dropout without a key."""
     with pytest.raises(errors.ModifyScopeVariableError):
         bind(Normed(fixed=False), 'eval', task=everything)(X)
     with pytest.raises(errors.InvalidRngError, match='dropout'):
@@ -128,7 +128,7 @@ def test_keys_by_name() -> None:
 
 
 class Parts(nn.Module):
-    """Parts in a list and in a dict, and no `__call__`."""
+    """Submodules in a list and in a dict, and no `__call__`."""
 
     width: int = 5
     activation: Any = nn.relu
@@ -141,7 +141,7 @@ class Parts(nn.Module):
         return self.layers[0](x)
 
 
-def test_parts_in_lists_and_dicts_and_plain_fields() -> None:
+def test_submodules_in_lists_and_dicts_and_plain_fields() -> None:
     def task(model: Any, batch: Any) -> Any:
         return model.embed(batch['x']), [
             model.heads[name](batch['x']) for name in ('mean', 'block')
@@ -155,7 +155,7 @@ def test_parts_in_lists_and_dicts_and_plain_fields() -> None:
     assert same(model.activation(-X), jnp.zeros_like(X))
 
 
-def test_what_a_compact_method_makes_has_no_name_outside() -> None:
+def test_submodules_of_compact_methods_have_no_name() -> None:
     with pytest.raises(AttributeError, match='Dense_0'):
         bind(Hidden()).Dense_0(X)
 
@@ -183,7 +183,7 @@ class Noise(nn.Module):
         nn.scan(Noise, length=2, split_rngs={'noise': True}),
     ],
 )
-def test_streams_are_found_within_lifted_modules(module: type[nn.Module], mode: str) -> None:
+def test_streams_of_lifted_modules_are_learned(module: type[nn.Module], mode: str) -> None:
     model = bind(module(), mode)
     first, second = model(X)[0], model(X)[0]
     assert not same(first, X)
@@ -203,7 +203,7 @@ class Boxed(nn.Module):
         return x @ self.param('kernel', kernel, (4, 4))
 
 
-def test_partitioned_variables_are_made_boxed_and_used_unboxed() -> None:
+def test_partitioned_variables_are_boxed_in_init_only() -> None:
     boxed = init(Boxed())
     assert isinstance(boxed['params']['kernel'], nn.Partitioned)
     assert isinstance(boxed['seen']['calls'], nn.Partitioned)
@@ -257,20 +257,20 @@ class Sown(nn.Module):
         return self.perturb('nudge', x)
 
 
-def test_what_is_sown_is_not_kept() -> None:
+def test_sown_values_are_not_in_the_state() -> None:
     assert set(init(Sown('intermediates'))) == {'params'}
     assert same(bind(Sown('intermediates'))(X), X)
     with pytest.raises(ValueError, match="structure of the collection 'mine'"):
         bind(Sown('mine'))(X)
 
 
-def test_a_part_that_only_a_later_call_uses_has_variables() -> None:
+def test_init_covers_submodules_of_later_calls() -> None:
     variables = init(Normed(), lambda model, batch: (model.encode(X), model.norm(X, True)))
     assert set(variables['params']) == {'dense', 'norm'}
     assert set(variables['batch_stats']) == {'norm'}
 
 
-def test_collections_that_a_task_has_read_are_its_own() -> None:
+def test_collections_are_returned_as_copies() -> None:
     model = bind(Normed())
     read = model.collections
     read.pop('batch_stats')

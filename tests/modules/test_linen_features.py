@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Corners of Linen that the guides describe and models here rely on."""
+"""Less common features of Linen that the guides describe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ X = np.random.default_rng(4).normal(size=(3, 4)).astype('f4')
 
 @pytest.mark.slow
 def test_shapes_of_branches() -> None:
-    """N3: the shapes of the guide, and statistics over an axis with a name."""
+    """N3: the shapes in the guide, and statistics over a named axis."""
     x = np.random.default_rng(0).normal(size=(3, 4, 4)).astype('f4')
 
     def dense(axis: int | None, split: bool) -> Any:
@@ -53,7 +53,7 @@ def test_shapes_of_branches() -> None:
 
 
 class Cumulative(nn.Module):
-    """Adds up what comes, from either end, and a count that the scan carries along."""
+    """A cumulative sum in either direction, and a count that the scan carries."""
 
     reverse: bool = False
 
@@ -71,8 +71,8 @@ class Cumulative(nn.Module):
         return scan(self, jnp.zeros(xs.shape[0]), xs)
 
 
-def test_scans_in_reverse_with_variables_that_are_carried() -> None:
-    """N4: they cannot be made within the scan; `in_axes` and `reverse` are those of the data."""
+def test_reverse_scans_with_carried_variables() -> None:
+    """N4: they cannot be created within the scan; `in_axes` and `reverse` apply to the data."""
     with pytest.raises(TypeError, match='same pytree structure'):
         Cumulative().init(KEY, X)
     started = {'counts': {'steps': jnp.int32(0)}}
@@ -84,8 +84,8 @@ def test_scans_in_reverse_with_variables_that_are_carried() -> None:
         assert int(new['counts']['steps']) == 4
 
 
-def test_what_is_read_for_each_layer() -> None:
-    """N4: `data_transform` changes variables on their way into each turn of the loop."""
+def test_data_transform_of_a_scan() -> None:
+    """N4: `data_transform` changes the variables of each iteration."""
 
     class Layer(nn.Module):
         @nn.compact
@@ -107,7 +107,7 @@ def test_what_is_read_for_each_layer() -> None:
 
 
 class Heads(nn.Module):
-    """One of several heads, by a number that is known at run time only."""
+    """One of several heads, selected by a traced number."""
 
     def setup(self) -> None:
         self.heads = [nn.Dense(4), nn.Dense(4), nn.Dense(4)]
@@ -125,7 +125,7 @@ class Heads(nn.Module):
 
 @pytest.mark.slow
 def test_a_switch_of_heads() -> None:
-    """N9: each has its parameters from the start; the number chooses, and it trains."""
+    """N9: each head has parameters from the start; the number selects one; and it trains."""
     variables = Heads().init(KEY, X)
     assert set(variables['params']) == {'heads_0', 'heads_1', 'heads_2'}
     for index in range(3):
@@ -146,7 +146,7 @@ class Product(nn.Module):
 
 
 class Pulled(nn.Module):
-    """Two modules from outside of a third one, and the gradients of their product's sum."""
+    """Two modules passed to a third, and the gradients of the sum of their product."""
 
     several: bool = True
 
@@ -158,8 +158,8 @@ class Pulled(nn.Module):
         return y, grads, slope
 
 
-def test_pulls_of_several_modules() -> None:
-    """N8: `vjp` gives the gradients of each of them with `multi_scope`, and refuses without."""
+def test_vjp_of_several_modules() -> None:
+    """N8: `vjp` returns the gradients of all of them with `multi_scope`, and raises without."""
     variables = Pulled().init(KEY, X)
     _, grads, slope = Pulled().apply(variables, X)
 
@@ -178,8 +178,8 @@ def test_pulls_of_several_modules() -> None:
         Pulled(several=False).apply(variables, X)
 
 
-def test_attention_to_another_text() -> None:
-    """O2: masks, dropout that is drawn, and weights that are sown."""
+def test_cross_attention() -> None:
+    """O2: masks, dropout and sown attention weights."""
     memory = np.random.default_rng(1).normal(size=(2, 6, 8)).astype('f4')
     x = np.random.default_rng(2).normal(size=(2, 3, 8)).astype('f4')
     layer = nn.MultiHeadDotProductAttention(num_heads=2, dropout_rate=0.5, deterministic=True)
@@ -202,7 +202,7 @@ def test_attention_to_another_text() -> None:
 
 
 def test_names_follow_the_order_of_calls() -> None:
-    """O6: a layer that is made on one way only has another name on the other."""
+    """O6: a layer that only one branch creates shifts the names after it."""
 
     class Wrong(nn.Module):
         @nn.compact
@@ -227,7 +227,7 @@ def test_names_follow_the_order_of_calls() -> None:
 
 
 def test_two_compact_methods() -> None:
-    """O6: a class may have several today; each call makes its own parts."""
+    """O6: a class may have several; each creates its own submodules."""
 
     class Both(nn.Module):
         @nn.compact
@@ -242,8 +242,8 @@ def test_two_compact_methods() -> None:
     assert set(Both().init(KEY, X, method='other')['params']) == {'two'}
 
 
-def test_shapes_must_suffice() -> None:
-    """O8: parameters that depend on values of the input cannot be made from its shape.
+def test_parameters_that_depend_on_values() -> None:
+    """O8: parameters that depend on values of the input cannot be created from its shape.
 
     Newer versions of Flax make them of zeros, and say nothing.
     """
@@ -263,7 +263,7 @@ def test_shapes_must_suffice() -> None:
 
 
 class Peak(nn.Module):
-    """Divides by the largest value that it has seen in training."""
+    """Divides by the largest value seen in training."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -276,14 +276,14 @@ class Peak(nn.Module):
 
 
 @pytest.mark.slow
-def test_variables_that_are_put() -> None:
-    """O9, O11, U8: without a declaration; the trainer carries them like any other."""
+def test_put_variable() -> None:
+    """O9, O11, U8: without a declaration; the trainer treats them like any other."""
     state = learned({'target': f'{__name__}:Peak'}, steps=150)
     assert float(state.collections['seen']['peak']) > 2
 
 
-def test_layers_that_hand_on_dicts() -> None:
-    """O10: `Sequential` gives a tuple as positions and a dict as keywords."""
+def test_sequential_layers_that_return_tuples_and_dicts() -> None:
+    """O10: `Sequential` passes a tuple as positional and a dict as keyword arguments."""
 
     class Split(nn.Module):
         @nn.compact

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the guides say of Linen itself, and the models that it makes possible here."""
+"""The guides' statements about Linen itself, and models that rely on them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ X = np.random.default_rng(2).normal(size=(3, 8)).astype('f4')
 
 
 class Sequences(ArraySource):
-    """512 rows of up to 12 numbers, padded; the class is the quarter that their sum lies in."""
+    """512 padded sequences of up to 12 numbers; the class is the quadrant of their sum."""
 
     def __init__(self) -> None:
         draw = np.random.default_rng(0)
         lengths = draw.integers(1, 13, 512).astype('i4')
         x = draw.normal(size=(512, 12, 2)).astype('f4')
-        x[np.arange(12) >= lengths[:, None]] = 99.0  # Whoever reads the padding learns nothing.
+        x[np.arange(12) >= lengths[:, None]] = 99.0  # Reading the padding would hide the class.
         real = np.where(np.arange(12)[:, None] < lengths[:, None, None], x, 0.0)
         label = (real.sum(1)[:, 0] > 0) + 2 * (real.sum(1)[:, 1] > 0)
         fields = {'x': x, 'length': lengths, 'label': label.astype('i4')}
@@ -40,7 +40,7 @@ class Sequences(ArraySource):
 
 
 class Reader(nn.Module):
-    """Reads sequences from both ends, as far as they go."""
+    """Reads sequences without padding in both directions."""
 
     cell: str = 'OptimizedLSTMCell'
 
@@ -70,8 +70,8 @@ def reading(model: Any, batch: Any) -> Any:
         'SimpleCell',
     ],
 )
-def test_a_bidirectional_reader_of_lengths(cell: str) -> None:
-    """O1: it learns from sequences whose padding is garbage."""
+def test_a_bidirectional_rnn_with_lengths(cell: str) -> None:
+    """O1: it learns from sequences padded with random values."""
     source = {'target': f'{__name__}:Sequences'}
     data = {'source': source, 'batch_size': 64}
     learned(
@@ -109,7 +109,7 @@ def test_recurrent_layers() -> None:
 
 
 def test_dtypes() -> None:
-    """O4: a layer follows its inputs and parameters, a config what it is told."""
+    """O4: a layer follows its inputs and parameters, a run its config."""
     half = X.astype(jnp.bfloat16)
     variables = nn.Dense(4).init(KEY, half)
     assert nn.Dense(4).apply(variables, half).dtype == jnp.float32
@@ -128,7 +128,7 @@ def test_dtypes() -> None:
 
 
 class BySetup(nn.Module):
-    """Parts made in setup, with a second method."""
+    """Submodules created in setup, with a second method."""
 
     def setup(self) -> None:
         self.encoder = nn.Dense(8)
@@ -142,7 +142,7 @@ class BySetup(nn.Module):
 
 
 class ByCompact(nn.Module):
-    """The same, where they are used."""
+    """The same in a compact method."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -151,7 +151,7 @@ class ByCompact(nn.Module):
 
 @pytest.mark.slow
 def test_setup_and_compact() -> None:
-    """O6, U2, U4: the same parameters where the names are; `apply(method=...)` for another one."""
+    """O6, U2, U4: equal names give equal parameters; `apply(method=...)` for another method."""
     one, two = BySetup().init(KEY, X), ByCompact().init(KEY, X)
     assert jax.tree.structure(one) == jax.tree.structure(two)
     np.testing.assert_allclose(BySetup().apply(two, X), ByCompact().apply(two, X), rtol=1e-6)
@@ -160,8 +160,8 @@ def test_setup_and_compact() -> None:
         learned({'target': f'{__name__}:{name}'})
 
 
-def test_the_life_of_a_module() -> None:
-    """O7, O8, O9, U6: init is an apply with nothing; shapes suffice; what may change is said."""
+def test_the_module_lifecycle() -> None:
+    """O7, O8, O9, U6: init is an apply without variables; shapes suffice; `mutable` is explicit."""
     model = ByCompact()
     variables = model.init(KEY, X)
     _, same = model.apply({}, X, rngs={'params': KEY}, mutable=True)
@@ -198,7 +198,7 @@ class Counter(nn.Module):
 
 
 def test_helpers_and_sequences() -> None:
-    """O5, O10, O11: keyword-only fields, tuples and dicts between layers, methods left alone."""
+    """O5, O10, O11: keyword-only fields, tuples and dicts between layers, nowrap methods."""
 
     class Keyworded(nn.Module, kw_only=True):
         width: int = 4
@@ -240,7 +240,7 @@ def test_helpers_and_sequences() -> None:
 
 
 class ResNetBlock(nn.Module):
-    """U5: layers by `functools.partial`, with names of their own where they matter."""
+    """U5: layers by `functools.partial`, with explicit names where they matter."""
 
     conv: Any
     norm: Any
@@ -270,7 +270,7 @@ class ResNet(nn.Module):
 
 @pytest.mark.slow
 def test_layers_by_partial() -> None:
-    """U5, U9, U10: names per class, those that are given, statistics beside; and it trains."""
+    """U5, U9, U10: automatic and explicit names, statistics; and it trains."""
     variables = jax.eval_shape(ResNet().init, KEY, X)
     assert set(variables) == {'params', 'batch_stats'}
     names = {'conv_init', 'bn_init', 'ResNetBlock_0', 'ResNetBlock_1', 'Dense_0'}
@@ -281,7 +281,7 @@ def test_layers_by_partial() -> None:
     learned({'target': f'{__name__}:ResNet'})
 
 
-def test_parts_in_two_places_are_one() -> None:
+def test_a_shared_submodule_has_one_set_of_parameters() -> None:
     """U4: an instance that is called twice has one set of parameters."""
 
     class Twice(nn.Module):
@@ -293,7 +293,7 @@ def test_parts_in_two_places_are_one() -> None:
     assert set(Twice().init(KEY, X)['params']) == {'shared'}
 
 
-def test_what_is_gone_says_so() -> None:
+def test_removed_features_are_errors() -> None:
     """U1, U12: no `flax.nn`; a stream without a key is an error that names it."""
     with pytest.raises(ImportError):
         __import__('flax.nn')
@@ -301,8 +301,8 @@ def test_what_is_gone_says_so() -> None:
         nn.Dropout(0.5, deterministic=False).apply({}, X)
 
 
-def test_parameters_take_their_shapes_last() -> None:
-    """U3, U7: `self.param(name, init, *args)`; a module without any has no collection."""
+def test_arguments_of_initializers() -> None:
+    """U3, U7: `self.param(name, init, *args)`; no collection without parameters."""
 
     class Scale(nn.Module):
         @nn.compact
@@ -315,7 +315,7 @@ def test_parameters_take_their_shapes_last() -> None:
 
 @pytest.mark.slow
 def test_tied_embeddings_and_groups() -> None:
-    """1.Q: `Embed.attend` and `GroupNorm`; a convolution of one image and of many batches."""
+    """1.Q: `Embed.attend`, `GroupNorm`; convolutions with no and several batch dimensions."""
     embed = nn.Embed(11, 8)
     variables = embed.init(KEY, jnp.array([1]))
     logits = embed.apply(variables, X, method=embed.attend)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NNX modules as functions of their variables: rows X1 to X14."""
+"""NNX modules as functions of their variables (X1 to X14)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.modules.rng import Keys
 
 
 class Count(nnx.Variable):
-    """How often a module was called."""
+    """The number of calls of a module."""
 
 
 class Model(nnx.Module):
@@ -49,8 +49,8 @@ def make(rngs: nnx.Rngs) -> Model:
     return Model(rngs=rngs)
 
 
-def test_variables_are_kept_by_kind_and_path() -> None:
-    """X1, X7: nested dicts by name; nothing random among them."""
+def test_variables_by_collection_and_path() -> None:
+    """X1, X7: nested dicts by name, without RNG state."""
     variables = init(make)
     assert set(variables) == {'params', 'batch_stats', 'count'}
     assert set(variables['params']) == {'first', 'norm'}
@@ -62,8 +62,8 @@ def test_variables_are_kept_by_kind_and_path() -> None:
     assert not same(kernel['params']['first']['kernel'], variables['params']['first']['kernel'])
 
 
-def test_training_changes_what_it_should() -> None:
-    """X1, X13: a counter counts, statistics move; an evaluation leaves both alone."""
+def test_training_updates_variables() -> None:
+    """X1, X13: training updates counter and statistics, evaluation neither."""
     model = bind(make)
     model(X), model(X)
     assert model.collections['count']['calls'] == 2
@@ -75,8 +75,8 @@ def test_training_changes_what_it_should() -> None:
     jax.tree.map(np.testing.assert_array_equal, evaluated.collections, before)
 
 
-def test_dropout_draws_by_the_rule() -> None:
-    """X2: equal at the same point of a run, different for layers, calls, steps, micro-batches."""
+def test_dropout_keys() -> None:
+    """X2: reproducible, and different for each layer, call, step and micro-batch."""
     one, other = bind(make), bind(make)
     a, b = one(X), one(X)
     assert same(a, other(X))
@@ -91,8 +91,8 @@ def test_dropout_draws_by_the_rule() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:\\s*Using 'Module")
-def test_intermediates_are_offered_and_not_kept() -> None:
-    """X10: what was sown and what was assigned."""
+def test_intermediates_are_not_in_the_state() -> None:
+    """X10: sown and assigned values."""
     model: Any = bind(make)
     model(X)
     assert set(model.intermediates) == {'sown', 'assigned'}
@@ -107,7 +107,7 @@ def test_intermediates_are_offered_and_not_kept() -> None:
     assert set(model.collections) == {'batch_stats', 'count'}
 
 
-def test_parts_methods_and_numbers() -> None:
+def test_submodules_methods_and_plain_fields() -> None:
     model = bind(make, 'eval')
     kernel, bias = (model.params['first'][name] for name in ('kernel', 'bias'))
     np.testing.assert_allclose(model.first(X), X @ kernel + bias, rtol=1e-5)
@@ -134,7 +134,7 @@ def test_views() -> None:
 
 
 class Shared(nnx.Module):
-    """X13: one linear layer in two places."""
+    """X13: a linear layer that is used twice."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.one = nnx.Linear(4, 4, rngs=rngs)
@@ -144,7 +144,7 @@ class Shared(nnx.Module):
         return self.two(self.one(x))
 
 
-def test_a_shared_module_is_one_set_of_parameters() -> None:
+def test_a_shared_module_has_one_set_of_parameters() -> None:
     variables = init(Shared)
     assert len(jax.tree.leaves(variables['params'])) == 2
     kernel, bias = variables['params']['one']['kernel'], variables['params']['one']['bias']
@@ -159,7 +159,7 @@ def test_a_shared_module_is_one_set_of_parameters() -> None:
 
 
 class Stacked(nnx.Module):
-    """X12: five layers made by `nnx.vmap` and run by `nnx.scan`, each with its own dropout."""
+    """X12: five layers created by `nnx.vmap` and run by `nnx.scan`, each with its own dropout."""
 
     def __init__(self, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=5)
@@ -184,7 +184,7 @@ class Layer(nnx.Module):
         self.drop = nnx.Dropout(0.5, rngs=rngs)
 
 
-def test_layers_that_are_scanned_over() -> None:
+def test_scanned_layers() -> None:
     model = bind(Stacked)
     assert model.params['layers']['linear']['kernel'].shape == (5, 4, 4)
     kernels = model.params['layers']['linear']['kernel']
@@ -205,8 +205,8 @@ class Growing(nnx.Module):
 
 @pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['as it is', 'traced'])
 @pytest.mark.parametrize('new', [Count, lambda x: x], ids=['variable', 'array'])
-def test_what_a_call_makes_is_refused(new: Any, run: Any) -> None:
-    """X10: it would not be in the next step."""
+def test_variables_created_in_a_call_are_an_error(new: Any, run: Any) -> None:
+    """X10: they would be missing in the next step."""
     with pytest.raises(ValueError, match=r'that a call creates must be nnx\.Intermediate'):
         run(lambda x: bind(lambda rngs: Growing(new, rngs))(x))(X)
 

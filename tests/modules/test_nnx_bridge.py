@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linen modules within NNX ones and the other way round: `flax.nnx.bridge`."""
+"""Linen modules within NNX modules and vice versa (`flax.nnx.bridge`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.trainer import Trainer
 
 
 class LinenInside(nnx.Module):
-    """A bridge that has no parameters before its first input."""
+    """A bridge whose parameters are created at its first input."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linen = nnx.bridge.ToNNX(nn.Dense(16), rngs=rngs)
@@ -33,11 +33,11 @@ class LinenInside(nnx.Module):
 
 
 class Count(nnx.Variable):
-    """How often a module was called."""
+    """The number of calls of a module."""
 
 
 class Moving(nnx.Module):
-    """All that a call in training moves, beside bridges."""
+    """Bridges, and everything else that a training call updates."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.first = nnx.Linear(4, 5, rngs=rngs)
@@ -58,7 +58,7 @@ def twice(model: Any, batch: Any) -> Any:
 
 
 def with_views(model: Any, batch: Any) -> Any:
-    """Asks for all that a task may ask a model for."""
+    """Uses everything that a model offers to a task."""
     output = model(batch['x'])
     assert set(model.collections) == {'batch_stats', 'count', 'buffers'}
     kernel = model.params['linen']['layers_0']['kernel']
@@ -68,8 +68,8 @@ def with_views(model: Any, batch: Any) -> Any:
 
 
 @pytest.mark.parametrize('task', [twice, with_views])
-def test_initialisation_moves_nothing(task: Any) -> None:
-    """X14: a bridge needs a call to be made; the module is as its maker left it, all the same."""
+def test_initialization_updates_nothing(task: Any) -> None:
+    """X14: bridges are initialized by a call, which leaves all other variables unchanged."""
     variables = init(Moving, task)
     made = Moving(nnx.Rngs(0))
     assert variables['count']['count'] == 0
@@ -102,7 +102,7 @@ class NNXInside(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['LinenInside', 'NNXInside'])
 def test_bridges_train(name: str, tmp_path: pathlib.Path) -> None:
-    """X14: either system inside the other."""
+    """X14: either system within the other."""
     made = experiment(f'{__name__}:{name}', checkpoint__every='10 steps')
     result = Trainer(made, str(tmp_path)).fit()
     assert result.metrics['train/loss'] < 2.3
@@ -132,7 +132,7 @@ class NamedInside(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize('rules', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_names_of_dimensions_within_a_linen_module(rules: bool) -> None:
-    """X14, J8: they follow the rules, and without any they are no axes of the mesh."""
+    """X14, J8: they follow the rules; without rules they are not taken for mesh axes."""
     by_name = {
         'target': 'trainer.sharding:ByName',
         'rules': (('embed', None), ('mlp', 'model')),
@@ -149,7 +149,7 @@ def test_names_of_dimensions_within_a_linen_module(rules: bool) -> None:
 
 
 class InCall(nn.Module):
-    """Linen, told in the call."""
+    """A Linen module with a training flag in its call."""
 
     rate: float = 0.0
 
@@ -161,7 +161,7 @@ class InCall(nn.Module):
 
 
 class InField(nn.Module):
-    """Linen, told in a field."""
+    """A Linen module with a training flag in a field."""
 
     rate: float = 0.0
     deterministic: bool = False
@@ -174,7 +174,7 @@ class InField(nn.Module):
 
 
 class Around(nnx.Module):
-    """A bridge below the top."""
+    """A bridge in a submodule."""
 
     def __init__(self, linen: nn.Module, rngs: nnx.Rngs):
         self.linen = nnx.bridge.ToNNX(linen, rngs=rngs)
@@ -184,15 +184,15 @@ class Around(nnx.Module):
 
 
 def layers() -> nn.Module:
-    """Linen, which passes nothing on to its layers: these are told."""
+    """A Linen module that does not pass the flag to its layers."""
     return nn.Sequential([nn.Dense(5), nn.Sequential([nn.BatchNorm(), nn.Dropout(0.0)])])
 
 
 @pytest.mark.parametrize('linen', [InCall, InField, layers])
 @pytest.mark.parametrize('depth', [0, 1])
 @pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_a_linen_module_in_nnx_is_told_the_mode(linen: Any, depth: int, mode: str) -> None:
-    """X14: outputs, batch statistics and intermediates are those that it has alone."""
+def test_a_linen_module_in_nnx_gets_the_training_flag(linen: Any, depth: int, mode: str) -> None:
+    """X14: outputs, batch statistics and intermediates equal those of the module alone."""
 
     def make(rngs: nnx.Rngs) -> nnx.Module:
         return Around(linen(), rngs) if depth else nnx.bridge.ToNNX(linen(), rngs=rngs)
@@ -226,7 +226,7 @@ def test_dropout_of_a_linen_module_in_nnx() -> None:
 
 
 class Told(nnx.Module):
-    """NNX, with layers that have a mode, a flag in the call, and noise."""
+    """An NNX module with layers that follow the mode, a flag in its call, and noise."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 5, rngs=rngs)
@@ -249,8 +249,8 @@ class AroundTold(nn.Module):
 
 
 @pytest.mark.parametrize('module', [nnx.bridge.to_linen(Told), AroundTold()])
-def test_an_nnx_module_in_linen_is_told_the_mode(module: nn.Module) -> None:
-    """X14: batch statistics and dropout are used as the mode says."""
+def test_an_nnx_module_in_linen_gets_the_training_flag(module: nn.Module) -> None:
+    """X14: batch statistics and dropout follow the flag."""
     model, evaluated = bind(module), bind(module, 'eval')
     before = jax.tree.map(np.asarray, evaluated.collections)
     (first, noise), (second, other) = model(X), model(X)

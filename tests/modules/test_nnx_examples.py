@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The examples that NNX's first README lists, on today's library."""
+"""The examples of NNX's first README, with the current library."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Y = 0.8 * X**2 + 0.1
 
 
 class Count(nnx.Variable):
-    """Calls so far."""
+    """The number of calls so far."""
 
 
 class MLP(nnx.Module):
@@ -41,7 +41,7 @@ class MLP(nnx.Module):
 
 
 def test_01_functional_api() -> None:
-    """X3, X7, X8: split into parameters and the rest, a pure step, merge."""
+    """X3, X7, X8: split into parameters and the rest, run a pure step, merge."""
     graph, params, counts = nnx.split(MLP(16, rngs=nnx.Rngs(0)), nnx.Param, Count)
     with pytest.raises(ValueError, match='Non-exhaustive'):
         nnx.split(MLP(16, rngs=nnx.Rngs(0)), nnx.Param)
@@ -84,7 +84,7 @@ def test_02_lifted_transforms() -> None:
 
 
 def test_03_train_state() -> None:
-    """`nnx.Optimizer` holds what the README's TrainState held."""
+    """`nnx.Optimizer` replaces the README's TrainState."""
     model = MLP(16, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -100,7 +100,7 @@ def test_03_train_state() -> None:
 
 
 def test_04_pure_modules() -> None:
-    """A module as a graph and a state: what is here called a functional model."""
+    """A module as a graph and a state, here called a functional model."""
     make = as_functional(lambda rngs: MLP(16, rngs=rngs))
     variables = make.init(lambda *_: None, {}, Keys(seed=0, mode='init'))
     model = make.bind(variables, Keys(seed=0, mode='train'))
@@ -113,7 +113,7 @@ def test_04_pure_modules() -> None:
 
 
 class VAE(nnx.Module):
-    """A variational autoencoder of binary images, which leaves its KL loss in an Intermediate."""
+    """A variational autoencoder of binary images, with its KL loss in an Intermediate."""
 
     def __init__(self, latent: int = 8, *, rngs: nnx.Rngs):
         self.encode = nnx.Linear(784, 64, rngs=rngs)
@@ -163,7 +163,7 @@ def losses(made: Experiment, tmp_path: pathlib.Path) -> list[float]:
 
 @pytest.mark.slow
 def test_05_a_vae(tmp_path: pathlib.Path) -> None:
-    """X10: the KL loss comes to the task as an intermediate; the noise follows the run's seed."""
+    """X10: the task reads the KL loss as an intermediate; the noise depends on the run's seed."""
     made = experiment('VAE', plain(reconstruction))
     found = losses(made, tmp_path)
     assert found[-1] < 0.6 * found[0]
@@ -181,7 +181,7 @@ class Layer(nnx.Module):
 
 
 class ScanMLP(nnx.Module):
-    """Layers scanned over, each with its own parameters and dropout, and one BatchNorm for all."""
+    """Scanned layers with separate parameters and dropout, and a shared BatchNorm."""
 
     def __init__(self, width: int = 32, layers: int = 4, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=layers)
@@ -232,7 +232,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """An autoregressive transformer, its layers scanned over; with a cache for generation."""
+    """An autoregressive transformer with scanned layers and a cache for generation."""
 
     def __init__(
         self, vocab: int = 256, width: int = 32, layers: int = 2, decode: bool = False,
@@ -261,7 +261,7 @@ class Decoder(nnx.Module):
 
 @pytest.mark.slow
 def test_07_a_transformer(tmp_path: pathlib.Path) -> None:
-    """Trains on text; what it says token by token, with a cache, is what it says at once."""
+    """Trains on text; cached generation equals full passes."""
     source = {'target': 'trainer.data.text:python_source', 'seq_len': 32, 'limit': 960}
     task = {'target': 'trainer.tasks:NextToken', 'tokens': 'inputs'}
     options = {'data__source': source, 'data__device_transforms': ()}

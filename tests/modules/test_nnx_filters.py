@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""X6 to X9 of NNX's first README: modules as pytrees, and parts of their states by filters."""
+"""X6 to X9 of NNX's first README: modules as pytrees, and filters of their states."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ X = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
 
 
 class Net(nnx.Module):
-    """Of each kind of variable something: two parameters, statistics, random numbers, a count."""
+    """Variables of each kind: two parameters, statistics, RNG state, a count."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 4, rngs=rngs)
@@ -64,8 +64,8 @@ def test_a_module_goes_through_jax_jit() -> None:
     assert np.array_equal(doubled.linear.kernel[...], 2 * model.linear.kernel[...])
 
 
-def test_a_rest() -> None:
-    """X8: `...` takes what no filter before it took; and nothing may be left over."""
+def test_the_ellipsis_filter() -> None:
+    """X8: `...` matches everything that no earlier filter matches; a split must be complete."""
     graph, params, rest = nnx.split(net(), nnx.Param, ...)
     assert (paths(params), paths(rest)) == (PARAMS, ALL - PARAMS)
     assert jax.tree.leaves(nnx.merge(graph, params, rest)(X))
@@ -76,7 +76,7 @@ def test_a_rest() -> None:
 
 
 def test_several_states_are_merged() -> None:
-    """X7, X8: whatever the order of the parts, they are the module that was split."""
+    """X7, X8: merging the states in any order restores the module."""
     model = net()
     graph, stats, params, rest = nnx.split(model, nnx.BatchStat, nnx.Param, ...)
     for parts in ((stats, params, rest), (rest, stats, params)):
@@ -93,7 +93,7 @@ def test_several_states_are_merged() -> None:
 
 
 def test_states_are_filtered_and_split() -> None:
-    """X8: `nnx.filter_state` takes a part, `nnx.split_state` needs all of it."""
+    """X8: `nnx.filter_state` returns a part, `nnx.split_state` must be complete."""
     state = nnx.state(net())
     assert paths(nnx.filter_state(state, nnx.Param)) == PARAMS
     found = nnx.filter_state(state, nnx.Param, nnx.BatchStat)
@@ -133,5 +133,5 @@ def of_norms(path: Any, value: Any) -> bool:
     ],
 )
 def test_filters(chosen: Any, expected: set[str]) -> None:
-    """X9: what each of them takes of a module."""
+    """X9: the variables that each filter matches."""
     assert paths(nnx.state(net(), chosen)) == expected

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What NNX modules are made of, and how they are told the mode."""
+"""NNX modules: variables of all kinds, the training flag, and random numbers of a call."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from trainer.modules.rng import Keys
 
 
 class Count(nnx.Variable):
-    """A variable of a class of its own."""
+    """A custom class of variables."""
 
 
 class Buffers(nnx.Module):
-    """X5: arrays that are in no variable, beside what is static; and a variable that is a dict."""
+    """X5: arrays outside of variables, static values, and a variable that is a dict."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 4, rngs=rngs)
@@ -38,8 +38,8 @@ class Buffers(nnx.Module):
 
 
 @pytest.mark.parametrize('run', [lambda f: f, jax.jit], ids=['as it is', 'traced'])
-def test_arrays_that_are_in_no_variable(run: Any) -> None:
-    """X5: they are kept, and what a training call assigns is the state's next."""
+def test_arrays_outside_of_variables(run: Any) -> None:
+    """X5: they are part of the state, and a training call can assign them."""
     system = as_functional(Buffers)
     variables = run(lambda: system.init(lambda *_: None, {}, Keys(seed=0, mode='init')))()
     assert set(variables) == {'params', 'buffers', 'count'}
@@ -57,8 +57,8 @@ def test_arrays_that_are_in_no_variable(run: Any) -> None:
         assert same(collections['buffers']['offset'], jnp.arange(4.0) + after)
 
 
-def test_a_list_of_modules_is_not_static() -> None:
-    """X5: NNX says what to write."""
+def test_a_list_of_modules_is_an_error() -> None:
+    """X5: with NNX's own advice."""
 
     class Listed(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -69,7 +69,7 @@ def test_a_list_of_modules_is_not_static() -> None:
 
 
 class Lifted(nnx.Module):
-    """X11: its own transforms around a layer with statistics and dropout."""
+    """X11: an NNX transform around a layer with statistics and dropout."""
 
     def __init__(self, lift: Any, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 5, rngs=rngs)
@@ -83,7 +83,7 @@ class Lifted(nnx.Module):
 
 @pytest.mark.parametrize('lift', [nnx.remat, nnx.jit])
 def test_transforms_within_a_module(lift: Any) -> None:
-    """X11: outputs, statistics and masks are those without the transform."""
+    """X11: outputs, statistics and masks equal those without the transform."""
     plain = bind(lambda rngs: Lifted(lambda f: f, rngs))
     lifted = bind(lambda rngs: Lifted(lift, rngs))
     x = jax.random.normal(jax.random.key(0), (16, 4))
@@ -93,7 +93,7 @@ def test_transforms_within_a_module(lift: Any) -> None:
 
 
 class Left(nnx.Module):
-    """Its maker has left it in a mode."""
+    """The constructor sets a mode."""
 
     def __init__(self, training: bool, rngs: nnx.Rngs):
         self.norm = nnx.BatchNorm(4, use_running_average=not training, rngs=rngs)
@@ -104,8 +104,8 @@ class Left(nnx.Module):
 
 
 @pytest.mark.parametrize('left', [True, False])
-def test_the_mode_in_which_a_module_was_left_does_not_count(left: bool) -> None:
-    """X13: in evaluation fresh statistics leave the input as it is, and nothing is dropped."""
+def test_the_mode_set_by_the_constructor_is_ignored(left: bool) -> None:
+    """X13: in evaluation, initial statistics and no dropout leave the input unchanged."""
 
     def make(rngs: nnx.Rngs) -> Left:
         return Left(left, rngs)
@@ -117,7 +117,7 @@ def test_the_mode_in_which_a_module_was_left_does_not_count(left: bool) -> None:
 
 
 class Flagged(nnx.Module):
-    """Wants to be told in the call."""
+    """Requires a training flag in its call."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.drop = nnx.Dropout(0.5)
@@ -133,7 +133,7 @@ def test_flags_of_the_call() -> None:
 
 
 class Noise(nnx.Module):
-    """Draws from what its call is given, as the README of NNX has it."""
+    """Draws from the `rngs` of its call, as in the README of NNX."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.drop = nnx.Dropout(0.5)
@@ -153,7 +153,7 @@ class MayDraw(nnx.Module):
 
 
 def test_random_numbers_of_the_call() -> None:
-    """X2, X12: by the rule, where the call must have `rngs`, or takes them and has no others."""
+    """X2, X12: a call gets `rngs` if it requires them, or takes them and has no others."""
     system = as_functional(Noise)
     x = jnp.ones((32, 4))
 
@@ -183,7 +183,7 @@ class Perturbed(nnx.Module):
         return self.perturb('inner', self.linear(x))
 
 
-def test_perturbations_are_not_kept() -> None:
+def test_perturbations_are_not_in_the_state() -> None:
     """X10."""
     model = bind(Perturbed)
     np.testing.assert_allclose(model(X), X @ model.params['linear']['kernel'], rtol=1e-5)
@@ -191,7 +191,7 @@ def test_perturbations_are_not_kept() -> None:
 
 
 class Filled(nnx.Module):
-    """Makes its intermediate with itself; a call fills it, or puts another in its place."""
+    """Creates its intermediate in the constructor; a call fills or replaces it."""
 
     def __init__(self, fills: bool, rngs: nnx.Rngs):
         self.linear = nnx.Linear(4, 4, rngs=rngs)
@@ -208,7 +208,7 @@ class Filled(nnx.Module):
 
 
 @pytest.mark.parametrize('fills', [True, False])
-def test_an_intermediate_that_the_constructor_makes(fills: bool) -> None:
+def test_an_intermediate_created_in_the_constructor(fills: bool) -> None:
     """X10."""
     model = bind(lambda rngs: Filled(fills, rngs))
     for _ in range(2):
@@ -228,8 +228,8 @@ class BatchStats(nnx.BatchStat):
 
 
 @pytest.mark.parametrize(('kind', 'refused'), [(Params, True), (BatchStats, False)])
-def test_a_class_of_variables_with_a_name_that_is_taken(kind: Any, refused: bool) -> None:
-    """X1: they would be trained."""
+def test_a_class_of_variables_with_a_reserved_name(kind: Any, refused: bool) -> None:
+    """X1: otherwise they would be trained."""
 
     class Extra(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -260,7 +260,7 @@ class Tempered(nnx.Module):
 
 
 def test_variables_are_read_by_name() -> None:
-    """Those of the view, with their gradients, as the calls so far have left them."""
+    """With the view's parameters and their gradients, and with updates of earlier calls."""
     variables = init(Tempered)
 
     def read(params: Any) -> Any:
@@ -281,7 +281,7 @@ def test_variables_are_read_by_name() -> None:
     assert bind(Tempered).layers[0](X).shape == (3, 4)
 
 
-def test_a_variable_of_an_ensemble_is_not_that_of_its_first_member() -> None:
+def test_a_variable_of_an_ensemble_is_an_error() -> None:
     variables = jax.tree.map(lambda x: jnp.stack([x, x + 1]), init(Tempered))
     keys, seeds = Keys(seed=0, mode='eval'), jnp.arange(2)
     model: Any = EnsembleModel(as_functional(Tempered), variables, keys, seeds, combine=lambda x: x)
@@ -293,8 +293,8 @@ def test_a_variable_of_an_ensemble_is_not_that_of_its_first_member() -> None:
 
 
 @pytest.mark.parametrize('name', ['train', 'eval'])
-def test_an_attribute_in_the_place_of_the_switch(name: str) -> None:
-    """X13: its name is told."""
+def test_an_attribute_that_hides_train_or_eval(name: str) -> None:
+    """X13: the message names it."""
 
     class Switched(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
@@ -308,8 +308,8 @@ def test_an_attribute_in_the_place_of_the_switch(name: str) -> None:
         bind(Switched, name)(X)
 
 
-def test_a_module_that_is_made_without_rngs(caplog: pytest.LogCaptureFixture) -> None:
-    """The seed has no say in it: this is told, where there are parameters."""
+def test_a_module_created_without_rngs(caplog: pytest.LogCaptureFixture) -> None:
+    """Its parameters do not depend on the seed: a warning says so, if it has any."""
     as_functional(nnx.Dropout(0.5))
     assert caplog.text == ''
     as_functional(nnx.Linear(4, 4, rngs=nnx.Rngs(0)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run may ask for beside plain training holds for NNX modules too."""
+"""NNX modules with the options of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def assert_close(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.slow
-def test_micro_batches_equal_the_batch() -> None:
+def test_accumulation_equals_the_whole_batch() -> None:
     whole, expected, _ = final()
     micro_batches, state, _ = final(accumulate=4)
     assert micro_batches == pytest.approx(whole, rel=1e-4)
@@ -68,7 +68,7 @@ def test_the_moving_average_is_evaluated() -> None:
 
 @pytest.mark.slow
 def test_several_steps_in_one_call(tmp_path: pathlib.Path) -> None:
-    """With dropout, whose masks must be those of single steps."""
+    """With dropout, whose masks must equal those of single steps."""
     rows = []
     for calls in (1, 5):
         options = {'model__dropout_rate': 0.5, 'log__every': '5 steps'}
@@ -91,7 +91,7 @@ def test_the_command_line_evaluates_and_predicts(tmp_path: pathlib.Path) -> None
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path: pathlib.Path) -> None:
+def test_two_processes_equal_one(tmp_path: pathlib.Path) -> None:
     results = []
     for count, devices in ((1, 2), (2, 1)):
         workdir = tmp_path / str(count)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NNX modules in the trainer, beside Linen ones."""
+"""NNX modules in the trainer, compared with Linen modules."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def losses(trainer: Trainer, state: Any) -> list[float]:
 
 
 @pytest.mark.slow
-def test_the_same_network_in_both_has_the_same_losses() -> None:
+def test_nnx_and_linen_have_the_same_losses() -> None:
     """The quickstart CNN with copied parameters: twenty steps of momentum."""
     options = {'model__features': (8, 16), 'model__hidden': 32}
     linen = Trainer(experiment('trainer.models.cnn:CNN', **options))
@@ -73,8 +73,8 @@ def test_the_same_network_in_both_has_the_same_losses() -> None:
 
 
 @pytest.mark.slow
-def test_batch_statistics_are_those_of_linen() -> None:
-    """X13: a normalised MLP with copied parameters: twenty steps, then an evaluation."""
+def test_batch_statistics_equal_those_of_linen() -> None:
+    """X13: an MLP with batch norm and copied parameters: twenty steps, then an evaluation."""
     linen, mine = (
         Trainer(experiment(model, model__batch_norm=True, evals=EVALS))
         for model in ('trainer.models.mlp:MLP', 'trainer.models.mlp_nnx:MLP')
@@ -111,8 +111,8 @@ def test_batch_statistics_are_those_of_linen() -> None:
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_the_same_run(tmp_path: pathlib.Path) -> None:
-    """With dropout, to the last bit; one compile of each program."""
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: pathlib.Path) -> None:
+    """With dropout, bitwise; each program compiles once."""
     digests = []
     for name, pauses in (('whole', ()), ('parts', (7,))):
         made = experiment(
@@ -129,7 +129,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path: pathlib.Path) -> None:
 
 
 class Named(nnx.Module):
-    """Parameters that name their dimensions."""
+    """Parameters with dimension names."""
 
     def __init__(self, rngs: nnx.Rngs):
         def kernel(*names: str | None) -> Any:
@@ -143,8 +143,8 @@ class Named(nnx.Module):
 
 
 @pytest.mark.slow
-def test_names_of_dimensions_follow_the_rules() -> None:
-    """J8 in NNX: cut by name, momentum with it; the losses are those of one device."""
+def test_dimension_names_follow_the_rules() -> None:
+    """J8 in NNX: parameters and momentum are sharded by name; losses equal those on one device."""
     rules = {
         'target': 'trainer.sharding:ByName',
         'rules': (('batch', 'data'), ('embed', 'fsdp'), ('mlp', 'model')),
@@ -164,7 +164,7 @@ def test_names_of_dimensions_follow_the_rules() -> None:
 
 
 class Layers(nnx.Module):
-    """Layers made by `nnx.vmap`, whose stacked dimension has a name; a counter in each."""
+    """Layers created by `nnx.vmap`, with a name for the stacked dimension and a counter."""
 
     def __init__(self, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=4)
@@ -187,7 +187,7 @@ class Layers(nnx.Module):
 
 
 class Calls(nnx.Variable):
-    """How often a layer was called."""
+    """The number of calls of a layer."""
 
 
 class Layer(nnx.Module):
@@ -203,7 +203,7 @@ class Layer(nnx.Module):
 
 @pytest.mark.slow
 def test_names_of_stacked_layers_and_a_counter() -> None:
-    """X3, J3 in NNX: the layers' dimension is one more name; the counter counts the steps."""
+    """X3, J3 in NNX: stacking adds a dimension name; the counter counts the steps."""
     rules = {
         'target': 'trainer.sharding:ByName',
         'rules': (('batch', 'data'), ('mlp', 'model')),
@@ -220,8 +220,8 @@ def test_names_of_stacked_layers_and_a_counter() -> None:
 
 
 @pytest.mark.slow
-def test_parameters_cut_by_size() -> None:
-    """Eight devices: the losses do not depend on how they hold the parameters."""
+def test_parameters_sharded_by_size() -> None:
+    """Eight devices: the losses do not depend on the sharding of the parameters."""
     rule = {'target': 'trainer.sharding:FSDP', 'min_bytes': 0}
     found = []
     for mesh, sharding in (({'data': 8}, 'replicated'), ({'data': 2, 'fsdp': 4}, (rule,))):
@@ -235,8 +235,8 @@ def test_parameters_cut_by_size() -> None:
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
-def test_patterns_are_of_paths() -> None:
-    """What is frozen stays, and holds no optimizer state."""
+def test_patterns_match_paths() -> None:
+    """Frozen parameters do not change and have no optimizer state."""
     made = experiment('trainer.models.mlp_nnx:MLP', optimizer__freeze=('dense/0/.*',))
     trainer = Trainer(made)
     before = jax.tree.map(np.asarray, trainer.init_state().params)
@@ -247,8 +247,8 @@ def test_patterns_are_of_paths() -> None:
 
 
 @pytest.mark.slow
-def test_the_trained_module_comes_back() -> None:
-    """X6, X9: as itself, in evaluation mode, for `jax.jit`, `nnx.state` and its filters."""
+def test_the_trained_module_is_returned() -> None:
+    """X6, X9: as the user's class, in evaluation mode; works with `jax.jit` and `nnx.state`."""
     options = {'model__batch_norm': True, 'model__dropout_rate': 0.5}
     made = experiment(
         'trainer.models.mlp_nnx:MLP', evals=EVALS, precision={'compute': 'bfloat16'}, **options
@@ -273,9 +273,10 @@ def test_the_trained_module_comes_back() -> None:
         assert len(jax.tree.leaves(nnx.state(model, chosen))) == leaves
 
 
-def test_mistakes_are_told_as_for_linen() -> None:
+def test_errors_equal_those_for_linen() -> None:
     with pytest.raises(
-        UserError, match=r'model\.featurs: .*Did you mean config\.model\.features\?'
+        UserError,
+        match=r'Unknown key config\.model\.featurs\. Did you mean config\.model\.features\?',
     ):
         experiment('trainer.models.cnn_nnx:CNN', model__featurs=(8, 16))
     with pytest.raises(UserError, match=r'model\.rngs: remove it; .* from config\.seed'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models written for `jax.pmap`, whose normalisation layers name its axis, train unmodified."""
+"""Models written for `jax.pmap`, with an axis name in normalization layers, train unmodified."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ X = np.random.default_rng(0).normal(1.0, 2.0, (8, 6)).astype('f4')
 
 
 class Normed(nn.Module):
-    """Any normalisation layer of Linen, after a dense one."""
+    """A normalization layer of Linen after a dense layer."""
 
     norm: Callable[..., nn.Module]
     axis_name: Any = None
@@ -44,7 +44,7 @@ class Normed(nn.Module):
 
 
 class NormedNNX(nnx.Module):
-    """Any normalisation layer of NNX, after a linear one."""
+    """A normalization layer of NNX after a linear layer."""
 
     def __init__(self, norm: Any, rngs: nnx.Rngs, axis_name: Any = None):
         self.linear = nnx.Linear(6, 4, rngs=rngs)
@@ -55,7 +55,7 @@ class NormedNNX(nnx.Module):
 
 
 class Relu(nnx.BatchNorm):
-    """A layer of a user's own, on top of one of NNX."""
+    """A user's subclass of an NNX layer."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         return nnx.relu(super().__call__(*args, **kwargs))
@@ -70,7 +70,7 @@ class ReluLinen(nn.BatchNorm):
 
 
 def branches() -> nn.Module:
-    """Makes two layers whose statistics are those of both, over an axis that is bound."""
+    """Creates two layers that share statistics over a bound axis."""
     lifted = nn.vmap(
         nn.BatchNorm, in_axes=-1, out_axes=-1, axis_name='branch',
         variable_axes={'params': None, 'batch_stats': None}, split_rngs={'params': False},
@@ -79,7 +79,7 @@ def branches() -> nn.Module:
 
 
 def output(model: Any, mode: str = 'train') -> tuple[Any, Any]:
-    """Returns what a call of a model gives, and the collections after it."""
+    """Returns the output of a call of a model, and the collections after it."""
     wrapped = as_functional(model)
     variables = wrapped.init(lambda m, b: m(b), X, Keys(seed=0, mode='init'))
     bound = wrapped.bind(variables, Keys(seed=0, mode=mode))
@@ -91,7 +91,7 @@ def notices(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def check(make: Callable[[Any], Any], where: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A model with an axis of `pmap` gives what it gives without, and one line says so."""
+    """Checks that a model with a `pmap` axis equals one without, and warns once."""
     caplog.clear()
     jax.tree.map(np.testing.assert_array_equal, output(make('batch')), output(make(None)))
     (notice,) = notices(caplog)
@@ -118,7 +118,7 @@ def test_every_layer_of_nnx(name: str, caplog: pytest.LogCaptureFixture) -> None
 
 
 class Bridged(nnx.Module):
-    """A layer of Linen in a module of NNX."""
+    """A Linen layer in an NNX module."""
 
     def __init__(self, rngs: nnx.Rngs, axis_name: Any = None):
         norm = Normed(functools.partial(nn.BatchNorm, **TRAINING), axis_name)
@@ -129,7 +129,7 @@ class Bridged(nnx.Module):
 
 
 class ToLinen(nn.Module):
-    """A layer of NNX in a module of Linen."""
+    """An NNX layer in a Linen module."""
 
     axis_name: Any = None
 
@@ -140,7 +140,7 @@ class ToLinen(nn.Module):
 
 
 class Remat(nn.Module):
-    """A layer that is computed again in the backward pass."""
+    """A layer with rematerialization."""
 
     axis_name: Any = None
 
@@ -170,7 +170,7 @@ FORMS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize('name', slow_after(2, FORMS))
-def test_wherever_a_layer_is(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_in_every_place(name: str, caplog: pytest.LogCaptureFixture) -> None:
     check(*FORMS[name], caplog)
 
 
@@ -182,15 +182,15 @@ class Branches(nn.Module):
         return branches()(jnp.stack([x, x + 5], -1))
 
 
-def test_an_axis_that_is_bound_stays(caplog: pytest.LogCaptureFixture) -> None:
-    """One that the model binds with `vmap` averages, also where the layer itself is lifted."""
+def test_bound_axes_of_linen_are_kept(caplog: pytest.LogCaptureFixture) -> None:
+    """An axis that the model binds with `vmap` is averaged over, also in a lifted layer."""
     found, _ = output(Branches())
     np.testing.assert_allclose(found.mean(), 0, atol=1e-5)
     assert np.abs(found.mean((0, 1))).min() > 0.5, 'normalised by the statistics of both'
     assert not notices(caplog)
 
 
-def test_an_axis_that_nnx_binds_stays(caplog: pytest.LogCaptureFixture) -> None:
+def test_bound_axes_of_nnx_are_kept(caplog: pytest.LogCaptureFixture) -> None:
     def call(module: Any, x: jax.Array) -> jax.Array:
         return module(x)
 
@@ -218,7 +218,7 @@ def test_groups_of_devices_are_refused() -> None:
 
 
 class Net(nn.Module):
-    """Names the axis where statistics are of the batch in training, and of rows always."""
+    """Names the axis in layers that normalize over the batch and over single examples."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -243,10 +243,10 @@ class NetNNX(nnx.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('model', [Net, NetNNX])
-def test_all_that_a_run_does(
+def test_every_mode_of_a_run(
     model: type, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Training, evaluation, predictions, export, the dry run and the plan, with one notice."""
+    """Training, evaluation, predictions, export, dry run and plan, with one warning."""
     run = trainer({'target': f'{__name__}:{model.__name__}'}, steps=4)
     dry_run.rehearse(run.experiment, str(tmp_path / 'run'))
     assert plan.make(run.experiment, run.set_up()).flops > 0
@@ -265,7 +265,7 @@ def test_all_that_a_run_does(
 
 
 class Averaging(nn.Module):
-    """Averages over an axis by itself."""
+    """Averages over an axis with a collective of its own."""
 
     axis_name: str = 'batch'
 
@@ -285,13 +285,13 @@ class AveragingNNX(nnx.Module):
 
 
 @pytest.mark.parametrize('name', slow_after(1, ['Averaging', 'AveragingNNX']))
-def test_other_collectives_are_refused(name: str) -> None:
+def test_other_collectives_are_an_error(name: str) -> None:
     run = trainer({'target': f'{__name__}:{name}'}, steps=4)
     with pytest.raises(UserError, match=r"'batch' of jax.pmap \(.*test_pmap_axes.py, line \d+\)"):
         run.fit()
 
 
-def test_an_axis_of_the_mesh_is_none_of_pmap() -> None:
+def test_mesh_axes_are_kept() -> None:
     run = trainer({'target': f'{__name__}:Averaging', 'axis_name': 'data'}, steps=4)
     with pytest.raises(UserError, match=r"'data' of the mesh, which only jax.shard_map binds"):
         run.fit()
@@ -299,7 +299,7 @@ def test_an_axis_of_the_mesh_is_none_of_pmap() -> None:
 
 @pytest.mark.slow
 def test_members_of_an_ensemble() -> None:
-    """Their evaluation leaves the name out, too."""
+    """Their evaluation omits the name, too."""
     model, named = as_functional(Normed(nn.LayerNorm)), as_functional(Normed(nn.LayerNorm, 'batch'))
     keys = Keys(seed=0, mode='eval')
     one = model.init(lambda bound, batch: bound(batch['x']), {'x': X}, keys)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that the documents print, from the random numbers of their time.
+"""Numbers printed in Flax's documentation, with the random number generator of that time.
 
 They were drawn with `jax_threefry_partitionable=False`. What is training there is training here:
 the same data and first parameters go through the trainer's own step.
@@ -35,7 +35,7 @@ ROUNDING = 1e-7
 
 
 @pytest.fixture(autouse=True)
-def numbers_of_their_time() -> Iterator[None]:
+def legacy_random_numbers() -> Iterator[None]:
     with jax.threefry_partitionable(False):
         yield
 
@@ -50,7 +50,7 @@ def regression() -> tuple[Any, Any, Any, Any]:
 
 
 class Samples(ArraySource):
-    """The twenty of them, as a source of data."""
+    """The twenty examples, as a data source."""
 
     def __init__(self) -> None:
         with jax.threefry_partitionable(False):  # Whoever's thread this is.
@@ -59,7 +59,7 @@ class Samples(ArraySource):
 
 
 def half_square(model: Any, batch: Any) -> TaskOutput:
-    """Half the squared distance of each sample, as the documents have it."""
+    """Half the squared distance of each sample, as in the documentation."""
     error = batch['y'] - model(batch['x'])
     return TaskOutput(loss=(error**2).sum(-1) / 2)
 
@@ -67,7 +67,7 @@ def half_square(model: Any, batch: Any) -> TaskOutput:
 def trainer_of(
     task: str, source: str, model: Any, optimizer: Any, *, steps: int, rows: int, cut: int
 ) -> Trainer:
-    """Returns the trainer of a task and a source of this file, rows cut over so many devices."""
+    """Returns the trainer of a task and a source of this file, on this number of devices."""
     config = ml_collections.ConfigDict()
     config.train_for = f'{steps} steps'
     config.model, config.optimizer = model, optimizer
@@ -100,7 +100,7 @@ GRADIENT_DESCENT = {'target': 'optax:sgd', 'learning_rate': 0.3}
 
 
 def test_keys_and_numbers() -> None:
-    """What "JAX for the impatient" prints of a key, its split and their normal numbers."""
+    """The keys and normal numbers printed in "JAX for the impatient"."""
     key = jax.random.PRNGKey(0)
     assert float(jax.random.normal(key, (1,))[0]) == pytest.approx(-0.20584226, rel=1e-7)
     key, subkey = jax.random.split(key)
@@ -133,7 +133,7 @@ def square() -> tuple[jax.Array, jax.Array]:
 
 
 class ExplicitMLP(nn.Module):
-    """The first module of Flax Basics, made in `setup`."""
+    """The first module of Flax Basics, with `setup`."""
 
     features: tuple[int, ...]
 
@@ -189,7 +189,7 @@ class SimpleDense(nn.Module):
 
 
 def test_parameters_of_a_module() -> None:
-    """U3: Flax Basics, "Module parameters": what is drawn, and what comes out."""
+    """U3: Flax Basics, "Module parameters": initial parameters and output."""
     key, x = square()
     found, variables = SimpleDense(3).init_with_output(key, x)
     kernel = [
@@ -211,7 +211,7 @@ def test_parameters_of_a_module() -> None:
 
 @pytest.mark.slow
 def test_what_the_checkpoint_guide_saves(tmp_path: pathlib.Path) -> None:
-    """H1: its array and its layer after one step of SGD, before a checkpoint and after it."""
+    """H1: its array and its layer after one step of SGD, before and after a checkpoint."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))
     x = jax.random.normal(key1, (5,))
     params = nn.Dense(3).init(key2, x)['params']
@@ -240,7 +240,7 @@ def test_what_the_checkpoint_guide_saves(tmp_path: pathlib.Path) -> None:
 
 
 def test_the_true_parameters() -> None:
-    """O12: they are not perfect either, for there is noise."""
+    """O12: their loss is not 0, because of the noise."""
     w, b, x, y = regression()
     loss = ((y - x @ w - b) ** 2).sum(-1).mean() / 2
     assert float(loss) == pytest.approx(0.023639796, rel=1e-6)
@@ -248,7 +248,7 @@ def test_the_true_parameters() -> None:
 
 @pytest.mark.slow
 def test_a_hundred_and_one_steps_from_zeros() -> None:
-    """O12: linear regression of "JAX for the impatient", and its hundred and one steps more."""
+    """O12: linear regression of "JAX for the impatient"."""
     zeros = {'kernel': np.zeros((10, 5), 'f4'), 'bias': np.zeros(5, 'f4')}
     found, params = losses(zeros, 202, GRADIENT_DESCENT)
     # There the loss after step i is printed; here it is the one before the step behind it.
@@ -271,7 +271,7 @@ def test_a_hundred_and_one_steps_from_zeros() -> None:
 
 @pytest.mark.slow
 def test_gradient_descent_and_adam_on_a_dense_layer() -> None:
-    """O12: Flax Basics, from the layer's own first parameters; then Adam goes on from there."""
+    """O12: Flax Basics, from the layer's initial parameters; Adam continues from there."""
     key1, key2 = jax.random.split(jax.random.PRNGKey(0))
     first = nn.Dense(5).init(key2, jax.random.normal(key1, (10,)))['params']
     found, params = losses(first, 101, GRADIENT_DESCENT)
@@ -291,7 +291,7 @@ def test_gradient_descent_and_adam_on_a_dense_layer() -> None:
 
 
 class BiasAdderWithRunningMean(nn.Module):
-    """The toy of Flax Basics: it subtracts a running mean of its inputs, and adds a bias."""
+    """The toy module of Flax Basics: subtracts a running mean of its inputs, and adds a bias."""
 
     decay: float = 0.99
 
@@ -306,7 +306,7 @@ class BiasAdderWithRunningMean(nn.Module):
 
 
 class Ones(ArraySource):
-    """Ten rows of five ones."""
+    """Ten examples of five ones."""
 
     def __init__(self) -> None:
         super().__init__({'x': np.ones((10, 5), 'f4')})
@@ -317,7 +317,7 @@ def squares(model: Any, batch: Any) -> TaskOutput:
 
 
 def test_a_running_mean() -> None:
-    """C11, U8: by hand for 1, 2, 3, and in the trainer; the collection has a name of its own."""
+    """C11, U8: by hand for 1, 2, 3, and in the trainer; in a custom collection."""
     model = BiasAdderWithRunningMean()
     variables = model.init(jax.random.PRNGKey(0), jnp.ones((10, 5)))
     for value, mean in ((1.0, 0.01), (2.0, 0.0299), (3.0, 0.059601)):
@@ -336,8 +336,8 @@ def test_a_running_mean() -> None:
     assert means == pytest.approx([0.01, 0.0199, 0.029701], rel=1e-5)
 
 
-def test_the_draws_of_today_are_others() -> None:
-    """Which is why none of these numbers is in a test of ours without this flag."""
+def test_current_random_numbers_differ() -> None:
+    """So no other test may compare with these numbers."""
     with jax.threefry_partitionable(True):
         key = jax.random.PRNGKey(0)
         assert float(jax.random.normal(key, (1,))[0]) == pytest.approx(1.6226422, rel=1e-6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules get their training flag, whatever its name and wherever they are in the model."""
+"""Modules get the training flag, whatever its name and their place in the model."""
 
 from __future__ import annotations
 
@@ -66,26 +66,26 @@ SPELLINGS = [InCall, KeywordOnly, Inverted, InConstructor, InConstructorInverted
 
 
 @pytest.mark.parametrize('module', SPELLINGS)
-def test_the_mode_is_told_in_every_spelling(module: type[nn.Module]) -> None:
+def test_every_flag_name_is_passed(module: type[nn.Module]) -> None:
     assert bind(module(), 'train')(X) is True
     assert bind(module(), 'eval')(X) is False
 
 
-def test_what_the_user_sets_is_left_alone() -> None:
+def test_flags_set_by_the_user_are_kept() -> None:
     assert bind(InConstructor(training=True), 'eval')(X) is True
     assert bind(InCall(), 'train')(X, train=False) is False
     assert same(bind(Neither(), 'train')(X), X)
     assert bind(InBoth(train=True), 'eval')(X) is True
 
 
-def test_a_flag_may_be_given_by_position() -> None:
+def test_a_flag_may_be_passed_by_position() -> None:
     assert bind(InCall(), 'eval')(X, True) is True
     with pytest.raises(TypeError, match='takes from 2 to 3 positional arguments but 4 were given'):
         bind(InCall())(X, True, 3)
 
 
 class Around(nn.Module):
-    """Has other modules as fields and tells them nothing."""
+    """Has modules as fields and does not pass the flag to them."""
 
     alone: nn.Module
     listed: Any
@@ -97,7 +97,7 @@ class Around(nn.Module):
         return [part(x) for part in parts]
 
 
-def test_modules_that_are_fields_of_others_are_told() -> None:
+def test_modules_in_fields_get_the_flag() -> None:
     once, told = InConstructor(), InConstructor(training=True)
     module = Around(once, (InConstructorInverted(), told), {'b': once, 'a': Around(once, [], {})})
     assert bind(module, 'train')(X) == [True, True, True, True, [True]]
@@ -106,7 +106,7 @@ def test_modules_that_are_fields_of_others_are_told() -> None:
 
 
 class Shared(nn.Module):
-    """Parameters, and a flag that only the constructor takes."""
+    """Parameters, and a training flag in a field only."""
 
     training: bool = False
 
@@ -115,13 +115,13 @@ class Shared(nn.Module):
         return nn.Dense(4)(x)
 
 
-def test_a_module_in_two_fields_stays_one() -> None:
+def test_a_module_in_two_fields_stays_shared() -> None:
     dense = Shared()
     first, *others = bind(Around(dense, (dense,), {'a': dense}), 'train')(X)
     assert all(same(first, other) for other in others)
 
 
-def test_the_layers_of_a_sequential_model_are_told() -> None:
+def test_layers_of_a_sequential_model_get_the_flag() -> None:
     inner = nn.Sequential([nn.BatchNorm(momentum=0.5), nn.Dropout(0.5)])
     module = nn.Sequential([nn.Dense(64), inner, nn.relu, nn.Dropout(0.5, deterministic=True)])
     model = bind(module)
@@ -135,7 +135,7 @@ def test_the_layers_of_a_sequential_model_are_told() -> None:
 
 
 class Frozen(nn.Module):
-    """Keeps the mode from a part of its own."""
+    """Sets the flag of a submodule itself."""
 
     def setup(self) -> None:
         self.part = nn.Sequential([InCall()])
@@ -144,13 +144,13 @@ class Frozen(nn.Module):
         return self.part(x)
 
 
-def test_a_module_passes_the_mode_on_by_itself() -> None:
+def test_a_module_that_passes_the_flag_itself() -> None:
     assert bind(Frozen())(X) is False
     assert bind(nn.Sequential([Frozen()]))(X) is False
 
 
 class Tells(nn.Module):
-    """Tells a part, one of its fields, in the call."""
+    """Passes the flag to a module in a field, in the call."""
 
     part: nn.Module
 
@@ -158,13 +158,13 @@ class Tells(nn.Module):
         return self.part(x, deterministic=not train)
 
 
-def test_a_flag_that_a_call_takes_is_left_to_the_caller() -> None:
-    """Flax refuses a flag that stands in both the constructor and the call."""
+def test_a_flag_of_the_call_is_not_set_in_fields() -> None:
+    """Flax refuses a flag that is set in both the constructor and the call."""
     assert set(bind(Tells(nn.Dropout(0.5)))(jnp.ones(99)).tolist()) == {0.0, 2.0}
 
 
 class Static(nn.Module):
-    """Branches on its flag, which must therefore reach it as a Python bool."""
+    """Branches in Python on its flag, so this must be a Python bool."""
 
     @nn.compact
     def __call__(self, x: Any, scale: float = 1.0, train: bool = False) -> Any:
@@ -179,7 +179,7 @@ class Static(nn.Module):
         nn.vmap(Static, in_axes=(0, None, None), split_rngs={'params': True, 'dropout': True}),
     ],
 )
-def test_lifted_models_are_told_by_position(module: type[nn.Module]) -> None:
+def test_lifted_models_get_the_flag_by_position(module: type[nn.Module]) -> None:
     x = jnp.ones((8, 16))
     task = lambda model, batch: model(x)  # noqa: E731
     assert set(bind(module(), task=task)(x).flatten().tolist()) == {0.0, 2.0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guide "Upgrading my codebase to Linen": each pattern that it moves to."""
+"""The patterns of the guide "Upgrading my codebase to Linen"."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from trainer.trainer import Trainer
 
 
 class ResNet(nn.Module):
-    """The start of one: the kinds of its layers are fields."""
+    """The start of a residual network, with layer types in fields."""
 
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
@@ -52,7 +52,7 @@ def images() -> np.ndarray:
 
 
 class Images(ArraySource):
-    """These, of two classes."""
+    """The images, of two classes."""
 
     def __init__(self) -> None:
         super().__init__({'image': images(), 'label': np.arange(16) % 2})
@@ -88,7 +88,7 @@ def test_partial_in_a_config() -> None:
     np.testing.assert_allclose(found, 0.9 + 0.1 * variances, rtol=1e-4)
 
 
-def test_the_first_state_runs_no_forward_pass() -> None:
+def test_initialization_runs_no_forward_pass() -> None:
     """U6: initialisation is compiled, and of the forward pass nothing remains; shapes alone cost
     no computation at all, as `init_by_shape` had it."""
 
@@ -111,7 +111,7 @@ def test_the_first_state_runs_no_forward_pass() -> None:
 
 
 class Counter(nn.Module):
-    """A value of its own, which any call in training changes."""
+    """A value in a custom collection that every training call changes."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -122,8 +122,8 @@ class Counter(nn.Module):
 
 
 @pytest.mark.parametrize(('mode', 'count'), [('train', 2), ('eval', 0)])
-def test_values_that_are_no_parameters(mode: str, count: int) -> None:
-    """U8, U9: a collection has any name; training hands it on, evaluation leaves it alone."""
+def test_custom_collections(mode: str, count: int) -> None:
+    """U8, U9: collections of any name are updated in training, and not in evaluation."""
     assert set(init(Counter())) == {'params', 'counts'}
     model = bind(Counter(), mode)
     model(X)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,14 @@ from typing import Any
 from trainer.config import targets
 from trainer.config.checks import check_positive
 from trainer.config.errors import UserError
-from trainer.config.sections import DataSection, EvalDataSection, EvalSection, Sections
+from trainer.config.sections import (
+    DataSection,
+    EvalDataSection,
+    EvalSection,
+    ScoreSection,
+    Sections,
+)
+from trainer.evaluate.score import Score
 from trainer.evaluate.spec import Evaluation
 from trainer.input.data import EvalData, TrainData
 from trainer.tasks.runner import TaskRunner
@@ -85,9 +93,29 @@ def _evaluation(
         final=section.final,
         ema=section.ema,
         task=TaskRunner.from_task(task, build_device_transforms(section.data, f'{path}.data')),
+        score=None if section.score is None else _build_score(section.score, f'{path}.score'),
         batch_size=check_positive(batch_size, f'{path}.data.batch_size'),
         data=build_data,
     )
+
+
+def _build_score(section: ScoreSection, path: str) -> Score:
+    """Returns `config.evals.<name>.score`.
+
+    Raises:
+        UserError: if it is neither a function nor an object with `__call__` and `close`.
+    """
+    make = functools.partial(targets.instantiate, section.node, path)
+    # Created once here, so that mistakes are found before training starts.
+    score = make()
+    if isinstance(score, type) or not callable(score):
+        what = f'the class {score.__name__}' if isinstance(score, type) else repr(score)
+        raise UserError(
+            f"{path}: expected a function, as ref='package.module:function', or an object that is "
+            f"called with each batch and has a method close, as target='package.module:Class'; "
+            f'got {what}'
+        )
+    return Score(make=make, fields=section.fields, path=path)
 
 
 def build_device_transforms(data: DataSection | EvalDataSection, path: str) -> tuple[Any, ...]:

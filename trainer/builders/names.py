@@ -36,7 +36,9 @@ def _check_targets(value: Any, path: str) -> None:
     # A Duration is a dataclass, but a plain value of a config.
     if dataclasses.is_dataclass(value) and not isinstance(value, Duration):
         for field in dataclasses.fields(value):
-            _check_targets(getattr(value, field.name), f'{path}.{field.name}')
+            # The keys of a section that are not its own are those of an object in its place.
+            place = path if field.metadata.get('rest') else f'{path}.{field.name}'
+            _check_targets(getattr(value, field.name), place)
     elif isinstance(value, dict) and 'target' not in value and 'ref' not in value:
         for name, item in value.items():
             _check_targets(item, f'{path}.{name}')

@@ -85,6 +85,21 @@ class EvalDataSection:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreSection:
+    """`config.evals.<name>.score`: what the host computes from the predictions for all examples.
+
+    The other keys name a function (`ref`) of all examples, or an object (`target`) that is created
+    for each evaluation, called with each batch and closed after the last one.
+
+    Attributes:
+        fields: fields of the batch to pass in addition to what the task's `predict` returns.
+    """
+
+    fields: tuple[str, ...] = ()
+    node: Node = dataclasses.field(default_factory=dict, metadata={'rest': True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSection:
     """`config.evals.<name>`: an evaluation.
 
@@ -97,6 +112,7 @@ class EvalSection:
         final: whether it also runs at the end of training.
         ema: whether it uses the moving average of the parameters, which `config.ema` keeps.
         task: the task; None for `config.task`.
+        score: what the host computes from the predictions for all examples, or None.
     """
 
     data: EvalDataSection
@@ -104,6 +120,7 @@ class EvalSection:
     final: bool = True
     ema: bool = False
     task: Node | None = None
+    score: ScoreSection | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,9 @@ from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jax.sharding import Mesh
 
 from trainer.config.errors import UserError
+from trainer.evaluate.host_scores import HostScores, StepWithRows
 from trainer.evaluate.prediction import Prediction
+from trainer.evaluate.score import Score, check_fields
 from trainer.evaluate.step import EMA, EvalStep
 from trainer.input.batch import LoadedBatch
 from trainer.input.data import EvalData
@@ -28,7 +30,7 @@ from trainer.modules import seen
 from trainer.modules.shapes import describe
 from trainer.parallel import processes
 from trainer.parallel.host import fetch
-from trainer.parallel.mesh import replicated_sharding
+from trainer.parallel.mesh import batch_sharding, replicated_sharding
 from trainer.parallel.sharding import Rule, named_axes
 from trainer.step.health import FINDINGS
 from trainer.step.programs import Program
@@ -69,6 +71,7 @@ class Evaluator:
         sharding: Sequence[Rule] = (),
         use_ema: bool = False,
         params: Callable[[TrainState], Any] = operator.attrgetter('params'),
+        score: Score | None = None,
     ):
         """Creates an evaluator, which compiles at its first batch.
 
@@ -80,9 +83,10 @@ class Evaluator:
             sharding: the rules of `config.sharding`, for activations with named axes.
             use_ema: whether to evaluate the moving average of the parameters.
             params: returns the parameters of a state to evaluate, unless `use_ema`.
+            score: computed on the host from the predictions for all examples, or None.
 
         Raises:
-            UserError: if the split is empty.
+            UserError: if the split is empty, or has not the fields that the score asks for.
         """
         if data.num_batches == 0:
             raise UserError(
@@ -104,6 +108,9 @@ class Evaluator:
         self._tracing = functools.partial(named_axes, sharding, mesh)
         self._use_ema = use_ema
         self._params = params
+        self._score = score
+        if score is not None:
+            check_fields(score, data.spec)
 
     def prepare(self, state: TrainState) -> None:
         """Prepares `run`, so that mistakes are found before training starts.
@@ -127,6 +134,9 @@ class Evaluator:
         )
         # From shapes alone: a metric that cannot be computed is found before training starts.
         self._trial_metrics = self._check_metrics()
+        if self._score is not None:
+            self.check_predicts()
+            self._trace_prediction(state)
 
     def _check_metrics(self) -> MetricValues | None:
         assert self._empty is not None
@@ -189,15 +199,20 @@ class Evaluator:
             UserError: if there is no such metric, naming the available ones.
         """
         metrics = self._trial_metrics
-        if metrics is None or name in metrics:
+        if metrics is None or name in metrics or self._is_of_host(name):
             return
         if name in metrics.arrays:
             kind = describe(metrics.arrays[name])
             raise UserError(
                 f'{path}: {name!r} of evaluation {self.name!r} is not a number but {kind}'
             )
-        have = ', '.join(metrics)
+        have = ', '.join([*metrics, *(name for name, _ in self.step.task.collecting)])
         raise UserError(f'{path}: evaluation {self.name!r} has no {name!r}; it has {have}')
+
+    def _is_of_host(self, name: str) -> bool:
+        """Whether the host may compute a value of this name, which only its first run can tell."""
+        collecting = (metric for metric, _ in self.step.task.collecting)
+        return self._score is not None or name.split('/')[0] in collecting
 
     def run(
         self,
@@ -223,21 +238,51 @@ class Evaluator:
         assert self._empty is not None
         members = self._leave_out_diverged(state)
         variables, totals = self.variables(state), self._empty()
+        host = self._host_scores()
+        prediction = None if self._score is None else self.prediction(state)
+        unchanged = {} if prediction is None else prediction.unchanged
+        pending: tuple[Any, LoadedBatch] | None = None
         # A context: leaving it by `Stopped` or an error ends the thread of the prefetcher.
-        with self._batches(max_batches, fields=self._fields) as batches:
+        with self._batches(max_batches, **self._sent(prediction)) as batches:
             for batch in self._read_to_end(batches):
                 if should_stop():
                     raise Stopped
                 args = (totals, variables, state.step, np.int32(batch.start), batch.arrays)
                 if members not in self._programs:
-                    self._programs[members] = self._compile(args)
+                    self._programs[members] = self._compile(args, prediction)
                 # Nothing is fetched here: the batches are queued, and the devices add them up
                 # without waiting for the host.
-                totals = self._programs[members](*args)
+                totals, rows = self._programs[members](*args)
+                # The rows of a batch are read while the devices compute the next one.
+                if host is not None and pending is not None:
+                    host.add(pending[0], unchanged, pending[1])
+                pending = rows, batch
+        if host is not None and pending is not None:
+            host.add(pending[0], unchanged, pending[1])
         # Before the metrics: with labels out of range they are wrong, or NaN.
         self._check_labels(totals, state)
         with self._add_name_to_errors():
-            return summarize(totals, members)
+            measured = summarize(totals, members)
+        if host is not None:
+            values = host.finish()
+            with self._add_name_to_errors():
+                measured.update_with(values)
+        return measured
+
+    def _host_scores(self) -> HostScores | None:
+        """Returns what the host computes in one run, or None if that is nothing."""
+        collecting = self.step.task.collecting
+        if self._score is None and not collecting:
+            return None
+        by_id = self.data.num_batches is not None
+        return HostScores(self.name, collecting, self._score, by_id=by_id)
+
+    def _sent(self, prediction: Prediction | None) -> dict[str, Any]:
+        """Returns which fields of a batch are sent to the devices, and which stay on the host."""
+        if prediction is None or self._score is None or self._fields is None:
+            return {'fields': self._fields}
+        sent = self._all_fields.with_sent(self._fields.sent | prediction.fields.sent)
+        return {'fields': sent, 'host': {*prediction.unchanged.values(), *self._score.fields}}
 
     def _leave_out_diverged(self, state: TrainState) -> tuple[int, ...]:
         """Leaves diverged members out of an ensemble, unless all have diverged.
@@ -314,6 +359,9 @@ class Evaluator:
         """
         self.check_predicts()
         self._leave_out_diverged(state)
+        return self._trace_prediction(state)
+
+    def _trace_prediction(self, state: TrainState) -> Prediction:
         if self._predicts is None:
             try:
                 with self._tracing(), self._explain_training_errors(), seen.explain_errors():
@@ -362,15 +410,16 @@ class Evaluator:
         """Seconds spent in the compilations so far."""
         return sum(program.compile_secs for program in self._programs.values())
 
-    def _compile(self, args: tuple[Any, ...]) -> Program:
+    def _compile(self, args: tuple[Any, ...], prediction: Prediction | None) -> Program:
         name = f'the step of evaluation {self.name!r}'
         return Program(
             name,
-            self._run_step,
+            StepWithRows(self._run_step, prediction),
             args,
             tracing=self._tracing,
             donate_argnums=0,
-            out_shardings=replicated_sharding(self._mesh),
+            # Rows stay where they are: no device needs those of the others.
+            out_shardings=(replicated_sharding(self._mesh), batch_sharding(self._mesh)),
         )
 
     @functools.cached_property

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 
 from trainer.config.durations import Duration
+from trainer.evaluate.score import Score
 from trainer.input.data import EvalData
 from trainer.tasks.runner import TaskRunner
 
@@ -23,6 +24,7 @@ class Evaluation:
         batch_size: examples in a batch.
         data: returns the data of the split in batches padded to the given size, which depends on
             the number of devices.
+        score: computed on the host from the predictions for all examples, or None.
     """
 
     every: Duration
@@ -31,3 +33,4 @@ class Evaluation:
     task: TaskRunner
     batch_size: int
     data: Callable[[int], EvalData]
+    score: Score | None = None

@@ -84,6 +84,12 @@ class EvalStep:
         }
         return merge_metrics(totals, new)
 
+    def collect(
+        self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Returns what the task's collecting metrics collect, (rows, ...) each, by metric."""
+        return self.task.collect(self._output(variables, batch, step, index))
+
     def predict(
         self, variables: Mapping[str, Any], step: jax.Array, index: jax.Array, batch: Any
     ) -> dict[str, Any]:

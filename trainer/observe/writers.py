@@ -19,6 +19,7 @@ from etils import epath
 from trainer import compat
 from trainer.config import files, json_text
 from trainer.config.errors import UserError
+from trainer.observe.summaries import Images, Summary, Texts
 
 _log = logging.getLogger('trainer')
 _FLUSH_SECS = 30.0
@@ -53,6 +54,9 @@ class Writer(Protocol):
 
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Adds the histograms of a step."""
+
+    def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
+        """Adds the texts and images of a step."""
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""
@@ -104,6 +108,9 @@ class MetricsFile:
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Does nothing: a line has only numbers."""
 
+    def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
+        """Does nothing: a line has only numbers."""
+
     def sync(self) -> None:
         """Returns when all rows are on disk."""
         files.fsync(self._file)
@@ -148,6 +155,23 @@ class TensorBoard:
             self._summary.Value(tag=name, histo=self._histogram(each))
             for name, each in histograms.items()
         ]
+        self._add(step, summary=self._summary(value=values))
+
+    def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
+        """Adds one event with all texts and images."""
+        values = []
+        for name, each in summaries.items():
+            if isinstance(each, Images):
+                height, width, channels = each.grid().shape
+                image = self._summary.Image(
+                    height=height,
+                    width=width,
+                    colorspace=channels,
+                    encoded_image_string=each.png(),
+                )
+                values.append(self._summary.Value(tag=name, image=image))
+            elif isinstance(each, Texts):
+                values.append(compat.tensorboard_text(name, '\n\n---\n\n'.join(each.texts)))
         self._add(step, summary=self._summary(value=values))
 
     def _histogram(self, each: Histogram) -> Any:
@@ -206,6 +230,10 @@ class Writers:
     def write_histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
         """Adds the histograms of a step to the writers that support them."""
         self._for_each(lambda writer: writer.write_histograms(step, histograms))
+
+    def write_summaries(self, step: int, summaries: Mapping[str, Summary]) -> None:
+        """Adds the summaries of a step to the writers that support them."""
+        self._for_each(lambda writer: writer.write_summaries(step, summaries))
 
     def sync(self) -> None:
         """Returns when all rows are on disk."""

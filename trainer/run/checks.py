@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh
@@ -65,6 +66,7 @@ def check_programs(experiment: Experiment, programs: Programs, mesh: Mesh) -> No
 def warn_at_start(experiment: Experiment, events: Events, state: TrainState, mesh: Mesh) -> None:
     """Warns of settings without effect, and of a sharding that may yield wrong gradients."""
     warn_of_unreachable_events(experiment)
+    warn_of_collecting_metrics(experiment)
     warn_of_best(experiment, events)
     warn_of_wrong_gradients(state, mesh)
 
@@ -171,6 +173,16 @@ def warn_of_unreachable_events(experiment: Experiment) -> None:
             )
 
 
+def warn_of_collecting_metrics(experiment: Experiment) -> None:
+    """Warns that rows of training leave out the metrics that need all examples at once."""
+    if names := [name for name, _ in experiment.task.collecting]:
+        _log.warning(
+            'config.task: %s needs all examples at once, so only evaluations compute it; rows of '
+            'training do not have it',
+            ', '.join(names),
+        )
+
+
 def warn_of_best(experiment: Experiment, events: Events) -> None:
     """Warns if `config.checkpoint.best` has too few steps that are both evaluated and saved.
 
@@ -230,3 +242,20 @@ def watched_metrics(experiment: Experiment) -> dict[str, str]:
     metrics = {'config.early_stopping.metric': early.metric if early else None}
     metrics['config.checkpoint.best.metric'] = best
     return {path: metric for path, metric in metrics.items() if metric is not None}
+
+
+def check_watched(experiment: Experiment, evaluation: str, measured: Mapping[str, float]) -> None:
+    """Checks that an evaluation has measured what early stopping and retention watch.
+
+    Only its first run can tell this of metrics that are computed on the host.
+
+    Raises:
+        UserError: naming the metrics that there are.
+    """
+    prefix = f'eval/{evaluation}/'
+    for path, metric in watched_metrics(experiment).items():
+        if metric.startswith(prefix) and metric.removeprefix(prefix) not in measured:
+            raise UserError(
+                f'{path}: evaluation {evaluation!r} has no {metric.removeprefix(prefix)!r}; it has '
+                f'{", ".join(measured)}'
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import sys
 import time
@@ -24,6 +25,7 @@ from trainer.ensemble.step import PerMember
 from trainer.modules.shapes import describe
 from trainer.observe.npz import write_npz
 from trainer.observe.progress import Progress, Screen
+from trainer.observe.summaries import Summary, write_files
 from trainer.observe.time_spent import TimeSpent
 from trainer.observe.writers import Histogram, MetricsFile, TensorBoard, Writers
 from trainer.parallel.host import fetch
@@ -181,6 +183,7 @@ class Reporter:
         row['train/examples_per_sec'] = rate * self._batch_size
         row['train/data_wait_secs'] = pending.data_wait_secs
         kept = self._write_arrays(f'train_{step}', row.arrays)
+        kept += self.record_summaries(step, row.summaries, 'train/')
         self._add(step, row)
         # After the file, so that no printed value is missing there if the run is killed.
         self.progress.update(step, row)
@@ -188,9 +191,11 @@ class Reporter:
             self.progress.message(f'step {step:,}:{kept}')
 
     def record_eval(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the row of an evaluation, and a file with the arrays of a `MetricValues`."""
-        arrays = metrics.arrays if isinstance(metrics, MetricValues) else {}
-        kept = self._write_arrays(f'eval_{name}_{step}', arrays)
+        """Writes the row of an evaluation, and the arrays and summaries of a `MetricValues`."""
+        kept = ''
+        if isinstance(metrics, MetricValues):
+            kept = self._write_arrays(f'eval_{name}_{step}', metrics.arrays)
+            kept += self.record_summaries(step, metrics.summaries, f'eval/{name}/')
         row = {f'eval/{name}/{key}': value for key, value in metrics.items()}
         self._add(step, row)
         # After the row is written: an evaluation without a row counts as not run.
@@ -206,6 +211,23 @@ class Reporter:
             self._writer.write(step, row)
         if histograms:
             self._writer.write_histograms(step, histograms)
+
+    def record_summaries(
+        self, step: int, summaries: Mapping[str, Summary], prefix: str = ''
+    ) -> str:
+        """Writes summaries; returns their part of the printed line.
+
+        Args:
+            step: number of completed steps.
+            summaries: by name below the prefix.
+            prefix: 'eval/dev/', for example.
+        """
+        if not summaries or self._directory is None:
+            return ''
+        named = {prefix + name: summary for name, summary in summaries.items()}
+        paths = write_files(self._directory, step, named)
+        self._writer.write_summaries(step, named)
+        return f'  {", ".join(summaries)} in {os.path.commonpath(paths)}'
 
     def has_eval(self, name: str, step: int) -> bool:
         """Whether this evaluation has run at this step."""

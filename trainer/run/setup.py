@@ -135,6 +135,7 @@ def set_up(run: Run, mesh: Mesh) -> Setup:
             sharding=experiment.devices.sharding,
             use_ema=spec.ema,
             params=params,
+            score=spec.score,
         )
         for name, spec in experiment.evals.items()
     }

@@ -38,6 +38,7 @@ from trainer.tasks.batch import device_fields
 from trainer.tasks.measured import check_accumulates
 from trainer.tasks.metrics import WeightedMean, is_metric
 from trainer.tasks.runner import TaskRunner, loss_sums, mean_loss, run_checks
+from trainer.tasks.sums import empty_like as fit_sums
 from trainer.tasks.task import THROUGHPUT, TaskOutput, duplicate_name_message
 from trainer.tasks.weightless import compute_only_needed
 
@@ -301,6 +302,7 @@ def empty_like(metrics: Any) -> Any:
         UserError: naming a metric whose accumulators change shape.
     """
     empty = jax.tree.map(lambda metric: type(metric).empty(), metrics, is_leaf=is_metric)
+    empty = fit_sums(empty, metrics)
     check_accumulates(empty, metrics)
     return empty
 

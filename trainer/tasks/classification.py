@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import clu.metrics
@@ -16,7 +16,7 @@ from trainer.config.errors import UserError
 from trainer.modules.ensemble_outputs import mean_sigmoid, mean_softmax
 from trainer.tasks import returned
 from trainer.tasks.checks import Check
-from trainer.tasks.metrics import mean_collection
+from trainer.tasks.extra_metrics import add_to_means
 from trainer.tasks.task import Batch, TaskOutput
 
 # The end of the message for a label out of range: the reason, and the fix.
@@ -47,6 +47,8 @@ class Classification:
         top_k: also report `top{k}_accuracy` for each of these k.
         ignore_label: the label of unlabeled examples, such as -1, which are left out of losses and
             metrics. With 'sigmoid' and labels for each class, only that class is left out.
+        extra_metrics: metrics by name, such as `trainer.metrics:F1`. They may read the outputs
+            `logits` and `labels` (integers, or 0 and 1 for each class with 'sigmoid').
     """
 
     inputs: str = 'image'
@@ -56,6 +58,9 @@ class Classification:
     label_smoothing: float = 0.0
     top_k: tuple[int, ...] = ()
     ignore_label: int | None = None
+    extra_metrics: Mapping[str, type[clu.metrics.Metric]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
 
     def __post_init__(self) -> None:
         if self.loss not in ('softmax', 'sigmoid'):
@@ -72,11 +77,16 @@ class Classification:
             raise ValueError(f'top_k: expected a tuple of integers such as (5,), got {self.top_k}')
         if any(k < 1 for k in self.top_k):
             raise ValueError(f'top_k: expected integers of at least 1, got {self.top_k}')
+        add_to_means(self._means, self.extra_metrics)
+
+    @property
+    def _means(self) -> tuple[str, ...]:
+        return ('loss', 'accuracy', *(f'top{k}_accuracy' for k in self.top_k))
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
-        """loss, accuracy and the top-k accuracies, each weighted like the loss."""
-        return mean_collection(('loss', 'accuracy', *(f'top{k}_accuracy' for k in self.top_k)))
+        """loss, accuracy, the top-k accuracies, each weighted like the loss, and extra metrics."""
+        return add_to_means(self._means, self.extra_metrics)
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
         """Returns per-example losses and hits.
@@ -95,6 +105,8 @@ class Classification:
         safe = labels if ignored is None else jnp.where(ignored, 0, labels)
         measure = self._sigmoid if self.loss == 'sigmoid' else self._softmax
         loss, hits = measure(logits, safe, ignored)
+        if self.extra_metrics:
+            hits.update(logits=logits, labels=self._metric_labels(logits, safe, ignored))
         weights = None if self.weight is None else batch[self.weight]
         if ignored is not None:
             # With labels per class, an example counts if any of its labels does.
@@ -194,6 +206,20 @@ class Classification:
         counted = jnp.maximum((~ignored).sum(-1), 1)
         loss = jnp.where(ignored, 0.0, loss).sum(-1)
         return loss, {'accuracy': (correct & ~ignored).sum(-1) / counted}
+
+    def _metric_labels(
+        self, logits: jax.Array, labels: jax.Array, ignored: jax.Array | None
+    ) -> jax.Array:
+        """Returns the labels as metrics read them: classes or decisions, -1 where ignored."""
+        if self.loss == 'sigmoid':
+            labels = _one_hot(labels, logits)
+        elif labels.ndim == logits.ndim:
+            labels = labels.argmax(-1)
+        if ignored is None:
+            return labels
+        return jnp.where(
+            ignored.reshape(*ignored.shape, *[1] * (labels.ndim - ignored.ndim)), -1, labels
+        )
 
     def combine(self, logits: jax.Array) -> jax.Array:
         """Returns the logits of the mean of the members' probabilities, for an ensemble.

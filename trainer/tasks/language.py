@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import clu.metrics
@@ -15,8 +15,11 @@ import optax
 from trainer.modules.ensemble_outputs import mean_softmax
 from trainer.tasks import returned
 from trainer.tasks.checks import Check
+from trainer.tasks.extra_metrics import add_to_means
 from trainer.tasks.metrics import mean_collection
 from trainer.tasks.task import Batch, TaskOutput
+
+_MEANS = ('loss', 'accuracy')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,17 +36,25 @@ class NextToken:
             padding; None if each example is one sequence.
         positions: batch key of each token's position in its sequence, int (batch, length), or None.
         weight: batch key of weights, (batch,) or (batch, length), or None.
+        extra_metrics: metrics by name, such as `trainer.metrics:Perplexity`. They may read the
+            outputs `logits` and `labels`.
     """
 
     tokens: str = 'tokens'
     segments: str | None = None
     positions: str | None = None
     weight: str | None = None
+    extra_metrics: Mapping[str, type[clu.metrics.Metric]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
+
+    def __post_init__(self) -> None:
+        add_to_means(_MEANS, self.extra_metrics)
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
-        """loss in nats and accuracy, over all tokens that have a target."""
-        return mean_collection(('loss', 'accuracy'))
+        """loss in nats, accuracy and extra metrics, over all tokens that have a target."""
+        return add_to_means(_MEANS, self.extra_metrics)
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
         """Returns losses and hits (batch, length)."""
@@ -62,6 +73,8 @@ class NextToken:
             counts = counts * given.reshape(*given.shape, *[1] * (counts.ndim - given.ndim))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         hits = {'accuracy': logits.argmax(-1) == targets}
+        if self.extra_metrics:
+            hits.update(logits=logits, labels=targets)
         # Tokens of weight 0, such as padding of -1, are not checked: 0 is always in range.
         counted = jnp.where(counts != 0, targets, 0)
         vocabulary = logits.shape[-1]

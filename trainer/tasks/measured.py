@@ -16,6 +16,7 @@ import numpy as np
 from trainer import compat
 from trainer.config.errors import UserError
 from trainer.modules.shapes import changes, describe
+from trainer.observe.summaries import Summary
 
 # Errors that do not depend on the data. Others, such as ZeroDivisionError, may only mean that a
 # metric has seen no data yet.
@@ -27,12 +28,14 @@ class MetricValues(dict[str, float]):
 
     Attributes:
         arrays: values that do not have exactly one element, by flat name.
+        summaries: texts and images, by flat name.
     """
 
     def __init__(self, computed: Mapping[Any, Any] | None = None):
         """Adds computed metrics: see `add`."""
         super().__init__()
         self.arrays: dict[str, np.ndarray] = {}
+        self.summaries: dict[str, Summary] = {}
         for name, value in (computed or {}).items():
             self.add(str(name), value)
 
@@ -41,7 +44,8 @@ class MetricValues(dict[str, float]):
 
         Args:
             name: flat name.
-            value: a number, an array or a dict. An array of one element is a number.
+            value: a number, an array, a summary, or a dict of these. An array of one element is a
+                number.
 
         Raises:
             UserError: if the value is none of these, or the name is already taken.
@@ -51,8 +55,11 @@ class MetricValues(dict[str, float]):
                 self.add(f'{name}/{key}', each)
             return
         # 'a/b' and the entry 'b' of a dict 'a' have the same flat name.
-        if name in self or name in self.arrays:
+        if name in self or name in self.arrays or name in self.summaries:
             raise UserError(f'two values of a row of metrics are named {name!r}; rename one')
+        if isinstance(value, Summary):
+            self.summaries[name] = value
+            return
         if not isinstance(value, (int, float)):
             array = _as_array(name, value)
             if array.size != 1:
@@ -64,13 +71,13 @@ class MetricValues(dict[str, float]):
 
     def update_with(self, other: MetricValues, prefix: str = '') -> None:
         """Adds all values of `other`, with a prefix to their names."""
-        for name, value in {**other, **other.arrays}.items():
+        for name, value in {**other, **other.arrays, **other.summaries}.items():
             self.add(prefix + name, value)
 
     def with_prefix(self, prefix: str) -> MetricValues:
         """Returns a copy with a prefix to the names of numbers; arrays keep their names."""
         result = MetricValues({prefix + name: value for name, value in self.items()})
-        result.arrays = self.arrays
+        result.arrays, result.summaries = self.arrays, self.summaries
         return result
 
 
@@ -147,13 +154,6 @@ def check_accumulates(empty: Any, new: Any) -> None:
         UserError: naming the metric that does not.
     """
     for (name, before), (_, one) in zip(metrics_by_name(empty), metrics_by_name(new), strict=True):
-        if isinstance(before, clu.metrics.CollectingMetric):
-            raise UserError(
-                f'the metric {name!r} is a clu.metrics.CollectingMetric: it gathers all examples '
-                'on the host and cannot accumulate on the devices, where metrics are arrays of '
-                'fixed shape. Use one that accumulates sums or counts, such as the hits above each '
-                'of a hundred thresholds'
-            )
         after = jax.eval_shape(lambda a, b: a.merge(b), before, one)
         grown = changes(_shapes(before), _shapes(after))
         if grown:

@@ -197,7 +197,9 @@ def non_finite_names(metrics: Any) -> list[str]:
 
 @functools.cache
 def mean_collection(
-    names: tuple[str, ...], losses: tuple[str, ...] = ()
+    names: tuple[str, ...],
+    losses: tuple[str, ...] = (),
+    others: tuple[tuple[str, type[clu.metrics.Metric]], ...] = (),
 ) -> type[clu.metrics.Collection]:
     """Returns the collection class with a weighted mean of each named output.
 
@@ -207,8 +209,11 @@ def mean_collection(
     Args:
         names: outputs that are averaged by the output 'weights'.
         losses: names of losses: `<name>_loss` is averaged by `<name>_weights`.
+        others: names and classes of other metrics.
     """
-    means = {name: WeightedMean.from_output(name) for name in names}
+    means: dict[str, type[clu.metrics.Metric]] = {
+        name: WeightedMean.from_output(name) for name in names
+    }
     for name in losses:
         means[f'{name}_loss'] = WeightedMean.from_output(f'{name}_loss', f'{name}_weights')
-    return clu.metrics.Collection.create(**means)
+    return clu.metrics.Collection.create(**means, **dict(others))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import clu.metrics
@@ -14,7 +14,7 @@ import optax
 
 from trainer.config.errors import UserError
 from trainer.tasks import returned
-from trainer.tasks.metrics import mean_collection
+from trainer.tasks.extra_metrics import add_to_means
 from trainer.tasks.task import Batch, TaskOutput
 
 _ERRORS: dict[str, Callable[..., jax.Array]] = {
@@ -22,6 +22,7 @@ _ERRORS: dict[str, Callable[..., jax.Array]] = {
     'absolute': lambda prediction, target: jnp.abs(prediction - target),
     'huber': optax.huber_loss,
 }
+_MEANS = ('loss', 'mean_absolute_error')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,21 +34,27 @@ class Regression:
         targets: batch key of the targets, with the shape of the model's output.
         weight: batch key of per-example weights, or None.
         loss: 'squared', 'absolute' or 'huber'.
+        extra_metrics: metrics by name, such as `trainer.metrics:Spearman`. They may read the
+            outputs `predictions` and `targets`.
     """
 
     inputs: str = 'inputs'
     targets: str = 'targets'
     weight: str | None = None
     loss: str = 'squared'
+    extra_metrics: Mapping[str, type[clu.metrics.Metric]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
 
     def __post_init__(self) -> None:
         if self.loss not in _ERRORS:
             raise ValueError(f'loss: expected one of {", ".join(_ERRORS)}, got {self.loss!r}')
+        add_to_means(_MEANS, self.extra_metrics)
 
     @property
     def metrics(self) -> type[clu.metrics.Collection]:
-        """loss and mean absolute error."""
-        return mean_collection(('loss', 'mean_absolute_error'))
+        """loss, mean absolute error and extra metrics."""
+        return add_to_means(_MEANS, self.extra_metrics)
 
     def __call__(self, model: Callable[..., Any], batch: Batch) -> TaskOutput:
         """Returns per-example errors.
@@ -71,7 +78,10 @@ class Regression:
         # Reported for any loss, so that runs with different losses can be compared.
         error = mean_per_example(jnp.abs(prediction - targets))
         weights = None if self.weight is None else batch[self.weight]
-        return TaskOutput(loss=loss, weights=weights, metrics={'mean_absolute_error': error})
+        metrics = {'mean_absolute_error': error}
+        if self.extra_metrics:
+            metrics.update(predictions=prediction, targets=targets)
+        return TaskOutput(loss=loss, weights=weights, metrics=metrics)
 
     def predict(self, model: Callable[..., Any], batch: Batch) -> dict[str, jax.Array]:
         """Returns the model's output for each example."""

@@ -21,8 +21,14 @@ from trainer.modules.model_view import BoundModel
 from trainer.tasks import returned
 from trainer.tasks.batch import Batch, PlainBatch, UnsentField, device_fields, note_weights, reads
 from trainer.tasks.checks import Check
+from trainer.tasks.collecting import (
+    collected_rows,
+    explain_missing_output,
+    split_collecting,
+)
 from trainer.tasks.measured import check_accumulates, metrics_by_name
 from trainer.tasks.metrics import broadcast_weights, is_metric, mean_collection
+from trainer.tasks.sums import empty_like
 from trainer.tasks.task import (
     METRIC_WEIGHTS,
     ONLY_LOSS,
@@ -55,6 +61,8 @@ class TaskRunner:
         kept: the fields that stay on the host.
         is_weighted: whether the task returns weights; None until its shapes have been traced. The
             output of the task is checked in that first trace.
+        collecting: names and classes of the metrics that need all examples at once, on the host:
+            `clu.metrics.CollectingMetric`. They are not in `metrics`.
     """
 
     task: Callable[..., Any]
@@ -62,6 +70,7 @@ class TaskRunner:
     transforms: tuple[Transform, ...] = ()
     kept: tuple[HostFieldSpec, ...] = ()
     is_weighted: bool | None = None
+    collecting: tuple[tuple[str, type[clu.metrics.CollectingMetric]], ...] = ()
 
     @classmethod
     def from_task(
@@ -85,7 +94,8 @@ class TaskRunner:
             raise UserError(
                 f'the task {returned.name_of(task)} {duplicate_name_message("metric", name)}'
             )
-        return cls(task, metrics, tuple(transforms))
+        on_devices, collecting = split_collecting(metrics)
+        return cls(task, on_devices, tuple(transforms), collecting=collecting)
 
     def with_host_fields(
         self, kept: Sequence[HostFieldSpec], is_weighted: bool | None = None
@@ -268,12 +278,20 @@ class TaskRunner:
         Raises:
             UserError: naming a metric whose accumulators change shape.
         """
-        empty = (self.metrics or self._means(output)).empty()
-        check_accumulates(empty, jax.eval_shape(self.measure, output))
+        new = jax.eval_shape(self.measure, output)
+        empty = empty_like((self.metrics or self._means(output)).empty(), new)
+        check_accumulates(empty, new)
         return empty
 
-    def measure(self, output: TaskOutput) -> clu.metrics.Collection:
-        """Returns the metrics of one batch."""
+    def measure(
+        self, output: TaskOutput, collection: type[clu.metrics.Collection] | None = None
+    ) -> clu.metrics.Collection:
+        """Returns the metrics of one batch.
+
+        Args:
+            output: of the task.
+            collection: other metrics than those of the task that accumulate on the devices.
+        """
         loss, weights = output.loss, output.weights
         outputs: dict[str, Any] = {'loss': loss}
         if isinstance(loss, Mapping) and isinstance(weights, Mapping):
@@ -282,10 +300,26 @@ class TaskRunner:
             weights = weights[METRIC_WEIGHTS]
         # `weights` for the metrics of this package; `mask` for those of clu, which take 0 or 1.
         outputs = {'mask': jnp.asarray(weights) != 0, 'weights': weights, **outputs}
-        collection = self.metrics or self._means(output)
+        collection = collection or self.metrics or self._means(output)
         # Not `gather_from_model_output`, clu's usual choice: it gathers over an axis of `pmap`, but
         # a step is one program over the global batch.
         return collection.single_from_model_output(**{**outputs, **output.metrics})
+
+    def collect(self, output: TaskOutput) -> dict[str, dict[str, jax.Array]]:
+        """Returns what the collecting metrics collect of one batch, by name.
+
+        Raises:
+            UserError: if they collect something that has not one row for each example.
+        """
+        if not self.collecting:
+            return {}
+        rows = next(iter(losses_by_name(output.loss).values())).shape[0]
+        collected = {}
+        for name, kind in self.collecting:
+            with explain_missing_output(name, output.metrics):
+                metric = self.measure(output, clu.metrics.Collection.create(**{name: kind}))
+            collected[name] = collected_rows(name, getattr(metric, name), rows)
+        return collected
 
     def _means(self, output: TaskOutput) -> type[clu.metrics.Collection]:
         """Returns the collection for a task that declares none: the means of its outputs."""

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores and collecting metrics see every example of a split once, in its order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pathlib
+from typing import Any
+
+import ml_collections
+import numpy as np
+import pytest
+
+from tests.evaluate import scored
+from tests.parallel import group
+from trainer.config.errors import UserError
+from trainer.config.loading import LoadedConfig
+from trainer.experiment import build
+from trainer.trainer import Trainer
+
+CONFIG = str(pathlib.Path(scored.__file__))
+FIELDS = {'fields': ('label', 'name')}
+SCORE = {'ref': 'tests.evaluate.scored:score', **FIELDS}
+STREAMING = {'target': 'tests.evaluate.scored:Streaming', **FIELDS}
+
+
+def trainer(config: ml_collections.ConfigDict, workdir: pathlib.Path | None = None) -> Trainer:
+    loaded = LoadedConfig(config=config, name='scored', arg='', path=pathlib.Path(CONFIG))
+    return Trainer(build(loaded), None if workdir is None else str(workdir))
+
+
+def expected_area(trained: Trainer, state: Any) -> float:
+    """The area computed from plain predictions."""
+    batches = list(trained.predict('dev', state))
+    logits = np.concatenate([batch['logits'] for batch in batches])
+    labels = scored.Points(21, 1).gather(np.arange(21))['label']
+    return scored.auc(labels, logits[:, 1] - logits[:, 0])
+
+
+@pytest.mark.parametrize('batch_size', [1, 8, 21, 64])
+def test_a_score_sees_the_split_once_for_any_batch_size(batch_size: int) -> None:
+    config = scored.config(score=SCORE)
+    config.evals.dev.data.batch_size = batch_size
+    trained = trainer(config)
+    result = trained.fit()
+    area = expected_area(trained, result.state)
+    assert result.metrics['eval/dev/area'] == area
+    assert result.metrics['eval/dev/auc'] == area
+    assert result.metrics['eval/dev/count'] == result.metrics['eval/dev/examples'] == 21
+    assert np.isfinite(result.metrics['eval/dev/nested/mean'])
+
+
+def test_a_streaming_score_sees_each_batch_without_padding() -> None:
+    trained = trainer(scored.config(score=STREAMING))
+    measured = trained.evaluate(trained.fit().state)['dev']
+    assert measured['area'] == measured['auc']
+    assert measured['largest'] == 8
+
+
+def test_a_score_writes_arrays_texts_and_images(tmp_path: pathlib.Path) -> None:
+    run = tmp_path / 'run'
+    trainer(scored.config(score=SCORE), run).fit()
+    assert np.load(run / 'metrics' / 'eval_dev_2.npz')['margins'].shape == (21,)
+    summaries = run / 'summaries' / '2' / 'eval' / 'dev'
+    assert (summaries / 'samples.txt').read_text() == 'first\n--------\nsecond\n'
+    assert (summaries / 'grid.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_best_checkpoint_follows_a_score(tmp_path: pathlib.Path) -> None:
+    config = scored.config(score=SCORE)
+    config.checkpoint = dict(best=dict(metric='eval/dev/area', mode='max'))
+    assert trainer(config, tmp_path / 'run').fit().status == 'finished'
+    assert trainer(config, tmp_path / 'run').restore('best').step == 2
+
+
+def test_a_watched_metric_that_no_score_returns_is_an_error_after_a_save(
+    tmp_path: pathlib.Path,
+) -> None:
+    config = scored.config(score=SCORE)
+    config.checkpoint = dict(best=dict(metric='eval/dev/aera', mode='max'))
+    with pytest.raises(UserError, match=r"best\.metric: evaluation 'dev' has no 'aera'"):
+        trainer(config, tmp_path / 'run').fit()
+    assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
+
+
+def test_a_score_that_fails_ends_the_run_after_a_save(tmp_path: pathlib.Path) -> None:
+    config = scored.config(score={'ref': 'tests.evaluate.scored:failing'})
+    with pytest.raises(RuntimeError, match='21 examples are too many') as caught:
+        trainer(config, tmp_path / 'run').fit()
+    assert 'This happened on the host, in config.evals.dev' in caught.value.__notes__
+    assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()
+
+
+def test_rows_of_training_leave_collecting_metrics_out(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger('trainer').propagate = True
+    result = trainer(scored.config()).fit()
+    assert 'eval/dev/auc' in result.metrics
+    assert 'train/loss' in result.metrics
+    assert 'train/auc' not in result.metrics
+    assert 'auc needs all examples at once' in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('score', 'message'),
+    [
+        ({'ref': 'tests.evaluate.scored:score', 'fields': ('lable',)}, "no field 'lable'; they ha"),
+        ({'ref': 'tests.evaluate.scored:Streaming'}, 'got the class Streaming'),
+        ({'ref': 'tests.evaluate.scored:FIRST_ID'}, 'expected a function, as ref='),
+        ({'ref': 'tests.evaluate.scored:scroe'}, 'Did you mean tests.evaluate.scored:score?'),
+    ],
+)
+def test_mistakes_in_a_score_are_found_before_training(score: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        trainer(scored.config(score=score)).compile()
+    assert message in str(caught.value)
+
+
+def test_a_score_needs_predictions() -> None:
+    config = scored.config(score=SCORE)
+    config.evals.dev.task = dict(ref='tests.evaluate.test_host_scores:loss_only')
+    with pytest.raises(UserError, match='has no method predict'):
+        trainer(config).compile()
+
+
+def loss_only(model: Any, batch: Any) -> Any:
+    return model(batch['x'])[:, 0]
+
+
+def test_a_field_with_the_name_of_a_prediction_is_refused() -> None:
+    config = scored.config(score={**SCORE, 'fields': ('label', 'name', 'logits')})
+    config.evals.dev.data.transforms = (dict(ref='tests.evaluate.test_host_scores:with_logits'),)
+    with pytest.raises(UserError, match="'logits' is also a name among the outputs"):
+        trainer(config).fit()
+
+
+def with_logits(batch: dict[str, Any]) -> dict[str, Any]:
+    return {**batch, 'logits': batch['x']}
+
+
+def test_an_ensemble_is_scored_as_one_model() -> None:
+    config = scored.config(score=SCORE)
+    config.ensemble = dict(size=2)
+    trained = trainer(config)
+    result = trained.fit()
+    assert result.metrics['eval/dev/area'] == expected_area(trained, result.state)
+    assert result.metrics['eval/dev/auc'] == result.metrics['eval/dev/area']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('score', 'processes', 'devices', 'mesh', 'examples'),
+    [
+        ('score', 2, 2, '{"data": 2, "model": 2}', 21),  # Each row is on two devices.
+        ('Streaming', 4, 1, '{"data": 4}', 9),  # Two processes have no row of the last batch.
+    ],
+)
+def test_processes_send_their_rows_to_the_first(
+    score: str, processes: int, devices: int, mesh: str, examples: int, tmp_path: pathlib.Path
+) -> None:
+    given = (f'--config={CONFIG}:{score}', f'--config.evals.dev.data.source.n={examples}')
+    running = group.start(
+        processes, tmp_path / 'run', f'--config.mesh={mesh}', config=given, devices=devices
+    )
+    codes, _, errors = group.finish(running)
+    assert codes == [0] * processes, errors
+    metrics = json.loads((tmp_path / 'run' / 'result.json').read_text())['metrics']
+    config = scored.get_config(score)
+    config.evals.dev.data.source.n = examples
+    alone = trainer(config).fit().metrics
+    for name in ('area', 'auc', 'examples'):
+        assert metrics[f'eval/dev/{name}'] == alone[f'eval/dev/{name}']
+
+
+@pytest.mark.slow
+def test_a_score_that_fails_in_the_first_process_ends_all_after_a_save(
+    tmp_path: pathlib.Path,
+) -> None:
+    given = (f'--config={CONFIG}:failing',)
+    codes, _, errors = group.finish(group.start(2, tmp_path / 'run', config=given))
+    assert codes == [1, 75], errors
+    assert 'examples are too many' in errors[0]
+    assert 'could not be computed in process 0: RuntimeError: 21 examples' in errors[1]
+    assert (tmp_path / 'run' / 'checkpoints' / '2').is_dir()

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics that a config adds to a task: what they are given, in runs and over a whole split."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.command import ROOT
+from trainer import metrics
+from trainer.config.errors import UserError
+from trainer.experiment import load_and_build
+from trainer.tasks import Classification, NextToken, Regression
+from trainer.tasks.runner import TaskRunner
+from trainer.trainer import Trainer
+
+LOGITS = np.array([[2.0, -1.0, 0.5], [-3.0, 0.25, 0.125], [0.0, 1.0, 2.0]], np.float32)
+EXTRA = {'f1': metrics.F1()}
+OPTIONS: dict[str, Any] = {
+    'train_for': '4 steps',
+    'data__source__limit': 320,
+    'evals__test__data__source__limit': 100,
+    'evals__test__data__batch_size': 64,
+    'log__every': '4 steps',
+}
+
+
+def made(name: str, **arguments: Any) -> dict[str, Any]:
+    return {'target': f'trainer.metrics:{name}', **arguments}
+
+
+def outputs(task: Any, **batch: Any) -> Any:
+    given = {name: jnp.asarray(x) for name, x in batch.items()}
+    return TaskRunner.from_task(task)(lambda x, **_: x, given)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'label', 'want'),
+    [
+        ({}, [2, 1, 0], [2, 1, 0]),
+        ({'ignore_label': 255}, np.array([2, 255, 0], np.uint8), [2, -1, 0]),
+        ({}, np.eye(3, dtype=np.float32)[[2, 1, 0]], [2, 1, 0]),
+        ({'loss': 'sigmoid'}, [2, 1, 0], np.eye(3)[[2, 1, 0]]),
+        ({'loss': 'sigmoid', 'ignore_label': 9}, [2, 9, 0], [[0, 0, 1], [-1] * 3, [1, 0, 0]]),
+        ({'loss': 'sigmoid', 'ignore_label': -2}, [[0, 1, -2], [1, 1, 0], [-2, 0, 0]],
+         [[0, 1, -1], [1, 1, 0], [-1, 0, 0]]),
+    ],
+)  # fmt: skip
+def test_metrics_of_classification_get_logits_and_labels(
+    arguments: Any, label: Any, want: Any
+) -> None:
+    """Labels that do not count are negative, as the metrics expect."""
+    task = Classification(**arguments, extra_metrics=EXTRA)
+    batch = {'image': jnp.asarray(LOGITS), 'label': jnp.asarray(label)}
+    found = task(lambda x: x, batch)
+    np.testing.assert_array_equal(found.metrics['labels'], want)
+    np.testing.assert_array_equal(found.metrics['logits'], LOGITS)
+    alone = dataclasses.replace(task, extra_metrics={})(lambda x: x, batch)
+    assert set(alone.metrics) == {'accuracy'}
+    # The trainer computes rows that do not count with other values.
+    runner = TaskRunner.from_task(task)
+    measured = runner.measure(runner(lambda x: x, batch)).compute()
+    assert set(measured) == {'loss', 'accuracy', 'f1'}
+    given = {'logits': batch['image'], 'labels': jnp.asarray(want)}
+    assert measured['f1'] == EXTRA['f1'].from_model_output(**given).compute()
+
+
+def test_metrics_of_regression_get_predictions_and_targets() -> None:
+    task = Regression(extra_metrics={'rank': metrics.Spearman()})
+    found = outputs(task, inputs=LOGITS[:, :1], targets=[[1.0], [0.0], [2.0]])
+    rank = task.extra_metrics['rank'].from_model_output(weights=found.weights, **found.metrics)
+    assert rank.compute() == pytest.approx(0.5)
+
+
+def test_perplexity_of_tokens() -> None:
+    tokens = jnp.array([[0, 1, 2], [1, 1, 0]])
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 3)), jnp.float32)
+    task = NextToken(extra_metrics={'perplexity': metrics.Perplexity(), 'f1': metrics.F1()})
+    runner = TaskRunner.from_task(task)
+    found = runner(lambda x: logits, {'tokens': tokens})
+    values = runner.measure(found).compute()
+    assert values['perplexity'] == pytest.approx(np.exp(values['loss']), rel=1e-6)
+    right = np.asarray(logits.argmax(-1))[:, :2] == np.asarray(tokens)[:, 1:]
+    assert values['accuracy'] == pytest.approx(right.mean())
+
+
+def test_metrics_of_a_whole_split_by_config() -> None:
+    """On 8 devices, with padding in the last batch; the other metrics are as without them."""
+    extra = {
+        'f1': made('F1', average='macro'),
+        'matrix': made('ConfusionMatrix'),
+        'ece': made('CalibrationError', bins=10),
+        'perplexity': made('Perplexity'),
+        'hits': {'ref': 'clu.metrics:Accuracy'},
+    }
+    config = str(ROOT / 'configs' / 'mnist_mlp.py')
+    trainer = Trainer(load_and_build(config, task__extra_metrics=extra, **OPTIONS))
+    state = trainer.init_state()
+    found = trainer.evaluate(state)['test']
+    plain = Trainer(load_and_build(config, **OPTIONS)).evaluate(state)['test']
+    assert {name: found[name] for name in plain} == plain
+
+    matrix = found.arrays['matrix']
+    assert matrix.shape == (10, 10) and matrix.sum() == 100
+    assert np.trace(matrix) / 100 == pytest.approx(found['accuracy'])
+    assert found['hits'] == pytest.approx(found['accuracy'])
+    each = 2 * np.diag(matrix) / np.maximum(matrix.sum(0) + matrix.sum(1), 1)
+    occurs = matrix.sum(0) + matrix.sum(1) > 0
+    assert found['f1'] == pytest.approx(each[occurs].mean())
+    assert found['perplexity'] == pytest.approx(np.exp(found['loss']))
+    assert 0 < found['ece'] < 1
+
+
+@pytest.mark.slow
+def test_rows_of_training_have_them_too() -> None:
+    extra = {'f1': made('F1', average='micro')}
+    for options in ({}, {'ensemble__size': 2, 'accumulate': 2, 'steps_per_call': 3}):
+        given = {**OPTIONS, **options, 'task__extra_metrics': extra}
+        trainer = Trainer(load_and_build(str(ROOT / 'configs' / 'mnist_mlp.py'), **given))
+        found = trainer.fit().metrics
+        for prefix in ('train', 'eval/test'):
+            # Of one label and one prediction for each example.
+            assert found[f'{prefix}/f1'] == pytest.approx(found[f'{prefix}/accuracy'])
+
+
+@pytest.mark.parametrize(
+    ('extra', 'message'),
+    [
+        ({'accuracy': made('F1')}, "the task has a metric 'accuracy'; choose another name"),
+        ({'f-1': made('F1')}, "extra_metrics: a name is a Python identifier, got 'f-1'"),
+        ({'f1': 'f1'}, r"extra_metrics\.f1: expected a metric, such as dict\(target=.* got str"),
+        ({'f1': {'ref': 'trainer.metrics:F1'}},
+         "got the function trainer.metrics:F1: name it by 'target', not by 'ref'$"),
+        ({'f1': made('F1', average='marco')}, r'task\.extra_metrics\.f1: .* average: expected one'),
+        ({'f1': made('F1', avrage='macro')}, r'Did you mean config\.task\.extra_metrics\.f1\.av'),
+        ({'learning_rate': made('F1')}, "'learning_rate', but this name is reserved"),
+    ],
+)  # fmt: skip
+def test_what_is_no_metric_is_refused_when_the_config_is_built(extra: Any, message: str) -> None:
+    config = str(ROOT / 'configs' / 'mnist_mlp.py')
+    with pytest.raises(UserError, match=message) as caught:
+        load_and_build(config, task__extra_metrics=extra, **OPTIONS)
+    assert "without a 'target'" not in str(caught.value)
+
+
+def test_a_metric_of_another_task_is_refused_before_the_first_step() -> None:
+    config = str(ROOT / 'configs' / 'mnist_mlp.py')
+    task = {
+        'target': 'trainer.tasks:Classification',
+        'extra_metrics': {'f1': made('F1', scores='x')},
+    }
+    trainer = Trainer(load_and_build(config, evals__test__task=task, **OPTIONS))
+    message = re.escape(
+        "config.evals.test: the metric F1 reads 'x', which the task does not return"
+    )
+    with pytest.raises(UserError, match=message):
+        trainer.evaluate(trainer.init_state())

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of an evaluation on the host of the main process: all examples, in the split's order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from trainer.input.batch import LoadedBatch
+from trainer.parallel.host import fetch
+from trainer.parallel.mesh import LocalExamples
+from trainer.parallel.messages import Messages
+
+Arrays = dict[str, np.ndarray]
+
+
+def gather_rows(
+    messages: Messages,
+    outputs: Mapping[str, jax.Array],
+    host: Mapping[str, np.ndarray],
+    batch: LoadedBatch,
+) -> tuple[np.ndarray, Arrays] | None:
+    """Brings the rows of a batch to the main process, without padding.
+
+    Every process sends the rows that it owns, read from its own devices: neither the devices nor
+    the other processes ever hold the whole. All processes must call it.
+
+    Args:
+        messages: those of the evaluation.
+        outputs: computed arrays, (rows, ...), sharded like the batch.
+        host: arrays of the rows that this process has read, (rows of the process, ...).
+        batch: the batch that they were computed from.
+
+    Returns:
+        In the main process the ids of the examples, int64 (n,), and their arrays by name, in the
+        order of the rows of the global batch; None in the other processes.
+    """
+    ids = batch.ids[0]
+    arrays = {**_local_rows(outputs, batch.rows), **host}
+    order, owned = np.arange(len(ids)), np.ones(len(ids), bool)
+    if batch.rows is not None:
+        order, owned = batch.rows.indices, batch.rows.is_owned
+    mine = owned & (ids >= 0)
+    parts = messages.gather((order[mine], ids[mine], {name: x[mine] for name, x in arrays.items()}))
+    if parts is None:
+        return None
+    if len(parts) == 1:
+        return parts[0][1], parts[0][2]
+    order = np.argsort(np.concatenate([rows for rows, _, _ in parts]))
+    ids = np.concatenate([some for _, some, _ in parts])[order]
+    names = parts[0][2]
+    return ids, {name: np.concatenate([part[name] for *_, part in parts])[order] for name in names}
+
+
+def _local_rows(outputs: Mapping[str, jax.Array], rows: LocalExamples | None) -> Arrays:
+    """Returns the rows of this process: all of them if it is the only one."""
+    if rows is None:
+        arrays = fetch(dict(outputs))
+    else:
+        jax.block_until_ready(dict(outputs))
+        arrays = {name: _addressable_rows(x) for name, x in outputs.items()}
+    # Functions of numpy and of other libraries do not know bfloat16.
+    return {name: x.astype(np.float32) if x.dtype.kind == 'V' else x for name, x in arrays.items()}
+
+
+def _addressable_rows(x: jax.Array) -> np.ndarray:
+    # Shards along other axes of the mesh are copies of the same rows.
+    parts: dict[int, Any] = {
+        shard.index[0].start or 0: shard.data for shard in x.addressable_shards
+    }
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+class AllRows:
+    """Collects the rows of batches until the end of a split.
+
+    Examples are sorted by their ids at the end, unless the split is a stream: its ids are hashes,
+    and its order is that of the batches.
+    """
+
+    def __init__(self, *, by_id: bool):
+        """Has no rows yet.
+
+        Args:
+            by_id: whether ids are positions in the split.
+        """
+        self._by_id = by_id
+        self._ids: list[np.ndarray] = []
+        self._arrays: dict[str, list[np.ndarray]] = {}
+
+    def add(self, ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+        """Adds the rows of a batch."""
+        self._ids.append(ids)
+        for name, x in arrays.items():
+            self._arrays.setdefault(name, []).append(x)
+
+    def join(self) -> Arrays:
+        """Returns all rows by name, (examples, ...), and forgets them."""
+        ids = np.concatenate(self._ids) if self._ids else np.zeros(0, np.int64)
+        is_sorted = not self._by_id or bool((ids[1:] >= ids[:-1]).all())
+        order = None if is_sorted else np.argsort(ids, kind='stable')
+        joined = {}
+        # One field after the other, so that only one is in memory twice.
+        for name in list(self._arrays):
+            x = np.concatenate(self._arrays.pop(name))
+            joined[name] = x if order is None else x[order]
+        self._ids = []
+        return joined

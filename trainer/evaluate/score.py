@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores: what an evaluation computes on the host, from the predictions for all examples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from trainer.config.errors import UserError
+from trainer.input.fields import MASK
+
+Examples = Mapping[str, np.ndarray]
+
+
+class StreamingScore(Protocol):
+    """A score that sees one batch at a time, for a split that does not fit in memory."""
+
+    def __call__(self, examples: Examples) -> None:
+        """Takes the predictions and fields of a batch, (rows, ...) each, without padding."""
+
+    def close(self) -> Mapping[str, Any]:
+        """Returns the values of the score, after the last batch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """`config.evals.<name>.score`, built.
+
+    Attributes:
+        make: returns the score of one evaluation: a function of all examples, or a
+            `StreamingScore`.
+        fields: fields of the batch that it gets in addition to the predictions.
+        path: config path, for messages.
+    """
+
+    make: Callable[[], Any]
+    fields: tuple[str, ...]
+    path: str
+
+
+def is_streaming(score: Any) -> bool:
+    """Whether a score takes one batch at a time."""
+    return callable(getattr(score, 'close', None))
+
+
+def merge_fields(path: str, rows: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the predictions and the fields of the batch by name.
+
+    Raises:
+        UserError: if a field has the name of a prediction.
+    """
+    if both := sorted(rows.keys() & fields.keys()):
+        raise UserError(
+            f'{path}.fields: {", ".join(map(repr, both))} is also a name among the outputs of the '
+            "task's predict; remove it from fields, or rename the output"
+        )
+    return {**rows, **fields}
+
+
+def check_fields(score: Score, spec: Mapping[str, Any]) -> None:
+    """Checks that the batches have the fields that a score asks for.
+
+    Raises:
+        UserError: naming the first that they lack, and a similar one.
+    """
+    for name in score.fields:
+        if name not in spec:
+            raise UserError(
+                f'{score.path}.fields: the batches have no field {name!r}; they have '
+                f'{", ".join(sorted(spec.keys() - {MASK}))}'
+            )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Summaries: texts, images, histograms and figures, in files and for TensorBoard.
+
+A summary named `eval/dev/samples` of step 300 is the file `summaries/300/eval/dev/samples.txt` of
+the work directory: `.txt` for texts, `.png` for images and figures, `.npz` for arrays and
+histograms.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from trainer.config import files
+from trainer.config.errors import UserError
+from trainer.modules.shapes import describe
+from trainer.observe.npz import write_npz
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Texts, such as samples of a language model.
+
+    Attributes:
+        texts: the texts, in the order in which they are shown.
+    """
+
+    texts: tuple[str, ...]
+
+    def __init__(self, texts: str | Sequence[str]):
+        """Takes one text or several."""
+        given = (texts,) if isinstance(texts, str) else tuple(texts)
+        if not all(isinstance(text, str) for text in given):
+            kinds = ', '.join(sorted({type(text).__name__ for text in given}))
+            raise UserError(f'Texts: expected text or a list of texts, got items of {kinds}')
+        object.__setattr__(self, 'texts', given)
+
+    def write(self, stem: epath.Path) -> epath.Path:
+        """Writes `<stem>.txt`, the texts separated by a line of dashes, and returns its path."""
+        path = _with_suffix(stem, '.txt')
+        files.replace(path, ('\n' + '-' * 8 + '\n').join(self.texts).encode() + b'\n')
+        return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Images of equal size, shown as one grid.
+
+    Attributes:
+        images: uint8 (n, height, width, channels), with 1, 3 or 4 channels.
+        columns: images in a row of the grid.
+    """
+
+    images: np.ndarray
+    columns: int
+
+    def __init__(self, images: Any, columns: int | None = None):
+        """Takes images of bytes from 0 to 255, or of floats from 0 to 1.
+
+        Args:
+            images: (height, width), (n, height, width) or (n, height, width, channels).
+            columns: images in a row; by default as many rows as columns.
+
+        Raises:
+            UserError: for another shape or dtype.
+        """
+        array = np.asarray(images)
+        shape = describe(array)
+        if array.ndim == 2:
+            array = array[None]
+        if array.ndim == 3:
+            array = array[..., None]
+        if array.ndim != 4 or array.shape[-1] not in (1, 3, 4) or not array.size:
+            raise UserError(
+                'Images: expected (n, height, width, channels) with 1, 3 or 4 channels, got '
+                f'{shape}'
+            )
+        if array.dtype != np.uint8:
+            # By name: bfloat16 is none of numpy's floats.
+            if 'float' not in array.dtype.name and array.dtype != bool:
+                raise UserError(
+                    'Images: expected uint8 values from 0 to 255, or floats from 0 to 1, got '
+                    f'{shape}'
+                )
+            clipped = np.clip(np.nan_to_num(array.astype(np.float32)), 0, 1)
+            array = np.round(clipped * 255).astype(np.uint8)
+        object.__setattr__(self, 'images', array)
+        object.__setattr__(self, 'columns', columns or math.ceil(math.sqrt(len(array))))
+
+    def grid(self) -> np.ndarray:
+        """Returns the grid, uint8 (height, width, channels); a place without an image is black."""
+        count, height, width, channels = self.images.shape
+        rows = -(-count // self.columns)
+        full = np.zeros((rows * self.columns, height, width, channels), np.uint8)
+        full[:count] = self.images
+        parts = full.reshape(rows, self.columns, height, width, channels)
+        return parts.swapaxes(1, 2).reshape(rows * height, self.columns * width, channels)
+
+    def png(self) -> bytes:
+        """Returns the grid as a PNG file."""
+        from PIL import Image  # Runs without images need not load it.
+
+        grid, content = self.grid(), io.BytesIO()
+        Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(content, 'PNG')
+        return content.getvalue()
+
+    def write(self, stem: epath.Path) -> epath.Path:
+        """Writes `<stem>.png` and returns its path."""
+        path = _with_suffix(stem, '.png')
+        files.replace(path, self.png())
+        return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Arrays by name, for files only.
+
+    Attributes:
+        arrays: of any shapes.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+
+    def write(self, stem: epath.Path) -> epath.Path:
+        """Writes `<stem>.npz` and returns its path."""
+        path = _with_suffix(stem, '.npz')
+        write_npz(path, self.arrays)
+        return path
+
+
+Summary = Texts | Images | Arrays
+
+
+def as_summary(value: Any) -> Summary | None:
+    """Returns a value as a summary, None if it is none: text and lists of text are summaries."""
+    if isinstance(value, Summary):
+        return value
+    if isinstance(value, str):
+        return Texts(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(x, str) for x in value):
+        return Texts(value)
+    return None
+
+
+def image_of_figure(figure: Any) -> Images:
+    """Returns a matplotlib figure as an image, at the figure's own resolution."""
+    from PIL import Image
+
+    content = io.BytesIO()
+    figure.savefig(content, format='png', dpi='figure')
+    return Images(np.asarray(Image.open(content).convert('RGB'))[None])
+
+
+def write_files(directory: epath.Path, step: int, summaries: Mapping[str, Summary]) -> list[str]:
+    """Writes the files of the summaries of a step.
+
+    Args:
+        directory: the work directory.
+        step: number of completed steps.
+        summaries: by name, such as `eval/dev/samples`.
+
+    Returns:
+        Their paths.
+    """
+    paths = []
+    for name, summary in summaries.items():
+        stem = directory / 'summaries' / str(step) / name
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        paths.append(str(summary.write(stem)))
+    return paths
+
+
+def _with_suffix(stem: epath.Path, suffix: str) -> epath.Path:
+    # Not `with_suffix`, which would replace what follows a dot in a name.
+    return stem.parent / (stem.name + suffix)

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics that need all examples at once (`clu.metrics.CollectingMetric`), such as an AUC.
+
+The devices compute what such a metric collects of each batch; the host keeps the rows of all
+batches and computes its value at the end of an evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import clu.metrics
+import jax
+import numpy as np
+
+from trainer.config.errors import UserError
+from trainer.modules.shapes import describe
+
+Collecting = tuple[tuple[str, type[clu.metrics.CollectingMetric]], ...]
+
+
+def split_collecting(
+    metrics: type[clu.metrics.Collection] | None,
+) -> tuple[type[clu.metrics.Collection] | None, Collecting]:
+    """Returns the part of a collection that accumulates on the devices, and its other metrics."""
+    written = getattr(metrics, '__annotations__', {})
+    kinds = _resolve_texts(metrics, written)
+    collecting = {name: kind for name, kind in kinds.items() if _is_collecting(kind)}
+    if not collecting and kinds == written:
+        return metrics, ()
+    rest = {name: kind for name, kind in kinds.items() if name not in collecting}
+    return clu.metrics.Collection.create(**rest), tuple(collecting.items())
+
+
+def _resolve_texts(metrics: Any, written: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the classes of annotations that are text, as `from __future__ import annotations`
+    makes them: clu itself does not know these."""
+    if not any(isinstance(kind, str) for kind in written.values()):
+        return written
+    try:
+        hints = typing.get_type_hints(metrics)
+    except Exception:  # The text is any expression of the user.
+        return written
+    return {name: hints[name] for name in written}
+
+
+def _is_collecting(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, clu.metrics.CollectingMetric)
+
+
+@contextlib.contextmanager
+def explain_missing_output(name: str, outputs: Iterable[str]) -> Iterator[None]:
+    """Explains the error of a metric that collects what the task does not return."""
+    try:
+        yield
+    except KeyError as error:
+        have = ', '.join(sorted({'loss', 'mask', 'weights', *outputs}))
+        raise UserError(
+            f'the metric {name!r} collects {error}, which the task does not return; it returns '
+            f'{have}'
+        ) from error
+
+
+def collected_rows(
+    name: str, metric: clu.metrics.CollectingMetric, rows: int
+) -> dict[str, jax.Array]:
+    """Returns the arrays that a metric has collected of a batch, by name, each (rows, ...).
+
+    Args:
+        name: of the metric, for messages.
+        metric: that of one batch.
+        rows: of the batch.
+
+    Raises:
+        UserError: if an array has not one row for each example.
+    """
+    arrays = {key: parts[0] for key, parts in metric.values.items()}
+    for key, x in arrays.items():
+        if x.shape[:1] != (rows,):
+            raise UserError(
+                f'the metric {name!r} collects {key!r}, which is {describe(x)}; expected one row '
+                f'for each of the {rows} examples of a batch'
+            )
+    return arrays
+
+
+def compute_collected(
+    kind: type[clu.metrics.CollectingMetric], arrays: Mapping[str, np.ndarray]
+) -> Any:
+    """Returns the value of a metric that has collected these arrays over all examples."""
+    return kind(values={name: (x,) for name, x in arrays.items()}).compute()

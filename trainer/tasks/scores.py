@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores that need all examples at once, as functions of numpy arrays.
+
+Equal to those of scikit-learn and scipy, in float64 and exact for ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+Average = Literal['micro', 'macro', 'weighted', 'per_class']
+
+
+def auc(
+    labels: Any,
+    scores: Any,
+    weights: Any = None,
+    *,
+    average: Average = 'macro',
+    skip_absent: bool = False,
+) -> Any:
+    """Returns the area under the ROC curve: how often a yes scores higher than a no.
+
+    Args:
+        labels: 0 or 1 (examples,) or (examples, labels), or integers (examples,) for scores of
+            several classes, each of which is compared with the rest. A negative label or NaN does
+            not count.
+        scores: (examples,), (examples, labels) or (examples, classes).
+        weights: (examples,), or the shape of the labels; None weighs all equally.
+        average: over labels or classes: 'micro' pools them, 'macro' is their mean, 'weighted' by
+            their number of examples, 'per_class' an array.
+        skip_absent: whether to leave out of means what has no yes or no no.
+
+    Returns:
+        A float; NaN if a label of the mean has no yes or no no. Or an array (labels,).
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    return _average(_binary_auc, labels, scores, weights, average, skip_absent)
+
+
+def average_precision(
+    labels: Any,
+    scores: Any,
+    weights: Any = None,
+    *,
+    average: Average = 'macro',
+    skip_absent: bool = False,
+) -> Any:
+    """Returns the average precision: the sum of (recall_n - recall_(n-1)) precision_n.
+
+    Args:
+        labels: as of `auc`.
+        scores: as of `auc`.
+        weights: as of `auc`.
+        average: as of `auc`.
+        skip_absent: as of `auc`.
+
+    Returns:
+        A float; 0 for a label without any yes. Or an array (labels,).
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    return _average(_binary_average_precision, labels, scores, weights, average, skip_absent)
+
+
+def pearson(targets: Any, predictions: Any, weights: Any = None) -> float:
+    """Returns the linear correlation of two arrays, NaN if one of them is constant.
+
+    Args:
+        targets: (examples,).
+        predictions: (examples,).
+        weights: (examples,); None weighs all equally.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    one, two, weights = _pairs(targets, predictions, weights)
+    # A difference of rounding is no variation.
+    if not len(one) or (one == one[0]).all() or (two == two[0]).all():
+        return float('nan')
+    one = one - np.average(one, weights=weights)
+    two = two - np.average(two, weights=weights)
+    shared = (weights * one * two).sum()
+    return float(shared / np.sqrt((weights * one**2).sum() * (weights * two**2).sum()))
+
+
+def spearman(targets: Any, predictions: Any, weights: Any = None) -> float:
+    """Returns the correlation of the ranks of two arrays; equal values have their mean rank.
+
+    An example of weight 2 counts as two of weight 1.
+
+    Args:
+        targets: (examples,).
+        predictions: (examples,).
+        weights: (examples,); None weighs all equally.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    one, two, weights = _pairs(targets, predictions, weights)
+    if np.isnan(one).any() or np.isnan(two).any():
+        return float('nan')
+    return pearson(_rank(one, weights), _rank(two, weights), weights)
+
+
+def _average(
+    function: Callable[..., float],
+    labels: Any,
+    scores: Any,
+    weights: Any,
+    average: Average,
+    skip_absent: bool,
+) -> Any:
+    if average not in get_args(Average):
+        raise ValueError(
+            f'average: expected one of {", ".join(map(repr, get_args(Average)))}, got {average!r}'
+        )
+    labels, scores, weights = _columns(labels, scores, weights)
+    if average == 'micro' or labels.shape[1] == 1:
+        value = function(*(x.ravel() for x in (labels, scores, weights)))
+        return np.array([value]) if average == 'per_class' else value
+    columns = list(zip(labels.T, scores.T, weights.T, strict=True))
+    values = np.array([function(*column) for column in columns])
+    if average == 'per_class':
+        return values
+    support = np.array([w[y].sum() for y, _, w in columns])
+    if skip_absent:
+        absent = np.array([w[~y].sum() for y, _, w in columns])
+        kept = (support > 0) & (absent > 0)
+        values, support = values[kept], support[kept]
+    if not len(values):
+        return float('nan')
+    if average == 'macro':
+        return float(values.mean())
+    values = np.where(support > 0, values, 0.0)
+    return float(np.average(values, weights=support)) if support.sum() else 0.0
+
+
+def _columns(labels: Any, scores: Any, weights: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns answers (bool), scores and weights, float64, each (examples, labels)."""
+    labels, scores = np.asarray(labels), np.asarray(scores, np.float64)
+    of_classes = scores.ndim == labels.ndim + 1
+    if labels.ndim not in (1, 2) or scores.shape[: labels.ndim] != labels.shape or scores.ndim > 2:
+        raise ValueError(
+            f'labels of {list(labels.shape)} and scores of {list(scores.shape)}: expected equal '
+            'shapes [examples] or [examples, labels], or labels [examples] and scores [examples, '
+            'classes]'
+        )
+    given = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
+    if given.shape != labels.shape[: given.ndim]:
+        raise ValueError(
+            f'weights of {list(given.shape)} do not fit labels of {list(labels.shape)}'
+        )
+    counted = labels >= 0
+    if labels.ndim == 1:
+        counted, given = counted[:, None], given[:, None]
+    given = np.where(counted, given.reshape(len(given), -1), 0.0)
+    scores = scores.reshape(len(scores), -1)
+    if of_classes and scores.shape[1] > 1:
+        yes = labels[:, None] == np.arange(scores.shape[1])
+    else:
+        yes = labels.reshape(len(labels), -1) > 0.5
+    if of_classes and scores.shape[1] == 2:  # One decision, whose yes is the second class.
+        yes, scores = yes[:, 1:], scores[:, 1:]
+    return yes, scores, np.broadcast_to(given, yes.shape)
+
+
+def _count_by_score(
+    yes: np.ndarray, scores: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the weight of yes and of no at each different score, ascending; None for NaN."""
+    counted = weights != 0
+    yes, scores, weights = yes[counted], scores[counted], weights[counted]
+    if np.isnan(scores).any():
+        return None
+    _, group = np.unique(scores, return_inverse=True)
+    size = group.max(initial=-1) + 1
+    return np.bincount(group, weights * yes, size), np.bincount(group, weights * ~yes, size)
+
+
+def _binary_auc(yes: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> float:
+    counts = _count_by_score(yes, scores, weights)
+    if counts is None:
+        return float('nan')
+    right, wrong = counts
+    pairs = right.sum() * wrong.sum()
+    # Of each pair, the no scores lower; one of equal scores is half a hit.
+    hits = (right * (np.cumsum(wrong) - wrong / 2)).sum()
+    return float(hits / pairs) if pairs else float('nan')
+
+
+def _binary_average_precision(yes: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> float:
+    counts = _count_by_score(yes, scores, weights)
+    if counts is None or not weights.any():
+        return float('nan')
+    right, wrong = (x[::-1] for x in counts)
+    if not right.sum():
+        return 0.0
+    found = np.cumsum(right)
+    return float((right * found / (found + np.cumsum(wrong))).sum() / right.sum())
+
+
+def _pairs(targets: Any, predictions: Any, weights: Any) -> tuple[np.ndarray, ...]:
+    """Returns both arrays and the weights, float64 (examples,), without what has no weight."""
+    one, two = np.asarray(targets, np.float64), np.asarray(predictions, np.float64)
+    given = np.ones(one.shape) if weights is None else np.asarray(weights, np.float64)
+    if one.ndim != 1 or not one.shape == two.shape == given.shape:
+        raise ValueError(
+            f'targets of {list(one.shape)}, predictions of {list(two.shape)} and weights of '
+            f'{list(given.shape)}: expected equal shapes [examples]'
+        )
+    counted = given != 0
+    return one[counted], two[counted], given[counted]
+
+
+def _rank(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the weight of smaller values, and half of that of equal ones."""
+    _, group = np.unique(values, return_inverse=True)
+    mass = np.bincount(group, weights)
+    return (np.cumsum(mass) - mass / 2)[group]
